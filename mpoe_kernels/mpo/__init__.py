@@ -1,0 +1,1 @@
+"""The algebra of matrix product operators in plain torch."""

@@ -1,0 +1,141 @@
+"""Choosing factors: how many features each core of the chain owns."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+# (in_features, out_features) -> (in_factors, out_factors) of the original's defaults, both orientations of each.
+_PAPER: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
+    (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
+    (1024, 4096): ((4, 4, 4, 4, 4), (4, 4, 8, 8, 4)),
+    (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
+    (768, 768): ((4, 4, 4, 4, 3), (3, 4, 4, 4, 4)),
+    (1024, 1024): ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4)),
+    (32128, 768): ((8, 8, 8, 8, 8), (3, 4, 4, 4, 4)),
+    (32128, 1024): ((8, 8, 8, 8, 8), (4, 4, 4, 4, 4)),
+    (30522, 768): ((6, 8, 10, 8, 8), (4, 4, 4, 4, 3)),
+}
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse a size that is not a positive integer, by name."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer; got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1; got {size}")
+
+
+def divisors(size: int) -> list[int]:
+    """All divisors in increasing order."""
+    small = [k for k in range(1, math.isqrt(size) + 1) if size % k == 0]
+    return small + [size // k for k in reversed(small) if k * k != size]
+
+
+def _prime_factors(size: int) -> list[int]:
+    primes, p = [], 2
+    while p * p <= size:
+        while size % p == 0:
+            primes.append(p)
+            size //= p
+        p += 1
+    return primes + ([size] if size > 1 else [])
+
+
+def _smooth(size: int) -> int:
+    """Smallest number >= size whose prime factors are all at most 7."""
+    while max(_prime_factors(size), default=1) > 7:
+        size += 1
+    return size
+
+
+@lru_cache(maxsize=1024)
+def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int, ...]:
+    """``num_cores`` factors as equal as possible, the largest in the middle.
+
+    A size with a prime factor above 7 that is large (a vocabulary, a prime) is padded to the next number
+    without one, as long as that costs at most an eighth; otherwise its own factors are used.
+
+    Args:
+        size: number of features.
+        num_cores: number of factors.
+        name: how errors call the size.
+    """
+    check_size(name, size)
+    check_size("num_cores", num_cores)
+    if num_cores == 1:
+        return (size,)
+    padded = _smooth(size)
+    if padded > size * 1.125:
+        padded = size
+    factors = [1] * num_cores
+    for prime in sorted(_prime_factors(padded), reverse=True):
+        factors[factors.index(min(factors))] *= prime
+    factors.sort()
+    # Largest in the middle: the central core, which is shared, should hold most.
+    ordered: list[int] = []
+    for k, factor in enumerate(factors):
+        ordered.insert(len(ordered) // 2 if k % 2 else (len(ordered) + 1) // 2, factor)
+    return tuple(ordered)
+
+
+def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The original's factors where it has some; elsewhere five balanced factors, larger towards the middle."""
+    check_size("in_features", in_features)
+    check_size("out_features", out_features)
+    known = _PAPER.get((in_features, out_features))
+    if known:
+        return known
+    return balanced_factors(in_features, 5, "in_features"), balanced_factors(out_features, 5, "out_features")
+
+
+def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int]:
+    """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``, then most alike."""
+    pairs = [(i, j) for i in divisors(in_features) for j in divisors(out_features) if i * j <= 4 * p]
+    return min(pairs, key=lambda ij: (abs(math.log(ij[0] * ij[1] / p)), abs(math.log(ij[0] / ij[1]))))
+
+
+def light_factors(in_features: int, out_features: int, p: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Three cores with products ``i * j`` of about ``p`` at both ends and everything else in the centre."""
+    check_size("in_features", in_features)
+    check_size("out_features", out_features)
+    check_size("p", p)
+    i_left, j_left = _closest_pair(in_features, out_features, p)
+    i_right, j_right = _closest_pair(in_features // i_left, out_features // j_left, p)
+    return (
+        (i_left, in_features // (i_left * i_right), i_right),
+        (j_left, out_features // (j_left * j_right), j_right),
+    )
+
+
+def separable_factors(
+    in_features: int, out_features: int, left: int | None, right: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``in (left, I/left, 1)``, ``out (1, F/right, right)``."""
+    check_size("in_features", in_features)
+    check_size("out_features", out_features)
+    smaller_is_in = in_features <= out_features
+
+    def default(size: int, on_smaller_side: bool) -> int:
+        # 256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the larger.
+        target = size / 3 if on_smaller_side else size / 48
+        target = min(max(target, 8), 256 if on_smaller_side else 64)
+        return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
+
+    chosen = []
+    for name, size, value, smaller in (
+        ("left", in_features, left, smaller_is_in),
+        ("right", out_features, right, not smaller_is_in),
+    ):
+        if value is None:
+            value = default(size, smaller)
+        check_size(name, value)
+        if size % value:
+            side = "in_features" if name == "left" else "out_features"
+            raise ValueError(
+                f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})"
+            )
+        chosen.append(value)
+    left_size, right_size = chosen
+    return (left_size, in_features // left_size, 1), (1, out_features // right_size, right_size)

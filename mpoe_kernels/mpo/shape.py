@@ -1,0 +1,334 @@
+"""`MPOShape`: how a matrix is cut into a chain of cores, and the glossary of the whole package.
+
+Glossary
+--------
+weight ``[I, F]``
+    The matrix of ``y = x @ W``: I = in_features, F = out_features. ``nn.Linear.weight`` is its transpose,
+    GPT-2's ``Conv1D.weight`` is it.
+core k ``[d_{k-1}, i_k, j_k, d_k]``
+    One tensor of the chain. ``i_k`` factors I, ``j_k`` factors F, and ``d_0 = d_n = 1``.
+bond dimension ``d_k``
+    Size of the index that cores k and k+1 share. The *full* bond is the smaller of the products of ``i * j`` on
+    its two sides; at full bonds the chain represents every matrix exactly.
+central core, auxiliary cores
+    The middle core, shared by all experts of a layer; all the others, of which every expert owns one set.
+blocks left, central, right
+    The chain folded around its central core: ``left [E, iL, jL, a]``, ``central [a, iC, jC, b]``,
+    ``right [E, b, iR, jR]``. Every kernel takes these three, whatever the number of cores.
+tokens T, experts E, top-k K, slots N
+    N = T * K rows are dispatched, sorted by expert.
+plan, backend
+    What to compute (a function of shapes), and who computes it (a function of device, dtype and capability).
+gate
+    The router's weight of a (token, expert) pair. Only ``combine`` multiplies by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+MaxBond = int | Sequence[int | None] | None
+
+
+def _factor_list(name: str, factors: Sequence[int]) -> tuple[int, ...]:
+    try:
+        values = tuple(factors)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of integers; got {factors!r}") from None
+    if not values:
+        raise ValueError(f"{name} must hold at least one factor; got an empty sequence")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must hold integers; got {value!r} in {list(values)!r}")
+        if value < 1:
+            raise ValueError(f"{name} must hold positive integers; got {value} in {list(values)}")
+    return values
+
+
+def _true_size(name: str, size: int | None, factors: tuple[int, ...]) -> int:
+    padded = math.prod(factors)
+    if size is None:
+        return padded
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer; got {size!r}")
+    if not 1 <= size <= padded:
+        raise ValueError(
+            f"{name} must lie between 1 and the product of its factors {list(factors)} = {padded}; got {size}"
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class MPOShape:
+    """Shape of a matrix product operator for a weight ``[in_features, out_features]``.
+
+    Attributes:
+        in_factors: ``i_k`` for every core; their product is at least ``in_features`` (zero padding at the end).
+        out_factors: ``j_k`` for every core; their product is at least ``out_features``.
+        max_bond: cap of the inner bond dimensions: ``None`` (full bonds), one integer for all, or one entry
+            (integer or ``None``) for each of the ``n - 1`` inner bonds.
+        central: index of the central core; ``None`` selects the middle one, ``n // 2``.
+        in_features: true number of input features; ``None`` = product of ``in_factors``.
+        out_features: true number of output features; ``None`` = product of ``out_factors``.
+
+    Raises:
+        TypeError, ValueError: a factor, bond, index or size that does not fit, named in the message.
+    """
+
+    in_factors: tuple[int, ...]
+    out_factors: tuple[int, ...]
+    max_bond: Any = None
+    central: int = field(default=None)  # type: ignore[assignment]
+    in_features: int = field(default=None)  # type: ignore[assignment]
+    out_features: int = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen dataclass
+        in_factors = _factor_list("in_factors", self.in_factors)
+        out_factors = _factor_list("out_factors", self.out_factors)
+        if len(in_factors) != len(out_factors):
+            raise ValueError(
+                "in_factors and out_factors must have the same length (one entry per core); "
+                f"got {len(in_factors)} in_factors {list(in_factors)} and {len(out_factors)} out_factors {list(out_factors)}"
+            )
+        set_field("in_factors", in_factors)
+        set_field("out_factors", out_factors)
+        set_field("in_features", _true_size("in_features", self.in_features, in_factors))
+        set_field("out_features", _true_size("out_features", self.out_features, out_factors))
+        set_field("max_bond", self._checked_max_bond())
+        central = len(in_factors) // 2 if self.central is None else self.central
+        if isinstance(central, bool) or not isinstance(central, int):
+            raise TypeError(f"central must be an integer; got {central!r}")
+        if not 0 <= central < len(in_factors):
+            raise ValueError(
+                f"central must index one of the {len(in_factors)} cores (0..{len(in_factors) - 1}); got {central}"
+            )
+        set_field("central", central)
+
+    def _checked_max_bond(self) -> int | tuple[int | None, ...] | None:
+        caps = self.max_bond
+        inner = len(self.in_factors) - 1
+        entries: tuple[Any, ...]
+        if caps is None or isinstance(caps, int):
+            entries = (caps,)
+        elif isinstance(caps, Sequence) and not isinstance(caps, str):
+            entries = tuple(caps)
+            if len(entries) != inner:
+                raise ValueError(
+                    f"max_bond must have one entry per inner bond ({inner} for {inner + 1} cores); got {list(entries)}"
+                )
+        else:
+            raise TypeError(f"max_bond must be None, an integer or a sequence of them; got {caps!r}")
+        for cap in entries:
+            if cap is None:
+                continue
+            if isinstance(cap, bool) or not isinstance(cap, int):
+                raise TypeError(f"max_bond must hold integers or None; got {cap!r}")
+            if cap < 1:
+                raise ValueError(f"max_bond must be at least 1; got {cap}")
+        return caps if caps is None or isinstance(caps, int) else entries
+
+    # ---------------------------------------------------------------- sizes
+
+    @property
+    def num_cores(self) -> int:
+        return len(self.in_factors)
+
+    @property
+    def padded_in(self) -> int:
+        return math.prod(self.in_factors)
+
+    @property
+    def padded_out(self) -> int:
+        return math.prod(self.out_factors)
+
+    @cached_property
+    def full_bond_dims(self) -> tuple[int, ...]:
+        """Full bonds ``(1, d_1, ..., d_{n-1}, 1)``: the smaller product of ``i * j`` on either side."""
+        sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
+        return tuple(
+            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1
+            for k in range(len(sizes) + 1)
+        )
+
+    @cached_property
+    def bond_dims(self) -> tuple[int, ...]:
+        """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps.
+
+        As in the original algorithm every bond is capped on its own: ``d_k = min(max_bond_k, full_k)``.
+        """
+        caps = self.max_bond
+        inner = self.num_cores - 1
+        per_bond = caps if isinstance(caps, tuple) else (caps,) * inner
+        capped = [
+            full if cap is None else min(cap, full)
+            for full, cap in zip(self.full_bond_dims[1:-1], per_bond, strict=True)
+        ]
+        return (1, *capped, 1)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no bond is truncated, so that every matrix is represented exactly."""
+        return self.bond_dims == self.full_bond_dims
+
+    @cached_property
+    def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shape ``(d_{k-1}, i_k, j_k, d_k)`` of every core."""
+        d = self.bond_dims
+        return tuple(
+            (d[k], i, j, d[k + 1])
+            for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
+        )
+
+    @cached_property
+    def block_dims(self) -> dict[str, int]:
+        """Sizes ``iL, jL, a, iC, jC, b, iR, jR`` of the folded blocks."""
+        c = self.central
+        return {
+            "iL": math.prod(self.in_factors[:c]),
+            "jL": math.prod(self.out_factors[:c]),
+            "a": self.bond_dims[c],
+            "iC": self.in_factors[c],
+            "jC": self.out_factors[c],
+            "b": self.bond_dims[c + 1],
+            "iR": math.prod(self.in_factors[c + 1 :]),
+            "jR": math.prod(self.out_factors[c + 1 :]),
+        }
+
+    @property
+    def is_separable(self) -> bool:
+        """Left cores act on the input only and right cores on the output only: ``y = right(central(left x))``."""
+        dims = self.block_dims
+        return dims["jL"] == 1 and dims["iR"] == 1
+
+    # ----------------------------------------------------------- parameters
+
+    @property
+    def central_parameters(self) -> int:
+        """Elements of the central core, of which a layer has one."""
+        return math.prod(self.core_shapes[self.central])
+
+    @property
+    def auxiliary_parameters(self) -> int:
+        """Elements of one expert's auxiliary cores."""
+        return sum(math.prod(s) for k, s in enumerate(self.core_shapes) if k != self.central)
+
+    def parameters(self, num_experts: int = 1) -> int:
+        """Elements of ``num_experts`` experts that share the central core."""
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        return self.central_parameters + num_experts * self.auxiliary_parameters
+
+    @property
+    def compression_ratio(self) -> float:
+        """``sum_k d_{k-1} i_k j_k d_k / (I F)``: cores of one matrix over its elements."""
+        return self.parameters() / (self.in_features * self.out_features)
+
+    # --------------------------------------------------------- constructors
+
+    @classmethod
+    def automatic(
+        cls, in_features: int, out_features: int, num_cores: int = 5, *, max_bond: MaxBond = None, central: int | None = None
+    ) -> MPOShape:
+        """Balanced factors for any size; see `mpoe_kernels.mpo.factors.balanced_factors`."""
+        from mpoe_kernels.mpo.factors import balanced_factors
+
+        return cls(
+            balanced_factors(in_features, num_cores, "in_features"),
+            balanced_factors(out_features, num_cores, "out_features"),
+            max_bond,
+            central,  # type: ignore[arg-type]
+            in_features,
+            out_features,
+        )
+
+    @classmethod
+    def paper(cls, in_features: int, out_features: int, *, max_bond: MaxBond = None) -> MPOShape:
+        """The five factors the original uses for its sizes (Gao et al., COLING 2022), balanced ones elsewhere."""
+        from mpoe_kernels.mpo.factors import paper_factors
+
+        in_factors, out_factors = paper_factors(in_features, out_features)
+        return cls(in_factors, out_factors, max_bond, None, in_features, out_features)  # type: ignore[arg-type]
+
+    @classmethod
+    def light(cls, in_features: int, out_features: int, p: int = 64, *, max_bond: MaxBond = None) -> MPOShape:
+        """Three cores whose outer products of ``i * j`` are about ``p``: auxiliary cores hold about ``2 p^2``."""
+        from mpoe_kernels.mpo.factors import light_factors
+
+        in_factors, out_factors = light_factors(in_features, out_features, p)
+        return cls(in_factors, out_factors, max_bond, 1, in_features, out_features)
+
+    @classmethod
+    def separable(
+        cls,
+        in_features: int,
+        out_features: int,
+        left: int | None = None,
+        right: int | None = None,
+        *,
+        max_bond: MaxBond = None,
+    ) -> MPOShape:
+        """``(left, I/left, 1) x (1, F/right, right)``: ``y = right_e(central(left_e x))``, lossless at full bonds.
+
+        ``left`` and ``right`` default to about 256 on the smaller side of the matrix and 64 on the larger one
+        (scaled down for small matrices); they must divide the sizes.
+        """
+        from mpoe_kernels.mpo.factors import separable_factors
+
+        in_factors, out_factors = separable_factors(in_features, out_features, left, right)
+        return cls(in_factors, out_factors, max_bond, 1, in_features, out_features)
+
+    def mirrored(self) -> MPOShape:
+        """The shape of the way back: a weight ``[out_features, in_features]``.
+
+        A separable shape stays separable: its left (input) factor becomes the new right (output) factor. Any
+        other shape swaps the roles of its factors core by core.
+        """
+        if self.is_separable and self.num_cores > 1:
+            caps = self.max_bond[::-1] if isinstance(self.max_bond, tuple) else self.max_bond
+            return MPOShape(
+                self.out_factors[::-1],
+                self.in_factors[::-1],
+                caps,
+                self.num_cores - 1 - self.central,
+                self.out_features,
+                self.in_features,
+            )
+        return MPOShape(
+            self.out_factors, self.in_factors, self.max_bond, self.central, self.out_features, self.in_features
+        )
+
+    # -------------------------------------------------------- serialisation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back to an equal shape."""
+        caps = list(self.max_bond) if isinstance(self.max_bond, tuple) else self.max_bond
+        return {
+            "in_factors": list(self.in_factors),
+            "out_factors": list(self.out_factors),
+            "max_bond": caps,
+            "central": self.central,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MPOShape:
+        """Inverse of `to_dict`; unknown or missing keys are refused."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"an MPOShape is described by a mapping; got {type(values).__name__} {values!r}")
+        known = {"in_factors", "out_factors", "max_bond", "central", "in_features", "out_features"}
+        unknown, missing = set(values) - known, {"in_factors", "out_factors"} - set(values)
+        if unknown or missing:
+            raise ValueError(
+                f"an MPOShape has the keys {sorted(known)}; unknown: {sorted(unknown)}, missing: {sorted(missing)}"
+            )
+        return cls(**values)
+
+    def __str__(self) -> str:
+        chain = " ".join(f"[{d},{i},{j},{e}]" for d, i, j, e in self.core_shapes)
+        return f"MPO {self.in_features}x{self.out_features}: {chain}, central {self.central}"

@@ -1,0 +1,51 @@
+"""Kernels of parameter-efficient mixtures of experts: MPO algebra, planner, routing and grouped MPO products."""
+
+from mpoe_kernels.backends.registry import BackendError, available_backends, backend_reasons, use_backend
+from mpoe_kernels.mpo import (
+    Decomposition,
+    MPOBlocks,
+    MPOShape,
+    decompose,
+    decompose_with_errors,
+    expert_weights,
+    fold,
+    reconstruct,
+)
+from mpoe_kernels.ops import (
+    Routing,
+    combine,
+    dispatch,
+    grouped_mpo_linear,
+    mpo_embedding,
+    mpo_ffn,
+    mpo_linear,
+    route,
+)
+from mpoe_kernels.planner import ContractionPlan, plan_contraction
+from mpoe_kernels.version import __version__
+
+__all__ = [
+    "BackendError",
+    "ContractionPlan",
+    "Decomposition",
+    "MPOBlocks",
+    "MPOShape",
+    "Routing",
+    "__version__",
+    "available_backends",
+    "backend_reasons",
+    "combine",
+    "decompose",
+    "decompose_with_errors",
+    "dispatch",
+    "expert_weights",
+    "fold",
+    "grouped_mpo_linear",
+    "mpo_embedding",
+    "mpo_ffn",
+    "mpo_linear",
+    "plan_contraction",
+    "reconstruct",
+    "route",
+    "use_backend",
+]

@@ -133,9 +133,7 @@ def separable_factors(
         check_size(name, value)
         if size % value:
             side = "in_features" if name == "left" else "out_features"
-            raise ValueError(
-                f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})"
-            )
+            raise ValueError(f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})")
         chosen.append(value)
     left_size, right_size = chosen
     return (left_size, in_features // left_size, 1), (1, out_features // right_size, right_size)

@@ -93,7 +93,7 @@ class MPOShape:
         if len(in_factors) != len(out_factors):
             raise ValueError(
                 "in_factors and out_factors must have the same length (one entry per core); "
-                f"got {len(in_factors)} in_factors {list(in_factors)} and {len(out_factors)} out_factors {list(out_factors)}"
+                f"got {list(in_factors)} and {list(out_factors)}"
             )
         set_field("in_factors", in_factors)
         set_field("out_factors", out_factors)
@@ -151,8 +151,7 @@ class MPOShape:
         """Full bonds ``(1, d_1, ..., d_{n-1}, 1)``: the smaller product of ``i * j`` on either side."""
         sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
         return tuple(
-            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1
-            for k in range(len(sizes) + 1)
+            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1 for k in range(len(sizes) + 1)
         )
 
     @cached_property
@@ -180,8 +179,7 @@ class MPOShape:
         """Shape ``(d_{k-1}, i_k, j_k, d_k)`` of every core."""
         d = self.bond_dims
         return tuple(
-            (d[k], i, j, d[k + 1])
-            for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
+            (d[k], i, j, d[k + 1]) for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
         )
 
     @cached_property
@@ -232,7 +230,13 @@ class MPOShape:
 
     @classmethod
     def automatic(
-        cls, in_features: int, out_features: int, num_cores: int = 5, *, max_bond: MaxBond = None, central: int | None = None
+        cls,
+        in_features: int,
+        out_features: int,
+        num_cores: int = 5,
+        *,
+        max_bond: MaxBond = None,
+        central: int | None = None,
     ) -> MPOShape:
         """Balanced factors for any size; see `mpoe_kernels.mpo.factors.balanced_factors`."""
         from mpoe_kernels.mpo.factors import balanced_factors

@@ -1,0 +1,27 @@
+"""Pure PyTorch kernels: always there, on every device and dtype, and what other backends are measured against."""
+
+from mpoe_kernels.backends.eager.embedding import embedding_backward, embedding_forward
+from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
+from mpoe_kernels.backends.eager.routing import (
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+    route_forward,
+)
+from mpoe_kernels.backends.registry import Backend
+
+EAGER = Backend(
+    name="eager",
+    kernels={
+        "route": route_forward,
+        "dispatch": dispatch_forward,
+        "dispatch_backward": dispatch_backward,
+        "combine": combine_forward,
+        "combine_backward": combine_backward,
+        "grouped_mpo_linear": linear_forward,
+        "grouped_mpo_linear_backward": linear_backward,
+        "mpo_embedding": embedding_forward,
+        "mpo_embedding_backward": embedding_backward,
+    },
+)

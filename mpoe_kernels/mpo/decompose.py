@@ -1,0 +1,161 @@
+"""From a matrix to its cores.
+
+Method: tensor-train SVD of the interleaved matrix (Oseledets 2011; Gao et al., COLING 2022, section 3.1), swept
+from both ends towards the central core. Only the bonds beside the centre are large, so each step needs no full SVD:
+the orthonormal basis of a bond is found from the Gram matrix of the unfolding's short side, accumulated in float64.
+Every step is an orthogonal projection of what the previous ones left, hence the squared local errors add up to the
+squared error of the whole, and no truncation is worse than truncating all bonds at once in the symmetric gauge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import check_choice, check_floating, check_tensor
+from mpoe_kernels.mpo.shape import MPOShape
+
+GAUGES = ("symmetric", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Cores of a matrix and what truncation cost.
+
+    Attributes:
+        cores: ``[d_{k-1}, i_k, j_k, d_k]`` in chain order.
+        shape: the shape they follow.
+        local_errors: for each inner bond, the root of the sum of its dropped squared singular values.
+        norm: Frobenius norm of the matrix.
+    """
+
+    cores: tuple[Tensor, ...]
+    shape: MPOShape
+    local_errors: tuple[float, ...]
+    norm: float
+
+    @property
+    def error_bound(self) -> float:
+        """``sqrt(sum_k eps_k^2) >= ||W - MPO(W)||_F``, up to rounding."""
+        return math.sqrt(sum(error * error for error in self.local_errors))
+
+    @property
+    def relative_error_bound(self) -> float:
+        """The bound over ``||W||_F``; 0 for a zero matrix."""
+        return self.error_bound / self.norm if self.norm else 0.0
+
+
+def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Leading left singular vectors of ``matrix [m, n]``.
+
+    Returns:
+        ``basis [m, rank]`` with orthonormal columns, ``singular [rank]`` (float64), dropped ``eps``.
+    """
+    rows, columns = matrix.shape
+    if rows <= columns and matrix.dtype != torch.float64:
+        # float64 products of float32 entries: singular values down to 1e-8 of the largest are resolved, below
+        # what float32 can hold; and the basis is orthonormal whatever the rank.
+        wide = matrix.double()
+        squared, basis = torch.linalg.eigh(wide @ wide.T)
+        squared, basis = squared.flip(0).clamp_min(0), basis.flip(1)
+    else:
+        basis, singular, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+        squared = singular.square()
+    dropped = math.sqrt(float(squared[rank:].sum()))
+    return basis[:, :rank].to(matrix.dtype), squared[:rank].sqrt(), dropped
+
+
+def _gauge_scale(singular: Tensor, dtype: torch.dtype) -> Tensor:
+    """Square roots of the singular values, kept away from zero.
+
+    Any positive scale is a valid gauge (it is divided out on the other side of the bond), so null directions of a
+    rank-deficient or zero matrix get the floor instead of a division by zero.
+    """
+    largest = float(singular.max())
+    if largest == 0.0:
+        return torch.ones_like(singular)
+    return singular.clamp_min(largest * torch.finfo(dtype).eps).sqrt()
+
+
+def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
+    """``[I, F] -> [i_1 j_1, i_2 j_2, ..., i_n j_n]``, zero-padded at the end where the factors exceed the sizes."""
+    padded = torch.nn.functional.pad(
+        weight, (0, shape.padded_out - shape.out_features, 0, shape.padded_in - shape.in_features)
+    )
+    n = shape.num_cores
+    order = [axis for k in range(n) for axis in (k, n + k)]
+    return padded.reshape(*shape.in_factors, *shape.out_factors).permute(order)
+
+
+@torch.no_grad()
+def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> Decomposition:
+    """Decompose ``weight`` and report the error of every bond.
+
+    Args:
+        weight: ``[in_features, out_features]``, floating; float16 and bfloat16 are computed in float32.
+        shape: factors, bonds and central core; sizes beyond the true ones are padded with zeros.
+        gauge: ``"symmetric"`` puts the root of each bond's singular values on both its sides, as the original does;
+            ``"orthogonal"`` leaves auxiliary cores orthonormal and all scale in the central core.
+
+    Returns:
+        The cores in the weight's dtype and on its device, with local errors.
+
+    Raises:
+        TypeError: a weight that is not a floating matrix, a shape that is no `MPOShape`.
+        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, an unknown gauge.
+    """
+    check_tensor("weight", weight, ("I", "F"))
+    check_floating("weight", weight)
+    if not isinstance(shape, MPOShape):
+        raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
+    if tuple(weight.shape) != (shape.in_features, shape.out_features):
+        raise ValueError(
+            f"weight must be [in_features, out_features] = [{shape.in_features}, {shape.out_features}]; "
+            f"got {list(weight.shape)}"
+        )
+    check_choice("gauge", gauge, GAUGES)
+    work = weight.detach()
+    work = work if work.dtype == torch.float64 else work.float()
+    if not bool(torch.isfinite(work).all()):
+        raise ValueError("weight must be finite; it holds NaN or Inf")
+
+    n, centre, bonds = shape.num_cores, shape.central, shape.bond_dims
+    sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
+    remainder = _interleave(work, shape).reshape(-1)
+    cores: list[Tensor] = [remainder] * n
+    scales: list[Tensor] = [remainder.new_ones(1)] * (n + 1)
+    local_errors = [0.0] * (n - 1)
+
+    for k in range(centre):
+        unfolding = remainder.reshape(bonds[k] * sizes[k], -1)
+        basis, singular, local_errors[k] = _short_side_basis(unfolding, bonds[k + 1])
+        cores[k] = basis
+        scales[k + 1] = _gauge_scale(singular, work.dtype).to(work.dtype)
+        remainder = basis.T @ unfolding
+    for k in range(n - 1, centre, -1):
+        unfolding = remainder.reshape(-1, sizes[k] * bonds[k + 1])
+        basis, singular, local_errors[k - 1] = _short_side_basis(unfolding.T, bonds[k])
+        cores[k] = basis.T
+        scales[k] = _gauge_scale(singular, work.dtype).to(work.dtype)
+        remainder = unfolding @ basis
+    cores[centre] = remainder
+
+    finished = []
+    for k, core in enumerate(cores):
+        core = core.reshape(shape.core_shapes[k])
+        if gauge == "symmetric":
+            # Orthonormal cores left of the centre carry no scale: they take the root of their right bond and hand
+            # back the root of their left one; right of the centre the other way round; the centre pays both.
+            before = scales[k] if k > centre else 1 / scales[k]
+            after = scales[k + 1] if k < centre else 1 / scales[k + 1]
+            core = core * before.reshape(-1, 1, 1, 1) * after
+        finished.append(core.to(weight.dtype).contiguous())
+    return Decomposition(tuple(finished), shape, tuple(local_errors), float(work.norm()))
+
+
+def decompose(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> list[Tensor]:
+    """Cores ``[d, i, j, d']`` of ``weight [I, F]``; see `decompose_with_errors` for arguments and errors raised."""
+    return list(decompose_with_errors(weight, shape, gauge).cores)

@@ -1,0 +1,169 @@
+"""Folding a chain of cores around its central core into three blocks: exact, cheap and differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import check_tensor, describe
+from mpoe_kernels.mpo.shape import MPOShape
+
+
+@dataclass(frozen=True)
+class MPOBlocks:
+    """The chain of every expert, folded around the shared central core.
+
+    Attributes:
+        left: ``[E, iL, jL, a]``.
+        central: ``[a, iC, jC, b]``, shared by the experts.
+        right: ``[E, b, iR, jR]``.
+        in_features: true input size I; ``iL iC iR`` may exceed it (zero padding at the end).
+        out_features: true output size F; ``jL jC jR`` may exceed it.
+        shape: the shape the blocks came from, if known.
+    """
+
+    left: Tensor
+    central: Tensor
+    right: Tensor
+    in_features: int
+    out_features: int
+    shape: MPOShape | None = None
+
+    def __post_init__(self) -> None:
+        left = check_tensor("left", self.left, ("E", "iL", "jL", "a"))
+        central = check_tensor("central", self.central, ("a", "iC", "jC", "b"))
+        right = check_tensor("right", self.right, ("E", "b", "iR", "jR"))
+        if left.shape[3] != central.shape[0]:
+            raise ValueError(
+                f"left [.., a] and central [a, ..] must agree in a; got {describe(left)}, {describe(central)}"
+            )
+        if right.shape[1] != central.shape[3]:
+            raise ValueError(
+                f"right [E, b, ..] and central [.., b] must agree in b; got {describe(right)}, {describe(central)}"
+            )
+        if left.shape[0] != right.shape[0]:
+            raise ValueError(
+                f"left and right must hold the same number of experts; got {describe(left)} and {describe(right)}"
+            )
+        padded_in = left.shape[1] * central.shape[1] * right.shape[2]
+        padded_out = left.shape[2] * central.shape[2] * right.shape[3]
+        if not 1 <= self.in_features <= padded_in:
+            raise ValueError(f"in_features must lie between 1 and iL*iC*iR = {padded_in}; got {self.in_features}")
+        if not 1 <= self.out_features <= padded_out:
+            raise ValueError(f"out_features must lie between 1 and jL*jC*jR = {padded_out}; got {self.out_features}")
+
+    @property
+    def num_experts(self) -> int:
+        return self.left.shape[0]
+
+    def transposed(self) -> MPOBlocks:
+        """Blocks of the transposed weights ``[F, I]``; the tensors are views."""
+        return MPOBlocks(
+            self.left.transpose(1, 2),
+            self.central.transpose(1, 2),
+            self.right.transpose(2, 3),
+            self.out_features,
+            self.in_features,
+        )
+
+
+def _experts_of(cores: Sequence[Tensor]) -> int:
+    counts = {core.shape[0] for core in cores if core.dim() == 5}
+    if len(counts) > 1:
+        raise ValueError(f"auxiliary cores must agree in their number of experts; got {sorted(counts)}")
+    return counts.pop() if counts else 1
+
+
+def _check_cores(cores: Sequence[Tensor], central: int) -> None:
+    if not isinstance(cores, Sequence) or not cores:
+        raise TypeError(f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}")
+    if isinstance(central, bool) or not isinstance(central, int):
+        raise TypeError(f"central must be an integer; got {central!r}")
+    if not 0 <= central < len(cores):
+        raise ValueError(f"central must index one of the {len(cores)} cores (0..{len(cores) - 1}); got {central}")
+    for k, core in enumerate(cores):
+        allowed = (4,) if k == central else (4, 5)
+        if not isinstance(core, Tensor) or core.dim() not in allowed:
+            kind = "[d, i, j, d'] (the central core is shared)" if k == central else "[d, i, j, d'] or [E, d, i, j, d']"
+            raise ValueError(f"cores[{k}] must be {kind}; got {describe(core)}")
+    for k, (core, following) in enumerate(zip(cores, cores[1:], strict=False)):
+        if core.shape[-1] != following.shape[-4]:
+            raise ValueError(
+                f"cores[{k}] and cores[{k + 1}] must share a bond; got {describe(core)} and {describe(following)}"
+            )
+    if cores[0].shape[-4] != 1 or cores[-1].shape[-1] != 1:
+        raise ValueError(f"the outer bonds of the chain must be 1; got {cores[0].shape[-4]} and {cores[-1].shape[-1]}")
+
+
+def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
+    if not cores:
+        return like.new_ones(experts, 1, 1, 1)
+    block = cores[0].expand(experts, *cores[0].shape[-4:])[:, 0]  # [E, i, j, d]
+    for core in cores[1:]:
+        d, i, j, d_next = core.shape[-4:]
+        _, rows, columns, _ = block.shape
+        product = block.reshape(experts, rows * columns, d) @ core.reshape(-1, d, i * j * d_next)
+        # [E, I, J, i, j, d'] -> [E, (I i), (J j), d']
+        product = product.view(experts, rows, columns, i, j, d_next).transpose(2, 3)
+        block = product.reshape(experts, rows * i, columns * j, d_next)
+    return block
+
+
+def _fold_right(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
+    if not cores:
+        return like.new_ones(experts, 1, 1, 1)
+    block = cores[-1].expand(experts, *cores[-1].shape[-4:])[..., 0]  # [E, d, i, j]
+    for core in reversed(cores[:-1]):
+        d, i, j, d_next = core.shape[-4:]
+        _, _, rows, columns = block.shape
+        product = core.reshape(-1, d * i * j, d_next) @ block.reshape(experts, d_next, rows * columns)
+        # [E, d, i, j, I, J] -> [E, d, (i I), (j J)]
+        product = product.view(experts, d, i, j, rows, columns).transpose(3, 4)
+        block = product.reshape(experts, d, i * rows, j * columns)
+    return block
+
+
+def fold(
+    cores: Sequence[Tensor],
+    central: int | None = None,
+    shape: MPOShape | None = None,
+    num_experts: int | None = None,
+) -> MPOBlocks:
+    """Fold a chain of cores around its central core.
+
+    ``W_e[iL iC iR, jL jC jR] = sum_ab left_e[iL,jL,a] central[a,iC,jC,b] right_e[b,iR,jR]`` holds exactly.
+
+    Args:
+        cores: ``[d, i, j, d']`` each; auxiliary cores may be ``[E, d, i, j, d']``.
+        central: index of the central core; default ``shape.central`` or the middle one.
+        shape: gives the true sizes when the factors pad them.
+        num_experts: E, needed only where no core carries it (a chain without auxiliary cores).
+
+    Returns:
+        Blocks whose side is ones where there is no core; E = 1 without an expert axis. Differentiable.
+
+    Raises:
+        TypeError, ValueError: cores that do not form a chain.
+    """
+    if central is None:
+        central = shape.central if shape is not None else len(cores) // 2
+    _check_cores(cores, central)
+    middle = cores[central]
+    experts = _experts_of(cores)
+    if num_experts is not None and num_experts != experts:
+        if experts != 1:
+            raise ValueError(f"num_experts must equal the cores' expert axis, {experts}; got {num_experts}")
+        experts = num_experts
+    # The fold is exact in the cores' own dtype; autocast would round every partial product.
+    with torch.autocast(middle.device.type, enabled=False):
+        left = _fold_left(cores[:central], experts, middle)
+        right = _fold_right(cores[central + 1 :], experts, middle)
+    if shape is None:
+        in_features = left.shape[1] * middle.shape[1] * right.shape[2]
+        out_features = left.shape[2] * middle.shape[2] * right.shape[3]
+    else:
+        in_features, out_features = shape.in_features, shape.out_features
+    return MPOBlocks(left, middle, right, in_features, out_features, shape)

@@ -1,0 +1,299 @@
+"""`grouped_mpo_linear`: every expert's MPO product on its slots; `mpo_linear` is its single-expert case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.backends.registry import requested_backend
+from mpoe_kernels.checks import (
+    check_choice,
+    check_floating,
+    check_index,
+    check_same,
+    check_tensor,
+    describe,
+)
+from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.ops.define import autocast_active, define_op, run_kernel
+from mpoe_kernels.planner import BlockDims, choose_strategy
+from mpoe_kernels.planner.plan import STRATEGIES
+
+# Names as users and Hugging Face configs write them -> the formula.
+ACTIVATIONS = {
+    "none": "none",
+    "linear": "none",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def _strategy(
+    name: str, left: Tensor, central: Tensor, right: Tensor, sizes: tuple[int, int], slots: int, training: bool
+) -> str:
+    """The named strategy, or the planner's. A pure function of sizes: fake, forward and backward agree."""
+    dims = BlockDims.of_blocks(left, central, right, *sizes)
+    if name != "auto":
+        if name == "separable" and not dims.is_separable:
+            raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
+        return name
+    return choose_strategy(dims, left.shape[0], slots, training)
+
+
+def grouped_mpo_linear_body(
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+    strategy: str,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = x.shape[0] if row_index is None else row_index.shape[0]
+    strategy = _strategy(strategy, left, central, right, (in_features, out_features), slots, save)
+    return run_kernel(
+        "grouped_mpo_linear",
+        backend,
+        x,
+        *(x, left, central, right, expert_offsets, bias, row_index),
+        *(in_features, out_features, activation, strategy, save),
+    )
+
+
+def _forward_fake(
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+    strategy: str,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = x.shape[0] if row_index is None else row_index.shape[0]
+    y = x.new_empty(slots, out_features)
+    h, z = x.new_empty(0), x.new_empty(0)
+    if save and activation not in ("none", "relu"):
+        z = torch.empty_like(y)
+    if save and _strategy(strategy, left, central, right, (in_features, out_features), slots, save) == "separable":
+        h = x.new_empty(slots * central.shape[2], central.shape[3])
+    return y, h, z
+
+
+def grouped_mpo_linear_backward_body(
+    grad: Tensor,
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    h: Tensor,
+    saved: Tensor,
+    in_features: int,
+    out_features: int,
+    activation: str,
+    strategy: str,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    strategy = _strategy(strategy, left, central, right, (in_features, out_features), grad.shape[0], True)
+    return run_kernel(
+        "grouped_mpo_linear_backward",
+        backend,
+        grad,
+        *(grad, x, left, central, right, expert_offsets, row_index, h, saved),
+        *(in_features, out_features, activation, strategy, need),
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    h: Tensor,
+    saved: Tensor,
+    in_features: int,
+    out_features: int,
+    activation: str,
+    strategy: str,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = (x, left, central, right, bias)
+    results = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else grad.new_empty(0)
+        for t, needed in zip(like, need, strict=True)
+    ]
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, left, central, right, expert_offsets, bias, row_index = inputs[:7]
+    ctx.in_features, ctx.out_features, ctx.activation, ctx.strategy, ctx.backend, _ = inputs[7:]
+    y, h, z = output
+    ctx.set_materialize_grads(False)
+    # relu's backward reads the output, other activations the pre-activation, none needs neither.
+    saved = y if ctx.activation == "relu" else z
+    ctx.save_for_backward(x, left, central, right, expert_offsets, bias, row_index, h, saved)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    needs = ctx.needs_input_grad
+    need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
+    x, left, central, right, expert_offsets, bias, row_index, h, saved = ctx.saved_tensors
+    grads = _backward(
+        grad.contiguous(),
+        *(x, left, central, right, expert_offsets, bias, row_index, h, saved),
+        *(ctx.in_features, ctx.out_features, ctx.activation, ctx.strategy, ctx.backend, need),
+    )
+    dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 7
+
+
+grouped_mpo_linear_body.__name__ = "grouped_mpo_linear"
+grouped_mpo_linear_backward_body.__name__ = "grouped_mpo_linear_backward"
+_backward = define_op(grouped_mpo_linear_backward_body, _backward_fake)
+_forward = define_op(
+    grouped_mpo_linear_body,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_autograd,
+    autocast_arguments=(0, 1, 2, 3, 5),
+)
+
+
+def _check(x: Tensor, blocks: MPOBlocks, expert_offsets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+    if not isinstance(blocks, MPOBlocks):
+        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
+    check_tensor("x", x, ("T", "I"))
+    check_floating("x", x)
+    if x.shape[1] != blocks.in_features:
+        raise ValueError(f"x must be [T, I] with I = {blocks.in_features}; got {describe(x)}")
+    check_index("expert_offsets", expert_offsets, ("E + 1",))
+    if expert_offsets.shape[0] != blocks.num_experts + 1:
+        raise ValueError(
+            f"expert_offsets must be [E + 1] with E = {blocks.num_experts}; got {describe(expert_offsets)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, ("F",))
+        if bias.shape[0] != blocks.out_features:
+            raise ValueError(f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}")
+    if row_index is not None:
+        check_index("row_index", row_index, ("N",))
+    if not autocast_active(x.device):
+        check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
+
+
+def grouped_mpo_linear(
+    x: Tensor,
+    blocks: MPOBlocks,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_index: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots s of every expert e.
+
+    No more than two experts' rebuilt weights exist at any time, and none is saved for backward.
+
+    Args:
+        x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.
+        blocks: folded cores of E experts, dtype of x (any floating dtype under autocast).
+        expert_offsets: int32 ``[E + 1]``, non-decreasing; expert e owns slots ``[offsets[e], offsets[e + 1])``.
+        bias: ``[F]``, shared by the experts.
+        row_index: int ``[N]``, row of x that each slot reads.
+        activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
+        backend: name of a backend; default what `use_backend` set, else the registry's choice.
+        strategy: force a contraction strategy (``"rebuild"``, ``"chain"``, ``"separable"``) instead of the planner's.
+
+    Returns:
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too. Differentiable in x, the blocks
+        and the bias; a block that needs no gradient costs none. Second derivatives and vmap are refused.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
+        BackendError: no backend, or not the named one, can run this; with reasons.
+    """
+    _check(x, blocks, expert_offsets, bias, row_index)
+    activation = "none" if activation is None else activation
+    check_choice("activation", activation, ACTIVATIONS)
+    strategy = "auto" if strategy is None else strategy
+    check_choice("strategy", strategy, (*STRATEGIES, "auto"))
+    tensors = (x, blocks.left, blocks.central, blocks.right, bias)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _, _ = _forward(
+        x,
+        blocks.left,
+        blocks.central,
+        blocks.right,
+        expert_offsets,
+        bias,
+        None if row_index is None else row_index.long(),
+        blocks.in_features,
+        blocks.out_features,
+        ACTIVATIONS[activation],
+        strategy,
+        requested_backend(backend),
+        save,
+    )
+    return y
+
+
+def mpo_linear(
+    x: Tensor,
+    blocks: MPOBlocks,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """``activation(x @ W + bias)`` for a single MPO weight.
+
+    Args:
+        x: ``[..., I]``, floating.
+        blocks: folded cores with E = 1.
+        bias: ``[F]``.
+        activation, backend, strategy: as in `grouped_mpo_linear`, which also lists the errors raised.
+
+    Returns:
+        ``[..., F]``.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise ValueError(f"x must be a tensor [..., I]; got {describe(x)}")
+    if isinstance(blocks, MPOBlocks) and blocks.num_experts != 1:
+        raise ValueError(f"blocks must hold one expert for mpo_linear; got {blocks.num_experts}")
+    rows = x.reshape(-1, x.shape[-1])
+    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
+    y = grouped_mpo_linear(rows, blocks, offsets, bias, activation=activation, backend=backend, strategy=strategy)
+    return y.view(*x.shape[:-1], blocks.out_features)

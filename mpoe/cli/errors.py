@@ -1,0 +1,55 @@
+"""How the command line shows errors: one clear line for what the user can mend, a traceback for our own faults."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+USER_ERROR = 2
+_PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
+_ON_PURPOSE = (ValueError, TypeError, FileNotFoundError, FileExistsError, RuntimeError)
+
+
+class CommandError(ValueError):
+    """Something the user asked for that cannot be done; the message is all they need to see."""
+
+
+def close_matches(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(m) for m in matches)}?" if matches else ""
+
+
+def _raised_in(trace: TracebackType | None) -> str:
+    """File of the innermost frame of a traceback."""
+    file = ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        trace = trace.tb_next
+    return file
+
+
+def is_on_purpose(error: BaseException) -> bool:
+    """Whether the package raised ``error`` itself, to tell the user something.
+
+    A `CommandError` always is. Other errors are when the innermost frame is ours: an exception from inside torch or
+    transformers is a defect (of ours or theirs) and keeps its traceback.
+    """
+    if isinstance(error, CommandError):
+        return True
+    return isinstance(error, _ON_PURPOSE) and _raised_in(error.__traceback__).startswith(_PACKAGE_FOLDERS)
+
+
+def show(error: BaseException, debug: bool = False) -> int:
+    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for ours."""
+    if debug or not is_on_purpose(error):
+        traceback.print_exception(error)
+    if not is_on_purpose(error):
+        return 1
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"mpoe: error: {message}", file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,116 @@
+"""The command ``mpoe``. Only typer is imported at the start; every command imports what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="mpoe",
+    help="Turn a pretrained T5, GPT-2 or BERT into a parameter-efficient mixture of experts, train it and use it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# these commands read their own options (a config file and every Trainer argument), their --help included
+_OWN_OPTIONS: dict[str, Any] = {
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    "add_help_option": False,
+}
+
+
+@app.command(**_OWN_OPTIONS)
+def train(context: typer.Context) -> None:
+    """Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file)."""
+    from mpoe.cli.train import command
+
+    command(context.args)
+
+
+@app.command(**_OWN_OPTIONS)
+def evaluate(context: typer.Context) -> None:
+    """Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test."""
+    from mpoe.cli.evaluate import command
+
+    command(context.args)
+
+
+@app.command(**_OWN_OPTIONS)
+def convert(context: typer.Context) -> None:
+    """Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...]."""
+    from mpoe.cli.convert import command
+
+    command(context.args)
+
+
+@app.command()
+def generate(
+    model_dir: Annotated[str, typer.Argument(help="Folder of a saved model, or t5 / gpt2 for the stand-ins.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Text file with one prompt per line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", "--max-new-tokens")] = 32,
+    num_beams: Annotated[int, typer.Option("--num_beams", "--num-beams")] = 1,
+    do_sample: Annotated[bool, typer.Option("--do_sample/--no_do_sample", "--do-sample/--no-do-sample")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+) -> None:
+    """Generate text with a saved model."""
+    from mpoe.cli.generate import command
+
+    command(model_dir, list(prompt or []), file, max_new_tokens, num_beams, do_sample, temperature, seed)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+    """Show versions, kernel backends (and why the others cannot run here), devices and cores."""
+    import json
+
+    from mpoe.cli import info as module
+
+    facts = module.collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        module.show(facts)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", "--output-dir", help="Folder for report.html, results.json and the model.")
+    ] = Path("mpoe_demo"),
+    model: Annotated[str, typer.Option("--model", help="t5 (documentation tasks) or gpt2 (language modelling).")] = "t5",
+    steps: Annotated[int | None, typer.Option("--steps", help="Training steps per arm; default: the tuned budget.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of data order, routers and dropout.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+) -> None:
+    """Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download."""
+    from mpoe.cli.demo import command
+
+    command(output_dir, model, steps, seed, overwrite)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line on ``arguments`` (default: the process's) and exit.
+
+    Exit codes: 0 done, 1 a defect (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments[:1]
+    try:
+        app(args=arguments[1:] if debug else arguments, prog_name="mpoe")
+    except KeyboardInterrupt:
+        print("mpoe: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from mpoe.cli.errors import show
+
+        sys.exit(show(error, debug))
+
+
+if __name__ == "__main__":
+    main()

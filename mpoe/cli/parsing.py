@@ -1,0 +1,158 @@
+"""One configuration file and flags, read into dataclasses: flags win over the file, unknown names are refused.
+
+Options are spelled ``--like_this`` or ``--like-this``, as everywhere in Hugging Face scripts; the values of the file
+go through the same conversion as flags, so ``5e-5`` means the same in both places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError, close_matches
+
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON or YAML mapping of option names to values.
+
+    Raises:
+        CommandError: the file is absent, has another suffix, is malformed (with the line) or is not a mapping.
+    """
+    file = Path(path)
+    if file.suffix.lower() not in CONFIG_SUFFIXES:
+        raise CommandError(f"the configuration must be a .json, .yaml or .yml file; got {str(path)!r}")
+    if not file.is_file():
+        raise CommandError(f"configuration file not found: {file}")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix.lower() == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CommandError(f"{file}, line {error.lineno}, column {error.colno}: bad JSON: {error.msg}") from None
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise CommandError(f"{file}{where}: bad YAML: {error.problem or error.context}") from None
+        except yaml.YAMLError as error:
+            raise CommandError(f"{file}: bad YAML: {error}") from None
+        values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise CommandError(f"{file}: expected a mapping of option names to values; got {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
+    """A parser with one option per dataclass field that raises `CommandError` instead of printing usage."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise CommandError(message)
+
+    return Parser(list(dataclass_types), allow_abbrev=False, add_help=False)
+
+
+def _normal(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Every option by its underscore name, without the dashes."""
+    return {_normal(option): action for option, action in parser._option_string_actions.items()}
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
+    return CommandError(f"{kind} {name!r}{close_matches(_normal(name), known)}")
+
+
+def _tokens(file: str, values: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> tuple[list[str], list[str]]:
+    """Command-line tokens for a file's values, and the destinations the file sets to null."""
+    tokens: list[str] = []
+    nulls: list[str] = []
+    for key, value in values.items():
+        name = _normal(key)
+        if name not in known:
+            raise _unknown(f"{file}: unknown option", key, known)
+        action = known[name]
+        if value is None:
+            nulls.append(action.dest)
+        elif isinstance(value, (list, tuple)) and action.nargs == "+":
+            if not value:
+                raise CommandError(f"{file}: option {key!r} needs at least one value; got an empty list")
+            tokens += [f"--{name}", *(str(v) for v in value)]
+        elif isinstance(value, (dict, list, tuple)):
+            tokens.append(f"--{name}={json.dumps(value)}")
+        else:
+            tokens.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return tokens, nulls
+
+
+def _check_flags(flags: Sequence[str], known: Mapping[str, argparse.Action]) -> None:
+    for token in flags:
+        if token.startswith("--") and len(token) > 2 and _normal(token.split("=", 1)[0]) not in known:
+            raise _unknown("unknown option", token.split("=", 1)[0], known)
+
+
+def parse(
+    dataclass_types: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None
+) -> tuple[tuple[Any, ...], set[str]]:
+    """Fill ``dataclass_types`` from a configuration file and flags.
+
+    Args:
+        dataclass_types: whose fields are the known options; no two may share a field name.
+        flags: command-line tokens; they win over the file.
+        config: JSON or YAML file, or None.
+
+    Returns:
+        The instances, and the names of the fields that the file or the flags set.
+
+    Raises:
+        CommandError: unknown option (with close matches), a value of the wrong kind (naming file or flag), or a value
+            that a dataclass refuses.
+    """
+    parser = make_parser(dataclass_types)
+    known = option_names(parser)
+    _check_flags(flags, known)
+    namespace = argparse.Namespace()
+    given: set[str] = set()
+    if config is not None:
+        values = read_config(config)
+        tokens, nulls = _tokens(str(config), values, known)
+        given |= {known[_normal(key)].dest for key in values}
+        try:
+            namespace, rest = parser.parse_known_args(tokens, namespace)
+        except CommandError as error:
+            raise CommandError(f"{config}: {error}") from None
+        if rest:
+            raise CommandError(f"{config}: values without an option: {' '.join(rest)}")
+        for name in nulls:
+            setattr(namespace, name, None)
+    # argparse keeps what the namespace already holds unless a flag sets it, so flags win
+    namespace, rest = parser.parse_known_args(list(flags), namespace)
+    if rest:
+        raise CommandError(f"values without an option: {' '.join(rest)}")
+    given |= {known[_normal(t.split("=", 1)[0])].dest for t in flags if t.startswith("--") and len(t) > 2}
+    return tuple(_build(kind, namespace) for kind in dataclass_types), given
+
+
+def _build(kind: type, namespace: argparse.Namespace) -> Any:
+    names = [f.name for f in dataclasses.fields(kind) if f.init]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return kind(**{name: getattr(namespace, name) for name in names})
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise CommandError(str(error)) from error

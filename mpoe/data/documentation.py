@@ -1,0 +1,272 @@
+"""English text that every Python installation carries: its own documentation.
+
+The docstrings of the standard library and of numpy, and the prose of ``pydoc_data.topics``, are read from the source
+files with :mod:`ast`; nothing is imported, downloaded or stored. The corpus therefore differs a little between Python
+and numpy versions, but an object falls into the same split everywhere: the split is a hash of its top-level package
+and its name inside the module, so a module that moves within its package (``pathlib`` -> ``pathlib._local``) takes
+nothing from the training split into the test split.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+TEST_SHARE = 0.20
+VALIDATION_SHARE = 0.08
+
+# Third-party packages, test code, graphical demos and packages that only some Python versions (or distributions) have.
+SKIPPED_PARTS = frozenset(
+    ("site-packages", "dist-packages", "lib-dynload", "__pycache__", "pydoc_data", "ensurepip", "_pyinstaller")
+    + ("test", "tests", "testing_tools", "conftest.py", "idlelib", "turtledemo", "lib2to3", "distutils")
+    + ("__phello__", "__hello__.py", "this.py", "antigravity.py", "sitecustomize.py", "usercustomize.py")
+)
+NUMPY_C_CLASSES = frozenset(("ndarray", "dtype", "nditer", "flatiter", "broadcast", "busdaycalendar"))
+EXCEPTION_NAME = re.compile(r"(Error|Exception|Warning|Interrupt|Exit)$")
+
+
+@dataclass(frozen=True)
+class DocRecord:
+    """One documented object.
+
+    ``name``: qualified name (``email.message.Message.get_payload``); ``module``: the module's dotted name without
+    private parts; ``kind``: module, class, exception, function, method, property or topic; ``text``: the docstring,
+    unindented; ``split``: train, validation or test.
+    """
+
+    name: str
+    module: str
+    kind: str
+    text: str
+    split: str
+
+    @property
+    def package(self) -> str:
+        """Top-level package or module, such as ``email``."""
+        return self.module.split(".")[0]
+
+    @property
+    def short_name(self) -> str:
+        """Last part of the qualified name, such as ``get_payload``."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Documentation:
+    """The deduplicated corpus: ``records`` sorted by name."""
+
+    records: tuple[DocRecord, ...]
+
+    def split(self, name: str) -> tuple[DocRecord, ...]:
+        """Records of the train, validation or test split.
+
+        Raises:
+            ValueError: ``name`` is none of these.
+        """
+        check_split(name)
+        return tuple(record for record in self.records if record.split == name)
+
+
+def check_split(name: str) -> str:
+    """``name`` if it is train, validation or test; ValueError otherwise."""
+    if name not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {name!r}")
+    return name
+
+
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone, on every machine and Python version."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2.0**64
+
+
+def split_of(package: str, path: str) -> str:
+    """Split of the object ``path`` (``Message.get_payload``) of the top-level package ``package``."""
+    position = unit_hash(f"mpoe-documentation:{package}:{path}")
+    if position < TEST_SHARE:
+        return "test"
+    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+
+
+def standard_library_path() -> Path:
+    """Folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def numpy_path() -> Path | None:
+    """Folder of the installed numpy, found without importing it; None where it is absent."""
+    spec = importlib.util.find_spec("numpy")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+@functools.lru_cache(maxsize=1)
+def load_documentation() -> Documentation:
+    """Read the whole corpus (about 3 seconds on one core; kept for the life of the process).
+
+    Raises:
+        FileNotFoundError: the standard library's sources are not on this machine (for example a zipped installation).
+    """
+    standard_library = standard_library_path()
+    records = list(read_package(standard_library, prefix=""))
+    if not records:
+        raise FileNotFoundError(f"no documented Python source files found in {standard_library}")
+    records.extend(read_topics(standard_library / "pydoc_data" / "topics.py"))
+    numpy_folder = numpy_path()
+    if numpy_folder is not None:
+        records.extend(read_package(numpy_folder, prefix="numpy"))
+    return Documentation(deduplicate(records))
+
+
+def deduplicate(records: Iterable[DocRecord]) -> tuple[DocRecord, ...]:
+    """One record per text (compared by its words) and per name; of equal texts the first by name stays."""
+    texts: set[str] = set()
+    names: set[str] = set()
+    kept = []
+    for record in sorted(records, key=lambda r: (r.name, r.text)):
+        key = " ".join(re.findall(r"\w+", record.text.lower()))
+        if key in texts or record.name in names:
+            continue
+        texts.add(key)
+        names.add(record.name)
+        kept.append(record)
+    return tuple(kept)
+
+
+def read_package(folder: Path, prefix: str) -> Iterator[DocRecord]:
+    """Records of every source file under ``folder``; ``prefix`` is the dotted name of ``folder`` itself ("" = none)."""
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        if SKIPPED_PARTS.intersection(parts) or parts[-1].startswith("test_"):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            # A file for another Python version, or unreadable: the corpus does without it.
+            continue
+        yield from read_module(tree, dotted_name(prefix, parts))
+
+
+def dotted_name(prefix: str, parts: tuple[str, ...]) -> str:
+    """Public-looking module name: ``("_core", "fromnumeric.py")`` under numpy is ``numpy.core.fromnumeric``."""
+    names = [prefix] if prefix else []
+    names += [part.removesuffix(".py") for part in parts if part != "__init__.py"]
+    public = [name.strip("_").removesuffix("_impl") or name for name in names]
+    if public and public[0] in {"pydecimal", "pyio", "pydatetime"}:  # pure-Python twins of C modules
+        public[0] = public[0].removeprefix("py")
+    return ".".join(public)
+
+
+def read_module(tree: ast.Module, module: str) -> Iterator[DocRecord]:
+    """Records of one parsed module: itself, its functions and classes, their methods, numpy's ``add_newdoc`` calls."""
+    text = ast.get_docstring(tree)
+    if text:
+        yield make_record(module, "", "module", text)
+    yield from read_body(tree, module, "")
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from read_added_docs(node.value)
+
+
+def read_body(node: ast.AST, module: str, path: str) -> Iterator[DocRecord]:
+    """Records of the definitions directly inside ``node`` (also under if/try), and of nested classes' members."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = f"{path}.{child.name}" if path else child.name
+            text = ast.get_docstring(child)
+            if text:
+                yield make_record(module, inner, kind_of(child, bool(path)), text)
+            if isinstance(child, ast.ClassDef):
+                yield from read_body(child, module, inner)
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler):
+            yield from read_body(child, module, path)
+
+
+def kind_of(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, in_class: bool) -> str:
+    """Kind of a definition, from its syntax alone."""
+    if isinstance(node, ast.ClassDef):
+        names = [node.name, *(base.id for base in node.bases if isinstance(base, ast.Name))]
+        return "exception" if any(EXCEPTION_NAME.search(name) for name in names) else "class"
+    decorators = {d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "") for d in node.decorator_list}
+    if decorators & {"property", "cached_property", "setter", "getter"}:
+        return "property"
+    return "method" if in_class else "function"
+
+
+def read_added_docs(call: ast.Call) -> Iterator[DocRecord]:
+    """Records of numpy's ``add_newdoc(module, name, doc)``: doc is a text, (attribute, text) or a list of these."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if function != "add_newdoc" or len(call.args) < 3:
+        return
+    try:
+        module, name, documented = (ast.literal_eval(argument) for argument in call.args[:3])
+    except ValueError:  # built from other values at import time
+        return
+    module = dotted_name("", tuple(str(module).split(".")))
+    if isinstance(documented, str):
+        kind = "class" if name in NUMPY_C_CLASSES else "function"
+        yield make_record(module, name, kind, inspect.cleandoc(documented))
+        return
+    for attribute, text in [documented] if isinstance(documented, tuple) else documented:
+        # Numpy writes a signature first for methods, never for attributes.
+        kind = "method" if "(" in text.strip().split("\n", 1)[0] else "property"
+        yield make_record(module, f"{name}.{attribute}", kind, inspect.cleandoc(text))
+
+
+def read_topics(path: Path) -> Iterator[DocRecord]:
+    """Paragraph groups of the language reference in ``pydoc_data/topics.py``; nothing where the file is absent."""
+    if not path.is_file():
+        return
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                try:
+                    name, text = ast.literal_eval(key), ast.literal_eval(value)  # type: ignore[arg-type]
+                except ValueError:
+                    continue
+                yield make_record("topics", str(name), "topic", inspect.cleandoc(text))
+
+
+def make_record(module: str, path: str, kind: str, text: str) -> DocRecord:
+    """Record of the object ``path`` in ``module`` ("" = the module itself), put into its split."""
+    package = module.split(".")[0]
+    return DocRecord(
+        name=f"{module}.{path}" if path else module,
+        module=module,
+        kind=kind,
+        text=text.strip(),
+        split=split_of(package, path or module),
+    )
+
+
+def prose_sentences(text: str) -> tuple[str, ...]:
+    """Plain sentences of a docstring: no doctests, tables, section titles, parameter lists or code blocks.
+
+    The first line of a docstring counts as a sentence whether or not it ends in a full stop.
+    """
+    sentences: list[str] = []
+    for number, paragraph in enumerate(re.split(r"\n\s*\n", text)):
+        lines = paragraph.split("\n")
+        if ">>>" in paragraph or re.search(r"^\s*[-=~*+|]{3,}", paragraph, re.MULTILINE):
+            continue
+        if number and (lines[0].startswith((" ", "\t", ".. ")) or len(lines) > 12):
+            continue
+        flat = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(line.strip() for line in lines))
+        flat = re.sub(r"\s+", " ", flat.replace("`", "")).strip()
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", flat):
+            words = len(re.findall(r"[A-Za-z]{2,}", sentence))
+            if 3 <= words <= 60 and len(sentence) <= 400:
+                sentences.append(sentence)
+    return tuple(sentences)
+
+
+def name_words(name: str) -> tuple[str, ...]:
+    """Lower-case words of an identifier: ``getPayload_all`` is ``("get", "payload", "all")``."""
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))

@@ -1,0 +1,179 @@
+"""Metrics in numpy: each takes predictions and references of equal length and returns a fraction, not per cent.
+
+Undefined cases (a constant input to a correlation, one class only for the area under the curve) return 0.0 for
+correlations, as a model that always answers the same has learned nothing, and raise where no value would be honest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mpoe.data.names import lookup
+
+
+def accuracy(predictions: Sequence, references: Sequence) -> float:
+    """Share of exactly equal labels. Inputs: [N] numbers or texts."""
+    predicted, expected = _labels(predictions, references)
+    return float(np.mean(predicted == expected))
+
+
+def f1(predictions: Sequence, references: Sequence, positive: object = 1) -> float:
+    """F1 of the class ``positive``: 2 TP / (2 TP + FP + FN); 0.0 if the class is neither predicted nor present."""
+    predicted, expected = _labels(predictions, references)
+    true_positive = int(np.sum((predicted == positive) & (expected == positive)))
+    total = int(np.sum(predicted == positive)) + int(np.sum(expected == positive))
+    return 2.0 * true_positive / total if total else 0.0
+
+
+def macro_f1(predictions: Sequence, references: Sequence) -> float:
+    """Unweighted mean of the F1 of every class among the references."""
+    _, expected = _labels(predictions, references)
+    return float(np.mean([f1(predictions, references, positive) for positive in np.unique(expected)]))
+
+
+def matthews(predictions: Sequence, references: Sequence) -> float:
+    """Matthews correlation of any number of classes (Gorodkin 2004, eq. 8); 0.0 if either side is constant."""
+    predicted, expected = _labels(predictions, references)
+    classes = np.unique(np.concatenate([predicted, expected]))
+    p = (predicted[:, None] == classes).astype(np.float64)  # [N, C]
+    e = (expected[:, None] == classes).astype(np.float64)
+    n = len(predicted)
+    covariance = n * float(np.sum(p * e)) - float(p.sum(0) @ e.sum(0))
+    spread = (n * n - float(np.sum(p.sum(0) ** 2))) * (n * n - float(np.sum(e.sum(0) ** 2)))
+    return covariance / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def pearson(predictions: Sequence, references: Sequence) -> float:
+    """Pearson correlation of two [N] number sequences; 0.0 if either is constant."""
+    x, y = _numbers(predictions, references)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1.0, 1.0))
+
+
+def spearman(predictions: Sequence, references: Sequence) -> float:
+    """Spearman rank correlation (Pearson of the ranks, ties share their mean rank); 0.0 if either is constant."""
+    x, y = _numbers(predictions, references)
+    return pearson(ranks(x), ranks(y))
+
+
+def roc_auc(scores: Sequence, references: Sequence) -> float:
+    """Area under the ROC curve of [N] scores for references 0/1 (Mann-Whitney; ties count half).
+
+    Raises:
+        ValueError: references are not 0/1, or only one of them occurs.
+    """
+    score, expected = _numbers(scores, references)
+    positives, negatives = int(np.sum(expected == 1)), int(np.sum(expected == 0))
+    if positives + negatives != len(expected) or not positives or not negatives:
+        raise ValueError(f"references must hold both 0 and 1 and nothing else; got {_few(np.unique(expected))}")
+    rank_sum = float(ranks(score)[expected == 1].sum())
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of texts that are equal after lower-casing and dropping punctuation and repeated blanks."""
+    predicted, expected = _texts(predictions, references)
+    return float(np.mean([text_words(p) == text_words(e) for p, e in zip(predicted, expected, strict=True)]))
+
+
+def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean over texts of the F1 of the shared words (bags of words, as SQuAD does)."""
+    predicted, expected = _texts(predictions, references)
+    return float(np.mean([_bag_f1(text_words(p), text_words(e)) for p, e in zip(predicted, expected, strict=True)]))
+
+
+def perplexity(losses: Sequence, weights: Sequence | None = None) -> float:
+    """exp of the mean of [N] losses in nats; ``weights`` are the token counts behind each loss (default: equal)."""
+    loss = np.asarray(losses, dtype=np.float64)
+    if loss.ndim != 1 or not len(loss):
+        raise ValueError(f"losses must be a non-empty sequence of numbers; got shape {loss.shape}")
+    weight = np.ones_like(loss) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weight.shape != loss.shape or np.any(weight < 0) or weight.sum() <= 0:
+        raise ValueError(f"weights must be {len(loss)} numbers >= 0 that are not all 0; got shape {weight.shape}")
+    if not np.all(np.isfinite(loss)):
+        raise ValueError("losses must be finite; got NaN or infinity")
+    mean = float(loss @ weight / weight.sum())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks 1..N of an [N] array; equal values share their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+def text_words(text: str) -> list[str]:
+    """Lower-case words of a text."""
+    return re.findall(r"\w+", text.lower())
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    function.__name__: function
+    for function in (accuracy, f1, macro_f1, matthews, pearson, spearman, roc_auc, exact_match, token_f1)
+}
+
+
+def get_metric(name: str) -> Callable[..., float]:
+    """The metric called ``name``; ValueError with close matches otherwise."""
+    return lookup(METRICS, name, "metric")
+
+
+def _bag_f1(predicted: list[str], expected: list[str]) -> float:
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    return 2.0 * shared / (len(predicted) + len(expected))
+
+
+def _same_length(predictions: Sequence, references: Sequence) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
+    if not len(references):
+        raise ValueError("predictions and references are empty; a metric needs at least one item")
+
+
+def _labels(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    _same_length(predictions, references)
+    predicted, expected = np.asarray(predictions), np.asarray(references)
+    if predicted.ndim != 1 or expected.ndim != 1:
+        raise ValueError(f"predictions and references must be [N]; got {predicted.shape} and {expected.shape}")
+    if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
+        raise TypeError(
+            f"predictions are {predicted.dtype} and references {expected.dtype}; both texts or both numbers"
+        )
+    return predicted, expected
+
+
+def _numbers(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    _same_length(predictions, references)
+    try:
+        x, y = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"predictions and references must be numbers: {error}") from error
+    if x.ndim != 1 or y.ndim != 1:
+        raise ValueError(f"predictions and references must be [N]; got {x.shape} and {y.shape}")
+    if not (np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
+        raise ValueError("predictions and references must be finite; got NaN or infinity")
+    return x, y
+
+
+def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    _same_length(predictions, references)
+    for kind, texts in (("predictions", predictions), ("references", references)):
+        wrong = next((text for text in texts if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise TypeError(f"{kind} must be texts; got {type(wrong).__name__}")
+    return predictions, references
+
+
+def _few(values: np.ndarray) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:5])
+    return shown + (", ..." if len(values) > 5 else "")

@@ -1,0 +1,39 @@
+"""Layers: routers, experts and drop-in modules in MPO form. They need torch and mpoe_kernels, never transformers."""
+
+from mpoe.layers.activations import ACTIVATIONS
+from mpoe.layers.context import (
+    RouterRecord,
+    RoutingContext,
+    checkpoint_contexts,
+    current_routing,
+    routing_context,
+)
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
+from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.mpo_embedding import MPOEmbedding
+from mpoe.layers.mpo_linear import MPOLinear
+from mpoe.layers.router import RouterOutput, TopKRouter
+
+__all__ = [
+    "ACTIVATIONS",
+    "DenseExperts",
+    "ExpertWeights",
+    "MPOCores",
+    "MPOEFeedForward",
+    "MPOEmbedding",
+    "MPOExperts",
+    "MPOLinear",
+    "RouterOutput",
+    "RouterRecord",
+    "RoutingContext",
+    "TopKRouter",
+    "checkpoint_contexts",
+    "current_routing",
+    "grouped_dense_linear",
+    "load_balancing_loss",
+    "router_z_loss",
+    "routing_context",
+]

@@ -1,0 +1,181 @@
+"""`MPOCores`: the weights of E experts as matrix product operators that share their central core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpoe_kernels import Decomposition, MPOBlocks, MPOShape, decompose_with_errors, expert_weights, fold
+
+
+class MPOCores(nn.Module):
+    """Cores of E weights ``[I, F]``: one central core for all, auxiliary cores for each expert.
+
+    Args:
+        shape: how the weight is cut.
+        num_experts: E.
+        bias: whether there is a bias ``[F]``; the experts share it.
+        init_std: standard deviation that a random weight gets.
+
+    Attributes:
+        central: ``[d, i, j, d']``.
+        auxiliary: ``[E, d, i, j, d']`` each, in chain order without the central core.
+        bias: ``[F]`` or ``None``.
+        central_masked: while True (the gradient mask), `blocks` hands out the central core detached, so that its
+            gradient is not even computed.
+        rate_ratios: RMS(core) / RMS(weight) for every core in chain order; per-core learning rates use it.
+        local_errors: for every inner bond, what truncation dropped when `load_weight_` last ran; empty before.
+    """
+
+    def __init__(
+        self,
+        shape: MPOShape,
+        num_experts: int,
+        bias: bool = False,
+        init_std: float = 0.02,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(shape, MPOShape):
+            raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        self.shape, self.num_experts, self.init_std = shape, num_experts, init_std
+        self.central_masked = False
+        self.local_errors: tuple[float, ...] = ()
+        self.rate_ratios = self._expected_rate_ratios()
+        options = {"device": device, "dtype": dtype}
+        self.central = nn.Parameter(torch.empty(shape.core_shapes[shape.central], **options))
+        self.auxiliary = nn.ParameterList(
+            nn.Parameter(torch.empty(num_experts, *core, **options))
+            for k, core in enumerate(shape.core_shapes)
+            if k != shape.central
+        )
+        self.bias = nn.Parameter(torch.empty(shape.out_features, **options)) if bias else None
+        self.reset_parameters()
+
+    # ------------------------------------------------------------- structure
+
+    @property
+    def in_features(self) -> int:
+        return self.shape.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.shape.out_features
+
+    def cores(self) -> list[Tensor]:
+        """All cores in chain order; the central one ``[d, i, j, d']``, auxiliary ones ``[E, d, i, j, d']``."""
+        cores: list[Tensor] = list(self.auxiliary)
+        central = self.central.detach() if self.central_masked else self.central
+        cores.insert(self.shape.central, central)
+        return cores
+
+    def core_names(self) -> list[str]:
+        """Parameter names of the cores in chain order, e.g. ``["auxiliary.0", "central", "auxiliary.1"]``."""
+        names = [f"auxiliary.{k}" for k in range(self.shape.num_cores - 1)]
+        names.insert(self.shape.central, "central")
+        return names
+
+    def blocks(self) -> MPOBlocks:
+        """The chain folded around its central core, for the kernels."""
+        return fold(self.cores(), self.shape.central, self.shape)
+
+    def dense_weights(self) -> Tensor:
+        """Every expert's weight ``[E, I, F]``: for inspection and export, never on the fast path."""
+        return expert_weights(self.blocks())
+
+    # ---------------------------------------------------------------- values
+
+    def _expected_rate_ratios(self) -> tuple[float, ...]:
+        """Ratios of a random initialisation (`initial_values`), from shapes alone."""
+        shape, std = self.shape, self.init_std or 1.0
+        ratios = []
+        for k, (d, i, j, e) in enumerate(shape.core_shapes):
+            if k == shape.central:
+                ratios.append(self._central_std() / std)
+            else:
+                ratios.append(1.0 / math.sqrt(max(d * i * j, e) if k < shape.central else max(i * j * e, d)) / std)
+        return tuple(ratios)
+
+    def _central_std(self) -> float:
+        """Isometries on both sides preserve the norm, which the central core therefore holds alone."""
+        padded = self.shape.padded_in * self.shape.padded_out
+        return (self.init_std or 1.0) * math.sqrt(padded / self.shape.central_parameters)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Fresh random values by parameter name: isometric auxiliary cores, a Gaussian centre, zero bias.
+
+        The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
+        """
+        options = {"device": self.central.device, "dtype": torch.float32}
+        values = {"central": torch.randn(self.central.shape, **options) * self._central_std()}
+        if self.init_std == 0:
+            values["central"].zero_()
+        for name, (k, (d, i, j, e)) in zip(
+            [n for n in self.core_names() if n != "central"],
+            [item for item in enumerate(self.shape.core_shapes) if item[0] != self.shape.central],
+            strict=True,
+        ):
+            left = k < self.shape.central
+            rows, columns = (d * i * j, e) if left else (i * j * e, d)
+            flat = torch.randn(self.num_experts, max(rows, columns), min(rows, columns), **options)
+            frame = torch.linalg.qr(flat).Q
+            frame = frame if rows >= columns else frame.transpose(-1, -2)
+            if not left:
+                frame = frame.transpose(-1, -2)
+            values[name] = frame.reshape(self.num_experts, d, i, j, e)
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.bias.shape, **options)
+        return values
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights of standard deviation ``init_std``, different for every expert."""
+        if self.central.is_meta:
+            return
+        for name, value in self.initial_values().items():
+            self.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def load_weight_(self, weight: Tensor, gauge: str = "symmetric") -> Decomposition:
+        """Make every expert an equal copy of the decomposed ``weight [I, F]``.
+
+        Returns:
+            The `Decomposition`, with the error of every bond.
+
+        Raises:
+            TypeError, ValueError: see `mpoe_kernels.decompose_with_errors`.
+        """
+        # Decomposed in float32 at least: half precision would lose the conversion's exactness twice.
+        work = weight.detach()
+        work = work if work.dtype == torch.float64 else work.float()
+        result = decompose_with_errors(work, self.shape, gauge)
+        self.set_cores_(result.cores)
+        self.local_errors = result.local_errors
+        scale = float(work.double().square().mean().sqrt())
+        self.rate_ratios = tuple(
+            float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in result.cores
+        )
+        return result
+
+    @torch.no_grad()
+    def set_cores_(self, cores: Sequence[Tensor]) -> None:
+        """Copy one chain of cores ``[d, i, j, d']`` into every expert."""
+        for name, core in zip(self.core_names(), cores, strict=True):
+            parameter = self.get_parameter(name)
+            parameter.copy_(core if name == "central" else core.expand_as(parameter))
+
+    @torch.no_grad()
+    def add_noise_(self, relative: float) -> None:
+        """Gaussian noise on the auxiliary cores, ``relative`` to each core's RMS; makes experts differ."""
+        for core in self.auxiliary:
+            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, num_experts={self.num_experts}"

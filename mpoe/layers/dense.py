@@ -1,0 +1,102 @@
+"""Dense expert weights ``[E, I, F]`` and their grouped product: the Switch-style baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
+    """`torch.nn.functional.grouped_mm` wants float32 or half and rows aligned to 16 bytes."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+        return False
+    aligned = 16 // x.element_size()
+    return weight.shape[1] % aligned == 0 and weight.shape[2] % aligned == 0
+
+
+def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e.
+
+    Args:
+        x: ``[N, I]`` in slot order.
+        weight: ``[E, I, F]``.
+        expert_offsets: int32 ``[E + 1]``.
+        bias: ``[F]``, shared by the experts.
+
+    Returns:
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if _grouped_mm_runs(x, weight):
+        used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
+        # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both
+        # are replaced (not multiplied: garbage may be NaN).
+        zero = x.new_zeros(())
+        y = nn.functional.grouped_mm(torch.where(used, x, zero), weight, offs=expert_offsets[1:])
+        y = y if bias is None else y + bias
+        return torch.where(used, y, zero)
+    bounds = expert_offsets.tolist()
+    parts = [x[start:stop] @ w for start, stop, w in zip(bounds, bounds[1:], weight.unbind(0), strict=False)]
+    y = torch.cat(parts)
+    y = y if bias is None else y + bias
+    return torch.cat([y, y.new_zeros(x.shape[0] - bounds[-1], y.shape[1])])
+
+
+class ExpertWeights(nn.Module):
+    """E full weights; the dense counterpart of `MPOCores`.
+
+    Attributes:
+        weight: ``[E, I, F]``.
+        bias: ``[F]``, shared by the experts, or ``None``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        bias: bool = False,
+        init_std: float = 0.02,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        self.in_features, self.out_features = in_features, out_features
+        self.num_experts, self.init_std = num_experts, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Fresh random values by parameter name."""
+        options = {"device": self.weight.device, "dtype": torch.float32}
+        values = {"weight": torch.randn(self.weight.shape, **options) * self.init_std}
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.bias.shape, **options)
+        return values
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Independent Gaussian weights for every expert."""
+        if self.weight.is_meta:
+            return
+        for name, value in self.initial_values().items():
+            self.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def load_weight_(self, weight: Tensor) -> None:
+        """Make every expert a copy of ``weight [I, F]``, or take ``[E, I, F]`` as it is."""
+        self.weight.copy_(weight)
+
+    def dense_weights(self) -> Tensor:
+        """``[E, I, F]``."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"

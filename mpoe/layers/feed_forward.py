@@ -1,0 +1,116 @@
+"""`MPOEFeedForward`: a router and its experts in the place of a dense feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.context import RouterRecord, current_routing
+from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.router import TopKRouter
+from mpoe_kernels import route
+
+
+class MPOEFeedForward(nn.Module):
+    """Mixture of experts ``[..., I] -> [..., I]``.
+
+    Args:
+        in_features: model size I.
+        hidden_features: size of the experts' hidden layer.
+        config: `MPOEConfig`: experts, shapes, router.
+        activation: name of the activation.
+        gated: whether the experts are ``down(act(gate x) * up x)``.
+        bias: biases on up and down, shared by the experts.
+        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
+        output_dropout: rate on the result.
+        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        init_std: per kind of projection, for random weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        config: MPOEConfig | None = None,
+        *,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        stream: str = "main",
+        init_std: dict[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = MPOEConfig() if config is None else config
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.num_experts, self.stream = config.num_experts, stream
+        override = config.router.expert_dropout
+        self.expert_dropout = dropout if override is None else override
+        self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
+        kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
+        if gated:
+            kinds["gate_proj"] = kinds["up"]
+        self.experts: MPOExperts | DenseExperts
+        if config.expert_type == "mpo":
+            shapes = {kind: config.shape_for(kind, *sizes) for kind, sizes in kinds.items()}
+            self.experts = MPOExperts(
+                shapes, config.num_experts, activation, bias, init_std, config.backend, device=device, dtype=dtype
+            )
+        else:
+            self.experts = DenseExperts(
+                in_features,
+                hidden_features,
+                config.num_experts,
+                activation,
+                bias,
+                gated,
+                init_std,
+                device=device,
+                dtype=dtype,
+            )
+        self.dropout = nn.Dropout(output_dropout)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Route every token and compute its experts.
+
+        Args:
+            hidden_states: ``[..., I]``, floating; brought to the experts' dtype unless autocast decides.
+            token_mask: bool ``[...]``, ``False`` = padding, which is neither routed nor counted and yields zero.
+                ``None`` reads the mask of the model call in progress, if there is one.
+
+        Returns:
+            ``[..., I]``.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}")
+        routing_call = current_routing()
+        if token_mask is None and routing_call is not None:
+            token_mask = routing_call.masks.get(self.stream)
+        x = hidden_states.reshape(-1, self.in_features)
+        if token_mask is not None:
+            if token_mask.shape != hidden_states.shape[:-1]:
+                raise ValueError(
+                    f"token_mask must be {list(hidden_states.shape[:-1])}, like hidden_states without its last axis; "
+                    f"got {list(token_mask.shape)}"
+                )
+            token_mask = token_mask.reshape(-1).bool()
+        decision = self.router(x)
+        routing = route(decision.top_k_index, self.num_experts, self.router.capacity(x.shape[0]), token_mask)
+        if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.experts.dtype)
+        rate = self.expert_dropout if self.training else 0.0
+        y = self.dropout(self.experts(x, routing, decision.top_k_weights, rate))
+        if routing_call is not None and routing_call.records is not None:
+            record = RouterRecord(self.stream, decision.logits, decision.top_k_index, routing.expert_load, token_mask)
+            routing_call.records.append(record)
+        return y.view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"

@@ -1,0 +1,73 @@
+"""Auxiliary losses of a router, on raw logits, over valid tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _checked(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must be [..., T, E]; got {got}")
+    if token_mask is not None and (token_mask.dim() != 1 or token_mask.shape[0] != logits.shape[-2]):
+        raise ValueError(f"token_mask must be [T] with T = {logits.shape[-2]}; got {list(token_mask.shape)}")
+    return logits.float(), token_mask
+
+
+def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Mean over axis -2 of ``values [..., T, M]`` for valid tokens; 0 if there is none."""
+    if token_mask is None:
+        return values.sum(-2) / max(values.shape[-2], 1)
+    weights = token_mask.to(values.dtype)
+    # where, not a product: padding may hold NaN or Inf.
+    kept = torch.where(token_mask[:, None], values, values.new_zeros(()))
+    return kept.sum(-2) / weights.sum().clamp_min(1)
+
+
+def load_balancing_loss(logits: Tensor, top_k_index: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """``E * sum_e f_e P_e`` (Switch Transformers, Fedus et al. 2022, eq. 4-6), without its weight alpha.
+
+    ``f_e`` is the fraction of (token, choice) pairs that chose expert e, ``P_e`` the mean probability of e. 1 when
+    balanced, at most E. The gradient flows through P only.
+
+    Args:
+        logits: raw router logits ``[..., T, E]``; leading axes are layers, computed independently.
+        top_k_index: chosen experts, int64 ``[..., T, K]``.
+        token_mask: bool ``[T]``; ``False`` tokens count nowhere.
+
+    Returns:
+        ``[...]`` float32, one loss per layer.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    logits, token_mask = _checked(logits, token_mask)
+    if top_k_index.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"top_k_index must be [..., T, K] with leading axes {list(logits.shape[:-1])}; "
+            f"got {list(top_k_index.shape)}"
+        )
+    experts = logits.shape[-1]
+    top_k = top_k_index.shape[-1]
+    chosen = torch.zeros_like(logits).scatter_add(
+        -1, top_k_index, torch.ones(top_k_index.shape, dtype=logits.dtype, device=logits.device)
+    )
+    fraction = _mean_over_tokens(chosen, token_mask) / top_k
+    probability = _mean_over_tokens(torch.softmax(logits, -1), token_mask)
+    return experts * (fraction * probability).sum(-1)
+
+
+def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits (ST-MoE, Zoph et al. 2022, eq. 5), without its weight.
+
+    Args:
+        logits: raw router logits ``[..., T, E]``.
+        token_mask: bool ``[T]``.
+
+    Returns:
+        ``[...]`` float32.
+    """
+    logits, token_mask = _checked(logits, token_mask)
+    squared = torch.logsumexp(logits, -1, keepdim=True).square()
+    return _mean_over_tokens(squared, token_mask).squeeze(-1)

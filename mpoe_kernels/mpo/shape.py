@@ -156,18 +156,24 @@ class MPOShape:
 
     @cached_property
     def bond_dims(self) -> tuple[int, ...]:
-        """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps.
+        """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps: ``min(max_bond_k, full_k)``, as in the original.
 
-        As in the original algorithm every bond is capped on its own: ``d_k = min(max_bond_k, full_k)``.
+        With different caps per bond a small one also bounds its neighbours: a bond never exceeds what the core
+        beside it can carry, ``d_{k-1} i_k j_k`` or ``i_{k+1} j_{k+1} d_{k+1}``.
         """
         caps = self.max_bond
         inner = self.num_cores - 1
         per_bond = caps if isinstance(caps, tuple) else (caps,) * inner
-        capped = [
-            full if cap is None else min(cap, full)
-            for full, cap in zip(self.full_bond_dims[1:-1], per_bond, strict=True)
-        ]
-        return (1, *capped, 1)
+        bonds = list(self.full_bond_dims)
+        for k, cap in enumerate(per_bond, start=1):
+            if cap is not None:
+                bonds[k] = min(cap, bonds[k])
+        sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
+        for k in range(1, self.num_cores):
+            bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1])
+        for k in range(self.num_cores - 1, 0, -1):
+            bonds[k] = min(bonds[k], sizes[k] * bonds[k + 1])
+        return tuple(bonds)
 
     @property
     def is_full(self) -> bool:

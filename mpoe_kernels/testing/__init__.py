@@ -1,0 +1,1 @@
+"""Named cases, calibrated assertions and poisoned memory, for tests and benchmarks alone."""

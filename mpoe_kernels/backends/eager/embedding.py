@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.eager.rebuild import project_gradient, rebuild_weight
+from mpoe_kernels.backends.eager.rebuild import block_order, project_gradient, rebuild_weight
 from mpoe_kernels.planner import BlockDims
 
 
@@ -42,7 +42,7 @@ def embedding_forward(
     left_digit, centre_digit, right_digit = _digits(ids, dims)
     half = _central_step(left[0, left_digit], central, centre_digit)
     rows = torch.bmm(half, right[0].transpose(0, 1)[right_digit])
-    return rows.view(ids.numel(), -1)[:, :embedding_dim].contiguous()
+    return rows.view(ids.numel(), dims.jL * dims.jC * dims.jR)[:, :embedding_dim].contiguous()
 
 
 def embedding_backward(
@@ -52,7 +52,8 @@ def embedding_backward(
     dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
     if not _gather_is_cheaper(dims, ids.numel()):
         dtable = grad.new_zeros(num_embeddings, embedding_dim).index_add_(0, ids, grad)
-        dleft, dcentral, dright = project_gradient(dtable, left[0], central, right[0], dims, need_central=True)
+        ordered = block_order(dtable, dims)
+        dleft, dcentral, dright = project_gradient(ordered, left[0], central, right[0], dims, need_central=True)
         assert dcentral is not None
         return dleft.unsqueeze(0), dcentral, dright.unsqueeze(0)
     left_digit, centre_digit, right_digit = _digits(ids, dims)

@@ -23,23 +23,28 @@ def rebuild_weight(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
     return padded[: dims.in_features, : dims.out_features]
 
 
-def project_gradient(
-    dweight: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims, need_central: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of one expert's blocks from that of its weight: ``dleft``, ``dcentral`` (or None), ``dright``.
-
-    ``dW`` is brought to block order once; right is contracted first, so that the two remaining products are small.
-    """
+def block_order(dweight: Tensor, dims: BlockDims) -> Tensor:
+    """``[I, F] -> [(iL jL iC jC), (iR jR)]``, the order in which the blocks multiply."""
     padded_in, padded_out = dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR
     if (padded_in, padded_out) != (dims.in_features, dims.out_features):
         dweight = torch.nn.functional.pad(dweight, (0, padded_out - dims.out_features, 0, padded_in - dims.in_features))
     ordered = dweight.view(dims.iL, dims.iC, dims.iR, dims.jL, dims.jC, dims.jR).permute(0, 3, 1, 4, 2, 5)
-    ordered = ordered.reshape(-1, dims.iR * dims.jR)  # [(iL jL iC jC), (iR jR)]
-    del dweight
+    return ordered.reshape(-1, dims.iR * dims.jR)
+
+
+def project_gradient(
+    ordered: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims, need_central: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of one expert's blocks from that of its weight: ``dleft``, ``dcentral`` (or None), ``dright``.
+
+    Args:
+        ordered: weight gradient as `block_order` returns it. Right is contracted first, so that the two remaining
+            products are small.
+    """
     left_matrix, central_matrix = left.reshape(-1, dims.a), central.reshape(dims.a, -1)
     half = (left_matrix @ central_matrix).view(-1, dims.b)
     dright = (half.T @ ordered).view(dims.b, dims.iR, dims.jR)
-    del half
+    del half  # as large as the weight itself at full bonds
     dhalf = (ordered @ right.reshape(dims.b, -1).T).view(dims.iL * dims.jL, -1)  # [(iL jL), (iC jC b)]
     dleft = (dhalf @ central_matrix.T).view(dims.iL, dims.jL, dims.a)
     dcentral = (left_matrix.T @ dhalf).view(central.shape) if need_central else None
@@ -104,9 +109,9 @@ def rebuild_backward(
             del weight
         if not (need_left or need_central or need_right):
             continue
-        dweight = _rows(x, row_index, start, stop).T @ rows
-        parts = project_gradient(dweight, left[e], central, right[e], dims, need_central)
-        del dweight
+        ordered = block_order(_rows(x, row_index, start, stop).T @ rows, dims)
+        parts = project_gradient(ordered, left[e], central, right[e], dims, need_central)
+        del ordered
         if dleft is not None:
             dleft[e] = parts[0]
         if dcentral is not None:

@@ -1,0 +1,59 @@
+"""Assertions calibrated against PyTorch's own rounding, and poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is zero."""
+    truth = truth.detach().double()
+    difference = float((actual.detach().double() - truth).norm())
+    norm = float(truth.norm())
+    return difference / norm if norm else difference
+
+
+def assert_calibrated(
+    actual: Tensor, truth: Tensor, same_dtype: Tensor, name: str = "result", factor: float = 2
+) -> None:
+    """Require the error of ``actual`` against the float64 ``truth`` to stay within ``factor`` of PyTorch's own.
+
+    Args:
+        actual: what is under test.
+        truth: float64 reference.
+        same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the tolerance, with a
+            floor of four units of rounding of that dtype (tiny tensors have no statistics).
+        name: how a failure calls the tensor.
+
+    Raises:
+        AssertionError: shape, dtype, non-finite values, or an error too large.
+    """
+    if actual.shape != truth.shape:
+        raise AssertionError(f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}")
+    if actual.dtype != same_dtype.dtype:
+        raise AssertionError(f"{name}: expected dtype {same_dtype.dtype}, got {actual.dtype}")
+    if not bool(torch.isfinite(actual).all()):
+        raise AssertionError(f"{name}: holds NaN or Inf")
+    own = relative_error(same_dtype, truth)
+    allowed = max(factor * own, 4 * torch.finfo(actual.dtype).eps)
+    found = relative_error(actual, truth)
+    if found > allowed:
+        raise AssertionError(f"{name}: relative error {found:.3e}, allowed {allowed:.3e} (PyTorch's own: {own:.3e})")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill everything that ``torch.empty`` and its kin return with NaN (integers: their largest value)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,186 @@
+"""Decomposition: exactness, errors, gauges, odd input, and the original algorithm as a yardstick."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpoe_kernels import MPOShape, decompose, decompose_with_errors, expert_weights, fold, reconstruct
+from mpoe_kernels.mpo.decompose import GAUGES
+from mpoe_kernels.reference import weight_reference
+from mpoe_kernels.testing.assertions import relative_error
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_cores
+
+
+def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
+    """Yardstick: full SVD sweep left to right, symmetric gauge, then every bond cut at once (REFERENCE facts)."""
+    n = shape.num_cores
+    full = MPOShape(shape.in_factors, shape.out_factors)
+    order = [axis for k in range(n) for axis in (k, n + k)]
+    rest = weight.double().reshape(*shape.in_factors, *shape.out_factors).permute(order).reshape(1, -1)
+    cores, spectra = [], []
+    for k in range(n - 1):
+        i, j = shape.in_factors[k], shape.out_factors[k]
+        u, s, v = torch.linalg.svd(rest.reshape(full.bond_dims[k] * i * j, -1), full_matrices=False)
+        d = full.bond_dims[k + 1]
+        cores.append(u[:, :d].reshape(full.bond_dims[k], i, j, d))
+        spectra.append(s[:d])
+        rest = s[:d, None] * v[:d]
+    cores.append(rest.reshape(full.bond_dims[n - 1], shape.in_factors[-1], shape.out_factors[-1], 1))
+    for k, s in enumerate(spectra):
+        root = s.clamp_min(1e-300).sqrt()
+        cores[k] = cores[k] * root
+        cores[k + 1] = cores[k + 1] / root[:, None, None, None]
+    cut = [core[: shape.bond_dims[k], :, :, : shape.bond_dims[k + 1]] for k, core in enumerate(cores)]
+    return reconstruct(cut)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("name", SMALL_SHAPES)
+def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: str) -> None:
+    shape = SMALL_SHAPES[name]
+    weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
+    result = decompose_with_errors(weight, shape, gauge)
+    assert [tuple(core.shape) for core in result.cores] == list(shape.core_shapes)
+    error = float((reconstruct(result.cores, shape) - weight).norm())
+    if shape.is_full:
+        assert error < 1e-12
+        assert result.error_bound < 1e-12
+    else:
+        assert 0 < error <= result.error_bound * (1 + 1e-9)
+        assert len(result.local_errors) == shape.num_cores - 1
+        assert result.relative_error_bound == pytest.approx(result.error_bound / float(weight.norm()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), st.data())
+def test_any_size_any_chain_any_centre(
+    in_features: int, out_features: int, num_cores: int, data: st.DataObject
+) -> None:
+    central = data.draw(st.integers(0, num_cores - 1))
+    gauge = data.draw(st.sampled_from(GAUGES))
+    shape = MPOShape.automatic(in_features, out_features, num_cores, central=central)
+    rank = data.draw(st.integers(0, 3))
+    weight = torch.randn(in_features, max(rank, 1), dtype=torch.float64) @ torch.randn(
+        max(rank, 1), out_features, dtype=torch.float64
+    )
+    weight = weight if rank else torch.zeros_like(weight)  # rank-deficient and all-zero matrices included
+    cores = decompose(weight, shape, gauge)
+    assert all(bool(torch.isfinite(core).all()) for core in cores)
+    assert float((reconstruct(cores, shape) - weight).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("bond", [1, 4, 16, 40])
+@pytest.mark.parametrize("kind", ["gaussian", "decaying"])
+def test_truncation_is_never_worse_than_the_original(bond: int, kind: str) -> None:
+    shape = MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=bond)
+    weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
+    if kind == "decaying":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        weight = u * (s * 0.9 ** torch.arange(s.numel())) @ v
+    ours = relative_error(reconstruct(decompose(weight, shape), shape), weight)
+    theirs = relative_error(original_algorithm(weight, shape), weight)
+    assert ours <= theirs * 1.01
+
+
+def test_symmetric_gauge_balances_every_bond() -> None:
+    shape = SMALL_SHAPES["light"]
+    weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
+    left, central, right = decompose(weight, shape, "symmetric")
+    spectrum = torch.linalg.svdvals(weight.reshape(2, 6, 2, 6).permute(0, 2, 1, 3).reshape(4, -1))
+    assert torch.allclose(left.square().sum((0, 1, 2)), spectrum)
+    spectrum = torch.linalg.svdvals(weight.reshape(6, 2, 6, 2).permute(0, 2, 1, 3).reshape(-1, 4))
+    assert torch.allclose(right.square().sum((1, 2, 3)), spectrum)
+    assert relative_error(reconstruct([left, central, right]), weight) < 1e-13
+
+
+def test_orthogonal_gauge_leaves_all_scale_in_the_centre() -> None:
+    shape = SMALL_SHAPES["paper"]
+    weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
+    cores = decompose(weight, shape, "orthogonal")
+    for k, core in enumerate(cores):
+        if k != shape.central:
+            d, i, j, e = core.shape
+            matrix = core.reshape(d * i * j, e) if k < shape.central else core.reshape(d, i * j * e).T
+            assert torch.allclose(matrix.T @ matrix, torch.eye(matrix.shape[1], dtype=torch.float64))
+    assert float(cores[shape.central].norm()) == pytest.approx(float(weight.norm()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    shape = SMALL_SHAPES["padded"]
+    weight = torch.randn(shape.in_features, shape.out_features).to(dtype)
+    cores = decompose(weight, shape)
+    assert {core.dtype for core in cores} == {dtype}
+    assert relative_error(reconstruct([c.double() for c in cores], shape), weight) < tolerance
+
+
+def test_t5_base_matrix_is_fast_and_exact() -> None:
+    weight = torch.randn(768, 3072) * 0.05
+    start = time.process_time()
+    cores = decompose(weight, MPOShape.paper(768, 3072))
+    seconds = time.process_time() - start
+    assert relative_error(reconstruct(cores), weight) <= 1e-5
+    # CPU seconds, so that a busy machine does not decide; typically 0.3. The original takes about 30.
+    assert seconds < 6
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.ones(3, 3, 3), ValueError, r"weight must be \[I, F\]"),
+        (torch.ones(12, 12, dtype=torch.int64), TypeError, "weight must have a floating dtype"),
+        (torch.ones(5, 12), ValueError, r"\[in_features, out_features\] = \[12, 12\]; got \[5, 12\]"),
+        (torch.full((12, 12), float("nan")), ValueError, "weight must be finite"),
+        (torch.full((12, 12), float("inf")), ValueError, "weight must be finite"),
+    ],
+)
+def test_refused_weights(weight: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        decompose(weight, SMALL_SHAPES["light"])
+
+
+def test_refused_gauge_and_shape() -> None:
+    with pytest.raises(ValueError, match=r"gauge must be one of .*did you mean 'symmetric'"):
+        decompose(torch.ones(12, 12), SMALL_SHAPES["light"], "symetric")
+    with pytest.raises(TypeError, match="shape must be an MPOShape"):
+        decompose(torch.ones(12, 12), (12, 12))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SMALL_SHAPES)
+def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
+    shape = SMALL_SHAPES[name]
+    cores = random_cores(shape, 3)
+    blocks = fold(cores, shape=shape, num_experts=3)
+    assert blocks.num_experts == 3
+    weights = expert_weights(blocks)
+    assert weights.shape == (3, shape.in_features, shape.out_features)
+    for e in range(3):
+        chain = None
+        for k, core in enumerate(cores):  # contract the cores themselves, with no blocks in between
+            core = core if k == shape.central else core[e]
+            if chain is None:
+                chain = core[0]
+            else:
+                chain = torch.einsum("xya,aijb->xiyjb", chain, core).flatten(0, 1).flatten(1, 2)
+        assert chain is not None
+        direct = chain[..., 0][: shape.in_features, : shape.out_features]
+        assert torch.allclose(weights[e], direct)
+        assert torch.allclose(weight_reference(blocks, e), direct)
+
+
+def test_fold_refusals() -> None:
+    cores = random_cores(SMALL_SHAPES["light"], 2)
+    with pytest.raises(ValueError, match=r"cores\[0\] and cores\[1\] must share a bond"):
+        fold([cores[0], cores[1][1:], cores[2]])
+    with pytest.raises(ValueError, match=r"central must index one of the 3 cores"):
+        fold(cores, central=3)
+    with pytest.raises(ValueError, match=r"cores\[0\] must be \[d, i, j, d'\] \(the central core is shared\)"):
+        fold(cores, central=0)
+    with pytest.raises(ValueError, match="auxiliary cores must agree in their number of experts"):
+        fold([cores[0][:1], cores[1], cores[2]])
+    with pytest.raises(ValueError, match="num_experts must equal the cores' expert axis, 2; got 3"):
+        fold(cores, num_experts=3)

@@ -107,9 +107,10 @@ def chain_backward(
         grad = torch.nn.functional.pad(grad, (0, padded_out - dims.out_features))
     grad_rows = grad.reshape(-1, dims.jR)
     central_weight, right_weights = _central_weight(central), _right_weights(right)
-    rows = middle = None
     if need_left or need_central or (need_right and h is None):
         rows, middle = _after_left(x, left, row_index, offsets, dims)
+    else:
+        rows = middle = x.new_empty(0)  # not read below
     dright = dcentral = dleft = dx = None
     if need_right:
         if h is None:

@@ -110,14 +110,14 @@ def rebuild_backward(
         if not (need_left or need_central or need_right):
             continue
         ordered = block_order(_rows(x, row_index, start, stop).T @ rows, dims)
-        parts = project_gradient(ordered, left[e], central, right[e], dims, need_central)
+        dleft_e, dcentral_e, dright_e = project_gradient(ordered, left[e], central, right[e], dims, need_central)
         del ordered
         if dleft is not None:
-            dleft[e] = parts[0]
-        if dcentral is not None:
-            dcentral += parts[1]
+            dleft[e] = dleft_e
+        if dcentral is not None and dcentral_e is not None:
+            dcentral += dcentral_e
         if dright is not None:
-            dright[e] = parts[2]
+            dright[e] = dright_e
     if dx is not None:
         dx[offsets[-1] :] = 0
     return dx, dleft, None if dcentral is None else dcentral.to(central.dtype), dright

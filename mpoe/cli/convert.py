@@ -1,0 +1,106 @@
+"""`mpoe convert IN OUT [flags]`: a dense checkpoint becomes a mixture; errors and parameters are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExpertOptions
+from mpoe.cli.parsing import parse
+
+
+@dataclasses.dataclass
+class ConvertOptions:
+    """Options of `convert` alone."""
+
+    _argument_group_name = "run"
+
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        from mpoe.cli.usage import show_options
+
+        show_options("mpoe convert IN OUT [--flag value ...]", __doc__, [ConvertOptions, ExpertOptions])
+        return
+    names = [a for a in arguments[:2] if not a.startswith("--")]
+    if len(names) < 2:
+        raise CommandError("convert needs two arguments: mpoe convert IN OUT [--flag value ...]")
+    (options, experts), _ = parse([ConvertOptions, ExpertOptions], arguments[2:])
+    run(names[0], Path(names[1]), experts, options.overwrite)
+
+
+def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -> dict[str, Any]:
+    """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
+    from mpoe.cli.files import check_not_file
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+
+    config = experts.build()
+    if config is None:
+        raise CommandError("convert needs moe_type switch; with none there is nothing to convert")
+    source = find(name)
+    if source.is_mpoe:
+        raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
+    check_not_file("OUT", out)
+    if (out / "config.json").exists() and not overwrite:
+        raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
+    tokenizer = load_tokenizer(source)
+    from mpoe.models import convert_to_mpoe
+
+    model = convert_to_mpoe(load_model(source), config)
+    show_errors(model)
+    report = model.parameter_report()
+    show_parameters(report)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"saved to {out}")
+    return report
+
+
+def module_errors(model: Any) -> list[dict[str, Any]]:
+    """For every MPO module: its name, shape and relative error bound ``sqrt(sum eps_k^2) / |W|``."""
+    from mpoe.models import mpo_modules
+    from mpoe_kernels import reconstruct
+
+    rows = []
+    for name, cores in mpo_modules(model):
+        chain = [core if core.dim() == 4 else core[0] for core in cores.cores()]  # the first expert's
+        kept = float(reconstruct([core.detach().float() for core in chain]).norm())
+        bound = math.sqrt(sum(error**2 for error in cores.local_errors))
+        whole = math.hypot(kept, bound)
+        rows.append({"name": name, "shape": str(cores.shape), "error": bound / whole if whole else 0.0})
+    return rows
+
+
+def show_errors(model: Any) -> None:
+    """Print the decomposition error of every converted matrix; alike rows are joined."""
+    from rich.console import Console
+    from rich.table import Table
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in module_errors(model):
+        groups.setdefault(row["shape"], []).append(row)
+    if not groups:
+        return  # dense experts: copies, without any error
+    table = Table("matrices", "cores", "relative error at most", title="Decomposition")
+    for shape, rows in groups.items():
+        errors = [row["error"] for row in rows]
+        table.add_row(f"{len(rows)} ({rows[0]['name']} ...)", shape, f"{min(errors):.2e} .. {max(errors):.2e}")
+    Console().print(table)
+
+
+def show_parameters(report: dict[str, Any]) -> None:
+    """Print a model's `parameter_report` as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("parameters", "number", title="Parameters")
+    for key, value in report.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)

@@ -1,0 +1,111 @@
+"""Finding and loading models by what the user typed: a stand-in's name, a folder or a hub name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError, close_matches
+
+STAND_INS = ("t5", "gpt2")
+SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
+# model_type -> how the command line trains and evaluates it
+FAMILIES = {
+    "t5": SEQ2SEQ,
+    "mpoe_t5": SEQ2SEQ,
+    "gpt2": CAUSAL,
+    "mpoe_gpt2": CAUSAL,
+    "bert": ENCODER,
+    "mpoe_bert": ENCODER,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is there, not yet loaded.
+
+    ``path``: what ``from_pretrained`` takes; ``model_type``: of its configuration; ``style``: seq2seq, causal or
+    encoder.
+    """
+
+    path: str
+    model_type: str
+
+    @property
+    def style(self) -> str:
+        return FAMILIES[self.model_type]
+
+    @property
+    def is_mpoe(self) -> bool:
+        return self.model_type.startswith("mpoe_")
+
+
+def find(name: str) -> Source:
+    """Locate a model and read its family from its configuration, without loading weights.
+
+    Raises:
+        CommandError: nothing of that name, a folder without a model, or a family we do not know.
+    """
+    if name in STAND_INS:
+        from mpoe.data.embedded import stand_in_path
+
+        return Source(str(stand_in_path(name)), name)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CommandError(f"model: {folder} holds no config.json, so it is no saved model")
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
+    model_type = _model_type(name, is_folder=folder.is_dir())
+    if model_type not in FAMILIES:
+        known = ", ".join(kind for kind in FAMILIES if not kind.startswith("mpoe_"))
+        raise CommandError(
+            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {known} "
+            "(and what it made of them)"
+        )
+    return Source(name, model_type)
+
+
+def _model_type(name: str, is_folder: bool) -> str:
+    from transformers import PreTrainedConfig
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not is_folder and looks_local:
+        raise CommandError(f"model: no such folder: {name}")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        if is_folder:
+            raise CommandError(f"model: {Path(name) / 'config.json'} is not readable: {error}") from error
+        hint = close_matches(name, STAND_INS)
+        raise CommandError(f"model: {name!r} is no folder here, and the hub did not give it{hint}") from error
+    return str(values.get("model_type", "unknown"))
+
+
+def load_model(source: Source) -> Any:
+    """The model in float32, in eval mode: dense models by their Auto class, ours by `load_mpoe`."""
+    if source.is_mpoe:
+        from mpoe.models import load_mpoe
+
+        return load_mpoe(source.path).eval()
+    import transformers
+
+    auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
+    return getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer saved beside the model; a decoder-only one without a padding token pads with its end token.
+
+    Raises:
+        CommandError: there is none.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"model: no usable tokenizer beside {source.path}: {error}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,29 @@
+"""Training a mixture of MPO experts: gradient mask, per-core rates, Trainer.
+
+Names are loaded on first use: the Trainer takes seconds to import, the gradient mask alone does not need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "GradientMask": "gradient_mask",
+    "GradientMaskCallback": "callbacks",
+    "MPOETrainer": "trainer",
+    "MPOETrainingArguments": "arguments",
+    "build_param_groups": "param_groups",
+    "describe_param_groups": "param_groups",
+    "find_last_checkpoint": "checkpoints",
+    "freeze_cores": "freezing",
+    "prepare_output_dir": "output_dir",
+    "read_metrics": "metrics_file",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,167 @@
+"""`MPOETrainingArguments`: everything of the Hugging Face Trainer's arguments, and ours."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments
+
+from mpoe.training.freezing import COMPONENTS, parse_components, parse_core_indices
+from mpoe.training.gradient_mask import check_probability
+
+# (central, auxiliary): what worked in each regime, times base x RMS(core) / RMS(weight).
+LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
+
+
+@dataclass
+class MPOETrainingArguments(Seq2SeqTrainingArguments):
+    """Arguments of `MPOETrainer`; each field's `help` says what it does.
+
+    Raises:
+        TypeError, ValueError: on construction, naming the argument, what was expected and what came.
+    """
+
+    mpo_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Base learning rate of the MPO cores; default: learning_rate. Per-core scaling multiplies it."
+        },
+    )
+    regime: str = field(
+        default="finetune",
+        metadata={
+            "help": "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of"
+            " central_lr_scale and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
+            "choices": sorted(LR_SCALES),
+        },
+    )
+    scale_core_lr: bool = field(
+        default=True,
+        metadata={
+            "help": "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all cores use"
+            " one raw rate, at which some shapes collapse."
+        },
+    )
+    central_lr_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the central cores' rates; default: see regime (1 without scale_core_lr)."},
+    )
+    auxiliary_lr_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the auxiliary cores' rates; default: see regime (1 without scale_core_lr)."},
+    )
+    router_lr_scale: float = field(default=1.0, metadata={"help": "Factor on learning_rate for the routers."})
+    dense_expert_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on learning_rate for dense experts (the Switch baseline; about .3 when fine-tuning)."
+        },
+    )
+    gradient_mask_prob: float = field(
+        default=0.0,
+        metadata={
+            "help": "p_b: the share of optimizer steps, drawn at random, that leave all central cores untouched."
+        },
+    )
+    gradient_mask_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the gradient mask's own random stream; default: seed."}
+    )
+    update_mpo_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma-separated components whose MPO cores are trained, the others' are frozen:"
+            f" any of {', '.join(COMPONENTS)}; default: all."
+        },
+    )
+    tensor_learn: bool = field(
+        default=False,
+        metadata={"help": "Lightweight fine-tuning: freeze all central cores, so that only auxiliary cores train."},
+    )
+    train_AT_index: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of five cores,"
+            " '2' trains the four auxiliary ones and '1,2,3' only the outer two."
+        },
+    )
+    log_core_norms: bool = field(
+        default=True,
+        metadata={
+            "help": "At each logging step, log the gradient norms of central and of auxiliary cores (unclipped)."
+        },
+    )
+    log_expert_load: bool = field(
+        default=True, metadata={"help": "Log how evenly the routers spread tokens over the experts."}
+    )
+
+    def __post_init__(self) -> None:
+        # Ours first: a wrong argument is refused before the Trainer sets up devices or processes.
+        if self.regime not in LR_SCALES:
+            raise ValueError(f"regime must be one of {sorted(LR_SCALES)}; got {self.regime!r}")
+        for name in ("mpo_lr", "central_lr_scale", "auxiliary_lr_scale"):
+            setattr(self, name, _positive(getattr(self, name), name, optional=True))
+        for name in ("router_lr_scale", "dense_expert_lr_scale"):
+            setattr(self, name, _positive(getattr(self, name), name))
+        for name in ("scale_core_lr", "tensor_learn", "log_core_norms", "log_expert_load"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
+        self.gradient_mask_prob = check_probability(self.gradient_mask_prob)
+        if self.gradient_mask_seed is not None and (
+            isinstance(self.gradient_mask_seed, bool) or not isinstance(self.gradient_mask_seed, numbers.Integral)
+        ):
+            raise TypeError(f"gradient_mask_seed must be an integer or None; got {self.gradient_mask_seed!r}")
+        # Configuration files may hold lists or a bare number; the stored value is always text.
+        self.update_mpo_layer = _as_text(self.update_mpo_layer)
+        self.train_AT_index = _as_text(self.train_AT_index)
+        parse_components(self.update_mpo_layer)
+        parse_core_indices(self.train_AT_index)
+        if self.gradient_mask_prob > 0:
+            if self.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "ddp_find_unused_parameters must not be False when gradient_mask_prob > 0: in a masked step the"
+                    " central cores take no part in the backward pass, and DDP would wait for them"
+                )
+            self.ddp_find_unused_parameters = True
+        super().__post_init__()
+
+    @property
+    def core_lr(self) -> float:
+        """Base rate of the cores: `mpo_lr`, or else `learning_rate`."""
+        return self.learning_rate if self.mpo_lr is None else self.mpo_lr
+
+    @property
+    def lr_scales(self) -> tuple[float, float]:
+        """(central, auxiliary) factors after the regime's defaults have been filled in."""
+        central, auxiliary = LR_SCALES[self.regime] if self.scale_core_lr else (1.0, 1.0)
+        return (
+            central if self.central_lr_scale is None else self.central_lr_scale,
+            auxiliary if self.auxiliary_lr_scale is None else self.auxiliary_lr_scale,
+        )
+
+    @property
+    def mask_seed(self) -> int:
+        """Seed of the gradient mask's stream: `gradient_mask_seed`, or else `seed`."""
+        return self.seed if self.gradient_mask_seed is None else self.gradient_mask_seed
+
+
+def _positive(value: object, name: str, optional: bool = False) -> float | None:
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a positive number; got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"{name} must be a positive finite number; got {value} (freeze cores with tensor_learn instead)"
+        )
+    return float(value)
+
+
+def _as_text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable):
+        return ",".join(str(item) for item in value)
+    return str(value)

@@ -1,0 +1,118 @@
+"""Checkpoint folders that are either complete or not there, whenever the process dies.
+
+A checkpoint is written to `.incomplete-checkpoint-N/`, every file is synced to disk, a manifest with all file sizes is
+added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it first. So a kill at any
+moment leaves complete folders, plus leftovers whose names nobody resumes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+MANIFEST = "mpoe_checkpoint.json"
+_FINAL = re.compile(r"checkpoint-(\d+)")
+_STAGING_PREFIX = ".incomplete-"
+_DELETING_PREFIX = ".deleting-"
+
+
+def staging_root(run_dir: str | Path) -> Path:
+    """The folder inside `run_dir` under which a checkpoint is assembled."""
+    return Path(run_dir) / f"{_STAGING_PREFIX}checkpoints"
+
+
+def publish(staged: Path, run_dir: str | Path) -> Path:
+    """Make a fully written folder `staged` (named `checkpoint-N`) a checkpoint of `run_dir`, atomically.
+
+    Returns the final path; an existing checkpoint of the same step is replaced.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in files}
+    for path in files:
+        _sync(path)
+    manifest = staged / MANIFEST
+    manifest.write_text(json.dumps({"step": step_of(staged), "files": sizes}, indent=1))
+    _sync(manifest)
+    for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
+        _sync(folder)
+    final = Path(run_dir) / staged.name
+    if final.exists():
+        remove(final)
+    os.rename(staged, final)
+    _sync(Path(run_dir))
+    return final
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether every file that the manifest lists is there with its size."""
+    checkpoint = Path(checkpoint)
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items()
+    )
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The optimizer step in a folder name `checkpoint-N`; raises ValueError on any other name."""
+    match = _FINAL.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise ValueError(f"a checkpoint folder is named checkpoint-<step>; got {Path(checkpoint).name!r}")
+    return int(match.group(1))
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """All complete checkpoints of a run, oldest step first."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        return []
+    found = [path for path in run_dir.iterdir() if _FINAL.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
+def find_last_checkpoint(run_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    checkpoints = list_checkpoints(run_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
+def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
+    """Delete the oldest complete checkpoints until `limit` are left; never the newest, nor `keep` (the best one)."""
+    if limit is None or limit <= 0:
+        return
+    checkpoints = list_checkpoints(run_dir)
+    protected = {path for path in checkpoints if path == checkpoints[-1] or (keep and path.name == Path(keep).name)}
+    surplus = len(checkpoints) - max(limit, len(protected))
+    for path in [path for path in checkpoints if path not in protected][: max(surplus, 0)]:
+        remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no folder that looks like one."""
+    doomed = checkpoint.with_name(_DELETING_PREFIX + checkpoint.name)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_leftovers(run_dir: str | Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    run_dir = Path(run_dir)
+    if run_dir.is_dir():
+        for path in run_dir.iterdir():
+            if path.is_dir() and path.name.startswith((_STAGING_PREFIX, _DELETING_PREFIX)):
+                shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""Which cores train: `update_mpo_layer`, `tensor_learn` and `train_AT_index`, by `requires_grad`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from torch import nn
+
+from mpoe.layers.cores import MPOCores
+
+COMPONENTS = ("word_embed", "mlp", "attention", "pooler")
+_ALIASES = {"ffn": "mlp", "embedding": "word_embed", "embeddings": "word_embed"}
+# Words inside a module's name that tell its component; the first component that matches wins (BERT's FFN
+# lies at `encoder.layer.0.…`, its attention's output at `…attention.output.dense`).
+_WORDS = {
+    "pooler": ("pooler",),
+    "word_embed": ("shared", "embed", "wte", "lm_head"),
+    "attention": ("attn", "attention"),
+    "mlp": ("experts", "mlp", "feed_forward", "densereludense", "intermediate", "output"),
+}
+
+
+def iterate_cores(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
+    """Every `MPOCores` of a model with its name, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, MPOCores):
+            yield name, module
+
+
+def chain_parameters(cores: MPOCores) -> list[nn.Parameter]:
+    """The cores in chain order: auxiliary `[E, d, i, j, d']`, and `[d, i, j, d']` at index `shape.central`."""
+    chain = list(cores.auxiliary)
+    chain.insert(cores.shape.central, cores.central)
+    return chain
+
+
+def component_of(name: str) -> str:
+    """The component (one of `COMPONENTS`) that a module of this name belongs to."""
+    lowered = name.lower()
+    for component, words in _WORDS.items():
+        if any(word in lowered for word in words):
+            return component
+    return "mlp"
+
+
+def parse_components(text: str | None) -> tuple[str, ...] | None:
+    """'mlp, attention' -> ('mlp', 'attention'); None means all. Raises ValueError on unknown names."""
+    if text is None:
+        return None
+    names = [part.strip().lower() for part in text.split(",") if part.strip()]
+    names = [_ALIASES.get(name, name) for name in names]
+    for name in names:
+        if name not in COMPONENTS:
+            close = difflib.get_close_matches(name, [*COMPONENTS, *_ALIASES], n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"update_mpo_layer must list components among {', '.join(COMPONENTS)}; got {name!r}{hint}")
+    if not names:
+        raise ValueError(f"update_mpo_layer must name at least one of {', '.join(COMPONENTS)}; got {text!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def parse_core_indices(text: str | None) -> tuple[int, ...]:
+    """'1,2,3' -> (1, 2, 3); None means none. Raises ValueError on anything but non-negative integers."""
+    if text is None:
+        return ()
+    indices = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise ValueError(
+                f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3';"
+                f" got {text!r}"
+            )
+        indices.append(int(part))
+    return tuple(sorted(set(indices)))
+
+
+def freeze_cores(
+    model: nn.Module,
+    *,
+    update_mpo_layer: str | None = None,
+    tensor_learn: bool = False,
+    train_AT_index: str | None = None,
+) -> dict[str, int]:
+    """Freeze cores in place (`requires_grad_(False)`); everything that is not a core is left as it is.
+
+    Args:
+        update_mpo_layer: components whose cores train; the cores of all other components are frozen.
+        tensor_learn: freeze every central core.
+        train_AT_index: indices along the chain whose cores are frozen (modules with shorter chains skip them).
+
+    Returns:
+        `{"frozen": tensors, "trained": tensors}` counted over all cores.
+
+    Raises:
+        ValueError: a name or index is not valid, fits no module of this model, or nothing at all would be trained.
+    """
+    components = parse_components(update_mpo_layer)
+    indices = parse_core_indices(train_AT_index)
+    modules = list(iterate_cores(model))
+    asked = components is not None or tensor_learn or bool(indices)
+    if asked and not modules:
+        raise ValueError(
+            "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores;"
+            f" {type(model).__name__} has none"
+        )
+    present = {component_of(name) for name, _ in modules}
+    if components is not None and not set(components) <= present:
+        missing = ", ".join(sorted(set(components) - present))
+        raise ValueError(
+            f"update_mpo_layer names {missing}, but this model's MPO cores are in: {', '.join(sorted(present))}"
+        )
+    longest = max((cores.shape.num_cores for _, cores in modules), default=0)
+    if indices and indices[-1] >= longest:
+        raise ValueError(
+            f"train_AT_index must be below the number of cores (here at most {longest}); got {train_AT_index!r}"
+        )
+    counts = {"frozen": 0, "trained": 0}
+    for name, cores in modules:
+        trained = components is None or component_of(name) in components
+        for index, parameter in enumerate(chain_parameters(cores)):
+            frozen = not trained or index in indices or (tensor_learn and index == cores.shape.central)
+            if frozen:
+                parameter.requires_grad_(False)
+            counts["trained" if parameter.requires_grad else "frozen"] += 1
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("update_mpo_layer, tensor_learn and train_AT_index together leave nothing to train")
+    return counts

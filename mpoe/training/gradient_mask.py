@@ -1,0 +1,144 @@
+"""The gradient mask: on some optimizer steps only the auxiliary cores learn.
+
+Source: Gao et al., *Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models*
+(arXiv 2203.01104), section "Optimization": each iteration draws P_m; if P_m < p_b the step updates only the auxiliary
+cores. The central core receives gradient from every expert and would otherwise be updated far more often than each
+expert's auxiliary cores.
+
+"Masked" means *not updated at all*. A gradient of zeros would still move the core, through Adam's momentum and through
+weight decay; therefore a masked core gets no gradient (`central.grad is None`), which optimizers and gradient clipping
+skip, and the operations never compute it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Iterator
+
+import numpy as np
+from torch import nn
+
+from mpoe.layers.cores import MPOCores
+
+# Distinguishes this stream from any other that is keyed by the same seed ("mask" in ASCII).
+_STREAM = 0x6D61736B
+_WORD = (1 << 64) - 1
+
+
+def mask_draw(seed: int, step: int) -> float:
+    """P_m of one optimizer step: uniform in [0, 1), a pure function of `(seed, step)`.
+
+    Counter-based (Philox 4x64), so that every rank, and a run resumed at any step, sees the same number without any
+    state to save. Only raw words of the bit generator are used: numpy promises that those never change.
+
+    Args:
+        seed: any integer.
+        step: number of optimizer steps already taken, >= 0.
+    """
+    if step < 0:
+        raise ValueError(f"step must be >= 0; got {step}")
+    # As uint64 arrays: numpy would take a list that holds a large integer for floats and round it.
+    key = np.array([seed & _WORD, _STREAM], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=np.array([0, 0, 0, step], dtype=np.uint64))
+    return float(int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def check_probability(value: object, name: str = "gradient_mask_prob") -> float:
+    """`value` as a float in [0, 1]; raises TypeError or ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number between 0 and 1; got {value!r}")
+    probability = float(value)
+    if math.isnan(probability) or not 0.0 <= probability <= 1.0:
+        raise ValueError(
+            f"{name} must be between 0 and 1 (the share of steps that leave central cores alone); got {value}"
+        )
+    return probability
+
+
+class GradientMask:
+    """Draws the mask once per optimizer step and holds it on every `MPOCores` of a model.
+
+    In a plain PyTorch loop::
+
+        mask = GradientMask(model, probability=0.5, seed=0)
+        for step, micro_batches in enumerate(loader):
+            with mask.step(step):                      # before the step's first forward
+                for batch in micro_batches:            # one draw for the whole accumulation
+                    model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Under the Hugging Face Trainer use `mpoe.training.callbacks.GradientMaskCallback` (`MPOETrainer` adds it).
+
+    Args:
+        model: any module that contains `MPOCores`; may be None and given later by `bind`.
+        probability: p_b in [0, 1]; 0 never masks, 1 always does.
+        seed: seed of the stream; must be the same on all ranks.
+
+    Raises:
+        TypeError, ValueError: `probability` or `seed` is not usable.
+    """
+
+    def __init__(self, model: nn.Module | None, probability: float, seed: int = 0) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise TypeError(f"gradient_mask_seed must be an integer; got {seed!r}")
+        self.probability = check_probability(probability)
+        self.seed = int(seed)
+        self.active = False  # whether the step in progress is masked
+        self._cores: list[MPOCores] = []
+        self._steps = 0
+        self._masked_steps = 0
+        if model is not None:
+            self.bind(model)
+
+    def bind(self, model: nn.Module) -> None:
+        """Choose the model whose central cores are masked; forgets (and releases) an earlier one.
+
+        Raises:
+            ValueError: the mask is on, but the model has no MPO cores that it could act on.
+        """
+        self.end_step()
+        self._cores = [module for module in model.modules() if isinstance(module, MPOCores)]
+        if self.probability > 0 and not self._cores:
+            raise ValueError(
+                f"gradient_mask_prob={self.probability} needs a model with MPO cores; {type(model).__name__} has none"
+                " (convert it with mpoe.convert_to_mpoe, or leave the mask off)"
+            )
+
+    def is_masked(self, step: int) -> bool:
+        """Whether optimizer step `step` (steps taken before it) leaves the central cores alone: P_m < p_b."""
+        return mask_draw(self.seed, step) < self.probability
+
+    def begin_step(self, step: int) -> bool:
+        """Draw for optimizer step `step` and hold the answer until `end_step`. Call before the step's first forward."""
+        self.active = self.is_masked(step)
+        self._steps += 1
+        self._masked_steps += self.active
+        for cores in self._cores:
+            cores.central_masked = self.active
+            if self.active:
+                # A gradient left over by zero_grad(set_to_none=False) would let the optimizer move the core.
+                cores.central.grad = None
+        return self.active
+
+    def end_step(self) -> None:
+        """Release every central core. Safe to call at any time."""
+        self.active = False
+        for cores in self._cores:
+            cores.central_masked = False
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[bool]:
+        """`begin_step` and, whatever happens, `end_step`; yields whether the step is masked."""
+        try:
+            yield self.begin_step(step)
+        finally:
+            self.end_step()
+
+    def pop_rate(self) -> float | None:
+        """Share of masked steps since the last call (None if there was no step): for logs."""
+        rate = self._masked_steps / self._steps if self._steps else None
+        self._steps = self._masked_steps = 0
+        return rate

@@ -1,0 +1,83 @@
+"""Loss of one micro-batch and its share in the loss of a whole optimizer step.
+
+The loss of an optimizer step is the mean over *all* its target tokens, whatever the number of micro-batches, plus the
+mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would weigh tokens by the
+length of their neighbours; and T5 accepts `num_items_in_batch` but ignores it, so that leaving the scaling to the
+Trainer makes its loss and gradients grow with the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Scalars of one forward: `task`, the mean loss over the targets; `auxiliary`, the routers' (None: no router)."""
+
+    task: Tensor
+    auxiliary: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        return self.task if self.auxiliary is None else self.task + self.auxiliary
+
+
+def split_loss(outputs: Any) -> LossParts:
+    """Task and auxiliary loss of a model's outputs.
+
+    MPOE models report both (`task_loss`, `aux_loss`); of any other model the whole loss is the task's.
+
+    Raises:
+        ValueError: the outputs carry no loss (no labels were given).
+    """
+    if not isinstance(outputs, dict):
+        return LossParts(outputs[0].mean(), None)
+    if outputs.get("loss") is None:
+        raise ValueError(f"the model returned no loss: give it labels (it returned {', '.join(outputs.keys())})")
+    task = outputs.get("task_loss")
+    if task is None:
+        return LossParts(outputs["loss"].mean(), None)
+    auxiliary = outputs.get("aux_loss")
+    return LossParts(task.mean(), None if auxiliary is None else auxiliary.mean())
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the model's loss predicts label i + 1 at position i, so that the first label of a row is no target."""
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or getattr(config, "is_encoder_decoder", False):
+        return False
+    name = type(model).__name__
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def count_targets(labels: Tensor, shifted: bool) -> Tensor:
+    """Number of targets that a mean loss averages over: labels `[B, S]` or `[B]` that are not -100 (0-d tensor)."""
+    if shifted and labels.ndim > 1:
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED_LABEL).sum()
+
+
+def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_batches: int, ranks: int) -> LossParts:
+    """What a micro-batch contributes to its optimizer step, times `micro_batches`.
+
+    The Trainer divides what it is given by `micro_batches`, and DDP averages over ranks; after both, the shares sum
+    to (sum over all targets of their losses) / (number of targets) and to the mean auxiliary loss.
+
+    Args:
+        targets: targets in this micro-batch (0-d).
+        step_targets: targets in the whole optimizer step, over all micro-batches and ranks (0-d).
+        ranks: processes whose gradients will be averaged.
+    """
+    # A step without any target has no task loss; its mean is NaN and must not spread.
+    weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
+    task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
+    return LossParts(task, parts.auxiliary)

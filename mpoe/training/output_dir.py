@@ -1,0 +1,160 @@
+"""Guard of the output folder: one run per folder, and a run is only resumed with its own configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpoe.training.checkpoints import clean_leftovers, find_last_checkpoint
+from mpoe.training.metrics_file import METRICS_FILE
+
+RUN_FILE = "run.json"
+
+# Differences in these do not change what a run computes, so a resumed run may change them.
+NEUTRAL_KEYS = frozenset(
+    {
+        *(
+            "output_dir",
+            "overwrite",
+            "resume",
+            "overwrite_output_dir",
+            "resume_from_checkpoint",
+            "run_name",
+            "report_to",
+        ),
+        *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
+        *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
+        *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
+    }
+)
+# What a run writes at the top of its folder; `overwrite` deletes these and the checkpoints, and nothing else.
+_RUN_FILES = (
+    *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
+    "eval_results.json",
+)
+
+
+def prepare_output_dir(
+    output_dir: str | Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    run_config: Mapping[str, Any] | None = None,
+    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
+) -> Path | None:
+    """Make `output_dir` ready for a run, or refuse before any work is done.
+
+    Args:
+        output_dir: folder of the run; created if absent. Files in it that no run wrote are left alone.
+        overwrite: delete an earlier run in this folder.
+        resume: continue the run in this folder; its `run.json` must hold the same configuration.
+        run_config: everything that decides what the run computes (JSON-able).
+        neutral_keys: names whose values may differ on resume, at any depth.
+
+    Returns:
+        The last complete checkpoint when resuming (None if the run died before its first), else None.
+
+    Raises:
+        ValueError: both switches are given; the folder holds a run and neither is; there is nothing to resume; the
+            configuration differs (the message lists the keys with both values).
+        NotADirectoryError: `output_dir` is a file.
+    """
+    folder = Path(output_dir)
+    config = _jsonable(dict(run_config or {}))
+    if overwrite and resume:
+        raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir must be a folder; {folder} is a file")
+    if resume:
+        return _resume(folder, config, neutral_keys)
+    if holds_run(folder):
+        if not overwrite:
+            raise ValueError(
+                f"output_dir {folder} holds another run; continue it with --resume, delete it with --overwrite,"
+                " or choose another folder"
+            )
+        _delete_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_run_file(folder, config)
+    return None
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a training run has written into `folder`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return False
+    return (folder / RUN_FILE).exists() or (folder / METRICS_FILE).exists() or any(folder.glob("checkpoint-*"))
+
+
+def fingerprint(run_config: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> str:
+    """Hash of the configuration without the neutral keys (hexadecimal, 16 digits)."""
+    relevant = {key: value for key, value in _flatten(_jsonable(dict(run_config))) if not _neutral(key, neutral_keys)}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing_keys(
+    saved: Mapping[str, Any], current: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved value, current value) of everything that differs and matters; absent values are None."""
+    old, new = dict(_flatten(_jsonable(dict(saved)))), dict(_flatten(_jsonable(dict(current))))
+    keys = [key for key in dict.fromkeys([*old, *new]) if not _neutral(key, neutral_keys)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _resume(folder: Path, config: dict[str, Any], neutral_keys: frozenset[str]) -> Path | None:
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
+    try:
+        saved = json.loads(run_file.read_text())["config"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{run_file} is not the record of a run (start afresh with --overwrite)") from error
+    differences = differing_keys(saved, config, neutral_keys)
+    if differences:
+        listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
+        raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
+    clean_leftovers(folder)
+    return find_last_checkpoint(folder)
+
+
+def _delete_run(folder: Path) -> None:
+    clean_leftovers(folder)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    for path in [*(folder / name for name in _RUN_FILES), *weights]:
+        path.unlink(missing_ok=True)
+
+
+def _write_run_file(folder: Path, config: dict[str, Any]) -> None:
+    record = {"fingerprint": fingerprint(config), "config": config}
+    staged = folder / f".{RUN_FILE}.incomplete"
+    with staged.open("w") as file:
+        json.dump(record, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, folder / RUN_FILE)
+
+
+def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
+    # Through JSON and back, so that what is compared on resume is what a file can hold (tuples become lists).
+    return json.loads(json.dumps(config, default=str))
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, config
+
+
+def _neutral(dotted: str, neutral_keys: frozenset[str]) -> bool:
+    return any(part in neutral_keys for part in dotted.split("."))

@@ -1,0 +1,135 @@
+"""Optimizer parameter groups: every core gets a rate that fits its scale.
+
+Why: in the symmetric gauge the central core's RMS is .16-.28 of the weight's and the auxiliary cores' 1.2-5.2. Adam
+moves every number by about its rate, so at one rate for all the central core changes 4-6 times too fast relative to
+its size, and separable shapes collapse. The rate used here is
+
+    rate(core) = (mpo_lr or learning_rate) x RMS(core) / RMS(weight) x (central_lr_scale | auxiliary_lr_scale)
+
+with the ratios measured when the model was converted (`MPOCores.rate_ratios`). LR schedulers multiply every group's
+`lr` by the same factor, so the proportions hold through warm-up and decay.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.experts import DenseExperts
+from mpoe.training.arguments import MPOETrainingArguments
+from mpoe.training.freezing import chain_parameters, iterate_cores
+
+# Order of the groups; the first one's rate is what the Trainer logs as `learning_rate`.
+KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
+_NORM_WORDS = ("norm",)
+
+
+def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, over all parameters that require a gradient.
+
+    Each group is `{"params", "lr", "weight_decay", "kind", "rate_ratio"}`; parameters of equal kind, rate and decay
+    share a group. Biases, norms and other vectors are not decayed.
+
+    Raises:
+        ValueError: nothing in the model requires a gradient.
+    """
+    cores = _core_rates(model, args)
+    dense_experts = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, DenseExperts)
+        for parameter in module.parameters()
+    }
+    undecayed = _norm_parameters(model)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, ratio, rate = "rest", 1.0, args.learning_rate
+        if id(parameter) in cores:
+            kind, ratio, rate = cores[id(parameter)]
+        elif "router" in name.split("."):
+            kind, rate = "router", args.learning_rate * args.router_lr_scale
+        elif id(parameter) in dense_experts and parameter.ndim == 3:
+            kind, rate = "dense_expert", args.learning_rate * args.dense_expert_lr_scale
+        decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
+        decay = args.weight_decay if decayed else 0.0
+        group = groups.setdefault(
+            (kind, rate, decay),
+            {"params": [], "lr": rate, "weight_decay": decay, "kind": kind, "rate_ratio": ratio},
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
+    return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
+
+
+def describe_param_groups(groups: Sequence[dict[str, Any]], every_group: bool = False) -> str:
+    """A table for people: per kind (or per group) the tensors, parameters, rates, ratios and decay."""
+    header = ("kind", "tensors", "parameters", "rate", "RMS ratio", "decay")
+    rows = [header]
+    if every_group:
+        parts: list[list[dict[str, Any]]] = [[group] for group in groups]
+    else:
+        keys = dict.fromkeys((group["kind"], group["weight_decay"]) for group in groups)
+        parts = [[group for group in groups if (group["kind"], group["weight_decay"]) == key] for key in keys]
+    for part in parts:
+        tensors = [parameter for group in part for parameter in group["params"]]
+        rows.append(
+            (
+                part[0]["kind"],
+                str(len(tensors)),
+                f"{sum(tensor.numel() for tensor in tensors):,}",
+                _span([group["lr"] for group in part]),
+                _span([group["rate_ratio"] for group in part]),
+                f"{part[0]['weight_decay']:g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float, float]]:
+    """id(core parameter) -> (kind, RMS ratio, rate)."""
+    central_scale, auxiliary_scale = args.lr_scales
+    rates: dict[int, tuple[str, float, float]] = {}
+    for name, cores in iterate_cores(model):
+        for index, (parameter, ratio) in enumerate(zip(chain_parameters(cores), _ratios(name, cores), strict=True)):
+            kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
+            ratio = ratio if args.scale_core_lr else 1.0
+            rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
+    return rates
+
+
+def _ratios(name: str, cores: MPOCores) -> tuple[float, ...]:
+    ratios = tuple(float(ratio) for ratio in cores.rate_ratios)
+    if len(ratios) != cores.shape.num_cores:
+        raise ValueError(
+            f"{name}.rate_ratios must hold {cores.shape.num_cores} numbers, one per core; got {len(ratios)}"
+        )
+    usable = [math.isfinite(ratio) and ratio > 0 for ratio in ratios]
+    if not all(usable):
+        # An all-zero weight has no scale to compare with.
+        warnings.warn(f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate", stacklevel=2)
+        ratios = tuple(ratio if ok else 1.0 for ratio, ok in zip(ratios, usable, strict=True))
+    return ratios
+
+
+def _norm_parameters(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        if any(word in type(module).__name__.lower() for word in _NORM_WORDS)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if math.isclose(low, high, rel_tol=1e-3) else f"{low:.3g} .. {high:.3g}"

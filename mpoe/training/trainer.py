@@ -1,0 +1,324 @@
+"""`MPOETrainer`: the Hugging Face Trainer with what a mixture of MPO experts needs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from mpoe.training import checkpoints
+from mpoe.training.arguments import MPOETrainingArguments
+from mpoe.training.callbacks import GradientMaskCallback
+from mpoe.training.freezing import freeze_cores
+from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
+from mpoe.training.metrics_file import MetricsFile
+from mpoe.training.param_groups import build_param_groups
+from mpoe.training.statistics import ExpertLoad, core_grad_norms
+
+# Everything that models return beside the logits; none of it belongs into an evaluation's predictions.
+_NOT_PREDICTIONS = (
+    *(
+        "task_loss",
+        "aux_loss",
+        "router_logits",
+        "expert_load",
+        "cache",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+    ),
+    *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
+    *("decoder_hidden_states", "decoder_attentions"),
+)
+
+
+class MPOETrainer(Seq2SeqTrainer):
+    """Trains converted models (and, with the same numbers in the logs, dense ones) for all three families.
+
+    What it adds to the Trainer:
+
+    * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
+    * a loss that does not depend on how a batch is cut into micro-batches (see `mpoe.training.loss`), and
+      `eval_loss` per target rather than per batch, without the routers' losses; for language models also
+      `eval_perplexity`;
+    * logs of task and auxiliary loss, expert load, core gradient norms and the share of masked steps, also as
+      `metrics.jsonl` in the output folder;
+    * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
+      continues the last complete one, on the CPU to bit-identical weights.
+
+    T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
+
+    Args:
+        model, args, **kwargs: as for `transformers.Seq2SeqTrainer`; `args` is an `MPOETrainingArguments`.
+
+    Raises:
+        TypeError: `args` of another type.
+        ValueError: the arguments do not fit the model (mask or freezing without MPO cores, generation by a model
+            that is not an encoder-decoder).
+    """
+
+    args: MPOETrainingArguments
+
+    def __init__(self, model: Any = None, args: MPOETrainingArguments | None = None, **kwargs: Any) -> None:
+        if not isinstance(args, MPOETrainingArguments):
+            raise TypeError(f"args must be MPOETrainingArguments; got {type(args).__name__}")
+        config = getattr(model, "config", None)
+        if args.predict_with_generate and config is not None and not getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"predict_with_generate needs an encoder-decoder model such as T5; got {type(model).__name__}"
+                " (language models are evaluated by eval_loss and eval_perplexity)"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        # The scaling is ours for every model, T5 included: the Trainer only divides by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._shifts_labels = shifts_labels(self.model)
+        self._metrics_file = MetricsFile(args.output_dir)
+        self._sums: dict[str, Tensor] = {}  # since the last log, on the device: nothing here waits for it
+        self._load: Tensor | None = None
+        self._core_norms: dict[str, float] = {}
+        self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
+        self._staging: Path | None = None
+        self.gradient_mask: GradientMask | None = None
+        freeze_cores(
+            self.model,
+            update_mpo_layer=args.update_mpo_layer,
+            tensor_learn=args.tensor_learn,
+            train_AT_index=args.train_AT_index,
+        )
+        if args.gradient_mask_prob > 0:
+            self.gradient_mask = GradientMask(self.model, args.gradient_mask_prob, args.mask_seed)
+            self.add_callback(GradientMaskCallback(self.gradient_mask))
+
+    # ------------------------------------------------------------- training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` picks the last *complete* checkpoint.
+
+        Raises:
+            ValueError: there is none, or the given one is incomplete.
+        """
+        run_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            found = checkpoints.find_last_checkpoint(run_dir)
+            if found is None:
+                raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
+            resume_from_checkpoint = str(found)
+        elif isinstance(resume_from_checkpoint, (str, Path)):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            manifest = Path(resume_from_checkpoint) / checkpoints.MANIFEST
+            if manifest.exists() and not checkpoints.is_complete(resume_from_checkpoint):
+                raise ValueError(f"checkpoint {resume_from_checkpoint} is incomplete: files are missing or cut short")
+        if self.args.should_save:
+            if resume_from_checkpoint:
+                state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+                step = TrainerState.load_from_json(str(state)).global_step
+                self._metrics_file.write({"event": "resume", "step": step})
+            checkpoints.clean_leftovers(run_dir)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            # An error in the middle of a masked step must not leave the model masked.
+            if self.gradient_mask is not None:
+                self.gradient_mask.end_step()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim` over `build_param_groups`, unless the caller brought its own groups."""
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            given = self.optimizer_cls_and_kwargs
+            kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, module)
+            if not options.keys() & {"params", "model", "optimizer_dict"}:
+                options = {**options, "params": build_param_groups(module, self.args)}
+            self.optimizer_cls_and_kwargs = (kind, options)
+            try:
+                return super().create_optimizer(model)
+            finally:
+                self.optimizer_cls_and_kwargs = given
+        return super().create_optimizer(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
+            # Here the gradients are summed over micro-batches and ranks, and not yet clipped.
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            self._core_norms = {name: norm / scale for name, norm in core_grad_norms(self.model).items()}
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """In training, this micro-batch's share of the step's loss (see `step_share`); in evaluation the task loss."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")
+        outputs = model(**inputs)
+        parts = split_loss(outputs)
+        if not self.model.training:
+            self._note_evaluation(parts.task, labels)
+            return (parts.task, outputs) if return_outputs else parts.task
+        if self.label_smoother is not None and labels is not None:
+            parts = LossParts(self.label_smoother(outputs, labels, shift_labels=self._shifts_labels), parts.auxiliary)
+        micro_batches = self.current_gradient_accumulation_steps
+        if labels is not None and num_items_in_batch is not None:
+            targets = count_targets(labels, self._shifts_labels)
+            step_targets = torch.as_tensor(num_items_in_batch, device=targets.device)
+            ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+            parts = step_share(parts, targets, step_targets, micro_batches, ranks)
+        self._note_training(parts, outputs, micro_batches)
+        return (parts.total, outputs) if return_outputs else parts.total
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        if self.compute_loss_func is not None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
+            return None
+        counts = [count_targets(batch["labels"], self._shifts_labels) for batch in batch_samples]
+        total = torch.stack(counts).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    # ------------------------------------------------------------ evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ignore_keys = sorted({*_NOT_PREDICTIONS, *(ignore_keys or ())})
+        if self.args.predict_with_generate and not prediction_loss_only:
+            # Seq2SeqTrainer calls the model for the loss alone, outside compute_loss.
+            model = partial(self._forward_with_task_loss, model)  # type: ignore[assignment]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._evaluation = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.world_size > 1:
+            self._evaluation = self.accelerator.reduce(self._evaluation.to(self.args.device)).cpu()
+        total, targets = self._evaluation.tolist()
+        self._evaluation = None
+        if targets:
+            loss = total / targets
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+            if self._shifts_labels:
+                output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        return output
+
+    def _forward_with_task_loss(self, model: nn.Module, **inputs: Any) -> Any:
+        outputs = model(**inputs)
+        if isinstance(outputs, dict) and outputs.get("loss") is not None:
+            outputs["loss"] = split_loss(outputs).task
+            self._note_evaluation(outputs["loss"], inputs.get("labels"))
+        return outputs
+
+    def _note_evaluation(self, task_loss: Tensor, labels: Tensor | None) -> None:
+        if self._evaluation is None or labels is None:
+            return
+        targets = int(count_targets(labels, self._shifts_labels))
+        if targets:
+            self._evaluation += torch.tensor([float(task_loss) * targets, targets], dtype=torch.float64)
+
+    # --------------------------------------------------------------- logging
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, with the mixture's own numbers, and into `metrics.jsonl`."""
+        details: dict[str, Any] = {}
+        if "loss" in logs:
+            details = self._training_details(logs)
+        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            self._metrics_file.write({"step": self.state.global_step, **logs, **details})
+
+    def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
+        """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks alike."""
+        steps = self._sums.pop("steps", None)
+        for name in sorted(self._sums):
+            total = self._sums.pop(name)
+            if self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="mean")
+            logs[name] = float(total) / max(float(steps) if steps is not None else 1.0, 1e-9)
+        logs.update(self._core_norms)
+        self._core_norms = {}
+        if self.gradient_mask is not None:
+            rate = self.gradient_mask.pop_rate()
+            if rate is not None:
+                logs["masked_steps"] = rate
+        if self._load is None:
+            return {}
+        counts, self._load = self._load, None
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        load = ExpertLoad.from_counts(counts)
+        logs.update(load.summary())
+        return {"expert_load": vars(load)}
+
+    def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
+        self._add("steps", torch.ones((), device=parts.task.device) / micro_batches)
+        self._add("task_loss", parts.task.detach() / micro_batches)
+        if parts.auxiliary is not None:
+            self._add("aux_loss", parts.auxiliary.detach() / micro_batches)
+        load = outputs.get("expert_load") if isinstance(outputs, Mapping) else None
+        if load is not None and self.args.log_expert_load:
+            load = load.detach().long()
+            self._load = load if self._load is None else self._load + load
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == "steps":
+            every = max(int(self.state.logging_steps or 0), 1)
+            return step % every == 0 or (step == 1 and self.args.logging_first_step)
+        return bool(self.accelerator.gradient_state.end_of_dataloader)
+
+    # ----------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # While a checkpoint is being assembled, the Trainer writes into the staging folder.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = checkpoints.staging_root(run_dir)
+        staged = staging / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and staging.exists():
+            shutil.rmtree(staging)  # an earlier attempt failed half-way
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            # The Trainer looked for the best checkpoint in the staging folder.
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == staged.name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            checkpoints.publish(staged, run_dir)
+            staging.rmdir()
+            checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()

@@ -9,30 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpoe.config import MPOEConfig
-from mpoe.layers import MPOEFeedForward
 from mpoe.training.gradient_mask import GradientMask, mask_draw
 
-
-class Toy(nn.Module):
-    """Two MPOE layers of width 32 and a linear head."""
-
-    def __init__(self, shape: str = "separable") -> None:
-        super().__init__()
-        config = MPOEConfig(num_experts=4, shape=shape, light_p=8)
-        self.layers = nn.ModuleList(MPOEFeedForward(32, 64, config, bias=True) for _ in range(2))
-        self.head = nn.Linear(32, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.head(x).square().mean()
-
-    def centrals(self) -> list[nn.Parameter]:
-        return [p for n, p in self.named_parameters() if n.endswith(".central")]
-
-    def others(self) -> list[nn.Parameter]:
-        return [p for n, p in self.named_parameters() if not n.endswith(".central")]
+from .toy import Toy
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:

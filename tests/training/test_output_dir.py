@@ -1,0 +1,165 @@
+"""The guard of the output folder, the checkpoints' completeness and the metrics file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
+from mpoe.training.metrics_file import MetricsFile
+from mpoe.training.output_dir import RUN_FILE, differing_keys, fingerprint
+from mpoe.training.statistics import ExpertLoad
+
+CONFIG = {"seed": 1, "mpoe": {"num_experts": 8, "shape": "separable"}, "tasks": ("a", "b"), "output_dir": "x"}
+
+
+def make_checkpoint(run_dir: Path, step: int) -> Path:
+    staged = checkpoints.staging_root(run_dir) / f"checkpoint-{step}"
+    (staged / "sub").mkdir(parents=True)
+    (staged / "model.safetensors").write_bytes(b"weights" * step)
+    (staged / "sub" / "state.bin").write_bytes(b"state")
+    final = checkpoints.publish(staged, run_dir)
+    staged.parent.rmdir()
+    return final
+
+
+def test_new_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert prepare_output_dir(folder, run_config=CONFIG) is None
+    record = json.loads((folder / RUN_FILE).read_text())
+    assert record["fingerprint"] == fingerprint(CONFIG)
+    assert record["config"]["tasks"] == ["a", "b"]
+
+
+def test_second_run_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    prepare_output_dir(tmp_path, run_config=CONFIG)
+    make_checkpoint(tmp_path, 3)
+    before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"holds another run; continue it with --resume, delete it with --overwrite"):
+        prepare_output_dir(tmp_path, run_config=CONFIG)
+    assert before == sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoint-5/", RUN_FILE])
+def test_what_counts_as_a_run(tmp_path: Path, sign: str) -> None:
+    if sign.endswith("/"):
+        (tmp_path / sign).mkdir()
+    else:
+        (tmp_path / sign).touch()
+    with pytest.raises(ValueError, match="holds another run"):
+        prepare_output_dir(tmp_path)
+
+
+def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    prepare_output_dir(tmp_path, run_config=CONFIG)
+    make_checkpoint(tmp_path, 3)
+    (tmp_path / "model.safetensors").touch()
+    MetricsFile(tmp_path).write({"step": 1})
+    (tmp_path / ".incomplete-checkpoints" / "checkpoint-4").mkdir(parents=True)
+    assert prepare_output_dir(tmp_path, overwrite=True, run_config={"seed": 2}) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", RUN_FILE]
+
+
+def test_resume_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    prepare_output_dir(tmp_path, run_config=CONFIG)
+    assert prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None  # died before its first checkpoint
+    make_checkpoint(tmp_path, 9)
+    make_checkpoint(tmp_path, 10)
+    cut_short = make_checkpoint(tmp_path, 11)
+    (cut_short / "model.safetensors").write_bytes(b"w")
+    (make_checkpoint(tmp_path, 12) / "sub" / "state.bin").unlink()
+    (tmp_path / "checkpoint-13").mkdir()
+    (tmp_path / ".incomplete-checkpoints" / "checkpoint-14").mkdir(parents=True)
+    found = prepare_output_dir(tmp_path, resume=True, run_config={**CONFIG, "output_dir": "moved"})
+    assert found == tmp_path / "checkpoint-10"
+    assert not (tmp_path / ".incomplete-checkpoints").exists()
+
+
+def test_resume_with_another_configuration_lists_the_keys(tmp_path: Path) -> None:
+    prepare_output_dir(tmp_path, run_config=CONFIG)
+    changed = {**CONFIG, "seed": 2, "mpoe": {"num_experts": 8, "shape": "paper"}, "new": True}
+    with pytest.raises(ValueError) as error:
+        prepare_output_dir(tmp_path, resume=True, run_config=changed)
+    text = str(error.value)
+    assert "seed: was 1, now 2" in text
+    assert "mpoe.shape: was 'separable', now 'paper'" in text
+    assert "new: was None, now True" in text
+    assert "num_experts" not in text
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="overwrite and resume exclude each other"):
+        prepare_output_dir(tmp_path, overwrite=True, resume=True)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        prepare_output_dir(tmp_path, resume=True, run_config=CONFIG)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        prepare_output_dir(tmp_path / "file")
+    (tmp_path / RUN_FILE).write_text("{")
+    with pytest.raises(ValueError, match="is not the record of a run"):
+        prepare_output_dir(tmp_path, resume=True, run_config=CONFIG)
+
+
+def test_fingerprint_ignores_neutral_keys() -> None:
+    assert fingerprint(CONFIG) == fingerprint({**CONFIG, "output_dir": "y"})
+    assert fingerprint(CONFIG) != fingerprint({**CONFIG, "seed": 2})
+    assert differing_keys({"train": {"logging_steps": 5}}, {"train": {"logging_steps": 6}}) == {}
+
+
+def test_failed_publication_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, 5)
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        make_checkpoint(tmp_path, 6)
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (9, 10, 11, 100):
+        make_checkpoint(tmp_path, step)
+    checkpoints.rotate(tmp_path, None)
+    assert len(checkpoints.list_checkpoints(tmp_path)) == 4
+    checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-9")
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [9, 100]
+    checkpoints.rotate(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
+
+
+def test_publishing_a_step_again_replaces_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 5)
+    assert checkpoints.is_complete(make_checkpoint(tmp_path, 5))
+
+
+def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")})
+    with file.path.open("a") as handle:
+        handle.write('{"step": 4, "lo')
+    file.write({"event": "resume", "step": 2})
+    file.write({"step": 3, "loss": 30.0})
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 2, 3]
+    assert records[-1]["loss"] == 30.0
+    assert records[0]["bad"] is None
+    assert len(file.path.read_text().splitlines()) == 6
+
+
+def test_expert_load() -> None:
+    load = ExpertLoad.from_counts(torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 0], [30, 10, 0, 0]]))
+    assert load.share[0] == [0.25] * 4
+    assert load.max_share == [0.25, 1.0, None, 0.75]
+    assert load.min_share == [0.25, 0.0, None, 0.0]
+    assert load.entropy[:2] == pytest.approx([1.0, 0.0])
+    assert load.variation[:2] == pytest.approx([0.0, 3**0.5])
+    summary = load.summary()
+    assert summary["expert_max_share"] == 1.0
+    assert summary["expert_entropy"] == pytest.approx((1 + 0 + load.entropy[3]) / 3)
+    assert ExpertLoad.from_counts(torch.zeros(2, 4)).summary() == {}
+    with pytest.raises(ValueError, match=r"counts must be \[layers, E\]"):
+        ExpertLoad.from_counts(torch.zeros(4))

@@ -1,0 +1,146 @@
+"""The order of imports, the size of files, and what importing costs: the architecture, kept by tests."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mpoe_kernels", "mpoe")
+
+# Lower rank = further down. A module may import modules of its own rank's package or of lower ranks only.
+RANKS = {
+    "mpoe_kernels.version": 0,
+    "mpoe_kernels.checks": 0,
+    "mpoe_kernels.mpo": 1,
+    "mpoe_kernels.planner": 2,
+    "mpoe_kernels.reference": 3,
+    "mpoe_kernels.backends": 3,
+    "mpoe_kernels.ops": 4,
+    "mpoe_kernels.testing": 5,
+    "mpoe_kernels": 5,
+    "mpoe.config": 6,
+    "mpoe.data": 6,
+    "mpoe.layers": 7,
+    "mpoe.models": 8,
+    "mpoe.training": 9,
+    "mpoe.cli": 10,
+    "mpoe": 11,
+}
+# Siblings of equal rank that do not know each other.
+STRANGERS = {("mpoe_kernels.reference", "mpoe_kernels.backends"), ("mpoe.config", "mpoe.data")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def group_of(module: str) -> str:
+    """Longest prefix that has a rank."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in RANKS and (length > 1 or len(parts) == 1):
+            return prefix
+    return parts[0]
+
+
+def imports_of(path: Path, top_level_only: bool) -> set[str]:
+    """Our own modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the order; write the full name"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    known = modules()
+    return {name for name in names if name in known}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_run_downward(module: str) -> None:
+    own = group_of(module)
+    for imported in imports_of(modules()[module], top_level_only=False):
+        other = group_of(imported)
+        if other == own:
+            continue
+        assert RANKS[other] <= RANKS[own], f"{module} (rank {RANKS[own]}) imports {imported} (rank {RANKS[other]})"
+        assert (own, other) not in STRANGERS, f"{module} must not know {imported}"
+        assert (other, own) not in STRANGERS, f"{module} must not know {imported}"
+        if own.startswith("mpoe.") and other.startswith("mpoe_kernels."):
+            public = {"mpoe_kernels.version"}
+            assert other in public, f"{module} reaches into {imported}; use the public names of mpoe_kernels"
+
+
+def test_no_circles() -> None:
+    graph = {name: imports_of(path, top_level_only=True) - {name} for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circular import: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for following in graph[name]:
+                # A package's __init__ collects what lies below it; its modules are visited on their own.
+                if not name.startswith(following + "."):
+                    visit(following, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_files_fit_on_a_few_screens() -> None:
+    folders = (*PACKAGES, "tests", "examples", "tools", "bench")
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 420
+    }
+    assert not long
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_import_neither_transformers_nor_mpoe() -> None:
+    code = "import sys, mpoe_kernels; print([m for m in ('transformers', 'mpoe', 'triton') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_command_line_starts_without_torch() -> None:
+    code = "import sys, mpoe.cli.main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_public_names() -> None:
+    import mpoe
+    import mpoe_kernels
+
+    kernel_names = {
+        *("MPOShape", "MPOBlocks", "Routing", "decompose", "reconstruct", "fold", "mpo_linear", "grouped_mpo_linear"),
+        *("mpo_ffn", "mpo_embedding", "route", "dispatch", "combine", "plan_contraction"),
+        *("available_backends", "use_backend"),
+    }
+    names = {
+        *("MPOEConfig", "RouterConfig", "convert_to_mpoe", "load_mpoe", "merge_experts", "MPOLinear", "MPOEmbedding"),
+        *("MPOEFeedForward", "TopKRouter", "MPOETrainer", "MPOETrainingArguments"),
+    }
+    assert [name for name in kernel_names if not hasattr(mpoe_kernels, name)] == []
+    assert [name for name in names if not hasattr(mpoe, name)] == []

@@ -1,0 +1,66 @@
+"""Parameter-efficient mixtures of experts for Hugging Face models: experts are matrix product operators.
+
+``import mpoe`` registers the MPOE model classes with Transformers' Auto classes. It is cheap: torch and transformers
+are imported by the first name that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpoe.registration import register as _register
+
+# Public name -> the module that defines it; loaded on first use.
+_NAMES = {
+    "MPOEConfig": "mpoe.config",
+    "RouterConfig": "mpoe.config",
+    "MPOEFeedForward": "mpoe.layers",
+    "MPOEmbedding": "mpoe.layers",
+    "MPOLinear": "mpoe.layers",
+    "TopKRouter": "mpoe.layers",
+    "convert_to_mpoe": "mpoe.models",
+    "load_mpoe": "mpoe.models",
+    "merge_experts": "mpoe.models",
+    "save_mpoe_only": "mpoe.models",
+    "MPOETrainer": "mpoe.training",
+    "MPOETrainingArguments": "mpoe.training",
+    "__version__": "mpoe_kernels.version",
+}
+
+if TYPE_CHECKING:
+    from mpoe.config import MPOEConfig, RouterConfig
+    from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter
+    from mpoe.models import convert_to_mpoe, load_mpoe, merge_experts, save_mpoe_only
+    from mpoe.training import MPOETrainer, MPOETrainingArguments
+    from mpoe_kernels.version import __version__
+
+__all__ = [
+    "MPOEConfig",
+    "MPOEFeedForward",
+    "MPOETrainer",
+    "MPOETrainingArguments",
+    "MPOEmbedding",
+    "MPOLinear",
+    "RouterConfig",
+    "TopKRouter",
+    "__version__",
+    "convert_to_mpoe",
+    "load_mpoe",
+    "merge_experts",
+    "save_mpoe_only",
+]
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'mpoe' has no attribute {name!r}; it offers {', '.join(sorted(_NAMES))}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

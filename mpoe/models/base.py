@@ -1,0 +1,245 @@
+"""`MPOEModelMixin`: what a Hugging Face model class needs to hold mixtures of experts. No modelling code is copied:
+subclasses call their dense parent's forward inside a routing context and add the auxiliary loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.context import (
+    RouterRecord,
+    RoutingContext,
+    checkpoint_contexts,
+    enter_routing,
+    leave_routing,
+)
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.router import TopKRouter
+from mpoe.models.outputs import ROUTING_FIELDS
+from mpoe.models.report import format_report, mpo_modules, parameter_report
+from mpoe.models.sites import FAMILIES, find_sites, set_module
+
+IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
+
+
+def checked_mpoe_dict(value: Any) -> dict[str, Any]:
+    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
+
+    Raises:
+        TypeError, ValueError: anything `MPOEConfig` refuses.
+    """
+    if isinstance(value, MPOEConfig):
+        return value.to_dict()
+    return MPOEConfig.from_dict(value or {}).to_dict()
+
+
+def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
+    """Token mask ``[B, S]`` of the S tokens of this call from an attention mask ``[B, past + S]``.
+
+    Masks of other ranks (prepared 4-D ones) say who attends to whom, not which tokens are padding: ``None``.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    tokens = kwargs.get(ids) if kwargs.get(ids) is not None else kwargs.get(embeds)
+    return mask.bool() if tokens is None else mask[:, -tokens.shape[1] :].bool()
+
+
+def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
+    """``sum over layers of balance_weight * balancing loss + z_weight * z-loss``, float32 scalar.
+
+    Layers of one stream share tokens and mask and are computed together, each on its own.
+    """
+    total = records[0].logits.new_zeros(())
+    for stream in dict.fromkeys(record.stream for record in records):
+        layers = [record for record in records if record.stream == stream]
+        logits = torch.stack([record.logits for record in layers])
+        mask = layers[0].token_mask
+        if balance_weight:
+            index = torch.stack([record.top_k_index for record in layers])
+            total = total + balance_weight * load_balancing_loss(logits, index, mask).sum()
+        if z_weight:
+            total = total + z_weight * router_z_loss(logits, mask).sum()
+    return total
+
+
+class _Joined(AbstractContextManager[None]):
+    """Enters several context managers in order."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self._contexts, self._stack = contexts, ExitStack()
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            self._stack.enter_context(context)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
+
+
+class MPOEModelMixin:
+    """Mixture-of-experts side of a model; goes before the dense class in the bases."""
+
+    mpoe_family: ClassVar[str]
+    mpoe_output: ClassVar[type]
+    # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation scales them wrongly.
+    accepts_loss_kwargs = False
+    _keep_in_fp32_modules_strict = ("router",)
+    _forward_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------ structure
+
+    @property
+    def mpoe_config(self) -> MPOEConfig:
+        """The `MPOEConfig` this model was built from (a fresh object)."""
+        return MPOEConfig.from_dict(self.config.mpoe)  # type: ignore[attr-defined]
+
+    def install_experts(self) -> None:
+        """Replace the dense modules that ``config.mpoe`` names by MPOE ones with random weights."""
+        model: Any = self
+        config = self.mpoe_config
+        ffns, linears = find_sites(model, FAMILIES[self.mpoe_family], model.config, config)
+        for site in ffns:
+            site.install(model, site.build(config))
+        for linear in linears:
+            set_module(model, linear.name, linear.build(config))
+        for name, cores in mpo_modules(model):
+            if name in config.rate_ratios:
+                cores.rate_ratios = tuple(config.rate_ratios[name])
+        model.init_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise MPOE parameters that no checkpoint filled, then everything else.
+
+        Nested stacks dispatch to their own ``_init_weights``, which knows nothing of ours, hence first and here.
+        """
+        model: Any = self
+        for module in model.modules():
+            if not isinstance(module, (MPOCores, ExpertWeights, TopKRouter)):
+                continue
+            if getattr(module, "_is_hf_initialized", False):
+                continue
+            parameters = dict(module.named_parameters())
+            if not all(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()):
+                for name, value in module.initial_values().items():
+                    if not getattr(parameters[name], "_is_hf_initialized", False):
+                        parameters[name].copy_(value)
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        super().initialize_weights()  # type: ignore[misc]
+
+    # -------------------------------------------------------------- forward
+
+    def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Token masks ``[B, S]`` by stream for a forward with these arguments: ``attention_mask``.
+
+        Labels say nothing here: a causal model's prompt carries -100 and still is text.
+        """
+        return {"main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")}
+
+    def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The dense parent's ``forward`` inside a routing context, with the auxiliary loss added."""
+        model: Any = self
+        kwargs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = model.config.return_dict if return_dict is None else return_dict
+        context = RoutingContext(self.token_masks(kwargs), [])
+        token = enter_routing(context)
+        try:
+            output = forward(**kwargs, return_dict=True)
+        finally:
+            leave_routing(token)
+        output = self._with_routing(output, context.records or [], kwargs)
+        return output if return_dict else output.to_tuple()
+
+    def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
+        fields = dict(output.items())
+        if records:
+            router = self.config.mpoe["router"]  # type: ignore[attr-defined]
+            fields["aux_loss"] = auxiliary_loss(records, router["balance_loss_weight"], router["z_loss_weight"])
+            fields["router_logits"] = tuple(record.logits for record in records)
+            fields["expert_load"] = torch.stack([record.expert_load for record in records]).long().detach()
+        if fields.get("loss") is not None:
+            fields["task_loss"] = fields["loss"]
+            if records:
+                share = self._accumulation_share(kwargs)
+                auxiliary = fields["aux_loss"] if share is None else fields["aux_loss"] * share
+                fields["loss"] = fields["loss"] + auxiliary.to(fields["loss"].device)
+        return self.mpoe_output(**fields)
+
+    def _accumulation_share(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Weight of this call's auxiliary loss when the Trainer accumulates gradients.
+
+        A model that accepts loss arguments divides its task loss by the items of all micro-batches; the auxiliary
+        loss gets the weight of its micro-batch among them, so that their sum is a mean.
+        """
+        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if not self.accepts_loss_kwargs or items is None or labels is None:
+            return None
+        return labels[..., 1:].ne(-100).sum() / items
+
+    # -------------------------------------------------------- checkpointing
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As in Transformers, non-reentrant only: recomputed layers must see the call's token masks again.
+
+        Raises:
+            ValueError: ``use_reentrant=True``.
+        """
+        kwargs = _checkpoint_arguments(activation_checkpointing_kwargs)
+        super().activation_checkpointing_enable(kwargs, **options)  # type: ignore[misc]
+
+    # --------------------------------------------------------------- saving
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """As in Transformers; the config also carries every core's rate ratio."""
+        model: Any = self
+        model.config.mpoe = {
+            **model.config.mpoe,
+            "rate_ratios": {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)},
+        }
+        return super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    # ------------------------------------------------------------ reporting
+
+    def parameter_report(self) -> dict[str, int]:
+        """Counts by kind, see `mpoe.models.report.parameter_report`."""
+        model: nn.Module = self  # type: ignore[assignment]
+        return parameter_report(model)
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and total counts, their split, and the comparison with dense and Switch models."""
+        print(format_report(self.parameter_report()))
+
+
+def _checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    chosen = {"use_reentrant": False, **(kwargs or {})}
+    if chosen["use_reentrant"]:
+        raise ValueError(
+            "use_reentrant must be False for MPOE models: a reentrant checkpoint recomputes layers without the "
+            "token masks and router outputs of the call; got use_reentrant=True"
+        )
+    users = chosen.get("context_fn")
+    if users is None:
+        chosen["context_fn"] = checkpoint_contexts
+    else:
+
+        def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            (forward, recompute), (forward_too, recompute_too) = checkpoint_contexts(), users()
+            return _Joined(forward, forward_too), _Joined(recompute, recompute_too)
+
+        chosen["context_fn"] = both
+    return chosen

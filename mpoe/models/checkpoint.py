@@ -1,0 +1,194 @@
+"""Loading and saving: `load_mpoe`, and saves that hold the MPOE parameters only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.convert import CONVERTED, _adopt_class
+from mpoe.models.report import mpo_modules
+from mpoe.models.sites import FAMILIES, find_sites, set_module
+
+ONLY_FILE = "mpoe_only.safetensors"
+BASE_FILE = "mpoe_base.json"
+CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in CONVERTED.values()}
+MODEL_TYPES = sorted({cls.config_class.model_type for cls in CLASSES.values()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be a JSON file; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
+    return values
+
+
+def _config_of(folder: Path) -> tuple[dict[str, Any], type[Any]]:
+    if not folder.is_dir():
+        raise ValueError(f"path must be a folder written by save_pretrained; {folder} is none")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"path must hold config.json; {folder} has none")
+    values = _read_json(folder / "config.json")
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        advice = " (a dense model: load it with transformers, then convert_to_mpoe)" if model_type in FAMILIES else ""
+        raise ValueError(
+            f"path must hold an MPOE model (model_type {', '.join(MODEL_TYPES)}); "
+            f"{folder / 'config.json'} says {model_type!r}{advice}"
+        )
+    names = values.get("architectures") or []
+    cls = next((CLASSES[name] for name in names if name in CLASSES), None)
+    if cls is None:
+        raise ValueError(f"architectures in {folder / 'config.json'} must name one of {sorted(CLASSES)}; got {names}")
+    return values, cls
+
+
+def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
+    """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
+
+    Args:
+        path: folder. Only safetensors and JSON are read.
+        base: for MPOE-only saves, the dense model they were made from (or its folder).
+        kwargs: passed to ``from_pretrained``, e.g. ``dtype``.
+
+    Returns:
+        A model of the saved class, in eval mode.
+
+    Raises:
+        ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that
+            is missing or is not the one the save was made from.
+    """
+    folder = Path(path)
+    values, cls = _config_of(folder)
+    if (folder / ONLY_FILE).is_file():
+        return _load_only(folder, values, cls, base)
+    if base is not None:
+        raise ValueError(f"base is for MPOE-only saves; {folder} holds a whole model")
+    model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
+    problems = [
+        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}"
+        for key, label in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "of another shape"),
+        )
+        if info.get(key)
+    ]
+    if problems:
+        raise ValueError(f"the weights in {folder} must match its config.json; {'; '.join(problems)}")
+    return model
+
+
+# ------------------------------------------------------------- MPOE-only saves
+
+
+def _is_mpoe(name: str) -> bool:
+    parts = name.split(".")
+    return "experts" in parts or "router" in parts or "cores" in parts
+
+
+def _rest_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not _is_mpoe(name)}
+
+
+def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
+    """Save routers and experts only, with the identity of the dense model that holds the rest.
+
+    Args:
+        model: an MPOE model whose other parameters are still the base's.
+        path: folder to write; ``config.json``, the parameters and a hash of the base's share.
+        base: the dense model, or its folder.
+
+    Raises:
+        TypeError: a model that is no MPOE model.
+        ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then).
+    """
+    if not isinstance(model, MPOEModelMixin):
+        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    module: Any = model
+    dense, name = _base_model(base, type(model))
+    theirs = dense.state_dict()
+    rest = _rest(module)
+    differing = [n for n, value in rest.items() if n not in theirs or not torch.equal(value.cpu(), theirs[n].cpu())]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} parameters outside the MPOE modules differ from the base, e.g. "
+            f"{', '.join(differing[:3])}; save the whole model with save_pretrained"
+        )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    module.config.mpoe = {
+        **module.config.mpoe,
+        "rate_ratios": {n: list(cores.rate_ratios) for n, cores in mpo_modules(module)},
+    }
+    module.config.architectures = [type(module).__name__]
+    module.config.save_pretrained(folder)
+    own = {n: value.contiguous().cpu() for n, value in module.state_dict().items() if _is_mpoe(n)}
+    save_file(own, folder / ONLY_FILE, metadata={"format": "pt"})
+    identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
+    (folder / BASE_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
+    dense_class = next(dense for dense, converted in CONVERTED.items() if converted is cls)
+    if isinstance(base, (str, Path)):
+        if not Path(base).is_dir():
+            raise ValueError(f"base must be a dense model or its folder; {base} is no folder")
+        return dense_class.from_pretrained(base, use_safetensors=True), str(base)
+    if type(base) is not dense_class:
+        raise ValueError(f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}")
+    return base, str(getattr(base.config, "_name_or_path", "") or "")
+
+
+def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) -> Any:
+    identity = _read_json(folder / BASE_FILE)
+    if base is None:
+        raise ValueError(
+            f"{folder} holds MPOE parameters only; give the dense model they belong to as base "
+            f"(saved from {identity.get('base') or identity.get('class')!r})"
+        )
+    import copy
+
+    model = copy.deepcopy(_base_model(base, cls)[0])
+    config = cls.config_class.from_dict(values)
+    mpoe = cls.config_class(mpoe=config.mpoe).mpoe
+    from mpoe.config import MPOEConfig
+
+    parsed = MPOEConfig.from_dict(mpoe)
+    ffns, linears = find_sites(model, FAMILIES[cls.mpoe_family], model.config, parsed)
+    for site in ffns:
+        site.install(model, site.build(parsed))
+    for linear in linears:
+        set_module(model, linear.name, linear.build(parsed))
+    if _rest_hash(_rest(model)) != identity["sha256"]:
+        raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
+    _adopt_class(model, cls, parsed)
+    for name, cores in mpo_modules(model):
+        cores.rate_ratios = tuple(parsed.rate_ratios[name])
+    tensors = load_file(folder / ONLY_FILE)
+    expected = {n for n in model.state_dict() if _is_mpoe(n)}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)[:5]
+        raise ValueError(f"{folder / ONLY_FILE} must hold the parameters its config names; differing: {odd}")
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()

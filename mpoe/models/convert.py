@@ -1,0 +1,248 @@
+"""`convert_to_mpoe` and `merge_experts`: from a dense model to a mixture of MPO experts, and to dense experts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    GPT2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.bert import MPOEBertForMaskedLM, MPOEBertForSequenceClassification, MPOEBertModel
+from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
+from mpoe.models.report import mpo_modules
+from mpoe.models.sites import FAMILIES, FFNSite, LinearSite, find_sites, set_module
+from mpoe.models.t5 import MPOET5ForConditionalGeneration
+from mpoe_kernels import Decomposition
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+CONVERTED: dict[type[PreTrainedModel], type[Any]] = {
+    T5ForConditionalGeneration: MPOET5ForConditionalGeneration,
+    GPT2Model: MPOEGPT2Model,
+    GPT2LMHeadModel: MPOEGPT2LMHeadModel,
+    BertModel: MPOEBertModel,
+    BertForSequenceClassification: MPOEBertForSequenceClassification,
+    BertForMaskedLM: MPOEBertForMaskedLM,
+}
+
+
+def _converted_class(model: Any) -> type[Any]:
+    if isinstance(model, MPOEModelMixin):
+        raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
+    if type(model) not in CONVERTED:
+        known = ", ".join(sorted(cls.__name__ for cls in CONVERTED))
+        raise ValueError(f"model must be one of {known}; got {type(model).__name__}")
+    return CONVERTED[type(model)]
+
+
+def _check_finite(model: nn.Module) -> None:
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all())
+    ]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise ValueError(f"model must hold finite weights; NaN or Inf in {shown}")
+
+
+def _copy_without(model: Model, shared: list[nn.Module]) -> Model:
+    """Deep copy of ``model`` that shares the parameters of the modules it is about to lose."""
+    memo: dict[int, Any] = {id(p): p for module in shared for p in module.parameters()}
+    # Attributes that only describe an earlier conversion; tensors in a routing record would not copy either.
+    return copy.deepcopy(model, memo)
+
+
+def _mpoe_model_config(config: PreTrainedConfig, cls: type[PreTrainedConfig], mpoe: MPOEConfig) -> PreTrainedConfig:
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    converted = cls(**values, mpoe=mpoe)  # type: ignore[call-arg]
+    converted._attn_implementation = config._attn_implementation
+    converted._name_or_path = config._name_or_path
+    return converted
+
+
+def _adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> None:
+    """Turn ``model`` into a ``cls``: same modules and parameters, configs of the MPOE type."""
+    source = type(model.config)
+    mapped: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, source):
+            if id(config) not in mapped:
+                mapped[id(config)] = _mpoe_model_config(config, cls.config_class, mpoe)
+            module.config = mapped[id(config)]  # type: ignore[assignment]
+    model.__class__ = cls
+    # A skeleton without memory shows what the constructor sets on an instance of the new class, and registers the
+    # class for output capturing.
+    with torch.device("meta"):
+        skeleton = cls(model.config)
+    for name in ("loss_type", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        setattr(model, name, getattr(skeleton, name))
+
+
+def _load_ffn(site: FFNSite, feed_forward: MPOEFeedForward, config: MPOEConfig) -> dict[str, Decomposition]:
+    """Copy the dense FFN into every expert, decomposing each matrix once."""
+    report = {}
+    for kind, projection in feed_forward.experts.projections().items():
+        if isinstance(projection, MPOCores):
+            report[f"{site.name}.experts.{kind}"] = projection.load_weight_(site.weight(kind), config.gauge)
+            if config.auxiliary_noise:
+                projection.add_noise_(config.auxiliary_noise)
+        else:
+            projection.load_weight_(site.weight(kind))
+        bias = site.bias(kind)
+        if projection.bias is not None and bias is not None:
+            projection.bias.copy_(bias)
+    return report
+
+
+def _check_shapes(ffns: list[FFNSite], linears: list[LinearSite], config: MPOEConfig) -> None:
+    for site in ffns:
+        for kind in site.dense:
+            sizes = tuple(site.weight(kind).shape)
+            if config.expert_type == "mpo":
+                try:
+                    config.shape_for(kind, *sizes)
+                except ValueError as error:
+                    raise ValueError(f"{site.prefixes[kind]}: {error}") from error
+    for linear in linears:
+        linear.build(config).to("meta")
+
+
+@torch.no_grad()
+def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool = False) -> Any:
+    """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
+
+    Every feed-forward network is decomposed once and copied to all experts, which share its central core; a router
+    is added. Nothing else changes.
+
+    Args:
+        model: a `T5ForConditionalGeneration`, `GPT2Model`, `GPT2LMHeadModel`, `BertModel`,
+            `BertForSequenceClassification` or `BertForMaskedLM`, in float32, float64, bfloat16 or float16.
+        config: `MPOEConfig`; default ``MPOEConfig()``.
+        inplace: convert ``model`` itself (its class and config change) instead of a copy.
+
+    Returns:
+        The converted model, of a registered Hugging Face class, in the same training mode. Its attribute
+        ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
+        ``{"local_errors", "error_bound", "relative_error_bound"}``.
+
+    Raises:
+        ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), shapes,
+            exclusions or layer indices that do not fit; all before any work.
+        TypeError: ``config`` of another type.
+    """
+    cls = _converted_class(model)
+    config = MPOEConfig() if config is None else config
+    if not isinstance(config, MPOEConfig):
+        raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
+    family = FAMILIES[cls.mpoe_family]
+    ffns, linears = find_sites(model, family, model.config, config)
+    _check_shapes(ffns, linears, config)
+    _check_finite(model)
+    config = dataclasses.replace(config, rate_ratios={})
+    if not inplace:
+        replaced = [m for site in ffns for m in site.dense.values()] + [site.dense for site in linears]
+        model = _copy_without(model, replaced)
+        ffns, linears = find_sites(model, family, model.config, config)
+    report: dict[str, Decomposition] = {}
+    for site in ffns:
+        feed_forward = site.build(config)
+        report.update(_load_ffn(site, feed_forward, config))
+        site.install(model, feed_forward)
+    for linear in linears:
+        module = linear.build(config)
+        module.train(model.training)
+        _load_linear(linear, module, config, report)
+        set_module(model, linear.name, module)
+    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+    _adopt_class(model, cls, config)
+    model.conversion_report = {
+        name: {
+            "local_errors": list(result.local_errors),
+            "error_bound": result.error_bound,
+            "relative_error_bound": result.relative_error_bound,
+        }
+        for name, result in report.items()
+    }
+    return model
+
+
+def _load_linear(site: LinearSite, module: Any, config: MPOEConfig, report: dict[str, Decomposition]) -> None:
+    from mpoe.layers.mpo_linear import linear_weight
+
+    report[f"{site.name}.cores"] = module.cores.load_weight_(linear_weight(site.dense), config.gauge)
+    if module.cores.bias is not None:
+        module.cores.bias.copy_(site.dense.bias)
+
+
+@torch.no_grad()
+def merge_experts(model: Any) -> Any:
+    """A Switch-style model of the same class whose experts are full matrices, computing the same.
+
+    A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as its own dense expert.
+    Attention projections in MPO form stay as they are.
+
+    Args:
+        model: an MPOE model with ``expert_type="mpo"``; it is left as it is.
+
+    Raises:
+        TypeError: a model that is no MPOE model.
+        ValueError: experts that are dense already.
+    """
+    if not isinstance(model, MPOEModelMixin):
+        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    if model.mpoe_config.expert_type != "mpo":
+        raise ValueError(f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}")
+    source: Any = model
+    mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
+    merged = _copy_without(source, mpo_experts)
+    for module in merged.modules():
+        if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
+            module.experts = _dense_experts(module.experts)
+    config = dataclasses.replace(model.mpoe_config, expert_type="dense", rate_ratios={})
+    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
+    for holder in merged.modules():
+        if isinstance(getattr(holder, "config", None), type(merged.config)):
+            holder.config.mpoe = config.to_dict()
+    return merged
+
+
+def _dense_experts(experts: MPOExperts) -> DenseExperts:
+    up = experts.up
+    dense = DenseExperts(
+        up.in_features,
+        up.out_features,
+        experts.num_experts,
+        experts.activation,
+        up.bias is not None,
+        experts.is_gated,
+        {kind: cores.init_std for kind, cores in experts.projections().items()},
+        device="meta",
+    )
+    for kind, cores in experts.projections().items():
+        weights: ExpertWeights = dense.projections()[kind]
+        weights.weight = nn.Parameter(cores.dense_weights().contiguous())
+        if cores.bias is not None:
+            weights.bias = nn.Parameter(cores.bias.clone())
+    return dense.train(experts.training)

@@ -1,0 +1,84 @@
+"""Parameter counts: central, auxiliary, router, rest; against the dense model and dense experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.feed_forward import MPOEFeedForward
+
+
+def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
+    """Every `MPOCores` of a model with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, MPOCores):
+            yield name, module
+
+
+def parameter_kind(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
+
+    Biases, which the experts of a layer share, belong to the rest. Tied parameters appear once.
+    """
+    kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, MPOCores):
+            kinds.update({f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()})
+        elif isinstance(module, ExpertWeights):
+            kinds[f"{prefix}weight"] = "expert"
+        elif isinstance(module, MPOEFeedForward):
+            kinds[f"{prefix}router.weight"] = "router"
+    return kinds
+
+
+def parameter_report(model: nn.Module) -> dict[str, int]:
+    """Parameter counts of an MPOE model (works on the meta device).
+
+    Returns:
+        ``central``, ``auxiliary`` (all experts together), ``expert`` (weights of dense experts), ``router``, ``rest``,
+        ``total``, ``trainable``, and for comparison ``dense_total`` (the model before conversion) and
+        ``switch_total`` (the same experts with full weights).
+    """
+    kinds = parameter_kind(model)
+    report = dict.fromkeys(("central", "auxiliary", "expert", "router", "rest"), 0)
+    trainable = 0
+    for name, parameter in model.named_parameters():
+        report[kinds[name]] += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    total = sum(report.values())
+    dense, switch = report["rest"], report["rest"] + report["router"]
+    in_feed_forward = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MPOEFeedForward):
+            for kind, projection in module.experts.projections().items():
+                in_feed_forward.add(f"{name}.experts.{kind}")
+                elements = projection.in_features * projection.out_features
+                dense += elements
+                switch += module.num_experts * elements
+    for name, cores in mpo_modules(model):
+        if name not in in_feed_forward:
+            dense += cores.in_features * cores.out_features
+            switch += cores.in_features * cores.out_features
+    return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}
+
+
+def format_report(report: dict[str, int]) -> str:
+    """The report as a few lines for a terminal."""
+    total = report["total"]
+
+    def millions(key: str) -> str:
+        return f"{report[key] / 1e6:,.2f}M"
+
+    share = 100 * report["trainable"] / max(total, 1)
+    expert = f" | dense experts: {millions('expert')}" if report["expert"] else ""
+    return (
+        f"trainable params: {report['trainable']:,} || all params: {total:,} || trainable%: {share:.4f}\n"
+        f"central: {millions('central')} | auxiliary: {millions('auxiliary')} | router: {millions('router')} | "
+        f"rest: {millions('rest')}{expert}\n"
+        f"dense model: {millions('dense_total')} ({total / max(report['dense_total'], 1):.2f}x) | "
+        f"dense-expert Switch: {millions('switch_total')} ({report['switch_total'] / max(total, 1):.2f}x this model)"
+    )

@@ -1,0 +1,89 @@
+"""From texts to token ids: text-to-text pairs for T5, blocks of running text for GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mpoe.data.task import Example
+
+
+def encode_text_to_text(
+    examples: Sequence[Example], tokenizer: Any, max_source_length: int = 96, max_target_length: int = 16
+) -> list[dict[str, list[int]]]:
+    """Model inputs of text-to-text items.
+
+    Args:
+        examples: N items.
+        tokenizer: a Hugging Face tokenizer whose post-processing ends every text with its end token, as T5's does.
+        max_source_length, max_target_length: in tokens, the end token included; longer texts are cut before it.
+
+    Returns:
+        N dictionaries of lists: ``input_ids`` [S], ``attention_mask`` [S] and ``labels`` [L].
+
+    Raises:
+        ValueError: a length below 2 (one token and the end token), or a tokenizer without an end or padding token.
+    """
+    check_length("max_source_length", max_source_length)
+    check_length("max_target_length", max_target_length)
+    check_tokenizer(tokenizer)
+    if not examples:
+        return []
+    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)
+    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)
+    end = tokenizer.eos_token_id
+    if targets["input_ids"][0][-1:] != [end]:
+        raise ValueError(
+            f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's does; "
+            f"{type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only model?)"
+        )
+    return [
+        {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": list(labels)}
+        for ids, labels in zip(sources["input_ids"], targets["input_ids"], strict=True)
+    ]
+
+
+def encode_language_modeling(
+    texts: Iterable[str | Example], tokenizer: Any, block_size: int = 128
+) -> list[dict[str, list[int]]]:
+    """Blocks of running text for a causal language model.
+
+    The texts are tokenised, joined with the end token between them, and cut into blocks of ``block_size`` tokens; the
+    incomplete block at the end is dropped. Labels equal the ids (the model shifts them).
+
+    Returns:
+        dictionaries of lists, each [block_size]: ``input_ids``, ``attention_mask``, ``labels``.
+
+    Raises:
+        ValueError: block_size < 2, no end token, or not enough text for one block.
+    """
+    check_length("block_size", block_size)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
+    plain = [text.source if isinstance(text, Example) else text for text in texts]
+    stream: list[int] = []
+    if plain:
+        # One call per text batch; the tokenizer's warning about its model_max_length does not apply to a stream.
+        for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream.extend(ids)
+            stream.append(tokenizer.eos_token_id)
+    if len(stream) < block_size:
+        raise ValueError(
+            f"texts must give at least one block of block_size={block_size} tokens; got {len(stream)} tokens "
+            f"from {len(plain)} texts"
+        )
+    blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+    return [{"input_ids": b, "attention_mask": [1] * block_size, "labels": list(b)} for b in blocks]
+
+
+def check_length(name: str, value: int) -> None:
+    """Refuse token lengths that leave no room for one token and the end token."""
+    if not isinstance(value, int) or value < 2:
+        raise ValueError(f"{name} must be an int >= 2; got {value!r}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse tokenizers that cannot end or pad a text."""
+    for field in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, field, None) is None:
+            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")

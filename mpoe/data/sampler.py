@@ -1,0 +1,144 @@
+"""Multi-task sampling: one task per optimizer step, p ~ size^(1/temperature), alike on all ranks and resumable.
+
+Nothing here has hidden state: what happens at a step follows from the seed and the step's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+
+class TemperatureSampler:
+    """Which task each optimizer step trains on.
+
+    Temperature 1 samples in proportion to size; infinity samples uniformly.
+
+    Raises:
+        ValueError: no task, a size < 1, or a temperature that is not > 0.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], temperature: float = 1.0, seed: int = 0) -> None:
+        if not sizes:
+            raise ValueError("sizes must hold at least one task; got none")
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"sizes[{name!r}] must be >= 1; got {size}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}")
+        self.names = tuple(sizes)
+        self.sizes = tuple(sizes.values())
+        self.temperature = temperature
+        self.seed = seed
+        # Relative to the largest size, so that no power overflows.
+        powers = (np.asarray(self.sizes, dtype=np.float64) / max(self.sizes)) ** (
+            0.0 if math.isinf(temperature) else 1.0 / temperature
+        )
+        self._cumulative = np.cumsum(powers / powers.sum())
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Probability of each task."""
+        return dict(zip(self.names, np.diff(self._cumulative, prepend=0.0).tolist(), strict=True))
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Task indices of the steps start..stop-1, int64 [stop - start]."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"start and stop must satisfy 0 <= start <= stop; got {start}, {stop}")
+        # A counter-based generator: advance() jumps to any step at no cost. One draw of random() uses one 64-bit
+        # output and Philox makes four at a time, so jump to the block and skip the rest.
+        generator = np.random.Philox(key=_key(self.seed, "task"))
+        generator.advance(start // 4)
+        skip = start % 4
+        draws = np.random.Generator(generator).random(stop - start + skip)[skip:]
+        found = np.searchsorted(self._cumulative, draws, side="right")
+        return np.minimum(found, len(self.names) - 1).astype(np.int64)
+
+    def task_at(self, step: int) -> str:
+        """Name of the task of optimizer step ``step`` (from 0)."""
+        return self.names[int(self.indices(step, step + 1)[0])]
+
+
+class MultiTaskBatchSampler:
+    """Batches of indices into the concatenation of the tasks' items, in the order of ``sizes``; a torch batch sampler.
+
+    All micro-batches of an optimizer step come from one task, on every rank. Each task's items are visited in shuffled
+    passes; an item is seen by one rank only within a pass. Batches are always full. The state is the number of
+    optimizer steps done: construct with ``start_step`` (or :meth:`set_step`) to resume exactly.
+
+    Args:
+        sizes: items of each task.
+        batch_size: items per micro-batch and rank.
+        num_steps: optimizer steps in all.
+        temperature, seed: see :class:`TemperatureSampler`.
+        accumulation: micro-batches per optimizer step.
+        rank, world_size: of this process. Do not let another library shard this sampler again.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        batch_size: int,
+        num_steps: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        for argument, value in (("batch_size", batch_size), ("accumulation", accumulation), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{argument} must be >= 1; got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size={world_size}); got {rank}")
+        if num_steps < 0:
+            raise ValueError(f"num_steps must be >= 0; got {num_steps}")
+        self.tasks = TemperatureSampler(sizes, temperature, seed)
+        self.batch_size, self.num_steps, self.accumulation = batch_size, num_steps, accumulation
+        self.rank, self.world_size = rank, world_size
+        self._first_index = dict(zip(self.tasks.names, np.cumsum((0, *self.tasks.sizes[:-1])).tolist(), strict=True))
+        self.set_step(start_step)
+
+    def set_step(self, step: int) -> None:
+        """Continue with optimizer step ``step`` at the next iteration."""
+        if not 0 <= step <= self.num_steps:
+            raise ValueError(f"step must be in [0, num_steps={self.num_steps}]; got {step}")
+        self.step = step
+
+    def __len__(self) -> int:
+        """Micro-batches left from the step it starts at."""
+        return (self.num_steps - self.step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draws = self.tasks.indices(0, self.num_steps)
+        visits = np.bincount(draws[: self.step], minlength=len(self.tasks.names))
+        permutations: dict[tuple[int, int], np.ndarray] = {}
+        for step in range(self.step, self.num_steps):
+            task = int(draws[step])
+            for micro in range(self.accumulation):
+                batch = int(visits[task]) * self.accumulation + micro
+                start = (batch * self.world_size + self.rank) * self.batch_size
+                yield self._items(task, start, permutations)
+            visits[task] += 1
+
+    def _items(self, task: int, start: int, permutations: dict[tuple[int, int], np.ndarray]) -> list[int]:
+        """Items start..start+batch_size-1 of the endless sequence of shuffled passes over one task."""
+        size, name = self.tasks.sizes[task], self.tasks.names[task]
+        items = []
+        for position in range(start, start + self.batch_size):
+            turn, place = divmod(position, size)
+            if (task, turn) not in permutations:
+                permutations.pop((task, turn - 2), None)
+                key = _key(self.tasks.seed, f"order:{name}:{turn}")
+                permutations[task, turn] = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+            items.append(self._first_index[name] + int(permutations[task, turn][place]))
+        return items
+
+
+def _key(seed: int, purpose: str) -> int:
+    """128-bit Philox key that differs by seed and purpose."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=16).digest(), "little")

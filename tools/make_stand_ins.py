@@ -1,0 +1,270 @@
+"""Train the stand-in checkpoints that ship with the package: ``python tools/make_stand_ins.py [t5] [gpt2]``.
+
+Everything is made here from nothing: the tokenizers and the weights see only the *training split* of the documentation
+that the running Python carries (``mpoe.data.documentation``). A tiny T5 learns, one kind of item per step,
+  - masked spans of documentation text (span corruption, Raffel et al. 2020),
+  - the package that a sentence documents (related to, but not, the doc_module task: other words, other classes),
+  - the words of the name that a docstring documents (the doc_name task's training items);
+a tiny GPT-2 learns language modelling. Takes about ten minutes per model on one core. Seeds are fixed; weights depend
+on the versions of Python, numpy and torch all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.doc_tasks import FAMILIES, KIND_LABELS, MASK, TELLING, mask_names, own_names
+from mpoe.data.documentation import DocRecord, load_documentation, prose_sentences
+from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.task import Example
+from mpoe.data.tasks import get_task
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(16)]
+Batches = Iterator[dict[str, torch.Tensor]]
+
+
+def train_records() -> tuple[DocRecord, ...]:
+    """The only records this script ever looks at."""
+    return load_documentation().split("train")
+
+
+def t5_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
+    """Lower-casing BPE that ends every text with </s>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>", *SENTINELS, MASK]
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, limit_alphabet=120)
+    texts = [" ".join(prose_sentences(record.text)) for record in train_records()]
+    texts += [text for example in get_task("doc_name").train() for text in (example.source, example.target)]
+    texts += [" ".join([*FAMILIES, *KIND_LABELS])] * 200  # label words become single tokens
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SENTINELS,
+        model_max_length=512,
+    )
+
+
+def gpt2_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((example.source for example in get_task("doc_lm").train()), trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, model_max_length=256
+    )
+
+
+def t5_model(vocabulary: int) -> transformers.T5ForConditionalGeneration:
+    """T5 with d_model 128; the embedding starts small, as std 1 (the default) learns slowly at this size."""
+    config = transformers.T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=512,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        dropout_rate=0.1,
+        feed_forward_proj="relu",
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        scale_decoder_outputs=False,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        model.shared.weight.mul_(0.05)
+    return model
+
+
+def gpt2_model(vocabulary: int) -> transformers.GPT2LMHeadModel:
+    """GPT-2 with four layers of width 128."""
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=256,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def package_examples() -> list[Example]:
+    """Sentence -> package (for numpy: sub-package), of packages with at least eight training objects."""
+    counts: dict[str, int] = {}
+    for record in train_records():
+        counts[package_of(record)] = counts.get(package_of(record), 0) + 1
+    return [
+        Example(f"package of: {mask_names(sentence, own_names(record) | TELLING)}", package_of(record))
+        for record in train_records()
+        if counts[package_of(record)] >= 8 and record.kind != "topic"
+        for sentence in prose_sentences(record.text)[:4]
+    ]
+
+
+def package_of(record: DocRecord) -> str:
+    """Package of a record in words."""
+    return " ".join(record.module.split(".")[: 2 if record.package == "numpy" else 1])
+
+
+def corrupt_spans(ids: list[int], sentinel: int, end: int, rng: random.Random, share: float = 0.2) -> dict:
+    """Span corruption: about ``share`` of the tokens, in spans of three on average, move to the labels."""
+    source: list[int] = []
+    target: list[int] = []
+    position, number = 0, 0
+    while position < len(ids):
+        keep = max(1, round(rng.expovariate(share / (1 - share) / 3)))
+        source += ids[position : position + keep]
+        position += keep
+        hidden = ids[position : position + rng.choice((1, 2, 3, 4, 5))]
+        if hidden and number < len(SENTINELS):
+            source.append(sentinel + number)
+            target += [sentinel + number, *hidden]
+            number += 1
+            position += len(hidden)
+    source.append(end)
+    return {"input_ids": source, "attention_mask": [1] * len(source), "labels": [*target, end]}
+
+
+def shuffled(items: list, batch: int, rng: random.Random) -> Iterator[list]:
+    """Endless batches; every item once per pass."""
+    while True:
+        rng.shuffle(items)
+        for start in range(0, len(items) - batch + 1, batch):
+            yield items[start : start + batch]
+
+
+def t5_batches(tokenizer: transformers.PreTrainedTokenizerFast, batch: int, seed: int) -> Batches:
+    """Endless mixture of the three kinds of items, one kind per step."""
+    rng = random.Random(seed)
+    collate = PaddingCollator(tokenizer.pad_token_id)
+    pairs = {
+        "package": encode_text_to_text(package_examples(), tokenizer, 64, 8),
+        "name": encode_text_to_text(get_task("doc_name").train(), tokenizer, 64, 16),
+    }
+    streams = {name: shuffled(items, batch, rng) for name, items in pairs.items()}
+    texts = [" ".join(prose_sentences(record.text)) for record in train_records()]
+    windows = [
+        ids[start : start + 56]
+        for ids in tokenizer([text for text in texts if text], add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids), 56)
+        if len(ids) - start >= 8
+    ]
+    streams["spans"] = shuffled(windows, batch, rng)
+    sentinel, end = tokenizer.convert_tokens_to_ids(SENTINELS[0]), tokenizer.eos_token_id
+    while True:
+        name = rng.choices(("spans", "package", "name"), (0.4, 0.3, 0.3))[0]
+        items = next(streams[name])
+        yield collate([corrupt_spans(w, sentinel, end, rng) for w in items] if name == "spans" else items)
+
+
+def gpt2_batches(tokenizer: transformers.PreTrainedTokenizerFast, batch: int, seed: int) -> Batches:
+    """Endless blocks of 128 tokens; every pass joins the texts in another order."""
+    rng = random.Random(seed)
+    collate = PaddingCollator(tokenizer.pad_token_id)
+    texts = list(get_task("doc_lm").train())
+    while True:
+        rng.shuffle(texts)
+        blocks = encode_language_modeling(texts, tokenizer, 128)
+        rng.shuffle(blocks)
+        for start in range(0, len(blocks) - batch + 1, batch):
+            yield collate(blocks[start : start + batch])
+
+
+def pretrain(model: torch.nn.Module, batches: Batches, steps: int, rate: float) -> float:
+    """AdamW with a linear warm-up over a twentieth of the steps and a cosine decay; the mean of the last losses."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
+    )
+    model.train()
+    losses: list[float] = []
+    start = time.perf_counter()
+    for step in range(steps):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 100 == 99:
+            print(
+                f"step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}, {time.perf_counter() - start:.0f} s", flush=True
+            )
+    return sum(losses[-100:]) / len(losses[-100:])
+
+
+# tokenizer, model, batches, items per batch, steps, learning rate
+RECIPES: dict[str, tuple[Callable, Callable, Callable, int, int, float]] = {
+    "t5": (functools.partial(t5_tokenizer, 3072), t5_model, t5_batches, 32, 2400, 2e-3),
+    "gpt2": (functools.partial(gpt2_tokenizer, 2048), gpt2_model, gpt2_batches, 16, 1800, 3e-3),
+}
+
+
+def make(kind: str, output: Path, steps: int | None, seed: int) -> None:
+    """Train one stand-in and save it under ``output/kind``."""
+    make_tokenizer, make_model, make_batches, batch, default_steps, rate = RECIPES[kind]
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
+    loss = pretrain(model, make_batches(tokenizer, batch, seed), steps or default_steps, rate)
+    folder = output / kind
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    print(json.dumps({"kind": kind, "final_loss": round(loss, 4), "bytes": sizes}))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=list(RECIPES), help="t5, gpt2 (default: both)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "mpoe" / "data" / "stand_ins")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: each recipe's own)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.kinds) - set(RECIPES))
+    if unknown:
+        parser.error(f"kinds must be among {', '.join(RECIPES)}; got {', '.join(unknown)}")
+    for kind in arguments.kinds:
+        make(kind, arguments.output, arguments.steps, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -201,7 +201,7 @@ class TableReader:
         if label not in self.words:
             known = ", ".join(list(self.words)[:10])
             raise ValueError(
-                f"{path}, line {row.line}: {self.label_column} must be a label seen in training ({known}); got {label!r}"
+                f"{path}, line {row.line}: {self.label_column} must be a training label ({known}); got {label!r}"
             )
         return Example(source, self.words[label])
 

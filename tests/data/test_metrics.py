@@ -79,7 +79,7 @@ def test_perplexity():
     assert m.perplexity([math.log(4), math.log(16)], weights=[3, 1]) == pytest.approx(4 * math.sqrt(2))
     assert m.perplexity([1e6]) == math.inf
     for losses, weights in (([], None), ([math.nan], None), ([1.0], [0]), ([1.0, 2.0], [1])):
-        with pytest.raises(ValueError, match="losses|weights"):
+        with pytest.raises(ValueError, match=r"losses|weights"):
             m.perplexity(losses, weights)
 
 

@@ -1,0 +1,221 @@
+"""Local files: what is detected, what is refused, and that every refusal names file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from mpoe.data.documentation import SPLITS
+from mpoe.data.files import read_paragraphs, read_table
+from mpoe.data.local import LocalTask, load_task_from_folder, regression_text
+from mpoe.data.task import Example
+
+ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def folder_of(tmp_path: Path, rows: list[dict], **others: str) -> Path:
+    for split in SPLITS:
+        write(tmp_path / f"{split}.jsonl", others.get(split, jsonl(rows)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"])
+def test_formats_give_the_same_task(tmp_path, suffix):
+    if suffix.startswith(".jsonl"):
+        text = jsonl(ROWS)
+    else:
+        mark = "," if suffix.startswith(".csv") else "\t"
+        text = mark.join(ROWS[0]) + "\r\n" + "".join(mark.join(map(str, r.values())) + "\r\n" for r in ROWS)
+    for stem in ("train", "dev", "test"):
+        write(tmp_path / "my.task" / f"{stem}{suffix}", "\ufeff" + text)
+    task = load_task_from_folder(tmp_path / "my.task")
+    assert isinstance(task, LocalTask)
+    assert (task.name, task.kind, task.labels, task.text_columns) == (
+        "my_task",
+        "classification",
+        ("0", "1"),
+        ("sentence",),
+    )
+    assert task.metrics == ("accuracy", "f1", "matthews")
+    assert task.validation()[1] == Example("my_task sentence: sentence 1", "1")
+    assert task.files["validation"].name == f"dev{suffix}"
+
+
+def test_quotes_are_plain_in_tsv_and_structure_in_csv(tmp_path):
+    tsv = write(tmp_path / "a.tsv", 'text\tlabel\nsay "hi\t1\n')
+    assert read_table(tsv)[0].values == {"text": 'say "hi', "label": "1"}
+    csv = write(tmp_path / "a.csv", 'text,label\n"two\nlines, one cell",1\nnext,0\n')
+    rows = read_table(csv)
+    assert rows[0].values["text"] == "two\nlines, one cell"
+    assert [row.line for row in rows] == [3, 4]
+    headless = read_table(write(tmp_path / "b.tsv", "1\tgood\n0\tbad\n"), column_names=["label", "text"])
+    assert [row.values["text"] for row in headless] == ["good", "bad"]
+
+
+def test_labels_words_and_numbers(tmp_path):
+    rows = [{"text": "a", "more": "b", "label": x} for x in (10, 2, 2.0, "10")]
+    task = load_task_from_folder(folder_of(tmp_path / "n", rows))
+    assert task.labels == ("2", "10")  # numeric order, 2.0 is 2
+    assert task.train()[0].source == "n text: a more: b"
+    task = load_task_from_folder(tmp_path / "n", label_words={2: "low", "10": "high"}, text_columns=["more"])
+    assert task.labels == ("low", "high")
+    assert task.train()[0] == Example("n more: b", "high")
+    words = [{"text": "a", "label": x} for x in ("spam", "ham", "eggs")]
+    task = load_task_from_folder(folder_of(tmp_path / "w", words))
+    assert task.labels == ("eggs", "ham", "spam")
+    assert task.metrics == ("accuracy", "macro_f1", "matthews")
+    assert load_task_from_folder(tmp_path / "w", metrics=["matthews"]).metrics == ("matthews",)
+    generation = load_task_from_folder(tmp_path / "w", kind="generation")
+    assert generation.kind == "generation"
+    assert generation.train()[0].target == "spam"
+
+
+def test_regression_is_rounded_to_fifths(tmp_path):
+    rows = [{"sentence": "a", "score": x} for x in (2.57, -0.04, 4, -1.11)]
+    task = load_task_from_folder(folder_of(tmp_path, rows))
+    assert task.kind == "regression"
+    assert task.metrics == ("pearson", "spearman")
+    assert [e.target for e in task.train()] == ["2.6", "0.0", "4.0", "-1.2"]
+    assert regression_text(0.1) == "0.0"
+    assert regression_text(-0.3) == "-0.4"
+
+
+def test_text_files_are_language_modelling(tmp_path):
+    lines = write(tmp_path / "lines.txt", "one\ntwo\n\n")
+    assert read_paragraphs(lines) == ["one", "two"]
+    assert read_paragraphs(write(tmp_path / "p.txt.gz", "one\nmore\n\n\ntwo\n")) == ["one more", "two"]
+    for split in ("train", "validation"):
+        write(tmp_path / "lm" / f"{split}.txt.gz", "one\ntwo\n")
+    task = load_task_from_folder(tmp_path / "lm")
+    assert (task.kind, task.metrics) == ("language_modeling", ("perplexity",))
+    assert task.train() == (Example("one"), Example("two"))
+    with pytest.raises(ValueError, match=r"has no test file; use split_validation_test"):
+        task.test()
+    with pytest.raises(ValueError, match=r"kind must be language_modeling for \.txt"):
+        load_task_from_folder(tmp_path / "lm", kind="regression")
+    table = load_task_from_folder(folder_of(tmp_path / "t", ROWS), kind="language_modeling")
+    assert table.train()[0] == Example("sentence 0")
+
+
+def test_subsets_and_hidden_test_labels(tmp_path):
+    folder = folder_of(tmp_path, [{"sentence": f"s{i}", "label": i % 2} for i in range(20)], test="no labels here")
+    write(folder / "validation.jsonl", jsonl([{"sentence": f"v{i}", "label": i % 2} for i in range(20)]))
+    task = load_task_from_folder(folder, split_validation_test=True, n_train=5, n_test=4, data_seed=7)
+    assert [len(task.examples(s)) for s in SPLITS] == [5, 10, 4]
+    assert not {e.source for e in task.validation()} & {e.source for e in task.test()}
+    assert task.train() == load_task_from_folder(folder, split_validation_test=True, n_train=5, data_seed=7).train()
+
+
+GOOD = jsonl(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column"),
+        (GOOD + "[1, 2]\n", r"train\.jsonl, line 7: expected one JSON object per line; got a list"),
+        (
+            GOOD + '\n{"sentense": "x", "label": 1}\n',
+            r"line 8: column 'sentence' is missing \(did you mean sentense\?\)",
+        ),
+        (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
+        (GOOD + '{"sentence": {"a": 1}, "label": 1}\n', r"line 7: column 'sentence' must hold a text or a number"),
+        ('{"sentence": "x", "value": 1}\n', r"train\.jsonl, line 1: no label column among sentence, value"),
+        ('{"words": 3, "label": 1}\n', r"train\.jsonl, line 1: no text column among words, label"),
+        ('{"sentence": "x", "label": 1}\n', r"train\.jsonl: classification needs at least two different labels; got 1"),
+        ("", r"train\.jsonl: the file is empty"),
+        ("\n \n", r"train\.jsonl: the file is empty"),
+    ],
+)
+def test_bad_json_lines_are_refused_with_file_and_line(tmp_path, train, message):
+    with pytest.raises(ValueError, match=message):
+        load_task_from_folder(folder_of(tmp_path, ROWS, train=train))
+
+
+def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
+    unknown = GOOD + '{"sentence": "x", "label": 2}\n'
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 7: label must be a training label \(0, 1\); got '2'"):
+        load_task_from_folder(folder_of(tmp_path, ROWS, test=unknown))
+    rows = [{"sentence": "x", "score": 0.5}]
+    bad = folder_of(tmp_path / "r", rows, validation='{"sentence": "x", "score": "high"}\n')
+    with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: expected a finite number; got 'high'"):
+        load_task_from_folder(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl, line 2: expected UTF-8"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv, line 1: expected UTF-8; got UTF-16"),
+        ("a.csv", b"text,label\nx,1\nx,y,1\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 3"),
+        ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),
+        ("a.tsv", b"text\ttext\nx\t1\n", r"a\.tsv, line 1: column names must differ"),
+        ("a.tsv", b"text\tlabel\n", r"a\.tsv: the file has a header but no rows"),
+        ("a.parquet", b"PAR1", r"a\.parquet: expected a file named \.jsonl"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        read_table(write(tmp_path / name, data))
+
+
+def test_broken_gzip_and_missing_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 200)[:60])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read"):
+        read_table(tmp_path / "a.jsonl.gz")
+    (tmp_path / "b.csv.gz").write_bytes(b"plain text")
+    with pytest.raises(ValueError, match=r"b\.csv\.gz: cannot be read"):
+        read_table(tmp_path / "b.csv.gz")
+    with pytest.raises(ValueError, match=r"c\.csv: cannot be read"):
+        read_table(tmp_path / "c.csv")
+
+
+def test_bad_folders_and_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data_dir must be an existing folder; got"):
+        load_task_from_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"must hold a train file .*got nothing"):
+        load_task_from_folder(tmp_path)
+    write(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(ValueError, match=r"must hold a validation file \(validation or valid or val"):
+        load_task_from_folder(tmp_path)
+    write(tmp_path / "dev.jsonl", GOOD)
+    load_task_from_folder(tmp_path)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        load_task_from_folder(tmp_path, kind="ranking")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean label"):
+        load_task_from_folder(tmp_path, label_column="labl")
+    with pytest.raises(ValueError, match=r"line 2: label_words has no word for '1'"):
+        load_task_from_folder(tmp_path, label_words={0: "no", 2: "yes"})
+    write(tmp_path / "val.csv", "text,label\nx,1\n")
+    with pytest.raises(ValueError, match=r"must hold one validation file; got dev\.jsonl, val\.csv"):
+        load_task_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sizes"),
+    [
+        ("movie_sentiment", "classification", (8056, 1007, 1007)),
+        ("sentiment_rating", "regression", (6328, 790, 790)),
+        ("sms_spam", "classification", (3610, 451, 451)),
+        ("word_in_context", "classification", (6401, 799, 799)),
+        ("austen", "language_modeling", (7999, 444, 445)),
+    ],
+)
+def test_real_data_sets_load_without_any_option(shared_data, name, kind, sizes):
+    task = load_task_from_folder(shared_data / name)
+    assert task.kind == kind
+    assert tuple(len(task.examples(split)) for split in SPLITS) == sizes

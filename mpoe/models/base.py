@@ -114,9 +114,12 @@ class MPOEModelMixin:
             site.install(model, site.build(config))
         for linear in linears:
             set_module(model, linear.name, linear.build(config))
+        prefix = f"{model.base_model_prefix}."
         for name, cores in mpo_modules(model):
-            if name in config.rate_ratios:
-                cores.rate_ratios = tuple(config.rate_ratios[name])
+            # A base model may open a checkpoint of a model with a head, whose names have the prefix, and vice versa.
+            for known in (name, prefix + name, name.removeprefix(prefix)):
+                if known in config.rate_ratios:
+                    cores.rate_ratios = tuple(config.rate_ratios[known])
         model.init_weights()
 
     @torch.no_grad()

@@ -1,0 +1,219 @@
+"""`MPOEFeedForward`, its experts and the call context."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import (
+    ACTIVATIONS,
+    DenseExperts,
+    MPOEFeedForward,
+    MPOExperts,
+    current_routing,
+    grouped_dense_linear,
+    routing_context,
+)
+from mpoe_kernels import MPOShape
+
+
+def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
+    return MPOEFeedForward(
+        24, 48, MPOEConfig(num_experts=4, **config), activation=activation, gated=gated, bias=bias
+    ).eval()
+
+
+def by_hand(ffn, x, mask=None):
+    """Token by token, expert by expert, in float64."""
+    x, act = x.double(), ACTIVATIONS[ffn.experts.activation]
+    decision = ffn.router(x.float())
+    weights = {kind: p.dense_weights().double() for kind, p in ffn.experts.projections().items()}
+    y = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        if mask is not None and not mask[t]:
+            continue
+        for e, gate in zip(decision.top_k_index[t], decision.top_k_weights[t].double(), strict=True):
+            up_bias = 0 if ffn.experts.up.bias is None else ffn.experts.up.bias.double()
+            down_bias = 0 if ffn.experts.down.bias is None else ffn.experts.down.bias.double()
+            z = x[t] @ weights["up"][e] + up_bias
+            hidden = act(x[t] @ weights["gate_proj"][e]) * z if ffn.experts.is_gated else act(z)
+            y[t] += gate * (hidden @ weights["down"][e] + down_bias)
+    return y
+
+
+@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_against_the_obvious_loop(expert_type, gated, top_k):
+    ffn = feed_forward(gated, expert_type=expert_type, router=RouterConfig(top_k=top_k, is_scale_prob=True))
+    for projection in ffn.experts.projections().values():
+        if projection.bias is not None:
+            torch.nn.init.normal_(projection.bias)
+    x = torch.randn(11, 24)
+    mask = torch.rand(11) > 0.3
+    torch.testing.assert_close(ffn(x, mask).double(), by_hand(ffn, x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_agree_between_mpo_and_dense(activation):
+    x = torch.randn(6, 24)
+    ffn = feed_forward(activation=activation, bias=False)
+    torch.testing.assert_close(ffn(x).double(), by_hand(ffn, x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_dense_experts_match_a_loop():
+    ffn = feed_forward(expert_type="dense", router=RouterConfig(top_k=2))
+    x = torch.randn(9, 24)
+    mask = torch.rand(9) > 0.3
+    ffn(x, mask).square().sum().backward()
+    got = {n: p.grad.clone() for n, p in ffn.named_parameters() if p.grad is not None}
+    ffn.zero_grad()
+    by_hand(ffn, x, mask).square().sum().backward()
+    for name, parameter in ffn.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype"), [(7, 10, torch.float32), (8, 8, torch.float64), (8, 8, None)])
+def test_grouped_dense_linear(rows, columns, dtype):
+    dtype = dtype or torch.float32
+    x = torch.randn(10, rows, dtype=dtype, requires_grad=True)
+    weight = torch.randn(3, rows, columns, dtype=dtype)
+    offsets = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    y = grouped_dense_linear(x, weight, offsets, torch.ones(columns, dtype=dtype))
+    expected = torch.cat([x[:3] @ weight[0], x[3:8] @ weight[2]]) + 1
+    torch.testing.assert_close(y[:8], expected)
+    assert torch.equal(y[8:], torch.zeros_like(y[8:]))
+    y.sum().backward()
+    assert torch.equal(x.grad[8:], torch.zeros_like(x.grad[8:]))
+
+
+def test_padding_is_neither_routed_nor_counted():
+    ffn = feed_forward()
+    x = torch.randn(2, 5, 24)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    with routing_context({"main": mask}) as routing:
+        y = ffn(x)
+    x2 = torch.where(mask[..., None], x, torch.full_like(x, 1e4))
+    with routing_context({"main": mask}) as again:
+        y2 = ffn(x2)
+    assert torch.equal(y[mask], y2[mask])
+    assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
+    assert int(routing.records[0].expert_load.sum()) == 5
+    assert torch.equal(routing.records[0].expert_load, again.records[0].expert_load)
+
+
+def test_capacity_drops_the_last_tokens_of_a_full_expert():
+    ffn = feed_forward(router=RouterConfig(eval_capacity_factor=1.0))
+    torch.nn.init.zeros_(ffn.router.weight)  # every token ties; topk sends them all to one expert
+    x = torch.randn(8, 24)
+    with routing_context() as routing:
+        y = ffn(x)
+    assert sorted(routing.records[0].expert_load.tolist()) == [0, 0, 0, 2]
+    assert (y[:2] != 0).any()
+    assert torch.equal(y[2:], torch.zeros_like(y[2:]))
+
+
+def test_expert_dropout_replaces_the_familys_rate_in_training_only():
+    config = MPOEConfig(num_experts=2, router=RouterConfig(expert_dropout=0.5))
+    ffn = MPOEFeedForward(24, 48, config, dropout=0.0)
+    x = torch.randn(8, 24)
+    assert not torch.equal(ffn(x), ffn(x))
+    ffn.eval()
+    assert torch.equal(ffn(x), ffn(x))
+    assert MPOEFeedForward(24, 48, MPOEConfig(), dropout=0.1).expert_dropout == 0.1
+
+
+def test_central_mask_stops_its_gradient_only():
+    ffn = feed_forward()
+    ffn.experts.up.central_masked = True
+    ffn(torch.randn(6, 24)).sum().backward()
+    assert ffn.experts.up.central.grad is None
+    assert all(core.grad is not None for core in ffn.experts.up.auxiliary)
+    assert ffn.experts.down.central.grad is not None
+
+
+def test_contexts_do_not_leak_between_threads():
+    ffn = feed_forward()
+    x = torch.randn(1, 4, 24)
+    loads, barrier = {}, threading.Barrier(3)
+
+    def work(valid):
+        mask = (torch.arange(4) < valid)[None]
+        with routing_context({"main": mask}) as routing:
+            barrier.wait()
+            with torch.no_grad():
+                ffn(x)
+            barrier.wait()
+        loads[valid] = [int(record.expert_load.sum()) for record in routing.records]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == {1: [1], 2: [2], 4: [4]}
+    assert current_routing() is None
+
+
+@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
+def test_compiles_fullgraph_inside_and_outside_a_context(expert_type):
+    ffn = feed_forward(gated=True, bias=False, expert_type=expert_type, router=RouterConfig(top_k=2))
+    x = torch.randn(2, 5, 24)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
+
+    def call(x, mask):
+        with routing_context({"main": mask}) as routing:
+            y = ffn(x)
+        return y, routing.records[0].expert_load
+
+    whole = torch.compile(call, backend="aot_eager", fullgraph=True)
+    y, load = call(x, mask)
+    compiled_y, compiled_load = whole(x, mask)
+    torch.testing.assert_close(compiled_y, y)
+    assert torch.equal(compiled_load, load)
+    compiled_y.sum().backward()
+    assert ffn.router.weight.grad is not None
+    layer = torch.compile(ffn, backend="aot_eager", fullgraph=True)
+    with routing_context({"main": mask}) as routing:
+        torch.testing.assert_close(layer(x), y)
+    assert len(routing.records) == 1
+    assert current_routing() is None
+
+
+def test_autocast_with_float32_parameters():
+    for expert_type in ("mpo", "dense"):
+        ffn = feed_forward(expert_type=expert_type)
+        x = torch.randn(6, 24, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ffn(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), ffn(x), rtol=0.05, atol=0.02)
+        y.float().sum().backward()
+        assert ffn.experts.up.bias.grad.dtype == torch.float32
+
+
+def test_empty_batch():
+    for expert_type in ("mpo", "dense"):
+        assert feed_forward(expert_type=expert_type)(torch.randn(0, 24)).shape == (0, 24)
+
+
+def test_bad_input():
+    ffn = feed_forward()
+    with pytest.raises(ValueError, match=r"hidden_states must be \[..., 24\]; got \[2, 23\]"):
+        ffn(torch.randn(2, 23))
+    with pytest.raises(ValueError, match=r"token_mask must be \[2, 3\]"):
+        ffn(torch.randn(2, 3, 24), torch.ones(2, 4).bool())
+    with pytest.raises(ValueError, match="did you mean 'gelu'"):
+        DenseExperts(4, 8, 2, "gellu")
+    with pytest.raises(ValueError, match="the down shape must be"):
+        MPOExperts({"up": MPOShape.paper(4, 8), "down": MPOShape.paper(4, 8)}, 2)
+
+
+def test_activation_table_is_what_torch_computes():
+    x = torch.randn(5)
+    assert torch.equal(ACTIVATIONS["swish"](x), F.silu(x))
+    assert torch.equal(ACTIVATIONS["gelu_new"](x), F.gelu(x, approximate="tanh"))

@@ -1,0 +1,130 @@
+"""`TopKRouter` and its losses against hand formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpoe.config import RouterConfig
+from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
+
+
+def test_top1_gate_is_one_with_the_gradient_of_log_p():
+    router = TopKRouter(6, 4)
+    x = torch.randn(9, 6)
+    out = router(x)
+    assert torch.equal(out.top_k_weights, torch.ones(9, 1))
+    out.top_k_weights.sum().backward()
+    got = router.weight.grad.clone()
+    router.weight.grad = None
+    torch.log_softmax(router(x).logits, -1).max(-1).values.sum().backward()
+    torch.testing.assert_close(got, router.weight.grad)
+
+
+def test_top_k_weights_sum_to_one_and_raw_probabilities():
+    x = torch.randn(9, 6)
+    out = TopKRouter(6, 4, RouterConfig(top_k=3))(x)
+    torch.testing.assert_close(out.top_k_weights.sum(-1), torch.ones(9))
+    assert (out.top_k_weights[:, :-1] >= out.top_k_weights[:, 1:]).all()
+    raw = TopKRouter(6, 4, RouterConfig(top_k=2, is_scale_prob=True))
+    out = raw(x)
+    probabilities = torch.softmax(x @ raw.weight.T, -1)
+    torch.testing.assert_close(out.top_k_weights, probabilities.gather(-1, out.top_k_index))
+    assert torch.equal(out.top_k_index, probabilities.topk(2).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_computes_in_float32_under_autocast(dtype):
+    router = TopKRouter(64, 4)
+    x = torch.randn(20, 64).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = router(x)
+    assert out.logits.dtype == out.top_k_weights.dtype == torch.float32
+    torch.testing.assert_close(out.logits, x.float() @ router.weight.T)
+
+
+def test_half_precision_parameters_still_route_in_float32():
+    router = TopKRouter(64, 4).bfloat16()
+    assert router(torch.randn(3, 64).bfloat16()).logits.dtype == torch.float32
+
+
+def test_jitter_only_in_training():
+    router = TopKRouter(6, 4, RouterConfig(jitter=0.2))
+    x = torch.randn(9, 6)
+    assert not torch.equal(router(x).logits, router(x).logits)
+    router.eval()
+    assert torch.equal(router(x).logits, x @ router.weight.T)
+
+
+def test_capacity_factors():
+    router = TopKRouter(6, 4, RouterConfig(top_k=2, capacity_factor=1.25, eval_capacity_factor=2.0))
+    assert router.capacity(10) == 7  # ceil(1.25 * 10 * 2 / 4)
+    router.eval()
+    assert router.capacity(10) == 10
+    assert TopKRouter(6, 4).capacity(10) is None
+
+
+def test_init_is_truncated_normal_of_the_switch_scale():
+    weight = TopKRouter(1000, 8, RouterConfig(init_scale=0.1)).weight
+    std = (0.1 / 1000) ** 0.5
+    assert weight.abs().max() <= 2 * std
+    assert float(weight.detach().std()) == pytest.approx(
+        std * 0.88, rel=0.05
+    )  # std of a normal truncated at two sigmas
+
+
+def test_balancing_loss_by_hand():
+    logits, index = torch.randn(7, 3), torch.tensor([[0], [1], [0], [2], [0], [1], [0]])
+    mask = torch.tensor([1, 1, 1, 0, 1, 1, 0]).bool()
+    probabilities = torch.softmax(logits, -1)
+    expected = 0.0
+    for e in range(3):
+        f = sum(float(index[t, 0] == e) for t in range(7) if mask[t]) / 5
+        p = sum(float(probabilities[t, e]) for t in range(7) if mask[t]) / 5
+        expected += 3 * f * p
+    assert float(load_balancing_loss(logits, index, mask)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_balancing_loss_is_one_when_balanced_and_e_when_collapsed():
+    even = load_balancing_loss(torch.zeros(8, 4), torch.arange(8)[:, None] % 4)
+    assert float(even) == pytest.approx(1.0)
+    collapsed = load_balancing_loss(torch.tensor([[50.0, 0, 0, 0]] * 8), torch.zeros(8, 1, dtype=torch.long))
+    assert float(collapsed) == pytest.approx(4.0)
+
+
+def test_top2_fractions_sum_to_one():
+    loss = load_balancing_loss(torch.zeros(6, 3), torch.tensor([[0, 1]] * 6))
+    assert float(loss) == pytest.approx(1.0)
+
+
+def test_layers_are_independent():
+    logits, index = torch.randn(2, 5, 3), torch.randint(0, 3, (2, 5, 1))
+    both = load_balancing_loss(logits, index)
+    each = [load_balancing_loss(one, idx) for one, idx in zip(logits, index, strict=True)]
+    torch.testing.assert_close(both, torch.stack(each))
+
+
+def test_z_loss_by_hand_ignores_padding_even_if_infinite():
+    logits = torch.randn(4, 3)
+    expected = torch.logsumexp(logits[:3], -1).square().mean()
+    logits[3] = float("inf")
+    mask = torch.tensor([True, True, True, False])
+    torch.testing.assert_close(router_z_loss(logits, mask), expected)
+    assert torch.isfinite(load_balancing_loss(logits, torch.zeros(4, 1, dtype=torch.long), mask))
+
+
+def test_no_valid_token_gives_zero():
+    mask = torch.zeros(4, dtype=torch.bool)
+    assert float(router_z_loss(torch.randn(4, 3), mask)) == 0
+    assert float(load_balancing_loss(torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long), mask)) == 0
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match=r"x must be \[T, I\] with I = 6; got \[2, 5\]"):
+        TopKRouter(6, 4)(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="top_k must be at most"):
+        TopKRouter(6, 2, RouterConfig(top_k=3))
+    with pytest.raises(ValueError, match="token_mask"):
+        router_z_loss(torch.randn(4, 3), torch.ones(3).bool())
+    with pytest.raises(ValueError, match="top_k_index"):
+        load_balancing_loss(torch.randn(4, 3), torch.zeros(5, 1, dtype=torch.long))

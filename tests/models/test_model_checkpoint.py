@@ -1,0 +1,194 @@
+"""Round trips through save_pretrained, from_pretrained, load_mpoe and the Auto classes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import FAMILIES, batch, dense_model, result
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from mpoe import RouterConfig, load_mpoe, merge_experts, save_mpoe_only
+from mpoe.models import MPOEBertModel, mpo_modules
+
+AUTO = {
+    "t5": AutoModelForSeq2SeqLM,
+    "t5_gated": AutoModelForSeq2SeqLM,
+    "gpt2": AutoModelForCausalLM,
+    "bert": AutoModel,
+    "bert_classifier": AutoModelForSequenceClassification,
+    "bert_mlm": AutoModelForMaskedLM,
+    "gpt2_base": AutoModel,
+}
+
+
+def same_state(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bit_exact_round_trip(family, converted, tmp_path):
+    model = converted(family, auxiliary_noise=0.1, router=RouterConfig(top_k=2), shape="paper", max_bond=6)
+    model.save_pretrained(tmp_path)
+    inputs = batch(family)
+    expected = result(model(**inputs))
+    for again in (load_mpoe(tmp_path), AUTO[family].from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
+        assert type(again) is type(model)
+        assert same_state(model, again)
+        assert torch.equal(result(again(**inputs)), expected)
+        assert again.config.mpoe == model.config.mpoe
+        for (name, cores), (_, other) in zip(mpo_modules(model), mpo_modules(again), strict=True):
+            assert cores.rate_ratios == other.rate_ratios, name
+    assert AutoConfig.from_pretrained(tmp_path).mpoe["max_bond"] == 6
+    assert sorted(p.suffix for p in tmp_path.iterdir()) in (
+        [".json", ".safetensors"],
+        [".json", ".json", ".safetensors"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_round_trip(dtype, converted, tmp_path):
+    model = converted("t5").to(dtype)
+    for module in model.modules():
+        if hasattr(module, "router"):
+            module.router.float()
+    model.save_pretrained(tmp_path)
+    assert same_state(model, load_mpoe(tmp_path))
+
+
+def test_merged_and_attention_models_round_trip(converted, tmp_path):
+    merged = merge_experts(converted("gpt2"))
+    merged.save_pretrained(tmp_path / "dense")
+    assert same_state(merged, load_mpoe(tmp_path / "dense"))
+    model = converted("t5", target_modules=["ffn", "attention"])
+    model.save_pretrained(tmp_path / "attention")
+    assert same_state(model, load_mpoe(tmp_path / "attention"))
+
+
+@pytest.mark.parametrize(
+    "key", ["experts.up.central", "experts.down.auxiliary.0", "router.weight", "experts.up.auxiliary.1"]
+)
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
+    model = converted(family)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    dropped = next(name for name in tensors if name.endswith(key))
+    shape = tensors.pop(dropped).shape
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = type(model).from_pretrained(tmp_path)
+    value = again.get_parameter(dropped)
+    assert value.shape == shape
+    assert torch.isfinite(value).all()
+    assert 0 < value.abs().max() < 10
+    kept = again.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match=f"missing: {dropped}"):
+        load_mpoe(tmp_path)
+
+
+def test_no_buffers_of_ours(converted):
+    for family in ("t5", "gpt2"):
+        assert list(converted(family).named_buffers()) == []
+
+
+def test_base_model_opens_a_checkpoint_with_a_head(converted, tmp_path):
+    model = converted("bert_classifier")
+    model.save_pretrained(tmp_path)
+    base = MPOEBertModel.from_pretrained(tmp_path)
+    cores = dict(mpo_modules(base))["encoder.layer.0.intermediate.experts.up"]
+    theirs = dict(mpo_modules(model))["bert.encoder.layer.0.intermediate.experts.up"]
+    assert torch.equal(cores.central, theirs.central)
+    assert cores.rate_ratios == theirs.rate_ratios
+
+
+def test_from_config_initialises_everything(converted):
+    config = converted("t5_gated").config
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert parameter.abs().max() < 20, name
+    up = model.encoder.block[0].layer[1].DenseReluDense.experts.up
+    assert float(up.dense_weights().detach().std()) == pytest.approx(24**-0.5, rel=0.2)
+
+
+def test_load_mpoe_refusals(converted, tmp_path):
+    with pytest.raises(ValueError, match="must be a folder"):
+        load_mpoe(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"must hold config\.json"):
+        load_mpoe(tmp_path)
+    dense_model("gpt2").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"says 'gpt2' \(a dense model.*convert_to_mpoe"):
+        load_mpoe(tmp_path / "dense")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="must be a JSON file"):
+        load_mpoe(tmp_path / "odd")
+    model = converted("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="base is for MPOE-only saves"):
+        load_mpoe(tmp_path / "model", base=dense_model("gpt2"))
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    values["mpoe"]["num_experts"] = 5
+    path.write_text(json.dumps(values))
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|mismatch"):
+        load_mpoe(tmp_path / "model")
+    values["mpoe"]["num_expert"] = values["mpoe"].pop("num_experts")
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="did you mean 'num_experts'"):
+        load_mpoe(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_mpoe_only_save(family, converted, tmp_path):
+    model, base = converted(family, auxiliary_noise=0.1), dense_model(family)
+    save_mpoe_only(model, tmp_path, base)
+    assert not (tmp_path / "model.safetensors").exists()
+    again = load_mpoe(tmp_path, base=base)
+    assert same_state(model, again)
+    inputs = batch(family)
+    assert torch.equal(result(again(**inputs)), result(model(**inputs)))
+    base.save_pretrained(tmp_path / "base")
+    assert same_state(model, load_mpoe(tmp_path, base=tmp_path / "base"))
+    with pytest.raises(ValueError, match="MPOE parameters only"):
+        load_mpoe(tmp_path)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(ValueError, match="SHA-256"):
+        load_mpoe(tmp_path, base=base)
+    with pytest.raises(ValueError, match="outside the MPOE modules differ"):
+        save_mpoe_only(model, tmp_path / "other", base)
+
+
+@pytest.mark.parametrize(
+    "order", ["import mpoe, transformers", "import transformers.models.auto.configuration_auto, mpoe"]
+)
+def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
+    converted("gpt2").save_pretrained(tmp_path)
+    program = (
+        f"{order}; import sys; "
+        "from transformers import AutoModelForCausalLM; "
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "MPOEGPT2LMHeadModel"
+
+
+def test_import_mpoe_is_light():
+    program = "import mpoe, sys; print(any(m in sys.modules for m in ('torch', 'transformers')))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

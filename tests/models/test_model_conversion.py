@@ -1,0 +1,196 @@
+"""Conversion computes the same, leaves its input alone, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import BERT, FAMILIES, GPT2, T5, batch, dense_model, result, valid_rows
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.models.distilbert import DistilBertConfig, DistilBertModel
+
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts
+from mpoe.layers import MPOEFeedForward, MPOLinear
+from mpoe.models import mpo_modules
+from mpoe_kernels import MPOShape
+
+
+def relative_difference(family, one, other, inputs):
+    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    return float((a - b).abs().max() / a.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", ["paper", "light", "separable"])
+@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
+@torch.no_grad()
+def test_full_bonds_change_nothing(family, shape, gauge):
+    model, inputs = dense_model(family), batch(family)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=4, shape=shape, gauge=gauge))
+    before, after = model(**inputs), converted(**inputs)
+    assert relative_difference(family, before, after, inputs) <= 1e-5
+    if "loss" in before:
+        torch.testing.assert_close(after.task_loss, before.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_top2_and_dense_experts_change_nothing_either(family):
+    model, inputs = dense_model(family), batch(family)
+    for config in (MPOEConfig(num_experts=4, router=RouterConfig(top_k=2)), MPOEConfig(expert_type="dense")):
+        converted = convert_to_mpoe(model, config)
+        assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_the_input_is_left_alone(family):
+    model = dense_model(family)
+    state, kind = copy.deepcopy(model.state_dict()), type(model)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(1.0)
+    assert type(model) is kind
+    assert model.config.model_type == family
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(isinstance(module, MPOEFeedForward) for module in model.modules())
+
+
+def test_inplace_returns_the_same_object():
+    model = dense_model("gpt2").train()
+    embedding = model.transformer.wte.weight
+    converted = convert_to_mpoe(model, inplace=True)
+    assert converted is model
+    assert converted.lm_head.weight is embedding
+    assert all(module.training for module in converted.modules())
+
+
+def test_ties_dtype_and_attention_are_kept():
+    model = dense_model("t5").to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    converted = convert_to_mpoe(model)
+    assert converted.lm_head.weight is converted.shared.weight
+    assert converted.config._attn_implementation == "eager"
+    assert converted.encoder.block[0].layer[1].DenseReluDense.experts.up.central.dtype == torch.bfloat16
+    assert converted.encoder.block[0].layer[1].DenseReluDense.router.weight.dtype == torch.float32
+    untied = dense_model("t5")
+    untied.lm_head.weight = nn.Parameter(torch.randn_like(untied.lm_head.weight))
+    converted = convert_to_mpoe(untied)
+    assert torch.equal(converted.lm_head.weight, untied.lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@torch.no_grad()
+def test_other_dtypes(family, dtype):
+    model, inputs = dense_model(family).to(dtype), batch(family)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
+    exact = convert_to_mpoe(model.float(), MPOEConfig(num_experts=2))
+    a, b = (valid_rows(family, result(m(**inputs)).float(), inputs) for m in (converted, exact))
+    assert result(converted(**inputs)).dtype == dtype
+    assert (a - b).abs().max() / b.abs().max() < (1e-5 if dtype == torch.float64 else 0.1)
+
+
+def test_report_and_rate_ratios():
+    model = dense_model("t5_gated")
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="paper", max_bond=8))
+    names = [name for name, _ in mpo_modules(converted)]
+    assert len(names) == 3 * 3
+    assert set(converted.conversion_report) == set(converted.config.mpoe["rate_ratios"]) == set(names)
+    cores = converted.get_submodule(names[0])
+    weight = model.encoder.block[0].layer[1].DenseReluDense.wi_1.weight.T
+    error = (cores.dense_weights()[0] - weight).norm().item()
+    entry = converted.conversion_report[names[0]]
+    assert 0 < error <= entry["error_bound"] * (1 + 1e-5)
+    assert len(entry["local_errors"]) == 4
+    assert list(cores.rate_ratios) == converted.config.mpoe["rate_ratios"][names[0]]
+
+
+def test_each_matrix_is_decomposed_once(monkeypatch):
+    import mpoe.layers.cores as module
+
+    calls = []
+    original = module.decompose_with_errors
+    monkeypatch.setattr(module, "decompose_with_errors", lambda *args: calls.append(1) or original(*args))
+    convert_to_mpoe(dense_model("gpt2"), MPOEConfig(num_experts=8))
+    assert len(calls) == 4
+
+
+def test_layers_and_exclusions():
+    model = dense_model("t5")
+    converted = convert_to_mpoe(model, MPOEConfig(layers_to_transform=[1]))
+    names = [n for n, m in converted.named_modules() if isinstance(m, MPOEFeedForward)]
+    assert names == ["encoder.block.1.layer.1.DenseReluDense"]
+    converted = convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"]))
+    assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
+    with pytest.raises(ValueError, match=r"close matches: .*DenseReluDense"):
+        convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"]))
+    with pytest.raises(ValueError, match=r"layer indices 0\.\.1; got 7"):
+        convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7]))
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@torch.no_grad()
+def test_attention_projections(family):
+    model, inputs = dense_model(family), batch(family)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=["ffn", "attention"]))
+    count = {"t5": 2 * 4 + 8, "gpt2": 2 * 2, "bert": 2 * 4}[family]
+    assert len([m for m in converted.modules() if isinstance(m, MPOLinear)]) == count
+    assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
+    only = convert_to_mpoe(model, MPOEConfig(target_modules="attention"))
+    out = only(**inputs)
+    assert relative_difference(family, model(**inputs), out, inputs) <= 1e-5
+    assert "aux_loss" not in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merged_experts_compute_the_same(family, converted):
+    model = converted(family, auxiliary_noise=0.3, router=RouterConfig(top_k=2))
+    merged, inputs = merge_experts(model), batch(family)
+    assert type(merged) is type(model)
+    assert merged.config.mpoe["expert_type"] == "dense"
+    assert model.config.mpoe["expert_type"] == "mpo"
+    assert list(mpo_modules(merged)) == []
+    assert relative_difference(family, model(**inputs), merged(**inputs), inputs) <= 1e-5
+    with pytest.raises(ValueError, match="expert_type='dense'"):
+        merge_experts(merged)
+
+
+def test_refusals_come_before_any_work():
+    model = dense_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+        model.transformer.h[0].ln_1.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.ln_1\.bias, transformer\.h\.1\.mlp\.c_fc\.weight"):
+        convert_to_mpoe(model, inplace=True)
+    assert type(model) is GPT2LMHeadModel
+    tiny = DistilBertModel(DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9))
+    with pytest.raises(ValueError, match=r"BertForMaskedLM, .*T5ForConditionalGeneration; got DistilBertModel"):
+        convert_to_mpoe(tiny)
+    with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
+        convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
+    with pytest.raises(ValueError, match="an MPOE model already"):
+        convert_to_mpoe(convert_to_mpoe(dense_model("gpt2")))
+    with pytest.raises(TypeError, match="model must be an MPOE model"):
+        merge_experts(dense_model("gpt2"))
+    shapes = {"up": MPOShape.paper(24, 40), "down": MPOShape.paper(40, 24)}
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
+        convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
+    with pytest.raises(ValueError, match="did you mean 'gelu"):
+        convert_to_mpoe(GPT2LMHeadModel(GPT2Config(**GPT2, activation_function="quick_gelu")))
+    with pytest.raises(ValueError, match="chunk_size_feed_forward"):
+        convert_to_mpoe(BertModel(BertConfig(**BERT, chunk_size_feed_forward=2)))
+
+
+def test_scale_decoder_outputs_survives():
+    for tied in (True, False):
+        config = T5Config(**T5, tie_word_embeddings=tied)
+        converted = convert_to_mpoe(T5ForConditionalGeneration(config))
+        assert converted.config.scale_decoder_outputs is tied
+        assert converted.decoder.config.is_decoder is True
+        assert converted.decoder.config.num_layers == 1

@@ -1,0 +1,208 @@
+"""Forward passes: padding, losses, generation, checkpointing, compilation, parameter counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from mpoe import MPOEConfig, RouterConfig
+from mpoe.layers import load_balancing_loss, router_z_loss
+from mpoe.models import MPOEGPT2Config, MPOET5Config, parameter_kind
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_is_neither_routed_nor_counted(family, converted):
+    model = converted(family, router=RouterConfig(z_loss_weight=1e-3))
+    inputs = batch(family)
+    out = model(**inputs)
+    expected = int(MASK.sum())
+    loads = out.expert_load.sum(1).tolist()
+    if family.startswith("t5"):
+        assert loads == [expected] * 2 + [int(inputs["labels"].ne(-100).sum())]
+    else:
+        assert loads == [expected] * 2
+    other = dict(inputs, input_ids=torch.where(MASK.bool(), inputs["input_ids"], 7))
+    again = model(**other)
+    assert torch.equal(again.expert_load, out.expert_load)
+    torch.testing.assert_close(again.aux_loss, out.aux_loss, rtol=1e-6, atol=0)
+    rows, more = (valid_rows(family, result(o), inputs) for o in (out, again))
+    torch.testing.assert_close(rows, more, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_a_mask_every_token_counts(converted):
+    out = converted("gpt2")(input_ids=batch("gpt2")["input_ids"])
+    assert out.expert_load.sum(1).tolist() == [24, 24]
+    assert out.expert_load.dtype == torch.int64
+    assert "loss" not in out
+
+
+@torch.no_grad()
+def test_prompt_labels_are_not_a_padding_mask_for_gpt2(converted):
+    inputs = batch("gpt2")
+    inputs["labels"][:, :2] = -100
+    assert converted("gpt2")(**inputs).expert_load.sum(1).tolist() == [int(MASK.sum())] * 2
+
+
+def test_auxiliary_loss_by_hand(converted):
+    model = converted("t5", router=RouterConfig(top_k=2, balance_loss_weight=0.03, z_loss_weight=0.2))
+    inputs = batch("t5")
+    out = model(**inputs)
+    masks = [MASK.bool()] * 2 + [inputs["labels"] != -100]
+    expected = 0.0
+    for logits, mask in zip(out.router_logits, masks, strict=True):
+        valid = logits[mask.reshape(-1)]
+        index = valid.topk(2).indices
+        expected = expected + 0.03 * load_balancing_loss(valid, index) + 0.2 * router_z_loss(valid)
+    torch.testing.assert_close(out.aux_loss, expected)
+    torch.testing.assert_close(out.loss, out.task_loss + out.aux_loss)
+    out.loss.backward()
+    assert all(m.router.weight.grad.abs().sum() > 0 for m in model.modules() if hasattr(m, "router"))
+
+
+def test_tuple_output_starts_like_the_dense_one(converted):
+    dense, model, inputs = dense_model("gpt2"), converted("gpt2"), batch("gpt2")
+    a, b = dense(**inputs, return_dict=False), model(**inputs, return_dict=False)
+    torch.testing.assert_close(a[1][MASK.bool()], b[1][MASK.bool()], rtol=1e-4, atol=1e-4)
+    positional = model(inputs["input_ids"], None, inputs["attention_mask"])
+    assert positional.expert_load.sum(1).tolist() == [int(MASK.sum())] * 2
+
+
+def test_hidden_states_and_attentions_are_recorded(converted):
+    for family in ("gpt2", "bert", "gpt2_base", "t5"):
+        out = converted(family)(**batch(family), output_hidden_states=True)
+        states = out.encoder_hidden_states if family == "t5" else out.hidden_states
+        assert len(states) == 3
+
+
+def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
+    model, inputs = converted("gpt2"), batch("gpt2")
+    items = int(inputs["labels"][:, 1:].ne(-100).sum())
+    out = model(**inputs, num_items_in_batch=torch.tensor(2 * items))
+    torch.testing.assert_close(out.loss - out.task_loss, out.aux_loss / 2)
+    assert converted("t5").accepts_loss_kwargs is False
+    assert model.accepts_loss_kwargs is True
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generation_with_and_without_cache_equals_dense(family, options, converted):
+    dense, model = dense_model(family), converted(family)
+    inputs = batch(family, labels=False)
+    mask = MASK if family.startswith("t5") else MASK.flip(1)
+    call = {"input_ids": inputs["input_ids"], "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    cached = model.generate(**call, **options)
+    assert torch.equal(cached, model.generate(**call, use_cache=False, **options))
+    assert torch.equal(cached, dense.generate(**call, **options))
+
+
+def test_generation_does_not_route_padding_in_the_encoder(converted):
+    model = converted("t5", router=RouterConfig(eval_capacity_factor=1.0))
+    inputs = batch("t5", labels=False)
+    call = {"attention_mask": MASK, "max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    other = torch.where(MASK.bool(), inputs["input_ids"], 9)
+    scores = [model.generate(ids, **call).scores[0] for ids in (inputs["input_ids"], other)]
+    # With a capacity, routed padding would push text tokens out of their experts.
+    assert torch.equal(scores[0], scores[1])
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert_classifier"])
+def test_checkpointing_gives_the_same_gradients(family, converted):
+    model, inputs = (
+        converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)).train(),
+        batch(family),
+    )
+    plain = model(**inputs)
+    plain.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    out = model(**inputs)
+    out.loss.backward()
+    assert torch.equal(out.expert_load, plain.expert_load)
+    assert len(out.router_logits) == len(plain.router_logits)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused(converted):
+    with pytest.raises(ValueError, match="use_reentrant must be False"):
+        converted("gpt2").activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_users_checkpoint_contexts_run_too(converted):
+    from contextlib import nullcontext
+
+    entered = []
+
+    def contexts():
+        entered.append(1)
+        return nullcontext(), nullcontext()
+
+    model = converted("gpt2").train()
+    model.activation_checkpointing_enable({"context_fn": contexts})
+    model(**batch("gpt2")).loss.backward()
+    assert len(entered) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bert_classifier"])
+def test_whole_model_compiles_fullgraph(family, converted):
+    model, inputs = converted(family), batch(family)
+    expected = model(**inputs)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert torch.equal(out.expert_load, expected.expert_load)
+
+
+BASE = {"vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}
+LARGE = {"vocab_size": 32128, "d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_layers": 24, "num_heads": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "dense", "switch", "mpoe"),
+    [
+        ("base", 8, 222.9, 1015.8, 294.0),
+        ("base", 16, 222.9, 1921.9, 365.1),
+        ("large", 4, 737.7, 1945.8, 863.9),
+        ("large", 8, 737.7, 3556.6, 990.1),
+        ("gpt2", 8, 124.4, 520.9, 160.0),
+        ("gpt2", 16, 124.4, 973.9, 195.5),
+    ],
+)
+def test_parameter_counts_of_the_reference_table(family, experts, dense, switch, mpoe):
+    def build(expert_type):
+        settings = MPOEConfig(num_experts=experts, shape="paper", expert_type=expert_type)
+        with torch.device("meta"):
+            if family == "gpt2":
+                return AutoModelForCausalLM.from_config(MPOEGPT2Config(mpoe=settings))
+            sizes = BASE if family == "base" else LARGE
+            return AutoModelForSeq2SeqLM.from_config(MPOET5Config(**sizes, mpoe=settings))
+
+    report = build("mpo").parameter_report()
+    assert report["total"] / 1e6 == pytest.approx(mpoe, abs=0.1)
+    assert report["dense_total"] / 1e6 == pytest.approx(dense, abs=0.1)
+    assert report["switch_total"] / 1e6 == pytest.approx(switch, abs=0.1)
+    parts = ("central", "auxiliary", "expert", "router", "rest")
+    assert sum(report[key] for key in parts) == report["total"]
+    baseline = build("dense").parameter_report()
+    assert baseline["total"] / 1e6 == pytest.approx(switch, abs=0.1)
+    assert baseline["switch_total"] == baseline["total"] == report["switch_total"]
+    assert baseline["dense_total"] == report["dense_total"]
+
+
+def test_report_is_printed(converted, capsys):
+    model = converted("gpt2")
+    model.transformer.wte.weight.requires_grad_(False)
+    model.print_trainable_parameters()
+    text = capsys.readouterr().out
+    assert "trainable params" in text
+    for word in ("central", "auxiliary", "router", "rest", "dense model", "Switch"):
+        assert word in text
+    report = model.parameter_report()
+    assert report["trainable"] == report["total"] - 60 * 24
+    assert set(parameter_kind(model).values()) == {"central", "auxiliary", "router", "rest"}

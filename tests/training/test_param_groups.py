@@ -216,9 +216,7 @@ def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
 def test_freezing_refusals() -> None:
     with pytest.raises(ValueError, match=r"names word_embed, but this model's MPO cores are in: attention, mlp"):
         freeze_cores(Mixed(), update_mpo_layer="word_embed")
-    with pytest.raises(
-        ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"
-    ):
+    with pytest.raises(ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"):
         freeze_cores(Mixed(), train_AT_index="5")
     with pytest.raises(ValueError, match="Linear has none"):
         freeze_cores(nn.Linear(2, 2), tensor_learn=True)

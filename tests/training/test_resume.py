@@ -1,0 +1,145 @@
+"""A killed or stopped run continues to the very weights of an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
+
+from .tiny import make_trainer, resume_options
+
+TINY = Path(__file__).with_name("tiny.py")
+FAMILIES = ["t5", "gpt2", "bert"]
+
+
+def final_state(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resume_is_bit_identical(tmp_path: Path, family: str) -> None:
+    """Epochs have six steps: checkpoint 3 lies inside the first, 6 at its end, 9 inside the second."""
+    straight = make_trainer(tmp_path / "straight", **resume_options(family, 12))
+    straight.train()
+    expected = final_state(straight)
+    for step in (3, 6, 9):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "straight" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        torch.manual_seed(step)  # whatever state the new process is in
+        resumed = make_trainer(folder, **resume_options(family, 12))
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 12
+        assert_identical(expected, final_state(resumed))
+        logged = [record["loss"] for record in straight.state.log_history if "loss" in record][step:]
+        assert [record["loss"] for record in read_metrics(folder) if "loss" in record] == logged
+
+
+def test_resume_differs_without_the_saved_randomness(tmp_path: Path) -> None:
+    """The test above can fail: dropping the generators' state changes the weights."""
+    straight = make_trainer(tmp_path, **resume_options("t5", 6))
+    straight.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-3" / "rng_state.pth").unlink()
+    (tmp_path / "checkpoint-3" / checkpoints.MANIFEST).unlink()
+    resumed = make_trainer(tmp_path, **resume_options("t5", 6))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(AssertionError):
+        assert_identical(final_state(straight), final_state(resumed))
+
+
+def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = make_trainer(tmp_path / "straight", **resume_options("t5", 9))
+    straight.train()
+
+    trainer = make_trainer(tmp_path / "run", **resume_options("t5", 9))
+    original = type(trainer)._save_rng_state
+
+    def fail(self: Any, output_dir: str) -> None:
+        if self.state.global_step == 6:
+            raise OSError("disk full")
+        original(self, output_dir)
+
+    monkeypatch.setattr(type(trainer), "_save_rng_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    monkeypatch.undo()
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    resumed = make_trainer(tmp_path / "run", **resume_options("t5", 9))
+    resumed.train(resume_from_checkpoint=True)
+    assert_identical(final_state(straight), final_state(resumed))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("checkpoint-3", "checkpoint-6", "checkpoint-9", "metrics.jsonl")
+    ]
+
+
+def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, **resume_options("t5", 3)).train()
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
+    trainer = make_trainer(tmp_path, **resume_options("t5", 3))
+    with pytest.raises(ValueError, match="checkpoint-3 is incomplete"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="nothing to resume"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+
+    class Score(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            metrics["eval_score"] = next(losses)
+
+    options = resume_options("t5", 12) | {
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": False,
+        "callbacks": [Score()],
+    }
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    best = tmp_path / "checkpoint-6"
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-12"]
+    assert trainer.state.best_model_checkpoint == str(best)
+    for folder in ("checkpoint-6", "checkpoint-12"):
+        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(best)
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); del sys.argv[1]; from training.tiny import main; main()"
+    command = [sys.executable, "-c", code, str(TINY.parent.parent), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kill_at", "last"), [("t5", "step-8", 6), ("gpt2", "save-6", 3)])
+def test_kill_9_and_resume(tmp_path: Path, family: str, kill_at: str, last: int) -> None:
+    """Killed after a step, and in the middle of writing a checkpoint."""
+    straight = run(tmp_path / "straight", family, 12, "never")
+    assert straight.returncode == 0, straight.stderr
+    killed = run(tmp_path / "run", family, 12, kill_at)
+    assert killed.returncode == -9
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{last}"
+    resumed = run(tmp_path / "run", family, 12, "never", "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(torch.load(tmp_path / "straight" / "final.pt"), torch.load(tmp_path / "run" / "final.pt"))
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps == list(range(1, 13))

@@ -1,0 +1,177 @@
+"""Tiny random models, data and trainers for tests of `MPOETrainer`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.models import convert_to_mpoe
+from mpoe.training import MPOETrainer, MPOETrainingArguments
+
+VOCABULARY = 40
+PAD, EOS = 0, 1
+
+
+def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
+    if family == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_ff=64,
+            d_kv=8,
+            num_heads=4,
+            num_layers=1,
+            num_decoder_layers=1,
+            dropout_rate=dropout,
+            decoder_start_token_id=PAD,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
+        return T5ForConditionalGeneration(config)
+    if family == "gpt2":
+        rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        tokens = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32, **rates, **tokens)
+        return GPT2LMHeadModel(config)
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        num_labels=2,
+        **rates,
+    )
+    return BertForSequenceClassification(config)
+
+
+def mpoe_model(family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int = 0, **config: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    router = RouterConfig(jitter=jitter, balance_loss_weight=0.05, z_loss_weight=0.01)
+    options = {"num_experts": 4, "router": router, **config}
+    return convert_to_mpoe(dense_model(family, dropout), MPOEConfig(**options))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random sequences of different lengths, padded to one; targets have different lengths too."""
+
+    def __init__(self, family: str, rows: int = 48, seed: int = 1, equal_lengths: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.rows: list[dict[str, torch.Tensor]] = []
+        for _ in range(rows):
+            ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
+            length = 12 if equal_lengths else int(torch.randint(4, 13, (1,), generator=generator))
+            mask = (torch.arange(12) < length).long()
+            row = {"input_ids": ids * mask, "attention_mask": mask}
+            if family == "t5":
+                # Sorting-like task: the target is the first tokens of the source.
+                targets = 6 if equal_lengths else int(torch.randint(1, 7, (1,), generator=generator))
+                row["labels"] = torch.where(torch.arange(6) < targets, ids[:6], -100)
+            elif family == "gpt2":
+                row["labels"] = torch.where(mask.bool(), ids, -100)
+            else:
+                row["labels"] = ids[0] % 2
+            self.rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def arguments(output_dir: Path | str, **options: Any) -> MPOETrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return MPOETrainingArguments(**{**defaults, **options})
+
+
+def make_trainer(
+    output_dir: Path | str, family: str = "t5", model: PreTrainedModel | None = None, **options: Any
+) -> MPOETrainer:
+    names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset")
+    given = {name: options.pop(name) for name in names if name in options}
+    given.setdefault("train_dataset", Rows(family))
+    given.setdefault("eval_dataset", Rows(family, rows=20, seed=2))
+    model = mpoe_model(family) if model is None else model
+    return MPOETrainer(model=model, args=arguments(output_dir, **options), **given)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def main() -> None:
+    """A run for tests that kill processes: `python tiny.py OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
+
+    KILL_AT is "step-N" (kill after optimizer step N), "save-N" (in the middle of writing checkpoint N) or "never".
+    """
+    import os
+    import signal
+
+    from transformers import TrainerCallback
+
+    output_dir, family, steps, kill_at = sys.argv[1:5]
+    moment, _, number = kill_at.partition("-")
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if moment == "step" and state.global_step == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    original = torch.save
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if moment == "save" and f"checkpoint-{number}/scheduler" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(value, path, *args, **kwargs)
+
+    torch.save = save
+    torch.set_num_threads(1)
+    trainer = make_trainer(output_dir, **resume_options(family, int(steps)), callbacks=[Kill()])
+    trainer.train(resume_from_checkpoint=True if "resume" in sys.argv else None)
+    original(dict(trainer.model.state_dict()), Path(output_dir) / "final.pt")
+
+
+def resume_options(family: str, steps: int) -> dict[str, Any]:
+    """A run in which everything random takes part: dropout, jitter, shuffling, the gradient mask, accumulation."""
+    return {
+        "family": family,
+        "model": mpoe_model(family, dropout=0.1, jitter=0.1),
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_mask_prob": 0.5,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 2,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def command(arguments: Sequence[str]) -> None:
     run(names[0], Path(names[1]), experts, options.overwrite)
 
 
-def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -> dict[str, Any]:
+def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
     from mpoe.cli.files import check_not_file
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
@@ -63,44 +62,34 @@ def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -
     return report
 
 
-def module_errors(model: Any) -> list[dict[str, Any]]:
-    """For every MPO module: its name, shape and relative error bound ``sqrt(sum eps_k^2) / |W|``."""
-    from mpoe.models import mpo_modules
-    from mpoe_kernels import reconstruct
-
-    rows = []
-    for name, cores in mpo_modules(model):
-        chain = [core if core.dim() == 4 else core[0] for core in cores.cores()]  # the first expert's
-        kept = float(reconstruct([core.detach().float() for core in chain]).norm())
-        bound = math.sqrt(sum(error**2 for error in cores.local_errors))
-        whole = math.hypot(kept, bound)
-        rows.append({"name": name, "shape": str(cores.shape), "error": bound / whole if whole else 0.0})
-    return rows
-
-
 def show_errors(model: Any) -> None:
     """Print the decomposition error of every converted matrix; alike rows are joined."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in module_errors(model):
-        groups.setdefault(row["shape"], []).append(row)
+    from mpoe.models import mpo_modules
+
+    shapes = {name: str(cores.shape) for name, cores in mpo_modules(model)}
+    groups: dict[str, list[str]] = {}
+    for name in model.conversion_report:
+        groups.setdefault(shapes[name], []).append(name)
     if not groups:
         return  # dense experts: copies, without any error
     table = Table("matrices", "cores", "relative error at most", title="Decomposition")
-    for shape, rows in groups.items():
-        errors = [row["error"] for row in rows]
-        table.add_row(f"{len(rows)} ({rows[0]['name']} ...)", shape, f"{min(errors):.2e} .. {max(errors):.2e}")
+    for shape, names in groups.items():
+        errors = [model.conversion_report[name]["relative_error_bound"] for name in names]
+        table.add_row(f"{len(names)}: {names[0]} ...", escape(shape), f"{min(errors):.2e} .. {max(errors):.2e}")
     Console().print(table)
 
 
-def show_parameters(report: dict[str, Any]) -> None:
+def show_parameters(report: dict[str, int]) -> None:
     """Print a model's `parameter_report` as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("parameters", "number", title="Parameters")
     for key, value in report.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        if value:
+            table.add_row(key.replace("_", " "), f"{value:,}")
     Console().print(table)

@@ -83,8 +83,12 @@ def demo(
     output_dir: Annotated[
         Path, typer.Option("--output_dir", "--output-dir", help="Folder for report.html, results.json and the model.")
     ] = Path("mpoe_demo"),
-    model: Annotated[str, typer.Option("--model", help="t5 (documentation tasks) or gpt2 (language modelling).")] = "t5",
-    steps: Annotated[int | None, typer.Option("--steps", help="Training steps per arm; default: the tuned budget.")] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="t5 (documentation tasks) or gpt2 (language modelling).")
+    ] = "t5",
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Training steps per arm; default: the tuned budget.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of data order, routers and dropout.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
 ) -> None:

@@ -82,8 +82,16 @@ def _model_type(name: str, is_folder: bool) -> str:
     return str(values.get("model_type", "unknown"))
 
 
+def quiet_transformers() -> None:
+    """No progress bars for reading and writing weight files (the Trainer's own bars stay)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_model(source: Source) -> Any:
     """The model in float32, in eval mode: dense models by their Auto class, ours by `load_mpoe`."""
+    quiet_transformers()
     if source.is_mpoe:
         from mpoe.models import load_mpoe
 

@@ -32,9 +32,7 @@ def _plots(arms: Sequence[dict[str, Any]]) -> str:
     return "".join(f"<figure>{svg}</figure>" for svg in drawings)
 
 
-def write_report(
-    file: Path, results: dict[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
+def write_report(file: Path, results: dict[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write the report.
 
     Args:

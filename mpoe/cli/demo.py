@@ -1,0 +1,253 @@
+"""`mpoe demo`: the whole job on data every Python carries: convert, verify, train, compare, save, reload, generate."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.demo_arms import (
+    NUM_EXPERTS,
+    SETTINGS,
+    Arm,
+    Settings,
+    count_parameters,
+    train_arm,
+    training_items,
+    with_steps,
+)
+from mpoe.cli.demo_tables import check, comparison_lines, show_comparison, table_of
+from mpoe.cli.errors import CommandError, close_matches
+
+REPORT_FILE = "report.html"
+MODEL_FOLDER = "model"
+
+
+class Stages:
+    """Seconds of every stage, in order; the same name adds up."""
+
+    def __init__(self, console: Any) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.console.print(f"[dim]{name}: {time.perf_counter() - start:.1f} s[/dim]", highlight=False)
+
+
+def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrite: bool) -> None:
+    """Check the arguments and run."""
+    from mpoe.cli.files import RESULTS_FILE, check_not_file
+
+    if model not in SETTINGS:
+        raise CommandError(f"model must be one of {', '.join(SETTINGS)}; got {model!r}{close_matches(model, SETTINGS)}")
+    if steps is not None and steps < 1:
+        raise CommandError(f"steps must be at least 1; got {steps}")
+    check_not_file("output_dir", output_dir)
+    others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
+    ours = {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER}
+    if "run.json" in others or "config.json" in others or (others & ours and not overwrite and others - ours):
+        raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")
+    run(output_dir, model, with_steps(SETTINGS[model], steps), seed)
+
+
+def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str, Any]:
+    """The demo; returns what ``results.json`` holds."""
+    from rich.console import Console
+
+    start = time.perf_counter()
+    console = Console()
+    stages = Stages(console)
+    console.print(f"[bold]mpoe demo[/bold]: {kind} stand-in, tasks {', '.join(settings.tasks)}, output in {output_dir}")
+    with stages.stage("import torch and transformers"):
+        from transformers import set_seed
+
+        from mpoe.cli.scoring import encode_task
+        from mpoe.data.embedded import load_stand_in
+        from mpoe.data.tasks import get_task
+        from mpoe.models import convert_to_mpoe
+        from mpoe.training import MPOETrainer  # noqa: F401 - its import belongs to this stage
+    with stages.stage("load the stand-in and read the documentation"):
+        tasks = [get_task(name) for name in settings.tasks]
+        dense, tokenizer = load_stand_in(kind)
+        items = training_items(settings, tasks, tokenizer, settings.steps, seed)
+        probe = encode_task(tasks[0], "test", tokenizer, 32)
+    console.print(comparison_lines(settings)[0], highlight=False)
+
+    arms: list[dict[str, Any]] = []
+    kept: dict[str, Any] = {}
+    ffn_report: dict[str, int] = {}
+    for arm in settings.arms:
+        set_seed(seed)
+        with stages.stage(f"convert: {arm.name}"):
+            if arm.experts is None:
+                model, difference = load_stand_in(kind)[0], None
+            else:
+                model = convert_to_mpoe(dense, expert_config(arm))
+                difference = largest_difference(dense, model, probe, tokenizer.pad_token_id)
+                ffn_report = model.parameter_report()
+        if difference is not None:
+            console.print(f"{arm.name}: largest difference from the dense logits, relative: {difference:.1e}")
+        result = run_arm(arm, model, tokenizer, tasks, items, settings, seed, output_dir, stages, console)
+        result["conversion_difference"] = difference
+        result["parameters"] = count_parameters(ffn_report) if arm.experts is not None else {}
+        arms.append(result)
+        if arm.key == settings.main_arm:
+            kept["model"] = model
+    for arm, result in zip(settings.arms, arms, strict=True):
+        if arm.experts is None:
+            result["parameters"] = count_parameters(ffn_report, dense=True)
+
+    with stages.stage("save, reload, compare, generate"):
+        same, examples = save_and_reload(kept["model"], tokenizer, tasks, probe, output_dir / MODEL_FOLDER, settings)
+    return finish(output_dir, kind, settings, seed, arms, same, examples, stages, start, console)
+
+
+def expert_config(arm: Arm) -> Any:
+    """`MPOEConfig` of a converted arm."""
+    from mpoe.config import MPOEConfig
+
+    return MPOEConfig(num_experts=NUM_EXPERTS, **(arm.experts or {}))
+
+
+def logits_and_mask(model: Any, items: list[dict], pad_token_id: int) -> tuple[Any, Any]:
+    """Logits [B, S, V] of encoded items and the mask [B, S] of the positions that are not padding."""
+    import torch
+
+    from mpoe.data.collate import IGNORED_LABEL, PaddingCollator
+    from mpoe.data.predict import evaluation_mode
+
+    batch = PaddingCollator(pad_token_id)(items)
+    with torch.inference_mode(), evaluation_mode(model):
+        return model(**batch).logits, batch["labels"] != IGNORED_LABEL
+
+
+def largest_difference(dense: Any, converted: Any, items: list[dict], pad_token_id: int) -> float:
+    """``max |difference| / max |logit|`` of two models on the positions that are not padding."""
+    first, mask = logits_and_mask(dense, items, pad_token_id)
+    second, _ = logits_and_mask(converted, items, pad_token_id)
+    return float((first - second)[mask].abs().max() / first[mask].abs().max())
+
+
+def run_arm(
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    items: list[dict],
+    settings: Settings,
+    seed: int,
+    output_dir: Path,
+    stages: Stages,
+    console: Any,
+) -> dict[str, Any]:
+    """Train one arm and score it on the held-out items."""
+    import tempfile
+
+    from rich.progress import Progress
+
+    from mpoe.cli.scoring import encode_task, evaluate_tasks, expert_load
+    from mpoe.data.tasks import average_score
+
+    with stages.stage(f"train: {arm.name}"):
+        with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
+            ticker = bar.add_task(f"train {arm.name}", total=len(items) // settings.batch)
+            result = train_arm(
+                model,
+                arm,
+                items,
+                settings,
+                tokenizer.pad_token_id,
+                Path(scratch),
+                seed,
+                lambda n: bar.advance(ticker, n),
+            )
+    with stages.stage(f"evaluate: {arm.name}"):
+        scores = evaluate_tasks(model, tokenizer, tasks, "test")
+        sample = [item for task in tasks for item in encode_task(task, "test", tokenizer, 128 // len(tasks))]
+        load = expert_load(model, sample, tokenizer.pad_token_id)
+    return {
+        "key": arm.key,
+        "name": arm.name,
+        "experts_config": arm.experts,
+        **result,
+        "scores": scores,
+        "mean": average_score(scores),
+        "expert_load": load,
+    }
+
+
+def save_and_reload(
+    model: Any, tokenizer: Any, tasks: Sequence[Any], probe: list[dict], folder: Path, settings: Settings
+) -> tuple[bool, list[dict[str, str]]]:
+    """Save, load again, compare logits bit for bit, and let the reloaded model write a few answers."""
+    import torch
+
+    from mpoe.cli.generate import generate_one
+    from mpoe.models import load_mpoe
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    reloaded = load_mpoe(folder).eval()
+    first, _ = logits_and_mask(model, probe, tokenizer.pad_token_id)
+    second, _ = logits_and_mask(reloaded, probe, tokenizer.pad_token_id)
+    examples = []
+    for task in tasks:
+        for example in task.test()[: 2 if len(tasks) > 1 else 3]:
+            prompt, expected = example.source, example.target
+            if settings.causal:
+                prompt, expected = example.source[:60], example.source[60:120]
+            text = generate_one(reloaded, tokenizer, prompt, max_new_tokens=24, do_sample=False)
+            examples.append({"prompt": prompt, "expected": expected, "generated": text})
+    return bool(torch.equal(first, second)), examples
+
+
+def finish(
+    output_dir: Path,
+    kind: str,
+    settings: Settings,
+    seed: int,
+    arms: list[dict[str, Any]],
+    same: bool,
+    examples: list[dict[str, str]],
+    stages: Stages,
+    start: float,
+    console: Any,
+) -> dict[str, Any]:
+    """Check the claim, write results and report, and show the table."""
+    from mpoe.cli.files import RESULTS_FILE, write_json
+    from mpoe.cli.info import collect
+    from mpoe.cli.report import write_report
+
+    facts = collect()
+    results: dict[str, Any] = {
+        "model": kind,
+        "seed": seed,
+        "steps": settings.steps,
+        "batch": settings.batch,
+        "num_experts": NUM_EXPERTS,
+        "comparison": comparison_lines(settings),
+        "arms": arms,
+        "check": check(arms, settings),
+        "reloaded_equal": same,
+        "examples": examples,
+        "versions": {"mpoe": facts["mpoe"], "python": facts["python"]}
+        | {name: facts["packages"][name] for name in ("torch", "transformers", "numpy")},
+        "threads": facts["torch_threads"],
+        "stages": stages.seconds,
+    }
+    header, rows = table_of(arms, settings)
+    with stages.stage("write the report"):
+        write_report(output_dir / REPORT_FILE, results, header, rows)
+    results["seconds"] = time.perf_counter() - start
+    write_json(output_dir / RESULTS_FILE, results)
+    show_comparison(console, results, header, rows)
+    console.print(
+        f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE} and the model in {output_dir / MODEL_FOLDER}"
+    )
+    return results

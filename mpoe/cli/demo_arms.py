@@ -1,0 +1,169 @@
+"""The arms the demo compares, and how one is trained: same items, same order, same steps, same seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.scoring import encode_task
+
+NUM_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of the comparison.
+
+    ``experts``: fields of its `MPOEConfig`, or None for the dense model; ``learning_rate`` and ``training`` (further
+    training arguments) were chosen on the validation split.
+    """
+
+    key: str
+    name: str
+    experts: dict[str, Any] | None
+    learning_rate: float
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo runs for one kind of model. ``batch``: items per step; ``steps``: per arm."""
+
+    tasks: tuple[str, ...]
+    causal: bool
+    steps: int
+    batch: int
+    arms: tuple[Arm, ...]
+    max_test_items: int | None = None
+    main_arm: str = "separable"
+
+
+def _arms(dense: float, switch: float, paper: float, separable: float) -> tuple[Arm, ...]:
+    return (
+        Arm("dense", "dense", None, dense),
+        Arm("switch", "Switch, 8 dense experts", {"expert_type": "dense"}, switch),
+        Arm("paper", "MPOE, paper shape", {"shape": "paper"}, paper),
+        Arm("separable", "MPOE, separable shape", {"shape": "separable"}, separable),
+    )
+
+
+SETTINGS = {
+    "t5": Settings(
+        ("doc_module", "doc_kind", "doc_name"),
+        causal=False,
+        steps=250,
+        batch=32,
+        arms=_arms(1e-3, 1e-3, 1e-3, 1e-3),
+    ),
+    "gpt2": Settings(
+        ("doc_lm",), causal=True, steps=150, batch=16, arms=_arms(1e-3, 1e-3, 1e-3, 1e-3), max_test_items=320
+    ),
+}
+
+
+def training_items(settings: Settings, tasks: Sequence[Any], tokenizer: Any, steps: int, seed: int) -> list[dict]:
+    """The items of all steps in the order every arm sees them: one task per step, tasks by size, shuffled passes."""
+    rng = random.Random(seed)
+    pools = [encode_task(task, "train", tokenizer) for task in tasks]
+    queues: list[list[dict]] = [[] for _ in pools]
+    ordered: list[dict] = []
+    for _ in range(steps):
+        index = rng.choices(range(len(pools)), [len(pool) for pool in pools])[0]
+        while len(queues[index]) < settings.batch:
+            again = list(pools[index])
+            rng.shuffle(again)
+            queues[index] += again
+        ordered += queues[index][: settings.batch]
+        del queues[index][: settings.batch]
+    return ordered
+
+
+def train_arm(
+    model: Any,
+    arm: Arm,
+    items: list[dict],
+    settings: Settings,
+    pad_token_id: int,
+    folder: Path,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train ``model`` in place on ``items`` in their order.
+
+    Returns:
+        ``seconds``, ``loss``: [(step, training loss of the task)], ``learning_rate``.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+
+    from mpoe.data.collate import PaddingCollator
+    from mpoe.training import MPOETrainer, MPOETrainingArguments
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress(1)
+
+    steps = len(items) // settings.batch
+    arguments = MPOETrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch,
+        train_sampling_strategy="sequential",
+        learning_rate=arm.learning_rate,
+        warmup_steps=max(1, steps // 20),
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        logging_steps=5,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **arm.training,
+    )
+    trainer = MPOETrainer(
+        model=model, args=arguments, train_dataset=items, data_collator=PaddingCollator(pad_token_id), callbacks=[Ticks]
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    history = [(int(r["step"]), float(r.get("task_loss", r["loss"]))) for r in trainer.state.log_history if "loss" in r]
+    return {"seconds": seconds, "loss": history, "learning_rate": arm.learning_rate}
+
+
+def count_parameters(report: dict[str, int], dense: bool = False) -> dict[str, int]:
+    """What the comparison counts, from a converted model's `parameter_report`.
+
+    Args:
+        report: of any conversion of the same dense model.
+        dense: count the dense model itself instead of the converted one.
+
+    Returns:
+        ``total``, and ``experts``: the weights of the feed-forward layers (dense) or of their experts; of those
+        ``central`` and ``auxiliary``. Routers and biases are in ``total`` alone: like is counted with like.
+    """
+    if dense:
+        return {
+            "total": report["dense_total"],
+            "experts": report["dense_total"] - report["rest"],
+            "central": 0,
+            "auxiliary": 0,
+        }
+    experts = report["central"] + report["auxiliary"] + report["expert"]
+    return {
+        "total": report["total"],
+        "experts": experts,
+        "central": report["central"],
+        "auxiliary": report["auxiliary"],
+    }
+
+
+def with_steps(settings: Settings, steps: int | None) -> Settings:
+    """The settings with another number of steps per arm (None: as they are)."""
+    return settings if steps is None else dataclasses.replace(settings, steps=steps)

@@ -1,0 +1,117 @@
+"""What the demo says: the comparison it makes, the table, and whether the claim held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpoe.cli.demo_arms import NUM_EXPERTS, Settings
+
+# the claim: MPOE's mean is not below Switch's by more than this, with less than this share of its expert parameters
+ALLOWED_LOSS = 0.02
+ALLOWED_SHARE = 0.5
+SATURATED = 0.95
+# of perplexity, relative: there is no fraction to take points of
+ALLOWED_PERPLEXITY = 0.02
+
+
+def comparison_lines(settings: Settings) -> list[str]:
+    """What is compared with what, in plain words."""
+    rates = ", ".join(f"{arm.name} {arm.learning_rate:g}" for arm in settings.arms)
+    metric = (
+        "perplexity (lower is better)" if settings.causal else "each task's main metric and their mean, in per cent"
+    )
+    return [
+        f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts in every converted arm), equal steps "
+        f"({settings.steps} of {settings.batch} items), the same items in the same order, one seed.",
+        f"Learning rates, chosen per arm on the validation split: {rates}.",
+        f"Metric: {metric}, on held-out test items that no training item shares an object or a text with.",
+        '"FFN-expert parameters" are the weights of all feed-forward layers or of all their experts; routers, '
+        'attention and embeddings count in "total" alone. Of MPOE\'s, central cores are shared by the experts of a '
+        "layer and auxiliary cores belong to one expert each (all experts' are counted).",
+    ]
+
+
+def _value(task_scores: dict[str, float], causal: bool) -> str:
+    value = next(iter(task_scores.values()))
+    return f"{value:.2f}" if causal else f"{100 * value:.1f}"
+
+
+def table_of(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, one row per arm."""
+    names = list(arms[0]["scores"])
+    labels = {name: f"{name} ({next(iter(arms[0]['scores'][name]))})" for name in names}
+    header = ["model", "total", "FFN-expert", "central", "auxiliary", *labels.values()]
+    header += [] if settings.causal else ["mean"]
+    header += ["train s", "s/step"]
+    rows = []
+    for arm in arms:
+        counts = arm["parameters"]
+        row = [arm["name"], f"{counts['total']:,}", f"{counts['experts']:,}"]
+        row += [f"{counts[key]:,}" if counts[key] else "-" for key in ("central", "auxiliary")]
+        row += [_value(arm["scores"][name], settings.causal) for name in names]
+        row += [] if settings.causal else [f"{100 * arm['mean']:.1f}"]
+        rows.append([*row, f"{arm['seconds']:.1f}", f"{arm['seconds'] / settings.steps:.3f}"])
+    return header, rows
+
+
+def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Whether the claim holds for the main MPOE arm against Switch, with the numbers it rests on."""
+    by_key = {arm["key"]: arm for arm in arms}
+    switch, mpoe = by_key["switch"], by_key[settings.main_arm]
+    share = mpoe["parameters"]["experts"] / switch["parameters"]["experts"]
+    items = sum(int(score["items"]) for score in mpoe["scores"].values())
+    if settings.causal:
+        loss = mpoe["mean"] / switch["mean"] - 1.0
+        highest, kept = 0.0, loss <= ALLOWED_PERPLEXITY
+        numbers = f"perplexity {mpoe['mean']:.2f} against Switch's {switch['mean']:.2f} ({100 * loss:+.1f}%)"
+        wanted = f"not above Switch's by more than {100 * ALLOWED_PERPLEXITY:g}%"
+    else:
+        loss = switch["mean"] - mpoe["mean"]
+        highest = max(next(iter(s.values())) for arm in arms for s in arm["scores"].values())
+        kept = loss <= ALLOWED_LOSS
+        numbers = (
+            f"mean {100 * mpoe['mean']:.1f} against Switch's {100 * switch['mean']:.1f} ({-100 * loss:+.1f} points)"
+        )
+        wanted = f"not below Switch's by more than {100 * ALLOWED_LOSS:g} points"
+    held = kept and share < ALLOWED_SHARE and highest <= SATURATED
+    reasons = [] if kept else ["the metric fell further"]
+    reasons += [] if share < ALLOWED_SHARE else ["it has too many parameters"]
+    reasons += [] if highest <= SATURATED else [f"a task is saturated ({100 * highest:.1f}%)"]
+    verdict = "held" if held else f"did NOT hold: {', '.join(reasons)}"
+    return {
+        "held": held,
+        "loss": loss,
+        "share_of_switch_expert_parameters": share,
+        "highest_task": highest,
+        "test_items": items,
+        "statement": f"{mpoe['name']}: {numbers} on {items:,} held-out items, with {100 * share:.1f}% of its "
+        f"FFN-expert parameters. The claim ({wanted}, with less than {100 * ALLOWED_SHARE:g}% of them, no task above "
+        f"{100 * SATURATED:g}%) {verdict}.",
+    }
+
+
+def show_comparison(
+    console: Any, results: dict[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Print examples, the times of the stages, the table and the verdict."""
+    from rich.table import Table
+    from rich.text import Text
+
+    examples = Table("prompt", "expected", "generated", title="Generated by the reloaded MPOE model")
+    for example in results["examples"]:
+        examples.add_row(*(Text(example[key]) for key in ("prompt", "expected", "generated")))
+    console.print(examples)
+    console.print(f"Reloaded model computes bit for bit the same: {'yes' if results['reloaded_equal'] else 'NO'}")
+    total = sum(results["stages"].values())
+    listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["stages"].items())
+    console.print(f"Seconds per stage: {listed}; together {total:.1f}", highlight=False, soft_wrap=True)
+    for line in results["comparison"]:
+        console.print(Text(line))
+    table = Table(title=f"mpoe demo: {results['model']}, {results['steps']} steps per arm, seed {results['seed']}")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(Text(results["check"]["statement"], style="green" if results["check"]["held"] else "bold red"))

@@ -1,0 +1,277 @@
+"""`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags win over the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.parsing import parse
+from mpoe.cli.tasks import DataOptions
+
+if TYPE_CHECKING:
+    from mpoe.cli.pretrained import Source
+    from mpoe.data.task import Task
+    from mpoe.training import MPOETrainingArguments
+
+
+@dataclass
+class RunOptions:
+    """Options of the run itself."""
+
+    _argument_group_name = "run"
+
+    overwrite: bool = field(default=False, metadata={"help": "replace the run in output_dir"})
+    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir at its last checkpoint"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run was asked for, checked; ``given`` names the options that were set."""
+
+    run: RunOptions
+    model: ModelOptions
+    data: DataOptions
+    experts: ExpertOptions
+    arguments: MPOETrainingArguments
+    given: frozenset[str]
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    from mpoe.training import MPOETrainingArguments
+
+    groups = [RunOptions, ModelOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        from transformers import Seq2SeqTrainingArguments
+
+        from mpoe.cli.usage import show_options
+
+        usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
+        show_options(usage, __doc__, groups, inherited=Seq2SeqTrainingArguments)
+        return
+    config = None if arguments[0].startswith("--") else arguments[0]
+    instances, given = parse(groups, arguments[0 if config is None else 1 :], config)
+    run(Plan(*instances, frozenset(given)))
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Train as planned; returns what ``results.json`` holds.
+
+    Raises:
+        ValueError, TypeError: before anything is written, for whatever does not fit together.
+    """
+    from mpoe.cli.pretrained import ENCODER, find
+    from mpoe.cli.tasks import resolve
+
+    arguments = plan.arguments
+    folder = _output_folder(plan)
+    config = plan.experts.build()
+    source = find(plan.model.model)
+    if source.style == ENCODER:
+        raise CommandError(f"model {plan.model.model!r} is an encoder ({source.model_type}); train takes T5 and GPT-2")
+    data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    tasks = resolve(plan.data.tasks, plan.data, source.style, data_seed)
+    eval_tasks = resolve(plan.data.eval_tasks, plan.data, source.style, data_seed) if plan.data.eval_tasks else tasks
+    model, tokenizer = _prepare_model(source, config, plan)
+    trainer = make_trainer(model, tokenizer, tasks, eval_tasks, plan, data_seed)
+    checkpoint = _claim_folder(folder, plan)
+
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds)
+
+
+def _output_folder(plan: Plan) -> Path:
+    from mpoe.cli.files import check_not_file
+    from mpoe.training.output_dir import holds_run
+
+    if "output_dir" not in plan.given or not plan.arguments.output_dir:
+        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
+    folder = check_not_file("output_dir", Path(plan.arguments.output_dir))
+    if plan.run.overwrite and plan.run.resume:
+        raise CommandError("--overwrite and --resume exclude each other; give one of them")
+    if holds_run(folder) and not (plan.run.overwrite or plan.run.resume):
+        raise CommandError(
+            f"output_dir {folder} holds another run; give --resume to continue it, --overwrite to replace it, or "
+            "another folder"
+        )
+    return folder
+
+
+def _prepare_model(source: Source, config: Any, plan: Plan) -> tuple[Any, Any]:
+    """The model to train (converted unless it is already, or stays dense) and its tokenizer."""
+    from transformers import set_seed
+
+    from mpoe.cli.pretrained import load_model, load_tokenizer
+
+    experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
+    if source.is_mpoe and experts:
+        raise CommandError(
+            f"model {plan.model.model!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
+            "cannot be changed any more"
+        )
+    tokenizer = load_tokenizer(source)
+    model = load_model(source)
+    if config is None or source.is_mpoe:
+        return model, tokenizer
+    from mpoe.models import convert_to_mpoe
+
+    set_seed(plan.arguments.seed)  # of the routers
+    return convert_to_mpoe(model, config), tokenizer
+
+
+class OrderedItems:
+    """Items in the order in which a run reads them: a map-style dataset over ``order``."""
+
+    def __init__(self, items: Sequence[Any], order: Sequence[int]) -> None:
+        self.items, self.order = items, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[self.order[index]]
+
+
+def order_items(pools: dict[str, list[Any]], arguments: MPOETrainingArguments, temperature: float, seed: int) -> Any:
+    """The items of a whole run, one task per optimizer step; sets ``arguments.max_steps`` to the run's length.
+
+    The Trainer reads them one after the other. In this order the micro-batches of a step follow each other, rank by
+    rank, so accumulation and several processes also see one task per step.
+    """
+    from mpoe.data.sampler import MultiTaskBatchSampler
+
+    accumulation, ranks = arguments.gradient_accumulation_steps, arguments.world_size
+    batch = arguments.per_device_train_batch_size * ranks
+    items = [item for pool in pools.values() for item in pool]
+    per_epoch = math.ceil(len(items) / (batch * accumulation))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    sampler = MultiTaskBatchSampler(
+        {name: len(pool) for name, pool in pools.items()},
+        batch_size=batch,
+        num_steps=steps,
+        temperature=temperature,
+        seed=seed,
+        accumulation=accumulation,
+    )
+    arguments.max_steps = steps
+    arguments.train_sampling_strategy = "sequential"
+    return OrderedItems(items, [index for micro_batch in sampler for index in micro_batch]), per_epoch
+
+
+def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: frozenset[str]) -> None:
+    """Logging, evaluation and saving where the user said nothing: every 10 steps or so, and four times in a run.
+
+    The run is one long pass for the Trainer, so "epoch" is turned into steps here.
+    """
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    quarter = max(1, math.ceil(arguments.max_steps / 4))
+    if "dataloader_pin_memory" not in given and arguments.device.type == "cpu":
+        arguments.dataloader_pin_memory = False  # torch warns at every loader otherwise
+    if not given & {"logging_steps", "logging_strategy"}:
+        arguments.logging_steps = min(10, quarter)
+    if not given & {"save_steps", "save_strategy"}:
+        arguments.save_steps = quarter
+        arguments.save_total_limit = arguments.save_total_limit or 2
+    if not given & {"eval_steps", "eval_strategy", "do_eval"}:
+        arguments.eval_strategy, arguments.eval_steps, arguments.do_eval = IntervalStrategy.STEPS, quarter, True
+    for kind, enum in (("logging", IntervalStrategy), ("save", SaveStrategy), ("eval", IntervalStrategy)):
+        if getattr(arguments, f"{kind}_strategy") == "epoch":
+            setattr(arguments, f"{kind}_strategy", enum("steps"))
+            setattr(arguments, f"{kind}_steps", per_epoch)
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
+) -> Any:
+    """An `MPOETrainer` over the tasks; it has its metrics and checkpoints in ``output_dir``."""
+    from mpoe.cli.scoring import encode_task
+    from mpoe.data.collate import PaddingCollator
+    from mpoe.training import MPOETrainer
+
+    arguments = plan.arguments
+    pools = {task.name: encode_task(task, "train", tokenizer) for task in tasks}
+    dataset, per_epoch = order_items(pools, arguments, plan.data.temperature, data_seed)
+    set_intervals(arguments, per_epoch, plan.given)
+    validation = {task.name: encode_task(task, "validation", tokenizer) for task in eval_tasks}
+    return MPOETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=next(iter(validation.values())) if len(validation) == 1 else validation,
+        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """What decides the weights of a run, JSON-able: a resumed run must agree with it."""
+    return {
+        "model": plan.model.model,
+        "data": dataclasses.asdict(plan.data),
+        "experts": dataclasses.asdict(plan.experts),
+        "training": plan.arguments.to_dict(),
+    }
+
+
+def _claim_folder(folder: Path, plan: Plan) -> Path | None:
+    """Make the folder this run's; returns the checkpoint to resume from, if any."""
+    from mpoe.cli.files import RESULTS_FILE
+    from mpoe.training import find_last_checkpoint, prepare_output_dir
+
+    with plan.arguments.main_process_first(desc="output folder"):
+        if plan.arguments.process_index != 0:
+            return find_last_checkpoint(folder) if plan.run.resume else None
+        if plan.run.overwrite:
+            (folder / RESULTS_FILE).unlink(missing_ok=True)
+        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings_of(plan))
+    if plan.run.resume:
+        print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting afresh")
+    return checkpoint
+
+
+def _finish(
+    trainer: Any, tokenizer: Any, eval_tasks: Sequence[Task], plan: Plan, folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Evaluate on validation, save the model and write the results."""
+    from mpoe.cli.files import RESULTS_FILE, write_json
+    from mpoe.cli.scoring import evaluate_tasks, show_scores
+    from mpoe.data.tasks import average_score
+
+    trainer.save_model(str(folder))
+    model = trainer.model
+    if not trainer.is_world_process_zero():
+        return {}
+    tokenizer.save_pretrained(folder)
+    scores = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    results = {
+        "model": plan.model.model,
+        "class": type(model).__name__,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 2),
+        "train_loss": losses[-1] if losses else None,
+        "validation": scores,
+        "mean_validation": average_score(scores),
+        "parameters": parameters_of(model),
+    }
+    write_json(folder / RESULTS_FILE, results)
+    show_scores(scores, f"validation after {trainer.state.global_step} steps")
+    print(f"model, metrics.jsonl and {RESULTS_FILE} are in {folder}")
+    return results
+
+
+def parameters_of(model: Any) -> dict[str, int]:
+    """The parameter report of an MPOE model, or the total of a dense one."""
+    if hasattr(model, "parameter_report"):
+        return model.parameter_report()
+    return {"total": sum(p.numel() for p in model.parameters())}

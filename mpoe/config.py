@@ -241,7 +241,7 @@ class MPOEConfig:
         """
         _choice("kind", kind, KINDS)
         if isinstance(self.shape, dict):
-            shape = self.shape.get(kind, self.shape["up"])
+            shape: MPOShape = self.shape.get(kind) or self.shape["up"]
             if (shape.in_features, shape.out_features) != (in_features, out_features):
                 raise ValueError(
                     f"shape[{kind!r}] must be for a weight [{in_features}, {out_features}]; got one for "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class MPOCores(nn.Module):
         self.central_masked = False
         self.local_errors: tuple[float, ...] = ()
         self.rate_ratios = self._expected_rate_ratios()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.central = nn.Parameter(torch.empty(shape.core_shapes[shape.central], **options))
         self.auxiliary = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, *core, **options))
@@ -113,7 +114,7 @@ class MPOCores(nn.Module):
 
         The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
         """
-        options = {"device": self.central.device, "dtype": torch.float32}
+        options: dict[str, Any] = {"device": self.central.device, "dtype": torch.float32}
         values = {"central": torch.randn(self.central.shape, **options) * self._central_std()}
         if self.init_std == 0:
             values["central"].zero_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,7 @@ class ExpertWeights(nn.Module):
 
     def initial_values(self) -> dict[str, Tensor]:
         """Fresh random values by parameter name."""
-        options = {"device": self.weight.device, "dtype": torch.float32}
+        options: dict[str, Any] = {"device": self.weight.device, "dtype": torch.float32}
         values = {"weight": torch.randn(self.weight.shape, **options) * self.init_std}
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)

@@ -19,7 +19,9 @@ def linear_weight(module: nn.Module) -> Tensor:
         return module.weight.T
     # transformers' Conv1D, known by its shape: layers do not import transformers.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return module.weight
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
     raise TypeError(f"expected an nn.Linear or a Conv1D; got {type(module).__name__}")
 
 

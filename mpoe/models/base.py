@@ -6,10 +6,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import (
@@ -84,26 +84,33 @@ class _Joined(AbstractContextManager[None]):
         self._stack.__exit__(*exc)
 
 
-class MPOEModelMixin:
+# To the type checker the mixin is a model; at run time it is a plain class before the dense one in the bases.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+
+class MPOEModelMixin(_Model):
     """Mixture-of-experts side of a model; goes before the dense class in the bases."""
 
     mpoe_family: ClassVar[str]
     mpoe_output: ClassVar[type]
     # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation scales them wrongly.
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ("router",)
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - declared so by Transformers
     _forward_names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+        cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]
 
     # ------------------------------------------------------------ structure
 
     @property
     def mpoe_config(self) -> MPOEConfig:
         """The `MPOEConfig` this model was built from (a fresh object)."""
-        return MPOEConfig.from_dict(self.config.mpoe)  # type: ignore[attr-defined]
+        return MPOEConfig.from_dict(self.config.mpoe)
 
     def install_experts(self) -> None:
         """Replace the dense modules that ``config.mpoe`` names by MPOE ones with random weights."""
@@ -140,7 +147,7 @@ class MPOEModelMixin:
                     if not getattr(parameters[name], "_is_hf_initialized", False):
                         parameters[name].copy_(value)
             module._is_hf_initialized = True  # type: ignore[assignment]
-        super().initialize_weights()  # type: ignore[misc]
+        super().initialize_weights()
 
     # -------------------------------------------------------------- forward
 
@@ -169,7 +176,7 @@ class MPOEModelMixin:
     def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
         fields = dict(output.items())
         if records:
-            router = self.config.mpoe["router"]  # type: ignore[attr-defined]
+            router = self.config.mpoe["router"]
             fields["aux_loss"] = auxiliary_loss(records, router["balance_loss_weight"], router["z_loss_weight"])
             fields["router_logits"] = tuple(record.logits for record in records)
             fields["expert_load"] = torch.stack([record.expert_load for record in records]).long().detach()
@@ -195,33 +202,32 @@ class MPOEModelMixin:
     # -------------------------------------------------------- checkpointing
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """As in Transformers, non-reentrant only: recomputed layers must see the call's token masks again.
 
         Raises:
             ValueError: ``use_reentrant=True``.
         """
-        kwargs = _checkpoint_arguments(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(kwargs, **options)  # type: ignore[misc]
+        checked = _checkpoint_arguments(activation_checkpointing_kwargs)
+        super().activation_checkpointing_enable(checked, *args, **kwargs)
 
     # --------------------------------------------------------------- saving
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the config also carries every core's rate ratio."""
         model: Any = self
         model.config.mpoe = {
             **model.config.mpoe,
             "rate_ratios": {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)},
         }
-        return super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 
     def parameter_report(self) -> dict[str, int]:
         """Counts by kind, see `mpoe.models.report.parameter_report`."""
-        model: nn.Module = self  # type: ignore[assignment]
-        return parameter_report(model)
+        return parameter_report(self)
 
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts, their split, and the comparison with dense and Switch models."""

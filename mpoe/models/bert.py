@@ -37,7 +37,7 @@ class MPOEBertModel(MPOEModelMixin, BertModel):
         self.install_experts()
 
     @functools.wraps(BertModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)
 
 
@@ -54,7 +54,7 @@ class MPOEBertForSequenceClassification(MPOEModelMixin, BertForSequenceClassific
         self.install_experts()
 
     @functools.wraps(BertForSequenceClassification.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)
 
 
@@ -71,5 +71,5 @@ class MPOEBertForMaskedLM(MPOEModelMixin, BertForMaskedLM):
         self.install_experts()
 
     @functools.wraps(BertForMaskedLM.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mpoe.config import MPOEConfig
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import CONVERTED, _adopt_class
 from mpoe.models.report import mpo_modules
@@ -167,14 +169,8 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
             f"{folder} holds MPOE parameters only; give the dense model they belong to as base "
             f"(saved from {identity.get('base') or identity.get('class')!r})"
         )
-    import copy
-
     model = copy.deepcopy(_base_model(base, cls)[0])
-    config = cls.config_class.from_dict(values)
-    mpoe = cls.config_class(mpoe=config.mpoe).mpoe
-    from mpoe.config import MPOEConfig
-
-    parsed = MPOEConfig.from_dict(mpoe)
+    parsed = MPOEConfig.from_dict(values["mpoe"])
     ffns, linears = find_sites(model, FAMILIES[cls.mpoe_family], model.config, parsed)
     for site in ffns:
         site.install(model, site.build(parsed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.mpo_linear import linear_weight
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.bert import MPOEBertForMaskedLM, MPOEBertForSequenceClassification, MPOEBertModel
 from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
@@ -64,10 +66,9 @@ def _check_finite(model: nn.Module) -> None:
         raise ValueError(f"model must hold finite weights; NaN or Inf in {shown}")
 
 
-def _copy_without(model: Model, shared: list[nn.Module]) -> Model:
+def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
     """Deep copy of ``model`` that shares the parameters of the modules it is about to lose."""
     memo: dict[int, Any] = {id(p): p for module in shared for p in module.parameters()}
-    # Attributes that only describe an earlier conversion; tensors in a routing record would not copy either.
     return copy.deepcopy(model, memo)
 
 
@@ -101,7 +102,8 @@ def _adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> No
 
 
 def _load_ffn(site: FFNSite, feed_forward: MPOEFeedForward, config: MPOEConfig) -> dict[str, Decomposition]:
-    """Copy the dense FFN into every expert, decomposing each matrix once."""
+    """Copy the dense FFN into every expert, decomposing each matrix once; a fresh router."""
+    feed_forward.router.reset_parameters()
     report = {}
     for kind, projection in feed_forward.experts.projections().items():
         if isinstance(projection, MPOCores):
@@ -126,7 +128,7 @@ def _check_shapes(ffns: list[FFNSite], linears: list[LinearSite], config: MPOECo
                 except ValueError as error:
                     raise ValueError(f"{site.prefixes[kind]}: {error}") from error
     for linear in linears:
-        linear.build(config).to("meta")
+        config.attention_shape(*linear_weight(linear.dense).shape)
 
 
 @torch.no_grad()
@@ -189,8 +191,6 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
 
 
 def _load_linear(site: LinearSite, module: Any, config: MPOEConfig, report: dict[str, Decomposition]) -> None:
-    from mpoe.layers.mpo_linear import linear_weight
-
     report[f"{site.name}.cores"] = module.cores.load_weight_(linear_weight(site.dense), config.gauge)
     if module.cores.bias is not None:
         module.cores.bias.copy_(site.dense.bias)

@@ -37,7 +37,7 @@ class MPOEGPT2Model(MPOEModelMixin, GPT2Model):
         self.install_experts()
 
     @functools.wraps(GPT2Model.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)
 
 
@@ -57,5 +57,5 @@ class MPOEGPT2LMHeadModel(MPOEModelMixin, GPT2LMHeadModel):
         self.install_experts()
 
     @functools.wraps(GPT2LMHeadModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)

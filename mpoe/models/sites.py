@@ -19,7 +19,10 @@ from mpoe.layers.mpo_linear import MPOLinear, linear_weight
 class NormedResidual(nn.Module):
     """``LayerNorm(dropout(y) + x)``: what is left of BERT's output module when experts take its projection over."""
 
-    def __init__(self, output: nn.Module) -> None:
+    LayerNorm: nn.Module
+    dropout: nn.Module
+
+    def __init__(self, output: Any) -> None:
         super().__init__()
         self.LayerNorm = output.LayerNorm
         self.dropout = output.dropout
@@ -156,9 +159,11 @@ class FFNSite:
         return getattr(self.dense[kind], "bias", None)
 
     def build(self, config: MPOEConfig) -> MPOEFeedForward:
-        """An `MPOEFeedForward` of these sizes, on the same device and in the same dtype, with random weights."""
+        """An `MPOEFeedForward` of these sizes, device and dtype, whose weights the caller fills or initialises."""
         up = self.weight("up")
-        return MPOEFeedForward(*up.shape, config, stream=self.stream, device=up.device, dtype=up.dtype, **self.options)
+        rows, columns = up.shape
+        options = {"stream": self.stream, "device": "meta", "dtype": up.dtype, **self.options}
+        return MPOEFeedForward(rows, columns, config, **options).to_empty(device=up.device)
 
     def install(self, model: nn.Module, feed_forward: MPOEFeedForward) -> None:
         """Put ``feed_forward`` where the dense network is."""
@@ -177,15 +182,16 @@ class LinearSite:
     dense: nn.Module
 
     def build(self, config: MPOEConfig) -> MPOLinear:
+        """An `MPOLinear` of these sizes, device and dtype, whose weights the caller fills or initialises."""
         weight = linear_weight(self.dense)
         return MPOLinear(
             config.attention_shape(*weight.shape),
             getattr(self.dense, "bias", None) is not None,
             config.backend,
             init_std=float(weight.shape[0]) ** -0.5,
-            device=weight.device,
+            device="meta",
             dtype=weight.dtype,
-        )
+        ).to_empty(device=weight.device)
 
 
 def _excluded(name: str, patterns: list[str]) -> bool:

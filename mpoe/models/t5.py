@@ -49,7 +49,7 @@ class MPOET5ForConditionalGeneration(MPOEModelMixin, T5ForConditionalGeneration)
         return {"encoder": encoder, "decoder": decoder}
 
     @functools.wraps(T5ForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self._routed_forward(super().forward, args, kwargs)
 
     @functools.wraps(T5ForConditionalGeneration.generate)

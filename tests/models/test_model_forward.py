@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from small_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
@@ -206,3 +208,40 @@ def test_report_is_printed(converted, capsys):
     report = model.parameter_report()
     assert report["trainable"] == report["total"] - 60 * 24
     assert set(parameter_kind(model).values()) == {"central", "auxiliary", "router", "rest"}
+
+
+@torch.no_grad()
+def test_concurrent_calls_keep_their_masks_apart(converted):
+    model, inputs = converted("t5"), batch("t5")
+    masks = [MASK, torch.ones_like(MASK), MASK.flip(0)]
+    alone = [model(**{**inputs, "attention_mask": mask}) for mask in masks]
+    results, barrier = {}, threading.Barrier(3)
+
+    def work(k):
+        barrier.wait()
+        for _ in range(5):
+            results[k] = model(**{**inputs, "attention_mask": masks[k]})
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k, expected in enumerate(alone):
+        assert torch.equal(results[k].expert_load, expected.expert_load)
+        torch.testing.assert_close(results[k].logits, expected.logits)
+
+
+def test_trainer_ignores_our_fields_when_it_gathers_predictions(converted):
+    ignored = converted("t5").config.keys_to_ignore_at_inference
+    assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= set(ignored)
+
+
+@torch.no_grad()
+def test_dense_experts_from_scratch_train_and_differ(converted):
+    config = converted("gpt2", expert_type="dense").config
+    model = AutoModelForCausalLM.from_config(config)
+    weight = model.transformer.h[0].mlp.experts.up.weight
+    assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(weight[0], weight[1])
+    assert model(**batch("gpt2")).aux_loss > 0

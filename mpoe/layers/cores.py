@@ -85,7 +85,7 @@ class MPOCores(nn.Module):
 
     def blocks(self) -> MPOBlocks:
         """The chain folded around its central core, for the kernels."""
-        return fold(self.cores(), self.shape.central, self.shape)
+        return fold(self.cores(), self.shape.central, self.shape, self.num_experts)
 
     def dense_weights(self) -> Tensor:
         """Every expert's weight ``[E, I, F]``: for inspection and export, never on the fast path."""

@@ -110,3 +110,9 @@ def test_bad_input():
         MPOLinear.from_linear(nn.ReLU())
     with pytest.raises(TypeError, match=r"nn\.Embedding"):
         MPOEmbedding.from_embedding(nn.Linear(2, 2))
+
+
+def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
+    cores = MPOCores(MPOShape((6,), (5,)), 4)
+    assert cores.blocks().num_experts == 4
+    assert cores.dense_weights().shape == (4, 6, 5)

@@ -1,0 +1,77 @@
+"""The command line run inside the test process, and small data folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mpoe.cli.main import main
+from cli_rows import write_rows
+
+
+class Answer(NamedTuple):
+    """What a run of the command line left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``cli("info", "--json")`` runs `mpoe info --json`; a defect's traceback fails the test."""
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(a) for a in arguments])
+            raise SystemExit(0)
+        code = exit_info.value.code
+        out, err = capsys.readouterr()
+        assert code != 1, f"a defect, not a refusal:\n{err}"
+        return Answer(int(code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Run) -> Callable[..., str]:
+    """Run what must be refused: exit code 2, one line on stderr and no traceback; returns the line."""
+
+    def run(*arguments: object) -> str:
+        answer = cli(*arguments)
+        assert answer.code == 2, answer
+        lines = [line for line in answer.err.splitlines() if line.startswith("mpoe: error: ")]
+        assert len(lines) == 1, answer.err
+        assert "Traceback" not in answer.err
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def sentiment(tmp_path: Path) -> Path:
+    """A folder with a tiny two-class task."""
+    folder = tmp_path / "sentiment"
+    folder.mkdir()
+    for split, size in (("train", 24), ("validation", 8), ("test", 8)):
+        rows = [{"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    """A folder with a little text for language modelling."""
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    for split, size in (("train", 30), ("validation", 10), ("test", 10)):
+        paragraphs = [f"Paragraph {i} of {split} tells that a list holds items in their order." for i in range(size)]
+        (folder / f"{split}.txt").write_text("\n\n".join(paragraphs))
+    return folder

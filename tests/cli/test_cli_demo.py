@@ -1,0 +1,127 @@
+"""The demo's arithmetic and words; the demo itself runs in test_cli_slow.py."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from mpoe.cli import plots
+from mpoe.cli.demo_arms import SETTINGS, count_parameters, training_items, with_steps
+from mpoe.cli.demo_tables import check, comparison_lines, table_of
+from mpoe.cli.report import write_report
+
+
+def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[dict]:
+    metric = "perplexity" if kind == "gpt2" else "accuracy"
+    arms = []
+    for arm in SETTINGS[kind].arms:
+        value = {"switch": switch, "separable": mpoe}.get(arm.key, mpoe)
+        count = {"total": 2000, "experts": 1000, "central": 0, "auxiliary": 0}
+        if arm.key in ("paper", "separable"):
+            count = {"total": 1400, "experts": experts, "central": experts // 2, "auxiliary": experts - experts // 2}
+        arms.append(
+            {
+                "key": arm.key,
+                "name": arm.name,
+                "parameters": count,
+                "scores": {"doc": {metric: value, "items": 2500}},
+                "mean": value,
+                "seconds": 10.0,
+                "loss": [(1, 3.0), (2, 2.5)],
+                "expert_load": [[3, 5], [4, 4]] if arm.experts else [],
+            }
+        )
+    return arms
+
+
+@pytest.mark.parametrize(
+    ("kind", "switch", "mpoe", "experts", "held"),
+    [
+        ("t5", 0.70, 0.69, 400, True),
+        ("t5", 0.70, 0.67, 400, False),
+        ("t5", 0.70, 0.70, 500, False),
+        ("t5", 0.96, 0.96, 400, False),
+        ("gpt2", 30.0, 30.5, 400, True),
+        ("gpt2", 30.0, 31.0, 400, False),
+    ],
+)
+def test_claim(kind: str, switch: float, mpoe: float, experts: int, held: bool) -> None:
+    answer = check(arms_of(kind, switch, mpoe, experts), SETTINGS[kind])
+    assert answer["held"] is held
+    assert ("did NOT hold" in answer["statement"]) is not held
+    assert answer["test_items"] == 2500
+
+
+def test_comparison_says_what_is_equal_and_what_is_counted() -> None:
+    text = " ".join(comparison_lines(SETTINGS["t5"]))
+    for words in ("equal expert count", "equal steps", "same order", "validation", "FFN-expert parameters", "routers"):
+        assert words in text
+
+
+def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS["t5"]
+    arms = arms_of("t5", 0.7, 0.71)
+    header, rows = table_of(arms, settings)
+    assert len(rows) == 4
+    assert all(len(row) == len(header) for row in rows)
+    results = {
+        "model": "t5",
+        "seed": 0,
+        "steps": 2,
+        "comparison": comparison_lines(settings),
+        "arms": arms,
+        "check": check(arms, settings),
+        "examples": [{"prompt": "<b>", "expected": "x", "generated": "y"}],
+        "stages": {"train": 1.0},
+        "versions": {"mpoe": "0"},
+    }
+    write_report(tmp_path / "report.html", copy.deepcopy(results), header, rows)
+    text = (tmp_path / "report.html").read_text()
+    assert "&lt;b&gt;" in text
+    assert all(arm["name"] in text for arm in arms)
+    assert "http-equiv" not in text
+    assert "src=" not in text  # self-contained
+    if plots.have_matplotlib():
+        assert text.count("<svg") == 2 + 3
+    monkeypatch.setattr(plots, "have_matplotlib", lambda: False)
+    write_report(tmp_path / "report.html", results, header, rows)
+    assert "mpoe[report]" in (tmp_path / "report.html").read_text()
+
+
+def test_parameters_count_weights_of_experts_alone() -> None:
+    report = {"central": 10, "auxiliary": 6, "expert": 0, "router": 3, "rest": 100, "total": 119, "dense_total": 108}
+    assert count_parameters(report) == {"total": 119, "experts": 16, "central": 10, "auxiliary": 6}
+    assert count_parameters(report, dense=True) == {"total": 108, "experts": 8, "central": 0, "auxiliary": 0}
+
+
+class _Tokens:
+    eos_token_id, pad_token_id = 1, 0
+
+    def __call__(self, texts: list[str], **_: object) -> dict:
+        return {"input_ids": [[len(text) + 2, 1] for text in texts]}
+
+
+class _Task:
+    kind, max_source_length, max_target_length = "classification", 8, 8
+
+    def __init__(self, name: str, size: int) -> None:
+        from mpoe.data.task import Example
+
+        self.items = tuple(Example("s" * (i + (100 if name == "b" else 0)), "t") for i in range(size))
+
+    def examples(self, split: str) -> tuple:
+        return self.items
+
+
+def test_order_of_items_is_a_function_of_the_seed_and_one_task_per_step() -> None:
+    settings = with_steps(SETTINGS["t5"], 6)
+    tasks = [_Task("a", 50), _Task("b", 50)]
+    first = training_items(settings, tasks, _Tokens(), 6, seed=1)
+    assert first == training_items(settings, tasks, _Tokens(), 6, seed=1)
+    assert first != training_items(settings, tasks, _Tokens(), 6, seed=2)
+    assert len(first) == 6 * settings.batch
+    for step in range(6):
+        lengths = [item["input_ids"][0] for item in first[step * settings.batch : (step + 1) * settings.batch]]
+        assert all(n >= 102 for n in lengths) or all(n < 102 for n in lengths)

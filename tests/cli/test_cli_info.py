@@ -1,0 +1,50 @@
+"""`mpoe --help` and `mpoe info`: quick, and complete."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def test_help_lists_the_commands_without_importing_torch() -> None:
+    code = (
+        "import sys\nfrom mpoe.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    for command in ("train", "evaluate", "convert", "generate", "info", "demo"):
+        assert command in answer.stdout
+
+
+def test_info_does_not_import_transformers() -> None:
+    code = "import sys\nfrom mpoe.cli.info import collect, show\nshow(collect())\nassert 'transformers' not in sys.modules"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "eager" in answer.stdout
+
+
+def test_info_json(cli) -> None:
+    import torch
+
+    from mpoe_kernels import backend_reasons
+
+    facts = json.loads(cli("info", "--json").out)
+    assert facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"]
+    assert facts["backends"] == backend_reasons()
+    assert facts["cores"] >= 1
+
+
+def test_unknown_command_is_refused(cli) -> None:
+    answer = cli("trian")
+    assert answer.code == 2
+    assert "train" in answer.err
+
+
+def test_help_of_train_lists_our_options_and_the_trainers(cli) -> None:
+    answer = cli("train", "--help")
+    assert answer.code == 0
+    for word in ("num_experts", "gradient_mask_prob", "data_dir", "learning_rate", "overwrite", "switch_dropout"):
+        assert word in answer.out

@@ -1,0 +1,108 @@
+"""Configuration files and flags: precedence, kinds of values, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import parse, read_config
+
+
+@dataclass
+class First:
+    rate: float = 1e-3
+    steps: int = 10
+    limit: int | None = 7
+    tasks: list[str] = field(default_factory=list)
+    fast: bool = False
+    careful: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+
+
+@dataclass
+class Second:
+    long_name: str = field(default="x", metadata={"aliases": ["--other_name"]})
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "rate: 5e-5\nsteps: 3\nlong_name: from file\n")
+    (first, second), given = parse([First, Second], ["--steps", "4"], file)
+    assert (first.rate, first.steps, second.long_name) == (5e-5, 4, "from file")
+    assert given == {"rate", "steps", "long_name"}
+
+
+def test_dashes_and_underscores_and_aliases_name_the_same_option() -> None:
+    for flags in (["--long_name", "a"], ["--long-name=a"], ["--other_name", "a"]):
+        (second,), given = parse([Second], flags)
+        assert second.long_name == "a"
+        assert given == {"long_name"}
+
+
+def test_lists_booleans_and_null_from_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.json", '{"tasks": ["a", "b"], "fast": true, "careful": false, "limit": null}')
+    (first,), _ = parse([First], [], file)
+    assert (first.tasks, first.fast, first.careful, first.limit) == (["a", "b"], True, False, None)
+    (first,), _ = parse([First], ["--tasks", "c", "--limit", "2", "--no_fast" if False else "--careful"], file)
+    assert (first.tasks, first.limit, first.careful) == (["c"], 2, True)
+
+
+def test_unknown_flag_is_refused_with_close_matches() -> None:
+    with pytest.raises(CommandError, match=r"unknown option '--stepz'; did you mean 'steps'"):
+        parse([First], ["--stepz", "3"])
+
+
+def test_prefixes_are_not_taken_for_the_option() -> None:
+    with pytest.raises(CommandError, match="unknown option '--step'"):
+        parse([First], ["--step", "3"])
+
+
+def test_unknown_key_is_refused_naming_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "lon_name: a\n")
+    with pytest.raises(CommandError, match=r"c\.yaml: unknown option 'lon_name'; did you mean 'long_name'"):
+        parse([First, Second], [], file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.json", '{"steps": 3,\n "rate": }', r"c\.json, line 2, column 10: bad JSON"),
+        ("c.yaml", "steps: 3\nrate: [1, 2\nfast: true\n", r"c\.yaml, line 3, column 5: bad YAML"),
+        ("c.yaml", "- a\n- b\n", "expected a mapping of option names to values; got list"),
+        ("c.toml", "", r"must be a \.json, \.yaml or \.yml file"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(CommandError, match=message):
+        read_config(write(tmp_path, name, text))
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="configuration file not found"):
+        read_config(tmp_path / "absent.yaml")
+
+
+def test_wrong_kind_of_value_names_where_it_came_from(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "steps: many\n")
+    with pytest.raises(CommandError, match=r"c\.yaml: argument --steps: invalid int value: 'many'"):
+        parse([First], [], file)
+    with pytest.raises(CommandError, match=r"^argument --steps: invalid int value: 'few'"):
+        parse([First], ["--steps", "few"])
+
+
+def test_what_a_dataclass_refuses_and_stray_values() -> None:
+    with pytest.raises(CommandError, match="steps must be at least 1; got 0"):
+        parse([First], ["--steps", "0"])
+    with pytest.raises(CommandError, match="values without an option: stray"):
+        parse([First], ["stray"])

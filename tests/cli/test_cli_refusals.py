@@ -1,0 +1,142 @@
+"""Every refusal: exit code 2, one line that names what was expected and what came, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli_rows import write_rows
+
+
+def train_flags(folder: Path, data: Path, *more: object) -> list[object]:
+    return ["train", "--model", "t5", "--data_dir", data, "--output_dir", folder, "--max_steps", 1, *more]
+
+
+def test_unknown_option_of_train_names_close_matches(refused, tmp_path: Path) -> None:
+    line = refused("train", "--output_dir", tmp_path / "run", "--num_expert", 4)
+    assert "'--num_expert'" in line
+    assert "'num_experts'" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_experts", 0], "num_experts must be at least 1; got 0"),
+        (["--shape", "separabel"], "shape must be one of"),
+        (["--shape", '{"up": '], "shape: bad JSON"),
+        (["--max_bond", 0], "max_bond must be at least 1; got 0"),
+        (["--gauge", "landau"], "gauge must be one of"),
+        (["--backend", "quantum"], "backend must be one of"),
+        (["--moe_type", "mixture"], "moe_type must be one of switch, none; got 'mixture'"),
+        (["--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
+        (["--gradient_mask_prob", 1.5], "gradient_mask_prob must be between 0 and 1"),
+        (["--regime", "dreaming"], "invalid choice: 'dreaming'"),
+        (["--n_train", 0], "n_train must be at least 1; got 0"),
+        (["--temperature", 0], "temperature must be greater than 0"),
+        (["--max_source_length", 1], "max_source_length must be at least 2"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..1; got 77"),
+        (["--exclude_modules", "encoder.blok.0"], "exclude_modules names 'encoder.blok.0'"),
+        (["--overwrite", "--resume"], "exclude each other"),
+    ],
+)
+def test_values_that_do_not_fit(refused, sentiment: Path, tmp_path: Path, flags: list, message: str) -> None:
+    assert message in refused(*train_flags(tmp_path / "run", sentiment, *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_output_folder(refused, sentiment: Path) -> None:
+    assert "--output_dir" in refused("train", "--model", "t5", "--data_dir", sentiment)
+
+
+def test_missing_column_names_file_and_line(refused, sentiment: Path, tmp_path: Path) -> None:
+    write_rows(sentiment / "validation.jsonl", [{"sentence": "fine", "label": 1}, {"sentence": "no answer"}])
+    line = refused(*train_flags(tmp_path / "run", sentiment))
+    assert "validation.jsonl, line 2: column 'label' is missing" in line
+    assert "got sentence" in line
+
+
+def test_asked_column_that_is_not_there(refused, sentiment: Path, tmp_path: Path) -> None:
+    line = refused(*train_flags(tmp_path / "run", sentiment, "--text_columns", "sentense"))
+    assert "line 1: column 'sentense' is missing (did you mean sentence?)" in line
+
+
+def test_data_folder_that_is_not_there(refused, tmp_path: Path) -> None:
+    assert "data_dir must be an existing folder" in refused(*train_flags(tmp_path / "run", tmp_path / "absent"))
+
+
+def test_unknown_task_names_close_matches(refused, tmp_path: Path) -> None:
+    line = refused("train", "--model", "t5", "--tasks", "doc_modul", "--output_dir", tmp_path / "run")
+    assert "doc_modul" in line
+    assert "doc_module" in line
+
+
+def test_task_of_the_wrong_kind_for_the_model(refused, sentiment: Path, prose: Path, tmp_path: Path) -> None:
+    assert "use --model gpt2" in refused(*train_flags(tmp_path / "run", prose))
+    line = refused("train", "--model", "gpt2", "--data_dir", sentiment, "--output_dir", tmp_path / "run")
+    assert "a GPT-2 does language modelling" in line
+
+
+def test_folder_that_holds_another_run(refused, sentiment: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    line = refused(*train_flags(run, sentiment))
+    assert "holds another run" in line
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert (run / "run.json").read_text() == "{}"
+
+
+def test_output_folder_that_is_a_file(refused, sentiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("precious")
+    assert "is a file" in refused(*train_flags(tmp_path / "run", sentiment))
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_resume_where_nothing_is(refused, sentiment: Path, tmp_path: Path) -> None:
+    assert "nothing to resume" in refused(*train_flags(tmp_path / "run", sentiment, "--resume"))
+
+
+def test_bad_configuration_files_name_the_line(refused, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"model": "t5",\n"max_steps" 3}')
+    assert "c.json, line 2" in refused("train", tmp_path / "c.json")
+    (tmp_path / "c.yaml").write_text("model: t5\nmax_steps: [3\n")
+    assert "c.yaml, line 3" in refused("train", tmp_path / "c.yaml")
+
+
+def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for command in (["train", "--output_dir", tmp_path / "run", "--model", folder], ["convert", folder, tmp_path / "out"]):
+        line = refused(*command)
+        assert "'llama'" in line
+        assert "t5, gpt2, bert" in line
+
+
+def test_models_that_are_not_there(refused, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json" in refused("generate", tmp_path / "empty", "--prompt", "x")
+    assert "no such folder" in refused("generate", tmp_path / "absent", "--prompt", "x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert "config.json is not readable" in refused("evaluate", tmp_path / "broken")
+
+
+def test_arguments_of_the_other_commands(refused, tmp_path: Path) -> None:
+    assert "two arguments" in refused("convert", "t5")
+    assert "nothing to convert" in refused("convert", "t5", tmp_path / "out", "--moe_type", "none")
+    assert "num_experts must be at least 1" in refused("convert", "t5", tmp_path / "out", "--num_experts", 0)
+    assert "needs a prompt" in refused("generate", "t5")
+    assert "no such file" in refused("generate", "t5", "--file", tmp_path / "absent.txt")
+    assert "max_new_tokens must be at least 1" in refused("generate", "t5", "--prompt", "x", "--max_new_tokens", 0)
+    assert "split must be one of train, validation, test" in refused("evaluate", "t5", "--split", "tset")
+    assert "unknown option '--splitt'" in refused("evaluate", "t5", "--splitt", "test")
+    assert "needs a model first" in refused("evaluate", "--split", "test")
+    assert "model must be one of t5, gpt2; got 't5x'; did you mean 't5'" in refused("demo", "--model", "t5x")
+    assert "steps must be at least 1" in refused("demo", "--steps", 0, "--output_dir", tmp_path / "demo")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "demo").exists()

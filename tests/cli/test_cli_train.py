@@ -1,0 +1,151 @@
+"""`mpoe train`: a tiny run from start to end, resumed, evaluated and used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpoe.training import read_metrics
+
+BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
+BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture
+def t5_run(cli, sentiment: Path, tmp_path: Path) -> tuple[list, Path]:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--gradient_mask_prob", 0.5]
+    answer = cli(*flags, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    return flags, tmp_path / "run"
+
+
+def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, sentiment: Path, tmp_path: Path) -> None:
+    _, run = t5_run
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 3
+    assert results["class"] == "MPOET5ForConditionalGeneration"
+    assert set(results["validation"]["sentiment"]) == {"accuracy", "f1", "matthews", "items"}
+    assert results["validation"]["sentiment"]["items"] == 8
+    records = read_metrics(run)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in records if "eval_loss" in r] == [1, 2, 3]
+    assert len(next(r for r in records if "expert_load" in r)["expert_load"]["share"][0]) == 2
+
+    scores = tmp_path / "scores.json"
+    answer = cli("evaluate", run, "--data_dir", sentiment, "--split", "validation", "--output_file", scores)
+    assert answer.code == 0, answer.err
+    assert json.loads(scores.read_text())["scores"] == results["validation"]
+
+    answer = cli("generate", run, "--prompt", "sentiment sentence: good", "--max_new_tokens", 4)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("\n") == 1
+
+
+def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Path) -> None:
+    flags, run = t5_run
+    torn = tmp_path / "torn"
+    shutil.copytree(run, torn)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(torn / name)
+    for name in ("model.safetensors", "results.json"):
+        (torn / name).unlink()
+    # what a kill while saving leaves: a folder that looks like the newest checkpoint, without its weights
+    (torn / "checkpoint-2").mkdir()
+    (torn / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2')
+
+    assert "learning_rate: was 0.001, now 0.1" in refused(
+        *flags, "--output_dir", torn, "--resume", "--learning_rate", 0.1
+    )
+    assert "num_experts: was 2, now 4" in refused(*flags, "--output_dir", torn, "--resume", "--num_experts", 4)
+    answer = cli(*flags, "--output_dir", torn, "--resume")
+    assert answer.code == 0, answer.err
+    assert "resuming from checkpoint-1" in answer.out
+    assert same_weights(run, torn)
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(cli, t5_run) -> None:
+    flags, run = t5_run
+    (run / "notes.txt").write_text("mine")
+    answer = cli(*flags, "--output_dir", run, "--overwrite", "--max_steps", 1)
+    assert answer.code == 0, answer.err
+    assert (run / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert json.loads((run / "results.json").read_text())["steps"] == 1
+
+
+def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:
+    (tmp_path / "gpt2.yaml").write_text(
+        f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: 16\nshape: light\n"
+        "num_experts: 4\nmax_steps: 9\nlearning_rate: 5e-4\nper_device_train_batch_size: 4\nuse_cpu: true\n"
+    )
+    answer = cli("train", tmp_path / "gpt2.yaml", "--max-steps", 2, "--num_experts", 2)
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["class"] == "MPOEGPT2LMHeadModel"
+    assert results["steps"] == 2
+    assert results["validation"]["prose"]["perplexity"] > 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["mpoe"]
+    assert (config["num_experts"], config["shape"]) == (2, "light")
+
+
+@pytest.mark.parametrize("kind", [["--moe_type", "none"], ["--expert_type", "dense"]])
+def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: list) -> None:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
+    answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
+    assert answer.code == 0, answer.err
+    dense = kind[0] == "--moe_type"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")
+    assert dense or results["parameters"]["expert"] > 0
+
+
+def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
+    cli, refused, sentiment: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "converted"
+    answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
+    assert answer.code == 0, answer.err
+    assert "relative error" in answer.out
+    assert "auxiliary" in answer.out
+    assert "holds a model" in refused("convert", "t5", out)
+    assert "is converted already" in refused("convert", out, tmp_path / "again")
+    flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
+    assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
+    answer = cli(*flags, "--per_device_train_batch_size", 4)
+    assert answer.code == 0, answer.err
+
+
+def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Return the\n\nA list of\n")
+    answer = cli("generate", "gpt2", "--file", tmp_path / "prompts.txt", "--max_new_tokens", 3)
+    assert answer.code == 0, answer.err
+    first, second = answer.out.splitlines()[0], answer.out.splitlines()[-1]
+    assert first.startswith("Return the")
+    assert "A list of" in answer.out, second
+
+
+def test_several_tasks_one_per_step_at_any_accumulation() -> None:
+    from mpoe.cli.train import order_items
+    from mpoe.training import MPOETrainingArguments
+
+    pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}
+    arguments = MPOETrainingArguments(
+        output_dir="unused", per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2, use_cpu=True
+    )
+    dataset, per_epoch = order_items(pools, arguments, temperature=1.0, seed=3)
+    assert per_epoch == 8
+    assert arguments.max_steps == 16
+    assert len(dataset) == 16 * 8
+    steps = [[dataset[i] for i in range(s * 8, s * 8 + 8)] for s in range(16)]
+    assert all(len({task for task, _ in step}) == 1 for step in steps)
+    assert {step[0][0] for step in steps} == {"a", "b"}

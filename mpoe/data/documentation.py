@@ -221,6 +221,8 @@ def read_added_docs(call: ast.Call) -> Iterator[DocRecord]:
         module, name, documented = (ast.literal_eval(argument) for argument in call.args[:3])
     except ValueError:  # built from other values at import time
         return
+    if not str(module).startswith("numpy"):  # numpy.typing documents its aliases with another call of this name
+        return
     module = dotted_name("", tuple(str(module).split(".")))
     if isinstance(documented, str):
         kind = "class" if name in NUMPY_C_CLASSES else "function"

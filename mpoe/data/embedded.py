@@ -35,4 +35,6 @@ def load_stand_in(kind: str) -> tuple[Any, Any]:
 
     model_class = getattr(transformers, STAND_INS[kind])
     model = model_class.from_pretrained(folder, dtype="float32", local_files_only=True)
+    if kind == "gpt2":
+        model.loss_type = "ForCausalLM"  # GPT2LMHeadModel leaves it unset, which warns at the first loss
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cli_rows import write_rows
 
 from mpoe.cli.main import main
-from cli_rows import write_rows
 
 
 class Answer(NamedTuple):
@@ -29,13 +29,14 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(*arguments: object) -> Answer:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
+        code: object = 0
+        try:
             main([str(a) for a in arguments])
-            raise SystemExit(0)
-        code = exit_info.value.code
+        except SystemExit as exit_info:
+            code = exit_info.code
         out, err = capsys.readouterr()
         assert code != 1, f"a defect, not a refusal:\n{err}"
-        return Answer(int(code or 0), out, err)
+        return Answer(int(str(code or 0)), out, err)
 
     return run
 
@@ -61,7 +62,9 @@ def sentiment(tmp_path: Path) -> Path:
     folder = tmp_path / "sentiment"
     folder.mkdir()
     for split, size in (("train", 24), ("validation", 8), ("test", 8)):
-        rows = [{"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)]
+        rows = [
+            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)
+        ]
         write_rows(folder / f"{split}.jsonl", rows)
     return folder
 

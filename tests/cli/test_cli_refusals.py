@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from cli_rows import write_rows
 
 
@@ -111,7 +110,10 @@ def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> N
     folder = tmp_path / "llama"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    for command in (["train", "--output_dir", tmp_path / "run", "--model", folder], ["convert", folder, tmp_path / "out"]):
+    for command in (
+        ["train", "--output_dir", tmp_path / "run", "--model", folder],
+        ["convert", folder, tmp_path / "out"],
+    ):
         line = refused(*command)
         assert "'llama'" in line
         assert "t5, gpt2, bert" in line

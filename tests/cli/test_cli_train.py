@@ -140,7 +140,11 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
 
     pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}
     arguments = MPOETrainingArguments(
-        output_dir="unused", per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2, use_cpu=True
+        output_dir="unused",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        use_cpu=True,
     )
     dataset, per_epoch = order_items(pools, arguments, temperature=1.0, seed=3)
     assert per_epoch == 8

@@ -14,6 +14,7 @@ from mpoe.cli.demo_arms import (
     Arm,
     Settings,
     count_parameters,
+    demo_tasks,
     train_arm,
     training_items,
     with_steps,
@@ -69,11 +70,10 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
 
         from mpoe.cli.scoring import encode_task
         from mpoe.data.embedded import load_stand_in
-        from mpoe.data.tasks import get_task
         from mpoe.models import convert_to_mpoe
         from mpoe.training import MPOETrainer  # noqa: F401 - its import belongs to this stage
     with stages.stage("load the stand-in and read the documentation"):
-        tasks = [get_task(name) for name in settings.tasks]
+        tasks = demo_tasks(settings)
         dense, tokenizer = load_stand_in(kind)
         items = training_items(settings, tasks, tokenizer, settings.steps, seed)
         probe = encode_task(tasks[0], "test", tokenizer, 32)

@@ -32,14 +32,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs for one kind of model. ``batch``: items per step; ``steps``: per arm."""
+    """What the demo runs for one kind of model. ``batch``: items per step; ``steps``: per arm; ``n_val``,
+    ``n_test``: random subsets of those splits (None: all of them)."""
 
     tasks: tuple[str, ...]
     causal: bool
     steps: int
     batch: int
     arms: tuple[Arm, ...]
-    max_test_items: int | None = None
+    n_val: int | None = None
+    n_test: int | None = None
     main_arm: str = "separable"
 
 
@@ -61,9 +63,20 @@ SETTINGS = {
         arms=_arms(1e-3, 1e-3, 1e-3, 1e-3),
     ),
     "gpt2": Settings(
-        ("doc_lm",), causal=True, steps=150, batch=16, arms=_arms(1e-3, 1e-3, 1e-3, 1e-3), max_test_items=320
+        ("doc_lm",), causal=True, steps=100, batch=16, arms=_arms(1e-3, 1e-3, 1e-3, 1e-3), n_val=400, n_test=600
     ),
 }
+
+
+def demo_tasks(settings: Settings) -> list[Any]:
+    """The tasks, cut to the settings' subsets (seed 0 always: the held-out items do not depend on the run's seed)."""
+    from mpoe.data.splits import with_subsets
+    from mpoe.data.tasks import get_task
+
+    tasks = [get_task(name) for name in settings.tasks]
+    if settings.n_val is None and settings.n_test is None:
+        return tasks
+    return [with_subsets(task, None, settings.n_val, settings.n_test) for task in tasks]
 
 
 def training_items(settings: Settings, tasks: Sequence[Any], tokenizer: Any, steps: int, seed: int) -> list[dict]:

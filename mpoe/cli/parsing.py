@@ -63,7 +63,8 @@ def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
         def error(self, message: str) -> Any:
             raise CommandError(message)
 
-    return Parser(list(dataclass_types), allow_abbrev=False, add_help=False)
+    kinds: list[Any] = list(dataclass_types)
+    return Parser(kinds, allow_abbrev=False, add_help=False)
 
 
 def _normal(name: str) -> str:

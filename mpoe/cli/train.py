@@ -58,7 +58,8 @@ def command(arguments: Sequence[str]) -> None:
         return
     config = None if arguments[0].startswith("--") else arguments[0]
     instances, given = parse(groups, arguments[0 if config is None else 1 :], config)
-    run(Plan(*instances, frozenset(given)))
+    options, model, data, experts, training = instances
+    run(Plan(options, model, data, experts, training, frozenset(given)))
 
 
 def run(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""At the default rates no shape and no gauge collapses; one raw rate for all cores does, in the failing case.
+
+A short run from pretrained weights (MiniLM on movie sentiment): the collapsed model answers the same to every
+sentence, which shows within ten steps as a loss stuck at ln 2 and an accuracy of a coin toss.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpoe.config import MPOEConfig
+from mpoe.models import convert_to_mpoe
+from mpoe.training import MPOETrainer
+
+from .minilm import accuracy, classifier, collator, sentiment
+from .tiny import arguments
+
+STEPS, BATCH, LENGTH = 40, 16, 32
+
+
+def fine_tune(shared_data: Path, tmp_path: Path, shape: str, gauge: str, **options: Any) -> dict[str, float]:
+    dense = classifier()
+    torch.manual_seed(1)
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, shape=shape, gauge=gauge))
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=100,
+        max_steps=STEPS,
+        learning_rate=5e-4,
+        weight_decay=0.01,
+        warmup_steps=0.1,
+        logging_steps=10,
+        **options,
+    )
+    trainer = MPOETrainer(
+        model=model,
+        args=args,
+        train_dataset=sentiment(shared_data, "train", STEPS * BATCH, LENGTH),
+        eval_dataset=sentiment(shared_data, "validation", 300, LENGTH),
+        data_collator=collator(),
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    return trainer.evaluate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
+@pytest.mark.parametrize("shape", ["separable", "light", "paper"])
+def test_default_rates_do_not_collapse(shared_data: Path, tmp_path: Path, shape: str, gauge: str) -> None:
+    metrics = fine_tune(shared_data, tmp_path, shape, gauge)
+    assert metrics["eval_accuracy"] >= 0.68
+    assert metrics["eval_loss"] <= 0.62
+
+
+@pytest.mark.slow
+def test_one_raw_rate_collapses_in_the_failing_case(shared_data: Path, tmp_path: Path) -> None:
+    metrics = fine_tune(shared_data, tmp_path, "separable", "symmetric", scale_core_lr=False)
+    assert metrics["eval_accuracy"] <= 0.6
+    assert metrics["eval_loss"] >= 0.66

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import (
@@ -86,7 +87,7 @@ class _Joined(AbstractContextManager[None]):
 
 # To the type checker the mixin is a model; at run time it is a plain class before the dense one in the bases.
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Model
+    _Model = PreTrainedModel
 else:
     _Model = object
 
@@ -210,7 +211,18 @@ class MPOEModelMixin(_Model):
             ValueError: ``use_reentrant=True``.
         """
         checked = _checkpoint_arguments(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(checked, *args, **kwargs)
+        parent: Any = super()
+        name = "activation_checkpointing_enable"
+        enable = getattr(parent, name, None) or parent.gradient_checkpointing_enable
+        enable(checked, *args, **kwargs)
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        # Older Transformers 5 calls this name alone; newer ones forward it, and an override would go in circles.
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+        ) -> None:
+            """The older name of `activation_checkpointing_enable`."""
+            self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
 
     # --------------------------------------------------------------- saving
 

@@ -19,11 +19,9 @@ class MPOET5Config(T5Config):
     model_type = "mpoe_t5"
     keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
 
-    mpoe: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.mpoe = checked_mpoe_dict(self.mpoe)
-        super().__post_init__(**kwargs)
+    def __init__(self, mpoe: Any = None, **kwargs: Any) -> None:
+        self.mpoe = checked_mpoe_dict(mpoe)
+        super().__init__(**kwargs)
 
 
 class MPOET5ForConditionalGeneration(MPOEModelMixin, T5ForConditionalGeneration):

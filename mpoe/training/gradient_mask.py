@@ -84,12 +84,12 @@ class GradientMask:
     def __init__(self, model: nn.Module | None, probability: float, seed: int = 0) -> None:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"gradient_mask_seed must be an integer; got {seed!r}")
-        self.probability = check_probability(probability)
-        self.seed = int(seed)
-        self.active = False  # whether the step in progress is masked
+        self.probability: float = check_probability(probability)
+        self.seed: int = int(seed)
+        self.active: bool = False  # whether the step in progress is masked
         self._cores: list[MPOCores] = []
-        self._steps = 0
-        self._masked_steps = 0
+        self._steps: int = 0
+        self._masked_steps: int = 0
         if model is not None:
             self.bind(model)
 

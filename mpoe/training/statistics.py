@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,17 @@ class ExpertLoad:
         """From tokens per expert, `counts [layers, E]` (integers)."""
         if counts.ndim != 2:
             raise ValueError(f"counts must be [layers, E]; got {tuple(counts.shape)}")
-        share, low, high, variation, entropy = [], [], [], [], []
+        share: list[list[float] | None] = []
+        low: list[float | None] = []
+        high: list[float | None] = []
+        variation: list[float | None] = []
+        entropy: list[float | None] = []
         experts = counts.shape[1]
         for row in counts.double().cpu():
             total = row.sum()
             if total == 0:
-                for column in (share, low, high, variation, entropy):
+                share.append(None)
+                for column in (low, high, variation, entropy):
                     column.append(None)
                 continue
             p = row / total
@@ -41,9 +47,7 @@ class ExpertLoad:
             low.append(p.min().item())
             high.append(p.max().item())
             variation.append((p.std(correction=0) * experts).item())
-            entropy.append(
-                (-torch.xlogy(p, p).sum() / torch.tensor(float(experts)).log()).item() if experts > 1 else 1.0
-            )
+            entropy.append(float(-torch.xlogy(p, p).sum()) / math.log(experts) if experts > 1 else 1.0)
         return cls(share, low, high, variation, entropy)
 
     def summary(self) -> dict[str, float]:

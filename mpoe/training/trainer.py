@@ -67,6 +67,7 @@ class MPOETrainer(Seq2SeqTrainer):
     """
 
     args: MPOETrainingArguments
+    model: Any
 
     def __init__(self, model: Any = None, args: MPOETrainingArguments | None = None, **kwargs: Any) -> None:
         if not isinstance(args, MPOETrainingArguments):
@@ -81,7 +82,7 @@ class MPOETrainer(Seq2SeqTrainer):
         # The scaling is ours for every model, T5 included: the Trainer only divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
-        self._metrics_file = MetricsFile(args.output_dir)
+        self._metrics_file = MetricsFile(str(args.output_dir))
         self._sums: dict[str, Tensor] = {}  # since the last log, on the device: nothing here waits for it
         self._load: Tensor | None = None
         self._core_norms: dict[str, float] = {}
@@ -106,7 +107,7 @@ class MPOETrainer(Seq2SeqTrainer):
         Raises:
             ValueError: there is none, or the given one is incomplete.
         """
-        run_dir = Path(self.args.output_dir)
+        run_dir = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
             found = checkpoints.find_last_checkpoint(run_dir)
             if found is None:
@@ -118,9 +119,11 @@ class MPOETrainer(Seq2SeqTrainer):
             if manifest.exists() and not checkpoints.is_complete(resume_from_checkpoint):
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is incomplete: files are missing or cut short")
         if self.args.should_save:
+            step = 0
             if resume_from_checkpoint:
-                state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-                step = TrainerState.load_from_json(str(state)).global_step
+                step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
+            if self._metrics_file.path.exists() or step:
+                # Readers drop what an earlier attempt logged beyond this step.
                 self._metrics_file.write({"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
         try:
@@ -133,7 +136,7 @@ class MPOETrainer(Seq2SeqTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim` over `build_param_groups`, unless the caller brought its own groups."""
         if self.optimizer is None:
-            module = self.model if model is None else model
+            module: Any = self.model if model is None else model
             given = self.optimizer_cls_and_kwargs
             kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, module)
             if not options.keys() & {"params", "model", "optimizer_dict"}:
@@ -201,16 +204,25 @@ class MPOETrainer(Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         ignore_keys = sorted({*_NOT_PREDICTIONS, *(ignore_keys or ())})
         if self.args.predict_with_generate and not prediction_loss_only:
             # Seq2SeqTrainer calls the model for the loss alone, outside compute_loss.
             model = partial(self._forward_with_task_loss, model)  # type: ignore[assignment]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self._evaluation = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
         if self.args.world_size > 1:
             self._evaluation = self.accelerator.reduce(self._evaluation.to(self.args.device)).cpu()
         total, targets = self._evaluation.tolist()

@@ -87,6 +87,19 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monke
     ]
 
 
+def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    class Die(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, **resume_options("t5", 3), callbacks=[Die()]).train()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    make_trainer(tmp_path, **resume_options("t5", 3)).train()
+    assert [record["step"] for record in read_metrics(tmp_path) if "loss" in record] == [1, 2, 3]
+
+
 def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path, **resume_options("t5", 3)).train()
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")

@@ -29,7 +29,7 @@ class LocalTask(Task):
     """A task read from files. ``folder``: where they lie; ``files``: the file of each split; columns as used."""
 
     folder: Path = Path()
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict, hash=False)
     text_columns: tuple[str, ...] = ()
     label_column: str = ""
 
@@ -80,7 +80,7 @@ def load_task_from_folder(
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     files = find_files(folder, needs_test=not split_validation_test)
-    common = {
+    common: dict[str, Any] = {
         "name": name or folder.resolve().name.replace(" ", "_").replace(".", "_"),
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,

@@ -48,7 +48,7 @@ def matthews(predictions: Sequence, references: Sequence) -> float:
     return covariance / math.sqrt(spread) if spread > 0 else 0.0
 
 
-def pearson(predictions: Sequence, references: Sequence) -> float:
+def pearson(predictions: Sequence | np.ndarray, references: Sequence | np.ndarray) -> float:
     """Pearson correlation of two [N] number sequences; 0.0 if either is constant."""
     x, y = _numbers(predictions, references)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -133,7 +133,7 @@ def _bag_f1(predicted: list[str], expected: list[str]) -> float:
     return 2.0 * shared / (len(predicted) + len(expected))
 
 
-def _same_length(predictions: Sequence, references: Sequence) -> None:
+def _same_length(predictions: Sequence | np.ndarray, references: Sequence | np.ndarray) -> None:
     if len(predictions) != len(references):
         raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
     if not len(references):
@@ -152,7 +152,7 @@ def _labels(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np
     return predicted, expected
 
 
-def _numbers(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(predictions: Sequence | np.ndarray, references: Sequence | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _same_length(predictions, references)
     try:
         x, y = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)

@@ -34,7 +34,8 @@ def split_validation_test(
         raise ValueError(f"items must hold at least two different items that are not in train; got {len(fresh)}")
     random.Random(f"split-validation-test-{seed}").shuffle(fresh)
     # At most half of what there is, one group at least.
-    wanted, test = max(1, len(items) // 2), []
+    wanted = max(1, len(items) // 2)
+    test: list[int] = []
     for group in fresh[:-1]:
         if not test or len(test) + len(group) <= wanted:
             test += group

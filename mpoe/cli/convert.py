@@ -47,6 +47,8 @@ def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -
     if source.is_mpoe:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
     check_not_file("OUT", out)
+    if out.exists() and Path(source.path).is_dir() and out.samefile(source.path):
+        raise CommandError(f"OUT must be another folder than IN; got {out} for both")
     if (out / "config.json").exists() and not overwrite:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
     tokenizer = load_tokenizer(source)

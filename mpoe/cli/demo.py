@@ -68,10 +68,13 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     with stages.stage("import torch and transformers"):
         from transformers import set_seed
 
+        from mpoe.cli.pretrained import quiet_transformers
         from mpoe.cli.scoring import encode_task
         from mpoe.data.embedded import load_stand_in
         from mpoe.models import convert_to_mpoe
         from mpoe.training import MPOETrainer  # noqa: F401 - its import belongs to this stage
+
+        quiet_transformers()
     with stages.stage("load the stand-in and read the documentation"):
         tasks = demo_tasks(settings)
         dense, tokenizer = load_stand_in(kind)

@@ -48,22 +48,22 @@ class Settings:
 def _arms(dense: float, switch: float, paper: float, separable: float) -> tuple[Arm, ...]:
     return (
         Arm("dense", "dense", None, dense),
-        Arm("switch", "Switch, 8 dense experts", {"expert_type": "dense"}, switch),
-        Arm("paper", "MPOE, paper shape", {"shape": "paper"}, paper),
-        Arm("separable", "MPOE, separable shape", {"shape": "separable"}, separable),
+        Arm("switch", "Switch", {"expert_type": "dense"}, switch),
+        Arm("paper", "MPOE paper", {"shape": "paper"}, paper),
+        Arm("separable", "MPOE separable", {"shape": "separable"}, separable),
     )
 
 
 SETTINGS = {
     "t5": Settings(
-        ("doc_module", "doc_kind", "doc_name"),
+        ("doc_module", "doc_kind"),
         causal=False,
-        steps=250,
+        steps=200,
         batch=32,
         arms=_arms(1e-3, 1e-3, 1e-3, 1e-3),
     ),
     "gpt2": Settings(
-        ("doc_lm",), causal=True, steps=100, batch=16, arms=_arms(1e-3, 1e-3, 1e-3, 1e-3), n_val=400, n_test=600
+        ("doc_lm",), causal=True, steps=100, batch=16, arms=_arms(3e-4, 3e-4, 3e-4, 3e-4), n_val=400, n_test=600
     ),
 }
 

@@ -22,11 +22,11 @@ def comparison_lines(settings: Settings) -> list[str]:
         "perplexity (lower is better)" if settings.causal else "each task's main metric and their mean, in per cent"
     )
     return [
-        f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts in every converted arm), equal steps "
-        f"({settings.steps} of {settings.batch} items), the same items in the same order, one seed.",
+        f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts per layer in every converted arm, dense ones in "
+        f"Switch), equal steps ({settings.steps} of {settings.batch} items), same items in the same order, one seed.",
         f"Learning rates, chosen per arm on the validation split: {rates}.",
         f"Metric: {metric}, on held-out test items that no training item shares an object or a text with.",
-        '"FFN-expert parameters" are the weights of all feed-forward layers or of all their experts; routers, '
+        '"experts", the FFN-expert parameters, are the weights of the feed-forward layers or their experts; routers, '
         'attention and embeddings count in "total" alone. Of MPOE\'s, central cores are shared by the experts of a '
         "layer and auxiliary cores belong to one expert each (all experts' are counted).",
     ]
@@ -38,20 +38,19 @@ def _value(task_scores: dict[str, float], causal: bool) -> str:
 
 
 def table_of(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, one row per arm."""
+    """Header and rows of the comparison, one row per arm; parameters in millions."""
     names = list(arms[0]["scores"])
-    labels = {name: f"{name} ({next(iter(arms[0]['scores'][name]))})" for name in names}
-    header = ["model", "total", "FFN-expert", "central", "auxiliary", *labels.values()]
+    header = ["model", "total\nM", "experts\nM", "central\nM", "aux.\nM"]
+    header += [f"{name}\n{next(iter(arms[0]['scores'][name]))}" for name in names]
     header += [] if settings.causal else ["mean"]
-    header += ["train s", "s/step"]
+    header += ["train\ns"]
     rows = []
     for arm in arms:
-        counts = arm["parameters"]
-        row = [arm["name"], f"{counts['total']:,}", f"{counts['experts']:,}"]
-        row += [f"{counts[key]:,}" if counts[key] else "-" for key in ("central", "auxiliary")]
+        counts = {key: f"{value / 1e6:.2f}" if value else "-" for key, value in arm["parameters"].items()}
+        row = [arm["name"], *(counts[key] for key in ("total", "experts", "central", "auxiliary"))]
         row += [_value(arm["scores"][name], settings.causal) for name in names]
         row += [] if settings.causal else [f"{100 * arm['mean']:.1f}"]
-        rows.append([*row, f"{arm['seconds']:.1f}", f"{arm['seconds'] / settings.steps:.3f}"])
+        rows.append([*row, f"{arm['seconds']:.1f}"])
     return header, rows
 
 
@@ -95,6 +94,7 @@ def show_comparison(
     console: Any, results: dict[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     """Print examples, the times of the stages, the table and the verdict."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -108,9 +108,10 @@ def show_comparison(
     console.print(f"Seconds per stage: {listed}; together {total:.1f}", highlight=False, soft_wrap=True)
     for line in results["comparison"]:
         console.print(Text(line))
-    table = Table(title=f"mpoe demo: {results['model']}, {results['steps']} steps per arm, seed {results['seed']}")
+    title = f"mpoe demo: {results['model']}, {results['steps']} steps per arm, seed {results['seed']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

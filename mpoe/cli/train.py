@@ -75,6 +75,8 @@ def run(plan: Plan) -> dict[str, Any]:
     folder = _output_folder(plan)
     config = plan.experts.build()
     source = find(plan.model.model)
+    if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
+        raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
     if source.style == ENCODER:
         raise CommandError(f"model {plan.model.model!r} is an encoder ({source.model_type}); train takes T5 and GPT-2")
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpoe.data.embedded import stand_in_path
 from mpoe.training import read_metrics
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
@@ -116,9 +117,13 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
     assert answer.code == 0, answer.err
     assert "relative error" in answer.out
+    shutil.copytree(stand_in_path("t5"), tmp_path / "dense")
     assert "auxiliary" in answer.out
     assert "holds a model" in refused("convert", "t5", out)
     assert "is converted already" in refused("convert", out, tmp_path / "again")
+    same = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", out, "--overwrite"]
+    assert "output_dir must be another folder than the model's" in refused(*same)
+    assert "OUT must be another folder than IN" in refused("convert", out.parent / "dense", out.parent / "dense")
     flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
     answer = cli(*flags, "--per_device_train_batch_size", 4)

@@ -1,0 +1,139 @@
+"""The stand-in checkpoints: they load without a network, know documentation, and are small."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoe.data.embedded import STAND_INS, load_stand_in, stand_in_path
+from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.predict import evaluate_task, language_modeling_loss
+from mpoe.data.task import Example
+from mpoe.data.tasks import get_task
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "make_stand_ins.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """tools/make_stand_ins.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_stand_ins", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", sorted(STAND_INS))
+def test_folder_is_small_and_complete(kind):
+    folder = stand_in_path(kind)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(sizes)
+    assert sum(sizes.values()) < 6_000_000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == kind
+    assert config["dtype"] == "float32"
+
+
+def test_unknown_stand_in_is_refused():
+    with pytest.raises(ValueError, match=r"unknown stand-in 't6': did you mean t5.*known: gpt2, t5"):
+        stand_in_path("t6")
+
+
+def test_loads_in_a_new_process_without_network(tmp_path):
+    code = (
+        "import os; os.environ['HF_HUB_OFFLINE'] = '1'; os.environ['HF_HOME'] = sys.argv[1]\n"
+        "from mpoe.data.embedded import load_stand_in\n"
+        "for kind in ('t5', 'gpt2'):\n"
+        "    model, tokenizer = load_stand_in(kind)\n"
+        "    ids = tokenizer('Return the mean of 2 arrays.', return_tensors='pt')\n"
+        "    out = model.generate(**ids, max_new_tokens=4, do_sample=False)\n"
+        "    print(kind, model.dtype, model.training, tokenizer.decode(out[0], skip_special_tokens=True))\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    lines = out.stdout.splitlines()
+    assert lines[0].startswith("t5 torch.float32 False")
+    assert lines[1].startswith("gpt2 torch.float32 False Return the mean of 2 arrays.")
+
+
+def test_t5_tokenizer_round_trips_and_labels_are_single_tokens():
+    _, tokenizer = load_stand_in("t5")
+    [item] = encode_text_to_text([Example("name of: return the mean", "mean")], tokenizer)
+    assert item["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "name of: return the mean"
+    for name in ("doc_module", "doc_kind"):
+        for label in get_task(name).labels:
+            assert len(tokenizer(label)["input_ids"]) == 2, label
+    assert len(tokenizer("[it]")["input_ids"]) <= 3
+
+
+def test_gpt2_tokenizer_is_lossless():
+    _, tokenizer = load_stand_in("gpt2")
+    text = "Tabs\tand  blanks,\n    indents, ünïcode and <html>."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_gpt2_predicts_held_out_documentation(documentation):
+    model, tokenizer = load_stand_in("gpt2")
+    blocks = encode_language_modeling(get_task("doc_lm").examples("test", 120, seed=1), tokenizer, 128)
+    loss, _ = language_modeling_loss(model, blocks)
+    assert loss < 4.2  # log(2048) = 7.6 knows nothing
+    loss = model(**{k: torch.tensor([blocks[0][k]]) for k in ("input_ids", "labels")}).loss
+    assert torch.isfinite(loss)
+
+
+def test_t5_names_held_out_objects_better_than_any_common_word(documentation):
+    model, tokenizer = load_stand_in("t5")
+    task = get_task("doc_name")
+    answers = [example.target for example in task.test()]
+    words = Counter(word for example in task.train() for word in example.target.split())
+    constant = max(task.score([word] * len(answers), answers)["token_f1"] for word, _ in words.most_common(10))
+    # Measured .080 against .033: better than guessing, far from good.
+    assert evaluate_task(model, tokenizer, task, "test")["token_f1"] > 1.5 * constant
+
+
+def test_the_script_that_made_them_learns(script, documentation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "t6"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "kinds must be among t5, gpt2; got t6" in capsys.readouterr().err
+
+    _, tokenizer = load_stand_in("t5")
+    torch.manual_seed(0)
+    model = script.t5_model(len(tokenizer))
+    batches = itertools.cycle(list(itertools.islice(script.t5_batches(tokenizer, 4, 0), 1)))
+    first = script.pretrain(model, batches, 1, 1e-3)
+    assert script.pretrain(model, batches, 12, 3e-3) < first
+    texts = {e.source for e in script.package_examples()}
+    assert texts
+    assert {r.split for r in script.train_records()} == {"train"}
+
+
+def test_span_corruption_loses_no_token(script):
+    ids = list(range(100, 156))
+    item = script.corrupt_spans(ids, sentinel=10, end=1, rng=random.Random(0))
+    spans: dict[int, list[int]] = {}
+    for token in item["labels"][:-1]:
+        if token < 100:
+            spans[token] = []
+            last = token
+        else:
+            spans[last].append(token)
+    rebuilt = [t for token in item["input_ids"][:-1] for t in (spans[token] if token < 100 else [token])]
+    assert rebuilt == ids
+    assert len(spans) >= 2
+    assert item["labels"][-1] == item["input_ids"][-1] == 1

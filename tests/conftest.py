@@ -14,7 +14,9 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores; more threads would only wait for one another
+    # The workers share the cores; more threads would only wait for one another. Subprocesses inherit it.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -24,7 +24,7 @@ def comparison_lines(settings: Settings) -> list[str]:
     return [
         f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts per layer in every converted arm, dense ones in "
         f"Switch), equal steps ({settings.steps} of {settings.batch} items), same items in the same order, one seed.",
-        f"Learning rates, chosen per arm on the validation split: {rates}.",
+        f"Learning rates, chosen on the validation split ({settings.rates}): {rates}.",
         f"Metric: {metric}, on held-out test items that no training item shares an object or a text with.",
         '"experts", the FFN-expert parameters, are the weights of the feed-forward layers or their experts; routers, '
         'attention and embeddings count in "total" alone. Of MPOE\'s, central cores are shared by the experts of a '

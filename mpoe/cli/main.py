@@ -93,6 +93,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
 ) -> None:
     """Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download."""
+    import os
+
+    # Threads that spin while they wait for each other cost minutes when the cores are shared; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from mpoe.cli.demo import command
 
     command(output_dir, model, steps, seed, overwrite)

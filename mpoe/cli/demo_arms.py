@@ -68,7 +68,7 @@ SETTINGS = {
     "gpt2": Settings(
         ("doc_lm",),
         causal=True,
-        steps=100,
+        steps=70,
         batch=16,
         arms=_arms(3e-4, 3e-4, 3e-4, 3e-4),
         n_val=400,

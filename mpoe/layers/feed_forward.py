@@ -101,6 +101,8 @@ class MPOEFeedForward(nn.Module):
                     f"got {list(token_mask.shape)}"
                 )
             token_mask = token_mask.reshape(-1).bool()
+            # Padding may hold anything, NaN included, and the router reads every row.
+            x = x.masked_fill(~token_mask[:, None], 0.0)
         decision = self.router(x)
         routing = route(decision.top_k_index, self.num_experts, self.router.capacity(x.shape[0]), token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +29,9 @@ from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, parameter_report
 from mpoe.models.sites import FAMILIES, find_sites, set_module
 
+# Files of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`).
+ONLY_FILE = "mpoe_only.safetensors"
+BASE_FILE = "mpoe_base.json"
 IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
 
 
@@ -233,7 +237,11 @@ class MPOEModelMixin(_Model):
             **model.config.mpoe,
             "rate_ratios": {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)},
         }
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        for name in (ONLY_FILE, BASE_FILE):
+            # An earlier MPOE-only save in this folder would otherwise be taken for what it holds.
+            (Path(save_directory) / name).unlink(missing_ok=True)
+        return result
 
     # ------------------------------------------------------------ reporting
 

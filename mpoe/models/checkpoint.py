@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.models.base import MPOEModelMixin
+from mpoe.models.base import BASE_FILE, ONLY_FILE, MPOEModelMixin
 from mpoe.models.convert import CONVERTED, _adopt_class
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import FAMILIES, find_sites, set_module
 
-ONLY_FILE = "mpoe_only.safetensors"
-BASE_FILE = "mpoe_base.json"
 CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in CONVERTED.values()}
 MODEL_TYPES = sorted({cls.config_class.model_type for cls in CLASSES.values()})
 
@@ -61,7 +61,7 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     Args:
         path: folder. Only safetensors and JSON are read.
         base: for MPOE-only saves, the dense model they were made from (or its folder).
-        kwargs: passed to ``from_pretrained``, e.g. ``dtype``.
+        kwargs: passed to ``from_pretrained``, e.g. ``dtype``; MPOE-only saves take ``dtype`` alone.
 
     Returns:
         A model of the saved class, in eval mode.
@@ -73,7 +73,11 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     folder = Path(path)
     values, cls = _config_of(folder)
     if (folder / ONLY_FILE).is_file():
-        return _load_only(folder, values, cls, base)
+        unknown = sorted(set(kwargs) - {"dtype"})
+        if unknown:
+            raise ValueError(f"{folder} holds MPOE parameters only; load_mpoe takes dtype for it, got {unknown}")
+        model = _load_only(folder, values, cls, base)
+        return model.to(kwargs["dtype"]) if kwargs.get("dtype") is not None else model
     if base is not None:
         raise ValueError(f"base is for MPOE-only saves; {folder} holds a whole model")
     model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
@@ -123,7 +127,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
 
     Raises:
         TypeError: a model that is no MPOE model.
-        ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then).
+        ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then),
+            a folder that holds a whole model.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
@@ -138,17 +143,25 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
             f"{', '.join(differing[:3])}; save the whole model with save_pretrained"
         )
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
+    if whole:
+        raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
     module.config.mpoe = {
         **module.config.mpoe,
         "rate_ratios": {n: list(cores.rate_ratios) for n, cores in mpo_modules(module)},
     }
     module.config.architectures = [type(module).__name__]
-    module.config.save_pretrained(folder)
     own = {n: value.contiguous().cpu() for n, value in module.state_dict().items() if _is_mpoe(n)}
-    save_file(own, folder / ONLY_FILE, metadata={"format": "pt"})
     identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
-    (folder / BASE_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved in place, the config last: a kill on the way leaves nothing that looks like a model.
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as aside:
+        staged = Path(aside)
+        save_file(own, staged / ONLY_FILE, metadata={"format": "pt"})
+        (staged / BASE_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        module.config.save_pretrained(staged)
+        for file in (ONLY_FILE, BASE_FILE, "config.json"):
+            os.replace(staged / file, folder / file)
 
 
 def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
@@ -163,6 +176,8 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
 
 
 def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) -> Any:
+    if not (folder / BASE_FILE).is_file():
+        raise ValueError(f"an MPOE-only save must hold {BASE_FILE}; {folder} has none")
     identity = _read_json(folder / BASE_FILE)
     if base is None:
         raise ValueError(

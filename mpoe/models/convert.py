@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import FAMILIES, FFNSite, LinearSite, find_sites, set_module
 from mpoe.models.t5 import MPOET5ForConditionalGeneration
-from mpoe_kernels import Decomposition
+from mpoe_kernels import Decomposition, backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -64,6 +65,12 @@ def _check_finite(model: nn.Module) -> None:
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"model must hold finite weights; NaN or Inf in {shown}")
+
+
+def _check_backend(name: str | None) -> None:
+    known = backend_reasons()
+    if name is not None and name != "auto" and name not in known:
+        raise ValueError(f"backend must be one of {['auto', *known]} or None; got {name!r}")
 
 
 def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
@@ -161,7 +168,14 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     family = FAMILIES[cls.mpoe_family]
     ffns, linears = find_sites(model, family, model.config, config)
     _check_shapes(ffns, linears, config)
+    _check_backend(config.backend)
     _check_finite(model)
+    if cls.mpoe_family == "t5" and model.dtype == torch.float16:
+        warnings.warn(
+            "T5 in float16: Transformers keeps the down projections (wo) in float32 because float16 overflows there; "
+            "the experts' are float16 like the rest. Prefer bfloat16.",
+            stacklevel=2,
+        )
     config = dataclasses.replace(config, rate_ratios={})
     if not inplace:
         replaced = [m for site in ffns for m in site.dense.values()] + [site.dense for site in linears]

@@ -272,4 +272,9 @@ def find_sites(
     if not ffns and not linears:
         raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
     chosen = _select([*ffns, *linears], config)
+    if not chosen:
+        raise ValueError(
+            "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
+            f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
+        )
     return [s for s in chosen if isinstance(s, FFNSite)], [s for s in chosen if isinstance(s, LinearSite)]

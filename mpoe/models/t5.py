@@ -37,10 +37,13 @@ class MPOET5ForConditionalGeneration(MPOEModelMixin, T5ForConditionalGeneration)
         self.install_experts()
 
     def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else ``labels != -100``."""
+        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all up to the last label != -100.
+
+        An ignored label in the middle of a target is not padding: its position is still attended to.
+        """
         labels, decoder_mask = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
         if decoder_mask is None and labels is not None:
-            decoder = labels.ne(-100)
+            decoder = labels.ne(-100).flip(-1).cumsum(-1).flip(-1) > 0
         else:
             decoder = last_tokens(decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
         encoder = last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
@@ -56,8 +59,12 @@ class MPOET5ForConditionalGeneration(MPOEModelMixin, T5ForConditionalGeneration)
         mask = kwargs.get("attention_mask")
         if mask is None:
             ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            if isinstance(ids, Tensor) and ids.dim() == 2 and self.config.pad_token_id is not None:
-                mask = ids.ne(self.config.pad_token_id)
+            pad, end = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+            pad = self.config.pad_token_id if pad is None else pad
+            ends = end if isinstance(end, list) else [end]
+            # As Transformers: where padding and the end of text are one token, nothing can be told apart.
+            if isinstance(ids, Tensor) and ids.dim() == 2 and pad is not None and pad not in ends:
+                mask = ids.ne(pad)
         token = enter_routing(RoutingContext({"encoder": last_tokens(mask, {}, "", "")}, None))
         try:
             return super().generate(*args, **kwargs)

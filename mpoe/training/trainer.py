@@ -105,7 +105,7 @@ class MPOETrainer(Seq2SeqTrainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` picks the last *complete* checkpoint.
 
         Raises:
-            ValueError: there is none, or the given one is incomplete.
+            ValueError: there is none, or the given one is incomplete or of another model.
         """
         run_dir = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:

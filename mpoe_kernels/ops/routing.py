@@ -73,7 +73,8 @@ def route(
     """Stable counting sort of (token, choice) pairs by expert.
 
     Args:
-        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``.
+        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``; not checked, as that would
+            wait for the device.
         num_experts: E.
         capacity: most slots an expert may own; first choices are served before second ones, earlier tokens before
             later ones. ``None``: dropless.

@@ -380,3 +380,12 @@ def test_every_public_activation_has_a_reference() -> None:
     for name, formula in ACTIVATIONS.items():
         got = grouped_mpo_linear(x, blocks, offsets, activation=name)
         assert torch.allclose(got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula))
+
+
+@pytest.mark.parametrize("rows", [1, 500])
+@pytest.mark.parametrize("bad", [-1, 11])
+def test_embedding_refuses_ids_outside_the_table(rows: int, bad: int) -> None:
+    blocks = random_blocks(SMALL_SHAPES["padded"], 1)
+    ids = torch.full((rows,), bad)
+    with pytest.raises(IndexError):
+        mpo_embedding(ids, blocks)

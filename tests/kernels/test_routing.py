@@ -147,3 +147,22 @@ def test_type_refusals() -> None:
         route(torch.zeros(3, 1), 2)
     with pytest.raises(TypeError, match="routing must be a Routing"):
         dispatch(torch.zeros(3, 1), None)  # type: ignore[arg-type]
+
+
+def test_nothing_to_route_has_gradients_too() -> None:
+    routing = route(torch.zeros(0, 2, dtype=torch.int64), 3)
+    x = torch.zeros(0, 4, requires_grad=True)
+    weights = torch.zeros(0, 2, requires_grad=True)
+    combine(dispatch(x, routing), routing, weights).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 4)
+    assert weights.grad is not None
+    assert weights.grad.shape == (0, 2)
+
+
+def test_nan_weights_of_dropped_pairs_stay_out() -> None:
+    routing, mask = example_routing()
+    weights = torch.rand(9, 2, requires_grad=True)
+    poisoned = torch.where(mask[:, None], weights, float("nan"))
+    y = combine(torch.ones(18, 3), routing, poisoned)
+    assert bool(torch.isfinite(y).all())

@@ -217,3 +217,24 @@ def test_activation_table_is_what_torch_computes():
     x = torch.randn(5)
     assert torch.equal(ACTIVATIONS["swish"](x), F.silu(x))
     assert torch.equal(ACTIVATIONS["gelu_new"](x), F.gelu(x, approximate="tanh"))
+
+
+@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
+def test_no_tokens_have_gradients_too(expert_type: str) -> None:
+    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type)).train()
+    x = torch.zeros(2, 0, 12, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
+def test_nan_in_padding_reaches_nothing(expert_type: str) -> None:
+    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type)).train()
+    x = torch.randn(1, 4, 12)
+    x[0, 3] = float("nan")
+    y = layer(x, torch.tensor([[True, True, True, False]]))
+    assert bool((y[0, 3] == 0).all())
+    y.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), name

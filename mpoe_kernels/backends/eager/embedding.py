@@ -37,6 +37,10 @@ def embedding_forward(
 ) -> Tensor:
     """``[T] -> [T, embedding_dim]``."""
     dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
+    if ids.numel() and ids.device.type == "cpu":  # elsewhere the check would wait for the device
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= num_embeddings:
+            raise IndexError(f"ids must lie in 0..{num_embeddings - 1}; got {low if low < 0 else high}")
     if not _gather_is_cheaper(dims, ids.numel()):
         return rebuild_weight(left[0], central, right[0], dims).index_select(0, ids)
     left_digit, centre_digit, right_digit = _digits(ids, dims)

@@ -51,7 +51,7 @@ def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, s
 def dispatch_backward(grad: Tensor, slot_of_token: Tensor) -> Tensor:
     """``[N, I] -> [T, I]``: a gather over slots, so it is deterministic."""
     tokens, top_k = slot_of_token.shape
-    rows = grad.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, -1)
+    rows = grad.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, grad.shape[1])
     return rows.masked_fill_((slot_of_token < 0).unsqueeze(2), 0).sum(1)
 
 
@@ -60,11 +60,10 @@ def combine_forward(
 ) -> Tensor:
     """``[N, F] -> [T, F]``, gated; dropped pairs contribute nothing, even if their slot holds NaN."""
     tokens, top_k = slot_of_token.shape
-    if top_k_weights.numel() == 0:
-        return y_sorted.new_zeros(tokens, y_sorted.shape[1])
     dropped = (slot_of_token < 0).unsqueeze(2)
-    rows = y_sorted.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, -1)
-    rows = rows.masked_fill_(dropped, 0).mul_(top_k_weights.to(rows.dtype).unsqueeze(2))
+    rows = y_sorted.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, y_sorted.shape[1])
+    # Masked last: neither the row nor the weight of a dropped pair may reach the sum, whatever they hold.
+    rows = rows.mul_(top_k_weights.to(rows.dtype).unsqueeze(2)).masked_fill_(dropped, 0)
     return rows.squeeze(1) if top_k == 1 else rows.sum(1)
 
 
@@ -93,7 +92,7 @@ def combine_backward(
         dy = grad.index_select(0, token_of_slot).mul_(weight_of_slot[:slots, None])
         dy.masked_fill_(~kept[:slots, None], 0)
     if need_weights:
-        rows = y_sorted.index_select(0, safe).view(tokens, top_k, -1)
+        rows = y_sorted.index_select(0, safe).view(tokens, top_k, y_sorted.shape[1])
         accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
         dots = (rows.to(accumulate) * grad.to(accumulate).unsqueeze(1)).sum(2)
         dweights = dots.masked_fill_(dropped, 0).to(top_k_weights.dtype)

@@ -118,6 +118,9 @@ class MPOETrainer(Seq2SeqTrainer):
             manifest = Path(resume_from_checkpoint) / checkpoints.MANIFEST
             if manifest.exists() and not checkpoints.is_complete(resume_from_checkpoint):
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is incomplete: files are missing or cut short")
+        config = getattr(self.model, "config", None)
+        if resume_from_checkpoint and config is not None:
+            checkpoints.check_same_model(str(resume_from_checkpoint), config)
         if self.args.should_save:
             step = 0
             if resume_from_checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,8 +38,11 @@ NEUTRAL_KEYS = frozenset(
 _RUN_FILES = (
     *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
-    "eval_results.json",
+    *("eval_results.json", "results.json"),
 )
+# What `save_pretrained` and the commands leave where no run was; a run on top of it would be mixed with it.
+_MODEL_FILES = ("config.json", "results.json")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def prepare_output_dir(
@@ -61,28 +65,53 @@ def prepare_output_dir(
         The last complete checkpoint when resuming (None if the run died before its first), else None.
 
     Raises:
-        ValueError: both switches are given; the folder holds a run and neither is; there is nothing to resume; the
-            configuration differs (the message lists the keys with both values).
+        ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
+            resume; the configuration differs (the message lists the keys with both values).
         NotADirectoryError: `output_dir` is a file.
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
+    check_output_dir(folder, overwrite, resume, config, neutral_keys)
+    if resume:
+        clean_leftovers(folder)
+        return find_last_checkpoint(folder)
+    if overwrite and (holds_run(folder) or holds_model(folder)):
+        _delete_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_run_file(folder, config)
+    return None
+
+
+def check_output_dir(
+    output_dir: str | Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    run_config: Mapping[str, Any] | None = None,
+    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
+) -> None:
+    """Refuse what `prepare_output_dir` would refuse, and write nothing.
+
+    Args and Raises as there, but `run_config=None` leaves the configurations uncompared, for use before it is known.
+    """
+    folder = Path(output_dir)
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir must be a folder; {folder} is a file")
     if resume:
-        return _resume(folder, config, neutral_keys)
-    if holds_run(folder):
-        if not overwrite:
-            raise ValueError(
-                f"output_dir {folder} holds another run; continue it with --resume, delete it with --overwrite,"
-                " or choose another folder"
-            )
-        _delete_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_run_file(folder, config)
-    return None
+        _check_resumable(folder, run_config, neutral_keys)
+    elif overwrite:
+        return
+    elif holds_run(folder):
+        raise ValueError(
+            f"output_dir {folder} holds another run; continue it with --resume, delete it with --overwrite,"
+            " or choose another folder"
+        )
+    elif holds_model(folder):
+        raise ValueError(
+            f"output_dir {folder} holds a saved model or results; delete them with --overwrite,"
+            " or choose another folder"
+        )
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -90,7 +119,13 @@ def holds_run(folder: str | Path) -> bool:
     folder = Path(folder)
     if not folder.is_dir():
         return False
-    return (folder / RUN_FILE).exists() or (folder / METRICS_FILE).exists() or any(folder.glob("checkpoint-*"))
+    return (folder / RUN_FILE).exists() or (folder / METRICS_FILE).exists() or bool(_checkpoint_folders(folder))
+
+
+def holds_model(folder: str | Path) -> bool:
+    """Whether `folder` holds what a conversion, `save_pretrained` or the end of a run leaves."""
+    folder = Path(folder)
+    return any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors"))
 
 
 def fingerprint(run_config: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> str:
@@ -108,7 +143,7 @@ def differing_keys(
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _resume(folder: Path, config: dict[str, Any], neutral_keys: frozenset[str]) -> Path | None:
+def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral_keys: frozenset[str]) -> None:
     run_file = folder / RUN_FILE
     if not run_file.is_file():
         raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
@@ -116,17 +151,20 @@ def _resume(folder: Path, config: dict[str, Any], neutral_keys: frozenset[str]) 
         saved = json.loads(run_file.read_text())["config"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{run_file} is not the record of a run (start afresh with --overwrite)") from error
-    differences = differing_keys(saved, config, neutral_keys)
+    differences = differing_keys(saved, run_config, neutral_keys) if run_config is not None else {}
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
         raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
-    clean_leftovers(folder)
-    return find_last_checkpoint(folder)
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    # by the exact name: `checkpoint-of-mine/` belongs to the user
+    return [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
 def _delete_run(folder: Path) -> None:
     clean_leftovers(folder)
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoint_folders(folder):
         shutil.rmtree(path)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     for path in [*(folder / name for name in _RUN_FILES), *weights]:

@@ -11,7 +11,7 @@ import torch
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.metrics_file import MetricsFile
-from mpoe.training.output_dir import RUN_FILE, differing_keys, fingerprint
+from mpoe.training.output_dir import RUN_FILE, check_output_dir, differing_keys, fingerprint
 from mpoe.training.statistics import ExpertLoad
 
 CONFIG = {"seed": 1, "mpoe": {"num_experts": 8, "shape": "separable"}, "tasks": ("a", "b"), "output_dir": "x"}
@@ -163,3 +163,40 @@ def test_expert_load() -> None:
     assert ExpertLoad.from_counts(torch.zeros(2, 4)).summary() == {}
     with pytest.raises(ValueError, match=r"counts must be \[layers, E\]"):
         ExpertLoad.from_counts(torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "results.json"])
+def test_folder_with_a_model_is_refused_without_overwrite(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=r"holds a saved model or results; delete them with --overwrite"):
+        prepare_output_dir(tmp_path, run_config=CONFIG)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        prepare_output_dir(tmp_path, resume=True, run_config=CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    prepare_output_dir(tmp_path, overwrite=True, run_config=CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
+    (tmp_path / name).write_text("x")  # as the end of the run leaves it
+    assert prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None
+
+
+def test_only_checkpoints_by_their_exact_name_are_a_run_and_deleted(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-of-my-own").mkdir()
+    (tmp_path / "checkpoint-notes.txt").touch()
+    (tmp_path / "checkpoint-7").touch()
+    prepare_output_dir(tmp_path, run_config=CONFIG)
+    make_checkpoint(tmp_path, 3)
+    prepare_output_dir(tmp_path, overwrite=True, run_config=CONFIG)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["checkpoint-7", "checkpoint-notes.txt", "checkpoint-of-my-own", RUN_FILE]
+
+
+def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    check_output_dir(folder, run_config=CONFIG)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        check_output_dir(folder, resume=True)
+    assert not folder.exists()
+    prepare_output_dir(folder, run_config=CONFIG)
+    check_output_dir(folder, resume=True)  # the configuration is not known yet
+    with pytest.raises(ValueError, match="seed: was 1, now 2"):
+        check_output_dir(folder, resume=True, run_config={**CONFIG, "seed": 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_task_from_folder(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     files = find_files(folder, needs_test=not split_validation_test)
     common: dict[str, Any] = {
-        "name": name or folder.resolve().name.replace(" ", "_").replace(".", "_"),
+        "name": name or task_name(folder.resolve().name),
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
         "description": f"local files in {folder}",
@@ -104,6 +105,11 @@ def load_task_from_folder(
     if (n_train, n_val, n_test) != (None, None, None):
         task = with_subsets(task, n_train, n_val, n_test, data_seed)
     return task
+
+
+def task_name(text: str) -> str:
+    """A task's name made of a folder's: whatever is no letter, digit, ``_`` or ``-`` becomes ``_``."""
+    return re.sub(r"[^\w-]+", "_", text)
 
 
 def find_files(folder: Path, needs_test: bool = True) -> dict[str, Path]:

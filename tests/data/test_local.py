@@ -219,3 +219,8 @@ def test_real_data_sets_load_without_any_option(shared_data, name, kind, sizes):
     task = load_task_from_folder(shared_data / name)
     assert task.kind == kind
     assert tuple(len(task.examples(split)) for split in SPLITS) == sizes
+
+
+@pytest.mark.parametrize(("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")])
+def test_task_is_named_after_its_folder(tmp_path, folder, name):
+    assert load_task_from_folder(folder_of(tmp_path / folder, ROWS)).name == name

@@ -37,7 +37,7 @@ def command(arguments: Sequence[str]) -> None:
 
 def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
-    from mpoe.cli.files import check_not_file
+    from mpoe.cli.files import check_not_file, model_folder
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
 
     config = experts.build()
@@ -49,7 +49,7 @@ def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -
     check_not_file("OUT", out)
     if out.exists() and Path(source.path).is_dir() and out.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {out} for both")
-    if (out / "config.json").exists() and not overwrite:
+    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not overwrite:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
     tokenizer = load_tokenizer(source)
     from mpoe.models import convert_to_mpoe
@@ -58,8 +58,9 @@ def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -
     show_errors(model)
     report = model.parameter_report()
     show_parameters(report)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with model_folder(out) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
     print(f"saved to {out}")
     return report
 

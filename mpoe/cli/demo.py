@@ -51,9 +51,14 @@ def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrit
         raise CommandError(f"steps must be at least 1; got {steps}")
     check_not_file("output_dir", output_dir)
     others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
-    ours = {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER}
-    if "run.json" in others or "config.json" in others or (others & ours and not overwrite and others - ours):
+    if "run.json" in others or "config.json" in others:
         raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")
+    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER} and not overwrite:
+        raise CommandError(
+            f"output_dir {output_dir} holds an earlier demo; give --overwrite to replace it, or another --output_dir"
+        )
+    for name in (RESULTS_FILE, REPORT_FILE):
+        (output_dir / name).unlink(missing_ok=True)  # they would not belong to the model of a demo that is killed
     run(output_dir, model, with_steps(SETTINGS[model], steps), seed)
 
 
@@ -191,11 +196,13 @@ def save_and_reload(
     """Save, load again, compare logits bit for bit, and let the reloaded model write a few answers."""
     import torch
 
+    from mpoe.cli.files import model_folder
     from mpoe.cli.generate import generate_one
     from mpoe.models import load_mpoe
 
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with model_folder(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
     reloaded = load_mpoe(folder).eval()
     first, _ = logits_and_mask(model, probe, tokenizer.pad_token_id)
     second, _ = logits_and_mask(reloaded, probe, tokenizer.pad_token_id)

@@ -43,9 +43,12 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     if arguments[0].startswith("--"):
         raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR [--flag value ...]")
     (options, data), _ = parse([EvaluateOptions, DataOptions], arguments[1:])
+    from mpoe.cli.files import check_writable_file, write_json
     from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
     from mpoe.cli.tasks import resolve
 
+    if options.output_file:
+        check_writable_file("output_file", Path(options.output_file))
     source = find(arguments[0])
     if source.style == ENCODER:
         raise CommandError(f"{arguments[0]} is an encoder ({source.model_type}); evaluate takes T5 and GPT-2 models")
@@ -53,7 +56,6 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     for task in tasks:
         task.examples(options.split)  # a split that is not there is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
-    from mpoe.cli.files import write_json
     from mpoe.cli.scoring import evaluate_tasks, show_scores
 
     scores = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)

@@ -1,20 +1,85 @@
-"""Small files of a run, written so that a reader (or a kill) never sees half of one."""
+"""What commands write, so that a reader (or a kill) never sees half of it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 RESULTS_FILE = "results.json"
+_STAGING = ".incomplete-model"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under another name, sync it to disk, then rename."""
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON under another name, then rename."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def staging_folder(folder: Path) -> Path:
+    """The folder inside ``folder`` under which a model is assembled; `publish_model` moves its files out."""
+    return folder / _STAGING
+
+
+def publish_model(folder: Path) -> None:
+    """Move a fully written model from the staging folder into ``folder``, replacing one that was there.
+
+    The old ``config.json`` goes first and the new one comes last, so a kill in between leaves nothing that loads.
+    """
+    staging = staging_folder(folder)
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    (folder / "config.json").unlink(missing_ok=True)
+    new = {path.relative_to(staging) for path in files}
+    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        if old.relative_to(folder) not in new:
+            old.unlink()  # shards of an earlier model
+    for path in sorted(files, key=lambda path: path == staging / "config.json"):
+        target = folder / path.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(staging)
+
+
+@contextlib.contextmanager
+def model_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder to save a model into; its files are in ``folder`` when the block ends without an error."""
+    staging = staging_folder(folder)
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    publish_model(folder)
+
+
+def read_utf8(name: str, file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it is not UTF-8; the message begins with ``name`` and tells the byte.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text; byte {error.start} of {file} is not") from None
 
 
 def check_not_file(name: str, folder: Path) -> Path:
@@ -22,3 +87,12 @@ def check_not_file(name: str, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{name} must be a folder; {folder} is a file")
     return folder
+
+
+def check_writable_file(name: str, file: Path) -> Path:
+    """``file``, unless its folder is missing or a folder is in its way (ValueError)."""
+    if file.is_dir():
+        raise ValueError(f"{name} must be a file; {file} is a folder")
+    if not file.parent.is_dir():
+        raise ValueError(f"{name} must be in an existing folder; there is no folder {file.parent}")
+    return file

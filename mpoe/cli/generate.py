@@ -12,12 +12,16 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """Prompts given on the command line, then those of the file (one per non-empty line).
 
     Raises:
-        CommandError: no prompt at all, or no such file.
+        ValueError: no prompt at all, an empty one, no such file, or one that is not UTF-8.
     """
+    from mpoe.cli.files import read_utf8
+
+    if any(not prompt.strip() for prompt in prompts):
+        raise CommandError("--prompt must hold some text; got an empty one")
     if file is not None:
         if not file.is_file():
             raise CommandError(f"--file: no such file: {file}")
-        prompts = [*prompts, *(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())]
+        prompts = [*prompts, *(line for line in read_utf8("--file", file).splitlines() if line.strip())]
     if not prompts:
         raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
     return prompts

@@ -90,7 +90,7 @@ def demo(
         int | None, typer.Option("--steps", help="Training steps per arm; default: the tuned budget.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of data order, routers and dropout.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo in the output folder.")] = False,
 ) -> None:
     """Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download."""
     import os

@@ -12,11 +12,13 @@ import dataclasses
 import io
 import json
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.files import read_utf8
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -25,14 +27,14 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON or YAML mapping of option names to values.
 
     Raises:
-        CommandError: the file is absent, has another suffix, is malformed (with the line) or is not a mapping.
+        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the line) or is no mapping.
     """
     file = Path(path)
     if file.suffix.lower() not in CONFIG_SUFFIXES:
         raise CommandError(f"the configuration must be a .json, .yaml or .yml file; got {str(path)!r}")
     if not file.is_file():
         raise CommandError(f"configuration file not found: {file}")
-    text = file.read_text(encoding="utf-8")
+    text = read_utf8("the configuration", file)
     if file.suffix.lower() == ".json":
         try:
             values = json.loads(text)
@@ -102,6 +104,19 @@ def _tokens(file: str, values: Mapping[str, Any], known: Mapping[str, argparse.A
     return tokens, nulls
 
 
+def _nullable(dataclass_types: Sequence[type]) -> set[str]:
+    """Fields that may be None; an empty value of any other in a file means that it is not given."""
+    names = set()
+    for kind in dataclass_types:
+        hints = typing.get_type_hints(kind)
+        names |= {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is None or type(None) in typing.get_args(hints[f.name])
+        }
+    return names
+
+
 def _check_flags(flags: Sequence[str], known: Mapping[str, argparse.Action]) -> None:
     for token in flags:
         if token.startswith("--") and len(token) > 2 and _normal(token.split("=", 1)[0]) not in known:
@@ -133,7 +148,9 @@ def parse(
     if config is not None:
         values = read_config(config)
         tokens, nulls = _tokens(str(config), values, known)
-        given |= {known[_normal(key)].dest for key in values}
+        nullable = _nullable(dataclass_types)
+        nulls = [name for name in nulls if name in nullable]
+        given |= {known[_normal(key)].dest for key, value in values.items() if value is not None} | set(nulls)
         try:
             namespace, rest = parser.parse_known_args(tokens, namespace)
         except CommandError as error:

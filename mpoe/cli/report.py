@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli import plots
+from mpoe.cli.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -57,8 +58,8 @@ def write_report(file: Path, results: dict[str, Any], header: Sequence[str], row
         f'<p class="note">Seed {results["seed"]}, {results["steps"]} steps per arm; '
         f"{html.escape(', '.join(f'{k} {v}' for k, v in results['versions'].items()))}.</p>",
     ]
-    file.write_text(
+    write_text(
+        file,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>mpoe demo</title><style>{_STYLE}</style>'
         f"</head><body>{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,8 @@ def _label_words(text: str | None) -> dict[str, str] | None:
     return words
 
 
-def _from_folder(folder: Path, options: DataOptions, data_seed: int) -> Task:
-    from mpoe.data.local import load_task_from_folder
+def _from_folder(entry: str, options: DataOptions, data_seed: int) -> Task:
+    from mpoe.data.local import load_task_from_folder, task_name
 
     lengths = {
         name: getattr(options, name)
@@ -103,7 +104,8 @@ def _from_folder(folder: Path, options: DataOptions, data_seed: int) -> Task:
         if getattr(options, name) is not None
     }
     return load_task_from_folder(
-        folder,
+        Path(options.data_dir or ".") / entry,
+        task_name(os.path.normpath(entry)) if entry else None,  # en/s and fr/s are two tasks, en_s and fr_s
         kind=options.kind,
         text_columns=options.text_columns or None,
         label_column=options.label_column,
@@ -138,16 +140,22 @@ def resolve(names: Sequence[str], options: DataOptions, style: str, data_seed: i
     """The tasks of these names (empty: the folder ``data_dir`` itself, or the embedded ones of the model's style).
 
     Raises:
-        ValueError: unknown task, missing folder, file or column, a malformed line (file and line), a kind of task
-            that a model of this ``style`` does not do.
+        ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks of one
+            name, a kind of task that a model of this ``style`` does not do.
     """
     if options.data_dir is not None:
-        folder = Path(options.data_dir)
-        if not folder.is_dir():
+        if not Path(options.data_dir).is_dir():
             raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
-        tasks = [_from_folder(folder / name if name else folder, options, data_seed) for name in names or [""]]
+        tasks = [_from_folder(name, options, data_seed) for name in names or [""]]
     else:
         tasks = [_by_name(name, options, data_seed) for name in names or DEFAULT_TASKS[style]]
+    entries: dict[str, str] = {}
+    for entry, task in zip(names, tasks, strict=False):
+        if task.name in entries:
+            raise CommandError(
+                f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"
+            )
+        entries[task.name] = entry
     for task in tasks:
         is_text = task.kind == "language_modeling"
         if style == SEQ2SEQ and is_text:

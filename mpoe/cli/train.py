@@ -68,7 +68,7 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: before anything is written, for whatever does not fit together.
     """
-    from mpoe.cli.pretrained import ENCODER, find
+    from mpoe.cli.pretrained import ENCODER, find, load_tokenizer
     from mpoe.cli.tasks import resolve
 
     arguments = plan.arguments
@@ -80,11 +80,19 @@ def run(plan: Plan) -> dict[str, Any]:
     if source.style == ENCODER:
         raise CommandError(f"model {plan.model.model!r} is an encoder ({source.model_type}); train takes T5 and GPT-2")
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    _check_experts(source, plan)
     tasks = resolve(plan.data.tasks, plan.data, source.style, data_seed)
     eval_tasks = resolve(plan.data.eval_tasks, plan.data, source.style, data_seed) if plan.data.eval_tasks else tasks
-    model, tokenizer = _prepare_model(source, config, plan)
-    trainer = make_trainer(model, tokenizer, tasks, eval_tasks, plan, data_seed)
-    checkpoint = _claim_folder(folder, plan)
+    for split, owners in (("train", tasks), ("validation", eval_tasks)):
+        for task in owners:
+            task.examples(split)  # a split that is not there is refused before the model is loaded
+    tokenizer = load_tokenizer(source)
+    items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
+    settings = settings_of(plan)
+    _check_folder(plan, settings)
+    model = _prepare_model(source, config, plan)
+    trainer = make_trainer(model, tokenizer, items, validation, plan)
+    checkpoint = _claim_folder(folder, plan, settings)
 
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -94,41 +102,46 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def _output_folder(plan: Plan) -> Path:
     from mpoe.cli.files import check_not_file
-    from mpoe.training.output_dir import holds_run
 
     if "output_dir" not in plan.given or not plan.arguments.output_dir:
         raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
     folder = check_not_file("output_dir", Path(plan.arguments.output_dir))
     if plan.run.overwrite and plan.run.resume:
         raise CommandError("--overwrite and --resume exclude each other; give one of them")
-    if holds_run(folder) and not (plan.run.overwrite or plan.run.resume):
-        raise CommandError(
-            f"output_dir {folder} holds another run; give --resume to continue it, --overwrite to replace it, or "
-            "another folder"
-        )
+    _check_folder(plan)
     return folder
 
 
-def _prepare_model(source: Source, config: Any, plan: Plan) -> tuple[Any, Any]:
-    """The model to train (converted unless it is already, or stays dense) and its tokenizer."""
-    from transformers import set_seed
+def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
+    """Refuse a folder with another run or nothing to resume; with ``settings``, a run of other settings too."""
+    from mpoe.training.output_dir import check_output_dir
 
-    from mpoe.cli.pretrained import load_model, load_tokenizer
+    if plan.arguments.process_index == 0:  # a slower process may look when the first has claimed the folder already
+        check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
+
+def _check_experts(source: Source, plan: Plan) -> None:
     experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
     if source.is_mpoe and experts:
         raise CommandError(
             f"model {plan.model.model!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
             "cannot be changed any more"
         )
-    tokenizer = load_tokenizer(source)
+
+
+def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
+    """The model to train: converted, unless it is already or stays dense."""
+    from transformers import set_seed
+
+    from mpoe.cli.pretrained import load_model
+
     model = load_model(source)
     if config is None or source.is_mpoe:
-        return model, tokenizer
+        return model
     from mpoe.models import convert_to_mpoe
 
     set_seed(plan.arguments.seed)  # of the routers
-    return convert_to_mpoe(model, config), tokenizer
+    return convert_to_mpoe(model, config)
 
 
 class OrderedItems:
@@ -193,22 +206,30 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
             setattr(arguments, f"{kind}_steps", per_epoch)
 
 
-def make_trainer(
-    model: Any, tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
-) -> Any:
-    """An `MPOETrainer` over the tasks; it has its metrics and checkpoints in ``output_dir``."""
+def _encode(
+    tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
+) -> tuple[OrderedItems, dict[str, list[Any]]]:
+    """Items to train on, in order, and validation items by task; settles the run's length and intervals."""
     from mpoe.cli.scoring import encode_task
-    from mpoe.data.collate import PaddingCollator
-    from mpoe.training import MPOETrainer
 
     arguments = plan.arguments
     pools = {task.name: encode_task(task, "train", tokenizer) for task in tasks}
     dataset, per_epoch = order_items(pools, arguments, plan.data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
     validation = {task.name: encode_task(task, "validation", tokenizer) for task in eval_tasks}
+    return dataset, validation
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, dataset: OrderedItems, validation: dict[str, list[Any]], plan: Plan
+) -> Any:
+    """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
+    from mpoe.data.collate import PaddingCollator
+    from mpoe.training import MPOETrainer
+
     return MPOETrainer(
         model=model,
-        args=arguments,
+        args=plan.arguments,
         train_dataset=dataset,
         eval_dataset=next(iter(validation.values())) if len(validation) == 1 else validation,
         data_collator=PaddingCollator(tokenizer.pad_token_id),
@@ -226,17 +247,14 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _claim_folder(folder: Path, plan: Plan) -> Path | None:
+def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | None:
     """Make the folder this run's; returns the checkpoint to resume from, if any."""
-    from mpoe.cli.files import RESULTS_FILE
     from mpoe.training import find_last_checkpoint, prepare_output_dir
 
     with plan.arguments.main_process_first(desc="output folder"):
         if plan.arguments.process_index != 0:
             return find_last_checkpoint(folder) if plan.run.resume else None
-        if plan.run.overwrite:
-            (folder / RESULTS_FILE).unlink(missing_ok=True)
-        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings_of(plan))
+        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
     if plan.run.resume:
         print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting afresh")
     return checkpoint
@@ -246,15 +264,17 @@ def _finish(
     trainer: Any, tokenizer: Any, eval_tasks: Sequence[Task], plan: Plan, folder: Path, seconds: float
 ) -> dict[str, Any]:
     """Evaluate on validation, save the model and write the results."""
-    from mpoe.cli.files import RESULTS_FILE, write_json
+    from mpoe.cli.files import RESULTS_FILE, publish_model, staging_folder, write_json
     from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.data.tasks import average_score
 
-    trainer.save_model(str(folder))
+    trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
     model = trainer.model
+    if plan.arguments.should_save:
+        tokenizer.save_pretrained(staging_folder(folder))
+        publish_model(folder)
     if not trainer.is_world_process_zero():
         return {}
-    tokenizer.save_pretrained(folder)
     scores = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     results = {

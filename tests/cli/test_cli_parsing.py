@@ -106,3 +106,13 @@ def test_what_a_dataclass_refuses_and_stray_values() -> None:
         parse([First], ["--steps", "0"])
     with pytest.raises(CommandError, match="values without an option: stray"):
         parse([First], ["stray"])
+
+
+def test_empty_values_of_a_file_are_not_given_unless_the_field_may_be_none(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "rate:\nsteps:\ntasks:\nfast:\nlong_name:\nlimit:\n")
+    (first, second), given = parse([First, Second], [], file)
+    assert first == First(limit=None)
+    assert second == Second()
+    assert given == {"limit"}
+    (first,), given = parse([First], ["--steps", "4"], write(tmp_path, "d.yaml", "steps:\n"))
+    assert (first.steps, given) == (4, {"steps"})

@@ -142,3 +142,70 @@ def test_arguments_of_the_other_commands(refused, tmp_path: Path) -> None:
     assert "steps must be at least 1" in refused("demo", "--steps", 0, "--output_dir", tmp_path / "demo")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model fails the test: what is refused must be refused before."""
+
+    def load(source: object) -> None:
+        raise AssertionError("a model was loaded before the refusal")
+
+    monkeypatch.setattr("mpoe.cli.pretrained.load_model", load)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_refusals_of_train_come_before_the_model(refused, sentiment: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "nothing to resume" in refused(*train_flags(run, sentiment, "--resume"))
+    assert not run.exists()
+    run.mkdir()
+    (run / "run.json").write_text('{"config": {"model": "gpt2"}}')
+    line = refused(*train_flags(run, sentiment, "--resume"))
+    assert "with a different configuration" in line
+    assert "model: was 'gpt2', now 't5'" in line
+    (sentiment / "validation.jsonl").unlink()
+    assert "no validation file" in refused(*train_flags(tmp_path / "new", sentiment))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "results.json"])
+def test_train_refuses_a_folder_with_a_model(refused, sentiment: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).write_text("precious")
+    line = refused(*train_flags(run, sentiment))
+    assert "holds a saved model or results" in line
+    assert "--overwrite" in line
+    assert (run / name).read_text() == "precious"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_scores_need_an_existing_folder(refused, sentiment: Path, tmp_path: Path) -> None:
+    flags = ["evaluate", "t5", "--data_dir", sentiment, "--output_file"]
+    assert "output_file must be in an existing folder" in refused(*flags, tmp_path / "absent" / "scores.json")
+    assert "output_file must be a file" in refused(*flags, tmp_path)
+
+
+def test_second_demo_needs_overwrite(refused, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    assert "give --overwrite" in refused("demo", "--output_dir", tmp_path)
+    assert (tmp_path / "results.json").read_text() == "{}"
+    (tmp_path / "run.json").write_text("{}")
+    assert "holds another run" in refused("demo", "--output_dir", tmp_path, "--overwrite")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_empty_prompts_and_files_in_other_encodings(refused, tmp_path: Path) -> None:
+    assert "--prompt must hold some text" in refused("generate", "gpt2", "--prompt", "")
+    (tmp_path / "prompts.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert "--file must be UTF-8 text; byte 3" in refused("generate", "gpt2", "--file", tmp_path / "prompts.txt")
+    (tmp_path / "c.yaml").write_bytes("model: caf\u00e9".encode("latin-1"))
+    assert "the configuration must be UTF-8 text; byte 10" in refused("train", tmp_path / "c.yaml")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_two_tasks_of_one_name(refused, sentiment: Path, tmp_path: Path) -> None:
+    line = refused(*train_flags(tmp_path / "run", tmp_path, "--tasks", "sentiment", "./sentiment"))
+    assert "tasks must have different names; sentiment and ./sentiment are both sentiment" in line

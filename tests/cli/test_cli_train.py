@@ -84,6 +84,17 @@ def test_overwrite_replaces_the_run_and_nothing_else(cli, t5_run) -> None:
     assert json.loads((run / "results.json").read_text())["steps"] == 1
 
 
+def test_finished_run_is_refused_resumed_and_leaves_no_staging(cli, refused, t5_run) -> None:
+    flags, run = t5_run
+    assert "holds another run" in refused(*flags, "--output_dir", run)
+    before = (run / "model.safetensors").read_bytes()
+    answer = cli(*flags, "--output_dir", run, "--resume")
+    assert answer.code == 0, answer.err
+    assert "resuming from checkpoint-3" in answer.out
+    assert (run / "model.safetensors").read_bytes() == before
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
 def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:
     (tmp_path / "gpt2.yaml").write_text(
         f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: 16\nshape: light\n"

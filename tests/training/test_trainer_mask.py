@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from mpoe.training import GradientMask, GradientMaskCallback
+from mpoe.training import GradientMask, GradientMaskCallback, MPOETrainingArguments
 from mpoe.training.freezing import iterate_cores
 from mpoe.training.gradient_mask import mask_draw
 
@@ -170,10 +171,10 @@ def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:
 
 def test_activation_checkpointing_recomputes_under_the_mask(tmp_path: Path) -> None:
     results = []
+    fields = {field.name for field in dataclasses.fields(MPOETrainingArguments)}
+    option = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     for checkpointing in (False, True):
-        trainer = make_trainer(
-            tmp_path, "gpt2", gradient_mask_prob=0.5, activation_checkpointing=checkpointing, max_steps=4
-        )
+        trainer = make_trainer(tmp_path, "gpt2", gradient_mask_prob=0.5, max_steps=4, **{option: checkpointing})
         trainer.train()
         results.append(weights(trainer.model))
     for name, value in results[0].items():

@@ -70,6 +70,8 @@ class Backend:
 
 _BACKENDS: dict[str, Backend] = {}
 _override: ContextVar[str] = ContextVar("mpoe_backend", default=AUTO)
+# What torch.compile reads instead: before torch 2.15 it cannot trace `ContextVar.get`.
+_traced_override = [AUTO]
 
 
 def register_backend(backend: Backend) -> None:
@@ -98,7 +100,9 @@ def check_backend(name: str | None) -> None:
 def requested_backend(name: str | None) -> str:
     """The argument if given, else what `use_backend` set, else ``"auto"``."""
     check_backend(name)
-    return _override.get() if name is None else name
+    if name is not None:
+        return name
+    return _traced_override[0] if torch.compiler.is_dynamo_compiling() else _override.get()
 
 
 @contextmanager
@@ -114,11 +118,13 @@ def use_backend(name: str) -> Iterator[None]:
         reasons = _BACKENDS[name].unavailable_reasons()
         if reasons:
             raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
-    token = _override.set(name)
+    token, traced = _override.set(name), _traced_override[0]
+    _traced_override[0] = name
     try:
         yield
     finally:
         _override.reset(token)
+        _traced_override[0] = traced
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:

@@ -7,13 +7,12 @@ router's output. Contexts are per thread, and activation checkpointing restores 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -49,50 +48,30 @@ class RoutingContext:
     records: list[RouterRecord] | None = field(default_factory=list)
 
 
-class _CurrentContext:
-    """A `ContextVar` that ``torch.compile`` can trace.
+class _Current(threading.local):
+    """One value per thread. torch.compile traces reads and writes of a ``threading.local``, not of a ``ContextVar``."""
 
-    Dynamo reads a `ContextVar` but cannot set one. While it compiles, the value sits in a plain attribute, whose
-    mutation it does trace; set and reset happen within one compiled forward, so nothing is left behind.
-    """
-
-    def __init__(self) -> None:
-        self._variable: ContextVar[RoutingContext | None] = ContextVar("mpoe_routing", default=None)
-        self._traced: RoutingContext | None = None
-        self._tracing = False
-
-    def get(self) -> RoutingContext | None:
-        return self._traced if self._tracing else self._variable.get()
-
-    def set(self, value: RoutingContext | None) -> Token[RoutingContext | None] | None:
-        if torch.compiler.is_dynamo_compiling():
-            self._traced, self._tracing = value, True
-            return None
-        return self._variable.set(value)
-
-    def reset(self, token: Token[RoutingContext | None] | None) -> None:
-        if token is None:
-            self._traced, self._tracing = None, False
-        else:
-            self._variable.reset(token)
+    routing: RoutingContext | None = None
 
 
-_current = _CurrentContext()
+_current = _Current()
 
 
 def current_routing() -> RoutingContext | None:
     """The context of the model call in progress in this thread, if any."""
-    return _current.get()
+    return _current.routing
 
 
-def enter_routing(context: RoutingContext | None) -> Any:
-    """Make ``context`` current; hand the returned token to `leave_routing` in a ``finally``."""
-    return _current.set(context)
+def enter_routing(context: RoutingContext | None) -> RoutingContext | None:
+    """Make ``context`` current; hand the returned value to `leave_routing` in a ``finally``."""
+    previous = _current.routing
+    _current.routing = context
+    return previous
 
 
-def leave_routing(token: Any) -> None:
+def leave_routing(previous: RoutingContext | None) -> None:
     """Restore what was current before `enter_routing`."""
-    _current.reset(token)
+    _current.routing = previous
 
 
 @contextmanager
@@ -106,11 +85,11 @@ def routing_context(masks: Mapping[str, Tensor | None] | None = None, record: bo
         loss = load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index)
     """
     context = RoutingContext(dict(masks or {}), [] if record else None)
-    token = enter_routing(context)
+    previous = enter_routing(context)
     try:
         yield context
     finally:
-        leave_routing(token)
+        leave_routing(previous)
 
 
 class _Restored(AbstractContextManager[None]):
@@ -118,13 +97,13 @@ class _Restored(AbstractContextManager[None]):
 
     def __init__(self, captured: RoutingContext | None) -> None:
         self._context = None if captured is None else RoutingContext(captured.masks, None)
-        self._token: Any = None
+        self._previous: RoutingContext | None = None
 
     def __enter__(self) -> None:
-        self._token = enter_routing(self._context)
+        self._previous = enter_routing(self._context)
 
     def __exit__(self, *exc: object) -> None:
-        leave_routing(self._token)
+        leave_routing(self._previous)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -161,6 +161,8 @@ def test_contexts_do_not_leak_between_threads():
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
 def test_compiles_fullgraph_inside_and_outside_a_context(expert_type):
+    if expert_type == "dense" and torch.__version__ < "2.15":
+        pytest.skip("the baseline's F.grouped_mm compiles in bfloat16 only before torch 2.15")
     ffn = feed_forward(gated=True, bias=False, expert_type=expert_type, router=RouterConfig(top_k=2))
     x = torch.randn(2, 5, 24)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()

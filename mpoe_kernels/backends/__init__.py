@@ -1,6 +1,8 @@
 """Backends: kernels that hang below the ops. Importing this package registers those that exist."""
 
 from mpoe_kernels.backends.eager import EAGER
+from mpoe_kernels.backends.native import NATIVE
 from mpoe_kernels.backends.registry import register_backend
 
 register_backend(EAGER)
+register_backend(NATIVE)

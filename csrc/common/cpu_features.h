@@ -1,0 +1,23 @@
+// Which instruction set this processor has, for run-time dispatch to files compiled with more than the baseline.
+#pragma once
+
+namespace mpoe {
+
+// Each level includes those before it. On other architectures than x86-64 only kGeneric exists.
+enum class Isa : int {
+  kGeneric = 0,     // the architecture's baseline (x86-64, ARMv8 with NEON, ...)
+  kAvx2 = 1,        // *_avx2.cpp: x86-64-v3
+  kAvx512 = 2,      // *_avx512.cpp: x86-64-v4 (F, BW, CD, DQ, VL)
+  kAvx512Bf16 = 3,  // *_avx512bf16.cpp: the above + BF16
+};
+
+// What the processor and the operating system support. Cached.
+Isa detected_isa();
+
+// What kernels use: detected_isa(), lowered by the environment variable MPOE_CPU_ISA
+// (generic, avx2, avx512, avx512bf16; read once). Cached.
+Isa active_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace mpoe

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
+
+from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_of
+from mpoe_kernels.planner.contraction import Need
 
 AUTO = "auto"
 
@@ -42,16 +46,27 @@ def _nothing(_: Request) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
+def _every_contraction(_: Contraction) -> list[str]:
+    return []
+
+
+def _roofline(plan: Contraction) -> float:
+    return plan.seconds(hardware_of(plan.device_type))
+
+
+@dataclass(frozen=True, eq=False)
 class Backend:
-    """A named table of kernels.
+    """A named table of kernels. Two backends are the same if they are the same object.
 
     Attributes:
         name: as users write it in ``backend=``.
         kernels: op name -> function with the op's arguments.
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
-        predicted_cost: relative cost of a request; the cheapest backend is chosen.
+        predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without strategies.
+        contraction_reasons: why it cannot compute a contraction (empty list: it can).
+        predicted_seconds: of a contraction; the cheapest pair of backend and strategy is chosen. Default: the
+            planner's roofline.
     """
 
     name: str
@@ -59,6 +74,8 @@ class Backend:
     unavailable_reasons: Callable[[], list[str]] = list
     request_reasons: Callable[[Request], list[str]] = _nothing
     predicted_cost: Callable[[Request], float] = lambda _: 1.0
+    contraction_reasons: Callable[[Contraction], list[str]] = _every_contraction
+    predicted_seconds: Callable[[Contraction], float] = _roofline
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty when it can."""
@@ -151,3 +168,92 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
         raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
     return best[1].kernels[request.op]
+
+
+def select_contraction(
+    op: str,
+    plans: tuple[Contraction, ...],
+    device_type: str,
+    dtype: torch.dtype,
+    backend_name: str = AUTO,
+    strategy_name: str = AUTO,
+) -> tuple[Callable[..., Any], str]:
+    """Kernel and strategy with the lowest predicted time over able backends and candidates.
+
+    Args:
+        op: name of the op.
+        plans: the planner's candidates for this call.
+        device_type, dtype: of the activations.
+        backend_name: only this backend.
+        strategy_name: only this strategy.
+
+    Returns:
+        ``(kernel, strategy)``.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    """
+    request = Request(op, device_type, dtype)
+    backends = tuple(_BACKENDS.values()) if backend_name == AUTO else (_BACKENDS[backend_name],)
+    plans = tuple(plan for plan in plans if strategy_name in (AUTO, plan.strategy))
+    refused: dict[str, list[str]] = {}
+    able: list[tuple[float, Backend, str]] = []
+    for backend in backends:
+        refused[backend.name] = backend.unsupported_reasons(request)
+        for plan in plans:
+            reasons = backend.contraction_reasons(plan)
+            refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+            if not reasons and not backend.unsupported_reasons(request):
+                able.append((backend.predicted_seconds(plan), backend, plan.strategy))
+    if able:
+        _, backend, strategy = min(able, key=lambda candidate: candidate[0])
+        return backend.kernels[op], strategy
+    if not plans:
+        raise BackendError(f"strategy {strategy_name!r} is no candidate for {op} here")
+    if backend_name != AUTO:
+        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise BackendError(f"no backend can run {op} on {device_type} {dtype}: {listing}")
+
+
+@lru_cache(maxsize=8192)
+def _resolve(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    phase: str,
+    need: Need,
+    device_type: str,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+    threads: int,
+) -> tuple[Callable[..., Any], str]:
+    sizes = (dims, num_experts, slots, dtype, phase, need, False, device_type)
+    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
+    return select_contraction(op, plans, device_type, dtype, backend_name, strategy_name)
+
+
+def resolve_contraction(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    phase: str,
+    device_type: str,
+    need: Need = ALL_GRADIENTS,
+    backend_name: str = AUTO,
+    strategy_name: str = AUTO,
+) -> tuple[Callable[..., Any], str]:
+    """`select_contraction` among the planner's candidates, remembered for the next call of the same sizes.
+
+    What the choice depends on besides the arguments is part of the memory's key: the registered backends and the
+    number of CPU threads.
+    """
+    backends, threads = tuple(_BACKENDS.values()), torch.get_num_threads()
+    return _resolve(
+        *(op, dims, num_experts, slots, dtype, phase, need, device_type, backend_name, strategy_name), backends, threads
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.registry import requested_backend
+from mpoe_kernels.backends.registry import requested_backend, resolve_contraction
 from mpoe_kernels.checks import (
     check_choice,
     check_floating,
@@ -17,9 +17,8 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.ops.define import autocast_active, define_op, run_kernel
-from mpoe_kernels.planner import BlockDims, choose_strategy
-from mpoe_kernels.planner.plan import STRATEGIES
+from mpoe_kernels.ops.define import autocast_active, define_op
+from mpoe_kernels.planner import STRATEGIES, BlockDims
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {
@@ -35,16 +34,9 @@ ACTIVATIONS = {
 }
 
 
-def _strategy(
-    name: str, left: Tensor, central: Tensor, right: Tensor, sizes: tuple[int, int], slots: int, training: bool
-) -> str:
-    """The named strategy, or the planner's. A pure function of sizes: fake, forward and backward agree."""
-    dims = BlockDims.of_blocks(left, central, right, *sizes)
-    if name != "auto":
-        if name == "separable" and not dims.is_separable:
-            raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
-        return name
-    return choose_strategy(dims, left.shape[0], slots, training)
+def _saves_central_step(left: Tensor, right: Tensor, strategy: str, save: bool) -> bool:
+    """Whether forward runs the separable strategy and keeps h: a rule without slot counts, so that fakes know it."""
+    return save and strategy in ("auto", "separable") and left.shape[2] == 1 and right.shape[2] == 1
 
 
 def grouped_mpo_linear_body(
@@ -63,11 +55,18 @@ def grouped_mpo_linear_body(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     slots = x.shape[0] if row_index is None else row_index.shape[0]
-    strategy = _strategy(strategy, left, central, right, (in_features, out_features), slots, save)
-    return run_kernel(
+    kernel, strategy = resolve_contraction(
         "grouped_mpo_linear",
-        backend,
-        x,
+        BlockDims.of_blocks(left, central, right, in_features, out_features),
+        num_experts=left.shape[0],
+        slots=slots,
+        dtype=x.dtype,
+        phase="forward",
+        device_type=x.device.type,
+        backend_name=backend,
+        strategy_name="separable" if _saves_central_step(left, right, strategy, save) else strategy,
+    )
+    return kernel(
         *(x, left, central, right, expert_offsets, bias, row_index),
         *(in_features, out_features, activation, strategy, save),
     )
@@ -93,7 +92,7 @@ def _forward_fake(
     h, z = x.new_empty(0), x.new_empty(0)
     if save and activation not in ("none", "relu"):
         z = torch.empty_like(y)
-    if save and _strategy(strategy, left, central, right, (in_features, out_features), slots, save) == "separable":
+    if _saves_central_step(left, right, strategy, save):
         h = x.new_empty(slots * central.shape[2], central.shape[3])
     return y, h, z
 
@@ -116,11 +115,19 @@ def grouped_mpo_linear_backward_body(
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    strategy = _strategy(strategy, left, central, right, (in_features, out_features), grad.shape[0], True)
-    return run_kernel(
+    kernel, strategy = resolve_contraction(
         "grouped_mpo_linear_backward",
-        backend,
-        grad,
+        BlockDims.of_blocks(left, central, right, in_features, out_features),
+        num_experts=left.shape[0],
+        slots=grad.shape[0],
+        dtype=grad.dtype,
+        phase="backward",
+        device_type=grad.device.type,
+        need=(need[0], need[1], need[2], need[3]),
+        backend_name=backend,
+        strategy_name=strategy,
+    )
+    return kernel(
         *(grad, x, left, central, right, expert_offsets, row_index, h, saved),
         *(in_features, out_features, activation, strategy, need),
     )
@@ -234,7 +241,8 @@ def grouped_mpo_linear(
         row_index: int ``[N]``, row of x that each slot reads.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
         backend: name of a backend; default what `use_backend` set, else the registry's choice.
-        strategy: force a contraction strategy (``"rebuild"``, ``"chain"``, ``"separable"``) instead of the planner's.
+        strategy: force one of the planner's strategies, forward and backward, instead of its own choice of each:
+            ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 
     Returns:
         ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too. Differentiable in x, the blocks
@@ -249,6 +257,8 @@ def grouped_mpo_linear(
     check_choice("activation", activation, ACTIVATIONS)
     strategy = "auto" if strategy is None else strategy
     check_choice("strategy", strategy, (*STRATEGIES, "auto"))
+    if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
+        raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
     tensors = (x, blocks.left, blocks.central, blocks.right, bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _, _ = _forward(

@@ -1,5 +1,22 @@
 """Choosing what to compute from shapes."""
 
-from mpoe_kernels.planner.plan import BlockDims, ContractionPlan, choose_strategy, plan_contraction
+from mpoe_kernels.planner.contraction import ALL_GRADIENTS, Contraction, contraction, contractions
+from mpoe_kernels.planner.hardware import HARDWARE, Hardware, hardware_of
+from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
+from mpoe_kernels.planner.plan import ContractionPlan, plan_contraction
+from mpoe_kernels.planner.steps import Step
 
-__all__ = ["BlockDims", "ContractionPlan", "choose_strategy", "plan_contraction"]
+__all__ = [
+    "ALL_GRADIENTS",
+    "HARDWARE",
+    "STRATEGIES",
+    "BlockDims",
+    "Contraction",
+    "ContractionPlan",
+    "Hardware",
+    "Step",
+    "contraction",
+    "contractions",
+    "hardware_of",
+    "plan_contraction",
+]

@@ -66,7 +66,7 @@ def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeyp
     def logged(name: str):
         return lambda *args: (calls.append(name), eager.kernels[name](*args))[1]
 
-    cheap = registry.Backend("cheap", {k: logged(k) for k in eager.kernels}, predicted_cost=lambda _: 0.5)
+    cheap = registry.Backend("cheap", {k: logged(k) for k in eager.kernels}, predicted_seconds=lambda _: 0.0)
     monkeypatch.setitem(registry._BACKENDS, "cheap", cheap)
     run()
     assert calls == ["grouped_mpo_linear"]

@@ -1,5 +1,6 @@
 """Pure PyTorch kernels: always there, on every device and dtype, and what other backends are measured against."""
 
+from mpoe_kernels.backends.eager.cost import contraction_reasons, predicted_seconds
 from mpoe_kernels.backends.eager.embedding import embedding_backward, embedding_forward
 from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
 from mpoe_kernels.backends.eager.routing import (
@@ -24,4 +25,6 @@ EAGER = Backend(
         "mpo_embedding": embedding_forward,
         "mpo_embedding_backward": embedding_backward,
     },
+    contraction_reasons=contraction_reasons,
+    predicted_seconds=predicted_seconds,
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_of
+from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_here
 from mpoe_kernels.planner.contraction import Need
 
 AUTO = "auto"
@@ -51,7 +51,7 @@ def _every_contraction(_: Contraction) -> list[str]:
 
 
 def _roofline(plan: Contraction) -> float:
-    return plan.seconds(hardware_of(plan.device_type))
+    return plan.seconds(hardware_here(plan.device_type))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,9 @@
 """Choosing what to compute from shapes."""
 
+from mpoe_kernels.planner.calibrate import calibrate
 from mpoe_kernels.planner.contraction import ALL_GRADIENTS, Contraction, contraction, contractions
-from mpoe_kernels.planner.hardware import HARDWARE, Hardware, hardware_of
+from mpoe_kernels.planner.device import hardware_here, hardware_of
+from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
 from mpoe_kernels.planner.plan import ContractionPlan, plan_contraction
 from mpoe_kernels.planner.steps import Step
@@ -15,8 +17,10 @@ __all__ = [
     "ContractionPlan",
     "Hardware",
     "Step",
+    "calibrate",
     "contraction",
     "contractions",
+    "hardware_here",
     "hardware_of",
     "plan_contraction",
 ]

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from mpoe_kernels.planner.cost import step_seconds
+from mpoe_kernels.planner.cost import step_time
 from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.orders import INDICES, STRATEGIES, Application, BlockDims, applications, program
 from mpoe_kernels.planner.steps import Step
@@ -61,7 +61,23 @@ class Contraction:
 
     def seconds(self, hardware: Hardware) -> float:
         """Predicted time: the roofline of every step, one after the other, and the overhead of launching it."""
-        return sum(step_seconds(step, self.dtype, hardware) for step in self.steps)
+        return sum(step_time(step, self.dtype, hardware).total for step in self.steps)
+
+    def parts(self, hardware: Hardware) -> tuple[float, float, float]:
+        """`seconds` split into steps bound by arithmetic, steps bound by memory, and overhead."""
+        times = [step_time(step, self.dtype, hardware) for step in self.steps]
+        compute = sum(t.compute for t in times if t.compute >= t.memory)
+        memory = sum(t.memory for t in times if t.compute < t.memory)
+        return compute, memory, sum(t.overhead for t in times)
+
+    def memory_bytes(self, hardware: Hardware) -> int:
+        """The part of ``bytes`` that crosses to and from memory, not only the last-level cache."""
+        return sum(step.memory_bytes(hardware.cache_bytes) for step in self.steps)
+
+    @property
+    def calls(self) -> int:
+        """GEMMs of all steps."""
+        return sum(step.batch for step in self.steps)
 
 
 def expected_busy_experts(num_experts: int, slots: int) -> int:

@@ -10,8 +10,26 @@ from dataclasses import dataclass
 import torch
 
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.planner.contraction import ALL_GRADIENTS, Contraction, contractions
-from mpoe_kernels.planner.hardware import Hardware, hardware_of
+from mpoe_kernels.planner.contraction import (
+    ALL_GRADIENTS,
+    Contraction,
+    candidate_strategies,
+    contraction,
+    contractions,
+)
+from mpoe_kernels.planner.device import hardware_of
+from mpoe_kernels.planner.explain import (
+    Loss,
+    describe_phase,
+    dtype_name,
+    format_bytes,
+    format_flops,
+    format_seconds,
+    lost_on_memory,
+    lost_on_saving,
+    lost_on_time,
+)
+from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
 
 __all__ = ["STRATEGIES", "BlockDims", "ContractionPlan", "plan_contraction"]
@@ -26,7 +44,7 @@ class ContractionPlan:
         hardware: whose numbers predict the times.
         forward: the chosen contraction of the forward pass.
         backward: of the backward pass, chosen independently; ``None`` unless training.
-        candidates: every contraction that was considered, with its predicted seconds, forward then backward.
+        losses: every other strategy, and why it lost; forward then backward.
         dense_flops: of a dense layer on the same rows, forward, or forward and backward when training.
     """
 
@@ -40,11 +58,12 @@ class ContractionPlan:
     hardware: Hardware
     forward: Contraction
     backward: Contraction | None
-    candidates: tuple[tuple[Contraction, float], ...]
+    losses: tuple[Loss, ...]
     dense_flops: int
 
     @property
     def phases(self) -> tuple[Contraction, ...]:
+        """Forward, and backward when training."""
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     @property
@@ -53,12 +72,23 @@ class ContractionPlan:
         return self.forward.strategy
 
     @property
+    def backward_strategy(self) -> str | None:
+        """The backward strategy; ``None`` unless training."""
+        return None if self.backward is None else self.backward.strategy
+
+    @property
     def flops(self) -> int:
         return sum(phase.flops for phase in self.phases)
 
     @property
     def bytes(self) -> int:
+        """Read and written by all steps, cache included."""
         return sum(phase.bytes for phase in self.phases)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The part of ``bytes`` that crosses to and from memory."""
+        return sum(phase.memory_bytes(self.hardware) for phase in self.phases)
 
     @property
     def temporary_bytes(self) -> int:
@@ -67,6 +97,7 @@ class ContractionPlan:
 
     @property
     def seconds(self) -> float:
+        """Predicted time."""
         return sum(phase.seconds(self.hardware) for phase in self.phases)
 
     @property
@@ -76,19 +107,73 @@ class ContractionPlan:
 
     @property
     def intensity(self) -> float:
-        """FLOPs per byte (0 without rows)."""
-        return self.flops / self.bytes if self.bytes else 0.0
+        """FLOPs per byte to and from memory (0 without rows)."""
+        return self.flops / self.memory_bytes if self.memory_bytes else 0.0
 
-    def __str__(self) -> str:
-        lines = []
+    def explain(self) -> str:
+        """What was chosen, its numbers, and one line for every loser."""
+        what = "forward and backward" if self.training else "forward"
+        masked = ", central gradient masked" if self.training and self.mask_central else ""
+        busy = self.forward.busy_experts
+        lines = [
+            f"{self.shape.in_features} x {self.shape.out_features}, {self.num_experts} experts ({busy} expected busy), "
+            f"{self.num_tokens} tokens x top-{self.top_k}, {dtype_name(self.dtype)} on {self.hardware.name}, "
+            f"{what}{masked}: {format_flops(self.flops)} ({self.x_dense:.3g} x dense), "
+            f"{format_bytes(self.bytes)} moved, {format_bytes(self.temporary_bytes)} of temporary weights, "
+            f"predicted {format_seconds(self.seconds)}"
+        ]
         for phase in self.phases:
-            lines.append(f"{phase.phase}: {phase.strategy}, {phase.flops / 1e9:.3f} GFLOP")
+            share = self.dense_flops
+            if self.training:
+                share = self.dense_flops // 3 * (1 if phase.phase == "forward" else 2)
+            lines.append(describe_phase(phase, self.hardware, share))
             lines += [
-                f"  {other.strategy}: {other.flops / 1e9:.3f} GFLOP, {1e3 * seconds:.3f} ms"
-                for other, seconds in self.candidates
-                if other.phase == phase.phase and other.strategy != phase.strategy
+                f"  not {loss.contraction.strategy}, {loss.kind}: {loss.text}"
+                for loss in self.losses
+                if loss.contraction.phase == phase.phase
             ]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def _choose(
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    phase: str,
+    mask_central: bool,
+    hardware: Hardware,
+    saves: bool,
+) -> tuple[Contraction, list[Loss]]:
+    """The fastest candidate of a phase, and why each of the others lost."""
+    sizes = (dims, num_experts, slots, dtype, phase, ALL_GRADIENTS, mask_central)
+    found = contractions(*sizes)
+    if saves:
+        best = next(c for c in found if c.strategy == "separable")
+    else:
+        best = min(found, key=lambda c: c.seconds(hardware))
+    losses = []
+    for strategy in candidate_strategies(dims):
+        if strategy == best.strategy:
+            continue
+        loser = contraction(strategy, *sizes)
+        if loser not in found:
+            losses.append(lost_on_memory(loser, hardware))
+        elif loser.seconds(hardware) < best.seconds(hardware):
+            losses.append(lost_on_saving(loser, best, hardware))
+        else:
+            losses.append(lost_on_time(loser, best, hardware))
+    return best, sorted(losses, key=lambda loss: loss.seconds)
 
 
 def plan_contraction(
@@ -117,25 +202,24 @@ def plan_contraction(
         A frozen, printable plan.
 
     Raises:
-        TypeError, ValueError: a shape that is no `MPOShape`, counts that are not positive (tokens: negative), an
-            unknown device.
+        TypeError, ValueError: a shape that is no `MPOShape`, counts that are not positive integers (tokens: negative),
+            a dtype without GEMMs, an unknown device (the message lists the known ones).
     """
     if not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
     for name, value, least in (("num_experts", num_experts, 1), ("num_tokens", num_tokens, 0), ("top_k", top_k, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+        _check_count(name, value, least)
     hardware = hardware_of(device)
+    hardware.flops_per_second(dtype)  # refuses other dtypes
     dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
     slots = num_tokens * top_k
-    chosen, candidates = [], []
-    for phase in ("forward", "backward") if training else ("forward",):
-        found = contractions(dims, num_experts, slots, dtype, phase, ALL_GRADIENTS, mask_central)
-        timed = [(c, c.seconds(hardware)) for c in found]
-        # A separable forward that saves its central step's result is what the ops run when gradients are wanted.
-        pool = [t for t in timed if t[0].strategy == "separable"] if training and phase == "forward" else []
-        chosen.append(min(pool or timed, key=lambda t: t[1])[0])
-        candidates += timed
+    # When gradients are wanted, the ops run a separable shape's forward so that its central step's result is saved.
+    saves = training and dims.is_separable
+    forward, losses = _choose(dims, num_experts, slots, dtype, "forward", mask_central, hardware, saves)
+    backward = None
+    if training:
+        backward, more = _choose(dims, num_experts, slots, dtype, "backward", mask_central, hardware, False)
+        losses += more
     return ContractionPlan(
         shape=shape,
         num_experts=num_experts,
@@ -145,8 +229,8 @@ def plan_contraction(
         training=training,
         mask_central=mask_central,
         hardware=hardware,
-        forward=chosen[0],
-        backward=chosen[1] if training else None,
-        candidates=tuple(candidates),
+        forward=forward,
+        backward=backward,
+        losses=tuple(losses),
         dense_flops=slots * dims.dense_flops_per_slot * (3 if training else 1),
     )

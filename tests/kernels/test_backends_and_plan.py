@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import time
 import weakref
 
 import pytest
@@ -20,6 +22,7 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.backends import registry
+from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 
@@ -82,6 +85,60 @@ def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeyp
     assert calls == ["grouped_mpo_linear", "grouped_mpo_linear_backward"]
 
 
+def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cheapest able pair wins, forward and backward each for itself; naming a strategy forces both."""
+    calls = []
+    eager = registry._BACKENDS["eager"]
+
+    def logged(op: str, position: int):
+        return lambda *args: (calls.append((op, args[position])), eager.kernels[op](*args))[1]
+
+    picky = registry.Backend(
+        "picky",
+        {
+            "grouped_mpo_linear": logged("grouped_mpo_linear", 10),
+            "grouped_mpo_linear_backward": logged("grouped_mpo_linear_backward", 12),
+        },
+        contraction_reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
+        predicted_seconds=lambda plan: {"chain": -2.0, "rebuild": -1.0}.get(plan.strategy, 1.0),
+    )
+    monkeypatch.setitem(registry._BACKENDS, "picky", picky)
+    blocks = random_blocks(SMALL_SHAPES["light"], 1, requires_grad=True)
+    x = torch.ones(3, 12, dtype=torch.float64)
+    y = grouped_mpo_linear(x, blocks, torch.tensor([0, 3]))
+    y.sum().backward()
+    assert calls == [("grouped_mpo_linear", "chain")], "backward went to eager"
+    calls.clear()
+    grouped_mpo_linear(x, blocks, torch.tensor([0, 3]), strategy="rebuild")
+    assert calls == [("grouped_mpo_linear", "rebuild")]
+    y = grouped_mpo_linear(x, blocks, torch.tensor([0, 3]), backend="picky")
+    with pytest.raises(BackendError, match="backend 'picky' cannot run grouped_mpo_linear_backward: it only rebuilds"):
+        y.sum().backward()
+
+
+def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = registry._BACKENDS["eager"]
+    limited = registry.Backend(
+        "limited",
+        eager.kernels,
+        contraction_reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
+    )
+    monkeypatch.setitem(registry._BACKENDS, "limited", limited)
+    assert run(backend="limited").shape == (3, 12)
+    with pytest.raises(BackendError, match="backend 'limited' cannot run grouped_mpo_linear: it cannot rebuild"):
+        run(backend="limited", strategy="rebuild")
+
+
+def test_choosing_costs_little_on_repeated_sizes() -> None:
+    arguments = ("grouped_mpo_linear", BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072), 8, 64, torch.float32)
+    choose = functools.partial(registry.resolve_contraction, *arguments, "forward", "cpu")
+    choose()
+    start = time.process_time()
+    for _ in range(2000):
+        choose()
+    assert (time.process_time() - start) / 2000 < 20e-6
+
+
 def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: registry.Backend) -> None:
     monkeypatch.delitem(registry._BACKENDS, "eager")
     with pytest.raises(BackendError, match=r"no backend can run .*broken: it needs a device"):
@@ -99,9 +156,10 @@ def test_plan_is_printable_and_follows_the_sizes() -> None:
     full = MPOShape.paper(768, 3072)
     plan = plan_contraction(full, num_experts=8, num_tokens=2048, training=True)
     assert plan.strategy == "rebuild"
+    assert plan.backward_strategy == "rebuild"
     assert plan.temporary_bytes == 2 * 768 * 3072 * 4
-    assert "rebuild" in str(plan)
-    assert "chain" in str(plan)
+    assert "forward: rebuild" in str(plan)
+    assert "not chain, FLOPs:" in str(plan)
     masked = plan_contraction(full, 8, 2048, training=True, mask_central=True)
     assert masked.flops < plan.flops
     separable = plan_contraction(MPOShape.separable(768, 3072), 8, 2048)
@@ -113,14 +171,25 @@ def test_plan_is_printable_and_follows_the_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((8, 0, 4), "num_experts must be at least 1"), ((8, 2, -1), "num_tokens must be at least 0")],
+    ("change", "error", "message"),
+    [
+        ({"num_experts": 0}, ValueError, "num_experts must be at least 1; got 0"),
+        ({"num_experts": -3}, ValueError, "num_experts must be at least 1; got -3"),
+        ({"num_experts": 2.0}, TypeError, "num_experts must be an integer; got float 2.0"),
+        ({"num_tokens": -1}, ValueError, "num_tokens must be at least 0"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1"),
+        ({"shape": "paper"}, TypeError, "shape must be an MPOShape; got str"),
+        ({"device": "tpu9"}, ValueError, "device must be one of cpu, cpu-generic, cpu-avx512-bf16, a100, h100, h200"),
+        ({"device": "meta"}, ValueError, "device must be one of cpu, cpu-generic"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not here; name one of cpu, cpu-generic"),
+        ({"device": 3}, TypeError, "device must be a string or a torch.device; got int"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be one of float32, bfloat16, float16, float64; got int32"),
+    ],
 )
-def test_plan_refusals(arguments: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_contraction(MPOShape.paper(arguments[0], arguments[0]), *arguments[1:])
-    with pytest.raises(TypeError, match="shape must be an MPOShape"):
-        plan_contraction("paper", 1, 1)  # type: ignore[arg-type]
+def test_plan_refusals(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4}
+    with pytest.raises(error, match=message):
+        plan_contraction(**{**arguments, **change})
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpoe_kernels.planner import Contraction, hardware_of
+from mpoe_kernels.planner import Contraction, hardware_here
 
 IMPLEMENTED = ("rebuild", "chain", "separable")
 
@@ -16,4 +16,4 @@ def contraction_reasons(plan: Contraction) -> list[str]:
 
 def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the eager kernels."""
-    return plan.seconds(hardware_of(plan.device_type))
+    return plan.seconds(hardware_here(plan.device_type))

@@ -1,0 +1,92 @@
+"""Optional measurement of this machine: GEMM rates, the price of short GEMMs and of calls, bandwidths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mpoe_kernels.planner.device import forget, hardware_of
+from mpoe_kernels.planner.hardware import HARDWARE, ByDtype, Hardware
+from mpoe_kernels.planner.measured import cache_file, key, read, write
+
+
+def _seconds(function: Callable[[], object], device: torch.device, budget: float = 0.4) -> float:
+    """Shortest of several samples of one call."""
+
+    def sample(repeats: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    sample(1)
+    samples = 10
+    repeats = max(1, min(1000, int(budget / samples / max(sample(1), 1e-7))))
+    return min(sample(repeats) for _ in range(samples if repeats > 1 else 2))
+
+
+def _measure(hardware: Hardware, device: torch.device) -> dict[str, Any]:
+    big, columns, inner, few = (4096, 4096, 4096, 16) if hardware.kind == "gpu" else (512, 3072, 768, 8)
+    rates, halves = {}, {}
+
+    def rate(m: int, n: int, k: int, dtype: torch.dtype) -> float:
+        a, b = torch.ones(m, k, dtype=dtype, device=device), torch.ones(k, n, dtype=dtype, device=device)
+        out = torch.empty(m, n, dtype=dtype, device=device)
+        return 2 * m * n * k / _seconds(lambda: torch.mm(a, b, out=out), device)
+
+    for name in ByDtype._fields:
+        dtype = getattr(torch, name)
+        large = rate(big, columns, inner, dtype)
+        # A GPU's short GEMMs are bound by memory: what they show is not the price of few rows.
+        short = rate(few, columns, inner, dtype) if hardware.kind == "cpu" else 0.0
+        rates[name] = large
+        halves[name] = max(0.5, few * (large / short - 1)) if short else hardware.half_size.of(dtype)
+
+    def copy_rate(size: int) -> float:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+    tiny = torch.ones(8, 8, device=device)
+    out = torch.empty_like(tiny)
+    return {
+        "flops": rates,
+        "half_size": halves,
+        "bandwidth": copy_rate(4 * hardware.cache_bytes),
+        "cache_bandwidth": copy_rate(hardware.cache_bytes // 8),
+        "call_seconds": _seconds(lambda: torch.mm(tiny, tiny, out=out), device),
+    }
+
+
+def calibrate(device: str | torch.device = "cpu") -> Hardware:
+    """Measure a device of this machine (under a minute), keep the numbers, and return them.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ...; a CPU is measured with the current number of PyTorch threads.
+
+    Returns:
+        What `hardware_of` answers from now on, in this process and in later ones. Ops keep the choices they have
+        already made in this process.
+
+    Raises:
+        ValueError: a name of the table rather than a device, or a device that is not here.
+        OSError: the cache folder cannot be written.
+    """
+    if isinstance(device, str) and device.lower() in HARDWARE:
+        raise ValueError(f"only a device of this machine can be measured, such as 'cpu' or 'cuda'; got {device!r}")
+    hardware = hardware_of(device)
+    found = torch.device(device)
+    threads = torch.get_num_threads() if found.type == "cpu" else 1
+    name = "cpu" if found.type == "cpu" else torch.cuda.get_device_properties(found).name
+    entry = _measure(hardware, found)
+    path = cache_file()
+    write(path, {**read(path), key(name, threads): entry})
+    forget()
+    return hardware_of(device)

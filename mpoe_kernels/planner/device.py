@@ -1,0 +1,84 @@
+"""Whose numbers to plan with: a name of the hardware table, or a device of this machine."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from mpoe_kernels.planner.hardware import CPUS, HARDWARE, Hardware
+from mpoe_kernels.planner.measured import calibrated, forget_file
+
+
+@lru_cache(maxsize=1)
+def _cpu_name() -> str:
+    """Entry of the table that this machine's processor resembles."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux: no flags to read
+        return "cpu-generic"
+    return "cpu-avx512-bf16" if "avx512_bf16" in flags else "cpu-generic"
+
+
+@lru_cache(maxsize=64)
+def _this_cpu(threads: int) -> Hardware:
+    return calibrated(CPUS[_cpu_name()](threads), "cpu", threads)
+
+
+@lru_cache(maxsize=64)
+def _this_gpu(device: torch.device) -> Hardware | None:
+    name = torch.cuda.get_device_properties(device).name
+    for key, hardware in HARDWARE.items():
+        if hardware.kind == "gpu" and key in name.lower():
+            return calibrated(hardware, name, 1)
+    return None
+
+
+def hardware_of(device: str | torch.device) -> Hardware:
+    """The numbers of a device.
+
+    Args:
+        device: ``"cpu"`` (this machine, with as many cores as PyTorch has threads), ``"cuda"``, ``"cuda:1"`` (looked
+            up by the GPU's name) or the same as ``torch.device``; or a name of `HARDWARE`, which may be elsewhere. A
+            calibration of this machine takes the place of the table.
+
+    Raises:
+        TypeError: neither a string nor a device.
+        ValueError: a device that the table does not hold, or a GPU that is not here.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a string or a torch.device; got {type(device).__name__} {device!r}")
+    if isinstance(device, str) and device.lower() in HARDWARE:
+        return HARDWARE[device.lower()]
+    known = ", ".join(["cpu", *HARDWARE])
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be one of {known}, or a device of this machine; got {device!r}") from None
+    if found.type == "cpu":
+        return _this_cpu(torch.get_num_threads())
+    if found.type != "cuda":
+        raise ValueError(f"device must be one of {known}, or a CPU or CUDA device of this machine; got {device!r}")
+    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} is not here; name one of {known}")
+    hardware = _this_gpu(found)
+    if hardware is None:
+        name = torch.cuda.get_device_properties(found).name
+        raise ValueError(f"no numbers are known for {name}; name the nearest of {known}")
+    return hardware
+
+
+def hardware_here(device_type: str) -> Hardware:
+    """Numbers to compare strategies with on a device of this machine; the nearest entry where none is known."""
+    try:
+        return hardware_of(device_type)
+    except ValueError:
+        return HARDWARE["a100"]
+
+
+def forget() -> None:
+    """Read the kept measurements again when they are next needed."""
+    forget_file()
+    _this_cpu.cache_clear()
+    _this_gpu.cache_clear()

@@ -1,0 +1,132 @@
+"""Why a strategy was chosen and the others were not, in words with numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mpoe_kernels.planner.contraction import Contraction
+from mpoe_kernels.planner.hardware import Hardware
+
+# Kinds of reasons.
+MORE_FLOPS = "FLOPs"
+GEMM_SIZES = "GEMM sizes"
+MORE_BYTES = "bytes"
+OVERHEAD = "overhead"
+TEMPORARY = "temporary memory"
+SAVED = "saved for backward"
+NOTHING = "nothing to do"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A strategy that was not chosen.
+
+    Attributes:
+        contraction: what it would have been.
+        seconds: its predicted time.
+        kind: what decided: more ``FLOPs``, smaller ``GEMM sizes`` (fewer FLOP/s), more ``bytes`` to move, more
+            ``overhead`` of calls, too much ``temporary memory``, ``saved for backward``: the chosen forward keeps what
+            the backward needs, or ``nothing to do``.
+        text: the same in words, with numbers.
+    """
+
+    contraction: Contraction
+    seconds: float
+    kind: str
+    text: str
+
+
+def format_seconds(seconds: float) -> str:
+    """``1.23 ms``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def format_bytes(count: float) -> str:
+    """``1.23 MB``, powers of ten."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_flops(count: float) -> str:
+    """``1.23 GFLOP``."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def _rate(contraction: Contraction, seconds: float) -> str:
+    return f"{format_flops(contraction.flops / seconds) if seconds else '0 FLOP'}/s"
+
+
+def lost_on_time(loser: Contraction, winner: Contraction, hardware: Hardware) -> Loss:
+    """The part of the time in which the loser is furthest behind decides."""
+    ours, theirs = winner.parts(hardware), loser.parts(hardware)
+    seconds, best = sum(theirs), sum(ours)
+    if not loser.steps:
+        return Loss(loser, seconds, NOTHING, "no rows: nothing to compute")
+    behind = [t - o for t, o in zip(theirs, ours, strict=True)]
+    worst = behind.index(max(behind))
+    if worst == 2:
+        kind = OVERHEAD
+        text = f"{loser.calls} GEMM calls against {winner.calls}, {format_seconds(theirs[2])} against "
+        text += format_seconds(ours[2])
+    elif worst == 0 and loser.flops > 1.02 * winner.flops:
+        kind, text = MORE_FLOPS, f"{format_flops(loser.flops)} against {format_flops(winner.flops)}"
+    elif worst == 0:
+        kind = GEMM_SIZES
+        text = f"smaller GEMMs, {_rate(loser, seconds)} against {_rate(winner, best)}"
+    else:
+        kind = MORE_BYTES
+        moved, least = loser.memory_bytes(hardware), winner.memory_bytes(hardware)
+        where = "memory"
+        if moved <= least:  # what lies in the cache has to be read too
+            moved, least, where = loser.bytes, winner.bytes, "cache"
+        text = f"{format_bytes(moved)} to and from {where} against {format_bytes(least)}"
+        if moved <= least:
+            text = f"waits {format_seconds(theirs[1])} for {format_bytes(moved)}, not hidden by arithmetic"
+    slower = f"{format_seconds(seconds)} ({seconds / best - 1:+.0%})" if best else format_seconds(seconds)
+    return Loss(loser, seconds, kind, f"{slower}: {text}")
+
+
+def lost_on_memory(loser: Contraction, hardware: Hardware) -> Loss:
+    """Its temporary weights exceed two experts' weights."""
+    one = loser.dims.weight_elements * loser.dtype.itemsize
+    text = f"{format_bytes(loser.temporary_bytes)} of temporary weights, above two experts' {format_bytes(2 * one)}"
+    return Loss(loser, loser.seconds(hardware), TEMPORARY, text)
+
+
+def lost_on_saving(loser: Contraction, winner: Contraction, hardware: Hardware) -> Loss:
+    """The forward of a separable shape keeps its central step's result whenever gradients are wanted."""
+    seconds = loser.seconds(hardware)
+    text = f"{format_seconds(seconds)}: a {winner.strategy} forward keeps what every {winner.strategy} backward reads"
+    return Loss(loser, seconds, SAVED, text)
+
+
+def describe_phase(contraction: Contraction, hardware: Hardware, dense_flops: float) -> str:
+    """One line: the strategy and its numbers."""
+    c = contraction
+    seconds = c.seconds(hardware)
+    through = " then ".join(c.order)
+    if not c.steps:
+        return f"{c.phase}: {c.strategy} (rows x {through}); no rows, nothing to compute"
+    compute, memory, overhead = c.parts(hardware)
+    bound = max((compute, "arithmetic"), (memory, "memory"), (overhead, "overhead of calls"))[1]
+    intensity = c.flops / max(c.memory_bytes(hardware), 1)
+    times = f" ({c.flops / dense_flops:.3g} x dense)" if dense_flops else ""
+    return (
+        f"{c.phase}: {c.strategy} (rows x {through}), {format_flops(c.flops)}{times}, {format_bytes(c.bytes)} moved, "
+        f"{format_bytes(c.temporary_bytes)} of temporary weights, predicted {format_seconds(seconds)}, "
+        f"{intensity:.3g} FLOP/byte against the machine's ridge of {hardware.ridge(c.dtype):.3g}: bound by {bound}"
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,134 @@
+"""Measurements of this machine on disk; `calibrate` makes them.
+
+They take the place of the table's numbers for the device, thread count and processor they were measured on, and are
+kept in ``$XDG_CACHE_HOME/mpoe/hardware.json`` (default ``~/.cache``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import warnings
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpoe_kernels.planner.hardware import ByDtype, Hardware
+
+VERSION = 1
+_SCALARS = ("bandwidth", "cache_bandwidth", "call_seconds")
+_BY_DTYPE = ("flops", "half_size")
+
+
+def cache_file() -> Path:
+    """Where the measurements are kept."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification ignores relative paths.
+    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return folder / "mpoe" / "hardware.json"
+
+
+def _machine() -> str:
+    """What makes measurements foreign: another processor, host or PyTorch."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    except OSError:  # not Linux
+        model = platform.processor()
+    return f"{platform.node()} / {model} / torch {torch.__version__}"
+
+
+def key(device: str, threads: int) -> str:
+    return f"{device} x {threads}"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _check_entry(entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError("an entry is no object")
+    for name in _SCALARS:
+        if not _positive(entry.get(name)):
+            raise ValueError(f"{name} must be a positive number; got {entry.get(name)!r}")
+    for name in _BY_DTYPE:
+        values = entry.get(name)
+        if not isinstance(values, dict) or set(values) != set(ByDtype._fields):
+            raise ValueError(f"{name} must map every dtype to a number")
+        if not all(_positive(value) for value in values.values()):
+            raise ValueError(f"{name} must hold positive numbers; got {values}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Entries of this machine; a file that cannot be used is ignored with a warning."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"calibration {path} cannot be read and is ignored: {error}", stacklevel=2)
+        return {}
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            raise ValueError(f"it is not version {VERSION} of the format")
+        if content.get("machine") != _machine():
+            raise ValueError(f"it was measured on another machine ({content.get('machine')!r})")
+        devices = content.get("devices")
+        if not isinstance(devices, dict):
+            raise ValueError("it holds no devices")
+        for entry in devices.values():
+            _check_entry(entry)
+    except ValueError as error:
+        warnings.warn(
+            f"calibration {path} is ignored: {error}; run `mpoe plan --calibrate` to replace it", stacklevel=2
+        )
+        return {}
+    return devices
+
+
+@lru_cache(maxsize=4)
+def _entries(path: Path) -> dict[str, Any]:
+    return read(path)
+
+
+def calibrated(hardware: Hardware, device: str, threads: int) -> Hardware:
+    """``hardware`` with this machine's measurements, if there are any."""
+    entry = _entries(cache_file()).get(key(device, threads))
+    return hardware if entry is None else _with_entry(hardware, entry)
+
+
+def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
+    return replace(
+        hardware,
+        peak_flops=ByDtype(**entry["flops"]),
+        gemm_fraction=ByDtype(1.0, 1.0, 1.0, 1.0),
+        half_size=ByDtype(**entry["half_size"]),
+        **{name: entry[name] for name in _SCALARS if name != "call_seconds" or hardware.call_seconds},
+        note=f"measured on this machine; sizes from {hardware.note}",
+    )
+
+
+def write(path: Path, devices: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"version": VERSION, "machine": _machine(), "devices": devices}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def forget_file() -> None:
+    """Read the file again when it is next needed."""
+    _entries.cache_clear()

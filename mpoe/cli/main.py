@@ -47,6 +47,14 @@ def convert(context: typer.Context) -> None:
     command(context.args)
 
 
+@app.command(**_OWN_OPTIONS)
+def plan(context: typer.Context) -> None:
+    """Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable --device h100."""
+    from mpoe.cli.plan import command
+
+    command(context.args)
+
+
 @app.command()
 def generate(
     model_dir: Annotated[str, typer.Argument(help="Folder of a saved model, or t5 / gpt2 for the stand-ins.")],

@@ -1,0 +1,310 @@
+"""`mpoe plan MODEL_OR_CONFIG [flags]`: what a mixture of MPO experts costs, from the configuration alone.
+
+No weights are loaded or allocated, whatever the size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from mpoe.config import MPOEConfig
+    from mpoe.planning.cluster import Cluster
+    from mpoe.planning.costs import Workload
+    from mpoe.planning.inventory import Inventory
+    from mpoe.planning.suggest import Budget
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def _help(text: str, *aliases: str) -> dict[str, Any]:
+    """Metadata of a field; aliases in both spellings."""
+    spelled = [f"--{spelling}" for name in aliases for spelling in (name, name.replace("_", "-"))]
+    return {"help": text, **({"aliases": spelled} if spelled else {})}
+
+
+@dataclass
+class PlanOptions:
+    """The mixture and the work it does."""
+
+    _argument_group_name = "plan"
+
+    experts: int = field(default=8, metadata=_help("experts per layer", "num_experts"))
+    shape: str = field(default="separable", metadata=_help("separable, paper, light, or JSON: kind -> MPOShape"))
+    bond: int | None = field(default=None, metadata=_help("cap of every bond dimension; none = lossless", "max_bond"))
+    separable_left: int | None = field(default=None, metadata=_help("left core of a separable up projection"))
+    separable_right: int | None = field(default=None, metadata=_help("right core of a separable up projection"))
+    light_p: int = field(default=64, metadata=_help("product i * j of a light shape's outer cores"))
+    exclude_modules: list[str] = field(default_factory=list, metadata=_help("feed-forward modules that stay dense"))
+    layers_to_transform: list[int] = field(default_factory=list, metadata=_help("layers to convert; none given = all"))
+    top_k: int = field(default=1, metadata=_help("experts per token"))
+    tokens: int = field(
+        default=2048, metadata=_help("tokens of one device in one step; of T5: in each of encoder and decoder")
+    )
+    decoder_tokens: int | None = field(default=None, metadata=_help("T5: tokens of the decoder, when they are others"))
+    device: str = field(
+        default="cpu", metadata=_help("cpu (this machine) or a name of the planner's hardware table, e.g. h100")
+    )
+    dtype: str = field(default="bf16", metadata=_help("fp32, bf16 or fp16: activations and products"))
+    training: bool = field(default=False, metadata=_help("forward and backward; the default"))
+    inference: bool = field(default=False, metadata=_help("forward only"))
+    mask_central: bool = field(
+        default=False, metadata=_help("training: a step in which the gradient mask spares the central cores")
+    )
+    per_layer: bool = field(default=False, metadata=_help("list every layer"))
+    explain: bool = field(default=False, metadata=_help("say why the other strategies lost"))
+    json: str | None = field(default=None, metadata=_help("also write everything to this file"))
+
+
+@dataclass
+class SuggestOptions:
+    """Shapes for a budget."""
+
+    _argument_group_name = "suggest"
+
+    suggest: bool = field(default=False, metadata=_help("propose shapes instead of planning one; a budget implies it"))
+    max_parameters: str | None = field(default=None, metadata=_help("of the whole model, e.g. 300M or 1.2B"))
+    max_time: float | None = field(default=None, metadata=_help("of the feed-forward layers, x dense, e.g. 1.3"))
+    rank_by: str = field(
+        default="capacity", metadata=_help("capacity (auxiliary parameters per expert), time or parameters")
+    )
+
+
+@dataclass
+class ClusterOptions:
+    """Several devices: replicated MPO experts against expert-parallel Switch."""
+
+    _argument_group_name = "several devices"
+
+    nodes: int = field(default=1, metadata=_help("nodes"))
+    gpus_per_node: int = field(default=1, metadata=_help("devices of a node"))
+    link_gbps: float | None = field(
+        default=None, metadata=_help("gigabit/s one device sends to other nodes; none = the device's")
+    )
+    node_link_gbps: float | None = field(
+        default=None, metadata=_help("gigabit/s one device sends inside its node; none = the device's")
+    )
+
+
+@dataclass
+class CalibrateOptions:
+    """Measuring this machine."""
+
+    _argument_group_name = "calibration"
+
+    calibrate: bool = field(
+        default=False, metadata=_help("measure this machine for about a minute and keep the result; needs no model")
+    )
+
+
+GROUPS = (PlanOptions, SuggestOptions, ClusterOptions, CalibrateOptions)
+
+
+def parse_count(name: str, text: str) -> int:
+    """``"300M"``, ``"1.2B"``, ``"300_000_000"`` -> the number (units k, M, B or G, T).
+
+    Raises:
+        CommandError: no such number, or less than one.
+    """
+    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgbt]?)", text.strip().lower())
+    if match is None:
+        raise CommandError(f"{name} must be a number like 300M or 1.2B; got {text!r}")
+    value = int(float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2]])
+    if value < 1:
+        raise CommandError(f"{name} must be at least 1; got {text!r}")
+    return value
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        from mpoe.cli.usage import show_options
+
+        show_options("mpoe plan MODEL_OR_CONFIG [--flag value ...]", __doc__, GROUPS)
+        return
+    model = "" if arguments[0].startswith("--") else arguments[0]
+    (plan, suggest, cluster, calibrate), given = parse(list(GROUPS), arguments[1:] if model else arguments)
+    if calibrate.calibrate:
+        _calibrate(plan.device)
+        if not model:
+            return
+    if not model:
+        raise CommandError("plan needs a model first: mpoe plan MODEL_OR_CONFIG [--flag value ...]")
+    run(model, plan, suggest, cluster, given)
+
+
+def run(
+    model: str, options: PlanOptions, suggest_options: SuggestOptions, cluster_options: ClusterOptions, given: set[str]
+) -> dict[str, Any]:
+    """Plan, or suggest shapes, print tables and return (and write) everything as JSON-able values."""
+    from mpoe.cli.files import check_writable_file, write_json
+
+    if options.json is not None:
+        check_writable_file("json", Path(options.json))
+    _check(options, suggest_options, cluster_options)
+    budget = _budget(suggest_options)
+    from mpoe.cli import plan_json, plan_tables
+    from mpoe.planning.costs import model_costs
+
+    inventory = _inventory(model, options)
+    config = _config(inventory, options, given)
+    work = _workload(inventory, options)
+    cluster = _cluster(work, cluster_options, given)
+    if suggest_options.suggest or budget != type(budget)():
+        from mpoe.planning.suggest import suggest
+
+        if budget.x_dense is not None and not any(work.tokens.values()):
+            raise CommandError("max_time needs tokens; got 0")
+        suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by)
+        values = plan_json.suggestion_values(suggestions, inventory, work, budget)
+        plan_tables.show_suggestions(suggestions, inventory, work, budget, suggest_options.rank_by)
+    else:
+        costs = model_costs(inventory, config, work)
+        values = plan_json.plan_values(costs)
+        plan_tables.show_plan(costs, per_layer=options.per_layer, explain=options.explain)
+        if cluster is not None:
+            from mpoe.planning.cluster import placements
+
+            placed = placements(costs, cluster)
+            values["cluster"] = plan_json.cluster_values(cluster, placed, work)
+            plan_tables.show_cluster(cluster, placed, work)
+    if options.json is not None:
+        write_json(Path(options.json), values)
+        print(f"written to {options.json}")
+    return values
+
+
+def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: ClusterOptions) -> None:
+    """Refuse values that fit nothing, before anything heavy is imported."""
+    if options.training and options.inference:
+        raise CommandError("--training and --inference exclude each other")
+    for name, value, least in (
+        ("experts", options.experts, 1),
+        ("bond", options.bond, 1),
+        ("top_k", options.top_k, 1),
+        ("tokens", options.tokens, 0),
+        ("decoder_tokens", options.decoder_tokens, 0),
+        ("nodes", cluster.nodes, 1),
+        ("gpus_per_node", cluster.gpus_per_node, 1),
+    ):
+        if value is not None and value < least:
+            raise CommandError(f"{name} must be at least {least}; got {value}")
+    for name, speed in (("link_gbps", cluster.link_gbps), ("node_link_gbps", cluster.node_link_gbps)):
+        if speed is not None and not (speed > 0 and math.isfinite(speed)):
+            raise CommandError(f"{name} must be greater than 0; got {speed}")
+    if options.dtype not in DTYPES:
+        raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
+    if options.mask_central and options.inference:
+        raise CommandError("mask_central concerns training; it cannot be given with --inference")
+    if suggest_options.max_time is not None and not (
+        suggest_options.max_time > 0 and math.isfinite(suggest_options.max_time)
+    ):
+        raise CommandError(f"max_time must be greater than 0; got {suggest_options.max_time}")
+
+
+def _budget(options: SuggestOptions) -> Budget:
+    from mpoe.planning.suggest import RANKS, Budget
+
+    if options.rank_by not in RANKS:
+        hint = close_matches(options.rank_by, RANKS)
+        raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {options.rank_by!r}{hint}")
+    most = None if options.max_parameters is None else parse_count("max_parameters", options.max_parameters)
+    return Budget(most, options.max_time)
+
+
+def _inventory(model: str, options: PlanOptions) -> Inventory:
+    from mpoe.planning.inventory import take_inventory
+
+    if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, is a well-known size here
+        from mpoe.data.embedded import stand_in_path
+
+        model = str(stand_in_path(model))
+    return take_inventory(model, options.exclude_modules, options.layers_to_transform or None)
+
+
+def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOEConfig:
+    """The mixture asked for; of a converted model, its own where no flag says otherwise."""
+    from mpoe.cli.options import ExpertOptions
+    from mpoe.config import MPOEConfig
+
+    asked = ExpertOptions(
+        num_experts=options.experts,
+        shape=options.shape,
+        max_bond=options.bond,
+        separable_left=options.separable_left,
+        separable_right=options.separable_right,
+        light_p=options.light_p,
+        top_k=options.top_k,
+    ).build()
+    assert asked is not None  # only moe_type none has no configuration
+    if inventory.mpoe is None:
+        return asked
+    names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
+    names |= {name: name for name in ("separable_left", "separable_right")}
+    changes = {own: getattr(asked, own) for name, own in names.items() if name in given}
+    router = asked.router if "top_k" in given else inventory.mpoe.router
+    return MPOEConfig(
+        **{f: getattr(inventory.mpoe, f) for f in names.values() if f not in changes}, **changes, router=router
+    )
+
+
+def _workload(inventory: Inventory, options: PlanOptions) -> Workload:
+    import torch
+
+    from mpoe.planning.costs import Workload
+    from mpoe.planning.timing import Device
+    from mpoe_kernels.planner import hardware_of
+
+    hardware_of(options.device)  # refuses an unknown one
+
+    if options.decoder_tokens is not None and "decoder" not in inventory.streams:
+        raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
+    tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)
+    if options.decoder_tokens is not None:
+        tokens["decoder"] = options.decoder_tokens
+    device = Device(options.device, getattr(torch, DTYPES[options.dtype]))
+    return Workload(tokens, device, not options.inference, options.mask_central)
+
+
+def _cluster(work: Workload, options: ClusterOptions, given: set[str]) -> Cluster | None:
+    if not given & {"nodes", "gpus_per_node", "link_gbps", "node_link_gbps"}:
+        return None
+    from mpoe.planning.cluster import Cluster
+
+    hardware = work.device.hardware
+
+    def bytes_per_second(gbps: float | None, default: float) -> float:
+        return default if gbps is None else gbps * 1e9 / 8
+
+    return Cluster(
+        options.nodes,
+        options.gpus_per_node,
+        bytes_per_second(options.link_gbps, hardware.network_bandwidth),
+        bytes_per_second(options.node_link_gbps, hardware.link_bandwidth),
+    )
+
+
+def _calibrate(device: str) -> None:
+    """Measure a device of this machine and say what came out and where it is kept."""
+    import torch
+
+    from mpoe.cli.plan_tables import show_hardware
+    from mpoe_kernels.planner import calibrate
+    from mpoe_kernels.planner.measured import cache_file
+
+    print(f"measuring {device}: about a minute, best on a quiet machine", flush=True)
+    try:
+        hardware = calibrate(device)
+    except OSError as error:
+        raise CommandError(f"calibrate: {cache_file()} cannot be written: {error}") from error
+    show_hardware(hardware, torch.get_num_threads() if hardware.kind == "cpu" else None)
+    print(f"kept in {cache_file()}; plans for {device} use it from now on")

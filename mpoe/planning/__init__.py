@@ -1,0 +1,1 @@
+"""What a converted model would cost, from its configuration alone: parameters, memory, operations, time, shapes."""

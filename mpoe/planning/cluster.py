@@ -1,0 +1,191 @@
+"""Several devices: replicated MPO experts against expert-parallel Switch, bytes per link and step time.
+
+Every device sees T tokens of its own in a step (data parallelism). G = nodes * devices per node.
+
+MPOE replicates everything. The only traffic is the all-reduce of gradients, in two levels (reduce-scatter inside the
+node, all-reduce of a shard between nodes, all-gather inside): for B bytes of gradients a device sends
+``2 (g - 1) / g * B`` inside its node of g devices and ``2 (n - 1) / n * B / g`` to the other nodes of n.
+
+Switch spreads every layer's E experts over ``P = gcd(E, G)`` devices, nodes filled first, so that each holds E / P; the
+rest is replicated. Traffic (GShard, Lepikhin et al., ICLR 2021, section 3.2):
+
+* all-to-all: every mixture layer sends its ``T * K`` rows of the model size to their experts (dispatch) and back
+  (combine), and the backward pass sends the gradients the same two ways: 4 times ``T K d * element size`` per layer and
+  training step, 2 in inference. Under uniform routing the part ``(P - m) / P`` crosses nodes and ``(m - 1) / P`` stays
+  inside, m = min(P, g). Buffers padded to a capacity send more.
+* all-reduce: the replicated gradients over all G devices, each expert's over its ``G / P`` replicas.
+
+Time: bytes over the speed of the links, inside the node and between nodes one after the other, plus `LATENCY` per
+collective call. Nothing overlaps with computation, links run at full speed: the same favour to both designs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mpoe.planning.costs import GRADIENT_BYTES, OPTIMIZER_BYTES, TRAINED_PARAMETER_BYTES, ModelCosts, switch_seconds
+
+LATENCY = 20e-6  # seconds of one collective call, whatever its size
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``nodes`` of ``gpus_per_node`` devices.
+
+    Attributes:
+        network_bandwidth: bytes/s that one device sends to other nodes.
+        link_bandwidth: bytes/s that one device sends inside its node.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    network_bandwidth: float
+    link_bandwidth: float
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one device sends in a step: inside its node, and over its link to other nodes; and collective calls."""
+
+    node: float = 0.0
+    link: float = 0.0
+    calls: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.node + other.node, self.link + other.link, self.calls + other.calls)
+
+    def seconds(self, cluster: Cluster) -> float:
+        inside, across = self.node / cluster.link_bandwidth, self.link / cluster.network_bandwidth
+        return inside + across + self.calls * LATENCY
+
+
+def all_reduce(size: float, nodes: int, gpus: int) -> Traffic:
+    """Sum ``size`` bytes over ``nodes * gpus`` devices, in two levels; see the module's text."""
+    if nodes * gpus == 1 or not size:
+        return Traffic()
+    return Traffic(2 * (gpus - 1) / gpus * size, 2 * (nodes - 1) / nodes * size / gpus, 1)
+
+
+def all_to_all(size: float, group: int, gpus: int) -> Traffic:
+    """Every device spreads ``size`` bytes evenly over a group that fills nodes of ``gpus`` devices first."""
+    if group == 1 or not size:
+        return Traffic()
+    inside = min(group, gpus)
+    return Traffic((inside - 1) / group * size, (group - inside) / group * size, 1)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One design on a cluster, per device.
+
+    Attributes:
+        design: ``mpoe`` or ``switch``.
+        expert_group: devices that share a layer's experts; 1 = replicated.
+        parameters: on one device.
+        memory_bytes: parameters, gradients and optimizer in training; parameters in inference. No activations.
+        sharded_bytes: the same when all of the model is sharded over all devices (ZeRO-3, FSDP).
+        all_to_all: of tokens; ``all_reduce``: of gradients.
+        compute_seconds: forward (and backward) of the whole model.
+        optimizer_seconds: AdamW on what the device holds.
+        communication_seconds: see the module's text.
+    """
+
+    design: str
+    expert_group: int
+    parameters: int
+    memory_bytes: int
+    sharded_bytes: int
+    all_to_all: Traffic
+    all_reduce: Traffic
+    compute_seconds: float
+    optimizer_seconds: float
+    communication_seconds: float
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.all_to_all + self.all_reduce
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.optimizer_seconds + self.communication_seconds
+
+
+def _memory(parameters: int, costs: ModelCosts) -> int:
+    work = costs.workload
+    each = TRAINED_PARAMETER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES if work.training else work.device.element_size
+    return parameters * each
+
+
+def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
+    """MPO experts, replicated on every device."""
+    parameters = costs.whole("mpoe").parameters
+    training = costs.workload.training
+    reduce = all_reduce(parameters * GRADIENT_BYTES, cluster.nodes, cluster.gpus_per_node) if training else Traffic()
+    return Placement(
+        "mpoe",
+        1,
+        parameters,
+        _memory(parameters, costs),
+        _memory(parameters, costs) // cluster.devices,
+        Traffic(),
+        reduce,
+        costs.whole("mpoe").seconds,
+        costs.optimizer_seconds(parameters),
+        reduce.seconds(cluster),
+    )
+
+
+def place_switch(costs: ModelCosts, cluster: Cluster, replicated: bool = False) -> Placement:
+    """Dense experts, spread over ``gcd(E, G)`` devices, or all of them on every device."""
+    work, experts, top_k = costs.workload, costs.config.num_experts, costs.config.router.top_k
+    group = 1 if replicated else math.gcd(experts, cluster.devices)
+    local = experts // group
+    expert_parameters = sum(m.matrix.elements for layer in costs.layers for m in layer.matrices * layer.count) * local
+    common = costs.whole("switch").parameters - expert_parameters * group
+    tokens = Traffic()
+    compute = costs.rest.seconds
+    for layer in costs.layers:
+        slots = layer.tokens * top_k
+        rows = slots * layer.matrices[0].matrix.rows * work.device.element_size
+        exchange = all_to_all(rows, group, cluster.gpus_per_node)
+        for _ in range(layer.count * (4 if work.training else 2)):
+            tokens += exchange
+        own = sum(switch_seconds(m.matrix, local, slots, work) for m in layer.matrices)
+        compute += layer.count * (own + layer.routing.seconds)
+    reduce = Traffic()
+    if work.training:
+        reduce = all_reduce(common * GRADIENT_BYTES, cluster.nodes, cluster.gpus_per_node)
+        inside = max(1, cluster.gpus_per_node // group)
+        across = cluster.devices // group // inside
+        reduce += all_reduce(expert_parameters * GRADIENT_BYTES, across, inside)
+    parameters = common + expert_parameters
+    return Placement(
+        "switch",
+        group,
+        parameters,
+        _memory(parameters, costs),
+        _memory(costs.whole("switch").parameters, costs) // cluster.devices,
+        tokens,
+        reduce,
+        compute,
+        costs.optimizer_seconds(parameters),
+        (tokens + reduce).seconds(cluster),
+    )
+
+
+def placements(costs: ModelCosts, cluster: Cluster) -> tuple[Placement, ...]:
+    """MPOE replicated, Switch expert-parallel and, if that is another thing, Switch replicated."""
+    found = [place_mpoe(costs, cluster), place_switch(costs, cluster)]
+    if found[1].expert_group > 1:
+        found.append(place_switch(costs, cluster, replicated=True))
+    return tuple(found)

@@ -1,0 +1,235 @@
+"""The layers of a model, read from its configuration: the model is built on the meta device, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mpoe.config import MPOEConfig
+from mpoe.planning.known_sizes import known_names, known_size
+
+# family -> class that is planned for when the configuration names none that mpoe converts
+_DEFAULT_CLASSES = {"t5": "T5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel", "bert": "BertModel"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A projection of a feed-forward network: ``kind`` (up, gate_proj, down) of a weight ``[rows, columns]``."""
+
+    kind: str
+    rows: int
+    columns: int
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A feed-forward network that becomes a mixture.
+
+    Attributes:
+        name: of the module.
+        stream: ``encoder``, ``decoder`` or ``main``: whose tokens pass it.
+        matrices: its projections; the first maps the model size to the hidden size.
+    """
+
+    name: str
+    stream: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def model_size(self) -> int:
+        return self.matrices[0].rows
+
+    @property
+    def elements(self) -> int:
+        return sum(matrix.elements for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A dense model, as far as a plan needs it.
+
+    Attributes:
+        name: what the user typed.
+        source: where the sizes came from.
+        class_name: Hugging Face class.
+        parameters: of the dense model, tied ones counted once.
+        layers: feed-forward networks that would be converted.
+        rest: matrix maps that stay dense (attention projections, language-model head), as
+            ``(stream, rows, columns) -> how many``. BERT's pooler, one row per sequence, is left out.
+        mpoe: the configuration of an already converted model, or None.
+    """
+
+    name: str
+    source: str
+    class_name: str
+    parameters: int
+    layers: tuple[Layer, ...]
+    rest: Mapping[tuple[str, int, int], int]
+    mpoe: MPOEConfig | None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layer.stream for layer in self.layers))
+
+    @property
+    def ffn_elements(self) -> int:
+        """Weights of the layers that would be converted."""
+        return sum(layer.elements for layer in self.layers)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model: {file} must be UTF-8 text; byte {error.start} is not") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model: {file}, line {error.lineno}: bad JSON: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"model: {file} must hold the configuration's mapping; got {type(values).__name__}")
+    return values
+
+
+def _cached_values(name: str) -> dict[str, Any] | None:
+    """Configuration of a hub model that was downloaded before; never asks the network."""
+    from transformers import PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return values or None
+
+
+def read_values(name: str) -> tuple[dict[str, Any], str]:
+    """Configuration values of a model and where they came from.
+
+    Args:
+        name: a folder with a ``config.json``, a ``.json`` file, a well-known size (``t5-11b``,
+            ``google/flan-t5-xl``) or a hub name in the local cache.
+
+    Raises:
+        ValueError: nothing of that name; with the closest known ones.
+    """
+    if not name:
+        raise ValueError("model must be a folder, a config.json or a well-known size; got an empty name")
+    path = Path(name)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise ValueError(f"model: {path} holds no config.json, so it is no saved model")
+        return _read_json(file), str(file)
+    if path.is_file():
+        return _read_json(path), str(path)
+    known = known_size(name)
+    if known is not None:
+        return known, "published sizes"
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")
+    cached = None if looks_local else _cached_values(name)
+    if cached is not None:
+        return cached, "the local hub cache"
+    if looks_local:
+        raise ValueError(f"model: no such file or folder: {name}")
+    close = get_close_matches(name.lower().rpartition("/")[2], known_names(), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(
+        f"model: {name!r} is no folder or config.json here, no well-known size ({', '.join(known_names()[:5])}, ...) "
+        f"and not in the local hub cache{hint}"
+    )
+
+
+def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEConfig | None]:
+    """Dense configuration, name of the class to build, and the MPOE configuration of a converted model."""
+    from transformers import AutoConfig
+
+    from mpoe.models.convert import CONVERTED
+
+    values = dict(values)
+    model_type = str(values.pop("model_type", "unknown"))
+    family = model_type.removeprefix("mpoe_")
+    if family not in _DEFAULT_CLASSES:
+        raise ValueError(
+            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; "
+            f"it knows {', '.join(_DEFAULT_CLASSES)} (and what it made of them)"
+        )
+    mpoe = values.pop("mpoe", None)
+    named = [str(a).removeprefix("MPOE") for a in values.pop("architectures", None) or []]
+    known = {cls.__name__ for cls in CONVERTED}
+    class_name = next((a for a in named if a in known), _DEFAULT_CLASSES[family])
+    try:
+        config = AutoConfig.for_model(family, **values)
+    except Exception as error:  # configuration classes check themselves with errors of many types
+        raise ValueError(f"model: the configuration of {name!r} is not a valid {family} one: {error}") from error
+    return config, class_name, None if mpoe is None else MPOEConfig.from_dict(mpoe)
+
+
+def _stream(name: str) -> str:
+    """Whose tokens a module sees; cross-attention reads its keys and values from the encoder."""
+    if ".EncDecAttention.k" in name or ".EncDecAttention.v" in name or name.startswith("encoder.block"):
+        return "encoder"
+    return "decoder"
+
+
+def _head_of_its_own(model: Any, values: Mapping[str, Any]) -> int:
+    """Elements of a language-model head that the configuration says is not the embedding, where the class ties it.
+
+    Transformers 5 constructs every T5 with a tied head and lets a checkpoint's own head (T5 v1.1, Flan) undo that.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if values.get("tie_word_embeddings", True) or head is None or head.weight is not embedding.weight:
+        return 0
+    return int(head.weight.numel())
+
+
+def take_inventory(
+    name: str, exclude_modules: list[str] | None = None, layers_to_transform: list[int] | None = None
+) -> Inventory:
+    """Read a model's layers from its configuration; nothing is allocated.
+
+    Args:
+        name: see `read_values`.
+        exclude_modules, layers_to_transform: as in `MPOEConfig`.
+
+    Raises:
+        ValueError: no such model, an unknown family, a broken configuration, exclusions that match nothing.
+    """
+    import torch
+    import transformers
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from mpoe.models.sites import FAMILIES, find_sites
+
+    values, source = read_values(name)
+    config, class_name, mpoe = _model_config(values, name)
+    family = FAMILIES[config.model_type]
+    try:
+        with torch.device("meta"):
+            model: Any = getattr(transformers, class_name)(config)
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+        raise ValueError(f"model: the configuration of {name!r} builds no {class_name}: {error}") from error
+    chosen = MPOEConfig(exclude_modules=exclude_modules or [], layers_to_transform=layers_to_transform)
+    sites, _ = find_sites(model, family, config, chosen)
+    layers = []
+    converted: set[int] = set()
+    for site in sites:
+        kinds = [kind for kind in ("up", "gate_proj", "down") if kind in site.dense]
+        layers.append(Layer(site.name, site.stream, tuple(Matrix(k, *site.weight(k).shape) for k in kinds)))
+        converted |= {id(module) for module in site.dense.values()}
+    rest: dict[tuple[str, int, int], int] = {}
+    for module_name, module in model.named_modules():
+        if id(module) in converted or not isinstance(module, (nn.Linear, Conv1D)) or "pooler" in module_name:
+            continue
+        rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        key = (_stream(module_name) if config.model_type == "t5" else "main", rows, columns)
+        rest[key] = rest.get(key, 0) + 1
+    parameters = sum(p.numel() for p in model.parameters()) + _head_of_its_own(model, values)
+    return Inventory(name, source, class_name, parameters, tuple(layers), rest, mpoe)

@@ -1,0 +1,185 @@
+"""Shapes that meet a budget: a small grid of separable, light and paper shapes, judged by the same costs as a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mpoe.config import MPOEConfig
+from mpoe.planning.costs import ModelCosts, Workload, model_costs
+from mpoe.planning.inventory import Inventory
+
+RANKS = ("capacity", "time", "parameters")
+_SIZES = (8, 16, 32, 64, 128, 256, 512)  # of a separable shape's outer cores, and of light's products
+_BONDS = (128, 64, 32, 16, 8)
+_PER_FAMILY = {True: 5, False: 2}  # lossless; truncated
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A shape and what it costs.
+
+    Attributes:
+        name: ``separable left/right``, ``light p`` or ``paper``, with its bond when truncated.
+        options: flags of ``mpoe plan`` and ``mpoe convert`` that choose it.
+        config: the same as a configuration.
+        costs: of the whole model.
+        capacity: auxiliary parameters of one expert over the elements of a dense feed-forward layer.
+        lossless: whether no bond is truncated, so that a converted model starts exactly where the dense one is.
+    """
+
+    name: str
+    options: str
+    config: MPOEConfig
+    costs: ModelCosts
+    capacity: float
+    lossless: bool
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.costs.whole("mpoe").parameters
+
+    @property
+    def x_dense(self) -> float:
+        """Time of the feed-forward layers over the dense ones'."""
+        return self.costs.x_dense() or 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds; None = unbounded.
+
+    Attributes:
+        parameters: of the whole model.
+        x_dense: time of the feed-forward layers over that of the dense ones on the same tokens.
+    """
+
+    parameters: int | None = None
+    x_dense: float | None = None
+
+    def excess(self, suggestion: Suggestion) -> float:
+        """How many times the worse of the bounds is exceeded; at most 1 = met."""
+        ratios = [0.0]
+        if self.parameters is not None:
+            ratios.append(suggestion.parameters / self.parameters)
+        if self.x_dense is not None:
+            ratios.append(suggestion.x_dense / self.x_dense)
+        return max(ratios)
+
+
+def _near_divisors(size: int) -> list[int]:
+    """Divisors of ``size`` nearest to `_SIZES`, none of which leaves the central core a single feature."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0 and d < size]
+    chosen = {min(divisors, key=lambda d: (abs(math.log(d / wanted)), d)) for wanted in _SIZES if wanted < size}
+    return sorted(chosen)
+
+
+def _configurations(inventory: Inventory, base: MPOEConfig) -> Iterator[tuple[str, str, MPOEConfig]]:
+    """Names, flags and configurations of the grid."""
+    plain = replace(base, shape="separable", max_bond=None, separable_left=None, separable_right=None)
+    rows = math.gcd(*(layer.matrices[0].rows for layer in inventory.layers))
+    columns = math.gcd(*(layer.matrices[0].columns for layer in inventory.layers))
+    for left in _near_divisors(rows):
+        for right in _near_divisors(columns):
+            options = f"--shape separable --separable_left {left} --separable_right {right}"
+            yield f"separable {left}/{right}", options, replace(plain, separable_left=left, separable_right=right)
+    for bond in (None, *_BONDS):
+        name, cap = ("", "") if bond is None else (f", bond {bond}", f" --max_bond {bond}")
+        if bond is not None:
+            yield f"separable{name}", f"--shape separable{cap}", replace(plain, max_bond=bond)
+        yield f"paper{name}", f"--shape paper{cap}", replace(plain, shape="paper", max_bond=bond)
+        for p in _SIZES[1:-1]:
+            config = replace(plain, shape="light", light_p=p, max_bond=bond)
+            yield f"light {p}{name}", f"--shape light --light_p {p}{cap}", config
+
+
+def candidates(inventory: Inventory, base: MPOEConfig, work: Workload) -> list[Suggestion]:
+    """The grid's distinct shapes with their costs."""
+    found: dict[object, Suggestion] = {}
+    for name, options, config in _configurations(inventory, base):
+        matrices = {m for layer in inventory.layers for m in layer.matrices}
+        shapes = {m: config.shape_for(m.kind, m.rows, m.columns) for m in matrices}
+        key = frozenset((m, s.core_shapes) for m, s in shapes.items())
+        if key in found:
+            continue
+        first = inventory.layers[0]
+        auxiliary = sum(shapes[m].auxiliary_parameters for m in first.matrices)
+        costs = model_costs(inventory, config, work)
+        lossless = all(shape.is_full for shape in shapes.values())
+        found[key] = Suggestion(name, options, config, costs, auxiliary / first.elements, lossless)
+    return list(found.values())
+
+
+def front(suggestions: list[Suggestion]) -> list[Suggestion]:
+    """Those that no other one beats in both capacity and time (parameters grow with capacity)."""
+    ordered = sorted(suggestions, key=lambda s: (s.x_dense, -s.capacity, s.parameters))
+    best, kept = -1.0, []
+    for suggestion in ordered:
+        if suggestion.capacity > best:
+            best = suggestion.capacity
+            kept.append(suggestion)
+    return kept
+
+
+def _spread(front: list[Suggestion], count: int) -> list[Suggestion]:
+    """At most ``count`` of a front, evenly from its one end to the other."""
+    if len(front) <= count:
+        return front
+    return [front[round(k * (len(front) - 1) / (count - 1))] for k in range(count)]
+
+
+def suggest(
+    inventory: Inventory, base: MPOEConfig, work: Workload, budget: Budget, rank_by: str = "capacity"
+) -> list[Suggestion]:
+    """Shapes within a budget, lossless ones first, then by ``rank_by``.
+
+    Of each family (separable, light, paper; lossless or truncated) those are kept that no other one of it beats in
+    capacity *and* time, a few from the fastest to the largest.
+
+    Args:
+        inventory, base, work: model, experts and router, tokens and device.
+        budget: upper bounds.
+        rank_by: ``capacity`` (most auxiliary parameters per expert first), ``time`` or ``parameters`` (least first).
+
+    Raises:
+        ValueError: nothing meets the budget (the message names the nearest shape), or an unknown rank.
+    """
+    if rank_by not in RANKS:
+        raise ValueError(f"rank_by must be one of {', '.join(RANKS)}; got {rank_by!r}")
+    every = candidates(inventory, base, work)
+    within = [s for s in every if budget.excess(s) <= 1]
+    if not within:
+        raise ValueError(_nearest(every, budget, inventory))
+    families: dict[tuple[str, bool], list[Suggestion]] = {}
+    for suggestion in within:
+        families.setdefault((str(suggestion.config.shape), suggestion.lossless), []).append(suggestion)
+    keys = {
+        "capacity": lambda s: (-s.capacity, s.x_dense),
+        "time": lambda s: (s.x_dense, -s.capacity),
+        "parameters": lambda s: (s.parameters, s.x_dense),
+    }
+    key = keys[rank_by]
+    chosen = [s for (_, lossless), family in families.items() for s in _spread(front(family), _PER_FAMILY[lossless])]
+    return sorted(chosen, key=lambda s: (not s.lossless, *key(s)))
+
+
+def _nearest(every: list[Suggestion], budget: Budget, inventory: Inventory) -> str:
+    asked = []
+    if budget.parameters is not None:
+        asked.append(f"max_parameters {budget.parameters:,}")
+    if budget.x_dense is not None:
+        asked.append(f"max_time {budget.x_dense:g} x dense")
+    parts = []
+    for label, pool in (("lossless", [s for s in every if s.lossless]), ("of all", every)):
+        if pool:
+            near = min(pool, key=budget.excess)
+            text = f"nearest {label}: {near.name} with {near.parameters:,} parameters, {near.x_dense:.3g} x dense"
+            parts.append(text + ("" if near.lossless else " (truncated)"))
+    if len(parts) == 2 and parts[0].partition(":")[2] == parts[1].partition(":")[2]:
+        parts.pop()
+    return (
+        f"no shape meets {' and '.join(asked)} with {every[0].config.num_experts} experts "
+        f"(the dense model has {inventory.parameters:,} parameters); {'; '.join(parts)}"
+    )

@@ -1,0 +1,263 @@
+"""`mpoe plan`: tables, JSON, refusals, and models far beyond this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpoe.cli.plan import parse_count
+
+COSTS = {"parameters", "optimizer_bytes", "temporary_bytes", "flops", "seconds", "x_dense"}
+DESIGNS = {"mpoe", "switch", "dense"}
+
+
+def plan(cli, tmp_path: Path, *arguments: object) -> dict:
+    """The JSON of a run."""
+    file = tmp_path / "plan.json"
+    answer = cli("plan", *arguments, "--json", file)
+    assert answer.code == 0, answer.err
+    return json.loads(file.read_text())
+
+
+# Millions of parameters at full bonds: dense, dense experts, MPOE with the paper's shapes (Gao et al., COLING 2022,
+# recomputed from the shapes with biases shared).
+REFERENCE = [
+    ("t5-base", 8, 222.9, 1015.8, 294.0),
+    ("t5-base", 16, 222.9, 1921.9, 365.1),
+    ("t5-large", 4, 737.7, 1945.8, 863.9),
+    ("t5-large", 8, 737.7, 3556.6, 990.1),
+    ("gpt2", 8, 124.4, 520.9, 160.0),
+    ("gpt2", 16, 124.4, 973.9, 195.5),
+]
+
+
+@pytest.mark.parametrize(("model", "experts", "dense", "switch", "mpoe"), REFERENCE)
+def test_parameters_of_the_reference_table(cli, tmp_path, model, experts, dense, switch, mpoe) -> None:
+    values = plan(cli, tmp_path, model, "--experts", experts, "--shape", "paper", "--device", "h100")
+    whole = values["totals"]["whole"]
+    found = [round(whole[design]["parameters"] / 1e6, 1) for design in ("dense", "switch", "mpoe")]
+    assert found == [dense, switch, mpoe]
+    for design in DESIGNS:  # AdamW: two float32 moments for every parameter
+        assert whole[design]["optimizer_bytes"] == 8 * whole[design]["parameters"]
+
+
+def test_json_has_every_number(cli, tmp_path) -> None:
+    values = plan(cli, tmp_path, "t5-base", "--decoder_tokens", 512, "--device", "h100", "--nodes", 2)
+    assert values["schema"] == 1
+    assert values["kind"] == "plan"
+    assert values["model"]["parameters"] == 222_903_552
+    assert values["work"] == {
+        "tokens": {"encoder": 2048, "decoder": 512},
+        "dtype": "bfloat16",
+        "device": "h100",
+        "training": True,
+        "mask_central": False,
+    }
+    assert [(layer["count"], layer["tokens"]) for layer in values["layers"]] == [(12, 2048), (12, 512)]
+    for layer in values["layers"]:
+        assert len(layer["names"]) == layer["count"]
+        assert [m["kind"] for m in layer["matrices"]] == ["up", "down"]
+        for part in (layer, *layer["matrices"]):
+            for design in DESIGNS:
+                assert set(part[design]) == COSTS
+        for matrix in layer["matrices"]:
+            assert set(matrix["phases"]) == {"forward", "backward"}
+            for number in ("flops", "seconds"):
+                assert sum(p[number] for p in matrix["phases"].values()) == pytest.approx(matrix["mpoe"][number])
+        for design in DESIGNS:
+            matrices = sum(m[design]["parameters"] for m in layer["matrices"])
+            router = 768 * 8 if design != "dense" else 0
+            assert layer[design]["parameters"] == matrices + router
+    totals = values["totals"]
+    assert set(totals) == {"feed_forward", "rest", "whole", "optimizer_seconds"}
+    for design in DESIGNS:
+        assert totals["whole"][design]["flops"] == totals["feed_forward"][design]["flops"] + totals["rest"]["flops"]
+    assert totals["whole"]["dense"]["x_dense"] == 1.0
+    assert {"nodes", "gpus_per_node", "designs", "notes", "device_memory_bytes"} <= set(values["cluster"])
+    assert [d["design"] for d in values["cluster"]["designs"]] == ["mpoe", "switch", "switch"]
+    assert any("AdamW" in note for note in values["notes"])
+
+
+def test_operations_of_the_designs_by_hand(cli, tmp_path) -> None:
+    tokens, rows, columns = 4096, 768, 3072
+    flags = ["gpt2", "--tokens", tokens, "--top_k", 2, "--device", "h100"]
+    values = plan(cli, tmp_path, *flags, "--separable_left", 256, "--separable_right", 64)
+    up = values["layers"][0]["matrices"][0]
+    assert up["dense"]["flops"] == 3 * 2 * tokens * rows * columns
+    assert up["switch"]["flops"] == 3 * 2 * 2 * tokens * rows * columns
+    # every slot: left 256 x 256 on its 3 parts, the dense centre, right 64 x 64 on its 48 parts
+    forward = up["phases"]["forward"]
+    assert forward["strategy"] == "separable"
+    assert forward["flops"] == 2 * 2 * tokens * (rows * 256 + rows * columns + columns * 64)
+    # the head 768 -> 50257 and four times as many attention weights as 768 x 768 in each of 12 layers
+    assert values["totals"]["rest"]["flops"] == 3 * 2 * tokens * (12 * 4 * rows * rows + rows * 50257)
+
+
+def test_tables_fit_and_say_what_they_assume(cli, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    flags = ["--experts", 64, "--shape", "paper", "--device", "h100", "--nodes", 4, "--gpus_per_node", 8]
+    answer = cli("plan", "t5-base", *flags, "--per_layer", "--explain")
+    assert answer.code == 0
+    assert max(map(len, answer.out.splitlines())) <= 110
+    assert "…" not in answer.out
+    for word in ("MPOE", "Switch", "rebuild", "half_left", "encoder.block.11", "all-to-all", "gcd", "AdamW"):
+        assert word in answer.out
+
+
+def test_truncated_shapes_say_so(cli) -> None:
+    answer = cli("plan", "t5-base", "--bond", 64, "--device", "h100")
+    assert "truncated" in answer.out
+    assert "lose most of a pretrained matrix" in " ".join(answer.out.split())
+    assert "truncated" not in cli("plan", "t5-base", "--device", "h100").out
+
+
+@pytest.mark.parametrize("flags", [[], ["--inference"]])
+def test_no_tokens(cli, tmp_path, flags: list[str]) -> None:
+    values = plan(cli, tmp_path, "t5-base", "--tokens", 0, "--device", "h100", "--gpus_per_node", 2, *flags)
+    whole = values["totals"]["whole"]
+    for design in DESIGNS:
+        assert whole[design]["flops"] == 0
+        assert whole[design]["seconds"] == 0
+        assert whole[design]["x_dense"] is None
+    assert whole["dense"]["parameters"] == 222_903_552
+    assert plan(cli, tmp_path, "t5-base", "--suggest", "--tokens", 0, "--device", "h100")["suggestions"]
+
+
+@pytest.mark.parametrize("name", ["t5", "bert-base", "google/flan-t5-small", "openai-community/gpt2"])
+def test_known_models(cli, tmp_path, name: str) -> None:
+    parameters = {"t5": 1_312_512, "bert-base": 109_482_240, "google/flan-t5-small": 76_961_152}
+    values = plan(cli, tmp_path, name, "--device", "h100")
+    assert values["model"]["parameters"] == parameters.get(name, 124_439_808)
+
+
+def test_configuration_files_and_converted_models(cli, tmp_path) -> None:
+    sizes = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu", **sizes}))
+    values = plan(cli, tmp_path, tmp_path / "c.json", "--device", "h100", "--layers_to_transform", 1)
+    assert [m["kind"] for m in values["layers"][0]["matrices"]] == ["up", "gate_proj", "down"]
+    assert values["model"]["feed_forward_layers"] == 2
+    mpoe = {"num_experts": 5, "shape": "light", "light_p": 16, "router": {"top_k": 2}}
+    converted = {"model_type": "mpoe_t5", "architectures": ["MPOET5ForConditionalGeneration"], "mpoe": mpoe, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(converted))
+    own = plan(cli, tmp_path, tmp_path, "--device", "h100")["config"]
+    assert (own["num_experts"], own["shape"], own["light_p"], own["router"]["top_k"]) == (5, "light", 16, 2)
+    other = plan(cli, tmp_path, tmp_path, "--device", "h100", "--experts", 3, "--top_k", 1)["config"]
+    assert (other["num_experts"], other["shape"], other["router"]["top_k"]) == (3, "light", 1)
+
+
+def test_eleven_billion_parameters_and_a_thousand_experts() -> None:
+    code = (
+        "import json, resource, sys, time\n"
+        "import torch, transformers\n"
+        "from transformers import T5Config, T5ForConditionalGeneration\n"
+        "from mpoe.cli.main import main\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before, start = rss(), time.perf_counter()\n"
+        "for flags in ([], ['--suggest', '--max_time', '2'], ['--nodes', '4', '--gpus_per_node', '8']):\n"
+        "    try:\n"
+        "        main(['plan', 't5-11b', '--experts', '1024', '--device', 'h100', *flags])\n"
+        "    except SystemExit as exit_info:\n"
+        "        assert not exit_info.code\n"
+        "print(json.dumps([time.perf_counter() - start, before, rss()]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1,024 experts" in done.stdout
+    seconds, before, after = json.loads(done.stdout.splitlines()[-1])
+    assert seconds < 10
+    assert after < 1e9
+    assert after - before < 100e6  # the model alone would be 45 GB
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["t5-bse"], "did you mean 't5-base'"),
+        (["./absent"], "no such file or folder: ./absent"),
+        (["t5-base", "--device", "h1000"], "device must be one of"),
+        (["t5-base", "--shape", "papr"], "shape must be one of"),
+        (["t5-base", "--shape", '{"up": '], "shape: bad JSON"),
+        (["t5-base", "--experts", 0], "experts must be at least 1; got 0"),
+        (["t5-base", "--tokens", -1], "tokens must be at least 0; got -1"),
+        (["t5-base", "--decoder_tokens", -1], "decoder_tokens must be at least 0; got -1"),
+        (["gpt2", "--decoder_tokens", 1], "decoder_tokens needs a model with a decoder of its own"),
+        (["t5-base", "--bond", 0], "bond must be at least 1; got 0"),
+        (["t5-base", "--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
+        (["t5-base", "--dtype", "int8"], "dtype must be one of fp32, bf16, fp16; got 'int8'"),
+        (["t5-base", "--separable_left", 5], "left must divide"),
+        (["t5-base", "--training", "--inference"], "exclude each other"),
+        (["t5-base", "--inference", "--mask_central"], "mask_central concerns training"),
+        (["t5-base", "--nodes", 0], "nodes must be at least 1; got 0"),
+        (["t5-base", "--link_gbps", 0], "link_gbps must be greater than 0"),
+        (["t5-base", "--max_time", "nan"], "max_time must be greater than 0"),
+        (["t5-base", "--max_time", 0], "max_time must be greater than 0"),
+        (["t5-base", "--max_parameters", "many"], "max_parameters must be a number like 300M"),
+        (["t5-base", "--max_parameters", "0"], "max_parameters must be at least 1"),
+        (["t5-base", "--suggest", "--rank_by", "tim"], "did you mean 'time'"),
+        (["t5-base", "--max_time", 1.3, "--tokens", 0], "max_time needs tokens"),
+        (["t5-base", "--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..11; got 77"),
+        (["t5-base", "--expert", 8], "unknown option '--expert'"),
+        (["--experts", 8], "plan needs a model first"),
+        (["--calibrate", "--device", "h100"], "only a device of this machine can be measured"),
+    ],
+)
+def test_refusals(refused, flags: list, message: str) -> None:
+    assert message in refused("plan", *flags)
+
+
+def test_refusals_of_files(refused, tmp_path: Path) -> None:
+    line = refused("plan", "t5-base", "--json", tmp_path / "absent" / "plan.json")
+    assert "json must be in an existing folder" in line
+    assert "holds no config.json" in refused("plan", tmp_path)
+    config = tmp_path / "config.json"
+    for text, message in (
+        ("{", "config.json, line 1: bad JSON"),
+        ("[]", "must hold the configuration's mapping; got list"),
+        ('{"model_type": "llama"}', "of the family 'llama', which mpoe does not know; it knows t5, gpt2, bert"),
+        ('{"model_type": "t5", "d_model": "wide"}', "is not a valid t5 one"),
+    ):
+        config.write_text(text)
+        assert message in refused("plan", tmp_path)
+
+
+def test_help_lists_the_options(cli) -> None:
+    answer = cli("plan", "--help")
+    assert answer.code == 0
+    for word in ("--experts", "--max_parameters", "--gpus_per_node", "--calibrate", "--per_layer"):
+        assert word in answer.out
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("300M", 300_000_000),
+        ("1.2B", 1_200_000_000),
+        ("1.2g", 1_200_000_000),
+        ("4_096", 4096),
+        ("2,5", 25),
+        ("8k", 8000),
+    ],
+)
+def test_counts(text: str, value: int) -> None:
+    assert parse_count("max_parameters", text) == value
+
+
+def test_calibrate_says_where(cli, monkeypatch, tmp_path: Path) -> None:
+    import mpoe_kernels.planner as planner
+
+    asked = []
+
+    def measured(device: str) -> object:
+        asked.append(device)
+        return planner.hardware_of(device)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(planner, "calibrate", measured)
+    answer = cli("plan", "--calibrate")
+    assert asked == ["cpu"]
+    assert str(tmp_path / "mpoe" / "hardware.json") in "".join(answer.out.split("\n"))
+    assert "GFLOP/s" in answer.out

@@ -1,0 +1,205 @@
+"""The numbers behind `mpoe plan`: against converted models, by hand, and on clusters."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
+
+from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.cli.parsing import parse
+from mpoe.cli.plan import PlanOptions
+from mpoe.planning.cluster import LATENCY, Cluster, all_reduce, all_to_all, place_mpoe, place_switch, placements
+from mpoe.planning.costs import Workload, model_costs
+from mpoe.planning.inventory import take_inventory
+from mpoe.planning.suggest import Budget, suggest
+from mpoe.planning.timing import Device
+
+T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}
+GATED = {**T5, "feed_forward_proj": "gated-gelu"}
+GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 16}
+
+
+def work(tokens: int = 2048, training: bool = True, dtype: torch.dtype = torch.bfloat16, **more) -> Workload:
+    return Workload(dict.fromkeys(("main", "encoder", "decoder"), tokens), Device("h100", dtype), training, **more)
+
+
+@pytest.mark.parametrize("values", [T5, GATED, GPT2], ids=["t5", "gated", "gpt2"])
+@pytest.mark.parametrize(
+    "shape", [{"shape": "separable"}, {"shape": "paper", "max_bond": 8}, {"shape": "light", "light_p": 16}], ids=str
+)
+def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, shape: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = MPOEConfig(num_experts=3, **shape)
+    costs = model_costs(take_inventory(str(tmp_path)), config, work())
+    cls = GPT2LMHeadModel if values is GPT2 else T5ForConditionalGeneration
+    own = {k: v for k, v in values.items() if k != "model_type"}
+    model = cls(AutoConfig.for_model(values["model_type"], **own))
+    report = convert_to_mpoe(model, config).parameter_report()
+    assert costs.whole("mpoe").parameters == report["total"]
+    assert costs.whole("switch").parameters == report["switch_total"]
+    assert costs.whole("dense").parameters == report["dense_total"]
+
+
+def test_one_dense_expert_costs_what_the_dense_layer_does() -> None:
+    costs = model_costs(take_inventory("gpt2"), MPOEConfig(num_experts=1), work())
+    for layer in costs.layers:
+        for matrix in layer.matrices:
+            assert matrix.costs["switch"] == matrix.costs["dense"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_time_of_a_large_product_is_its_arithmetic(training: bool) -> None:
+    device = Device("h100", torch.bfloat16)
+    size = 32768
+    best = 2 * size**3 * (3 if training else 1) / device.hardware.flops_per_second(torch.bfloat16)
+    assert best <= device.linear_seconds(size, size, size, 1, training) <= 1.1 * best
+
+
+def test_time_of_many_experts_with_few_rows_is_reading_them() -> None:
+    device = Device("h100", torch.bfloat16)
+    rows, size, experts = 4096, 4096, 256
+    seconds = device.linear_seconds(rows, size, size, experts, training=False)
+    moved = 2 * (experts * size * size + 2 * rows * size)
+    assert moved / device.hardware.bandwidth <= seconds <= 1.1 * moved / device.hardware.bandwidth
+    assert device.linear_seconds(0, size, size, experts, training=True) == 0
+
+
+def test_masked_steps_cost_less() -> None:
+    inventory = take_inventory("t5-base")
+    plain = model_costs(inventory, MPOEConfig(), work())
+    masked = model_costs(inventory, MPOEConfig(), work(mask_central=True))
+    assert masked.experts("mpoe").flops < plain.experts("mpoe").flops
+    assert masked.experts("switch") == plain.experts("switch")
+
+
+def test_temporary_weights_stay_under_two_experts() -> None:
+    for shape, experts in itertools.product(("paper", "light", "separable"), (8, 1024)):
+        costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape=shape), work())
+        assert costs.whole("mpoe").temporary_bytes <= 2 * 1024 * 4096 * 2
+
+
+# ------------------------------------------------------------------------------------------------- suggestions
+
+
+@pytest.mark.parametrize(("parameters", "x_dense"), [(300_000_000, None), (None, 1.8), (260_000_000, 2.5)])
+@pytest.mark.parametrize("rank_by", ["capacity", "time", "parameters"])
+def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_by: str) -> None:
+    inventory, load = take_inventory("t5-base"), work(8192)
+    found = suggest(inventory, MPOEConfig(), load, Budget(parameters, x_dense), rank_by)
+    assert found
+    for one in found:
+        assert one.parameters <= (parameters or math.inf)
+        assert one.x_dense <= (x_dense or math.inf)
+        costs = model_costs(inventory, one.config, load)
+        assert costs.whole("mpoe") == one.costs.whole("mpoe")
+        shapes = [m.shape for layer in costs.layers for m in layer.matrices]
+        assert one.lossless == all(shape.is_full for shape in shapes)
+    assert [one.lossless for one in found] == sorted((one.lossless for one in found), reverse=True)
+    key = {"capacity": lambda s: -s.capacity, "time": lambda s: s.x_dense, "parameters": lambda s: s.parameters}
+    lossless = [key[rank_by](one) for one in found if one.lossless]
+    assert lossless == sorted(lossless)
+
+
+def test_options_of_a_suggestion_choose_its_shape() -> None:
+    inventory = take_inventory("t5-base")
+    for one in suggest(inventory, MPOEConfig(), work(), Budget()):
+        (options,), _ = parse([PlanOptions], shlex.split(one.options))
+        config = MPOEConfig(
+            shape=options.shape,
+            max_bond=options.bond,
+            light_p=options.light_p,
+            separable_left=options.separable_left,
+            separable_right=options.separable_right,
+        )
+        assert model_costs(inventory, config, work()).whole("mpoe").parameters == one.parameters
+
+
+def test_all_families_are_suggested_when_the_budget_allows() -> None:
+    found = suggest(take_inventory("t5-base"), MPOEConfig(), work(), Budget(400_000_000))
+    assert {one.config.shape for one in found} == {"separable", "light", "paper"}
+    assert {one.lossless for one in found} == {True, False}
+
+
+def test_impossible_budgets_name_the_nearest() -> None:
+    inventory = take_inventory("t5-base")
+    with pytest.raises(ValueError, match=r"no shape meets max_parameters 1,000 .*nearest lossless: separable 8/8"):
+        suggest(inventory, MPOEConfig(), work(), Budget(1000))
+    with pytest.raises(ValueError, match=r"max_parameters 230,000,000 and max_time 0.001 x dense .*truncated"):
+        suggest(inventory, MPOEConfig(), work(), Budget(230_000_000, 0.001))
+
+
+# ---------------------------------------------------------------------------------------------------- clusters
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "group"), [(4, 8, 32), (4, 8, 8), (4, 8, 4), (2, 4, 8), (1, 8, 8), (3, 2, 6)]
+)
+def test_all_to_all_against_counting(nodes: int, gpus: int, group: int) -> None:
+    node, link = 0.0, 0.0
+    devices = nodes * gpus
+    for sender, receiver in itertools.product(range(devices), repeat=2):
+        if sender != receiver and sender // group == receiver // group:
+            same = sender // gpus == receiver // gpus
+            node, link = node + same * 1000 / group, link + (not same) * 1000 / group
+    traffic = all_to_all(1000, group, gpus)
+    assert traffic.node == pytest.approx(node / devices)
+    assert traffic.link == pytest.approx(link / devices)
+
+
+def test_all_reduce_by_hand() -> None:
+    traffic = all_reduce(800, nodes=4, gpus=8)
+    assert traffic.node == pytest.approx(2 * 7 / 8 * 800)
+    assert traffic.link == pytest.approx(2 * 3 / 4 * 100)
+    assert all_reduce(800, 1, 8).link == 0
+    assert all_reduce(800, 4, 1) == all_reduce(800, 4, 1).__class__(0, 2 * 3 / 4 * 800, 1)
+    assert all_reduce(800, 1, 1).calls == 0
+
+
+def test_replicated_experts_against_expert_parallel() -> None:
+    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=64), work())
+    cluster = Cluster(nodes=4, gpus_per_node=8, network_bandwidth=50e9, link_bandwidth=450e9)
+    mpoe, switch = place_mpoe(costs, cluster), place_switch(costs, cluster)
+    assert (mpoe.expert_group, switch.expert_group) == (1, 32)
+    assert mpoe.all_to_all.calls == 0
+    assert mpoe.memory_bytes == 16 * costs.whole("mpoe").parameters
+    assert mpoe.all_reduce.link == pytest.approx(2 * 3 / 4 * 4 * mpoe.parameters / 8)
+    # two of 64 experts on each device; the rest and the routers everywhere
+    ffn = 24 * 2 * 768 * 3072
+    assert switch.parameters == 222_903_552 - ffn + 24 * 768 * 64 + 2 * ffn
+    assert switch.sharded_bytes == 16 * costs.whole("switch").parameters // 32
+    # dispatch and combine, forward and backward, of 24 layers: 2048 rows of 768 bfloat16, 24 of 32 targets elsewhere
+    assert switch.all_to_all.calls == 4 * 24
+    assert switch.all_to_all.link == pytest.approx(4 * 24 * 2048 * 768 * 2 * 24 / 32)
+    assert switch.all_to_all.node == pytest.approx(4 * 24 * 2048 * 768 * 2 * 7 / 32)
+    sent = switch.traffic
+    seconds = sent.node / 450e9 + sent.link / 50e9 + sent.calls * LATENCY
+    assert switch.communication_seconds == pytest.approx(seconds)
+    assert switch.seconds == pytest.approx(switch.compute_seconds + switch.optimizer_seconds + seconds)
+
+
+def test_experts_inside_a_node_keep_tokens_off_the_network() -> None:
+    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=8), work())
+    switch = place_switch(costs, Cluster(4, 8, 50e9, 450e9))
+    assert switch.all_to_all.link == 0
+    experts = 24 * 2 * 768 * 3072  # one expert per layer on each device, four replicas of it, one in each node
+    common = switch.parameters - experts
+    assert switch.all_reduce.link == pytest.approx(2 * 3 / 4 * 4 * (common / 8 + experts))
+
+
+def test_inference_and_single_devices_send_no_gradients() -> None:
+    inventory = take_inventory("t5-base")
+    inference = model_costs(inventory, MPOEConfig(num_experts=64), work(training=False))
+    for placement in placements(inference, Cluster(2, 2, 50e9, 450e9)):
+        assert placement.all_reduce.calls == 0
+        assert placement.optimizer_seconds == 0
+        assert placement.memory_bytes == 2 * placement.parameters
+    alone = placements(model_costs(inventory, MPOEConfig(), work()), Cluster(1, 1, 50e9, 450e9))
+    assert [placement.traffic.calls for placement in alone] == [0, 0]
+    with pytest.raises(ValueError, match="nodes must be at least 1; got 0"):
+        Cluster(0, 1, 1.0, 1.0)

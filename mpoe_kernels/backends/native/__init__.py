@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.backends.native.routing import ROUTING_KERNELS
 from mpoe_kernels.backends.registry import Backend, Request
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS}
 
 
 def unavailable_reasons() -> list[str]:
@@ -19,9 +20,16 @@ def request_reasons(request: Request) -> list[str]:
     return [] if request.device_type == "cpu" else [f"it runs on cpu, not on {request.device_type}"]
 
 
+def predicted_cost(request: Request) -> float:
+    """Of routing: below eager's 1. On one thread it took 1/1.2 to 1/30 of eager's time at every size and dtype tried
+    (8 to 4096 slots of 768 or 3072 elements)."""
+    return 0.5
+
+
 NATIVE = Backend(
     name="native",
     kernels=KERNELS,
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
+    predicted_cost=predicted_cost,
 )

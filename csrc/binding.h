@@ -1,0 +1,42 @@
+// Checks and conversions that all bindings share. Only csrc/*.cpp may include it: kernels know nothing of torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "common/types.h"
+
+namespace mpoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Dense int64 values of a tensor with `dim` axes.
+inline Tensor dense_index(const Tensor& tensor, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " axes; got ", tensor.dim());
+  return dense(cast(tensor, ScalarType::Long));
+}
+
+}  // namespace mpoe

@@ -1,0 +1,52 @@
+// Routing on raw pointers: stable counting sort of (token, choice) pairs by expert, gathers and gated sums of rows.
+// T tokens, K choices per token, N = T * K slots, E experts; all arrays dense unless a stride is named (in elements).
+// Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace mpoe {
+
+// Position of the first value outside [low, high], or -1.
+std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
+
+struct Route {
+  const std::int64_t* index;  // [T, K], each in 0..E-1
+  std::int64_t tokens, top_k, experts;
+  std::int64_t capacity;         // most slots of one expert; negative: no limit
+  const bool* token_mask;        // [T] or null; false: the token is neither routed nor counted
+  std::int32_t* expert_offsets;  // [E + 1]
+  std::int64_t* token_of_slot;   // [N]; masked and dropped pairs come last
+  std::int64_t* slot_of_token;   // [T, K]; -1: masked or dropped
+};
+// The caller has checked `index`.
+void route(const Route& arguments);
+
+// out[s] = x[token_of_slot[s]] for s < filled, else 0. Any type of `width` bytes per row; x_stride in bytes.
+struct Dispatch {
+  const void* x;
+  std::int64_t x_stride, width;
+  const std::int64_t* token_of_slot;  // [N], each in 0..T-1
+  std::int64_t slots, filled;
+  void* out;  // [N, width bytes]
+};
+void dispatch(const Dispatch& arguments);
+
+// The gated sum and its gradients, over rows of `features` elements of `dtype`. Gates have the accumulator's type:
+// double for kFloat64, else float.
+struct Combine {
+  Dtype dtype;
+  std::int64_t tokens, top_k, slots, features;
+  const std::int64_t* slot_of_token;  // [T, K], each in -1..N-1, none twice
+  const void* gates;                  // [T, K]; null: all 1
+};
+// out[t] = sum_k gates[t, k] * rows[slot_of_token[t, k]] over the pairs that were kept.
+void combine(const Combine& arguments, const void* rows, void* out);
+
+// drows[slot_of_token[t, k]] = gates[t, k] * grad[t], 0 in slots of no pair; dgates[t, k] = <rows[slot], grad[t]>.
+// Either result may be null; rows is read for dgates alone.
+void combine_backward(const Combine& arguments, const void* grad, const void* rows, void* drows, void* dgates);
+
+}  // namespace mpoe

@@ -1,0 +1,66 @@
+"""Triton kernels for NVIDIA and AMD GPUs; on the CPU only in Triton's interpreter, for tests.
+
+Importing this package imports no Triton: a kernel's module is imported when the kernel is first called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from mpoe_kernels.backends.registry import Backend, Request
+from mpoe_kernels.backends.triton.architecture import gpu_available, in_interpreter, triton_reasons
+from mpoe_kernels.backends.triton.cost import contraction_reasons, predicted_cost, predicted_seconds
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# op -> module and function
+_KERNELS = {
+    "route": ("routing", "route_forward"),
+    "dispatch": ("routing", "dispatch_forward"),
+    "dispatch_backward": ("routing", "dispatch_backward"),
+    "combine": ("routing", "combine_forward"),
+    "combine_backward": ("routing", "combine_backward"),
+    "grouped_mpo_linear": ("linear", "linear_forward"),
+    "grouped_mpo_linear_backward": ("linear", "linear_backward"),
+}
+
+
+def _call(module: str, function: str, *arguments: Any) -> Any:
+    return getattr(import_module(f"{__name__}.{module}"), function)(*arguments)
+
+
+def unavailable_reasons() -> list[str]:
+    """Why no Triton kernel can run here."""
+    reasons = list(triton_reasons())
+    if not in_interpreter() and not gpu_available():
+        reasons.append("it needs a CUDA or ROCm device (or Triton's interpreter: TRITON_INTERPRET=1)")
+    return reasons
+
+
+def request_reasons(request: Request) -> list[str]:
+    """Why it cannot run one request."""
+    reasons = []
+    if request.device_type != "cuda" and not (request.device_type == "cpu" and in_interpreter()):
+        reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
+    if request.op != "route" and request.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        reasons.append(f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+KERNELS: dict[str, Callable[..., Any]] = {op: partial(_call, *where) for op, where in _KERNELS.items()}
+
+TRITON = Backend(
+    name="triton",
+    kernels=KERNELS,
+    unavailable_reasons=unavailable_reasons,
+    request_reasons=request_reasons,
+    predicted_cost=predicted_cost,
+    contraction_reasons=contraction_reasons,
+    predicted_seconds=predicted_seconds,
+)

@@ -1,0 +1,62 @@
+"""What this machine offers to Triton, without importing it."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+# Shared memory that one program may use, in bytes.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+INTERPRETER = "interpreter"
+
+
+def in_interpreter() -> bool:
+    """Whether kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@lru_cache(maxsize=1)
+def gpu_available() -> bool:
+    return torch.cuda.is_available()
+
+
+@lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def _gpu_architecture(index: int) -> str:
+    """Nearest shipped table for a GPU."""
+    name = getattr(torch.cuda.get_device_properties(index), "gcnArchName", "")
+    if torch.version.hip is not None and name:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def architecture_of(device: torch.device) -> str:
+    """Key of the configuration tables for tensors on ``device``."""
+    if device.type != "cuda" or in_interpreter():
+        return INTERPRETER
+    return _gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+OLDEST = (3, 6)
+
+
+@lru_cache(maxsize=1)
+def triton_reasons() -> tuple[str, ...]:
+    """Why Triton itself cannot be used."""
+    if not triton_installed():
+        return ("the package triton is not installed",)
+    found = version("triton")
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        return (f"it needs triton {'.'.join(map(str, OLDEST))} or newer; found {found}",)
+    return ()

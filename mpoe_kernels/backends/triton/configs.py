@@ -1,0 +1,81 @@
+"""Tile sizes per kernel and architecture, as data, and the choice among them.
+
+The first entry that suits a problem is the fixed choice: it needs no benchmark and never changes between runs. Every
+entry is compiled ahead of time for its architecture by ``tools/triton_aot.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.backends.triton import tuning
+from mpoe_kernels.backends.triton.start import architecture_of
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a GEMM ``[m, k] x [k, n]``, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def fitted(self, m: float, n: float, k: float) -> Tile:
+        """The same tile without what a smaller problem would leave empty (16 is the least a tensor core takes)."""
+        sizes = [
+            min(tile, max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length()))
+            for tile, size in zip((self.m, self.n, self.k), (m, n, k), strict=True)
+        ]
+        return replace(self, m=sizes[0], n=sizes[1], k=sizes[2])
+
+
+# kernel -> architecture -> tiles, the widest problem's first; "float32" rows need twice the memory.
+_NVIDIA: dict[str, tuple[Tile, ...]] = {
+    "rows": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+    "outer": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+    "blocks": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+}
+_AMD: dict[str, tuple[Tile, ...]] = {
+    name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles) for name, tiles in _NVIDIA.items()
+}
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
+# Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
+TILES["interpreter"] = {name: (Tile(64, 64, 64, 4, 1),) for name in _NVIDIA}
+
+
+def for_float32(tile: Tile) -> Tile:
+    """A tile of half the bytes: float32 elements are twice as large."""
+    return replace(tile, k=max(16, tile.k // 2))
+
+
+def candidates(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Shipped tiles of a kernel, in the order of preference."""
+    tiles = TILES[architecture][kernel]
+    return tuple(for_float32(tile) for tile in tiles) if dtype == torch.float32 else tiles
+
+
+def tile_for(kernel: str, like: Tensor, m: float, n: float, k: float) -> Tile:
+    """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: tuned if it was, else the fixed choice."""
+    architecture = architecture_of(like.device)
+    shipped = candidates(kernel, architecture, like.dtype)
+    fixed = next((tile for tile in shipped if tile.m <= m), shipped[-1])
+    tuned = tuning.lookup(architecture, kernel, like.dtype, (m, n, k))
+    return (Tile(*tuned) if tuned else fixed).fitted(m, n, k)
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Keyword arguments of a launch."""
+    return {
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

@@ -1,0 +1,84 @@
+"""What several kernels share on the device: mixed-radix addresses, tiles of experts, activations.
+
+An *index map* turns a flat index into an address: the index has up to four digits, most significant first, and every
+digit has a stride in every operand. A host-side map pads with trailing digits of size 1, so the first digit needs no
+remainder and a plain dimension costs no arithmetic at all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(index, SIZES: tl.constexpr, STRIDES: tl.constexpr):
+    """Address of a mixed-radix index: ``sum_k digit_k * STRIDES[k]``."""
+    rest = index
+    address = index * 0
+    if SIZES[3] > 1:
+        address += (rest % SIZES[3]) * STRIDES[3]
+        rest = rest // SIZES[3]
+    if SIZES[2] > 1:
+        address += (rest % SIZES[2]) * STRIDES[2]
+        rest = rest // SIZES[2]
+    if SIZES[1] > 1:
+        address += (rest % SIZES[1]) * STRIDES[1]
+        rest = rest // SIZES[1]
+    return address + rest * STRIDES[0]
+
+
+@triton.jit
+def segments(offsets, slots, EXPERTS: tl.constexpr, GROUPED: tl.constexpr, SCAN: tl.constexpr):
+    """First and last slot of every segment, ``[SCAN]`` each.
+
+    Segments are the experts' slots and, last, the empty slots behind ``offsets[EXPERTS]``. Not ``GROUPED``: all filled
+    slots form one segment. ``SCAN`` is a power of two above the number of segments; unused entries are empty.
+    """
+    segment = tl.arange(0, SCAN)
+    if GROUPED:
+        start = tl.load(offsets + segment, mask=segment <= EXPERTS, other=0).to(tl.int32)
+        stop = tl.load(offsets + segment + 1, mask=segment < EXPERTS, other=0).to(tl.int32)
+        stop = tl.where(segment == EXPERTS, slots, stop)
+    else:
+        filled = tl.load(offsets + EXPERTS).to(tl.int32)
+        start = tl.where(segment == 1, filled, 0)
+        stop = tl.where(segment == 0, filled, tl.where(segment == 1, slots, 0))
+    return start, stop
+
+
+@triton.jit
+def pick(values, position):
+    """``values[position]`` of a one-dimensional block of non-negative integers."""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == position, values, 0))
+
+
+@triton.jit
+def activate(z, NAME: tl.constexpr):
+    """Activation of a float32 pre-activation."""
+    if NAME == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif NAME == "gelu_tanh":  # 0.5 (1 + tanh u) is the logistic function of 2 u
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif NAME == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def activation_slope(saved, NAME: tl.constexpr):
+    """Derivative of the activation; ``saved`` is the output for relu and the pre-activation for the others."""
+    if NAME == "relu":
+        slope = tl.where(saved > 0, 1.0, 0.0)
+    elif NAME == "gelu":
+        slope = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
+        slope += saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+    elif NAME == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (saved + 0.044715 * saved * saved * saved))
+        slope = s + saved * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * saved * saved)
+    else:
+        s = tl.sigmoid(saved)
+        slope = s * (1.0 + saved * (1.0 - s))
+    return slope

@@ -1,0 +1,112 @@
+"""Operands with named axes, and the index maps that a contraction of two of them needs.
+
+Axes carry the names of the block sizes (``iL jL a iC jC b iR jR``). Which axes form the M, K and N dimensions of a GEMM
+follows from the names alone: shared ones are summed, the others remain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.planner.orders import BlockDims
+
+DIGITS = 4
+# Axis order of blocks, and of what is built from them, in memory.
+LAYOUTS = {
+    "L": ("iL", "jL", "a"),
+    "C": ("a", "iC", "jC", "b"),
+    "R": ("b", "iR", "jR"),
+    "LC": ("iL", "jL", "iC", "jC", "b"),
+    "CR": ("a", "iC", "jC", "iR", "jR"),
+    "W": ("iL", "iC", "iR", "jL", "jC", "jR"),
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor whose inner axes have names.
+
+    Attributes:
+        data: the tensor.
+        strides: elements between neighbours along every axis.
+        outer: elements between slots (of activations) or experts (of blocks); 0 for a block that experts share.
+        limit: number of true columns when the axes pad them, else 0.
+    """
+
+    data: Tensor
+    strides: Mapping[str, int]
+    outer: int
+    limit: int = 0
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset(self.strides)
+
+    def experts(self, first: int, last: int) -> Operand:
+        """The same block of experts ``first:last`` only; a shared block stays as it is."""
+        return self if self.outer == 0 else Operand(self.data[first:last], self.strides, self.outer, self.limit)
+
+
+def row_major(axes: Iterable[str], dims: BlockDims) -> dict[str, int]:
+    """Strides of axes that lie behind one another in memory."""
+    strides, step = {}, 1
+    for axis in reversed(tuple(axes)):
+        strides[axis] = step
+        step *= getattr(dims, axis)
+    return strides
+
+
+def activations(data: Tensor, axes: tuple[str, ...], dims: BlockDims, true_columns: int = 0) -> Operand:
+    """Rows ``[.., columns]`` of contiguous columns; ``true_columns`` where the axes pad them."""
+    padded = dims.elements(frozenset(axes))
+    return Operand(data, row_major(axes, dims), data.stride(0), true_columns if true_columns != padded else 0)
+
+
+def block(data: Tensor, name: str) -> Operand:
+    """Block ``[E, ...]`` (the central one without E) of any strides."""
+    strides = data.stride() if name == "C" else data.stride()[1:]
+    return Operand(data, dict(zip(LAYOUTS[name], strides, strict=True)), 0 if name == "C" else data.stride(0))
+
+
+def scratch(name: str, experts: int, dims: BlockDims, like: Tensor) -> Operand:
+    """Uninitialised memory for a composite of ``experts`` experts."""
+    size = dims.elements(frozenset(LAYOUTS[name]))
+    data = torch.empty(experts, size, dtype=like.dtype, device=like.device)
+    return Operand(data, row_major(LAYOUTS[name], dims), size)
+
+
+class IndexMap(NamedTuple):
+    """One dimension of a GEMM: its extent, and sizes and strides (per operand) of its digits."""
+
+    extent: int
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+
+def index_map(axes: Iterable[str], dims: BlockDims, *operands: Operand) -> IndexMap:
+    """Digits of ``axes``, most significant first by the first operand's strides; axes that lie together are merged.
+
+    Raises:
+        ValueError: more digits than the kernels take.
+    """
+    named = [axis for axis in axes if getattr(dims, axis) > 1]
+    named.sort(key=lambda axis: operands[0].strides[axis], reverse=True)
+    digits: list[tuple[int, list[int]]] = []
+    for axis in named:
+        size, strides = getattr(dims, axis), [operand.strides[axis] for operand in operands]
+        if digits and digits[-1][1] == [size * stride for stride in strides]:
+            digits[-1] = (digits[-1][0] * size, strides)
+        else:
+            digits.append((size, strides))
+    if len(digits) > DIGITS:
+        raise ValueError(f"a dimension of {len(digits)} digits ({', '.join(named)}) does not fit {DIGITS}")
+    digits += [(1, [0] * len(operands))] * (DIGITS - len(digits))
+    sizes = tuple(size for size, _ in digits)
+    columns = tuple(tuple(strides[k] for _, strides in digits) for k in range(len(operands)))
+    return IndexMap(math.prod(sizes), sizes, columns)

@@ -1,0 +1,266 @@
+"""Kernel family 5: a stable counting sort of (token, choice) pairs, and the row movements it describes.
+
+Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. A few
+pairs (decoding) need one. No launch depends on a number that only the device knows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Expert of a pair, ``EXPERTS`` if its token is masked, ``EXPERTS + 1`` outside."""
+    key = tl.load(index + pair, mask=inside, other=0).to(tl.int32)
+    if HAS_MASK:
+        key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
+    return tl.where(inside, key, EXPERTS + 1)
+
+
+@triton.jit
+def pair_at(position, tokens, TOP_K: tl.constexpr, BY_CHOICE: tl.constexpr):
+    """Pair ``token * TOP_K + choice`` at a position of the order: by token, or all first choices first."""
+    if BY_CHOICE:
+        position = (position % tokens) * TOP_K + position // tokens
+    return position
+
+
+@triton.jit
+def histogram_kernel(
+    index,  # [T, K], or keys of the pairs
+    mask,  # [T]
+    counts,  # [blocks, BINS]
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(blocks,)``: how often every key occurs among ``BLOCK`` consecutive pairs."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < tokens * TOP_K
+    pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(key, BINS))
+
+
+@triton.jit
+def prefix_kernel(
+    counts,  # [blocks, BINS]: replaced by the pairs of the same key in earlier blocks
+    offsets,  # [EXPERTS + 1]
+    blocks,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid ``(1,)``."""
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(0, blocks, CHUNK):
+        row = first + tl.arange(0, CHUNK)
+        at = counts + row[:, None] * BINS + bins[None, :]
+        inside = (row < blocks)[:, None]
+        found = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(found, 0) - found, mask=inside)
+        total += tl.sum(found, 0)
+    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
+
+
+@triton.jit
+def drop_kernel(
+    index,
+    mask,
+    counts,  # [blocks, BINS] after the prefix, in the order of choices
+    keys,  # [T K] int32: what remains of the pairs' experts
+    tokens,
+    capacity,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(blocks,)``: pairs that come ``capacity`` or more pairs late for their expert lose it."""
+    here = tl.arange(0, BLOCK)
+    position = tl.program_id(0) * BLOCK + here
+    inside = position < tokens * TOP_K
+    pair = pair_at(position, tokens, TOP_K, True)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    rank = stable_rank(key, here)
+    rank += tl.load(counts + tl.program_id(0) * BINS + key)
+    tl.store(keys + pair, tl.where(rank >= capacity, EXPERTS, key), mask=inside)
+
+
+@triton.jit
+def stable_rank(key, here):
+    """Number of earlier entries of the block with the same key."""
+    earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
+    return tl.sum(earlier.to(tl.int32), 1)
+
+
+@triton.jit
+def scatter_kernel(
+    index,  # [T, K], or keys of the pairs
+    mask,
+    counts,  # [blocks, BINS] after the prefix
+    offsets,
+    token_of_slot,
+    slot_of_token,
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(blocks,)``: every pair finds its slot."""
+    here = tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK + here
+    inside = pair < tokens * TOP_K
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    slot = stable_rank(key, here)
+    slot += tl.load(counts + tl.program_id(0) * BINS + key)
+    slot += tl.load(offsets + key, mask=inside, other=0)
+    tl.store(token_of_slot + slot, (pair // TOP_K).to(tl.int64), mask=inside)
+    tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+
+
+@triton.jit
+def route_few_kernel(
+    index,
+    mask,
+    offsets,
+    token_of_slot,
+    slot_of_token,
+    tokens,
+    capacity,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(1,)``: the whole of `route` for at most ``BLOCK`` pairs."""
+    pair = tl.arange(0, BLOCK)
+    inside = pair < tokens * TOP_K
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    if HAS_CAPACITY:
+        turn = (pair % TOP_K) * tokens + pair // TOP_K
+        rank = stable_rank(key, turn)
+        key = tl.where(inside & (rank >= capacity), EXPERTS, key)
+    slot = stable_rank(key, pair) + tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
+    tl.store(token_of_slot + slot, (pair // TOP_K).to(tl.int64), mask=inside)
+    tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+    count = tl.histogram(key, BINS)
+    bins = tl.arange(0, BINS)
+    tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= EXPERTS)
+
+
+@triton.jit
+def dispatch_kernel(
+    x,  # [T, I]
+    offsets,
+    token_of_slot,
+    out,  # [N, I]
+    slots,
+    I,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(slot blocks, column blocks)``: rows in slot order, zero in empty slots."""
+    filled = tl.load(offsets + EXPERTS)
+    slot = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    token = tl.load(token_of_slot + slot, mask=slot < filled, other=0)
+    inside = (column < I)[None, :]
+    value = tl.load(x + token[:, None] * I + column[None, :], mask=inside & (slot < filled)[:, None], other=0.0)
+    tl.store(out + slot.to(tl.int64)[:, None] * I + column[None, :], value, mask=inside & (slot < slots)[:, None])
+
+
+@triton.jit
+def collect_kernel(
+    rows,  # [N, F]
+    slot_of_token,  # [T, K]
+    weights,  # [T, K]
+    out,  # [T, F]
+    tokens,
+    F,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(token blocks, column blocks)``: sum of a token's rows, weighted; dropped pairs are not even read."""
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for choice in tl.static_range(TOP_K):
+        slot = tl.load(slot_of_token + token * TOP_K + choice, mask=token < tokens, other=-1)
+        kept = (slot >= 0)[:, None] & (column < F)[None, :]
+        value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0).to(tl.float32)
+            value = value * weight[:, None]
+        total += value
+    at = token.to(tl.int64)[:, None] * F + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < F)[None, :])
+
+
+@triton.jit
+def spread_kernel(
+    grad,  # [T, F]
+    token_of_slot,
+    slot_of_token,
+    weights,
+    dy,  # [N, F]
+    slots,
+    F,
+    TOP_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(slot blocks, column blocks)``: gradient of `combine`'s rows; a slot that no pair kept gets zero."""
+    slot = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    token = tl.load(token_of_slot + slot, mask=slot < slots, other=0)
+    weight = tl.zeros((BM,), dtype=tl.float32)
+    owned = slot < 0
+    for choice in tl.static_range(TOP_K):
+        own = tl.load(slot_of_token + token * TOP_K + choice, mask=slot < slots, other=-1) == slot
+        weight += tl.load(weights + token * TOP_K + choice, mask=own, other=0.0).to(tl.float32)
+        owned = owned | own
+    inside = (column < F)[None, :]
+    value = tl.load(grad + token[:, None] * F + column[None, :], mask=inside & owned[:, None], other=0.0)
+    value = (value.to(tl.float32) * weight[:, None]).to(dy.dtype.element_ty)
+    tl.store(dy + slot.to(tl.int64)[:, None] * F + column[None, :], value, mask=inside & (slot < slots)[:, None])
+
+
+@triton.jit
+def weight_gradient_kernel(
+    grad,  # [T, F]
+    rows,  # [N, F]
+    slot_of_token,
+    dweights,  # [T, K]
+    tokens,
+    F,
+    TOP_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(token blocks, TOP_K)``: a token's gradient times the row that a choice gave it."""
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    at = token * TOP_K + tl.program_id(1)
+    slot = tl.load(slot_of_token + at, mask=token < tokens, other=-1)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    for first in tl.range(0, F, BN):
+        column = first + tl.arange(0, BN)
+        kept = (slot >= 0)[:, None] & (column < F)[None, :]
+        g = tl.load(grad + token.to(tl.int64)[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        total += tl.sum(g * tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32), 1)
+    tl.store(dweights + at, total.to(dweights.dtype.element_ty), mask=token < tokens)

@@ -1,0 +1,58 @@
+"""Repairs, for tests only, of the interpreter's bfloat16: import before any kernel.
+
+Triton's interpreter keeps bfloat16 as the 16-bit patterns of its numbers; `tl.dot` then multiplies the patterns as
+integers, and rounding from float32 cuts the low bits off. Both are made what a GPU does: products of the numbers,
+accumulated in float32, and rounding to nearest even.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+
+def to_float(bits: np.ndarray) -> np.ndarray:
+    """Bit patterns of bfloat16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bits(values: np.ndarray) -> np.ndarray:
+    """float32 -> bit patterns of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def repair() -> None:
+    """Patch the interpreter of this process; a second call changes nothing."""
+    if getattr(_Builder, "_mpoe_repaired", False):
+        return
+    dot, cast, convert = _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp
+
+    def widened(handle):  # type: ignore[no-untyped-def]
+        return _Handle(to_float(handle.data), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
+        return dot(self, widened(a), widened(b), *rest)
+
+    def cast_impl(self, source, target):  # type: ignore[no-untyped-def]
+        pair = (source.dtype.scalar, target.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            return _Handle(to_bits(source.data), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            return _Handle(to_float(source.data), tl.float32)
+        return cast(self, source, target)
+
+    def create_fp_to_fp(self, source, target, mode):  # type: ignore[no-untyped-def]
+        if {source.dtype.scalar, target.scalar} == {tl.float32, tl.bfloat16}:
+            return cast_impl(self, source, target)
+        return convert(self, source, target, mode)
+
+    _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
+    if not hasattr(_Builder, "get_bf16"):  # Triton 3.6: a Python number beside a bfloat16 tensor
+        _Builder.get_bf16 = lambda self, value: _Handle(to_bits(np.array([value], np.float32)), tl.bfloat16)
+    _Builder._mpoe_repaired = True

@@ -1,0 +1,116 @@
+"""Every strategy of the grouped product, forward and backward, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_runs import Case, strategies_of
+
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear
+from mpoe_kernels.backends.triton import launch
+from mpoe_kernels.backends.triton.configs import Tile
+from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.testing.assertions import assert_calibrated
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
+IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
+
+
+@pytest.mark.parametrize(("name", "strategy"), PAIRS)
+def test_float32(name: str, strategy: str) -> None:
+    Case(SMALL_SHAPES[name]).check(strategy)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [pair for pair in PAIRS if pair[0] in IN_BFLOAT16])
+def test_bfloat16(name: str, strategy: str) -> None:
+    Case(SMALL_SHAPES[name], torch.bfloat16).check(strategy)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_activations_with_and_without_gather(activation: str, gathered: bool) -> None:
+    Case(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
+    Case(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False).check("rebuild")
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+@pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
+def test_distributions(name: str, kind: str) -> None:
+    shape = SMALL_SHAPES[name]
+    for strategy in strategies_of(shape):
+        Case(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu").check(strategy)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_no_tokens(name: str) -> None:
+    for strategy in strategies_of(SMALL_SHAPES[name]):
+        Case(SMALL_SHAPES[name], tokens=0, top_k=1).check(strategy)
+
+
+@pytest.mark.parametrize("name", ["paper", "separable"])
+def test_backward_strategy_is_chosen_on_its_own(name: str) -> None:
+    shape = SMALL_SHAPES[name]
+    strategies = strategies_of(shape)
+    for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
+        Case(shape, activation="relu").check(forward, backward)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
+    shape = SMALL_SHAPES[name]
+    case = Case(shape)
+    for strategy in strategies_of(shape):
+        y, h, z = case.forward(strategy)
+        together = case.backward(strategy, y, h, z, [True] * 5)
+        for needed in range(5):
+            alone = case.backward(strategy, y, h, z, [k == needed for k in range(5)])
+            assert torch.equal(alone[needed], together[needed])
+            assert all(alone[k].numel() == 0 for k in range(5) if k != needed)
+        masked = case.backward(strategy, y, h, z, [True, True, False, True, True])
+        assert masked[2].numel() == 0
+        assert all(torch.equal(masked[k], together[k]) for k in (0, 1, 3, 4))
+
+
+def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The central gradient is not computed and thrown away: its launches do not happen."""
+    from mpoe_kernels.backends.triton import start
+
+    case = Case(SMALL_SHAPES["paper"])
+    for strategy in strategies_of(case.shape):
+        y, h, z = case.forward(strategy)
+        with start.recorded("sm_90") as all_of_it:
+            case.backward(strategy, y, h, z, [True] * 5)
+        with start.recorded("sm_90") as masked:
+            case.backward(strategy, y, h, z, [True, True, False, True, True])
+        assert len(masked) < len(all_of_it)
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "chain"])
+def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles in every dimension, shared by several persistent programs, and several partial sums."""
+    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
+    Case(SMALL_SHAPES["paper"], tokens=21, experts=2, capacity=None).check(strategy)
+
+
+def test_the_same_bits_every_time() -> None:
+    for strategy in ("rebuild", "half_left", "chain"):
+        case = Case(SMALL_SHAPES["paper"])
+        for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_strided_input_and_blocks() -> None:
+    shape = SMALL_SHAPES["padded"]
+    x = torch.randn(shape.in_features, 5).T
+    blocks = random_blocks(shape, 2, torch.float32)
+    left = blocks.left.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = MPOBlocks(left, blocks.central, blocks.right, shape.in_features, shape.out_features)
+    offsets = torch.tensor([0, 2, 5])
+    sizes = (shape.in_features, shape.out_features)
+    doubles = MPOBlocks(left.double(), blocks.central.double(), blocks.right.double(), *sizes)
+    truth = grouped_mpo_linear_reference(x.double(), doubles, offsets)
+    same = grouped_mpo_linear_reference(x, blocks, offsets)
+    for strategy in strategies_of(shape):
+        assert_calibrated(grouped_mpo_linear(x, strided, offsets, strategy=strategy, backend="triton"), truth, same)

@@ -1,0 +1,24 @@
+"""Runs the files of tests/triton/interpreted, each in a process with Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpoe_kernels.backends.triton.architecture import in_interpreter, triton_reasons
+
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
+@pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons()))
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
+def test_in_a_process_of_its_own(path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

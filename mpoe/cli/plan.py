@@ -39,7 +39,10 @@ class PlanOptions:
     _argument_group_name = "plan"
 
     experts: int = field(default=8, metadata=_help("experts per layer", "num_experts"))
-    shape: str = field(default="separable", metadata=_help("separable, paper, light, or JSON: kind -> MPOShape"))
+    shape: str = field(
+        default="separable",
+        metadata=_help("separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family"),
+    )
     bond: int | None = field(default=None, metadata=_help("cap of every bond dimension; none = lossless", "max_bond"))
     separable_left: int | None = field(default=None, metadata=_help("left core of a separable up projection"))
     separable_right: int | None = field(default=None, metadata=_help("right core of a separable up projection"))
@@ -71,7 +74,9 @@ class SuggestOptions:
 
     _argument_group_name = "suggest"
 
-    suggest: bool = field(default=False, metadata=_help("propose shapes instead of planning one; a budget implies it"))
+    suggest: bool = field(
+        default=False, metadata=_help("propose shapes instead of planning one; a budget or rank implies it")
+    )
     max_parameters: str | None = field(default=None, metadata=_help("of the whole model, e.g. 300M or 1.2B"))
     max_time: float | None = field(default=None, metadata=_help("of the feed-forward layers, x dense, e.g. 1.3"))
     rank_by: str = field(
@@ -151,6 +156,9 @@ def run(
     if options.json is not None:
         check_writable_file("json", Path(options.json))
     _check(options, suggest_options, cluster_options)
+    suggesting = suggest_options.suggest or bool(given & {"max_parameters", "max_time", "rank_by"})
+    if suggesting:
+        _check_suggest(options, given)
     budget = _budget(suggest_options)
     from mpoe.cli import plan_json, plan_tables
     from mpoe.planning.costs import model_costs
@@ -159,12 +167,14 @@ def run(
     config = _config(inventory, options, given)
     work = _workload(inventory, options)
     cluster = _cluster(work, cluster_options, given)
-    if suggest_options.suggest or budget != type(budget)():
+    if suggesting:
+        from mpoe.config import NAMED_SHAPES
         from mpoe.planning.suggest import suggest
 
         if budget.x_dense is not None and not any(work.tokens.values()):
             raise CommandError("max_time needs tokens; got 0")
-        suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by)
+        families = (options.shape,) if "shape" in given else NAMED_SHAPES
+        suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by, families)
         values = plan_json.suggestion_values(suggestions, inventory, work, budget)
         plan_tables.show_suggestions(suggestions, inventory, work, budget, suggest_options.rank_by)
     else:
@@ -209,6 +219,17 @@ def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: Clust
         suggest_options.max_time > 0 and math.isfinite(suggest_options.max_time)
     ):
         raise CommandError(f"max_time must be greater than 0; got {suggest_options.max_time}")
+
+
+def _check_suggest(options: PlanOptions, given: set[str]) -> None:
+    """Refuse what a search for shapes has no use for, rather than ignore it."""
+    chosen = ("bond", "separable_left", "separable_right", "light_p")
+    for name in (*chosen, "per_layer", "explain", "nodes", "gpus_per_node", "link_gbps", "node_link_gbps"):
+        if name in given:
+            why = "is what suggestions choose" if name in chosen else "concerns the plan of one shape"
+            raise CommandError(f"{name} {why}; it cannot be given with --suggest or a budget")
+    if "shape" in given and options.shape.lstrip().startswith("{"):
+        raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
 
 
 def _budget(options: SuggestOptions) -> Budget:

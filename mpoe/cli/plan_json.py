@@ -75,7 +75,7 @@ def _layer(layer: LayerCosts, training: bool) -> dict[str, Any]:
 def plan_values(costs: ModelCosts) -> dict[str, Any]:
     """A plan; ``layers`` are groups of equal ones, their costs those of one layer."""
     training = costs.workload.training
-    adamw = {d: costs.optimizer_seconds(costs.whole(d).parameters) for d in DESIGNS} if training else None
+    adamw = {d: costs.optimizer_seconds(costs.updated(d)) for d in DESIGNS} if training else None
     return {
         "schema": SCHEMA,
         "kind": "plan",
@@ -126,12 +126,15 @@ def _traffic(traffic: Traffic) -> dict[str, Any]:
 
 
 def cluster_values(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> dict[str, Any]:
-    """What a device holds, sends and waits for, per design."""
+    """What a device holds, sends and waits for, per design; ``break_even`` as in `mpoe.planning.cluster`."""
+    from mpoe.planning.cluster import break_even
+
     return {
         "nodes": cluster.nodes,
         "gpus_per_node": cluster.gpus_per_node,
         "network_bytes_per_second": cluster.network_bandwidth,
         "link_bytes_per_second": cluster.link_bandwidth,
+        "break_even": break_even(placed, cluster),
         "device_memory_bytes": work.device.hardware.memory_bytes,
         "designs": [
             {

@@ -65,6 +65,8 @@ def suggestion_notes(suggestions: Sequence[Suggestion], inventory: Inventory) ->
 
 def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> list[str]:
     """Formulas of the estimate; see `mpoe.planning.cluster`."""
+    from mpoe.planning.cluster import break_even
+
     n, g = cluster.nodes, cluster.gpus_per_node
     notes = [
         f"n = {n} nodes of g = {g} devices, each with its own tokens; between nodes "
@@ -81,6 +83,16 @@ def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Workload)
         f"all-to-all: {ways} x T K d x {work.device.element_size} bytes per mixture layer; (P-m)/P of them cross nodes "
         f"and (m-1)/P stay inside; P = gcd(experts, n g) = {group} devices share the experts, m = min(P, g)."
     )
+    if work.training and cluster.devices > 1:
+        times = break_even(placed, cluster)
+        where = "between nodes" if n > 1 else "in the node"
+        if times is None:
+            notes.append(f"no all-to-all {where}: more tokens per step do not change what is sent there.")
+        else:
+            notes.append(
+                f"the all-reduce is once a step whatever its tokens, the all-to-all grows with them: Switch sends more "
+                f"{where} above {times:.2g} x these tokens per device and step."
+            )
     if work.training:
         notes.append(
             "memory: 4 bytes parameter + 4 gradient + 8 AdamW, float32; no activations. Replicas are "

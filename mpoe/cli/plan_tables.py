@@ -200,9 +200,9 @@ def _show_totals(out: Console, costs: ModelCosts) -> None:
         table.add_row("whole model" if design == "mpoe" else "", name, *cells, style="bold" if design == "mpoe" else "")
     if training:
         table.add_section()
-        dense = costs.optimizer_seconds(costs.whole("dense").parameters)
+        dense = costs.optimizer_seconds(costs.updated("dense"))
         for design, name in NAMES.items():
-            seconds = costs.optimizer_seconds(costs.whole(design).parameters)
+            seconds = costs.optimizer_seconds(costs.updated(design))
             cells = ["", "", "", "", duration(seconds), ratio(seconds / dense)]
             table.add_row("AdamW step" if design == "mpoe" else "", name, *cells)
     out.print(table)

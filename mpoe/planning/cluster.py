@@ -4,7 +4,8 @@ Every device sees T tokens of its own in a step (data parallelism). G = nodes * 
 
 MPOE replicates everything. The only traffic is the all-reduce of gradients, in two levels (reduce-scatter inside the
 node, all-reduce of a shard between nodes, all-gather inside): for B bytes of gradients a device sends
-``2 (g - 1) / g * B`` inside its node of g devices and ``2 (n - 1) / n * B / g`` to the other nodes of n.
+``2 (g - 1) / g * B`` inside its node of g devices and ``2 (n - 1) / n * B / g`` to the other nodes of n. Masked central
+cores have no gradients.
 
 Switch spreads every layer's E experts over ``P = gcd(E, G)`` devices, nodes filled first, so that each holds E / P; the
 rest is replicated. Traffic (GShard, Lepikhin et al., ICLR 2021, section 3.2):
@@ -22,6 +23,7 @@ collective call. Nothing overlaps with computation, links run at full speed: the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpoe.planning.costs import GRADIENT_BYTES, OPTIMIZER_BYTES, TRAINED_PARAMETER_BYTES, ModelCosts, switch_seconds
@@ -128,9 +130,9 @@ def _memory(parameters: int, costs: ModelCosts) -> int:
 
 def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
     """MPO experts, replicated on every device."""
-    parameters = costs.whole("mpoe").parameters
+    parameters, updated = costs.whole("mpoe").parameters, costs.updated("mpoe")
     training = costs.workload.training
-    reduce = all_reduce(parameters * GRADIENT_BYTES, cluster.nodes, cluster.gpus_per_node) if training else Traffic()
+    reduce = all_reduce(updated * GRADIENT_BYTES, cluster.nodes, cluster.gpus_per_node) if training else Traffic()
     return Placement(
         "mpoe",
         1,
@@ -140,7 +142,7 @@ def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
         Traffic(),
         reduce,
         costs.whole("mpoe").seconds,
-        costs.optimizer_seconds(parameters),
+        costs.optimizer_seconds(updated),
         reduce.seconds(cluster),
     )
 
@@ -189,3 +191,17 @@ def placements(costs: ModelCosts, cluster: Cluster) -> tuple[Placement, ...]:
     if found[1].expert_group > 1:
         found.append(place_switch(costs, cluster, replicated=True))
     return tuple(found)
+
+
+def break_even(placed: Sequence[Placement], cluster: Cluster) -> float | None:
+    """How many times the planned tokens make Switch send as much as replicated MPO experts; None = never.
+
+    The all-to-all grows with the tokens of a step, the all-reduce does not. Counts the links between nodes, or those
+    inside if there is one node.
+    """
+    mpoe, switch = placed[:2]
+    link = "link" if cluster.nodes > 1 else "node"
+    per_step = getattr(switch.all_to_all, link)
+    if not per_step:
+        return None
+    return max(0.0, (getattr(mpoe.all_reduce, link) - getattr(switch.all_reduce, link)) / per_step)

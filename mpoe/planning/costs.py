@@ -160,6 +160,14 @@ class ModelCosts:
     def has_tokens(self) -> bool:
         return any(self.workload.tokens.values())
 
+    def updated(self, design: str) -> int:
+        """Parameters that get a gradient in the step: all but, for MPO experts, masked central cores."""
+        parameters = self.whole(design).parameters
+        if design != "mpoe" or not self.workload.mask_central:
+            return parameters
+        central = sum(m.shape.central_parameters * layer.count for layer in self.layers for m in layer.matrices)
+        return parameters - central
+
     def optimizer_seconds(self, parameters: int) -> float:
         """AdamW in float32 reads parameter, gradient and two moments and writes all but the gradient: 28 bytes each."""
         return self.workload.device.copy_seconds(28 * parameters) if self.workload.training else 0.0

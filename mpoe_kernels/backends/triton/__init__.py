@@ -27,6 +27,8 @@ _KERNELS = {
     "combine_backward": ("routing", "combine_backward"),
     "grouped_mpo_linear": ("linear", "linear_forward"),
     "grouped_mpo_linear_backward": ("linear", "linear_backward"),
+    "mpo_embedding": ("embedding", "embedding_forward"),
+    "mpo_embedding_backward": ("embedding", "embedding_backward"),
 }
 
 

@@ -26,14 +26,23 @@ def chunks(dims: BlockDims, built: tuple[str, ...], experts: int) -> Iterator[tu
         yield first, min(first + size, experts)
 
 
-def _build(
-    blocks: dict[str, Operand], merges: tuple[Merge, ...], dims: BlockDims, offsets: Tensor, keep: bool
+def build(
+    blocks: dict[str, Operand],
+    merges: tuple[Merge, ...],
+    dims: BlockDims,
+    offsets: Tensor,
+    keep: bool,
+    last: bool = True,
 ) -> dict[str, Operand]:
-    """Blocks and what is built from them. Without ``keep``, what was only built on the way is given up."""
+    """Blocks and what is built from them.
+
+    Args:
+        keep: also keep what was only built on the way.
+        last: also build the last result.
+    """
     built = dict(blocks)
-    for position, (result, first, second) in enumerate(merges):
-        like = built[first].data
-        out = scratch(result, offsets.shape[0] - 1, dims, like)
+    for position, (result, first, second) in enumerate(merges if last else merges[:-1]):
+        out = scratch(result, offsets.shape[0] - 1, dims, built[first].data)
         built[result] = merge_blocks(built[first], built[second], out, dims, offsets)
         if not keep and position > 0:
             for name in (first, second):
@@ -73,7 +82,7 @@ def forward(
     slots, experts = y.shape[0], offsets.shape[0] - 1
     for first, last in chunks(dims, tuple(result for result, _, _ in merges), experts):
         near = offsets[first : last + 1]
-        built = _build(_experts(blocks, first, last), merges, dims, near, keep=False)
+        built = build(_experts(blocks, first, last), merges, dims, near, keep=False)
         rows = x_rows(x, dims)
         for position, name in enumerate(order):
             final = position == len(order) - 1
@@ -136,8 +145,8 @@ def _backward_of_chunk(
     h: Tensor | None,
     tail: bool,
 ) -> None:
-    slots, experts = dz.shape[0], offsets.shape[0] - 1
-    built = _build(blocks, merges, dims, offsets, keep=any(name in grads for name in "LCR"))
+    slots = dz.shape[0]
+    built = build(blocks, merges, dims, offsets, keep=any(name in grads for name in "LCR"))
     before = [x_rows(x, dims)]  # what every operand of ``order`` met
     last_needed = max((k for k, name in enumerate(order) if _needs(name, grads)), default=0)
     for position, name in enumerate(order[:last_needed]):
@@ -180,6 +189,19 @@ def _backward_of_chunk(
         if onward is None:
             break
         after = onward
+    project(gradients, built, merges, grads, dims, offsets)
+
+
+def project(
+    gradients: dict[str, Operand],
+    built: dict[str, Operand],
+    merges: tuple[Merge, ...],
+    grads: dict[str, Operand],
+    dims: BlockDims,
+    offsets: Tensor,
+) -> None:
+    """Bring the gradients of what was built down to the blocks' ``grads``; uses up ``gradients`` and ``built``."""
+    experts = offsets.shape[0] - 1
     for result, first, second in reversed(merges):
         whole = gradients.pop(result, None)
         if whole is None:
@@ -196,7 +218,7 @@ def _backward_of_chunk(
                 merge_blocks(*_in_order(whole, built[other], grads[wanted]), grads[wanted], dims, offsets)
             else:
                 built.pop(wanted)
-                out = scratch(wanted, experts, dims, x)
+                out = scratch(wanted, experts, dims, whole.data)
                 gradients[wanted] = merge_blocks(*_in_order(whole, built[other], out), out, dims, offsets)
         del whole
 

@@ -144,11 +144,11 @@ def block_gradient(
     """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
 
     Returns:
-        ``out``, or new memory ``[E, ...]``; of the central block the float32 sum over all slots, ``[1, ...]``.
+        ``out``, or new memory ``[E, ...]``; of the shared central block the float32 sum over all slots, ``[1, ...]``.
     """
     axes = frozenset(LAYOUTS[name])
     shared = rows.axes & grads.axes
-    experts, grouped = offsets.shape[0] - 1, name != "C"
+    experts, grouped = offsets.shape[0] - 1, name != "C" or (out is not None and out.outer != 0)
     m_axes, n_axes = axes & rows.axes, axes & grads.axes
     layout = out if out is not None else scratch(name, 0, dims, rows.data)
     m, n, s = (

@@ -1,0 +1,130 @@
+// Vectors of the instruction set that the including file is compiled for, by the compilers' vector extension.
+// Everything is in an anonymous namespace: files compiled for different instruction sets must not share a copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/types.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace mpoe {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // floats of a vector
+constexpr int kTileRows = 14, kTileVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kWidth = 4;  // SSE2, NEON
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Words = std::uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * kWidth)));
+
+template <class V>
+inline V load_vector(const void* address) {
+  V value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+template <class V>
+inline void store_vector(void* address, V value) {
+  std::memcpy(address, &value, sizeof value);
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// kWidth floats from and to memory of T.
+inline Floats load_floats(const float* address) { return load_vector<Floats>(address); }
+inline Floats load_floats(const BFloat16* address) {
+  return (Floats)(__builtin_convertvector(load_vector<Halves>(address), Words) << 16);
+}
+inline Halves round_to_bfloat16(Floats value) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
+#endif
+}
+inline void store_floats(float* address, Floats value) { store_vector(address, value); }
+inline void store_floats(BFloat16* address, Floats value) { store_vector(address, round_to_bfloat16(value)); }
+
+// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`.
+template <class T>
+struct UnitProduct;
+
+template <>
+struct UnitProduct<float> {
+  struct Left {
+    Floats value;
+  };
+  using Right = Floats;
+  static inline Left broadcast(const char* address) {
+    float value;
+    std::memcpy(&value, address, 4);
+    return {splat(value)};
+  }
+  static inline Right load(const char* address) { return load_vector<Floats>(address); }
+  static inline Floats multiply(Floats acc, Left a, Right b) { return multiply_add(a.value, b, acc); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct UnitProduct<BFloat16> {
+  using Left = __m512i;
+  using Right = __m512i;
+  static inline Left broadcast(const char* address) {
+    int value;
+    std::memcpy(&value, address, 4);
+    return _mm512_set1_epi32(value);
+  }
+  static inline Right load(const char* address) { return _mm512_loadu_si512(address); }
+  static inline Floats multiply(Floats acc, Left a, Right b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+template <>
+struct UnitProduct<BFloat16> {
+  struct Pair {
+    Floats low, high;
+  };
+  using Left = Pair;
+  using Right = Pair;
+  static inline Left broadcast(const char* address) {
+    std::uint32_t bits;
+    std::memcpy(&bits, address, 4);
+    return {splat(std::bit_cast<float>(bits << 16)), splat(std::bit_cast<float>(bits & 0xffff0000u))};
+  }
+  static inline Right load(const char* address) {
+    const Words bits = load_vector<Words>(address);
+    return {(Floats)(bits << 16), (Floats)(bits & 0xffff0000u)};
+  }
+  static inline Floats multiply(Floats acc, Left a, Right b) {
+    return multiply_add(a.high, b.high, multiply_add(a.low, b.low, acc));
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace mpoe

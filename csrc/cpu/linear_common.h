@@ -1,0 +1,112 @@
+// What the strategies of the grouped linear share: scratch memory, tiles of slots, rows brought into place.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/linear.h"
+
+namespace mpoe {
+
+// Memory aligned to cache lines; uninitialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::int64_t count) {
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Rows [first, first + rows) of the slots, all of one expert.
+struct SlotTile {
+  std::int64_t first, rows, expert;
+};
+
+// A run of items [first, last).
+struct Span {
+  std::int64_t first, last;
+};
+
+// Cuts `count` rows into equal tiles of at most `most`.
+template <class F>
+inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
+  const std::int64_t parts = ceil_divide(count, most);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    const std::int64_t first = count * p / parts;
+    f(first, count * (p + 1) / parts - first);
+  }
+}
+
+// Tiles of at most `most` slots that cover every expert's slots.
+inline std::vector<SlotTile> slot_tiles(const LinearInputs& in, std::int64_t most) {
+  std::vector<SlotTile> tiles;
+  for (std::int64_t e = 0; e < in.experts; ++e) {
+    const std::int64_t start = in.offsets[e];
+    for_each_tile(in.offsets[e + 1] - start, most, [&](std::int64_t first, std::int64_t rows) {
+      tiles.push_back({start + first, rows, e});
+    });
+  }
+  return tiles;
+}
+
+// Runs of consecutive tiles with at most `most` slots (at least one tile each).
+inline std::vector<Span> tile_blocks(const std::vector<SlotTile>& tiles, std::int64_t most) {
+  std::vector<Span> blocks;
+  std::int64_t rows = 0;
+  for (std::int64_t t = 0; t < static_cast<std::int64_t>(tiles.size()); ++t) {
+    if (blocks.empty() || rows + tiles[t].rows > most) {
+      blocks.push_back({t, t});
+      rows = 0;
+    }
+    rows += tiles[t].rows;
+    blocks.back().last = t + 1;
+  }
+  return blocks;
+}
+
+template <class T>
+const T* row_of(const LinearInputs& in, std::int64_t slot) {
+  const std::int64_t row = in.row_index == nullptr ? slot : in.row_index[slot];
+  return static_cast<const T*>(in.x) + row * in.dims.in_features;
+}
+
+// Map of 32 columns that lie together at `first`, of which those below `limit` exist.
+inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
+  ColumnMap map{};
+  for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
+    map.offset[g] = first + g * kGranule;
+    map.valid[g] = static_cast<std::int32_t>(std::clamp<std::int64_t>(limit - map.offset[g], 0, kGranule));
+  }
+  return map;
+}
+
+// Elements of k padded to whole units.
+inline std::int64_t padded_k(const GemmKernels& gemm, std::int64_t k) { return round_up(k, gemm.unit); }
+
+// Zeros the rows [first, last) of a result.
+inline void zero_rows(void* out, std::int64_t first, std::int64_t last, std::int64_t row_bytes) {
+  if (out != nullptr && last > first)
+    std::memset(static_cast<char*>(out) + first * row_bytes, 0, static_cast<std::size_t>((last - first) * row_bytes));
+}
+
+}  // namespace mpoe

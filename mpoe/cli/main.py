@@ -110,6 +110,30 @@ def demo(
     command(output_dir, model, steps, seed, overwrite)
 
 
+@app.command()
+def bench(
+    suite: Annotated[
+        str, typer.Option("--suite", help="quick (minutes), full (hours), or planner (its cases).")
+    ] = "quick",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.md, results.json and plots.")] = Path(
+        "bench_results"
+    ),
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Torch threads, pinned; default: every usable processor.")
+    ] = None,
+    clock: Annotated[
+        str, typer.Option("--clock", help="wall, or cpu: CPU time of one thread, for machines that others use too.")
+    ] = "wall",
+    scale: Annotated[str, typer.Option("--scale", hidden=True)] = "real",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the output folder.")] = False,
+) -> None:
+    """Measure MPO experts against the dense layer and their peers on this machine."""
+    from mpoe.cli.bench import command
+
+    command(suite, device, out, threads, clock, scale, overwrite)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on ``arguments`` (default: the process's) and exit.
 

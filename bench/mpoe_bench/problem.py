@@ -1,0 +1,259 @@
+"""A feed-forward problem: one case, one kind of MPO shape, its tensors, and the float64 truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks, MPOShape, fold, plan_contraction
+from mpoe_kernels.reference.linear import activation_reference, weight_reference
+from mpoe_kernels.testing.assertions import relative_error
+from mpoe_kernels.testing.cases import expert_choice, random_cores, workload_shape
+
+PROBE_COLUMNS = 4  # a dense expert's weight gradient is compared through this many random projections
+# Allowed error: this many times that of the reference run in the same dtype, with a floor in units of rounding.
+ERROR_FACTOR = 3.0
+ERROR_UNITS = 16.0
+
+
+@dataclass(frozen=True)
+class FFNCase:
+    """Sizes of a mixture-of-experts feed-forward network and of its batch.
+
+    Attributes:
+        model, hidden: ``[T, model] -> [T, hidden] -> [T, model]``.
+        experts, tokens: E and T; one expert per token.
+        dtype: of activations and parameters.
+        load: how tokens fall on experts, see `mpoe_kernels.testing.cases.expert_choice`.
+        train: whether forward + backward is measured too.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    model: int = 768
+    hidden: int = 3072
+    experts: int = 8
+    tokens: int = 2048
+    dtype: torch.dtype = torch.float32
+    load: str = "uniform"
+    train: bool = True
+    device: str = "cpu"
+
+    @property
+    def title(self) -> str:
+        """E.g. ``768x3072 E=8 T=2048 float32``."""
+        load = "" if self.load == "uniform" else f" {self.load}"
+        return f"{self.model}x{self.hidden} E={self.experts} T={self.tokens} {str(self.dtype).split('.')[-1]}{load}"
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "dtype": str(self.dtype).split(".")[-1]}
+
+
+def ffn_shapes(name: str, model: int, hidden: int) -> tuple[MPOShape, MPOShape]:
+    """Shapes of the up and the down projection, as `mpoe.convert_to_mpoe` would choose them.
+
+    ``name`` is one that `mpoe_kernels.testing.cases.workload_shape` knows.
+    """
+    up = workload_shape(name, model, hidden)
+    return up, up.mirrored() if up.is_separable else workload_shape(name, hidden, model)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every contender of a case is given.
+
+    Attributes:
+        x: ``[T, model]``, requires grad.
+        index: chosen expert, int64 ``[T, 1]``.
+        gates: float32 ``[T, 1]``.
+        grad_y: ``[T, model]``, the gradient that enters the backward pass.
+    """
+
+    x: Tensor
+    index: Tensor
+    gates: Tensor
+    grad_y: Tensor
+
+
+def make_batch(case: FFNCase, seed: int = 0) -> Batch:
+    """Random inputs; the same for the same case."""
+    torch.manual_seed(seed)
+    x = torch.randn(case.tokens, case.model).to(case.device, case.dtype).requires_grad_(case.train)
+    grad_y = torch.randn(case.tokens, case.model).to(case.device, case.dtype)
+    gates = (torch.rand(case.tokens, 1) / 2 + 0.5).to(case.dtype).float().to(case.device)
+    return Batch(x, expert_choice(case.load, case.tokens, case.experts).to(case.device), gates, grad_y)
+
+
+@dataclass
+class Truth:
+    """Float64 results by name, and the error of the same formulas in the dtype under test.
+
+    Names: ``y``, ``dx``, ``d_up.k`` and ``d_down.k`` for core k, ``d_up_probe`` and ``d_down_probe`` for dense experts'
+    weight gradients ``[E, rows, PROBE_COLUMNS]``.
+    """
+
+    values: Mapping[str, Tensor]
+    own_errors: Mapping[str, float]
+    dtype: torch.dtype
+
+    def allowed(self, name: str) -> float:
+        """Largest relative L2 error that passes."""
+        return max(ERROR_FACTOR * self.own_errors[name], ERROR_UNITS * torch.finfo(self.dtype).eps)
+
+    def errors(self, results: Mapping[str, Tensor]) -> dict[str, float]:
+        """Relative L2 error of every result."""
+        return {name: relative_error(value.cpu(), self.values[name]) for name, value in results.items()}
+
+    def faults(self, results: Mapping[str, Tensor]) -> list[str]:
+        """What is wrong, in words; empty when every result is right."""
+        found = []
+        for name, value in results.items():
+            truth = self.values[name]
+            if value.shape != truth.shape:
+                found.append(f"{name} is {list(value.shape)} instead of {list(truth.shape)}")
+                continue
+            error = relative_error(value.cpu(), truth)
+            if not error <= self.allowed(name):  # NaN is not
+                found.append(f"error of {name} is {error:.1e}, allowed {self.allowed(name):.1e}")
+        return found
+
+
+@dataclass
+class Problem:
+    """One case with one kind of shape.
+
+    Attributes:
+        case, batch, shape_name: what it is made of.
+        up, down: cores of all experts (auxiliary ones ``[E, d, i, j, d']``), in the case's dtype, no gradients.
+    """
+
+    case: FFNCase
+    shape_name: str
+    batch: Batch
+    up_shape: MPOShape = field(init=False)
+    down_shape: MPOShape = field(init=False)
+    up: list[Tensor] = field(init=False)
+    down: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        self.up_shape, self.down_shape = ffn_shapes(self.shape_name, case.model, case.hidden)
+        torch.manual_seed(1)
+        self.up = [c.to(case.device) for c in random_cores(self.up_shape, case.experts, case.dtype)]
+        self.down = [c.to(case.device) for c in random_cores(self.down_shape, case.experts, case.dtype)]
+
+    def blocks(self) -> tuple[MPOBlocks, MPOBlocks]:
+        """Folded cores, up and down."""
+        experts = self.case.experts
+        return (
+            fold(self.up, shape=self.up_shape, num_experts=experts),
+            fold(self.down, shape=self.down_shape, num_experts=experts),
+        )
+
+    @cached_property
+    def dense_experts(self) -> tuple[Tensor, Tensor]:
+        """The experts' full weights, up ``[E, hidden, model]`` and down ``[E, model, hidden]`` (`nn.Linear`'s way)."""
+        case = self.case
+        up = torch.empty(case.experts, case.hidden, case.model, dtype=case.dtype, device=case.device)
+        down = torch.empty(case.experts, case.model, case.hidden, dtype=case.dtype, device=case.device)
+        for target, blocks in zip((up, down), self.blocks(), strict=True):
+            for e in range(case.experts):
+                target[e] = weight_reference(_one_expert(blocks, e), 0).T
+        return up.requires_grad_(case.train), down.requires_grad_(case.train)
+
+    @cached_property
+    def truth(self) -> Truth:
+        """Float64 results of the experts as MPOs."""
+        exact = reference_ffn(self, torch.float64)
+        same = reference_ffn(self, self.case.dtype)
+        return Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, self.case.dtype)
+
+    def floor(self) -> dict[str, float | None]:
+        """FLOPs of the planner's strategies over those of the dense FFN, forward and forward + backward."""
+        floors: dict[str, float | None] = {}
+        for phase, training in (("forward", False), ("train", True)):
+            plans = [self.plan(shape, training) for shape in (self.up_shape, self.down_shape)]
+            dense = sum(plan.dense_flops for plan in plans)
+            floors[phase] = sum(plan.flops for plan in plans) / dense if dense else None
+        return floors
+
+    def plan(self, shape: MPOShape, training: bool) -> Any:
+        """The planner's choice for one projection."""
+        case = self.case
+        return plan_contraction(shape, case.experts, case.tokens, case.dtype, case.device, training=training)
+
+    def parameters(self) -> int:
+        """Elements of both projections' cores, all experts'."""
+        return sum(core.numel() for core in (*self.up, *self.down))
+
+
+def _one_expert(blocks: MPOBlocks, e: int) -> MPOBlocks:
+    return replace(blocks, left=blocks.left[e : e + 1], right=blocks.right[e : e + 1])
+
+
+def probe(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The random projection ``[columns, PROBE_COLUMNS]`` of weight gradients."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(columns, PROBE_COLUMNS, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+    """``gate * down_e(relu(up_e x))`` and its gradients, one expert at a time, by `mpoe_kernels.reference`.
+
+    Runs on the CPU in ``dtype``; at most one expert's weights are alive. See `Truth` for the names.
+    """
+    case, batch = problem.case, problem.batch
+    cores = {"up": problem.up, "down": problem.down}
+    leaves = {k: [c.detach().cpu().to(dtype).requires_grad_(case.train) for c in v] for k, v in cores.items()}
+    folded = {
+        kind: fold(leaves[kind], shape=shape, num_experts=case.experts)
+        for kind, shape in (("up", problem.up_shape), ("down", problem.down_shape))
+    }
+    ends = {
+        kind: replace(b, **{n: getattr(b, n).detach().requires_grad_(case.train) for n in ("left", "central", "right")})
+        for kind, b in folded.items()
+    }
+    x, gates = batch.x.detach().cpu().to(dtype), batch.gates.cpu().to(dtype)
+    grad_y, index = batch.grad_y.cpu().to(dtype), batch.index.cpu()[:, 0]
+    y = torch.zeros_like(x)
+    results = {"y": y}
+    if case.train:
+        results["dx"] = torch.zeros_like(x)
+        results["d_up_probe"] = x.new_zeros(case.experts, case.model, PROBE_COLUMNS)
+        results["d_down_probe"] = x.new_zeros(case.experts, case.hidden, PROBE_COLUMNS)
+    for e in index.unique().tolist():
+        rows = (index == e).nonzero()[:, 0]
+        with torch.set_grad_enabled(case.train):
+            x_e = x[rows].requires_grad_(case.train)
+            up, down = (weight_reference(_one_expert(ends[kind], e), 0) for kind in ("up", "down"))
+            y_e = activation_reference("relu", x_e @ up) @ down * gates[rows]
+        y[rows] = y_e.detach()
+        if case.train:
+            for weight in (up, down):
+                weight.retain_grad()
+            y_e.backward(grad_y[rows])
+            assert x_e.grad is not None
+            assert up.grad is not None
+            assert down.grad is not None
+            results["dx"][rows] = x_e.grad
+            results["d_up_probe"][e] = up.grad @ probe(case.hidden, dtype)
+            results["d_down_probe"][e] = down.grad @ probe(case.model, dtype)
+    if case.train:
+        for kind, blocks in folded.items():
+            tensors, grads = [], []
+            for name in ("left", "central", "right"):
+                tensor, grad = getattr(blocks, name), getattr(ends[kind], name).grad
+                if tensor.requires_grad and tensor.grad_fn is not None and grad is not None:
+                    tensors.append(tensor)
+                    grads.append(grad)
+                elif tensor.requires_grad and grad is not None:  # a leaf: the central core itself
+                    tensor.grad = grad
+            torch.autograd.backward(tensors, grads)
+            for k, leaf in enumerate(leaves[kind]):
+                results[f"d_{kind}.{k}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return {name: value.detach() for name, value in results.items()}

@@ -1,0 +1,113 @@
+"""Run a suite: everything `mpoe bench` measures, as one JSON-able dict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mpoe_bench.machine import describe, measured_roofs, pinned, usable_cores
+from mpoe_bench.section import NOT_HERE, Setup
+from mpoe_bench.suites import SCALES, SUITES, sections_of
+from mpoe_bench.suites.plan import budget_of
+from mpoe_bench.targets import check_targets
+from mpoe_bench.timing import CLOCKS, cpu_measure, cuda_measure
+
+SCHEMA = 1
+DEVICES = ("cpu", "cuda")
+
+
+def check_options(suite: str, device: str, threads: int | None, clock: str, scale: str) -> int:
+    """Refuse what cannot be run, before any work; returns the number of threads.
+
+    Raises:
+        ValueError: naming the option, what was expected, and what came.
+    """
+    for name, value, known in (
+        ("suite", suite, SUITES),
+        ("device", device, DEVICES),
+        ("clock", clock, tuple(CLOCKS)),
+        ("scale", scale, tuple(SCALES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
+    if device == "cuda" and suite == "planner":
+        raise ValueError("suite must be quick or full on cuda: the planner suite holds CPU cases; got 'planner'")
+    cores = len(usable_cores())
+    threads = cores if threads is None else threads
+    if not 1 <= threads <= cores:
+        raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
+    if clock == "cpu" and (threads != 1 or device != "cpu"):
+        raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
+    return threads
+
+
+def failures(sections: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Our own contenders that gave a wrong result or failed; a backend without a kernel is no failure."""
+    found = []
+    for section in sections:
+        for row in section["rows"]:
+            reasons = [row["reason"]] if row.get("reason") else []
+            reasons += [f"{name}: {why}" for name, why in row.get("faults", {}).items()]
+            own = row.get("kind", "mpoe") == "mpoe"
+            found += [f"{row['name']} ({section['title']}): {r}" for r in reasons if own and not r.startswith(NOT_HERE)]
+    return found
+
+
+def run_suite(
+    suite: str = "quick",
+    device: str = "cpu",
+    threads: int | None = None,
+    clock: str = "wall",
+    scale: str = "real",
+    log: Callable[[str], None] = lambda _: None,
+    on_section: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure a suite.
+
+    Args:
+        suite: ``quick``, ``full`` or ``planner``.
+        device: ``cpu`` or ``cuda``.
+        threads: torch threads, pinned; default all processors usable.
+        clock: ``wall``, or ``cpu`` (this process's CPU time; for machines that others use at the same time).
+        scale: ``real``, or ``tiny`` sizes for tests.
+        log: receives progress lines.
+        on_section: receives every section as it is finished.
+
+    Returns:
+        ``{"schema", "suite", "scale", "machine", "sections", "targets", "failures", "seconds"}``, JSON-able.
+
+    Raises:
+        ValueError: see `check_options`.
+    """
+    threads = check_options(suite, device, threads, clock, scale)
+    sizes = SCALES[scale]
+    measure = cuda_measure() if device == "cuda" else cpu_measure(CLOCKS[clock])
+    setup = Setup(budget_of(suite, sizes), measure, device, log)
+    start = time.perf_counter()
+    sections = []
+    with pinned(threads):
+        machine = describe(device, threads, clock)
+        log("measuring the machine's roofs")
+        machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
+        for build in sections_of(suite, sizes, replace(setup, log=log)):
+            began = time.perf_counter()
+            section = build()
+            section["seconds"] = time.perf_counter() - began
+            sections.append(section)
+            on_section(section)
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "scale": scale,
+        "machine": machine,
+        "sections": sections,
+        "targets": check_targets(sections) if scale == "real" else [],
+        "failures": failures(sections),
+        "seconds": time.perf_counter() - start,
+    }

@@ -1,0 +1,148 @@
+"""One section of a report: contenders of one case, checked, measured for memory, then timed together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mpoe_bench.contender import Contender, UnavailableError
+from mpoe_bench.memory import peak_memory
+from mpoe_bench.problem import Truth
+from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, graphed, interleave
+from mpoe_kernels import BackendError
+
+NOT_HERE = "not here"  # how the reason of a contender that cannot take part begins
+Build = Callable[[], tuple[Contender, Truth]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run measures.
+
+    Attributes:
+        budget: seconds and rounds per function.
+        measure: takes the seconds of a sample.
+        device: ``"cpu"`` or ``"cuda"``.
+        log: receives one line per contender.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    measure: Measure = field(default_factory=cpu_measure)
+    device: str = "cpu"
+    log: Callable[[str], None] = lambda _: None
+
+
+def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
+    """A `Timing` as the results file holds it; NaN becomes None, as JSON has none."""
+    facts = {key: None if math.isnan(value) else value for key, value in asdict(timing).items()}
+    if tokens is not None:
+        facts["tokens_per_second"] = tokens / timing.seconds
+    return facts
+
+
+def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[str, Any]:
+    """Run a contender once forward and once backward: its row without times.
+
+    Returns:
+        A row whose ``reason`` is ``None`` if every result agrees with the truth, else says what is wrong.
+    """
+    row: dict[str, Any] = {"name": contender.name, "kind": contender.kind, "reason": None, **contender.facts}
+    results = {"y": contender.forward()}
+    if contender.trains:
+        contender.train()
+        results |= contender.gradients()
+    faults = truth.faults(results)
+    row["errors"] = truth.errors({n: v for n, v in results.items() if v.shape == truth.values[n].shape})
+    contender.release()
+    del results
+    if faults:
+        row["reason"] = f"wrong result, not timed: {'; '.join(faults)}"
+        return row
+    memory = {"forward": peak_memory(contender.forward, setup.device)}
+    if contender.trains:
+        memory["train"] = peak_memory(contender.train, setup.device)
+        contender.release()
+    row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
+    return row
+
+
+def _join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | None, dict[str, Any]]:
+    """Build and check one contender; every way to fail becomes the row's reason."""
+    setup.log(f"checking {name}")
+    row: dict[str, Any] = {"name": name, "kind": kind}
+    try:
+        contender, truth = build()
+        row |= contender.facts
+        row = check_and_weigh(contender, truth, setup)
+    except (UnavailableError, BackendError) as error:
+        return None, {**row, "reason": f"{NOT_HERE}: {error}"}
+    except Exception as error:  # whoever fails, in whatever way: the others are measured and the report says how
+        return None, {**row, "reason": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return (contender if row["reason"] is None else None), row
+
+
+def run_section(
+    key: str,
+    title: str,
+    contenders: Sequence[tuple[str, str, Build]],
+    setup: Setup,
+    *,
+    baseline: str | None,
+    tokens: int | None = None,
+    facts: dict[str, Any] | None = None,
+    phases: Sequence[str] = ("forward", "train"),
+) -> dict[str, Any]:
+    """Check, weigh and time contenders.
+
+    Args:
+        key, title: how the report names the section.
+        contenders: (name, kind, builder); a builder raises `UnavailableError` with its reason.
+        setup: see `Setup`.
+        baseline: name of the contender whose time divides the others'.
+        tokens: per call, for tokens per second.
+        facts: JSON-able description of the case.
+        phases: which of ``forward`` and ``train`` (forward + backward) to time.
+
+    Returns:
+        JSON-able section with one row per contender.
+
+    Raises:
+        RuntimeError: the baseline itself cannot run or computes something wrong.
+    """
+    joined: dict[str, Contender] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, kind, build in contenders:
+        contender, rows[name] = _join(name, kind, build, setup)
+        if contender is not None:
+            joined[name] = contender
+    if baseline is not None and baseline not in joined:
+        raise RuntimeError(f"{title}: the baseline {baseline!r} cannot be measured: {rows[baseline]['reason']}")
+    for phase in phases:
+        functions = {name: getattr(c, phase) for name, c in joined.items() if phase == "forward" or c.trains}
+        if not functions or (baseline is not None and baseline not in functions):
+            continue
+        setup.log(f"timing {phase} of {len(functions)} contenders")
+        for name, timing in interleave(functions, baseline, setup.budget, setup.measure).items():
+            rows[name][phase] = timing_facts(timing, tokens)
+        for contender in joined.values():
+            contender.release()
+    if setup.device == "cuda" and "forward" in phases:
+        _time_graphs(joined, rows, baseline, setup)
+    return {"key": key, "title": title, "baseline": baseline, "case": facts or {}, "rows": list(rows.values())}
+
+
+def _time_graphs(
+    joined: dict[str, Contender], rows: dict[str, dict[str, Any]], baseline: str | None, setup: Setup
+) -> None:
+    """Forward passes again as CUDA graphs, where they can be captured."""
+    captured = {}
+    for name, contender in joined.items():
+        try:
+            captured[name] = graphed(contender.forward)
+        except RuntimeError as error:
+            rows[name]["graph_reason"] = " ".join(str(error).split())[:200]
+    if captured and (baseline is None or baseline in captured):
+        for name, timing in interleave(captured, baseline, setup.budget, setup.measure).items():
+            rows[name]["graph"] = timing_facts(timing)

@@ -1,0 +1,132 @@
+"""What we measure: the dense limit and the MPO experts on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.layers import MPOExperts
+from mpoe_bench.contender import Contender, grad_of
+from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe
+from mpoe_bench.section import Build
+from mpoe_kernels import available_backends, route
+from mpoe_kernels.testing.assertions import relative_error
+
+LIMIT = "dense FFN"
+
+
+def training_bytes(parameters: int, dtype: torch.dtype, optimizer: bool = True) -> int:
+    """AdamW's two moments in float32 (``optimizer``) or the weights themselves."""
+    return parameters * (8 if optimizer else dtype.itemsize)
+
+
+def size_facts(parameters: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Parameters, their bytes and AdamW's."""
+    return {
+        "parameters": parameters,
+        "weight_bytes": training_bytes(parameters, dtype, optimizer=False),
+        "optimizer_bytes": training_bytes(parameters, dtype),
+    }
+
+
+def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
+    """The dense FFN on the same tokens: no mixture of experts can do less."""
+    torch.manual_seed(2)
+    up = (torch.randn(case.hidden, case.model) / case.model**0.5).to(case.device, case.dtype)
+    down = (torch.randn(case.model, case.hidden) / case.hidden**0.5).to(case.device, case.dtype)
+    leaves = [t.requires_grad_(case.train) for t in (up, down)]
+
+    def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.relu(nn.functional.linear(x, up)), down)
+
+    def results(dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = [t.detach().cpu().to(dtype).requires_grad_(case.train) for t in (batch.x, up, down)]
+        y = ffn(*tensors)
+        if not case.train:
+            return {"y": y}
+        y.backward(batch.grad_y.cpu().to(dtype))
+        x_grad, up_grad, down_grad = (grad_of(t) for t in tensors)
+        d_up, d_down = up_grad.T @ probe(case.hidden, dtype), down_grad.T @ probe(case.model, dtype)
+        return {"y": y.detach(), "dx": x_grad, "d_up_probe": d_up, "d_down_probe": d_down}
+
+    def gradients() -> Mapping[str, Tensor]:
+        return {
+            "dx": grad_of(batch.x),
+            "d_up_probe": (grad_of(up).T.cpu().double() @ probe(case.hidden)),
+            "d_down_probe": (grad_of(down).T.cpu().double() @ probe(case.model)),
+        }
+
+    exact, same = results(torch.float64), results(case.dtype)
+    truth = Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, case.dtype)
+    contender = Contender(
+        LIMIT,
+        "limit",
+        lambda: ffn(batch.x, up, down),
+        batch.grad_y if case.train else None,
+        (batch.x, *leaves),
+        gradients,
+        size_facts(up.numel() + down.numel(), case.dtype),
+    )
+    return contender, truth
+
+
+def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> Contender:
+    """The experts of `mpoe.layers`, as a converted model runs them: sort, fold, two grouped products, combine."""
+    case, batch = problem.case, problem.batch
+    shapes = {"up": problem.up_shape, "down": problem.down_shape}
+    layer = MPOExperts(shapes, case.experts, "relu", backend=backend, device="meta", dtype=case.dtype)
+    layer = layer.to_empty(device=case.device)
+    for module, cores in ((layer.up, problem.up), (layer.down, problem.down)):
+        module.central_masked = mask_central
+        for name, core in zip(module.core_names(), cores, strict=True):
+            module.get_parameter(name).data.copy_(core)
+    layer.requires_grad_(case.train)
+
+    def gradients() -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {"dx": grad_of(batch.x)}
+        for kind, module in (("up", layer.up), ("down", layer.down)):
+            for k, name in enumerate(module.core_names()):
+                if not (mask_central and name == "central"):
+                    found[f"d_{kind}.{k}"] = grad_of(module.get_parameter(name))
+        return found
+
+    name = mpoe_name(problem.shape_name, backend, mask_central)
+    facts: dict[str, Any] = {"shape": problem.shape_name, "backend": backend, "masked": mask_central}
+    facts |= size_facts(problem.parameters(), case.dtype) | {"floor": problem.floor()} | work_facts(problem)
+    return Contender(
+        name,
+        "mpoe",
+        lambda: layer(batch.x, route(batch.index, case.experts), batch.gates),
+        batch.grad_y if case.train else None,
+        (batch.x, *layer.parameters()),
+        gradients,
+        facts,
+    )
+
+
+def work_facts(problem: Problem) -> dict[str, Any]:
+    """The plans' FLOPs and memory traffic, forward, both projections together, for the roofline."""
+    plans = [problem.plan(shape, training=False) for shape in (problem.up_shape, problem.down_shape)]
+    return {
+        "flops": sum(plan.flops for plan in plans),
+        "bytes": sum(plan.flops / plan.intensity if plan.intensity else 0.0 for plan in plans),
+        "strategies": [plan.strategy for plan in plans],
+    }
+
+
+def mpoe_name(shape: str, backend: str, masked: bool = False) -> str:
+    """Name of a contender of ours."""
+    return f"mpoe {shape}{', central masked' if masked else ''} [{backend}]"
+
+
+def mpoe_builds(problem: Problem, masked: bool = False) -> Iterator[tuple[str, str, Build]]:
+    """One build per backend that runs here."""
+    for backend in available_backends():
+
+        def build(backend: str = backend) -> tuple[Contender, Truth]:
+            return mpo_experts(problem, backend, masked), problem.truth
+
+        yield mpoe_name(problem.shape_name, backend, masked), "mpoe", build

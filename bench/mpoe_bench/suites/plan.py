@@ -1,0 +1,249 @@
+"""What every suite measures, as a list of sections that run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mpoe_bench.problem import FFNCase
+from mpoe_bench.section import Setup
+from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
+from mpoe_bench.suites.ffn import ffn_section
+from mpoe_bench.suites.ops import embedding_section, linear_section, routing_section
+from mpoe_bench.suites.planner import planner_section
+from mpoe_bench.suites.train_step import train_step_section
+from mpoe_bench.timing import Budget
+from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
+
+SUITES = ("quick", "full", "planner")
+Section = Callable[[], dict[str, Any]]
+
+DENSE_PEERS = (
+    "dense experts, loop",
+    "dense experts, grouped_mm",
+    "dense experts, one-hot einsum",
+    "transformers Switch",
+)
+GPU_PEERS = ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels")
+# One case of every shape and size in the quick suite; the full one takes all.
+QUICK_JUDGED = tuple(range(0, 48, 7))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run: the real ones, or tiny ones for tests.
+
+    Attributes:
+        model, hidden: of the FFN.
+        many_tokens, few_tokens: of a training batch and of a small batch.
+        few_experts, many_experts: E.
+        shapes: names used in the place of the real ones.
+        step_tokens: batch and length of a train step.
+        vocabulary: of the embedding.
+        roof_edge: of the GEMM that measures the machine.
+    """
+
+    model: int = 768
+    hidden: int = 3072
+    many_tokens: int = 2048
+    few_tokens: int = 64
+    few_experts: int = 8
+    many_experts: int = 64
+    shapes: tuple[tuple[str, str], ...] = ()
+    step_tokens: tuple[int, int] = (4, 128)
+    vocabulary: int = 32128
+    roof_edge: int = 2048
+    judged: bool = True
+
+    def shape(self, name: str) -> str:
+        return dict(self.shapes).get(name, name)
+
+
+SCALES = {
+    "real": Scale(),
+    "tiny": Scale(
+        *(48, 96, 32, 8, 4, 8),
+        shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
+        step_tokens=(2, 8),
+        vocabulary=64,
+        roof_edge=128,
+        judged=False,
+    ),
+}
+
+
+def _tiny_judged() -> tuple[Workload, ...]:
+    return tuple(
+        Workload(name, 48, 96, 4, 16, torch.float32, training)
+        for name in ("separable", "paper_4")
+        for training in (False, True)
+    )
+
+
+def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
+    """The sections of a suite, in order.
+
+    Raises:
+        ValueError: an unknown suite, or one that this device cannot run.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
+    if suite == "planner":
+        if setup.device != "cpu":
+            raise ValueError(f"the planner suite holds CPU cases only; got device {setup.device!r}")
+        return iter([_planner(scale, setup, quick=False)])
+    return _quick(scale, setup) if suite == "quick" else _full(scale, setup)
+
+
+def _planner(scale: Scale, setup: Setup, quick: bool) -> Section:
+    cases = JUDGED_WORKLOADS if scale.judged else _tiny_judged()
+    if quick and scale.judged:
+        cases = tuple(cases[k] for k in QUICK_JUDGED)
+    short = replace(setup, budget=replace(setup.budget, seconds_each=setup.budget.seconds_each / 3, max_rounds=9))
+    return lambda: planner_section(cases, short)
+
+
+def _cases(scale: Scale, setup: Setup) -> tuple[FFNCase, FFNCase]:
+    """The training batch on few experts, and the small batch on many, forward only."""
+    base = FFNCase(scale.model, scale.hidden, device=setup.device)
+    return (
+        replace(base, experts=scale.few_experts, tokens=scale.many_tokens),
+        replace(base, experts=scale.many_experts, tokens=scale.few_tokens, train=False),
+    )
+
+
+def _peers(setup: Setup) -> tuple[str, ...]:
+    return (*DENSE_PEERS, *(GPU_PEERS if setup.device == "cuda" else ()))
+
+
+def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
+    many, few = _cases(scale, setup)
+    name = scale.shape
+    paper = name("paper_64")
+    yield lambda: ffn_section(
+        many,
+        ("separable", name("light_64"), paper, "paper_full"),
+        setup,
+        peers=_peers(setup),
+        core_peers=(("original: rebuild all", paper), ("original: rebuild all", "paper_full")),
+        masked=("separable", paper),
+    )
+    yield lambda: ffn_section(
+        replace(many, dtype=torch.bfloat16),
+        ("separable", paper),
+        setup,
+        peers=("dense experts, loop", "dense experts, grouped_mm"),
+        core_peers=(("original: rebuild all", paper),),
+    )
+    yield lambda: ffn_section(
+        few,
+        ("separable", name("paper_64"), name("paper_32"), "paper_16"),
+        setup,
+        peers=_peers(setup),
+        core_peers=(("original: rebuild all", "paper_16"),),
+    )
+    tensors = replace(few, experts=scale.few_experts, tokens=4 * scale.few_tokens)
+    yield lambda: ffn_section(
+        tensors,
+        ("paper_16",),
+        setup,
+        core_peers=tuple(
+            (peer, "paper_16")
+            for peer in (
+                "original: rebuild all",
+                "einsum of the cores",
+                "tltorch factorized",
+                "tltorch reconstructed",
+            )
+        ),
+    )
+    yield from _decode(scale, setup, ("separable", "paper_16"))
+    yield from _ops(scale, setup, ("separable", paper))
+    yield lambda: train_step_section(
+        ("separable",), (scale.model, scale.hidden), scale.few_experts, scale.step_tokens, setup
+    )
+    yield lambda: decomposition_section(("separable", "paper_full"), (scale.model, scale.hidden), setup)
+    if setup.device == "cpu":
+        yield _planner(scale, setup, quick=True)
+
+
+def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
+    for tokens in (1, 8):
+        case = replace(_cases(scale, setup)[1], experts=scale.few_experts, tokens=tokens)
+        yield lambda case=case: ffn_section(case, shapes, setup, peers=("dense experts, loop",), key="decode")
+
+
+def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
+    sizes = (scale.model, scale.hidden)
+    tokens = scale.many_tokens // 4
+    for experts in (1, scale.few_experts):
+        yield lambda experts=experts: linear_section(shapes, sizes, experts, tokens, torch.float32, setup)
+    for top_k in (1, 2):
+        yield lambda k=top_k: routing_section(scale.model, scale.few_experts, scale.many_tokens, k, setup)
+    yield lambda: embedding_section(scale.vocabulary, scale.model, (64, 16), tokens, setup)
+
+
+def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
+    many, few = _cases(scale, setup)
+    name = scale.shape
+    shapes = tuple(dict.fromkeys(name(shape) for shape in WORKLOAD_SHAPES))
+    paper = name("paper_64")
+    loop = ("dense experts, loop",)
+    original = tuple(("original: rebuild all", shape) for shape in (paper, "paper_full"))
+    for dtype in (torch.float32, torch.bfloat16):
+        masked = ("separable", paper, "paper_full") if dtype == torch.float32 else ()
+        yield lambda d=dtype, m=masked: ffn_section(
+            replace(many, dtype=d), shapes, setup, peers=_peers(setup), core_peers=original, masked=m
+        )
+        yield lambda d=dtype: ffn_section(
+            replace(few, dtype=d), shapes, setup, peers=_peers(setup), core_peers=original
+        )
+    tokens = sorted({1, 8, scale.few_tokens, scale.many_tokens // 4, scale.many_tokens})
+    tokens += [4096, 32768] if setup.device == "cuda" else []
+    curve = ("separable", name("light_64"), "paper_full", paper, "paper_16")
+    for experts in (scale.few_experts, 2 * scale.few_experts, scale.many_experts):
+        for count in tokens:
+            case = replace(many, experts=experts, tokens=count)
+            yield lambda c=case: ffn_section(c, curve, setup, peers=(*loop, "dense experts, grouped_mm"))
+    for load in WORKLOAD_LOADS[1:]:
+        yield lambda n=load: ffn_section(replace(many, load=n), ("separable", paper), setup, peers=_peers(setup))
+    sizes = WORKLOAD_SIZES[1] if scale.judged else (64, 128)
+    large = replace(many, model=sizes[0], hidden=sizes[1])
+    yield lambda: ffn_section(large, ("separable", name("light_64"), paper, "paper_full"), setup, peers=loop)
+    tensors = replace(many, tokens=4 * scale.few_tokens)
+    yield lambda: ffn_section(
+        tensors,
+        (paper, "paper_16"),
+        setup,
+        core_peers=tuple(
+            (peer, shape)
+            for shape in (paper, "paper_16")
+            for peer in (
+                "original: rebuild all",
+                "einsum of the cores",
+                "tltorch factorized",
+                "tltorch reconstructed",
+            )
+        ),
+    )
+    yield from _decode(scale, setup, curve)
+    yield from _ops(scale, setup, ("separable", name("light_64"), paper, "paper_full"))
+    sizes = (scale.model, scale.hidden)
+    yield lambda: train_step_section(
+        ("separable", "light", "paper"), sizes, scale.few_experts, scale.step_tokens, setup
+    )
+    yield lambda: decomposition_section(("separable", name("light_64"), paper, "paper_full"), sizes, setup)
+    if scale.judged:
+        yield lambda: t5_base_section(("separable", "light", "paper"), setup)
+    if setup.device == "cpu":
+        yield _planner(scale, setup, quick=False)
+
+
+def budget_of(suite: str, scale: Scale) -> Budget:
+    """Seconds and rounds of a suite."""
+    if not scale.judged:
+        return Budget(seconds_each=0.01, sample_seconds=0.0005, min_rounds=3, max_rounds=3)
+    return Budget(seconds_each=1.2, max_rounds=15) if suite == "quick" else Budget(seconds_each=3.0)

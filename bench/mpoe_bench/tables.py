@@ -1,0 +1,181 @@
+"""Results as rows of text: the same cells go to the terminal and into the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpoe_bench.machine import title_of
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A title, a header, rows, and notes below (contenders that were not timed, with the reason)."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def seconds_text(seconds: float | None) -> str:
+    """``12.3 ms`` with three significant digits."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def mebibytes(count: float | None) -> str:
+    """``12.3`` MiB."""
+    if count is None:
+        return "-"
+    value = count / 2**20
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio_text(timing: Mapping[str, Any] | None) -> str:
+    """``1.23 (1.20-1.31)``: median of x dense and its 10th and 90th percentile; one round has no spread."""
+    if timing is None or timing["x"] is None:
+        return "-"
+    digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
+    spread = "" if timing["rounds"] < 2 else f" ({timing['low']:.{digits}f}-{timing['high']:.{digits}f})"
+    return f"{timing['x']:.{digits}f}{spread}"
+
+
+def _floor(row: Mapping[str, Any], phase: str) -> str:
+    value = (row.get("floor") or {}).get(phase)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _peak(row: Mapping[str, Any], phase: str) -> float | None:
+    memory = (row.get("memory") or {}).get(phase)
+    return None if memory is None else memory["peak"]
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    rate = (row.get("forward") or {}).get("tokens_per_second")
+    return "-" if rate is None else f"{rate:,.0f}"
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    errors = row.get("errors") or {}
+    return f"{max(errors.values()):.0e}" if errors else "-"
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line per reason, with everyone it holds for."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("reason"):
+            names.setdefault(row["reason"], []).append(row["name"])
+    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
+
+
+def timing_table(section: Mapping[str, Any]) -> TextTable:
+    """A section of contenders: x baseline forward and forward + backward, floor, memory, error."""
+    rows = [row for row in section["rows"] if not row.get("reason")]
+    trains = any("train" in row for row in rows)
+    base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
+    both = "step" if section["key"] == "train_step" else "fwd+bwd"
+    floors = any(row.get("floor") for row in rows)
+    header = ["contender", f"forward\nx {base}", *([f"{both}\nx {base}"] if trains else [])]
+    header += ["floor", *(["floor\nfwd+bwd"] if trains else [])] if floors else []
+    header += ["forward\nmedian", "tokens/s\nforward", "peak MiB\nforward"]
+    header += [f"peak MiB\n{both}"] if trains else []
+    header += ["params\nM", "largest\nerror"]
+    body = []
+    for row in rows:
+        cells = [row["name"], ratio_text(row.get("forward")), *([ratio_text(row.get("train"))] if trains else [])]
+        cells += [_floor(row, "forward"), *([_floor(row, "train")] if trains else [])] if floors else []
+        cells += [seconds_text((row.get("forward") or {}).get("seconds")), _tokens(row)]
+        cells += [mebibytes(_peak(row, "forward")), *([mebibytes(_peak(row, "train"))] if trains else [])]
+        cells += [f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-", _error(row)]
+        body.append(cells)
+    return TextTable(section["title"], header, body, _notes(section["rows"]))
+
+
+def conversion_table(section: Mapping[str, Any]) -> TextTable:
+    """Seconds per matrix and for the 48 of T5-base."""
+    body = [
+        [row["name"], f"{row['seconds']:.2f} s", f"{row['seconds_of_48']:.1f} s", _error(row)]
+        for row in section["rows"]
+        if not row.get("reason")
+    ]
+    header = ["what", "seconds", "48 matrices\n(48 x one)", "error"]
+    if section["key"] == "conversion_t5":
+        header[2] = "48 matrices\n(measured)"
+    return TextTable(section["title"], header, body, _notes(section["rows"]))
+
+
+def planner_table(section: Mapping[str, Any]) -> TextTable:
+    """The planner's choice against the best measured, misses first."""
+    rows = sorted(section["rows"], key=lambda row: -(row["ratio"] or float("inf")))
+    body = []
+    for row in rows:
+        missed = row["ratio"] is None or row["ratio"] > section["tolerance"]
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        best = row.get("best", {})
+        body.append(
+            [
+                row["name"],
+                ratio + (" MISS" if missed else ""),
+                "\n".join(row["chosen"].values()),
+                "\n".join(best.values()),
+                seconds_text(sum(row["seconds"]["auto"].values())) if "seconds" in row else "-",
+            ]
+        )
+    notes = [f"{row['name']}: {row['reason']}" for row in rows if row.get("reason")]
+    notes += [f"{row['name']}, {name}: {why}" for row in rows for name, why in row["faults"].items()]
+    count = len(section["rows"])
+    title = f"{section['title']}: {section['within']} of {count} within {section['tolerance']} x of the best"
+    return TextTable(
+        title, ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"], body, notes
+    )
+
+
+def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Targets and whether they were reached."""
+    body = [[line["what"], line["wanted"], line["found"], "yes" if line["reached"] else "NO"] for line in lines]
+    reached = sum(line["reached"] for line in lines)
+    return TextTable(f"targets: {reached} of {len(lines)} reached", ["what", "wanted", "found", "reached"], body)
+
+
+def machine_table(machine: Mapping[str, Any]) -> TextTable:
+    """What was measured on."""
+    roofs = machine["roofs"]
+    body = [
+        ["machine", title_of(dict(machine))],
+        ["cores usable", str(machine["cores"])],
+        ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
+        ["largest GEMM float32 / bfloat16", f"{roofs['float32'] / 1e9:.0f} / {roofs['bfloat16'] / 1e9:.0f} GFLOP/s"],
+        ["memory copy", f"{roofs['bandwidth'] / 1e9:.1f} GB/s"],
+        ["backends", ", ".join(machine["backends"])],
+        ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
+        ["python, system", f"{machine['python']}, {machine['system']}"],
+        ["date", machine["date"]],
+    ]
+    if machine["load_average"]:
+        body.append(["load average at the start", ", ".join(f"{value:.2f}" for value in machine["load_average"])])
+    return TextTable("machine", ["", ""], body)
+
+
+def table_of(section: Mapping[str, Any]) -> TextTable:
+    """The table of any section."""
+    if section["key"] == "planner":
+        return planner_table(section)
+    if section["key"].startswith("conversion"):
+        return conversion_table(section)
+    return timing_table(section)
+
+
+HOW_TO_READ = (
+    "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
+    "rounds, in brackets its 10th and 90th percentile. Floor: FLOPs of the planner's strategies over the dense FFN's. "
+    "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
+    "results, gradients), measured. Largest error: relative L2 error against float64, results and gradients; whatever "
+    "is wrong has no times."
+)

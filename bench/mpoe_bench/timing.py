@@ -1,0 +1,203 @@
+"""Interleaved timing: every function runs once per round, so that a drift of the machine hits all of them alike.
+
+A function's figure is the median over rounds of (its time / the baseline's time in the same round).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Function = Callable[[], object]
+Measure = Callable[[Function, int], float]  # (function, repeats) -> seconds of all repeats together
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure.
+
+    Attributes:
+        seconds_each: seconds spent on one function in one phase, more or less.
+        sample_seconds: shortest sample; quicker functions are called several times per sample.
+        min_rounds: rounds of a function whose single sample fits `seconds_each`; slower ones get one round.
+        max_rounds: most rounds.
+    """
+
+    seconds_each: float = 1.5
+    sample_seconds: float = 0.005
+    min_rounds: int = 3
+    max_rounds: int = 21
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Figures of one function.
+
+    Attributes:
+        seconds: median of one call.
+        x: median over rounds of the ratio to the baseline's time in the same round; NaN without a baseline.
+        low, high: 10th and 90th percentile of that ratio (of ``seconds`` without a baseline).
+        rounds: samples taken.
+    """
+
+    seconds: float
+    x: float
+    low: float
+    high: float
+    rounds: int
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics, as numpy's default.
+
+    Raises:
+        ValueError: no values, or q outside [0, 1].
+    """
+    if not values or not 0.0 <= q <= 1.0:
+        raise ValueError(f"quantile needs at least one value and 0 <= q <= 1; got {len(values)} values, q = {q}")
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def cpu_measure(clock: Callable[[], float] = time.perf_counter) -> Measure:
+    """Time repeats with a clock."""
+
+    def measure(function: Function, repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            function()
+        return clock() - start
+
+    return measure
+
+
+def cuda_measure() -> Measure:
+    """Time repeats with CUDA events on the current stream."""
+
+    def measure(function: Function, repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return measure
+
+
+def graphed(function: Function) -> Function:
+    """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their storage.
+
+    Raises:
+        RuntimeError: the function synchronises or does something else that cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+@contextmanager
+def collection_off() -> Iterator[None]:
+    """Collect garbage now, and not again inside the block."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _plan(seconds: Mapping[str, float], budget: Budget) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls per sample and rounds of every function, from the seconds that one call takes."""
+    repeats, rounds = {}, {}
+    for name, once in seconds.items():
+        once = max(once, 1e-9)
+        repeats[name] = max(1, min(2000, math.ceil(budget.sample_seconds / once)))
+        sample = repeats[name] * once
+        least = budget.min_rounds if sample <= budget.seconds_each else 1
+        rounds[name] = max(least, min(budget.max_rounds, int(budget.seconds_each / sample)))
+    return repeats, rounds
+
+
+def _takes_part(round_number: int, own_rounds: int, all_rounds: int) -> bool:
+    """Spread ``own_rounds`` evenly over ``all_rounds``."""
+    return (round_number + 1) * own_rounds // all_rounds > round_number * own_rounds // all_rounds
+
+
+def interleave(
+    functions: Mapping[str, Function],
+    baseline: str | None = None,
+    budget: Budget | None = None,
+    measure: Measure | None = None,
+) -> dict[str, Timing]:
+    """Time functions round by round in one process.
+
+    Args:
+        functions: by name; each is called once untimed-in-the-result to size its samples (and to warm it up).
+        baseline: the name whose time divides all others'; it takes part in every round.
+        budget: see `Budget`.
+        measure: how seconds are taken; default the wall clock.
+
+    Returns:
+        A `Timing` for every function.
+
+    Raises:
+        ValueError: a baseline that is not among the functions.
+    """
+    if baseline is not None and baseline not in functions:
+        raise ValueError(f"baseline must be one of {list(functions)}; got {baseline!r}")
+    budget = Budget() if budget is None else budget
+    measure = cpu_measure() if measure is None else measure
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    with collection_off():
+        repeats, rounds = _plan({name: measure(functions[name], 1) for name in names}, budget)
+        total = max(rounds.values(), default=0)
+        if baseline is not None:
+            rounds[baseline] = total
+        for number in range(total):
+            first = number % len(names)
+            seconds = {
+                name: measure(functions[name], repeats[name]) / repeats[name]
+                for name in names[first:] + names[:first]
+                if _takes_part(number, rounds[name], total)
+            }
+            for name, value in seconds.items():
+                samples[name].append(value)
+                if baseline is not None:
+                    ratios[name].append(value / max(seconds[baseline], 1e-12))
+    return {name: _timing(samples[name], ratios[name]) for name in names}
+
+
+def _timing(samples: Sequence[float], ratios: Sequence[float]) -> Timing:
+    spread = ratios or samples
+    return Timing(
+        seconds=quantile(samples, 0.5),
+        x=quantile(ratios, 0.5) if ratios else math.nan,
+        low=quantile(spread, 0.1),
+        high=quantile(spread, 0.9),
+        rounds=len(samples),
+    )

@@ -1,0 +1,109 @@
+"""`mpoe bench`: measure MPO experts and their peers on this machine, and write tables, plots and JSON."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError
+
+REPORT_FILE = "report.md"
+INCOMPLETE_FILE = "incomplete.json"
+
+
+def import_bench() -> None:
+    """Make ``mpoe_bench`` importable: installed beside `mpoe`, or, in a checkout, in its folder ``bench``."""
+    try:
+        importlib.import_module("mpoe_bench")
+    except ModuleNotFoundError as error:
+        folder = Path(__file__).resolve().parents[2] / "bench"
+        if error.name != "mpoe_bench":
+            raise
+        if not (folder / "mpoe_bench").is_dir():
+            raise CommandError(f"the benchmarks are not installed: no package mpoe_bench, and no {folder}") from None
+        sys.path.append(str(folder))
+        importlib.import_module("mpoe_bench")
+
+
+def command(
+    suite: str, device: str, out: Path, threads: int | None, clock: str, scale: str, overwrite: bool
+) -> dict[str, Any]:
+    """Check the arguments and run; returns what ``results.json`` holds.
+
+    Raises:
+        CommandError: an argument that does not fit, an output folder that is taken, or results that are wrong.
+    """
+    from mpoe.cli.files import RESULTS_FILE, check_not_file
+
+    import_bench()
+    from mpoe_bench import check_options
+
+    try:
+        check_options(suite, device, threads, clock, scale)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    check_not_file("out", out)
+    if (out / RESULTS_FILE).exists() and not overwrite:
+        raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    results = _measure(suite, device, out, threads, clock, scale)
+    if results["failures"]:
+        raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
+    return results
+
+
+def _measure(suite: str, device: str, out: Path, threads: int | None, clock: str, scale: str) -> dict[str, Any]:
+    from mpoe_bench import run_suite
+    from mpoe_bench.console import show
+    from mpoe_bench.tables import HOW_TO_READ, machine_table, table_of, target_table
+    from rich.console import Console
+
+    from mpoe.cli.files import write_json
+
+    # A pipe or a file has no width of its own; tables must not be cut there.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(HOW_TO_READ, style="dim", highlight=False)
+    sections: list[dict[str, Any]] = []
+
+    def finished(section: dict[str, Any]) -> None:
+        sections.append(section)
+        show(console, table_of(section))
+
+    try:
+        with console.status("starting") as status:
+            results = run_suite(suite, device, threads, clock, scale, status.update, finished)
+    except BaseException:
+        if sections:
+            write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
+            console.print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
+        raise
+    (out / INCOMPLETE_FILE).unlink(missing_ok=True)
+    if results["targets"]:
+        show(console, target_table(results["targets"]))
+    show(console, machine_table(results["machine"]))
+    _write(out, results, console)
+    return results
+
+
+def _write(out: Path, results: dict[str, Any], console: Any) -> None:
+    """JSON, plots and the report."""
+    from mpoe_bench.plots import draw, have_matplotlib
+    from mpoe_bench.report import markdown_report
+
+    from mpoe.cli.files import RESULTS_FILE, write_json, write_text
+
+    write_json(out / RESULTS_FILE, results)
+    drawn = []
+    if have_matplotlib():
+        for old in out.glob("*.png"):
+            old.unlink()
+        drawn = draw(results, out)
+    else:
+        console.print('no plots: they need matplotlib (pip install "mpoe[bench]")')
+    write_text(out / REPORT_FILE, markdown_report(results, drawn))
+    console.print(
+        f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE} and {len(drawn)} plots",
+        highlight=False,
+    )

@@ -1,24 +1,30 @@
-"""The backends that tests of the ops run on, and the dtypes in which each is compared with the float64 reference."""
+"""The backends that tests of the ops run on. What each can do is read from its table: new kernels join by themselves."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
-from mpoe_kernels import backend_reasons
-from mpoe_kernels.backends.registry import Request, select
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
+from mpoe_kernels.backends.registry import Request, select, select_contraction
+from mpoe_kernels.planner import STRATEGIES, BlockDims, contraction
+from mpoe_kernels.testing.cases import random_cores
 
 BACKENDS = ("eager", "native")
 # float64 first: where a backend has it, gradients are checked by finite differences too.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LINEAR = "grouped_mpo_linear"
+
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether this backend has a CPU kernel of this op and dtype."""
-    from mpoe_kernels import BackendError
-
     try:
         select(Request(op, "cpu", dtype), backend)
     except BackendError:
@@ -44,7 +50,58 @@ def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -
         pytest.skip(f"backend {backend} has no kernel for {op} in {dtype}")
 
 
-def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: torch.dtype) -> bool:
+    blocks = fold(random_cores(shape, 2), shape=shape, num_experts=2)
+    dims = BlockDims.of_blocks(blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features)
+    op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
+    try:
+        select_contraction(op, (contraction(strategy, dims, 2, 8, dtype, phase),), "cpu", dtype, backend)
+    except BackendError:
+        return False
+    return True
+
+
+def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+    """Strategies that this backend computes, forward and backward, for a shape and dtype."""
+    return [
+        strategy
+        for strategy in STRATEGIES
+        if (strategy != "separable" or shape.is_separable)
+        and all(_computes(backend, phase, strategy, shape, dtype) for phase in ("forward", "backward"))
+    ]
+
+
+def require_strategies(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+    """`strategies_of`, skipping the test where there is none."""
+    require(backend)
+    found = strategies_of(backend, shape, dtype)
+    if not found:
+        pytest.skip(f"backend {backend} has no kernel for {LINEAR} of this shape in {dtype}")
+    return found
+
+
+def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+    """Strategies and, where the backend can follow whatever is chosen, ``auto``.
+
+    A training forward of separable blocks under ``auto`` always takes the strategy ``separable``.
+    """
+    found = strategies_of(backend, shape, dtype)
+    return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
+
+
+# ------------------------------------------------------------------ blocks and places in memory
+
+
+def leaves(blocks: MPOBlocks) -> list[Tensor]:
+    return [blocks.left, blocks.central, blocks.right]
+
+
+def cast(blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t) -> MPOBlocks:
+    left, central, right = (place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks))
+    return MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
     """The same values one element further in memory: aligned to the element only."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     moved = storage[1:].view(tensor.shape)
@@ -52,9 +109,22 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     return moved.requires_grad_(tensor.requires_grad)
 
 
-def strided(tensor: torch.Tensor) -> torch.Tensor:
+def strided(tensor: Tensor) -> Tensor:
     """The same values in a tensor that is contiguous in no axis."""
     wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
     moved = wide[..., 0]
     moved.copy_(tensor.detach())
     return moved.requires_grad_(tensor.requires_grad)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda t: t, "unaligned": unaligned, "strided": strided}
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_cases import BACKENDS, dtypes_of, require, strided, unaligned
+from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -12,8 +12,6 @@ from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import expert_choice
-
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @on_every_backend
@@ -68,7 +66,7 @@ def test_rows_and_gradients_against_loops(
     torch.manual_seed(seed)
     dtype = data.draw(st.sampled_from(dtypes_of(backend, "combine")))
     gate_dtype = data.draw(st.sampled_from([dtype, torch.float32]))
-    layout = data.draw(st.sampled_from([lambda t: t, unaligned, strided]))
+    layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
     kind = data.draw(st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]))
     capacity, masked = data.draw(st.none() | st.integers(1, 5)), data.draw(st.booleans())
     mask = torch.rand(tokens) > 0.3 if masked else None
@@ -107,20 +105,15 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     require("native")
     index = expert_choice("zipf", 20_000, 6, top_k=2)
     x, y = torch.randn(20_000, 65).to(dtype), torch.randn(40_000, 65).to(dtype)
-    weights, before = torch.rand(20_000, 2), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            with use_backend("native"):
-                routing = route(index, 6, capacity=7_000)
-                leaves = [t.clone().requires_grad_() for t in (x, y, weights)]
-                rows, out = dispatch(leaves[0], routing), combine(leaves[1], routing, leaves[2])
-                grads = torch.autograd.grad((rows, out), leaves, (rows.detach() * 2, out.detach() * 3))
-            parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
-            results.append([*parts, rows, out, *grads])
-    finally:
-        torch.set_num_threads(before)
+    weights, results = torch.rand(20_000, 2), []
+    for threads in (1, 2, 4):
+        with torch_threads(threads), use_backend("native"):
+            routing = route(index, 6, capacity=7_000)
+            leaves = [t.clone().requires_grad_() for t in (x, y, weights)]
+            rows, out = dispatch(leaves[0], routing), combine(leaves[1], routing, leaves[2])
+            grads = torch.autograd.grad((rows, out), leaves, (rows.detach() * 2, out.detach() * 3))
+        parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
+        results.append([*parts, rows, out, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

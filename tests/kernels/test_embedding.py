@@ -1,0 +1,53 @@
+"""mpo_embedding on every backend, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_cases import leaves, on_every_backend, require
+from torch.library import opcheck
+
+from mpoe_kernels import mpo_embedding
+from mpoe_kernels.reference import mpo_embedding_reference
+from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 400])
+def test_embedding_against_reference(backend: str, name: str, rows: int) -> None:
+    require(backend, "mpo_embedding", torch.float64)
+    shape = SMALL_SHAPES[name]
+    blocks = random_blocks(shape, 1, requires_grad=True)
+    ids = torch.randint(0, shape.in_features, (rows,))
+    with poisoned_memory():
+        got = mpo_embedding(ids, blocks, backend=backend)
+        grad = torch.randn(got.shape, dtype=torch.float64)
+        grads = torch.autograd.grad(got, leaves(blocks), grad)
+    want = mpo_embedding_reference(ids, blocks)
+    assert torch.allclose(got, want)
+    for a, b in zip(grads, torch.autograd.grad(want, leaves(blocks), grad), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert mpo_embedding(ids.view(-1, 1).int(), blocks).shape == (rows, 1, shape.out_features)
+
+
+@on_every_backend
+@pytest.mark.parametrize("rows", [1, 500])
+@pytest.mark.parametrize("bad", [-1, 11])
+def test_embedding_refuses_ids_outside_the_table(backend: str, rows: int, bad: int) -> None:
+    require(backend, "mpo_embedding", torch.float64)
+    blocks = random_blocks(SMALL_SHAPES["padded"], 1)
+    ids = torch.full((rows,), bad)
+    with pytest.raises(IndexError):
+        mpo_embedding(ids, blocks, backend=backend)
+
+
+@on_every_backend
+def test_opcheck(backend: str) -> None:
+    require(backend, "mpo_embedding", torch.float32)
+    left, central, right = leaves(random_blocks(SMALL_SHAPES["light"], 1, torch.float32, requires_grad=True))
+    ids = torch.tensor([3, 0, 11, 3])
+    opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, backend))
+    detached = tuple(t.detach() for t in (left, central, right))
+    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (torch.randn(4, 12), ids, *detached, 12, 12, backend))

@@ -1,0 +1,114 @@
+"""The public face of grouped_mpo_linear and mpo_linear: refusals, autocast, activations, what a masked core costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_cases import leaves
+
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear
+from mpoe_kernels.ops.mpo_linear import ACTIVATIONS
+from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+
+@pytest.mark.parametrize("name", ["paper", "separable"])
+def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detached central core reaches the backward kernel as "not needed", and its gradient stays None."""
+    from mpoe_kernels import backends
+    from mpoe_kernels.backends.eager import EAGER
+
+    seen: list[list[bool]] = []
+    kernel = EAGER.kernels["grouped_mpo_linear_backward"]
+    monkeypatch.setitem(
+        EAGER.kernels, "grouped_mpo_linear_backward", lambda *args: (seen.append(args[-1]), kernel(*args))[1]
+    )
+    assert backends is not None
+    shape = SMALL_SHAPES[name]
+    blocks = random_blocks(shape, 2, requires_grad=True)
+    masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)
+    x = torch.randn(5, shape.in_features, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 2, 5])
+    grouped_mpo_linear(x, masked, offsets).sum().backward()
+    assert seen == [[True, True, False, True, False]]
+    assert blocks.central.grad is None
+    masked_grads = [blocks.left.grad.clone(), blocks.right.grad.clone(), x.grad.clone()]
+    blocks.left.grad = blocks.right.grad = x.grad = None
+    grouped_mpo_linear(x, blocks, offsets).sum().backward()
+    assert blocks.central.grad is not None
+    for got, want in zip(masked_grads, [blocks.left.grad, blocks.right.grad, x.grad], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_dtypes_under_autocast() -> None:
+    shape = SMALL_SHAPES["separable"]
+    blocks = random_blocks(shape, 2, torch.float32, requires_grad=True)
+    x = torch.randn(6, shape.in_features, requires_grad=True)
+    offsets = torch.tensor([0, 4, 6])
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            y = grouped_mpo_linear(x, blocks, offsets)
+        assert y.dtype == dtype
+        grads = torch.autograd.grad(y.float().sum(), [x, *leaves(blocks)])
+        assert {g.dtype for g in grads} == {torch.float32}
+        assert torch.allclose(y.float(), grouped_mpo_linear(x, blocks, offsets), atol=0.1)
+    with pytest.raises(TypeError, match="left must have the dtype of x, bfloat16"):
+        grouped_mpo_linear(x.bfloat16(), blocks, offsets)
+
+
+def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head() -> None:
+    shape = SMALL_SHAPES["padded"]
+    blocks = random_blocks(shape, 1)
+    weight = weight_reference(blocks, 0)
+    x = torch.randn(2, 3, shape.in_features, dtype=torch.float64)
+    bias = torch.randn(shape.out_features, dtype=torch.float64)
+    assert torch.allclose(mpo_linear(x, blocks, bias), x @ weight + bias)
+    hidden = torch.randn(4, shape.out_features, dtype=torch.float64)
+    assert torch.allclose(mpo_linear(hidden, blocks.transposed()), hidden @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(5, 7)}, ValueError, r"x must be \[T, I\] with I = 12; got float32 \[5, 7\]"),
+        ({"x": torch.ones(5, 12, dtype=torch.int64)}, TypeError, "x must have a floating dtype"),
+        ({"blocks": "no"}, TypeError, "blocks must be MPOBlocks"),
+        ({"expert_offsets": torch.tensor([0, 5])}, ValueError, r"expert_offsets must be \[E \+ 1\] with E = 2"),
+        ({"expert_offsets": torch.tensor([0.0, 1.0, 5.0])}, TypeError, "expert_offsets must be int32 or int64"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias must be \[F\] with F = 12; got float32 \[3\]"),
+        ({"bias": torch.ones(12).double()}, TypeError, "bias must have the dtype of x"),
+        ({"row_index": torch.ones(5)}, TypeError, "row_index must be int32 or int64"),
+        ({"activation": "relo"}, ValueError, r"activation must be one of .*did you mean 'relu'"),
+        ({"strategy": "fast"}, ValueError, "strategy must be one of"),
+        ({"strategy": "separable"}, ValueError, "strategy 'separable' needs blocks with jL = iR = 1"),
+        ({"backend": "abacus"}, ValueError, r"backend must be one of \['auto', .*'eager'.*got 'abacus'"),
+    ],
+)
+def test_refusals(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "x": torch.ones(5, 12),
+        "blocks": random_blocks(SMALL_SHAPES["light"], 2, torch.float32),
+        "expert_offsets": torch.tensor([0, 3, 5]),
+    }
+    with pytest.raises(error, match=message):
+        grouped_mpo_linear(**(arguments | change))
+
+
+def test_second_derivatives_and_vmap_are_refused_clearly() -> None:
+    shape = SMALL_SHAPES["light"]
+    blocks = random_blocks(shape, 1)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(mpo_linear(x, blocks).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives of MPO ops are not supported"):
+        torch.autograd.grad(dx.sum(), x)
+    with pytest.raises(NotImplementedError, match=r"does not support torch\.vmap"):
+        torch.vmap(lambda t: mpo_linear(t, blocks))(torch.randn(2, 3, 12, dtype=torch.float64))
+
+
+def test_every_public_activation_has_a_reference() -> None:
+    shape = SMALL_SHAPES["light"]
+    blocks = random_blocks(shape, 1)
+    x, offsets = torch.randn(4, 12, dtype=torch.float64), torch.tensor([0, 4])
+    for name, formula in ACTIVATIONS.items():
+        got = grouped_mpo_linear(x, blocks, offsets, activation=name)
+        assert torch.allclose(got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula))

@@ -76,35 +76,97 @@ struct Operands {
   }
 };
 
-bool is_separable(const BlockDims& d) { return d.jL == 1 && d.iR == 1; }
+// What exists. Null: not yet.
+struct StrategyKernels {
+  const char* name;
+  void (*forward)(const LinearForward&);
+  void (*backward)(const LinearBackward&);
+};
+constexpr StrategyKernels kStrategies[] = {
+    {"separable", separable_forward, nullptr},
+};
+
+const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {
+  for (const StrategyKernels& kernels : kStrategies) {
+    if (strategy != kernels.name) continue;
+    STD_TORCH_CHECK(
+        strategy != "separable" || (dims.jL == 1 && dims.iR == 1), "strategy separable needs blocks with jL = iR = 1");
+    return kernels;
+  }
+  STD_TORCH_CHECK(false, "no native kernel for strategy ", strategy);
+}
 
 std::tuple<Tensor, Tensor, Tensor> linear_forward_cpu(
     const Tensor& x, const Tensor& left, const Tensor& central, const Tensor& right, const Tensor& expert_offsets,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& row_index, int64_t in_features,
     int64_t out_features, std::string activation, std::string strategy, bool save_h, bool save_z) {
   const Operands operands(x, left, central, right, expert_offsets, row_index);
-  LinearForward in{operands.inputs(in_features, out_features, activation)};
+  LinearForward in{};
+  static_cast<LinearInputs&>(in) = operands.inputs(in_features, out_features, activation);
+  const StrategyKernels& kernels = kernels_of(strategy, in.dims);
+  STD_TORCH_CHECK(kernels.forward != nullptr, "no native forward for strategy ", strategy);
+  STD_TORCH_CHECK(!save_h || strategy == "separable", "only strategy separable saves its central step");
   std::optional<Tensor> dense_bias;
   if (bias.has_value()) {
-    dense_bias = dense(*bias);
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(), "bias must be [",
         out_features, "] of the dtype of x");
+    dense_bias = dense(*bias);
     in.bias = dense_bias->const_data_ptr();
   }
   Tensor y = torch::stable::new_empty(x, {in.slots, out_features});
-  Tensor h = torch::stable::new_empty(x, {save_h ? in.slots * in.dims.jC : 0, save_h ? in.dims.b : 0});
+  Tensor h = torch::stable::new_empty(x, {save_h ? in.slots * in.dims.jC : 0, in.dims.b});
   Tensor z = torch::stable::new_empty(x, {save_z ? in.slots : 0, out_features});
   in.y = y.mutable_data_ptr();
   in.h = save_h ? h.mutable_data_ptr() : nullptr;
   in.saved = save_z ? z.mutable_data_ptr() : nullptr;
-  if (strategy == "separable") {
-    STD_TORCH_CHECK(is_separable(in.dims), "strategy separable needs blocks with jL = iR = 1");
-    separable_forward(in);
-  } else {
-    STD_TORCH_CHECK(false, "no native kernel for strategy ", strategy);
-  }
+  kernels.forward(in);
   return {y, h, z};
+}
+
+// `need`: which of dx, dleft, dcentral, dright, dbias; the others come back with no elements.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& left, const Tensor& central, const Tensor& right,
+    const Tensor& expert_offsets, const std::optional<Tensor>& row_index, const Tensor& h, const Tensor& saved,
+    int64_t in_features, int64_t out_features, std::string activation, std::string strategy, bool need_x,
+    bool need_left, bool need_central, bool need_right, bool need_bias) {
+  const Operands operands(x, left, central, right, expert_offsets, row_index);
+  LinearBackward in{};
+  static_cast<LinearInputs&>(in) = operands.inputs(in_features, out_features, activation);
+  const StrategyKernels& kernels = kernels_of(strategy, in.dims);
+  STD_TORCH_CHECK(kernels.backward != nullptr, "no native backward for strategy ", strategy);
+  const auto check_rows = [&](const Tensor& rows, const char* name) {
+    STD_TORCH_CHECK(
+        rows.dim() == 2 && rows.size(0) == in.slots && rows.size(1) == out_features &&
+            rows.scalar_type() == x.scalar_type(),
+        name, " must be [", in.slots, ", ", out_features, "] of the dtype of x");
+  };
+  check_rows(grad, "grad");
+  const Tensor dense_grad = dense(grad), dense_saved = dense(saved), dense_h = dense(h);
+  in.grad = dense_grad.const_data_ptr();
+  if (in.activation != Activation::kNone) {
+    check_rows(saved, "saved");
+    in.saved = dense_saved.const_data_ptr();
+  }
+  if (strategy == "separable") {
+    STD_TORCH_CHECK(
+        h.numel() == in.slots * in.dims.jC * in.dims.b && h.scalar_type() == x.scalar_type(), "h must be [",
+        in.slots * in.dims.jC, ", ", in.dims.b, "] of the dtype of x");
+    in.h = dense_h.const_data_ptr();
+  }
+  const auto result = [&](bool needed, const Tensor& like, void*& data) {
+    Tensor out = needed ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(x, {0});
+    data = needed ? out.mutable_data_ptr() : nullptr;
+    return out;
+  };
+  Tensor dx = result(need_x, operands.x, in.dx);
+  Tensor dleft = result(need_left, operands.left, in.dleft);
+  Tensor dcentral = result(need_central, operands.central, in.dcentral);
+  Tensor dright = result(need_right, operands.right, in.dright);
+  Tensor dbias = torch::stable::new_empty(x, {need_bias ? out_features : 0});
+  in.dbias = need_bias ? dbias.mutable_data_ptr() : nullptr;
+  kernels.backward(in);
+  return {dx, dleft, dcentral, dright, dbias};
 }
 
 }  // namespace
@@ -114,6 +176,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mpoe_native, m) {
       "linear_forward(Tensor x, Tensor left, Tensor central, Tensor right, Tensor expert_offsets, Tensor? bias, "
       "Tensor? row_index, int in_features, int out_features, str activation, str strategy, bool save_h, bool save_z) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor left, Tensor central, Tensor right, Tensor expert_offsets, "
+      "Tensor? row_index, Tensor h, Tensor saved, int in_features, int out_features, str activation, str strategy, "
+      "bool need_x, bool need_left, bool need_central, bool need_right, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mpoe_native, CPU, m) { m.impl("linear_forward", TORCH_BOX(&linear_forward_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(mpoe_native, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(&linear_forward_cpu));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward_cpu));
+}

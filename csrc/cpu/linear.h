@@ -55,11 +55,21 @@ struct LinearBackward : LinearInputs {
   void* dbias;     // [F]
 };
 
+// One pair per strategy of the planner. linear_ops.cpp lists those that exist.
+//
 // Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per expert.
-void separable_forward(const LinearForward& arguments);
-void separable_backward(const LinearBackward& arguments);
+void separable_forward(const LinearForward& in);
+void separable_backward(const LinearBackward& in);
 // One slab of one expert's weight at a time, written as the packed operand of the product that consumes it.
-void rebuild_forward(const LinearForward& arguments);
-void rebuild_backward(const LinearBackward& arguments);
+void rebuild_forward(const LinearForward& in);
+void rebuild_backward(const LinearBackward& in);
+// left and central (central and right) contracted per expert, the third block applied to activations.
+void half_left_forward(const LinearForward& in);
+void half_left_backward(const LinearBackward& in);
+void half_right_forward(const LinearForward& in);
+void half_right_backward(const LinearBackward& in);
+// Only activations are contracted, block by block.
+void chain_forward(const LinearForward& in);
+void chain_backward(const LinearBackward& in);
 
 }  // namespace mpoe

@@ -1,4 +1,4 @@
-"""The backends that tests of the ops run on. What each can do is read from its table: new kernels join by themselves."""
+"""The backends that tests of the ops run on. What each can do is read from its table: new kernels join at once."""
 
 from __future__ import annotations
 

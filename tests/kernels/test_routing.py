@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
+from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck

@@ -6,12 +6,12 @@ cannot run a request; the error for a named backend lists them all, and nothing 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,10 +85,14 @@ class Backend:
         return reasons + list(self.request_reasons(request))
 
 
+class _Requested(threading.local):
+    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
+
+    name: str = AUTO
+
+
 _BACKENDS: dict[str, Backend] = {}
-_override: ContextVar[str] = ContextVar("mpoe_backend", default=AUTO)
-# What torch.compile reads instead: before torch 2.15 it cannot trace `ContextVar.get`.
-_traced_override = [AUTO]
+_requested = _Requested()
 
 
 def register_backend(backend: Backend) -> None:
@@ -117,14 +121,14 @@ def check_backend(name: str | None) -> None:
 def requested_backend(name: str | None) -> str:
     """The argument if given, else what `use_backend` set, else ``"auto"``."""
     check_backend(name)
-    if name is not None:
-        return name
-    return _traced_override[0] if torch.compiler.is_dynamo_compiling() else _override.get()
+    return _requested.name if name is None else name
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of this context (and its backward) on one backend; ``"auto"`` restores the choice.
+
+    It holds in the calling thread alone.
 
     Raises:
         ValueError: unknown name.
@@ -135,13 +139,11 @@ def use_backend(name: str) -> Iterator[None]:
         reasons = _BACKENDS[name].unavailable_reasons()
         if reasons:
             raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
-    token, traced = _override.set(name), _traced_override[0]
-    _traced_override[0] = name
+    previous, _requested.name = _requested.name, name
     try:
         yield
     finally:
-        _override.reset(token)
-        _traced_override[0] = traced
+        _requested.name = previous
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
@@ -170,50 +172,18 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
     return best[1].kernels[request.op]
 
 
-def select_contraction(
-    op: str,
-    plans: tuple[Contraction, ...],
-    device_type: str,
-    dtype: torch.dtype,
-    backend_name: str = AUTO,
-    strategy_name: str = AUTO,
-) -> tuple[Callable[..., Any], str]:
-    """Kernel and strategy with the lowest predicted time over able backends and candidates.
+class Choice(NamedTuple):
+    """Who computes a contraction, and how.
 
-    Args:
-        op: name of the op.
-        plans: the planner's candidates for this call.
-        device_type, dtype: of the activations.
-        backend_name: only this backend.
-        strategy_name: only this strategy.
-
-    Returns:
-        ``(kernel, strategy)``.
-
-    Raises:
-        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    Attributes:
+        kernel: of the op.
+        strategy: what it is to compute.
+        backend: name of its backend.
     """
-    request = Request(op, device_type, dtype)
-    backends = tuple(_BACKENDS.values()) if backend_name == AUTO else (_BACKENDS[backend_name],)
-    plans = tuple(plan for plan in plans if strategy_name in (AUTO, plan.strategy))
-    refused: dict[str, list[str]] = {}
-    able: list[tuple[float, Backend, str]] = []
-    for backend in backends:
-        refused[backend.name] = backend.unsupported_reasons(request)
-        for plan in plans:
-            reasons = backend.contraction_reasons(plan)
-            refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
-            if not reasons and not backend.unsupported_reasons(request):
-                able.append((backend.predicted_seconds(plan), backend, plan.strategy))
-    if able:
-        _, backend, strategy = min(able, key=lambda candidate: candidate[0])
-        return backend.kernels[op], strategy
-    if not plans:
-        raise BackendError(f"strategy {strategy_name!r} is no candidate for {op} here")
-    if backend_name != AUTO:
-        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
-    listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendError(f"no backend can run {op} on {device_type} {dtype}: {listing}")
+
+    kernel: Callable[..., Any]
+    strategy: str
+    backend: str
 
 
 @lru_cache(maxsize=8192)
@@ -224,16 +194,35 @@ def _resolve(
     slots: int,
     dtype: torch.dtype,
     phase: str,
-    need: Need,
     device_type: str,
+    need: Need,
     backend_name: str,
     strategy_name: str,
     backends: tuple[Backend, ...],
-    threads: int,
-) -> tuple[Callable[..., Any], str]:
+    _threads: int,
+) -> Choice:
+    """See `resolve_contraction`; ``_threads`` is read by the cost functions."""
     sizes = (dims, num_experts, slots, dtype, phase, need, False, device_type)
     plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
-    return select_contraction(op, plans, device_type, dtype, backend_name, strategy_name)
+    request = Request(op, device_type, dtype)
+    refused: dict[str, list[str]] = {}
+    able: list[tuple[float, Choice]] = []
+    for backend in backends:
+        if backend_name not in (AUTO, backend.name):
+            continue
+        reasons = backend.unsupported_reasons(request)
+        for plan in plans:
+            own = backend.contraction_reasons(plan)
+            if not reasons and not own:
+                able.append((backend.predicted_seconds(plan), Choice(backend.kernels[op], plan.strategy, backend.name)))
+            reasons_of_plans = refused.setdefault(backend.name, list(reasons))
+            reasons_of_plans += [reason for reason in own if reason not in reasons_of_plans]
+    if able:
+        return min(able, key=lambda candidate: candidate[0])[1]
+    if backend_name != AUTO:
+        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise BackendError(f"no backend can run {op} on {device_type} {dtype}: {listing}")
 
 
 def resolve_contraction(
@@ -247,13 +236,28 @@ def resolve_contraction(
     need: Need = ALL_GRADIENTS,
     backend_name: str = AUTO,
     strategy_name: str = AUTO,
-) -> tuple[Callable[..., Any], str]:
-    """`select_contraction` among the planner's candidates, remembered for the next call of the same sizes.
+) -> Choice:
+    """The able pair of backend and strategy with the lowest predicted time, remembered for the next call alike.
 
     What the choice depends on besides the arguments is part of the memory's key: the registered backends and the
     number of CPU threads.
+
+    Args:
+        op: name of the op.
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of the activations.
+        phase: ``forward`` or ``backward``.
+        device_type: ``cpu``, ``cuda``, ...
+        need: which gradients a backward computes: x, left, central, right.
+        backend_name: only this backend.
+        strategy_name: only this strategy.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
-    backends, threads = tuple(_BACKENDS.values()), torch.get_num_threads()
     return _resolve(
-        *(op, dims, num_experts, slots, dtype, phase, need, device_type, backend_name, strategy_name), backends, threads
+        *(op, dims, num_experts, slots, dtype, phase, device_type, need, backend_name, strategy_name),
+        *(tuple(_BACKENDS.values()), torch.get_num_threads()),
     )

@@ -55,7 +55,7 @@ def grouped_mpo_linear_body(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     slots = x.shape[0] if row_index is None else row_index.shape[0]
-    kernel, strategy = resolve_contraction(
+    kernel, strategy, _ = resolve_contraction(
         "grouped_mpo_linear",
         BlockDims.of_blocks(left, central, right, in_features, out_features),
         num_experts=left.shape[0],
@@ -115,7 +115,7 @@ def grouped_mpo_linear_backward_body(
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel, strategy = resolve_contraction(
+    kernel, strategy, _ = resolve_contraction(
         "grouped_mpo_linear_backward",
         BlockDims.of_blocks(left, central, right, in_features, out_features),
         num_experts=left.shape[0],

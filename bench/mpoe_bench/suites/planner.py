@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,33 +103,19 @@ def chosen(case: Workload, plan: ContractionPlan) -> dict[str, str]:
     """Strategy and backend that an unforced call runs, by phase."""
     result = {}
     for contraction in plan.phases:
-        op = "grouped_mpo_linear" + ("_backward" if contraction.phase == "backward" else "")
+        # A forward for training keeps what the separable backward reads.
         saves = case.training and case.shape.is_separable and contraction.phase == "forward"
-
-        def resolve(
-            backend: str, op: str = op, phase: str = contraction.phase, saves: bool = saves
-        ) -> tuple[Callable[..., Any], str]:
-            return resolve_contraction(
-                op,
-                plan.forward.dims,
-                case.num_experts,
-                case.num_tokens,
-                case.dtype,
-                phase,
-                "cpu",
-                backend_name=backend,
-                strategy_name="separable" if saves else AUTO,
-            )
-
-        kernel, strategy = resolve(AUTO)
-        owner = "?"
-        for backend in available_backends():
-            try:
-                if resolve(backend)[0] is kernel:
-                    owner = backend
-            except BackendError:
-                continue
-        result[contraction.phase] = f"{strategy} [{owner}]"
+        choice = resolve_contraction(
+            "grouped_mpo_linear" + ("_backward" if contraction.phase == "backward" else ""),
+            contraction.dims,
+            case.num_experts,
+            case.num_tokens,
+            case.dtype,
+            contraction.phase,
+            "cpu",
+            strategy_name="separable" if saves else AUTO,
+        )
+        result[contraction.phase] = f"{choice.strategy} [{choice.backend}]"
     return result
 
 

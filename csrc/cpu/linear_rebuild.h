@@ -1,0 +1,133 @@
+// Rebuilding an expert's weight block by block. A block is a range of iC times a range of jC with all of iL, jL, iR, jR:
+//   LC[(iC jC), (iL jL), b] = left_e central            (`build_half`)
+//   W[(iC jC), (iL jL), (iR jR)] = LC right_e           (`build_slab`, stored as the packed operand that meets rows)
+// Rows meet W with the index that they are contracted over, k, first: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n is
+// the other. Inside a block k runs as (kC, kL, kR), kR in whole units; columns run as (nC, nL, nR), nR in whole granules.
+#pragma once
+
+#include "cpu/linear_common.h"
+
+namespace mpoe {
+
+// One side of the weight.
+struct Side {
+  std::int64_t L, C, R;
+  std::int64_t features;  // true size, <= L C R
+
+  std::int64_t offset(std::int64_t l, std::int64_t c, std::int64_t r) const { return (l * C + c) * R + r; }
+};
+
+inline Side in_side(const BlockDims& d) { return {d.iL, d.iC, d.iR, d.in_features}; }
+inline Side out_side(const BlockDims& d) { return {d.jL, d.jC, d.jR, d.out_features}; }
+
+// Rows of a packed operand far enough apart that they do not share one set of a cache.
+template <class T>
+inline std::int64_t row_stride(std::int64_t elements) {
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  const std::int64_t whole = round_up(elements, kLine);
+  return whole % (16 * kLine) == 0 ? whole + kLine : whole;
+}
+
+// Sizes of blocks, their layout, and the tables that place the granules of rebuilt tiles.
+struct RebuildPlan {
+  Side k, n;
+  bool transposed;              // k is the output side
+  std::int64_t unit;            // of k
+  std::int64_t left_rows;       // iL jL
+  std::int64_t right_columns;   // iR jR
+  std::int64_t k_block, n_block;    // kC and nC of a block, at most
+  std::int64_t k_units;         // of one kC: kL times kR in units
+  std::int64_t granules;        // of one nL: nR in granules
+  std::int64_t right_panels;    // panels of right_e in the order of the slab
+  std::vector<ColumnMap> right_map;       // per panel: where its columns lie in a row [kR, nR] of right_e
+  std::vector<std::int32_t> which;        // per panel, per granule of units: granule of nR
+  std::vector<std::int32_t> unit_offset;  // per panel, per granule of units: of kR
+  std::vector<std::int32_t> row_unit;     // [n_block, iL jL, granules]: where a row's granules start in the slab
+
+  RebuildPlan(const GemmKernels& gemm, const BlockDims& dims, bool transposed, std::int64_t element_bytes);
+
+  std::int64_t panel_units() const { return k_block * k_units; }
+  std::int64_t panels(std::int64_t n_count) const { return ceil_divide(n_count * n.L * granules * kGranule, kPanel); }
+  std::int64_t slab_units() const { return panels(n_block) * panel_units() * kPanel; }
+  std::int64_t k_blocks() const { return ceil_divide(k.C, k_block); }
+  std::int64_t n_blocks() const { return ceil_divide(n.C, n_block); }
+  Span k_span(std::int64_t block) const { return {block * k_block, std::min(k.C, (block + 1) * k_block)}; }
+  Span n_span(std::int64_t block) const { return {block * n_block, std::min(n.C, (block + 1) * n_block)}; }
+  // Columns of one panel of the block of nC that starts at `first`: where they lie in a row of the result.
+  ColumnMap columns(Span n_range, std::int64_t panel) const;
+};
+
+// Where 32 columns of a panel whose granules run as (c in `range`, L, R in granules) lie in a row of `side`; columns past
+// the true size do not exist.
+ColumnMap side_columns(const Side& side, Span range, std::int64_t panel);
+
+// One expert's left and right blocks in the forms that the products want.
+template <class T>
+struct ExpertBlocks {
+  Buffer<T> left;          // [iL jL, left_stride]
+  Buffer<T> right;         // panels of the plan
+  Buffer<T> right_turned;  // right with jR before iR, for a transposed plan
+  std::int64_t left_stride = 0;
+
+  ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan);
+  void load(const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert);
+};
+
+// Elements of a row of LC.
+template <class T>
+inline std::int64_t half_stride(const BlockDims& d) {
+  return row_stride<T>(round_up(d.b, kPanel));
+}
+
+// half [(iC jC), (iL jL), half_stride] of a block; columns b.. up to whole panels are zero. `panels` holds a packed
+// [a, b] of central.
+template <class T>
+void build_half(
+    const GemmKernels& gemm, const LinearInputs& in, const T* left, std::int64_t left_stride, Span i_range, Span j_range,
+    T* panels, T* half);
+
+// The slab of a block: panels [k units][32], `panel_units` apart.
+template <class T>
+void build_slab(
+    const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan, Span k_range, Span n_range, const T* half,
+    const T* right_panels, T* slab);
+
+// rows[t, (kC kL kR)] of a block of kC from the rows of `source(t)`, zero where padded.
+template <class T, class Source>
+void arrange_rows(
+    const Side& side, std::int64_t unit, Span range, std::int64_t count, const Source& source, T* rows,
+    std::int64_t stride) {
+  const std::int64_t width = round_up(side.R, unit);
+  for (std::int64_t t = 0; t < count; ++t) {
+    const T* row = source(t);
+    T* out = rows + t * stride;
+    for (std::int64_t c = range.first; c < range.last; ++c)
+      for (std::int64_t l = 0; l < side.L; ++l, out += width) {
+        const std::int64_t from = side.offset(l, c, 0);
+        const std::int64_t valid = std::clamp<std::int64_t>(side.features - from, 0, side.R);
+        if (valid == width) {
+          std::memcpy(out, row + from, width * sizeof(T));
+        } else {
+          std::memcpy(out, row + from, valid * sizeof(T));
+          std::memset(static_cast<void*>(out + valid), 0, (width - valid) * sizeof(T));
+        }
+      }
+  }
+}
+
+// sums[panel][row][32] (+)= rows x slab for `count` rows; `rows` as arrange_rows leaves them.
+template <class T>
+void multiply_slab(
+    const GemmKernels& gemm, const RebuildPlan& plan, Span k_range, Span n_range, const T* rows, std::int64_t stride,
+    std::int64_t count, const T* slab, float* sums, bool accumulate) {
+  const std::int64_t units = (k_range.last - k_range.first) * plan.k_units;
+  const std::int64_t panels = plan.panels(n_range.last - n_range.first);
+  for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+    for (std::int64_t p = 0; p < panels; ++p)
+      gemm.multiply_rows(
+          tile_rows, units, rows + first * stride, stride / plan.unit,
+          slab + p * plan.panel_units() * kPanel * plan.unit, sums + (p * count + first) * kPanel, kPanel, accumulate);
+  });
+}
+
+}  // namespace mpoe

@@ -16,6 +16,11 @@ std::string build_info() {
 #else
   text += "compiler=gcc " __VERSION__ "\n";
 #endif
+#if defined(__x86_64__)
+  text += "isa_compiled=generic avx2 avx512 avx512bf16\n";
+#else
+  text += "isa_compiled=generic\n";
+#endif
   text += std::string("isa_detected=") + mpoe::isa_name(mpoe::detected_isa()) + "\n";
   text += std::string("isa_used=") + mpoe::isa_name(mpoe::active_isa()) + "\n";
   return text;

@@ -15,6 +15,8 @@ LIBRARY = "_C.abi3.so"
 # setup.py writes it where it does not build.
 REASON_FILE = "_native_missing.txt"
 OLDEST_TORCH = (2, 11)
+# What the library tells of itself; one that tells less was built from older sources.
+INFO_KEYS = {"version", "torch", "compiler", "isa_compiled", "isa_detected", "isa_used"}
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
 
@@ -26,7 +28,7 @@ class NativeLibrary:
         path: where the library was looked for.
         reasons: why it is not loaded (empty: it is).
         info: what it was built from and which instructions it uses: ``version``, ``torch``, ``compiler``,
-            ``isa_detected``, ``isa_used``. Empty unless loaded.
+            ``isa_compiled`` (names, separated by spaces), ``isa_detected``, ``isa_used``. Empty unless loaded.
     """
 
     path: Path
@@ -55,9 +57,10 @@ def load_library(folder: Path) -> NativeLibrary:
         reason = f"{path} does not load on {platform.system()} {platform.machine()}: {error}"
         return NativeLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
-    ours = mpoe_kernels.version.__version__
-    if info["version"] != ours:
-        reason = f"{path} was built for mpoe {info['version']}, this is {ours}: build again ({BUILD_COMMAND})"
+    ours, built = mpoe_kernels.version.__version__, info.get("version")
+    if built != ours or not info.keys() >= INFO_KEYS:
+        built = f"mpoe {built}" if built != ours else "an older state of the sources"
+        reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"
         return NativeLibrary(path, (reason,))
     return NativeLibrary(path, (), info)
 

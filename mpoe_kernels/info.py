@@ -1,0 +1,123 @@
+"""What the kernels run on here: ``python -m mpoe_kernels.info`` prints it, ``--json`` as JSON.
+
+Works whatever is missing: without compiled kernels, Triton or a GPU it says so, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.backends.registry import backend_reasons
+from mpoe_kernels.version import __version__
+
+PACKAGES = ("torch", "triton", "numpy")
+
+
+def installed_version(package: str) -> str:
+    """Version of a distribution, or ``"not installed"``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def usable_cores() -> int:
+    """Processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu ({platform.machine()})"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, sm_{major}{minor})")
+    return devices
+
+
+def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """Everything that `show` prints, JSON-able.
+
+    Args:
+        packages: distributions whose versions are wanted.
+
+    Returns:
+        ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
+        this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels; ``torch_isa``: the
+        instructions torch uses. ``native``: what the compiled kernels were built from and which instructions they
+        use, see `NativeLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here, an empty
+        list if it can.
+    """
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else toolkit
+    return {
+        "mpoe": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed_version(name) for name in packages},
+        "torch_built_for": toolkit,
+        "devices": _devices(),
+        "cores": usable_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "native": {**NATIVE_LIBRARY.info, "path": str(NATIVE_LIBRARY.path)} if not NATIVE_LIBRARY.reasons else None,
+        "backends": backend_reasons(),
+    }
+
+
+def native_summary(native: dict[str, str] | None) -> str:
+    """One line about the compiled kernels."""
+    if native is None:
+        return "no (see below)"
+    lowered = "" if native["isa_used"] == native["isa_detected"] else f", {native['isa_used']} in use (MPOE_CPU_ISA)"
+    return (
+        f"built by {native['compiler']} against torch {native['torch']}; instructions: "
+        f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} compiled{lowered}"
+    )
+
+
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts but for the backends, as (name, text)."""
+    return [
+        ("Python", f"{facts['python']} on {facts['platform']}"),
+        *facts["packages"].items(),
+        ("torch built for", facts["torch_built_for"]),
+        ("devices", ", ".join(facts["devices"])),
+        ("cores", f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and {facts['torch_isa']}"),
+        ("native kernels", native_summary(facts["native"])),
+    ]
+
+
+def show(facts: dict[str, Any]) -> str:
+    """The facts of `collect` as text."""
+    lines = [f"mpoe {facts['mpoe']}", *(f"  {name:<16}{text}" for name, text in rows(facts)), "kernel backends"]
+    for name, reasons in facts["backends"].items():
+        lines.append(f"  {name:<16}{'no' if reasons else 'yes'}")
+        for reason in reasons:
+            # Paths stay whole, to be copied.
+            wrapped = textwrap.wrap(reason, 80, break_long_words=False, break_on_hyphens=False)
+            lines += [f"{'':<18}{line}" for line in wrapped]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m mpoe_kernels.info``."""
+    parser = argparse.ArgumentParser(prog="python -m mpoe_kernels.info", description="What the kernels run on here.")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    facts = collect()
+    print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else show(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""``python -m mpoe_kernels.info``: complete, quick, and plain about what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from mpoe_kernels import backend_reasons, info
+from mpoe_kernels.backends.native.load import INFO_KEYS, NATIVE_LIBRARY
+
+
+def run_module(*arguments: str, before: str = "") -> str:
+    """Output of the command, after ``before`` ran in its process."""
+    code = f"{before}\nimport runpy, sys\nsys.argv = ['info', *{list(arguments)}]\n"
+    code += "runpy.run_module('mpoe_kernels.info', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_facts_are_those_of_this_process() -> None:
+    facts = info.collect()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["backends"] == backend_reasons()
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert facts["packages"]["torch"] == info.installed_version("torch")
+    assert (facts["native"] is None) == bool(NATIVE_LIBRARY.reasons)
+    if facts["native"]:
+        assert facts["native"].keys() >= INFO_KEYS
+        assert facts["native"]["isa_used"] in facts["native"]["isa_compiled"].split()
+
+
+def test_text_names_every_fact_and_every_reason() -> None:
+    facts = info.collect(("torch", "no-such-package"))
+    facts["backends"] = {"eager": [], "abacus": ["its beads are gone", "it has no frame"]}
+    text = info.show(facts)
+    for expected in (facts["mpoe"], facts["python"], torch.__version__.split("+")[0], "not installed", "cpu"):
+        assert expected in text
+    assert "  eager           yes\n  abacus          no\n" in text
+    assert "its beads are gone" in text
+    assert "it has no frame" in text
+
+
+def test_native_summary() -> None:
+    built = {"compiler": "gcc 12", "torch": "2.13", "isa_compiled": "generic avx2 avx512", "isa_detected": "avx512"}
+    assert info.native_summary(None).startswith("no")
+    assert info.native_summary({**built, "isa_used": "avx512"}) == (
+        "built by gcc 12 against torch 2.13; instructions: avx512 found of generic, avx2, avx512 compiled"
+    )
+    assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
+
+
+def test_command_as_json_and_text() -> None:
+    facts = json.loads(run_module("--json"))
+    assert facts["mpoe"] == info.__version__
+    assert set(facts["backends"]) == set(backend_reasons())
+    assert facts["mpoe"] in run_module()
+
+
+def lines_of(backend: str, text: str) -> tuple[str, str]:
+    """The answer and the first reason that a backend has in the text."""
+    text = text.partition("kernel backends")[2]
+    answer, reason = text[text.index(f"  {backend} ") :].splitlines()[:2]
+    return answer.split()[1], reason.strip()
+
+
+def test_without_triton() -> None:
+    answer, reason = lines_of("triton", run_module(before="import sys; sys.modules['triton'] = None"))
+    assert answer == "no"
+    assert "triton" in reason.lower()
+
+
+def test_without_compiled_kernels(tmp_path: Path) -> None:
+    package = Path(info.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    answer, reason = lines_of("native", run_module(before=before))
+    assert answer == "no"
+    assert reason.startswith("_C.abi3.so is not in")
+    (tmp_path / package.name / "_native_missing.txt").write_text("no compiler was found\n")
+    assert lines_of("native", run_module(before=before)) == ("no", "it was not built: no compiler was found")
+    (tmp_path / package.name / "_native_missing.txt").unlink()
+    (tmp_path / package.name / "_C.abi3.so").write_text("not a library")
+    answer, reason = lines_of("native", run_module(before=before))
+    assert answer == "no"
+    assert reason.startswith(f"{tmp_path}/")

@@ -1,38 +1,76 @@
-"""Peak memory of one call, measured: the allocator's own record of every allocation and release."""
+"""Peak memory of one call, measured: the allocator's record of every allocation, and the process's resident pages."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes above what was allocated before the call.
+    """Bytes above what was there before the call.
 
     Attributes:
-        peak: the most at any moment: temporaries, saved activations, results and gradients.
-        kept: still alive when the call returned (its result, gradients).
+        peak: the most that torch's allocator held at any moment: temporaries, saved activations, results, gradients.
+        kept: of that, still alive when the call returned (its result, gradients).
+        resident: growth of the process's resident memory at its highest. It also sees what libraries and kernels
+            take from the system by themselves; ``None`` where it cannot be measured.
     """
 
     peak: int
     kept: int
+    resident: int | None = None
 
     @property
     def temporary(self) -> int:
-        """What the call needed beyond what it left behind."""
-        return self.peak - self.kept
+        """What the call needed beyond what it left behind, by whichever of the two records saw more."""
+        return max(self.peak, self.resident or 0) - self.kept
 
 
-def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
-    """Run ``function`` once and measure.
+def _resident(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
 
-    On the CPU every allocation of torch's allocator counts, those inside C++ kernels included; memory that a library
-    takes from the system by itself (oneDNN's scratchpads) is not seen. On CUDA the caching allocator's counters.
+
+def resident_peak(function: Callable[[], object]) -> int | None:
+    """Growth of resident memory at its highest during a call; ``None`` where the system does not tell.
+
+    Free memory of the C library is given back first, so that the call has to fetch every page it uses. Call the
+    function once before: what it loads or compiles the first time would count too.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system than Linux, another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR_REFS.write_text("5")
+        before = _resident("VmRSS")
+        result = function()
+        peak = _resident("VmHWM")
+        del result
+        return max(peak - before, 0)
+    return None
+
+
+def peak_memory(
+    function: Callable[[], object],
+    device: torch.device | str = "cpu",
+    release: Callable[[], object] = lambda: None,
+) -> Memory:
+    """Run ``function`` (twice on a CPU) and measure; ``release`` drops what it leaves behind besides its result.
+
+    On the CPU every allocation of torch's allocator counts, those inside C++ kernels included, and the process's
+    resident memory in a second run. On CUDA the caching allocator's counters.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -42,6 +80,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
         torch.cuda.synchronize()
         memory = Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
         del result
+        release()
         return memory
     # The profiler's library logs to stderr otherwise; it reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -49,10 +88,13 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
             result = function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     current = peak = 0
-    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    del result
-    return Memory(peak, current)
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    del result, record, events
+    release()
+    memory = Memory(peak, current, resident_peak(function))
+    release()
+    return memory

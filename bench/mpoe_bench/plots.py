@@ -229,9 +229,8 @@ def _planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any])
         missed = [ratio > section["tolerance"] for ratio in ratios]
         axes.barh(range(len(rows)), ratios, color=[COLOURS[3] if miss else COLOURS[0] for miss in missed])
         for index, row in enumerate(rows):
-            best = sum(row["seconds"][name][phase] for phase, name in row["best"].items())
             text = f"{row['ratio']:.2f}   {' / '.join(row['chosen'].values())}"
-            text += f"   best {best * 1e3:.3g} ms: {' / '.join(row['best'].values())}" if missed[index] else ""
+            text += f";  best: {' / '.join(row['best'].values())}" if missed[index] else ""
             axes.annotate(text, (ratios[index], index), (4, 0), textcoords="offset points", va="center", fontsize=7)
         axes.axvline(section["tolerance"], color="#444444", linestyle="--", linewidth=1.0)
         axes.set_xlim(0, max(*ratios, section["tolerance"]) * 2.4)

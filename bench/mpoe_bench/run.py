@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mpoe_bench.choice import backends_to_measure
 from mpoe_bench.machine import describe, measured_roofs, pinned, usable_cores
 from mpoe_bench.section import NOT_HERE, Setup
 from mpoe_bench.suites import SCALES, SUITES, sections_of
@@ -20,7 +20,9 @@ SCHEMA = 1
 DEVICES = ("cpu", "cuda")
 
 
-def check_options(suite: str, device: str, threads: int | None, clock: str, scale: str) -> int:
+def check_options(
+    suite: str, device: str, threads: int | None, clock: str, scale: str, backend: str | None = None
+) -> int:
     """Refuse what cannot be run, before any work; returns the number of threads.
 
     Raises:
@@ -37,13 +39,14 @@ def check_options(suite: str, device: str, threads: int | None, clock: str, scal
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
     if device == "cuda" and suite == "planner":
-        raise ValueError("suite must be quick or full on cuda: the planner suite holds CPU cases; got 'planner'")
+        raise ValueError("suite must be quick, full or targets on cuda: the planner's cases are a CPU's; got 'planner'")
     cores = len(usable_cores())
     threads = cores if threads is None else threads
     if not 1 <= threads <= cores:
         raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
     if clock == "cpu" and (threads != 1 or device != "cpu"):
         raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
+    backends_to_measure(backend)
     return threads
 
 
@@ -67,35 +70,39 @@ def run_suite(
     scale: str = "real",
     log: Callable[[str], None] = lambda _: None,
     on_section: Callable[[dict[str, Any]], None] = lambda _: None,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Measure a suite.
 
     Args:
-        suite: ``quick``, ``full`` or ``planner``.
+        suite: ``quick``, ``full``, ``planner`` or ``targets``.
         device: ``cpu`` or ``cuda``.
         threads: torch threads, pinned; default all processors usable.
         clock: ``wall``, or ``cpu`` (this process's CPU time; for machines that others use at the same time).
         scale: ``real``, or ``tiny`` sizes for tests.
         log: receives progress lines.
         on_section: receives every section as it is finished.
+        backend: see `mpoe_bench.choice.backends_to_measure`.
 
     Returns:
-        ``{"schema", "suite", "scale", "machine", "sections", "targets", "failures", "seconds"}``, JSON-able.
+        ``{"schema", "suite", "scale", "backends", "machine", "sections", "targets", "failures", "seconds"}``,
+        JSON-able.
 
     Raises:
         ValueError: see `check_options`.
     """
-    threads = check_options(suite, device, threads, clock, scale)
+    threads = check_options(suite, device, threads, clock, scale, backend)
+    backends = backends_to_measure(backend)
     sizes = SCALES[scale]
     measure = cuda_measure() if device == "cuda" else cpu_measure(CLOCKS[clock])
-    setup = Setup(budget_of(suite, sizes), measure, device, log)
+    setup = Setup(budget_of(suite, sizes), measure, device, log, backends)
     start = time.perf_counter()
     sections = []
+    machine = describe(device, threads, clock)
     with pinned(threads):
-        machine = describe(device, threads, clock)
         log("measuring the machine's roofs")
         machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
-        for build in sections_of(suite, sizes, replace(setup, log=log)):
+        for build in sections_of(suite, sizes, setup):
             began = time.perf_counter()
             section = build()
             section["seconds"] = time.perf_counter() - began
@@ -105,9 +112,10 @@ def run_suite(
         "schema": SCHEMA,
         "suite": suite,
         "scale": scale,
+        "backends": list(backends),
         "machine": machine,
         "sections": sections,
-        "targets": check_targets(sections) if scale == "real" else [],
+        "targets": check_targets(sections) if scale == "real" and device == "cpu" else [],
         "failures": failures(sections),
         "seconds": time.perf_counter() - start,
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mpoe_bench.choice import DEFAULT_BACKENDS
 from mpoe_bench.contender import Contender, UnavailableError
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.problem import Truth
@@ -26,12 +27,14 @@ class Setup:
         measure: takes the seconds of a sample.
         device: ``"cpu"`` or ``"cuda"``.
         log: receives one line per contender.
+        backends: whose MPO contenders take part, see `mpoe_bench.choice.backends_to_measure`.
     """
 
     budget: Budget = field(default_factory=Budget)
     measure: Measure = field(default_factory=cpu_measure)
     device: str = "cpu"
     log: Callable[[str], None] = lambda _: None
+    backends: tuple[str, ...] = DEFAULT_BACKENDS
 
 
 def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
@@ -62,8 +65,7 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
         return row
     memory = {"forward": peak_memory(contender.forward, setup.device)}
     if contender.trains:
-        memory["train"] = peak_memory(contender.train, setup.device)
-        contender.release()
+        memory["train"] = peak_memory(contender.train, setup.device, contender.release)
     row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
     return row
 

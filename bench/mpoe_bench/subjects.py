@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.layers import MPOExperts
+from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe
 from mpoe_bench.section import Build
-from mpoe_kernels import available_backends, route
+from mpoe_kernels import route
 from mpoe_kernels.testing.assertions import relative_error
 
 LIMIT = "dense FFN"
@@ -95,7 +96,7 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
 
     name = mpoe_name(problem.shape_name, backend, mask_central)
     facts: dict[str, Any] = {"shape": problem.shape_name, "backend": backend, "masked": mask_central}
-    facts |= size_facts(problem.parameters(), case.dtype) | {"floor": problem.floor()} | work_facts(problem)
+    facts |= size_facts(problem.parameters(), case.dtype) | {"floor": problem.floor()} | work_facts(problem, backend)
     return Contender(
         name,
         "mpoe",
@@ -107,13 +108,16 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
     )
 
 
-def work_facts(problem: Problem) -> dict[str, Any]:
-    """The plans' FLOPs and memory traffic, forward, both projections together, for the roofline."""
-    plans = [problem.plan(shape, training=False) for shape in (problem.up_shape, problem.down_shape)]
+def work_facts(problem: Problem, backend: str) -> dict[str, Any]:
+    """The plans' FLOPs and memory traffic, forward, both projections together, for the roofline; and what is run."""
+    case = problem.case
+    shapes = {"up": problem.up_shape, "down": problem.down_shape}
+    plans = [problem.plan(shape, training=False) for shape in shapes.values()]
+    sizes = (case.experts, case.tokens, case.dtype, case.train, case.device, backend)
     return {
         "flops": sum(plan.flops for plan in plans),
         "bytes": sum(plan.flops / plan.intensity if plan.intensity else 0.0 for plan in plans),
-        "strategies": [plan.strategy for plan in plans],
+        "runs": {kind: describe_choice(chosen_contractions(shape, *sizes)) for kind, shape in shapes.items()},
     }
 
 
@@ -122,9 +126,9 @@ def mpoe_name(shape: str, backend: str, masked: bool = False) -> str:
     return f"mpoe {shape}{', central masked' if masked else ''} [{backend}]"
 
 
-def mpoe_builds(problem: Problem, masked: bool = False) -> Iterator[tuple[str, str, Build]]:
-    """One build per backend that runs here."""
-    for backend in available_backends():
+def mpoe_builds(problem: Problem, backends: Sequence[str], masked: bool = False) -> Iterator[tuple[str, str, Build]]:
+    """One build per backend; ``auto`` is the registry's choice."""
+    for backend in backends:
 
         def build(backend: str = backend) -> tuple[Contender, Truth]:
             return mpo_experts(problem, backend, masked), problem.truth

@@ -125,7 +125,7 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
                 ratio + (" MISS" if missed else ""),
                 "\n".join(row["chosen"].values()),
                 "\n".join(best.values()),
-                seconds_text(sum(row["seconds"]["auto"].values())) if "seconds" in row else "-",
+                seconds_text(row.get("chosen_seconds")),
             ]
         )
     notes = [f"{row['name']}: {row['reason']}" for row in rows if row.get("reason")]
@@ -137,11 +137,30 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
     )
 
 
+def weights_table(section: Mapping[str, Any]) -> TextTable:
+    """Experts' weights alive at once, forward and backward."""
+    body = []
+    for row in section["rows"]:
+        if not row["reason"]:
+            phases = ("forward", "backward")
+            alive = [f"{row['alive'][phase]:.2f}" for phase in phases]
+            bytes_text = [mebibytes(row["memory"][phase]["temporary"]) for phase in phases]
+            body.append([row["name"], str(row["experts"]), *alive, *bytes_text, "\n".join(row["strategies"].values())])
+    header = ["shape [backend]", "E", "experts alive\nforward", "experts alive\nbackward"]
+    header += ["temporary MiB\nforward", "temporary MiB\nbackward", "strategy\n(forward, backward)"]
+    return TextTable(section["title"], header, body, _notes(section["rows"]))
+
+
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
-    body = [[line["what"], line["wanted"], line["found"], "yes" if line["reached"] else "NO"] for line in lines]
-    reached = sum(line["reached"] for line in lines)
-    return TextTable(f"targets: {reached} of {len(lines)} reached", ["what", "wanted", "found", "reached"], body)
+    verdicts = {True: "yes", False: "NO", None: "-"}
+    body = []
+    for line in lines:
+        found = [line["found"].get(dtype, line["found"].get("both", "-")) for dtype in ("float32", "bfloat16")]
+        body.append([line["what"], line["backend"], line["wanted"], *found, verdicts[line["reached"]]])
+    judged = [line for line in lines if line["reached"] is not None]
+    title = f"targets: {sum(line['reached'] for line in judged)} of {len(judged)} reached"
+    return TextTable(title, ["what", "backend", "wanted", "float32", "bfloat16", "reached"], body)
 
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
@@ -169,6 +188,8 @@ def table_of(section: Mapping[str, Any]) -> TextTable:
         return planner_table(section)
     if section["key"].startswith("conversion"):
         return conversion_table(section)
+    if section["key"] == "weights":
+        return weights_table(section)
     return timing_table(section)
 
 

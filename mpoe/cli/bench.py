@@ -28,7 +28,14 @@ def import_bench() -> None:
 
 
 def command(
-    suite: str, device: str, out: Path, threads: int | None, clock: str, scale: str, overwrite: bool
+    suite: str,
+    device: str,
+    backend: str | None,
+    out: Path,
+    threads: int | None,
+    clock: str,
+    scale: str,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Check the arguments and run; returns what ``results.json`` holds.
 
@@ -41,20 +48,22 @@ def command(
     from mpoe_bench import check_options
 
     try:
-        check_options(suite, device, threads, clock, scale)
+        check_options(suite, device, threads, clock, scale, backend)
     except ValueError as error:
         raise CommandError(str(error)) from None
     check_not_file("out", out)
     if (out / RESULTS_FILE).exists() and not overwrite:
         raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    results = _measure(suite, device, out, threads, clock, scale)
+    results = _measure(suite, device, backend, out, threads, clock, scale)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
-def _measure(suite: str, device: str, out: Path, threads: int | None, clock: str, scale: str) -> dict[str, Any]:
+def _measure(
+    suite: str, device: str, backend: str | None, out: Path, threads: int | None, clock: str, scale: str
+) -> dict[str, Any]:
     from mpoe_bench import run_suite
     from mpoe_bench.console import show
     from mpoe_bench.tables import HOW_TO_READ, machine_table, table_of, target_table
@@ -73,7 +82,7 @@ def _measure(suite: str, device: str, out: Path, threads: int | None, clock: str
 
     try:
         with console.status("starting") as status:
-            results = run_suite(suite, device, threads, clock, scale, status.update, finished)
+            results = run_suite(suite, device, threads, clock, scale, status.update, finished, backend)
     except BaseException:
         if sections:
             write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})

@@ -113,9 +113,13 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option("--suite", help="quick (minutes), full (hours), or planner (its cases).")
+        str, typer.Option("--suite", help="quick (minutes), full (hours), planner (its cases), or targets.")
     ] = "quick",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="auto, all, or names with commas; default: auto and eager."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for report.md, results.json and plots.")] = Path(
         "bench_results"
     ),
@@ -131,7 +135,7 @@ def bench(
     """Measure MPO experts against the dense layer and their peers on this machine."""
     from mpoe.cli.bench import command
 
-    command(suite, device, out, threads, clock, scale, overwrite)
+    command(suite, device, backend, out, threads, clock, scale, overwrite)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ def ffn_section(
 
     Args:
         case: sizes.
-        shapes: names of MPO shapes, every one on every backend.
+        shapes: names of MPO shapes, every one on every backend of the setup.
         setup: how to measure.
         peers: peers whose speed does not depend on a shape; they get the weights of the first shape.
         core_peers: (peer, shape) pairs of those that work on cores.
@@ -38,9 +38,9 @@ def ffn_section(
     }
     builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: dense_limit(case, batch))]
     for name in shapes:
-        builds += mpoe_builds(problems[name])
+        builds += mpoe_builds(problems[name], setup.backends)
     for name in masked if case.train else ():
-        builds += mpoe_builds(problems[name], masked=True)
+        builds += mpoe_builds(problems[name], setup.backends, masked=True)
     if peers:
         builds += peer_builds(tuple(peers), problems[shapes[0]])
     for peer, shape in core_peers:

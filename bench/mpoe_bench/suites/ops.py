@@ -16,7 +16,6 @@ from mpoe_bench.section import Build, Setup, run_section
 from mpoe_kernels import (
     MPOBlocks,
     MPOShape,
-    available_backends,
     combine,
     dispatch,
     grouped_mpo_linear,
@@ -84,7 +83,7 @@ def linear_section(
     builds: list[tuple[str, str, Build]] = [(baseline, "limit", build_dense)]
     for shape_name in shape_names:
         shape = workload_shape(shape_name, *sizes)
-        for backend in available_backends():
+        for backend in setup.backends:
             name = f"{op} {shape_name} [{backend}]"
 
             def build(
@@ -170,7 +169,7 @@ def embedding_section(
     builds: list[tuple[str, str, Build]] = [(baseline, "limit", build_table)]
     for bond in bonds:
         shape = MPOShape.paper(vocabulary, width, max_bond=bond)
-        for backend in available_backends():
+        for backend in setup.backends:
             name = f"mpo_embedding {'full bonds' if bond is None else f'bond {bond}'} [{backend}]"
 
             def build(shape: MPOShape = shape, name: str = name, backend: str = backend) -> tuple[Contender, Truth]:

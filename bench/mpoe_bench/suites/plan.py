@@ -15,10 +15,12 @@ from mpoe_bench.suites.ffn import ffn_section
 from mpoe_bench.suites.ops import embedding_section, linear_section, routing_section
 from mpoe_bench.suites.planner import planner_section
 from mpoe_bench.suites.train_step import train_step_section
+from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
+from mpoe_kernels.backends.registry import AUTO
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
-SUITES = ("quick", "full", "planner")
+SUITES = ("quick", "full", "planner", "targets")
 Section = Callable[[], dict[str, Any]]
 
 DENSE_PEERS = (
@@ -94,16 +96,21 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
     if suite == "planner":
         if setup.device != "cpu":
             raise ValueError(f"the planner suite holds CPU cases only; got device {setup.device!r}")
-        return iter([_planner(scale, setup, quick=False)])
-    return _quick(scale, setup) if suite == "quick" else _full(scale, setup)
+        return iter([_planner(scale, setup, name) for name in judged_backends(setup)])
+    return {"quick": _quick, "full": _full, "targets": _targets}[suite](scale, setup)
 
 
-def _planner(scale: Scale, setup: Setup, quick: bool) -> Section:
+def judged_backends(setup: Setup) -> tuple[str, ...]:
+    """Whose choices the planner suite judges: the choice among all backends, unless a single one was named."""
+    return (AUTO,) if AUTO in setup.backends else setup.backends
+
+
+def _planner(scale: Scale, setup: Setup, backend: str, quick: bool = False) -> Section:
     cases = JUDGED_WORKLOADS if scale.judged else _tiny_judged()
     if quick and scale.judged:
         cases = tuple(cases[k] for k in QUICK_JUDGED)
     short = replace(setup, budget=replace(setup.budget, seconds_each=setup.budget.seconds_each / 3, max_rounds=9))
-    return lambda: planner_section(cases, short)
+    return lambda: planner_section(cases, short, backend)
 
 
 def _cases(scale: Scale, setup: Setup) -> tuple[FFNCase, FFNCase]:
@@ -165,9 +172,42 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield lambda: train_step_section(
         ("separable",), (scale.model, scale.hidden), scale.few_experts, scale.step_tokens, setup
     )
+    yield _weights(scale, setup)
     yield lambda: decomposition_section(("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
-        yield _planner(scale, setup, quick=True)
+        yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
+
+
+def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
+    """What the targets speak of, and nothing else; both dtypes."""
+    many, few = _cases(scale, setup)
+    name = scale.shape
+    shapes = ("separable", name("light_64"), name("paper_64"), "paper_full")
+    original = tuple(("original: rebuild all", shape) for shape in (name("paper_64"), "paper_full"))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield lambda d=dtype: ffn_section(
+            replace(many, dtype=d),
+            shapes,
+            setup,
+            peers=("dense experts, loop",),
+            core_peers=original,
+            masked=("separable", name("paper_64"), "paper_full"),
+        )
+        idle = replace(many, experts=scale.many_experts, dtype=dtype)
+        yield lambda c=idle: ffn_section(c, ("separable",), setup)
+        yield lambda d=dtype: ffn_section(
+            replace(few, dtype=d),
+            ("separable", name("paper_64"), name("paper_32"), "paper_16"),
+            setup,
+            peers=("dense experts, loop",),
+        )
+    yield _weights(scale, setup)
+
+
+def _weights(scale: Scale, setup: Setup) -> Section:
+    shapes = ("separable", scale.shape("light_64"), scale.shape("paper_64"), "paper_full")
+    sizes, experts = (scale.model, scale.hidden), (scale.few_experts, scale.many_experts)
+    return lambda: temporary_weights_section(shapes, sizes, experts, scale.many_tokens, setup)
 
 
 def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
@@ -235,11 +275,13 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield lambda: train_step_section(
         ("separable", "light", "paper"), sizes, scale.few_experts, scale.step_tokens, setup
     )
+    yield _weights(scale, setup)
     yield lambda: decomposition_section(("separable", name("light_64"), paper, "paper_full"), sizes, setup)
     if scale.judged:
         yield lambda: t5_base_section(("separable", "light", "paper"), setup)
     if setup.device == "cpu":
-        yield _planner(scale, setup, quick=False)
+        for backend in judged_backends(setup):
+            yield _planner(scale, setup, backend)
 
 
 def budget_of(suite: str, scale: Scale) -> Budget:

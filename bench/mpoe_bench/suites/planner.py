@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import grad_of
 from mpoe_bench.section import Setup
 from mpoe_bench.timing import interleave
 from mpoe_kernels import BackendError, MPOBlocks, available_backends, grouped_mpo_linear, route
-from mpoe_kernels.backends.registry import resolve_contraction
+from mpoe_kernels.backends.registry import AUTO
 from mpoe_kernels.planner import ContractionPlan, contractions, plan_contraction
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import Workload, expert_choice, random_blocks
 
-AUTO = "auto"
 SLOWEST_TIMED = 5.0  # strategies predicted slower than this many times the chosen one are not timed
 TOLERANCE = 1.15
 WANTED_SHARE = 0.9
@@ -50,6 +50,11 @@ class _Call:
                 backend=None if backend == AUTO else backend,
                 strategy=None if strategy == AUTO else strategy,
             )
+
+    def backward_of(self, y: Tensor) -> Callable[[], object]:
+        """The backward pass alone, as often as wanted; gradients are left in nobody."""
+        leaves = tuple(self.leaves().values())
+        return lambda: torch.autograd.grad(y, leaves, self.grad_y, retain_graph=True)
 
     def train(self, backend: str, strategy: str) -> Tensor:
         for leaf in self.leaves().values():
@@ -99,90 +104,107 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
     return found
 
 
-def chosen(case: Workload, plan: ContractionPlan) -> dict[str, str]:
-    """Strategy and backend that an unforced call runs, by phase."""
-    result = {}
-    for contraction in plan.phases:
-        # A forward for training keeps what the separable backward reads.
-        saves = case.training and case.shape.is_separable and contraction.phase == "forward"
-        choice = resolve_contraction(
-            "grouped_mpo_linear" + ("_backward" if contraction.phase == "backward" else ""),
-            contraction.dims,
-            case.num_experts,
-            case.num_tokens,
-            case.dtype,
-            contraction.phase,
-            "cpu",
-            strategy_name="separable" if saves else AUTO,
-        )
-        result[contraction.phase] = f"{choice.strategy} [{choice.backend}]"
-    return result
+def strategies_to_time(plan: ContractionPlan, chosen: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """By phase, the strategies worth timing: predicted time over that of the chosen strategy, by the planner's model.
 
-
-def _candidates(plan: ContractionPlan) -> tuple[list[str], dict[str, float]]:
-    """Strategies to time, and those that are predicted too slow with their predicted ratio."""
-    seconds: dict[str, float] = {}
-    for phase in plan.phases:
-        for candidate in contractions(phase.dims, plan.num_experts, phase.slots, plan.dtype, phase.phase):
-            seconds[candidate.strategy] = seconds.get(candidate.strategy, 0.0) + candidate.seconds(plan.hardware)
-    ratios = {strategy: value / max(plan.seconds, 1e-12) for strategy, value in seconds.items()}
-    timed = [strategy for strategy, ratio in ratios.items() if ratio <= SLOWEST_TIMED]
-    return timed, {strategy: ratio for strategy, ratio in ratios.items() if ratio > SLOWEST_TIMED}
-
-
-def judge(case: Workload, setup: Setup) -> dict[str, Any]:
-    """Time the planner's choice and every other candidate of one case.
-
-    The best is the fastest forward plus the fastest backward, whoever computes them; a backward's time is that of
-    forward + backward less that of the same forward.
+    Beyond `SLOWEST_TIMED` times the chosen one a strategy is left out; the planner itself drops those that need too
+    much memory.
     """
-    plan = plan_contraction(case.shape, case.num_experts, case.num_tokens, case.dtype, training=case.training)
-    call = _make_call(case)
-    exact = _exact(call)
-    strategies, slow = _candidates(plan)
-    row: dict[str, Any] = {"name": case.name, "chosen": chosen(case, plan), "faults": {}, "not_timed": slow}
-    choices = {AUTO: (AUTO, AUTO)}
-    for backend in available_backends():
+    found = {}
+    for phase in plan.phases:
+        sizes = (phase.dims, plan.num_experts, phase.slots, plan.dtype, phase.phase)
+        seconds = {c.strategy: c.seconds(plan.hardware) for c in contractions(*sizes)}
+        base = max(seconds[chosen[phase.phase]], 1e-12)
+        found[phase.phase] = {s: value / base for s, value in seconds.items() if value / base <= SLOWEST_TIMED}
+    return found
+
+
+def _choices(call: _Call, exact: Tensor, strategies: Mapping[str, object], backends: Iterable[str]) -> tuple:
+    """``{name: (backend, strategy)}`` of what runs and is right, and the faults of what is wrong."""
+    choices, faults = {}, {}
+    for backend in backends:
         for strategy in strategies:
             name = f"{strategy} [{backend}]"
             try:
-                faults = _faults(call, exact, backend, strategy)
+                found = _faults(call, exact, backend, strategy)
             except BackendError:
                 continue  # it has no kernel for this strategy: no candidate
-            if faults:
-                row["faults"][name] = "; ".join(faults)
+            if found:
+                faults[name] = "; ".join(found)
             else:
                 choices[name] = (backend, strategy)
-    faults = _faults(call, exact, AUTO, AUTO)
+    return choices, faults
+
+
+def judge(case: Workload, setup: Setup, backend: str = AUTO) -> dict[str, Any]:
+    """Time the choice and every other candidate of one case, forward and backward each on its own.
+
+    Args:
+        case: what to compute.
+        setup: how to measure.
+        backend: whose choice is judged: that among all backends, or that of one backend among its own strategies.
+
+    Returns:
+        A row: ``chosen`` and ``best`` by phase, ``seconds`` by candidate and phase, and ``ratio``, the time of the
+        choice over that of the fastest forward and the fastest backward, whoever computes them.
+    """
+    sizes = (case.shape, case.num_experts, case.num_tokens, case.dtype)
+    plan = plan_contraction(*sizes, training=case.training)
+    found = chosen_contractions(*sizes, case.training, backend=backend)
+    chosen = {phase: contraction.strategy for phase, (contraction, _) in found.items()}
+    timed = strategies_to_time(plan, chosen)
+    call = _make_call(case)
+    exact = _exact(call)
+    row: dict[str, Any] = {"name": case.name, "chosen": describe_choice(found), "faults": {}}
+    faults = _faults(call, exact, backend, AUTO)
     if faults:
         return row | {"ratio": None, "reason": f"wrong result, not timed: {'; '.join(faults)}"}
+    rivals = available_backends() if backend == AUTO else (backend,)
+    names = dict.fromkeys(strategy for phase in timed.values() for strategy in phase)
+    choices, row["faults"] = _choices(call, exact, names, rivals)
     del exact
-    forward = {name: lambda c=choice: call.forward(*c) for name, choice in choices.items()}
-    timed = interleave(forward, AUTO, setup.budget, setup.measure)
-    base = timed[AUTO].seconds
-    times = {name: {"forward": timing.x * base} for name, timing in timed.items()}
-    if case.training:
-        train = {name: lambda c=choice: call.train(*c) for name, choice in choices.items()}
-        timed = interleave(train, AUTO, setup.budget, setup.measure)
-        base = timed[AUTO].seconds
-        for name, timing in timed.items():
-            times[name]["backward"] = max(timing.x * base - times[name]["forward"], 0.0)
-    row["seconds"] = times
-    row["best"] = {phase: min(times, key=lambda n, p=phase: times[n][p]) for phase in times[AUTO]}
-    best = sum(times[name][phase] for phase, name in row["best"].items())
-    row["ratio"] = sum(times[AUTO].values()) / max(best, 1e-12)
-    return row
+    row["seconds"] = {
+        phase: _seconds(call, phase, (backend, AUTO), row["chosen"][phase], choices, timed[phase], setup)
+        for phase in timed
+    }
+    row["best"] = {phase: min(times, key=times.__getitem__) for phase, times in row["seconds"].items()}
+    best = sum(times[row["best"][phase]] for phase, times in row["seconds"].items())
+    took = sum(times[row["chosen"][phase]] for phase, times in row["seconds"].items())
+    return row | {"ratio": took / max(best, 1e-12), "best_seconds": best, "chosen_seconds": took}
 
 
-def planner_section(cases: Iterable[Workload], setup: Setup) -> dict[str, Any]:
-    """Judge the planner on cases; the summary counts those within `TOLERANCE` of the best measured."""
+def _seconds(
+    call: _Call,
+    phase: str,
+    judged: tuple[str, str],
+    judged_name: str,
+    choices: Mapping[str, tuple[str, str]],
+    strategies: Mapping[str, float],
+    setup: Setup,
+) -> dict[str, float]:
+    """Seconds of the judged choice, run as users run it, and of its rivals in one phase, by name."""
+    rivals = {name: c for name, c in choices.items() if c[1] in strategies and name != judged_name}
+    calls = {judged_name: judged, **rivals}
+    if phase == "backward":
+        functions = {name: call.backward_of(call.forward(*c)) for name, c in calls.items()}
+    else:
+        functions = {name: lambda c=c: call.forward(*c) for name, c in calls.items()}
+    timings = interleave(functions, judged_name, setup.budget, setup.measure)
+    base = timings[judged_name].seconds
+    return {name: timing.x * base for name, timing in timings.items()}
+
+
+def planner_section(cases: Iterable[Workload], setup: Setup, backend: str = AUTO) -> dict[str, Any]:
+    """Judge the choice on cases; the summary counts those within `TOLERANCE` of the best measured."""
     rows = []
     for case in cases:
         setup.log(f"judging the planner: {case.name}")
-        rows.append(judge(case, setup))
+        rows.append(judge(case, setup, backend))
+    whose = "planner's choice" if backend == AUTO else f"planner's choice on {backend}"
     return {
         "key": "planner",
-        "title": f"planner's choice against the best measured strategy ({len(rows)} cases)",
+        "title": f"{whose} against the best measured strategy ({len(rows)} cases)",
+        "backend": backend,
         "rows": rows,
         "within": sum(row["ratio"] is not None and row["ratio"] <= TOLERANCE for row in rows),
         "tolerance": TOLERANCE,

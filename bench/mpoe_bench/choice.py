@@ -1,0 +1,74 @@
+"""Which backends are measured, and what the registry chooses to run on a case."""
+
+from __future__ import annotations
+
+import torch
+
+from mpoe_kernels import MPOShape, available_backends, backend_reasons
+from mpoe_kernels.backends.registry import AUTO, resolve_contraction
+from mpoe_kernels.planner import Contraction, contraction, plan_contraction
+
+ALL = "all"
+EAGER = "eager"
+DEFAULT_BACKENDS = (AUTO, EAGER)
+OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
+
+
+def backends_to_measure(names: str | None) -> tuple[str, ...]:
+    """The backends that a run measures.
+
+    Args:
+        names: ``None`` (what users get and what every installation has: auto and eager), ``"all"`` (auto and every
+            backend that runs here), or names with commas between them. ``auto`` is the registry's own choice.
+
+    Returns:
+        Names, each once. Where eager is the only backend, auto is the same thing and is left out unless named.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here.
+    """
+    here = available_backends()
+    if names is None or names == ALL:
+        wanted = DEFAULT_BACKENDS if names is None else (AUTO, *here)
+        return tuple(name for name in wanted if name != AUTO or here != (EAGER,))
+    reasons = backend_reasons()
+    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
+        if name != AUTO and name not in reasons:
+            raise ValueError(f"backend must be among {', '.join((ALL, AUTO, *reasons))}; got {name!r}")
+        if name != AUTO and reasons[name]:
+            raise ValueError(f"backend {name!r} cannot run here: {'; '.join(reasons[name])}")
+    return chosen
+
+
+def chosen_contractions(
+    shape: MPOShape,
+    experts: int,
+    tokens: int,
+    dtype: torch.dtype,
+    training: bool,
+    device: str = "cpu",
+    backend: str = AUTO,
+) -> dict[str, tuple[Contraction, str]]:
+    """What an unforced call runs: by phase, the contraction and the name of the backend.
+
+    Raises:
+        BackendError: no backend can run it.
+    """
+    plan = plan_contraction(shape, experts, tokens, dtype, device, training=training)
+    found = {}
+    for phase in plan.phases:
+        op = OPS[phase.phase]
+        sizes = (phase.dims, experts, tokens, dtype, phase.phase)
+        # A forward for training keeps what the separable backward reads.
+        saves = training and shape.is_separable and phase.phase == "forward"
+        strategy = "separable" if saves else AUTO
+        choice = resolve_contraction(op, *sizes, device, backend_name=backend, strategy_name=strategy)
+        chosen = contraction(choice.strategy, *sizes, device_type=device)
+        found[phase.phase] = (chosen, choice.backend)
+    return found
+
+
+def describe_choice(chosen: dict[str, tuple[Contraction, str]]) -> dict[str, str]:
+    """``{"forward": "half_left [eager]", ...}``."""
+    return {phase: f"{found.strategy} [{owner}]" for phase, (found, owner) in chosen.items()}

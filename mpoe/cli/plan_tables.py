@@ -308,9 +308,11 @@ def show_hardware(hardware: Hardware, threads: int | None) -> None:
     table = _table(f"{hardware.name}, {threads} threads" if threads else hardware.name)
     table.add_column("number", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    for name, peak in hardware.peak_flops._asdict().items():
-        table.add_row(f"large {name} products", f"{peak / 1e9:,.1f} GFLOP/s")
+    for name, rate in hardware.peak_flops._asdict().items():
+        table.add_row(f"large {name} products", f"{rate / 1e9:,.1f} GFLOP/s")
     table.add_row("memory", f"{hardware.bandwidth / 1e9:,.1f} GB/s")
     table.add_row("cache", f"{hardware.cache_bandwidth / 1e9:,.1f} GB/s")
-    table.add_row("call of a product", duration(hardware.call_seconds))
+    for name, seconds in hardware.call_seconds._asdict().items():
+        if hardware.kind == "cpu":
+            table.add_row(f"call of a {name} product", duration(seconds))
     console().print(table)

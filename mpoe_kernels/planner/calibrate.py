@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mpoe_kernels.planner.cost import half_size
 from mpoe_kernels.planner.device import forget, hardware_of
 from mpoe_kernels.planner.hardware import HARDWARE, ByDtype, Hardware
 from mpoe_kernels.planner.measured import cache_file, key, read, write
@@ -33,35 +34,35 @@ def _seconds(function: Callable[[], object], device: torch.device, budget: float
 
 
 def _measure(hardware: Hardware, device: torch.device) -> dict[str, Any]:
-    big, columns, inner, few = (4096, 4096, 4096, 16) if hardware.kind == "gpu" else (512, 3072, 768, 8)
-    rates, halves = {}, {}
-
-    def rate(m: int, n: int, k: int, dtype: torch.dtype) -> float:
+    def mm_seconds(m: int, n: int, k: int, dtype: torch.dtype) -> float:
         a, b = torch.ones(m, k, dtype=dtype, device=device), torch.ones(k, n, dtype=dtype, device=device)
         out = torch.empty(m, n, dtype=dtype, device=device)
-        return 2 * m * n * k / _seconds(lambda: torch.mm(a, b, out=out), device)
+        return _seconds(lambda: torch.mm(a, b, out=out), device)
 
+    rates, halves, calls = {}, {}, {}
     for name in ByDtype._fields:
         dtype = getattr(torch, name)
-        large = rate(big, columns, inner, dtype)
+        m, n, k = (4096, 4096, 4096) if hardware.kind == "gpu" else (512, 3072, 768)
+        rates[name] = 2 * m * n * k / mm_seconds(m, n, k, dtype)
+        calls[name] = mm_seconds(8, 8, 8, dtype)
+        halves[name] = hardware.half_size.of(dtype)
         # A GPU's short GEMMs are bound by memory: what they show is not the price of few rows.
-        short = rate(few, columns, inner, dtype) if hardware.kind == "cpu" else 0.0
-        rates[name] = large
-        halves[name] = max(0.5, few * (large / short - 1)) if short else hardware.half_size.of(dtype)
+        if hardware.kind == "cpu":
+            m, n, k = 16, 384, 384
+            short = mm_seconds(m, n, k, dtype) - calls[name]
+            halves[name] = half_size(m, n, k, 2 * m * n * k / short / rates[name]) if short > 0 else 0.5
 
     def copy_rate(size: int) -> float:
         source = torch.zeros(size, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return 2 * size / _seconds(lambda: target.copy_(source), device)
 
-    tiny = torch.ones(8, 8, device=device)
-    out = torch.empty_like(tiny)
     return {
         "flops": rates,
         "half_size": halves,
+        "call_seconds": calls,
         "bandwidth": copy_rate(4 * hardware.cache_bytes),
         "cache_bandwidth": copy_rate(hardware.cache_bytes // 8),
-        "call_seconds": _seconds(lambda: torch.mm(tiny, tiny, out=out), device),
     }
 
 

@@ -12,6 +12,7 @@ from mpoe_kernels.planner.steps import Step
 
 # A GPU cuts results into tiles of about this many rows and columns, one for a multiprocessor at a time.
 _TILE = 64
+_SHORT_SIDE = 0.4
 
 
 class StepTime(NamedTuple):
@@ -26,15 +27,24 @@ class StepTime(NamedTuple):
         return max(self.compute, self.memory) + self.overhead
 
 
+def _shortness(m: float, n: float, k: float) -> float:
+    return 1 / m + _SHORT_SIDE * (1 / n + 1 / k)
+
+
+def half_size(m: float, n: float, k: float, efficiency: float) -> float:
+    """`Hardware.half_size` of a device on which one GEMM reaches ``efficiency``, the part of the large-GEMM rate."""
+    return max(0.5, (1 / efficiency - 1) / _shortness(m, n, k))
+
+
 def gemm_efficiency(m: float, n: float, k: float, batch: int, dtype: torch.dtype, hardware: Hardware) -> float:
     """Part of the large-GEMM rate that ``batch`` GEMMs of one size reach.
 
-    Every short side costs: half of the rate is lost at ``half_size`` rows, and at a quarter of that in columns or in
-    the inner size (from GEMMs of BLAS libraries at those sizes). A GPU also idles where there are fewer tiles than
-    multiprocessors.
+    Every short side costs: loading a strip of the other operand is spread over fewer multiply-adds. Half of the rate is
+    lost at ``half_size`` rows, and at `_SHORT_SIDE` of that in columns or in the inner size (fitted to the GEMMs of
+    MKL and oneDNN on one core). A GPU also idles where there are fewer tiles than multiprocessors.
     """
     half = hardware.half_size.of(dtype)
-    efficiency = m / (m + half) * n / (n + half / 4) * k / (k + half / 4)
+    efficiency = 1 / (1 + half * _shortness(m, n, k))
     if hardware.kind == "gpu":
         tiles = batch * math.ceil(m / _TILE) * math.ceil(n / _TILE)
         # The inner size can be split too, at some cost.
@@ -51,7 +61,7 @@ def step_time(step: Step, dtype: torch.dtype, hardware: Hardware) -> StepTime:
         compute = step.flops / (hardware.flops_per_second(dtype) * efficiency)
     memory = step.memory_bytes(hardware.cache_bytes) / hardware.bandwidth
     memory = max(memory, step.bytes / hardware.cache_bandwidth)
-    return StepTime(compute, memory, hardware.launch_seconds + hardware.call_seconds * step.batch)
+    return StepTime(compute, memory, hardware.launch_seconds + hardware.call_seconds.of(dtype) * step.batch)
 
 
 def step_seconds(step: Step, dtype: torch.dtype, hardware: Hardware) -> float:

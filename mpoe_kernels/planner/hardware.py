@@ -43,7 +43,7 @@ class Hardware:
             float32, what PyTorch computes unless told otherwise; see `with_tf32`.
         tf32_flops: FLOP/s of float32 GEMMs whose inputs are rounded to TF32; 0 where there is no such mode.
         gemm_fraction: part of ``peak_flops`` that large GEMMs reach in practice, by dtype.
-        half_size: rows m at which a GEMM reaches half of that, by dtype.
+        half_size: rows m at which a GEMM reaches half of that, by dtype; see `gemm_efficiency`.
         bandwidth: bytes/s to and from memory.
         cache_bytes: last-level cache.
         cache_bandwidth: bytes/s to and from it.
@@ -53,8 +53,8 @@ class Hardware:
         link_bandwidth: bytes/s that one device sends to others of its node.
         network_bandwidth: bytes/s that one device sends to other nodes.
         launch_seconds: overhead of a step.
-        call_seconds: overhead of each GEMM of a grouped step where they are calls of their own (a CPU); 0 where one
-            launch serves all experts.
+        call_seconds: overhead of each GEMM of a grouped step where they are calls of their own (a CPU), by dtype; 0
+            where one launch serves all experts.
         note: where the numbers come from.
     """
 
@@ -73,7 +73,7 @@ class Hardware:
     link_bandwidth: float
     network_bandwidth: float
     launch_seconds: float
-    call_seconds: float
+    call_seconds: ByDtype
     note: str
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
@@ -131,7 +131,7 @@ def _gpu(
         link_bandwidth=link * 1e9,
         network_bandwidth=network,
         launch_seconds=4e-6,
-        call_seconds=0.0,
+        call_seconds=by_dtype(0.0, 0.0, 0.0),
         note=note,
     )
 
@@ -167,7 +167,7 @@ def _cpu(
         link_bandwidth=12.5e9,
         network_bandwidth=12.5e9,
         launch_seconds=2e-6,
-        call_seconds=1e-6,
+        call_seconds=by_dtype(1.5e-6, 10e-6, 1.5e-6),
         note=note,
     )
 
@@ -178,7 +178,7 @@ def _generic_cpu(cores: int) -> Hardware:
         cores,
         gigaflops_per_core=(100.0, 50.0, 50.0, 2.0),
         fractions=(0.9, 0.7, 0.9),
-        half_sizes=(4.0, 8.0, 4.0),
+        half_sizes=(10.0, 10.0, 10.0),
         core_bandwidth=15.0,
         bandwidth=50.0,
         cache_mib=32,
@@ -193,17 +193,16 @@ def _bfloat16_cpu(cores: int) -> Hardware:
     return _cpu(
         "cpu-avx512-bf16",
         cores,
-        gigaflops_per_core=(224.0, 448.0, 112.0, 2.0),
-        fractions=(0.5, 0.95, 0.5),
-        half_sizes=(6.0, 14.0, 6.0),
-        core_bandwidth=40.0,
+        gigaflops_per_core=(112.0, 224.0, 56.0, 2.0),
+        fractions=(0.85, 0.95, 0.85),
+        half_sizes=(10.0, 10.0, 10.0),
+        core_bandwidth=30.0,
         bandwidth=350.0,
         cache_mib=32,
         sram_mib=1,
         memory_gib=256,
-        note=f"{cores} cores with two 512-bit FMA units and VDPBF16PS at 3.5 GHz, twelve channels of DDR5-4800; "
-        "float16 one by one; "
-        "float32 GEMMs reach half of the peak where the library keeps to 256 bits",
+        note=f"{cores} cores with one 512-bit FMA and VDPBF16PS a cycle at 3.5 GHz, twelve channels of DDR5-4800; "
+        "float16 one by one",
     )
 
 

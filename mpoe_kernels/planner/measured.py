@@ -20,9 +20,9 @@ import torch
 
 from mpoe_kernels.planner.hardware import ByDtype, Hardware
 
-VERSION = 1
-_SCALARS = ("bandwidth", "cache_bandwidth", "call_seconds")
-_BY_DTYPE = ("flops", "half_size")
+VERSION = 2
+_SCALARS = ("bandwidth", "cache_bandwidth")
+_BY_DTYPE = ("flops", "half_size", "call_seconds")
 
 
 def cache_file() -> Path:
@@ -110,7 +110,9 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
         peak_flops=ByDtype(**entry["flops"]),
         gemm_fraction=ByDtype(1.0, 1.0, 1.0, 1.0),
         half_size=ByDtype(**entry["half_size"]),
-        **{name: entry[name] for name in _SCALARS if name != "call_seconds" or hardware.call_seconds},
+        # One launch on a GPU serves all experts: what a call of its own costs is no part of the model there.
+        call_seconds=ByDtype(**entry["call_seconds"]) if hardware.kind == "cpu" else hardware.call_seconds,
+        **{name: entry[name] for name in _SCALARS},
         note=f"measured on this machine; sizes from {hardware.note}",
     )
 

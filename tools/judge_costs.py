@@ -1,0 +1,155 @@
+"""Judge the backends' cost models: measure every strategy of the 48 judged workloads, then ask what they would choose.
+
+    python tools/judge_costs.py measure FILE [--only TEXT] [--backends eager,native] [--seconds .5]
+    python tools/judge_costs.py judge FILE [--backends eager]
+
+``measure`` calls the kernels themselves, forward and backward apart, interleaved on one thread, and keeps the medians
+of its CPU time in FILE (cases measured before are replaced). ``judge`` reads them, so that a model can be changed and
+judged again in seconds. `mpoe bench` judges the same through the public ops, for its report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from mpoe_bench.timing import Budget, cpu_measure, interleave
+
+from mpoe_kernels import available_backends, route
+from mpoe_kernels.backends.registry import _BACKENDS, Backend, Request
+from mpoe_kernels.planner import BlockDims, Contraction, contractions, hardware_of
+from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
+
+SLOWEST_MEASURED = 8.0  # strategies that every backend predicts slower than this many times the best are left out
+TOLERANCE = 1.15
+OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
+
+
+def plans_of(case: Workload, phase: str) -> list[Contraction]:
+    """Candidates of a phase; a training forward of a separable shape has no choice."""
+    shape = case.shape
+    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    found = contractions(dims, case.num_experts, case.num_tokens, case.dtype, phase, mask_central=case.mask_central)
+    if phase == "forward" and case.training and dims.is_separable:
+        return [plan for plan in found if plan.strategy == "separable"]
+    return list(found)
+
+
+def pairs(case: Workload, phase: str, backends: list[str]) -> list[tuple[str, Backend, Contraction]]:
+    """Every able pair with its name ``strategy [backend]``."""
+    request = Request(OPS[phase], "cpu", case.dtype)
+    return [
+        (f"{plan.strategy} [{name}]", _BACKENDS[name], plan)
+        for name in backends
+        if not _BACKENDS[name].unsupported_reasons(request)
+        for plan in plans_of(case, phase)
+        if not _BACKENDS[name].contraction_reasons(plan)
+    ]
+
+
+def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callable[[], object]]]:
+    """By phase and name of the pair."""
+    torch.manual_seed(8)
+    blocks = random_blocks(case.shape, case.num_experts, case.dtype)
+    x = torch.randn(case.num_tokens, case.in_features).to(case.dtype)
+    grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
+    routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
+    given = (x, blocks.left, blocks.central, blocks.right, routing.expert_offsets)
+    sizes = (case.in_features, case.out_features, "none")
+    need = [True, True, not case.mask_central, True, False]
+    h = x.new_empty(0)
+    if case.training and case.shape.is_separable:
+        _, h, _ = _BACKENDS["eager"].kernels[OPS["forward"]](
+            *given, None, routing.token_of_slot, *sizes, "separable", True
+        )
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    for phase in ("forward", "backward") if case.training else ("forward",):
+        found = pairs(case, phase, backends)
+        roofline = {name: plan.seconds(hardware_of("cpu")) for name, _, plan in found}
+        calls[phase] = {}
+        for name, backend, plan in found:
+            if roofline[name] > SLOWEST_MEASURED * min(roofline.values()):
+                continue
+            kernel, strategy = backend.kernels[OPS[phase]], plan.strategy
+            if phase == "forward":
+                arguments = (*given, None, routing.token_of_slot, *sizes, strategy, case.training)
+            else:
+                arguments = (grad, *given, routing.token_of_slot, h, x.new_empty(0), *sizes, strategy, need)
+            calls[phase][name] = lambda k=kernel, a=arguments: k(*a)
+    return calls
+
+
+def measure(file: Path, only: str, backends: list[str], seconds: float) -> None:
+    torch.set_num_threads(1)
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    budget = Budget(seconds_each=seconds, min_rounds=3, max_rounds=15)
+    for number, case in enumerate(JUDGED_WORKLOADS):
+        if only not in case.name:
+            continue
+        kept[case.name] = {}
+        for phase, functions in calls_of(case, backends).items():
+            timed = interleave(functions, None, budget, cpu_measure(time.thread_time))
+            kept[case.name][phase] = {name: timing.seconds for name, timing in timed.items()}
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        os.replace(partial, file)
+        print(f"{number + 1}/{len(JUDGED_WORKLOADS)} {case.name}", flush=True)
+
+
+def judge(file: Path, only: str, backends: list[str]) -> None:
+    torch.set_num_threads(1)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    within = total = 0
+    for case in JUDGED_WORKLOADS:
+        if case.name not in kept or only not in case.name:
+            continue
+        chosen = best = 0.0
+        lines = []
+        for phase, measured in kept[case.name].items():
+            found = {
+                name: backend.predicted_seconds(plan)
+                for name, backend, plan in pairs(case, phase, backends)
+                if name in measured
+            }
+            choice = min(found, key=lambda name: found[name])
+            chosen += measured[choice]
+            best += min(measured[name] for name in found)
+            table = ", ".join(
+                f"{'*' if name == choice else ''}{name} {measured[name] * 1e3:.3g} ({found[name] / measured[name]:.2f})"
+                for name in sorted(found, key=lambda name: measured[name])
+            )
+            lines.append(f"    {phase}: {table}")
+        total += 1
+        within += chosen <= TOLERANCE * best
+        print(f"{'  ' if chosen <= TOLERANCE * best else '! '}{chosen / best:.2f} {case.name}")
+        print("\n".join(lines))
+    print(f"within {TOLERANCE:g}x of the best: {within} of {total}; in ms measured (predicted / measured); * chosen")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("measure", "judge"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--backends", default=",".join(available_backends()))
+    parser.add_argument("--seconds", type=float, default=0.5, help="per strategy and phase")
+    options = parser.parse_args()
+    backends = options.backends.split(",")
+    if options.action == "measure":
+        measure(options.file, options.only, backends, options.seconds)
+    else:
+        judge(options.file, options.only, backends)
+
+
+if __name__ == "__main__":
+    main()

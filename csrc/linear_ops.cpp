@@ -84,7 +84,7 @@ struct StrategyKernels {
 };
 constexpr StrategyKernels kStrategies[] = {
     {"separable", separable_forward, nullptr},
-    {"rebuild", rebuild_forward, nullptr},
+    {"rebuild", rebuild_forward, rebuild_backward},
 };
 
 const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {

@@ -168,9 +168,11 @@ def test_calibrate_measures_and_keeps(cache_home: Path, monkeypatch: pytest.Monk
     assert len(timed) == 14  # three GEMMs for each dtype, two copies
     assert found == hardware_of("cpu")
     assert found.flops_per_second(torch.float32) == pytest.approx(2 * 512 * 3072 * 768 / 1e-3)
-    assert found.call_seconds == ByDtype(1e-4, 1e-4, 1e-4, 1e-4)
-    rate = found.flops_per_second(torch.float32) * gemm_efficiency(16, 384, 384, 1, torch.float32, found)
-    assert rate == pytest.approx(2 * 16 * 384 * 384 / 0.9e-3), "the model gives the short GEMM back"
+    rate = found.flops_per_second(torch.float32)
+    call = found.call_seconds.float32
+    assert call == pytest.approx(1e-4 - 2 * 32**3 / rate)
+    short = 2 * 16 * 384 * 384 / (rate * gemm_efficiency(16, 384, 384, 1, torch.float32, found)) + call
+    assert short == pytest.approx(1e-3), "the model gives the short GEMM back"
     forget()
     assert hardware_of("cpu") == found, "a later process reads the file"
     assert [path.name for path in cache_file().parent.iterdir()] == ["hardware.json"], "nothing partial is left"

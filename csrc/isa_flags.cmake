@@ -1,4 +1,22 @@
-# Compiler flags of files named *_<isa>.cpp. cpu_features.cpp tests for every extension that these switch on.
+# Only files named *_<isa>.cpp may use instructions beyond the architecture's baseline; who calls them asks
+# cpu_features.h, which tests for every extension that these flags switch on.
 set(MPOE_FLAGS_avx2 -march=x86-64-v3)
 set(MPOE_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
 set(MPOE_FLAGS_avx512bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+
+# Gives the files of a list variable their flags; drops those of another architecture from it.
+function(mpoe_apply_isa_flags LIST_NAME)
+  set(kept ${${LIST_NAME}})
+  foreach(source IN LISTS kept)
+    string(REGEX MATCH "_(avx2|avx512|avx512bf16)\\.cpp$" matched "${source}")
+    if(matched)
+      set(isa "${CMAKE_MATCH_1}")
+      if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+        set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${MPOE_FLAGS_${isa}}")
+      else()
+        list(REMOVE_ITEM kept "${source}")
+      endif()
+    endif()
+  endforeach()
+  set(${LIST_NAME} ${kept} PARENT_SCOPE)
+endfunction()

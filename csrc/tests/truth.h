@@ -1,0 +1,31 @@
+// The grouped MPO linear by obvious loops in double precision.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/linear.h"
+
+namespace mpoe::truth {
+
+using Values = std::vector<double>;
+
+struct Problem {
+  BlockDims dims;
+  Values x, left, central, right, bias, grad;  // bias may be empty
+  std::vector<std::int64_t> offsets, row_index;  // row_index may be empty
+  std::int64_t tokens, slots, experts;
+  Activation activation;
+};
+
+struct Result {
+  Values y, z;                                // [N, F]: output and pre-activation
+  Values dx, dleft, dcentral, dright, dbias;  // of sum(y * grad)
+};
+
+double activate(Activation activation, double z);
+double derivative(Activation activation, double z);
+// Everything; gradients where |z| < relu_margin are taken as if `grad` were zero there (it is zeroed in `problem`).
+Result solve(Problem& problem, double relu_margin);
+
+}  // namespace mpoe::truth

@@ -83,7 +83,7 @@ struct StrategyKernels {
   void (*backward)(const LinearBackward&);
 };
 constexpr StrategyKernels kStrategies[] = {
-    {"separable", separable_forward, nullptr},
+    {"separable", separable_forward, separable_backward},
     {"rebuild", rebuild_forward, rebuild_backward},
 };
 

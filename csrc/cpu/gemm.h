@@ -31,6 +31,7 @@ struct Finish {
   const float* bias = nullptr;  // [32], in the order of the tile's columns
   Activation activation = Activation::kNone;
   void* saved = nullptr;  // laid out as the output
+  const std::int64_t* bias_offset = nullptr;  // [rows]: row r adds bias + bias_offset[r]; null: the same for all
 };
 
 struct GemmKernels {

@@ -119,9 +119,11 @@ void finish_as(
     const int64_t offset = row_offset == nullptr ? r * stride : row_offset[r];
     T* const after_row = together ? out + offset + columns.offset[0] : after;
     T* const before_row = together && saved != nullptr ? saved + offset + columns.offset[0] : before;
+    const float* bias = finish.bias;
+    if (bias != nullptr && finish.bias_offset != nullptr) bias += finish.bias_offset[r];
     for (int64_t c = 0; c < kPanel; c += kWidth) {
       Floats z = load_floats(tile + r * kPanel + c);
-      if (finish.bias != nullptr) z += load_floats(finish.bias + c);
+      if (bias != nullptr) z += load_floats(bias + c);
       if (saved != nullptr) store_floats(before_row + c, z);
       store_floats(after_row + c, activate<kind>(z));
     }

@@ -49,7 +49,10 @@ inline Floats error_function(Floats x) {
   q = multiply_add(q, s, splat(0.11098505178285362f));
   q = multiply_add(q, s, splat(0.49746925110067538f));
   q = multiply_add(q, s, splat(1.0f));
-  return select((Words)(x != x), x, c * p / q);
+  // From 3.833 on it rounds to 1, which a large pre-activation multiplies: there the sign itself.
+  const Floats sign = select((Words)(x < 0.0f), splat(-1.0f), splat(1.0f));
+  const Floats result = select((Words)(c * sign > 3.7439f), sign, c * p / q);
+  return select((Words)(x != x), x, result);
 }
 
 constexpr float kGeluTanhScale = 2 * 0.7978845608f;  // tanh(u) = 2 sigmoid(2 u) - 1
@@ -72,12 +75,15 @@ inline Floats deactivate(Floats grad, Floats saved) {
     return grad * (cdf + saved * 0.39894228f * exponential(-0.5f * saved * saved));
   }
   if constexpr (kind == Activation::kGeluTanh) {
-    const Floats s = sigmoid(kGeluTanhScale * (saved + 0.044715f * saved * saved * saved));
-    return grad * (s + saved * s * (1.0f - s) * kGeluTanhScale * (1.0f + 3 * 0.044715f * saved * saved));
+    const Floats falling = exponential(-kGeluTanhScale * (saved + 0.044715f * saved * saved * saved));
+    const Floats s = 1.0f / (1.0f + falling);
+    const Floats slope = falling * s * s;  // s (1 - s), exact where s is near 1
+    return grad * (s + saved * slope * kGeluTanhScale * (1.0f + 3 * 0.044715f * saved * saved));
   }
   if constexpr (kind == Activation::kSilu) {
-    const Floats s = sigmoid(saved);
-    return grad * (s + saved * s * (1.0f - s));
+    const Floats falling = exponential(-saved);
+    const Floats s = 1.0f / (1.0f + falling);
+    return grad * (s + saved * (falling * s * s));
   }
   return grad;
 }

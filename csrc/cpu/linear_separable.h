@@ -1,4 +1,7 @@
-// Steps that the forward and the backward of separable shapes share.
+// Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC]; transposed,
+// [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product, whose result [jC, b] is jC rows
+// that right maps to [jC, jR]. So left and right are products with (rows of slots) x iC or jC short rows, and central
+// one product over all slots, whoever their experts.
 #pragma once
 
 #include "cpu/linear_common.h"
@@ -7,38 +10,61 @@ namespace mpoe {
 
 // Sizes and strides, in elements, of the intermediate results per slot.
 struct SeparableSizes {
-  std::int64_t left_k;       // iL in whole units
-  std::int64_t x_row;        // [iC, left_k]: a row of x, transposed
-  std::int64_t a;            // a in whole units
-  std::int64_t t_row;        // [iC, a]: after left
-  std::int64_t b;            // b in whole panels
-  std::int64_t h_row;        // [jC, b]: after central
+  std::int64_t left_k;  // iL in whole units
+  std::int64_t x_row;   // [iC, left_k]: a row of x, transposed
+  std::int64_t a;       // a in whole units
+  std::int64_t t_k;     // [iC, a]: after left
+  std::int64_t t_row;   // the same with the gap that row_stride asks for
+  std::int64_t b;       // b in whole panels
+  std::int64_t h_k;     // [jC, b]: after central
   SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
-      : left_k(padded_k(gemm, d.iL)), x_row(d.iC * left_k), a(padded_k(gemm, d.a)), t_row(d.iC * a),
-        b(round_up(d.b, kPanel)), h_row(d.jC * b) {}
+      : left_k(padded_k(gemm, d.iL)), x_row(d.iC * left_k), a(padded_k(gemm, d.a)), t_k(d.iC * a),
+        t_row(row_stride(gemm, t_k)), b(round_up(d.b, kPanel)), h_k(d.jC * b) {}
 };
 
-// Slots whose rows of `row_bytes` fill about half of a second-level cache.
-inline std::int64_t rows_in_cache(std::int64_t row_bytes, std::int64_t least) {
-  return std::max<std::int64_t>(least, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
+// Runs of slots whose rows of `row_bytes` fill about half of a second-level cache; cut without regard to experts.
+inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes) {
+  const std::int64_t most = std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
+  std::vector<Span> blocks;
+  for_each_tile(slots, most, [&](std::int64_t first, std::int64_t count) { blocks.push_back({first, first + count}); });
+  return blocks;
 }
 
-// xs[s - first_slot] = x row of slot s as [iC, left_k], zero where padded.
+// Calls f(expert, slots) for every expert with slots in `block`.
+template <class F>
+void for_each_expert(const LinearInputs& in, Span block, const F& f) {
+  std::int64_t e = std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
+  for (; e < in.experts && in.offsets[e] < block.last; ++e) {
+    const Span slots{std::max(block.first, in.offsets[e]), std::min(block.last, in.offsets[e + 1])};
+    if (slots.first < slots.last) f(e, slots);
+  }
+}
+
+// Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile).
+template <class F>
+void multiply_all(
+    const GemmKernels& gemm, std::int64_t count, std::int64_t k, const void* a, std::int64_t stride,
+    const void* panels, std::int64_t columns, const F& f) {
+  alignas(64) float tile[kMaxRows * kPanel];
+  constexpr std::int64_t kUnitBytes = 4;
+  for (std::int64_t c = 0; c < columns; c += kPanel)
+    for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
+      gemm.multiply_rows(
+          rows, k / gemm.unit, static_cast<const char*>(a) + first * stride / gemm.unit * kUnitBytes,
+          stride / gemm.unit, static_cast<const char*>(panels) + c * k / gemm.unit * kUnitBytes, tile, kPanel, false);
+      f(first, rows, c, tile);
+    });
+}
+
+// xs[s - slots.first] = x row of slot s as [iC, left_k], zero where padded.
 template <class T>
 void transpose_rows(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, std::int64_t first, std::int64_t last,
-    T* xs);
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs);
 
-// t[s] = left_e applied to the transposed rows xs of a tile: [iC, a].
-template <class T>
-void apply_left(
-    const GemmKernels& gemm, const BlockDims& dims, const SeparableSizes& sizes, const T* left_panels, const T* xs,
-    std::int64_t rows, T* t);
-
-// t of every filled slot; keeps the transposed rows in `kept_rows` [N, x_row] if that is given.
+// t[s - block.first] = left_e applied to the row of slot s, for the slots of `block`. Keeps the transposed rows in
+// xs [block, x_row] if that is given.
 template <class T>
 void left_step(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, const std::vector<SlotTile>& tiles,
-    T* kept_rows, T* t);
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t);
 
 }  // namespace mpoe

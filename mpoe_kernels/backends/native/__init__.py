@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpoe_kernels.backends.native.linear import LINEAR_KERNELS, contraction_reasons
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.backends.native.routing import ROUTING_KERNELS
 from mpoe_kernels.backends.registry import Backend, Request
 
-KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS}
+KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS, **LINEAR_KERNELS}
 
 
 def unavailable_reasons() -> list[str]:
@@ -32,4 +33,5 @@ NATIVE = Backend(
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
     predicted_cost=predicted_cost,
+    contraction_reasons=contraction_reasons,
 )

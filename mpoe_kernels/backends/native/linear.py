@@ -13,7 +13,10 @@ from mpoe_kernels.planner import Contraction
 OPS = torch.ops.mpoe_native
 DTYPES = (torch.float32, torch.bfloat16)
 # Strategies with a kernel, by phase: the table kStrategies of csrc/linear_ops.cpp.
-IMPLEMENTED: dict[str, tuple[str, ...]] = {"forward": ("separable", "rebuild"), "backward": ("rebuild",)}
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "forward": ("separable", "rebuild"),
+    "backward": ("separable", "rebuild"),
+}
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:

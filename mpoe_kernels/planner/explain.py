@@ -17,6 +17,7 @@ OVERHEAD = "overhead"
 TEMPORARY = "temporary memory"
 SAVED = "saved for backward"
 NOTHING = "nothing to do"
+EQUAL = "equal"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Loss:
         seconds: its predicted time.
         kind: what decided: more ``FLOPs``, smaller ``GEMM sizes`` (fewer FLOP/s), more ``bytes`` to move, more
             ``overhead`` of calls, too much ``temporary memory``, ``saved for backward``: the chosen forward keeps what
-            the backward needs, or ``nothing to do``.
+            the backward needs, ``equal``: a tie, which the order of `STRATEGIES` decides, or ``nothing to do``.
         text: the same in words, with numbers.
     """
 
@@ -72,6 +73,8 @@ def lost_on_time(loser: Contraction, winner: Contraction, hardware: Hardware) ->
     seconds, best = sum(theirs), sum(ours)
     if not loser.steps:
         return Loss(loser, seconds, NOTHING, "no rows: nothing to compute")
+    if seconds <= best * (1 + 1e-9):
+        return Loss(loser, seconds, EQUAL, f"{format_seconds(seconds)}, as much as {winner.strategy}")
     behind = [t - o for t, o in zip(theirs, ours, strict=True)]
     worst = behind.index(max(behind))
     if worst == 2:

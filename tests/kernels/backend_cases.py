@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
-from mpoe_kernels.backends.registry import Request, select, select_contraction
-from mpoe_kernels.planner import STRATEGIES, BlockDims, contraction
+from mpoe_kernels.backends.registry import Request, resolve_contraction, select
+from mpoe_kernels.planner import STRATEGIES, BlockDims
 from mpoe_kernels.testing.cases import random_cores
 
 BACKENDS = ("eager", "native")
@@ -55,7 +55,7 @@ def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: t
     dims = BlockDims.of_blocks(blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features)
     op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
     try:
-        select_contraction(op, (contraction(strategy, dims, 2, 8, dtype, phase),), "cpu", dtype, backend)
+        resolve_contraction(op, dims, 2, 8, dtype, phase, "cpu", backend_name=backend, strategy_name=strategy)
     except BackendError:
         return False
     return True

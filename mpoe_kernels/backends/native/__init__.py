@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpoe_kernels.backends.native.cost import predicted_seconds
 from mpoe_kernels.backends.native.linear import LINEAR_KERNELS, contraction_reasons
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.backends.native.routing import ROUTING_KERNELS
@@ -34,4 +35,5 @@ NATIVE = Backend(
     request_reasons=request_reasons,
     predicted_cost=predicted_cost,
     contraction_reasons=contraction_reasons,
+    predicted_seconds=predicted_seconds,
 )

@@ -27,7 +27,7 @@ inline void register_tile(
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v)
-      acc[r][v] = accumulate ? load_floats(tile + r * tile_stride + v * kWidth) : Floats{};
+      acc[r][v] = Floats{};
   for (int64_t u = 0; u < units; ++u) {
     typename Product::Right right[kTileVectors];
 #pragma GCC unroll 4
@@ -44,7 +44,11 @@ inline void register_tile(
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) store_floats(tile + r * tile_stride + v * kWidth, acc[r][v]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* target = tile + r * tile_stride + v * kWidth;
+      // What was there is added last: sums of sums round less than one long sum.
+      store_floats(target, accumulate ? acc[r][v] + load_floats(target) : acc[r][v]);
+    }
 }
 
 template <class T, bool by_columns, int rows>

@@ -113,9 +113,8 @@ void build_half(
       gemm.pack(panels, units, central + (i * d.jC + j) * d.b, d.iC * d.jC * d.b, d.a, d.b);
       for (std::int64_t c = 0; c < d.b; c += kPanel)
         for_each_tile(rows, gemm.best_rows, [&](std::int64_t first, std::int64_t count) {
-          gemm.multiply_rows(
-              count, units, left + first * left_stride, left_stride / gemm.unit, panels + c * units * gemm.unit, tile,
-              kPanel, false);
+          multiply_rows(
+              gemm, count, units, left + first * left_stride, left_stride, panels + c * units * gemm.unit, tile, false);
           gemm.store(tile, count, kPanel, half + first * stride + c, stride);
         });
     }
@@ -136,9 +135,9 @@ void build_slab(
       const std::int32_t* places = plan.row_unit.data() + nc * plan.left_rows * plan.granules;
       for_each_tile(plan.left_rows, gemm.best_rows, [&](std::int64_t first, std::int64_t count) {
         for (std::int64_t p = 0; p < plan.right_panels; ++p) {
-          gemm.multiply_rows(
-              count, units, half + first * stride, stride / gemm.unit, right_panels + p * units * kPanel * gemm.unit,
-              tile, kPanel, false);
+          multiply_rows(
+              gemm, count, units, half + first * stride, stride, right_panels + p * units * kPanel * gemm.unit, tile,
+              false);
           gemm.store_units(
               tile, count, target, places + first * plan.granules, plan.granules, plan.which.data() + p * per_panel,
               plan.unit_offset.data() + p * per_panel);

@@ -51,9 +51,9 @@ void rows_times_panels(
     std::int64_t count, float* sums, std::int64_t sum_rows, bool accumulate) {
   for_each_tile(rows, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
     for (std::int64_t p = 0; p < count; ++p)
-      gemm.multiply_rows(
-          tile_rows, units, a + first * stride, stride / gemm.unit, panels + p * units * kPanel * gemm.unit,
-          sums + (p * sum_rows + first) * kPanel, kPanel, accumulate);
+      multiply_rows(
+          gemm, tile_rows, units, a + first * stride, stride, panels + p * units * kPanel * gemm.unit,
+          sums + (p * sum_rows + first) * kPanel, accumulate);
   });
 }
 
@@ -243,7 +243,7 @@ class BackwardWorker {
         columns_times_panels(
             gemm_, in_.dims.iL * in_.dims.iR, units, rows_.x_panels.get() + i * sizes_.x_panels * panel,
             sizes_.dz_panels, [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
-              gemm_.multiply_columns(count, units, columns, dz + p * panel, tile, kPanel, false);
+              multiply_columns(gemm_, count, units, columns, dz + p * panel, tile, false);
               gemm_.finish(tile, count, out, row_offset_.data() + first, 0, weight_columns_[p], Finish{});
             });
       }
@@ -262,9 +262,9 @@ class BackwardWorker {
     columns_times_panels(
         gemm_, d.b, units, half_panels_.get(), sizes_.right_panels,
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
-          gemm_.multiply_columns(
-              count, units, columns, weight_panels_.get() + p * units * kPanel * gemm_.unit,
-              sums + (p * sizes_.b_panels * kPanel + first) * kPanel, kPanel, accumulate);
+          multiply_columns(
+              gemm_, count, units, columns, weight_panels_.get() + p * units * kPanel * gemm_.unit,
+              sums + (p * sizes_.b_panels * kPanel + first) * kPanel, accumulate);
         });
   }
 
@@ -273,9 +273,9 @@ class BackwardWorker {
     alignas(64) float tile[kMaxRows * kPanel];
     for_each_tile(block_rows(i_range, j_range), gemm_.best_rows, [&](std::int64_t first, std::int64_t count) {
       for (std::int64_t c = 0; c < sizes_.b_panels; ++c) {
-        gemm_.multiply_rows(
-            count, sizes_.right_units, weight_.get() + first * sizes_.weight_row, sizes_.weight_row / gemm_.unit,
-            rows_.right_turned.get() + c * sizes_.right_units * kPanel * gemm_.unit, tile, kPanel, false);
+        multiply_rows(
+            gemm_, count, sizes_.right_units, weight_.get() + first * sizes_.weight_row, sizes_.weight_row,
+            rows_.right_turned.get() + c * sizes_.right_units * kPanel * gemm_.unit, tile, false);
         gemm_.store(tile, count, kPanel, dhalf_.get() + first * sizes_.half_row + c * kPanel, sizes_.half_row);
       }
     });

@@ -26,7 +26,8 @@ def assert_calibrated(
         actual: what is under test.
         truth: float64 reference.
         same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the tolerance, with a
-            floor of four units of rounding of that dtype (32 for a tensor of fewer than 32 elements).
+            floor of four units of rounding of that dtype (for a tensor of fewer than 32
+            elements 128, in half precision 32).
         name: how a failure calls the tensor.
 
     Raises:
@@ -39,7 +40,8 @@ def assert_calibrated(
     if not bool(torch.isfinite(actual).all()):
         raise AssertionError(f"{name}: holds NaN or Inf")
     own = relative_error(same_dtype, truth)
-    units = 4 if actual.numel() >= 32 else 32  # a few sums may cancel; many do not all cancel
+    few = 32 if actual.dtype.itemsize == 2 else 128
+    units = 4 if actual.numel() >= 32 else few  # a few sums may cancel; many do not all cancel
     allowed = max(factor * own, units * torch.finfo(actual.dtype).eps)
     found = relative_error(actual, truth)
     if found > allowed:

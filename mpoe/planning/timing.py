@@ -8,7 +8,7 @@ import torch
 
 from mpoe_kernels.planner import Hardware, Step, hardware_of
 from mpoe_kernels.planner.contraction import expected_busy_experts
-from mpoe_kernels.planner.cost import step_seconds
+from mpoe_kernels.planner.cost import step_time
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Device:
         return replace(self, dtype=torch.float32)
 
     def seconds(self, step: Step) -> float:
-        return step_seconds(step, self.dtype, self.hardware)
+        return step_time(step, self.dtype, self.hardware).total
 
     def copy_seconds(self, moved: float) -> float:
         """Read or write ``moved`` bytes of memory."""

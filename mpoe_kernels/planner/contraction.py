@@ -60,15 +60,13 @@ class Contraction:
     device_type: str = "cpu"
 
     def seconds(self, hardware: Hardware) -> float:
-        """Predicted time: the roofline of every step, one after the other, and the overhead of launching it."""
-        return sum(step_time(step, self.dtype, hardware).total for step in self.steps)
+        """Predicted time: of every step, one after the other."""
+        return sum(self.parts(hardware))
 
     def parts(self, hardware: Hardware) -> tuple[float, float, float]:
-        """`seconds` split into steps bound by arithmetic, steps bound by memory, and overhead."""
+        """`seconds` split into arithmetic, memory traffic that it does not hide, and overhead."""
         times = [step_time(step, self.dtype, hardware) for step in self.steps]
-        compute = sum(t.compute for t in times if t.compute >= t.memory)
-        memory = sum(t.memory for t in times if t.compute < t.memory)
-        return compute, memory, sum(t.overhead for t in times)
+        return sum(t.compute for t in times), sum(t.memory for t in times), sum(t.overhead for t in times)
 
     def memory_bytes(self, hardware: Hardware) -> int:
         """The part of ``bytes`` that crosses to and from memory, not only the last-level cache."""

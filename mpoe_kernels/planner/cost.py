@@ -1,4 +1,8 @@
-"""Predicted time of a step: roofline (Williams, Waterman and Patterson, CACM 2009) and the price of launching it."""
+"""Predicted time of a step: arithmetic, memory traffic and the price of launching it.
+
+A GPU overlaps arithmetic and memory traffic (the roofline of Williams, Waterman and Patterson, CACM 2009); a CPU's core
+does one after the other.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,13 @@ _SHORT_SIDE = 0.4
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step: ``compute`` and ``memory`` overlap, ``overhead`` does not."""
+    """Seconds of a step.
+
+    Attributes:
+        compute: arithmetic; of a GPU only where it takes longer than the memory traffic that it hides.
+        memory: memory traffic; of a GPU only where it takes longer than the arithmetic.
+        overhead: of launching the step and of every GEMM in it.
+    """
 
     compute: float
     memory: float
@@ -24,7 +34,7 @@ class StepTime(NamedTuple):
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.memory) + self.overhead
+        return self.compute + self.memory + self.overhead
 
 
 def _shortness(m: float, n: float, k: float) -> float:
@@ -54,16 +64,20 @@ def gemm_efficiency(m: float, n: float, k: float, batch: int, dtype: torch.dtype
 
 
 def step_time(step: Step, dtype: torch.dtype, hardware: Hardware) -> StepTime:
-    """Computing, moving bytes, and the overhead of the step and of every GEMM in it."""
+    """The parts of a step's time."""
     compute = 0.0
     if step.flops:
         efficiency = gemm_efficiency(step.m, step.n, step.k, step.batch, dtype, hardware)
         compute = step.flops / (hardware.flops_per_second(dtype) * efficiency)
+    overhead = hardware.launch_seconds + hardware.call_seconds.of(dtype) * step.batch
     memory = step.memory_bytes(hardware.cache_bytes) / hardware.bandwidth
     memory = max(memory, step.bytes / hardware.cache_bandwidth)
-    return StepTime(compute, memory, hardware.launch_seconds + hardware.call_seconds.of(dtype) * step.batch)
-
-
-def step_seconds(step: Step, dtype: torch.dtype, hardware: Hardware) -> float:
-    """The longer of computing and moving, plus overhead."""
-    return step_time(step, dtype, hardware).total
+    if hardware.kind == "gpu":
+        hidden = compute >= memory
+        return StepTime(compute if hidden else 0.0, 0.0 if hidden else memory, overhead)
+    if step.flops:
+        # A core hides little: a library copies what its own cache cannot hold before it multiplies, from whatever
+        # level it comes.
+        own_cache = step.batch * hardware.units * hardware.sram_bytes
+        memory = max(0, step.bytes - own_cache) / hardware.bandwidth
+    return StepTime(compute, memory, overhead)

@@ -14,7 +14,7 @@ import torch
 from mpoe_kernels import MPOShape, plan_contraction
 from mpoe_kernels.planner import HARDWARE, Hardware, Step, calibrate, hardware_here, hardware_of
 from mpoe_kernels.planner import calibrate as calibrate_function
-from mpoe_kernels.planner.cost import gemm_efficiency, step_seconds, step_time
+from mpoe_kernels.planner.cost import gemm_efficiency, step_time
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.planner.hardware import ByDtype
 from mpoe_kernels.planner.measured import cache_file
@@ -216,7 +216,20 @@ def test_roofline_of_a_step() -> None:
     too_large = dataclasses.replace(cached, working_set=200_000_000)
     assert step_time(too_large, torch.bfloat16, h100) == time
     copy = Step("copy", "copy", 0, 0, 0, 1, 10**9, 10**9)
-    assert step_seconds(copy, torch.float32, h100) == pytest.approx(2e9 / 3.35e12, rel=0.01)
+    assert step_time(copy, torch.float32, h100).total == pytest.approx(2e9 / 3.35e12, rel=0.01)
+
+
+def test_a_core_does_one_after_the_other() -> None:
+    cpu = dataclasses.replace(HARDWARE["cpu-generic"], units=1)
+    small = Step("y", "grouped_gemm", 64, 64, 64, 10, 10 * 2 * 4 * 64**2, 10 * 4 * 64**2)
+    assert step_time(small, torch.float32, cpu).memory == 0, "it stays in the core's own cache"
+    moved = 10 * 4 * (64 * 4096 + 4096 * 4096 + 64 * 4096)
+    large = Step("y", "grouped_gemm", 64, 4096, 4096, 10, moved, 0)
+    time = step_time(large, torch.float32, cpu)
+    assert time.memory == pytest.approx((moved - 10 * cpu.sram_bytes) / cpu.bandwidth)
+    assert time.total == time.compute + time.memory + time.overhead
+    efficiency = gemm_efficiency(64, 4096, 4096, 10, torch.float32, cpu)
+    assert time.compute == pytest.approx(large.flops / cpu.flops_per_second(torch.float32) / efficiency)
 
 
 def test_small_gemms_are_slower_per_flop() -> None:

@@ -1,12 +1,36 @@
-"""Rebuild strategy: one expert's weight at a time, then dense GEMMs. At most two weights' worth of temporaries live."""
+"""Rebuild strategy: one expert's weight at a time, in slabs that stay in cache, then dense GEMMs.
+
+A slab is a range of ``iL``, so it is a range of the weight's rows. Products of blocks come out in *block order*
+``[(iL jL iC jC), (iR jR)]``; one copy of a slab brings them to ``[(iL iC iR), (jL jC jR)]`` and back. Besides inputs
+and results at most two experts' weights' worth of memory is alive, whatever E is.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.eager.grouped import active_groups
+from mpoe_kernels.backends.eager.grouped import (
+    Group,
+    accumulate_mm,
+    accumulator,
+    active_groups,
+    clear_idle,
+    select_experts,
+)
 from mpoe_kernels.planner import BlockDims
+
+# A slab in block order and the same slab in the weight's order should stay in a core's cache together.
+SLAB_BYTES = 2 << 20
+# Half-built weights of several experts share one GEMM as long as they take less than this part of a weight.
+CHUNK = 0.75
+
+
+def in_natural_order(block: Tensor, dims: BlockDims) -> Tensor:
+    """A slab in block order -> a view of it as ``[rows iL, iC, iR, jL, jC, jR]``."""
+    return block.view(-1, dims.jL, dims.iC, dims.jC, dims.iR, dims.jR).permute(0, 2, 4, 1, 3, 5)
 
 
 def rebuild_weight(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
@@ -18,8 +42,7 @@ def rebuild_weight(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
         half = central.reshape(-1, dims.b) @ right.reshape(dims.b, -1)
         full = left.reshape(-1, dims.a) @ half.view(dims.a, -1)
     del half
-    full = full.view(dims.iL, dims.jL, dims.iC, dims.jC, dims.iR, dims.jR).permute(0, 2, 4, 1, 3, 5)
-    padded = full.reshape(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
+    padded = in_natural_order(full, dims).reshape(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     return padded[: dims.in_features, : dims.out_features]
 
 
@@ -51,8 +74,82 @@ def project_gradient(
     return dleft, dcentral, dright
 
 
+class _Builder:
+    """Blocks as matrices, and how a weight is built from them."""
+
+    def __init__(self, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> None:
+        self.dims = dims
+        self.same_order = dims.is_separable  # the order of blocks is the weight's own, no copy is needed
+        # Right first needs all of ``C R`` for every slab, so it must leave room for the weight and its gradient.
+        self.left_first = dims.left_first or dims.a > CHUNK * dims.iL * dims.jL
+        experts = left.shape[0]
+        self.left = left.reshape(experts, dims.iL * dims.jL, dims.a)
+        self.central = central.reshape(dims.a, dims.iC * dims.jC * dims.b)
+        self.right = right.reshape(experts, dims.b, dims.iR * dims.jR)
+        self.row_elements = dims.weight_elements // dims.iL  # of one iL
+        self.in_step, self.padded_out = dims.iC * dims.iR, dims.jL * dims.jC * dims.jR
+        self.padded_in = dims.iL * self.in_step
+        count = -(-dims.weight_elements * left.element_size() // SLAB_BYTES) if left.is_cpu else 1
+        self.slab_rows = -(-dims.iL // min(dims.iL, max(4, count)))
+        self.slab_elements = self.slab_rows * self.row_elements
+        if self.left_first:
+            self.half_elements = dims.iL * dims.jL * dims.iC * dims.jC * dims.b
+            self.chunk = max(1, int(CHUNK * dims.weight_elements / self.half_elements))
+        else:
+            self.half_elements = dims.a * dims.iC * dims.jC * dims.iR * dims.jR
+            self.chunk = 1
+
+    def chunks(self, offsets: list[int]) -> Iterator[list[Group]]:
+        """Busy experts in groups whose half-built weights are built together."""
+        groups = list(active_groups(offsets))
+        for first in range(0, len(groups), self.chunk):
+            yield groups[first : first + self.chunk]
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Ranges of iL."""
+        for first in range(0, self.dims.iL, self.slab_rows):
+            yield first, min(first + self.slab_rows, self.dims.iL)
+
+    def halves(self, experts: list[int], out: Tensor) -> Tensor:
+        """``L C`` of some experts ``[experts, (iL jL), (iC jC b)]``, or ``C R`` of one ``[1, a, (iC jC iR jR)]``."""
+        out = out[: len(experts) * self.half_elements]
+        if self.left_first:
+            lefts = select_experts(self.left, experts).reshape(-1, self.dims.a)
+            return torch.mm(lefts, self.central, out=out.view(lefts.shape[0], -1)).view(len(experts), -1, self.dims.b)
+        rows = self.central.view(-1, self.dims.b)
+        return torch.mm(rows, self.right[experts[0]], out=out.view(rows.shape[0], -1)).view(1, self.dims.a, -1)
+
+    def half_rows(self, half: Tensor, first: int, last: int) -> Tensor:
+        """Rows ``first..last`` of iL of an expert's ``L C [(iL jL iC jC), b]``."""
+        step = half.shape[0] // self.dims.iL
+        return half[first * step : last * step]
+
+    def slab(self, expert: int, half: Tensor, first: int, last: int, block: Tensor, out: Tensor) -> None:
+        """Rows ``first..last`` of iL of the weight into ``out``, in block order into ``block`` on the way.
+
+        Where both orders are the same, ``block`` is not touched.
+        """
+        dims = self.dims
+        target = out if self.same_order else block
+        if self.left_first:
+            torch.mm(self.half_rows(half, first, last), self.right[expert], out=target.view(-1, dims.iR * dims.jR))
+        else:
+            rows = slice(first * dims.jL, last * dims.jL)
+            torch.mm(self.left[expert, rows], half, out=target.view((last - first) * dims.jL, -1))
+        if target is block:
+            self.natural(out).copy_(in_natural_order(block, dims))
+
+    def natural(self, slab: Tensor) -> Tensor:
+        """A slab of the weight as ``[rows iL, iC, iR, jL, jC, jR]``."""
+        return slab.view(-1, self.dims.iC, self.dims.iR, self.dims.jL, self.dims.jC, self.dims.jR)
+
+
 def _rows(x: Tensor, row_index: Tensor | None, start: int, stop: int) -> Tensor:
     return x[start:stop] if row_index is None else x.index_select(0, row_index[start:stop])
+
+
+def _pad_columns(rows: Tensor, columns: int) -> Tensor:
+    return rows if rows.shape[1] == columns else torch.nn.functional.pad(rows, (0, columns - rows.shape[1]))
 
 
 def rebuild_forward(
@@ -67,12 +164,37 @@ def rebuild_forward(
     """Pre-activation without bias, ``[N, F]``; rows past the last offset are zero."""
     slots = x.shape[0] if row_index is None else row_index.shape[0]
     z = x.new_empty(slots, dims.out_features)
-    for e, start, stop in active_groups(offsets):
-        weight = rebuild_weight(left[e], central, right[e], dims)
-        torch.mm(_rows(x, row_index, start, stop), weight, out=z[start:stop])
-        del weight
+    builder = _Builder(left, central, right, dims)
+    memory, scratch = x.new_empty(dims.weight_elements), x.new_empty(builder.slab_elements)
+    weight = memory.view(builder.padded_in, builder.padded_out)
+    if builder.left_first and builder.half_elements > CHUNK * dims.weight_elements:
+        # At the end of the weight's own memory: no slab of the weight reaches rows of the half that are still needed.
+        space = memory[dims.weight_elements - builder.half_elements :]
+        builder.same_order = False  # a slab may not be written while it is read
+    else:
+        space = x.new_empty(builder.chunk * builder.half_elements)
+    for chunk in builder.chunks(offsets):
+        halves = builder.halves([e for e, _, _ in chunk], space)
+        for half, (e, start, stop) in zip(halves, chunk, strict=True):
+            for first, last in builder.slabs():
+                block = scratch[: (last - first) * builder.row_elements]
+                builder.slab(e, half, first, last, block, weight[first * builder.in_step : last * builder.in_step])
+            rows = _rows(x, row_index, start, stop)
+            torch.mm(rows, weight[: dims.in_features, : dims.out_features], out=z[start:stop])
     z[offsets[-1] :] = 0
     return z
+
+
+class _Gradients:
+    """Where a backward pass adds up what it finds; ``None`` where not needed."""
+
+    def __init__(self, builder: _Builder, slots: int, need: tuple[bool, bool, bool, bool]) -> None:
+        like = builder.central
+        self.x = like.new_empty(slots, builder.padded_in) if need[0] else None
+        self.left = torch.empty_like(builder.left, memory_format=torch.contiguous_format) if need[1] else None
+        self.central = accumulator(builder.central) if need[2] else None
+        self.right = torch.empty_like(builder.right, memory_format=torch.contiguous_format) if need[3] else None
+        self.any_block = any(need[1:])
 
 
 def rebuild_backward(
@@ -91,33 +213,124 @@ def rebuild_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
 
-    The weight is rebuilt again rather than saved; the central gradient is accumulated over experts in at least
-    float32.
+    The weight is rebuilt again rather than saved; the half it is built from also gives the right gradient. Sums over
+    slabs and experts are kept in at least float32.
     """
-    slots = grad.shape[0]
-    dx = grad.new_empty(slots, dims.in_features) if need_x else None
-    # Zeros, because experts without rows get no gradient.
-    dleft = torch.zeros_like(left) if need_left else None
-    dright = torch.zeros_like(right) if need_right else None
-    accumulate = torch.promote_types(central.dtype, torch.float32)
-    dcentral = torch.zeros(central.shape, dtype=accumulate, device=central.device) if need_central else None
-    for e, start, stop in active_groups(offsets):
-        rows = grad[start:stop]
-        if dx is not None:
-            weight = rebuild_weight(left[e], central, right[e], dims)
-            torch.mm(rows, weight.T, out=dx[start:stop])
-            del weight
-        if not (need_left or need_central or need_right):
-            continue
-        ordered = block_order(_rows(x, row_index, start, stop).T @ rows, dims)
-        dleft_e, dcentral_e, dright_e = project_gradient(ordered, left[e], central, right[e], dims, need_central)
-        del ordered
-        if dleft is not None:
-            dleft[e] = dleft_e
-        if dcentral is not None and dcentral_e is not None:
-            dcentral += dcentral_e
-        if dright is not None:
-            dright[e] = dright_e
-    if dx is not None:
-        dx[offsets[-1] :] = 0
-    return dx, dleft, None if dcentral is None else dcentral.to(central.dtype), dright
+    builder = _Builder(left, central, right, dims)
+    found = _Gradients(builder, grad.shape[0], (need_x, need_left, need_central, need_right))
+    one_expert = _left_first_gradients if builder.left_first else _right_first_gradients
+    one_expert(builder, found, grad, x, offsets, row_index)
+    for stacked in (found.left, found.right):
+        if stacked is not None:
+            clear_idle(stacked, offsets)
+    dx = dcentral = None
+    if found.x is not None:
+        found.x[offsets[-1] :] = 0
+        dx = found.x[:, : dims.in_features]
+    if found.central is not None:
+        dcentral = found.central.to(central.dtype).view(central.shape)
+    dleft = None if found.left is None else found.left.view(left.shape)
+    dright = None if found.right is None else found.right.view(right.shape)
+    return dx, dleft, dcentral, dright
+
+
+def _slab_gradients(
+    builder: _Builder,
+    found: _Gradients,
+    grad: Tensor,
+    rows: Tensor,
+    slots: slice,
+    group: tuple[int, Tensor, int, int],
+    block: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """Gradient of the rows' columns that a slab of the weight meets, and that of the slab, in block order.
+
+    Args:
+        grad, rows: of the slots ``slots`` of one expert.
+        group: ``(expert, half, first, last)`` as `_Builder.slab` takes them.
+        block, weight: memory for the slab in either order; the result is in one of them.
+    """
+    _, _, first, last = group
+    columns = slice(first * builder.in_step, last * builder.in_step)
+    matrix = weight.view(-1, builder.padded_out)
+    if found.x is not None:
+        builder.slab(*group, block, matrix)
+        torch.mm(grad, matrix.T, out=found.x[slots, columns])
+    if not found.any_block:
+        return block
+    torch.mm(rows[:, columns].T, grad, out=matrix)
+    if builder.same_order:
+        return weight
+    in_natural_order(block, builder.dims).copy_(builder.natural(weight))
+    return block
+
+
+def _left_first_gradients(
+    builder: _Builder, found: _Gradients, grad: Tensor, x: Tensor, offsets: list[int], row_index: Tensor | None
+) -> None:
+    """Slab by slab; the gradient of an expert's half takes the memory of the half, whose rows are no longer read."""
+    dims = builder.dims
+    space = grad.new_empty(builder.chunk * builder.half_elements)
+    scratch, memory = grad.new_empty(builder.slab_elements), grad.new_empty(builder.slab_elements)
+    dright = accumulator(builder.right[0]) if found.right is not None else None
+    for chunk in builder.chunks(offsets):
+        experts = [e for e, _, _ in chunk]
+        halves = builder.halves(experts, space)
+        for half, (e, start, stop) in zip(halves, chunk, strict=True):
+            rows = _pad_columns(_rows(x, row_index, start, stop), builder.padded_in)
+            grads = _pad_columns(grad[start:stop], builder.padded_out)
+            if dright is not None:
+                dright.zero_()
+            for first, last in builder.slabs():
+                size = (last - first) * builder.row_elements
+                pieces = (scratch[:size], memory[:size])
+                ordered = _slab_gradients(
+                    builder, found, grads, rows, slice(start, stop), (e, half, first, last), *pieces
+                ).view(-1, dims.iR * dims.jR)
+                half_rows = builder.half_rows(half, first, last)
+                if dright is not None:
+                    accumulate_mm(
+                        dright, half_rows.T, ordered, memory if ordered.data_ptr() == scratch.data_ptr() else scratch
+                    )
+                if found.left is not None or found.central is not None:
+                    torch.mm(ordered, builder.right[e].T, out=half_rows)
+            if found.right is not None and dright is not None:
+                found.right[e] = dright
+        dhalves = halves.view(len(chunk) * dims.iL * dims.jL, -1)
+        if found.left is not None:
+            found.left[experts] = (dhalves @ builder.central.T).view(len(chunk), -1, dims.a)
+        if found.central is not None:
+            lefts = select_experts(builder.left, experts).reshape(-1, dims.a)
+            accumulate_mm(found.central, lefts.T, dhalves, scratch)
+
+
+def _right_first_gradients(
+    builder: _Builder, found: _Gradients, grad: Tensor, x: Tensor, offsets: list[int], row_index: Tensor | None
+) -> None:
+    """The weight's gradient is gathered whole, in block order, where the slabs of the weight were built."""
+    dims = builder.dims
+    space = grad.new_empty(builder.half_elements)
+    ordered, memory = grad.new_empty(dims.weight_elements), grad.new_empty(builder.slab_elements)
+    for ((e, start, stop),) in builder.chunks(offsets):
+        half = builder.halves([e], space)[0]
+        rows = _pad_columns(_rows(x, row_index, start, stop), builder.padded_in)
+        grads = _pad_columns(grad[start:stop], builder.padded_out)
+        for first, last in builder.slabs():
+            block = ordered[first * builder.row_elements : last * builder.row_elements]
+            weight = memory[: (last - first) * builder.row_elements]
+            done = _slab_gradients(
+                builder, found, grads, rows, slice(start, stop), (e, half, first, last), block, weight
+            )
+            if done is weight:
+                block.copy_(weight)
+        product = ordered.view(dims.iL * dims.jL, -1)
+        if found.left is not None:
+            torch.mm(product, half.T, out=found.left[e])
+        if found.central is not None or found.right is not None:
+            torch.mm(builder.left[e].T, product, out=half)
+            dhalf = half.view(-1, dims.iR * dims.jR)
+            if found.right is not None:
+                torch.mm(builder.central.view(-1, dims.b).T, dhalf, out=found.right[e])
+            if found.central is not None:
+                accumulate_mm(found.central.view(-1, dims.b), dhalf, builder.right[e].T, ordered)

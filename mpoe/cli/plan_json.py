@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.plan_notes import cluster_notes, plan_notes, suggestion_notes
+from mpoe.planning.costs import DESIGNS
 
 if TYPE_CHECKING:
     from mpoe.planning.cluster import Cluster, Placement, Traffic
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from mpoe.planning.suggest import Budget, Suggestion
 
 SCHEMA = 1
-DESIGNS = ("mpoe", "switch", "dense")
 
 
 def _cost(cost: Cost, dense: Cost, training: bool) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def plan_notes(costs: ModelCosts) -> list[str]:
         )
     notes += [
         "temporary: weight memory beside the parameters (at most two experts' weights of one matrix), not activations.",
-        "time: every product at the slower of its arithmetic and its memory traffic, as the planner's hardware table "
-        f"has them ({_hardware(work)}); balanced routing, no dropped tokens; no biases, activations or norms.",
+        "time: every product's arithmetic, memory traffic and calls, as the planner's hardware table has them "
+        f"({_hardware(work)}); balanced routing, no dropped tokens; no biases, activations or norms.",
         "rest: embeddings, attention, norms; its FLOP and time are those of its matrix maps (projections, "
         "language-model head), without attention scores.",
     ]

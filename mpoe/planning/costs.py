@@ -7,8 +7,8 @@ All numbers follow from shapes:
 * optimizer bytes: `OPTIMIZER_BYTES` per trained parameter.
 * operations: the planner's count for MPO experts, ``2 N I F`` for the others (N = T * K rows; dense: T), three times
   that with the backward pass; a router ``2 T I E``.
-* time: the planner's prediction for the device, every product at the slower of its arithmetic and its memory traffic.
-  Both mixtures add their router in float32 and the copies that sort the rows by expert and back.
+* time: the planner's prediction for the device, from every product's arithmetic, memory traffic and calls. Both
+  mixtures add their router in float32 and the copies that sort the rows by expert and back.
 * "x dense" divides by the dense layer's time on the same tokens.
 
 Tokens are those one device sees in a step; every expert is assumed to get its share of them.
@@ -36,8 +36,7 @@ class Workload:
 
     Attributes:
         tokens: per stream (``encoder``, ``decoder`` or ``main``), tokens of one device in one step.
-        device: see `Device`.
-        dtype: ``fp32``, ``bf16`` or ``fp16``, of activations and products.
+        device: where, and the dtype of activations and products.
         training: forward and backward, rather than forward.
         mask_central: the gradient mask is on: the central core gets no gradient in this step.
     """

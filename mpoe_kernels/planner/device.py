@@ -40,8 +40,8 @@ def hardware_of(device: str | torch.device) -> Hardware:
 
     Args:
         device: ``"cpu"`` (this machine, with as many cores as PyTorch has threads), ``"cuda"``, ``"cuda:1"`` (looked
-            up by the GPU's name) or the same as ``torch.device``; or a name of `HARDWARE`, which may be elsewhere. A
-            calibration of this machine takes the place of the table.
+            up by the GPU's name, with TF32 where PyTorch may use it) or the same as ``torch.device``; or a name of
+            `HARDWARE`, which may be elsewhere. A calibration of this machine takes the place of the table.
 
     Raises:
         TypeError: neither a string nor a device.
@@ -66,7 +66,7 @@ def hardware_of(device: str | torch.device) -> Hardware:
     if hardware is None:
         name = torch.cuda.get_device_properties(found).name
         raise ValueError(f"no numbers are known for {name}; name the nearest of {known}")
-    return hardware
+    return hardware.with_tf32() if torch.backends.cuda.matmul.allow_tf32 else hardware
 
 
 def hardware_here(device_type: str) -> Hardware:

@@ -109,6 +109,7 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
         hardware,
         peak_flops=ByDtype(**entry["flops"]),
         gemm_fraction=ByDtype(1.0, 1.0, 1.0, 1.0),
+        tf32_flops=0.0,  # float32 was measured with or without it
         half_size=ByDtype(**entry["half_size"]),
         # One launch on a GPU serves all experts: what a call of its own costs is no part of the model there.
         call_seconds=ByDtype(**entry["call_seconds"]) if hardware.kind == "cpu" else hardware.call_seconds,

@@ -94,34 +94,9 @@ class BlockDims(NamedTuple):
         return _rebuild_flops(self, self.left_first)
 
     @property
-    def half_left_flops(self) -> int:
-        """FLOPs of one expert's ``LC = L C``."""
-        return merge_flops(self, "L", "C")
-
-    @property
-    def half_right_flops(self) -> int:
-        """FLOPs of one expert's ``CR = C R``."""
-        return merge_flops(self, "C", "R")
-
-    @property
     def dense_flops_per_slot(self) -> int:
         """FLOPs of one row times a whole weight."""
         return 2 * self.in_features * self.out_features
-
-    @property
-    def half_left_flops_per_slot(self) -> int:
-        """FLOPs of one row through ``LC`` and ``R``."""
-        return order_flops(self, self.half_left_order)
-
-    @property
-    def half_right_flops_per_slot(self) -> int:
-        """FLOPs of one row through ``L`` and ``CR``."""
-        return order_flops(self, self.half_right_order)
-
-    @property
-    def chain_flops_per_slot(self) -> int:
-        """FLOPs of one row through ``L``, ``C`` and ``R`` in the cheapest order."""
-        return order_flops(self, self.chain_order)
 
 
 class Application(NamedTuple):

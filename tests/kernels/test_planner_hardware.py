@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import types
 import warnings
 from pathlib import Path
 
@@ -88,6 +89,25 @@ def test_this_cpu_scales_with_its_threads(cache_home: Path) -> None:
     assert one.cache_bytes == two.cache_bytes
     assert hardware_here("cpu") == hardware_of("cpu")
     assert hardware_here("mps").kind == "gpu", "ops never fail for want of numbers"
+
+
+def test_gpus_are_known_by_name(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    properties = [types.SimpleNamespace(name=name) for name in names]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device.index or 0])
+    assert hardware_of("cuda") == hardware_of("cuda:0") == HARDWARE["h100"]
+    assert hardware_of(torch.device("cuda", 1)) == HARDWARE["a100"]
+    with pytest.raises(ValueError, match="no numbers are known for NVIDIA GeForce RTX 4090; name the nearest of cpu"):
+        hardware_of("cuda:2")
+    ieee, matmul = HARDWARE["h100"].flops_per_second(torch.float32), torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        assert hardware_of("cuda").flops_per_second(torch.float32) > ieee
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_calibration_is_kept_and_used(cache_home: Path) -> None:

@@ -1,0 +1,123 @@
+// The device layer: the only file with inline PTX. Kernels include this and nothing else of CUDA.
+// Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20) their twins in csrc/emu/twins.h.
+#pragma once
+#include <cstdint>
+
+#if defined(MPOE_CUDA_EMULATED)
+#include "emu/cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define UNROLL _Pragma("unroll")
+#define DYN_SHARED(T, name)                                 \
+  extern __shared__ __align__(128) unsigned char raw_##name[]; \
+  T* name = reinterpret_cast<T*>(raw_##name)
+#define SHARED_ARRAY(T, name, count) __shared__ T name[count]
+#define LAUNCH(kernel, grid, block, smem, stream, ...)                                                       \
+  do {                                                                                                       \
+    if ((smem) > 48 * 1024)                                                                                  \
+      (void)cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),                                      \
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));       \
+    (kernel)<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__);                                            \
+  } while (0)
+
+namespace dev {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// D[16 x 8] += A[16 x 16] B[16 x 8], A row-major, B column-major, D in float32.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// D[16 x 8] += A[16 x 8] B[8 x 8] in tf32 (the lowest 13 bits of every operand are ignored).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
+  return bits;
+}
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// Four 8 x 8 matrices of 16-bit numbers; lane l names row l % 8 of matrix l / 8. Conflict-free where the eight rows of a
+// matrix start in different groups of four banks.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// Copies the first `bytes` (0..16) of 16 bytes and writes zeros for the rest; both addresses are 16-byte aligned.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+}  // namespace dev
+#endif
+
+namespace dev {
+
+struct tf32 {  // a float32 that tensor cores may round to tf32
+  float value;
+};
+
+// Conversions to and from the accumulator's float32; rounding to nearest, ties to even.
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(tf32 value) { return value.value; }
+__device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ tf32 from_float<tf32>(float value) {
+  return {value};
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float value) {
+  return __float2bfloat16(value);
+}
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float value) {
+  return __float2half(value);
+}
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+}  // namespace dev

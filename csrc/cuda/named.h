@@ -1,0 +1,161 @@
+// Host side: tensors whose inner axes have names, and the index maps that a contraction of two of them needs. Which axes
+// form m, n and k of a matrix product follows from the names alone: shared ones are summed, the others remain.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/types.h"
+#include "cuda/index.cuh"
+
+namespace mpoe::cuda {
+
+// Axes of the folded blocks left [iL, jL, a], central [a, iC, jC, b], right [b, iR, jR].
+enum Axis : int { kIL, kJL, kA, kIC, kJC, kB, kIR, kJR, kAxes };
+using Axes = std::vector<Axis>;  // in memory order, slowest first
+
+struct Dims {
+  int size[kAxes] = {};
+  int in_features = 0, out_features = 0;  // true sizes; the products of the factors may exceed them
+
+  int64_t elements(const Axes& axes) const {
+    int64_t product = 1;
+    for (const Axis axis : axes) product *= size[axis];
+    return product;
+  }
+  int64_t weight_elements() const { return elements({kIL, kJL, kIC, kJC, kIR, kJR}); }
+};
+
+// Axis order in memory of a block, or of what is built from blocks.
+inline Axes layout_of(const std::string& name) {
+  if (name == "L") return {kIL, kJL, kA};
+  if (name == "C") return {kA, kIC, kJC, kB};
+  if (name == "R") return {kB, kIR, kJR};
+  if (name == "LC") return {kIL, kJL, kIC, kJC, kB};
+  if (name == "CR") return {kA, kIC, kJC, kIR, kJR};
+  if (name == "W") return {kIL, kIC, kIR, kJL, kJC, kJR};
+  throw std::invalid_argument("no block is called '" + name + "'");
+}
+
+// Rows [slot, axes] of activations or blocks [expert, axes].
+struct Named {
+  void* data = nullptr;
+  int64_t stride[kAxes] = {};  // elements; 0: not an axis of this tensor
+  int64_t outer = 0;           // elements from one slot or expert to the next; 0: shared by all experts
+  int limit = 0x7fffffff;      // offsets inside a row from here on are padding
+
+  bool has(Axis axis) const { return stride[axis] != 0; }
+  Axes axes() const {  // slowest first
+    Axes found;
+    for (int axis = 0; axis < kAxes; ++axis) {
+      if (stride[axis]) found.push_back(static_cast<Axis>(axis));
+    }
+    std::stable_sort(found.begin(), found.end(), [&](Axis p, Axis q) { return stride[p] > stride[q]; });
+    return found;
+  }
+};
+
+inline Named named(const void* data, const Axes& axes, const Dims& dims, int64_t outer) {
+  Named tensor;
+  tensor.data = const_cast<void*>(data);
+  tensor.outer = outer;
+  int64_t step = 1;
+  for (auto axis = axes.rbegin(); axis != axes.rend(); ++axis) {
+    tensor.stride[*axis] = step;
+    step *= dims.size[*axis];
+  }
+  return tensor;
+}
+// Rows of dense activations; `columns` are true, the axes may pad them.
+inline Named rows_of(const void* data, const Axes& axes, const Dims& dims, int64_t columns) {
+  Named tensor = named(data, axes, dims, columns);
+  if (columns != dims.elements(axes)) tensor.limit = static_cast<int>(columns);
+  return tensor;
+}
+
+// Axes sorted slowest first by `by`.
+inline Axes sorted(Axes axes, const Named& by) {
+  std::stable_sort(axes.begin(), axes.end(), [&](Axis p, Axis q) { return by.stride[p] > by.stride[q]; });
+  return axes;
+}
+
+// Two maps over the same digits, one for each tensor. Axes of size 1 are left out, axes that lie together in both tensors
+// become one digit. `outer_first`: the first digit is the slot or expert, its stride the tensor's `outer`.
+struct MapPair {
+  IndexMap first, second;
+  int64_t inner = 1;  // product of the sizes without the outer digit
+};
+inline MapPair map_pair(const Axes& axes, const Dims& dims, const Named& p, const Named& q, bool outer_first) {
+  struct Digit {
+    int64_t size, p, q;
+  };
+  std::vector<Digit> digits;
+  MapPair maps;
+  for (const Axis axis : axes) {
+    const int64_t size = dims.size[axis];
+    if (size == 1) continue;
+    maps.inner *= size;
+    const Digit digit{size, p.stride[axis], q.stride[axis]};
+    if (!digits.empty() && digits.back().p == size * digit.p && digits.back().q == size * digit.q) {
+      digits.back() = {digits.back().size * size, digit.p, digit.q};
+    } else {
+      digits.push_back(digit);
+    }
+  }
+  if (outer_first) digits.insert(digits.begin(), Digit{1, 0, 0});
+  if (digits.empty()) digits.push_back({1, 1, 1});
+  if (digits.size() > static_cast<std::size_t>(kMaxDigits)) {
+    throw std::invalid_argument("a dimension of " + std::to_string(digits.size()) + " digits; the kernels take " +
+                                std::to_string(kMaxDigits));
+  }
+  for (std::size_t d = 0; d < digits.size(); ++d) {
+    maps.first.size[d] = maps.second.size[d] = FastDiv(static_cast<uint32_t>(digits[d].size));
+    maps.first.stride[d] = static_cast<int>(digits[d].p);
+    maps.second.stride[d] = static_cast<int>(digits[d].q);
+  }
+  maps.first.digits = maps.second.digits = static_cast<int>(digits.size());
+  maps.first.slot_first = maps.second.slot_first = outer_first;
+  return maps;
+}
+
+inline bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
+
+// Every stride of a map but that of its last digit, and the rest that moves an address: multiples of `step`?
+inline bool strides_divide(const IndexMap& map, bool except_last, int step) {
+  for (int d = map.slot_first ? 1 : 0; d < map.digits - (except_last ? 1 : 0); ++d) {
+    if (map.stride[d] % step != 0) return false;
+  }
+  return true;
+}
+// Whether runs of `step` elements along `along` are contiguous and aligned, whatever the position along `across`.
+inline bool runs(const Named& tensor, const IndexMap& along, const IndexMap& across, int step) {
+  const int last = along.digits - 1;
+  return !(along.slot_first && last == 0) && along.stride[last] == 1 &&
+         along.size[last].divisor % static_cast<uint32_t>(step) == 0 && strides_divide(along, true, step) &&
+         strides_divide(across, false, step) && tensor.outer % step == 0 && aligned(tensor.data);
+}
+
+inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMap& k, bool slots, Dtype dtype,
+                          const int64_t* rows = nullptr) {
+  Operand operand;
+  operand.data = tensor.data;
+  (slots ? operand.slot_stride : operand.expert_stride) = tensor.outer;
+  operand.rows = rows;
+  operand.mn = mn;
+  operand.k = k;
+  operand.limit = tensor.limit;
+  const int chunk = 16 / static_cast<int>(size_of(dtype));
+  const auto contiguous = [](const IndexMap& map) {
+    const int last = map.digits - 1;
+    return !(map.slot_first && last == 0) && map.stride[last] == 1;
+  };
+  const bool along_k = runs(tensor, k, mn, chunk), along_mn = runs(tensor, mn, k, chunk);
+  operand.vector = along_k || along_mn;
+  operand.k_major = along_k || (!along_mn && contiguous(k));
+  return operand;
+}
+
+}  // namespace mpoe::cuda

@@ -1,0 +1,124 @@
+#include "cuda/steps.h"
+
+namespace mpoe::cuda {
+namespace {
+
+Axes only_in(const Named& p, const Named& q) {
+  Axes found;
+  for (const Axis axis : p.axes()) {
+    if (!q.has(axis)) found.push_back(axis);
+  }
+  return found;
+}
+Axes in_both(const Named& p, const Named& q) {
+  Axes found;
+  for (const Axis axis : p.axes()) {
+    if (q.has(axis)) found.push_back(axis);
+  }
+  return found;
+}
+
+Output output_of(const Named& out, const IndexMap& m, const IndexMap& n, bool slots, bool as_float, Dtype dtype) {
+  Output output;
+  output.data = out.data;
+  (slots ? output.slot_stride : output.expert_stride) = out.outer;
+  output.m = m;
+  output.n = n;
+  output.limit = out.limit;
+  output.as_float = as_float;
+  const int last = n.digits - 1;
+  const auto address = reinterpret_cast<std::uintptr_t>(out.data);
+  output.pair = !as_float && n.stride[last] == 1 && n.size[last].divisor % 2 == 0 && strides_divide(n, true, 2) &&
+                strides_divide(m, false, 2) && out.outer % 2 == 0 &&
+                address % static_cast<std::uintptr_t>(2 * size_of(dtype)) == 0;
+  return output;
+}
+
+int fitting(int64_t extent) {
+  if (extent > 0x7fffffff) throw std::invalid_argument("a dimension of " + std::to_string(extent) + " is too large");
+  return static_cast<int>(extent);
+}
+
+void launch(const Context& context, const ContractArguments& arguments) {
+  if (!context.workspace->measuring()) contract(context.dtype, context.tf32, arguments, context.stream);
+}
+
+}  // namespace
+
+void rows_times_block(const Context& context, const Named& rows, const Named& block, const Named& out,
+                      const int64_t* row_index, bool zero_tail, const Epilogue& epilogue) {
+  const MapPair m = map_pair(sorted(only_in(rows, block), rows), context.dims, rows, out, true);
+  const MapPair k = map_pair(sorted(in_both(rows, block), rows), context.dims, rows, block, false);
+  const MapPair n = map_pair(sorted(only_in(block, rows), out), context.dims, out, block, false);
+  ContractArguments p;
+  p.slot_axis = kSlotsInRows;
+  p.a = operand_of(rows, m.first, k.first, true, context.dtype, row_index);
+  p.b = operand_of(block, n.second, k.second, false, context.dtype);
+  p.out = output_of(out, m.second, n.first, true, false, context.dtype);
+  p.out.bias = epilogue.bias;
+  p.out.activation = epilogue.activation;
+  p.out.pre_activation = epilogue.pre_activation;
+  if (reinterpret_cast<std::uintptr_t>(epilogue.pre_activation) % static_cast<std::uintptr_t>(2 * size_of(context.dtype)))
+    p.out.pair = false;
+  const bool shared = block.outer == 0;
+  p.groups.offsets = context.offsets;
+  p.groups.first = context.first;
+  p.groups.step = shared ? context.count : 1;
+  p.groups.count = shared ? 1 : context.count;
+  p.groups.per_slot = fitting(m.inner);
+  p.groups.slots = context.slots;
+  p.groups.zero_tail = zero_tail;
+  fitting(m.inner * context.slots);
+  p.n = fitting(n.inner);
+  p.k = fitting(k.inner);
+  launch(context, p);
+}
+
+void block_gradient(const Context& context, const Named& rows, const Named& grads, const Named& out,
+                    const int64_t* row_index, bool accumulate) {
+  const MapPair m = map_pair(sorted(in_both(rows, out), rows), context.dims, rows, out, false);
+  const MapPair k = map_pair(sorted(in_both(rows, grads), rows), context.dims, rows, grads, true);
+  const MapPair n = map_pair(sorted(in_both(grads, out), out), context.dims, out, grads, false);
+  const bool shared = out.outer == 0;
+  ContractArguments p;
+  p.slot_axis = kSlotsInner;
+  p.a = operand_of(rows, m.first, k.first, true, context.dtype, row_index);
+  p.b = operand_of(grads, n.second, k.second, true, context.dtype);
+  p.out = output_of(out, m.second, n.first, false, shared, context.dtype);
+  p.out.accumulate = accumulate;
+  p.groups.offsets = context.offsets;
+  p.groups.first = context.first;
+  p.groups.step = shared ? context.count : 1;
+  p.groups.count = shared ? 1 : context.count;
+  p.groups.per_slot = fitting(k.inner);
+  fitting(k.inner * context.slots);
+  p.m = fitting(m.inner);
+  p.n = fitting(n.inner);
+  launch(context, p);
+}
+
+void merge_blocks(const Context& context, const Named& p, const Named& q, const Named& out, bool accumulate) {
+  // The one that holds the result's slowest axis gives the rows: the columns then hold its fastest one.
+  const Axis slowest = out.axes().front();
+  const Named& first = p.has(slowest) ? p : q;
+  const Named& second = p.has(slowest) ? q : p;
+  const bool shared = out.outer == 0;
+  const MapPair m = map_pair(sorted(only_in(first, second), out), context.dims, out, first, false);
+  const MapPair k = map_pair(sorted(in_both(first, second), second), context.dims, first, second, shared);
+  const MapPair n = map_pair(sorted(only_in(second, first), out), context.dims, out, second, false);
+  ContractArguments r;
+  r.slot_axis = kNoSlots;
+  r.a = operand_of(first, m.second, k.first, shared, context.dtype);
+  r.b = operand_of(second, n.second, k.second, shared, context.dtype);
+  r.out = output_of(out, m.first, n.first, false, shared, context.dtype);
+  r.out.accumulate = accumulate;
+  r.groups.first = context.first;
+  r.groups.offsets = shared ? nullptr : context.offsets;
+  r.groups.count = shared ? 1 : context.count;
+  r.m = fitting(m.inner);
+  r.n = fitting(n.inner);
+  r.k = fitting(shared ? k.inner * context.count : k.inner);
+  launch(context, r);
+}
+
+}  // namespace mpoe::cuda

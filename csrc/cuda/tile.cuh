@@ -1,0 +1,181 @@
+// Tiles in shared memory: padded rows that keep bank conflicts away, and the fragments that mma.sync takes from them.
+#pragma once
+#include "cuda/device.cuh"
+
+namespace mpoe::cuda {
+
+// BM x BN results by a block of (BM / WM) (BN / WN) warps; 64 bytes of the inner index at a time.
+template <class T, int BM, int BN, int WM, int WN>
+struct Tile {
+  static constexpr int kM = BM, kN = BN, kK = 64 / static_cast<int>(sizeof(T));
+  static constexpr int kWarpM = WM, kWarpN = WN, kWarpsN = BN / WN;
+  static constexpr int kThreads = 32 * (BM / WM) * (BN / WN);
+  static constexpr int kRowTiles = WM / 16, kColumnTiles = WN / 8;
+  static_assert(WM % 16 == 0 && WN % 16 == 0 && BM % WM == 0 && BN % WN == 0);
+};
+
+// Elements from one row of a tile to the next, for rows of `width` elements. 16-byte chunks per row are made
+//  - odd: eight rows then start in different groups of four banks (ldmatrix, and 32-bit reads of rows g, columns t);
+//  - twice an odd number for 32-bit tiles that tensor cores read along rows t, columns g.
+template <class T>
+__host__ __device__ constexpr int padded_stride(int width, bool k_major) {
+  const int per_chunk = 16 / static_cast<int>(sizeof(T));
+  int chunks = (width + per_chunk - 1) / per_chunk;
+  if (sizeof(T) == 2 || k_major) {
+    chunks |= 1;
+  } else {
+    while (chunks % 4 != 2) ++chunks;
+  }
+  return chunks * per_chunk;
+}
+
+// Fragments of 16-bit tiles. A tile is [mn][k] (k_major) or [k][mn].
+template <class T>
+struct Fragments {
+  static constexpr int kStep = 16;
+  static constexpr bool kPartialSums = false;
+  struct A {
+    uint32_t r[4];
+  };
+  struct B {
+    uint32_t r[2];
+  };
+
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_a(A& a, const T* tile, int stride, int m, int k, int lane) {
+    const int part = lane >> 3, row = lane & 7;  // matrices: (m, k) (m + 8, k) (m, k + 8) (m + 8, k + 8)
+    const int dm = (part & 1) * 8, dk = (part >> 1) * 8;
+    if (kMajor) {
+      dev::ldmatrix_x4(a.r, tile + (m + dm + row) * stride + k + dk);
+    } else {
+      dev::ldmatrix_x4_trans(a.r, tile + (k + dk + row) * stride + m + dm);
+    }
+  }
+  // Columns n .. n + 15 as two fragments.
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, const T* tile, int stride, int n, int k, int lane) {
+    const int part = lane >> 3, row = lane & 7;  // matrices: (k, n) (k + 8, n) (k, n + 8) (k + 8, n + 8)
+    const int dk = (part & 1) * 8, dn = (part >> 1) * 8;
+    uint32_t r[4];
+    if (kMajor) {
+      dev::ldmatrix_x4(r, tile + (n + dn + row) * stride + k + dk);
+    } else {
+      dev::ldmatrix_x4_trans(r, tile + (k + dk + row) * stride + n + dn);
+    }
+    b0.r[0] = r[0];
+    b0.r[1] = r[1];
+    b1.r[0] = r[2];
+    b1.r[1] = r[3];
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    dev::mma_m16n8k16<T>(d, a.r, b.r);
+  }
+};
+
+// float32 without tensor cores: every product and sum is one rounded fused multiply-add. A thread holds the same results
+// as with mma.sync: rows g, g + 8 and columns 2t, 2t + 1 of every 16 x 8 tile (g = lane / 4, t = lane % 4).
+template <>
+struct Fragments<float> {
+  static constexpr int kStep = 4;
+  static constexpr bool kPartialSums = true;  // a sum of thousands of terms in a row would lose digits
+  struct A {
+    float row[2][kStep];
+  };
+  struct B {
+    float column[2][kStep];
+  };
+  struct alignas(16) Quad {
+    float v[4];
+  };
+  struct alignas(8) Pair {
+    float v[2];
+  };
+
+  static __device__ __forceinline__ void load_quad(float (&to)[kStep], const float* from) {
+    const Quad quad = *reinterpret_cast<const Quad*>(from);
+    UNROLL
+    for (int i = 0; i < kStep; ++i) to[i] = quad.v[i];
+  }
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_a(A& a, const float* tile, int stride, int m, int k, int lane) {
+    const int g = lane >> 2;
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = m + g + half * 8;
+      if (kMajor) {
+        load_quad(a.row[half], tile + row * stride + k);
+      } else {
+        UNROLL
+        for (int i = 0; i < kStep; ++i) a.row[half][i] = tile[(k + i) * stride + row];
+      }
+    }
+  }
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_columns(B& b, const float* tile, int stride, int column, int k) {
+    if (kMajor) {
+      load_quad(b.column[0], tile + column * stride + k);
+      load_quad(b.column[1], tile + (column + 1) * stride + k);
+    } else {
+      UNROLL
+      for (int i = 0; i < kStep; ++i) {
+        const Pair pair = *reinterpret_cast<const Pair*>(tile + (k + i) * stride + column);
+        b.column[0][i] = pair.v[0];
+        b.column[1][i] = pair.v[1];
+      }
+    }
+  }
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, const float* tile, int stride, int n, int k, int lane) {
+    const int column = n + (lane & 3) * 2;
+    load_columns<kMajor>(b0, tile, stride, column, k);
+    load_columns<kMajor>(b1, tile, stride, column + 8, k);
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    UNROLL
+    for (int i = 0; i < kStep; ++i) {
+      d[0] = fmaf(a.row[0][i], b.column[0][i], d[0]);
+      d[1] = fmaf(a.row[0][i], b.column[1][i], d[1]);
+      d[2] = fmaf(a.row[1][i], b.column[0][i], d[2]);
+      d[3] = fmaf(a.row[1][i], b.column[1][i], d[3]);
+    }
+  }
+};
+
+// float32 rounded to tf32 on its way into tensor cores.
+template <>
+struct Fragments<dev::tf32> {
+  using T = dev::tf32;
+  static constexpr int kStep = 8;
+  static constexpr bool kPartialSums = false;
+  struct A {
+    uint32_t r[4];
+  };
+  struct B {
+    uint32_t r[2];
+  };
+
+  template <bool kMajor>
+  static __device__ __forceinline__ uint32_t at(const T* tile, int stride, int mn, int k) {
+    return dev::to_tf32((kMajor ? tile[mn * stride + k] : tile[k * stride + mn]).value);
+  }
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_a(A& a, const T* tile, int stride, int m, int k, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    UNROLL
+    for (int e = 0; e < 4; ++e) a.r[e] = at<kMajor>(tile, stride, m + g + (e & 1) * 8, k + t + (e >> 1) * 4);
+  }
+  template <bool kMajor>
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, const T* tile, int stride, int n, int k, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    UNROLL
+    for (int e = 0; e < 2; ++e) {
+      b0.r[e] = at<kMajor>(tile, stride, n + g, k + t + e * 4);
+      b1.r[e] = at<kMajor>(tile, stride, n + 8 + g, k + t + e * 4);
+    }
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    dev::mma_m16n8k8_tf32(d, a.r, b.r);
+  }
+};
+
+}  // namespace mpoe::cuda

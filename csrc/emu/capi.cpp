@@ -1,0 +1,126 @@
+// The emulated kernels behind a C interface, for tests that load them with ctypes. Every call returns 0, or 1 with a
+// message in mpoe_emu_error().
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cuda/linear.h"
+#include "cuda/pointwise.h"
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace mpoe::cuda;
+
+thread_local std::string last_error;
+
+template <class F>
+int guarded(F&& call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return 1;
+  }
+}
+
+// Scratch memory of exactly the asked size, full of NaN; `spare` says what the program would have been content with.
+struct Scratch {
+  explicit Scratch(std::size_t bytes) : data(std::aligned_alloc(256, bytes ? bytes : 256)) {
+    if (!data) throw std::bad_alloc();
+    std::memset(data, 0xff, bytes);
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data;
+};
+
+// sizes: dtype, activation, tf32, E, N, I, F, then iL jL a iC jC b iR jR. pointers: x left central right offsets row_index.
+void fill(LinearInputs& p, const int64_t* sizes, const char* program, void* const* pointers) {
+  p.dtype = static_cast<mpoe::Dtype>(sizes[0]);
+  p.activation = static_cast<int>(sizes[1]);
+  p.tf32 = sizes[2] != 0;
+  p.experts = static_cast<int>(sizes[3]);
+  p.slots = static_cast<int>(sizes[4]);
+  p.dims.in_features = static_cast<int>(sizes[5]);
+  p.dims.out_features = static_cast<int>(sizes[6]);
+  for (int axis = 0; axis < kAxes; ++axis) p.dims.size[axis] = static_cast<int>(sizes[7 + axis]);
+  p.program = program;
+  p.x = pointers[0];
+  p.left = pointers[1];
+  p.central = pointers[2];
+  p.right = pointers[3];
+  p.offsets = static_cast<const int*>(pointers[4]);
+  p.row_index = static_cast<const int64_t*>(pointers[5]);
+}
+
+}  // namespace
+
+EXPORT const char* mpoe_emu_error() { return last_error.c_str(); }
+
+// order: 0 ascending, 1 descending (blocks too), 2 random. lazy: cp.async copies at the wait, else at issue.
+EXPORT void mpoe_emu_config(int order, int lazy, int seed, int planted) {
+  auto& config = emu::config();
+  config.order = static_cast<emu::Order>(order);
+  config.blocks_descending = order == 1;
+  config.cp_async_lazy = lazy != 0;
+  config.seed = static_cast<std::uint64_t>(seed);
+  config.planted = planted;
+}
+
+// launches, blocks, mma, ldmatrix, wavefronts of ldmatrix, cp.async, barriers; counted since the last call.
+EXPORT void mpoe_emu_stats(int64_t* out) {
+  auto& stats = emu::stats();
+  const std::uint64_t values[] = {stats.launches, stats.blocks,   stats.mma,     stats.ldmatrix,
+                                  stats.ldmatrix_wavefronts, stats.cp_async, stats.barriers};
+  for (int i = 0; i < 7; ++i) out[i] = static_cast<int64_t>(values[i]);
+  stats = {};
+}
+
+// Further pointers: bias y h saved. workspace receives the bytes that were needed.
+EXPORT int mpoe_emu_linear_forward(const int64_t* sizes, const char* program, void* const* pointers, int64_t* workspace) {
+  return guarded([&] {
+    LinearForward p;
+    fill(p, sizes, program, pointers);
+    p.bias = pointers[6];
+    p.y = pointers[7];
+    p.h = pointers[8];
+    p.saved = pointers[9];
+    const std::size_t bytes = workspace_bytes(p);
+    *workspace = static_cast<int64_t>(bytes);
+    const Scratch scratch(bytes);
+    linear_forward(p, scratch.data, nullptr);
+  });
+}
+
+// Further pointers: grad h saved dx dleft dcentral dright dbias.
+EXPORT int mpoe_emu_linear_backward(const int64_t* sizes, const char* program, void* const* pointers, int64_t* workspace) {
+  return guarded([&] {
+    LinearBackward p;
+    fill(p, sizes, program, pointers);
+    p.grad = pointers[6];
+    p.h = pointers[7];
+    p.saved = pointers[8];
+    p.dx = pointers[9];
+    p.dleft = pointers[10];
+    p.dcentral = pointers[11];
+    p.dright = pointers[12];
+    p.dbias = pointers[13];
+    const std::size_t bytes = workspace_bytes(p);
+    *workspace = static_cast<int64_t>(bytes);
+    const Scratch scratch(bytes);
+    linear_backward(p, scratch.data, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_sum_rows(int dtype, const void* rows, const int64_t* order, const int64_t* starts, void* out,
+                             int tokens, int columns) {
+  return guarded([&] { sum_rows(static_cast<mpoe::Dtype>(dtype), rows, order, starts, out, tokens, columns, nullptr); });
+}

@@ -1,0 +1,140 @@
+// Small kernels with one mistake each, switched on at run time: what the emulator and the sanitizers must detect.
+#pragma once
+#include "cuda/device.cuh"
+#include "cuda/tile.cuh"
+
+namespace emu_probes {
+
+using mpoe::cuda::Fragments;
+
+// out = in backwards, through shared memory. Mistake: no barrier between writing and reading.
+inline __global__ void reverse(const int* in, int* out, int count, bool mistake) {
+  DYN_SHARED(int, values);
+  const int i = threadIdx.x;
+  if (i < count) values[i] = in[i];
+  if (!mistake) __syncthreads();
+  if (i < count) out[i] = values[count - 1 - i];
+}
+
+// Sum of neighbours inside a warp. Mistake: no __syncwarp between writing and reading.
+inline __global__ void neighbours(const int* in, int* out, int, bool mistake) {
+  SHARED_ARRAY(int, values, 128);
+  const int i = threadIdx.x;
+  values[i] = in[i];
+  if (!mistake) __syncwarp();
+  out[i] = values[i ^ 1] + values[i];
+}
+
+// Every thread passes a number round the block through one cell. Mistake: the cell is written again while it is read.
+inline __global__ void ring(const int* in, int* out, int count, bool mistake) {
+  SHARED_ARRAY(int, cell, 1);
+  const int i = threadIdx.x;
+  int sum = 0;
+  for (int turn = 0; turn < count; ++turn) {
+    if (i == turn) cell[0] = in[turn];
+    __syncthreads();
+    sum += cell[0];
+    if (!mistake) __syncthreads();
+  }
+  out[i] = sum;
+}
+
+// Copies through two stages of cp.async. Mistake: the wait leaves one copy too many in flight.
+inline __global__ void pipeline(const int* in, int* out, int steps, bool mistake) {
+  DYN_SHARED(int, stages);  // [2][4 * threads]
+  const int width = 4 * static_cast<int>(blockDim.x), mine = 4 * static_cast<int>(threadIdx.x);
+  const auto load = [&](int step) {
+    if (step < steps) dev::cp_async16(stages + step % 2 * width + mine, in + step * width + mine, 16);
+    dev::cp_async_commit();
+  };
+  load(0);
+  for (int step = 0; step < steps; ++step) {
+    load(step + 1);
+    if (mistake) {
+      dev::cp_async_wait<2>();
+    } else {
+      dev::cp_async_wait<1>();
+    }
+    __syncthreads();
+    for (int k = 0; k < 4; ++k) out[step * width + mine + k] = stages[step % 2 * width + (mine + k + 4) % width];
+    __syncthreads();
+  }
+}
+
+// Mistake: one half of the block waits at another barrier than the other.
+inline __global__ void meeting(const int* in, int* out, int count, bool mistake) {
+  const int i = threadIdx.x;
+  if (mistake && i >= count / 2) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[i] = in[i];
+}
+
+// Mistake: a lane leaves before the warp's vote that names it.
+inline __global__ void vote(const int* in, int* out, int, bool mistake) {
+  const int i = threadIdx.x;
+  if (mistake && i == 3) return;
+  out[i] = static_cast<int>(__ballot_sync(dev::kFullWarp, in[i] % 2));
+}
+
+// Mistake: copies from an address that is not a multiple of 16.
+inline __global__ void aligned(const int* in, int* out, int, bool mistake) {
+  DYN_SHARED(int, values);
+  const int mine = 4 * static_cast<int>(threadIdx.x);
+  dev::cp_async16(values + mine, in + mine + (mistake ? 1 : 0), 16);
+  dev::cp_async_commit();
+  dev::cp_async_wait<0>();
+  for (int k = 0; k < 4; ++k) out[mine + k] = values[mine + k];
+}
+
+// Mistake: reads one element past the end of global memory.
+inline __global__ void shifted(const int* in, int* out, int count, bool mistake) {
+  const int i = threadIdx.x;
+  if (i < count) out[i] = in[i + (mistake ? 1 : 0)];
+}
+
+// Mistake: writes one element past the end of shared memory.
+inline __global__ void staged(const int* in, int* out, int count, bool mistake) {
+  DYN_SHARED(int, values);
+  const int i = threadIdx.x;
+  values[i + (mistake ? 1 : 0)] = in[i];
+  __syncthreads();
+  if (i < count) out[i] = values[i];
+}
+
+// Mistake: reads shared memory that nobody wrote.
+inline __global__ void partial(const int* in, int* out, int count, bool mistake) {
+  DYN_SHARED(int, values);
+  const int i = threadIdx.x;
+  if (i < count - (mistake ? 1 : 0)) values[i] = in[i];
+  __syncthreads();
+  if (i < count) out[i] = values[i];
+}
+
+// Adds all numbers up, block by block. Mistake: not atomically.
+inline __global__ void total(const int* in, int* out, int, bool mistake) {
+  const int value = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (mistake) {
+    out[0] += value;
+  } else {
+    atomicAdd(out, value);
+  }
+}
+
+// Fragments of a 16 x 64 tile read by one warp. Mistake: rows of the tile are not padded, so that their banks collide.
+inline __global__ void padded(const int*, int* out, int, bool mistake) {
+  using T = dev::bf16;
+  DYN_SHARED(T, tile);
+  const int lane = threadIdx.x, stride = mistake ? 64 : mpoe::cuda::padded_stride<T>(64, true);
+  for (int i = lane; i < 16 * 64; i += 32) tile[i / 64 * stride + i % 64] = dev::from_float<T>(static_cast<float>(i % 64));
+  __syncwarp();
+  for (int k = 0; k < 64; k += 16) {
+    Fragments<T>::A a;
+    Fragments<T>::load_a<true>(a, tile, stride, 0, k, lane);
+    out[k / 16 * 32 + lane] = static_cast<int>(a.r[0]);
+  }
+}
+
+}  // namespace emu_probes

@@ -1,0 +1,205 @@
+"""Every strategy of the grouped product on the CUDA kernels, forward and backward, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated_linear import ALL, Case, strategies_of
+from emulation import SCHEDULES, Schedule, call, integers, pointers, schedule, stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoe_kernels import MPOShape
+from mpoe_kernels.testing.assertions import relative_error
+from mpoe_kernels.testing.cases import SMALL_SHAPES
+
+PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
+IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
+MASKED = [True, True, False, True, True]
+# Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every pipeline.
+WIDE = {
+    "light": MPOShape((8, 2, 8), (4, 3, 8)),
+    "bond_24": MPOShape((16, 8), (8, 16), max_bond=24, central=1),
+    "separable": MPOShape((16, 16, 1), (1, 16, 16)),
+}
+
+
+@pytest.mark.parametrize(("name", "strategy"), PAIRS)
+def test_float32(name: str, strategy: str) -> None:
+    Case(SMALL_SHAPES[name]).check(strategy)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [pair for pair in PAIRS if pair[0] in IN_BFLOAT16])
+def test_bfloat16(name: str, strategy: str) -> None:
+    Case(SMALL_SHAPES[name], torch.bfloat16).check(strategy)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_float16(name: str) -> None:
+    for strategy in strategies_of(SMALL_SHAPES[name]):
+        Case(SMALL_SHAPES[name], torch.float16).check(strategy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
+    case = Case(WIDE[name], dtype, tokens=90, experts=2, capacity=None, activation="relu")
+    for strategy in strategies_of(case.shape):
+        stats()
+        case.check(strategy)
+        counted = stats()
+        assert counted["cp_async"] > 0
+        # Rows of a tile start in different banks: four wavefronts for each load of four matrices.
+        assert counted["wavefronts"] == 4 * counted["ldmatrix"]
+        assert (counted["ldmatrix"] > 0) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_schedules(timing: Schedule, dtype: torch.dtype) -> None:
+    with schedule(*timing):
+        for name in ("light", "separable"):
+            strategy = strategies_of(WIDE[name])[-1]
+            Case(WIDE[name], dtype, tokens=40, experts=2).check(strategy)
+            Case(SMALL_SHAPES[name], dtype).check("rebuild")
+
+
+def test_random_schedule() -> None:
+    for seed in range(3):
+        with schedule("random", "lazy", seed):
+            Case(SMALL_SHAPES["light"], torch.bfloat16).check("half_right")
+
+
+def test_large_tiles() -> None:
+    """128 x 128 results by one block."""
+    shape = MPOShape((16, 16), (16, 16), max_bond=32, central=1)
+    case = Case(shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none")
+    case.check("rebuild")
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_activations_with_and_without_gather(activation: str, gathered: bool) -> None:
+    Case(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
+    Case(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False).check("rebuild")
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+@pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
+def test_distributions(name: str, kind: str) -> None:
+    shape = SMALL_SHAPES[name]
+    for strategy in strategies_of(shape):
+        Case(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu").check(strategy)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_no_tokens(name: str, activation: str) -> None:
+    for strategy in strategies_of(SMALL_SHAPES[name]):
+        Case(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(strategy)
+
+
+@pytest.mark.parametrize("name", ["paper", "separable"])
+def test_backward_strategy_is_chosen_on_its_own(name: str) -> None:
+    shape = SMALL_SHAPES[name]
+    strategies = strategies_of(shape)
+    for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
+        Case(shape, activation="relu").check(forward, backward)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
+    case = Case(SMALL_SHAPES[name])
+    for strategy in strategies_of(case.shape):
+        together = case.run(strategy)
+        for needed in range(5):
+            alone = case.run(strategy, need=[k == needed for k in range(5)])
+            assert torch.equal(alone[1 + needed], together[1 + needed])
+        stats()
+        case.run(strategy)
+        complete = stats()["launches"]
+        masked = case.run(strategy, need=MASKED)
+        assert stats()["launches"] < complete  # not computed and thrown away
+        assert all(torch.equal(masked[k], together[k]) for k in (0, 1, 2, 4, 5))
+
+
+def test_without_saved_central_rows() -> None:
+    """A separable backward after a forward that saved nothing recomputes what it reads."""
+    case = Case(SMALL_SHAPES["separable"], activation="none")
+    y, h, _ = case.linear.forward("separable")
+    with_h = case.linear.backward("separable", case.grad, h, None, ALL)
+    without = case.linear.backward("separable", case.grad, None, None, ALL)
+    assert all(torch.equal(p, q) for p, q in zip(with_h, without, strict=True))
+    assert torch.equal(y, case.linear.forward("separable", save=False)[0])
+
+
+def test_the_same_bits_every_time_and_on_every_schedule() -> None:
+    for strategy in ("rebuild", "half_left", "chain"):
+        case = Case(SMALL_SHAPES["paper"])
+        first = case.run(strategy)
+        with schedule("descending", "eager"):
+            second = case.run(strategy)
+        assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+def test_tf32_is_less_exact_and_only_on_demand() -> None:
+    errors = []
+    for tf32 in (False, True):
+        torch.manual_seed(0)
+        case = Case(WIDE["light"], tokens=20, activation="none", tf32=tf32)
+        errors.append(relative_error(case.run("rebuild")[0], case.reference(torch.float64)[0]))
+    assert errors[0] < 1e-6
+    assert 1e-5 < errors[1] < 2e-3
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_temporary_weights_stay_below_two_experts(experts: int) -> None:
+    """Whatever their number; what else is needed belongs to rows."""
+    case = Case(WIDE["light"], torch.bfloat16, tokens=4, experts=experts, top_k=1, activation="none")
+    weight = 2 * case.linear.dims.weight_elements
+    for strategy in strategies_of(case.shape):
+        # All but the central gradient, whose float32 sum is no temporary weight.
+        case.run(strategy, need=MASKED)
+        rows = 4 * 4 * max(case.linear.dims.elements(frozenset({"iL", "jC", "b", "jR"})) * 2, 4096)
+        assert case.linear.workspace <= 2 * weight + (rows if strategy != "rebuild" else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("LC | W", "without building"), ("W | W", "from nothing"), ("| L C", "once each"), ("| L C Q", "no block")],
+)
+def test_programs_that_do_not_fit_are_refused(text: str, message: str) -> None:
+    case = Case(SMALL_SHAPES["light"])
+    linear = case.linear
+    with pytest.raises(RuntimeError, match=message):
+        call(
+            "mpoe_emu_linear_forward",
+            linear.sizes,
+            text.encode(),
+            pointers([linear.x, *linear.blocks, linear.offsets, None, None, case.x, None, None]),
+            integers([0]),
+        )
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_small_shape(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4))
+    factors = st.lists(st.integers(1, 4), min_size=count, max_size=count)
+    shape = MPOShape(
+        tuple(data.draw(factors)),
+        tuple(data.draw(factors)),
+        central=data.draw(st.integers(0, count - 1)),
+        max_bond=data.draw(st.sampled_from([None, 1, 2, 5])),
+    )
+    strategy = data.draw(st.sampled_from(strategies_of(shape)))
+    experts = data.draw(st.integers(1, 4))
+    Case(
+        shape,
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        tokens=data.draw(st.integers(0, 9)),
+        experts=experts,
+        top_k=data.draw(st.integers(1, min(2, experts))),
+        capacity=data.draw(st.sampled_from([None, 2])),
+        activation=data.draw(st.sampled_from(["none", "silu"])),
+    ).check(strategy, factor=3)

@@ -1,0 +1,184 @@
+"""Compiles every CUDA source with nvcc, without a GPU: `python tools/cuda_check.py [--arch 80,90a,100] [--only NAME] [--out FILE]`.
+
+Warnings, register spills and local memory are errors. Prints registers, shared memory and spills of every kernel, and
+tensor-core instructions where a disassembler (cuobjdump) is found. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("80", "90a", "100")
+REGISTERS_PER_BLOCK = 65536
+# Kernels of these types multiply on tensor cores.
+ON_TENSOR_CORES = ("__nv_bfloat16", "__half", "tf32")
+FLAGS = [
+    *("-std=c++20", "-O3", "-lineinfo", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"),
+    *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", f"-I{ROOT / 'csrc'}"),
+]
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+@dataclass
+class Kernel:
+    """What ptxas said of one kernel; shared memory is the static part."""
+
+    source: str
+    name: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    spills: int = 0
+    tensor_instructions: int | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        if self.stack or self.spills:
+            found.append(f"{self.stack} bytes of local memory, {self.spills} bytes spilled")
+        if self.tensor_instructions == 0 and "_kernel" in self.name and is_product(self.name):
+            found.append("no tensor-core instruction")
+        return found
+
+
+def is_product(name: str) -> bool:
+    """Whether a kernel, by its readable name, is a matrix product on tensor cores."""
+    return name.startswith(("contract_kernel", "panel_kernel")) and any(kind in name for kind in ON_TENSOR_CORES)
+
+
+def find(program: str) -> str | None:
+    """On PATH, in the toolkit's usual folder, or among what the triton wheel brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = ["/usr/local/cuda/bin"]
+    for location in (triton.submodule_search_locations or []) if triton else []:
+        folders.append(str(Path(location) / "backends" / "nvidia" / "bin"))
+    return shutil.which(program) or shutil.which(program, path=os.pathsep.join(folders))
+
+
+def readable(names: list[str]) -> list[str]:
+    """Demangled, without namespaces and arguments; as they are where there is no c++filt."""
+    if not names or shutil.which("c++filt") is None:
+        return names
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = []
+    for line in done.stdout.splitlines():
+        line = line.removeprefix("void ").replace("mpoe::cuda::", "").replace("dev::", "")
+        short.append(line.rsplit("(", 1)[0].replace("(anonymous namespace)::", ""))
+    return short
+
+
+def parse(text: str, source: str) -> list[Kernel]:
+    """Kernels in the output of ``nvcc -Xptxas -v``."""
+    kernels: list[Kernel] = []
+    for line in text.splitlines():
+        if entry := _ENTRY.search(line):
+            kernels.append(Kernel(source, entry[1], entry[2]))
+        elif kernels and (frame := _FRAME.search(line)):
+            kernels[-1].stack = int(frame[1])
+            kernels[-1].spills = int(frame[2]) + int(frame[3])
+        elif kernels and (used := _USED.search(line)):
+            kernels[-1].registers = int(used[1])
+            kernels[-1].shared = int(used[2] or 0)
+    return kernels
+
+
+def count_tensor_instructions(disassembler: str, built: Path, kernels: list[Kernel]) -> None:
+    """Fill in how many HMMA instructions each kernel has."""
+    done = subprocess.run([disassembler, "-sass", str(built)], capture_output=True, text=True, check=True)
+    counts: dict[tuple[str, str], int] = {}
+    arch = name = ""
+    for line in done.stdout.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+            counts[name, arch] = 0
+        elif re.search(r"\bHMMA\b|\bHMMA\.", line):
+            counts[name, arch] += 1
+    for kernel in kernels:
+        kernel.tensor_instructions = counts.get((kernel.name, kernel.arch))
+
+
+def compile_source(nvcc: str, source: Path, architectures: list[str], folder: Path) -> list[Kernel]:
+    """Compile one file for all architectures.
+
+    Raises:
+        RuntimeError: nvcc's message; a warning or a spill is one.
+    """
+    built = folder / f"{source.stem}.o"
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    command = [nvcc, *FLAGS, *(word for target in targets for word in ("-gencode", target))]
+    done = subprocess.run([*command, "-c", str(source), "-o", str(built)], capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{source.relative_to(ROOT)}: nvcc failed\n{text}")
+    kernels = parse(text, source.name)
+    disassembler = find("cuobjdump")
+    if disassembler and kernels:
+        count_tensor_instructions(disassembler, built, kernels)
+    return kernels
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = [
+        "| kernel | arch | registers | static shared | local | tensor-core instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kernel in sorted(kernels, key=lambda k: (k.source, k.name, k.arch)):
+        tensor = "-" if kernel.tensor_instructions is None else kernel.tensor_instructions
+        lines.append(
+            f"| {kernel.name} | {kernel.arch} | {kernel.registers} | {kernel.shared} | "
+            f"{kernel.stack + kernel.spills} | {tensor} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities, e.g. 80,90a")
+    parser.add_argument("--only", default="", help="sources whose name holds this")
+    parser.add_argument("--out", type=Path, help="write the table to this file too")
+    chosen = parser.parse_args(words)
+    nvcc = os.environ.get("CUDACXX") or find("nvcc")
+    if nvcc is None:
+        print("nvcc was not found: set CUDACXX or add it to PATH", file=sys.stderr)
+        return 2
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if chosen.only in path.name]
+    kernels: list[Kernel] = []
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            try:
+                kernels += compile_source(nvcc, source, chosen.arch.split(","), Path(folder))
+            except RuntimeError as error:
+                failures.append(str(error))
+    for kernel, name in zip(kernels, readable([kernel.name for kernel in kernels]), strict=True):
+        kernel.name = name
+    failures += [f"{kernel.name} ({kernel.arch}): {problem}" for kernel in kernels for problem in kernel.problems]
+    text = table(kernels)
+    print(text)
+    if chosen.out:
+        part = chosen.out.with_name(f"{chosen.out.name}.{os.getpid()}.part")
+        part.write_text(text + "\n")
+        os.replace(part, chosen.out)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    print(f"{len(sources)} sources, {len(kernels)} kernels, {len(failures)} failures", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Compiles every CUDA source with nvcc, without a GPU: `python tools/cuda_check.py [--arch 80,90a,100] [--only NAME] [--out FILE]`.
+"""Compiles every CUDA source with nvcc; needs no GPU.
 
 Warnings, register spills and local memory are errors. Prints registers, shared memory and spills of every kernel, and
 tensor-core instructions where a disassembler (cuobjdump) is found. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.

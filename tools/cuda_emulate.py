@@ -62,7 +62,6 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", defines: Sequ
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found; set CXX")
-    # Sanitizers want frames; one -O level keeps lambdas of the emulator's bookkeeping inlined.
     flags = [*FLAGS, *DEFINES, *SANITIZERS[sanitizer], *defines]
     folder = CACHE / _state([cxx, name, *flags])
     target = folder / name

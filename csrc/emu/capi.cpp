@@ -30,7 +30,7 @@ int guarded(F&& call) {
   }
 }
 
-// Scratch memory of exactly the asked size, full of NaN; `spare` says what the program would have been content with.
+// Scratch memory of exactly the asked size, full of NaN.
 struct Scratch {
   explicit Scratch(std::size_t bytes) : data(std::aligned_alloc(256, bytes ? bytes : 256)) {
     if (!data) throw std::bad_alloc();

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("mpoe_kernels", "mpoe")
+PACKAGES = {"mpoe_kernels": ".", "mpoe": ".", "mpoe_bench": "bench"}  # name -> folder that holds it
 
 # Lower rank = further down. A module may import modules of its own rank's package or of lower ranks only.
 RANKS = {
@@ -29,8 +29,9 @@ RANKS = {
     "mpoe.models": 8,
     "mpoe.planning": 9,
     "mpoe.training": 9,
-    "mpoe.cli": 10,
-    "mpoe": 11,
+    "mpoe_bench": 10,
+    "mpoe.cli": 11,
+    "mpoe": 12,
 }
 # Siblings of equal rank that do not know each other.
 STRANGERS = {
@@ -42,9 +43,9 @@ STRANGERS = {
 
 def modules() -> dict[str, Path]:
     found = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
+    for package, folder in PACKAGES.items():
+        for path in sorted((ROOT / folder / package).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -14,23 +14,25 @@ DEFAULT_BACKENDS = (AUTO, EAGER)
 OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
 
 
-def backends_to_measure(names: str | None) -> tuple[str, ...]:
+def backends_to_measure(names: str | None, suite: str = "full") -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:
         names: ``None`` (what users get and what every installation has: auto and eager), ``"all"`` (auto and every
             backend that runs here), or names with commas between them. ``auto`` is the registry's own choice.
+        suite: which suite asks; by default the quick one measures auto alone.
 
     Returns:
-        Names, each once. Where eager is the only backend, auto is the same thing and is left out unless named.
+        Names, each once. Where eager is the only backend, auto is the same thing and eager is named instead.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
     """
     here = available_backends()
     if names is None or names == ALL:
-        wanted = DEFAULT_BACKENDS if names is None else (AUTO, *here)
-        return tuple(name for name in wanted if name != AUTO or here != (EAGER,))
+        if here == (EAGER,):
+            return here
+        return (AUTO, *here) if names == ALL else (AUTO,) if suite == "quick" else DEFAULT_BACKENDS
     reasons = backend_reasons()
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:

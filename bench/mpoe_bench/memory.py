@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -63,14 +65,12 @@ def resident_peak(function: Callable[[], object]) -> int | None:
 
 
 def peak_memory(
-    function: Callable[[], object],
-    device: torch.device | str = "cpu",
-    release: Callable[[], object] = lambda: None,
-) -> Memory:
-    """Run ``function`` (twice on a CPU) and measure; ``release`` drops what it leaves behind besides its result.
+    function: Callable[[], Result], device: torch.device | str = "cpu", resident: bool = False
+) -> tuple[Memory, Result]:
+    """Run ``function`` and measure; returns what it needed and what it returned.
 
-    On the CPU every allocation of torch's allocator counts, those inside C++ kernels included, and the process's
-    resident memory in a second run. On CUDA the caching allocator's counters.
+    On the CPU every allocation of torch's allocator counts, those inside C++ kernels included; with ``resident`` the
+    process's resident memory is measured in a second run. On CUDA the caching allocator's counters.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -78,10 +78,7 @@ def peak_memory(
         before = torch.cuda.memory_allocated()
         result = function()
         torch.cuda.synchronize()
-        memory = Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
-        del result
-        release()
-        return memory
+        return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before), result
     # The profiler's library logs to stderr otherwise; it reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with warnings.catch_warnings():
@@ -93,8 +90,4 @@ def peak_memory(
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
         peak = max(peak, current)
-    del result, record, events
-    release()
-    memory = Memory(peak, current, resident_peak(function))
-    release()
-    return memory
+    return Memory(peak, current, resident_peak(function) if resident else None), result

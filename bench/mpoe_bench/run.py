@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def check_options(
         raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
     if clock == "cpu" and (threads != 1 or device != "cpu"):
         raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
-    backends_to_measure(backend)
+    backends_to_measure(backend, suite)
     return threads
 
 
@@ -92,22 +93,25 @@ def run_suite(
         ValueError: see `check_options`.
     """
     threads = check_options(suite, device, threads, clock, scale, backend)
-    backends = backends_to_measure(backend)
+    backends = backends_to_measure(backend, suite)
     sizes = SCALES[scale]
     measure = cuda_measure() if device == "cuda" else cpu_measure(CLOCKS[clock])
     setup = Setup(budget_of(suite, sizes), measure, device, log, backends)
     start = time.perf_counter()
     sections = []
+    gc.freeze()  # what the imports made stays; collections between sections need not look at it
     machine = describe(device, threads, clock)
     with pinned(threads):
         log("measuring the machine's roofs")
         machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
         for build in sections_of(suite, sizes, setup):
+            gc.collect()  # timing turns it off
             began = time.perf_counter()
             section = build()
             section["seconds"] = time.perf_counter() - began
             sections.append(section)
             on_section(section)
+    gc.unfreeze()
     return {
         "schema": SCHEMA,
         "suite": suite,

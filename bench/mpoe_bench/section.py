@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,32 +52,32 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
         A row whose ``reason`` is ``None`` if every result agrees with the truth, else says what is wrong.
     """
     row: dict[str, Any] = {"name": contender.name, "kind": contender.kind, "reason": None, **contender.facts}
-    results = {"y": contender.forward()}
+    memory, results = {}, {}
+    memory["forward"], results["y"] = peak_memory(contender.forward, setup.device)
     if contender.trains:
-        contender.train()
+        if contender.step is not None:
+            contender.step()  # the first one makes the optimizer's state
+            contender.release()
+        memory["train"], _ = peak_memory(contender.train, setup.device)
         results |= contender.gradients()
     faults = truth.faults(results)
     row["errors"] = truth.errors({n: v for n, v in results.items() if v.shape == truth.values[n].shape})
     contender.release()
-    del results
     if faults:
         row["reason"] = f"wrong result, not timed: {'; '.join(faults)}"
-        return row
-    memory = {"forward": peak_memory(contender.forward, setup.device)}
-    if contender.trains:
-        memory["train"] = peak_memory(contender.train, setup.device, contender.release)
-    row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
+    else:
+        row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
     return row
 
 
-def _join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | None, dict[str, Any]]:
+def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | None, dict[str, Any]]:
     """Build and check one contender; every way to fail becomes the row's reason."""
     setup.log(f"checking {name}")
     row: dict[str, Any] = {"name": name, "kind": kind}
     try:
         contender, truth = build()
         row |= contender.facts
-        row = check_and_weigh(contender, truth, setup)
+        row = {**check_and_weigh(contender, truth, setup), "name": name, "kind": kind}
     except (UnavailableError, BackendError) as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
     except Exception as error:  # whoever fails, in whatever way: the others are measured and the report says how
@@ -85,27 +85,30 @@ def _join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender |
     return (contender if row["reason"] is None else None), row
 
 
-def run_section(
-    key: str,
-    title: str,
-    contenders: Sequence[tuple[str, str, Build]],
-    setup: Setup,
-    *,
-    baseline: str | None,
-    tokens: int | None = None,
-    facts: dict[str, Any] | None = None,
-    phases: Sequence[str] = ("forward", "train"),
-) -> dict[str, Any]:
-    """Check, weigh and time contenders.
+@dataclass(frozen=True)
+class Comparison:
+    """What a section measures.
 
-    Args:
+    Attributes:
         key, title: how the report names the section.
         contenders: (name, kind, builder); a builder raises `UnavailableError` with its reason.
-        setup: see `Setup`.
         baseline: name of the contender whose time divides the others'.
         tokens: per call, for tokens per second.
         facts: JSON-able description of the case.
         phases: which of ``forward`` and ``train`` (forward + backward) to time.
+    """
+
+    key: str
+    title: str
+    contenders: Sequence[tuple[str, str, Build]]
+    baseline: str | None
+    tokens: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    phases: Sequence[str] = ("forward", "train")
+
+
+def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
+    """Check, weigh and time contenders.
 
     Returns:
         JSON-able section with one row per contender.
@@ -115,24 +118,26 @@ def run_section(
     """
     joined: dict[str, Contender] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, kind, build in contenders:
-        contender, rows[name] = _join(name, kind, build, setup)
+    baseline, title = comparison.baseline, comparison.title
+    for name, kind, build in comparison.contenders:
+        contender, rows[name] = join(name, kind, build, setup)
         if contender is not None:
             joined[name] = contender
     if baseline is not None and baseline not in joined:
         raise RuntimeError(f"{title}: the baseline {baseline!r} cannot be measured: {rows[baseline]['reason']}")
-    for phase in phases:
+    for phase in comparison.phases:
         functions = {name: getattr(c, phase) for name, c in joined.items() if phase == "forward" or c.trains}
         if not functions or (baseline is not None and baseline not in functions):
             continue
         setup.log(f"timing {phase} of {len(functions)} contenders")
         for name, timing in interleave(functions, baseline, setup.budget, setup.measure).items():
-            rows[name][phase] = timing_facts(timing, tokens)
+            rows[name][phase] = timing_facts(timing, comparison.tokens)
         for contender in joined.values():
             contender.release()
-    if setup.device == "cuda" and "forward" in phases:
+    if setup.device == "cuda" and "forward" in comparison.phases:
         _time_graphs(joined, rows, baseline, setup)
-    return {"key": key, "title": title, "baseline": baseline, "case": facts or {}, "rows": list(rows.values())}
+    facts = dict(comparison.facts)
+    return {"key": comparison.key, "title": title, "baseline": baseline, "case": facts, "rows": list(rows.values())}
 
 
 def _time_graphs(

@@ -118,9 +118,8 @@ def graphed(function: Function) -> Function:
 
 @contextmanager
 def collection_off() -> Iterator[None]:
-    """Collect garbage now, and not again inside the block."""
+    """No garbage collection inside the block."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpoe import MPOEConfig
+from mpoe.config import MPOEConfig
 from mpoe_bench.problem import ffn_shapes
 from mpoe_bench.section import Setup
 from mpoe_kernels import decompose, reconstruct
@@ -46,7 +46,7 @@ def t5_base_section(shape_names: Sequence[str], setup: Setup, num_experts: int =
     """`mpoe.convert_to_mpoe` of a T5-base with random weights: all 48 matrices of its 24 FFNs."""
     import transformers
 
-    from mpoe import convert_to_mpoe
+    from mpoe.models import convert_to_mpoe
 
     config = transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
     torch.manual_seed(0)

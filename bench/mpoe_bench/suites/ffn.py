@@ -7,26 +7,31 @@ from typing import Any
 
 from mpoe_bench.peers import peer_builds
 from mpoe_bench.problem import FFNCase, Problem, make_batch
-from mpoe_bench.section import Build, Setup, run_section
+from mpoe_bench.section import Build, Comparison, Setup, run_section
 from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
 
 
-def ffn_section(
+def ffn_section(case: FFNCase, shapes: Sequence[str], setup: Setup, **options: Any) -> dict[str, Any]:
+    """`ffn_comparison` on the backends of a setup, run."""
+    return run_section(ffn_comparison(case, shapes, setup.backends, **options), setup)
+
+
+def ffn_comparison(
     case: FFNCase,
     shapes: Sequence[str],
-    setup: Setup,
+    backends: Sequence[str],
     *,
     peers: Sequence[str] = (),
     core_peers: Sequence[tuple[str, str]] = (),
     masked: Sequence[str] = (),
     key: str = "ffn",
-) -> dict[str, Any]:
+) -> Comparison:
     """One case with many contenders.
 
     Args:
         case: sizes.
-        shapes: names of MPO shapes, every one on every backend of the setup.
-        setup: how to measure.
+        shapes: names of MPO shapes, every one on every backend.
+        backends: whose contenders take part.
         peers: peers whose speed does not depend on a shape; they get the weights of the first shape.
         core_peers: (peer, shape) pairs of those that work on cores.
         masked: shapes measured again with the central gradient masked.
@@ -38,21 +43,12 @@ def ffn_section(
     }
     builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: dense_limit(case, batch))]
     for name in shapes:
-        builds += mpoe_builds(problems[name], setup.backends)
+        builds += mpoe_builds(problems[name], backends)
     for name in masked if case.train else ():
-        builds += mpoe_builds(problems[name], setup.backends, masked=True)
+        builds += mpoe_builds(problems[name], backends, masked=True)
     if peers:
         builds += peer_builds(tuple(peers), problems[shapes[0]])
     for peer, shape in core_peers:
         builds += peer_builds((peer,), problems[shape])
     phases = ("forward", "train") if case.train else ("forward",)
-    return run_section(
-        key,
-        f"FFN {case.title}",
-        builds,
-        setup,
-        baseline=LIMIT,
-        tokens=case.tokens,
-        facts=case.facts(),
-        phases=phases,
-    )
+    return Comparison(key, f"FFN {case.title}", builds, LIMIT, case.tokens, case.facts(), phases)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.peers.dense_experts import sorted_tokens
 from mpoe_bench.problem import Truth
-from mpoe_bench.section import Build, Setup, run_section
+from mpoe_bench.section import Build, Comparison
 from mpoe_kernels import (
     MPOBlocks,
     MPOShape,
@@ -57,17 +57,17 @@ def _contender(
     return Contender(name, kind, function, grad_y, tuple(inputs.values()), gradients, facts)
 
 
-def linear_section(
+def linear_comparison(
     shape_names: Sequence[str],
     sizes: tuple[int, int],
     experts: int,
     tokens: int,
     dtype: torch.dtype,
-    setup: Setup,
-) -> dict[str, Any]:
+    device: str,
+    backends: Sequence[str],
+) -> Comparison:
     """`mpo_linear` (one expert) or `grouped_mpo_linear` against one dense ``F.linear`` on the same rows."""
     torch.manual_seed(3)
-    device = setup.device
     x = torch.randn(tokens, sizes[0]).to(device, dtype).requires_grad_()
     grad_y = torch.randn(tokens, sizes[1]).to(device, dtype)
     routing = route(expert_choice("uniform", tokens, experts).to(device), experts)
@@ -83,7 +83,7 @@ def linear_section(
     builds: list[tuple[str, str, Build]] = [(baseline, "limit", build_dense)]
     for shape_name in shape_names:
         shape = workload_shape(shape_name, *sizes)
-        for backend in setup.backends:
+        for backend in backends:
             name = f"{op} {shape_name} [{backend}]"
 
             def build(
@@ -111,13 +111,12 @@ def linear_section(
     dtype_name = str(dtype).split(".")[-1]
     title = f"op {op} {sizes[0]}x{sizes[1]} E={experts} T={tokens} {dtype_name}"
     facts = {"experts": experts, "tokens": tokens, "dtype": dtype_name, "model": sizes[0], "hidden": sizes[1]}
-    return run_section("op", title, builds, setup, baseline=baseline, tokens=tokens, facts=facts)
+    return Comparison("op", title, builds, baseline, tokens, facts)
 
 
-def routing_section(width: int, experts: int, tokens: int, top_k: int, setup: Setup) -> dict[str, Any]:
+def routing_comparison(width: int, experts: int, tokens: int, top_k: int, device: str) -> Comparison:
     """`route` + `dispatch` + `combine` against argsort, indexing and index_add; the result is the gated sum of x."""
     torch.manual_seed(4)
-    device = setup.device
     x = torch.randn(tokens, width, device=device).requires_grad_()
     grad_y = torch.randn(tokens, width, device=device)
     index = expert_choice("uniform", tokens, experts, top_k).to(device)
@@ -148,15 +147,14 @@ def routing_section(width: int, experts: int, tokens: int, top_k: int, setup: Se
         ),
     ]
     title = f"op routing [{tokens}, {width}] E={experts} K={top_k}"
-    return run_section("op", title, builds, setup, baseline=baseline, tokens=tokens, facts=facts)
+    return Comparison("op", title, builds, baseline, tokens, facts)
 
 
-def embedding_section(
-    vocabulary: int, width: int, bonds: Sequence[int | None], tokens: int, setup: Setup
-) -> dict[str, Any]:
+def embedding_comparison(
+    vocabulary: int, width: int, bonds: Sequence[int | None], tokens: int, device: str, backends: Sequence[str]
+) -> Comparison:
     """`mpo_embedding` against ``F.embedding`` of the full table."""
     torch.manual_seed(5)
-    device = setup.device
     ids = torch.randint(vocabulary, (tokens,), device=device)
     grad_y = torch.randn(tokens, width, device=device)
     table = torch.randn(vocabulary, width, device=device).requires_grad_()
@@ -169,7 +167,7 @@ def embedding_section(
     builds: list[tuple[str, str, Build]] = [(baseline, "limit", build_table)]
     for bond in bonds:
         shape = MPOShape.paper(vocabulary, width, max_bond=bond)
-        for backend in setup.backends:
+        for backend in backends:
             name = f"mpo_embedding {'full bonds' if bond is None else f'bond {bond}'} [{backend}]"
 
             def build(shape: MPOShape = shape, name: str = name, backend: str = backend) -> tuple[Contender, Truth]:
@@ -189,4 +187,4 @@ def embedding_section(
 
             builds.append((name, "mpoe", build))
     title = f"op embedding {vocabulary}x{width} T={tokens}"
-    return run_section("op", title, builds, setup, baseline=baseline, tokens=tokens, facts={"tokens": tokens})
+    return Comparison("op", title, builds, baseline, tokens, {"tokens": tokens})

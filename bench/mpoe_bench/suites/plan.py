@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from mpoe_bench.problem import FFNCase
-from mpoe_bench.section import Setup
+from mpoe_bench.section import Setup, run_section
 from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
 from mpoe_bench.suites.ffn import ffn_section
-from mpoe_bench.suites.ops import embedding_section, linear_section, routing_section
+from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.planner import planner_section
-from mpoe_bench.suites.train_step import train_step_section
+from mpoe_bench.suites.train_step import train_step_comparison
 from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
 from mpoe_kernels.backends.registry import AUTO
@@ -30,8 +30,8 @@ DENSE_PEERS = (
     "transformers Switch",
 )
 GPU_PEERS = ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels")
-# One case of every shape and size in the quick suite; the full one takes all.
-QUICK_JUDGED = tuple(range(0, 48, 7))
+# Quick to measure, every shape and every size; the planner suite takes all.
+QUICK_JUDGED = (0, 11, 21, 30, 34, 40, 47)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
         setup,
         peers=_peers(setup),
         core_peers=(("original: rebuild all", paper), ("original: rebuild all", "paper_full")),
-        masked=("separable", paper),
+        masked=("separable",),
     )
     yield lambda: ffn_section(
         replace(many, dtype=torch.bfloat16),
@@ -169,10 +169,8 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     )
     yield from _decode(scale, setup, ("separable", "paper_16"))
     yield from _ops(scale, setup, ("separable", paper))
-    yield lambda: train_step_section(
-        ("separable",), (scale.model, scale.hidden), scale.few_experts, scale.step_tokens, setup
-    )
-    yield _weights(scale, setup)
+    yield _train_step(scale, setup, ("separable",))
+    yield _weights(scale, setup, (scale.few_experts,))
     yield lambda: decomposition_section(("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
@@ -201,12 +199,12 @@ def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
             setup,
             peers=("dense experts, loop",),
         )
-    yield _weights(scale, setup)
+    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
 
 
-def _weights(scale: Scale, setup: Setup) -> Section:
+def _weights(scale: Scale, setup: Setup, experts: tuple[int, ...]) -> Section:
     shapes = ("separable", scale.shape("light_64"), scale.shape("paper_64"), "paper_full")
-    sizes, experts = (scale.model, scale.hidden), (scale.few_experts, scale.many_experts)
+    sizes = (scale.model, scale.hidden)
     return lambda: temporary_weights_section(shapes, sizes, experts, scale.many_tokens, setup)
 
 
@@ -220,10 +218,23 @@ def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Sectio
     sizes = (scale.model, scale.hidden)
     tokens = scale.many_tokens // 4
     for experts in (1, scale.few_experts):
-        yield lambda experts=experts: linear_section(shapes, sizes, experts, tokens, torch.float32, setup)
+        yield lambda experts=experts: run_section(
+            linear_comparison(shapes, sizes, experts, tokens, torch.float32, setup.device, setup.backends), setup
+        )
     for top_k in (1, 2):
-        yield lambda k=top_k: routing_section(scale.model, scale.few_experts, scale.many_tokens, k, setup)
-    yield lambda: embedding_section(scale.vocabulary, scale.model, (64, 16), tokens, setup)
+        yield lambda k=top_k: run_section(
+            routing_comparison(scale.model, scale.few_experts, scale.many_tokens, k, setup.device), setup
+        )
+    yield lambda: run_section(
+        embedding_comparison(scale.vocabulary, scale.model, (64, 16), tokens, setup.device, setup.backends), setup
+    )
+
+
+def _train_step(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Section:
+    sizes = (scale.model, scale.hidden)
+    return lambda: run_section(
+        train_step_comparison(shapes, sizes, scale.few_experts, scale.step_tokens, setup.device), setup
+    )
 
 
 def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
@@ -272,10 +283,8 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield from _decode(scale, setup, curve)
     yield from _ops(scale, setup, ("separable", name("light_64"), paper, "paper_full"))
     sizes = (scale.model, scale.hidden)
-    yield lambda: train_step_section(
-        ("separable", "light", "paper"), sizes, scale.few_experts, scale.step_tokens, setup
-    )
-    yield _weights(scale, setup)
+    yield _train_step(scale, setup, ("separable", "light", "paper"))
+    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
     yield lambda: decomposition_section(("separable", name("light_64"), paper, "paper_full"), sizes, setup)
     if scale.judged:
         yield lambda: t5_base_section(("separable", "light", "paper"), setup)

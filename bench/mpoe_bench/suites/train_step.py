@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.config import MPOEConfig
+from mpoe.models import convert_to_mpoe
 from mpoe_bench.contender import Contender
 from mpoe_bench.problem import Truth
-from mpoe_bench.section import Build, Setup, run_section
+from mpoe_bench.section import Build, Comparison
 from mpoe_kernels.testing.assertions import relative_error
 
 DENSE = "dense T5"
@@ -36,9 +37,9 @@ class _Step:
         return loss.detach()
 
 
-def train_step_section(
-    shape_names: Sequence[str], sizes: tuple[int, int], experts: int, tokens: tuple[int, int], setup: Setup
-) -> dict[str, Any]:
+def train_step_comparison(
+    shape_names: Sequence[str], sizes: tuple[int, int], experts: int, tokens: tuple[int, int], device: str
+) -> Comparison:
     """Steps of a T5 with one encoder and one decoder layer.
 
     Args:
@@ -46,7 +47,7 @@ def train_step_section(
         sizes: model and hidden size.
         experts: E.
         tokens: batch and sequence length.
-        setup: how to measure.
+        device: where.
     """
     import transformers
 
@@ -61,15 +62,15 @@ def train_step_section(
     )
     torch.manual_seed(0)
     dense = transformers.T5ForConditionalGeneration(config).eval()
-    ids = torch.randint(2, 512, tokens, device=setup.device)
+    ids = torch.randint(2, 512, tokens, device=device)
     with torch.no_grad():
-        exact = copy.deepcopy(dense).double().to(setup.device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
-        same = copy.deepcopy(dense).to(setup.device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
+        exact = copy.deepcopy(dense).double().to(device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
+        same = copy.deepcopy(dense).to(device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
     truth = Truth({"y": exact}, {"y": relative_error(same, exact)}, torch.float32)
 
     def build(name: str, kind: str, expert_config: MPOEConfig | None) -> tuple[Contender, Truth]:
         model = copy.deepcopy(dense) if expert_config is None else convert_to_mpoe(dense, expert_config)
-        step = _Step(model.to(setup.device), ids)
+        step = _Step(model.to(device), ids)
         count = sum(p.numel() for p in model.parameters())
         facts = {"parameters": count, "weight_bytes": 4 * count, "optimizer_bytes": 8 * count}
         return Contender(name, kind, step.logits, leaves=tuple(model.parameters()), facts=facts, step=step.step), truth
@@ -86,4 +87,4 @@ def train_step_section(
     count = tokens[0] * tokens[1]
     title = f"train step: T5 1+1 layers {sizes[0]}x{sizes[1]} E={experts}, {count} tokens, AdamW"
     facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": "float32"}
-    return run_section("train_step", title, builds, setup, baseline=DENSE, tokens=count, facts=facts)
+    return Comparison("train_step", title, builds, DENSE, count, facts)

@@ -43,14 +43,14 @@ def _measure(shape: MPOShape, experts: int, backend: str, strategy: str, phase: 
     rows = experts * (shape.in_features + shape.out_features) * 4
     y = forward()
     if not training:
-        return peak_memory(forward, device), rows
+        return peak_memory(forward, device, resident=True)[0], rows
     leaves = (x, *parts.values())
 
     def backward() -> object:
         return torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
 
     backward()
-    return peak_memory(backward, device), rows
+    return peak_memory(backward, device, resident=True)[0], rows
 
 
 def temporary_weights_section(

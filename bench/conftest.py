@@ -1,0 +1,61 @@
+"""pytest-benchmark suites: `pytest bench --benchmark-only`. Whatever differs from the float64 truth is not timed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # in a checkout; an installed mpoe_bench is the same package
+
+from mpoe_bench.choice import backends_to_measure
+from mpoe_bench.section import NOT_HERE, Comparison, Setup, join
+from mpoe_bench.suites import SCALES, Scale
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scale", choices=tuple(SCALES), default="real", help="tiny: sizes of a smoke test")
+    parser.addoption("--backend", default="auto", help="auto, all, or names with commas between them")
+
+
+def scale_of(config: pytest.Config) -> Scale:
+    return SCALES[config.getoption("scale")]
+
+
+def backends_of(config: pytest.Config) -> tuple[str, ...]:
+    return backends_to_measure(config.getoption("backend"))
+
+
+def parametrize(metafunc: pytest.Metafunc, comparisons: list[Comparison]) -> None:
+    """One test per contender and phase; pytest-benchmark shows those of one case and phase as one group."""
+    cases = [
+        pytest.param(comparison, contender, phase, id=f"{comparison.title}-{contender[0]}-{phase}")
+        for comparison in comparisons
+        for phase in comparison.phases
+        for contender in comparison.contenders
+    ]
+    metafunc.parametrize(("comparison", "contender", "phase"), cases)
+
+
+@pytest.fixture
+def time_contender(request: pytest.FixtureRequest):
+    """Check one contender and time one phase; what cannot take part is skipped, what is wrong fails untimed."""
+    if not request.config.pluginmanager.hasplugin("benchmark"):
+        pytest.fail('these suites need pytest-benchmark: pip install "mpoe[bench]"')
+    benchmark = request.getfixturevalue("benchmark")
+
+    def run(comparison: Comparison, contender: tuple, phase: str) -> None:
+        name, kind, build = contender
+        joined, row = join(name, kind, build, Setup())
+        if row["reason"] is not None and row["reason"].startswith(NOT_HERE):
+            pytest.skip(row["reason"])
+        assert joined is not None, row["reason"]
+        if phase == "train" and not joined.trains:
+            pytest.skip("it has no backward pass")
+        benchmark.group = f"{comparison.title}, {phase}"
+        benchmark.extra_info.update({key: row.get(key) for key in ("errors", "memory", "parameters", "runs", "floor")})
+        benchmark(getattr(joined, phase))
+        joined.release()
+
+    return run

@@ -1,0 +1,42 @@
+"""A tiny run of the quick suite through the command line, shared by the tests that read its results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mpoe.cli.bench import import_bench
+from mpoe.cli.main import main
+
+import_bench()
+TINY = ("--scale", "tiny", "--threads", "1", "--clock", "cpu")
+
+
+class Run(NamedTuple):
+    """What a run left: exit code, what it printed, its folder, its results."""
+
+    code: object
+    out: str
+    folder: Path
+    results: dict[str, Any]
+
+
+def bench(folder: Path, *arguments: object) -> Run:
+    """``mpoe bench`` inside the test process."""
+    printed, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed):
+        try:
+            main(["bench", "--out", str(folder), *TINY, *(str(a) for a in arguments)])
+        except SystemExit as exit_info:
+            code = exit_info.code or 0  # type: ignore[assignment]
+    return Run(code, printed.getvalue(), folder, json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return bench(tmp_path_factory.mktemp("bench") / "quick")

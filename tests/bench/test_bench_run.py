@@ -1,0 +1,207 @@
+"""`mpoe bench` on tiny sizes: results, tables, report, plots, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpoe_bench.choice import backends_to_measure
+from mpoe_bench.report import markdown_report
+from mpoe_bench.run import run_suite
+from mpoe_bench.suites.plan import SCALES, SUITES, sections_of
+from mpoe_bench.suites.planner import strategies_to_time
+from mpoe_bench.tables import seconds_text, table_of
+
+from mpoe.cli.main import main
+from mpoe_kernels import available_backends, plan_contraction
+from mpoe_kernels.testing.cases import JUDGED_WORKLOADS
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("matplotlib")
+
+
+def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
+    assert quick.code == 0
+    results = quick.results
+    assert results["failures"] == []
+    keys = [section["key"] for section in results["sections"]]
+    assert {"ffn", "decode", "op", "train_step", "weights", "conversion", "planner"} == set(keys)
+    main_section = results["sections"][0]
+    rows = {row["name"]: row for row in main_section["rows"]}
+    backend = "eager" if available_backends() == ("eager",) else "auto"
+    for name in (f"mpoe separable [{backend}]", f"mpoe paper_full [{backend}]", "dense experts, grouped_mm"):
+        assert rows[name]["forward"]["x"] > 0
+        assert rows[name]["train"]["low"] <= rows[name]["train"]["x"] <= rows[name]["train"]["high"]
+    ours = rows[f"mpoe separable [{backend}]"]
+    assert ours["floor"]["forward"] > 1.0
+    assert ours["optimizer_bytes"] == 8 * ours["parameters"]
+    assert set(ours["runs"]) == {"up", "down"}
+    assert ours["runs"]["up"]["backward"].startswith("separable [")
+    tltorch = [row for section in results["sections"] for row in section["rows"] if row["name"].startswith("tltorch")]
+    assert tltorch  # measured, or named with the reason why not
+    assert all(row.get("forward") or row["reason"] for row in tltorch)
+
+
+def test_what_is_printed_has_the_tables(quick) -> None:
+    for words in ("x dense", "floor", "peak MiB", "largest", "dense experts, loop", "transformers Switch", "x best"):
+        assert words in quick.out
+    assert "original: rebuild all (paper_full)" in quick.out
+    assert "experts alive" in quick.out
+    assert "report.md" in quick.out
+
+
+def test_report_shows_every_section_and_plot(quick) -> None:
+    report = (quick.folder / "report.md").read_text()
+    for section in quick.results["sections"]:
+        assert f"### {table_of(section).title}" in report
+        for cells in table_of(section).rows:
+            assert f"| {cells[0]} |" in report
+    pictures = sorted(quick.folder.glob("*.png"))
+    assert {"contenders_0.png", "memory.png", "roofline.png", "planner.png"} <= {file.name for file in pictures}
+    for file in pictures:
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert file.stat().st_size > 5000
+        assert f"]({file.name})" in report
+    assert report.count("![") == len(pictures)
+    for line in report.splitlines():  # every row of a table has as many cells as its header
+        assert not line.startswith("|") or line.endswith("|")
+
+
+def test_report_refuses_other_results(quick) -> None:
+    with pytest.raises(ValueError, match="schema"):
+        markdown_report({**quick.results, "schema": 99})
+
+
+def test_results_are_json_without_nan(quick) -> None:
+    text = (quick.folder / "results.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert not (quick.folder / "incomplete.json").exists()
+
+
+@pytest.mark.parametrize("suite", ["planner", "targets"])
+def test_other_suites(suite: str) -> None:
+    seen = []
+    results = run_suite(suite, threads=1, clock="cpu", scale="tiny", on_section=seen.append, backend="eager")
+    assert results["failures"] == []
+    assert results["sections"] == seen
+    assert results["backends"] == ["eager"]
+    assert results["targets"] == []  # the targets speak of real sizes
+    if suite == "planner":
+        (section,) = results["sections"]
+        assert section["backend"] == "eager"
+        for row in section["rows"]:
+            assert row["ratio"] >= 1.0
+            assert row["chosen"].keys() == row["best"].keys() == row["seconds"].keys()
+            assert all(row["chosen"][phase] in times for phase, times in row["seconds"].items())
+            assert all(name.endswith("[eager]") for times in row["seconds"].values() for name in times)
+    else:
+        assert [section["key"] for section in seen] == ["ffn"] * 6 + ["weights"]
+        assert {section["case"]["dtype"] for section in seen[:-1]} == {"float32", "bfloat16"}
+
+
+def test_the_planner_suite_judges_all_48_cases() -> None:
+    assert len(JUDGED_WORKLOADS) == 48
+    for case in JUDGED_WORKLOADS[:8]:
+        plan = plan_contraction(case.shape, case.num_experts, case.num_tokens, case.dtype, training=case.training)
+        chosen = {phase.phase: phase.strategy for phase in plan.phases}
+        timed = strategies_to_time(plan, chosen)
+        assert timed.keys() == chosen.keys()
+        for phase, ratios in timed.items():
+            assert ratios[chosen[phase]] == 1.0
+            assert all(ratio <= 5.0 for ratio in ratios.values())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a refused command."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", *(str(a) for a in arguments)])
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "slow"], "suite must be one of quick, full, planner, targets; got 'slow'"),
+        (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
+        (["--threads", 0], f"threads must be between 1 and {CORES}"),
+        (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),
+        (["--clock", "sun"], "clock must be one of wall, cpu; got 'sun'"),
+        (["--clock", "cpu", "--threads", CORES], "clock 'cpu' counts the seconds of all threads")
+        if CORES > 1
+        else (["--clock", "moon"], "clock must be one of"),
+        (["--backend", "quantum"], "backend must be among all, auto, eager"),
+        (["--backend", "eager,"], "backend must be among all, auto, eager"),
+    ],
+)
+def test_refusals(capsys, tmp_path: Path, arguments: list[object], words: str) -> None:
+    line = refusal(capsys, "--out", tmp_path / "out", *arguments)
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_without_cuda_is_refused(capsys, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        line = refusal(capsys, "--device", "cuda", "--suite", "planner", "--out", tmp_path / "out")
+        assert "the planner's cases are a CPU's" in line
+    else:
+        line = refusal(capsys, "--device", "cuda", "--out", tmp_path / "out")
+        assert "torch finds no CUDA device here" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_earlier_results_are_not_overwritten_by_accident(capsys, quick) -> None:
+    before = (quick.folder / "results.json").read_bytes()
+    assert "holds earlier results" in refusal(capsys, "--out", quick.folder)
+    assert (quick.folder / "results.json").read_bytes() == before
+
+
+def test_backends() -> None:
+    here = available_backends()
+    if here == ("eager",):
+        assert backends_to_measure(None) == backends_to_measure("all") == ("eager",)
+    else:
+        assert backends_to_measure(None) == ("auto", "eager")
+        assert backends_to_measure(None, "quick") == ("auto",)
+        assert backends_to_measure("all") == ("auto", *here)
+    assert backends_to_measure("eager, auto,eager") == ("eager", "auto")
+
+
+def test_sections_of_an_unknown_suite() -> None:
+    from mpoe_bench.section import Setup
+
+    assert "quick" in SUITES
+    with pytest.raises(ValueError, match="suite must be one of"):
+        sections_of("slow", SCALES["tiny"], Setup())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.0, "2 s"), (0.0123, "12.3 ms"), (4.5e-6, "4.5 us"), (None, "-"), (0.999, "999 ms")],
+)
+def test_seconds_text(seconds: float | None, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_suites_pass_on_tiny_sizes() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench", "--scale", "tiny", "--benchmark-disable", "-q"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) > 80, done.stdout  # ops, FFN, decode, train step, conversion

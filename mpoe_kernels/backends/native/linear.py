@@ -14,7 +14,7 @@ OPS = torch.ops.mpoe_native
 DTYPES = (torch.float32, torch.bfloat16)
 # Strategies with a kernel, by phase: the table kStrategies of csrc/linear_ops.cpp.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "forward": ("separable", "rebuild"),
+    "forward": ("separable", "rebuild", "half_left"),
     "backward": ("separable", "rebuild"),
 }
 

@@ -1,0 +1,222 @@
+"""The strategies rebuild and half_left of the compiled kernels: blocks and chunks of every size, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks, MPOShape, route
+from mpoe_kernels.backends.native.linear import IMPLEMENTED, linear_backward, linear_forward
+from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+STRATEGIES = ("rebuild", "half_left")
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("dx", "dleft", "dcentral", "dright", "dbias")
+# Several blocks in k and in n, with a last one that is smaller; bonds that fill no granule; both orders of half_left.
+LARGER_SHAPES = {
+    "many_blocks": MPOShape((16, 9, 16), (16, 7, 16), max_bond=40),
+    "many_blocks_mirrored": MPOShape((16, 7, 24), (16, 9, 16), max_bond=40),
+    "wide_left": MPOShape((24, 3, 4), (16, 5, 2), max_bond=33),
+    "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
+    "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
+    "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
+}
+
+
+@pytest.fixture(autouse=True)
+def _native(native_library: None) -> None:
+    assert not NATIVE_LIBRARY.reasons
+
+
+class Case:
+    """One product; `forward` and `backward` by a kernel, `exact` by the reference in any dtype."""
+
+    def __init__(
+        self,
+        shape: MPOShape,
+        dtype: torch.dtype,
+        tokens: int,
+        *,
+        experts: int = 3,
+        top_k: int = 1,
+        kind: str = "zipf",
+        activation: str = "gelu",
+        gathered: bool = True,
+        with_bias: bool = True,
+        capacity: int | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.activation = shape, dtype, activation
+        self.routing = route(expert_choice(kind, tokens, experts, min(top_k, experts)), experts, capacity)
+        slots = self.routing.token_of_slot.shape[0]
+        self.rows = self.routing.token_of_slot if gathered else None
+        self.x = torch.randn(tokens if gathered else slots, shape.in_features).to(dtype)
+        self.bias = torch.randn(shape.out_features).to(dtype) if with_bias else None
+        self.blocks = random_blocks(shape, experts, dtype)
+        self.grad = torch.randn(slots, shape.out_features).to(dtype)
+        self.last = int(self.routing.expert_offsets[-1])
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.blocks.left, self.blocks.central, self.blocks.right
+
+    @property
+    def sizes(self) -> tuple[int, int, str]:
+        return self.shape.in_features, self.shape.out_features, self.activation
+
+    def forward(self, strategy: str) -> tuple[Tensor, Tensor]:
+        given = (self.x, *self.parts, self.routing.expert_offsets, self.bias, self.rows)
+        y, _, saved = linear_forward(*given, *self.sizes, strategy, True)
+        return y, y if self.activation == "relu" else saved
+
+    def backward(self, strategy: str, saved: Tensor, need: list[bool] | None = None) -> tuple[Tensor, ...]:
+        given = (self.grad, self.x, *self.parts, self.routing.expert_offsets, self.rows, self.x.new_empty(0), saved)
+        return linear_backward(*given, *self.sizes, strategy, need or [True] * 4 + [self.bias is not None])
+
+    def exact(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, *self.parts)]
+        bias = None if self.bias is None else self.bias.to(dtype).requires_grad_()
+        blocks = MPOBlocks(*leaves[1:], self.shape.in_features, self.shape.out_features)
+        offsets = self.routing.expert_offsets
+        y = grouped_mpo_linear_reference(
+            leaves[0], blocks, offsets, bias, row_index=self.rows, activation=self.activation
+        )
+        inputs = leaves if bias is None else [*leaves, bias]
+        if not y.requires_grad:
+            return y, tuple(torch.zeros_like(t) for t in inputs)
+        found = torch.autograd.grad(y, inputs, self.grad.to(dtype), allow_unused=True)
+        return y, tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True))
+
+    def check(self, strategy: str) -> None:
+        (truth, gradients), (same, same_gradients) = self.exact(torch.float64), self.exact(self.dtype)
+        with poisoned_memory():
+            y, saved = self.forward(strategy)
+        assert_calibrated(y, truth, same, f"y ({strategy})")
+        assert bool((y[self.last :] == 0).all())
+        if strategy not in IMPLEMENTED["backward"]:
+            return
+        with poisoned_memory():
+            results = self.backward(strategy, saved)
+        for name, actual, exact, rounded in zip(NAMES, results, gradients, same_gradients, strict=False):
+            assert_calibrated(actual, exact, rounded, f"{name} ({strategy})")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(list(SMALL_SHAPES)),
+    dtype=st.sampled_from(DTYPES),
+    strategy=st.sampled_from(STRATEGIES),
+    tokens=st.integers(0, 40),
+    top_k=st.integers(1, 2),
+    kind=st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]),
+    activation=st.sampled_from(["none", "gelu", "gelu_tanh", "silu"]),
+    gathered=st.booleans(),
+    with_bias=st.booleans(),
+    capacity=st.none() | st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_small_shapes(name: str, dtype: torch.dtype, strategy: str, tokens: int, seed: int, **options: object) -> None:
+    torch.manual_seed(seed)
+    Case(SMALL_SHAPES[name], dtype, tokens, **options).check(strategy)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    factors=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+    bond=st.none() | st.integers(1, 24),
+    dtype=st.sampled_from(DTYPES),
+    strategy=st.sampled_from(STRATEGIES),
+    tokens=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_any_factors(
+    factors: list[tuple[int, int]], bond: int | None, dtype: torch.dtype, strategy: str, tokens: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows, columns = zip(*factors, strict=True)
+    Case(MPOShape(rows, columns, max_bond=bond), dtype, tokens).check(strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LARGER_SHAPES)
+def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
+    torch.manual_seed(0)
+    Case(LARGER_SHAPES[name], dtype, 70, activation="silu", kind="some_idle", experts=4).check(strategy)
+    Case(LARGER_SHAPES[name], dtype, 7, activation="relu", gathered=False, with_bias=False).forward(strategy)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["many_blocks", "wide_right", "cropped"])
+def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    case = Case(LARGER_SHAPES[name], dtype, 150, experts=5, top_k=2)
+    for strategy in STRATEGIES:
+        results = []
+        for count in (1, 2, 3):
+            with _threads(count):
+                y, saved = case.forward(strategy)
+                gradients = case.backward(strategy, saved) if strategy in IMPLEMENTED["backward"] else ()
+                results.append((y, *gradients))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), strategy
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s in IMPLEMENTED["backward"]])
+@pytest.mark.parametrize("skipped", range(5))
+def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None:
+    """Leaving one out (a masked central gradient, say) changes no bit of the others."""
+    torch.manual_seed(0)
+    case = Case(LARGER_SHAPES["many_blocks"], torch.float32, 20)
+    _, saved = case.forward(strategy)
+    need = [k != skipped for k in range(5)]
+    everything, fewer = case.backward(strategy, saved), case.backward(strategy, saved, need)
+    for k, (a, b) in enumerate(zip(everything, fewer, strict=True)):
+        assert b.numel() == 0 if k == skipped else torch.equal(a, b), NAMES[k]
+
+
+def test_no_slots_and_idle_experts() -> None:
+    for strategy in STRATEGIES:
+        empty = Case(SMALL_SHAPES["light"], torch.float32, 0)
+        y, saved = empty.forward(strategy)
+        assert y.shape == (0, empty.shape.out_features)
+        if strategy in IMPLEMENTED["backward"]:
+            with poisoned_memory():
+                results = empty.backward(strategy, saved)
+            assert all(bool((t == 0).all()) for t in results)
+
+
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_of_this_machine(isa: str) -> None:
+    if ISAS.index(isa) > ISAS.index(NATIVE_LIBRARY.info["isa_detected"]):
+        pytest.skip(f"this machine has no {isa}")
+    environment = os.environ | {"MPOE_CPU_ISA": isa}
+    tests = [f"{__file__}::{name}" for name in ("test_many_blocks", "test_small_shapes", "test_any_factors")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]

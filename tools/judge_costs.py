@@ -1,11 +1,11 @@
 """Judge the backends' cost models: measure every strategy of the 48 judged workloads, then ask what they would choose.
 
-    python tools/judge_costs.py measure FILE [--only TEXT] [--backends eager,native] [--seconds .5]
-    python tools/judge_costs.py judge FILE [--backends eager]
+    python tools/judge_costs.py measure FILE [--only TEXT] [--backends eager,native] [--seconds .5] [--missing]
+    python tools/judge_costs.py judge FILE [--only TEXT] [--backends eager]
 
 ``measure`` calls the kernels themselves, forward and backward apart, interleaved on one thread, and keeps the medians
-of its CPU time in FILE (cases measured before are replaced). ``judge`` reads them, so that a model can be changed and
-judged again in seconds. `mpoe bench` judges the same through the public ops, for its report.
+of its CPU time in FILE (what was measured before is replaced, or with --missing left alone). ``judge`` reads them, so
+that a model can be changed and judged again in seconds. `mpoe bench` judges the same through the public ops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
 from mpoe_kernels.backends.registry import _BACKENDS, Backend, Request
-from mpoe_kernels.planner import BlockDims, Contraction, contractions, hardware_of
+from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions, hardware_of
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 8.0  # strategies that every backend predicts slower than this many times the best are left out
@@ -89,17 +89,22 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
     return calls
 
 
-def measure(file: Path, only: str, backends: list[str], seconds: float) -> None:
+def measure(file: Path, only: str, backends: list[str], strategies: list[str], seconds: float, missing: bool) -> None:
     torch.set_num_threads(1)
     kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     budget = Budget(seconds_each=seconds, min_rounds=3, max_rounds=15)
     for number, case in enumerate(JUDGED_WORKLOADS):
         if only not in case.name:
             continue
-        kept[case.name] = {}
         for phase, functions in calls_of(case, backends).items():
-            timed = interleave(functions, None, budget, cpu_measure(time.thread_time))
-            kept[case.name][phase] = {name: timing.seconds for name, timing in timed.items()}
+            known = kept.setdefault(case.name, {}).setdefault(phase, {})
+            wanted = {
+                name: function
+                for name, function in functions.items()
+                if name.split()[0] in strategies and not (missing and name in known)
+            }
+            timed = interleave(wanted, None, budget, cpu_measure(time.thread_time))
+            known |= {name: timing.seconds for name, timing in timed.items()}
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         os.replace(partial, file)
@@ -142,11 +147,14 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backends", default=",".join(available_backends()))
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--missing", action="store_true", help="measure only what FILE lacks")
     parser.add_argument("--seconds", type=float, default=0.5, help="per strategy and phase")
     options = parser.parse_args()
     backends = options.backends.split(",")
     if options.action == "measure":
-        measure(options.file, options.only, backends, options.seconds)
+        strategies = options.strategies.split(",")
+        measure(options.file, options.only, backends, strategies, options.seconds, options.missing)
     else:
         judge(options.file, options.only, backends)
 

@@ -188,6 +188,9 @@ def plan_contraction(
 ) -> ContractionPlan:
     """Choose how to contract ``num_tokens * top_k`` rows with ``num_experts`` experts of ``shape``.
 
+    The ops choose among the same candidates whenever they run, in compiled graphs too: there they are opaque operators,
+    so one graph serves any number of rows. This function shows the choice; it is plain Python, for use outside graphs.
+
     Args:
         shape: shape of the matrix.
         num_experts: experts sharing the central core.

@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for the CPU with the emulator of csrc/emu: `python tools/cuda_emulate.py [sanitizer]`.
 
-Prints the path of the shared library, which tests load with ctypes. Results are kept in build/emulated, one folder for
-each state of the sources, so a second call is free. Sanitizers: ``address`` (with undefined behaviour), ``thread``.
+Prints the path of the shared library, which tests load with ctypes. What is compiled is kept in build/emulated by a hash
+of everything that went into it, so a second call is free. Sanitizers: ``address`` (with undefined behaviour), ``thread``.
 """
 
 from __future__ import annotations
@@ -32,19 +32,33 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _state(words: Sequence[str]) -> str:
-    """Hash of the command and of everything that csrc holds for it."""
+def _hash(words: Sequence[str], files: Sequence[Path]) -> str:
     digest = hashlib.sha256("\0".join(words).encode())
-    for folder in ("cuda", "emu", "common"):
-        for path in sorted((ROOT / "csrc" / folder).iterdir()):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+def _headers() -> list[Path]:
+    """Everything that a source may include."""
+    folders = (ROOT / "csrc" / folder for folder in ("common", "cuda", "emu"))
+    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh"))
+
+
+def _make(target: Path, command: Sequence[str]) -> Path:
+    """Run ``command -o target`` unless the target is there; other processes wait for the one that does."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_name(f"{target.name}.part")
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            os.replace(part, target)
+    return target
 
 
 def build(name: str, sources: Sequence[Path], sanitizer: str = "", defines: Sequence[str] = ()) -> Path:
@@ -63,26 +77,17 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", defines: Sequ
     if cxx is None:
         raise RuntimeError("no C++ compiler found; set CXX")
     flags = [*FLAGS, *DEFINES, *SANITIZERS[sanitizer], *defines]
-    folder = CACHE / _state([cxx, name, *flags])
-    target = folder / name
+    headers = _headers()
+    keys = {source: _hash([cxx, *flags], [source, *headers]) for source in sources}
+    target = CACHE / _hash([name, *keys.values()], []) / name
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for this one's result
-        if target.exists():
-            return target
-        objects = []
-        for source in sources:
-            objects.append(str(folder / f"{source.stem}.o"))
-            _run([cxx, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-        part = folder / f"{name}.part"
-        shared = ["-shared"] if name.endswith(".so") else []
-        _run([cxx, *flags, *shared, *objects, "-o", str(part)])
-        os.replace(part, target)
-        for path in objects:
-            Path(path).unlink()
-    return target
+    objects = [
+        str(_make(CACHE / "objects" / f"{source.stem}-{key}.o", [cxx, *flags, "-x", "c++", "-c", str(source)]))
+        for source, key in keys.items()
+    ]
+    shared = ["-shared"] if name.endswith(".so") else []
+    return _make(target, [cxx, *flags, *shared, *objects])
 
 
 def library(sanitizer: str = "") -> Path:

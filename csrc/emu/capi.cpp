@@ -5,6 +5,7 @@
 
 #include "cuda/linear.h"
 #include "cuda/pointwise.h"
+#include "cuda/routing.h"
 
 #undef threadIdx
 #undef blockIdx
@@ -123,4 +124,44 @@ EXPORT int mpoe_emu_linear_backward(const int64_t* sizes, const char* program, v
 EXPORT int mpoe_emu_sum_rows(int dtype, const void* rows, const int64_t* order, const int64_t* starts, void* out,
                              int tokens, int columns) {
   return guarded([&] { sum_rows(static_cast<mpoe::Dtype>(dtype), rows, order, starts, out, tokens, columns, nullptr); });
+}
+
+EXPORT int mpoe_emu_gate(int dtype, const void* logits, float* probabilities, float* weights, int64_t* index, int tokens,
+                         int experts, int top_k, int renormalize) {
+  return guarded([&] {
+    gate(static_cast<mpoe::Dtype>(dtype), logits, probabilities, weights, index, tokens, experts, top_k,
+         renormalize != 0, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_route(const int64_t* index, const bool* token_mask, int tokens, int top_k, int experts, int capacity,
+                          int* offsets, int64_t* token_of_slot, int64_t* slot_of_token) {
+  return guarded([&] {
+    const Route p{index, token_mask, tokens, top_k, experts, capacity, offsets, token_of_slot, slot_of_token};
+    const Scratch scratch(route_workspace_bytes(p));
+    route(p, scratch.data, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_dispatch(int dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled,
+                             void* out, int slots, int columns) {
+  return guarded([&] {
+    dispatch(static_cast<mpoe::Dtype>(dtype), x, x_stride, token_of_slot, filled, out, slots, columns, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_combine(int dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out,
+                            int tokens, int top_k, int columns) {
+  return guarded([&] {
+    combine(static_cast<mpoe::Dtype>(dtype), rows, slot_of_token, gates, out, tokens, top_k, columns, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_combine_backward(int dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
+                                     const int64_t* slot_of_token, const float* gates, void* drows, float* dgates,
+                                     int slots, int top_k, int columns) {
+  return guarded([&] {
+    combine_backward(static_cast<mpoe::Dtype>(dtype), grad, rows, token_of_slot, slot_of_token, gates, drows, dgates,
+                     slots, top_k, columns, nullptr);
+  });
 }

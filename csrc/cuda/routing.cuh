@@ -1,0 +1,355 @@
+// Routing: the gate (softmax and top-k), a stable counting sort of (token, choice) pairs by expert, and the movement of
+// rows between tokens and slots. No atomics decide an order: the same results on every run.
+#pragma once
+#include "cuda/device.cuh"
+
+namespace mpoe::cuda {
+
+constexpr int kRouteThreads = 128;
+constexpr int kRouteWarps = kRouteThreads / 32;
+constexpr int kPairsPerBlock = 4 * kRouteThreads;  // pairs that one block of the sort counts and places
+constexpr int kFewPairs = 1024;                    // at most so many are sorted by one block in one launch
+
+// ------------------------------------------------------------------ gate
+
+struct GateArguments {
+  const void* logits = nullptr;  // [T, E]
+  float* probabilities = nullptr;  // [T, E] or null
+  float* weights = nullptr;        // [T, K]
+  int64_t* index = nullptr;        // [T, K], most probable first; among equals the smaller number
+  int tokens = 0, experts = 0, top_k = 0;
+  bool renormalize = false;  // weights sum to 1 over the choices
+};
+
+struct Candidate {
+  float value;
+  int expert;
+};
+__device__ __forceinline__ bool better(const Candidate& p, const Candidate& q) {
+  return p.value > q.value || (p.value == q.value && p.expert < q.expert);
+}
+__device__ __forceinline__ Candidate warp_best(Candidate mine) {
+  UNROLL
+  for (int bit = 16; bit > 0; bit >>= 1) {
+    const Candidate other{__shfl_xor_sync(dev::kFullWarp, mine.value, bit),
+                          __shfl_xor_sync(dev::kFullWarp, mine.expert, bit)};
+    if (better(other, mine)) mine = other;
+  }
+  return mine;
+}
+__device__ __forceinline__ float warp_sum(float value) {
+  UNROLL
+  for (int bit = 16; bit > 0; bit >>= 1) value += __shfl_xor_sync(dev::kFullWarp, value, bit);
+  return value;
+}
+
+// One warp for each token; K <= E.
+template <class T>
+__global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments p) {
+  const int token = blockIdx.x * kRouteWarps + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (token >= p.tokens) return;  // whole warps
+  const T* logits = static_cast<const T*>(p.logits) + int64_t(token) * p.experts;
+  constexpr float kInfinity = __builtin_huge_valf();
+  // NaN counts as the largest number, as in torch.topk: some expert is chosen in any case.
+  const auto logit = [&](int expert) {
+    const float value = dev::to_float(logits[expert]);
+    return value == value ? value : kInfinity;
+  };
+  Candidate best{-kInfinity, p.experts};
+  for (int expert = lane; expert < p.experts; expert += 32) {
+    const Candidate here{logit(expert), expert};
+    if (better(here, best)) best = here;
+  }
+  const float largest = warp_best(best).value;
+  float sum = 0.f;
+  for (int expert = lane; expert < p.experts; expert += 32) sum += expf(dev::to_float(logits[expert]) - largest);
+  sum = warp_sum(sum);
+  if (p.probabilities) {
+    for (int expert = lane; expert < p.experts; expert += 32) {
+      p.probabilities[int64_t(token) * p.experts + expert] = expf(dev::to_float(logits[expert]) - largest) / sum;
+    }
+  }
+  Candidate last{kInfinity, -1};
+  float chosen = 0.f;  // sum of the choices' numerators
+  for (int k = 0; k < p.top_k; ++k) {
+    Candidate next{-kInfinity, p.experts};
+    for (int expert = lane; expert < p.experts; expert += 32) {
+      const Candidate here{logit(expert), expert};
+      if (better(last, here) && better(here, next)) next = here;
+    }
+    last = warp_best(next);
+    const float numerator = expf(last.value - largest);
+    chosen += numerator;
+    if (lane == 0) {
+      p.index[int64_t(token) * p.top_k + k] = last.expert;
+      p.weights[int64_t(token) * p.top_k + k] = numerator / sum;
+    }
+  }
+  if (p.renormalize && lane == 0) {
+    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] *= sum / chosen;
+  }
+}
+
+// ------------------------------------------------------------------ sort
+
+// T tokens, K choices, N = T K pairs. Bin E takes what no expert gets: masked, dropped, and indices out of range.
+struct SortArguments {
+  const int64_t* index = nullptr;  // [T, K]
+  const bool* mask = nullptr;      // [T] or null; false: not routed
+  int tokens = 0, top_k = 0, experts = 0, capacity = -1;  // negative: no limit
+  int* keys = nullptr;        // [N] bins after dropping; null: none are dropped
+  int* counts = nullptr;      // [blocks, E + 1]
+  int* offsets = nullptr;     // [E + 1]
+  int64_t* token_of_slot = nullptr;  // [N]
+  int64_t* slot_of_token = nullptr;  // [T, K]
+  bool by_choice = false;  // pairs are counted first choices first, to find out which are dropped
+
+  __device__ __forceinline__ int pairs() const { return tokens * top_k; }
+  __device__ __forceinline__ int bins() const { return experts + 1; }
+  // The pair [token, choice] that is the i-th to be served.
+  __device__ __forceinline__ int pair(int i, bool choices_first) const {
+    return choices_first ? i % tokens * top_k + i / tokens : i;
+  }
+  __device__ __forceinline__ int given_bin(int pair) const {
+    if (mask && !mask[pair / top_k]) return experts;
+    const int64_t expert = index[pair];
+    return expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;
+  }
+};
+
+// Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps, bins]
+// is zero before and after. Threads without a pair pass bin -1. Every thread of the block calls it.
+__device__ __forceinline__ int rank_of(int bin, int bins, int* seen, int* counts) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const unsigned same = __match_any_sync(dev::kFullWarp, bin);
+  const int before = __popc(same & ((1u << lane) - 1u));
+  if (bin >= 0 && before == 0) counts[warp * bins + bin] = __popc(same);
+  __syncthreads();
+  int rank = before;
+  if (bin >= 0) {
+    rank += seen[bin];
+    for (int w = 0; w < warp; ++w) rank += counts[w * bins + bin];
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
+    for (int w = 0; w < kRouteWarps; ++w) {
+      seen[b] += counts[w * bins + b];
+      counts[w * bins + b] = 0;
+    }
+  }
+  __syncthreads();
+  return rank;
+}
+__device__ __forceinline__ void clear(int* values, int count) {
+  for (int i = threadIdx.x; i < count; i += kRouteThreads) values[i] = 0;
+}
+
+// Exclusive prefix of values [bins] in place, by one warp; the last entry's bin is included: values[i] = sum before i.
+__device__ __forceinline__ void warp_prefix(int* values, int count) {
+  const int lane = threadIdx.x & 31;
+  int carried = 0;
+  for (int first = 0; first < count; first += 32) {
+    const int i = first + lane, own = i < count ? values[i] : 0;
+    int sum = own;
+    UNROLL
+    for (int step = 1; step < 32; step <<= 1) {
+      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
+      if (lane >= step) sum += left;
+    }
+    if (i < count) values[i] = carried + sum - own;
+    carried += __shfl_sync(dev::kFullWarp, sum, 31);
+  }
+}
+
+__device__ __forceinline__ void place(const SortArguments& p, int pair, int bin, int slot) {
+  p.token_of_slot[slot] = pair / p.top_k;
+  p.slot_of_token[pair] = bin < p.experts ? slot : -1;
+}
+
+// Everything in one block. Shared: seen [bins], counts [warps, bins], keys [N].
+inline __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const SortArguments p) {
+  DYN_SHARED(int, seen);
+  const int bins = p.bins(), pairs = p.pairs();
+  int* counts = seen + bins;
+  int* keys = counts + kRouteWarps * bins;
+  clear(seen, bins * (1 + kRouteWarps));
+  __syncthreads();
+  for (int first = 0; first < pairs; first += kRouteThreads) {  // who is dropped
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int pair = i < pairs ? p.pair(i, p.capacity >= 0) : 0;
+    int bin = i < pairs ? p.given_bin(pair) : -1;
+    const int rank = rank_of(bin, bins, seen, counts);
+    if (p.capacity >= 0 && bin >= 0 && bin < p.experts && rank >= p.capacity) bin = p.experts;
+    if (i < pairs) keys[pair] = bin;
+  }
+  for (int e = threadIdx.x; e < p.experts; e += kRouteThreads) {
+    if (p.capacity >= 0 && seen[e] > p.capacity) seen[e] = p.capacity;
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) warp_prefix(seen, bins);
+  __syncthreads();
+  for (int e = threadIdx.x; e < bins; e += kRouteThreads) p.offsets[e] = seen[e];
+  __syncthreads();
+  for (int first = 0; first < pairs; first += kRouteThreads) {
+    const int pair = first + static_cast<int>(threadIdx.x);
+    const int bin = pair < pairs ? keys[pair] : -1;
+    const int slot = rank_of(bin, bins, seen, counts);
+    if (pair < pairs) place(p, pair, bin, slot);
+  }
+}
+
+// counts[block, bin] of a block's pairs. Shared: [bins].
+inline __global__ void __launch_bounds__(kRouteThreads) histogram_kernel(const SortArguments p) {
+  DYN_SHARED(int, seen);
+  const int bins = p.bins(), first = blockIdx.x * kPairsPerBlock;
+  clear(seen, bins);
+  __syncthreads();
+  for (int i = first + static_cast<int>(threadIdx.x); i < first + kPairsPerBlock && i < p.pairs(); i += kRouteThreads) {
+    const int pair = p.pair(i, p.by_choice);
+    atomicAdd(seen + (p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)), 1);
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < bins; b += kRouteThreads) p.counts[int64_t(blockIdx.x) * bins + b] = seen[b];
+}
+
+// counts[block, bin] -> pairs of the bin in earlier blocks; offsets <- first slot of every expert. One block; shared: [bins].
+inline __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const SortArguments p, int blocks) {
+  DYN_SHARED(int, total);
+  constexpr int kAhead = 8;  // loads under way at once
+  const int bins = p.bins();
+  for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
+    int sum = 0;
+    for (int first = 0; first < blocks; first += kAhead) {
+      int own[kAhead];
+      UNROLL
+      for (int k = 0; k < kAhead; ++k) own[k] = first + k < blocks ? p.counts[int64_t(first + k) * bins + b] : 0;
+      UNROLL
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + k < blocks) p.counts[int64_t(first + k) * bins + b] = sum;
+        sum += own[k];
+      }
+    }
+    total[b] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) warp_prefix(total, bins);
+  __syncthreads();
+  for (int b = threadIdx.x; b < bins; b += kRouteThreads) p.offsets[b] = total[b];
+}
+
+// Ranks of a block's pairs. by_choice: writes the bin of every pair after dropping; else its slot.
+// Shared: seen [bins], counts [warps, bins].
+inline __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const SortArguments p) {
+  DYN_SHARED(int, seen);
+  const int bins = p.bins(), first = blockIdx.x * kPairsPerBlock;
+  int* counts = seen + bins;
+  clear(counts, kRouteWarps * bins);
+  for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
+    seen[b] = p.counts[int64_t(blockIdx.x) * bins + b] + (p.by_choice ? 0 : p.offsets[b]);
+  }
+  __syncthreads();
+  for (int i0 = first; i0 < first + kPairsPerBlock && i0 < p.pairs(); i0 += kRouteThreads) {
+    const int i = i0 + static_cast<int>(threadIdx.x);
+    const int pair = i < p.pairs() ? p.pair(i, p.by_choice) : 0;
+    int bin = -1;
+    if (i < p.pairs()) bin = p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair);
+    const int rank = rank_of(bin, bins, seen, counts);
+    if (i >= p.pairs()) continue;
+    if (p.by_choice) {
+      p.keys[pair] = bin < p.experts && rank >= p.capacity ? p.experts : bin;
+    } else {
+      place(p, pair, bin, rank);
+    }
+  }
+}
+
+// ------------------------------------------------------------------ rows
+
+// kPer neighbours, moved at once.
+template <class T, int kPer>
+struct alignas(sizeof(T) * kPer) Pack {
+  T v[kPer];
+};
+
+// out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
+template <class T, int kPer>
+__global__ void __launch_bounds__(kRouteThreads)
+    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out, int columns) {
+  const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
+  if (column >= columns) return;
+  Pack<T, kPer> pack{};
+  if (slot < *filled) {
+    pack = *reinterpret_cast<const Pack<T, kPer>*>(x + token_of_slot[slot] * x_stride + column);
+  }
+  *reinterpret_cast<Pack<T, kPer>*>(out + int64_t(slot) * columns + column) = pack;
+}
+
+// out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept; gates null: all 1.
+// Grid: (tokens, column blocks).
+template <class T, int kPer>
+__global__ void __launch_bounds__(kRouteThreads)
+    combine_kernel(const T* rows, const int64_t* slot_of_token, const float* gates, T* out, int top_k, int columns) {
+  const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
+  if (column >= columns) return;
+  float sum[kPer] = {};
+  for (int k = 0; k < top_k; ++k) {
+    const int64_t pair = int64_t(token) * top_k + k, slot = slot_of_token[pair];
+    if (slot < 0) continue;
+    const auto pack = *reinterpret_cast<const Pack<T, kPer>*>(rows + slot * columns + column);
+    const float gate = gates ? gates[pair] : 1.f;
+    UNROLL
+    for (int e = 0; e < kPer; ++e) sum[e] += gate * dev::to_float(pack.v[e]);
+  }
+  Pack<T, kPer> pack;
+  UNROLL
+  for (int e = 0; e < kPer; ++e) pack.v[e] = dev::from_float<T>(sum[e]);
+  *reinterpret_cast<Pack<T, kPer>*>(out + int64_t(token) * columns + column) = pack;
+}
+
+// Gradients of combine: drows[s] = gate grad[t], dgates[t, k] = <rows[s], grad[t]> for the pair (t, k) in slot s; zero for
+// slots without a pair and for dropped pairs, whose tokens the empty slots hold. Either may be null. Grid: slots.
+template <class T, int kPer>
+__global__ void __launch_bounds__(kRouteThreads)
+    combine_backward_kernel(const T* grad, const T* rows, const int64_t* token_of_slot, const int64_t* slot_of_token,
+                            const float* gates, T* drows, float* dgates, int top_k, int columns) {
+  SHARED_ARRAY(float, partial, kRouteWarps);
+  const int slot = blockIdx.x;
+  const int64_t token = token_of_slot[slot];
+  int64_t pair = -1;
+  for (int k = 0; k < top_k; ++k) {
+    if (slot_of_token[token * top_k + k] == slot) pair = token * top_k + k;
+  }
+  const float gate = pair >= 0 ? gates[pair] : 0.f;
+  float sum = 0.f;
+  for (int column = static_cast<int>(threadIdx.x) * kPer; column < columns; column += kRouteThreads * kPer) {
+    Pack<T, kPer> out{};
+    if (pair >= 0) {
+      const auto g = *reinterpret_cast<const Pack<T, kPer>*>(grad + token * columns + column);
+      UNROLL
+      for (int e = 0; e < kPer; ++e) out.v[e] = dev::from_float<T>(gate * dev::to_float(g.v[e]));
+      if (dgates) {
+        const auto row = *reinterpret_cast<const Pack<T, kPer>*>(rows + int64_t(slot) * columns + column);
+        UNROLL
+        for (int e = 0; e < kPer; ++e) sum += dev::to_float(g.v[e]) * dev::to_float(row.v[e]);
+      }
+    }
+    if (drows) *reinterpret_cast<Pack<T, kPer>*>(drows + int64_t(slot) * columns + column) = out;
+  }
+  if (!dgates) return;
+  if (pair < 0) {
+    for (int k = threadIdx.x; k < top_k; k += kRouteThreads) {
+      if (slot_of_token[token * top_k + k] < 0) dgates[token * top_k + k] = 0.f;
+    }
+    return;
+  }
+  sum = warp_sum(sum);
+  if ((threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0.f;
+    for (int w = 0; w < kRouteWarps; ++w) total += partial[w];
+    dgates[pair] = total;
+  }
+}
+
+}  // namespace mpoe::cuda

@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels for the CPU with the emulator of csrc/emu: `python tools/cuda_emulate.py [sanitizer]`.
 
-Prints the path of the shared library, which tests load with ctypes. What is compiled is kept in build/emulated by a hash
-of everything that went into it, so a second call is free. Sanitizers: ``address`` (with undefined behaviour), ``thread``.
+Prints the path of the shared library, which tests load with ctypes. What is compiled is kept in build/emulated by a
+hash of everything that went into it, so a second call is free. Sanitizers: ``address`` (with undefined behaviour),
+``thread``.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ __device__ __forceinline__ void place(const SortArguments& p, int pair, int bin,
 }
 
 // Everything in one block. Shared: seen [bins], counts [warps, bins], keys [N].
-inline __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const SortArguments p) {
+static __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const SortArguments p) {
   DYN_SHARED(int, seen);
   const int bins = p.bins(), pairs = p.pairs();
   int* counts = seen + bins;
@@ -199,7 +199,7 @@ inline __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const S
 }
 
 // counts[block, bin] of a block's pairs. Shared: [bins].
-inline __global__ void __launch_bounds__(kRouteThreads) histogram_kernel(const SortArguments p) {
+static __global__ void __launch_bounds__(kRouteThreads) histogram_kernel(const SortArguments p) {
   DYN_SHARED(int, seen);
   const int bins = p.bins(), first = blockIdx.x * kPairsPerBlock;
   clear(seen, bins);
@@ -213,7 +213,7 @@ inline __global__ void __launch_bounds__(kRouteThreads) histogram_kernel(const S
 }
 
 // counts[block, bin] -> pairs of the bin in earlier blocks; offsets <- first slot of every expert. One block; shared: [bins].
-inline __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const SortArguments p, int blocks) {
+static __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const SortArguments p, int blocks) {
   DYN_SHARED(int, total);
   constexpr int kAhead = 8;  // loads under way at once
   const int bins = p.bins();
@@ -239,7 +239,7 @@ inline __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const Sort
 
 // Ranks of a block's pairs. by_choice: writes the bin of every pair after dropping; else its slot.
 // Shared: seen [bins], counts [warps, bins].
-inline __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const SortArguments p) {
+static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const SortArguments p) {
   DYN_SHARED(int, seen);
   const int bins = p.bins(), first = blockIdx.x * kPairsPerBlock;
   int* counts = seen + bins;

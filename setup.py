@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -28,6 +29,7 @@ LIBRARY = "_C.abi3.so"
 # Written instead of the library; the loader quotes it (mpoe_kernels/backends/native/load.py).
 REASON_FILE = "_native_missing.txt"
 OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not check without build isolation
 CHOICES = ("auto", "cpu", "cuda", "none")
 
 
@@ -99,7 +101,11 @@ def record_missing(reason: str, folder: Path) -> None:
 
 
 def run_cmake(folder: Path, version: str) -> Path:
-    """Configure and build; the path of the library."""
+    """Configure and build; the path of the library.
+
+    Raises:
+        subprocess.CalledProcessError: CMake or the compiler failed; their messages are on standard output.
+    """
     cmake, ninja = program("cmake"), program("ninja")
     assert cmake is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,16 +128,19 @@ class BuildNative(build_ext):
         target = (ROOT if in_place else Path(self.build_lib)) / PACKAGE
         try:
             library = run_cmake(Path(self.build_temp) / "native", self.distribution.get_version())
-        except (OSError, subprocess.CalledProcessError) as error:
+        except subprocess.CalledProcessError as error:
+            step = "compiling" if "--build" in error.cmd else "configuring"
+            reason = f"{step} them failed; pip install -v shows the messages"
             if os.environ.get("MPOE_BUILD") == "cpu":
-                raise
-            record_missing(f"the build failed ({error}); pip install -v shows the compiler's messages", target)
+                raise SystemExit(f"MPOE_BUILD=cpu: {reason}") from None
+            record_missing(reason, target)
             return
         publish(library, target / LIBRARY)
         (target / REASON_FILE).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / PACKAGE / LIBRARY)]
+        built = Path(self.build_lib) / PACKAGE / LIBRARY
+        return [str(built)] if built.is_file() else []
 
 
 class BuildPython(build_py):
@@ -143,6 +152,11 @@ class BuildPython(build_py):
             record_missing(MISSING, (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE)
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"building mpoe needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}: "
+        "run pip install --upgrade setuptools"
+    )
 MISSING = decide()
 setup(
     ext_modules=[] if MISSING else [Extension(f"{PACKAGE}._C", sources=[], py_limited_api=True)],

@@ -1,0 +1,241 @@
+"""Source distribution, wheels and installs: with a compiler, without, and told what to do. Slow: they compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mpoe_kernels.backends.native.load import BUILD_COMMAND
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+HAS_COMPILER = shutil.which("c++") is not None and shutil.which("cmake") is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and CMake")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run with the environment of this process, without its PYTHONPATH; output and errors together."""
+    base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MPOE_BUILD", "CXX")}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**base, "CMAKE_BUILD_PARALLEL_LEVEL": "2", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def done(*command: str | Path, cwd: Path, **environment: str) -> str:
+    answer = run(*command, cwd=cwd, **environment)
+    assert answer.returncode == 0, answer.stdout
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the source tree without build products."""
+    folder = tmp_path_factory.mktemp("sdist")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    if not listing:
+        pytest.skip("needs the source checkout")
+    for name in filter(None, listing.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "tree" / name)
+    done(sys.executable, "setup.py", "-q", "sdist", "-d", folder, cwd=folder / "tree")
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture
+def source(sdist: Path, tmp_path: Path) -> Path:
+    """The unpacked source distribution."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    return folder
+
+
+def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
+    """A new virtual environment that sees this one's packages: all of them, or only those named; its Python."""
+    done(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    done(
+        folder / "bin" / "pip", "uninstall", "-q", "-y", "setuptools", cwd=folder.parent
+    )  # Python 3.11 brings an old one
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    installed = Path(sysconfig.get_paths()["purelib"])
+    if not packages:
+        (site / "outer.pth").write_text(f"{installed}\n")
+    for package in packages:
+        for path in installed.glob(f"{package}*"):
+            if not (site / path.name).exists():
+                (site / path.name).symlink_to(path)
+    return folder / "bin" / "python"
+
+
+def without_compiler(folder: Path) -> str:
+    """A PATH with no compiler on it."""
+    folder.mkdir()
+    for name in ("cmake", "ninja", "git"):
+        found = shutil.which(name)
+        if found:
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def install(python: Path, source: Path, *options: str, **variables: str) -> str:
+    arguments = ("-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--no-index", *options, source)
+    return done(python, *arguments, cwd=source.parent, **variables)
+
+
+def facts_of(python: Path, cwd: Path) -> dict:
+    return json.loads(done(python, "-m", "mpoe_kernels.info", "--json", cwd=cwd))
+
+
+def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path:
+    arguments = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
+    done(python, *arguments, cwd=source.parent, **variables)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def keep_little(source: Path) -> None:
+    """Leave csrc only what tells of itself: enough to build and load, in seconds."""
+    for path in [*(source / "csrc").glob("*_*.cpp"), *(source / "csrc" / "cpu").glob("*.cpp")]:
+        path.unlink()
+
+
+def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "mpoe", "mpoe_kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    wanted = {name for name in tracked if (ROOT / name).is_file()}
+    assert wanted - names == set()
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert [name for name in names if name.endswith((".so", "_native_missing.txt", ".pyc"))] == []
+
+
+@needs_compiler
+def test_with_compiler_and_torch_the_wheel_is_native(source: Path, tmp_path: Path) -> None:
+    """One wheel for every Python from 3.11 on; in a new environment it computes what eager computes."""
+    builder = environment(tmp_path / "builder")
+    wheel = wheel_of(builder, source, tmp_path / "wheels")
+    assert "-cp311-abi3-linux" in wheel.name or "-cp311-abi3-macosx" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert [n for n in names if n.endswith(".so")] == ["mpoe_kernels/_C.abi3.so"]
+    assert [n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))] == []
+
+    python = environment(tmp_path / "user")
+    done(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    facts = facts_of(python, tmp_path)
+    assert facts["backends"]["native"] == []
+    assert facts["native"]["path"].startswith(str(tmp_path))
+    code = (
+        "import torch; from mpoe_kernels import combine, dispatch, route\n"
+        "index, x = torch.randint(0, 3, (9, 2)), torch.randn(9, 5)\n"
+        "def run(b):\n"
+        "    r = route(index, 3, backend=b)\n"
+        "    return combine(dispatch(x, r, backend=b), r, torch.ones(9, 2), backend=b)\n"
+        "assert torch.equal(run('native'), run('eager'))\n"
+    )
+    done(python, "-c", code, cwd=tmp_path)
+
+
+def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "user")
+    output = install(python, source, PATH=without_compiler(tmp_path / "path"))
+    reason = "no C++ compiler was found (c++, g++, clang++)"
+    lines = [line.strip() for line in output.splitlines() if line.strip().startswith("mpoe: ")]
+    assert lines == [f"mpoe: native kernels are not built, the eager backend will be used: {reason}"]
+    facts = facts_of(python, tmp_path)
+    assert facts["native"] is None
+    assert facts["backends"]["native"] == [f"it was not built: {reason}"]
+    assert facts["backends"]["eager"] == []
+
+
+def test_where_torch_is_absent_the_wheel_is_pure_and_names_the_remedy(source: Path, tmp_path: Path) -> None:
+    """What build isolation gives: an environment that holds setuptools alone."""
+    python = environment(tmp_path / "isolated", packages=("setuptools", "_distutils_hack", "pkg_resources", "wheel"))
+    wheel = wheel_of(python, source, tmp_path / "wheels")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read("mpoe_kernels/_native_missing.txt").decode()
+    assert "torch was not importable where the package was built" in reason
+    assert "pip install --no-build-isolation" in reason
+
+
+@needs_compiler
+def test_a_failing_compiler_leaves_an_eager_install(source: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "user")
+    keep_little(source)
+    (source / "csrc" / "library.cpp").write_text("#error planted\n")
+    output = install(python, source)
+    assert "planted" in output
+    assert facts_of(python, tmp_path)["backends"]["native"] == [
+        "it was not built: compiling them failed; pip install -v shows the messages"
+    ]
+    answer = run(python, "setup.py", "build", cwd=source, MPOE_BUILD="cpu")
+    assert answer.returncode != 0
+    assert "MPOE_BUILD=cpu: compiling them failed" in answer.stdout
+
+
+def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
+    python, path = environment(tmp_path / "user"), without_compiler(tmp_path / "path")
+    for value, message in (
+        ("gpu", "MPOE_BUILD must be one of auto, cpu, cuda, none; got 'gpu'"),
+        ("cpu", "MPOE_BUILD=cpu: no C++ compiler was found"),
+    ):
+        answer = run(
+            *(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", source),
+            cwd=tmp_path,
+            MPOE_BUILD=value,
+            PATH=path,
+        )
+        assert answer.returncode != 0
+        assert message in answer.stdout
+        assert "Traceback" not in answer.stdout
+    install(python, source, MPOE_BUILD="none")
+    reasons = facts_of(python, tmp_path)["backends"]["native"]
+    assert reasons == ["it was not built: MPOE_BUILD=none was set when the package was built"]
+
+
+@needs_compiler
+def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
+    """An editable install without torch says why; building in place afterwards takes the reason away."""
+    package, python = source / "mpoe_kernels", environment(tmp_path / "user")
+    keep_little(source)
+    install(python, source, "-e", MPOE_BUILD="none")
+    assert (package / "_native_missing.txt").is_file()
+    assert facts_of(python, tmp_path)["native"] is None
+    done(python, *BUILD_COMMAND.split()[1:], cwd=source, MPOE_BUILD="cpu")
+    assert not (package / "_native_missing.txt").exists()
+    assert facts_of(python, tmp_path)["native"]["path"] == str(package / "_C.abi3.so")
+
+
+def test_an_old_setuptools_is_named(source: Path) -> None:
+    code = (
+        "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    )
+    answer = run(sys.executable, "-c", code, cwd=source)
+    assert answer.returncode != 0
+    assert "needs setuptools >= 77, found 65.5.0: run pip install --upgrade setuptools" in answer.stdout

@@ -10,7 +10,7 @@ from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.orders import applications
 
-IMPLEMENTED = ("rebuild", "chain", "separable")
+IMPLEMENTED = ("rebuild", "half_left", "half_right", "chain", "separable")
 
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
 CALL_SECONDS = 4e-6

@@ -39,42 +39,52 @@ def accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
-def accumulate_mm(total: Tensor, first: Tensor, second: Tensor, scratch: Tensor) -> None:
-    """``total += first @ second`` for a `accumulator`; in low precision by ranges of columns that fit ``scratch``."""
+def accumulate_mm(total: Tensor, first: Tensor, second: Tensor, scratch: Tensor | None = None) -> None:
+    """``total += first @ second`` for an `accumulator`.
+
+    In low precision the product goes through ``scratch`` (any shape), by as many columns as fit.
+    """
     if total.dtype == first.dtype:
         total.addmm_(first, second)
-        return
-    step = max(1, scratch.numel() // total.shape[0])
-    for start in range(0, total.shape[1], step):
-        columns = second[:, start : start + step]
-        size = total.shape[0] * columns.shape[1]
-        room = scratch[:size] if size <= scratch.numel() else scratch.new_empty(size)
-        part = torch.mm(first, columns, out=room.view(total.shape[0], -1))
-        total[:, start : start + step] += part
+    elif scratch is None or scratch.numel() < total.shape[0]:
+        total += first @ second
+    else:
+        step = scratch.numel() // total.shape[0]
+        for start in range(0, total.shape[1], step):
+            columns = second[:, start : start + step]
+            room = scratch[: total.shape[0] * columns.shape[1]].view(total.shape[0], -1)
+            total[:, start : start + step] += torch.mm(first, columns, out=room)
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, offsets: list[int], per_slot: int) -> Tensor:
-    """``out[r] = rows[r] @ weights[e]`` for the ``per_slot`` consecutive rows of every slot of expert e.
+def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tensor | None = None) -> Tensor:
+    """``out_e = rows_e @ weights[e]`` for consecutive groups of rows; one call for each group and nothing else.
 
     Args:
-        rows: ``[N * per_slot, k]``.
-        weights: ``[E, k, m]``, any strides.
-        offsets: slots of every expert.
+        rows: ``[slots * p, k]``, p consecutive rows for each slot.
+        weights: ``[k, m]`` for each group, any strides.
+        counts: slots of each group; all rows belong to one.
+        out: ``[slots * p, m]`` to write to.
 
     Returns:
-        ``[N * per_slot, m]``; rows past the last offset are zero.
+        ``[slots * p, m]``.
     """
-    out = rows.new_empty(rows.shape[0], weights.shape[2])
-    for expert, start, stop in active_groups(offsets):
-        torch.mm(rows[start * per_slot : stop * per_slot], weights[expert], out=out[start * per_slot : stop * per_slot])
-    out[offsets[-1] * per_slot :] = 0
+    if out is None:
+        out = rows.new_empty(rows.shape[0], weights[0].shape[1])
+    sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
+    for part, weight, result in zip(rows.split(sizes), weights, out.split(sizes), strict=True):
+        torch.mm(part, weight, out=result)
     return out
 
 
-def grouped_outer(rows: Tensor, grads: Tensor, offsets: list[int], per_slot: int) -> Tensor:
-    """``out[e] = rows_e^T @ grads_e``: gradient of a grouped GEMM's weights, ``[E, k, m]``; zero for idle experts."""
-    out = rows.new_zeros(len(offsets) - 1, rows.shape[1], grads.shape[1])
-    for expert, start, stop in active_groups(offsets):
-        span = slice(start * per_slot, stop * per_slot)
-        torch.mm(rows[span].T, grads[span], out=out[expert])
+def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int]) -> Tensor:
+    """``out[e] = rows_e^T @ grads_e``: gradient of a grouped GEMM's weights, ``[groups, k, m]``."""
+    out = rows.new_empty(len(counts), rows.shape[1], grads.shape[1])
+    sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
+    # With few columns MKL adds up the long sum one by one; transposed, the rounding error is several times smaller.
+    narrow = grads.shape[1] < 16 < rows.shape[1]
+    for part, grad, result in zip(rows.split(sizes), grads.split(sizes), out.unbind(0), strict=True):
+        if narrow:
+            result.copy_((grad.T @ part).T)
+        else:
+            torch.mm(part.T, grad, out=result)
     return out

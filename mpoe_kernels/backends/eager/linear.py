@@ -1,4 +1,4 @@
-"""Grouped MPO linear: strategy, bias and activation around the chain and rebuild kernels."""
+"""Grouped MPO linear: strategy, bias and activation around the kernels of the strategies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.eager.activation import activation_backward, apply_activation_
-from mpoe_kernels.backends.eager.chain import chain_backward, chain_forward
 from mpoe_kernels.backends.eager.rebuild import rebuild_backward, rebuild_forward
+from mpoe_kernels.backends.eager.rows import rows_backward, rows_forward
 from mpoe_kernels.planner import BlockDims
 
 
@@ -32,9 +32,9 @@ def linear_forward(
     if strategy == "rebuild":
         z = rebuild_forward(x, left, central, right, offsets, row_index, dims)
     else:
-        z, chain_h = chain_forward(x, left, central, right, offsets, row_index, dims)
-        if save and strategy == "separable":
-            h = chain_h
+        z, central_step = rows_forward(x, left, central, right, offsets, row_index, dims, strategy)
+        if save and central_step is not None:
+            h = central_step
     last = offsets[-1]
     if bias is not None:
         z[:last] += bias
@@ -75,7 +75,7 @@ def linear_backward(
         parts = rebuild_backward(dz, x, left, central, right, offsets, row_index, dims, *needs)
     else:
         saved_h = h if strategy == "separable" else None
-        parts = chain_backward(dz, x, left, central, right, offsets, row_index, saved_h, dims, *needs)
+        parts = rows_backward(dz, x, left, central, right, offsets, row_index, saved_h, dims, strategy, needs)
     dx = parts[0]
     if dx is not None and row_index is not None:
         dx = torch.zeros_like(x).index_add_(0, row_index, dx)

@@ -35,3 +35,27 @@ def activation_backward(name: str, grad: Tensor, saved: Tensor) -> Tensor:
     if name == "silu":
         return torch.ops.aten.silu_backward(grad, saved)
     raise ValueError(f"unknown activation {name!r}")
+
+
+class Upstream:
+    """The gradient that enters a backward pass, brought through the activation only when rows of it are asked for.
+
+    So it is still in cache when an expert's kernels read it. Every row must be asked for once.
+    """
+
+    def __init__(self, grad: Tensor, activation: str, saved: Tensor, need_bias: bool) -> None:
+        self._grad, self._activation, self._saved = grad, activation, saved
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        self.bias = grad.new_zeros(grad.shape[1], dtype=dtype) if need_bias else None
+
+    @property
+    def slots(self) -> int:
+        return self._grad.shape[0]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Gradient of the pre-activations of slots ``start..stop``; adds them to the bias gradient."""
+        saved = self._saved if self._activation == "none" else self._saved[start:stop]
+        dz = activation_backward(self._activation, self._grad[start:stop], saved)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
+        return dz

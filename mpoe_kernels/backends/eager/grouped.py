@@ -33,6 +33,14 @@ def clear_idle(stacked: Tensor, offsets: list[int]) -> Tensor:
     return stacked
 
 
+def store(stacked: Tensor, experts: list[int], values: Tensor) -> None:
+    """``stacked[experts] = values``, without an index where the experts are neighbours."""
+    if experts[-1] - experts[0] + 1 == len(experts):
+        stacked[experts[0] : experts[-1] + 1] = values
+    else:
+        stacked[experts] = values
+
+
 def accumulator(like: Tensor) -> Tensor:
     """Zeros like ``like`` to add partial sums to: at least float32, contiguous."""
     dtype = torch.promote_types(like.dtype, torch.float32)

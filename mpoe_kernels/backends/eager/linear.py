@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.eager.activation import activation_backward, apply_activation_
+from mpoe_kernels.backends.eager.activation import Upstream, apply_activation_
 from mpoe_kernels.backends.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.backends.eager.rows import rows_backward, rows_forward
 from mpoe_kernels.planner import BlockDims
@@ -65,17 +65,17 @@ def linear_backward(
     dims = BlockDims.of_blocks(left, central, right, in_features, out_features)
     offsets = expert_offsets.tolist()
     need_x, need_left, need_central, need_right, need_bias = need
-    last = offsets[-1]
-    dz = activation_backward(activation, grad, saved)
-    dbias = dz[:last].sum(0) if need_bias else None
+    upstream = Upstream(grad, activation, saved, need_bias)
     needs = (need_x, need_left, need_central, need_right)
+    parts: tuple[Tensor | None, ...] = (None,) * 4
     if not any(needs):
-        parts: tuple[Tensor | None, ...] = (None,) * 4
+        upstream.rows(0, offsets[-1])
     elif strategy == "rebuild":
-        parts = rebuild_backward(dz, x, left, central, right, offsets, row_index, dims, *needs)
+        parts = rebuild_backward(upstream, x, left, central, right, offsets, row_index, dims, *needs)
     else:
         saved_h = h if strategy == "separable" else None
-        parts = rows_backward(dz, x, left, central, right, offsets, row_index, saved_h, dims, strategy, needs)
+        parts = rows_backward(upstream, x, left, central, right, offsets, row_index, saved_h, dims, strategy, needs)
+    dbias = None if upstream.bias is None else upstream.bias.to(grad.dtype)
     dx = parts[0]
     if dx is not None and row_index is not None:
         dx = torch.zeros_like(x).index_add_(0, row_index, dx)

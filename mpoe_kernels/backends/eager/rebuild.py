@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.eager.activation import Upstream
 from mpoe_kernels.backends.eager.grouped import (
     Group,
     accumulate_mm,
@@ -19,6 +20,7 @@ from mpoe_kernels.backends.eager.grouped import (
     active_groups,
     clear_idle,
     select_experts,
+    store,
 )
 from mpoe_kernels.planner import BlockDims
 
@@ -105,10 +107,10 @@ class _Builder:
         for first in range(0, len(groups), self.chunk):
             yield groups[first : first + self.chunk]
 
-    def slabs(self) -> Iterator[tuple[int, int]]:
-        """Ranges of iL."""
-        for first in range(0, self.dims.iL, self.slab_rows):
-            yield first, min(first + self.slab_rows, self.dims.iL)
+    def ranges(self, whole: tuple[int, int], rows: int) -> Iterator[tuple[int, int]]:
+        """A range of iL in pieces of ``rows``."""
+        for first in range(*whole, rows):
+            yield first, min(first + rows, whole[1])
 
     def halves(self, experts: list[int], out: Tensor) -> Tensor:
         """``L C`` of some experts ``[experts, (iL jL), (iC jC b)]``, or ``C R`` of one ``[1, a, (iC jC iR jR)]``."""
@@ -124,20 +126,31 @@ class _Builder:
         step = half.shape[0] // self.dims.iL
         return half[first * step : last * step]
 
-    def slab(self, expert: int, half: Tensor, first: int, last: int, block: Tensor, out: Tensor) -> None:
-        """Rows ``first..last`` of iL of the weight into ``out``, in block order into ``block`` on the way.
+    def build(self, expert: int, half: Tensor, whole: tuple[int, int], scratch: Tensor, out: Tensor) -> None:
+        """A range of iL of the weight into ``out [rows, (jL jC jR)]``, slab by slab through ``scratch``.
 
-        Where both orders are the same, ``block`` is not touched.
+        Where block order is the weight's own, ``scratch`` is not touched.
         """
         dims = self.dims
-        target = out if self.same_order else block
-        if self.left_first:
-            torch.mm(self.half_rows(half, first, last), self.right[expert], out=target.view(-1, dims.iR * dims.jR))
-        else:
-            rows = slice(first * dims.jL, last * dims.jL)
-            torch.mm(self.left[expert, rows], half, out=target.view((last - first) * dims.jL, -1))
-        if target is block:
-            self.natural(out).copy_(in_natural_order(block, dims))
+        for first, last in self.ranges(whole, self.slab_rows):
+            result = out[(first - whole[0]) * self.in_step : (last - whole[0]) * self.in_step]
+            block = result if self.same_order else scratch[: result.numel()]
+            if self.left_first:
+                torch.mm(self.half_rows(half, first, last), self.right[expert], out=block.view(-1, dims.iR * dims.jR))
+            else:
+                rows = slice(first * dims.jL, last * dims.jL)
+                torch.mm(self.left[expert, rows], half, out=block.view((last - first) * dims.jL, -1))
+            if not self.same_order:
+                self.natural(result).copy_(in_natural_order(block, dims))
+
+    def reordered(self, matrix: Tensor, first: int, last: int, scratch: Tensor) -> Tensor:
+        """Rows ``first..last`` of iL of ``matrix [.., (jL jC jR)]`` in block order, ``[(iL jL iC jC), (iR jR)]``."""
+        slab = matrix[first * self.in_step : last * self.in_step]
+        if not self.same_order:
+            block = scratch[: slab.numel()]
+            in_natural_order(block, self.dims).copy_(self.natural(slab))
+            slab = block
+        return slab.view(-1, self.dims.iR * self.dims.jR)
 
     def natural(self, slab: Tensor) -> Tensor:
         """A slab of the weight as ``[rows iL, iC, iR, jL, jC, jR]``."""
@@ -176,9 +189,7 @@ def rebuild_forward(
     for chunk in builder.chunks(offsets):
         halves = builder.halves([e for e, _, _ in chunk], space)
         for half, (e, start, stop) in zip(halves, chunk, strict=True):
-            for first, last in builder.slabs():
-                block = scratch[: (last - first) * builder.row_elements]
-                builder.slab(e, half, first, last, block, weight[first * builder.in_step : last * builder.in_step])
+            builder.build(e, half, (0, dims.iL), scratch, weight)
             rows = _rows(x, row_index, start, stop)
             torch.mm(rows, weight[: dims.in_features, : dims.out_features], out=z[start:stop])
     z[offsets[-1] :] = 0
@@ -198,7 +209,7 @@ class _Gradients:
 
 
 def rebuild_backward(
-    grad: Tensor,
+    upstream: Upstream,
     x: Tensor,
     left: Tensor,
     central: Tensor,
@@ -217,9 +228,9 @@ def rebuild_backward(
     slabs and experts are kept in at least float32.
     """
     builder = _Builder(left, central, right, dims)
-    found = _Gradients(builder, grad.shape[0], (need_x, need_left, need_central, need_right))
+    found = _Gradients(builder, upstream.slots, (need_x, need_left, need_central, need_right))
     one_expert = _left_first_gradients if builder.left_first else _right_first_gradients
-    one_expert(builder, found, grad, x, offsets, row_index)
+    one_expert(builder, found, upstream, x, offsets, row_index)
     for stacked in (found.left, found.right):
         if stacked is not None:
             clear_idle(stacked, offsets)
@@ -234,96 +245,93 @@ def rebuild_backward(
     return dx, dleft, dcentral, dright
 
 
-def _slab_gradients(
+def _panel_gradient(
     builder: _Builder,
     found: _Gradients,
     grad: Tensor,
     rows: Tensor,
     slots: slice,
-    group: tuple[int, Tensor, int, int],
-    block: Tensor,
-    weight: Tensor,
-) -> Tensor:
-    """Gradient of the rows' columns that a slab of the weight meets, and that of the slab, in block order.
+    half: tuple[int, Tensor],
+    panel: tuple[int, int],
+    matrix: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Gradient of the columns of x that a panel of the weight meets; then that of the panel, into ``matrix``.
 
     Args:
         grad, rows: of the slots ``slots`` of one expert.
-        group: ``(expert, half, first, last)`` as `_Builder.slab` takes them.
-        block, weight: memory for the slab in either order; the result is in one of them.
+        half: the expert and what `_Builder.halves` built for it.
+        panel: range of iL.
+        matrix: ``[rows, (jL jC jR)]``, memory for the panel as the weight has it.
+        scratch: memory for a slab in block order.
     """
-    _, _, first, last = group
-    columns = slice(first * builder.in_step, last * builder.in_step)
-    matrix = weight.view(-1, builder.padded_out)
+    columns = slice(panel[0] * builder.in_step, panel[1] * builder.in_step)
     if found.x is not None:
-        builder.slab(*group, block, matrix)
+        builder.build(*half, panel, scratch, matrix)
         torch.mm(grad, matrix.T, out=found.x[slots, columns])
-    if not found.any_block:
-        return block
-    torch.mm(rows[:, columns].T, grad, out=matrix)
-    if builder.same_order:
-        return weight
-    in_natural_order(block, builder.dims).copy_(builder.natural(weight))
-    return block
+    if found.any_block:
+        torch.mm(rows[:, columns].T, grad, out=matrix)
 
 
 def _left_first_gradients(
-    builder: _Builder, found: _Gradients, grad: Tensor, x: Tensor, offsets: list[int], row_index: Tensor | None
+    builder: _Builder, found: _Gradients, upstream: Upstream, x: Tensor, offsets: list[int], row_index: Tensor | None
 ) -> None:
-    """Slab by slab; the gradient of an expert's half takes the memory of the half, whose rows are no longer read."""
+    """Panel by panel; the gradient of an expert's half takes the memory of the half, whose rows are no longer read."""
     dims = builder.dims
-    space = grad.new_empty(builder.chunk * builder.half_elements)
-    scratch, memory = grad.new_empty(builder.slab_elements), grad.new_empty(builder.slab_elements)
+    space = x.new_empty(builder.chunk * builder.half_elements)
+    # Beside a half as large as the weight there is room for half a weight only.
+    count = 1 if builder.half_elements <= CHUNK * dims.weight_elements else 2
+    panel_rows = -(-dims.iL // min(count, dims.iL))
+    memory = x.new_empty(panel_rows * builder.in_step, builder.padded_out)
+    scratch = x.new_empty(builder.slab_elements)
     dright = accumulator(builder.right[0]) if found.right is not None else None
     for chunk in builder.chunks(offsets):
         experts = [e for e, _, _ in chunk]
         halves = builder.halves(experts, space)
         for half, (e, start, stop) in zip(halves, chunk, strict=True):
             rows = _pad_columns(_rows(x, row_index, start, stop), builder.padded_in)
-            grads = _pad_columns(grad[start:stop], builder.padded_out)
+            grad = _pad_columns(upstream.rows(start, stop), builder.padded_out)
             if dright is not None:
                 dright.zero_()
-            for first, last in builder.slabs():
-                size = (last - first) * builder.row_elements
-                pieces = (scratch[:size], memory[:size])
-                ordered = _slab_gradients(
-                    builder, found, grads, rows, slice(start, stop), (e, half, first, last), *pieces
-                ).view(-1, dims.iR * dims.jR)
-                half_rows = builder.half_rows(half, first, last)
-                if dright is not None:
-                    accumulate_mm(
-                        dright, half_rows.T, ordered, memory if ordered.data_ptr() == scratch.data_ptr() else scratch
-                    )
-                if found.left is not None or found.central is not None:
-                    torch.mm(ordered, builder.right[e].T, out=half_rows)
+            for panel in builder.ranges((0, dims.iL), panel_rows):
+                matrix = memory[: (panel[1] - panel[0]) * builder.in_step]
+                _panel_gradient(builder, found, grad, rows, slice(start, stop), (e, half), panel, matrix, scratch)
+                if not found.any_block:
+                    continue
+                for first, last in builder.ranges(panel, builder.slab_rows):
+                    ordered = builder.reordered(matrix, first - panel[0], last - panel[0], scratch)
+                    half_rows = builder.half_rows(half, first, last)
+                    if dright is not None:
+                        accumulate_mm(dright, half_rows.T, ordered)
+                    if found.left is not None or found.central is not None:
+                        torch.mm(ordered, builder.right[e].T, out=half_rows)
             if found.right is not None and dright is not None:
                 found.right[e] = dright
         dhalves = halves.view(len(chunk) * dims.iL * dims.jL, -1)
         if found.left is not None:
-            found.left[experts] = (dhalves @ builder.central.T).view(len(chunk), -1, dims.a)
+            store(found.left, experts, (dhalves @ builder.central.T).view(len(chunk), -1, dims.a))
         if found.central is not None:
             lefts = select_experts(builder.left, experts).reshape(-1, dims.a)
             accumulate_mm(found.central, lefts.T, dhalves, scratch)
 
 
 def _right_first_gradients(
-    builder: _Builder, found: _Gradients, grad: Tensor, x: Tensor, offsets: list[int], row_index: Tensor | None
+    builder: _Builder, found: _Gradients, upstream: Upstream, x: Tensor, offsets: list[int], row_index: Tensor | None
 ) -> None:
     """The weight's gradient is gathered whole, in block order, where the slabs of the weight were built."""
     dims = builder.dims
-    space = grad.new_empty(builder.half_elements)
-    ordered, memory = grad.new_empty(dims.weight_elements), grad.new_empty(builder.slab_elements)
+    space = x.new_empty(builder.half_elements)
+    ordered, memory = x.new_empty(dims.weight_elements), x.new_empty(builder.slab_elements)
     for ((e, start, stop),) in builder.chunks(offsets):
         half = builder.halves([e], space)[0]
         rows = _pad_columns(_rows(x, row_index, start, stop), builder.padded_in)
-        grads = _pad_columns(grad[start:stop], builder.padded_out)
-        for first, last in builder.slabs():
+        grad = _pad_columns(upstream.rows(start, stop), builder.padded_out)
+        for first, last in builder.ranges((0, dims.iL), builder.slab_rows):
             block = ordered[first * builder.row_elements : last * builder.row_elements]
-            weight = memory[: (last - first) * builder.row_elements]
-            done = _slab_gradients(
-                builder, found, grads, rows, slice(start, stop), (e, half, first, last), block, weight
-            )
-            if done is weight:
-                block.copy_(weight)
+            matrix = memory[: block.numel()].view(-1, builder.padded_out)
+            _panel_gradient(builder, found, grad, rows, slice(start, stop), (e, half), (first, last), matrix, block)
+            if found.any_block:
+                in_natural_order(block, dims).copy_(builder.natural(matrix))
         product = ordered.view(dims.iL * dims.jL, -1)
         if found.left is not None:
             torch.mm(product, half.T, out=found.left[e])

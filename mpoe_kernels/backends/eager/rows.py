@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.eager.activation import Upstream
 from mpoe_kernels.backends.eager.grouped import (
     Group,
     accumulate_mm,
@@ -26,6 +27,7 @@ from mpoe_kernels.backends.eager.grouped import (
     grouped_mm,
     grouped_outer,
     select_experts,
+    store,
 )
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.orders import applications, program
@@ -297,16 +299,8 @@ class _Found:
                 accumulate_mm(total, grads, right.reshape(dims.b, -1).T)
 
 
-def store(stacked: Tensor, experts: list[int], values: Tensor) -> None:
-    """``stacked[experts] = values``, without an index where the experts are neighbours."""
-    if experts[-1] - experts[0] + 1 == len(experts):
-        stacked[experts[0] : experts[-1] + 1] = values
-    else:
-        stacked[experts] = values
-
-
 def rows_backward(
-    grad: Tensor,
+    upstream: Upstream,
     x: Tensor,
     left: Tensor,
     central: Tensor,
@@ -325,9 +319,9 @@ def rows_backward(
     """
     blocks = {"L": left, "C": central, "R": right}
     steps = row_steps(program(dims, strategy)[1])
-    found = _Found(blocks, grad.shape[0], dims, need)
+    found = _Found(blocks, upstream.slots, dims, need)
     for chunk in _chunks(blocks, dims, strategy, offsets):
-        _chunk_backward(found, chunk, steps, grad, x, row_index, h)
+        _chunk_backward(found, chunk, steps, upstream, x, row_index, h)
     for stacked in found.aux.values():
         clear_idle(stacked, offsets)
     dx = None
@@ -344,7 +338,7 @@ def _chunk_backward(
     found: _Found,
     chunk: _Chunk,
     steps: tuple[Step, ...],
-    grad: Tensor,
+    upstream: Upstream,
     x: Tensor,
     row_index: Tensor | None,
     h: Tensor | None,
@@ -357,7 +351,7 @@ def _chunk_backward(
     if h is not None and wanted[2]:
         inputs[2] = h[chunk.start * dims.jC : chunk.stop * dims.jC]
     last = max((k for k in range(count) if wanted[k] and inputs[k] is None), default=-1)
-    state = _first_state(x, row_index, chunk) if last >= 0 else grad.new_empty(0)
+    state = _first_state(x, row_index, chunk) if last >= 0 else x.new_empty(0)
     for k in range(last + 1):
         matrix = _matrix(state, dims, steps[k])
         if wanted[k]:
@@ -366,11 +360,9 @@ def _chunk_backward(
             state = chunk.apply(steps[k], matrix)
     slots = slice(chunk.start, chunk.stop)
     width = dims.jL * dims.jC * dims.jR
-    rows = (
-        grad[slots]
-        if width == dims.out_features
-        else torch.nn.functional.pad(grad[slots], (0, width - dims.out_features))
-    )
+    rows = upstream.rows(chunk.start, chunk.stop)
+    if width != dims.out_features:
+        rows = torch.nn.functional.pad(rows, (0, width - dims.out_features))
     state = _arrange(rows, dims, ROWS_OUT, steps[-1].after)
     for k in reversed(range(count)):
         step = steps[k]

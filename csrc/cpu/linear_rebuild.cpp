@@ -26,9 +26,29 @@ ColumnMap side_columns(const Side& side, Span range, std::int64_t panel) {
   return map;
 }
 
+UnitColumns::UnitColumns(std::int64_t unit, std::int64_t inner, std::int64_t inner_stride, std::int64_t columns)
+    : per_panel(kPanel / kGranule / unit) {
+  const std::int64_t granules = ceil_divide(columns, kGranule), count = ceil_divide(inner, unit) * granules;
+  panels = ceil_divide(count, per_panel);
+  for (std::int64_t p = 0; p < panels; ++p) {
+    ColumnMap columns_of_panel{};
+    for (std::int64_t s = 0; s < per_panel; ++s) {
+      const std::int64_t q = std::min(p * per_panel + s, count - 1);  // past the end: the last one again
+      const std::int64_t first = q / granules * unit, column = q % granules * kGranule;
+      which.push_back(static_cast<std::int32_t>(q % granules));
+      unit_offset.push_back(static_cast<std::int32_t>(q / granules * kPanel));
+      for (std::int64_t i = 0; i < unit && first + i < inner; ++i) {
+        columns_of_panel.offset[i * per_panel + s] = (first + i) * inner_stride + column;
+        columns_of_panel.valid[i * per_panel + s] = static_cast<std::int32_t>(std::min(kGranule, columns - column));
+      }
+    }
+    map.push_back(columns_of_panel);
+  }
+}
+
 RebuildPlan::RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turned, std::int64_t element_bytes)
     : k(turned ? out_side(d) : in_side(d)), n(turned ? in_side(d) : out_side(d)), transposed(turned), unit(gemm.unit),
-      left_rows(d.iL * d.jL), right_columns(d.iR * d.jR) {
+      left_rows(d.iL * d.jL), right_columns(d.iR * d.jR), right(gemm.unit, k.R, n.R, n.R) {
   const std::int64_t pair_bytes = left_rows * std::max(right_columns, d.b) * element_bytes;
   const std::int64_t most = std::max<std::int64_t>(1, kSlabBytes / pair_bytes);  // pairs of a block
   k_block = std::min({k.C, most, ceil_divide(kInner, k.L * k.R)});
@@ -37,24 +57,6 @@ RebuildPlan::RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turne
   const std::int64_t k_right = ceil_divide(k.R, unit);
   k_units = k.L * k_right;
   granules = ceil_divide(n.R, kGranule);
-
-  const std::int64_t per_panel = kPanel / kGranule / unit;  // granules of units
-  const std::int64_t count = k_right * granules;
-  right_panels = ceil_divide(count, per_panel);
-  for (std::int64_t p = 0; p < right_panels; ++p) {
-    ColumnMap map{};
-    for (std::int64_t s = 0; s < per_panel; ++s) {
-      const std::int64_t q = std::min(p * per_panel + s, count - 1);  // past the end: the last one again
-      const std::int64_t kr = q / granules, g = q % granules;
-      which.push_back(static_cast<std::int32_t>(g));
-      unit_offset.push_back(static_cast<std::int32_t>(kr * kPanel));
-      for (std::int64_t i = 0; i < unit && kr * unit + i < k.R; ++i) {
-        map.offset[i * per_panel + s] = (kr * unit + i) * n.R + g * kGranule;
-        map.valid[i * per_panel + s] = static_cast<std::int32_t>(std::min(kGranule, n.R - g * kGranule));
-      }
-    }
-    right_map.push_back(map);
-  }
 
   row_unit.resize(n_block * left_rows * granules);
   for (std::int64_t c = 0; c < n_block; ++c)
@@ -75,7 +77,7 @@ template <class T>
 ExpertBlocks<T>::ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
     : left_stride(row_stride<T>(padded_k(gemm, d.a))) {
   left = Buffer<T>(plan.left_rows * left_stride);
-  right = Buffer<T>(plan.right_panels * kPanel * padded_k(gemm, d.b));
+  right = Buffer<T>(plan.right.panels * kPanel * padded_k(gemm, d.b));
   if (plan.transposed) right_turned = Buffer<T>(d.b * plan.right_columns);
 }
 
@@ -96,8 +98,8 @@ void ExpertBlocks<T>::load(
     from = right_turned.get();
   }
   const std::int64_t panel = kPanel * padded_k(gemm, d.b);
-  for (std::int64_t p = 0; p < plan.right_panels; ++p)
-    gemm.pack_granules(right.get() + p * panel, from, plan.right_columns, d.b, plan.right_map[p]);
+  for (std::int64_t p = 0; p < plan.right.panels; ++p)
+    gemm.pack_granules(right.get() + p * panel, from, plan.right_columns, d.b, plan.right.map[p]);
 }
 
 template <class T>
@@ -125,7 +127,7 @@ void build_slab(
     const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan, Span k_range, Span n_range, const T* half,
     const T* right_panels, T* slab) {
   const std::int64_t units = ceil_divide(d.b, gemm.unit), stride = half_stride<T>(d);
-  const std::int64_t per_panel = kPanel / kGranule / gemm.unit;
+  const std::int64_t per_panel = plan.right.per_panel;
   const Span i_range = plan.transposed ? n_range : k_range, j_range = plan.transposed ? k_range : n_range;
   alignas(64) float tile[kMaxRows * kPanel];
   for (std::int64_t i = i_range.first; i < i_range.last; ++i)
@@ -134,13 +136,13 @@ void build_slab(
       T* target = slab + kc * plan.k_units * kPanel * gemm.unit;
       const std::int32_t* places = plan.row_unit.data() + nc * plan.left_rows * plan.granules;
       for_each_tile(plan.left_rows, gemm.best_rows, [&](std::int64_t first, std::int64_t count) {
-        for (std::int64_t p = 0; p < plan.right_panels; ++p) {
+        for (std::int64_t p = 0; p < plan.right.panels; ++p) {
           multiply_rows(
               gemm, count, units, half + first * stride, stride, right_panels + p * units * kPanel * gemm.unit, tile,
               false);
           gemm.store_units(
-              tile, count, target, places + first * plan.granules, plan.granules, plan.which.data() + p * per_panel,
-              plan.unit_offset.data() + p * per_panel);
+              tile, count, target, places + first * plan.granules, plan.granules, plan.right.which.data() + p * per_panel,
+              plan.right.unit_offset.data() + p * per_panel);
         }
       });
     }

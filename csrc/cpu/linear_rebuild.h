@@ -52,6 +52,43 @@ inline void multiply_columns(
   });
 }
 
+// sums[p][row][32] (+)= A B for every panel p of B, where A's rows lie in memory.
+template <class T>
+void rows_times_panels(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panels,
+    std::int64_t panel_units, std::int64_t count, float* sums, std::int64_t sum_rows, bool accumulate) {
+  for_each_tile(rows, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+    for (std::int64_t p = 0; p < count; ++p)
+      multiply_rows(
+          gemm, tile_rows, units, a + first * stride, stride, panels + p * panel_units * kPanel * gemm.unit,
+          sums + (p * sum_rows + first) * kPanel, accumulate);
+  });
+}
+
+// f(columns, first, count, p) for every tile of A's rows, which are the columns of panels, and every panel p of B.
+template <class T, class F>
+void for_column_tiles(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t panels, const F& f) {
+  for (std::int64_t q = 0; q * kPanel < rows; ++q)
+    for_each_tile(std::min(kPanel, rows - q * kPanel), gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+      const T* columns = a + (q * units * kPanel + first) * gemm.unit;
+      for (std::int64_t p = 0; p < panels; ++p) f(columns, q * kPanel + first, tile_rows, p);
+    });
+}
+
+// Panels of a B whose columns are pairs (inner, column): their products become units of a packed operand, in which
+// `inner` is contracted next (gemm.h, store_units).
+struct UnitColumns {
+  std::int64_t per_panel;                 // granules of units
+  std::int64_t panels;
+  std::vector<ColumnMap> map;             // of a panel: where its columns lie in a row of B
+  std::vector<std::int32_t> which;        // per granule of units: granule of the column
+  std::vector<std::int32_t> unit_offset;  // per granule of units: of the inner index
+
+  // Element (inner, column) of a row of B lies at inner * inner_stride + column.
+  UnitColumns(std::int64_t unit, std::int64_t inner, std::int64_t inner_stride, std::int64_t columns);
+};
+
 // Sizes of blocks, their layout, and the tables that place the granules of rebuilt tiles.
 struct RebuildPlan {
   Side k, n;
@@ -62,11 +99,8 @@ struct RebuildPlan {
   std::int64_t k_block, n_block;    // kC and nC of a block, at most
   std::int64_t k_units;         // of one kC: kL times kR in units
   std::int64_t granules;        // of one nL: nR in granules
-  std::int64_t right_panels;    // panels of right_e in the order of the slab
-  std::vector<ColumnMap> right_map;       // per panel: where its columns lie in a row [kR, nR] of right_e
-  std::vector<std::int32_t> which;        // per panel, per granule of units: granule of nR
-  std::vector<std::int32_t> unit_offset;  // per panel, per granule of units: of kR
-  std::vector<std::int32_t> row_unit;     // [n_block, iL jL, granules]: where a row's granules start in the slab
+  UnitColumns right;            // columns [kR, nR] of right_e
+  std::vector<std::int32_t> row_unit;  // [n_block, iL jL, granules]: where a row's granules start in the slab
 
   RebuildPlan(const GemmKernels& gemm, const BlockDims& dims, bool transposed, std::int64_t element_bytes);
 

@@ -44,30 +44,6 @@ struct BackwardSizes {
   }
 };
 
-// sums[p][row][32] (+)= A B for every panel p of B, where A's rows lie in memory.
-template <class T>
-void rows_times_panels(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panels,
-    std::int64_t count, float* sums, std::int64_t sum_rows, bool accumulate) {
-  for_each_tile(rows, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
-    for (std::int64_t p = 0; p < count; ++p)
-      multiply_rows(
-          gemm, tile_rows, units, a + first * stride, stride, panels + p * units * kPanel * gemm.unit,
-          sums + (p * sum_rows + first) * kPanel, accumulate);
-  });
-}
-
-// The same where A's rows are the columns of panels.
-template <class T, class F>
-void columns_times_panels(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t panels, const F& product) {
-  for (std::int64_t q = 0; q * kPanel < rows; ++q)
-    for_each_tile(std::min(kPanel, rows - q * kPanel), gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
-      const T* columns = a + (q * units * kPanel + first) * gemm.unit;
-      for (std::int64_t p = 0; p < panels; ++p) product(columns, q * kPanel + first, tile_rows, p);
-    });
-}
-
 // What all blocks of one expert read.
 template <class T>
 struct ExpertRows {
@@ -240,7 +216,7 @@ class BackwardWorker {
     for (std::int64_t i = i_range.first; i < i_range.last; ++i)
       for (std::int64_t j = j_range.first; j < j_range.last; ++j, out += plan_.left_rows * sizes_.weight_row) {
         const T* dz = rows_.dz_panels.get() + j * sizes_.dz_panels * panel;
-        columns_times_panels(
+        for_column_tiles(
             gemm_, in_.dims.iL * in_.dims.iR, units, rows_.x_panels.get() + i * sizes_.x_panels * panel,
             sizes_.dz_panels, [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
               multiply_columns(gemm_, count, units, columns, dz + p * panel, tile, false);
@@ -259,7 +235,7 @@ class BackwardWorker {
     gemm_.pack(half_panels_.get(), units, half_.get(), sizes_.half_row, k, d.b);
     gemm_.pack(weight_panels_.get(), units, weight_.get(), sizes_.weight_row, k, plan_.right_columns);
     float* sums = sums_.right.get() + n_block * sizes_.right_sums;
-    columns_times_panels(
+    for_column_tiles(
         gemm_, d.b, units, half_panels_.get(), sizes_.right_panels,
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
           multiply_columns(
@@ -288,14 +264,14 @@ class BackwardWorker {
           gemm_.pack_transposed(dhalf_panels_.get(), sizes_.b_units, dhalf, sizes_.half_row, d.b, plan_.left_rows);
           rows_times_panels(
               gemm_, d.a, sizes_.b_units, central_rows_ + pair * b, d.iC * d.jC * b, dhalf_panels_.get(),
-              sizes_.left_panels, sums_.left.get() + n_block * sizes_.left_sums, sizes_.a_panels * kPanel, accumulate);
+              sizes_.b_units, sizes_.left_panels, sums_.left.get() + n_block * sizes_.left_sums, sizes_.a_panels * kPanel, accumulate);
           accumulate = true;
         }
         if (wanted_.central) {
           gemm_.pack(dhalf_panels_.get(), sizes_.left_units, dhalf, sizes_.half_row, plan_.left_rows, d.b);
           rows_times_panels(
               gemm_, d.a, sizes_.left_units, rows_.left_turned.get(), sizes_.left_turned_row, dhalf_panels_.get(),
-              sizes_.b_panels, sums_.central.get() + pair * sizes_.b_panels * d.a * kPanel, d.a, true);
+              sizes_.left_units, sizes_.b_panels, sums_.central.get() + pair * sizes_.b_panels * d.a * kPanel, d.a, true);
         }
       }
   }

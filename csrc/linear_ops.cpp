@@ -85,7 +85,7 @@ struct StrategyKernels {
 constexpr StrategyKernels kStrategies[] = {
     {"separable", separable_forward, separable_backward},
     {"rebuild", rebuild_forward, rebuild_backward},
-    {"half_left", half_left_forward, nullptr},
+    {"half_left", half_left_forward, half_left_backward},
 };
 
 const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {

@@ -362,33 +362,6 @@ Buffer<T> pad_central(const GemmKernels& gemm, const LinearBackward& in) {
   return padded;
 }
 
-// dx[row_index[s]] = sum of the slots' gradients, in the order of the slots.
-template <class T>
-void gather_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* slot_gradient) {
-  const std::int64_t width = in.dims.in_features;
-  std::vector<std::int64_t> next(in.filled(), -1), head(in.tokens, -1);  // lists of a row's slots, ascending
-  for (std::int64_t s = in.filled() - 1; s >= 0; --s) {
-    next[s] = head[in.row_index[s]];
-    head[in.row_index[s]] = s;
-  }
-  parallel_for(0, in.tokens, 16, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> sum(width);
-    for (std::int64_t t = begin; t < end; ++t) {
-      T* out = static_cast<T*>(in.dx) + t * width;
-      const std::int64_t s = head[t];
-      if (s < 0) {
-        std::memset(static_cast<void*>(out), 0, width * sizeof(T));
-      } else if (next[s] < 0) {
-        std::memcpy(out, slot_gradient + s * width, width * sizeof(T));
-      } else {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (std::int64_t k = s; k >= 0; k = next[k]) gemm.add_row(slot_gradient + k * width, sum.data(), width);
-        gemm.round_row(sum.data(), out, width);
-      }
-    }
-  });
-}
-
 template <class T>
 void add_bias(const ExpertRows<T>& rows, float* sums) {
   const std::int64_t width = rows.in.dims.out_features, chunk = 256;

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Strategies with a kernel, by phase: the table kStrategies of csrc/linear_ops.cpp.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "forward": ("separable", "rebuild", "half_left"),
-    "backward": ("separable", "rebuild"),
+    "backward": ("separable", "rebuild", "half_left"),
 }
 
 

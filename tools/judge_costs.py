@@ -27,10 +27,10 @@ from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
 from mpoe_kernels.backends.registry import _BACKENDS, Backend, Request
-from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions, hardware_of
+from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
-SLOWEST_MEASURED = 8.0  # strategies that every backend predicts slower than this many times the best are left out
+SLOWEST_MEASURED = 3.0  # what is predicted slower than this many times the best of its backend is left out
 TOLERANCE = 1.15
 OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
 
@@ -75,10 +75,10 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     for phase in ("forward", "backward") if case.training else ("forward",):
         found = pairs(case, phase, backends)
-        roofline = {name: plan.seconds(hardware_of("cpu")) for name, _, plan in found}
         calls[phase] = {}
         for name, backend, plan in found:
-            if roofline[name] > SLOWEST_MEASURED * min(roofline.values()):
+            best = min(other.predicted_seconds(p) for _, other, p in found if other is backend)
+            if backend.predicted_seconds(plan) > SLOWEST_MEASURED * best:
                 continue
             kernel, strategy = backend.kernels[OPS[phase]], plan.strategy
             if phase == "forward":

@@ -312,6 +312,8 @@ def show_hardware(hardware: Hardware, threads: int | None) -> None:
         table.add_row(f"large {name} products", f"{rate / 1e9:,.1f} GFLOP/s")
     table.add_row("memory", f"{hardware.bandwidth / 1e9:,.1f} GB/s")
     table.add_row("cache", f"{hardware.cache_bandwidth / 1e9:,.1f} GB/s")
+    if hardware.kind == "cpu":
+        table.add_row("new memory", f"{hardware.new_memory_bandwidth / 1e9:,.1f} GB/s")
     for name, seconds in hardware.call_seconds._asdict().items():
         if hardware.kind == "cpu":
             table.add_row(f"call of a {name} product", duration(seconds))

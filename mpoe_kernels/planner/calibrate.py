@@ -66,11 +66,14 @@ def _measure(hardware: Hardware, device: torch.device) -> dict[str, Any]:
         target = torch.empty_like(source)
         return 2 * size / _seconds(lambda: target.copy_(source), device)
 
+    new = 64 << 20  # more than allocators keep
     return {
         "flops": rates,
         "half_size": halves,
         "call_seconds": calls,
         "bandwidth": copy_rate(4 * hardware.cache_bytes),
+        "new_memory_bandwidth": new
+        / _seconds(lambda: torch.empty(new, dtype=torch.uint8, device=device).zero_(), device),
         "cache_bandwidth": copy_rate(hardware.cache_bytes // 8),
     }
 

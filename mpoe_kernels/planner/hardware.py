@@ -6,6 +6,7 @@ Reachable fractions, cache bandwidths and overheads are what public benchmarks c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -45,6 +46,8 @@ class Hardware:
         gemm_fraction: part of ``peak_flops`` that large GEMMs reach in practice, by dtype.
         half_size: rows m at which a GEMM reaches half of that, by dtype; see `gemm_efficiency`.
         bandwidth: bytes/s to and from memory.
+        new_memory_bandwidth: bytes/s of the first writes to memory that an allocator has just got from the system, paid
+            in page faults by a CPU; infinite where allocators keep memory (a GPU).
         cache_bytes: last-level cache.
         cache_bandwidth: bytes/s to and from it.
         sram_bytes: fast memory of one core: a CPU's L2, a GPU's shared memory per multiprocessor.
@@ -65,6 +68,7 @@ class Hardware:
     gemm_fraction: ByDtype
     half_size: ByDtype
     bandwidth: float
+    new_memory_bandwidth: float
     cache_bytes: int
     cache_bandwidth: float
     sram_bytes: int
@@ -123,6 +127,7 @@ def _gpu(
         gemm_fraction=by_dtype(0.8, 0.65, 0.8),
         half_size=by_dtype(8.0, 16.0, 8.0),
         bandwidth=bandwidth * 1e12,
+        new_memory_bandwidth=math.inf,
         cache_bytes=cache_mib * _MIB,
         cache_bandwidth=cache_bandwidth * 1e12,
         sram_bytes=sram_kib * 1024,
@@ -159,6 +164,7 @@ def _cpu(
         gemm_fraction=by_dtype(*fractions),
         half_size=by_dtype(*half_sizes),
         bandwidth=min(cores * core_bandwidth, bandwidth) * 1e9,
+        new_memory_bandwidth=2.5e9 * cores,
         cache_bytes=cache_mib * _MIB,
         cache_bandwidth=90e9 * cores,
         sram_bytes=sram_mib * _MIB,

@@ -20,8 +20,8 @@ import torch
 
 from mpoe_kernels.planner.hardware import ByDtype, Hardware
 
-VERSION = 2
-_SCALARS = ("bandwidth", "cache_bandwidth")
+VERSION = 3
+_SCALARS = ("bandwidth", "new_memory_bandwidth", "cache_bandwidth")
 _BY_DTYPE = ("flops", "half_size", "call_seconds")
 
 
@@ -105,17 +105,20 @@ def calibrated(hardware: Hardware, device: str, threads: int) -> Hardware:
 
 
 def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
-    return replace(
+    found = replace(
         hardware,
         peak_flops=ByDtype(**entry["flops"]),
         gemm_fraction=ByDtype(1.0, 1.0, 1.0, 1.0),
         tf32_flops=0.0,  # float32 was measured with or without it
         half_size=ByDtype(**entry["half_size"]),
-        # One launch on a GPU serves all experts: what a call of its own costs is no part of the model there.
-        call_seconds=ByDtype(**entry["call_seconds"]) if hardware.kind == "cpu" else hardware.call_seconds,
+        call_seconds=ByDtype(**entry["call_seconds"]),
         **{name: entry[name] for name in _SCALARS},
         note=f"measured on this machine; sizes from {hardware.note}",
     )
+    if hardware.kind == "cpu":
+        return found
+    # One launch on a GPU serves all experts, and PyTorch keeps its memory: neither is part of the model there.
+    return replace(found, call_seconds=hardware.call_seconds, new_memory_bandwidth=hardware.new_memory_bandwidth)
 
 
 def write(path: Path, devices: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def entry() -> dict:
     rates = {"float64": 1e10, "float32": 2e10, "bfloat16": 3e10, "float16": 4e10}
     sizes = dict.fromkeys(rates, 5.0)
     calls = dict.fromkeys(rates, 8e-7)
-    return {"flops": rates, "half_size": sizes, "call_seconds": calls, "bandwidth": 6e9, "cache_bandwidth": 7e10}
+    scalars = {"bandwidth": 6e9, "new_memory_bandwidth": 2e9, "cache_bandwidth": 7e10}
+    return {"flops": rates, "half_size": sizes, "call_seconds": calls, **scalars}
 
 
 def write(content: object) -> Path:
@@ -126,8 +127,8 @@ def test_calibration_is_kept_and_used(cache_home: Path) -> None:
     ("content", "message"),
     [
         ("{ not json", "Expecting property name"),
-        ("[]", "it is not version 2 of the format"),
-        ({"version": 99}, "it is not version 2 of the format"),
+        ("[]", "it is not version 3 of the format"),
+        ({"version": 99}, "it is not version 3 of the format"),
         (current_file(machine="another"), r"it was measured on another machine \('another'\)"),
         (current_file(devices=[]), "it holds no devices"),
         (current_file(devices={"cpu x 1": 3}), "an entry is no object"),
@@ -185,7 +186,7 @@ def test_calibrate_measures_and_keeps(cache_home: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(module, "_seconds", fake_seconds)
     found = calibrate()
-    assert len(timed) == 14  # three GEMMs for each dtype, two copies
+    assert len(timed) == 15  # three GEMMs for each dtype, two copies, new memory
     assert found == hardware_of("cpu")
     assert found.flops_per_second(torch.float32) == pytest.approx(2 * 512 * 3072 * 768 / 1e-3)
     rate = found.flops_per_second(torch.float32)

@@ -1,60 +1,137 @@
-"""What the eager kernels can compute, and how long they are predicted to take.
+"""How long the eager kernels are predicted to take.
 
 The planner's time of every step, and what the kernels do besides: Python around every GEMM, copies that bring tensors
-into the order that the next GEMM wants, and slabs.
+into the order that the next GEMM wants, and the first use of memory that the allocator has to get from the system.
 """
 
 from __future__ import annotations
 
-from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
-from mpoe_kernels.planner import Contraction, Hardware, hardware_here
-from mpoe_kernels.planner.orders import applications
+import math
 
-IMPLEMENTED = ("rebuild", "half_left", "half_right", "chain", "separable")
+from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
+from mpoe_kernels.backends.eager.rows import AXES, HALF_SHARE, ROWS_OUT, STATE_BYTES, row_steps
+from mpoe_kernels.planner import Contraction, Hardware, hardware_here
+from mpoe_kernels.planner.orders import INDICES, applications, program
 
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
 CALL_SECONDS = 4e-6
 OP_SECONDS = 50e-6
-# Of the memory bandwidth, what a copy reaches whose runs are a few elements long.
-PERMUTED = 0.3
+# A copy in runs shorter than a cache line reaches this part of the memory bandwidth.
+LINE_BYTES = 64
+SHORT_RUNS = 0.3
+# Smaller tensors get memory that was used before.
+REUSED_BYTES = 1 << 20
+# Steps of all experts of a chunk in one GEMM, besides those of the central block alone.
+_TOGETHER = {"half_left": ("LC = L C", "d L", "d C"), "half_right": ("CR = C R", "d R")}
+
+Axes = tuple[str, ...]
 
 
-def contraction_reasons(plan: Contraction) -> list[str]:
-    """Why the eager kernels cannot compute a contraction."""
-    if plan.strategy not in IMPLEMENTED:
-        return [f"it has no kernel for the strategy {plan.strategy!r}"]
-    return []
+class _Traffic:
+    """Adds up bytes that copies read and write, those in short runs by what they cost, and bytes of new memory.
+
+    Args:
+        chunks: a tensor of the whole call is allocated in so many pieces.
+    """
+
+    def __init__(self, plan: Contraction, chunks: int) -> None:
+        self.dims, self.itemsize, self.chunks = plan.dims, plan.dtype.itemsize, chunks
+        self.copied = self.new = 0.0
+
+    def allocate(self, elements: float) -> None:
+        size = elements * self.itemsize
+        self.new += size if size >= REUSED_BYTES * self.chunks else 0
+
+    def copy(self, elements: float, before: Axes, after: Axes, into_new: bool = True) -> None:
+        """From one order of axes to another; nothing where they lie alike."""
+        first, second = ([axis for axis in axes if getattr(self.dims, axis) > 1] for axes in (before, after))
+        if first == second:
+            return
+        run = self.itemsize
+        while first[-1] == second[-1]:
+            run *= getattr(self.dims, first.pop())
+            second.pop()
+        self.copied += 2 * elements * self.itemsize / (SHORT_RUNS if run < LINE_BYTES else 1.0)
+        if into_new:
+            self.allocate(elements)
 
 
-def _slabs(plan: Contraction) -> int:
-    """Slabs of a rebuilt weight, see `rebuild`."""
-    least = -(-plan.dims.weight_elements * plan.dtype.itemsize // SLAB_BYTES)
-    return min(plan.dims.iL, max(4, least))
+def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
+    """GEMM calls and traffic: every weight, and its gradient, goes from one order to the other in slabs."""
+    dims, traffic = plan.dims, _Traffic(plan, chunks=1)
+    for _ in range(1 if plan.phase == "forward" else 2):
+        elements = dims.weight_elements * plan.busy_experts
+        orders = ("iL", "jL", "iC", "jC", "iR", "jR"), ("iL", "iC", "iR", "jL", "jC", "jR")
+        traffic.copy(elements, *orders, into_new=False)
+    traffic.allocate(plan.temporary_bytes / plan.dtype.itemsize)
+    slabs = min(dims.iL, max(4, math.ceil(dims.weight_elements * plan.dtype.itemsize / SLAB_BYTES)))
+    # What meets the rows is one GEMM, what meets the blocks one for each slab.
+    return sum(
+        s.batch * (slabs if s.name in ("W = LC R", "W = L CR", "d LC", "d R") else 1) for s in plan.steps
+    ), traffic
 
 
-def _copied_elements(plan: Contraction) -> int:
-    """Elements that copies with short runs read and write."""
-    dims, times = plan.dims, 1 if plan.phase == "forward" else 2
-    if plan.strategy == "rebuild":  # from the blocks' order to the weight's, and back for its gradient
-        return 0 if dims.is_separable else times * dims.weight_elements * plan.busy_experts
-    # The rows that meet an operand, and their gradients; those between a separable shape's steps lie as they should.
-    steps = applications(dims, plan.order)[: 1 if plan.strategy == "separable" else None]
-    return times * plan.slots * sum(step.before for step in steps)
+def _chunks(plan: Contraction) -> int:
+    """Groups of experts that the rows strategies work on one after the other."""
+    dims, experts, slots = plan.dims, plan.busy_experts, plan.slots
+    merges, order = program(dims, plan.strategy)
+    if merges:
+        half = dims.elements(INDICES[merges[0][0]])
+        experts = min(experts, max(1, int(HALF_SHARE * dims.weight_elements / half)))
+    if plan.strategy != "separable":
+        widest = max(step.after for step in applications(dims, order))
+        slots = min(slots, max(1, STATE_BYTES // (widest * plan.dtype.itemsize)))
+    return min(plan.busy_experts, max(math.ceil(plan.busy_experts / experts), math.ceil(plan.slots / slots)))
 
 
-def _calls(plan: Contraction) -> int:
-    """GEMMs."""
-    slabs = _slabs(plan) if plan.strategy == "rebuild" else 1
-    return sum(step.batch * (slabs if "W" in step.name else 1) for step in plan.steps)
+def _rows(plan: Contraction) -> tuple[int, _Traffic]:
+    """GEMM calls and traffic: states and operands are copied where a GEMM's contracted axes do not lie together."""
+    dims, chunks, backward = plan.dims, _chunks(plan), plan.phase == "backward"
+    traffic = _Traffic(plan, chunks)
+    separable = plan.strategy == "separable"
+    steps = list(zip(row_steps(plan.order), applications(dims, plan.order), strict=True))
+    traffic.allocate(plan.slots * dims.in_features)  # gathered
+    for k, (step, sizes) in enumerate(steps):
+        is_last = k == len(steps) - 1
+        before, after = plan.slots * sizes.before, plan.slots * sizes.after
+        operand = dims.elements(INDICES[step.operand]) * (chunks if step.operand == "C" else plan.busy_experts)
+        matrix = step.met + step.new
+        if len(step.operand) > 1:
+            traffic.allocate(operand)
+        if not (backward and is_last and separable):  # whose last state was saved
+            traffic.copy(before, step.before, step.rest + step.met)
+        # Forward; backward, the gradient of the state, and all states but the last again.
+        for _ in range(1 if not backward or is_last else 2):
+            traffic.copy(operand, AXES[step.operand], matrix)
+        if not is_last:
+            traffic.allocate(after)
+        if backward:
+            traffic.allocate(before)
+            traffic.copy(before, step.rest + step.met, step.before)
+            traffic.allocate(operand)
+            traffic.copy(operand, matrix, AXES[step.operand])
+    last = steps[-1][0].after
+    if not separable:
+        traffic.allocate(plan.slots * steps[-1][1].after)
+    traffic.copy(plan.slots * dims.out_features, last, ROWS_OUT, into_new=backward)
+    together = _TOGETHER.get(plan.strategy, ())
+    return sum(chunks if s.kind == "gemm" or s.name in together else s.batch for s in plan.steps), traffic
 
 
 def _seconds(plan: Contraction, hardware: Hardware) -> float:
-    calls = _calls(plan)
+    if not plan.steps:
+        return OP_SECONDS
+    calls, traffic = (_rebuild if plan.strategy == "rebuild" else _rows)(plan)
     # Every GEMM is a call, or a launch, of its own.
     each = hardware.call_seconds.of(plan.dtype) if hardware.kind == "cpu" else hardware.launch_seconds
-    overhead = OP_SECONDS + calls * CALL_SECONDS + max(0, calls - plan.calls) * each
-    copied = 2 * _copied_elements(plan) * plan.dtype.itemsize
-    return plan.seconds(hardware) + overhead + copied / (PERMUTED * hardware.bandwidth)
+    overhead = OP_SECONDS + calls * CALL_SECONDS + (calls - plan.calls) * each
+    memory = traffic.copied / hardware.bandwidth + traffic.new / hardware.new_memory_bandwidth
+    return plan.seconds(hardware) + overhead + memory
+
+
+def contraction_reasons(_: Contraction) -> list[str]:
+    """Why the eager kernels cannot compute a contraction: they compute every one."""
+    return []
 
 
 def predicted_seconds(plan: Contraction) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpoe_bench.machine import title_of
 from mpoe_bench.targets import best_row
+from mpoe_kernels.testing.cases import workload_shape
 
 # Told apart by colour-blind readers too (Okabe and Ito), and by marker.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
@@ -244,16 +245,18 @@ def _planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any])
 
 
 def _bonds(sections: Sequence[Mapping[str, Any]], phase: str) -> Series:
-    """x dense of the paper's shape against its bond, one line per section."""
+    """x dense of the paper's shape against its largest bond, one line per case."""
     series: Series = {}
     for section in sections:
-        points = []
+        case, points = section["case"], []
         for shape in {row["shape"] for row in section["rows"] if str(row.get("shape")).startswith("paper_")}:
-            row, bond = best_row(section["rows"], shape, phase), shape.removeprefix("paper_")
-            if row is not None and bond.isdigit():
+            row = best_row(section["rows"], shape, phase)
+            if row is not None:
+                bond = max(workload_shape(shape, case["model"], case["hidden"]).bond_dims)
                 points.append((float(bond), row[phase]["x"], row[phase]["low"], row[phase]["high"]))
-        if len(points) > 1:
-            series[section["title"].removeprefix("FFN ")] = sorted(points)
+        name = section["title"].removeprefix("FFN ")
+        if len(points) > max(1, len(series.get(name, ()))):
+            series[name] = sorted(points)
     return series
 
 
@@ -284,7 +287,11 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
         if bonds:
             caption = f"x dense against the bond, the paper's shape, {what}"
             name = f"bonds_{phase}"
-            add(name, caption, lambda f, s=bonds, c=caption, p=phase: _curves(f, s, "bond dimension", c, p, machine))
+            add(
+                name,
+                caption,
+                lambda f, s=bonds, c=caption, p=phase: _curves(f, s, "largest bond (rightmost: full)", c, p, machine),
+            )
     for section in _largest([s for s in mains if s["case"]["train"]], 1):
         add("memory", f"memory, {section['title']}", lambda f, s=section: _memory(f, s, machine))
     if mains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def switch_sparse_mlp(problem: Problem) -> Contender:
         expert_capacity=case.tokens,
     )
     with torch.device("meta"):
-        layer = modeling.SwitchTransformersSparseMLP(config)
+        layer: Any = modeling.SwitchTransformersSparseMLP(config)
     layer.router = _FixedRouter(batch.index, batch.gates, case.experts)
     up, down = problem.dense_experts
     experts = [layer.experts[f"expert_{e}"] for e in range(case.experts)]

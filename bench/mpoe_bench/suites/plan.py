@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from mpoe_bench.problem import FFNCase
-from mpoe_bench.section import Setup, run_section
+from mpoe_bench.section import Comparison, Setup, run_section
 from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
 from mpoe_bench.suites.ffn import ffn_section
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
@@ -110,7 +111,7 @@ def _planner(scale: Scale, setup: Setup, backend: str, quick: bool = False) -> S
     if quick and scale.judged:
         cases = tuple(cases[k] for k in QUICK_JUDGED)
     short = replace(setup, budget=replace(setup.budget, seconds_each=setup.budget.seconds_each / 3, max_rounds=9))
-    return lambda: planner_section(cases, short, backend)
+    return partial(planner_section, cases, short, backend)
 
 
 def _cases(scale: Scale, setup: Setup) -> tuple[FFNCase, FFNCase]:
@@ -130,7 +131,8 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     many, few = _cases(scale, setup)
     name = scale.shape
     paper = name("paper_64")
-    yield lambda: ffn_section(
+    yield partial(
+        ffn_section,
         many,
         ("separable", name("light_64"), paper, "paper_full"),
         setup,
@@ -138,14 +140,16 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
         core_peers=(("original: rebuild all", paper), ("original: rebuild all", "paper_full")),
         masked=("separable",),
     )
-    yield lambda: ffn_section(
+    yield partial(
+        ffn_section,
         replace(many, dtype=torch.bfloat16),
         ("separable", paper),
         setup,
         peers=("dense experts, loop", "dense experts, grouped_mm"),
         core_peers=(("original: rebuild all", paper),),
     )
-    yield lambda: ffn_section(
+    yield partial(
+        ffn_section,
         few,
         ("separable", name("paper_64"), name("paper_32"), "paper_16"),
         setup,
@@ -153,7 +157,8 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
         core_peers=(("original: rebuild all", "paper_16"),),
     )
     tensors = replace(few, experts=scale.few_experts, tokens=4 * scale.few_tokens)
-    yield lambda: ffn_section(
+    yield partial(
+        ffn_section,
         tensors,
         ("paper_16",),
         setup,
@@ -171,7 +176,7 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield from _ops(scale, setup, ("separable", paper))
     yield _train_step(scale, setup, ("separable",))
     yield _weights(scale, setup, (scale.few_experts,))
-    yield lambda: decomposition_section(("separable", "paper_full"), (scale.model, scale.hidden), setup)
+    yield partial(decomposition_section, ("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
 
@@ -183,8 +188,9 @@ def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
     shapes = ("separable", name("light_64"), name("paper_64"), "paper_full")
     original = tuple(("original: rebuild all", shape) for shape in (name("paper_64"), "paper_full"))
     for dtype in (torch.float32, torch.bfloat16):
-        yield lambda d=dtype: ffn_section(
-            replace(many, dtype=d),
+        yield partial(
+            ffn_section,
+            replace(many, dtype=dtype),
             shapes,
             setup,
             peers=("dense experts, loop",),
@@ -192,9 +198,10 @@ def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
             masked=("separable", name("paper_64"), "paper_full"),
         )
         idle = replace(many, experts=scale.many_experts, dtype=dtype)
-        yield lambda c=idle: ffn_section(c, ("separable",), setup)
-        yield lambda d=dtype: ffn_section(
-            replace(few, dtype=d),
+        yield partial(ffn_section, idle, ("separable",), setup)
+        yield partial(
+            ffn_section,
+            replace(few, dtype=dtype),
             ("separable", name("paper_64"), name("paper_32"), "paper_16"),
             setup,
             peers=("dense experts, loop",),
@@ -205,36 +212,36 @@ def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
 def _weights(scale: Scale, setup: Setup, experts: tuple[int, ...]) -> Section:
     shapes = ("separable", scale.shape("light_64"), scale.shape("paper_64"), "paper_full")
     sizes = (scale.model, scale.hidden)
-    return lambda: temporary_weights_section(shapes, sizes, experts, scale.many_tokens, setup)
+    return partial(temporary_weights_section, shapes, sizes, experts, scale.many_tokens, setup)
 
 
 def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
     for tokens in (1, 8):
         case = replace(_cases(scale, setup)[1], experts=scale.few_experts, tokens=tokens)
-        yield lambda case=case: ffn_section(case, shapes, setup, peers=("dense experts, loop",), key="decode")
+        yield partial(ffn_section, case, shapes, setup, peers=("dense experts, loop",), key="decode")
+
+
+def _compare(setup: Setup, make: Callable[..., Comparison], *arguments: Any) -> Section:
+    """A section whose tensors are made when it runs."""
+    return lambda: run_section(make(*arguments), setup)
 
 
 def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
     sizes = (scale.model, scale.hidden)
     tokens = scale.many_tokens // 4
     for experts in (1, scale.few_experts):
-        yield lambda experts=experts: run_section(
-            linear_comparison(shapes, sizes, experts, tokens, torch.float32, setup.device, setup.backends), setup
-        )
+        where = (setup.device, setup.backends)
+        yield _compare(setup, linear_comparison, shapes, sizes, experts, tokens, torch.float32, *where)
     for top_k in (1, 2):
-        yield lambda k=top_k: run_section(
-            routing_comparison(scale.model, scale.few_experts, scale.many_tokens, k, setup.device), setup
-        )
-    yield lambda: run_section(
-        embedding_comparison(scale.vocabulary, scale.model, (64, 16), tokens, setup.device, setup.backends), setup
-    )
+        few = (scale.model, scale.few_experts, scale.many_tokens, top_k)
+        yield _compare(setup, routing_comparison, *few, setup.device)
+    table = (scale.vocabulary, scale.model, (64, 16), tokens)
+    yield _compare(setup, embedding_comparison, *table, setup.device, setup.backends)
 
 
 def _train_step(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Section:
     sizes = (scale.model, scale.hidden)
-    return lambda: run_section(
-        train_step_comparison(shapes, sizes, scale.few_experts, scale.step_tokens, setup.device), setup
-    )
+    return _compare(setup, train_step_comparison, shapes, sizes, scale.few_experts, scale.step_tokens, setup.device)
 
 
 def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
@@ -246,26 +253,31 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     original = tuple(("original: rebuild all", shape) for shape in (paper, "paper_full"))
     for dtype in (torch.float32, torch.bfloat16):
         masked = ("separable", paper, "paper_full") if dtype == torch.float32 else ()
-        yield lambda d=dtype, m=masked: ffn_section(
-            replace(many, dtype=d), shapes, setup, peers=_peers(setup), core_peers=original, masked=m
+        yield partial(
+            ffn_section,
+            replace(many, dtype=dtype),
+            shapes,
+            setup,
+            peers=_peers(setup),
+            core_peers=original,
+            masked=masked,
         )
-        yield lambda d=dtype: ffn_section(
-            replace(few, dtype=d), shapes, setup, peers=_peers(setup), core_peers=original
-        )
+        yield partial(ffn_section, replace(few, dtype=dtype), shapes, setup, peers=_peers(setup), core_peers=original)
     tokens = sorted({1, 8, scale.few_tokens, scale.many_tokens // 4, scale.many_tokens})
     tokens += [4096, 32768] if setup.device == "cuda" else []
     curve = ("separable", name("light_64"), "paper_full", paper, "paper_16")
     for experts in (scale.few_experts, 2 * scale.few_experts, scale.many_experts):
         for count in tokens:
             case = replace(many, experts=experts, tokens=count)
-            yield lambda c=case: ffn_section(c, curve, setup, peers=(*loop, "dense experts, grouped_mm"))
+            yield partial(ffn_section, case, curve, setup, peers=(*loop, "dense experts, grouped_mm"))
     for load in WORKLOAD_LOADS[1:]:
-        yield lambda n=load: ffn_section(replace(many, load=n), ("separable", paper), setup, peers=_peers(setup))
+        yield partial(ffn_section, replace(many, load=load), ("separable", paper), setup, peers=_peers(setup))
     sizes = WORKLOAD_SIZES[1] if scale.judged else (64, 128)
     large = replace(many, model=sizes[0], hidden=sizes[1])
-    yield lambda: ffn_section(large, ("separable", name("light_64"), paper, "paper_full"), setup, peers=loop)
+    yield partial(ffn_section, large, ("separable", name("light_64"), paper, "paper_full"), setup, peers=loop)
     tensors = replace(many, tokens=4 * scale.few_tokens)
-    yield lambda: ffn_section(
+    yield partial(
+        ffn_section,
         tensors,
         (paper, "paper_16"),
         setup,
@@ -285,9 +297,9 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     sizes = (scale.model, scale.hidden)
     yield _train_step(scale, setup, ("separable", "light", "paper"))
     yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
-    yield lambda: decomposition_section(("separable", name("light_64"), paper, "paper_full"), sizes, setup)
+    yield partial(decomposition_section, ("separable", name("light_64"), paper, "paper_full"), sizes, setup)
     if scale.judged:
-        yield lambda: t5_base_section(("separable", "light", "paper"), setup)
+        yield partial(t5_base_section, ("separable", "light", "paper"), setup)
     if setup.device == "cpu":
         for backend in judged_backends(setup):
             yield _planner(scale, setup, backend)

@@ -15,6 +15,7 @@ from mpoe_kernels.testing.cases import workload_shape
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 PLOTTED_PEERS = ("dense experts, loop", "dense experts, grouped_mm")
+FLOOR_NOTE = "FLOP floor of the plan"
 Series = dict[str, list[tuple[float, float, float, float]]]  # name -> (abscissa, x, low, high)
 
 
@@ -119,27 +120,27 @@ def _bars(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) ->
 
     def paint(axes: Any) -> None:
         phases = [p for p in ("forward", "train") if any(row.get(p) for row in rows)]
-        height = 0.8 / len(phases)
+        height, noted = 0.8 / len(phases), False
         for k, phase in enumerate(phases):
             label = {"forward": "forward", "train": "forward + backward"}[phase]
             for index, row in enumerate(rows):
                 if row.get(phase):
                     timing, at = row[phase], index + (k - (len(phases) - 1) / 2) * height
+                    floor = (row.get("floor") or {}).get(phase) or 0.0
                     axes.barh(at, timing["x"], height, color=COLOURS[k], label=label if index == 0 else None)
                     axes.plot([timing["low"], timing["high"]], [at, at], color="#222222", linewidth=1.2)
                     axes.annotate(
                         f"{timing['x']:.3g}",
-                        (max(timing["x"], timing["high"]), at),
+                        (max(timing["high"], floor), at),
                         xytext=(3, 0),
                         textcoords="offset points",
                         va="center",
                         fontsize=7,
                     )
-                floor = (row.get("floor") or {}).get(phase)
-                if floor:
-                    at = index + (k - (len(phases) - 1) / 2) * height
-                    note = "FLOP floor of the plan" if index == 0 and k == 0 else None
-                    axes.plot([floor] * 2, [at - height / 2, at + height / 2], color=COLOURS[3], lw=2, label=note)
+                    if floor:
+                        ends = [at - height / 2, at + height / 2]
+                        axes.plot([floor] * 2, ends, color=COLOURS[3], lw=2, label=None if noted else FLOOR_NOTE)
+                        noted = True
         values = [row[p]["high"] for row in rows for p in phases if row.get(p)]
         if max(values) > 12:
             axes.set_xscale("log")
@@ -232,7 +233,8 @@ def _planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any])
         for index, row in enumerate(rows):
             text = f"{row['ratio']:.2f}   {' / '.join(row['chosen'].values())}"
             text += f";  best: {' / '.join(row['best'].values())}" if missed[index] else ""
-            axes.annotate(text, (ratios[index], index), (4, 0), textcoords="offset points", va="center", fontsize=7)
+            at = (max(ratios[index], section["tolerance"]), index)
+            axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7)
         axes.axvline(section["tolerance"], color="#444444", linestyle="--", linewidth=1.0)
         axes.set_xlim(0, max(*ratios, section["tolerance"]) * 2.4)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpoe.layers import MPOExperts
 from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import Contender, grad_of
-from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe
+from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe, without_kinks
 from mpoe_bench.section import Build
 from mpoe_kernels import route
 from mpoe_kernels.testing.assertions import relative_error
@@ -39,6 +39,9 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
     up = (torch.randn(case.hidden, case.model) / case.model**0.5).to(case.device, case.dtype)
     down = (torch.randn(case.model, case.hidden) / case.hidden**0.5).to(case.device, case.dtype)
     leaves = [t.requires_grad_(case.train) for t in (up, down)]
+    z = batch.x.detach().double().cpu() @ up.detach().double().cpu().T
+    grad_y = without_kinks(batch.grad_y, z) if case.train else None
+    del z
 
     def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.relu(nn.functional.linear(x, up)), down)
@@ -46,9 +49,9 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
         tensors = [t.detach().cpu().to(dtype).requires_grad_(case.train) for t in (batch.x, up, down)]
         y = ffn(*tensors)
-        if not case.train:
+        if grad_y is None:
             return {"y": y}
-        y.backward(batch.grad_y.cpu().to(dtype))
+        y.backward(grad_y.cpu().to(dtype))
         x_grad, up_grad, down_grad = (grad_of(t) for t in tensors)
         d_up, d_down = up_grad.T @ probe(case.hidden, dtype), down_grad.T @ probe(case.model, dtype)
         return {"y": y.detach(), "dx": x_grad, "d_up_probe": d_up, "d_down_probe": d_down}
@@ -66,7 +69,7 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
         LIMIT,
         "limit",
         lambda: ffn(batch.x, up, down),
-        batch.grad_y if case.train else None,
+        grad_y,
         (batch.x, *leaves),
         gradients,
         size_facts(up.numel() + down.numel(), case.dtype),
@@ -101,7 +104,7 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
         name,
         "mpoe",
         lambda: layer(batch.x, route(batch.index, case.experts), batch.gates),
-        batch.grad_y if case.train else None,
+        problem.grad_y,
         (batch.x, *layer.parameters()),
         gradients,
         facts,

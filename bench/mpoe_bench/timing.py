@@ -27,7 +27,7 @@ class Budget:
     Attributes:
         seconds_each: seconds spent on one function in one phase, more or less.
         sample_seconds: shortest sample; quicker functions are called several times per sample.
-        min_rounds: rounds of a function whose single sample fits `seconds_each`; slower ones get one round.
+        min_rounds: fewest rounds; of slow functions as many as fit three times `seconds_each`, at least one.
         max_rounds: most rounds.
     """
 
@@ -135,7 +135,7 @@ def _plan(seconds: Mapping[str, float], budget: Budget) -> tuple[dict[str, int],
         once = max(once, 1e-9)
         repeats[name] = max(1, min(2000, math.ceil(budget.sample_seconds / once)))
         sample = repeats[name] * once
-        least = budget.min_rounds if sample <= budget.seconds_each else 1
+        least = max(1, min(budget.min_rounds, int(3 * budget.seconds_each / sample)))
         rounds[name] = max(least, min(budget.max_rounds, int(budget.seconds_each / sample)))
     return repeats, rounds
 

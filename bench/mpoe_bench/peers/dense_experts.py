@@ -31,7 +31,7 @@ def dense_contender(problem: Problem, function: Callable[[Tensor, Tensor, Tensor
         "dense experts",
         "peer",
         lambda: function(batch.x, up, down),
-        batch.grad_y if case.train else None,
+        problem.grad_y,
         (batch.x, up, down),
         gradients,
         size_facts(up.numel() + down.numel(), case.dtype),
@@ -45,19 +45,35 @@ def probe_experts(grad: Tensor) -> Tensor:
 
 
 def loop(problem: Problem) -> Contender:
-    """What Switch implementations do: for each expert, gather its tokens, run its FFN, scatter the result."""
-    index, gates = problem.batch.index[:, 0], problem.batch.gates
+    """What Switch implementations do: for each expert, gather its tokens, run its FFN, scatter the result.
 
-    def function(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    Every expert's weights are tensors of their own, as in a module list, so that a backward pass touches only them.
+    """
+    case, batch = problem.case, problem.batch
+    index, gates = batch.index[:, 0], batch.gates
+    ups, downs = ([w.requires_grad_(case.train) for w in t.detach().unbind(0)] for t in problem.dense_experts)
+
+    def function() -> Tensor:
+        x = batch.x
         y = torch.zeros_like(x)
-        for e in range(up.shape[0]):
+        for e, (up, down) in enumerate(zip(ups, downs, strict=True)):
             rows = (index == e).nonzero()[:, 0]
             if rows.numel():
-                y_e = F.linear(F.relu(F.linear(x[rows], up[e])), down[e])
+                y_e = F.linear(F.relu(F.linear(x[rows], up)), down)
                 y = y.index_add(0, rows, (y_e * gates[rows]).to(x.dtype))
         return y
 
-    return dense_contender(problem, function)
+    def gradients() -> Mapping[str, Tensor]:
+        return {
+            "dx": grad_of(batch.x),
+            "d_up_probe": torch.cat([probe_experts(grad_of(w)[None]) for w in ups]),
+            "d_down_probe": torch.cat([probe_experts(grad_of(w)[None]) for w in downs]),
+        }
+
+    parameters = sum(w.numel() for w in (*ups, *downs))
+    facts = size_facts(parameters, case.dtype)
+    leaves = (batch.x, *ups, *downs)
+    return Contender("dense experts, loop", "peer", function, problem.grad_y, leaves, gradients, facts)
 
 
 def sorted_tokens(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

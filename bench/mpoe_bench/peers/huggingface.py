@@ -63,7 +63,7 @@ def switch_sparse_mlp(problem: Problem) -> Contender:
         "transformers Switch",
         "peer",
         lambda: layer(batch.x[None])[0],
-        batch.grad_y if case.train else None,
+        problem.grad_y,
         (batch.x, *layer.parameters()),
         gradients,
         size_facts(up.numel() + down.numel(), case.dtype),

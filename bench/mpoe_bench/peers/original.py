@@ -38,6 +38,12 @@ def one_chain(cores: Sequence[Tensor], central: int, expert: int) -> list[Tensor
     return [core if k == central else core[expert] for k, core in enumerate(cores)]
 
 
+def chains(cores: Sequence[Tensor], central: int, experts: int) -> list[list[Tensor]]:
+    """`one_chain` of every expert; the backward pass gathers the gradients of all experts once."""
+    apart = [[core] * experts if k == central else core.unbind(0) for k, core in enumerate(cores)]
+    return [list(chain) for chain in zip(*apart, strict=True)]
+
+
 def rebuild(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
     """The weight ``[I, F]`` of one chain."""
     product = cores[0]
@@ -57,12 +63,11 @@ def rebuild_all(problem: Problem) -> Contender:
 
     def function() -> Tensor:
         x = batch.x
+        ups = chains(leaves["up"], problem.up_shape.central, case.experts)
+        downs = chains(leaves["down"], problem.down_shape.central, case.experts)
         weights = [
-            (
-                rebuild(one_chain(leaves["up"], problem.up_shape.central, e), problem.up_shape),
-                rebuild(one_chain(leaves["down"], problem.down_shape.central, e), problem.down_shape),
-            )
-            for e in range(case.experts)
+            (rebuild(up, problem.up_shape), rebuild(down, problem.down_shape))
+            for up, down in zip(ups, downs, strict=True)
         ]
         y = torch.zeros_like(x)
         for e, (up, down) in enumerate(weights):
@@ -76,7 +81,7 @@ def rebuild_all(problem: Problem) -> Contender:
         "original: rebuild all",
         "peer",
         function,
-        batch.grad_y if case.train else None,
+        problem.grad_y,
         (batch.x, *leaves["up"], *leaves["down"]),
         lambda: core_gradients(problem, leaves),
         {"shape": problem.shape_name} | size_facts(problem.parameters(), case.dtype),

@@ -160,8 +160,9 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield partial(
         ffn_section,
         tensors,
-        ("paper_16",),
+        ("separable", "paper_16"),
         setup,
+        peers=("dense experts, loop",),
         core_peers=tuple(
             (peer, "paper_16")
             for peer in (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import grad_of
-from mpoe_bench.section import Setup
+from mpoe_bench.section import NOT_HERE, Setup
 from mpoe_bench.timing import interleave
 from mpoe_kernels import BackendError, MPOBlocks, available_backends, grouped_mpo_linear, route
 from mpoe_kernels.backends.registry import AUTO
@@ -89,7 +89,12 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
     y is compared as it is. y is linear in x and in every block, so by Euler's theorem each gradient's inner product
     with its own tensor is ``<grad_y, y>``: that checks all four without a second reference.
     """
-    y = call.train(backend, strategy) if call.training else call.forward(backend, strategy)
+    try:
+        y = call.train(backend, strategy) if call.training else call.forward(backend, strategy)
+    except BackendError:
+        raise  # it has no kernel for this: the caller decides what that means
+    except Exception as error:  # whatever it is, the other candidates are measured and the report says how
+        return [f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
     allowed = min(ERROR_UNITS * torch.finfo(y.dtype).eps, LARGEST_ERROR)
     error = relative_error(y, exact)
     found = [] if error <= allowed else [f"error of y is {error:.1e}, allowed {allowed:.1e}"]
@@ -158,7 +163,7 @@ def judge(case: Workload, setup: Setup, backend: str = AUTO) -> dict[str, Any]:
     row: dict[str, Any] = {"name": case.name, "chosen": describe_choice(found), "faults": {}}
     faults = _faults(call, exact, backend, AUTO)
     if faults:
-        return row | {"ratio": None, "reason": f"wrong result, not timed: {'; '.join(faults)}"}
+        return row | {"ratio": None, "reason": f"not timed: {'; '.join(faults)}"}
     rivals = available_backends() if backend == AUTO else (backend,)
     names = dict.fromkeys(strategy for phase in timed.values() for strategy in phase)
     choices, row["faults"] = _choices(call, exact, names, rivals)
@@ -199,7 +204,11 @@ def planner_section(cases: Iterable[Workload], setup: Setup, backend: str = AUTO
     rows = []
     for case in cases:
         setup.log(f"judging the planner: {case.name}")
-        rows.append(judge(case, setup, backend))
+        try:
+            rows.append(judge(case, setup, backend))
+        except BackendError as error:
+            missing = {"chosen": {}, "faults": {}, "ratio": None, "reason": f"{NOT_HERE}: {error}"}
+            rows.append({"name": case.name, **missing})
     whose = "planner's choice" if backend == AUTO else f"planner's choice on {backend}"
     return {
         "key": "planner",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def temporary_weights_section(
                     for phase, (found, owner) in chosen.items():
                         memory, moved = _measure(shape, count, owner, found.strategy, phase, setup.device)
                         row["alive"][phase] = max(memory.temporary - moved, 0) / weight
-                        row["memory"][phase] = {"temporary": memory.temporary, "rows": moved}
+                        row["memory"][phase] = {"temporary": memory.temporary, "rows": moved, **asdict(memory)}
                         row["strategies"][phase] = f"{found.strategy} [{owner}]"
                 except BackendError as error:
                     row["reason"] = f"{NOT_HERE}: {error}"

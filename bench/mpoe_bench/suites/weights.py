@@ -79,6 +79,8 @@ def temporary_weights_section(
                         row["strategies"][phase] = f"{found.strategy} [{owner}]"
                 except BackendError as error:
                     row["reason"] = f"{NOT_HERE}: {error}"
+                except Exception as error:  # the others are measured, and the report says how this one failed
+                    row["reason"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 rows.append(row)
     title = f"temporary weights, {sizes[0]}x{sizes[1]} float32: experts' weights alive at once, measured"
     case = {"tokens": tokens, "model": sizes[0], "hidden": sizes[1], "limit": MOST_EXPERTS_ALIVE}

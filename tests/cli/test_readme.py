@@ -31,10 +31,12 @@ def test_commands(cli, sentiment: Path, tmp_path: Path, monkeypatch: pytest.Monk
         if arguments[0] == "train":
             arguments[arguments.index("--max_steps") + 1] = "2"
             arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+        if arguments[0] == "bench":
+            arguments += ["--scale", "tiny"]
         answer = cli(*arguments)
         assert answer.code == 0, (arguments, answer.err)
         ran.add(arguments[0])
-    assert ran >= {"train", "evaluate", "generate", "convert", "info"}
+    assert ran >= {"train", "evaluate", "generate", "convert", "info", "plan", "bench"}
 
 
 def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

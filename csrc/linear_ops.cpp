@@ -86,6 +86,7 @@ constexpr StrategyKernels kStrategies[] = {
     {"separable", separable_forward, separable_backward},
     {"rebuild", rebuild_forward, rebuild_backward},
     {"half_left", half_left_forward, half_left_backward},
+    {"half_right", half_right_forward, half_right_backward},
 };
 
 const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {

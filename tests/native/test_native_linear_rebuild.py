@@ -1,4 +1,4 @@
-"""The strategies rebuild and half_left of the compiled kernels: blocks and chunks of every size, against float64."""
+"""The strategies of the compiled kernels for any shape: blocks and chunks of every size, against float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
-STRATEGIES = ("rebuild", "half_left")
+STRATEGIES = ("rebuild", "half_left", "half_right")
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("dx", "dleft", "dcentral", "dright", "dbias")
 # Several blocks in k and in n, with a last one that is smaller; bonds that fill no granule; both orders of half_left.

@@ -3,9 +3,10 @@
     python tools/judge_costs.py measure FILE [--only TEXT] [--backends eager,native] [--seconds .5] [--missing]
     python tools/judge_costs.py judge FILE [--only TEXT] [--backends eager]
 
-``measure`` calls the kernels themselves, forward and backward apart, interleaved on one thread, and keeps the medians
-of its CPU time in FILE (what was measured before is replaced, or with --missing left alone). ``judge`` reads them, so
-that a model can be changed and judged again in seconds. `mpoe bench` judges the same through the public ops.
+``measure`` calls the kernels themselves, forward and backward apart, interleaved, and keeps the medians in FILE (what
+was measured before is replaced, or with --missing left alone): wall time, or with --threads 1 the CPU time of the
+thread, which other processes disturb less. ``judge`` reads them, so that a model can be changed and judged again in
+seconds. `mpoe bench` judges the same through the public ops.
 """
 
 from __future__ import annotations
@@ -89,30 +90,34 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
     return calls
 
 
-def measure(file: Path, only: str, backends: list[str], strategies: list[str], seconds: float, missing: bool) -> None:
-    torch.set_num_threads(1)
+def measure(
+    file: Path, only: str, backends: list[str], strategies: list[str], seconds: float, missing: bool, stop_after: float
+) -> None:
+    start = time.perf_counter()
     kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     budget = Budget(seconds_each=seconds, min_rounds=3, max_rounds=15)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for number, case in enumerate(JUDGED_WORKLOADS):
         if only not in case.name:
             continue
         for phase, functions in calls_of(case, backends).items():
+            if time.perf_counter() - start > stop_after:
+                return
             known = kept.setdefault(case.name, {}).setdefault(phase, {})
             wanted = {
                 name: function
                 for name, function in functions.items()
                 if name.split()[0] in strategies and not (missing and name in known)
             }
-            timed = interleave(wanted, None, budget, cpu_measure(time.thread_time))
+            timed = interleave(wanted, None, budget, cpu_measure(clock))
             known |= {name: timing.seconds for name, timing in timed.items()}
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        os.replace(partial, file)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            os.replace(partial, file)
         print(f"{number + 1}/{len(JUDGED_WORKLOADS)} {case.name}", flush=True)
 
 
 def judge(file: Path, only: str, backends: list[str]) -> None:
-    torch.set_num_threads(1)
     kept = json.loads(file.read_text(encoding="utf-8"))
     within = total = 0
     for case in JUDGED_WORKLOADS:
@@ -150,11 +155,15 @@ def main() -> None:
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--missing", action="store_true", help="measure only what FILE lacks")
     parser.add_argument("--seconds", type=float, default=0.5, help="per strategy and phase")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stop_after", type=float, default=float("inf"), help="seconds; --missing goes on from there")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     backends = options.backends.split(",")
     if options.action == "measure":
         strategies = options.strategies.split(",")
-        measure(options.file, options.only, backends, strategies, options.seconds, options.missing)
+        rest = (options.seconds, options.missing, options.stop_after)
+        measure(options.file, options.only, backends, strategies, *rest)
     else:
         judge(options.file, options.only, backends)
 

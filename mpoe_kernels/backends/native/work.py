@@ -1,0 +1,247 @@
+"""What the compiled CPU kernels do for a contraction.
+
+The products of csrc/cpu/linear_*.cpp as they are cut into register tiles, and the copies between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpoe_kernels.planner import BlockDims, Contraction
+
+# csrc/cpu/gemm.h: rows of a register tile, columns of a packed panel, columns that stay together; units of k in a sum.
+TILE_ROWS, PANEL, GRANULE, LONGEST_SUM = 14, 32, 8, 256
+# csrc/cpu/linear_half.h: bytes of a half-built weight worked on at a time.
+CHUNK_BYTES = 256 * 1024
+# csrc/cpu/linear_rebuild.cpp: bytes of a slab, and its least k.
+SLAB_BYTES, INNER = 256 * 1024, 256
+# csrc/cpu/linear_half_backward.cpp: groups of experts with sums of their own.
+MOST_GROUPS = 8
+# A tile loads a row of its panel for every unit of k, which takes as long as the multiply-adds of another row.
+LOAD_ROWS = 1.0
+
+
+def round_up(count: float, step: int) -> int:
+    """The next multiple of ``step``."""
+    return math.ceil(count / step) * step
+
+
+@dataclass
+class Work:
+    """Work of one call, on all cores together.
+
+    Attributes:
+        plan: what is computed.
+        flops: of all tiles, whole panels and their loads included.
+        tiles: stored.
+        copied: elements that copies read and write.
+        summed: elements of sums over experts, in memory, that products read and write.
+    """
+
+    plan: Contraction
+    flops: float = 0.0
+    tiles: float = 0.0
+    copied: float = 0.0
+    summed: float = 0.0
+
+    @property
+    def unit(self) -> int:
+        """Elements of k that a multiply-add takes: 1 of float32, 2 of bfloat16."""
+        return 4 // self.plan.dtype.itemsize
+
+    def multiply(self, count: float, rows: float, columns: float, k: float) -> None:
+        """``count`` products [rows, k] [k, columns], the columns in packed panels."""
+        tiles, panels, units = math.ceil(rows / TILE_ROWS), math.ceil(columns / PANEL), math.ceil(k / self.unit)
+        self.flops += 2 * count * (rows + LOAD_ROWS * tiles) * panels * PANEL * units * self.unit
+        self.tiles += count * tiles * panels * math.ceil(units / LONGEST_SUM)
+
+    def copy(self, elements: float) -> None:
+        """A copy into another order."""
+        self.copied += elements
+
+    def add_to_sum(self, elements: float) -> None:
+        """A sum over experts that does not stay in a core's cache."""
+        self.summed += elements
+
+
+def _half_by_pairs(work: Work, d: BlockDims, experts: int) -> None:
+    """LC, one pair of (iC, jC) after the other; central is packed again for every expert."""
+    work.copy(experts * d.a * d.iC * d.jC * d.b)
+    work.multiply(experts * d.iC * d.jC, d.iL * d.jL, d.b, d.a)
+
+
+def _rebuild(work: Work) -> None:
+    plan, d, experts = work.plan, work.plan.dims, work.plan.busy_experts
+    m, pairs, left, right = plan.slots / experts, d.iC * d.jC, d.iL * d.jL, d.iR * d.jR
+    rows, half = plan.slots * (d.in_features + d.out_features), experts * pairs * left * d.b
+    if plan.phase == "forward":
+        _half_by_pairs(work, d, experts)
+        work.multiply(experts * pairs, left, d.iR * round_up(d.jR, GRANULE), d.b)
+        work.copy(rows)
+        work.multiply(experts, m, d.out_features, d.in_features)
+        return
+    x_needed, left_needed, central_needed, right_needed = plan.need
+    if x_needed or right_needed:
+        _half_by_pairs(work, d, experts)
+    if x_needed:
+        work.multiply(experts * pairs, left, d.jR * round_up(d.iR, GRANULE), d.b)
+        work.copy(rows)
+        work.multiply(experts, m, d.in_features, d.out_features)
+    if not any(plan.need[1:]):
+        return
+    work.copy(rows)
+    work.multiply(experts * pairs, d.iL * d.iR, d.jL * round_up(d.jR, GRANULE), m)
+    if right_needed:
+        work.copy(half + experts * pairs * left * right)
+        work.multiply(experts, d.b, right, pairs * left)
+    if left_needed or central_needed:
+        work.multiply(experts, pairs * left, d.b, right)
+    if left_needed:
+        work.copy(half)
+        work.multiply(experts * pairs, d.a, left, d.b)
+    if central_needed:
+        work.copy(half)
+        work.multiply(experts * pairs, d.a, d.b, left)
+        work.add_to_sum(experts * d.a * pairs * d.b)
+
+
+def exchanged(d: BlockDims) -> BlockDims:
+    """Rows and columns of the weight exchanged: the problem that dz meets."""
+    return BlockDims(d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features)
+
+
+def mirrored(d: BlockDims) -> BlockDims:
+    """Left and right exchanged: half_right is half_left of this."""
+    return BlockDims(d.iR, d.jR, d.b, d.iC, d.jC, d.a, d.iL, d.jL, d.in_features, d.out_features)
+
+
+def _meets_half_first(d: BlockDims) -> bool:
+    return d.half_left_order == ("LC", "R")
+
+
+def _half_rows(work: Work, d: BlockDims) -> None:
+    """LC of every expert, and rows through it and right."""
+    slots, experts, b = work.plan.slots, work.plan.busy_experts, round_up(d.b, GRANULE)
+    work.copy(d.a * d.iC * d.jC * d.b + slots * (d.in_features + d.out_features))
+    work.multiply(experts * d.iC, d.iL * d.jL, d.jC * b, d.a)
+    if _meets_half_first(d):
+        work.copy(experts * d.iL * d.jL * d.iC * d.jC * b)
+        work.multiply(experts * d.jL, slots / experts * d.iR, d.jC * b, d.iC * d.iL)
+        work.multiply(slots, d.jL * d.jC, d.jR, d.iR * b)
+    else:
+        columns = round_up(d.jR, GRANULE)
+        work.multiply(slots, d.iL * d.iC, b * columns, d.iR)
+        work.multiply(experts, d.jL * d.jC, slots / experts * columns, d.iL * d.iC * b)
+
+
+def _half(work: Work) -> None:
+    plan = work.plan
+    d = plan.dims
+    if plan.strategy == "half_right":
+        times = 1 if plan.phase == "forward" else 2
+        blocks = plan.busy_experts * (d.iL * d.jL * d.a + d.b * d.iR * d.jR) + d.a * d.iC * d.jC * d.b
+        work.copy(times * (plan.slots * (d.in_features + d.out_features) + blocks))
+        d = mirrored(d)
+    if plan.phase == "forward":
+        _half_rows(work, d)
+        return
+    x_needed, left_needed, central_needed, right_needed = plan.need
+    if plan.strategy == "half_right":
+        left_needed, right_needed = right_needed, left_needed
+    if x_needed:
+        _half_rows(work, exchanged(d))
+    if not _meets_half_first(d):
+        d = exchanged(d)
+    experts, b = plan.busy_experts, round_up(d.b, GRANULE)
+    inner, m = d.iC * d.jC * b, plan.slots / experts
+    if right_needed:
+        work.multiply(experts * d.iC, d.iL * d.jL, d.jC * b, d.a)
+        work.copy(experts * d.iL * d.jL * inner + plan.slots * d.in_features)
+        work.multiply(experts * d.jL, m * d.iR, d.jC * b, d.iC * d.iL)
+        work.copy(plan.slots * d.jL * d.jC * (d.iR * b + d.jR))
+        work.multiply(experts, d.iR * b, d.jR, m * d.jL * d.jC)
+    if left_needed or central_needed:
+        work.copy(plan.slots * (d.in_features + d.out_features))
+        work.multiply(plan.slots, d.jL * d.jC, b * d.iR, d.jR)
+        work.multiply(experts * d.jL, d.iC * d.iL, d.jC * b, m * d.iR)
+        work.copy(experts * d.iL * d.jL * inner)
+    if left_needed:
+        work.multiply(experts * d.jL, d.iL, d.a, inner)
+    if central_needed:
+        chunk = min(d.jL, max(1, CHUNK_BYTES // (d.iL * inner * plan.dtype.itemsize)))
+        passes = math.ceil(d.jL / chunk)
+        work.copy(experts * d.iL * d.jL * inner)
+        work.multiply(experts * passes, d.a, inner, chunk * d.iL)
+        work.add_to_sum(experts * passes * d.a * inner)
+
+
+def _separable(work: Work) -> None:
+    plan, d, experts = work.plan, work.plan.dims, work.plan.busy_experts
+    slots, m = plan.slots, plan.slots / experts
+    x_needed, left_needed, central_needed, right_needed = plan.need
+    central = d.a * d.iC * d.jC * d.b
+    if plan.phase == "forward":
+        work.copy(central + slots * d.in_features + experts * (d.iL * d.a + d.b * d.jR))
+        work.multiply(experts, m * d.iC, d.a, d.iL)
+        work.multiply(1, slots, d.jC * d.b, d.iC * d.a)
+        work.multiply(experts, m * d.jC, d.jR, d.b)
+        return
+    if central_needed:
+        work.copy(slots * d.in_features + experts * d.iL * d.a)
+        work.multiply(experts, m * d.iC, d.a, d.iL)
+    if x_needed or left_needed or central_needed:
+        work.copy(experts * d.b * d.jR)
+        work.multiply(experts, m * d.jC, d.b, d.jR)
+    if x_needed or left_needed:
+        work.copy(central)
+        work.multiply(1, slots, d.iC * d.a, d.jC * d.b)
+    if x_needed:
+        work.copy(slots * d.in_features + experts * d.iL * d.a)
+        work.multiply(experts, m * d.iC, d.iL, d.a)
+    if right_needed:
+        work.copy(slots * d.jC * (d.b + d.jR))
+        work.multiply(experts, d.b, d.jR, m * d.jC)
+    if left_needed:
+        work.copy(slots * d.iC * (d.iL + d.a))
+        work.multiply(experts, d.iL, d.a, m * d.iC)
+    if central_needed:
+        work.copy(slots * (d.iC * d.a + d.jC * d.b) + central)
+        work.multiply(1, d.iC * d.a, d.jC * d.b, slots)
+
+
+_WORK: dict[str, Callable[[Work], None]] = {
+    "rebuild": _rebuild,
+    "half_left": _half,
+    "half_right": _half,
+    "separable": _separable,
+}
+
+
+def _blocks_of_columns(d: BlockDims, itemsize: int) -> int:
+    """Blocks of jC that rebuilding works on (of iC, where ``d`` is exchanged)."""
+    pair_bytes = d.iL * d.jL * max(d.iR * d.jR, d.b) * itemsize
+    pairs = max(1, SLAB_BYTES // pair_bytes)
+    k_block = min(d.iC, pairs, math.ceil(INNER / (d.iL * d.iR)))
+    return math.ceil(d.jC / min(d.jC, pairs // k_block))
+
+
+def tasks_of(plan: Contraction) -> int | None:
+    """Equal tasks that threads share; None: as many as wanted."""
+    experts, itemsize = plan.busy_experts, plan.dtype.itemsize
+    if plan.strategy == "rebuild":
+        if plan.phase == "forward":
+            return experts * _blocks_of_columns(plan.dims, itemsize)
+        return _blocks_of_columns(exchanged(plan.dims), itemsize)
+    if plan.strategy == "separable":
+        return None
+    return experts if plan.phase == "forward" else min(experts, MOST_GROUPS)
+
+
+def work_of(plan: Contraction) -> Work:
+    """What computing ``plan`` takes; nothing without rows or without gradients to compute."""
+    work = Work(plan)
+    if plan.steps:
+        _WORK[plan.strategy](work)
+    return work

@@ -1,0 +1,104 @@
+"""The native cost model counts what the kernels do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mpoe_kernels.backends.native import cost, work
+from mpoe_kernels.backends.native.linear import IMPLEMENTED
+from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction, contractions
+from mpoe_kernels.testing.cases import workload_shape
+
+EXPERTS, SLOTS = 4, 256
+PHASES = ("forward", "backward")
+CPU = HARDWARE["cpu-avx512-bf16"]
+# Every size that may lie along a panel is a multiple of 32, and pairs of (iC, jC) are cheaper met by left.
+EVEN = BlockDims(iL=32, jL=32, a=32, iC=2, jC=2, b=32, iR=32, jR=32, in_features=2048, out_features=2048)
+SEPARABLE = BlockDims(iL=32, jL=1, a=32, iC=2, jC=2, b=32, iR=1, jR=32, in_features=64, out_features=64)
+
+
+def dims_of(name: str) -> BlockDims:
+    shape = workload_shape(name, 96, 128)
+    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+
+
+def plan_of(strategy: str, phase: str, dims: BlockDims = EVEN, slots: int = SLOTS, **more) -> Contraction:
+    return contraction(strategy, dims, EXPERTS, slots, more.pop("dtype", torch.float32), phase, **more)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("strategy", ["rebuild", "separable"])
+def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "LOAD_ROWS", 0.0)
+    plan = plan_of(strategy, phase, SEPARABLE if strategy == "separable" else EVEN)
+    assert work.work_of(plan).flops == plan.flops
+
+
+@pytest.mark.parametrize("strategy", ["half_left", "half_right"])
+def test_half_builds_twice_for_a_backward(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows before x's gradient, and the half-built weight, are computed apart for x and for the blocks."""
+    monkeypatch.setattr(work, "LOAD_ROWS", 0.0)
+    forward, backward = (plan_of(strategy, phase) for phase in PHASES)
+    assert work.work_of(forward).flops == forward.flops
+    again = {step.name: step.flops for step in backward.steps if step.name in ("LC = L C", "CR = C R")}
+    assert len(again) == 1
+    rows = [step.flops for step in backward.steps if step.name.startswith("d rows before")]
+    assert work.work_of(backward).flops == backward.flops + sum(again.values()) + rows[0]
+
+
+def test_panels_are_paid_whole_and_tiles_for_their_loads() -> None:
+    counted = work.Work(plan_of("rebuild", "forward"))
+    counted.multiply(3, rows=15, columns=33, k=257)
+    assert counted.flops == 2 * 3 * (15 + 2 * work.LOAD_ROWS) * 64 * 257
+    assert counted.tiles == 3 * 2 * 2 * 2
+    half = work.Work(plan_of("rebuild", "forward", dtype=torch.bfloat16))
+    half.multiply(1, rows=1, columns=32, k=3)
+    assert half.flops == 2 * (1 + work.LOAD_ROWS) * 32 * 4, "an odd k of bfloat16 is padded"
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "half_left", "half_right"])
+def test_what_is_not_needed_is_not_done(strategy: str) -> None:
+    whole = work.work_of(plan_of(strategy, "backward"))
+    masked = work.work_of(plan_of(strategy, "backward", mask_central=True))
+    only_x = work.work_of(plan_of(strategy, "backward", need=(True, False, False, False)))
+    assert only_x.flops < masked.flops < whole.flops
+    assert masked.summed == 0 < whole.summed
+    nothing = plan_of(strategy, "backward", need=(False,) * 4)
+    assert work.work_of(nothing) == work.Work(nothing)
+
+
+def test_half_right_is_half_left_of_the_mirrored_problem() -> None:
+    dims = dims_of("paper_16")
+    for phase in PHASES:
+        right = work.work_of(plan_of("half_right", phase, dims))
+        left = work.work_of(plan_of("half_left", phase, work.mirrored(dims)))
+        assert (right.flops, right.tiles) == (left.flops, left.tiles)
+        assert right.copied > left.copied
+
+
+def test_threads_wait_for_the_one_with_most_tasks() -> None:
+    two = dataclasses.replace(CPU, units=2)
+    plan = plan_of("half_left", "forward")
+    alone, pair = (dataclasses.replace(plan, busy_experts=experts) for experts in (1, 2))
+    assert (work.tasks_of(alone), work.tasks_of(pair)) == (1, 2)
+    assert cost._idle(1, 2) == 2
+    assert cost._idle(3, 2) == pytest.approx(4 / 3)
+    assert cost._idle(None, 48) == 1
+    assert cost._seconds(alone, two) > cost._seconds(plan, two)
+
+
+@pytest.mark.parametrize("name", ["cpu-generic", "cpu-avx512-bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_prediction_is_finite_and_grows_with_rows(name: str, dtype: torch.dtype) -> None:
+    for shape in ("light_16", "paper_16", "separable"):
+        for phase in PHASES:
+            for plan in contractions(dims_of(shape), EXPERTS, 64, dtype, phase):
+                if plan.strategy not in IMPLEMENTED[phase]:
+                    continue
+                few = cost._seconds(plan, HARDWARE[name])
+                many = contraction(plan.strategy, plan.dims, EXPERTS, 4096, dtype, phase)
+                none = contraction(plan.strategy, plan.dims, EXPERTS, 0, dtype, phase)
+                assert 0 < cost._seconds(none, HARDWARE[name]) < few < cost._seconds(many, HARDWARE[name]) < 1

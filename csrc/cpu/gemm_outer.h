@@ -28,33 +28,56 @@ inline void multiply_outer(
       }
 }
 
-// A small product A^T B by one thread, with its scratch memory.
+// Small products A^T B by one thread, with its scratch memory.
 template <class T>
-class OuterProduct {
+class OuterSum {
  public:
-  OuterProduct(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
+  OuterSum(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
       : gemm_(gemm), m_(m), n_(n), stride_(round_up(n, kPanel)),
         most_units_(std::clamp<std::int64_t>(512 * 1024 / (4 * (m + n)), 64, 1024)),
-        a_(most_units_ * gemm.unit * round_up(m, kPanel)), b_(most_units_ * gemm.unit * stride_), sum_(m * stride_) {}
+        a_(most_units_ * gemm.unit * round_up(m, kPanel)), b_(most_units_ * gemm.unit * stride_) {}
 
-  // out [m, n] = sum over `rows` rows of a [rows, m] and b [rows, n], rounded once.
+  // Floats from row to row of a sum.
+  std::int64_t stride() const { return stride_; }
+
+  // sum [m, stride] (+)= the product over `rows` rows of a [rows, m] and b [rows, n].
   void operator()(
-      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, T* out) {
+      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* sum,
+      bool accumulate) {
     const std::int64_t most = most_units_ * gemm_.unit;
     for (std::int64_t first = 0; first < rows; first += most) {
       const std::int64_t count = std::min(most, rows - first), units = ceil_divide(count, gemm_.unit);
       gemm_.pack(a_.get(), units, a + first * a_stride, a_stride, count, m_);
       gemm_.pack(b_.get(), units, b + first * b_stride, b_stride, count, n_);
       multiply_outer(
-          gemm_, units, m_, a_.get(), {0, stride_ / kPanel}, b_.get(), sum_.get(), stride_, first > 0);
+          gemm_, units, m_, a_.get(), {0, stride_ / kPanel}, b_.get(), sum, stride_, accumulate || first > 0);
     }
-    for (std::int64_t i = 0; i < m_; ++i) gemm_.round_row(sum_.get() + i * stride_, out + i * n_, n_);
   }
 
  private:
   const GemmKernels& gemm_;
   const std::int64_t m_, n_, stride_, most_units_;
   Buffer<T> a_, b_;
+};
+
+// The same, rounded once.
+template <class T>
+class OuterProduct {
+ public:
+  OuterProduct(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
+      : gemm_(gemm), m_(m), n_(n), product_(gemm, m, n), sum_(m * product_.stride()) {}
+
+  // out [m, n]
+  void operator()(
+      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, T* out) {
+    product_(rows, a, a_stride, b, b_stride, sum_.get(), false);
+    for (std::int64_t i = 0; i < m_; ++i) gemm_.round_row(sum_.get() + i * product_.stride(), out + i * n_, n_);
+  }
+
+ private:
+  const GemmKernels& gemm_;
+  const std::int64_t m_, n_;
+  OuterSum<T> product_;
   Buffer<float> sum_;
 };
 

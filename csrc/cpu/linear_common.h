@@ -37,6 +37,13 @@ class Buffer {
   T* data_ = nullptr;
 };
 
+template <class T>
+inline Buffer<T> zeros(std::int64_t count) {
+  Buffer<T> buffer(count);
+  std::fill_n(buffer.get(), count, T{});
+  return buffer;
+}
+
 // Rows [first, first + rows) of the slots, all of one expert.
 struct SlotTile {
   std::int64_t first, rows, expert;
@@ -84,6 +91,16 @@ inline std::vector<Span> tile_blocks(const std::vector<SlotTile>& tiles, std::in
   return blocks;
 }
 
+// Calls f(expert, slots) for every expert with slots in `block`.
+template <class F>
+void for_each_expert(const LinearInputs& in, Span block, const F& f) {
+  std::int64_t e = std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
+  for (; e < in.experts && in.offsets[e] < block.last; ++e) {
+    const Span slots{std::max(block.first, in.offsets[e]), std::min(block.last, in.offsets[e + 1])};
+    if (slots.first < slots.last) f(e, slots);
+  }
+}
+
 template <class T>
 const T* row_of(const LinearInputs& in, std::int64_t slot) {
   const std::int64_t row = in.row_index == nullptr ? slot : in.row_index[slot];
@@ -102,6 +119,14 @@ inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
 
 // Elements of k padded to whole units.
 inline std::int64_t padded_k(const GemmKernels& gemm, std::int64_t k) { return round_up(k, gemm.unit); }
+
+// Bias of `count` output columns from `first` on; zeros past the true size.
+template <class T>
+inline void load_bias(const LinearForward& in, std::int64_t first, std::int64_t count, float* out) {
+  const T* bias = static_cast<const T*>(in.bias);
+  for (std::int64_t c = 0; c < count; ++c)
+    out[c] = first + c < in.dims.out_features ? mpoe::load(bias[first + c]) : 0.0f;
+}
 
 // Zeros the rows [first, last) of a result.
 inline void zero_rows(void* out, std::int64_t first, std::int64_t last, std::int64_t row_bytes) {

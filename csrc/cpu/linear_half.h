@@ -46,22 +46,6 @@ inline Buffer<T> pack_central(const GemmKernels& gemm, const LinearInputs& in, c
 }
 
 template <class T>
-inline Buffer<T> zeros(std::int64_t count) {
-  Buffer<T> buffer(count);
-  std::fill_n(buffer.get(), count, T{});
-  return buffer;
-}
-
-// Bias of `count` output columns from `first` on; zeros past the true size.
-template <class T>
-inline void load_bias(const LinearForward& in, std::int64_t first, std::int64_t count, float* out) {
-  const T* bias = static_cast<const T*>(in.bias);
-  for (std::int64_t c = 0; c < count; ++c)
-    out[c] = first + c < in.dims.out_features ? mpoe::load(bias[first + c]) : 0.0f;
-}
-
-
-template <class T>
 class HalfFirst {
  public:
   HalfFirst(const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central)
@@ -224,7 +208,6 @@ class HalfFirst {
   std::vector<std::int64_t> u_row_;
   std::vector<ColumnMap> u_columns_;
 };
-
 
 template <class T>
 class RightFirst {

@@ -30,16 +30,6 @@ inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes)
   return blocks;
 }
 
-// Calls f(expert, slots) for every expert with slots in `block`.
-template <class F>
-void for_each_expert(const LinearInputs& in, Span block, const F& f) {
-  std::int64_t e = std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
-  for (; e < in.experts && in.offsets[e] < block.last; ++e) {
-    const Span slots{std::max(block.first, in.offsets[e]), std::min(block.last, in.offsets[e + 1])};
-    if (slots.first < slots.last) f(e, slots);
-  }
-}
-
 // Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile).
 template <class F>
 void multiply_all(

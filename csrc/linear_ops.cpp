@@ -87,6 +87,7 @@ constexpr StrategyKernels kStrategies[] = {
     {"rebuild", rebuild_forward, rebuild_backward},
     {"half_left", half_left_forward, half_left_backward},
     {"half_right", half_right_forward, half_right_backward},
+    {"chain", chain_forward, chain_backward},
 };
 
 const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {

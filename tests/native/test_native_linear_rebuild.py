@@ -21,7 +21,7 @@ from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
-STRATEGIES = ("rebuild", "half_left", "half_right")
+STRATEGIES = ("rebuild", "half_left", "half_right", "chain")
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("dx", "dleft", "dcentral", "dright", "dbias")
 # Several blocks in k and in n, with a last one that is smaller; bonds that fill no granule; both orders of half_left.
@@ -64,7 +64,8 @@ class Case:
         self.x = torch.randn(tokens if gathered else slots, shape.in_features).to(dtype)
         self.bias = torch.randn(shape.out_features).to(dtype) if with_bias else None
         self.blocks = random_blocks(shape, experts, dtype)
-        self.grad = torch.randn(slots, shape.out_features).to(dtype)
+        # Of one sign, else the gradient of the bias may be a small difference of large numbers.
+        self.grad = (torch.rand(slots, shape.out_features) + 0.5).to(dtype)
         self.last = int(self.routing.expert_offsets[-1])
 
     @property

@@ -14,8 +14,8 @@ OPS = torch.ops.mpoe_native
 DTYPES = (torch.float32, torch.bfloat16)
 # Strategies with a kernel, by phase: the table kStrategies of csrc/linear_ops.cpp.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "forward": ("separable", "rebuild", "half_left", "half_right"),
-    "backward": ("separable", "rebuild", "half_left", "half_right"),
+    "forward": ("separable", "rebuild", "half_left", "half_right", "chain"),
+    "backward": ("separable", "rebuild", "half_left", "half_right", "chain"),
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpoe_kernels.planner import BlockDims, Contraction
+from mpoe_kernels.planner.orders import applications
 
 # csrc/cpu/gemm.h: rows of a register tile, columns of a packed panel, columns that stay together; units of k in a sum.
 TILE_ROWS, PANEL, GRANULE, LONGEST_SUM = 14, 32, 8, 256
@@ -17,8 +18,10 @@ TILE_ROWS, PANEL, GRANULE, LONGEST_SUM = 14, 32, 8, 256
 CHUNK_BYTES = 256 * 1024
 # csrc/cpu/linear_rebuild.cpp: bytes of a slab, and its least k.
 SLAB_BYTES, INNER = 256 * 1024, 256
-# csrc/cpu/linear_half_backward.cpp: groups of experts with sums of their own.
+# csrc/cpu/linear_half_backward.cpp, linear_chain_backward.cpp: groups of experts or slots with sums of their own.
 MOST_GROUPS = 8
+# csrc/cpu/linear_chain.cpp: bytes of the states of a block of slots.
+BLOCK_BYTES = 512 * 1024
 # A tile loads a row of its panel for every unit of k, which takes as long as the multiply-adds of another row.
 LOAD_ROWS = 1.0
 
@@ -211,10 +214,43 @@ def _separable(work: Work) -> None:
         work.multiply(1, d.iC * d.a, d.jC * d.b, slots)
 
 
+def _chain(work: Work) -> None:
+    """States of the rows, copied before every product; those of a backward are computed again."""
+    plan, d, slots = work.plan, work.plan.dims, work.plan.slots
+    steps = applications(d, plan.order)
+    x_needed, *blocks_needed = plan.need
+    wanted = [dict(zip("LCR", blocks_needed, strict=True))[step.operand] for step in steps]
+    forward = plan.phase == "forward"
+    last = len(steps) if forward else max((k for k in range(len(steps)) if wanted[k]), default=-1)
+    for k, step in enumerate(steps):
+        experts = 1 if step.operand == "C" else plan.busy_experts
+        operand, rows = step.k * step.n, step.m * slots / experts
+        if k <= last:
+            work.copy(slots * step.before)
+        if k < last:
+            work.copy(experts * operand)
+            work.multiply(experts, rows, step.n, step.k)
+        if forward:
+            continue
+        before_needed = x_needed or any(wanted[:k])
+        if before_needed or wanted[k]:
+            work.copy(slots * step.after)
+        if wanted[k]:
+            work.copy(slots * (step.before + step.after))
+            work.multiply(experts, step.k, step.n, rows)
+        if before_needed:
+            work.copy(experts * operand)
+            work.multiply(experts, rows, step.k, step.n)
+        if wanted[k] and step.operand == "C":
+            widest = max(s.before + s.after for s in steps) * plan.dtype.itemsize
+            work.add_to_sum(slots / max(1, BLOCK_BYTES // widest) * operand)
+
+
 _WORK: dict[str, Callable[[Work], None]] = {
     "rebuild": _rebuild,
     "half_left": _half,
     "half_right": _half,
+    "chain": _chain,
     "separable": _separable,
 }
 
@@ -234,8 +270,10 @@ def tasks_of(plan: Contraction) -> int | None:
         if plan.phase == "forward":
             return experts * _blocks_of_columns(plan.dims, itemsize)
         return _blocks_of_columns(exchanged(plan.dims), itemsize)
-    if plan.strategy == "separable":
+    if plan.strategy == "separable" or (plan.strategy == "chain" and plan.phase == "forward"):
         return None
+    if plan.strategy == "chain":
+        return min(plan.slots, MOST_GROUPS)
     return experts if plan.phase == "forward" else min(experts, MOST_GROUPS)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # in a checkout; an installed mpoe_bench is the same package
 
@@ -17,6 +18,19 @@ from mpoe_bench.suites import SCALES, Scale
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--scale", choices=tuple(SCALES), default="real", help="tiny: sizes of a smoke test")
     parser.addoption("--backend", default="auto", help="auto, all, or names with commas between them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Narrow tables, the quickest of a group first and the others relative to it; tiny sizes take little time each."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        return
+    options = config.option
+    if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        options.benchmark_columns = ["median", "iqr", "rounds"]
+    options.benchmark_sort = "median"
+    if config.getoption("scale") == "tiny":
+        options.benchmark_max_time, options.benchmark_min_rounds = 0.05, 3
+        torch.set_num_threads(1)
 
 
 def scale_of(config: pytest.Config) -> Scale:
@@ -39,11 +53,8 @@ def parametrize(metafunc: pytest.Metafunc, comparisons: list[Comparison]) -> Non
 
 
 @pytest.fixture
-def time_contender(request: pytest.FixtureRequest):
+def time_contender(benchmark):
     """Check one contender and time one phase; what cannot take part is skipped, what is wrong fails untimed."""
-    if not request.config.pluginmanager.hasplugin("benchmark"):
-        pytest.fail('these suites need pytest-benchmark: pip install "mpoe[bench]"')
-    benchmark = request.getfixturevalue("benchmark")
 
     def run(comparison: Comparison, contender: tuple, phase: str) -> None:
         name, kind, build = contender
@@ -53,7 +64,7 @@ def time_contender(request: pytest.FixtureRequest):
         assert joined is not None, row["reason"]
         if phase == "train" and not joined.trains:
             pytest.skip("it has no backward pass")
-        benchmark.group = f"{comparison.title}, {phase}"
+        benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
         benchmark.extra_info.update({key: row.get(key) for key in ("errors", "memory", "parameters", "runs", "floor")})
         benchmark(getattr(joined, phase))
         joined.release()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpoe_bench.timing import Measure, quantile
+from mpoe_bench.timing import Measure
 from mpoe_kernels import __version__, available_backends, backend_reasons
 
 LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", "numpy")
@@ -59,15 +62,50 @@ def pinned(threads: int) -> Iterator[None]:
             _set_affinity(processors)
 
 
-def processor_name() -> str:
-    """The CPU's model name."""
-    try:
+def processor_facts() -> dict[str, Any]:
+    """The CPU's name, family and model, frequency as the system states it, and caches; what is not known is left out.
+
+    Returns:
+        ``{"processor", "family", "megahertz", "caches"}``; ``caches`` maps e.g. ``"L2"`` to ``"1024K"``.
+    """
+    lines: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            lines.setdefault(name.strip(), value.strip())
+    facts: dict[str, Any] = {"processor": lines.get("model name") or platform.processor() or platform.machine()}
+    if "cpu family" in lines:
+        facts["family"] = f"family {lines['cpu family']} model {lines.get('model', '?')}"
+    if "cpu MHz" in lines:
+        facts["megahertz"] = round(float(lines["cpu MHz"]))
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError):
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            caches[f"L{level}{'' if kind == 'Unified' else kind[0].lower()}"] = size
+    return facts | ({"caches": caches} if caches else {})
+
+
+def revision() -> str | None:
+    """The commit that is measured, with ``+`` if files differ from it; ``None`` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in a foreign checkout
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def system_name() -> str:
+    """Kind and version of the system, without what a builder appended to it."""
+    version = re.match(r"[\d.]*", platform.release())
+    return f"{platform.system()} {version.group() if version else ''} {platform.machine()}"
 
 
 def _version(package: str) -> str | None:
@@ -81,19 +119,20 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
     """What a reader must know to compare results."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
-        "processor": processor_name(),
+        **processor_facts(),
         "gpu": gpu,
         "device": device,
         "cores": len(usable_cores()),
         "threads": threads,
         "clock": clock,
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
+        "system": system_name(),
         "python": platform.python_version(),
         "mpoe": __version__,
+        "revision": revision(),
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
         "backends": list(available_backends()),
-        "backends_missing": {name: reasons for name, reasons in backend_reasons().items() if reasons},
+        "backends_missing": [name for name, reasons in backend_reasons().items() if reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
@@ -108,20 +147,22 @@ def title_of(machine: dict[str, Any]) -> str:
 
 
 def measured_roofs(measure: Measure, device: str, scale: int = 2048) -> dict[str, float]:
-    """What this machine reaches: FLOP/s of a large GEMM per dtype, and bytes/s of copying a large tensor.
+    """What torch reaches here at its best: FLOP/s of a large GEMM per dtype, and bytes/s of copying a large tensor.
 
     Args:
         measure: takes the seconds of a sample.
         device: where.
         scale: edge of the GEMM; the copied tensor holds ``8 scale^2`` floats.
     """
+
+    def best(function: Callable[[], object]) -> float:
+        return min(measure(function, 1) for _ in range(8))
+
     roofs = {}
     for dtype in (torch.float32, torch.bfloat16):
         first, second = (torch.randn(scale, scale).to(device, dtype) for _ in range(2))
-        seconds = [measure(lambda a=first, b=second: a @ b, 1) for _ in range(5)]
-        roofs[str(dtype).split(".")[-1]] = 2 * scale**3 / quantile(seconds[1:], 0.25)
+        roofs[str(dtype).split(".")[-1]] = 2 * scale**3 / best(lambda a=first, b=second: a @ b)
     source = torch.zeros(8 * scale * scale, device=device)
     target = torch.empty_like(source)
-    seconds = [measure(lambda: target.copy_(source), 1) for _ in range(5)]
-    roofs["bandwidth"] = 2 * source.numel() * source.element_size() / quantile(seconds[1:], 0.25)
+    roofs["bandwidth"] = 2 * source.numel() * source.element_size() / best(lambda: target.copy_(source))
     return roofs

@@ -190,19 +190,20 @@ class Problem:
         same = reference_ffn(self, self.case.dtype)
         return Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, self.case.dtype)
 
-    def floor(self) -> dict[str, float | None]:
+    def floor(self, mask_central: bool = False) -> dict[str, float | None]:
         """FLOPs of the planner's strategies over those of the dense FFN, forward and forward + backward."""
         floors: dict[str, float | None] = {}
         for phase, training in (("forward", False), ("train", True)):
-            plans = [self.plan(shape, training) for shape in (self.up_shape, self.down_shape)]
+            plans = [self.plan(shape, training, mask_central) for shape in (self.up_shape, self.down_shape)]
             dense = sum(plan.dense_flops for plan in plans)
             floors[phase] = sum(plan.flops for plan in plans) / dense if dense else None
         return floors
 
-    def plan(self, shape: MPOShape, training: bool) -> Any:
+    def plan(self, shape: MPOShape, training: bool, mask_central: bool = False) -> Any:
         """The planner's choice for one projection."""
         case = self.case
-        return plan_contraction(shape, case.experts, case.tokens, case.dtype, case.device, training=training)
+        sizes = (shape, case.experts, case.tokens, case.dtype, case.device)
+        return plan_contraction(*sizes, training=training, mask_central=mask_central)
 
     def parameters(self) -> int:
         """Elements of both projections' cores, all experts'."""

@@ -19,6 +19,8 @@ from mpoe_bench.timing import CLOCKS, cpu_measure, cuda_measure
 
 SCHEMA = 1
 DEVICES = ("cpu", "cuda")
+# With the default backends, on the CPU; every backend that is named adds about the share that it has in the rows.
+EXPECTED_TIME = {"quick": "4 minutes", "full": "2 hours", "planner": "12 minutes", "targets": "6 minutes"}
 
 
 def check_options(
@@ -42,13 +44,19 @@ def check_options(
     if device == "cuda" and suite == "planner":
         raise ValueError("suite must be quick, full or targets on cuda: the planner's cases are a CPU's; got 'planner'")
     cores = len(usable_cores())
-    threads = cores if threads is None else threads
+    if threads is None:  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
+        threads = 1 if scale == "tiny" else cores
     if not 1 <= threads <= cores:
         raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
     if clock == "cpu" and (threads != 1 or device != "cpu"):
         raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
     backends_to_measure(backend, suite)
     return threads
+
+
+def expected_time(suite: str, scale: str = "real") -> str:
+    """How long a suite takes, in words."""
+    return "seconds" if scale == "tiny" else f"about {EXPECTED_TIME[suite]} on two CPU cores"
 
 
 def failures(sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -96,15 +104,20 @@ def run_suite(
     backends = backends_to_measure(backend, suite)
     sizes = SCALES[scale]
     measure = cuda_measure() if device == "cuda" else cpu_measure(CLOCKS[clock])
-    setup = Setup(budget_of(suite, sizes), measure, device, log, backends)
+
+    def progress(line: str) -> None:
+        log(f"[{len(sections) + 1}/{len(builds)}] {line}")
+
+    setup = Setup(budget_of(suite, sizes), measure, device, progress, backends)
+    builds = list(sections_of(suite, sizes, setup))
     start = time.perf_counter()
-    sections = []
+    sections: list[dict[str, Any]] = []
     gc.freeze()  # what the imports made stays; collections between sections need not look at it
     machine = describe(device, threads, clock)
     with pinned(threads):
         log("measuring the machine's roofs")
         machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
-        for build in sections_of(suite, sizes, setup):
+        for build in builds:
             gc.collect()  # timing turns it off
             began = time.perf_counter()
             section = build()

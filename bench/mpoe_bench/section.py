@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, graphed, int
 from mpoe_kernels import BackendError
 
 NOT_HERE = "not here"  # how the reason of a contender that cannot take part begins
+# Results are published: how a machine's folders are named is nobody's business.
+FOLDERS = re.compile(r"(?<![\w.])/[^\s:'\"]*/")
 Build = Callable[[], tuple[Contender, Truth]]
 
 
@@ -43,6 +46,11 @@ def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
     if tokens is not None:
         facts["tokens_per_second"] = tokens / timing.seconds
     return facts
+
+
+def failure_text(error: Exception) -> str:
+    """The reason of whoever failed: kind and message on one line, files without their folders."""
+    return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
 def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | 
     except (UnavailableError, BackendError) as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
     except Exception as error:  # whoever fails, in whatever way: the others are measured and the report says how
-        return None, {**row, "reason": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return None, {**row, "reason": failure_text(error)}
     return (contender if row["reason"] is None else None), row
 
 
@@ -126,7 +134,9 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
     if baseline is not None and baseline not in joined:
         raise RuntimeError(f"{title}: the baseline {baseline!r} cannot be measured: {rows[baseline]['reason']}")
     for phase in comparison.phases:
-        functions = {name: getattr(c, phase) for name, c in joined.items() if phase == "forward" or c.trains}
+        # Masking the central gradient changes nothing in a forward pass.
+        takes_part = {"forward": lambda c: not c.facts.get("masked"), "train": lambda c: c.trains}[phase]
+        functions = {name: getattr(c, phase) for name, c in joined.items() if takes_part(c)}
         if not functions or (baseline is not None and baseline not in functions):
             continue
         setup.log(f"timing {phase} of {len(functions)} contenders")

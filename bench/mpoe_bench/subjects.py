@@ -99,7 +99,8 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
 
     name = mpoe_name(problem.shape_name, backend, mask_central)
     facts: dict[str, Any] = {"shape": problem.shape_name, "backend": backend, "masked": mask_central}
-    facts |= size_facts(problem.parameters(), case.dtype) | {"floor": problem.floor()} | work_facts(problem, backend)
+    facts |= size_facts(problem.parameters(), case.dtype) | work_facts(problem, backend)
+    facts["floor"] = problem.floor(mask_central)
     return Contender(
         name,
         "mpoe",

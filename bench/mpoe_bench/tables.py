@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpoe_bench.machine import title_of
@@ -11,12 +11,22 @@ from mpoe_bench.machine import title_of
 
 @dataclass(frozen=True)
 class TextTable:
-    """A title, a header, rows, and notes below (contenders that were not timed, with the reason)."""
+    """A title, a header, rows, and notes below (contenders that were not timed, with the reason).
+
+    ``spare`` names columns that a narrow terminal does without, the first one first.
+    """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    spare: Sequence[str] = ()
+
+    def without(self, name: str) -> TextTable:
+        """The same table, one column fewer."""
+        kept = [index for index, found in enumerate(self.header) if found != name]
+        rows = [[row[index] for index in kept] for row in self.rows]
+        return replace(self, header=[self.header[index] for index in kept], rows=rows)
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -51,9 +61,9 @@ def _floor(row: Mapping[str, Any], phase: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _peak(row: Mapping[str, Any], phase: str) -> float | None:
+def _peak(row: Mapping[str, Any], phase: str) -> str:
     memory = (row.get("memory") or {}).get(phase)
-    return None if memory is None else memory["peak"]
+    return mebibytes(None if memory is None else memory["peak"])
 
 
 def _tokens(row: Mapping[str, Any]) -> str:
@@ -61,9 +71,11 @@ def _tokens(row: Mapping[str, Any]) -> str:
     return "-" if rate is None else f"{rate:,.0f}"
 
 
-def _error(row: Mapping[str, Any]) -> str:
-    errors = row.get("errors") or {}
-    return f"{max(errors.values()):.0e}" if errors else "-"
+def _error(row: Mapping[str, Any], phase: str | None = None) -> str:
+    """The largest error of all: of the result (``forward``), of the gradients (``train``), or of both."""
+    wanted = {"forward": lambda name: name == "y", "train": lambda name: name != "y", None: lambda _: True}[phase]
+    errors = [value for name, value in (row.get("errors") or {}).items() if wanted(name)]
+    return f"{max(errors):.0e}" if errors else "-"
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -78,24 +90,35 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def timing_table(section: Mapping[str, Any]) -> TextTable:
     """A section of contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = [row for row in section["rows"] if not row.get("reason")]
-    trains = any("train" in row for row in rows)
+    phases = ("forward", "train") if any("train" in row for row in rows) else ("forward",)
     base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
-    both = "step" if section["key"] == "train_step" else "fwd+bwd"
+    names = {"forward": "forward", "train": "step" if section["key"] == "train_step" else "fwd+bwd"}
+    which = "fwd / both" if len(phases) > 1 else "forward"
+
+    def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
+        """Both phases in one cell."""
+        return " / ".join(cell(row, phase) for phase in phases)
+
     floors = any(row.get("floor") for row in rows)
-    header = ["contender", f"forward\nx {base}", *([f"{both}\nx {base}"] if trains else [])]
-    header += ["floor", *(["floor\nfwd+bwd"] if trains else [])] if floors else []
-    header += ["forward\nmedian", "tokens/s\nforward", "peak MiB\nforward"]
-    header += [f"peak MiB\n{both}"] if trains else []
-    header += ["params\nM", "largest\nerror"]
+    own_backends = {row["backend"] for row in rows if row.get("backend")}
+    header = ["contender", *(f"{names[phase]}\nx {base}" for phase in phases)]
+    header += [f"floor\n{which}"] if floors else []
+    header += ["forward\ntime", "tokens/s\nforward", f"peak MiB\n{which}", "params\nM"]
+    header += ["error\ny / gradients" if "train" in phases and section["key"] != "train_step" else "error\ny"]
     body = []
     for row in rows:
-        cells = [row["name"], ratio_text(row.get("forward")), *([ratio_text(row.get("train"))] if trains else [])]
-        cells += [_floor(row, "forward"), *([_floor(row, "train")] if trains else [])] if floors else []
-        cells += [seconds_text((row.get("forward") or {}).get("seconds")), _tokens(row)]
-        cells += [mebibytes(_peak(row, "forward")), *([mebibytes(_peak(row, "train"))] if trains else [])]
-        cells += [f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-", _error(row)]
+        suffix = f" [{row.get('backend')}]" if len(own_backends) == 1 else ""
+        cells = [row["name"].removesuffix(suffix), *(ratio_text(row.get(phase)) for phase in phases)]
+        cells += [pair(_floor, row)] if floors else []
+        cells += [seconds_text((row.get("forward") or {}).get("seconds")), _tokens(row), pair(_peak, row)]
+        cells += [f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-"]
+        cells += [pair(_error, row) if "y / g" in header[-1] else _error(row)]
         body.append(cells)
-    return TextTable(section["title"], header, body, _notes(section["rows"]))
+    spare = [
+        name for word in ("tokens/s", "params", "error", "forward\ntime", "peak") for name in header if word in name
+    ]
+    backend = f" [{own_backends.pop()}]" if len(own_backends) == 1 else ""
+    return TextTable(section["title"] + backend, header, body, _notes(section["rows"]), spare)
 
 
 def conversion_table(section: Mapping[str, Any]) -> TextTable:
@@ -132,35 +155,40 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
     notes += [f"{row['name']}, {name}: {why}" for row in rows for name, why in row["faults"].items()]
     count = len(section["rows"])
     title = f"{section['title']}: {section['within']} of {count} within {section['tolerance']} x of the best"
-    return TextTable(
-        title, ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"], body, notes
-    )
+    header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
+    return TextTable(title, header, body, notes, header[-1:])
 
 
 def weights_table(section: Mapping[str, Any]) -> TextTable:
-    """Experts' weights alive at once, forward and backward."""
+    """Temporary memory in units of an expert's weight, forward and backward."""
     body = []
     for row in section["rows"]:
         if not row["reason"]:
             phases = ("forward", "backward")
             alive = [f"{row['alive'][phase]:.2f}" for phase in phases]
-            bytes_text = [mebibytes(row["memory"][phase]["temporary"]) for phase in phases]
-            body.append([row["name"], str(row["experts"]), *alive, *bytes_text, "\n".join(row["strategies"].values())])
-    header = ["shape [backend]", "E", "experts alive\nforward", "experts alive\nbackward"]
-    header += ["temporary MiB\nforward", "temporary MiB\nbackward", "strategy\n(forward, backward)"]
-    return TextTable(section["title"], header, body, _notes(section["rows"]))
+            bytes_text = [mebibytes(row["temporary"][phase]) for phase in phases]
+            kind = "weights of experts" if row["rebuilds"] else "the shared core"
+            strategies = "\n".join(row["strategies"].values())
+            body.append([row["name"], str(row["experts"]), *alive, " / ".join(bytes_text), kind, strategies])
+    header = ["shape [backend]", "E", "alive\nforward", "alive\nbackward", "MiB\nforward / backward"]
+    header += ["copies of", "strategy\n(forward, backward)"]
+    return TextTable(section["title"], header, body, _notes(section["rows"]), header[-1:])
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
     verdicts = {True: "yes", False: "NO", None: "-"}
+    backends = {line["backend"] for line in lines if line["backend"] != "-"}
     body = []
     for line in lines:
         found = [line["found"].get(dtype, line["found"].get("both", "-")) for dtype in ("float32", "bfloat16")]
         body.append([line["what"], line["backend"], line["wanted"], *found, verdicts[line["reached"]]])
     judged = [line for line in lines if line["reached"] is not None]
     title = f"targets: {sum(line['reached'] for line in judged)} of {len(judged)} reached"
-    return TextTable(title, ["what", "backend", "wanted", "float32", "bfloat16", "reached"], body)
+    table = TextTable(title, ["what", "backend", "wanted", "float32", "bfloat16", "reached"], body)
+    if len(backends) > 1:
+        return table
+    return replace(table.without("backend"), title=f"{title} [{backends.pop()}]" if backends else title)
 
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
@@ -168,18 +196,27 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     roofs = machine["roofs"]
     body = [
         ["machine", title_of(dict(machine))],
+        ["processor", ", ".join(_processor(machine))],
         ["cores usable", str(machine["cores"])],
         ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
-        ["largest GEMM float32 / bfloat16", f"{roofs['float32'] / 1e9:.0f} / {roofs['bfloat16'] / 1e9:.0f} GFLOP/s"],
-        ["memory copy", f"{roofs['bandwidth'] / 1e9:.1f} GB/s"],
+        ["torch's GEMM", f"{roofs['float32'] / 1e9:.0f} GFLOP/s float32, {roofs['bfloat16'] / 1e9:.0f} bfloat16"],
+        ["memory copy", f"{roofs['bandwidth'] / 1e9:.1f} GB/s, read and written"],
         ["backends", ", ".join(machine["backends"])],
+        ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
         ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
         ["python, system", f"{machine['python']}, {machine['system']}"],
         ["date", machine["date"]],
     ]
     if machine["load_average"]:
         body.append(["load average at the start", ", ".join(f"{value:.2f}" for value in machine["load_average"])])
-    return TextTable("machine", ["", ""], body)
+    return TextTable("machine", ["", "value"], body)
+
+
+def _processor(machine: Mapping[str, Any]) -> list[str]:
+    """Model, frequency and caches, as far as the system told."""
+    facts = [machine["family"]] if machine.get("family") else []
+    facts += [f"{machine['megahertz']} MHz"] if machine.get("megahertz") else []
+    return facts + [f"{name} {size}" for name, size in machine.get("caches", {}).items()] or ["-"]
 
 
 def table_of(section: Mapping[str, Any]) -> TextTable:
@@ -197,6 +234,6 @@ HOW_TO_READ = (
     "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
     "rounds, in brackets its 10th and 90th percentile. Floor: FLOPs of the planner's strategies over the dense FFN's. "
     "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
-    "results, gradients), measured. Largest error: relative L2 error against float64, results and gradients; whatever "
-    "is wrong has no times."
+    "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
+    "gradients; whatever is wrong has no times."
 )

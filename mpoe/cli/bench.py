@@ -11,6 +11,7 @@ from mpoe.cli.errors import CommandError
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
+PIPE_WIDTH = 100  # of tables, where the output is no terminal and has no width of its own
 
 
 def import_bench() -> None:
@@ -35,6 +36,7 @@ def command(
     threads: int | None,
     clock: str,
     scale: str,
+    wide: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
     """Check the arguments and run; returns what ``results.json`` holds.
@@ -55,43 +57,42 @@ def command(
     if (out / RESULTS_FILE).exists() and not overwrite:
         raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    results = _measure(suite, device, backend, out, threads, clock, scale)
+    results = _measure(suite, device, backend, out, threads, clock, scale, wide)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
 def _measure(
-    suite: str, device: str, backend: str | None, out: Path, threads: int | None, clock: str, scale: str
+    suite: str, device: str, backend: str | None, out: Path, threads: int | None, clock: str, scale: str, wide: bool
 ) -> dict[str, Any]:
-    from mpoe_bench import run_suite
+    from mpoe_bench import expected_time, run_suite
     from mpoe_bench.console import show
     from mpoe_bench.tables import HOW_TO_READ, machine_table, table_of, target_table
     from rich.console import Console
 
     from mpoe.cli.files import write_json
 
-    # A pipe or a file has no width of its own; tables must not be cut there.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(HOW_TO_READ, style="dim", highlight=False)
+    console = Console() if sys.stdout.isatty() else Console(width=10 * PIPE_WIDTH if wide else PIPE_WIDTH)
+    console.print(f"Suite {suite}, done in {expected_time(suite, scale)}. {HOW_TO_READ}", style="dim", highlight=False)
     sections: list[dict[str, Any]] = []
 
     def finished(section: dict[str, Any]) -> None:
         sections.append(section)
-        show(console, table_of(section))
+        write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
+        show(console, table_of(section), wide)
 
     try:
         with console.status("starting") as status:
             results = run_suite(suite, device, threads, clock, scale, status.update, finished, backend)
     except BaseException:
         if sections:
-            write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
             console.print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
         raise
     (out / INCOMPLETE_FILE).unlink(missing_ok=True)
     if results["targets"]:
-        show(console, target_table(results["targets"]))
-    show(console, machine_table(results["machine"]))
+        show(console, target_table(results["targets"]), wide)
+    show(console, machine_table(results["machine"]), wide)
     _write(out, results, console)
     return results
 

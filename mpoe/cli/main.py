@@ -129,13 +129,16 @@ def bench(
     clock: Annotated[
         str, typer.Option("--clock", help="wall, or cpu: CPU time of one thread, for machines that others use too.")
     ] = "wall",
-    scale: Annotated[str, typer.Option("--scale", hidden=True)] = "real",
+    scale: Annotated[
+        str, typer.Option("--scale", help="real, or tiny: everything once on sizes of a test, in seconds.")
+    ] = "real",
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the output folder.")] = False,
 ) -> None:
     """Measure MPO experts against the dense layer and their peers on this machine."""
     from mpoe.cli.bench import command
 
-    command(suite, device, backend, out, threads, clock, scale, overwrite)
+    command(suite, device, backend, out, threads, clock, scale, wide, overwrite)
 
 
 def main(arguments: list[str] | None = None) -> None:

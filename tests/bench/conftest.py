@@ -5,16 +5,27 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from mpoe.cli.bench import import_bench
 from mpoe.cli.main import main
 
 import_bench()
 TINY = ("--scale", "tiny", "--threads", "1", "--clock", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny products on two threads spend their time waiting for each other when others use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Run(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 from mpoe_bench.choice import backends_to_measure
 from mpoe_bench.report import markdown_report
-from mpoe_bench.run import run_suite
+from mpoe_bench.run import check_options, run_suite
+from mpoe_bench.section import failure_text
 from mpoe_bench.suites.plan import SCALES, SUITES, sections_of
 from mpoe_bench.suites.planner import strategies_to_time
 from mpoe_bench.tables import seconds_text, table_of
@@ -49,11 +51,19 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
 
 
 def test_what_is_printed_has_the_tables(quick) -> None:
-    for words in ("x dense", "floor", "peak MiB", "largest", "dense experts, loop", "transformers Switch", "x best"):
-        assert words in quick.out
-    assert "original: rebuild all (paper_full)" in quick.out
-    assert "experts alive" in quick.out
-    assert "report.md" in quick.out
+    words = (
+        "x dense",
+        "floor",
+        "peak MiB",
+        "dense experts, loop",
+        "transformers Switch",
+        "x best",
+        "weights of experts",
+    )
+    for found in (*words, "original: rebuild all (paper_full)", "in seconds", "more in the report", "report.md"):
+        assert found in quick.out
+    tables = quick.out.splitlines()[6:]
+    assert max(len(line) for line in tables if "not here" not in line) <= 100
 
 
 def test_report_shows_every_section_and_plot(quick) -> None:
@@ -76,6 +86,22 @@ def test_report_shows_every_section_and_plot(quick) -> None:
 def test_report_refuses_other_results(quick) -> None:
     with pytest.raises(ValueError, match="schema"):
         markdown_report({**quick.results, "schema": 99})
+
+
+def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
+    machine = quick.results["machine"]
+    assert machine["processor"]
+    assert machine["threads"] == 1
+    assert machine["roofs"].keys() == {"float32", "bfloat16", "bandwidth"}
+    assert machine["libraries"]["torch"] == torch.__version__
+    text = (quick.folder / "results.json").read_text()
+    for private in (platform.node(), str(ROOT), str(Path.home()), str(Path(torch.__file__).parent)):
+        assert len(private) < 3 or private not in text
+
+
+def test_failures_are_told_without_folders() -> None:
+    error = RuntimeError("kernels_of, /some/where/csrc/linear.cpp:98, no kernel at 3 tokens/s")
+    assert failure_text(error) == "failed: RuntimeError: kernels_of, linear.cpp:98, no kernel at 3 tokens/s"
 
 
 def test_results_are_json_without_nan(quick) -> None:
@@ -103,6 +129,9 @@ def test_other_suites(suite: str) -> None:
     else:
         assert [section["key"] for section in seen] == ["ffn"] * 6 + ["weights"]
         assert {section["case"]["dtype"] for section in seen[:-1]} == {"float32", "bfloat16"}
+        masked = [row for section in seen[:-1] for row in section["rows"] if row.get("masked")]
+        assert masked
+        assert all("forward" not in row and row["train"]["x"] > 0 for row in masked)  # masking changes no forward
 
 
 def test_the_planner_suite_judges_all_48_cases() -> None:
@@ -125,6 +154,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def test_tiny_sizes_take_one_thread_unless_told_otherwise() -> None:
+    assert check_options("quick", "cpu", None, "wall", "tiny") == 1
+    assert check_options("quick", "cpu", None, "wall", "real") == CORES
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -79,23 +79,34 @@ def test_other_cases_do_not_count(case: dict) -> None:
     assert check_targets([section("float32", [ours("separable", "auto", 9.0, 9.0)], **sizes)]) == []
 
 
+def alive(shape: str, experts: int, *values: float, rebuilds: bool = True) -> dict:
+    found = dict(zip(("forward", "backward"), values, strict=False))
+    facts = {"shape": shape, "experts": experts, "rebuilds": rebuilds, "alive": found}
+    return {"name": shape, "backend": "auto", "reason": None} | facts
+
+
 def test_masked_memory_and_weights() -> None:
     whole, masked = ours("paper_full", "auto", 3.0, 4.0), ours("paper_full", "auto", 3.0, 3.5, masked=True)
     loop = row("dense experts, loop", 1.0, 1.0, weight_bytes=200, memory={"train": {"peak": 100}})
     whole |= {"weight_bytes": 50, "memory": {"train": {"peak": 251}}}
-    weights = {"key": "weights", "title": "w", "case": {"limit": 2.0}}
+    weights = {"key": "weights", "title": "w", "case": {"limit": 2.0, "growth": 0.1}}
     weights["rows"] = [
-        {"name": "a", "backend": "auto", "experts": 8, "reason": None, "alive": {"forward": 0.4, "backward": 2.0}},
-        {"name": "b", "backend": "auto", "experts": 64, "reason": None, "alive": {"forward": 1.0, "backward": 1.1}},
-        {"name": "c", "backend": "auto", "experts": 64, "reason": "not here: x", "alive": {}},
+        alive("paper_full", 8, 0.4, 2.0),
+        alive("paper_full", 64, 1.0, 1.1),
+        alive("separable", 8, 1.0, 2.1, rebuilds=False),
+        alive("separable", 64, 1.1, 2.15, rebuilds=False),
+        alive("light_64", 64) | {"reason": "not here: x"},
     ]
     lines = lines_of([section("float32", [whole, masked, loop]), weights])
     assert lines["paper_full, E=8 T=2048, forward + backward, central masked", "auto"]["reached"]
     memory = lines["paper_full, E=8 T=2048, weights + peak of forward + backward", "auto"]
     assert not memory["reached"]
-    alive = lines["weights alive at once, E = 8, 64", "auto"]
-    assert alive["found"] == {"float32": "2.00 experts'"}
-    assert alive["reached"]
+    most = lines["weights alive at once, E = 8, 64", "auto"]
+    assert most["found"] == {"float32": "2.00 experts'"}
+    assert most["reached"]
+    assert lines["separable, growth of temporary memory from E=8 to 64", "auto"]["reached"]
+    weights["rows"][3]["alive"]["backward"] = 2.21
+    assert not lines_of([weights])["separable, growth of temporary memory from E=8 to 64", "auto"]["reached"]
     weights["rows"][1]["alive"]["backward"] = 2.01
     assert not lines_of([weights])["weights alive at once, E = 8, 64", "auto"]["reached"]
 

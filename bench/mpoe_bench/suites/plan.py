@@ -173,10 +173,13 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
             )
         ),
     )
+    for experts in sorted({2 * scale.few_experts, scale.many_experts}):
+        more = replace(tensors, experts=experts)
+        yield partial(ffn_section, more, ("separable", "paper_16"), setup, peers=("dense experts, loop",))
     yield from _decode(scale, setup, ("separable", "paper_16"))
     yield from _ops(scale, setup, ("separable", paper))
     yield _train_step(scale, setup, ("separable",))
-    yield _weights(scale, setup, (scale.few_experts,))
+    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
     yield partial(decomposition_section, ("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
@@ -310,4 +313,7 @@ def budget_of(suite: str, scale: Scale) -> Budget:
     """Seconds and rounds of a suite."""
     if not scale.judged:
         return Budget(seconds_each=0.01, sample_seconds=0.0005, min_rounds=3, max_rounds=3)
-    return Budget(seconds_each=1.2, max_rounds=15) if suite == "quick" else Budget(seconds_each=3.0)
+    return {
+        "quick": Budget(seconds_each=1.2, max_rounds=15),
+        "targets": Budget(seconds_each=2.0, min_rounds=5, max_rounds=15),
+    }.get(suite, Budget(seconds_each=3.0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import grad_of
-from mpoe_bench.section import NOT_HERE, Setup
+from mpoe_bench.section import NOT_HERE, Setup, failure_text
 from mpoe_bench.timing import interleave
 from mpoe_kernels import BackendError, MPOBlocks, available_backends, grouped_mpo_linear, route
 from mpoe_kernels.backends.registry import AUTO
@@ -94,7 +94,7 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
     except BackendError:
         raise  # it has no kernel for this: the caller decides what that means
     except Exception as error:  # whatever it is, the other candidates are measured and the report says how
-        return [f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+        return [failure_text(error)]
     allowed = min(ERROR_UNITS * torch.finfo(y.dtype).eps, LARGEST_ERROR)
     error = relative_error(y, exact)
     found = [] if error <= allowed else [f"error of y is {error:.1e}, allowed {allowed:.1e}"]

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mpoe_bench.choice import chosen_contractions
-from mpoe_bench.memory import Memory, peak_memory
-from mpoe_bench.section import NOT_HERE, Setup
+from mpoe_bench.choice import EAGER, chosen_contractions
+from mpoe_bench.memory import peak_memory
+from mpoe_bench.section import NOT_HERE, Setup, failure_text
 from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.backends.registry import AUTO
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 MOST_EXPERTS_ALIVE = 2.0
+MOST_GROWTH = 0.1  # of what needs no expert's weight, from the fewest to the most experts, in experts' weights
 
 
-def _measure(shape: MPOShape, experts: int, backend: str, strategy: str, phase: str, device: str) -> tuple[Memory, int]:
-    """Memory of one phase with one token per expert, and the bytes of those tokens' rows going in and out."""
+def _temporary(
+    shape: MPOShape, experts: int, per_expert: int, backend: str, strategy: str, phase: str, device: str
+) -> int:
+    """Bytes that one phase needs beyond its operands and results, with ``per_expert`` tokens for every expert.
+
+    Kernels of our own take memory from the system: theirs is also looked for in the process's resident memory. Eager
+    PyTorch has none but torch's.
+    """
     torch.manual_seed(9)
-    training = phase == "backward"
+    training, tokens = phase == "backward", experts * per_expert
     blocks = random_blocks(shape, experts, torch.float32)
     parts = {k: getattr(blocks, k).detach().to(device).requires_grad_(training) for k in ("left", "central", "right")}
     blocks = replace(blocks, **parts)
-    x = torch.randn(experts, shape.in_features, device=device, requires_grad=training)
-    grad_y = torch.randn(experts, shape.out_features, device=device)
-    routing = route(torch.arange(experts, device=device)[:, None], experts)
+    x = torch.randn(tokens, shape.in_features, device=device, requires_grad=training)
+    grad_y = torch.randn(tokens, shape.out_features, device=device)
+    routing = route(torch.arange(tokens, device=device)[:, None] // per_expert, experts)
 
     def forward() -> torch.Tensor:
         with torch.set_grad_enabled(training):
@@ -40,26 +47,31 @@ def _measure(shape: MPOShape, experts: int, backend: str, strategy: str, phase: 
                 strategy=strategy,
             )
 
-    rows = experts * (shape.in_features + shape.out_features) * 4
     y = forward()
+    resident = backend != EAGER
     if not training:
-        return peak_memory(forward, device, resident=True)[0], rows
+        return peak_memory(forward, device, resident)[0].temporary
     leaves = (x, *parts.values())
 
     def backward() -> object:
         return torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
 
     backward()
-    return peak_memory(backward, device, resident=True)[0], rows
+    return peak_memory(backward, device, resident)[0].temporary
+
+
+def beyond_tokens(one: int, two: int) -> int:
+    """Bytes left when the tokens' share is taken away, from measurements with one and two tokens per expert."""
+    return min(one, max(2 * one - two, 0))
 
 
 def temporary_weights_section(
     shape_names: Sequence[str], sizes: tuple[int, int], experts: Sequence[int], tokens: int, setup: Setup
 ) -> dict[str, Any]:
-    """Measure the strategies that run on ``tokens`` tokens, on one token per expert, so that rows hardly count.
+    """Measure the strategies that run on ``tokens`` tokens, on one and two tokens per expert.
 
-    A row's ``experts_alive`` is what the call needed beyond its results and those rows, over one expert's float32
-    weight.
+    A row's ``alive`` is, by phase, what the call needed beyond operands, results and what grows with its tokens, over
+    one expert's float32 weight.
     """
     rows = []
     for name in shape_names:
@@ -69,19 +81,23 @@ def temporary_weights_section(
             for backend in setup.backends:
                 setup.log(f"temporary weights of {name}, E={count}, {backend}")
                 row: dict[str, Any] = {"name": f"{name} [{backend}]", "kind": "mpoe", "shape": name, "reason": None}
-                row |= {"backend": backend, "experts": count, "alive": {}, "memory": {}, "strategies": {}}
+                row |= {"backend": backend, "experts": count, "alive": {}, "temporary": {}, "strategies": {}}
                 try:
                     chosen = chosen_contractions(shape, count, tokens, torch.float32, True, setup.device, backend)
                     for phase, (found, owner) in chosen.items():
-                        memory, moved = _measure(shape, count, owner, found.strategy, phase, setup.device)
-                        row["alive"][phase] = max(memory.temporary - moved, 0) / weight
-                        row["memory"][phase] = {"temporary": memory.temporary, "rows": moved, **asdict(memory)}
+                        where = (owner, found.strategy, phase, setup.device)
+                        one, two = (_temporary(shape, count, per_expert, *where) for per_expert in (1, 2))
+                        row["temporary"][phase] = beyond_tokens(one, two)
+                        row["alive"][phase] = row["temporary"][phase] / weight
                         row["strategies"][phase] = f"{found.strategy} [{owner}]"
+                    # It applies the shared core to all tokens: no expert's weight ever exists.
+                    row["rebuilds"] = any(found.strategy != "separable" for found, _ in chosen.values())
                 except BackendError as error:
                     row["reason"] = f"{NOT_HERE}: {error}"
                 except Exception as error:  # the others are measured, and the report says how this one failed
-                    row["reason"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    row["reason"] = failure_text(error)
                 rows.append(row)
-    title = f"temporary weights, {sizes[0]}x{sizes[1]} float32: experts' weights alive at once, measured"
-    case = {"tokens": tokens, "model": sizes[0], "hidden": sizes[1], "limit": MOST_EXPERTS_ALIVE}
+    title = f"temporary weights, {sizes[0]}x{sizes[1]} float32, in units of one expert's weight, measured"
+    case = {"tokens": tokens, "model": sizes[0], "hidden": sizes[1]}
+    case |= {"limit": MOST_EXPERTS_ALIVE, "growth": MOST_GROWTH}
     return {"key": "weights", "title": title, "baseline": None, "case": case, "rows": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,14 +89,9 @@ def lost_on_time(loser: Contraction, winner: Contraction, hardware: Hardware) ->
         text = f"smaller GEMMs, {_rate(loser, seconds)} against {_rate(winner, best)}"
     else:
         kind = MORE_BYTES
-        moved, least = loser.memory_bytes(hardware), winner.memory_bytes(hardware)
-        where = "memory"
-        if moved <= least:  # what lies in the cache has to be read too
-            moved, least, where = loser.bytes, winner.bytes, "cache"
-        text = f"{format_bytes(moved)} to and from {where} against {format_bytes(least)}"
-        if moved <= least:
-            text = f"waits {format_seconds(theirs[1])} for {format_bytes(moved)}, not hidden by arithmetic"
-    slower = f"{format_seconds(seconds)} ({seconds / best - 1:+.0%})" if best else format_seconds(seconds)
+        text = f"waits {format_seconds(theirs[1])} for {format_bytes(loser.bytes)}, against "
+        text += f"{format_seconds(ours[1])} for {format_bytes(winner.bytes)}"
+    slower = f"{format_seconds(seconds)} ({seconds / best:.3g}x)" if best else format_seconds(seconds)
     return Loss(loser, seconds, kind, f"{slower}: {text}")
 
 
@@ -113,22 +109,39 @@ def lost_on_saving(loser: Contraction, winner: Contraction, hardware: Hardware) 
     return Loss(loser, seconds, SAVED, text)
 
 
-def describe_phase(contraction: Contraction, hardware: Hardware, dense_flops: float) -> str:
-    """One line: the strategy and its numbers."""
+_COLUMNS = ("", "rows meet", "work", "x dense", "moved", "temporary", "FLOP/byte", "predicted")
+
+
+def _cells(contraction: Contraction, hardware: Hardware, dense_flops: float, mark: str) -> tuple[str, ...]:
     c = contraction
-    seconds = c.seconds(hardware)
-    through = " then ".join(c.order)
-    if not c.steps:
-        return f"{c.phase}: {c.strategy} (rows x {through}); no rows, nothing to compute"
-    compute, memory, overhead = c.parts(hardware)
-    bound = max((compute, "arithmetic"), (memory, "memory"), (overhead, "overhead of calls"))[1]
-    intensity = c.flops / max(c.memory_bytes(hardware), 1)
-    times = f" ({c.flops / dense_flops:.3g} x dense)" if dense_flops else ""
     return (
-        f"{c.phase}: {c.strategy} (rows x {through}), {format_flops(c.flops)}{times}, {format_bytes(c.bytes)} moved, "
-        f"{format_bytes(c.temporary_bytes)} of temporary weights, predicted {format_seconds(seconds)}, "
-        f"{intensity:.3g} FLOP/byte against the machine's ridge of {hardware.ridge(c.dtype):.3g}: bound by {bound}"
+        f"{mark} {c.strategy}",
+        ", ".join(c.order),
+        format_flops(c.flops),
+        f"{c.flops / dense_flops:.3g}" if dense_flops else "-",
+        format_bytes(c.bytes),
+        format_bytes(c.temporary_bytes),
+        f"{c.flops / max(c.memory_bytes(hardware), 1):,.1f}",
+        format_seconds(c.seconds(hardware)),
     )
+
+
+def describe_phase(chosen: Contraction, losses: Sequence[Loss], hardware: Hardware, dense_flops: float) -> list[str]:
+    """The choice and what bounds it, a table of all candidates, and one line for every loser."""
+    if chosen.steps:
+        parts = zip(chosen.parts(hardware), ("arithmetic", "memory", "overhead of calls"), strict=True)
+        lines = [f"{chosen.phase}: {chosen.strategy}, bound by {max(parts)[1]}"]
+        rows = [_COLUMNS, _cells(chosen, hardware, dense_flops, ">")]
+        rows += [_cells(loss.contraction, hardware, dense_flops, " ") for loss in losses]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]
+        for row in rows:  # words to the left, numbers to the right
+            cells = [
+                cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells))
+    else:
+        lines = [f"{chosen.phase}: {chosen.strategy}; no rows, nothing to compute"]
+    return lines + [f"  not {loss.contraction.strategy}, {loss.kind}: {loss.text}" for loss in losses]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -111,27 +111,24 @@ class ContractionPlan:
         return self.flops / self.memory_bytes if self.memory_bytes else 0.0
 
     def explain(self) -> str:
-        """What was chosen, its numbers, and one line for every loser."""
+        """What was chosen, the numbers of all candidates, and one line for every loser."""
         what = "forward and backward" if self.training else "forward"
         masked = ", central gradient masked" if self.training and self.mask_central else ""
-        busy = self.forward.busy_experts
+        size = f"{self.shape.in_features} x {self.shape.out_features}, {dtype_name(self.dtype)}"
+        experts = f"{self.num_experts:,} experts ({self.forward.busy_experts:,} expected busy)"
+        ridge = self.hardware.ridge(self.dtype)
         lines = [
-            f"{self.shape.in_features} x {self.shape.out_features}, {self.num_experts} experts ({busy} expected busy), "
-            f"{self.num_tokens} tokens x top-{self.top_k}, {dtype_name(self.dtype)} on {self.hardware.name}, "
-            f"{what}{masked}: {format_flops(self.flops)} ({self.x_dense:.3g} x dense), "
-            f"{format_bytes(self.bytes)} moved, {format_bytes(self.temporary_bytes)} of temporary weights, "
-            f"predicted {format_seconds(self.seconds)}"
+            f"{size}; {experts}, {self.num_tokens:,} tokens x top-{self.top_k}; {what}{masked}",
+            f"on {self.hardware.name}, where memory bounds what does less than {ridge:.3g} FLOP for each of its bytes",
+            f"in all {format_flops(self.flops)} ({self.x_dense:.3g} x dense), {format_bytes(self.bytes)} moved, "
+            f"{format_bytes(self.temporary_bytes)} of temporary weights, predicted {format_seconds(self.seconds)}",
         ]
         for phase in self.phases:
             share = self.dense_flops
             if self.training:
                 share = self.dense_flops // 3 * (1 if phase.phase == "forward" else 2)
-            lines.append(describe_phase(phase, self.hardware, share))
-            lines += [
-                f"  not {loss.contraction.strategy}, {loss.kind}: {loss.text}"
-                for loss in self.losses
-                if loss.contraction.phase == phase.phase
-            ]
+            losses = [loss for loss in self.losses if loss.contraction.phase == phase.phase]
+            lines += describe_phase(phase, losses, self.hardware, share)
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -123,9 +123,12 @@ def test_planner_and_conversion() -> None:
 def test_table() -> None:
     lines = check_targets([section("float32", [ours("separable", "auto", 1.0, 9.0)])])
     table = target_table(lines)
-    assert table.title == "targets: 1 of 2 reached"
+    assert table.title == "targets: 1 of 2 reached [auto]"
     assert [cells[-1] for cells in table.rows] == ["yes", "NO"]
-    assert [cells[4] for cells in table.rows] == ["-", "-"]  # bfloat16 was not measured
+    assert [cells[3] for cells in table.rows] == ["-", "-"]  # bfloat16 was not measured
+    both = target_table([*lines, *({**line, "backend": "eager"} for line in lines)])
+    assert both.title == "targets: 2 of 4 reached"
+    assert [cells[1] for cells in both.rows] == ["auto", "auto", "eager", "eager"]
 
 
 def test_the_lists_are_those_of_the_design() -> None:

@@ -7,21 +7,31 @@
 #include <cstring>
 #include <new>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "common/parallel.h"
 #include "cpu/linear.h"
 
 namespace mpoe {
 
-// Memory aligned to cache lines; uninitialised.
+// Memory aligned to cache lines; uninitialised. On Linux large ones get huge pages where the system grants them on
+// request.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
+    constexpr std::size_t kHugePage = 2 << 20;
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T) + 64;
+    const bool large = bytes >= 2 * kHugePage;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, large ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
+    data_ = static_cast<T*>(memory);
+#if defined(__linux__)
+    if (large) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: failure changes nothing
+#endif
   }
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
@@ -62,6 +72,30 @@ inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
     const std::int64_t first = count * p / parts;
     f(first, count * (p + 1) / parts - first);
   }
+}
+
+// Units of k that are summed before they are added to what precedes: long sums in one go round more.
+constexpr std::int64_t kLongestSum = 256;
+
+// multiply_rows and multiply_columns of gemm.h for any number of units.
+template <class T>
+inline void multiply_rows(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panel,
+    float* tile, bool accumulate) {
+  for_each_tile(units, kLongestSum, [&](std::int64_t first, std::int64_t count) {
+    gemm.multiply_rows(
+        rows, count, a + first * gemm.unit, stride / gemm.unit, panel + first * kPanel * gemm.unit, tile, kPanel,
+        accumulate || first > 0);
+  });
+}
+template <class T>
+inline void multiply_columns(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, const T* panel, float* tile,
+    bool accumulate) {
+  for_each_tile(units, kLongestSum, [&](std::int64_t first, std::int64_t count) {
+    const std::int64_t offset = first * kPanel * gemm.unit;
+    gemm.multiply_columns(rows, count, a + offset, panel + offset, tile, kPanel, accumulate || first > 0);
+  });
 }
 
 // Tiles of at most `most` slots that cover every expert's slots.

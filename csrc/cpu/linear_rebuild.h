@@ -28,30 +28,6 @@ inline std::int64_t row_stride(std::int64_t elements) {
   return whole % (16 * kLine) == 0 ? whole + kLine : whole;
 }
 
-// Units of k that are summed before they are added to what precedes: long sums in one go round more.
-constexpr std::int64_t kLongestSum = 256;
-
-// multiply_rows and multiply_columns of gemm.h for any number of units.
-template <class T>
-inline void multiply_rows(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panel,
-    float* tile, bool accumulate) {
-  for_each_tile(units, kLongestSum, [&](std::int64_t first, std::int64_t count) {
-    gemm.multiply_rows(
-        rows, count, a + first * gemm.unit, stride / gemm.unit, panel + first * kPanel * gemm.unit, tile, kPanel,
-        accumulate || first > 0);
-  });
-}
-template <class T>
-inline void multiply_columns(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, const T* panel, float* tile,
-    bool accumulate) {
-  for_each_tile(units, kLongestSum, [&](std::int64_t first, std::int64_t count) {
-    const std::int64_t offset = first * kPanel * gemm.unit;
-    gemm.multiply_columns(rows, count, a + offset, panel + offset, tile, kPanel, accumulate || first > 0);
-  });
-}
-
 // sums[p][row][32] (+)= A B for every panel p of B, where A's rows lie in memory.
 template <class T>
 void rows_times_panels(

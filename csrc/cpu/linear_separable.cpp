@@ -61,34 +61,55 @@ void pack_central(const GemmKernels& gemm, const BlockDims& d, const SeparableSi
   });
 }
 
+// The bias as float32 [jC, row], row the columns jR in whole panels; nothing without a bias.
+template <class T>
+struct BiasRows {
+  std::int64_t row;
+  Buffer<float> values;
+
+  explicit BiasRows(const LinearForward& in) : row(round_up(in.dims.jR, kPanel)) {
+    const BlockDims& d = in.dims;
+    if (in.bias == nullptr) return;
+    values = Buffer<float>(d.jC * row);
+    std::fill_n(values.get(), d.jC * row, 0.0f);
+    for (std::int64_t f = 0; f < d.out_features; ++f)
+      values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
+  }
+};
+
 template <class T>
 struct OutputStep {
   const GemmKernels& gemm;
   const LinearForward& in;
   const SeparableSizes& sizes;
   const T* central_panels;
-  const float* bias;  // [jC, bias_row] or null
-  std::int64_t bias_row;
+  const BiasRows<T>& bias;
 
   // Central and right steps of a block, columns of `columns` (of jC); t holds the block's rows.
   void run(Span block, Span columns, const T* t) const {
-    const BlockDims& d = in.dims;
     const std::int64_t count = block.last - block.first;
-    const std::int64_t right_k = padded_k(gemm, d.b);
     // As many jC at a time as leave the central step's result in cache for the right step.
     const std::int64_t row_bytes = count * sizes.b * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t group = std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
-    Buffer<T> panels(round_up(d.jR, kPanel) * right_k), h(count * group * sizes.b);
+    Buffer<T> h(count * group * sizes.b);
     for (std::int64_t j = columns.first; j < columns.last; j += group) {
       const Span part{j, std::min(j + group, columns.last)};
       central_step(block, part, t, h.get());
-      for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
-        gemm.pack(
-            panels.get(), right_k / gemm.unit, static_cast<const T*>(in.right) + expert * d.b * d.jR, d.jR, d.b, d.jR);
-        const std::int64_t offset = (slots.first - block.first) * (part.last - part.first) * sizes.b;
-        right_step(slots, part, h.get() + offset, panels.get(), right_k);
-      });
+      right_step(block, part, h.get(), sizes.b);
     }
+  }
+
+  // y of `block`, columns of `part`, from h [block, part, h_row].
+  void right_step(Span block, Span part, const T* h, std::int64_t h_row) const {
+    const BlockDims& d = in.dims;
+    const std::int64_t right_k = padded_k(gemm, d.b);
+    Buffer<T> panels(round_up(d.jR, kPanel) * right_k);
+    for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
+      gemm.pack(
+          panels.get(), right_k / gemm.unit, static_cast<const T*>(in.right) + expert * d.b * d.jR, d.jR, d.b, d.jR);
+      right_product(
+          slots, part, h + (slots.first - block.first) * (part.last - part.first) * h_row, h_row, panels.get(), right_k);
+    });
   }
 
  private:
@@ -107,8 +128,9 @@ struct OutputStep {
         });
   }
 
-  // y of `slots`, columns of `part`, from their rows h [slots, part, b].
-  void right_step(Span slots, Span part, const T* h, const T* panels, std::int64_t right_k) const {
+  // y of `slots`, all of one expert.
+  void right_product(
+      Span slots, Span part, const T* h, std::int64_t h_row, const T* panels, std::int64_t right_k) const {
     const BlockDims& d = in.dims;
     const std::int64_t width = part.last - part.first;
     T* y = static_cast<T*>(in.y);
@@ -118,15 +140,15 @@ struct OutputStep {
     // Where the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
     multiply_all(
-        gemm, (slots.last - slots.first) * width, right_k, h, sizes.b, panels, d.jR,
+        gemm, (slots.last - slots.first) * width, right_k, h, h_row, panels, d.jR,
         [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
           std::int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
           for (std::int64_t r = 0; r < rows; ++r) {
             const std::int64_t s = slots.first + (first + r) / width, j = part.first + (first + r) % width;
             row_offset[r] = s * d.out_features + j * d.jR;
-            bias_offset[r] = j * bias_row;
+            bias_offset[r] = j * bias.row;
           }
-          finish.bias = bias == nullptr ? nullptr : bias + c;
+          finish.bias = bias.values ? bias.values.get() + c : nullptr;
           finish.bias_offset = bias_offset;
           if (whole) return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
           for (std::int64_t r = 0; r < rows; ++r) {
@@ -138,6 +160,61 @@ struct OutputStep {
   }
 };
 
+// Few slots: central is packed piece by piece, as it lies, and every piece is multiplied at once. Then central is read
+// from memory once and its panels are never written there: with one slot that is all the time there is.
+constexpr std::int64_t kFewSlots = 128;
+
+// h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
+template <class T>
+void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
+  const BlockDims& d = in.dims;
+  const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
+  constexpr std::int64_t kColumns = 8 * kPanel, kUnits = 128;  // a piece: 128 KiB
+  static_assert(kUnits <= kLongestSum);
+  parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+    Buffer<T> panels(kColumns * kUnits * unit);
+    Buffer<float> sums(filled * kColumns);
+    const std::int64_t last = std::min(n, end * kPanel);
+    for (std::int64_t c = begin * kPanel; c < last; c += kColumns) {
+      const std::int64_t columns = std::min(kColumns, last - c);
+      for (std::int64_t i = 0; i < k; i += kUnits * unit) {
+        const std::int64_t count = std::min(kUnits * unit, k - i), units = ceil_divide(count, unit);
+        gemm.pack(panels.get(), units, static_cast<const T*>(in.central) + i * n + c, n, count, columns);
+        for (std::int64_t p = 0; p < columns; p += kPanel)
+          for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
+            gemm.multiply_rows(
+                rows, units, t + first * row + i, row / unit, panels.get() + p * units * unit,
+                sums.get() + first * kColumns + p, kColumns, i > 0);
+          });
+      }
+      for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * kColumns, h + s * n + c, columns);
+    }
+  });
+}
+
+template <class T>
+void forward_of_few(const GemmKernels& gemm, const LinearForward& in, const SeparableSizes& sizes) {
+  const BlockDims& d = in.dims;
+  const std::int64_t filled = in.filled(), h_row = d.jC * d.b, k = d.a * d.iC, t_row = row_stride(gemm, k);
+  Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * h_row : 0);
+  T* h = in.h == nullptr ? own_h.get() : static_cast<T*>(in.h);
+  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+    Buffer<T> rows((end - begin) * sizes.t_row);
+    left_step<T>(gemm, in, sizes, {begin, end}, nullptr, rows.get());
+    for (std::int64_t s = begin; s < end; ++s) {
+      T* out = t.get() + s * t_row;
+      gemm.transpose(rows.get() + (s - begin) * sizes.t_row, sizes.a, d.iC, d.a, out, d.iC);
+      if (k % gemm.unit != 0) out[k] = T{};
+    }
+  });
+  central_of_few(gemm, in, t.get(), t_row, h);
+  const BiasRows<T> bias(in);
+  const OutputStep<T> step{gemm, in, sizes, nullptr, bias};
+  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+    step.right_step({begin, end}, {0, d.jC}, h + begin * h_row, d.b);
+  });
+}
+
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
@@ -148,17 +225,12 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.saved, filled, in.slots, y_bytes);
   zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
   if (filled == 0) return;
+  // Rows of h [jC, b] must be whole units where they lie behind one another.
+  if (filled <= kFewSlots && d.b % gemm.unit == 0) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
-  const std::int64_t bias_row = round_up(d.jR, kPanel);
-  Buffer<float> bias(in.bias == nullptr ? 0 : d.jC * bias_row);
-  if (in.bias != nullptr) {
-    std::fill_n(bias.get(), d.jC * bias_row, 0.0f);
-    for (std::int64_t f = 0; f < d.out_features; ++f)
-      bias.get()[f / d.jR * bias_row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
-  }
-  const OutputStep<T> step{
-      gemm, in, sizes, central_panels.get(), in.bias == nullptr ? nullptr : bias.get(), bias_row};
+  const BiasRows<T> bias(in);
+  const OutputStep<T> step{gemm, in, sizes, central_panels.get(), bias};
   const std::vector<Span> blocks = slot_blocks(filled, sizes.t_row * sizeof(T));
   const std::int64_t count = static_cast<std::int64_t>(blocks.size());
   if (num_threads() == 1 || count >= 4 * num_threads()) {

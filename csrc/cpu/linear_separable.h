@@ -31,17 +31,14 @@ inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes)
 }
 
 // Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile).
-template <class F>
+template <class T, class F>
 void multiply_all(
-    const GemmKernels& gemm, std::int64_t count, std::int64_t k, const void* a, std::int64_t stride,
-    const void* panels, std::int64_t columns, const F& f) {
+    const GemmKernels& gemm, std::int64_t count, std::int64_t k, const T* a, std::int64_t stride, const T* panels,
+    std::int64_t columns, const F& f) {
   alignas(64) float tile[kMaxRows * kPanel];
-  constexpr std::int64_t kUnitBytes = 4;
   for (std::int64_t c = 0; c < columns; c += kPanel)
     for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
-      gemm.multiply_rows(
-          rows, k / gemm.unit, static_cast<const char*>(a) + first * stride / gemm.unit * kUnitBytes,
-          stride / gemm.unit, static_cast<const char*>(panels) + c * k / gemm.unit * kUnitBytes, tile, kPanel, false);
+      multiply_rows(gemm, rows, k / gemm.unit, a + first * stride, stride, panels + c * k, tile, false);
       f(first, rows, c, tile);
     });
 }

@@ -43,6 +43,7 @@ void pack(
   constexpr std::int64_t unit = 4 / sizeof(T);
   // Panels written side by side: enough to use whole pages of B, few enough for the ways of a cache set.
   constexpr std::int64_t kGroup = 4;
+  constexpr std::int64_t kAhead = 8;  // units
   const std::int64_t units = ceil_divide(k, unit);
   const T* source = static_cast<const T*>(b);
   for (std::int64_t first = 0; first < columns; first += kGroup * kPanel) {
@@ -50,12 +51,13 @@ void pack(
     for (std::int64_t u = 0; u < units; ++u) {
       const T* row = source + u * unit * stride;
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
-      if (u * unit + 8 * unit < k) {
-        __builtin_prefetch(row + 8 * unit * stride + first);
-        if (unit == 2) __builtin_prefetch(row + 8 * unit * stride + stride + first);
-      }
+      // Rows lie in different pages, which the processor does not look ahead across: what comes kAhead units later, in
+      // this group or the next.
+      const std::int64_t ahead = kAhead * unit * stride + (u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride);
       for (std::int64_t c = first; c < last; c += kPanel) {
         float* target = static_cast<float*>(panels) + c * panel_units + u * kPanel;
+        __builtin_prefetch(row + ahead + c);
+        __builtin_prefetch(row + ahead + (unit == 2 ? stride : kPanel / 2) + c);
         if (c + kPanel <= columns)
           interleave(row + c, next == nullptr ? nullptr : next + c, target);
         else

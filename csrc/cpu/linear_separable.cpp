@@ -163,31 +163,39 @@ struct OutputStep {
 // Few slots: central is packed piece by piece, as it lies, and every piece is multiplied at once. Then central is read
 // from memory once and its panels are never written there: with one slot that is all the time there is.
 constexpr std::int64_t kFewSlots = 128;
+static_assert(kFewSlots <= kLongestSum);
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
 template <class T>
 void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
   const BlockDims& d = in.dims;
   const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
-  constexpr std::int64_t kColumns = 8 * kPanel, kUnits = 128;  // a piece: 128 KiB
-  static_assert(kUnits <= kLongestSum);
+  // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows of
+  // central at a time, so that these are read nearly in the order of memory.
+  constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
+  const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 8, kFewSlots);
+  const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
   parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-    Buffer<T> panels(kColumns * kUnits * unit);
-    Buffer<float> sums(filled * kColumns);
-    const std::int64_t last = std::min(n, end * kPanel);
-    for (std::int64_t c = begin * kPanel; c < last; c += kColumns) {
-      const std::int64_t columns = std::min(kColumns, last - c);
-      for (std::int64_t i = 0; i < k; i += kUnits * unit) {
-        const std::int64_t count = std::min(kUnits * unit, k - i), units = ceil_divide(count, unit);
-        gemm.pack(panels.get(), units, static_cast<const T*>(in.central) + i * n + c, n, count, columns);
-        for (std::int64_t p = 0; p < columns; p += kPanel)
+    const std::int64_t last = std::min(n, end * kPanel), stride = std::min(most_columns, round_up(last, kPanel));
+    Buffer<T> panels(kGroup * most_units * unit);
+    Buffer<float> sums(filled * stride);
+    for (std::int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
+      const std::int64_t columns = std::min(most_columns, last - strip);
+      for (std::int64_t i = 0; i < k; i += most_units * unit) {
+        const std::int64_t count = std::min(most_units * unit, k - i), units = ceil_divide(count, unit);
+        const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
+        for (std::int64_t c = 0; c < columns; c += kPanel) {
+          const std::int64_t place = c % kGroup;
+          if (place == 0)
+            gemm.pack(panels.get(), units, rows_of_central + c, n, count, std::min(kGroup, columns - c));
           for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
             gemm.multiply_rows(
-                rows, units, t + first * row + i, row / unit, panels.get() + p * units * unit,
-                sums.get() + first * kColumns + p, kColumns, i > 0);
+                rows, units, t + first * row + i, row / unit, panels.get() + place * units * unit,
+                sums.get() + first * stride + c, stride, i > 0);
           });
+        }
       }
-      for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * kColumns, h + s * n + c, columns);
+      for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
     }
   });
 }

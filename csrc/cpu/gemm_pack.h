@@ -53,7 +53,8 @@ void pack(
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
       // Rows lie in different pages, which the processor does not look ahead across: what comes kAhead units later, in
       // this group or the next.
-      const std::int64_t ahead = kAhead * unit * stride + (u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride);
+      const std::int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
+      const std::int64_t ahead = kAhead * unit * stride + wrapped;
       for (std::int64_t c = first; c < last; c += kPanel) {
         float* target = static_cast<float*>(panels) + c * panel_units + u * kPanel;
         __builtin_prefetch(row + ahead + c);

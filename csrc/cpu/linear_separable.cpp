@@ -107,8 +107,8 @@ struct OutputStep {
     for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
       gemm.pack(
           panels.get(), right_k / gemm.unit, static_cast<const T*>(in.right) + expert * d.b * d.jR, d.jR, d.b, d.jR);
-      right_product(
-          slots, part, h + (slots.first - block.first) * (part.last - part.first) * h_row, h_row, panels.get(), right_k);
+      const std::int64_t first_row = (slots.first - block.first) * (part.last - part.first);
+      right_product(slots, part, h + first_row * h_row, h_row, panels.get(), right_k);
     });
   }
 
@@ -170,8 +170,8 @@ template <class T>
 void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
   const BlockDims& d = in.dims;
   const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
-  // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows of
-  // central at a time, so that these are read nearly in the order of memory.
+  // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows
+  // of central at a time, so that these are read nearly in the order of memory.
   constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
   const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 8, kFewSlots);
   const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;

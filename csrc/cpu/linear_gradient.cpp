@@ -34,13 +34,14 @@ void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* d
 }
 
 template <class T>
-RowGradients<T>::RowGradients(const LinearBackward& in)
+RowGradients<T>::RowGradients(const LinearBackward& in, bool together)
     : in_(in), width_(in.dims.in_features), dx_(static_cast<T*>(in.dx)) {
   if (in.row_index == nullptr || dx_ == nullptr) return;
   const std::int64_t filled = in.filled();
   readers_.assign(in.tokens + 1, 0);
   for (std::int64_t s = 0; s < filled; ++s) ++readers_[in.row_index[s] + 1];
-  if (std::all_of(readers_.begin(), readers_.end(), [](std::int64_t count) { return count <= 1; })) return;
+  const bool alone = std::all_of(readers_.begin(), readers_.end(), [](std::int64_t count) { return count <= 1; });
+  if (alone && !together) return;
   for (std::int64_t t = 0; t < in.tokens; ++t) readers_[t + 1] += readers_[t];
   by_row_.resize(filled);
   std::vector<std::int64_t> next(readers_.begin(), readers_.end() - 1);

@@ -6,6 +6,15 @@
 
 namespace mpoe {
 
+// Which gradients besides that of the bias are wanted.
+struct Wanted {
+  bool x, left, central, right;
+  explicit Wanted(const LinearBackward& in)
+      : x(in.dx != nullptr), left(in.dleft != nullptr), central(in.dcentral != nullptr), right(in.dright != nullptr) {}
+  bool weight() const { return left || central || right; }
+  bool half() const { return left || central; }
+};
+
 // dz = grad * activation'(saved) of the filled slots, [filled, F]: `grad` itself without an activation, else computed
 // into memory of its own.
 template <class T>
@@ -28,7 +37,8 @@ void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* d
 template <class T>
 class RowGradients {
  public:
-  explicit RowGradients(const LinearBackward& in);
+  // `together`: row(slot + 1) follows row(slot).
+  explicit RowGradients(const LinearBackward& in, bool together = false);
   // [I] of a filled slot, to be written whole.
   T* row(std::int64_t slot) { return slots_ ? slots_.get() + slot * width_ : dx_ + target(slot) * width_; }
   void finish(const GemmKernels& gemm);

@@ -5,7 +5,7 @@
 // b runs in whole granules. Products write their results where and as the next one reads them.
 #pragma once
 
-#include "cpu/linear_rebuild.h"
+#include "cpu/linear_blocks.h"
 
 namespace mpoe {
 
@@ -50,8 +50,8 @@ class HalfFirst {
  public:
   HalfFirst(const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central)
       : gemm_(gemm), in_(in), d_(in.dims), plan_(plan), central_(central), left_rows_(padded_k(gemm, d_.iL)),
-        left_stride_(row_stride<T>(plan.a_units * gemm.unit)), x_stride_(row_stride<T>(d_.iC * left_rows_)),
-        k_units_(d_.iC * left_rows_ / gemm.unit), u_stride_(row_stride<T>(d_.iR * plan.b)),
+        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)), x_stride_(row_stride(gemm, d_.iC * left_rows_)),
+        k_units_(d_.iC * left_rows_ / gemm.unit), u_stride_(row_stride(gemm, d_.iR * plan.b)),
         right_units_(d_.iR * plan.b / gemm.unit) {
     const std::int64_t slab_bytes = plan.central_panels * kPanel * k_units_ * 4;  // of one jL
     chunk_ = std::clamp<std::int64_t>(kChunkBytes / slab_bytes, 1, d_.jL);
@@ -214,7 +214,7 @@ class RightFirst {
  public:
   RightFirst(const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central, std::int64_t most)
       : gemm_(gemm), in_(in), d_(in.dims), plan_(plan), central_(central),
-        left_stride_(row_stride<T>(plan.a_units * gemm.unit)), x_stride_(padded_k(gemm, d_.iR)),
+        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)), x_stride_(padded_k(gemm, d_.iR)),
         granules_(ceil_divide(d_.jR, kGranule)), columns_(gemm.unit, d_.b, d_.iR * d_.jR, d_.jR) {
     const std::int64_t per_left = d_.iC * plan.b;  // inner elements of one iL
     const std::int64_t bytes = std::max(d_.jL * d_.jC, 2 * granules_ * kGranule) * per_left * sizeof(T);
@@ -222,7 +222,7 @@ class RightFirst {
     units_ = chunk_ * per_left / gemm.unit;
     rows_ = std::max<std::int64_t>(1, kChunkBytes / (granules_ * kGranule * units_ * 4));
     rows_ = round_up(rows_, ceil_divide(kPanel, granules_ * kGranule));
-    half_stride_ = row_stride<T>(chunk_ * per_left);
+    half_stride_ = row_stride(gemm, chunk_ * per_left);
     left_ = Buffer<T>(d_.iL * d_.jL * left_stride_);
     half_ = Buffer<T>(d_.jL * d_.jC * half_stride_);
     s_ = zeros<T>(panels(rows_) * units_ * kPanel * gemm.unit);

@@ -6,6 +6,7 @@
 // in the order of experts, then over groups.
 #include <memory>
 
+#include "cpu/linear_gradient.h"
 #include "cpu/linear_half.h"
 
 namespace mpoe {
@@ -74,13 +75,6 @@ struct OneExpert {
   }
 };
 
-// Which gradients of blocks are wanted.
-struct Wanted {
-  bool left, central, right;
-  bool any() const { return left || central || right; }
-  bool half() const { return left || central; }
-};
-
 // Gradients of one expert's blocks after another, in the order that meets LC first.
 template <class T>
 class HalfGradient : public HalfFirst<T> {
@@ -95,8 +89,8 @@ class HalfGradient : public HalfFirst<T> {
       Wanted wanted, float* central_sums)
       : Base(gemm, in, plan, central), wanted_(wanted), central_turned_(central_turned), central_sums_(central_sums),
         z_stride_(padded_k(gemm, d_.jR)), r_units_(ceil_divide(d_.iR, gemm.unit)),
-        x_stride_(row_stride<T>(rows_ * r_units_ * gemm.unit)), inner_(d_.iC * d_.jC * plan.b),
-        dhalf_stride_(row_stride<T>(inner_)), left_turned_stride_(row_stride<T>(d_.jL * left_rows_)),
+        x_stride_(row_stride(gemm, rows_ * r_units_ * gemm.unit)), inner_(d_.iC * d_.jC * plan.b),
+        dhalf_stride_(row_stride(gemm, inner_)), left_turned_stride_(row_stride(gemm, d_.jL * left_rows_)),
         right_rows_(round_up(d_.iR * plan.b, kPanel)), columns_(gemm.unit, d_.iR, d_.jR * plan.b, d_.b) {
     const std::int64_t pairs = chunk_ * d_.jC, unit = gemm.unit;
     z_ = Buffer<T>(rows_ * pairs * z_stride_);
@@ -339,7 +333,7 @@ class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm), in_(in), d_(in.dims), plan_(gemm, in.dims), turned_plan_(gemm, exchanged(in.dims)),
-        wanted_{in.dleft != nullptr, in.dcentral != nullptr, in.dright != nullptr}, exchange_(!plan_.half_first),
+        wanted_(in), exchange_(!plan_.half_first),
         weight_dims_(exchange_ ? exchanged(d_) : d_), weight_plan_(exchange_ ? turned_plan_ : plan_) {
     for (std::int64_t e = 0; e < in.experts; ++e) most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
     const T* central = static_cast<const T*>(in.central);
@@ -348,21 +342,14 @@ class Backward {
       turned_panels_ = pack_central<T>(gemm, turned_inputs(), turned_plan_);
     }
     weight_central_ = exchange_ ? turned_central_.get() : central;
-    if (wanted_.any() && !exchange_) own_panels_ = pack_central<T>(gemm, in, plan_);
+    if (wanted_.weight() && !exchange_) own_panels_ = pack_central<T>(gemm, in, plan_);
     if (wanted_.left) inverse_panels_ = turn_central<T>(gemm, weight_dims_, weight_central_, weight_plan_);
     plan_groups();
   }
 
   void run() {
-    const std::int64_t width = d_.in_features;
-    T* dx = static_cast<T*>(in_.dx);
-    Buffer<T> slot_gradient;
-    if (dx != nullptr && in_.row_index != nullptr) {
-      slot_gradient = Buffer<T>(in_.filled() * width);
-      dx = slot_gradient.get();
-    } else {
-      zero_rows(dx, in_.filled(), in_.slots, width * sizeof(T));
-    }
+    RowGradients<T> gradients(in_, true);
+    T* dx = in_.dx == nullptr ? nullptr : gradients.row(0);
     const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
     parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t g = begin; g < end; ++g) run_group(g, dx);
@@ -374,7 +361,7 @@ class Backward {
         for (std::int64_t c = 0; c < d_.out_features; ++c) bias_sums_[c] += bias_sums_[g * d_.out_features + c];
       gemm_.round_row(bias_sums_.data(), in_.dbias, d_.out_features);
     }
-    if (slot_gradient) gather_gradient<T>(gemm_, in_, slot_gradient.get());
+    gradients.finish(gemm_);
   }
 
  private:
@@ -406,7 +393,7 @@ class Backward {
       x_half = std::make_unique<HalfFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get());
     else if (dx != nullptr)
       x_right = std::make_unique<RightFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get(), most_);
-    if (wanted_.any())
+    if (wanted_.weight())
       weights = std::make_unique<HalfGradient<T>>(
           gemm_, own.in, weight_plan_, exchange_ ? turned_panels_.get() : own_panels_.get(), inverse_panels_.get(),
           wanted_, wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);

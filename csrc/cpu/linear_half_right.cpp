@@ -2,7 +2,7 @@
 //   W[(iL iC iR), (jL jC jR)] = sum_ab left[iL, jL, a] central[a, iC, jC, b] right[b, iR, jR]
 // has the blocks right [iR, jR, b], central [b, iC, jC, a] and left [a, iL, jL]. Rows, bias and the blocks of experts
 // with slots are copied in that order, results back; mirrored sides have no padding of their own, it becomes zeros.
-#include "cpu/linear_rebuild.h"
+#include "cpu/linear_blocks.h"
 
 namespace mpoe {
 namespace {

@@ -10,6 +10,7 @@ from mpoe.layers.context import (
 )
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
+from mpoe.layers.expert_cache import ExpertCache, ExpertCacheReport
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
@@ -20,6 +21,8 @@ from mpoe.layers.router import RouterOutput, TopKRouter
 __all__ = [
     "ACTIVATIONS",
     "DenseExperts",
+    "ExpertCache",
+    "ExpertCacheReport",
     "ExpertWeights",
     "MPOCores",
     "MPOEFeedForward",

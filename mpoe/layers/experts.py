@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from mpoe.layers.activations import ACTIVATIONS, check_activation
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
-from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn
+from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
+from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
 
 
 class MPOExperts(nn.Module):
@@ -45,6 +48,7 @@ class MPOExperts(nn.Module):
         super().__init__()
         self.activation = check_activation(activation)
         self.num_experts, self.backend = num_experts, backend
+        self.expert_cache: ExpertCache | None = None
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
         if (down.in_features, down.out_features) != (up.out_features, up.in_features):
             raise ValueError(
@@ -78,24 +82,115 @@ class MPOExperts(nn.Module):
         kinds = {"up": self.up, "down": self.down}
         return kinds if self.gate_proj is None else {**kinds, "gate_proj": self.gate_proj}
 
+    # ----------------------------------------------------------------- cache
+
+    def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
+        """Keep folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
+
+        Full weights are used where they are predicted to be faster. Compiled graphs use the cores. See `ExpertCache`.
+
+        Args:
+            max_bytes: of everything kept; ``None`` or 0 turns the cache off. Any value starts with an empty one.
+
+        Returns:
+            The cache, with its `ExpertCache.report` and `ExpertCache.clear`, or ``None``.
+
+        Raises:
+            TypeError, ValueError: ``max_bytes`` that is no integer, or negative.
+        """
+        self.expert_cache = ExpertCache.of(max_bytes)
+        return self.expert_cache
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.expert_cache is not None:
+            self.expert_cache.drop(self)  # at once: `.to()` should not leave the old parameters in memory
+        return super()._apply(fn, recurse)
+
+    def _held(self, *inputs: Tensor) -> HeldLayer | None:
+        """What the cache holds, where it may be used."""
+        if self.expert_cache is None or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters())):
+            self.expert_cache.drop(self)  # cores that are trained are about to change, perhaps without a trace
+            return None
+        return self.expert_cache.layer(self, self.projections())
+
+    # --------------------------------------------------------------- forward
+
     def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
         """Tokens ``x [T, I]`` through their experts -> ``[T, I]``; a dropped token's row is zero.
 
         ``dropout`` is the rate between the projections; pass it in training only.
         """
+        held = self._held(x, top_k_weights)
+        if held is None:
+            blocks = {kind: cores.blocks() for kind, cores in self.projections().items()}
+            return self._by_cores(blocks, x, routing, top_k_weights, dropout)
+        if dropout == 0.0 and x.device.type == "cpu":
+            return self._by_full_weights(held, x, routing, top_k_weights)
+        return self._by_cores(held.blocks, x, routing, top_k_weights, dropout)
+
+    def _by_cores(
+        self, blocks: Mapping[str, MPOBlocks], x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         return mpo_ffn(
             x,
             routing,
             top_k_weights,
-            self.up.blocks(),
-            self.down.blocks(),
-            gate_proj=None if self.gate_proj is None else self.gate_proj.blocks(),
+            blocks["up"],
+            blocks["down"],
+            gate_proj=blocks.get("gate_proj"),
             up_bias=self.up.bias,
             down_bias=self.down.bias,
             activation=self.activation,
             dropout=dropout,
             backend=self.backend,
         )
+
+    def _by_full_weights(self, held: HeldLayer, x: Tensor, routing: Routing, top_k_weights: Tensor) -> Tensor:
+        """Full weights for the experts that have them, if they pay; the cores for the rest."""
+        offsets = routing.expert_offsets.tolist()
+        spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
+        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        shapes = [cores.shape for cores in self.projections().values()]
+        full: dict[int, dict[str, Tensor]] = {}
+        if spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype):
+            found = ((expert, held.weights(expert, dtype)) for expert in spans)
+            full = {expert: weights for expert, weights in found if weights is not None}
+        if not full:
+            return self._by_cores(held.blocks, x, routing, top_k_weights)
+        tokens = routing.token_of_slot
+        y = x.new_zeros(tokens.shape[0], self.down.out_features, dtype=dtype)
+        with torch.autocast("cpu", enabled=False):
+            for expert, weights in full.items():
+                start, stop = spans[expert]
+                y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), weights)
+        rest = torch.tensor(
+            [0 if expert in full else stop - start for expert, (start, stop) in enumerate(pairwise(offsets))]
+        )
+        if rest.any():
+            slots = torch.repeat_interleave(rest > 0, routing.expert_load).nonzero()[:, 0]
+            y[slots] = self._by_cores(held.blocks, x[tokens[slots]], _in_slot_order(rest), x.new_ones(len(slots), 1))
+        return combine(y, routing, top_k_weights, backend=self.backend)
+
+    def _expert(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """One expert on its rows ``[n, I] -> [n, I]``."""
+        act = ACTIVATIONS[self.activation]
+        hidden = _affine(rows, weights["up"], self.up.bias)
+        hidden = act(hidden) if self.gate_proj is None else act(rows @ weights["gate_proj"]) * hidden
+        return _affine(hidden, weights["down"], self.down.bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+
+
+def _in_slot_order(counts: Tensor) -> Routing:
+    """Routing of rows that are sorted by expert already, ``counts[e]`` each."""
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows = torch.arange(int(offsets[-1]))
+    return Routing(offsets.int(), rows, rows[:, None])
 
 
 class DenseExperts(nn.Module):

@@ -23,6 +23,8 @@ from mpoe.layers.context import (
 )
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.expert_cache import ExpertCache
+from mpoe.layers.experts import MPOExperts
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
 from mpoe.layers.router import TopKRouter
 from mpoe.models.outputs import ROUTING_FIELDS
@@ -203,6 +205,29 @@ class MPOEModelMixin(_Model):
         if not self.accepts_loss_kwargs or items is None or labels is None:
             return None
         return labels[..., 1:].ne(-100).sum() / items
+
+    def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
+        """Keep folded blocks and full weights of experts for inference, in ``max_bytes`` for the whole model.
+
+        Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
+        passes that need gradients run as ever. See `mpoe.layers.MPOExperts.cache_experts`.
+
+        Args:
+            max_bytes: bound; ``None`` or 0 turns the cache off. Any value starts with an empty one.
+
+        Returns:
+            The cache that the layers share, with its `report` and `clear`, or ``None``.
+
+        Raises:
+            TypeError, ValueError: ``max_bytes`` that is no integer, or negative; a model without MPO experts.
+        """
+        layers = [module for module in self.modules() if isinstance(module, MPOExperts)]
+        if not layers:
+            raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
+        cache = ExpertCache.of(max_bytes)
+        for layer in layers:
+            layer.expert_cache = cache
+        return cache
 
     # -------------------------------------------------------- checkpointing
 

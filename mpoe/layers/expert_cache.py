@@ -1,0 +1,219 @@
+"""`ExpertCache`: what inference would compute again in every call, folded blocks and experts' full weights, kept.
+
+Off by default. It trades memory for time while decoding, where every call folds the cores of all experts and rebuilds
+the weights of the same few for a token or two. What is kept is no parameter, is never saved, and is checked against the
+cores at every use.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
+
+# Full weights are used where the planner predicts this many times the work by the cores. Less does not pay for the
+# memory; separable shapes never reach it.
+WORTH = 1.25
+
+
+@lru_cache(maxsize=4096)
+def _predicted_seconds(shape: MPOShape, experts: int, slots: int, dtype: torch.dtype, _threads: int) -> float:
+    return plan_contraction(shape, experts, slots, dtype).seconds
+
+
+def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype: torch.dtype) -> bool:
+    """Whether products with full weights are predicted to be `WORTH` times faster than with the cores, on this CPU.
+
+    Args:
+        shapes: of an expert's projections.
+        experts: how many have slots.
+        slots: of all of them together.
+        dtype: of activations and weights.
+    """
+    threads = torch.get_num_threads()
+    by_cores = by_weights = 0.0
+    for shape in shapes:
+        # To the planner, a full weight is an expert's own core beside a shared one of a single element.
+        full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
+        by_cores += _predicted_seconds(shape, experts, slots, dtype, threads)
+        by_weights += _predicted_seconds(full, experts, slots, dtype, threads)
+    return by_cores > WORTH * by_weights
+
+
+@dataclass(frozen=True)
+class ExpertCacheReport:
+    """What a cache holds and did.
+
+    Attributes:
+        max_bytes: the bound.
+        bytes: held now: full weights, and folded blocks unless they are views of the cores.
+        experts: whose full weights are held, of all layers together.
+        hits: times that an expert's full weights were found.
+        built: times that they were computed and kept.
+        refused: times that there was no room for them, so that the cores were used.
+    """
+
+    max_bytes: int
+    bytes: int
+    experts: int
+    hits: int
+    built: int
+    refused: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.experts} experts in {self.bytes / 1e6:.1f} of {self.max_bytes / 1e6:.1f} MB: "
+            f"{self.hits} hits, {self.built} built, {self.refused} without room"
+        )
+
+
+def _full_weight(blocks: MPOBlocks, expert: int, dtype: torch.dtype) -> Tensor:
+    """``W_e [I, F]``, contiguous, rounded to ``dtype`` once."""
+    # Half precision rebuilds in float32: an intermediate of its own would be rounded twice.
+    work = torch.promote_types(blocks.central.dtype, torch.float32)
+    left, central, right = (block.to(work) for block in (blocks.left[[expert]], blocks.central, blocks.right[[expert]]))
+    own = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
+    return expert_weights(own)[0].to(dtype).contiguous()
+
+
+def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
+    """Memory of the folded sides that are not views of the cores."""
+    views = {core.untyped_storage().data_ptr() for core in cores}
+    sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
+    return sum(side.nbytes for side in sides if side.untyped_storage().data_ptr() not in views)
+
+
+@dataclass
+class HeldLayer:
+    """What is kept of one layer's experts.
+
+    Attributes:
+        cache: whose bound holds.
+        cores: parameters it was computed from, aliased: while they live, nothing else can have their addresses.
+        versions: of the cores then; every change in place counts.
+        blocks: the folded chains, by kind of projection.
+        bytes: held, without what are views of the cores.
+        full: by expert and dtype, the weights ``[I, F]`` by kind of projection.
+    """
+
+    cache: ExpertCache
+    cores: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    blocks: Mapping[str, MPOBlocks]
+    bytes: int
+    full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
+
+    def is_of(self, cores: Sequence[Tensor]) -> bool:
+        """Whether these are the cores as they were: same memory, dtype and layout, and no change since."""
+        return all(
+            (now._version, now.data_ptr(), now.dtype, now.device, now.shape, now.stride())
+            == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
+            for now, then, version in zip(cores, self.cores, self.versions, strict=True)
+        )
+
+    def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """An expert's weights ``[I, F]`` in ``dtype`` by kind of projection; ``None``: there is no room for them."""
+        return self.cache._weights(self, expert, dtype)
+
+
+class ExpertCache:
+    """Folded blocks and full expert weights of any number of layers, together at most ``max_bytes``.
+
+    First come, first kept: the layers of a model run in a circle, so that evicting the least recently used would evict
+    what is needed next. Copies and pickles are empty. A change of a core is noticed by PyTorch's version counter or by
+    its memory; one in place through ``core.data`` leaves no trace: call `clear` after it.
+
+    Args:
+        max_bytes: bound, at least 1.
+
+    Raises:
+        TypeError, ValueError: ``max_bytes`` that is no positive integer.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes must be an integer or None; got {type(max_bytes).__name__} {max_bytes!r}")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1 (0 or None: no cache); got {max_bytes}")
+        self.max_bytes = max_bytes
+        self._layers: WeakKeyDictionary[nn.Module, HeldLayer] = WeakKeyDictionary()
+        self._hits = self._built = self._refused = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, max_bytes: int | None) -> ExpertCache | None:
+        """A cache; ``None`` for ``None`` or 0."""
+        if max_bytes is None or (max_bytes == 0 and not isinstance(max_bytes, bool)):
+            return None
+        return cls(max_bytes)
+
+    def __reduce__(self) -> tuple[type[ExpertCache], tuple[int]]:
+        return ExpertCache, (self.max_bytes,)
+
+    def layer(self, owner: nn.Module, projections: Mapping[str, MPOCores]) -> HeldLayer | None:
+        """What is held of a layer whose projections are these now; ``None``: there is no room for its blocks.
+
+        Cores made in inference mode have no version to check, and nothing is kept of them either.
+        """
+        cores = [core for projection in projections.values() for core in projection.cores()]
+        if any(core.is_inference() for core in cores):
+            return None
+        with self._lock:
+            held = self._layers.get(owner)
+            if held is not None and held.is_of(cores):
+                return held
+            self._layers.pop(owner, None)
+            # Tensors made in inference mode could not be used outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                blocks = {kind: projection.blocks() for kind, projection in projections.items()}
+                aliases = tuple(core.detach() for core in cores)
+            versions = tuple(core._version for core in cores)
+            held = HeldLayer(self, aliases, versions, blocks, _own_bytes(blocks, cores))
+            if self._bytes() + held.bytes > self.max_bytes:
+                return None
+            self._layers[owner] = held
+            return held
+
+    def drop(self, owner: nn.Module) -> None:
+        """Forget one layer."""
+        with self._lock:
+            self._layers.pop(owner, None)
+
+    def clear(self) -> None:
+        """Forget everything; the bound stays."""
+        with self._lock:
+            self._layers.clear()
+
+    def report(self) -> ExpertCacheReport:
+        """What is held, and how often it was of use."""
+        with self._lock:
+            experts = sum(len({expert for expert, _ in held.full}) for held in self._layers.values())
+            return ExpertCacheReport(self.max_bytes, self._bytes(), experts, self._hits, self._built, self._refused)
+
+    def _bytes(self) -> int:
+        return sum(held.bytes for held in self._layers.values())
+
+    def _weights(self, held: HeldLayer, expert: int, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        key = (expert, dtype)
+        with self._lock:
+            if key in held.full:
+                self._hits += 1
+                return held.full[key]
+            elements = sum(chain.in_features * chain.out_features for chain in held.blocks.values())
+            if self._bytes() + elements * dtype.itemsize > self.max_bytes:
+                self._refused += 1
+                return None
+            self._built += 1
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                full = {kind: _full_weight(chain, expert, dtype) for kind, chain in held.blocks.items()}
+            held.full[key] = full
+            held.bytes += elements * dtype.itemsize
+            return full

@@ -111,7 +111,7 @@ def _write(out: Path, results: dict[str, Any], console: Any) -> None:
             old.unlink()
         drawn = draw(results, out)
     else:
-        console.print('no plots: they need matplotlib (pip install "mpoe[bench]")')
+        console.print('no plots: they need matplotlib (pip install "mpoe[bench]")', markup=False)
     write_text(out / REPORT_FILE, markdown_report(results, drawn))
     console.print(
         f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE} and {len(drawn)} plots",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ def bench(folder: Path, *arguments: object) -> Run:
         except SystemExit as exit_info:
             code = exit_info.code or 0  # type: ignore[assignment]
     return Run(code, printed.getvalue(), folder, json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture
+def run_bench() -> Callable[..., Run]:
+    return bench
 
 
 @pytest.fixture(scope="session")

@@ -239,3 +239,12 @@ def test_pytest_benchmark_suites_pass_on_tiny_sizes() -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed.group(1)) > 80, done.stdout  # ops, FFN, decode, train step, conversion
+
+
+def test_without_matplotlib_there_are_no_plots_and_a_line_says_so(monkeypatch, run_bench, tmp_path: Path) -> None:
+    monkeypatch.setattr("mpoe_bench.plots.have_matplotlib", lambda: False)
+    run = run_bench(tmp_path / "out", "--suite", "planner")
+    assert run.code == 0
+    assert 'no plots: they need matplotlib (pip install "mpoe[bench]")' in run.out
+    assert list(run.folder.glob("*.png")) == []
+    assert "![" not in (run.folder / "report.md").read_text()

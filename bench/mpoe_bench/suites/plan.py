@@ -179,7 +179,7 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield from _decode(scale, setup, ("separable", "paper_16"))
     yield from _ops(scale, setup, ("separable", paper))
     yield _train_step(scale, setup, ("separable",))
-    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
+    yield _weights(scale, setup, (scale.few_experts, 2 * scale.few_experts))
     yield partial(decomposition_section, ("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)

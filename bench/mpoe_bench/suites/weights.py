@@ -78,6 +78,7 @@ def temporary_weights_section(
         shape = workload_shape(name, *sizes)
         weight = shape.in_features * shape.out_features * 4
         for count in experts:
+            known: dict[tuple[str, str, str], int] = {}  # what auto chooses is measured once
             for backend in setup.backends:
                 setup.log(f"temporary weights of {name}, E={count}, {backend}")
                 row: dict[str, Any] = {"name": f"{name} [{backend}]", "kind": "mpoe", "shape": name, "reason": None}
@@ -85,9 +86,11 @@ def temporary_weights_section(
                 try:
                     chosen = chosen_contractions(shape, count, tokens, torch.float32, True, setup.device, backend)
                     for phase, (found, owner) in chosen.items():
-                        where = (owner, found.strategy, phase, setup.device)
-                        one, two = (_temporary(shape, count, per_expert, *where) for per_expert in (1, 2))
-                        row["temporary"][phase] = beyond_tokens(one, two)
+                        how = (owner, found.strategy, phase)
+                        if how not in known:
+                            one, two = (_temporary(shape, count, each, *how, setup.device) for each in (1, 2))
+                            known[how] = beyond_tokens(one, two)
+                        row["temporary"][phase] = known[how]
                         row["alive"][phase] = row["temporary"][phase] / weight
                         row["strategies"][phase] = f"{found.strategy} [{owner}]"
                     # It applies the shared core to all tokens: no expert's weight ever exists.

@@ -32,21 +32,23 @@ void store_central(
     const GemmKernels& gemm, const LinearBackward& in, const RebuildPlan& plan, const GradientSizes& sizes,
     const float* sums) {
   const BlockDims& d = in.dims;
-  parallel_for(0, d.a, 8, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> row(d.b);
-    for (std::int64_t a = begin; a < end; ++a)
-      for (std::int64_t i = 0; i < d.iC; ++i)
-        for (std::int64_t j = 0; j < d.jC; ++j) {
-          const std::int64_t block = i / plan.n_block, kb = j / plan.k_block;
-          const Span k = plan.k_span(kb);
-          const std::int64_t pair = i % plan.n_block * (k.last - k.first) + j - k.first;
-          const float* from = sums + (block * plan.k_blocks() + kb) * sizes.central_sums + a * kPanel;
-          for (std::int64_t b = 0; b < d.b; ++b) {
-            const std::int64_t column = pair * sizes.b + b;
-            row[b] = from[column / kPanel * d.a * kPanel + column % kPanel];
+  const std::int64_t stride = d.iC * d.jC * d.b, k_blocks = plan.k_blocks();
+  parallel_for(0, plan.n_blocks() * k_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t block = begin; block < end; ++block) {
+      const Span i_range = plan.n_columns(block / k_blocks).c, j_range = plan.k_span(block % k_blocks);
+      std::int64_t column = 0;
+      for (std::int64_t i = i_range.first; i < i_range.last; ++i)
+        for (std::int64_t j = j_range.first; j < j_range.last; ++j, column += sizes.b) {
+          // Sums are read from their start to their end: in runs of the columns that a panel has of a pair.
+          for (std::int64_t b = 0, run = 0; b < d.b; b += run) {
+            const std::int64_t c = column + b;
+            run = std::min(d.b - b, kPanel - c % kPanel);
+            const float* from = sums + block * sizes.central_sums + c / kPanel * d.a * kPanel + c % kPanel;
+            T* out = static_cast<T*>(in.dcentral) + (i * d.jC + j) * d.b + b;
+            for (std::int64_t a = 0; a < d.a; ++a) gemm.round_row(from + a * kPanel, out + a * stride, run);
           }
-          gemm.round_row(row.data(), static_cast<T*>(in.dcentral) + ((a * d.iC + i) * d.jC + j) * d.b, d.b);
         }
+    }
   });
 }
 

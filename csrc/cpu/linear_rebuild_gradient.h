@@ -167,10 +167,13 @@ class GradientWorker {
   void central_gradient(std::int64_t block) {
     const std::int64_t columns = pairs_ * sizes_.b;
     gemm_.pack(dhalf_panels_.get(), sizes_.left_units, dhalf_.get(), sizes_.dhalf_row, plan_.left_rows, columns);
-    rows_times_panels(
-        gemm_, in_.dims.a, sizes_.left_units, rows_.left_turned.get(), sizes_.left_turned_row, dhalf_panels_.get(),
-        sizes_.left_units, ceil_divide(columns, kPanel), sums_.central.get() + block * sizes_.central_sums, in_.dims.a,
-        true);
+    float* sums = sums_.central.get() + block * sizes_.central_sums;
+    // Panel by panel: the sums, too large for a cache, are then read and written from their start to their end.
+    for (std::int64_t p = 0; p * kPanel < columns; ++p)
+      rows_times_panels(
+          gemm_, in_.dims.a, sizes_.left_units, rows_.left_turned.get(), sizes_.left_turned_row,
+          dhalf_panels_.get() + p * sizes_.left_units * kPanel * gemm_.unit, sizes_.left_units, 1,
+          sums + p * in_.dims.a * kPanel, in_.dims.a, true);
   }
 
   const ExpertRows<T>& rows_;

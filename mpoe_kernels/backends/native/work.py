@@ -16,8 +16,8 @@ from mpoe_kernels.planner.orders import applications
 TILE_ROWS, PANEL, GRANULE, LONGEST_SUM = 14, 32, 8, 256
 # csrc/cpu/linear_half.h: bytes of a half-built weight worked on at a time.
 CHUNK_BYTES = 256 * 1024
-# csrc/cpu/linear_rebuild.cpp: bytes of a slab, and its least k.
-SLAB_BYTES, INNER = 256 * 1024, 256
+# csrc/cpu/linear_rebuild.cpp: blocks of iC of a backward, with sums of their own.
+MOST_BLOCKS = 16
 # csrc/cpu/linear_half_backward.cpp, linear_chain_backward.cpp: groups of experts or slots with sums of their own.
 MOST_GROUPS = 8
 # csrc/cpu/linear_chain.cpp: bytes of the states of a block of slots.
@@ -69,25 +69,20 @@ class Work:
         self.summed += elements
 
 
-def _half_by_pairs(work: Work, d: BlockDims, experts: int) -> None:
-    """LC, one pair of (iC, jC) after the other; central is packed again for every expert."""
-    work.copy(experts * d.a * d.iC * d.jC * d.b)
-    work.multiply(experts * d.iC * d.jC, d.iL * d.jL, d.b, d.a)
-
-
 def _rebuild(work: Work) -> None:
     plan, d, experts = work.plan, work.plan.dims, work.plan.busy_experts
     m, pairs, left, right = plan.slots / experts, d.iC * d.jC, d.iL * d.jL, d.iR * d.jR
-    rows, half = plan.slots * (d.in_features + d.out_features), experts * pairs * left * d.b
+    rows, central, half = plan.slots * (d.in_features + d.out_features), d.a * pairs * d.b, experts * pairs * left * d.b
     if plan.phase == "forward":
-        _half_by_pairs(work, d, experts)
+        work.copy(central + rows)
+        work.multiply(experts * pairs, left, d.b, d.a)
         work.multiply(experts * pairs, left, d.iR * round_up(d.jR, GRANULE), d.b)
-        work.copy(rows)
         work.multiply(experts, m, d.out_features, d.in_features)
         return
     x_needed, left_needed, central_needed, right_needed = plan.need
     if x_needed or right_needed:
-        _half_by_pairs(work, d, experts)
+        work.copy(experts * central)
+        work.multiply(experts * pairs, left, d.b, d.a)
     if x_needed:
         work.multiply(experts * pairs, left, d.jR * round_up(d.iR, GRANULE), d.b)
         work.copy(rows)
@@ -102,11 +97,11 @@ def _rebuild(work: Work) -> None:
     if left_needed or central_needed:
         work.multiply(experts, pairs * left, d.b, right)
     if left_needed:
-        work.copy(half)
-        work.multiply(experts * pairs, d.a, left, d.b)
+        work.copy(experts * central)
+        work.multiply(experts, left, d.a, pairs * d.b)
     if central_needed:
         work.copy(half)
-        work.multiply(experts * pairs, d.a, d.b, left)
+        work.multiply(experts, d.a, pairs * d.b, left)
         work.add_to_sum(experts * d.a * pairs * d.b)
 
 
@@ -255,26 +250,15 @@ _WORK: dict[str, Callable[[Work], None]] = {
 }
 
 
-def _blocks_of_columns(d: BlockDims, itemsize: int) -> int:
-    """Blocks of jC that rebuilding works on (of iC, where ``d`` is exchanged)."""
-    pair_bytes = d.iL * d.jL * max(d.iR * d.jR, d.b) * itemsize
-    pairs = max(1, SLAB_BYTES // pair_bytes)
-    k_block = min(d.iC, pairs, math.ceil(INNER / (d.iL * d.iR)))
-    return math.ceil(d.jC / min(d.jC, pairs // k_block))
-
-
 def tasks_of(plan: Contraction) -> int | None:
     """Equal tasks that threads share; None: as many as wanted."""
-    experts, itemsize = plan.busy_experts, plan.dtype.itemsize
-    if plan.strategy == "rebuild":
-        if plan.phase == "forward":
-            return experts * _blocks_of_columns(plan.dims, itemsize)
-        return _blocks_of_columns(exchanged(plan.dims), itemsize)
-    if plan.strategy == "separable" or (plan.strategy == "chain" and plan.phase == "forward"):
+    if plan.strategy == "separable":
         return None
-    if plan.strategy == "chain":
-        return min(plan.slots, MOST_GROUPS)
-    return experts if plan.phase == "forward" else min(experts, MOST_GROUPS)
+    if plan.phase == "forward":
+        return plan.busy_experts if plan.strategy in ("half_left", "half_right") else None
+    if plan.strategy == "rebuild":
+        return math.ceil(plan.dims.iC / math.ceil(plan.dims.iC / MOST_BLOCKS))
+    return min(plan.slots if plan.strategy == "chain" else plan.busy_experts, MOST_GROUPS)
 
 
 def work_of(plan: Contraction) -> Work:

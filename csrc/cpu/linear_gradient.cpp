@@ -21,13 +21,18 @@ PreActivationGradient<T>::PreActivationGradient(const GemmKernels& gemm, const L
 template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz) {
   if (in.dbias == nullptr) return;
+  constexpr std::int64_t kLongestPart = 32;  // slots summed before they are added: long sums in one go round more
   constexpr std::int64_t kColumns = 512;  // every column is summed from the first slot to the last
   const std::int64_t width = in.dims.out_features, filled = in.filled();
   parallel_for(0, ceil_divide(width, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t first = begin * kColumns; first < std::min(end * kColumns, width); first += kColumns) {
       const std::int64_t count = std::min(kColumns, width - first);
       alignas(64) float sum[kColumns] = {};
-      for (std::int64_t s = 0; s < filled; ++s) gemm.add_row(dz + s * width + first, sum, count);
+      for_each_tile(filled, kLongestPart, [&](std::int64_t slot, std::int64_t slots) {
+        alignas(64) float part[kColumns] = {};
+        for (std::int64_t s = slot; s < slot + slots; ++s) gemm.add_row(dz + s * width + first, part, count);
+        for (std::int64_t c = 0; c < count; ++c) sum[c] += part[c];
+      });
       gemm.round_row(sum, static_cast<T*>(in.dbias) + first, count);
     }
   });

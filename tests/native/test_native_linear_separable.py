@@ -1,0 +1,102 @@
+"""The strategy separable of the compiled kernels: few and many slots, long sums, every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
+from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.cases import expert_choice, random_blocks
+
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
+FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear_separable.cpp: beyond it central is packed as a whole
+# Several pieces of k and strips of columns, with remainders; odd bonds, which bfloat16 pads; missing rows and columns.
+SHAPES = {
+    "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
+    "mirrored": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)).mirrored(),
+    "odd": MPOShape((17, 9, 1), (1, 5, 21), max_bond=(15, 19)),
+    "padded": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(25, 30), in_features=357, out_features=249),
+}
+
+
+@pytest.fixture(autouse=True)
+def _native(native_library: None) -> None:
+    assert not NATIVE_LIBRARY.reasons
+
+
+def run(
+    function: object,
+    blocks: MPOBlocks,
+    x: Tensor,
+    bias: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    dtype: torch.dtype,
+    **options: object,
+) -> list[Tensor]:
+    """Result and gradients, from leaves of ``dtype``."""
+    given = (x, blocks.left, blocks.central, blocks.right, bias)
+    x, left, central, right, bias = (t.detach().to(dtype).requires_grad_() for t in given)
+    moved = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
+    y = function(x, moved, offsets, bias, row_index=rows, **options)  # type: ignore[operator]
+    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).sin().view(y.shape)
+    return [y, *torch.autograd.grad(y, (x, left, central, right, bias), grad.to(x.dtype))]
+
+
+def check(shape: MPOShape, dtype: torch.dtype, tokens: int, kind: str, activation: str | None = "gelu") -> None:
+    """Against float64, in poisoned memory; without a graph nothing is saved and y has the same bits."""
+    blocks = random_blocks(shape, 5, dtype)
+    x, bias = torch.randn(tokens, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
+    routing = route(expert_choice(kind, tokens, 5), 5)
+    rows, offsets = routing.token_of_slot, routing.expert_offsets
+    given, native = (blocks, x, bias, rows, offsets), {"backend": "native", "strategy": "separable"}
+    with poisoned_memory():
+        actual = run(grouped_mpo_linear, *given, dtype, activation=activation, **native)
+        alone = grouped_mpo_linear(x, blocks, offsets, bias, row_index=rows, activation=activation, **native)
+    assert torch.equal(alone, actual[0])
+    truth = run(grouped_mpo_linear_reference, *given, torch.float64, activation=activation)
+    same = run(grouped_mpo_linear_reference, *given, dtype, activation=activation)
+    for name, a, t, s in zip(NAMES, actual, truth, same, strict=True):
+        assert_calibrated(a, t, s, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 15, FEW_SLOTS, FEW_SLOTS + 1, 400])
+def test_few_and_many_slots(tokens: int, name: str, dtype: torch.dtype) -> None:
+    check(SHAPES[name], dtype, tokens, "zipf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
+@pytest.mark.parametrize("activation", [None, "gelu_new", "silu"])
+def test_loads_and_activations(activation: str | None, kind: str, dtype: torch.dtype) -> None:
+    check(SHAPES["even"], dtype, 40, kind, activation)
+
+
+@pytest.mark.parametrize("tokens", [3, FEW_SLOTS + 20])
+def test_long_sums_are_as_accurate_as_the_library(tokens: int) -> None:
+    """The central step sums 16,384 products."""
+    check(MPOShape((64, 256, 1), (1, 3, 8)), torch.float32, tokens, "uniform", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set_of_this_machine(isa: str) -> None:
+    used = "from mpoe_kernels.backends.native.load import NATIVE_LIBRARY as n; print(n.info['isa_used'])"
+    environment = os.environ | {"MPOE_CPU_ISA": isa}
+    found = subprocess.run([sys.executable, "-c", used], env=environment, capture_output=True, text=True, check=True)
+    if found.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -14,9 +14,19 @@ import torch
 from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.steps import Step
 
+# glibc maps arrays of the first size anew whenever they are allocated; smaller ones come from its heap, whose end it
+# gives back (about every second time, as measured); below the second size memory is used again.
+_MAPPED_BYTES, _REUSED_BYTES, _GIVEN_BACK = 32 << 20, 1 << 20, 0.5
 # A GPU cuts results into tiles of about this many rows and columns, one for a multiprocessor at a time.
 _TILE = 64
 _SHORT_SIDE = 0.4
+
+
+def new_bytes(size: float) -> float:
+    """Of an array of ``size`` bytes, what a CPU's allocator is expected to get from the system."""
+    if size < _REUSED_BYTES:
+        return 0.0
+    return size if size >= _MAPPED_BYTES else _GIVEN_BACK * size
 
 
 class StepTime(NamedTuple):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpoe_kernels.backends import registry
 from mpoe_kernels.backends.eager import cost
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
+from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 EXPERTS, SLOTS = 4, 32
@@ -85,7 +86,13 @@ def test_copies_in_short_runs_cost_more() -> None:
     traffic.copy(1000, ("iL", "iC", "jR"), ("iC", "iL", "jR"))
     assert traffic.copied == pytest.approx(8000 + 8000 / cost.SHORT_RUNS)
     traffic.copy(1 << 18, ("iL", "iC"), ("iC", "iL"))
-    assert traffic.new == 1 << 20
+    assert traffic.new == new_bytes(1 << 20)
+
+
+def test_small_arrays_are_reused_and_large_ones_are_not() -> None:
+    assert new_bytes((1 << 20) - 1) == 0
+    assert 0 < new_bytes(8 << 20) < 8 << 20
+    assert new_bytes(32 << 20) == 32 << 20
 
 
 @pytest.mark.parametrize("name", ["cpu-generic", "cpu-avx512-bf16", "h100"])

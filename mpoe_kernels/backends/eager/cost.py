@@ -11,6 +11,7 @@ import math
 from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
 from mpoe_kernels.backends.eager.rows import AXES, HALF_SHARE, ROWS_OUT, STATE_BYTES, row_steps
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
+from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.planner.orders import INDICES, applications, program
 
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
@@ -19,8 +20,6 @@ OP_SECONDS = 50e-6
 # A copy in runs shorter than a cache line reaches this part of the memory bandwidth.
 LINE_BYTES = 64
 SHORT_RUNS = 0.3
-# Smaller tensors get memory that was used before.
-REUSED_BYTES = 1 << 20
 # Steps of all experts of a chunk in one GEMM, besides those of the central block alone.
 _TOGETHER = {"half_left": ("LC = L C", "d L", "d C"), "half_right": ("CR = C R", "d R")}
 
@@ -39,8 +38,7 @@ class _Traffic:
         self.copied = self.new = 0.0
 
     def allocate(self, elements: float) -> None:
-        size = elements * self.itemsize
-        self.new += size if size >= REUSED_BYTES * self.chunks else 0
+        self.new += self.chunks * new_bytes(elements * self.itemsize / self.chunks)
 
     def copy(self, elements: float, before: Axes, after: Axes, into_new: bool = True) -> None:
         """From one order of axes to another; nothing where they lie alike."""

@@ -10,6 +10,7 @@ import math
 
 from mpoe_kernels.backends.native.work import tasks_of, work_of
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
+from mpoe_kernels.planner.cost import new_bytes
 
 # While k runs, a register tile does its multiply-adds at this multiple of the library's rate for large GEMMs, which
 # includes what is counted apart here.
@@ -18,17 +19,13 @@ TILE_RATE = 1.19
 STORE_SECONDS = 68e-9
 # Allocation, threads and the Python around a call.
 CALL_SECONDS = 30e-6
-# Smaller arrays get memory that was used before.
-REUSED_BYTES = 1 << 20
 
 
-def _new_bytes(plan: Contraction) -> int:
-    """Bytes of results that the allocator gets from the system: rows; those of x are gathered from those of slots."""
+def _new_bytes(plan: Contraction) -> float:
+    """Bytes of the resulting rows that the allocator gets from the system."""
     if plan.phase == "forward":
-        size = plan.slots * plan.dims.out_features
-    else:
-        size = 2 * plan.slots * plan.dims.in_features if plan.need[0] else 0
-    return size * plan.dtype.itemsize if size * plan.dtype.itemsize >= REUSED_BYTES else 0
+        return new_bytes(plan.slots * plan.dims.out_features * plan.dtype.itemsize)
+    return new_bytes(plan.slots * plan.dims.in_features * plan.dtype.itemsize) if plan.need[0] else 0.0
 
 
 def _idle(tasks: int | None, cores: int) -> float:

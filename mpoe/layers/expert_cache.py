@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 
-# Full weights are used where the planner predicts this many times the work by the cores. Less does not pay for the
-# memory; separable shapes never reach it.
-WORTH = 1.25
+# Full weights are used where the planner predicts this many times the work by the cores, with one row for each expert
+# or with more. Less does not pay for the memory; separable shapes never reach it. On two cores of an EPYC, paper shape
+# with bond 64: one row took 1/1.2 to 1/4 of the time by the cores (predicted 1/1.5), two to four rows in float32 up to
+# 1.4 times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than planned.
+WORTH_ONE_ROW = 1.25
+WORTH = 2.5
 
 
 @lru_cache(maxsize=4096)
@@ -30,7 +33,7 @@ def _predicted_seconds(shape: MPOShape, experts: int, slots: int, dtype: torch.d
 
 
 def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype: torch.dtype) -> bool:
-    """Whether products with full weights are predicted to be `WORTH` times faster than with the cores, on this CPU.
+    """Whether products with full weights are predicted to be much faster than with the cores, on this CPU.
 
     Args:
         shapes: of an expert's projections.
@@ -45,7 +48,7 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
         full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
         by_cores += _predicted_seconds(shape, experts, slots, dtype, threads)
         by_weights += _predicted_seconds(full, experts, slots, dtype, threads)
-    return by_cores > WORTH * by_weights
+    return by_cores > (WORTH_ONE_ROW if slots == experts else WORTH) * by_weights
 
 
 @dataclass(frozen=True)

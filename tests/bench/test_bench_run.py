@@ -93,7 +93,8 @@ def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
     assert machine["processor"]
     assert machine["threads"] == 1
     assert machine["roofs"].keys() == {"float32", "bfloat16", "bandwidth"}
-    assert machine["libraries"]["torch"] == torch.__version__
+    # The name of a build, like +cpu, is not always part of the version of the package.
+    assert machine["libraries"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     text = (quick.folder / "results.json").read_text()
     for private in (platform.node(), str(ROOT), str(Path.home()), str(Path(torch.__file__).parent)):
         assert len(private) < 3 or private not in text

@@ -77,7 +77,9 @@ def test_without_triton() -> None:
 
 def test_without_compiled_kernels(tmp_path: Path) -> None:
     package = Path(info.__file__).parent
-    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
+    )
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     answer, reason = lines_of("native", run_module(before=before))
     assert answer == "no"

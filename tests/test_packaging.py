@@ -74,19 +74,17 @@ def source(sdist: Path, tmp_path: Path) -> Path:
 
 
 def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
-    """A new virtual environment that sees this one's packages: all of them, or only those named; its Python."""
+    """A new virtual environment that sees this one's packages: all others, or only those named; its Python."""
     done(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     done(
         folder / "bin" / "pip", "uninstall", "-q", "-y", "setuptools", cwd=folder.parent
     )  # Python 3.11 brings an old one
     (site,) = (folder / "lib").glob("python*/site-packages")
-    installed = Path(sysconfig.get_paths()["purelib"])
-    if not packages:
-        (site / "outer.pth").write_text(f"{installed}\n")
-    for package in packages:
-        for path in installed.glob(f"{package}*"):
-            if not (site / path.name).exists():
-                (site / path.name).symlink_to(path)
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        # An installed mpoe would be taken for the one under test.
+        is_wanted = path.name.startswith(packages) if packages else not path.name.startswith(("mpoe", "__editable__"))
+        if is_wanted and path.suffix != ".pth" and not (site / path.name).exists():
+            (site / path.name).symlink_to(path)
     return folder / "bin" / "python"
 
 

@@ -217,11 +217,9 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 }  // namespace
 
 void chain_forward(const LinearForward& in) {
-  const GemmKernels& gemm = gemm_kernels(in.dtype);
-  if (in.dtype == Dtype::kBFloat16)
-    forward<BFloat16>(gemm, in);
-  else
-    forward<float>(gemm, in);
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    forward<decltype(element)>(gemm, in);
+  });
 }
 
 }  // namespace mpoe

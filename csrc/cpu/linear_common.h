@@ -54,6 +54,15 @@ inline Buffer<T> zeros(std::int64_t count) {
   return buffer;
 }
 
+// f(kernels, element): the GEMM kernels of `dtype`, and a value of its elements' type.
+template <class F>
+void with_element_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kBFloat16)
+    f(gemm_kernels(dtype), BFloat16{});
+  else
+    f(gemm_kernels(dtype), float{});
+}
+
 // Rows [first, first + rows) of the slots, all of one expert.
 struct SlotTile {
   std::int64_t first, rows, expert;

@@ -196,19 +196,15 @@ void backward(const GemmKernels& gemm, const LinearBackward& in) {
 }  // namespace
 
 void half_right_forward(const LinearForward& in) {
-  const GemmKernels& gemm = gemm_kernels(in.dtype);
-  if (in.dtype == Dtype::kBFloat16)
-    forward<BFloat16>(gemm, in);
-  else
-    forward<float>(gemm, in);
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    forward<decltype(element)>(gemm, in);
+  });
 }
 
 void half_right_backward(const LinearBackward& in) {
-  const GemmKernels& gemm = gemm_kernels(in.dtype);
-  if (in.dtype == Dtype::kBFloat16)
-    backward<BFloat16>(gemm, in);
-  else
-    backward<float>(gemm, in);
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    backward<decltype(element)>(gemm, in);
+  });
 }
 
 }  // namespace mpoe

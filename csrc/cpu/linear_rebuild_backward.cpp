@@ -123,11 +123,9 @@ class Backward {
 }  // namespace
 
 void rebuild_backward(const LinearBackward& in) {
-  const GemmKernels& gemm = gemm_kernels(in.dtype);
-  if (in.dtype == Dtype::kBFloat16)
-    Backward<BFloat16>(gemm, in).run();
-  else
-    Backward<float>(gemm, in).run();
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    Backward<decltype(element)>(gemm, in).run();
+  });
 }
 
 }  // namespace mpoe

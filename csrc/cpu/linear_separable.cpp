@@ -278,11 +278,9 @@ template void left_step<BFloat16>(
     const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*);
 
 void separable_forward(const LinearForward& in) {
-  const GemmKernels& gemm = gemm_kernels(in.dtype);
-  if (in.dtype == Dtype::kBFloat16)
-    forward<BFloat16>(gemm, in);
-  else
-    forward<float>(gemm, in);
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    forward<decltype(element)>(gemm, in);
+  });
 }
 
 }  // namespace mpoe

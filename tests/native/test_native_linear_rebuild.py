@@ -17,6 +17,7 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, MPOShape, route
 from mpoe_kernels.backends.native.linear import IMPLEMENTED, linear_backward, linear_forward
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
@@ -32,6 +33,16 @@ LARGER_SHAPES = {
     "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
     "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
     "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
+}
+
+# One shape for each order in which x can meet the three blocks: the first letters of left, central and right.
+CHAIN_ORDERS = {
+    "LCR": ((2, 2, 2), (2, 2, 3)),
+    "RCL": ((2, 2, 2), (3, 2, 2)),
+    "CLR": ((2, 3, 2), (5, 2, 8)),
+    "CRL": ((2, 3, 2), (8, 2, 5)),
+    "RLC": ((3, 2, 5), (2, 5, 2)),
+    "LRC": ((5, 2, 3), (2, 5, 2)),
 }
 
 
@@ -195,6 +206,16 @@ def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None
     everything, fewer = case.backward(strategy, saved), case.backward(strategy, saved, need)
     for k, (a, b) in enumerate(zip(everything, fewer, strict=True)):
         assert b.numel() == 0 if k == skipped else torch.equal(a, b), NAMES[k]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", CHAIN_ORDERS)
+def test_every_chain_order(order: str, dtype: torch.dtype) -> None:
+    shape = MPOShape(*CHAIN_ORDERS[order], max_bond=5)
+    assert BlockDims(
+        **shape.block_dims, in_features=shape.in_features, out_features=shape.out_features
+    ).chain_order == tuple(order)
+    Case(shape, dtype, 21).check("chain")
 
 
 def test_no_slots_and_idle_experts() -> None:

@@ -28,8 +28,8 @@ class ByDtype(NamedTuple):
     def of(self, dtype: torch.dtype) -> float:
         """Raises TypeError for a dtype that GEMMs are not planned for."""
         name = str(dtype).removeprefix("torch.")
-        if name not in self._fields:
-            raise TypeError(f"dtype must be one of {', '.join(self._fields)}; got {name}")
+        if not isinstance(dtype, torch.dtype) or name not in self._fields:
+            raise TypeError(f"dtype must be a torch.dtype, one of {', '.join(self._fields)}; got {dtype!r}")
         return float(getattr(self, name))
 
 

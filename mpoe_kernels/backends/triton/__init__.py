@@ -6,14 +6,21 @@ Importing this package imports no Triton: a kernel's module is imported when the
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from mpoe_kernels.backends.registry import Backend, Request
-from mpoe_kernels.backends.triton.architecture import gpu_available, in_interpreter, triton_reasons
+from mpoe_kernels.backends.triton.architecture import (
+    NO_LIMIT,
+    architecture_of,
+    gpu_available,
+    in_interpreter,
+    shared_memory_of,
+    triton_reasons,
+)
 from mpoe_kernels.backends.triton.cost import contraction_reasons, predicted_cost, predicted_seconds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,10 +56,26 @@ def request_reasons(request: Request) -> list[str]:
     reasons = []
     if request.device_type != "cuda" and not (request.device_type == "cpu" and in_interpreter()):
         reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
-    if request.op != "route" and request.dtype not in DTYPES:
+    if request.op == "route":  # integers only, and no tiles
+        return reasons
+    if request.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        reasons.append(f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}")
-    return reasons
+        return [*reasons, f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"]
+    return reasons if reasons or triton_reasons() else _memory_reasons(request)
+
+
+def _memory_reasons(request: Request) -> list[str]:
+    """Whether the kernels' smallest tiles fit the current device."""
+    device = torch.device(request.device_type)
+    limit = shared_memory_of(device)
+    if limit == NO_LIMIT or (needed := _least_shared_bytes(architecture_of(device), request.dtype)) <= limit:
+        return []
+    return [f"its smallest tile needs {needed} bytes of shared memory; the device has {limit}"]
+
+
+@lru_cache(maxsize=64)
+def _least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
+    return import_module(f"{__name__}.configs").least_shared_bytes(architecture, dtype)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {op: partial(_call, *where) for op, where in _KERNELS.items()}

@@ -13,6 +13,7 @@ import torch
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 INTERPRETER = "interpreter"
+NO_LIMIT = 1 << 62
 
 
 def in_interpreter() -> bool:
@@ -45,6 +46,20 @@ def architecture_of(device: torch.device) -> str:
     if device.type != "cuda" or in_interpreter():
         return INTERPRETER
     return _gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=16)
+def _gpu_shared_memory(index: int) -> int:
+    """Of one program on a GPU, which may have less than the architecture its tables were made for."""
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or SHARED_MEMORY[_gpu_architecture(index)]
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use on ``device``; the interpreter has no limit."""
+    if device.type != "cuda" or in_interpreter() or not gpu_available():
+        return NO_LIMIT
+    return _gpu_shared_memory(device.index if device.index is not None else torch.cuda.current_device())
 
 
 OLDEST = (3, 6)

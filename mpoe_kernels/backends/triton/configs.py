@@ -1,7 +1,7 @@
 """Tile sizes per kernel and architecture, as data, and the choice among them.
 
 The first entry that suits a problem is the fixed choice: it needs no benchmark and never changes between runs. Every
-entry is compiled ahead of time for its architecture by ``tools/triton_aot.py``.
+entry is compiled ahead of time for its architecture by ``tools/triton_compile.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.triton import tuning
-from mpoe_kernels.backends.triton.start import architecture_of
+from mpoe_kernels.backends.triton.architecture import shared_memory_of
+from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Tile:
     k: int
     warps: int
     stages: int
+
+    def shared_bytes(self, dtype: torch.dtype) -> int:
+        """Shared memory of the operands' blocks in all stages."""
+        return self.stages * self.k * (self.m + self.n) * dtype.itemsize
 
     def fitted(self, m: float, n: float, k: float) -> Tile:
         """The same tile without what a smaller problem would leave empty (16 is the least a tensor core takes)."""
@@ -60,10 +65,32 @@ def candidates(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile
     return tuple(for_float32(tile) for tile in tiles) if dtype == torch.float32 else tiles
 
 
+def most_tiles(architecture: str) -> int:
+    """Length of the longest table of tiles."""
+    return max(len(tiles) for tiles in TILES[architecture].values())
+
+
+def _that_fit(tiles: tuple[Tile, ...], like: Tensor) -> tuple[Tile, ...]:
+    """Tiles that a smaller relative of the architecture has shared memory for; the smallest one if none."""
+    limit = shared_memory_of(like.device)
+    return tuple(tile for tile in tiles if tile.shared_bytes(like.dtype) <= limit) or tiles[-1:]
+
+
+def least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
+    """What every kernel's smallest tile fits into."""
+    return max(
+        min(tile.shared_bytes(dtype) for tile in candidates(kernel, architecture, dtype))
+        for kernel in TILES[architecture]
+    )
+
+
 def tile_for(kernel: str, like: Tensor, m: float, n: float, k: float) -> Tile:
     """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: tuned if it was, else the fixed choice."""
     architecture = architecture_of(like.device)
-    shipped = candidates(kernel, architecture, like.dtype)
+    shipped = _that_fit(candidates(kernel, architecture, like.dtype), like)
+    entry = recorded_tile()
+    if entry is not None:
+        return shipped[min(entry, len(shipped) - 1)].fitted(m, n, k)
     fixed = next((tile for tile in shipped if tile.m <= m), shipped[-1])
     tuned = tuning.lookup(architecture, kernel, like.dtype, (m, n, k))
     return (Tile(*tuned) if tuned else fixed).fitted(m, n, k)

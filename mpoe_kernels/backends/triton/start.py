@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
+from mpoe_kernels.backends.registry import BackendError
 from mpoe_kernels.backends.triton import architecture
 
 
@@ -27,6 +29,7 @@ class Recording:
     """Launches for an architecture that need not be here."""
 
     architecture: str
+    tile: int | None = None
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -34,11 +37,14 @@ _recording: ContextVar[Recording | None] = ContextVar("mpoe_triton_recording", d
 
 
 @contextmanager
-def recorded(name: str) -> Iterator[list[Launch]]:
-    """Record launches as they would be on ``name`` (see `ARCHITECTURES`); tensors may be ``meta`` ones."""
+def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
+    """Record launches as they would be on ``name`` (see `ARCHITECTURES`); tensors may be ``meta`` ones.
+
+    ``tile``: take this entry of every kernel's table of tiles instead of the one that suits the problem.
+    """
     if name not in architecture.ARCHITECTURES:
         raise ValueError(f"architecture must be one of {architecture.ARCHITECTURES}; got {name!r}")
-    recording = Recording(name)
+    recording = Recording(name, tile)
     token = _recording.set(recording)
     try:
         yield recording.launches
@@ -52,12 +58,31 @@ def architecture_of(device: torch.device) -> str:
     return architecture.architecture_of(device) if recording is None else recording.architecture
 
 
+def recorded_tile() -> int | None:
+    """Entry of the tables of tiles that a recording asks for."""
+    recording = _recording.get()
+    return None if recording is None else recording.tile
+
+
 def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch ``kernel[grid](**arguments)``, unless launches are being recorded. An empty grid is no launch."""
+    """Launch ``kernel[grid](**arguments)``, unless launches are being recorded. An empty grid is no launch.
+
+    Raises:
+        BackendError: the device has too little of something, shared memory or registers, for the kernel.
+    """
     if 0 in grid:
         return
     recording = _recording.get()
     if recording is None:
-        kernel[grid](**arguments)
+        try:
+            kernel[grid](**arguments)
+        except OutOfResources as error:
+            blocks = {
+                name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")
+            }
+            raise BackendError(
+                f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs {error.required} of "
+                f"{error.name}; this device has {error.limit}"
+            ) from error
     else:
         recording.launches.append(Launch(kernel, grid, arguments))

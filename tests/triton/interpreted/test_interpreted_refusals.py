@@ -1,0 +1,59 @@
+"""What the kernels cannot take is refused with reasons where they do run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from mpoe_kernels import BackendError, grouped_mpo_linear
+from mpoe_kernels.backends import triton as backend
+from mpoe_kernels.backends.triton import configs
+from mpoe_kernels.backends.triton.rows import rows_kernel
+from mpoe_kernels.backends.triton.start import start
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
+
+
+def run(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.ones(3, 12, dtype=dtype)
+    return grouped_mpo_linear(x, random_blocks(SMALL_SHAPES["light"], 2, dtype), OFFSETS, backend="triton")
+
+
+def test_float64() -> None:
+    with pytest.raises(BackendError) as caught:
+        run(torch.float64)
+    assert str(caught.value).endswith(
+        "cannot run grouped_mpo_linear: it computes in float32, bfloat16, float16, not in float64"
+    )
+
+
+def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "shared_memory_of", lambda _: 1024)
+    with pytest.raises(BackendError, match=r"its smallest tile needs \d+ bytes of shared memory; the device has 1024"):
+        run()
+
+
+def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs.TILES, "interpreter", {"rows": configs.TILES["sm_80"]["rows"]})
+    like = torch.empty(1, dtype=torch.bfloat16)
+    assert configs.tile_for("rows", like, 4096, 4096, 4096).m == 128
+    monkeypatch.setattr(configs, "shared_memory_of", lambda _: 80 << 10)
+    smaller = configs.tile_for("rows", like, 4096, 4096, 4096)
+    assert smaller.shared_bytes(like.dtype) <= 80 << 10
+    assert smaller.m == 64
+
+
+def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
+    class TooLarge:
+        __name__ = rows_kernel.__name__
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            def launch(**arguments: object) -> None:
+                raise OutOfResources(262144, 101376, "shared memory")
+
+            return launch
+
+    with pytest.raises(BackendError, match=r"rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"):
+        start(TooLarge(), (1,), BM=64)

@@ -1,0 +1,114 @@
+"""Wrong use of the Triton backend, through the public ops: its reasons, not a stack trace from inside Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mpoe_kernels import (
+    BackendError,
+    MPOBlocks,
+    backend_reasons,
+    combine,
+    dispatch,
+    grouped_mpo_linear,
+    mpo_embedding,
+    mpo_ffn,
+    mpo_linear,
+    route,
+    use_backend,
+)
+from mpoe_kernels.backends.triton import architecture
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
+SHAPE = SMALL_SHAPES["light"]
+OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
+
+
+def blocks(experts: int, dtype: torch.dtype) -> MPOBlocks:
+    return random_blocks(SHAPE, experts, dtype)
+
+
+def rows(dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(3, SHAPE.in_features, dtype=dtype)
+
+
+def routing():
+    return route(torch.tensor([[0], [1], [1]]), 2)
+
+
+OPS: dict[str, Callable[[torch.dtype], object]] = {
+    "grouped_mpo_linear": lambda dtype: grouped_mpo_linear(rows(dtype), blocks(2, dtype), OFFSETS, backend="triton"),
+    "mpo_linear": lambda dtype: mpo_linear(rows(dtype), blocks(1, dtype), backend="triton"),
+    "mpo_ffn": lambda dtype: mpo_ffn(
+        rows(dtype), routing(), torch.ones(3, 1), blocks(2, dtype), blocks(2, dtype), backend="triton"
+    ),
+    "mpo_embedding": lambda dtype: mpo_embedding(torch.tensor([1]), blocks(1, dtype), backend="triton"),
+    "dispatch": lambda dtype: dispatch(rows(dtype), routing(), backend="triton"),
+    "combine": lambda dtype: combine(rows(dtype), routing(), torch.ones(3, 1), backend="triton"),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_cpu_tensors(name: str) -> None:
+    with pytest.raises(BackendError, match=r"'triton' cannot run .*it runs on cuda, not on cpu"):
+        OPS[name](torch.float32)
+
+
+def test_cpu_indices() -> None:
+    with pytest.raises(BackendError, match="it runs on cuda, not on cpu"):
+        route(torch.tensor([[0], [1]]), 2, backend="triton")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_float64_is_named_beside_the_other_reasons(name: str) -> None:
+    with pytest.raises(BackendError, match="float32, bfloat16, float16, not in float64") as caught:
+        OPS[name](torch.float64)
+    assert "not on cpu" in str(caught.value)
+
+
+def test_whole_numbers_are_refused_by_the_op_itself() -> None:
+    with pytest.raises(TypeError, match="x must have a floating dtype"):
+        grouped_mpo_linear(rows(torch.int64), blocks(2, torch.float32), OFFSETS, backend="triton")
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch):
+    """What was found out about the machine is asked again, here and after the test."""
+    for question in (architecture.triton_installed, architecture.triton_reasons):
+        question.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for question in (architecture.triton_installed, architecture.triton_reasons):
+        question.cache_clear()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_without_triton(name: str, forgetful: pytest.MonkeyPatch) -> None:
+    forgetful.setattr(architecture, "find_spec", lambda _: None)
+    assert "the package triton is not installed" in backend_reasons()["triton"]
+    with pytest.raises(BackendError, match="the package triton is not installed"):
+        OPS[name](torch.float32)
+    with (
+        pytest.raises(BackendError, match="cannot run here: the package triton is not installed"),
+        use_backend("triton"),
+    ):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("found", ["3.5.1", "2.3.0+rocm6", "3.5.0.dev20250101"])
+def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
+    forgetful.setattr(architecture, "find_spec", lambda _: object())
+    forgetful.setattr(architecture, "version", lambda _: found)
+    with pytest.raises(BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"):
+        OPS["grouped_mpo_linear"](torch.float32)
+
+
+@pytest.mark.parametrize("found", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])
+def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> None:
+    forgetful.setattr(architecture, "find_spec", lambda _: object())
+    forgetful.setattr(architecture, "version", lambda _: found)
+    assert architecture.triton_reasons() == ()

@@ -1,5 +1,27 @@
 """Kernels run in Triton's interpreter in a process of their own: the flag must be set before Triton is imported."""
 
-from mpoe_kernels.backends.triton.architecture import in_interpreter
+from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpoe_kernels.backends.triton.architecture import in_interpreter, triton_reasons
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+WITH_THE_COMPILER = ["test_ahead_of_time.py", "test_documented.py"]
 collect_ignore_glob = [] if in_interpreter() else ["interpreted/*"]
+if in_interpreter() or (triton_reasons() and not os.environ.get("MPOE_REQUIRE_ALL")):
+    collect_ignore_glob += WITH_THE_COMPILER
+
+
+@pytest.fixture
+def with_triton() -> None:
+    """Skip where Triton is missing (``MPOE_REQUIRE_ALL``: fail)."""
+    reasons = triton_reasons()
+    if reasons and os.environ.get("MPOE_REQUIRE_ALL"):
+        pytest.fail("; ".join(reasons))
+    if reasons:
+        pytest.skip("; ".join(reasons))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels.backends.triton.architecture import in_interpreter, triton_reasons
+from mpoe_kernels.backends.triton.architecture import in_interpreter
 
 FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
-@pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons()))
+@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
 def test_in_a_process_of_its_own(path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,152 @@
+"""The gate of `tools/triton_compile.py`: it finds every kernel, and lets nothing through that it is meant to stop."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import planted_kernels
+import pytest
+import torch
+import triton
+import triton_compile
+from triton_binary import Binary, Job, compile_job, job_of
+
+from mpoe_kernels.backends import triton as backend
+from mpoe_kernels.backends.triton import catalogue, configs
+from mpoe_kernels.backends.triton.architecture import ARCHITECTURES
+from mpoe_kernels.backends.triton.start import Launch, recorded
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
+
+
+def kernels_of_the_backend() -> set[str]:
+    """Every function of the backend that Triton compiles and that starts on its own."""
+    found = set()
+    for info in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.jit.JITFunction) and name.endswith("_kernel"):
+                found.add(name)
+    return found
+
+
+def test_every_kernel_is_found_on_every_architecture() -> None:
+    jobs = triton_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
+    assert len(kernels_of_the_backend()) >= 14
+    for architecture in ARCHITECTURES:
+        assert {job.name for job in jobs if job.architecture == architecture} == kernels_of_the_backend()
+
+
+def test_every_shipped_tile_is_compiled() -> None:
+    dims = catalogue.dims_of(catalogue.shapes()["separable"][0])
+    problem = catalogue.Problem(
+        "separable", lambda: catalogue.run_backward(dims, 1, 4096, torch.bfloat16, "separable"), every_tile=True
+    )
+    started = catalogue.launches(problem, "sm_90")
+    for kernel in ("rows", "outer"):
+        tiles = {
+            (a["BM"], a["BN"], a["BK"], a["num_warps"], a["num_stages"])
+            for launch in started
+            if launch.kernel.fn.__name__ == f"{kernel}_kernel"
+            for a in [launch.arguments]
+        }
+        wanted = {(t.m, t.n, t.k, t.warps, t.stages) for t in configs.TILES["sm_90"][kernel]}
+        assert wanted <= tiles
+
+
+def test_jobs_are_what_triton_would_specialise() -> None:
+    x = torch.empty(64, dtype=torch.bfloat16, device="meta")
+    arguments = {"a": x, "b": x[1:], "out": x[8:], "SIZE": 32, "STAGES": 1, "num_warps": 4}
+    job = job_of(Launch(planted_kernels.product_kernel, (1,), arguments), "sm_90")
+    assert job.signature[:3] == (("a", "*bf16"), ("b", "*bf16"), ("out", "*bf16"))
+    assert job.constants == (("SIZE", 32), ("STAGES", 1))
+    assert job.aligned == ("a", "out"), "an odd element is not a multiple of 16 bytes"
+    assert job.options == (("num_warps", 4),)
+    with pytest.raises(TypeError, match="a must be a tensor, an integer or a float; got str"):
+        job_of(Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}), "sm_90")
+
+
+def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90") -> Job:
+    signature = (("a", kind), ("b", kind), ("out", "*fp32"), ("SIZE", "constexpr"), ("STAGES", "constexpr"))
+    constants = (("SIZE", size), ("STAGES", stages))
+    options = (("num_stages", stages), ("num_warps", warps))
+    return Job("planted_kernels:product_kernel", architecture, signature, constants, ("a", "b", "out"), options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sound_kernel_passes(architecture: str) -> None:
+    binary = compile_job(planted(64, 4, 2, architecture=architecture))
+    assert binary.problems(architecture) == []
+    assert binary.matrix_instructions > 0
+    assert binary.registers > 0
+
+
+@pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
+def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
+    (problem,) = compile_job(planted(128, warps, 1, architecture=architecture)).problems(architecture)
+    assert problem.startswith("spills: ")
+
+
+def test_a_kernel_that_needs_too_much_shared_memory_is_stopped() -> None:
+    problems = compile_job(planted(128, 8, 5)).problems("sm_90")
+    assert any("bytes of shared memory; sm_90 has 232448" in problem for problem in problems)
+
+
+def test_exact_float32_needs_no_tensor_cores() -> None:
+    binary = compile_job(planted(32, 4, 1, kind="*fp32"))
+    assert not binary.wants_matrix or binary.matrix_instructions
+
+
+def test_problems_of_a_binary() -> None:
+    assert GOOD.problems("sm_100") == []
+    assert Binary(128, 0, 0, 65536, 0, 0, True).problems("sm_90") == [
+        "multiplies matrices without a tensor-core instruction"
+    ]
+    assert "columns of tensor memory" in Binary(128, 0, 0, 0, 640, 1, True).problems("sm_100")[0]
+
+
+def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_problem() -> None:
+    job = planted(64, 4, 2)
+    uses = {job: triton_compile.Use("planted, bfloat16")}
+    (line,) = triton_compile.failures({job: "CompilationError: no"}, uses)
+    assert line == "product_kernel 4 warps, 2 stages on sm_90 (planted, bfloat16): CompilationError: no"
+    assert triton_compile.failures({job: GOOD}, uses) == []
+    table = triton_compile.resource_table({job: GOOD}, uses)
+    assert "| product_kernel | 16-bit | 4 warps, 2 stages | - | 128, 64 |" in table
+
+
+def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    job = planted(128, 2, 1, architecture="sm_80")
+    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert triton_compile.main(["--quick", "--jobs", "1"]) == 1
+    assert "product_kernel 2 warps, 1 stages on sm_80 (planted): spills" in capsys.readouterr().err
+
+
+def test_the_command_compiles_a_kernel_of_ours() -> None:
+    command = [sys.executable, "tools/triton_compile.py", "--quick", "--only", "dispatch_kernel", "--arch", "sm_90"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "1 kernels, 1 configurations, 0 failures" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--arch", "sm_70"], "--arch must be among"), (["--dtype", "int8"], "--dtype"), (["--doc", "--quick"], "--doc")],
+)
+def test_refusals(words: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        triton_compile.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_recordings_are_of_known_architectures() -> None:
+    with pytest.raises(ValueError, match="architecture must be one of"), recorded("sm_70"):
+        raise AssertionError("not reached")

@@ -1,0 +1,187 @@
+"""Compiles every Triton kernel that the ops start, ahead of time and without a GPU, and checks the machine code.
+
+No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
+tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped.
+``--doc`` writes the tables of docs/kernels_triton.md. What is shipped: mpoe_kernels/backends/triton/catalogue.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
+
+from mpoe_kernels.backends.triton import catalogue
+
+ROOT = Path(__file__).resolve().parents[1]
+DOC = ROOT / "docs" / "kernels_triton.md"
+QUICK_DTYPES = ("bfloat16",)
+
+
+@dataclass
+class Use:
+    """Where a job comes from: the first problem that starts it, and FLOPs over the useful ones wherever it is used."""
+
+    problem: str
+    overheads: set[float] = field(default_factory=set)
+
+
+def _difficulty(job: Job) -> tuple[int, int]:
+    """Size of the tile, then variety of sizes and strides: the most difficult job is the likeliest to spill."""
+    tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
+    numbers = {number for _, value in job.constants for number in (value if isinstance(value, tuple) else (value,))}
+    return tile, len(numbers)
+
+
+def shipped_jobs(
+    architectures: Iterable[str], dtypes: Iterable[str], quick: bool = False, each: int = 1
+) -> dict[Job, Use]:
+    """Of every kernel, architecture, dtype and configuration of the catalogue, the ``each`` most difficult jobs.
+
+    With ``quick`` one of every kernel and architecture.
+    """
+    groups: dict[tuple[str, ...], dict[Job, Use]] = {}
+    for dtype in dtypes:
+        for problem in catalogue.problems(catalogue.DTYPES[dtype], few=quick):
+            for architecture in architectures:
+                for launch in catalogue.launches(problem, architecture):
+                    job = job_of(launch, architecture)
+                    group = (job.name, architecture, *(() if quick else (dtype, job.configuration)))
+                    use = groups.setdefault(group, {}).setdefault(job, Use(f"{problem.name}, {dtype}"))
+                    overhead = catalogue.FLOP_OVERHEAD.get(job.name)
+                    if overhead is not None:
+                        use.overheads.add(overhead(launch.arguments))
+    found = {}
+    for group in groups.values():
+        chosen = sorted(group, key=_difficulty, reverse=True)[: 1 if quick else each]
+        overheads = set().union(*(use.overheads for use in group.values()))
+        found.update({job: Use(group[job].problem, overheads) for job in chosen})
+    return found
+
+
+def compile_all(
+    jobs: Iterable[Job], processes: int, log: Callable[[str], None] = lambda _: None
+) -> dict[Job, Binary | str]:
+    """Compile in processes of their own; a job that fails gets its error's text."""
+    results: dict[Job, Binary | str] = {}
+    waiting, began = list(jobs), time.monotonic()
+    with ProcessPoolExecutor(max(1, min(processes, len(waiting))), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compile_job, job): job for job in waiting}
+        for future in as_completed(futures):
+            try:
+                results[futures[future]] = future.result()
+            except BrokenProcessPool:
+                results[futures[future]] = "the compiler's process died, over this kernel or one beside it"
+            except Exception as error:  # a compiler fails in many ways; the others are compiled and all are reported
+                results[futures[future]] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if len(results) % 100 == 0:
+                log(f"{len(results)} of {len(waiting)} compiled, {time.monotonic() - began:.0f} s")
+    return {job: results[job] for job in waiting}
+
+
+def failures(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use]) -> list[str]:
+    """One line for everything that must not be shipped."""
+    lines = []
+    for job, result in results.items():
+        problems = [result] if isinstance(result, str) else result.problems(job.architecture)
+        where = f"{job.name} {job.configuration} on {job.architecture} ({uses[job].problem})"
+        lines += [f"{where}: {problem}" for problem in problems]
+    return lines
+
+
+def _span(values: Iterable[float], form: Callable[[float], str]) -> str:
+    """``low`` or ``low-high``."""
+    ordered = sorted(values)
+    ends = dict.fromkeys([form(ordered[0]), form(ordered[-1])]) if ordered else ["-"]
+    return "-".join(ends)
+
+
+def resource_table(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use]) -> str:
+    """A Markdown row for every kernel, element type and configuration: over all problems, the range or the most."""
+    architectures = list(dict.fromkeys(job.architecture for job in results))
+    rows: dict[tuple[str, str, str], list[Job]] = {}
+    for job in results:
+        rows.setdefault((job.name, job.elements, job.configuration), []).append(job)
+    lines = [
+        f"| kernel | elements | configuration | FLOPs | {' | '.join(architectures)} |",
+        f"|---|---|---|---|{'---|' * len(architectures)}",
+    ]
+    for (name, elements, configuration), jobs in sorted(rows.items()):
+        cells = []
+        for architecture in architectures:
+            here = [results[job] for job in jobs if job.architecture == architecture]
+            built = [binary for binary in here if isinstance(binary, Binary)]
+            most = max((binary.registers for binary in built), default=0)
+            shared = max((binary.shared for binary in built), default=0)
+            cells.append(f"{most}, {shared / 1024:.3g}" if built else "-" if not here else "fails")
+        overhead = _span({value for job in jobs for value in uses[job].overheads}, lambda value: f"{value:.2f}")
+        lines.append(f"| {name} | {elements} | {configuration} | {overhead} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what a document holds between ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Raises:
+        ValueError: the document has no such place.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    old = path.read_text()
+    if begin not in old or end not in old:
+        raise ValueError(f"{path.name} has no place for {name!r}: {begin.strip()} ... {end}")
+    head, rest = old.split(begin, 1)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(head + begin + text + "\n" + end + rest.split(end, 1)[1])
+    os.replace(part, path)
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one configuration of every kernel")
+    parser.add_argument("--each", type=int, default=1, help="problems of every configuration, the most difficult first")
+    parser.add_argument("--arch", default=",".join(TARGETS), help="names with commas; default all")
+    parser.add_argument("--dtype", default=None, help=f"default all; --quick: {','.join(QUICK_DTYPES)}")
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--doc", action="store_true", help="write the tables into docs/kernels_triton.md")
+    chosen = parser.parse_args(words)
+    chosen.arch = chosen.arch.split(",")
+    names = catalogue.DTYPES if chosen.dtype is None else chosen.dtype.split(",")
+    chosen.dtype = QUICK_DTYPES if chosen.quick and chosen.dtype is None else tuple(names)
+    for option, values, known in (("arch", chosen.arch, TARGETS), ("dtype", chosen.dtype, catalogue.DTYPES)):
+        if unknown := [value for value in values if value not in known]:
+            parser.error(f"--{option} must be among {', '.join(known)}; got {', '.join(unknown)}")
+    if chosen.doc and (chosen.quick or chosen.only or set(chosen.arch) != set(TARGETS)):
+        parser.error("--doc describes everything that is shipped: it goes with neither --quick, --only nor --arch")
+    return chosen
+
+
+def main(words: list[str] | None = None) -> int:
+    chosen = _options(words)
+    uses = shipped_jobs(chosen.arch, chosen.dtype, chosen.quick, chosen.each)
+    jobs = [job for job in uses if chosen.only in job.name]
+    print(f"{len(jobs)} configurations to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
+    results = compile_all(jobs, chosen.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    table, wrong = resource_table(results, uses), failures(results, uses)
+    if chosen.doc:
+        write_between(DOC, "resources", table)
+    else:
+        print(table)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    print(f"{len({job.kernel for job in jobs})} kernels, {len(jobs)} configurations, {len(wrong)} failures")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

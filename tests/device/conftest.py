@@ -1,0 +1,41 @@
+"""The same tests on any device: ``MPOE_TEST_DEVICE=cuda pytest tests/device`` on a GPU, the CPU by default.
+
+They are few and small: on a GPU every shape and dtype compiles kernels of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from mpoe_kernels import backend_reasons
+from mpoe_kernels.backends.registry import _BACKENDS, Request
+
+DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
+
+
+def reasons(backend: str, dtype: torch.dtype) -> list[str]:
+    """Why a backend cannot run the grouped product on the device."""
+    return _BACKENDS[backend].unsupported_reasons(Request("grouped_mpo_linear", torch.device(DEVICE).type, dtype))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", list(backend_reasons()))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    if DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        pytest.fail(f"MPOE_TEST_DEVICE is {DEVICE}, but torch finds no such device")
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def able(backend: str) -> str:
+    """The backend, if it runs there."""
+    if found := reasons(backend, torch.float32):
+        pytest.skip("; ".join(found))
+    return backend

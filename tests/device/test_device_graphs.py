@@ -1,0 +1,100 @@
+"""opcheck, torch.compile, CUDA graphs and repeated runs on the device, for every backend that runs there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+SHAPE = SMALL_SHAPES["light"]
+
+
+def tensors(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x, left, central, right."""
+    blocks = random_blocks(SHAPE, 3)
+    found = (torch.randn(9, SHAPE.in_features), blocks.left, blocks.central, blocks.right)
+    return [t.detach().to(device, dtype).requires_grad_() for t in found]
+
+
+def offsets(device: torch.device) -> Tensor:
+    return torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+
+
+def product(backend: str, x: Tensor, left: Tensor, central: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    blocks = MPOBlocks(left, central, right, SHAPE.in_features, SHAPE.out_features)
+    return grouped_mpo_linear(x, blocks, ends, activation="gelu", backend=backend)
+
+
+def test_opcheck(able: str, device: torch.device) -> None:
+    sizes = (SHAPE.in_features, SHAPE.out_features, "gelu", "rebuild", able, True)
+    torch.library.opcheck(
+        torch.ops.mpoe.grouped_mpo_linear.default, (*tensors(device), offsets(device), None, None, *sizes)
+    )
+    index = expert_choice("zipf", 9, 3).to(device)
+    torch.library.opcheck(torch.ops.mpoe.route.default, (index, 3, 2, None, able))
+
+
+def test_compiled_graphs_are_whole_and_give_the_same(able: str, device: torch.device) -> None:
+    inputs, ends = tensors(device), offsets(device)
+    grad = torch.randn(9, SHAPE.out_features, device=device)
+    compiler = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(product, fullgraph=True, backend=compiler)
+
+    def run(function) -> list[Tensor]:
+        y = function(able, *inputs, ends)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+    for found, plain in zip(run(compiled), run(product), strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_two_runs_agree_bit_for_bit(able: str, device: torch.device) -> None:
+    inputs, ends = tensors(device), offsets(device)
+
+    def run() -> list[Tensor]:
+        y = product(able, *inputs, ends)
+        return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_a_decoding_step_fits_a_cuda_graph(able: str, name: str, device: torch.device) -> None:
+    """Routing and both products, captured with one routing and replayed with another."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    shape = SMALL_SHAPES[name]
+    down_shape = shape.mirrored() if shape.is_separable else shape
+    parts = []
+    for each in (shape, down_shape):
+        made = random_blocks(each, 3)
+        moved = (t.to(device, torch.float32) for t in (made.left, made.central, made.right))
+        parts.append(MPOBlocks(*moved, each.in_features, each.out_features))
+    x, index = torch.randn(4, shape.in_features, device=device), torch.tensor([[0], [1], [1], [2]], device=device)
+    gates = torch.ones(4, 1, device=device)
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return mpo_ffn(x, route(index, 3, backend=able), gates, *parts, backend=able)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            captured = step()
+    except RuntimeError as error:
+        if able == "eager":
+            pytest.skip(f"plain PyTorch asks the device for sizes: {error}")
+        raise
+    x.copy_(torch.randn_like(x))
+    index.copy_(torch.tensor([[2], [2], [0], [2]], device=device))
+    graph.replay()
+    torch.testing.assert_close(captured, step())

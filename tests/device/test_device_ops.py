@@ -1,0 +1,128 @@
+"""Every backend that runs on the device, through the public ops, against the float64 reference on the same device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
+from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
+from mpoe_kernels.testing.assertions import assert_calibrated
+from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
+# A shape of every kind: on tiles that are never full, and, large, on many full ones.
+LARGE = {"paper": MPOShape.paper(768, 3072, max_bond=32), "separable": MPOShape.separable(768, 3072)}
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def make_blocks(shape: MPOShape, experts: int, dtype: torch.dtype, device: torch.device) -> MPOBlocks:
+    made = random_blocks(shape, experts)
+    parts = (t.to(device, dtype) for t in (made.left, made.central, made.right))
+    return MPOBlocks(*parts, shape.in_features, shape.out_features)
+
+
+def make_routing(tokens: int, experts: int, kind: str, device: torch.device, capacity: int | None = None) -> Routing:
+    return route(expert_choice(kind, tokens, experts).to(device), experts, capacity, backend="eager")
+
+
+def check_linear(
+    backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype, device: torch.device, **options
+) -> None:
+    """Forward and backward with bias and ReLU; the reference in the same dtype sets what is allowed."""
+    tokens, experts = options.get("tokens", 37), options.get("experts", 5)
+    routing = make_routing(tokens, experts, options.get("kind", "zipf"), device, options.get("capacity"))
+    blocks = make_blocks(shape, experts, dtype, device)
+    x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
+    bias = torch.randn(shape.out_features, device=device).to(dtype)
+
+    def run(function, kind: torch.dtype, grad: Tensor | None, activation: str | None, **more: str) -> list[Tensor]:
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, blocks.left, blocks.central, blocks.right, bias)]
+        mine = MPOBlocks(*leaves[1:4], shape.in_features, shape.out_features)
+        rows = routing.token_of_slot
+        y = function(leaves[0], mine, routing.expert_offsets, leaves[4], row_index=rows, activation=activation, **more)
+        if grad is None or not y.requires_grad:  # the reference of no rows is a constant
+            return [y.detach(), *(torch.zeros_like(t) for t in leaves)]
+        grads = torch.autograd.grad(y, leaves, grad.to(kind), allow_unused=True)
+        return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+
+    z = run(grouped_mpo_linear_reference, torch.float64, None, None)[0]
+    grad = torch.randn(z.shape, device=device).to(dtype) * (z.abs() > 0.1)  # rounding must not decide ReLU's side
+    truth = run(grouped_mpo_linear_reference, torch.float64, grad, "relu")
+    same = run(grouped_mpo_linear_reference, dtype, grad, "relu")
+    actual = run(grouped_mpo_linear, dtype, grad, "relu", backend=backend, strategy=strategy)
+    for name, found, exact, plain in zip(NAMES, actual, truth, same, strict=True):
+        assert_calibrated(found, exact, plain, f"{name} ({strategy})", 3)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", "seven_cores"])
+def test_strategies(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    shape = SMALL_SHAPES[name]
+    for strategy in STRATEGIES:
+        if strategy != ("chain" if shape.is_separable else "separable"):
+            check_linear(able, strategy, shape, dtype, device, capacity=9)
+
+
+@dtypes
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("the tests of the CPU backends have sizes of their own")
+    check_linear(able, "separable" if name == "separable" else "rebuild", LARGE[name], dtype, device, tokens=300)
+    check_linear(able, "auto", LARGE[name], dtype, device, tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["all_to_one", "some_idle", "uniform"])
+def test_loads(able: str, kind: str, device: torch.device) -> None:
+    check_linear(able, "rebuild", SMALL_SHAPES["light"], torch.float32, device, kind=kind)
+
+
+def test_no_tokens(able: str, device: torch.device) -> None:
+    check_linear(able, "auto", SMALL_SHAPES["light"], torch.float32, device, tokens=0, kind="uniform")
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)])
+def test_routing_is_the_same_everywhere(
+    able: str, tokens: int, experts: int, top_k: int, capacity: int | None, device: torch.device
+) -> None:
+    index = expert_choice("zipf", tokens, experts, top_k).to(device)
+    mask = (torch.arange(tokens, device=device) % 7 != 3) if capacity else None
+    ours = route(index, experts, capacity, mask, backend=able)
+    plain = route(index, experts, capacity, mask, backend="eager")
+    for field in ("expert_offsets", "token_of_slot", "slot_of_token"):
+        assert torch.equal(getattr(ours, field), getattr(plain, field)), field
+
+
+def test_dispatch_and_combine(able: str, device: torch.device) -> None:
+    routing = make_routing(300, 7, "zipf", device, capacity=50)
+
+    def run(backend: str, kind: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(3)
+        x = torch.randn(300, 40).to(device, kind).requires_grad_()
+        gates = torch.rand(300, 1).to(device, kind).requires_grad_()
+        y = combine(dispatch(x, routing, backend=backend) * 2, routing, gates, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, gates))]
+
+    truth, same = run("eager", torch.float64), run("eager", torch.float32)
+    for name, found, exact, plain in zip(("y", "dx", "dgates"), run(able, torch.float32), truth, same, strict=True):
+        assert_calibrated(found, exact, plain, name)
+
+
+@pytest.mark.parametrize("rows", [3, 500])
+def test_embedding(able: str, rows: int, device: torch.device) -> None:
+    shape = SMALL_SHAPES["padded"]
+    blocks, ids = make_blocks(shape, 1, torch.float32, device), torch.randint(shape.in_features, (rows,)).to(device)
+    grad = torch.randn(rows, shape.out_features, device=device)
+
+    def run(function, kind: torch.dtype, **options: str) -> list[Tensor]:
+        leaves = [t.to(kind).requires_grad_() for t in (blocks.left, blocks.central, blocks.right)]
+        y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features), **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
+
+    truth, same = run(mpo_embedding_reference, torch.float64), run(mpo_embedding_reference, torch.float32)
+    actual = run(mpo_embedding, torch.float32, backend=able)
+    for name, found, exact, plain in zip(("y", "dleft", "dcentral", "dright"), actual, truth, same, strict=True):
+        assert_calibrated(found, exact, plain, name, 3)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from mpoe_kernels.backends.eager.chunks import AXES, HALF_SHARE, ROWS_OUT, most_slots, row_steps
 from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
-from mpoe_kernels.backends.eager.rows import AXES, HALF_SHARE, ROWS_OUT, STATE_BYTES, row_steps
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.planner.orders import INDICES, applications, program
@@ -71,15 +71,13 @@ def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
 
 def _chunks(plan: Contraction) -> int:
     """Groups of experts that the rows strategies work on one after the other."""
-    dims, experts, slots = plan.dims, plan.busy_experts, plan.slots
-    merges, order = program(dims, plan.strategy)
+    dims, experts = plan.dims, plan.busy_experts
+    merges, _ = program(dims, plan.strategy)
     if merges:
         half = dims.elements(INDICES[merges[0][0]])
         experts = min(experts, max(1, int(HALF_SHARE * dims.weight_elements / half)))
-    if plan.strategy != "separable":
-        widest = max(step.after for step in applications(dims, order))
-        slots = min(slots, max(1, STATE_BYTES // (widest * plan.dtype.itemsize)))
-    return min(plan.busy_experts, max(math.ceil(plan.busy_experts / experts), math.ceil(plan.slots / slots)))
+    by_slots = math.ceil(plan.slots / most_slots(dims, plan.strategy, plan.dtype.itemsize))
+    return min(plan.busy_experts, max(math.ceil(plan.busy_experts / experts), by_slots))
 
 
 def _rows(plan: Contraction) -> tuple[int, _Traffic]:
@@ -92,7 +90,10 @@ def _rows(plan: Contraction) -> tuple[int, _Traffic]:
     for k, (step, sizes) in enumerate(steps):
         is_last = k == len(steps) - 1
         before, after = plan.slots * sizes.before, plan.slots * sizes.after
-        operand = dims.elements(INDICES[step.operand]) * (chunks if step.operand == "C" else plan.busy_experts)
+        times = plan.busy_experts
+        if step.operand == "C":
+            times = 1 if separable and not backward else chunks
+        operand = dims.elements(INDICES[step.operand]) * times
         matrix = step.met + step.new
         if len(step.operand) > 1:
             traffic.allocate(operand)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -84,15 +84,21 @@ def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tens
     return out
 
 
-def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int]) -> Tensor:
-    """``out[e] = rows_e^T @ grads_e``: gradient of a grouped GEMM's weights, ``[groups, k, m]``."""
-    out = rows.new_empty(len(counts), rows.shape[1], grads.shape[1])
+def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int], targets: Iterable[Tensor]) -> None:
+    """``targets[e] = rows_e^T @ grads_e``: gradient of a grouped GEMM's weights.
+
+    Args:
+        rows, grads: ``[slots * p, k]`` and ``[slots * p, m]``, p consecutive rows for each slot.
+        counts: slots of each group; all rows belong to one.
+        targets: one for each group; any shape whose elements, in order, are those of ``[k, m]``, any strides.
+    """
     sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
     # With few columns MKL adds up the long sum one by one; transposed, the rounding error is several times smaller.
     narrow = grads.shape[1] < 16 < rows.shape[1]
-    for part, grad, result in zip(rows.split(sizes), grads.split(sizes), out.unbind(0), strict=True):
+    for part, grad, target in zip(rows.split(sizes), grads.split(sizes), targets, strict=True):
         if narrow:
-            result.copy_((grad.T @ part).T)
+            target.copy_((grad.T @ part).T.reshape(target.shape))
+        elif target.is_contiguous():
+            torch.mm(part.T, grad, out=target.view(part.shape[1], -1))
         else:
-            torch.mm(part.T, grad, out=result)
-    return out
+            target.copy_((part.T @ grad).view(target.shape))

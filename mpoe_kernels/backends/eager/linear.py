@@ -32,8 +32,8 @@ def linear_forward(
     if strategy == "rebuild":
         z = rebuild_forward(x, left, central, right, offsets, row_index, dims)
     else:
-        z, central_step = rows_forward(x, left, central, right, offsets, row_index, dims, strategy)
-        if save and central_step is not None:
+        z, central_step = rows_forward(x, left, central, right, offsets, row_index, dims, strategy, save)
+        if central_step is not None:
             h = central_step
     last = offsets[-1]
     if bias is not None:

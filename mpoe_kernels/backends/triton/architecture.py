@@ -14,6 +14,8 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 ARCHITECTURES = tuple(SHARED_MEMORY)
 INTERPRETER = "interpreter"
 NO_LIMIT = 1 << 62
+# Entry of the planner's table that stands for an architecture.
+HARDWARE_NAMES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200", "gfx942": "mi300", INTERPRETER: "h100"}
 
 
 def in_interpreter() -> bool:
@@ -60,6 +62,11 @@ def shared_memory_of(device: torch.device) -> int:
     if device.type != "cuda" or in_interpreter() or not gpu_available():
         return NO_LIMIT
     return _gpu_shared_memory(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def shared_memory_for(architecture: str) -> int:
+    """What a program on ``architecture`` may use, or on the GPU that is here if that has less."""
+    return min(SHARED_MEMORY.get(architecture, NO_LIMIT), shared_memory_of(torch.device("cuda")))
 
 
 OLDEST = (3, 6)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.triton import tuning
-from mpoe_kernels.backends.triton.architecture import shared_memory_of
+from mpoe_kernels.backends.triton.architecture import shared_memory_for, shared_memory_of
+from mpoe_kernels.backends.triton.fused_tiles import GRADIENT_TILES, ROWS_TILES, Cut, FusedTile, Sides, best_tile
 from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile
 
 
@@ -106,3 +107,20 @@ def launch_options(tile: Tile) -> dict[str, Any]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def fused_choice(
+    like: Tensor, sides: Sides, rows: float, purpose: str, tile: FusedTile | None = None
+) -> tuple[FusedTile, Cut]:
+    """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its cut of the weight.
+
+    Raises:
+        ValueError: no tile fits; `fused_cost.fused_reasons` says so beforehand.
+    """
+    architecture = architecture_of(like.device)
+    itemsize = like.dtype.itemsize
+    tiles = (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[architecture][itemsize] if tile is None else (tile,)
+    found = best_tile(tiles, sides, rows, itemsize, shared_memory_for(architecture), purpose)
+    if found is None:
+        raise ValueError(f"no tile of the fused kernels fits {sides} on {architecture}")
+    return found

@@ -54,6 +54,14 @@ def pick(values, position):
 
 
 @triton.jit
+def range_of_part(count, part, parts):
+    """First and last position of one of ``parts`` about equal parts of ``0 .. count``."""
+    share = tl.cdiv(count, parts)
+    begin = tl.minimum(part * share, count)
+    return begin, tl.minimum(begin + share, count)
+
+
+@triton.jit
 def activate(z, NAME: tl.constexpr):
     """Activation of a float32 pre-activation."""
     if NAME == "relu":

@@ -18,8 +18,14 @@ NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 
 
 def strategies_of(shape: MPOShape) -> list[str]:
-    """What the planner may ask for."""
-    return [s for s in STRATEGIES if s != ("chain" if shape.is_separable else "separable")]
+    """What the planner may ask for, and the fused kernels."""
+    if shape.is_separable:
+        return [s for s in STRATEGIES if s != "chain"]
+    return [*(s for s in STRATEGIES if s != "separable"), "on_chip"]
+
+
+def _way(strategy: str) -> tuple[str, bool]:
+    return ("rebuild", True) if strategy == "on_chip" else (strategy, False)
 
 
 @dataclass
@@ -60,18 +66,21 @@ class Case:
         return self.routing.token_of_slot if self.gathered else None
 
     def forward(self, strategy: str, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """By the steps of a strategy, or by the fused kernels as the strategy ``on_chip``."""
+        strategy, on_chip = _way(strategy)
         with poisoned_memory():
             return linear_forward(
                 self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index, *self.sizes,
-                self.activation, strategy, save,
+                self.activation, strategy, save, on_chip,
             )  # fmt: skip
 
     def backward(self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool]) -> tuple[Tensor, ...]:
         saved = y if self.activation == "relu" else z
+        strategy, on_chip = _way(strategy)
         with poisoned_memory():
             return linear_backward(
                 self.grad, self.x, *self.blocks, self.routing.expert_offsets, self.row_index, h, saved, *self.sizes,
-                self.activation, strategy, need,
+                self.activation, strategy, need, on_chip,
             )  # fmt: skip
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:

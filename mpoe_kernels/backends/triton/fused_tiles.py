@@ -1,0 +1,199 @@
+"""Tiles of the fused kernels, as data, and how a tile cuts a weight. Plain Python: it imports no Triton.
+
+A tile of W is a product of ``rows`` (digits of iL and jL) and ``columns`` (digits of iR and jR) for one value of iC and
+jC. Which digits those are decides how much of W is padding, how wide the product with the tokens' rows is, and what a
+program keeps in registers and shared memory; `cut` takes the cheapest that fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from mpoe_kernels.planner.orders import BlockDims
+
+MOST_BOND = 64  # larger bonds do not fit on chip beside the tokens
+LEAST = 16  # side of a tensor core's operand
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class FusedTile:
+    """Limits of a fused kernel's tile.
+
+    Attributes:
+        m: rows of tokens, at once; a gradient sums over them.
+        rows, columns: of the product that makes a tile of W.
+        accumulators: float32 numbers that a program keeps in registers.
+        warps, stages: of a program.
+    """
+
+    m: int
+    rows: int
+    columns: int
+    accumulators: int
+    warps: int
+    stages: int
+
+
+Table = dict[str, dict[int, tuple[FusedTile, ...]]]  # architecture -> bytes of an element -> tiles
+
+_ROWS_FLOAT32 = tuple(FusedTile(m, 32, 32, 6144, 4, 1) for m in (32, 16))
+_ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 16))
+_ROWS_AMPERE = tuple(FusedTile(m, 64, 64, 12288, 4, 2) for m in (64, 32, 16))
+_ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
+ROWS_TILES: Table = {
+    "sm_80": {2: _ROWS_AMPERE, 4: _ROWS_FLOAT32},
+    "sm_90": {2: _ROWS_HOPPER, 4: _ROWS_FLOAT32},
+    "sm_100": {2: _ROWS_HOPPER, 4: _ROWS_FLOAT32},
+    "gfx942": {2: _ROWS_CDNA, 4: _ROWS_FLOAT32},
+}
+_GRADIENT_FLOAT32 = (FusedTile(16, 32, 32, 6144, 4, 1),)
+GRADIENT_TILES: Table = {
+    "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: _GRADIENT_FLOAT32},
+    "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: _GRADIENT_FLOAT32},
+    "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: _GRADIENT_FLOAT32},
+    "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: _GRADIENT_FLOAT32},
+}
+# Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
+for _table in (ROWS_TILES, GRADIENT_TILES):
+    _table["interpreter"] = {size: (FusedTile(32, 128, 128, 1 << 20, 4, 1),) for size in (2, 4)}
+PURPOSES = ("rows", "half", "gradient")  # rows times W, the same with left · central at hand, the blocks' gradients
+
+
+class Sides(NamedTuple):
+    """Sizes of the left, central and right digits of what a product sums (k) and leaves (n), and the bonds."""
+
+    k: tuple[int, int, int]
+    n: tuple[int, int, int]
+    a: int
+    b: int
+
+    @classmethod
+    def of(cls, dims: BlockDims, transposed: bool = False) -> Sides:
+        """Of ``x W``, or of ``dy W^T`` if ``transposed``."""
+        i, j = (dims.iL, dims.iC, dims.iR), (dims.jL, dims.jC, dims.jR)
+        return cls(j, i, dims.a, dims.b) if transposed else cls(i, j, dims.a, dims.b)
+
+
+class Cut(NamedTuple):
+    """Extents of a tile's digits: the left and right ones of k and n. The central ones are 1."""
+
+    kl: int
+    nl: int
+    kr: int
+    nr: int
+
+    @property
+    def k(self) -> int:
+        return self.kl * self.kr
+
+    @property
+    def n(self) -> int:
+        return self.nl * self.nr
+
+    @property
+    def rows(self) -> int:
+        return self.kl * self.nl
+
+    @property
+    def columns(self) -> int:
+        return self.kr * self.nr
+
+    def tiles(self, sides: Sides) -> tuple[int, int]:
+        """Tiles along k and along n."""
+        along_k = -(-sides.k[0] // self.kl) * sides.k[1] * -(-sides.k[2] // self.kr)
+        return along_k, -(-sides.n[0] // self.nl) * sides.n[1] * -(-sides.n[2] // self.nr)
+
+
+def filled_up(bond: int) -> int:
+    """A bond as the kernels multiply it: a power of two, at least `LEAST`."""
+    return max(LEAST, 1 << max(bond - 1, 0).bit_length())
+
+
+def rebuild_work(sides: Sides, found: Cut, half: bool) -> float:
+    """Multiply-adds for each element of W that making a tile costs: the rows of tokens that it is worth."""
+    a, b = filled_up(sides.a), filled_up(sides.b)
+    return b + (0.0 if half else a * b / found.columns)
+
+
+def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
+    """Estimate of a program's shared memory: the operands of all stages, what stays, and the tile of W."""
+    a, b = filled_up(sides.a), filled_up(sides.b)
+    if purpose == "gradient":
+        step, stays = tile.m * (found.k + found.n), found.rows * a + a * b + b * found.columns
+    else:
+        step = tile.m * found.k + found.rows * (b if purpose == "half" else a) + (a * b if purpose == "rows" else 0)
+        stays = b * found.columns
+    return itemsize * (tile.stages * step + stays + found.k * found.n)
+
+
+def _accumulators(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> int:
+    a, b = filled_up(sides.a), filled_up(sides.b)
+    if purpose == "gradient":
+        return found.k * found.n + found.rows * b + max(found.rows * a, a * b, b * found.columns)
+    return tile.m * found.n + found.rows * found.columns
+
+
+def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
+    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of making W, and the price of reading the rows.
+
+    Reading counts as work because it comes from the cache at no better rate; pieces shorter than 8 cost more.
+    """
+    k_tiles, n_tiles = found.tiles(sides)
+    reading = 32 / found.n * max(1.0, 8 / found.kr)
+    extra = rebuild_work(sides, found, purpose == "half")
+    if purpose == "gradient":
+        reading += 32 / found.k * max(1.0, 8 / found.nr)
+        extra = 0.0
+    return k_tiles * n_tiles * found.k * found.n * (tile.m * (1 + reading) + extra)
+
+
+def _powers(size: int) -> list[int]:
+    """Powers of two up to the first that holds ``size``, or `LEAST`."""
+    return [1 << k for k in range(filled_up(size).bit_length())]
+
+
+@lru_cache(maxsize=4096)
+def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) -> Cut | None:
+    """The cheapest way to cut W into tiles; ``None`` if none fits into ``limit`` bytes of shared memory."""
+    best: tuple[tuple[float, ...], Cut] | None = None
+    for extents in product(*(_powers(size) for size in (sides.k[0], sides.n[0], sides.k[2], sides.n[2]))):
+        found = Cut(*extents)
+        if not (LEAST <= found.rows <= tile.rows and LEAST <= found.columns <= tile.columns):
+            continue
+        if not (LEAST <= found.k <= WIDEST and LEAST <= found.n <= WIDEST):
+            continue
+        if _accumulators(sides, found, tile, purpose) > tile.accumulators:
+            continue
+        if shared_bytes(sides, found, tile, itemsize, purpose) > limit:
+            continue
+        key = (row_tile_work(sides, found, tile, purpose), -found.nr, -found.kr, -found.nl)
+        if best is None or key < best[0]:
+            best = (key, found)
+    return None if best is None else best[1]
+
+
+def able_tiles(
+    tiles: tuple[FusedTile, ...], sides: Sides, itemsize: int, limit: int, purpose: str
+) -> list[tuple[FusedTile, Cut]]:
+    """The tiles that fit, with their cuts."""
+    found = ((tile, cut(sides, tile, itemsize, limit, purpose)) for tile in tiles)
+    return [(tile, extents) for tile, extents in found if extents is not None]
+
+
+def expected_row_tiles(rows: float, tile: FusedTile) -> float:
+    """Row tiles of an expert with ``rows`` rows on average: the last one is half full."""
+    return max(1.0, rows / tile.m + 0.5)
+
+
+def best_tile(
+    tiles: tuple[FusedTile, ...], sides: Sides, rows: float, itemsize: int, limit: int, purpose: str
+) -> tuple[FusedTile, Cut] | None:
+    """The tile with the least work for ``rows`` rows per expert, ``None`` if no tile fits."""
+    able = able_tiles(tiles, sides, itemsize, limit, purpose)
+    if not able or purpose == "gradient":
+        return able[0] if able else None
+    return min(able, key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose))

@@ -119,7 +119,8 @@ def fused_choice(
     """
     architecture = architecture_of(like.device)
     itemsize = like.dtype.itemsize
-    tiles = (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[architecture][itemsize] if tile is None else (tile,)
+    table = GRADIENT_TILES if purpose == "gradient" else ROWS_TILES
+    tiles = table[architecture][itemsize] if tile is None else (tile,)
     found = best_tile(tiles, sides, rows, itemsize, shared_memory_for(architecture), purpose)
     if found is None:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {architecture}")

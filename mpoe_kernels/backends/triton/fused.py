@@ -44,7 +44,7 @@ def column_digits(TK: tl.constexpr, TN: tl.constexpr):
 
 @triton.jit
 def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TNR: tl.constexpr):
-    """``[rows, columns]`` in the orders above -> tile of W ``[(k of rows, k of columns), (n of rows, n of columns)]``."""
+    """``[rows, columns]`` in the orders above -> tile of W ``[(k of row, k of column), (n of row, n of column)]``."""
     LOW: tl.constexpr = min(TNL, max(1, 32 // TNR))
     K_LOW: tl.constexpr = min(4, TKR)
     N_LOW: tl.constexpr = min(2, TNR)

@@ -16,11 +16,11 @@ from mpoe_kernels.backends.triton.fused_tiles import (
     expected_row_tiles,
     filled_up,
     rebuild_work,
+    step_operands,
 )
 from mpoe_kernels.planner import Contraction, Hardware
 from mpoe_kernels.planner.contraction import expected_busy_experts
 from mpoe_kernels.planner.orders import INDICES, BlockDims, merge_flops
-
 
 
 def fused_reasons(dims: BlockDims, dtype: torch.dtype, architecture: str) -> list[str]:
@@ -83,8 +83,7 @@ def rows_seconds(
     steps = row_tiles * k_tiles * n_tiles
     area = extents.k * extents.n
     flops = 2 * steps * area * (tile.m + rebuild_work(sides, extents, half))
-    a, b = filled_up(dims.a), filled_up(dims.b)
-    operands = tile.m * extents.k + extents.rows * (b if half else a) + (0 if half else a * b)
+    operands = step_operands(sides, extents, tile, purpose)
     weights = busy * (dims.elements(INDICES["L"]) + dims.elements(INDICES["R"])) + dims.elements(INDICES["C"])
     memory = weights + slots * (dims.in_features + dims.out_features)
     # A program waits for its own steps where there are fewer programs than multiprocessors.
@@ -123,7 +122,7 @@ def gradient_seconds(
     for wanted, projection in zip(need, projections, strict=True):
         if wanted:
             flops = 2 * (steps * area * tile.m + tiles * projection)
-            cached = steps * tile.m * (extents.k + extents.n) * size
+            cached = steps * step_operands(sides, extents, tile, "gradient") * size
             memory = slots * (dims.in_features + dims.out_features) * size
             total += _seconds(flops, cached, memory, dtype, hardware) + hardware.launch_seconds  # and its sum
     return total

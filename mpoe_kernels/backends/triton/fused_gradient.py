@@ -15,14 +15,41 @@ from mpoe_kernels.backends.triton.device import range_of_part
 
 
 @triton.jit
+def tile_columns(left, c, right, SIZES: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr):
+    """Columns of x or grad that a tile's left and right digits stand for."""
+    position = tl.arange(0, TL * TR)
+    return ((left + position // TR) * SIZES[1] + c) * SIZES[2] + right + position % TR
+
+
+@triton.jit
+def load_rows(
+    rows, inside, column, left, right, SIZES: tl.constexpr, LIMIT: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr
+):
+    """``[rows, columns]`` with zeros for padding; no mask but that of the rows where nothing is padded."""
+    mask = inside[:, None]
+    position = tl.arange(0, TL * TR)
+    if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
+        mask = mask & ((position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right))[None, :]
+    if LIMIT > 0:
+        mask = mask & (column < LIMIT)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def weight_gradient(
     x,
     grad,
     row_index,
     lo,
     hi,
-    x_column,  # [TKL * TKR], negative: padding
-    grad_column,  # [TNL * TNR]
+    kl0,
+    kc,
+    kr0,
+    nl0,
+    nc,
+    nr0,
+    K_SIZES: tl.constexpr,
+    N_SIZES: tl.constexpr,
     X_SLOT: tl.constexpr,
     GRAD_SLOT: tl.constexpr,
     X_LIMIT: tl.constexpr,
@@ -37,8 +64,8 @@ def weight_gradient(
     STAGES: tl.constexpr,
 ):
     """Gradient of a tile of W over the slots ``lo .. hi``, as ``[(k, n) of left, (k, n) of right]``."""
-    x_inside = (x_column >= 0) & (x_column < X_LIMIT)
-    grad_inside = (grad_column >= 0) & (grad_column < GRAD_LIMIT)
+    x_column = tile_columns(kl0, kc, kr0, K_SIZES, KL, KR)
+    grad_column = tile_columns(nl0, nc, nr0, N_SIZES, NL, NR)
     acc = tl.zeros((KL * KR, NL * NR), dtype=tl.float32)
     for t0 in tl.range(lo, hi, BT, num_stages=STAGES):
         r = t0 + tl.arange(0, BT)
@@ -47,27 +74,11 @@ def weight_gradient(
         source = slot
         if HAS_INDEX:
             source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
-        xt = tl.load(
-            x + x_column[:, None] + (source * X_SLOT)[None, :], mask=x_inside[:, None] & inside[None, :], other=0.0
-        )
-        gt = tl.load(
-            grad + (slot * GRAD_SLOT)[:, None] + grad_column[None, :],
-            mask=inside[:, None] & grad_inside[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(xt, gt, acc, input_precision=PRECISION)
+        xt = load_rows(x + source * X_SLOT, inside, x_column, kl0, kr0, K_SIZES, X_LIMIT, KL, KR)
+        gt = load_rows(grad + slot * GRAD_SLOT, inside, grad_column, nl0, nr0, N_SIZES, GRAD_LIMIT, NL, NR)
+        acc = tl.dot(tl.trans(xt), gt, acc, input_precision=PRECISION)
     digits = tl.reshape(acc.to(x.dtype.element_ty), (KL, KR, NL, NR))
     return tl.reshape(tl.permute(digits, 0, 2, 1, 3), (KL * NL, KR * NR))
-
-
-@triton.jit
-def tile_columns(left, c, right, SIZES: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr):
-    """Columns of a tile's left and right digits; -1 where they are only padding."""
-    position = tl.arange(0, TL * TR)
-    left_digit = left + position // TR
-    right_digit = right + position % TR
-    column = (left_digit * SIZES[1] + c) * SIZES[2] + right_digit
-    return tl.where((left_digit < SIZES[0]) & (right_digit < SIZES[2]), column, -1)
 
 
 @triton.jit
@@ -157,8 +168,7 @@ def left_gradient_kernel(
                 kr0 = (tile // right_n_tiles) * KR
                 nr0 = (tile % right_n_tiles) * NR
                 dw = weight_gradient(
-                    x, grad, row_index, lo, hi,
-                    tile_columns(kl0, kc, kr0, K_SIZES, KL, KR), tile_columns(nl0, nc, nr0, N_SIZES, NL, NR),
+                    x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
                     X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, HAS_INDEX, PRECISION, BT, KL, NL, KR, NR, STAGES,
                 )  # fmt: skip
                 right_mask = (column_k < K_SIZES[2] - kr0)[:, None] & (column_n < N_SIZES[2] - nr0)[:, None]
@@ -243,14 +253,11 @@ def right_gradient_kernel(
         row_n = nl0 + row % NL
         rows_inside = (row_k < K_SIZES[0]) & (row_n < N_SIZES[0])
         left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + row_n[:, None] * LEFT[2]
-        lt = tl.load(
-            left_at + bond_a[None, :] * LEFT[3], mask=rows_inside[:, None] & (bond_a < A)[None, :], other=0.0
-        )
+        lt = tl.load(left_at + bond_a[None, :] * LEFT[3], mask=rows_inside[:, None] & (bond_a < A)[None, :], other=0.0)
         ct = tl.load(central_at + kc * CENTRAL[0] + nc * CENTRAL[1], mask=central_mask, other=0.0)
         half = tl.dot(lt, ct, input_precision=PRECISION).to(x.dtype.element_ty)
         dw = weight_gradient(
-            x, grad, row_index, lo, hi,
-            tile_columns(kl0, kc, kr0, K_SIZES, KL, KR), tile_columns(nl0, nc, nr0, N_SIZES, NL, NR),
+            x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
             X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, HAS_INDEX, PRECISION, BT, KL, NL, KR, NR, STAGES,
         )  # fmt: skip
         acc = tl.dot(tl.trans(half), dw, acc, input_precision=PRECISION)

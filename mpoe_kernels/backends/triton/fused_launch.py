@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Blocks(NamedTuple):
 def _strides(blocks: Blocks, transposed: bool, half: Operand | None) -> dict[str, tuple[int, ...]]:
     """Strides of the blocks along (expert, k, n, ...) for ``x W``, or for ``dy W^T`` if ``transposed``."""
     i, j = (2, 1) if transposed else (1, 2)
+    left_strides: tuple[int, ...]
     if half is None:
         left = blocks.left.stride()
         left_strides = (left[0], left[i], left[j], 0, 0, left[3])
@@ -63,9 +65,9 @@ def _options(tile: FusedTile, extents: Cut, sides: Sides, dtype: torch.dtype) ->
     }
 
 
-def _limit(padded: int, true_columns: int) -> int:
+def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
     """True columns where the digits pad them, else 0."""
-    return true_columns if true_columns != padded else 0
+    return true_columns if true_columns != math.prod(digits) else 0
 
 
 def rows_times_weight(
@@ -115,8 +117,8 @@ def rows_times_weight(
         slots=slots,
         X_SLOT=x.stride(0),
         OUT_SLOT=out.stride(0),
-        X_LIMIT=_limit(sides.k[0] * sides.k[1] * sides.k[2], x_columns),
-        OUT_LIMIT=_limit(sides.n[0] * sides.n[1] * sides.n[2], out_columns),
+        X_LIMIT=_limit(sides.k, x_columns),
+        OUT_LIMIT=_limit(sides.n, out_columns),
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         BUILT=half is not None,
@@ -170,8 +172,8 @@ def block_gradients(
         "GRAD_SLOT": grad.stride(0),
         "LEFT": (*left[:3], left[5]),
         "CENTRAL": strides["CENTRAL"],
-        "X_LIMIT": dims.in_features,
-        "GRAD_LIMIT": dims.out_features,
+        "X_LIMIT": _limit(sides.k, dims.in_features),
+        "GRAD_LIMIT": _limit(sides.n, dims.out_features),
         "HAS_INDEX": row_index is not None,
         "BT": tile.m,
         **_options(tile, extents, sides, x.dtype),

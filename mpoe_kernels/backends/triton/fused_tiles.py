@@ -17,6 +17,8 @@ from mpoe_kernels.planner.orders import BlockDims
 MOST_BOND = 64  # larger bonds do not fit on chip beside the tokens
 LEAST = 16  # side of a tensor core's operand
 WIDEST = 128
+READING = 32  # multiply-adds in the time that one element takes from the cache
+STEP = 1 << 17  # and in the time that the parts of a step wait for one another
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,26 @@ def _accumulators(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> in
     return tile.m * found.n + found.rows * found.columns
 
 
+def step_operands(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> int:
+    """Elements that a step reads from the cache."""
+    if purpose == "gradient":
+        return tile.m * (found.k + found.n)
+    a, b = filled_up(sides.a), filled_up(sides.b)
+    return tile.m * found.k + (found.rows * b if purpose == "half" else found.rows * a + a * b)
+
+
 def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
-    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of making W, and the price of reading the rows.
+    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of making W, and the price of reading operands.
 
     Reading counts as work because it comes from the cache at no better rate; pieces shorter than 8 cost more.
     """
     k_tiles, n_tiles = found.tiles(sides)
-    reading = 32 / found.n * max(1.0, 8 / found.kr)
-    extra = rebuild_work(sides, found, purpose == "half")
-    if purpose == "gradient":
-        reading += 32 / found.k * max(1.0, 8 / found.nr)
-        extra = 0.0
-    return k_tiles * n_tiles * found.k * found.n * (tile.m * (1 + reading) + extra)
+    area = found.k * found.n
+    reading = READING * step_operands(sides, found, tile, purpose) * max(1.0, 8 / found.kr)
+    work = tile.m * area + reading * (max(1.0, 8 / found.nr) if purpose == "gradient" else 1.0)
+    if purpose != "gradient":
+        work += area * rebuild_work(sides, found, purpose == "half")
+    return k_tiles * n_tiles * (work + STEP)
 
 
 def _powers(size: int) -> list[int]:
@@ -196,4 +206,6 @@ def best_tile(
     able = able_tiles(tiles, sides, itemsize, limit, purpose)
     if not able or purpose == "gradient":
         return able[0] if able else None
-    return min(able, key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose))
+    return min(
+        able, key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose)
+    )

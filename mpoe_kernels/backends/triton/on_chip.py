@@ -31,7 +31,9 @@ def rebuilds_on_chip(like: Tensor, dims: BlockDims, experts: int, slots: int, ph
     return fused_seconds(plan, architecture, hardware) < gpu_seconds(plan, hardware)
 
 
-def _half(like: Tensor, blocks: Blocks, offsets: Tensor, dims: BlockDims, slots: int, transposed: bool) -> Operand | None:
+def _half(
+    like: Tensor, blocks: Blocks, offsets: Tensor, dims: BlockDims, slots: int, transposed: bool
+) -> Operand | None:
     """left · central of every expert where making it in a launch of its own pays."""
     architecture, experts = architecture_of(like.device), offsets.shape[0] - 1
     hardware = _hardware(like.device, architecture)

@@ -14,6 +14,7 @@ from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import expert_choice, random_blocks
 
+ON_CHIP = "on_chip"  # the strategy ``rebuild`` by the fused kernels
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 
 
@@ -21,11 +22,11 @@ def strategies_of(shape: MPOShape) -> list[str]:
     """What the planner may ask for, and the fused kernels."""
     if shape.is_separable:
         return [s for s in STRATEGIES if s != "chain"]
-    return [*(s for s in STRATEGIES if s != "separable"), "on_chip"]
+    return [*(s for s in STRATEGIES if s != "separable"), ON_CHIP]
 
 
 def _way(strategy: str) -> tuple[str, bool]:
-    return ("rebuild", True) if strategy == "on_chip" else (strategy, False)
+    return ("rebuild", True) if strategy == ON_CHIP else (strategy, False)
 
 
 @dataclass

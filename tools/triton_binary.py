@@ -28,7 +28,8 @@ TARGETS = {
 _MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
-BLOCK_SIZES = ("BM", "BN", "BK", "BLOCK", "CHUNK")  # parameters that are no sizes of the problem
+# Parameters that are no sizes of the problem.
+BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "CHUNK")
 _TENSOR_MEMORY_COLUMNS = 512  # of sm_100
 _TYPES = {
     torch.float32: "fp32",

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
+from mpoe_kernels.backends.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
 from mpoe_kernels.backends.triton.start import Launch, recorded
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
 
 MODEL, HIDDEN, VOCABULARY = 768, 3072, 32128
 EXPERTS = (8, 64)
+ON_CHIP = "rebuild on chip"  # by the fused kernels
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 FEW_SHAPES = ("paper 64", "separable")  # on which every kernel of the products is started
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +76,18 @@ def _blocks(dims: BlockDims, experts: int, dtype: torch.dtype) -> tuple[Tensor, 
     )
 
 
+def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:
+    """What the planner may choose, and the fused kernels as a strategy of their own."""
+    found = [plan.strategy for plan in contractions(dims, experts, tokens, dtype, phase)]
+    fits = max(dims.a, dims.b) <= MOST_BOND and not dims.is_separable
+    return [*found, ON_CHIP] if fits else found
+
+
+def _way(strategy: str, argument: Any) -> tuple[str, Any, bool]:
+    """The last arguments of the linear kernels: strategy, ``argument``, and whether weights stay on chip."""
+    return "rebuild" if strategy == ON_CHIP else strategy, argument, strategy == ON_CHIP
+
+
 def run_forward(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str = "none"
 ) -> None:
@@ -87,8 +101,7 @@ def run_forward(
         dims.in_features,
         dims.out_features,
         activation,
-        strategy,
-        True,
+        *_way(strategy, True),
     )
 
 
@@ -115,8 +128,7 @@ def run_backward(
         dims.in_features,
         dims.out_features,
         activation,
-        strategy,
-        need,
+        *_way(strategy, need),
     )
 
 
@@ -131,17 +143,17 @@ def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
                 label = f"{name} {direction} E={experts} T={tokens}"
                 sizes = (dims, experts, tokens, dtype)
                 for phase, run in (("forward", run_forward), ("backward", run_backward)):
-                    for plan in contractions(*sizes, phase):
-                        work = partial(run, *sizes, plan.strategy, activation)
+                    for strategy in strategies(*sizes, phase):
+                        work = partial(run, *sizes, strategy, activation)
                         every_tile = not few and (experts, tokens) == (EXPERTS[0], TOKENS[0])
-                        yield Problem(f"{label} {phase} {plan.strategy}", work, every_tile)
+                        yield Problem(f"{label} {phase} {strategy}", work, every_tile)
 
 
 def _activations(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
     """The other activations, and a masked central gradient, on one shape each."""
     for name in () if few else ("separable", "paper 32"):
         dims = dims_of(shapes()[name][0])
-        strategy = "separable" if dims.is_separable else "rebuild"
+        strategy = "separable" if dims.is_separable else ON_CHIP
         sizes = (dims, EXPERTS[0], TOKENS[0], dtype, strategy)
         for activation in ("gelu", "gelu_tanh", "silu"):
             yield Problem(f"{name} {activation} forward", partial(run_forward, *sizes, activation))
@@ -190,12 +202,21 @@ def _padded(arguments: Mapping[str, Any], **tiles: str) -> float:
     return math.prod(-(-size // tile) * tile / size for size, tile in sizes)
 
 
+def _fused(arguments: Mapping[str, Any]) -> float:
+    """Whole tiles of W, and what making them adds to multiplying with them."""
+    sides = Sides(arguments["K_SIZES"], arguments["N_SIZES"], arguments["A"], arguments["B"])
+    cut = Cut(*(arguments[name] for name in ("KL", "NL", "KR", "NR")))
+    tiles = math.prod(cut.tiles(sides)) * cut.k * cut.n / math.prod(sides.k + sides.n)
+    return tiles * (1 + rebuild_work(sides, cut, arguments["BUILT"]) / arguments["BM"])
+
+
 # FLOPs of a launch over those of the product it computes: what fills tiles, and what is built anew for every tile. The
 # last rows of every expert come on top: half a tile each, on average.
 FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rows_kernel": partial(_padded, K="BK", N="BN"),
     "outer_kernel": partial(_padded, M="BM", N="BN"),
     "blocks_kernel": partial(_padded, M="BM", N="BN", K="BK"),
+    "fused_kernel": _fused,
 }
 
 
@@ -222,11 +243,16 @@ def _blocks_product(a: Mapping[str, Any], _: float) -> Product:
     return Product(a["M"], a["N"], a["K"], a["experts"])
 
 
+def _fused_product(a: Mapping[str, Any], rows: float) -> Product:
+    return Product(rows, math.prod(a["N_SIZES"]), math.prod(a["K_SIZES"]), a["EXPERTS"])
+
+
 # What a launch computes, from its arguments and the rows of one expert; kernels that are not here multiply nothing.
 PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "rows_kernel": _rows_product,
     "outer_kernel": _outer_product,
     "blocks_kernel": _blocks_product,
+    "fused_kernel": _fused_product,
 }
 
 

@@ -121,6 +121,8 @@ def fused_choice(
     itemsize = like.dtype.itemsize
     table = GRADIENT_TILES if purpose == "gradient" else ROWS_TILES
     tiles = table[architecture][itemsize] if tile is None else (tile,)
+    if (entry := recorded_tile()) is not None and tile is None:
+        tiles = (tiles[min(entry, len(tiles) - 1)],)
     found = best_tile(tiles, sides, rows, itemsize, shared_memory_for(architecture), purpose)
     if found is None:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {architecture}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.backends.triton.architecture import SHARED_MEMORY
+from mpoe_kernels.backends.triton.architecture import shared_memory_for
 from mpoe_kernels.backends.triton.fused_tiles import (
     GRADIENT_TILES,
     MOST_BOND,
@@ -42,7 +42,7 @@ def _choice(
     sides: Sides, rows: float, dtype: torch.dtype, architecture: str, purpose: str
 ) -> tuple[FusedTile, Cut] | None:
     tiles = (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[architecture][dtype.itemsize]
-    return best_tile(tiles, sides, rows, dtype.itemsize, SHARED_MEMORY[architecture], purpose)
+    return best_tile(tiles, sides, rows, dtype.itemsize, shared_memory_for(architecture), purpose)
 
 
 def half_fits(dims: BlockDims, experts: int) -> bool:

@@ -18,11 +18,14 @@ ON_CHIP = "on_chip"  # the strategy ``rebuild`` by the fused kernels
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 
 
+def planned_strategies(shape: MPOShape) -> list[str]:
+    """What the planner may ask for."""
+    return [s for s in STRATEGIES if s != ("chain" if shape.is_separable else "separable")]
+
+
 def strategies_of(shape: MPOShape) -> list[str]:
-    """What the planner may ask for, and the fused kernels."""
-    if shape.is_separable:
-        return [s for s in STRATEGIES if s != "chain"]
-    return [*(s for s in STRATEGIES if s != "separable"), ON_CHIP]
+    """The same, and the fused kernels."""
+    return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
 
 
 def _way(strategy: str) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from mpoe_kernels.backends.eager.chunks import AXES, HALF_SHARE, ROWS_OUT, most_slots, row_steps
-from mpoe_kernels.backends.eager.rebuild import SLAB_BYTES
+from mpoe_kernels.backends.eager.weight import SLAB_BYTES
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.planner.orders import INDICES, applications, program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.eager.rebuild import block_order, project_gradient, rebuild_weight
+from mpoe_kernels.backends.eager.weight import block_order, project_gradient, rebuild_weight
 from mpoe_kernels.planner import BlockDims
 
 

@@ -7,10 +7,11 @@
 
 namespace mpoe::cuda {
 
-// Stores columns n, n + 1 of row m, with bias and activation. `valid` is false for rows that no expert owns: zeros.
+// Stores columns n, n + 1 of row m, with bias and activation. `shift`: offset inside a row at which columns begin.
+// `valid` is false for rows that no expert owns: zeros.
 template <class T>
-__device__ __forceinline__ void store_pair(const Output& out, int64_t base, Position row, int64_t row_offset, int n,
-                                           int n_end, float v0, float v1, bool valid) {
+__device__ __forceinline__ void store_pair(const Output& out, int64_t base, Position row, int64_t row_offset, int shift,
+                                           int n, int n_end, float v0, float v1, bool valid) {
   float v[2] = {v0, v1};
   int64_t at[2];
   bool inside[2];
@@ -18,7 +19,7 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t base, Posi
   UNROLL
   for (int e = 0; e < 2; ++e) {
     inside[e] = n + e < n_end;
-    const int inner = row.inner + (inside[e] ? out.n.at(n + e).inner : 0);
+    const int inner = row.inner + shift + (inside[e] ? out.n.at(n + e).inner : 0);
     inside[e] = inside[e] && inner < out.limit;
     at[e] = base + row_offset + inner;
     if (!inside[e]) continue;
@@ -52,7 +53,7 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t base, Posi
 
 // Grid: (tiles of m over all groups, tiles of n, groups unless they are in m).
 template <class T, class TileT, bool kMajorA, bool kMajorB>
-__global__ void __launch_bounds__(TileT::kThreads) contract_kernel(const __grid_constant__ ContractArguments p) {
+__global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __grid_constant__ ContractArguments p) {
   using A = Staged<T, TileT, TileT::kM, kMajorA>;
   using B = Staged<T, TileT, TileT::kN, kMajorB>;
   DYN_SHARED(T, stages);
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(TileT::kThreads) contract_kernel(const __grid_
     if (row != known_row) position = p.out.m.at(m_begin + row);
     known_row = row;
     const int64_t row_offset = p.out.m.slot_first ? position.slot * p.out.slot_stride : 0;
-    store_pair<T>(p.out, slots_out ? 0 : base, position, row_offset, n_begin + column, p.n, v0, v1, valid);
+    store_pair<T>(p.out, slots_out ? 0 : base, position, row_offset, 0, n_begin + column, p.n, v0, v1, valid);
   });
 }
 

@@ -28,6 +28,18 @@ namespace dev {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+struct Limits {
+  std::size_t shared_bytes = 0;  // of one block
+  int multiprocessors = 1;
+};
+inline Limits limits() {  // of the current device
+  int device = 0, shared = 0, count = 1;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return {static_cast<std::size_t>(shared), count};
+}
+
 // D[16 x 8] += A[16 x 16] B[16 x 8], A row-major, B column-major, D in float32.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

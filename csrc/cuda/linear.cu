@@ -3,6 +3,8 @@
 #include <map>
 #include <sstream>
 
+#include "cuda/few.h"
+#include "cuda/panel.h"
 #include "cuda/pointwise.h"
 #include "cuda/steps.h"
 
@@ -18,6 +20,10 @@ struct Merge {
 struct Program {
   std::vector<Merge> merges;  // in this order, once per expert
   Names order;                // what x meets
+  bool in_panels = false;     // rows meet W in shared memory
+  PanelShape panel;
+  bool in_one_launch = false;  // rows meet left, central and right in one kernel
+  FewShape few;
 };
 
 Program parse(const std::string& text) {
@@ -27,7 +33,13 @@ Program parse(const std::string& text) {
   bool building = true;
   std::string half;
   while (words >> word) {
-    if (word == "|") {
+    if (word == "panel") {
+      program.in_panels = true;
+      words >> program.panel.left >> program.panel.centre >> program.panel.right;
+    } else if (word == "few") {
+      program.in_one_launch = true;
+      words >> program.few.left >> program.few.centre >> program.few.right >> program.few.rows;
+    } else if (word == "|") {
       building = false;
     } else if (!building) {
       layout_of(word);
@@ -54,6 +66,13 @@ Program parse(const std::string& text) {
     bool known = name.size() == 1 && name != "W";
     for (const auto& merge : program.merges) known = known || merge.result == name;
     if (!known) throw std::invalid_argument("program '" + text + "' applies '" + name + "' without building it");
+  }
+  program.panel.left_first = half == "LC";
+  if (program.in_panels && program.order != Names{"W"}) {
+    throw std::invalid_argument("program '" + text + "' must apply W: panels hold whole weights");
+  }
+  if (program.in_one_launch && program.order != Names{"L", "C", "R"}) {
+    throw std::invalid_argument("program '" + text + "' must apply left, central and right in this order");
   }
   return program;
 }
@@ -113,12 +132,13 @@ Axes axes_after(const Named& rows, const Named& block) {
   return after;
 }
 
-Blocks build(const Context& context, const Blocks& blocks, const Program& program) {
+// reads_w: whether anything reads the whole weight, or only its memory is needed.
+Blocks build(const Context& context, const Blocks& blocks, const Program& program, bool reads_w = true) {
   Blocks built;
   for (const auto& [name, block] : blocks) built[name] = of_experts(block, context.first, context.dtype);
   for (const auto& merge : program.merges) {
     const Named out = context.scratch(layout_of(merge.result), context.count);
-    merge_blocks(context, built.at(merge.first), built.at(merge.second), out, false);
+    if (merge.result != "W" || reads_w) merge_blocks(context, built.at(merge.first), built.at(merge.second), out, false);
     built[merge.result] = out;
   }
   return built;
@@ -134,8 +154,59 @@ void for_chunks(Context& context, const Program& program, F&& work) {
   }
 }
 
+PanelProduct panels_of(const LinearInputs& p, const PanelShape& shape) {
+  PanelProduct product;
+  product.dtype = p.dtype;
+  product.dims = p.dims;
+  product.tf32 = p.tf32;
+  product.shape = shape;
+  product.left = p.left;
+  product.central = p.central;
+  product.right = p.right;
+  product.experts = p.experts;
+  product.offsets = p.offsets;
+  product.slots = p.slots;
+  return product;
+}
+
+void forward_in_panels(const LinearForward& p, const PanelShape& shape, cudaStream_t stream) {
+  PanelProduct product = panels_of(p, shape);
+  product.rows = p.x;
+  product.row_index = p.row_index;
+  product.out = p.y;
+  product.epilogue = {p.bias, p.activation, p.saved};
+  panel_product(product, stream);
+}
+
+void forward_in_one_launch(const LinearForward& p, const FewShape& shape, cudaStream_t stream) {
+  if (p.h) throw std::invalid_argument("a forward in one launch keeps no central rows for backward");
+  FewProduct product;
+  product.dtype = p.dtype;
+  product.dims = p.dims;
+  product.shape = shape;
+  product.x = p.x;
+  product.left = p.left;
+  product.central = p.central;
+  product.right = p.right;
+  product.experts = p.experts;
+  product.offsets = p.offsets;
+  product.row_index = p.row_index;
+  product.slots = p.slots;
+  product.y = p.y;
+  product.epilogue = {p.bias, p.activation, p.saved};
+  few_product(product, stream);
+}
+
 std::size_t run_forward(const LinearForward& p, Workspace& workspace, cudaStream_t stream) {
   const Program program = parse(p.program);
+  if (program.in_panels) {
+    if (!workspace.measuring()) forward_in_panels(p, program.panel, stream);
+    return 0;
+  }
+  if (program.in_one_launch) {
+    if (!workspace.measuring()) forward_in_one_launch(p, program.few, stream);
+    return 0;
+  }
   const Blocks blocks = given_blocks(p);
   Context context = context_of(p, workspace, stream);
   for_chunks(context, program, [&](bool last) {
@@ -163,7 +234,9 @@ std::size_t run_forward(const LinearForward& p, Workspace& workspace, cudaStream
 class Backward {
  public:
   Backward(const LinearBackward& p, Workspace& workspace, cudaStream_t stream)
-      : p_(p), program_(parse(p.program)), context_(context_of(p, workspace, stream)) {}
+      : p_(p), program_(parse(p.program)), context_(context_of(p, workspace, stream)) {
+    if (program_.in_one_launch) throw std::invalid_argument("a backward takes several launches");
+  }
 
   void run() {
     const Dims& dims = p_.dims;
@@ -192,7 +265,14 @@ class Backward {
     want("L", p_.dleft, false);
     want("C", sum, true);
     want("R", p_.dright, false);
-    if (wanted_.empty() && !p_.dx) return;
+    if (p_.dx && program_.in_panels && !workspace.measuring()) {
+      PanelProduct product = panels_of(p_, program_.panel);
+      product.transposed = true;
+      product.rows = dz;
+      product.out = p_.dx;
+      panel_product(product, context_.stream);
+    }
+    if (wanted_.empty() && !step_dx()) return;
     const Blocks blocks = given_blocks(p_);
     for_chunks(context_, program_, [&](bool last) { chunk(blocks, dz, last); });
     if (p_.dcentral && sum != p_.dcentral && !workspace.measuring()) {
@@ -201,6 +281,8 @@ class Backward {
   }
 
  private:
+  // The gradient with respect to x by steps, or null.
+  void* step_dx() const { return program_.in_panels ? nullptr : p_.dx; }
   // Whether a block, or one it was built from, needs a gradient.
   bool needs(const std::string& name) const {
     for (const char part : name == "W" ? std::string("LCR") : name) {
@@ -242,18 +324,18 @@ class Backward {
 
   void chunk(const Blocks& blocks, const void* dz, bool last) {
     const Names& order = program_.order;
-    Blocks built = build(context_, blocks, program_);
+    Blocks built = build(context_, blocks, program_, step_dx() != nullptr);
     const std::vector<Named> before = rows_before(built);
     Named after = y_rows(p_, dz);
     Blocks gradients;  // of what was built
     for (std::size_t k = order.size(); k-- > 0;) {
       const std::string& name = order[k];
       const int64_t* index = k == 0 ? p_.row_index : nullptr;
-      const bool onward = needs_before(k) || p_.dx;
+      const bool onward = needs_before(k) || step_dx();
       Named next;
       if (onward) {
         const Axes axes = axes_after(after, built.at(name));
-        next = k == 0 ? x_rows(p_, p_.dx) : context_.scratch(axes, p_.slots);
+        next = k == 0 ? x_rows(p_, step_dx()) : context_.scratch(axes, p_.slots);
         rows_times_block(context_, after, built.at(name), next, nullptr, last && k == 0);
       }
       if (needs(name)) {

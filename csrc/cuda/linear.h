@@ -11,6 +11,8 @@
 namespace mpoe::cuda {
 
 // How to contract: "LC W | W" builds LC, then W, and x meets W; "| L C R" builds nothing. See planner/orders.py: program().
+// "panel 4 1 24 LC W | W": W lives in shared memory only, so many of its columns in a block (csrc/cuda/panel.h); in a
+// backward this holds for dx. "few 1 2 8 4 | L C R": a forward in one launch (csrc/cuda/few.h).
 struct LinearInputs {
   Dtype dtype = Dtype::kFloat32;
   Dims dims;

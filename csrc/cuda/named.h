@@ -138,8 +138,9 @@ inline bool runs(const Named& tensor, const IndexMap& along, const IndexMap& acr
          strides_divide(across, false, step) && tensor.outer % step == 0 && aligned(tensor.data);
 }
 
-inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMap& k, bool slots, Dtype dtype,
-                          const int64_t* rows = nullptr) {
+// An operand read along k or along mn, as the kernel was compiled.
+inline Operand operand_along(const Named& tensor, const IndexMap& mn, const IndexMap& k, bool slots, Dtype dtype,
+                             bool k_major, const int64_t* rows = nullptr) {
   Operand operand;
   operand.data = tensor.data;
   (slots ? operand.slot_stride : operand.expert_stride) = tensor.outer;
@@ -148,14 +149,47 @@ inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMa
   operand.k = k;
   operand.limit = tensor.limit;
   const int chunk = 16 / static_cast<int>(size_of(dtype));
-  const auto contiguous = [](const IndexMap& map) {
-    const int last = map.digits - 1;
-    return !(map.slot_first && last == 0) && map.stride[last] == 1;
-  };
-  const bool along_k = runs(tensor, k, mn, chunk), along_mn = runs(tensor, mn, k, chunk);
-  operand.vector = along_k || along_mn;
-  operand.k_major = along_k || (!along_mn && contiguous(k));
+  operand.k_major = k_major;
+  operand.vector = k_major ? runs(tensor, k, mn, chunk) : runs(tensor, mn, k, chunk);
   return operand;
+}
+
+// An operand read along the direction that allows 16-byte copies.
+inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMap& k, bool slots, Dtype dtype,
+                          const int64_t* rows = nullptr) {
+  const Operand along_k = operand_along(tensor, mn, k, slots, dtype, true, rows);
+  const Operand along_mn = operand_along(tensor, mn, k, slots, dtype, false, rows);
+  const int last = k.digits - 1;
+  const bool contiguous = !(k.slot_first && last == 0) && k.stride[last] == 1;
+  return along_k.vector || (!along_mn.vector && contiguous) ? along_k : along_mn;
+}
+
+// What follows the last product of rows.
+struct Epilogue {
+  const void* bias = nullptr;
+  int activation = 0;
+  void* pre_activation = nullptr;  // as the result, or null
+};
+
+inline Output output_of(const Named& out, const IndexMap& m, const IndexMap& n, bool slots, bool as_float, Dtype dtype,
+                        const Epilogue& epilogue = {}) {
+  Output output;
+  output.data = out.data;
+  (slots ? output.slot_stride : output.expert_stride) = out.outer;
+  output.m = m;
+  output.n = n;
+  output.limit = out.limit;
+  output.as_float = as_float;
+  output.bias = epilogue.bias;
+  output.activation = epilogue.activation;
+  output.pre_activation = epilogue.pre_activation;
+  const int last = n.digits - 1;
+  const auto addresses = reinterpret_cast<std::uintptr_t>(out.data) |
+                         reinterpret_cast<std::uintptr_t>(epilogue.pre_activation);
+  output.pair = !as_float && n.stride[last] == 1 && n.size[last].divisor % 2 == 0 && strides_divide(n, true, 2) &&
+                strides_divide(m, false, 2) && out.outer % 2 == 0 &&
+                addresses % static_cast<std::uintptr_t>(2 * size_of(dtype)) == 0;
+  return output;
 }
 
 }  // namespace mpoe::cuda

@@ -18,22 +18,6 @@ Axes in_both(const Named& p, const Named& q) {
   return found;
 }
 
-Output output_of(const Named& out, const IndexMap& m, const IndexMap& n, bool slots, bool as_float, Dtype dtype) {
-  Output output;
-  output.data = out.data;
-  (slots ? output.slot_stride : output.expert_stride) = out.outer;
-  output.m = m;
-  output.n = n;
-  output.limit = out.limit;
-  output.as_float = as_float;
-  const int last = n.digits - 1;
-  const auto address = reinterpret_cast<std::uintptr_t>(out.data);
-  output.pair = !as_float && n.stride[last] == 1 && n.size[last].divisor % 2 == 0 && strides_divide(n, true, 2) &&
-                strides_divide(m, false, 2) && out.outer % 2 == 0 &&
-                address % static_cast<std::uintptr_t>(2 * size_of(dtype)) == 0;
-  return output;
-}
-
 int fitting(int64_t extent) {
   if (extent > 0x7fffffff) throw std::invalid_argument("a dimension of " + std::to_string(extent) + " is too large");
   return static_cast<int>(extent);
@@ -54,12 +38,7 @@ void rows_times_block(const Context& context, const Named& rows, const Named& bl
   p.slot_axis = kSlotsInRows;
   p.a = operand_of(rows, m.first, k.first, true, context.dtype, row_index);
   p.b = operand_of(block, n.second, k.second, false, context.dtype);
-  p.out = output_of(out, m.second, n.first, true, false, context.dtype);
-  p.out.bias = epilogue.bias;
-  p.out.activation = epilogue.activation;
-  p.out.pre_activation = epilogue.pre_activation;
-  if (reinterpret_cast<std::uintptr_t>(epilogue.pre_activation) % static_cast<std::uintptr_t>(2 * size_of(context.dtype)))
-    p.out.pair = false;
+  p.out = output_of(out, m.second, n.first, true, false, context.dtype, epilogue);
   const bool shared = block.outer == 0;
   p.groups.offsets = context.offsets;
   p.groups.first = context.first;

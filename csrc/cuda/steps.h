@@ -24,12 +24,6 @@ struct Context {
   }
 };
 
-struct Epilogue {
-  const void* bias = nullptr;
-  int activation = 0;
-  void* pre_activation = nullptr;
-};
-
 // out[slot, kept new] = sum over shared axes of rows[slot, kept shared] block[expert, shared new].
 // row_index: slot s reads row row_index[s]. zero_tail: clear the rows of `out` that no expert owns.
 void rows_times_block(const Context& context, const Named& rows, const Named& block, const Named& out,

@@ -3,7 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cuda/embedding.h"
+#include "cuda/few.h"
 #include "cuda/linear.h"
+#include "cuda/panel.h"
 #include "cuda/pointwise.h"
 #include "cuda/routing.h"
 
@@ -76,6 +79,11 @@ EXPORT void mpoe_emu_config(int order, int lazy, int seed, int planted) {
   config.planted = planted;
 }
 
+EXPORT void mpoe_emu_limits(int64_t shared_bytes, int multiprocessors) {
+  emu::config().max_shared = static_cast<std::size_t>(shared_bytes);
+  emu::config().multiprocessors = multiprocessors;
+}
+
 // launches, blocks, mma, ldmatrix, wavefronts of ldmatrix, cp.async, barriers; counted since the last call.
 EXPORT void mpoe_emu_stats(int64_t* out) {
   auto& stats = emu::stats();
@@ -118,6 +126,88 @@ EXPORT int mpoe_emu_linear_backward(const int64_t* sizes, const char* program, v
     *workspace = static_cast<int64_t>(bytes);
     const Scratch scratch(bytes);
     linear_backward(p, scratch.data, nullptr);
+  });
+}
+
+// panel: left, centre, right, left_first.
+EXPORT int mpoe_emu_panel_bytes(const int64_t* sizes, int transposed, const int64_t* panel, int64_t* bytes) {
+  return guarded([&] {
+    PanelProduct product;
+    product.dtype = static_cast<mpoe::Dtype>(sizes[0]);
+    product.tf32 = sizes[2] != 0;
+    for (int axis = 0; axis < kAxes; ++axis) product.dims.size[axis] = static_cast<int>(sizes[7 + axis]);
+    product.transposed = transposed != 0;
+    product.shape = {static_cast<int>(panel[0]), static_cast<int>(panel[1]), static_cast<int>(panel[2]), panel[3] != 0};
+    *bytes = static_cast<int64_t>(panel_bytes(product));
+  });
+}
+
+// few: left, centre, right, rows. pointers: x left central right expert_of_slot row_index bias y saved.
+EXPORT int mpoe_emu_few(const int64_t* sizes, const int64_t* few, void* const* pointers) {
+  return guarded([&] {
+    LinearInputs inputs;
+    fill(inputs, sizes, "", pointers);
+    FewProduct product;
+    product.dtype = inputs.dtype;
+    product.dims = inputs.dims;
+    product.shape = {static_cast<int>(few[0]), static_cast<int>(few[1]), static_cast<int>(few[2]),
+                     static_cast<int>(few[3])};
+    product.x = inputs.x;
+    product.left = inputs.left;
+    product.central = inputs.central;
+    product.right = inputs.right;
+    product.experts = inputs.experts;
+    product.expert_of_slot = static_cast<const int64_t*>(pointers[4]);
+    product.row_index = inputs.row_index;
+    product.slots = inputs.slots;
+    product.y = pointers[7];
+    product.epilogue = {pointers[6], inputs.activation, pointers[8]};
+    few_product(product, nullptr);
+  });
+}
+
+EXPORT int mpoe_emu_few_bytes(const int64_t* sizes, const int64_t* few, int64_t* bytes) {
+  return guarded([&] {
+    FewProduct product;
+    product.dtype = static_cast<mpoe::Dtype>(sizes[0]);
+    for (int axis = 0; axis < kAxes; ++axis) product.dims.size[axis] = static_cast<int>(sizes[7 + axis]);
+    product.shape = {static_cast<int>(few[0]), static_cast<int>(few[1]), static_cast<int>(few[2]),
+                     static_cast<int>(few[3])};
+    *bytes = static_cast<int64_t>(few_bytes(product));
+  });
+}
+
+// sizes: dtype, T, I, F, then iL jL a iC jC b iR jR. pointers: ids left central right, then y, or grad dleft dcentral
+// dright where backward is not 0.
+EXPORT int mpoe_emu_embedding(const int64_t* sizes, void* const* pointers, int backward) {
+  return guarded([&] {
+    const auto fill_embedding = [&](EmbeddingInputs& p) {
+      p.dtype = static_cast<mpoe::Dtype>(sizes[0]);
+      p.tokens = static_cast<int>(sizes[1]);
+      p.dims.in_features = static_cast<int>(sizes[2]);
+      p.dims.out_features = static_cast<int>(sizes[3]);
+      for (int axis = 0; axis < kAxes; ++axis) p.dims.size[axis] = static_cast<int>(sizes[4 + axis]);
+      p.ids = static_cast<const int64_t*>(pointers[0]);
+      p.left = pointers[1];
+      p.central = pointers[2];
+      p.right = pointers[3];
+    };
+    if (backward) {
+      EmbeddingBackward p;
+      fill_embedding(p);
+      p.grad = pointers[4];
+      p.dleft = pointers[5];
+      p.dcentral = pointers[6];
+      p.dright = pointers[7];
+      const Scratch scratch(workspace_bytes(p));
+      embedding_backward(p, scratch.data, nullptr);
+    } else {
+      EmbeddingForward p;
+      fill_embedding(p);
+      p.y = pointers[4];
+      const Scratch scratch(workspace_bytes(p));
+      embedding_forward(p, scratch.data, nullptr);
+    }
   });
 }
 

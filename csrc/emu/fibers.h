@@ -30,6 +30,7 @@ struct Config {
   std::uint64_t seed = 0;           // of the random order
   unsigned char poison = 0xff;      // fills shared memory when a block starts: NaN in every floating format, -1
   std::size_t max_shared = 227 * 1024;
+  int multiprocessors = 4;
   std::size_t stack_bytes = 64 * 1024;
   int planted = 0;  // which planted bug is on, in builds that have any (tools/cuda_planted.py)
 };

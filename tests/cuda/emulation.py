@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.cuda.panels import Panel
 from mpoe_kernels.planner.orders import BlockDims, program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -52,6 +53,16 @@ def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0, plan
         library().mpoe_emu_config(0, 1, 0, 0)
 
 
+@contextmanager
+def limits(shared_bytes: int = 227 * 1024, multiprocessors: int = 4) -> Iterator[None]:
+    """Another device than usual."""
+    library().mpoe_emu_limits(ctypes.c_int64(shared_bytes), multiprocessors)
+    try:
+        yield
+    finally:
+        library().mpoe_emu_limits(ctypes.c_int64(227 * 1024), 4)
+
+
 def stats() -> dict[str, int]:
     """What was counted since the last call."""
     names = ("launches", "blocks", "mma", "ldmatrix", "wavefronts", "cp_async", "barriers")
@@ -82,8 +93,27 @@ def pointers(tensors: list[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def program_text(dims: BlockDims, strategy: str) -> bytes:
+    """Of a strategy, or of a text that is a program already."""
+    if "|" in strategy:
+        return strategy.encode()
     merges, order = program(dims, strategy)
     return " ".join([*(result for result, _, _ in merges), "|", *order]).encode()
+
+
+def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Panel) -> int:
+    """Shared memory that the kernel takes."""
+    sizes = integers([DTYPES[dtype], 0, 0, 1, 0, dims.in_features, dims.out_features, *dims[:8]])
+    needed = ctypes.c_int64()
+    call("mpoe_emu_panel_bytes", sizes, int(transposed), integers([*panel[:3], panel.left_first]), ctypes.byref(needed))
+    return needed.value
+
+
+def few_bytes(dims: BlockDims, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> int:
+    """Shared memory that the kernel of few rows takes."""
+    sizes = integers([DTYPES[dtype], 0, 0, 1, 0, dims.in_features, dims.out_features, *dims[:8]])
+    needed = ctypes.c_int64()
+    call("mpoe_emu_few_bytes", sizes, integers([*shape]), ctypes.byref(needed))
+    return needed.value
 
 
 def nan(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -130,6 +160,14 @@ class Linear:
         if wanted[0] is not None and self.row_index is not None:
             wanted[0] = sum_rows(dx, self.row_index, self.x.shape[0])
         return wanted
+
+
+def few(linear: Linear, shape: tuple[int, int, int, int], expert_of_slot: Tensor, row_index: Tensor) -> Tensor:
+    """The product of `linear` for slots that each name their expert."""
+    y = nan(linear.slots, linear.dims.out_features, dtype=linear.x.dtype)
+    tensors = [linear.x, *linear.blocks, expert_of_slot, row_index, linear.bias, y, None]
+    call("mpoe_emu_few", linear.sizes, integers([*shape]), pointers(tensors))
+    return y
 
 
 def sum_rows(rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:

@@ -123,6 +123,16 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
         assert all(torch.equal(masked[k], together[k]) for k in (0, 1, 2, 4, 5))
 
 
+def test_bias_and_activation_need_no_launch_of_their_own() -> None:
+    """A separable forward is one launch for each block, whatever follows the last product and is saved."""
+    plain = Case(SMALL_SHAPES["separable"], activation="none", with_bias=False)
+    complete = Case(SMALL_SHAPES["separable"], activation="gelu")
+    for case in (plain, complete):
+        stats()
+        case.linear.forward("separable")
+        assert stats()["launches"] == 3
+
+
 def test_without_saved_central_rows() -> None:
     """A separable backward after a forward that saved nothing recomputes what it reads."""
     case = Case(SMALL_SHAPES["separable"], activation="none")

@@ -1,0 +1,89 @@
+"""How long the CUDA kernels are predicted to take, and which of them compute a contraction.
+
+The strategy ``rebuild`` has two forms: by steps through a scratch of at most two experts' weights, and in panels that
+never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. The fastest
+one by prediction is launched.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from mpoe_kernels.backends.cuda.few import best_few
+from mpoe_kernels.backends.cuda.panels import best_panel
+from mpoe_kernels.backends.registry import Request
+from mpoe_kernels.backends.triton.cost import gpu_seconds
+from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
+from mpoe_kernels.planner.orders import BlockDims, program
+
+
+class Launch(NamedTuple):
+    """What csrc/cuda/linear.h is told to do.
+
+    Attributes:
+        program: its text, e.g. ``LC W | W`` or ``panel 4 1 24 LC W | W``.
+        seconds: predicted time.
+    """
+
+    program: str
+    seconds: float
+
+
+def steps_program(dims: BlockDims, strategy: str) -> str:
+    """What a strategy builds, and what x then meets: ``LC W | W``."""
+    merges, order = program(dims, strategy)
+    return " ".join([*(result for result, _, _ in merges), "|", *order])
+
+
+def _in_panels(plan: Contraction, hardware: Hardware) -> Launch | None:
+    """``rebuild`` in panels, its gradients of blocks by steps. None where no panel fits, or nothing would use one."""
+    backward = plan.phase == "backward"
+    if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
+        return None
+    rate = hardware.flops_per_second(plan.dtype)
+    sizes = (plan.dtype.itemsize, plan.busy_experts, plan.slots)
+    panel = best_panel(plan.dims, backward, *sizes, rate, hardware)
+    if panel is None:
+        return None
+    # Every expert's own blocks, the rows and the result cross from and to memory, however the panels are cut.
+    own = plan.busy_experts * (plan.dims.iL * plan.dims.jL * plan.dims.a + plan.dims.b * plan.dims.iR * plan.dims.jR)
+    moved = own + plan.slots * (plan.dims.in_features + plan.dims.out_features)
+    seconds = max(panel.seconds, moved * plan.dtype.itemsize / hardware.bandwidth)
+    if any(plan.need[1:]) and backward:
+        sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
+        others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
+        seconds += gpu_seconds(others, hardware)
+    return Launch(panel.program, seconds)
+
+
+def _in_one_launch(plan: Contraction, hardware: Hardware) -> Launch | None:
+    """``chain`` or ``separable`` for few rows. None where there is no such kernel."""
+    if plan.strategy not in ("chain", "separable") or plan.phase != "forward":
+        return None
+    few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
+    return None if few is None else Launch(few.program, few.seconds)
+
+
+@lru_cache(maxsize=4096)
+def launch_of(plan: Contraction, hardware: Hardware, saves_h: bool = False) -> Launch:
+    """The form of a contraction that is predicted to be the fastest.
+
+    Args:
+        plan: what to compute.
+        hardware: on which device.
+        saves_h: whether a forward of ``separable`` keeps its central rows for backward.
+    """
+    by_steps = Launch(steps_program(plan.dims, plan.strategy), gpu_seconds(plan, hardware))
+    others = (_in_panels(plan, hardware), None if saves_h else _in_one_launch(plan, hardware))
+    return min((by_steps, *(form for form in others if form is not None)), key=lambda form: form.seconds)
+
+
+def predicted_seconds(plan: Contraction) -> float:
+    """Time of a contraction with the CUDA kernels."""
+    return launch_of(plan, hardware_here(plan.device_type)).seconds
+
+
+def predicted_cost(request: Request) -> float:
+    """Of routing: below Triton's, as it needs fewer launches."""
+    return 0.4

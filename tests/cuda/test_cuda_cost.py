@@ -1,0 +1,78 @@
+"""Which form of a contraction the CUDA backend launches: by prediction, from shapes and tables of devices alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpoe_kernels.backends.cuda.cost import launch_of, steps_program
+from mpoe_kernels.backends.triton.cost import gpu_seconds
+from mpoe_kernels.planner import BlockDims, Contraction, contraction
+from mpoe_kernels.planner.hardware import HARDWARE
+from mpoe_kernels.testing.cases import workload_shape
+
+H100 = HARDWARE["h100"]
+ALL, WITHOUT_X = (True, True, True, True), (False, True, True, True)
+
+
+def plan(
+    name: str,
+    experts: int,
+    slots: int,
+    phase: str = "forward",
+    up: bool = True,
+    need: tuple[bool, bool, bool, bool] = ALL,
+    strategy: str = "rebuild",
+) -> Contraction:
+    shape = workload_shape(name, 768, 3072)
+    shape = shape if up else shape.mirrored()
+    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    return contraction(strategy, dims, experts, slots, torch.bfloat16, phase, need)
+
+
+def test_few_rows_of_many_experts_go_in_panels() -> None:
+    for name in ("paper_full", "paper_64", "light_64"):
+        assert launch_of(plan(name, 64, 64), H100).program.startswith("panel ")
+
+
+def test_many_rows_of_a_deep_product_go_through_scratch() -> None:
+    """The panels of a weight with 3072 rows are narrow, so that they read every row often."""
+    few_experts = plan("paper_full", 8, 32768, up=False)
+    assert launch_of(few_experts, H100).program == steps_program(few_experts.dims, "rebuild")
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100", "b200"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_faster_form_is_launched(gpu: str, phase: str) -> None:
+    hardware = HARDWARE[gpu]
+    programs = set()
+    for up in (True, False):
+        for experts, slots in ((8, 64), (64, 64), (8, 32768)):
+            asked = plan("light_64", experts, slots, phase, up)
+            launch = launch_of(asked, hardware)
+            assert 0 < launch.seconds <= gpu_seconds(asked, hardware)
+            programs.add(launch.program.split()[0])
+    assert programs == {"panel", "LC"} or programs == {"panel", "CR"}
+
+
+def test_without_a_gradient_of_x_nothing_is_rebuilt_in_panels() -> None:
+    asked = plan("paper_64", 64, 64, "backward", need=WITHOUT_X)
+    assert launch_of(asked, H100).program == steps_program(asked.dims, "rebuild")
+
+
+def test_few_rows_of_small_bonds_take_one_launch() -> None:
+    small = plan("paper_16", 64, 4, strategy="chain")
+    assert launch_of(small, H100).program.startswith("few ")
+    assert launch_of(plan("paper_16", 64, 4096, strategy="chain"), H100).program.startswith("| ")
+    assert launch_of(plan("paper_16", 64, 4, "backward", strategy="chain"), H100).program.startswith("| ")
+
+
+def test_central_rows_kept_for_backward_take_several_launches() -> None:
+    asked = plan("separable", 64, 1, strategy="separable")
+    assert launch_of(asked, H100, saves_h=True).program == "| L C R"
+    assert launch_of(asked, H100).seconds <= launch_of(asked, H100, saves_h=True).seconds
+
+
+def test_nothing_to_do() -> None:
+    asked = plan("paper_64", 8, 0)
+    assert launch_of(asked, H100).program == steps_program(asked.dims, "rebuild")

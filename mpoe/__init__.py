@@ -20,6 +20,7 @@ _NAMES = {
     "MPOLinear": "mpoe.layers",
     "TopKRouter": "mpoe.layers",
     "convert_to_mpoe": "mpoe.models",
+    "import_original": "mpoe.models",
     "load_mpoe": "mpoe.models",
     "merge_experts": "mpoe.models",
     "save_mpoe_only": "mpoe.models",
@@ -31,7 +32,7 @@ _NAMES = {
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig, RouterConfig
     from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter
-    from mpoe.models import convert_to_mpoe, load_mpoe, merge_experts, save_mpoe_only
+    from mpoe.models import convert_to_mpoe, import_original, load_mpoe, merge_experts, save_mpoe_only
     from mpoe.training import MPOETrainer, MPOETrainingArguments
     from mpoe_kernels.version import __version__
 
@@ -46,6 +47,7 @@ __all__ = [
     "TopKRouter",
     "__version__",
     "convert_to_mpoe",
+    "import_original",
     "load_mpoe",
     "merge_experts",
     "save_mpoe_only",

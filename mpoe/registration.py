@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPES = ("mpoe_t5", "mpoe_gpt2", "mpoe_bert")
+MODEL_TYPES = ("mpoe_t5", "mpoe_gpt2", "mpoe_bert", "mpoe_llama")
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 

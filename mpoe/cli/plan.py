@@ -266,15 +266,19 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOE
         light_p=options.light_p,
         top_k=options.top_k,
     ).build()
-    assert asked is not None  # only moe_type none has no configuration
+    assert asked is not None  # only what stays dense has no configuration
     if inventory.mpoe is None:
         return asked
+    own = inventory.mpoe
     names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
     names |= {name: name for name in ("separable_left", "separable_right")}
-    changes = {own: getattr(asked, own) for name, own in names.items() if name in given}
-    router = asked.router if "top_k" in given else inventory.mpoe.router
+    changes = {kept: getattr(asked, kept) for name, kept in names.items() if name in given}
+    routing = asked if "top_k" in given else own
     return MPOEConfig(
-        **{f: getattr(inventory.mpoe, f) for f in names.values() if f not in changes}, **changes, router=router
+        **{kept: getattr(own, kept) for kept in names.values() if kept not in changes},
+        **changes,
+        moe_type=routing.moe_type,
+        router=routing.router,
     )
 
 

@@ -16,6 +16,8 @@ FAMILIES = {
     "mpoe_t5": SEQ2SEQ,
     "gpt2": CAUSAL,
     "mpoe_gpt2": CAUSAL,
+    "llama": CAUSAL,
+    "mpoe_llama": CAUSAL,
     "bert": ENCODER,
     "mpoe_bert": ENCODER,
 }

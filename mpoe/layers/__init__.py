@@ -14,7 +14,7 @@ from mpoe.layers.expert_cache import ExpertCache, ExpertCacheReport
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
-from mpoe.layers.mpo_embedding import MPOEmbedding
+from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.router import RouterOutput, TopKRouter
 
@@ -32,6 +32,8 @@ __all__ = [
     "RouterOutput",
     "RouterRecord",
     "RoutingContext",
+    "SharedEmbedding",
+    "TiedHead",
     "TopKRouter",
     "checkpoint_contexts",
     "current_routing",

@@ -23,7 +23,7 @@ class RouterRecord:
     Attributes:
         stream: ``"encoder"``, ``"decoder"`` or ``"main"``.
         logits: raw router logits, float32 ``[T, E]``.
-        top_k_index: chosen experts, int64 ``[T, K]``.
+        top_k_index: the chosen experts that the balancing loss counts, int64 ``[T, K]``.
         expert_load: slots that every expert worked on, int32 ``[E]``: no padding, no dropped tokens.
         token_mask: bool ``[T]`` or ``None``.
     """

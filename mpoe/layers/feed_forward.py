@@ -1,4 +1,4 @@
-"""`MPOEFeedForward`: a router and its experts in the place of a dense feed-forward network."""
+"""`MPOEFeedForward`: experts, and the router before them, in the place of a dense feed-forward network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.context import RouterRecord, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.router import TopKRouter
-from mpoe_kernels import route
+from mpoe_kernels import Routing, route
 
 
 class MPOEFeedForward(nn.Module):
-    """Mixture of experts ``[..., I] -> [..., I]``.
+    """Mixture of experts ``[..., I] -> [..., I]``; with ``moe_type="none"`` one expert without a router.
 
     Args:
         in_features: model size I.
@@ -50,7 +50,9 @@ class MPOEFeedForward(nn.Module):
         self.num_experts, self.stream = config.num_experts, stream
         override = config.router.expert_dropout
         self.expert_dropout = dropout if override is None else override
-        self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
+        self.router: TopKRouter | None = None
+        if config.moe_type != "none":
+            self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
         kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
         if gated:
             kinds["gate_proj"] = kinds["up"]
@@ -103,16 +105,25 @@ class MPOEFeedForward(nn.Module):
             token_mask = token_mask.reshape(-1).bool()
             # Padding may hold anything, NaN included, and the router reads every row.
             x = x.masked_fill(~token_mask[:, None], 0.0)
-        decision = self.router(x)
-        routing = route(decision.top_k_index, self.num_experts, self.router.capacity(x.shape[0]), token_mask)
+        routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
         rate = self.expert_dropout if self.training else 0.0
-        y = self.dropout(self.experts(x, routing, decision.top_k_weights, rate))
-        if routing_call is not None and routing_call.records is not None:
-            record = RouterRecord(self.stream, decision.logits, decision.top_k_index, routing.expert_load, token_mask)
-            routing_call.records.append(record)
-        return y.view(hidden_states.shape)
+        return self.dropout(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
+
+    def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
+        """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; leaves the router's record."""
+        if self.router is None:
+            ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
+            return route(torch.zeros_like(ones, dtype=torch.int64), 1, None, token_mask), ones
+        decision = self.router(x)
+        routing = self.router.route(decision, token_mask)
+        call = current_routing()
+        if call is not None and call.records is not None:
+            # The balancing loss of GShard's gating counts first choices.
+            counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
+            call.records.append(RouterRecord(self.stream, decision.logits, counted, routing.expert_load, token_mask))
+        return routing, decision.top_k_weights
 
     def extra_repr(self) -> str:
         return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"

@@ -1,4 +1,4 @@
-"""`MPOEmbedding`: a drop-in for `nn.Embedding` whose table is an MPO, with a tied output head."""
+"""`MPOEmbedding`: a drop-in for `nn.Embedding` whose table is an MPO, and modules that use the same table."""
 
 from __future__ import annotations
 
@@ -82,3 +82,38 @@ class MPOEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Tied head: ``x [..., embedding_dim] @ table^T -> [..., num_embeddings]``."""
         return mpo_linear(x, self.transposed_blocks(), backend=self.backend)
+
+
+class SharedEmbedding(nn.Module):
+    """Looks up the table of an `MPOEmbedding` that lives elsewhere in the model; has no parameters of its own."""
+
+    def __init__(self, embedding: MPOEmbedding) -> None:
+        super().__init__()
+        # In a tuple, so that the cores belong to one module only and checkpoints hold them once.
+        self._owner = (embedding,)
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self._owner[0].padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """As `MPOEmbedding.forward`."""
+        return self._owner[0](ids)
+
+
+class TiedHead(SharedEmbedding):
+    """Language-model head ``[..., embedding_dim] -> [..., num_embeddings]``: the transposed table of an embedding.
+
+    Args:
+        embedding: whose table it is.
+        bias: ``[num_embeddings]`` or ``None``; the head's own.
+    """
+
+    def __init__(self, embedding: MPOEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of hidden states ``x [..., embedding_dim]``."""
+        logits = self._owner[0].logits(x)
+        return logits if self.bias is None else logits + self.bias

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
+from mpoe_kernels import Routing, route
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class RouterOutput:
     Attributes:
         logits: raw, float32 ``[T, E]``.
         top_k_index: int64 ``[T, K]``, best expert first.
-        top_k_weights: gates, float32 ``[T, K]``.
+        top_k_weights: gates, float32 ``[T, K]``; 0 for choices that are not kept.
+        kept: bool ``[T, K]``: the choices that a second-expert policy keeps; ``None`` = all.
     """
 
     logits: Tensor
     top_k_index: Tensor
     top_k_weights: Tensor
+    kept: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -32,7 +35,8 @@ class TopKRouter(nn.Module):
 
     Gate (ARCHITECTURE: a fresh conversion must change nothing): top-1 multiplies by ``p / stop_grad(p)``, whose value
     is exactly 1 and whose gradient is that of log p; top-k weights are renormalised to sum 1; ``is_scale_prob`` uses
-    the raw probabilities, as Switch Transformers does.
+    the raw probabilities, as Switch Transformers does. With a second-expert policy (GShard) the gates of a token are
+    renormalised over the choices that are kept; a lone one gets ``p / stop_grad(p)``.
 
     Args:
         in_features: size I of a token.
@@ -77,14 +81,28 @@ class TopKRouter(nn.Module):
         return {"weight": value}
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Slots an expert may own, ``ceil(factor * T * K / E)``; ``None`` = no limit.
+        """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor * T / E)``; at
+        least ``min_capacity``; ``None`` = no limit.
 
         T counts every token of the batch, padding included: the bound is known without looking at the mask.
         """
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor is None:
             return None
-        return max(1, math.ceil(factor * num_tokens * self.top_k / self.num_experts))
+        choices = num_tokens if self.config.is_gshard else num_tokens * self.top_k
+        return max(self.config.min_capacity, math.ceil(factor * choices / self.num_experts))
+
+    def route(self, decision: RouterOutput, token_mask: Tensor | None = None) -> Routing:
+        """Slots of the choices that are kept, within the capacity; ``token_mask`` as in `mpoe_kernels.route`."""
+        index, kept = decision.top_k_index, decision.kept
+        capacity = self.capacity(index.shape[0])
+        if kept is None:
+            return route(index, self.num_experts, capacity, token_mask)
+        # Dropped choices go to one expert more, whose slots lie behind the others' and are then empty.
+        index = index.masked_fill(~kept, self.num_experts)
+        routing = route(index, self.num_experts + 1, capacity, token_mask)
+        slots = routing.slot_of_token.masked_fill(~kept, -1)
+        return Routing(routing.expert_offsets[:-1], routing.token_of_slot, slots)
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route tokens ``x [T, I]``."""
@@ -96,9 +114,28 @@ class TopKRouter(nn.Module):
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
             logits = F.linear(x, self.weight.float())
             weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+            if self.config.is_gshard:
+                return self._gshard(logits, weights, index)
             if not self.config.is_scale_prob:
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
         return RouterOutput(logits, index, weights)
+
+    def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
+        policy = self.config.second_policy if self.training else self.config.eval_second_policy
+        share = (weights[:, 1] / weights.sum(-1)).detach()
+        if policy == "threshold":
+            second = share > self.config.second_threshold
+        elif policy == "random":
+            second = torch.rand_like(share) * self.config.second_threshold < share
+        else:
+            second = torch.full_like(share, policy == "all", dtype=torch.bool)
+        kept = torch.stack([torch.ones_like(second), second], dim=-1)
+        weights = weights * kept
+        if not self.config.is_scale_prob:
+            total = weights.sum(-1, keepdim=True)
+            # A lone choice divided by itself would be 1 without a gradient.
+            weights = weights / torch.where(second[:, None], total, total.detach())
+        return RouterOutput(logits, index, weights, kept)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_experts={self.num_experts}, top_k={self.top_k}"

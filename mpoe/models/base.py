@@ -26,10 +26,13 @@ from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.router import TopKRouter
+from mpoe.models.families import FAMILIES
+from mpoe.models.find import find_sites
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, parameter_report
-from mpoe.models.sites import FAMILIES, find_sites, set_module
+from mpoe.models.sites import install_empty
 
 # Files of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`).
 ONLY_FILE = "mpoe_only.safetensors"
@@ -123,11 +126,7 @@ class MPOEModelMixin(_Model):
         """Replace the dense modules that ``config.mpoe`` names by MPOE ones with random weights."""
         model: Any = self
         config = self.mpoe_config
-        ffns, linears = find_sites(model, FAMILIES[self.mpoe_family], model.config, config)
-        for site in ffns:
-            site.install(model, site.build(config))
-        for linear in linears:
-            set_module(model, linear.name, linear.build(config))
+        install_empty(model, find_sites(model, FAMILIES[self.mpoe_family], model.config, config), config)
         prefix = f"{model.base_model_prefix}."
         for name, cores in mpo_modules(model):
             # A base model may open a checkpoint of a model with a head, whose names have the prefix, and vice versa.
@@ -155,6 +154,20 @@ class MPOEModelMixin(_Model):
                         parameters[name].copy_(value)
             module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; a table in MPO form keeps its size.
+
+        Raises:
+            ValueError: a new size for an MPO embedding.
+        """
+        table: Any = self.get_input_embeddings()
+        if new_num_tokens is not None and isinstance(table, MPOEmbedding):
+            raise ValueError(
+                f"new_num_tokens must be None for an MPO embedding of {table.num_embeddings} tokens; got "
+                f"{new_num_tokens} (resize the dense model, then convert it)"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     # -------------------------------------------------------------- forward
 

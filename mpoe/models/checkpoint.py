@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.models.base import BASE_FILE, ONLY_FILE, MPOEModelMixin
 from mpoe.models.convert import CONVERTED, _adopt_class
+from mpoe.models.families import FAMILIES
+from mpoe.models.find import find_sites
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import FAMILIES, find_sites, set_module
+from mpoe.models.sites import install_empty
 
 CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in CONVERTED.values()}
 MODEL_TYPES = sorted({cls.config_class.model_type for cls in CLASSES.values()})
@@ -35,7 +37,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _config_of(folder: Path) -> tuple[dict[str, Any], type[Any]]:
+def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
+    """``config.json`` of a saved MPOE model, and its class."""
     if not folder.is_dir():
         raise ValueError(f"path must be a folder written by save_pretrained; {folder} is none")
     if not (folder / "config.json").is_file():
@@ -71,7 +74,7 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
             is missing or is not the one the save was made from.
     """
     folder = Path(path)
-    values, cls = _config_of(folder)
+    values, cls = read_mpoe_config(folder)
     if (folder / ONLY_FILE).is_file():
         unknown = sorted(set(kwargs) - {"dtype"})
         if unknown:
@@ -186,11 +189,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
         )
     model = copy.deepcopy(_base_model(base, cls)[0])
     parsed = MPOEConfig.from_dict(values["mpoe"])
-    ffns, linears = find_sites(model, FAMILIES[cls.mpoe_family], model.config, parsed)
-    for site in ffns:
-        site.install(model, site.build(parsed))
-    for linear in linears:
-        set_module(model, linear.name, linear.build(parsed))
+    install_empty(model, find_sites(model, FAMILIES[cls.mpoe_family], model.config, parsed), parsed)
     if _rest_hash(_rest(model)) != identity["sha256"]:
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
     _adopt_class(model, cls, parsed)

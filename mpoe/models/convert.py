@@ -16,22 +16,24 @@ from transformers import (
     BertModel,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     T5ForConditionalGeneration,
 )
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
-from mpoe.layers.mpo_linear import linear_weight
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.bert import MPOEBertForMaskedLM, MPOEBertForSequenceClassification, MPOEBertModel
+from mpoe.models.families import FAMILIES
+from mpoe.models.find import find_sites
 from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
+from mpoe.models.llama import MPOELlamaForCausalLM
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import FAMILIES, FFNSite, LinearSite, find_sites, set_module
+from mpoe.models.sites import EmbeddingSite, Site
 from mpoe.models.t5 import MPOET5ForConditionalGeneration
 from mpoe_kernels import Decomposition, backend_reasons
 
@@ -44,6 +46,7 @@ CONVERTED: dict[type[PreTrainedModel], type[Any]] = {
     BertModel: MPOEBertModel,
     BertForSequenceClassification: MPOEBertForSequenceClassification,
     BertForMaskedLM: MPOEBertForMaskedLM,
+    LlamaForCausalLM: MPOELlamaForCausalLM,
 }
 
 
@@ -108,34 +111,12 @@ def _adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> No
         setattr(model, name, getattr(skeleton, name))
 
 
-def _load_ffn(site: FFNSite, feed_forward: MPOEFeedForward, config: MPOEConfig) -> dict[str, Decomposition]:
-    """Copy the dense FFN into every expert, decomposing each matrix once; a fresh router."""
-    feed_forward.router.reset_parameters()
-    report = {}
-    for kind, projection in feed_forward.experts.projections().items():
-        if isinstance(projection, MPOCores):
-            report[f"{site.name}.experts.{kind}"] = projection.load_weight_(site.weight(kind), config.gauge)
-            if config.auxiliary_noise:
-                projection.add_noise_(config.auxiliary_noise)
-        else:
-            projection.load_weight_(site.weight(kind))
-        bias = site.bias(kind)
-        if projection.bias is not None and bias is not None:
-            projection.bias.copy_(bias)
-    return report
-
-
-def _check_shapes(ffns: list[FFNSite], linears: list[LinearSite], config: MPOEConfig) -> None:
-    for site in ffns:
-        for kind in site.dense:
-            sizes = tuple(site.weight(kind).shape)
-            if config.expert_type == "mpo":
-                try:
-                    config.shape_for(kind, *sizes)
-                except ValueError as error:
-                    raise ValueError(f"{site.prefixes[kind]}: {error}") from error
-    for linear in linears:
-        config.attention_shape(*linear_weight(linear.dense).shape)
+def _check_sites(model: Any, sites: Sequence[Site], config: MPOEConfig) -> bool:
+    """Refuse shapes that do not fit; returns whether the head is tied to a table that becomes an MPO."""
+    for site in sites:
+        site.check(config)
+    tables = [site for site in sites if isinstance(site, EmbeddingSite)]
+    return all(table.is_tied(model) for table in tables)
 
 
 @torch.no_grad()
@@ -143,10 +124,11 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
     Every feed-forward network is decomposed once and copied to all experts, which share its central core; a router
-    is added. Nothing else changes.
+    is added (see ``moe_type``). Attention projections, the embedding with its tied head and BERT's pooler become MPOs
+    where ``target_modules`` says so. Nothing else changes.
 
     Args:
-        model: a `T5ForConditionalGeneration`, `GPT2Model`, `GPT2LMHeadModel`, `BertModel`,
+        model: a `T5ForConditionalGeneration`, `GPT2Model`, `GPT2LMHeadModel`, `LlamaForCausalLM`, `BertModel`,
             `BertForSequenceClassification` or `BertForMaskedLM`, in float32, float64, bfloat16 or float16.
         config: `MPOEConfig`; default ``MPOEConfig()``.
         inplace: convert ``model`` itself (its class and config change) instead of a copy.
@@ -166,8 +148,8 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
     family = FAMILIES[cls.mpoe_family]
-    ffns, linears = find_sites(model, family, model.config, config)
-    _check_shapes(ffns, linears, config)
+    sites = find_sites(model, family, model.config, config)
+    tied = _check_sites(model, sites, config)
     _check_backend(config.backend)
     _check_finite(model)
     if cls.mpoe_family == "t5" and model.dtype == torch.float16:
@@ -176,21 +158,15 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
             "the experts' are float16 like the rest. Prefer bfloat16.",
             stacklevel=2,
         )
-    config = dataclasses.replace(config, rate_ratios={})
+    config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
-        replaced = [m for site in ffns for m in site.dense.values()] + [site.dense for site in linears]
-        model = _copy_without(model, replaced)
-        ffns, linears = find_sites(model, family, model.config, config)
+        model = _copy_without(model, [module for site in sites for module in site.replaced])
+        sites = find_sites(model, family, model.config, config)
     report: dict[str, Decomposition] = {}
-    for site in ffns:
-        feed_forward = site.build(config)
-        report.update(_load_ffn(site, feed_forward, config))
-        site.install(model, feed_forward)
-    for linear in linears:
-        module = linear.build(config)
-        module.train(model.training)
-        _load_linear(linear, module, config, report)
-        set_module(model, linear.name, module)
+    for site in sites:
+        module: Any = site.build(config)
+        report.update(site.load(module, config))
+        site.install(model, module, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     _adopt_class(model, cls, config)
     model.conversion_report = {
@@ -204,18 +180,12 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     return model
 
 
-def _load_linear(site: LinearSite, module: Any, config: MPOEConfig, report: dict[str, Decomposition]) -> None:
-    report[f"{site.name}.cores"] = module.cores.load_weight_(linear_weight(site.dense), config.gauge)
-    if module.cores.bias is not None:
-        module.cores.bias.copy_(site.dense.bias)
-
-
 @torch.no_grad()
 def merge_experts(model: Any) -> Any:
     """A Switch-style model of the same class whose experts are full matrices, computing the same.
 
     A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as its own dense expert.
-    Attention projections in MPO form stay as they are.
+    Everything else in MPO form stays as it is.
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is left as it is.

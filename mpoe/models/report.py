@@ -30,7 +30,7 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds.update({f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()})
         elif isinstance(module, ExpertWeights):
             kinds[f"{prefix}weight"] = "expert"
-        elif isinstance(module, MPOEFeedForward):
+        elif isinstance(module, MPOEFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
     return kinds
 

@@ -1,19 +1,21 @@
-"""Where the feed-forward networks of each model family are: one table, read by conversion and by our model classes."""
+"""The dense modules of a model that become MPOE modules: what takes their place, and with which weights."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.activations import check_activation
+from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear, linear_weight
+from mpoe_kernels import Decomposition
+
+Report = dict[str, Decomposition]
 
 
 class NormedResidual(nn.Module):
@@ -31,100 +33,6 @@ class NormedResidual(nn.Module):
         return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a model family builds its feed-forward networks.
-
-    Attributes:
-        name: Hugging Face ``model_type`` of the dense model.
-        ffn: pattern of the names of modules that hold an FFN; group ``layer`` and, optionally, ``stream``.
-        attention: pattern of the names of attention projections; group ``layer``.
-        up, down, gate_proj: names of the dense projections inside the holder (first alternative present wins).
-            Orientation follows from their type: `nn.Linear` holds ``[out, in]``, `Conv1D` ``[in, out]``.
-        place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty = the holder itself.
-        residual: name of a module that loses its projection (BERT's ``output``).
-        activation, dropout, output_dropout, init_std: read the model's config; ``init_std`` gives up and down.
-    """
-
-    name: str
-    ffn: re.Pattern[str]
-    attention: re.Pattern[str]
-    up: tuple[str, ...]
-    down: str
-    gate_proj: str | None
-    place: str
-    residual: str | None
-    activation: Callable[[Any], str]
-    dropout: Callable[[Any], float]
-    output_dropout: Callable[[Any], float]
-    init_std: Callable[[Any], tuple[float, float]]
-
-
-FAMILIES: dict[str, Family] = {
-    "t5": Family(
-        name="t5",
-        ffn=re.compile(r"^(?:.*\.)?(?P<stream>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.\d+\.DenseReluDense$"),
-        attention=re.compile(
-            r"^(?:.*\.)?(?:encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.\d+\.(?:SelfAttention|EncDecAttention)\.[qkvo]$"
-        ),
-        up=("wi", "wi_1"),
-        down="wo",
-        gate_proj="wi_0",
-        place="",
-        residual=None,
-        activation=lambda config: config.dense_act_fn,
-        dropout=lambda config: config.dropout_rate,
-        output_dropout=lambda config: 0.0,
-        init_std=lambda config: (
-            config.initializer_factor * config.d_model**-0.5,
-            config.initializer_factor * config.d_ff**-0.5,
-        ),
-    ),
-    "gpt2": Family(
-        name="gpt2",
-        ffn=re.compile(r"^(?:.*\.)?h\.(?P<layer>\d+)\.mlp$"),
-        attention=re.compile(r"^(?:.*\.)?h\.(?P<layer>\d+)\.(?:attn|crossattention)\.(?:c_attn|q_attn|c_proj)$"),
-        up=("c_fc",),
-        down="c_proj",
-        gate_proj=None,
-        place="",
-        residual=None,
-        activation=lambda config: config.activation_function,
-        dropout=lambda config: 0.0,
-        output_dropout=lambda config: config.resid_pdrop,
-        init_std=lambda config: (
-            config.initializer_range,
-            config.initializer_range / (2 * config.n_layer) ** 0.5,
-        ),
-    ),
-    "bert": Family(
-        name="bert",
-        ffn=re.compile(r"^(?:.*\.)?encoder\.layer\.(?P<layer>\d+)$"),
-        attention=re.compile(
-            r"^(?:.*\.)?encoder\.layer\.(?P<layer>\d+)\.(?:attention|crossattention)\."
-            r"(?:self\.(?:query|key|value)|output\.dense)$"
-        ),
-        up=("intermediate.dense",),
-        down="output.dense",
-        gate_proj=None,
-        place="intermediate",
-        residual="output",
-        activation=lambda config: config.hidden_act,
-        dropout=lambda config: 0.0,
-        output_dropout=lambda config: 0.0,
-        init_std=lambda config: (config.initializer_range, config.initializer_range),
-    ),
-}
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    for part in filter(None, name.split(".")):
-        module = getattr(module, part, None)  # type: ignore[assignment]
-        if module is None:
-            return None
-    return module
-
-
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the module called ``name``."""
     parent, _, last = name.rpartition(".")
@@ -133,7 +41,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class FFNSite:
-    """One dense feed-forward network of a model.
+    """A dense feed-forward network, which becomes an `MPOEFeedForward`.
 
     Attributes:
         name: name that the `MPOEFeedForward` takes.
@@ -151,41 +59,82 @@ class FFNSite:
     options: dict[str, Any] = field(default_factory=dict)
     residual: str | None = None
 
+    @property
+    def replaced(self) -> list[nn.Module]:
+        """Dense modules that lose their place."""
+        return list(self.dense.values())
+
     def weight(self, kind: str) -> Tensor:
         """Dense weight ``[in, out]``."""
         return linear_weight(self.dense[kind])
 
-    def bias(self, kind: str) -> Tensor | None:
-        return getattr(self.dense[kind], "bias", None)
+    def check(self, config: MPOEConfig) -> None:
+        """Refuse shapes that do not fit."""
+        own = config.for_experts(self.name)
+        for kind in self.dense if config.expert_type == "mpo" else ():
+            try:
+                own.shape_for(kind, *self.weight(kind).shape)
+            except ValueError as error:
+                raise ValueError(f"{self.prefixes[kind]}: {error}") from error
 
     def build(self, config: MPOEConfig) -> MPOEFeedForward:
         """An `MPOEFeedForward` of these sizes, device and dtype, whose weights the caller fills or initialises."""
         up = self.weight("up")
         rows, columns = up.shape
         options = {"stream": self.stream, "device": "meta", "dtype": up.dtype, **self.options}
-        return MPOEFeedForward(rows, columns, config, **options).to_empty(device=up.device)
+        return MPOEFeedForward(rows, columns, config.for_experts(self.name), **options).to_empty(device=up.device)
 
-    def install(self, model: nn.Module, feed_forward: MPOEFeedForward) -> None:
-        """Put ``feed_forward`` where the dense network is."""
-        feed_forward.train(model.training)
-        set_module(model, self.name, feed_forward)
+    def load(self, module: MPOEFeedForward, config: MPOEConfig) -> Report:
+        """Copy the dense weights into every expert, decomposing each matrix once; a fresh router."""
+        if module.router is not None:
+            module.router.reset_parameters()
+        report: Report = {}
+        for kind, projection in module.experts.projections().items():
+            if isinstance(projection, MPOCores):
+                report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
+                if config.auxiliary_noise:
+                    projection.add_noise_(config.auxiliary_noise)
+            else:
+                projection.load_weight_(self.weight(kind))
+            bias = getattr(self.dense[kind], "bias", None)
+            if projection.bias is not None and bias is not None:
+                projection.bias.copy_(bias)
+        return report
+
+    def install(self, model: nn.Module, module: MPOEFeedForward, config: MPOEConfig) -> None:
+        """Put ``module`` where the dense network is."""
+        module.train(model.training)
+        set_module(model, self.name, module)
         if self.residual is not None:
             set_module(model, self.residual, NormedResidual(model.get_submodule(self.residual)))
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One dense projection that becomes an `MPOLinear`."""
+    """A dense projection of ``component`` attention or pooler, which becomes an `MPOLinear`."""
 
+    component: str
     name: str
-    layer: int
+    layer: int | None
     dense: nn.Module
 
+    @property
+    def replaced(self) -> list[nn.Module]:
+        return [self.dense]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(in_features, out_features)``."""
+        rows, columns = linear_weight(self.dense).shape
+        return rows, columns
+
+    def check(self, config: MPOEConfig) -> None:
+        config.linear_shape(self.component, self.name, *self.sizes)
+
     def build(self, config: MPOEConfig) -> MPOLinear:
-        """An `MPOLinear` of these sizes, device and dtype, whose weights the caller fills or initialises."""
         weight = linear_weight(self.dense)
         return MPOLinear(
-            config.attention_shape(*weight.shape),
+            config.linear_shape(self.component, self.name, *self.sizes),
             getattr(self.dense, "bias", None) is not None,
             config.backend,
             init_std=float(weight.shape[0]) ** -0.5,
@@ -193,88 +142,86 @@ class LinearSite:
             dtype=weight.dtype,
         ).to_empty(device=weight.device)
 
+    def load(self, module: MPOLinear, config: MPOEConfig) -> Report:
+        if module.cores.bias is not None:
+            module.cores.bias.copy_(self.dense.bias)  # type: ignore[arg-type]
+        return {f"{self.name}.cores": module.cores.load_weight_(linear_weight(self.dense), config.gauge)}
 
-def _excluded(name: str, patterns: list[str]) -> bool:
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _select(sites: list[Any], config: MPOEConfig) -> list[Any]:
-    names = [site.name for site in sites]
-    for pattern in config.exclude_modules:
-        if not any(_excluded(name, [pattern]) for name in names):
-            close = get_close_matches(pattern, names, n=3, cutoff=0.3)
-            hint = f"; close matches: {', '.join(close)}" if close else ""
-            raise ValueError(f"exclude_modules names {pattern!r}, which is none of the {len(names)} targets{hint}")
-    layers = config.layers_to_transform
-    known = sorted({site.layer for site in sites})
-    for index in layers or []:
-        if index not in known:
-            raise ValueError(f"layers_to_transform must hold layer indices {known[0]}..{known[-1]}; got {index}")
-    return [
-        site
-        for site in sites
-        if not _excluded(site.name, config.exclude_modules) and (layers is None or site.layer in layers)
-    ]
+    def install(self, model: nn.Module, module: MPOLinear, config: MPOEConfig) -> None:
+        module.train(model.training)
+        set_module(model, self.name, module)
 
 
-def _ffn_sites(model: nn.Module, family: Family, model_config: Any) -> Iterator[FFNSite]:
-    for name, module in model.named_modules():
-        match = family.ffn.match(name)
-        if match is None:
-            continue
-        up_name = next((n for n in family.up if _child(module, n) is not None), None)
-        if up_name is None or _child(module, family.down) is None:
-            continue
-        kinds = {"up": up_name, "down": family.down}
-        if family.gate_proj is not None and _child(module, family.gate_proj) is not None:
-            kinds["gate_proj"] = family.gate_proj
-        dense = {kind: module.get_submodule(n) for kind, n in kinds.items()}
-        up_std, down_std = family.init_std(model_config)
-        yield FFNSite(
-            name=f"{name}.{family.place}" if family.place else name,
-            stream=match.groupdict().get("stream") or "main",
-            layer=int(match["layer"]),
-            dense=dense,
-            prefixes={kind: f"{name}.{n}" for kind, n in kinds.items()},
-            options={
-                "activation": check_activation(family.activation(model_config)),
-                "gated": "gate_proj" in kinds,
-                "bias": getattr(dense["up"], "bias", None) is not None,
-                "dropout": float(family.dropout(model_config)),
-                "output_dropout": float(family.output_dropout(model_config)),
-                "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
-            },
-            residual=None if family.residual is None else f"{name}.{family.residual}",
-        )
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """The table of the vocabulary, which becomes an `MPOEmbedding`, with all that shares it.
 
-
-def find_sites(
-    model: nn.Module, family: Family, model_config: Any, config: MPOEConfig
-) -> tuple[list[FFNSite], list[LinearSite]]:
-    """Dense modules of ``model`` that ``config`` converts: feed-forward networks and attention projections.
-
-    Raises:
-        ValueError: nothing to convert, ``exclude_modules`` or ``layers_to_transform`` that match nothing, an
-            activation experts cannot compute, feed-forward chunking.
+    Attributes:
+        name: of the table.
+        dense: the `nn.Embedding`.
+        views: names of further modules that look up the same table (T5's stacks).
+        head: name of the language-model head, whether tied or not.
+        init_std: for random weights.
     """
-    if getattr(model_config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            "chunk_size_feed_forward must be 0 for a mixture of experts, which routes all tokens of a call at once; "
-            f"got {model_config.chunk_size_feed_forward}"
-        )
-    ffns = list(_ffn_sites(model, family, model_config)) if "ffn" in config.targets else []
-    linears = []
-    if "attention" in config.targets:
-        for name, module in model.named_modules():
-            match = family.attention.match(name)
-            if match is not None:
-                linears.append(LinearSite(name, int(match["layer"]), module))
-    if not ffns and not linears:
-        raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
-    chosen = _select([*ffns, *linears], config)
-    if not chosen:
-        raise ValueError(
-            "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
-            f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
-        )
-    return [s for s in chosen if isinstance(s, FFNSite)], [s for s in chosen if isinstance(s, LinearSite)]
+
+    name: str
+    dense: nn.Embedding
+    views: tuple[str, ...]
+    head: str | None
+    init_std: float
+    layer: int | None = None
+
+    @property
+    def replaced(self) -> list[nn.Module]:
+        return [self.dense]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(vocabulary, model size)``."""
+        return self.dense.num_embeddings, self.dense.embedding_dim
+
+    def check(self, config: MPOEConfig) -> None:
+        config.linear_shape("embedding", self.name, *self.sizes)
+
+    def build(self, config: MPOEConfig) -> MPOEmbedding:
+        weight = self.dense.weight
+        shape = config.linear_shape("embedding", self.name, *self.sizes)
+        options: dict[str, Any] = {"init_std": self.init_std, "device": "meta", "dtype": weight.dtype}
+        return MPOEmbedding(shape, self.dense.padding_idx, config.backend, **options).to_empty(device=weight.device)
+
+    def load(self, module: MPOEmbedding, config: MPOEConfig) -> Report:
+        return {f"{self.name}.cores": module.cores.load_weight_(self.dense.weight, config.gauge)}
+
+    def is_tied(self, model: nn.Module) -> bool:
+        """Whether the head's weight is the table itself.
+
+        Raises:
+            ValueError: another module that should look up this table has one of its own.
+        """
+        for view in self.views:
+            if model.get_submodule(view).weight is not self.dense.weight:
+                raise ValueError(f"{view} must share the table of {self.name} for an MPO embedding; it has its own")
+        return self.head is None or model.get_submodule(self.head).weight is self.dense.weight
+
+    def install(self, model: Any, module: MPOEmbedding, config: MPOEConfig) -> None:
+        """Put ``module`` and what looks at it in place; Transformers must no longer tie weights to the table."""
+        module.train(model.training)
+        set_module(model, self.name, module)
+        for view in self.views:
+            set_module(model, view, SharedEmbedding(module).train(model.training))
+        if self.head is not None and config.tied_head:
+            bias = model.get_submodule(self.head).bias
+            set_module(model, self.head, TiedHead(module, bias).train(model.training))
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(model, name, None) or {}
+            setattr(model, name, {target: source for target, source in ties.items() if source != f"{self.name}.weight"})
+
+
+Site = FFNSite | LinearSite | EmbeddingSite
+
+
+def install_empty(model: nn.Module, sites: Sequence[Site], config: MPOEConfig) -> None:
+    """Put MPOE modules in the place of the dense ones; the caller fills or initialises their weights."""
+    for site in sites:
+        module: Any = site.build(config)
+        site.install(model, module, config)

@@ -12,7 +12,12 @@ from mpoe.config import MPOEConfig
 from mpoe.planning.known_sizes import known_names, known_size
 
 # family -> class that is planned for when the configuration names none that mpoe converts
-_DEFAULT_CLASSES = {"t5": "T5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel", "bert": "BertModel"}
+_DEFAULT_CLASSES = {
+    "t5": "T5ForConditionalGeneration",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "BertModel",
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,9 @@ def take_inventory(
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from mpoe.models.sites import FAMILIES, find_sites
+    from mpoe.models.families import FAMILIES
+    from mpoe.models.find import find_sites
+    from mpoe.models.sites import FFNSite
 
     values, source = read_values(name)
     config, class_name, mpoe = _model_config(values, name)
@@ -217,7 +224,7 @@ def take_inventory(
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError, KeyError) as error:
         raise ValueError(f"model: the configuration of {name!r} builds no {class_name}: {error}") from error
     chosen = MPOEConfig(exclude_modules=exclude_modules or [], layers_to_transform=layers_to_transform)
-    sites, _ = find_sites(model, family, config, chosen)
+    sites = [site for site in find_sites(model, family, config, chosen) if isinstance(site, FFNSite)]
     layers = []
     converted: set[int] = set()
     for site in sites:

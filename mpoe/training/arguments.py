@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments
 
-from mpoe.training.freezing import COMPONENTS, parse_components, parse_core_indices
+from mpoe.models.components import COMPONENTS, parse_components
+from mpoe.training.freezing import parse_core_indices
 from mpoe.training.gradient_mask import check_probability
 
 # (central, auxiliary): what worked in each regime, times base x RMS(core) / RMS(weight).
@@ -85,6 +86,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         metadata={
             "help": "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of five cores,"
             " '2' trains the four auxiliary ones and '1,2,3' only the outer two."
+        },
+    )
+    label_smoothing_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the target's probability that is spread over the vocabulary in the training loss.",
+            "aliases": ["--label_smoothing", "--label-smoothing"],
         },
     )
     log_core_norms: bool = field(

@@ -222,7 +222,7 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
     for text, message in (
         ("{", "config.json, line 1: bad JSON"),
         ("[]", "must hold the configuration's mapping; got list"),
-        ('{"model_type": "llama"}', "of the family 'llama', which mpoe does not know; it knows t5, gpt2, bert"),
+        ('{"model_type": "mamba"}', "of the family 'mamba', which mpoe does not know; it knows t5, gpt2, llama"),
         ('{"model_type": "t5", "d_model": "wide"}', "is not a valid t5 one"),
     ):
         config.write_text(text)

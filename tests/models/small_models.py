@@ -11,6 +11,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,6 +40,19 @@ GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+LLAMA = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
 BERT = {
     "vocab_size": 60,
     "hidden_size": 24,
@@ -58,6 +73,7 @@ FAMILIES = {
     "bert": lambda: BertModel(BertConfig(**BERT)),
     "bert_classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
     "bert_mlm": lambda: BertForMaskedLM(BertConfig(**BERT)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "gpt2_base": lambda: GPT2Model(GPT2Config(**GPT2)),
 }
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 3 + [0] * 5])
@@ -88,7 +104,7 @@ def batch(family, labels=True):
             inputs["labels"] = target
         else:
             inputs["decoder_input_ids"] = target.clamp_min(0)
-    elif family in ("gpt2", "bert_mlm") and labels:
+    elif family in ("gpt2", "llama", "bert_mlm") and labels:
         inputs["labels"] = ids.masked_fill(MASK == 0, -100)
     return inputs
 

@@ -29,6 +29,7 @@ AUTO = {
     "bert": AutoModel,
     "bert_classifier": AutoModelForSequenceClassification,
     "bert_mlm": AutoModelForMaskedLM,
+    "llama": AutoModelForCausalLM,
     "gpt2_base": AutoModel,
 }
 

@@ -1,0 +1,52 @@
+"""Refusals that name the field, what was expected and what came."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+def hint(value: object, known: Sequence[str]) -> str:
+    close = get_close_matches(str(value), list(known), n=3, cutoff=0.4)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint(value, known)}")
+
+
+def check_integer(name: str, value: object, least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    wanted = "an integer or None" if optional else "an integer"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+    inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
+    if not inside:
+        bounds = f"greater than {low}" if open_low else f"at least {low}"
+        raise ValueError(f"{name} must be {bounds}{'' if high == math.inf else f' and at most {high}'}; got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+
+
+def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be a mapping; got {type(values).__name__} {values!r}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{what} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")

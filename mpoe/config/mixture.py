@@ -1,0 +1,230 @@
+"""`MPOEConfig`: what `convert_to_mpoe` makes of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
+from mpoe.config.router import GSHARD, RouterConfig
+from mpoe.config.shapes import (
+    KINDS,
+    check_sizes,
+    checked_patterns,
+    checked_shape,
+    named_shape,
+    pattern_matches,
+    shape_to_json,
+)
+from mpoe_kernels import MPOShape
+
+MOE_TYPES = ("switch", "moe", "none")
+EXPERT_TYPES = ("mpo", "dense")
+GAUGES = ("symmetric", "orthogonal")
+TARGETS = ("ffn", "attention", "embedding", "pooler")
+
+
+@dataclass
+class MPOEConfig:
+    """What `convert_to_mpoe` makes of a model.
+
+    Attributes:
+        moe_type: ``"switch"`` (every token goes to its ``router.top_k`` experts), ``"moe"`` (GShard's top-2 gating, see
+            `RouterConfig.gshard`), or ``"none"``: no router, and one expert, whatever ``num_experts`` says; the
+            feed-forward network then is merely in MPO form.
+        num_experts: experts of a layer, E.
+        expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
+        shape: ``"separable"`` (cheapest to run), ``"paper"`` (the original's factors), ``"light"`` (smallest
+            auxiliary cores), or a mapping from ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s
+            (or their dicts). Shape of the experts.
+        shape_pattern: shapes of single modules, by regular expressions on their names or ends of names (the first
+            that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
+            embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
+        max_bond: cap of every bond of the named shapes; ``None`` = full bonds, lossless.
+        separable_left, separable_right: sizes of the outer cores of a separable up projection; ``None`` = automatic.
+        light_p: product ``i * j`` of a light shape's outer cores.
+        gauge: ``"symmetric"`` or ``"orthogonal"``, see `mpoe_kernels.decompose`.
+        auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = equal copies,
+            which keeps the conversion lossless.
+        router: a `RouterConfig`, or its dict, whose missing fields are those of ``moe_type``.
+        target_modules: ``"ffn"``, ``"attention"`` (each projection becomes one `MPOLinear`), ``"embedding"`` (the table
+            of the vocabulary becomes an `MPOEmbedding`; a tied head uses its transpose), ``"pooler"`` (BERT's), or a
+            list of them.
+        exclude_modules: names (or ends of names) of modules that stay dense.
+        layers_to_transform: indices of the layers to convert; ``None`` = all. T5 counts encoder and decoder alike.
+            Embedding and pooler belong to no layer: ``target_modules`` alone decides on them.
+        attention_max_bond, embedding_max_bond, pooler_max_bond: cap of the bonds of those modules (shape ``paper``).
+        backend: name of a kernel backend; ``None`` = chosen per call.
+        rate_ratios: for every MPO module, RMS(core) / RMS(weight) in chain order, measured at conversion; per-core
+            learning rates are scaled by it. Filled in by `convert_to_mpoe`.
+        tied_head: whether the language-model head is the transpose of the MPO embedding. Filled in likewise.
+    """
+
+    moe_type: str = "switch"
+    num_experts: int = 8
+    expert_type: str = "mpo"
+    shape: Any = "separable"
+    shape_pattern: dict[str, Any] = field(default_factory=dict)
+    max_bond: int | None = None
+    separable_left: int | None = None
+    separable_right: int | None = None
+    light_p: int = 64
+    gauge: str = "symmetric"
+    auxiliary_noise: float = 0.0
+    router: RouterConfig = field(default=None)  # type: ignore[assignment]
+    target_modules: Any = "ffn"
+    exclude_modules: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] | None = None
+    attention_max_bond: int | None = None
+    embedding_max_bond: int | None = None
+    pooler_max_bond: int | None = None
+    backend: str | None = None
+    rate_ratios: dict[str, list[float]] = field(default_factory=dict)
+    tied_head: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("moe_type", self.moe_type, MOE_TYPES)
+        check_integer("num_experts", self.num_experts, 1)
+        check_choice("expert_type", self.expert_type, EXPERT_TYPES)
+        self.shape = checked_shape(self.shape)
+        self.shape_pattern = checked_patterns(self.shape_pattern)
+        check_integer("max_bond", self.max_bond, 1, optional=True)
+        check_integer("separable_left", self.separable_left, 1, optional=True)
+        check_integer("separable_right", self.separable_right, 1, optional=True)
+        check_integer("light_p", self.light_p, 1)
+        check_choice("gauge", self.gauge, GAUGES)
+        check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
+        self._check_router()
+        self._check_targets()
+        for name in ("attention_max_bond", "embedding_max_bond", "pooler_max_bond"):
+            check_integer(name, getattr(self, name), 1, optional=True)
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
+        if not isinstance(self.rate_ratios, Mapping):
+            raise TypeError(f"rate_ratios must be a mapping; got {type(self.rate_ratios).__name__}")
+        self.rate_ratios = {name: [float(r) for r in ratios] for name, ratios in self.rate_ratios.items()}
+        check_flag("tied_head", self.tied_head)
+
+    def _check_router(self) -> None:
+        if self.router is None:
+            self.router = RouterConfig.from_dict(GSHARD if self.moe_type == "moe" else {})
+        elif isinstance(self.router, Mapping):
+            self.router = RouterConfig.from_dict({**(GSHARD if self.moe_type == "moe" else {}), **self.router})
+        if not isinstance(self.router, RouterConfig):
+            raise TypeError(f"router must be a RouterConfig or its dict; got {type(self.router).__name__}")
+        if self.moe_type == "none":
+            self.num_experts = 1
+            self.router = dataclasses.replace(self.router, top_k=1, second_policy=None, eval_second_policy=None)
+        if self.router.is_gshard != (self.moe_type == "moe"):
+            wanted = "a second_policy (see RouterConfig.gshard)" if self.moe_type == "moe" else "second_policy None"
+            raise ValueError(
+                f"moe_type {self.moe_type!r} needs a router with {wanted}; got {self.router.second_policy!r}"
+            )
+        if self.router.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.router.top_k}")
+
+    def _check_targets(self) -> None:
+        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        if not isinstance(targets, Sequence) or not targets:
+            raise TypeError(f"target_modules must be a name or a non-empty list of names; got {self.target_modules!r}")
+        for target in targets:
+            check_choice("target_modules", target, TARGETS)
+        if isinstance(self.exclude_modules, str) or not isinstance(self.exclude_modules, Sequence):
+            raise TypeError(f"exclude_modules must be a list of module names; got {self.exclude_modules!r}")
+        self.exclude_modules = list(self.exclude_modules)
+        for name in self.exclude_modules:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"exclude_modules must hold module names; got {name!r}")
+        if self.layers_to_transform is not None:
+            if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
+                self.layers_to_transform = [self.layers_to_transform]
+            if not isinstance(self.layers_to_transform, Sequence) or isinstance(self.layers_to_transform, str):
+                raise TypeError(f"layers_to_transform must be a list of indices; got {self.layers_to_transform!r}")
+            self.layers_to_transform = list(self.layers_to_transform)
+            for index in self.layers_to_transform:
+                check_integer("layers_to_transform", index, 0)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`target_modules` as a tuple."""
+        return (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+
+    def shape_for(self, kind: str, in_features: int, out_features: int) -> MPOShape:
+        """Shape of one projection of an FFN.
+
+        Args:
+            kind: ``"up"``, ``"gate_proj"`` (both model size -> hidden size) or ``"down"``.
+            in_features, out_features: true sizes of the weight ``[in_features, out_features]``.
+
+        Raises:
+            ValueError: an unknown kind, or a given `MPOShape` of other sizes.
+        """
+        check_choice("kind", kind, KINDS)
+        if isinstance(self.shape, dict):
+            shape: MPOShape = self.shape.get(kind) or self.shape["up"]
+            return check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
+        if self.shape != "separable":
+            return named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
+        if kind == "down":
+            return self.shape_for("up", out_features, in_features).mirrored()
+        return MPOShape.separable(
+            in_features, out_features, self.separable_left, self.separable_right, max_bond=self.max_bond
+        )
+
+    def _pattern_for(self, name: str) -> Any:
+        return next((v for pattern, v in self.shape_pattern.items() if pattern_matches(pattern, name)), None)
+
+    def for_experts(self, name: str) -> MPOEConfig:
+        """This configuration with the shape that ``shape_pattern`` gives the feed-forward network ``name``.
+
+        Raises:
+            ValueError: the pattern gives one `MPOShape`, and not one for each projection.
+        """
+        pattern = self._pattern_for(name)
+        if pattern is None:
+            return self
+        if isinstance(pattern, MPOShape):
+            raise ValueError(f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and 'down'")
+        change = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
+        return dataclasses.replace(self, **change)
+
+    def linear_shape(self, component: str, name: str, in_features: int, out_features: int) -> MPOShape:
+        """Shape of a module that is one matrix, so that nothing but truncation saves parameters.
+
+        Args:
+            component: ``"attention"``, ``"embedding"`` or ``"pooler"``.
+            name: of the module, for ``shape_pattern``.
+            in_features, out_features: sizes of its weight; vocabulary and model size of an embedding.
+
+        Raises:
+            ValueError: the pattern's shape is for experts, or for other sizes.
+        """
+        cap, pattern = getattr(self, f"{component}_max_bond"), self._pattern_for(name)
+        if isinstance(pattern, dict):
+            raise ValueError(f"shape_pattern must give {name}, which is one matrix, an MPOShape, a name or a bond")
+        if isinstance(pattern, MPOShape):
+            return check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
+        if isinstance(pattern, int):
+            cap = pattern
+        kind = pattern if isinstance(pattern, str) else "paper"
+        return named_shape(kind, in_features, out_features, cap, self.light_p)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back to an equal config."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["router"] = self.router.to_dict()
+        values["shape"] = shape_to_json(self.shape)
+        values["shape_pattern"] = {pattern: shape_to_json(value) for pattern, value in self.shape_pattern.items()}
+        values["target_modules"] = self.target_modules if isinstance(self.target_modules, str) else list(self.targets)
+        values["exclude_modules"] = list(self.exclude_modules)
+        values["layers_to_transform"] = None if self.layers_to_transform is None else list(self.layers_to_transform)
+        values["rate_ratios"] = {name: list(ratios) for name, ratios in self.rate_ratios.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MPOEConfig:
+        """Inverse of `to_dict`; unknown fields are refused with the closest known ones."""
+        check_fields(cls, values, "MPOEConfig")
+        return cls(**values)

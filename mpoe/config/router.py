@@ -1,0 +1,115 @@
+"""`RouterConfig`: how tokens find their experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
+
+SECOND_POLICIES = ("all", "none", "threshold", "random")
+# GShard's gating with the original's numbers: what `moe_type="moe"` means where nothing else is said.
+GSHARD = {
+    "top_k": 2,
+    "second_policy": "random",
+    "eval_second_policy": "all",
+    "capacity_factor": 1.25,
+    "eval_capacity_factor": 2.0,
+    "min_capacity": 4,
+}
+
+
+@dataclass
+class RouterConfig:
+    """How tokens find their experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
+
+    Attributes:
+        top_k: experts per token.
+        is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
+            p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
+        capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
+        eval_capacity_factor: the same in eval mode.
+        min_capacity: least slots of an expert where there is a capacity.
+        second_policy: ``None`` = every token goes to its ``top_k`` experts. Otherwise GShard's gating (Lepikhin et
+            al. 2021, algorithm 1), which needs ``top_k`` 2: which second choices are kept in training, ``"all"``,
+            ``"none"``, ``"threshold"`` (those whose share of the two gates exceeds ``second_threshold``) or
+            ``"random"`` (with probability share / ``second_threshold``, at most 1). A token's gates are renormalised
+            over the choices that are kept, capacity is ``ceil(factor * T / E)``, and the balancing loss counts first
+            choices.
+        eval_second_policy: the same in eval mode, where a random policy would make results unrepeatable.
+        second_threshold: see ``second_policy``.
+        jitter: in training the router's input is multiplied by noise uniform in ``[1 - jitter, 1 + jitter]``
+            (Switch Transformers, section 2.4).
+        balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq. 4-6).
+        z_loss_weight: weight of every layer's router z-loss (ST-MoE, eq. 5).
+        expert_dropout: dropout rate between an expert's projections (Switch's "expert dropout", the original's
+            ``switch_dropout``); ``None`` = the rate of the dense model's FFN.
+        init_scale: router weights start from a truncated normal of variance ``init_scale / in_features``.
+    """
+
+    top_k: int = 1
+    is_scale_prob: bool = False
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 1
+    second_policy: str | None = None
+    eval_second_policy: str | None = None
+    second_threshold: float = 0.2
+    jitter: float = 0.0
+    balance_loss_weight: float = 1e-2
+    z_loss_weight: float = 0.0
+    expert_dropout: float | None = None
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_integer("top_k", self.top_k, 1)
+        check_flag("is_scale_prob", self.is_scale_prob)
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0.0, open_low=True)
+        check_integer("min_capacity", self.min_capacity, 1)
+        self._check_second_policy()
+        check_number("jitter", self.jitter, 0.0)
+        if self.jitter >= 1:
+            raise ValueError(f"jitter must be below 1; got {self.jitter}")
+        check_number("balance_loss_weight", self.balance_loss_weight, 0.0)
+        check_number("z_loss_weight", self.z_loss_weight, 0.0)
+        if self.expert_dropout is not None:
+            check_number("expert_dropout", self.expert_dropout, 0.0)
+            if self.expert_dropout >= 1:
+                raise ValueError(f"expert_dropout must be below 1; got {self.expert_dropout}")
+        check_number("init_scale", self.init_scale, 0.0)
+
+    def _check_second_policy(self) -> None:
+        check_number("second_threshold", self.second_threshold, 0.0, 1.0, open_low=True)
+        if self.second_policy is None:
+            if self.eval_second_policy is not None:
+                raise ValueError("eval_second_policy needs second_policy; got None for it")
+            return
+        if self.eval_second_policy is None:
+            self.eval_second_policy = "all" if self.second_policy == "random" else self.second_policy
+        for name in ("second_policy", "eval_second_policy"):
+            check_choice(name, getattr(self, name), SECOND_POLICIES)
+        if self.top_k != 2:
+            raise ValueError(f"second_policy needs top_k 2; got {self.top_k}")
+
+    @classmethod
+    def gshard(cls, **values: Any) -> RouterConfig:
+        """Top-2 gating with the original's numbers: random second choices, capacity 1.25 in training and 2 in
+        evaluation, at least 4 slots; ``values`` replace any of them."""
+        return cls.from_dict({**GSHARD, **values})
+
+    @property
+    def is_gshard(self) -> bool:
+        return self.second_policy is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RouterConfig:
+        """Inverse of `to_dict`; unknown fields are refused with the closest known ones."""
+        check_fields(cls, values, "RouterConfig")
+        return cls(**values)

@@ -1,0 +1,100 @@
+"""Shapes in a configuration: by name, by kind of projection, and by pattern of module names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mpoe.config.checks import check_choice, check_integer
+from mpoe_kernels import MPOShape
+
+KINDS = ("up", "gate_proj", "down")
+NAMED_SHAPES = ("separable", "paper", "light")
+_SHAPE_FIELDS = {"in_factors", "out_factors"}
+
+
+def checked_shape(shape: Any, name: str = "shape") -> Any:
+    """A named shape, or a dict from kinds to `MPOShape`.
+
+    Raises:
+        TypeError, ValueError: anything else, as ``name``.
+    """
+    if isinstance(shape, str):
+        check_choice(name, shape, NAMED_SHAPES)
+        return shape
+    if not isinstance(shape, Mapping):
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, NAMED_SHAPES))} or a mapping from {list(KINDS)} to "
+            f"MPOShape; got {type(shape).__name__} {shape!r}"
+        )
+    shapes = {}
+    for kind, value in shape.items():
+        check_choice(f"{name}'s keys", kind, KINDS)
+        shapes[kind] = value if isinstance(value, MPOShape) else MPOShape.from_dict(value)
+    missing = {"up", "down"} - set(shapes)
+    if missing:
+        raise ValueError(f"{name} must give 'up' and 'down'; missing {sorted(missing)}")
+    return shapes
+
+
+def checked_patterns(patterns: Any) -> dict[str, Any]:
+    """``shape_pattern``: regular expression -> bond cap, named shape, `MPOShape`, or a dict from kinds to them.
+
+    Raises:
+        TypeError, ValueError: no such mapping.
+    """
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"shape_pattern must be a mapping from patterns to shapes; got {type(patterns).__name__}")
+    checked: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        name = f"shape_pattern[{pattern!r}]"
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"shape_pattern must hold regular expressions; {pattern!r} is none: {error}") from None
+        if isinstance(value, int):
+            check_integer(name, value, 1)
+            checked[pattern] = value
+        elif isinstance(value, MPOShape):
+            checked[pattern] = value
+        elif isinstance(value, Mapping) and set(value) >= _SHAPE_FIELDS:
+            checked[pattern] = MPOShape.from_dict(value)
+        else:
+            checked[pattern] = checked_shape(value, name)
+    return checked
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` describes the module ``name``, or its end after a dot (as PEFT's ``rank_pattern``)."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+
+
+def shape_to_json(shape: Any) -> Any:
+    """JSON-able form of a shape, a dict of shapes, a name or a number."""
+    if isinstance(shape, MPOShape):
+        return shape.to_dict()
+    return {kind: value.to_dict() for kind, value in shape.items()} if isinstance(shape, dict) else shape
+
+
+def named_shape(name: str, in_features: int, out_features: int, max_bond: int | None, light_p: int) -> MPOShape:
+    """The shape called ``name`` for a weight ``[in_features, out_features]``."""
+    if name == "paper":
+        return MPOShape.paper(in_features, out_features, max_bond=max_bond)
+    if name == "light":
+        return MPOShape.light(in_features, out_features, light_p, max_bond=max_bond)
+    return MPOShape.separable(in_features, out_features, max_bond=max_bond)
+
+
+def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:
+    """``shape`` if it is for a weight of these sizes.
+
+    Raises:
+        ValueError: it is for another.
+    """
+    if (shape.in_features, shape.out_features) != (in_features, out_features):
+        raise ValueError(
+            f"{name} must be for a weight [{in_features}, {out_features}]; got one for "
+            f"[{shape.in_features}, {shape.out_features}]"
+        )
+    return shape

@@ -1,0 +1,81 @@
+"""`load_layers`: components of a model taken from an existing checkpoint instead of being decomposed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.checkpoint import read_mpoe_config
+from mpoe.models.components import component_of
+
+
+def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Whole feed-forward networks (router and biases too) and single MPO matrices, by name."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, MPOEFeedForward):
+            inside = (*inside, f"{name}.")
+            if "mlp" in components:
+                yield name, module
+        elif isinstance(module, MPOCores) and not name.startswith(inside) and component_of(name) in components:
+            yield name, module
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"path must hold safetensors files; {folder} has none")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    return tensors
+
+
+@torch.no_grad()
+def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list[str]:
+    """Replace the MPO parameters of ``components`` in ``model`` by those of a checkpoint.
+
+    Args:
+        model: an MPOE model, changed in place.
+        path: folder of a saved MPOE model of the same family, whole or MPOE-only.
+        components: of word_embed, mlp (experts with their routers), attention and pooler.
+
+    Returns:
+        Names of the modules that were loaded.
+
+    Raises:
+        TypeError: a model that is no MPOE model.
+        ValueError: no checkpoint there, a component that the model does not have in MPO form, parameters that are
+            missing in the checkpoint or of another shape.
+    """
+    if not isinstance(model, MPOEModelMixin):
+        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    folder = Path(path)
+    values, _ = read_mpoe_config(folder)
+    ratios = values["mpoe"]["rate_ratios"]
+    modules = list(_modules_of(model, components))
+    found = {"mlp" if isinstance(module, MPOEFeedForward) else component_of(name) for name, module in modules}
+    missing = sorted(set(components) - found)
+    if missing:
+        raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
+    tensors = _tensors(folder)
+    for name, module in modules:
+        for part, parameter in module.named_parameters():
+            key = f"{name}.{part}"
+            if key not in tensors:
+                raise ValueError(f"{folder} must hold {key}; it does not (is it a checkpoint of another model?)")
+            if tensors[key].shape != parameter.shape:
+                raise ValueError(f"{key} must be {list(parameter.shape)}; {folder} has {list(tensors[key].shape)}")
+            parameter.copy_(tensors[key])
+        for inner, cores in module.named_modules():
+            if isinstance(cores, MPOCores):
+                cores.rate_ratios = tuple(ratios[f"{name}.{inner}".rstrip(".")])
+    return [name for name, _ in modules]

@@ -1,0 +1,240 @@
+"""Reads checkpoints of the original implementation (RUCAIBox/MPOE, T5): its key names and order of cores.
+
+There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, in_k, d']``, and the central core, index
+2 of 5, is saved once per expert although all share it::
+
+    <layer>.sffn.experts.<e>.wi_mpo.tensor_set.<k>      moe_type switch; router: <layer>.sffn.switch.weight, .bias
+    <layer>.moe_layer.experts.w1_mpo.<k>                moe_type moe, [E, ...] each but the central core; b1, b2;
+                                                        router: <layer>.moe_layer.gate.w_gating [in, E]
+    <layer>.DenseReluDense.wi_mpo.tensor_set.<k>        moe_type none
+    <layer>.SelfAttention.q_mpo.tensor_set.<k>          attention
+    shared_mpo.tensor_set.<k>                           embedding, [d, vocabulary_k, model_k, d']
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import T5ForConditionalGeneration
+
+from mpoe.config import MPOEConfig
+from mpoe.models.convert import CONVERTED, _adopt_class
+from mpoe.models.families import FAMILIES
+from mpoe.models.find import find_sites
+from mpoe.models.report import mpo_modules
+from mpoe.models.sites import FFNSite, install_empty
+from mpoe_kernels import MPOShape, reconstruct
+
+CENTRAL = 2
+_FFN = r"(?:encoder|decoder)\.block\.\d+\.layer\.\d+"
+_SWITCH = re.compile(
+    rf"(?P<ffn>{_FFN})\.sffn\.experts\.(?P<expert>\d+)\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)"
+)
+_MOE = re.compile(rf"(?P<ffn>{_FFN})\.moe_layer\.experts\.(?P<kind>w1|w2)_mpo\.(?P<core>\d+)")
+_PLAIN = re.compile(rf"(?P<ffn>{_FFN})\.DenseReluDense\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)")
+_ATTENTION = re.compile(rf"(?P<name>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])_mpo\.tensor_set\.(?P<core>\d+)")
+_EMBEDDING = re.compile(r"shared_mpo\.tensor_set\.(?P<core>\d+)")
+_ROUTER = re.compile(rf"(?P<ffn>{_FFN})\.(?:sffn\.switch\.(?P<part>weight|bias)|moe_layer\.gate\.w_gating)")
+# the same table again, under the names of what looks at it, and the biases of moe_type moe
+_COPIES = re.compile(r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+")
+_BIAS = re.compile(rf"{_FFN}\.moe_layer\.experts\.b[12]")
+_KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
+
+# module of ours -> index of core -> experts' cores, of ours in the order [E or nothing, d, in_k, out_k, d']
+Chains = dict[str, dict[int, Any]]
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"source must hold {' or '.join(names)}; {path} has neither")
+        path = found
+    if not path.is_file():
+        raise ValueError(f"source must be a checkpoint of the original, or its folder; {path} is none")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Checkpoint:
+    """Tensors of the original by what they are.
+
+    ``chains``, ``routers`` [E, in] and ``biases`` by names of our modules; ``rest``: what both call alike.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.chains: Chains = {}
+        self.routers: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.rest: dict[str, Tensor] = {}
+        self.moe_type = "none"
+        experts: dict[str, dict[int, dict[int, Tensor]]] = {}
+        for key, tensor in tensors.items():
+            if match := _SWITCH.fullmatch(key):
+                self.moe_type = "switch"
+                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                chain = experts.setdefault(name, {}).setdefault(int(match["core"]), {})
+                chain[int(match["expert"])] = tensor.transpose(1, 2)
+            elif match := _MOE.fullmatch(key):
+                self.moe_type = "moe"
+                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(-2, -3)
+            elif match := _PLAIN.fullmatch(key):
+                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(1, 2)
+            elif match := _ATTENTION.fullmatch(key):
+                self.chains.setdefault(f"{match['name']}.cores", {})[int(match["core"])] = tensor.transpose(1, 2)
+            elif match := _EMBEDDING.fullmatch(key):
+                self.chains.setdefault("shared.cores", {})[int(match["core"])] = tensor
+            elif match := _ROUTER.fullmatch(key):
+                if match["part"] == "bias":
+                    self.biases[key] = tensor
+                else:
+                    name = f"{match['ffn']}.DenseReluDense.router.weight"
+                    self.routers[name] = tensor if match["part"] else tensor.T
+            elif _BIAS.fullmatch(key):
+                self.biases[key] = tensor
+            elif not _COPIES.fullmatch(key):
+                self.rest[key] = tensor
+        count = 1 + max((e for cores in experts.values() for parts in cores.values() for e in parts), default=0)
+        for name, cores in experts.items():
+            self.chains[name] = {k: self._joined(name, k, parts, count) for k, parts in cores.items()}
+
+    @staticmethod
+    def _joined(name: str, core: int, parts: dict[int, Tensor], count: int) -> Tensor:
+        missing = sorted(set(range(count)) - set(parts))
+        if missing:
+            raise ValueError(
+                f"the checkpoint must hold every core of {name}; core {core} of expert {missing[0]} is not there"
+            )
+        ordered = [parts[e] for e in range(count)]
+        if core != CENTRAL:
+            return torch.stack(ordered)
+        if not all(torch.equal(part, ordered[0]) for part in ordered):
+            raise ValueError(f"the experts of {name} must share their central core; they differ")
+        return ordered[0]
+
+    def num_experts(self) -> int:
+        for name, chain in self.chains.items():
+            if ".experts." in name and chain[0].dim() == 5:
+                return chain[0].shape[0]
+        return 1
+
+    def shape(self, name: str, in_features: int, out_features: int) -> MPOShape:
+        """Shape of a chain, its factors and bonds read off the cores."""
+        chain = self.chains[name]
+        if sorted(chain) != list(range(len(chain))):
+            raise ValueError(f"the checkpoint must hold every core of {name}; it has {sorted(chain)}")
+        sizes = [tuple(chain[k].shape[-4:]) for k in range(len(chain))]
+        bonds = [size[3] for size in sizes[:-1]]
+        ins, outs = [size[1] for size in sizes], [size[2] for size in sizes]
+        return MPOShape(tuple(ins), tuple(outs), bonds, CENTRAL, in_features, out_features)
+
+
+def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
+    names = list(checkpoint.chains)
+    targets = [
+        target
+        for target, mark in (("ffn", ".experts."), ("attention", "Attention."), ("embedding", "shared."))
+        if any(mark in name for name in names)
+    ]
+    if not targets:
+        raise ValueError("source must be a checkpoint of the original implementation; it holds no MPO cores")
+    every = MPOEConfig(target_modules=targets)
+    patterns: dict[str, Any] = {}
+    for site in find_sites(base, FAMILIES["t5"], base.config, every):
+        if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
+            shapes = {k: checkpoint.shape(f"{site.name}.experts.{k}", *site.weight(k).shape) for k in ("up", "down")}
+            patterns[re.escape(site.name)] = shapes
+        elif not isinstance(site, FFNSite) and f"{site.name}.cores" in names:
+            patterns[re.escape(site.name)] = checkpoint.shape(f"{site.name}.cores", *site.sizes)
+        else:
+            raise ValueError(f"the checkpoint must hold the cores of {site.name}, as it does of its like; it does not")
+    return MPOEConfig(
+        moe_type=checkpoint.moe_type,
+        num_experts=checkpoint.num_experts(),
+        shape_pattern=patterns,
+        target_modules=targets,
+    )
+
+
+@torch.no_grad()
+def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any:
+    """Build an MPOE model from a checkpoint of the original implementation.
+
+    Args:
+        source: the original's state dict, its ``pytorch_model.bin`` or ``model.safetensors``, or the folder of one.
+        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; gives the configuration, and what
+            the checkpoint does not hold.
+
+    Returns:
+        The model, in eval mode. Matrices, routers and everything dense are the checkpoint's.
+
+    Raises:
+        TypeError: a base of another class.
+        ValueError: no such checkpoint, cores that are missing, do not fit the base or differ where experts share
+            them, names that neither side knows.
+
+    Warns:
+        UserWarning: biases other than zero of the original's routers, or of its experts of moe_type moe, which our
+            layers do not have.
+    """
+    if type(base) is not T5ForConditionalGeneration:
+        raise TypeError(f"base must be a T5ForConditionalGeneration; got {type(base).__name__}")
+    checkpoint = _Checkpoint(_read(source))
+    config = _config(checkpoint, base)
+    model: Any = copy.deepcopy(base)
+    install_empty(model, find_sites(model, FAMILIES["t5"], model.config, config), config)
+    cores_of = dict(mpo_modules(model))
+    for name, chain in checkpoint.chains.items():
+        cores = cores_of[name]
+        cores.set_cores_([chain[k] for k in range(len(chain))])
+        cores.rate_ratios = _rate_ratios([chain[k] for k in range(len(chain))], cores.shape)
+    _load_dense(model, checkpoint)
+    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in cores_of.items()}
+    _adopt_class(model, CONVERTED[type(base)], config)
+    lost = [name for name, bias in checkpoint.biases.items() if bool(bias.any())]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} biases of the original are left out, e.g. {lost[0]}: MPOE layers have none", stacklevel=2
+        )
+    return model.eval()
+
+
+def _rate_ratios(chain: list[Tensor], shape: MPOShape) -> tuple[float, ...]:
+    """RMS(core) / RMS(weight), of the first expert."""
+    first = [core[0] if core.dim() == 5 else core for core in chain]
+    scale = float(reconstruct(first)[: shape.in_features, : shape.out_features].double().square().mean().sqrt())
+    return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in first)
+
+
+def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
+    """Routers, and parameters that both sides call alike."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    obsolete = model._keys_to_ignore_on_load_unexpected or []
+    for name, value in {**checkpoint.routers, **checkpoint.rest}.items():
+        if any(re.search(pattern, name) for pattern in obsolete):
+            continue
+        if name not in own:
+            raise ValueError(f"the checkpoint holds {name!r}, which a T5 with these MPO layers has not")
+        if own[name].shape != value.shape:
+            raise ValueError(f"{name} must be {list(own[name].shape)}; the checkpoint has {list(value.shape)}")
+        own[name].copy_(value)
+    routers = {name for name in own if name.endswith(".router.weight")}
+    if routers != set(checkpoint.routers):
+        raise ValueError(
+            f"the checkpoint must hold every router; missing {sorted(routers - set(checkpoint.routers))[:3]}"
+        )

@@ -1,0 +1,140 @@
+"""Checkpoints of the original implementation, written here in its key names and order of cores, and read back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import batch, dense_model
+
+from mpoe import import_original, load_mpoe
+from mpoe.models import mpo_modules
+from mpoe_kernels import MPOShape, decompose, reconstruct
+
+EXPERTS = 3
+UP, DOWN = MPOShape.paper(24, 48, max_bond=6), MPOShape.paper(48, 24, max_bond=6)
+TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+SQUARE, TABLE = MPOShape.paper(24, 24), MPOShape.paper(60, 24)
+
+
+def theirs(cores):
+    """Our cores ``[d, in, out, d']`` in the original's order ``[d, out, in, d']``."""
+    return [core.transpose(1, 2).contiguous() for core in cores]
+
+
+def randomised(cores):
+    return [core if k == 2 else core + 0.1 * torch.randn_like(core) for k, core in enumerate(cores)]
+
+
+def original_checkpoint(model, moe_type, components=("mlp",)):
+    """A state dict as the original saves it, and the matrices ``[in, out]`` that it stands for, by our names."""
+    torch.manual_seed(3)
+    state, matrices = {}, {}
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".DenseReluDense.")
+        if kind in ("wi", "wo") and "mlp" in components:
+            shape = UP if kind == "wi" else DOWN
+            shared = decompose(weight.T, shape)
+            experts = [randomised(shared) for _ in range(1 if moe_type == "none" else EXPERTS)]
+            ours = f"{layer}.DenseReluDense.experts.{'up' if kind == 'wi' else 'down'}"
+            matrices[ours] = torch.stack([reconstruct(cores, shape) for cores in experts])
+            for k in range(5):
+                cores = [theirs(expert)[k] for expert in experts]
+                if moe_type == "moe":
+                    key = f"{layer}.moe_layer.experts.{'w1' if kind == 'wi' else 'w2'}_mpo.{k}"
+                    state[key] = cores[0] if k == 2 else torch.stack(cores)
+                elif moe_type == "switch":
+                    for e, core in enumerate(cores):
+                        state[f"{layer}.sffn.experts.{e}.{kind}_mpo.tensor_set.{k}"] = core
+                else:
+                    state[f"{layer}.DenseReluDense.{kind}_mpo.tensor_set.{k}"] = cores[0]
+            if kind == "wi" and moe_type == "switch":
+                state[f"{layer}.sffn.switch.weight"] = torch.randn(EXPERTS, 24)
+                state[f"{layer}.sffn.switch.bias"] = torch.zeros(EXPERTS)
+            elif kind == "wi" and moe_type == "moe":
+                state[f"{layer}.moe_layer.gate.w_gating"] = torch.randn(24, EXPERTS)
+                state |= {f"{layer}.moe_layer.experts.b{n}": torch.zeros(48 if n == 1 else 24) for n in (1, 2)}
+        elif name.endswith(tuple(f"Attention.{p}.weight" for p in "qkvo")) and "attention" in components:
+            cores = randomised(decompose(weight.T, SQUARE))
+            matrices[f"{name.removesuffix('.weight')}.cores"] = reconstruct(cores, SQUARE)[None]
+            for k, core in enumerate(theirs(cores)):
+                state[f"{name.removesuffix('.weight')}_mpo.tensor_set.{k}"] = core
+        elif name in TABLES:
+            if "word_embed" not in components:
+                state[name] = weight
+            elif name == "shared.weight":
+                cores = randomised(decompose(weight, TABLE))
+                matrices["shared.cores"] = reconstruct(cores, TABLE)[None]
+                for k, core in enumerate(cores):
+                    for owner in ("shared_mpo", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head_mpo"):
+                        state[f"{owner}.tensor_set.{k}"] = core
+        else:
+            state[name] = torch.randn_like(weight)
+    return state, matrices
+
+
+@pytest.mark.parametrize("moe_type", ["switch", "moe", "none"])
+@pytest.mark.parametrize("components", [("mlp",), ("mlp", "attention", "word_embed")])
+@torch.no_grad()
+def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, moe_type, components)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = import_original(tmp_path, base)
+    assert model.mpoe_config.moe_type == moe_type
+    assert model.mpoe_config.num_experts == (1 if moe_type == "none" else EXPERTS)
+    found = dict(mpo_modules(model))
+    assert found.keys() == matrices.keys()
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(found[name].dense_weights(), matrix, rtol=1e-4, atol=1e-5)
+    own = model.state_dict()
+    norm = "encoder.block.0.layer.1.layer_norm.weight"
+    assert torch.equal(own[norm], state[norm])
+    router = "encoder.block.0.layer.1.DenseReluDense.router.weight"
+    if moe_type == "switch":
+        assert torch.equal(own[router], state["encoder.block.0.layer.1.sffn.switch.weight"])
+    elif moe_type == "moe":
+        assert torch.equal(own[router], state["encoder.block.0.layer.1.moe_layer.gate.w_gating"].T)
+    model.save_pretrained(tmp_path / "ours")
+    inputs = batch("t5")
+    assert torch.equal(load_mpoe(tmp_path / "ours")(**inputs).logits, model(**inputs).logits)
+
+
+def broken(change):
+    base = dense_model("t5")
+    state, _ = original_checkpoint(base, "switch")
+    change(state)
+    return state, base
+
+
+PREFIX = "encoder.block.0.layer.1.sffn"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop(f"{PREFIX}.experts.0.wi_mpo.tensor_set.1"), "must hold every core of"),
+        (
+            lambda s: s.update({f"{PREFIX}.experts.1.wi_mpo.tensor_set.2": torch.zeros(1, 1, 1, 1)}),
+            "must share their central",
+        ),
+        (lambda s: s.pop(f"{PREFIX}.switch.weight"), "must hold every router"),
+        (lambda s: s.update({"adapter.weight": torch.zeros(1)}), "'adapter.weight', which a T5"),
+        (lambda s: s.update({"shared.weight": torch.zeros(61, 24)}), "shared.weight must be [60, 24]"),
+        (lambda s: [s.pop(k) for k in list(s) if "block.0.layer.1.sffn.experts" in k], "must hold the cores of"),
+        (lambda s: [s.pop(k) for k in list(s) if "_mpo." in k], "holds no MPO cores"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(change, words):
+    state, base = broken(change)
+    with pytest.raises(ValueError) as caught:
+        import_original(state, base)
+    assert words in str(caught.value)
+
+
+def test_biases_that_are_left_out_are_named():
+    state, base = broken(lambda s: s.update({f"{PREFIX}.switch.bias": torch.ones(EXPERTS)}))
+    with pytest.warns(UserWarning, match=r"1 biases of the original are left out, e\.g\. encoder\.block\.0"):
+        import_original(state, base)
+    with pytest.raises(TypeError, match="base must be a T5ForConditionalGeneration"):
+        import_original(state, dense_model("gpt2"))

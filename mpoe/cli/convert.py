@@ -1,4 +1,6 @@
-"""`mpoe convert IN OUT [flags]`: a dense checkpoint becomes a mixture; errors and parameters are shown."""
+"""`mpoe convert IN OUT [flags]`: a dense checkpoint becomes a mixture; errors and parameters are shown.
+
+With `--original_checkpoint` the weights are those of a run of the original implementation instead."""
 
 from __future__ import annotations
 
@@ -19,6 +21,12 @@ class ConvertOptions:
     _argument_group_name = "run"
 
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
+    original_checkpoint: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "pytorch_model.bin of the original implementation, or its folder; IN is the dense T5 it began with"
+        },
+    )
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -31,18 +39,23 @@ def command(arguments: Sequence[str]) -> None:
     names = [a for a in arguments[:2] if not a.startswith("--")]
     if len(names) < 2:
         raise CommandError("convert needs two arguments: mpoe convert IN OUT [--flag value ...]")
-    (options, experts), _ = parse([ConvertOptions, ExpertOptions], arguments[2:])
-    run(names[0], Path(names[1]), experts, options.overwrite)
+    (options, experts), given = parse([ConvertOptions, ExpertOptions], arguments[2:])
+    chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & given)
+    if options.original_checkpoint is not None and chosen:
+        raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")
+    run(names[0], Path(names[1]), experts, options.overwrite, options.original_checkpoint)
 
 
-def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -> dict[str, int]:
+def run(
+    name: str, out: Path, experts: ExpertOptions, overwrite: bool = False, original_checkpoint: str | None = None
+) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
     from mpoe.cli.files import check_not_file, model_folder
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
 
     config = experts.build()
     if config is None:
-        raise CommandError("convert needs moe_type switch; with none there is nothing to convert")
+        raise CommandError("there is nothing to convert: moe_type none with dense experts is the model as it is")
     source = find(name)
     if source.is_mpoe:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
@@ -52,10 +65,13 @@ def run(name: str, out: Path, experts: ExpertOptions, overwrite: bool = False) -
     if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not overwrite:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
     tokenizer = load_tokenizer(source)
-    from mpoe.models import convert_to_mpoe
+    from mpoe.models import convert_to_mpoe, import_original
 
-    model = convert_to_mpoe(load_model(source), config)
-    show_errors(model)
+    if original_checkpoint is not None:
+        model = import_original(original_checkpoint, load_model(source))
+    else:
+        model = convert_to_mpoe(load_model(source), config)
+        show_errors(model)
     report = model.parameter_report()
     show_parameters(report)
     with model_folder(out) as staging:

@@ -24,6 +24,9 @@ class EvaluateOptions:
         default=128, metadata={"help": "items per batch", "aliases": ["--per_device_eval_batch_size"]}
     )
     data_seed: int = field(default=0, metadata={"help": "seed of subsets and of split_validation_test"})
+    load_experiment: str | None = field(
+        default=None, metadata={"help": "folder of a run, in the place of MODEL_DIR: its model or last checkpoint"}
+    )
     output_file: str | None = field(default=None, metadata={"help": "also write the scores here, as JSON"})
 
     def __post_init__(self) -> None:
@@ -40,18 +43,20 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
 
         show_options("mpoe evaluate MODEL_DIR [--flag value ...]", __doc__, [EvaluateOptions, DataOptions])
         return None
-    if arguments[0].startswith("--"):
-        raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR [--flag value ...]")
-    (options, data), _ = parse([EvaluateOptions, DataOptions], arguments[1:])
+    given = None if arguments[0].startswith("--") else arguments[0]
+    (options, data), _ = parse([EvaluateOptions, DataOptions], arguments[given is not None :])
+    model_dir = _model_dir(given, options.load_experiment)
     from mpoe.cli.files import check_writable_file, write_json
     from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
     from mpoe.cli.tasks import resolve
 
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
-    source = find(arguments[0])
+    source = find(model_dir)
     if source.style == ENCODER:
-        raise CommandError(f"{arguments[0]} is an encoder ({source.model_type}); evaluate takes T5 and GPT-2 models")
+        raise CommandError(
+            f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
+        )
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, options.data_seed)
     for task in tasks:
         task.examples(options.split)  # a split that is not there is refused before the model is loaded
@@ -59,7 +64,17 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     from mpoe.cli.scoring import evaluate_tasks, show_scores
 
     scores = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
-    show_scores(scores, f"{arguments[0]} on {options.split}")
+    show_scores(scores, f"{model_dir} on {options.split}")
     if options.output_file:
-        write_json(Path(options.output_file), {"model": arguments[0], "split": options.split, "scores": scores})
+        write_json(Path(options.output_file), {"model": model_dir, "split": options.split, "scores": scores})
     return scores
+
+
+def _model_dir(given: str | None, load_experiment: str | None) -> str:
+    if (given is None) == (load_experiment is None):
+        raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR")
+    if given is not None:
+        return given
+    from mpoe.cli.experiment import model_of_experiment
+
+    return model_of_experiment(str(load_experiment))

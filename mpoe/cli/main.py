@@ -10,7 +10,7 @@ import typer
 
 app = typer.Typer(
     name="mpoe",
-    help="Turn a pretrained T5, GPT-2 or BERT into a parameter-efficient mixture of experts, train it and use it.",
+    help="Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts; train and use it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
+from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
 from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
@@ -41,13 +43,16 @@ class Plan:
     experts: ExpertOptions
     arguments: MPOETrainingArguments
     given: frozenset[str]
+    experiment: ExperimentOptions
+    measure: MeasureOptions
 
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
     from mpoe.training import MPOETrainingArguments
 
-    groups = [RunOptions, ModelOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
+    groups = [RunOptions, ModelOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions]
+    groups.append(MPOETrainingArguments)
     if not arguments or any(a in ("-h", "--help") for a in arguments):
         from transformers import Seq2SeqTrainingArguments
 
@@ -58,8 +63,8 @@ def command(arguments: Sequence[str]) -> None:
         return
     config = None if arguments[0].startswith("--") else arguments[0]
     instances, given = parse(groups, arguments[0 if config is None else 1 :], config)
-    options, model, data, experts, training = instances
-    run(Plan(options, model, data, experts, training, frozenset(given)))
+    options, model, experiment, data, experts, measure, training = instances
+    run(Plan(options, model, data, experts, training, frozenset(given), experiment, measure))
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -74,11 +79,13 @@ def run(plan: Plan) -> dict[str, Any]:
     arguments = plan.arguments
     folder = _output_folder(plan)
     config = plan.experts.build()
-    source = find(plan.model.model)
+    source = find(start_of(plan.experiment, plan.model.model, "model" in plan.given))
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
     if source.style == ENCODER:
-        raise CommandError(f"model {plan.model.model!r} is an encoder ({source.model_type}); train takes T5 and GPT-2")
+        raise CommandError(
+            f"model {source.path!r} is an encoder ({source.model_type}); train takes T5, GPT-2 and Llama"
+        )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     _check_experts(source, plan)
     tasks = resolve(plan.data.tasks, plan.data, source.style, data_seed)
@@ -92,6 +99,8 @@ def run(plan: Plan) -> dict[str, Any]:
     _check_folder(plan, settings)
     model = _prepare_model(source, config, plan)
     trainer = make_trainer(model, tokenizer, items, validation, plan)
+    if plan.measure.print_num_parameters and trainer.is_world_process_zero():
+        print_parameters(trainer.model)
     checkpoint = _claim_folder(folder, plan, settings)
 
     start = time.perf_counter()
@@ -122,9 +131,10 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
 
 def _check_experts(source: Source, plan: Plan) -> None:
     experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
+    experts |= {"load_layer"} if plan.experiment.load_layer else set()
     if source.is_mpoe and experts:
         raise CommandError(
-            f"model {plan.model.model!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
+            f"model {source.path!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
             "cannot be changed any more"
         )
 
@@ -136,12 +146,13 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
     from mpoe.cli.pretrained import load_model
 
     model = load_model(source)
-    if config is None or source.is_mpoe:
-        return model
-    from mpoe.models import convert_to_mpoe
+    if config is not None and not source.is_mpoe:
+        from mpoe.models import convert_to_mpoe
 
-    set_seed(plan.arguments.seed)  # of the routers
-    return convert_to_mpoe(model, config)
+        set_seed(plan.arguments.seed)  # of the routers
+        model = convert_to_mpoe(model, config)
+    take_layers(model, plan.experiment)
+    return model
 
 
 class OrderedItems:
@@ -241,6 +252,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """What decides the weights of a run, JSON-able: a resumed run must agree with it."""
     return {
         "model": plan.model.model,
+        "experiment": dataclasses.asdict(plan.experiment),
         "data": dataclasses.asdict(plan.data),
         "experts": dataclasses.asdict(plan.experts),
         "training": plan.arguments.to_dict(),
@@ -277,8 +289,8 @@ def _finish(
         return {}
     scores = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    results = {
-        "model": plan.model.model,
+    results: dict[str, Any] = {
+        "model": start_of(plan.experiment, plan.model.model, model_given=False),
         "class": type(model).__name__,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
@@ -286,6 +298,7 @@ def _finish(
         "validation": scores,
         "mean_validation": average_score(scores),
         "parameters": parameters_of(model),
+        **measured(plan.measure, seconds, trainer.state.global_step, _items_per_step(plan.arguments)),
     }
     write_json(folder / RESULTS_FILE, results)
     show_scores(scores, f"validation after {trainer.state.global_step} steps")
@@ -293,8 +306,5 @@ def _finish(
     return results
 
 
-def parameters_of(model: Any) -> dict[str, int]:
-    """The parameter report of an MPOE model, or the total of a dense one."""
-    if hasattr(model, "parameter_report"):
-        return model.parameter_report()
-    return {"total": sum(p.numel() for p in model.parameters())}
+def _items_per_step(arguments: MPOETrainingArguments) -> int:
+    return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps

@@ -39,7 +39,8 @@ def show_options(usage: str, about: str | None, groups: Sequence[type], inherite
         table = Table("option", "default", "meaning", title=getattr(group, "_argument_group_name", group.__name__))
         table.columns[0].no_wrap = True
         for field in dataclasses.fields(group):
-            if field.init and field.name not in names_of_base:
+            own = field.name not in names_of_base or "aliases" in field.metadata
+            if field.init and own:
                 aliases = [a for a in field.metadata.get("aliases", []) if "-" not in a[2:]]
                 label = ", ".join([f"--{field.name}", *aliases])
                 table.add_row(escape(label), escape(_default(field)), escape(str(field.metadata.get("help", ""))))

@@ -28,7 +28,7 @@ def test_unknown_option_of_train_names_close_matches(refused, tmp_path: Path) ->
         (["--max_bond", 0], "max_bond must be at least 1; got 0"),
         (["--gauge", "landau"], "gauge must be one of"),
         (["--backend", "quantum"], "backend must be one of"),
-        (["--moe_type", "mixture"], "moe_type must be one of switch, none; got 'mixture'"),
+        (["--moe_type", "mixture"], "moe_type must be one of switch, moe, none; got 'mixture'"),
         (["--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
         (["--gradient_mask_prob", 1.5], "gradient_mask_prob must be between 0 and 1"),
         (["--regime", "dreaming"], "invalid choice: 'dreaming'"),
@@ -107,16 +107,16 @@ def test_bad_configuration_files_name_the_line(refused, tmp_path: Path) -> None:
 
 
 def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
-    folder = tmp_path / "llama"
+    folder = tmp_path / "mamba"
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
     for command in (
         ["train", "--output_dir", tmp_path / "run", "--model", folder],
         ["convert", folder, tmp_path / "out"],
     ):
         line = refused(*command)
-        assert "'llama'" in line
-        assert "t5, gpt2, bert" in line
+        assert "'mamba'" in line
+        assert "t5, gpt2, llama, bert" in line
 
 
 def test_models_that_are_not_there(refused, tmp_path: Path) -> None:
@@ -130,7 +130,9 @@ def test_models_that_are_not_there(refused, tmp_path: Path) -> None:
 
 def test_arguments_of_the_other_commands(refused, tmp_path: Path) -> None:
     assert "two arguments" in refused("convert", "t5")
-    assert "nothing to convert" in refused("convert", "t5", tmp_path / "out", "--moe_type", "none")
+    assert "nothing to convert" in refused(
+        "convert", "t5", tmp_path / "out", "--moe_type", "none", "--expert_type", "dense"
+    )
     assert "num_experts must be at least 1" in refused("convert", "t5", tmp_path / "out", "--num_experts", 0)
     assert "needs a prompt" in refused("generate", "t5")
     assert "no such file" in refused("generate", "t5", "--file", tmp_path / "absent.txt")

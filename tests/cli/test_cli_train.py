@@ -110,7 +110,7 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
     assert (config["num_experts"], config["shape"]) == (2, "light")
 
 
-@pytest.mark.parametrize("kind", [["--moe_type", "none"], ["--expert_type", "dense"]])
+@pytest.mark.parametrize("kind", [["--moe_type", "none", "--mpo_layers", "nompo"], ["--expert_type", "dense"]])
 def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: list) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)

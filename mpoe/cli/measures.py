@@ -1,0 +1,73 @@
+"""`--compute_time`, `--compute_memory` and `--print_num_parameters`: what a run reports about itself."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class MeasureOptions:
+    """Options of the report."""
+
+    _argument_group_name = "report"
+
+    compute_time: bool = field(
+        default=False, metadata={"help": "report the time of a training step, and items per second"}
+    )
+    compute_memory: bool = field(
+        default=False, metadata={"help": "report the most memory used: of the GPU, or of the process"}
+    )
+    print_num_parameters: bool = field(
+        default=False, metadata={"help": "print the number of parameters by kind before training"}
+    )
+
+
+def print_parameters(model: Any) -> None:
+    """Print the parameter report of an MPOE model, or the total of a dense one."""
+    from mpoe.cli.convert import show_parameters
+
+    report = parameters_of(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    show_parameters({**report, "trainable": trainable})
+
+
+def parameters_of(model: Any) -> dict[str, int]:
+    """The parameter report of an MPOE model, or the total of a dense one."""
+    if hasattr(model, "parameter_report"):
+        return model.parameter_report()
+    return {"total": sum(p.numel() for p in model.parameters())}
+
+
+def peak_memory() -> dict[str, Any]:
+    """Most bytes used so far: by torch on the GPU, or by the whole process on the CPU."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"device": "cpu", "peak_bytes": None}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": "cpu", "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
+
+
+def measured(options: MeasureOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
+    """What was asked for, JSON-able, also printed."""
+    report: dict[str, Any] = {}
+    if options.compute_time:
+        per_step = seconds / max(steps, 1)
+        report["time"] = {
+            "train_seconds": seconds,
+            "seconds_per_step": per_step,
+            "items_per_second": items_per_step / per_step if per_step else None,
+        }
+        print(f"training took {seconds:.1f} s: {per_step:.3f} s per step of {items_per_step} items")
+    if options.compute_memory:
+        report["memory"] = peak_memory()
+        peak = report["memory"]["peak_bytes"]
+        shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"most memory used ({report['memory']['device']}): {shown}")
+    return report

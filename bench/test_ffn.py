@@ -9,7 +9,7 @@ import torch
 from conftest import backends_of, parametrize, scale_of
 from mpoe_bench.problem import FFNCase
 from mpoe_bench.suites.ffn import ffn_comparison
-from mpoe_bench.suites.plan import DENSE_PEERS
+from mpoe_bench.suites.scale import DENSE_PEERS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

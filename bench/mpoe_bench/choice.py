@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels import MPOShape, available_backends, backend_reasons
-from mpoe_kernels.backends.registry import AUTO, resolve_contraction
+from mpoe_kernels import BackendError, MPOShape, available_backends, backend_reasons
+from mpoe_kernels.backends.registry import AUTO, Request, resolve_contraction, select
 from mpoe_kernels.planner import Contraction, contraction, plan_contraction
 
 ALL = "all"
@@ -14,13 +14,23 @@ DEFAULT_BACKENDS = (AUTO, EAGER)
 OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
 
 
-def backends_to_measure(names: str | None, suite: str = "full") -> tuple[str, ...]:
+def runs_on(backend: str, device: str) -> bool:
+    """Whether a backend has kernels for a type of device."""
+    try:
+        select(Request("dispatch", device, torch.float32), backend)
+    except BackendError:
+        return False
+    return True
+
+
+def backends_to_measure(names: str | None, suite: str = "full", device: str = "cpu") -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:
         names: ``None`` (what users get and what every installation has: auto and eager), ``"all"`` (auto and every
             backend that runs here), or names with commas between them. ``auto`` is the registry's own choice.
-        suite: which suite asks; by default the quick one measures auto alone.
+        suite: which suite asks; by default the quick one measures auto alone, the gpu one all.
+        device: what ``"all"`` must run on; a backend that is named is asked when it computes.
 
     Returns:
         Names, each once. Where eager is the only backend, auto is the same thing and eager is named instead.
@@ -28,7 +38,9 @@ def backends_to_measure(names: str | None, suite: str = "full") -> tuple[str, ..
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
     """
-    here = available_backends()
+    here = tuple(name for name in available_backends() if runs_on(name, device))
+    if names is None and suite == "gpu":
+        names = ALL
     if names is None or names == ALL:
         if here == (EAGER,):
             return here

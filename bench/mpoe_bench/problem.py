@@ -175,9 +175,10 @@ class Problem:
         case, batch = self.case, self.batch
         if not case.train:
             return None
-        index, up = batch.index.cpu()[:, 0], self.blocks()[0]
-        blocks = replace(up, **{n: getattr(up, n).detach().cpu().double() for n in ("left", "central", "right")})
-        x, z = batch.x.detach().cpu().double(), torch.zeros(case.tokens, case.hidden, dtype=torch.float64)
+        index, up = batch.index[:, 0], self.blocks()[0]
+        blocks = replace(up, **{n: getattr(up, n).detach().double() for n in ("left", "central", "right")})
+        x = batch.x.detach().double()
+        z = x.new_zeros(case.tokens, case.hidden)
         for e in index.unique().tolist():
             rows = (index == e).nonzero()[:, 0]
             z[rows] = x[rows] @ weight_reference(_one_expert(blocks, e), 0)
@@ -235,11 +236,11 @@ def probe(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     """``gate * down_e(relu(up_e x))`` and its gradients, one expert at a time, by `mpoe_kernels.reference`.
 
-    Runs on the CPU in ``dtype``; at most one expert's weights are alive. See `Truth` for the names.
+    Runs in ``dtype`` on the case's device; at most one expert's weights are alive. See `Truth` for the names.
     """
     case, batch = problem.case, problem.batch
     cores = {"up": problem.up, "down": problem.down}
-    leaves = {k: [c.detach().cpu().to(dtype).requires_grad_(case.train) for c in v] for k, v in cores.items()}
+    leaves = {k: [c.detach().to(dtype).clone().requires_grad_(case.train) for c in v] for k, v in cores.items()}
     folded = {
         kind: fold(leaves[kind], shape=shape, num_experts=case.experts)
         for kind, shape in (("up", problem.up_shape), ("down", problem.down_shape))
@@ -248,9 +249,9 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
         kind: replace(b, **{n: getattr(b, n).detach().requires_grad_(case.train) for n in ("left", "central", "right")})
         for kind, b in folded.items()
     }
-    x, gates = batch.x.detach().cpu().to(dtype), batch.gates.cpu().to(dtype)
-    index = batch.index.cpu()[:, 0]
-    grad_y = None if problem.grad_y is None else problem.grad_y.cpu().to(dtype)
+    x, gates, index = batch.x.detach().to(dtype), batch.gates.to(dtype), batch.index[:, 0]
+    grad_y = None if problem.grad_y is None else problem.grad_y.to(dtype)
+    probes = {size: probe(size, dtype).to(x.device) for size in (case.model, case.hidden)}
     y = torch.zeros_like(x)
     results = {"y": y}
     if case.train:
@@ -272,8 +273,8 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
             assert up.grad is not None
             assert down.grad is not None
             results["dx"][rows] = x_e.grad
-            results["d_up_probe"][e] = up.grad @ probe(case.hidden, dtype)
-            results["d_down_probe"][e] = down.grad @ probe(case.model, dtype)
+            results["d_up_probe"][e] = up.grad @ probes[case.hidden]
+            results["d_down_probe"][e] = down.grad @ probes[case.model]
     if case.train:
         for kind, blocks in folded.items():
             tensors, grads = [], []
@@ -287,4 +288,4 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
             torch.autograd.backward(tensors, grads)
             for k, leaf in enumerate(leaves[kind]):
                 results[f"d_{kind}.{k}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return {name: value.detach() for name, value in results.items()}
+    return {name: value.detach().cpu() for name, value in results.items()}

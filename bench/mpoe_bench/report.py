@@ -49,6 +49,8 @@ def markdown_report(results: Mapping[str, Any], plots: Sequence[tuple[str, str]]
         f"{title_of(dict(machine))}; {machine['date']}; took {results['seconds']:.0f} s.\n",
         HOW_TO_READ + "\n",
     ]
+    if results.get("skipped"):
+        parts.append(f"The time did not suffice for: {'; '.join(results['skipped'])}.\n")
     if results["targets"]:
         parts.append(markdown_table(target_table(results["targets"])))
     parts += [f"![{caption}]({name})\n" for name, caption in plots]

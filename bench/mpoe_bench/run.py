@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ SCHEMA = 1
 DEVICES = ("cpu", "cuda")
 # With the default backends, on the CPU; every backend that is named adds about the share that it has in the rows.
 EXPECTED_TIME = {"quick": "4 minutes", "full": "2 hours", "planner": "12 minutes", "targets": "6 minutes"}
+# Of the gpu suite; what does not fit is left out and named.
+GPU_SECONDS = 480.0
 
 
 def check_options(
@@ -42,12 +45,14 @@ def check_options(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
     if device == "cuda" and suite == "planner":
-        raise ValueError("suite must be quick, full or targets on cuda: the planner's cases are a CPU's; got 'planner'")
+        raise ValueError("suite must not be planner on cuda: its cases are a CPU's; got 'planner'")
     cores = len(usable_cores())
     if threads is None:  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
         threads = 1 if scale == "tiny" else cores
     if not 1 <= threads <= cores:
         raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
+    if suite == "gpu" and device == "cpu" and scale != "tiny":
+        raise ValueError("scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'")
     if clock == "cpu" and (threads != 1 or device != "cpu"):
         raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
     backends_to_measure(backend, suite)
@@ -56,6 +61,8 @@ def check_options(
 
 def expected_time(suite: str, scale: str = "real") -> str:
     """How long a suite takes, in words."""
+    if suite == "gpu" and scale == "real":
+        return "the minutes it is given"
     return "seconds" if scale == "tiny" else f"about {EXPECTED_TIME[suite]} on two CPU cores"
 
 
@@ -80,11 +87,12 @@ def run_suite(
     log: Callable[[str], None] = lambda _: None,
     on_section: Callable[[dict[str, Any]], None] = lambda _: None,
     backend: str | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Measure a suite.
 
     Args:
-        suite: ``quick``, ``full``, ``planner`` or ``targets``.
+        suite: ``quick``, ``full``, ``planner``, ``targets`` or ``gpu``.
         device: ``cpu`` or ``cuda``.
         threads: torch threads, pinned; default all processors usable.
         clock: ``wall``, or ``cpu`` (this process's CPU time; for machines that others use at the same time).
@@ -92,32 +100,39 @@ def run_suite(
         log: receives progress lines.
         on_section: receives every section as it is finished.
         backend: see `mpoe_bench.choice.backends_to_measure`.
+        seconds: when they have passed nothing new is begun; default no limit, of the gpu suite `GPU_SECONDS`.
 
     Returns:
-        ``{"schema", "suite", "scale", "backends", "machine", "sections", "targets", "failures", "seconds"}``,
-        JSON-able.
+        ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets", "failures",
+        "seconds"}``, JSON-able; ``skipped`` names the sections that the time did not suffice for.
 
     Raises:
         ValueError: see `check_options`.
     """
     threads = check_options(suite, device, threads, clock, scale, backend)
-    backends = backends_to_measure(backend, suite)
+    backends = backends_to_measure(backend, suite, device)
     sizes = SCALES[scale]
+    if seconds is None:
+        seconds = GPU_SECONDS if suite == "gpu" else math.inf
     measure = cuda_measure() if device == "cuda" else cpu_measure(CLOCKS[clock])
 
     def progress(line: str) -> None:
         log(f"[{len(sections) + 1}/{len(builds)}] {line}")
 
-    setup = Setup(budget_of(suite, sizes), measure, device, progress, backends)
+    setup = Setup(budget_of(suite, sizes), measure, device, progress, backends, time.monotonic() + seconds)
     builds = list(sections_of(suite, sizes, setup))
     start = time.perf_counter()
     sections: list[dict[str, Any]] = []
+    skipped: list[str] = []
     gc.freeze()  # what the imports made stays; collections between sections need not look at it
     machine = describe(device, threads, clock)
     with pinned(threads):
         log("measuring the machine's roofs")
         machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
-        for build in builds:
+        for number, build in enumerate(builds):
+            if setup.late:
+                skipped.append(getattr(build, "name", f"section {number + 1}"))
+                continue
             gc.collect()  # timing turns it off
             began = time.perf_counter()
             section = build()
@@ -132,7 +147,8 @@ def run_suite(
         "backends": list(backends),
         "machine": machine,
         "sections": sections,
-        "targets": check_targets(sections) if scale == "real" and device == "cpu" else [],
+        "skipped": skipped,
+        "targets": check_targets(sections, device) if scale == "real" else [],
         "failures": failures(sections),
         "seconds": time.perf_counter() - start,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class Setup:
         device: ``"cpu"`` or ``"cuda"``.
         log: receives one line per contender.
         backends: whose MPO contenders take part, see `mpoe_bench.choice.backends_to_measure`.
+        deadline: of `time.monotonic`; contenders that have not been built by then are left out.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -38,6 +40,12 @@ class Setup:
     device: str = "cpu"
     log: Callable[[str], None] = lambda _: None
     backends: tuple[str, ...] = DEFAULT_BACKENDS
+    deadline: float = math.inf
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.deadline
 
 
 def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
@@ -80,8 +88,10 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
 
 def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | None, dict[str, Any]]:
     """Build and check one contender; every way to fail becomes the row's reason."""
-    setup.log(f"checking {name}")
     row: dict[str, Any] = {"name": name, "kind": kind}
+    if setup.late:
+        return None, {**row, "reason": f"{NOT_HERE}: the time was up"}
+    setup.log(f"checking {name}")
     try:
         contender, truth = build()
         row |= contender.facts

@@ -39,7 +39,7 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
     up = (torch.randn(case.hidden, case.model) / case.model**0.5).to(case.device, case.dtype)
     down = (torch.randn(case.model, case.hidden) / case.hidden**0.5).to(case.device, case.dtype)
     leaves = [t.requires_grad_(case.train) for t in (up, down)]
-    z = batch.x.detach().double().cpu() @ up.detach().double().cpu().T
+    z = batch.x.detach().double() @ up.detach().double().T
     grad_y = without_kinks(batch.grad_y, z) if case.train else None
     del z
 
@@ -47,14 +47,14 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
         return nn.functional.linear(nn.functional.relu(nn.functional.linear(x, up)), down)
 
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
-        tensors = [t.detach().cpu().to(dtype).requires_grad_(case.train) for t in (batch.x, up, down)]
+        tensors = [t.detach().to(dtype).clone().requires_grad_(case.train) for t in (batch.x, up, down)]
         y = ffn(*tensors)
         if grad_y is None:
-            return {"y": y}
-        y.backward(grad_y.cpu().to(dtype))
-        x_grad, up_grad, down_grad = (grad_of(t) for t in tensors)
+            return {"y": y.cpu()}
+        y.backward(grad_y.to(dtype))
+        y, x_grad, up_grad, down_grad = (t.detach().cpu() for t in (y, *(grad_of(t) for t in tensors)))
         d_up, d_down = up_grad.T @ probe(case.hidden, dtype), down_grad.T @ probe(case.model, dtype)
-        return {"y": y.detach(), "dx": x_grad, "d_up_probe": d_up, "d_down_probe": d_down}
+        return {"y": y, "dx": x_grad, "d_up_probe": d_up, "d_down_probe": d_down}
 
     def gradients() -> Mapping[str, Tensor]:
         return {

@@ -1,4 +1,7 @@
-"""Targets on two CPU cores, and which of them a run reached. Numbers are x dense, forward / forward + backward."""
+"""Targets, on two CPU cores and on an H100, and which of them a run reached.
+
+Numbers are x dense, forward / forward + backward.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
 SIZES = (768, 3072)  # the targets speak of T5-base's FFN
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
+GROUPED = "dense experts, grouped_mm"
 CONVERSION_SECONDS = 60.0
 
 
@@ -53,8 +57,18 @@ KERNEL_TARGETS = (
 )
 
 
-def targets_of(backend: str) -> tuple[Target, ...]:
+# On an H100, bfloat16; eager is held to none.
+GPU_TARGETS = (
+    *(Target("separable", experts, tokens, 1.35) for experts in (8, 64) for tokens in (4096, 32768)),
+    Target("paper_32", 64, 64, 3.0, None, GROUPED),
+    Target("paper_full", 8, 32768, 1 / 1.3, None, GROUPED),
+)
+
+
+def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
     """The targets that a backend is held to."""
+    if device == "cuda":
+        return () if backend == "eager" else GPU_TARGETS
     return EAGER_TARGETS if backend == "eager" else KERNEL_TARGETS
 
 
@@ -118,7 +132,7 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
         else:
             what += f", against {target.peer}"
             reported = limit == 0.0
-            wanted = "reported" if reported else f">= {limit:g} x faster"
+            wanted = "reported" if reported else f">= {limit:.3g} x faster"
             yield _line(what, backend, wanted, texts, None if reported else min(values) >= limit)
 
 
@@ -175,7 +189,7 @@ def _weights_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Itera
                 yield _line(what, backend, f"<= {most_growth:g} experts'", found, growth <= most_growth)
 
 
-def check_targets(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
     """One line per target that the sections measured: what, backend, wanted, found by dtype, reached.
 
     A line is reached if the worse of its dtypes is.
@@ -184,7 +198,7 @@ def check_targets(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     lines: list[dict[str, Any]] = []
     ffn = [section for section in sections if section["key"] == "ffn"]
     for backend in backends:
-        for target in targets_of(backend):
+        for target in targets_of(backend, device):
             lines += _target_lines(sections, target, backend)
         lines += _masked_lines(ffn, backend)
         lines += _weights_lines(sections, backend)

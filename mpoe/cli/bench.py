@@ -38,6 +38,7 @@ def command(
     scale: str,
     wide: bool,
     overwrite: bool,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Check the arguments and run; returns what ``results.json`` holds.
 
@@ -53,18 +54,28 @@ def command(
         check_options(suite, device, threads, clock, scale, backend)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    if minutes is not None and not minutes > 0:
+        raise CommandError(f"minutes must be greater than 0; got {minutes}")
     check_not_file("out", out)
     if (out / RESULTS_FILE).exists() and not overwrite:
         raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    results = _measure(suite, device, backend, out, threads, clock, scale, wide)
+    results = _measure(suite, device, backend, out, threads, clock, scale, wide, minutes)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
 def _measure(
-    suite: str, device: str, backend: str | None, out: Path, threads: int | None, clock: str, scale: str, wide: bool
+    suite: str,
+    device: str,
+    backend: str | None,
+    out: Path,
+    threads: int | None,
+    clock: str,
+    scale: str,
+    wide: bool,
+    minutes: float | None,
 ) -> dict[str, Any]:
     from mpoe_bench import expected_time, run_suite
     from mpoe_bench.console import show
@@ -84,12 +95,15 @@ def _measure(
 
     try:
         with console.status("starting") as status:
-            results = run_suite(suite, device, threads, clock, scale, status.update, finished, backend)
+            seconds = None if minutes is None else 60 * minutes
+            results = run_suite(suite, device, threads, clock, scale, status.update, finished, backend, seconds)
     except BaseException:
         if sections:
             console.print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
         raise
     (out / INCOMPLETE_FILE).unlink(missing_ok=True)
+    if results["skipped"]:
+        console.print(f"the time did not suffice for: {'; '.join(results['skipped'])}", highlight=False)
     if results["targets"]:
         show(console, target_table(results["targets"]), wide)
     show(console, machine_table(results["machine"]), wide)

@@ -113,7 +113,7 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option("--suite", help="quick (minutes), full (hours), planner (its cases), or targets.")
+        str, typer.Option("--suite", help="quick (minutes), full (hours), planner (its cases), targets, gpu.")
     ] = "quick",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     backend: Annotated[
@@ -134,11 +134,14 @@ def bench(
     ] = "real",
     wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the output folder.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Begin nothing new after so long; default: none, of gpu eight.")
+    ] = None,
 ) -> None:
     """Measure MPO experts against the dense layer and their peers on this machine."""
     from mpoe.cli.bench import command
 
-    command(suite, device, backend, out, threads, clock, scale, wide, overwrite)
+    command(suite, device, backend, out, threads, clock, scale, wide, overwrite, minutes)
 
 
 def main(arguments: list[str] | None = None) -> None:

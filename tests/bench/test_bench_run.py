@@ -16,7 +16,7 @@ from mpoe_bench.choice import backends_to_measure
 from mpoe_bench.report import markdown_report
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import failure_text
-from mpoe_bench.suites.plan import SCALES, SUITES, sections_of
+from mpoe_bench.suites import SCALES, SUITES, sections_of
 from mpoe_bench.suites.planner import strategies_to_time
 from mpoe_bench.tables import seconds_text, table_of
 
@@ -168,7 +168,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "slow"], "suite must be one of quick, full, planner, targets; got 'slow'"),
+        (["--suite", "slow"], "suite must be one of quick, full, planner, targets, gpu; got 'slow'"),
         (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),

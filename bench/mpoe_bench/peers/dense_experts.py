@@ -40,8 +40,8 @@ def dense_contender(problem: Problem, function: Callable[[Tensor, Tensor, Tensor
 
 def probe_experts(grad: Tensor) -> Tensor:
     """Weight gradients ``[E, out, in]`` -> ``[E, in, PROBE_COLUMNS]``, one expert at a time."""
-    columns = probe(grad.shape[1])
-    return torch.stack([g.T.cpu().double() @ columns for g in grad])
+    columns = probe(grad.shape[1]).to(grad.device)
+    return torch.stack([g.T.double() @ columns for g in grad]).cpu()
 
 
 def loop(problem: Problem) -> Contender:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,69 +13,20 @@ from mpoe_bench.problem import FFNCase
 from mpoe_bench.section import Comparison, Setup, run_section
 from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
 from mpoe_bench.suites.ffn import ffn_section
+from mpoe_bench.suites.gpu import gpu_sections
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.planner import planner_section
+from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
 from mpoe_bench.suites.train_step import train_step_comparison
 from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
 from mpoe_kernels.backends.registry import AUTO
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
-SUITES = ("quick", "full", "planner", "targets")
+SUITES = ("quick", "full", "planner", "targets", "gpu")
 Section = Callable[[], dict[str, Any]]
-
-DENSE_PEERS = (
-    "dense experts, loop",
-    "dense experts, grouped_mm",
-    "dense experts, one-hot einsum",
-    "transformers Switch",
-)
-GPU_PEERS = ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels")
 # Quick to measure, every shape and every size; the planner suite takes all.
 QUICK_JUDGED = (0, 11, 21, 30, 34, 40, 47)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of a run: the real ones, or tiny ones for tests.
-
-    Attributes:
-        model, hidden: of the FFN.
-        many_tokens, few_tokens: of a training batch and of a small batch.
-        few_experts, many_experts: E.
-        shapes: names used in the place of the real ones.
-        step_tokens: batch and length of a train step.
-        vocabulary: of the embedding.
-        roof_edge: of the GEMM that measures the machine.
-    """
-
-    model: int = 768
-    hidden: int = 3072
-    many_tokens: int = 2048
-    few_tokens: int = 64
-    few_experts: int = 8
-    many_experts: int = 64
-    shapes: tuple[tuple[str, str], ...] = ()
-    step_tokens: tuple[int, int] = (4, 128)
-    vocabulary: int = 32128
-    roof_edge: int = 2048
-    judged: bool = True
-
-    def shape(self, name: str) -> str:
-        return dict(self.shapes).get(name, name)
-
-
-SCALES = {
-    "real": Scale(),
-    "tiny": Scale(
-        *(48, 96, 32, 8, 4, 8),
-        shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
-        step_tokens=(2, 8),
-        vocabulary=64,
-        roof_edge=128,
-        judged=False,
-    ),
-}
 
 
 def _tiny_judged() -> tuple[Workload, ...]:
@@ -98,7 +49,7 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
         if setup.device != "cpu":
             raise ValueError(f"the planner suite holds CPU cases only; got device {setup.device!r}")
         return iter([_planner(scale, setup, name) for name in judged_backends(setup)])
-    return {"quick": _quick, "full": _full, "targets": _targets}[suite](scale, setup)
+    return {"quick": _quick, "full": _full, "targets": _targets, "gpu": gpu_sections}[suite](scale, setup)
 
 
 def judged_backends(setup: Setup) -> tuple[str, ...]:
@@ -316,4 +267,5 @@ def budget_of(suite: str, scale: Scale) -> Budget:
     return {
         "quick": Budget(seconds_each=1.2, max_rounds=15),
         "targets": Budget(seconds_each=2.0, min_rounds=5, max_rounds=15),
+        "gpu": Budget(seconds_each=0.12, sample_seconds=0.002, min_rounds=7, max_rounds=15),
     }.get(suite, Budget(seconds_each=3.0))

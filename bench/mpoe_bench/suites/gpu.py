@@ -1,0 +1,70 @@
+"""What is measured on a GPU in a few minutes: every case that a target speaks of first, so that it fits the time.
+
+bfloat16, T5-base's feed-forward layer, few and many experts; decoding as CUDA graphs, as `run_section` times every
+forward pass that can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from mpoe_bench.problem import FFNCase
+from mpoe_bench.section import Setup, run_section
+from mpoe_bench.suites.ffn import ffn_section
+from mpoe_bench.suites.ops import routing_comparison
+from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
+
+ORIGINAL = "original: rebuild all"
+
+
+@dataclass(frozen=True)
+class NamedSection:
+    """A section that a report can name when there was no time for it."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+    def __call__(self) -> dict[str, Any]:
+        return self.run()
+
+
+def _tokens(scale: Scale) -> tuple[int, int, int]:
+    """Of a small batch, a training batch and a large one."""
+    return (64, 4096, 32768) if scale.judged else (scale.few_tokens, scale.many_tokens, 2 * scale.many_tokens)
+
+
+def gpu_sections(scale: Scale, setup: Setup) -> Iterator[NamedSection]:
+    """Sections in the order of their importance."""
+    shapes = tuple(scale.shape(n) for n in ("separable", "paper_full", "paper_64", "paper_32", "paper_16", "light_64"))
+    peers = (*DENSE_PEERS, *(GPU_PEERS if setup.device == "cuda" else ()))
+    small, middle, large = _tokens(scale)
+    few, many = scale.few_experts, scale.many_experts
+    base = FFNCase(scale.model, scale.hidden, dtype=torch.bfloat16, device=setup.device)
+
+    def ffn(experts: int, tokens: int, names: tuple[str, ...] = shapes, **options: Any) -> NamedSection:
+        case = replace(base, experts=experts, tokens=tokens, train=options.pop("train", True))
+        if "dtype" in options:
+            case = replace(case, dtype=options.pop("dtype"))
+        options.setdefault("peers", peers)
+        return NamedSection(f"FFN {case.title}", partial(ffn_section, case, names, setup, **options))
+
+    paper = scale.shape("paper_64")
+    original = ((ORIGINAL, paper),)
+    yield ffn(many, small, train=False, core_peers=original)
+    yield ffn(few, middle, core_peers=original, masked=(paper,))
+    yield ffn(many, middle)
+    yield ffn(few, large, ("separable", "paper_full", paper))
+    yield ffn(many, large, ("separable", paper))
+    for tokens in (1, 8):
+        yield ffn(many, tokens, train=False, peers=("dense experts, grouped_mm", *GPU_PEERS[-1:]), key="decode")
+    yield ffn(few, small, train=False)
+    yield ffn(few, middle, ("separable", paper), dtype=torch.float32, peers=("dense experts, loop",))
+    for top_k in (1, 2):
+        sizes = (scale.model, many, middle, top_k, setup.device)
+        name = f"routing [{middle}, {scale.model}] E={many} K={top_k}"
+        yield NamedSection(name, lambda sizes=sizes: run_section(routing_comparison(*sizes), setup))

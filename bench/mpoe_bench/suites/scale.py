@@ -1,0 +1,56 @@
+"""Sizes of a run, and the peers that every feed-forward case may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DENSE_PEERS = (
+    "dense experts, loop",
+    "dense experts, grouped_mm",
+    "dense experts, one-hot einsum",
+    "transformers Switch",
+)
+GPU_PEERS = ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run: the real ones, or tiny ones for tests.
+
+    Attributes:
+        model, hidden: of the FFN.
+        many_tokens, few_tokens: of a training batch and of a small batch.
+        few_experts, many_experts: E.
+        shapes: names used in the place of the real ones.
+        step_tokens: batch and length of a train step.
+        vocabulary: of the embedding.
+        roof_edge: of the GEMM that measures the machine.
+    """
+
+    model: int = 768
+    hidden: int = 3072
+    many_tokens: int = 2048
+    few_tokens: int = 64
+    few_experts: int = 8
+    many_experts: int = 64
+    shapes: tuple[tuple[str, str], ...] = ()
+    step_tokens: tuple[int, int] = (4, 128)
+    vocabulary: int = 32128
+    roof_edge: int = 2048
+    judged: bool = True
+
+    def shape(self, name: str) -> str:
+        return dict(self.shapes).get(name, name)
+
+
+SCALES = {
+    "real": Scale(),
+    "tiny": Scale(
+        *(48, 96, 32, 8, 4, 8),
+        shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
+        step_tokens=(2, 8),
+        vocabulary=64,
+        roof_edge=128,
+        judged=False,
+    ),
+}

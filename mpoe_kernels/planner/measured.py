@@ -25,12 +25,12 @@ _SCALARS = ("bandwidth", "new_memory_bandwidth", "cache_bandwidth")
 _BY_DTYPE = ("flops", "half_size", "call_seconds")
 
 
-def cache_file() -> Path:
-    """Where the measurements are kept."""
+def cache_file(name: str = "hardware.json") -> Path:
+    """Where measurements are kept."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification ignores relative paths.
     folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "mpoe" / "hardware.json"
+    return folder / "mpoe" / name
 
 
 def _machine() -> str:
@@ -121,10 +121,19 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
     return replace(found, call_seconds=hardware.call_seconds, new_memory_bandwidth=hardware.new_memory_bandwidth)
 
 
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, ``None`` if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write(path: Path, devices: dict[str, Any]) -> None:
+    """Keep the measurements of all devices."""
+    write_json(path, {"version": VERSION, "machine": _machine(), "devices": devices})
+
+
+def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"version": VERSION, "machine": _machine(), "devices": devices}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

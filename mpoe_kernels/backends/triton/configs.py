@@ -6,6 +6,7 @@ entry is compiled ahead of time for its architecture by ``tools/triton_compile.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends.triton import tuning
 from mpoe_kernels.backends.triton.architecture import shared_memory_for, shared_memory_of
-from mpoe_kernels.backends.triton.fused_tiles import GRADIENT_TILES, ROWS_TILES, Cut, FusedTile, Sides, best_tile
+from mpoe_kernels.backends.triton.fused_tiles import Cut, FusedTile, Sides, able_tiles, best_tile, fused_table
 from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile
 
 
@@ -85,16 +86,21 @@ def least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
     )
 
 
-def tile_for(kernel: str, like: Tensor, m: float, n: float, k: float) -> Tile:
-    """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: tuned if it was, else the fixed choice."""
+def tile_for(
+    kernel: str, like: Tensor, m: float, n: float, k: float, launch: Callable[[Tile], object] | None = None
+) -> Tile:
+    """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: the fixed choice, or a measured one.
+
+    ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`.
+    """
     architecture = architecture_of(like.device)
     shipped = _that_fit(candidates(kernel, architecture, like.dtype), like)
     entry = recorded_tile()
     if entry is not None:
         return shipped[min(entry, len(shipped) - 1)].fitted(m, n, k)
     fixed = next((tile for tile in shipped if tile.m <= m), shipped[-1])
-    tuned = tuning.lookup(architecture, kernel, like.dtype, (m, n, k))
-    return (Tile(*tuned) if tuned else fixed).fitted(m, n, k)
+    tiles = list(dict.fromkeys(tile.fitted(m, n, k) for tile in (fixed, *shipped)))
+    return tuning.choose(kernel, like.device, like.dtype, (m, n, k), tiles, launch)
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
@@ -110,20 +116,32 @@ def launch_options(tile: Tile) -> dict[str, Any]:
 
 
 def fused_choice(
-    like: Tensor, sides: Sides, rows: float, purpose: str, tile: FusedTile | None = None
+    like: Tensor,
+    sides: Sides,
+    rows: float,
+    purpose: str,
+    tile: FusedTile | None = None,
+    launch: Callable[[FusedTile], object] | None = None,
 ) -> tuple[FusedTile, Cut]:
     """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its cut of the weight.
+
+    Args:
+        tile: take this one.
+        launch: starts the kernel with a tile, as for `tile_for`.
 
     Raises:
         ValueError: no tile fits; `fused_cost.fused_reasons` says so beforehand.
     """
     architecture = architecture_of(like.device)
-    itemsize = like.dtype.itemsize
-    table = GRADIENT_TILES if purpose == "gradient" else ROWS_TILES
-    tiles = table[architecture][itemsize] if tile is None else (tile,)
+    itemsize, limit = like.dtype.itemsize, shared_memory_for(architecture)
+    tiles = fused_table(purpose)[architecture][itemsize] if tile is None else (tile,)
     if (entry := recorded_tile()) is not None and tile is None:
         tiles = (tiles[min(entry, len(tiles) - 1)],)
-    found = best_tile(tiles, sides, rows, itemsize, shared_memory_for(architecture), purpose)
+    found = best_tile(tiles, sides, rows, itemsize, limit, purpose)
     if found is None:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {architecture}")
-    return found
+    able = dict(able_tiles(tiles, sides, itemsize, limit, purpose))
+    sizes = (rows, *sides.k, *sides.n, sides.a, sides.b)
+    ordered = list(dict.fromkeys((found[0], *able)))
+    chosen = tuning.choose(f"fused {purpose}", like.device, like.dtype, sizes, ordered, launch)
+    return chosen, able[chosen]

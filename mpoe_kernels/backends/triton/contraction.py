@@ -101,6 +101,7 @@ def forward(
                 tail=last == experts,
                 **options,  # type: ignore[arg-type]
             )
+        built.clear()  # or the next experts' weights would be built beside these
 
 
 def backward(

@@ -6,15 +6,14 @@ import torch
 
 from mpoe_kernels.backends.triton.architecture import shared_memory_for
 from mpoe_kernels.backends.triton.fused_tiles import (
-    GRADIENT_TILES,
     MOST_BOND,
-    ROWS_TILES,
     Cut,
     FusedTile,
     Sides,
     best_tile,
     expected_row_tiles,
     filled_up,
+    fused_table,
     rebuild_work,
     step_operands,
 )
@@ -41,7 +40,7 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, architecture: str) -> lis
 def _choice(
     sides: Sides, rows: float, dtype: torch.dtype, architecture: str, purpose: str
 ) -> tuple[FusedTile, Cut] | None:
-    tiles = (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[architecture][dtype.itemsize]
+    tiles = fused_table(purpose)[architecture][dtype.itemsize]
     return best_tile(tiles, sides, rows, dtype.itemsize, shared_memory_for(architecture), purpose)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +98,11 @@ def rows_times_weight(
         return
     sides = Sides.of(dims, transposed)
     purpose = "rows" if half is None else "half"
-    tile, extents = fused_choice(x, sides, slots / experts, purpose, tile)
+    again = partial(
+        rows_times_weight, x, blocks, offsets, out, dims, transposed=transposed, half=half, row_index=row_index,
+        bias=bias, activation=activation, pre=pre,
+    )  # fmt: skip
+    tile, extents = fused_choice(x, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
     row_tiles = cdiv(slots, tile.m) + experts + 1
     _, n_tiles = extents.tiles(sides)
     columns = (dims.in_features, dims.out_features)

@@ -65,6 +65,11 @@ for _table in (ROWS_TILES, GRADIENT_TILES):
 PURPOSES = ("rows", "half", "gradient")  # rows times W, the same with left · central at hand, the blocks' gradients
 
 
+def fused_table(purpose: str) -> Table:
+    """Tiles of the kernels of one of the `PURPOSES`."""
+    return GRADIENT_TILES if purpose == "gradient" else ROWS_TILES
+
+
 class Sides(NamedTuple):
     """Sizes of the left, central and right digits of what a product sums (k) and leaves (n), and the bonds."""
 

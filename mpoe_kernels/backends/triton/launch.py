@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -84,7 +84,12 @@ def rows_times_block(
     grouped = operand.outer != 0
     if slots == 0:
         return out
-    tile = tile or tile_for("rows", rows.data, slots * m.extent / (experts if grouped else 1), n.extent, k.extent)
+    again = partial(
+        rows_times_block, rows, operand, dims, offsets, slots, row_index=row_index, out=out, bias=bias,
+        activation=activation, pre=pre, tail=tail,
+    )  # fmt: skip
+    rows_of_one = slots * m.extent / (experts if grouped else 1)
+    tile = tile or tile_for("rows", rows.data, rows_of_one, n.extent, k.extent, lambda t: again(tile=t))
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy = out.data
@@ -156,7 +161,10 @@ def block_gradient(
         index_map(n_axes, dims, grads, layout),
         index_map(shared, dims, grads, rows),
     )
-    tile = tile or tile_for("outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0])
+    again = partial(block_gradient, rows, grads, name, dims, offsets, row_index=row_index, out=out)
+    tile = tile or tile_for(
+        "outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0], lambda t: again(tile=t)
+    )
     mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
     splits = 1 if grouped else central_splits(rows.data.device, mn_tiles, grads.data.shape[0] * s.extent, tile)
     if out is None:
@@ -221,7 +229,9 @@ def merge_blocks(
         index_map(first.axes & second.axes, dims, second, first),
     )
     experts = offsets.shape[0] - 1
-    tile = tile or tile_for("blocks", first.data, m.extent, n.extent, k.extent)
+    again = partial(merge_blocks, first, second, out, dims, offsets)
+    repeat = None if accumulate else lambda t: again(tile=t)  # what is added must be added once
+    tile = tile or tile_for("blocks", first.data, m.extent, n.extent, k.extent, repeat)
     grid = (cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n), 1 if accumulate else experts)
     start(
         blocks_kernel,

@@ -1,0 +1,84 @@
+"""The fused kernels: what they start, and tiles that cut a weight into many pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_runs import ON_CHIP, Case
+
+from mpoe_kernels import MPOShape
+from mpoe_kernels.backends.triton import contraction, fused_launch, launch, on_chip, start
+from mpoe_kernels.backends.triton.fused_tiles import FusedTile, fused_table
+from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.testing.cases import SMALL_SHAPES
+
+# Factors that are no powers of two, in both directions.
+UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
+
+
+def names(case: Case, strategy: str, backward: bool = False) -> list[str]:
+    """Kernels of the linear families that a case starts on a GPU."""
+    y, h, z = case.forward(strategy)
+    with start.recorded("sm_90") as started:
+        if backward:
+            case.backward(strategy, y, h, z, [True] * 5)
+        else:
+            case.forward(strategy)
+    return [one.kernel.__name__ for one in started]
+
+
+def test_decoding_is_one_launch() -> None:
+    case = Case(UNEVEN, torch.bfloat16, tokens=4, experts=2)
+    assert names(case, ON_CHIP) == ["fused_kernel"]
+
+
+def test_backward_has_a_launch_for_each_gradient() -> None:
+    found = names(Case(UNEVEN, torch.bfloat16, tokens=4, experts=2, activation="relu"), ON_CHIP, backward=True)
+    assert [name for name in found if "fused" in name or "gradient" in name] == [
+        "fused_kernel",
+        "left_gradient_kernel",
+        "left_gradient_kernel",
+        "right_gradient_kernel",
+    ]
+
+
+@pytest.mark.parametrize("shape", [UNEVEN, UNEVEN.mirrored()], ids=["up", "down"])
+def test_half_built_left(shape: MPOShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_chip, "use_half", lambda *_: True)
+    Case(shape, tokens=5, experts=2).check(ON_CHIP)
+
+
+def test_many_small_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = (FusedTile(16, 16, 16, 1 << 20, 1, 1),)
+    for purpose in ("rows", "gradient"):
+        monkeypatch.setitem(fused_table(purpose), "interpreter", {4: tiles})
+    monkeypatch.setattr(fused_launch, "multiprocessors", lambda _: 8)
+    Case(UNEVEN, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)
+
+
+def test_rebuilding_step_by_step_holds_two_weights_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory that lives at once, however many experts there are."""
+    shape = SMALL_SHAPES["paper"]
+    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    alive: dict[int, int] = {}
+    most = 0
+
+    class Counted(torch.Tensor):
+        def __del__(self) -> None:
+            alive.pop(id(self), None)
+
+    def counting(original):
+        def scratch(name, experts, dims, like):
+            nonlocal most
+            found = original(name, experts, dims, like)
+            data = found.data.as_subclass(Counted)
+            alive[id(data)] = data.numel()
+            most = max(most, sum(alive.values()))
+            return type(found)(data, found.strides, found.outer, found.limit)
+
+        return scratch
+
+    for module in (contraction, launch):
+        monkeypatch.setattr(module, "scratch", counting(module.scratch))
+    Case(shape, experts=6).run("rebuild")
+    assert dims.weight_elements < most <= 2 * dims.weight_elements

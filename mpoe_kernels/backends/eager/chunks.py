@@ -9,6 +9,7 @@ whole experts, so that half-built weights stay below two weights' memory and sta
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,8 +34,6 @@ ROWS_IN, ROWS_OUT = ("iL", "iC", "iR"), ("jL", "jC", "jR")
 HALF_SHARE = 0.5
 # States of a chunk of experts (one expert's may be larger): about what a last-level cache holds.
 STATE_BYTES = 32 << 20
-# The same for separable: few enough rows for the cache, enough for its GEMMs with central to lose nothing.
-SEPARABLE_BYTES = 8 << 20
 
 
 class Step(NamedTuple):
@@ -138,9 +137,11 @@ def central_matrix(central: Tensor, step: Step) -> Tensor:
 
 
 def most_slots(dims: BlockDims, strategy: str, itemsize: int) -> int:
-    """Slots of a chunk whose states take no more memory than they may."""
+    """Slots of a chunk whose states take no more memory than they may; separable's are no larger than its results."""
+    if strategy == "separable":
+        return sys.maxsize
     widest = max(step.after for step in applications(dims, program(dims, strategy)[1]))
-    return max(1, (SEPARABLE_BYTES if strategy == "separable" else STATE_BYTES) // (widest * itemsize))
+    return max(1, STATE_BYTES // (widest * itemsize))
 
 
 def chunks_of(blocks: dict[str, Tensor], dims: BlockDims, strategy: str, offsets: list[int]) -> Iterator[Chunk]:

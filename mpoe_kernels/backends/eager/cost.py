@@ -90,10 +90,7 @@ def _rows(plan: Contraction) -> tuple[int, _Traffic]:
     for k, (step, sizes) in enumerate(steps):
         is_last = k == len(steps) - 1
         before, after = plan.slots * sizes.before, plan.slots * sizes.after
-        times = plan.busy_experts
-        if step.operand == "C":
-            times = 1 if separable and not backward else chunks
-        operand = dims.elements(INDICES[step.operand]) * times
+        operand = dims.elements(INDICES[step.operand]) * (chunks if step.operand == "C" else plan.busy_experts)
         matrix = step.met + step.new
         if len(step.operand) > 1:
             traffic.allocate(operand)

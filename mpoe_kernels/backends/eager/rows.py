@@ -83,7 +83,7 @@ def _separable_forward(
     steps: tuple[Step, ...],
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunk by chunk in the same memory; the last states, and what is saved, are written where they belong."""
+    """The last state, and what is saved, are written where they belong."""
     slots = x.shape[0] if row_index is None else row_index.shape[0]
     z = x.new_empty(slots * dims.jC, dims.jR)
     h = x.new_empty(slots * dims.jC, dims.b) if save else None

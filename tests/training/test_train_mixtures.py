@@ -1,0 +1,47 @@
+"""Mixtures of every type and models with an MPO embedding train, and resume to the same weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .tiny import make_trainer, mpoe_model, weights
+
+# The older name of activation checkpointing, which every Transformers 5 knows.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "moe": {"moe_type": "moe", "router": {"jitter": 0.1}},
+    "moe_dense": {"moe_type": "moe", "expert_type": "dense", "router": None},
+    "none": {"moe_type": "none", "router": None},
+    "embedding": {"target_modules": ["ffn", "attention", "embedding"]},
+}
+
+
+def run(folder: Path, family: str, config: dict[str, Any], **options: Any) -> Any:
+    torch.manual_seed(0)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_checkpointing": True}
+    model = mpoe_model(family, dropout=0.1, **config)
+    if any(name.endswith(".central") for name, _ in model.named_parameters()):
+        saving["gradient_mask_prob"] = 0.5
+    return make_trainer(folder, family, model, **saving, **options)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_resumes_to_the_same_weights(tmp_path: Path, family: str, name: str) -> None:
+    start = weights(run(tmp_path / "start", family, CONFIGS[name]).model)
+    whole = run(tmp_path / "run", family, CONFIGS[name])
+    whole.train()
+    expected = weights(whole.model)
+    assert all(torch.isfinite(value).all() for value in expected.values())
+    still = [key for key, value in expected.items() if torch.equal(value, start[key])]
+    assert not [key for key in still if not key.endswith(".central")]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = run(tmp_path / "run", family, CONFIGS[name])
+    resumed.train(resume_from_checkpoint=True)
+    for key, value in weights(resumed.model).items():
+        assert torch.equal(value, expected[key]), key

@@ -6,7 +6,6 @@ what the defaults build.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.experiment import ExperimentOptions, take_layers
 from mpoe.cli.measures import MeasureOptions, measured
 from mpoe.cli.options import ExpertOptions
@@ -23,12 +21,12 @@ from mpoe.cli.parsing import make_parser, option_names, parse
 from mpoe.cli.scoring import encode_task
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.cli.train import RunOptions, order_items
-from mpoe.cli.train import command as train
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
 from mpoe.models.components import component_of
-from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_cores, read_metrics
+from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_cores
 
+from .small_data import write_task
 from .tiny import dense_model, make_trainer, mpoe_model
 
 GROUPS = [RunOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions, MPOETrainingArguments]
@@ -96,17 +94,6 @@ def bonds(model: Any) -> dict[str, int]:
 
 def layers(model: Any) -> list[MPOEFeedForward]:
     return [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
-
-
-def write_task(folder: Path, rows: int = 40, word: str = "film") -> Path:
-    folder.mkdir(parents=True)
-    for split, size in (("train", rows), ("validation", 16), ("test", 8)):
-        lines = [
-            {"sentence": f"the {word} of {split} number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2}
-            for i in range(size)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def tasks(*flags: object, seed: int = 0, field: str = "tasks") -> list[Any]:
@@ -382,34 +369,3 @@ def _load_experiment(folder: Path) -> None:
     assert read(ExperimentOptions, "--load_layer", "noload").load_layer == []
     with pytest.raises(ValueError, match="load_layer needs load_experiment"):
         ExperimentOptions(load_layer=["mlp"])
-
-
-def test_runs_report_and_go_on_from_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("one", "other"):
-        write_task(tmp_path / "data" / name)
-    first, second = tmp_path / "first", tmp_path / "second"
-    data = ["--data_dir", tmp_path / "data", "--eval_tasks", "other", "--n_val", 4]
-    common = ["--per_device_train_batch_size", 4, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
-    flags = [*data, "--tasks", "one", *common, "--num_experts", 2]
-    reports = ["--compute_time", "--compute_memory", "--print_num_parameters"]
-    train([str(flag) for flag in [*flags, *reports, "--output_dir", first]])
-    out = capsys.readouterr().out
-    assert all(words in out for words in ("trainable", "per step of 4 items", "most memory used"))
-    results = json.loads((first / "results.json").read_text())
-    assert set(results["validation"]) == {"other"}
-    assert results["time"]["seconds_per_step"] > 0
-    assert results["memory"]["peak_bytes"] > 0
-
-    (first / "config.json").rename(first / "config.away")  # as after a kill: no final model, but a checkpoint
-    go_on = [*data, "--tasks", "one", *common, "--load_experiment", first, "--learning_rate", 1e-12]
-    train([str(flag) for flag in [*go_on, "--output_dir", second]])
-    again = json.loads((second / "results.json").read_text())
-    assert again["model"] == str(first / "checkpoint-1")
-    assert again["class"] == "MPOET5ForConditionalGeneration"
-    evaluation = [r for r in read_metrics(second) if "eval_loss" in r][-1]
-    assert evaluation["eval_loss"] == pytest.approx(
-        [r for r in read_metrics(first) if "eval_loss" in r][-1]["eval_loss"]
-    )
-
-    flags = ["--load_experiment", second, "--split", "validation", *data]
-    assert evaluate([str(flag) for flag in flags]) == again["validation"]

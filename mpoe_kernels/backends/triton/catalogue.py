@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
+from mpoe_kernels.backends.triton.fused_cost import fused_reasons
 from mpoe_kernels.backends.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
-from mpoe_kernels.backends.triton.start import Launch, recorded
+from mpoe_kernels.backends.triton.start import Launch, architecture_of, recorded
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
 
@@ -83,9 +84,11 @@ def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, p
     return [*found, ON_CHIP] if fits else found
 
 
-def _way(strategy: str, argument: Any) -> tuple[str, Any, bool]:
+def _way(strategy: str, argument: Any, dims: BlockDims, dtype: torch.dtype) -> tuple[str, Any, bool]:
     """The last arguments of the linear kernels: strategy, ``argument``, and whether weights stay on chip."""
-    return "rebuild" if strategy == ON_CHIP else strategy, argument, strategy == ON_CHIP
+    if strategy != ON_CHIP:
+        return strategy, argument, False
+    return "rebuild", argument, not fused_reasons(dims, dtype, architecture_of(torch.device("meta")))
 
 
 def run_forward(
@@ -101,7 +104,7 @@ def run_forward(
         dims.in_features,
         dims.out_features,
         activation,
-        *_way(strategy, True),
+        *_way(strategy, True, dims, dtype),
     )
 
 
@@ -128,7 +131,7 @@ def run_backward(
         dims.in_features,
         dims.out_features,
         activation,
-        *_way(strategy, need),
+        *_way(strategy, need, dims, dtype),
     )
 
 

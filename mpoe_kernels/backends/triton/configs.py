@@ -135,7 +135,7 @@ def fused_choice(
     architecture = architecture_of(like.device)
     itemsize, limit = like.dtype.itemsize, shared_memory_for(architecture)
     tiles = fused_table(purpose)[architecture][itemsize] if tile is None else (tile,)
-    if (entry := recorded_tile()) is not None and tile is None:
+    if (entry := recorded_tile()) is not None and tile is None and tiles:
         tiles = (tiles[min(entry, len(tiles) - 1)],)
     found = best_tile(tiles, sides, rows, itemsize, limit, purpose)
     if found is None:

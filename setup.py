@@ -1,9 +1,10 @@
 """Builds the native kernels with CMake where that is possible; the metadata is in pyproject.toml.
 
-The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build if a compiler, CMake and torch are there, else
-install without and say so), ``cpu`` (build or fail), ``cuda`` (not yet), ``none``. torch comes from the running
-interpreter, so a native build needs ``pip install --no-build-isolation``. ``CMAKE_ARGS`` is passed on;
-``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
+The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a compiler, CMake and torch
+are there, the CUDA kernels if nvcc is too; else install without and say so), ``cpu`` (those alone, or fail), ``cuda``
+(both, or fail), ``none``. torch comes from the running interpreter, so a native build needs ``pip install
+--no-build-isolation``. ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the
+CUDA compiler. ``CMAKE_ARGS`` is passed on; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -25,12 +27,27 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mpoe_kernels"
-LIBRARY = "_C.abi3.so"
-# Written instead of the library; the loader quotes it (mpoe_kernels/backends/native/load.py).
-REASON_FILE = "_native_missing.txt"
 OLDEST_TORCH = (2, 11)
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not check without build isolation
 CHOICES = ("auto", "cpu", "cuda", "none")
+
+
+class Module(NamedTuple):
+    """A compiled library: its CMake target, and the file with the reason where there is none.
+
+    The loaders quote the reason: mpoe_kernels/backends/{native,cuda}/load.py.
+    """
+
+    target: str
+    reason_file: str
+
+    @property
+    def library(self) -> str:
+        return f"{self.target}.abi3.so"
+
+
+NATIVE = Module("_C", "_native_missing.txt")
+CUDA = Module("_C_cuda", "_cuda_missing.txt")
 
 
 def torch_folder() -> Path | None:
@@ -52,8 +69,26 @@ def compiler() -> str | None:
     return next(filter(None, map(program, ("c++", "g++", "clang++"))), None)
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler: ``CUDACXX``, on PATH, or where the toolkit usually is."""
+    named = os.environ.get("CUDACXX")
+    return shutil.which(named) if named else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cmake_architectures(listed: str) -> str:
+    """``TORCH_CUDA_ARCH_LIST`` in CMake's words: ``"8.0;9.0a+PTX"`` becomes ``"80-real;90a-real;90a-virtual"``."""
+    names = []
+    for word in listed.replace(",", " ").replace(";", " ").split():
+        number, plus, kind = word.partition("+")
+        if not re.fullmatch(r"\d+\.\d[af]?", number) or (plus and kind != "PTX"):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got {word!r}")
+        number = number.replace(".", "")
+        names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
+    return ";".join(names)
+
+
 def obstacle() -> str | None:
-    """Why the kernels cannot be built here; None: they can."""
+    """Why no kernels can be built here; None: those for CPUs can."""
     if not sys.platform.startswith(("linux", "darwin")):
         return f"native kernels are built on Linux and macOS only, this is {sys.platform}"
     if torch_folder() is None:
@@ -69,19 +104,24 @@ def obstacle() -> str | None:
     return None if program("cmake") else "CMake was not found"
 
 
-def decide() -> str | None:
-    """Reason for an install without native kernels; None: build them."""
+def decide() -> dict[Module, str]:
+    """The libraries that are not built, with the reason."""
     choice = os.environ.get("MPOE_BUILD", "auto")
     if choice not in CHOICES:
         raise SystemExit(f"MPOE_BUILD must be one of {', '.join(CHOICES)}; got {choice!r}")
-    if choice == "cuda":
-        raise SystemExit("MPOE_BUILD=cuda: this version has no CUDA kernels yet; use auto, cpu or none")
     if choice == "none":
-        return "MPOE_BUILD=none was set when the package was built"
+        return dict.fromkeys((NATIVE, CUDA), "MPOE_BUILD=none was set when the package was built")
     reason = obstacle()
-    if reason and choice == "cpu":
-        raise SystemExit(f"MPOE_BUILD=cpu: {reason}")
-    return reason
+    where = os.environ.get("CUDACXX") or "CUDACXX, PATH, /usr/local/cuda"
+    without_nvcc = None if nvcc() else f"nvcc was not found ({where})"
+    failing = reason or (without_nvcc if choice == "cuda" else None)
+    if failing and choice != "auto":
+        raise SystemExit(f"MPOE_BUILD={choice}: {failing}")
+    if reason:
+        return dict.fromkeys((NATIVE, CUDA), reason)
+    if choice == "cpu":
+        return {CUDA: "MPOE_BUILD=cpu was set when the package was built"}
+    return {CUDA: without_nvcc} if without_nvcc else {}
 
 
 def publish(source: Path | str, target: Path) -> None:
@@ -95,12 +135,15 @@ def publish(source: Path | str, target: Path) -> None:
     os.replace(part, target)
 
 
-def record_missing(reason: str, folder: Path) -> None:
-    print(f"mpoe: native kernels are not built, the eager backend will be used: {reason}", file=sys.stderr)
-    publish(reason + "\n", folder / REASON_FILE)
+def record_missing(module: Module, reason: str, folder: Path) -> None:
+    if module is NATIVE:
+        print(f"mpoe: native kernels are not built, the eager backend will be used: {reason}", file=sys.stderr)
+    elif NATIVE not in MISSING:
+        print(f"mpoe: CUDA kernels are not built: {reason}", file=sys.stderr)
+    publish(reason + "\n", folder / module.reason_file)
 
 
-def run_cmake(folder: Path, version: str) -> Path:
+def run_cmake(module: Module, folder: Path, version: str) -> Path:
     """Configure and build; the path of the library.
 
     Raises:
@@ -109,15 +152,19 @@ def run_cmake(folder: Path, version: str) -> Path:
     cmake, ninja = program("cmake"), program("ninja")
     assert cmake is not None
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     arguments = [
+        *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
         *(f"-DMPOE_TORCH_DIR={torch_folder()}", f"-DMPOE_VERSION={version}"),
         f"-DMPOE_TORCH_VERSION={importlib.metadata.version('torch')}",
-        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
-    subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *arguments], check=True)
-    subprocess.run([cmake, "--build", str(folder)], check=True)
-    return folder / LIBRARY
+    if module is CUDA:
+        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+        if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(listed)}")
+    arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *arguments], check=True)
+    subprocess.run([cmake, "--build", str(folder), "--target", module.target], check=True)
+    return folder / module.library
 
 
 class BuildNative(build_ext):
@@ -126,30 +173,39 @@ class BuildNative(build_ext):
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         target = (ROOT if in_place else Path(self.build_lib)) / PACKAGE
+        for module in (NATIVE, CUDA):
+            reason = MISSING.get(module) or self.build_module(module, target)
+            if reason:
+                record_missing(module, reason, target)
+
+    def build_module(self, module: Module, target: Path) -> str | None:
+        """Build and publish; why that failed, where the install may go on without."""
         try:
-            library = run_cmake(Path(self.build_temp) / "native", self.distribution.get_version())
+            library = run_cmake(module, Path(self.build_temp) / module.target, self.distribution.get_version())
         except subprocess.CalledProcessError as error:
             step = "compiling" if "--build" in error.cmd else "configuring"
             reason = f"{step} them failed; pip install -v shows the messages"
-            if os.environ.get("MPOE_BUILD") == "cpu":
-                raise SystemExit(f"MPOE_BUILD=cpu: {reason}") from None
-            record_missing(reason, target)
-            return
-        publish(library, target / LIBRARY)
-        (target / REASON_FILE).unlink(missing_ok=True)
+            choice = os.environ.get("MPOE_BUILD", "auto")
+            if choice != "auto":
+                raise SystemExit(f"MPOE_BUILD={choice}: {reason}") from None
+            return reason
+        publish(library, target / module.library)
+        (target / module.reason_file).unlink(missing_ok=True)
+        return None
 
     def get_outputs(self) -> list[str]:
-        built = Path(self.build_lib) / PACKAGE / LIBRARY
-        return [str(built)] if built.is_file() else []
+        built = [Path(self.build_lib) / PACKAGE / module.library for module in (NATIVE, CUDA)]
+        return [str(path) for path in built if path.is_file()]
 
 
 class BuildPython(build_py):
-    """Leaves the reason where there is no native build."""
+    """Leaves the reasons where nothing is built; else `BuildNative` does."""
 
     def run(self) -> None:
         super().run()
-        if MISSING is not None:
-            record_missing(MISSING, (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE)
+        if NATIVE in MISSING:
+            for module, reason in MISSING.items():
+                record_missing(module, reason, (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE)
 
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
@@ -159,7 +215,7 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     )
 MISSING = decide()
 setup(
-    ext_modules=[] if MISSING else [Extension(f"{PACKAGE}._C", sources=[], py_limited_api=True)],
+    ext_modules=[] if NATIVE in MISSING else [Extension(f"{PACKAGE}._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-    options={} if MISSING else {"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if NATIVE in MISSING else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,4 +1,5 @@
-// Checks and conversions that all bindings share. Only csrc/*.cpp may include it: kernels know nothing of torch.
+// Checks and conversions that all bindings share. Only bindings (csrc/*.cpp, csrc/cuda/bind*) include it: kernels know
+// nothing of torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mpoe_kernels.backends.compiled import CompiledLibrary
+from mpoe_kernels.backends.cuda.load import CUDA_LIBRARY
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.backends.registry import backend_reasons
 from mpoe_kernels.version import __version__
@@ -46,6 +48,10 @@ def _devices() -> list[str]:
     return devices
 
 
+def _told(library: CompiledLibrary) -> dict[str, str] | None:
+    return None if library.reasons else {**library.info, "path": str(library.path)}
+
+
 def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Everything that `show` prints, JSON-able.
 
@@ -55,9 +61,9 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     Returns:
         ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
         this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels; ``torch_isa``: the
-        instructions torch uses. ``native``: what the compiled kernels were built from and which instructions they
-        use, see `NativeLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here, an empty
-        list if it can.
+        instructions torch uses. ``native``, ``cuda``: what the compiled kernels were built from and which instructions
+        they use, see `CompiledLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here, an
+        empty list if it can.
     """
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else toolkit
@@ -71,7 +77,8 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "native": {**NATIVE_LIBRARY.info, "path": str(NATIVE_LIBRARY.path)} if not NATIVE_LIBRARY.reasons else None,
+        "native": _told(NATIVE_LIBRARY),
+        "cuda": _told(CUDA_LIBRARY),
         "backends": backend_reasons(),
     }
 
@@ -87,6 +94,14 @@ def native_summary(native: dict[str, str] | None) -> str:
     )
 
 
+def cuda_summary(cuda: dict[str, str] | None) -> str:
+    """One line about the compiled CUDA kernels."""
+    if cuda is None:
+        return "no (see below)"
+    architectures = cuda["architectures"].replace(" ", ", ")
+    return f"built by {cuda['compiler']} against torch {cuda['torch']} for {architectures}"
+
+
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts but for the backends, as (name, text)."""
     return [
@@ -96,6 +111,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("devices", ", ".join(facts["devices"])),
         ("cores", f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and {facts['torch_isa']}"),
         ("native kernels", native_summary(facts["native"])),
+        ("CUDA kernels", cuda_summary(facts["cuda"])),
     ]
 
 

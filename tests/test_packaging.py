@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels.backends.native.load import BUILD_COMMAND
+from mpoe_kernels.backends.compiled import BUILD_COMMAND
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -23,8 +23,9 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run with the environment of this process, without its PYTHONPATH; output and errors together."""
+    """Run with the environment of this process, without its PYTHONPATH and nvcc; output and errors together."""
     base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MPOE_BUILD", "CXX")}
+    base["CUDACXX"] = "absent"  # CUDA kernels take minutes
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -129,7 +130,7 @@ def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
     wanted = {name for name in tracked if (ROOT / name).is_file()}
     assert wanted - names == set()
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert [name for name in names if name.endswith((".so", "_native_missing.txt", ".pyc"))] == []
+    assert [name for name in names if name.endswith((".so", "_missing.txt", ".pyc"))] == []
 
 
 @needs_compiler
@@ -142,12 +143,15 @@ def test_with_compiler_and_torch_the_wheel_is_native(source: Path, tmp_path: Pat
         names = archive.namelist()
     assert [n for n in names if n.endswith(".so")] == ["mpoe_kernels/_C.abi3.so"]
     assert [n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))] == []
+    assert "mpoe_kernels/backends/measured.json" in names
 
     python = environment(tmp_path / "user")
     done(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     facts = facts_of(python, tmp_path)
     assert facts["backends"]["native"] == []
     assert facts["native"]["path"].startswith(str(tmp_path))
+    assert facts["cuda"] is None
+    assert facts["backends"]["cuda"][0] == "it was not built: nvcc was not found (absent)"
     code = (
         "import torch; from mpoe_kernels import combine, dispatch, route\n"
         "index, x = torch.randint(0, 3, (9, 2)), torch.randn(9, 5)\n"
@@ -212,6 +216,8 @@ def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
         assert answer.returncode != 0
         assert message in answer.stdout
         assert "Traceback" not in answer.stdout
+    answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cuda", PATH=f"{path}:{os.environ['PATH']}")
+    assert "MPOE_BUILD=cuda: nvcc was not found (absent)" in answer.stdout
     install(python, source, MPOE_BUILD="none")
     reasons = facts_of(python, tmp_path)["backends"]["native"]
     assert reasons == ["it was not built: MPOE_BUILD=none was set when the package was built"]
@@ -228,6 +234,28 @@ def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
     done(python, *BUILD_COMMAND.split()[1:], cwd=source, MPOE_BUILD="cpu")
     assert not (package / "_native_missing.txt").exists()
     assert facts_of(python, tmp_path)["native"]["path"] == str(package / "_C.abi3.so")
+
+
+@pytest.mark.parametrize(
+    ("listed", "architectures"),
+    [
+        ("8.0;9.0a;10.0+PTX", "80-real;90a-real;100-real;100-virtual"),
+        ("8.0 8.6", "80-real;86-real"),
+        ("Hopper", None),
+        ("9.0+ptx", None),
+    ],
+)
+def test_architectures_in_the_words_of_torch(listed: str, architectures: str | None) -> None:
+    code = (
+        "import setuptools; setuptools.setup = lambda **options: None\n"
+        "names = {'__file__': 'setup.py', '__name__': 'setup'}; exec(open('setup.py').read(), names)\n"
+        f"print(names['cmake_architectures']({listed!r}))"
+    )
+    answer = run(sys.executable, "-c", code, cwd=ROOT)
+    if architectures:
+        assert answer.stdout.splitlines()[-1] == architectures
+    else:
+        assert "TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got" in answer.stdout
 
 
 def test_an_old_setuptools_is_named(source: Path) -> None:

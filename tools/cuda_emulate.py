@@ -1,31 +1,46 @@
 """Compiles the CUDA kernels for the CPU with the emulator of csrc/emu: `python tools/cuda_emulate.py [sanitizer]`.
 
-Prints the path of the shared library, which tests load with ctypes. What is compiled is kept in build/emulated by a
-hash of everything that went into it, so a second call is free. Sanitizers: ``address`` (with undefined behaviour),
-``thread``.
+Prints the path of the shared library: the ops ``torch.ops.mpoe_emulated`` and a Python module that steers the emulator.
+What is compiled is kept in build/emulated by a hash of everything that went into it, so a second call is free.
+Sanitizers: ``address`` (with undefined behaviour), ``thread``.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulated"
 SANITIZERS = {"": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-DEFINES = ["-DMPOE_CUDA_EMULATED", f"-I{ROOT / 'csrc'}"]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-EMULATOR = ROOT / "csrc" / "emu" / "emulator.cpp"
-LIBRARY = [*KERNELS, EMULATOR, ROOT / "csrc" / "emu" / "capi.cpp"]
-PROBE = [EMULATOR, ROOT / "csrc" / "emu" / "probe_main.cpp"]
-SWEEP = [*KERNELS, EMULATOR, ROOT / "csrc" / "emu" / "sweep_main.cpp"]
+DEFINES = ["-DMPOE_CUDA_EMULATED"]
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+EMULATOR = CSRC / "emu" / "emulator.cpp"
+# What needs the headers of torch or pybind11.
+PYTHON = [*sorted((CSRC / "cuda").glob("bind_*.cpp")), CSRC / "emu" / "module.cpp"]
+LIBRARY = [*KERNELS, EMULATOR, *PYTHON]
+PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
+# Programs that run kernels without Python; tests/truth.cpp knows the right results.
+_COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
+SWEEPS = {
+    "linear": [
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("linear", "steps", "pointwise", "contract", "contract_bfloat16")),
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("panel", "panel_bfloat16", "few")),
+        *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
+    ],
+    "routing": [CSRC / "cuda" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],
+}
 
 
 def compiler() -> str | None:
@@ -40,10 +55,31 @@ def _hash(words: Sequence[str], files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _headers() -> list[Path]:
-    """Everything that a source may include."""
-    folders = (ROOT / "csrc" / folder for folder in ("common", "cuda", "emu"))
-    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh"))
+def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
+    """What a source includes from ``folders`` (the first that has it) or beside itself, directly and indirectly."""
+    found: list[Path] = []
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            places = [folder / name for folder in (path.parent, *folders)]
+            header = next((place.resolve() for place in places if place.is_file()), None)
+            if header and header not in found:
+                found.append(header)
+                waiting.append(header)
+    return sorted(found)
+
+
+def _python_flags() -> list[str]:
+    """Includes of the stable ABI of torch, of pybind11 and of Python."""
+    folders = [sysconfig.get_paths()["include"]]
+    for package in ("torch", "pybind11"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise RuntimeError(f"the emulated ops need the package {package}")
+        folders.append(str(Path(spec.submodule_search_locations[0]) / "include"))
+    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    return [*defines, *(word for folder in folders for word in ("-isystem", folder))]
 
 
 def _make(target: Path, command: Sequence[str]) -> Path:
@@ -62,14 +98,14 @@ def _make(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
-def build(name: str, sources: Sequence[Path], sanitizer: str = "", defines: Sequence[str] = ()) -> Path:
+def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path | None = None) -> Path:
     """Path of the shared library (``name`` ends in .so) or program, compiled unless it is there already.
 
     Args:
         name: file name of the result.
         sources: C++ or CUDA files.
         sanitizer: key of `SANITIZERS`.
-        defines: further flags of the compiler.
+        overlay: folder like csrc; its files take the place of those in csrc.
 
     Raises:
         RuntimeError: no compiler, or the compiler's message.
@@ -77,23 +113,42 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", defines: Sequ
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found; set CXX")
-    flags = [*FLAGS, *DEFINES, *SANITIZERS[sanitizer], *defines]
-    headers = _headers()
-    keys = {source: _hash([cxx, *flags], [source, *headers]) for source in sources}
-    target = CACHE / _hash([name, *keys.values()], []) / name
-    if target.exists():
-        return target
-    objects = [
-        str(_make(CACHE / "objects" / f"{source.stem}-{key}.o", [cxx, *flags, "-x", "c++", "-c", str(source)]))
-        for source, key in keys.items()
-    ]
-    shared = ["-shared"] if name.endswith(".so") else []
-    return _make(target, [cxx, *flags, *shared, *objects])
+    folders = [CSRC] if overlay is None else [overlay, CSRC]
+    base = [cxx, *FLAGS, *DEFINES, *SANITIZERS[sanitizer], *(f"-I{folder}" for folder in folders)]
+    objects, keys = [], []
+    for source in sources:
+        flags = [*base, *(_python_flags() if source in PYTHON else ())]
+        if overlay and source.is_relative_to(CSRC) and (overlay / source.relative_to(CSRC)).is_file():
+            source = overlay / source.relative_to(CSRC)
+        headers = _headers(source, folders)
+        # Where nothing of the overlay is read, the object of the plain build serves.
+        changed = overlay is not None and any(path.is_relative_to(overlay) for path in (source, *headers))
+        used = flags if changed else [flag for flag in flags if overlay is None or flag != f"-I{overlay}"]
+        keys.append(_hash(used, [source, *headers]))
+        compiled = CACHE / "objects" / f"{source.stem}-{keys[-1]}.o"
+        objects.append(str(_make(compiled, [*used, "-x", "c++", "-c", str(source)])))
+    target = CACHE / _hash([name, *keys], []) / name
+    if not name.endswith(".so"):
+        return _make(target, [*base, *objects])
+    libraries = [f"-L{_torch_libraries()}", "-ltorch_cpu"] if set(sources) & set(PYTHON) else []
+    return _make(target, [*base, "-shared", *objects, *libraries])
+
+
+def _torch_libraries() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "lib"
 
 
 def library(sanitizer: str = "") -> Path:
-    """The emulated kernels behind the interface of csrc/emu/capi.cpp."""
-    return build("libmpoe_emulated.so", LIBRARY, sanitizer)
+    """The emulated kernels as ops of torch, with the module of csrc/emu/module.cpp."""
+    return build("mpoe_emulated.so", LIBRARY, sanitizer)
+
+
+def sweep(part: str, sanitizer: str = "", overlay: Path | None = None) -> Path:
+    """The program that runs and checks the kernels of a part (key of `SWEEPS`); see csrc/emu/sweep.h."""
+    return build(f"sweep_{part}", SWEEPS[part], sanitizer, overlay)
 
 
 def main() -> int:

@@ -32,7 +32,6 @@ struct Config {
   std::size_t max_shared = 227 * 1024;
   int multiprocessors = 4;
   std::size_t stack_bytes = 64 * 1024;
-  int planted = 0;  // which planted bug is on, in builds that have any (tools/cuda_planted.py)
 };
 struct Stats {
   std::uint64_t launches = 0, blocks = 0, mma = 0, ldmatrix = 0, ldmatrix_wavefronts = 0, cp_async = 0, barriers = 0;

@@ -1,13 +1,15 @@
 // Routing under sanitizers: sort, dispatch, combine and its gradients against loops, with 1 and 3 threads.
 #include "check.h"
 #include "cpu/routing.h"
+#include "sorted.h"
 
 namespace mpoe {
 namespace {
 
 using check::Array;
+using check::Index;
 using check::require;
-using Index = std::vector<std::int64_t>;
+using check::Sorted;
 
 struct Case {
   std::int64_t tokens, top_k, experts, capacity;
@@ -19,37 +21,6 @@ const Case kCases[] = {
     {23, 3, 5, 6, true, false},  {19, 1, 6, 1, false, true},      {40'000, 1, 5, -1, true, false},
     {9'000, 2, 3, 5'000, false, false}, {20'000, 2, 2, 7'000, true, true},
 };
-
-struct Sorted {
-  std::vector<std::int32_t> offsets;
-  Index token_of_slot, slot_of_token;
-  bool operator==(const Sorted&) const = default;
-};
-
-// First choices of all tokens are counted before second ones; slots keep the order of (token, choice).
-Sorted by_loops(const Case& c, const Index& index, const bool* mask) {
-  Index expert(index);
-  for (std::int64_t t = 0; t < c.tokens; ++t)
-    for (std::int64_t k = 0; k < c.top_k; ++k)
-      if (mask != nullptr && !mask[t]) expert[t * c.top_k + k] = c.experts;
-  Index count(c.experts);
-  for (std::int64_t k = 0; k < c.top_k; ++k)
-    for (std::int64_t t = 0; t < c.tokens; ++t) {
-      std::int64_t& e = expert[t * c.top_k + k];
-      if (e < c.experts && c.capacity >= 0 && count[e] >= c.capacity) e = c.experts;
-      if (e < c.experts) ++count[e];
-    }
-  Sorted sorted{.offsets = {}, .token_of_slot = {}, .slot_of_token = Index(index.size(), -1)};
-  for (std::int64_t e = 0; e <= c.experts; ++e) {
-    sorted.offsets.push_back(static_cast<std::int32_t>(sorted.token_of_slot.size()));
-    for (std::size_t p = 0; p < expert.size(); ++p) {
-      if (expert[p] != e) continue;
-      if (e < c.experts) sorted.slot_of_token[p] = static_cast<std::int64_t>(sorted.token_of_slot.size());
-      sorted.token_of_slot.push_back(static_cast<std::int64_t>(p) / c.top_k);
-    }
-  }
-  return sorted;
-}
 
 void check_rows(const Case& c, const Sorted& sorted, Dtype dtype, std::int64_t features, check::Random& random) {
   const std::string what = std::string(check::name_of(dtype)) + " rows of " + std::to_string(features);
@@ -116,7 +87,7 @@ void check_case(const Case& c, int number) {
   const bool* mask = c.masked ? reinterpret_cast<const bool*>(kept.data()) : nullptr;
   require(first_outside(index.data(), pairs, 0, c.experts - 1) == -1, "first_outside finds nothing");
   if (pairs > 0) require(first_outside(index.data(), pairs, 0, -1) == 0, "first_outside finds the first");
-  const Sorted expected = by_loops(c, index, mask);
+  const Sorted expected = check::sort_by_loops(c.tokens, c.top_k, c.experts, c.capacity, index, mask);
   for (const int threads : {1, 3}) {
     set_threads(threads);
     Sorted sorted{std::vector<std::int32_t>(c.experts + 1, -7), Index(pairs, -7), Index(pairs, -7)};

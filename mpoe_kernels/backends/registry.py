@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpoe_kernels.backends import measured
 from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_here
 from mpoe_kernels.planner.contraction import Need
 
@@ -66,7 +67,7 @@ class Backend:
         predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without strategies.
         contraction_reasons: why it cannot compute a contraction (empty list: it can).
         predicted_seconds: of a contraction; the cheapest pair of backend and strategy is chosen. Default: the
-            planner's roofline.
+            planner's roofline. A time in `measured` takes its place.
     """
 
     name: str
@@ -205,6 +206,7 @@ def _resolve(
     sizes = (dims, num_experts, slots, dtype, phase, need, False, device_type)
     plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
     request = Request(op, device_type, dtype)
+    table = measured.table_here(device_type)
     refused: dict[str, list[str]] = {}
     able: list[tuple[float, Choice]] = []
     for backend in backends:
@@ -214,7 +216,8 @@ def _resolve(
         for plan in plans:
             own = backend.contraction_reasons(plan)
             if not reasons and not own:
-                able.append((backend.predicted_seconds(plan), Choice(backend.kernels[op], plan.strategy, backend.name)))
+                seconds = measured.seconds_of(table, backend.name, plan) or backend.predicted_seconds(plan)
+                able.append((seconds, Choice(backend.kernels[op], plan.strategy, backend.name)))
             reasons_of_plans = refused.setdefault(backend.name, list(reasons))
             reasons_of_plans += [reason for reason in own if reason not in reasons_of_plans]
     if able:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 
 import pytest
-from emulation import cuda_emulate
+from emulation import missing
 
-_REASON = "no C++ compiler was found" if cuda_emulate.compiler() is None else ""
-if platform.machine() not in ("x86_64", "AMD64"):
-    _REASON = "the emulator switches stacks on x86-64 only"
+_REASON = "; ".join(missing())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import DTYPES, SCHEDULES, Schedule, call, integers, nan, pointers, schedule
+from emulation import OPS, SCHEDULES, Schedule, library, schedule
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import mpo_embedding_reference
-from mpoe_kernels.testing.assertions import assert_calibrated
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 NAMES = ("y", "dleft", "dcentral", "dright")
@@ -19,14 +18,11 @@ WIDE = MPOShape((8, 6, 8), (8, 2, 8), max_bond=16)  # multiples of 16 bytes
 
 def run(shape: MPOShape, blocks: list[Tensor], ids: Tensor, grad: Tensor) -> list[Tensor]:
     """``y`` and the gradients of the blocks; results begin as NaN."""
-    dims = BlockDims.of_blocks(*blocks, shape.in_features, shape.out_features)
-    dtype = blocks[0].dtype
-    sizes = integers([DTYPES[dtype], len(ids), shape.in_features, shape.out_features, *dims[:8]])
-    y = nan(len(ids), shape.out_features, dtype=dtype)
-    grads = [nan(*block.shape, dtype=dtype) for block in blocks]
-    call("mpoe_emu_embedding", sizes, pointers([ids, *blocks, y]), 0)
-    call("mpoe_emu_embedding", sizes, pointers([ids, *blocks, grad, *grads]), 1)
-    return [y, *grads]
+    library()
+    sizes = (shape.in_features, shape.out_features, False)
+    with poisoned_memory():
+        y = OPS.embedding_forward(ids, *blocks, *sizes)
+        return [y, *OPS.embedding_backward(grad, ids, *blocks, *sizes)]
 
 
 def reference(shape: MPOShape, blocks: list[Tensor], ids: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -77,5 +73,5 @@ def test_digits_beyond_the_counting_sort_are_refused() -> None:
     shape = MPOShape((2, 5000, 2), (1, 1, 1))
     blocks = random_blocks(shape, 1)
     rounded = [t.float() for t in (blocks.left, blocks.central, blocks.right)]
-    with pytest.raises(RuntimeError, match="5000 values"):
+    with pytest.raises(ValueError, match="5000 values"):
         run(shape, rounded, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1))

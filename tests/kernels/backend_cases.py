@@ -15,7 +15,8 @@ from mpoe_kernels.backends.registry import Request, resolve_contraction, select
 from mpoe_kernels.planner import STRATEGIES, BlockDims
 from mpoe_kernels.testing.cases import random_cores
 
-BACKENDS = ("eager", "native")
+# ``MPOE_TEST_BACKENDS`` names others, as tests/cuda/test_public_ops.py does.
+BACKENDS = tuple(os.environ.get("MPOE_TEST_BACKENDS", "eager native").split())
 # float64 first: where a backend has it, gradients are checked by finite differences too.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "grouped_mpo_linear"

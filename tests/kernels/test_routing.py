@@ -120,7 +120,7 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
 
 @on_every_backend
 def test_dispatch_and_combine_equal_loops_even_with_poisoned_input(backend: str) -> None:
-    require(backend)
+    require(backend, "combine", torch.float64)
     with use_backend(backend):
         check_poisoned_input()
 
@@ -143,7 +143,7 @@ def check_poisoned_input() -> None:
 
 @on_every_backend
 def test_gradients(backend: str) -> None:
-    require(backend)
+    require(backend, "combine", torch.float64)
     routing, _ = example_routing()
     x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)

@@ -1,1 +1,70 @@
-"""CUDA C++ kernels."""
+"""Compiled CUDA kernels: private ``mpoe_cuda::`` ops from csrc/cuda, called by this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mpoe_kernels.backends.cuda.cost import predicted_cost, predicted_seconds, this_gpu
+from mpoe_kernels.backends.cuda.embedding import EmbeddingKernels
+from mpoe_kernels.backends.cuda.linear import DTYPES, LinearKernels, contraction_reasons
+from mpoe_kernels.backends.cuda.load import unavailable_reasons
+from mpoe_kernels.backends.cuda.routing import RoutingKernels
+from mpoe_kernels.backends.registry import Backend, Request
+from mpoe_kernels.planner import Contraction, Hardware
+
+
+def backend_of(
+    name: str,
+    ops: Any,
+    device_type: str,
+    hardware: Callable[[], Hardware],
+    unavailable_reasons: Callable[[], list[str]],
+    predicted_cost: Callable[[Request], float],
+    predicted_seconds: Callable[[Contraction], float],
+) -> Backend:
+    """The CUDA kernels as a backend.
+
+    Args:
+        name: of the backend.
+        ops: namespace of the compiled ops: those for a GPU, or in tests the same ones emulated.
+        device_type: of the tensors that they take.
+        hardware: numbers of the device, by which the form of a kernel is chosen.
+        unavailable_reasons, predicted_cost, predicted_seconds: see `Backend`.
+    """
+
+    def request_reasons(request: Request) -> list[str]:
+        reasons = []
+        if request.device_type != device_type:
+            reasons.append(f"it runs on {device_type}, not on {request.device_type}")
+        if request.op != "route" and request.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            reasons.append(f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}")
+        return reasons
+
+    return Backend(
+        name=name,
+        kernels={
+            **RoutingKernels(ops).table(),
+            **LinearKernels(ops, hardware).table(),
+            **EmbeddingKernels(ops).table(),
+        },
+        unavailable_reasons=unavailable_reasons,
+        request_reasons=request_reasons,
+        predicted_cost=predicted_cost,
+        contraction_reasons=contraction_reasons,
+        predicted_seconds=predicted_seconds,
+    )
+
+
+CUDA = backend_of(
+    "cuda",
+    torch.ops.mpoe_cuda,
+    "cuda",
+    this_gpu,
+    unavailable_reasons,
+    predicted_cost,
+    predicted_seconds,
+)

@@ -7,8 +7,11 @@ one by prediction is launched.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
+
+import torch
 
 from mpoe_kernels.backends.cuda.few import best_few
 from mpoe_kernels.backends.cuda.panels import best_panel
@@ -79,9 +82,20 @@ def launch_of(plan: Contraction, hardware: Hardware, saves_h: bool = False) -> L
     return min((by_steps, *(form for form in others if form is not None)), key=lambda form: form.seconds)
 
 
+@lru_cache(maxsize=16)
+def _with_shared_memory(hardware: Hardware, available: int) -> Hardware:
+    return replace(hardware, sram_bytes=min(hardware.sram_bytes, available))
+
+
+def this_gpu() -> Hardware:
+    """Numbers of the current GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
+    properties = torch.cuda.get_device_properties()
+    return _with_shared_memory(hardware_here("cuda"), properties.shared_memory_per_multiprocessor)
+
+
 def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the CUDA kernels."""
-    return launch_of(plan, hardware_here(plan.device_type)).seconds
+    return launch_of(plan, this_gpu()).seconds
 
 
 def predicted_cost(request: Request) -> float:

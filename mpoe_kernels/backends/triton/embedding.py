@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.indices import check_ids
 from mpoe_kernels.backends.triton.contraction import build, operands_of, project
 from mpoe_kernels.backends.triton.launch import block_gradient, rows_times_block
 from mpoe_kernels.backends.triton.operands import Operand, activations, block, row_major
@@ -25,18 +26,6 @@ def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
     central = dims.jL * dims.a * dims.jC * dims.b
     right = dims.jL * dims.jC * dims.b * dims.jR
     return rows * 2 * (central + right) <= dims.rebuild_flops
-
-
-def _check_ids(ids: Tensor, num_embeddings: int) -> None:
-    """An id outside the table: an error on the CPU, a device-side assertion elsewhere (nothing waits for it)."""
-    if ids.numel() == 0 or ids.device.type == "meta":
-        return
-    if ids.device.type != "cpu":
-        torch._assert_async(((ids >= 0) & (ids < num_embeddings)).all(), "ids lie outside the table")
-        return
-    low, high = (int(v) for v in ids.aminmax())
-    if low < 0 or high >= num_embeddings:
-        raise IndexError(f"ids must lie in 0..{num_embeddings - 1}; got {low if low < 0 else high}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,7 @@ def embedding_forward(
 ) -> Tensor:
     """``[T] -> [T, embedding_dim]``."""
     dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
-    _check_ids(ids, num_embeddings)
+    check_ids(ids, num_embeddings)
     if not gather_is_cheaper(dims, ids.shape[0]):
         table = _table(left, central, right, dims)
         filled = torch.full((1,), ids.shape[0], dtype=torch.int32, device=ids.device)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpoe_kernels.backends.indices import slots_by_token
 from mpoe_kernels.backends.triton.device import activation_slope
 from mpoe_kernels.backends.triton.start import start
 
@@ -98,8 +99,7 @@ def sum_rows_by_token(rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
     out = rows.new_empty(tokens, rows.shape[1])
     if tokens == 0:
         return out
-    ordered, order = torch.sort(row_index, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(tokens + 1, device=rows.device, dtype=ordered.dtype))
+    order, starts = slots_by_token(row_index, tokens)
     bn = 256
     start(
         sum_rows_kernel,

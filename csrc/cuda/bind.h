@@ -1,0 +1,104 @@
+// What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors, and
+// under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
+#pragma once
+#include "binding.h"  // before CUDA's words, which the emulator makes macros
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <initializer_list>
+#include <limits>
+
+#include "cuda/named.h"
+
+#if defined(MPOE_CUDA_EMULATED)
+#define MPOE_CUDA_OPS mpoe_emulated
+#define MPOE_CUDA_KEY CPU
+#else
+#define MPOE_CUDA_OPS mpoe_cuda
+#define MPOE_CUDA_KEY CUDA
+// In libtorch_cuda; the CPU build of torch declares it only under USE_CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace mpoe::cuda {
+
+// Makes the device of a tensor the current one for its life; `stream` is PyTorch's current stream there.
+class OnDevice {
+ public:
+#if defined(MPOE_CUDA_EMULATED)
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+#endif
+};
+
+inline bool on_device(const Tensor& tensor) {
+#if defined(MPOE_CUDA_EMULATED)
+  return tensor.is_cpu();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
+// Every tensor must be where the first one is: the kernels follow raw addresses.
+inline void check_same_device(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* tensor : tensors) {
+    STD_TORCH_CHECK(
+        on_device(*tensor) && tensor->get_device_index() == first.get_device_index(),
+        "all tensors must be on one CUDA device");
+  }
+}
+
+inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
+  const Dtype dtype = dtype_of(tensor, name);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat64, name, " must be float32, bfloat16 or float16");
+  return dtype;
+}
+
+// The kernels count rows and columns in 32 bits.
+inline int counted(int64_t size, const char* what) {
+  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
+  return static_cast<int>(size);
+}
+
+// Sizes of left [E, iL, jL, a], central [a, iC, jC, b] and right [E, b, iR, jR]; `rows` and `columns` are true sizes.
+inline Dims dims_of(const Tensor& left, const Tensor& central, const Tensor& right, int64_t rows, int64_t columns) {
+  const int64_t sizes[kAxes] = {left.size(1),    left.size(2),    left.size(3),  central.size(1),
+                                central.size(2), central.size(3), right.size(2), right.size(3)};
+  Dims dims;
+  for (int axis = 0; axis < kAxes; ++axis) dims.size[axis] = counted(sizes[axis], "a dimension of the blocks");
+  dims.in_features = counted(rows, "in_features");
+  dims.out_features = counted(columns, "out_features");
+  STD_TORCH_CHECK(
+      dims.elements({kIL, kIC, kIR}) >= rows && dims.elements({kJL, kJC, kJR}) >= columns,
+      "blocks are smaller than the weight");
+  return dims;
+}
+
+// Memory for one call, aligned to 256 bytes as the launchers ask; PyTorch's CPU allocator aligns to 64.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, std::size_t bytes)
+      : memory_(torch::stable::new_empty(like, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte)) {}
+  void* data() const {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 256;
+  Tensor memory_;
+};
+
+}  // namespace mpoe::cuda

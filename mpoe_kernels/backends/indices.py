@@ -1,0 +1,33 @@
+"""What several backends do with indices: check those of a table, and put slots in the order of their tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slots_by_token(row_index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Which slots read each token.
+
+    Args:
+        row_index: int64 ``[N]``, token of every slot.
+        tokens: T.
+
+    Returns:
+        ``(order [N], starts [T + 1])``: token t was read by the slots ``order[starts[t] : starts[t + 1]]``, ascending.
+    """
+    ordered, order = torch.sort(row_index, stable=True)
+    bounds = torch.arange(tokens + 1, device=row_index.device, dtype=ordered.dtype)
+    return order, torch.searchsorted(ordered, bounds)
+
+
+def check_ids(ids: Tensor, num_embeddings: int) -> None:
+    """An id outside the table: an error on the CPU, a device-side assertion elsewhere (nothing waits for it)."""
+    if ids.numel() == 0 or ids.device.type == "meta":
+        return
+    if ids.device.type != "cpu":
+        torch._assert_async(((ids >= 0) & (ids < num_embeddings)).all(), "ids lie outside the table")
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= num_embeddings:
+        raise IndexError(f"ids must lie in 0..{num_embeddings - 1}; got {low if low < 0 else high}")

@@ -1,0 +1,249 @@
+"""Bugs for the emulator and the sanitizers to find: each a textual change of one kernel source.
+
+`DETECTED_BY` says what must find each; the table in docs/kernels_cuda.md is made from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A planted bug.
+
+    Attributes:
+        name: of the bug.
+        what: is wrong, in words.
+        file: in csrc.
+        before, after: text that occurs once in the file, and what takes its place.
+        part: sweep that runs the kernel, ``linear`` or ``routing``.
+        found_by: lanes that must detect it. ``values``: wrong results on every schedule; ``values: ...``: on the
+            schedules whose name holds one of these words; ``error: ...``: the emulator stops with this message;
+            ``address``, ``thread``: the sanitizer reports; ``banks``: bank conflicts are counted.
+    """
+
+    name: str
+    what: str
+    file: str
+    before: str
+    after: str
+    part: str
+    found_by: tuple[str, ...]
+
+    def plant(self, csrc: Path, overlay: Path) -> None:
+        """Write the changed file to ``overlay``.
+
+        Raises:
+            ValueError: the text to change is not in the file exactly once.
+        """
+        text = (csrc / self.file).read_text()
+        if text.count(self.before) != 1:
+            raise ValueError(f"{self.name}: {self.before!r} occurs {text.count(self.before)} times in {self.file}")
+        target = overlay / self.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text.replace(self.before, self.after))
+
+
+_ARRIVED = """    dev::cp_async_wait<kStages - 2>();
+    __syncthreads();  // this step's tiles have arrived, and nobody reads the stage that is loaded next
+    if (step + kStages - 1 < steps) load(step + kStages - 1);
+"""
+
+BUGS = (
+    Bug(
+        "missing_barrier",
+        "no barrier between the arrival of a stage and its use",
+        "cuda/block_gemm.cuh",
+        "    __syncthreads();  // this step's tiles have arrived",
+        "    // this step's tiles have arrived",
+        "linear",
+        ("values", "thread"),
+    ),
+    Bug(
+        "wait_count",
+        "cp.async.wait_group leaves one group too many in flight",
+        "cuda/block_gemm.cuh",
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+        "linear",
+        ("values: lazy", "thread"),
+    ),
+    Bug(
+        "stage_overwritten",
+        "the next stage is loaded before the barrier, while other warps still read it",
+        "cuda/block_gemm.cuh",
+        _ARRIVED,
+        """    dev::cp_async_wait<kStages - 2>();
+    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    __syncthreads();
+""",
+        "linear",
+        ("values: eager", "thread"),
+    ),
+    Bug(
+        "one_step_too_many",
+        "the bound of the inner index is off by one",
+        "cuda/block_gemm.cuh",
+        "if (mn < mn_end_ && k < k_end_) {",
+        "if (mn < mn_end_ && k <= k_end_) {",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "half_the_steps",
+        "the inner loop skips every other k-step",
+        "cuda/block_gemm.cuh",
+        "k < TileT::kK; k += F::kStep",
+        "k < TileT::kK; k += 2 * F::kStep",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "row_too_many",
+        "a tile stores one row past its expert's",
+        "cuda/contract.cuh",
+        "if (row >= rows || column >= columns) return;",
+        "if (row > rows || column >= columns) return;",
+        "linear",
+        ("values: descending",),
+    ),
+    Bug(
+        "tail_not_cleared",
+        "rows that no expert owns stay as they were",
+        "cuda/contract.cuh",
+        "if (!valid && !groups.zero_tail) return;",
+        "if (!valid) return;",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "sum_replaced",
+        "a group of experts overwrites the central gradient of those before",
+        "cuda/contract.cuh",
+        "if (out.as_float && out.accumulate) v[e] +=",
+        "if (out.as_float && out.accumulate && false) v[e] +=",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "no_padding",
+        "rows of tiles in shared memory are not padded",
+        "cuda/tile.cuh",
+        "    chunks |= 1;\n",
+        "    chunks |= 0;\n",
+        "linear",
+        ("banks",),
+    ),
+    Bug(
+        "lane_map",
+        "the matrices of an A fragment are taken in the wrong order",
+        "cuda/tile.cuh",
+        "const int dm = (part & 1) * 8, dk = (part >> 1) * 8;",
+        "const int dm = (part >> 1) * 8, dk = (part & 1) * 8;",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "panel_not_completed",
+        "rows that complete the last step of a panel keep what shared memory held",
+        "cuda/panel.cuh",
+        "for (int i = p.depth * p.panel_stride + threadIdx.x; i < p.panel_rows",
+        "for (int i = p.panel_rows * p.panel_stride + threadIdx.x; i < p.panel_rows",
+        "linear",
+        ("values",),
+    ),
+    Bug(
+        "sums_overwritten",
+        "partial sums are added up before all threads have stored theirs",
+        "cuda/few.cuh",
+        "thread] = acc[m][c];\n      }\n      __syncthreads();\n",
+        "thread] = acc[m][c];\n      }\n",
+        "linear",
+        ("values", "thread"),
+    ),
+    Bug(
+        "misaligned",
+        "16 bytes at a time from addresses that are not multiples of 16",
+        "cuda/named.h",
+        "tensor.outer % step == 0 && aligned(tensor.data);",
+        "tensor.outer % step == 0;",
+        "linear",
+        ("error: address is not 16-byte aligned",),
+    ),
+    Bug(
+        "divergent_barrier",
+        "threads without a pair skip the barriers of the others",
+        "cuda/routing.cuh",
+        "    const int slot = rank_of(bin, bins, seen, counts);\n",
+        "    const int slot = pair < pairs ? rank_of(bin, bins, seen, counts) : 0;\n",
+        "routing",
+        ("error: ",),
+    ),
+    Bug(
+        "exited_lanes",
+        "lanes without an expert leave before the shuffles that name them",
+        "cuda/routing.cuh",
+        "if (token >= p.tokens) return;  // whole warps",
+        "if (token >= p.tokens || lane >= p.experts) return;",
+        "routing",
+        ("error: the mask names lanes that have exited",),
+    ),
+    Bug(
+        "no_barrier_in_ranks",
+        "counts of the warps are added before all have written theirs",
+        "cuda/routing.cuh",
+        "counts[warp * bins + bin] = __popc(same);\n  __syncthreads();\n",
+        "counts[warp * bins + bin] = __popc(same);\n",
+        "routing",
+        ("values", "thread"),
+    ),
+    Bug(
+        "unstable_scatter",
+        "later pairs of a warp come first",
+        "cuda/routing.cuh",
+        "__popc(same & ((1u << lane) - 1u))",
+        "__popc(same & ~((2u << lane) - 1u))",
+        "routing",
+        ("values",),
+    ),
+    Bug(
+        "past_shared_memory",
+        "the last key lies behind the block's shared memory",
+        "cuda/routing.cuh",
+        "  int* keys = counts + kRouteWarps * bins;\n",
+        "  int* keys = counts + kRouteWarps * bins + 1;\n",
+        "routing",
+        ("error: dynamic shared memory was written past its end", "address"),
+    ),
+    Bug(
+        "past_the_row",
+        "one column too many is stored",
+        "cuda/routing.cuh",
+        """const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
+  if (column >= columns) return;""",
+        """const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
+  if (column > columns) return;""",
+        "routing",
+        ("address",),
+    ),
+    Bug(
+        "plain_increment",
+        "a histogram in shared memory is not counted atomically",
+        "cuda/routing.cuh",
+        "atomicAdd(seen + (p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)), 1);",
+        "++seen[p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)];",
+        "routing",
+        ("thread",),
+    ),
+    Bug(
+        "counts_not_cleared",
+        "shared memory is read that nobody wrote",
+        "cuda/routing.cuh",
+        "  clear(counts, kRouteWarps * bins);\n",
+        "",
+        "routing",
+        ("values",),
+    ),
+)

@@ -1,0 +1,67 @@
+"""The compiled library: on which GPUs it runs, and what is said where it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoe_kernels import BackendError, backend_reasons, route, use_backend
+from mpoe_kernels.backends.compiled import load_library
+from mpoe_kernels.backends.cuda import CUDA
+from mpoe_kernels.backends.cuda.load import runs_on
+from mpoe_kernels.backends.registry import Request
+
+SHIPPED = "80-real 90a-real 100-real 100-virtual"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (SHIPPED, (7, 5), False),
+        (SHIPPED, (8, 0), True),
+        (SHIPPED, (8, 9), True),
+        (SHIPPED, (9, 0), True),
+        (SHIPPED, (10, 0), True),
+        (SHIPPED, (10, 3), True),
+        (SHIPPED, (12, 0), True),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (8, 0), False),
+        ("86-real", (8, 0), False),
+        ("80-real", (9, 0), False),
+        ("80", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("90a-virtual", (9, 0), True),
+    ],
+)
+def test_which_gpus_the_code_runs_on(architectures: str, capability: tuple[int, int], runs: bool) -> None:
+    assert runs_on(architectures, *capability) == runs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_says_so() -> None:
+    assert "no CUDA device was found" in backend_reasons()["cuda"]
+    with pytest.raises(BackendError, match="no CUDA device"), use_backend("cuda"):
+        raise AssertionError("not reached")
+    with pytest.raises(BackendError, match="it runs on cuda, not on cpu"):
+        route(torch.zeros(1, 1, dtype=torch.int64), 1, backend="cuda")
+
+
+def test_requests_of_other_devices_and_dtypes_are_refused() -> None:
+    reasons = CUDA.request_reasons(Request("combine", "cpu", torch.float64))
+    assert reasons == ["it runs on cuda, not on cpu", "it computes in float32, bfloat16, float16, not in float64"]
+    assert CUDA.request_reasons(Request("route", "cuda", torch.int64)) == []
+
+
+def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> None:
+    path = tmp_path / "_C_cuda.abi3.so"
+    (missing,) = load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons
+    assert missing.startswith(f"_C_cuda.abi3.so is not in {tmp_path}")
+    (tmp_path / "_cuda_missing.txt").write_text("nvcc was not found\n")
+    assert load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons == (
+        "it was not built: nvcc was not found",
+    )
+    path.write_text("not a library")
+    (broken,) = load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons
+    assert broken.startswith(f"{path} does not load on")

@@ -1,0 +1,63 @@
+"""Tests of the tests: every bug of planted.py, built from the real sources, is found by what is meant to find it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulation import SCHEDULES, Schedule, cuda_emulate
+from planted import BUGS, Bug
+
+# These run every time, one of each lane; the others are slow: each compiles the kernels anew.
+ALWAYS = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
+CASES = [
+    pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=() if bug.name in ALWAYS else pytest.mark.slow)
+    for bug in BUGS
+    for lane in bug.found_by
+]
+
+
+REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}
+
+
+def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
+    command = ["setarch", "-R", str(program), *schedule]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | options, timeout=600)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_text_to_change_is_there(bug: Bug, tmp_path: Path) -> None:
+    bug.plant(cuda_emulate.CSRC, tmp_path)
+    assert (tmp_path / bug.file).read_text() != (cuda_emulate.CSRC / bug.file).read_text()
+
+
+@pytest.mark.parametrize(("bug", "lane"), CASES)
+def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
+    bug.plant(cuda_emulate.CSRC, tmp_path)
+    sanitizer = lane if lane in REPORTS else ""
+    program = cuda_emulate.sweep(bug.part, sanitizer, tmp_path)
+    if sanitizer:  # late copies show some races, early ones others
+        assert any(REPORTS[lane] in run(program, schedule).stderr for schedule in SCHEDULES)
+        return
+    for schedule in SCHEDULES:
+        done = run(program, schedule)
+        if lane.startswith("error: "):
+            assert (done.returncode, lane.removeprefix("error: ") in done.stderr) == (2, True), schedule
+        elif lane == "banks":
+            assert (done.returncode, done.stdout) == (1, "FAILED: no bank conflicts\n"), schedule
+        elif lane == "values" or lane.removeprefix("values: ") in schedule:
+            assert (done.returncode, done.stderr) == (1, ""), schedule
+            assert "no bank conflicts" not in done.stdout
+
+
+@pytest.mark.parametrize("part", cuda_emulate.SWEEPS)
+def test_nothing_is_found_without_a_bug(part: str) -> None:
+    """With sanitizers: tools/cuda_sanitizers.sh."""
+    program = cuda_emulate.sweep(part)
+    for schedule in SCHEDULES:
+        done = run(program, schedule)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), schedule

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,10 +160,13 @@ def main(words: list[str] | None = None) -> int:
     sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if chosen.only in path.name]
     kernels: list[Kernel] = []
     failures: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = [
+            pool.submit(compile_source, nvcc, source, chosen.arch.split(","), Path(folder)) for source in sources
+        ]
+        for each in compiled:
             try:
-                kernels += compile_source(nvcc, source, chosen.arch.split(","), Path(folder))
+                kernels += each.result()
             except RuntimeError as error:
                 failures.append(str(error))
     for kernel, name in zip(kernels, readable([kernel.name for kernel in kernels]), strict=True):

@@ -10,10 +10,10 @@ import pytest
 from emulation import SCHEDULES, Schedule, cuda_emulate
 from planted import BUGS, Bug
 
-# These run every time, one of each lane; the others are slow: each compiles the kernels anew.
+# These run every time, one of each lane; the others, each of which compiles kernels anew, with `pytest -m exhaustive`.
 ALWAYS = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
 CASES = [
-    pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=() if bug.name in ALWAYS else pytest.mark.slow)
+    pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=() if bug.name in ALWAYS else pytest.mark.exhaustive)
     for bug in BUGS
     for lane in bug.found_by
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.triton import tuning
-from mpoe_kernels.backends.triton.architecture import shared_memory_for, shared_memory_of
+from mpoe_kernels.backends.triton.architecture import INTERPRETER, shared_memory_for, shared_memory_of
 from mpoe_kernels.backends.triton.fused_tiles import Cut, FusedTile, Sides, able_tiles, best_tile, fused_table
 from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile
 
@@ -42,7 +42,7 @@ class Tile:
         return replace(self, m=sizes[0], n=sizes[1], k=sizes[2])
 
 
-# kernel -> architecture -> tiles, the widest problem's first; "float32" rows need twice the memory.
+# kernel -> architecture -> tiles, the widest problem's first; float32 takes smaller ones, see `for_float32`.
 _NVIDIA: dict[str, tuple[Tile, ...]] = {
     "rows": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
     "outer": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
@@ -53,18 +53,20 @@ _AMD: dict[str, tuple[Tile, ...]] = {
 }
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
 # Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
-TILES["interpreter"] = {name: (Tile(64, 64, 64, 4, 1),) for name in _NVIDIA}
+TILES[INTERPRETER] = {name: (Tile(64, 64, 64, 4, 1),) for name in _NVIDIA}
 
 
 def for_float32(tile: Tile) -> Tile:
-    """A tile of half the bytes: float32 elements are twice as large."""
-    return replace(tile, k=max(16, tile.k // 2))
+    """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
+    wide = tile.m >= 64
+    return replace(tile, m=min(tile.m, 64), n=min(tile.n, 64), k=max(16, tile.k // 4), warps=8 if wide else tile.warps)
 
 
 def candidates(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Shipped tiles of a kernel, in the order of preference."""
     tiles = TILES[architecture][kernel]
-    return tuple(for_float32(tile) for tile in tiles) if dtype == torch.float32 else tiles
+    smaller = dtype == torch.float32 and architecture != INTERPRETER
+    return tuple(for_float32(tile) for tile in tiles) if smaller else tiles
 
 
 def most_tiles(architecture: str) -> int:

@@ -42,24 +42,22 @@ class FusedTile:
 
 Table = dict[str, dict[int, tuple[FusedTile, ...]]]  # architecture -> bytes of an element -> tiles
 
-# Without tensor cores: more rows take too many registers, and so do 16 on the architectures that have no entry.
-_ROWS_FLOAT32 = (FusedTile(16, 32, 32, 2048, 4, 1),)
+# None for float32: without tensor cores every tile took too many registers, so its weights are rebuilt step by step.
 _ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 16))
 _ROWS_BLACKWELL = (FusedTile(128, 64, 128, 12288, 4, 2), *_ROWS_HOPPER[1:])
 _ROWS_AMPERE = tuple(FusedTile(m, 64, 64, 12288, 4, 2) for m in (64, 32, 16))
 _ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
 ROWS_TILES: Table = {
     "sm_80": {2: _ROWS_AMPERE, 4: ()},
-    "sm_90": {2: _ROWS_HOPPER, 4: _ROWS_FLOAT32},
+    "sm_90": {2: _ROWS_HOPPER, 4: ()},
     "sm_100": {2: _ROWS_BLACKWELL, 4: ()},
     "gfx942": {2: _ROWS_CDNA, 4: ()},
 }
-_GRADIENT_FLOAT32 = (FusedTile(16, 32, 32, 6144, 4, 1),)
 GRADIENT_TILES: Table = {
-    "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: _GRADIENT_FLOAT32},
-    "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: _GRADIENT_FLOAT32},
-    "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: _GRADIENT_FLOAT32},
-    "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: _GRADIENT_FLOAT32},
+    "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: ()},
+    "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
+    "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
+    "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: ()},
 }
 # Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
 for _table in (ROWS_TILES, GRADIENT_TILES):

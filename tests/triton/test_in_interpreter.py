@@ -20,5 +20,5 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_in_a_process_of_its_own(path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

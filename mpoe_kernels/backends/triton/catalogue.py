@@ -250,12 +250,18 @@ def _fused_product(a: Mapping[str, Any], rows: float) -> Product:
     return Product(rows, math.prod(a["N_SIZES"]), math.prod(a["K_SIZES"]), a["EXPERTS"])
 
 
+def _gradient_product(a: Mapping[str, Any], rows: float) -> Product:
+    return Product(math.prod(a["K_SIZES"]), math.prod(a["N_SIZES"]), rows, a["offsets"].shape[0] - 1)
+
+
 # What a launch computes, from its arguments and the rows of one expert; kernels that are not here multiply nothing.
 PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "rows_kernel": _rows_product,
     "outer_kernel": _outer_product,
     "blocks_kernel": _blocks_product,
     "fused_kernel": _fused_product,
+    "left_gradient_kernel": _gradient_product,
+    "right_gradient_kernel": _gradient_product,
 }
 
 

@@ -1,0 +1,208 @@
+"""Predicts how long the Triton kernels take on an H100, beside the roofline. Nothing here was measured.
+
+For every kernel that a grouped product of T5-base's feed-forward layer starts: launches, FLOPs, bytes, and the time by
+the planner's model. ``--doc`` writes the sums into docs/kernels_triton.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from triton_compile import DOC, write_between
+
+from mpoe_kernels.backends.triton import catalogue
+from mpoe_kernels.backends.triton.cost import gpu_seconds
+from mpoe_kernels.backends.triton.fused_cost import fused_seconds
+from mpoe_kernels.backends.triton.start import Launch, recorded
+from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
+from mpoe_kernels.planner.contraction import PHASES, expected_busy_experts
+from mpoe_kernels.planner.cost import step_time
+
+CARD = HARDWARE["h100"]
+ARCHITECTURE = "sm_90"
+DTYPE = torch.bfloat16
+EXPERTS, TOKENS = (8, 64), (64, 4096, 32768)
+RUN = {"forward": catalogue.run_forward, "backward": catalogue.run_backward}
+ACTIVATIONS = {"up": "relu", "down": "none"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One launch, or several of the same kernel.
+
+    Attributes:
+        kernel: name.
+        launches: how many.
+        flops: executed, padding of tiles and repeated work included.
+        bytes: every tensor is moved once, of those with an expert axis only busy experts' part.
+        seconds: by the planner's model.
+        roofline: seconds of the product's own FLOPs at the data sheet's peak rates, launches free.
+    """
+
+    kernel: str
+    launches: int
+    flops: float
+    bytes: float
+    seconds: float
+    roofline: float
+
+    def __add__(self, other: Prediction) -> Prediction:
+        kernel = self.kernel if self.kernel == other.kernel else "all"
+        return Prediction(
+            kernel,
+            self.launches + other.launches,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.roofline + other.roofline,
+        )
+
+
+def predict(launch: Launch, experts: int, slots: int) -> Prediction:
+    """Of one launch among those of a product of ``slots`` rows with ``experts`` experts."""
+    name, arguments = launch.kernel.fn.__name__, launch.arguments
+    busy = expected_busy_experts(experts, slots)
+    tensors = {id(value): value for value in arguments.values() if isinstance(value, torch.Tensor)}
+    moved = 0.0
+    for tensor in tensors.values():
+        idle = busy / experts if tensor.dim() > 1 and tensor.shape[0] == experts else 1.0
+        moved += tensor.numel() * tensor.element_size() * idle
+    step, useful = Step(name, "copy", 0, 0, 0, 1, round(moved), 0), 0.0
+    if name in catalogue.PRODUCTS:
+        m, n, k, batch = catalogue.PRODUCTS[name](arguments, slots / busy)
+        alive = max(1, round(batch * busy / experts)) if batch > 1 else 1
+        useful = 2.0 * m * n * k * alive
+        if name in catalogue.FLOP_OVERHEAD:  # as if the rows were as many more
+            m *= catalogue.FLOP_OVERHEAD[name](arguments)
+        step = Step(name, "grouped_gemm" if batch > 1 else "gemm", m, n, k, alive, round(moved), 0)
+    roofline = max(useful / CARD.peak_flops.of(DTYPE), moved / CARD.bandwidth)
+    return Prediction(name, 1, step.flops, moved, step_time(step, DTYPE, CARD).total, roofline)
+
+
+class Choice(NamedTuple):
+    """What the backend would run in one phase.
+
+    Attributes:
+        phase: ``forward`` or ``backward``.
+        strategy: of the catalogue: the planner's, or rebuilding on chip.
+        seconds: as the backend predicts them when it chooses; pointwise kernels are not part of it.
+    """
+
+    phase: str
+    strategy: str
+    seconds: float
+
+
+def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
+    """The fastest strategy on the card by the backend's own prediction."""
+    found = []
+    for plan in contractions(dims, experts, tokens, DTYPE, phase):
+        found.append(Choice(phase, plan.strategy, gpu_seconds(plan, CARD)))
+        found.append(Choice(phase, catalogue.ON_CHIP, fused_seconds(plan, ARCHITECTURE, CARD)))
+    return min(found, key=lambda each: each.seconds)
+
+
+def predictions(dims: BlockDims, experts: int, tokens: int, plan: Choice, activation: str) -> list[Prediction]:
+    """Of every kernel that a choice starts, in the order of its first launch."""
+    with recorded(ARCHITECTURE) as started:
+        RUN[plan.phase](dims, experts, tokens, DTYPE, plan.strategy, activation)
+    found: dict[str, Prediction] = {}
+    for launch in started:
+        one = predict(launch, experts, tokens)
+        found[one.kernel] = found[one.kernel] + one if one.kernel in found else one
+    return list(found.values())
+
+
+def cases(shapes: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    for experts in EXPERTS:
+        for tokens in TOKENS:
+            for shape in shapes:
+                yield experts, tokens, shape
+
+
+def _count(value: float, unit: str) -> str:
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def _cells(found: Prediction) -> str:
+    flops = _count(found.flops, "FLOP") if found.flops else "-"
+    return (
+        f"{found.launches} | {flops} | {_count(found.bytes, 'B')} | {found.seconds * 1e6:.1f} | "
+        f"{found.roofline * 1e6:.1f}"
+    )
+
+
+def kernel_table(shapes: Sequence[str], experts: int, tokens: int) -> str:
+    """A row for every kernel."""
+    lines = [
+        "| shape | | strategy | kernel | launches | FLOPs | bytes | predicted us | roofline us |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in shapes:
+        for (direction, activation), shape in zip(ACTIVATIONS.items(), catalogue.shapes()[name], strict=True):
+            dims = catalogue.dims_of(shape)
+            for phase in PHASES:
+                plan = choice(dims, experts, tokens, phase)
+                for found in predictions(dims, experts, tokens, plan, activation):
+                    where = f"{name} | {direction} {phase} | {plan.strategy} | {found.kernel}"
+                    lines.append(f"| {where} | {_cells(found)} |")
+    return "\n".join(lines)
+
+
+def summary_table(shapes: Sequence[str]) -> str:
+    """A row for every case and phase, up and down projection together."""
+    lines = [
+        "| E | tokens | shape | | strategies | kernels | launches | FLOPs | bytes | predicted us | roofline us "
+        "| choice us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for experts, tokens, name in cases(shapes):
+        for phase in PHASES:
+            strategies, found, chosen = [], [], 0.0
+            for activation, shape in zip(ACTIVATIONS.values(), catalogue.shapes()[name], strict=True):
+                dims = catalogue.dims_of(shape)
+                plan = choice(dims, experts, tokens, phase)
+                strategies.append(plan.strategy)
+                chosen += plan.seconds
+                found += predictions(dims, experts, tokens, plan, activation)
+            kernels: Counter[str] = Counter()
+            for one in found:
+                kernels[one.kernel.removesuffix("_kernel")] += one.launches
+            together = found[0]
+            for one in found[1:]:
+                together = together + one
+            counted = ", ".join(f"{count} {kernel}" for kernel, count in kernels.items())
+            where = f"{experts} | {tokens} | {name} | {phase} | {', '.join(strategies)} | {counted}"
+            lines.append(f"| {where} | {_cells(together)} | {chosen * 1e6:.1f} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    names = list(catalogue.shapes())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=names, help="default all")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--doc", action="store_true", help="write the sums of all cases into the documentation")
+    chosen = parser.parse_args(words)
+    for name in ("experts", "tokens"):
+        if getattr(chosen, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(chosen, name)}")
+    if chosen.doc:
+        write_between(DOC, "predictions", summary_table(names))
+    else:
+        print(kernel_table([chosen.shape] if chosen.shape else names, chosen.experts, chosen.tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ from mpoe_bench.section import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Compares every instruction that the emulator imitates with the device's own; exits with an error if one differs.
-TWINS = ROOT / "tools" / "cuda_twins.py"
+TWINS = ROOT / "tools" / "cuda_probes.py"
 RESERVE = 20.0  # seconds kept for the report
 
 
@@ -42,6 +42,7 @@ class Step:
         share: the most of the whole time that it may take.
         environment: variables on top of this process's.
         missing: why it cannot run here; empty if it can.
+        unable: exit status by which the process says that it cannot.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Step:
     share: float
     environment: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""
+    unable: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,17 @@ class Outcome:
     detail: str
 
 
+def _capability(device: str) -> str:
+    """As nvcc spells it, e.g. ``90a``."""
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (8, 0)
+    return f"{major}{minor}{'a' if major == 9 else ''}"
+
+
 def steps(device: str, out: Path) -> list[Step]:
     """What is to be done, in order."""
-    python, tests = sys.executable, ["-p", "no:cacheprovider", "-q", "--tb=short"]
+    # Without the conftest above, whose packages a GPU machine need not have.
+    python, tests = sys.executable, ["-p", "no:cacheprovider", "-q", "--tb=short", "--confcutdir", "tests/device"]
+    no_pytest = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
     if importlib.util.find_spec("xdist") is not None:  # every shape compiles kernels of its own: many cores help
         tests += ["-n", str(min(8, len(os.sched_getaffinity(0))))] if device == "cuda" else []
     on_device = {"MPOE_TEST_DEVICE": device}
@@ -78,9 +88,10 @@ def steps(device: str, out: Path) -> list[Step]:
         Step(
             "twins",
             "instructions against their emulated twins",
-            [python, str(TWINS)],
+            [python, str(TWINS), "--arch", _capability(device)],
             0.1,
-            missing="" if TWINS.is_file() and device == "cuda" else f"it needs a GPU and {TWINS.relative_to(ROOT)}",
+            missing="" if device == "cuda" else "it needs a GPU",
+            unable=2,
         ),
         Step(
             "results",
@@ -88,6 +99,7 @@ def steps(device: str, out: Path) -> list[Step]:
             [python, "-m", "pytest", *tests, f"{folder}/test_device_ops.py"],
             0.35,
             on_device,
+            no_pytest,
         ),
         Step(
             "graphs",
@@ -95,6 +107,7 @@ def steps(device: str, out: Path) -> list[Step]:
             [python, "-m", "pytest", *tests, f"{folder}/test_device_graphs.py"],
             0.15,
             on_device,
+            no_pytest,
         ),
         Step("times", "all cases against their peers", [python, *measure], 1.0),
     ]
@@ -120,7 +133,8 @@ def run_step(step: Step, limit: float, out: Path) -> Outcome:
             env=os.environ | dict(step.environment),
             timeout=limit + (RESERVE if step.name == "times" else 0),
         )
-        text, result = done.stdout, "passed" if done.returncode == 0 else "failed"
+        text = done.stdout
+        result = "passed" if done.returncode == 0 else "skipped" if done.returncode == step.unable else "failed"
     except subprocess.TimeoutExpired as error:
         partial = error.stdout or b""
         text, result = partial.decode(errors="replace") if isinstance(partial, bytes) else partial, "out of time"

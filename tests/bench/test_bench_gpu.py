@@ -54,6 +54,8 @@ def test_steps_pass_fail_and_run_out_of_time(tmp_path: Path) -> None:
     assert (tmp_path / "one.log").read_text() == "file.py: bad\n"
     late = gpu.run_step(step("print('begun', flush=True); import time; time.sleep(60)"), 2, tmp_path)
     assert (late.result, late.detail) == ("out of time", "begun")
+    unable = gpu.run_step(step("print('no compiler'); raise SystemExit(2)", unable=2), 60, tmp_path)
+    assert (unable.result, unable.detail) == ("skipped", "no compiler")
     assert gpu.run_step(step("", missing="no such thing"), 60, tmp_path).detail == "no such thing"
     assert gpu.run_step(step(""), 0.0, tmp_path).result == "skipped"
     text = gpu.report([passed, failed, late], "cpu", 3.0)

@@ -26,6 +26,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", list(backend_reasons()))
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """As in tests/conftest.py, which is left out where its packages are missing."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     if DEVICE.startswith("cuda") and not torch.cuda.is_available():

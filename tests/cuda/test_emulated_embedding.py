@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import OPS, SCHEDULES, Schedule, library, schedule
+from emulation import OPS, REFUSED, SCHEDULES, Schedule, library, schedule
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape
@@ -73,5 +73,5 @@ def test_digits_beyond_the_counting_sort_are_refused() -> None:
     shape = MPOShape((2, 5000, 2), (1, 1, 1))
     blocks = random_blocks(shape, 1)
     rounded = [t.float() for t in (blocks.left, blocks.central, blocks.right)]
-    with pytest.raises(ValueError, match="5000 values"):
+    with pytest.raises(REFUSED, match="5000 values"):
         run(shape, rounded, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated_linear import Case
-from emulation import SCHEDULES, Schedule, few, few_bytes, limits, schedule, stats
+from emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, schedule, stats
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
@@ -104,11 +104,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ("few 1 1 1 0 | L C R", "1 to 128"),
         ("few 1 1 1 1 | C L R", "in this order"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(REFUSED, match=message):
             case.linear.forward(program)
-    with limits(shared_bytes=1024), pytest.raises(ValueError, match="the device has 1024"):
+    with limits(shared_bytes=1024), pytest.raises(REFUSED, match="the device has 1024"):
         case.linear.forward("few 1 1 1 1 | L C R")
-    with pytest.raises(ValueError, match="several launches"):
+    with pytest.raises(REFUSED, match="several launches"):
         case.run("separable", "few 1 1 1 1 | L C R")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated_linear import ALL, Case, strategies_of
-from emulation import SCHEDULES, Schedule, schedule, stats
+from emulation import REFUSED, SCHEDULES, Schedule, schedule, stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,7 +180,7 @@ def test_temporary_weights_stay_below_two_experts(experts: int) -> None:
     [("LC | W", "without building"), ("W | W", "from nothing"), ("| L C", "once each"), ("| L C Q", "no block")],
 )
 def test_programs_that_do_not_fit_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(REFUSED, match=message):
         Case(SMALL_SHAPES["light"]).linear.forward(text)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated_linear import ALL, Case
-from emulation import SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
+from emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.backends.cuda.panels import Panel, best_panel
@@ -162,15 +162,15 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
 
 @pytest.mark.parametrize("program", ["panel 3 1 1 LC W | W", "panel 0 1 1 LC W | W"])
 def test_panels_that_do_not_divide_the_axes_are_refused(program: str) -> None:
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(REFUSED, match="does not divide"):
         Case(LIGHT, tokens=4).linear.forward(program)
 
 
 def test_panels_that_do_not_fit_are_refused() -> None:
     case = Case(SMALL_SHAPES["light"], tokens=4)
-    with limits(shared_bytes=1024), pytest.raises(ValueError, match="bytes of shared memory; the device has 1024"):
+    with limits(shared_bytes=1024), pytest.raises(REFUSED, match="bytes of shared memory; the device has 1024"):
         case.linear.forward(text(case.linear.dims, False, True, split=False))
-    with pytest.raises(ValueError, match="must apply W"):
+    with pytest.raises(REFUSED, match="must apply W"):
         case.linear.forward("panel 1 1 1 | L C R")
 
 

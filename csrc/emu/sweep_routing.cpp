@@ -29,22 +29,22 @@ const Case kCases[] = {
     {0, 1, 3, -1, false}, {90, 2, 5, -1, true}, {90, 2, 5, 20, true}, {700, 2, 40, -1, true}, {700, 2, 3, 300, false},
 };
 
-void check_gate(check::Random& random) {
-  constexpr int kTokens = 5, kExperts = 40, kTopK = 3;
-  const Array logits = Array::random(Dtype::kFloat32, kTokens * kExperts, random, 3);
-  const Array probabilities(Dtype::kFloat32, kTokens * kExperts), weights(Dtype::kFloat32, kTokens * kTopK);
+void check_gate(int experts, check::Random& random) {
+  constexpr int kTokens = 5, kTopK = 3;
+  const Array logits = Array::random(Dtype::kFloat32, kTokens * experts, random, 3);
+  const Array probabilities(Dtype::kFloat32, kTokens * experts), weights(Dtype::kFloat32, kTokens * kTopK);
   std::vector<int64_t> index(kTokens * kTopK, -7);
   gate(Dtype::kFloat32, logits.data(), static_cast<float*>(probabilities.data()), static_cast<float*>(weights.data()),
-       index.data(), kTokens, kExperts, kTopK, false, nullptr);
-  std::vector<double> truth(kTokens * kExperts);
+       index.data(), kTokens, experts, kTopK, false, nullptr);
+  std::vector<double> truth(kTokens * experts);
   for (int t = 0; t < kTokens; ++t) {
     double sum = 0;
-    for (int e = 0; e < kExperts; ++e) sum += std::exp(logits.get(t * kExperts + e));
-    for (int e = 0; e < kExperts; ++e) truth[t * kExperts + e] = std::exp(logits.get(t * kExperts + e)) / sum;
+    for (int e = 0; e < experts; ++e) sum += std::exp(logits.get(t * experts + e));
+    for (int e = 0; e < experts; ++e) truth[t * experts + e] = std::exp(logits.get(t * experts + e)) / sum;
     for (int k = 0; k < kTopK; ++k) {
       const int64_t chosen = index[t * kTopK + k];
       int above = 0;
-      for (int e = 0; e < kExperts; ++e) above += logits.get(t * kExperts + e) > logits.get(t * kExperts + chosen);
+      for (int e = 0; e < experts; ++e) above += logits.get(t * experts + e) > logits.get(t * experts + chosen);
       require(chosen >= 0 && above == k, "gate: choices");
     }
   }
@@ -109,7 +109,7 @@ void run(const Case& c) {
 int main(int count, char** words) {
   return emu::sweep(count, words, [] {
     mpoe::check::Random random(1);
-    mpoe::cuda::check_gate(random);
+    for (const int experts : {5, 40}) mpoe::cuda::check_gate(experts, random);
     for (const auto& c : mpoe::cuda::kCases) mpoe::cuda::run(c);
   });
 }

@@ -107,7 +107,7 @@ BUGS = (
         "if (row >= rows || column >= columns) return;",
         "if (row > rows || column >= columns) return;",
         "linear",
-        ("values: descending",),
+        ("address",),
     ),
     Bug(
         "tail_not_cleared",
@@ -197,7 +197,7 @@ BUGS = (
         "counts[warp * bins + bin] = __popc(same);\n  __syncthreads();\n",
         "counts[warp * bins + bin] = __popc(same);\n",
         "routing",
-        ("values", "thread"),
+        ("values: descending", "thread"),
     ),
     Bug(
         "unstable_scatter",
@@ -238,12 +238,12 @@ BUGS = (
         ("thread",),
     ),
     Bug(
-        "counts_not_cleared",
-        "shared memory is read that nobody wrote",
+        "past_the_sums",
+        "one sum too many is read from the block's array of them",
         "cuda/routing.cuh",
-        "  clear(counts, kRouteWarps * bins);\n",
-        "",
+        "w < kRouteWarps; ++w) total += partial[w];",
+        "w <= kRouteWarps; ++w) total += partial[w];",
         "routing",
-        ("values",),
+        ("address",),
     ),
 )

@@ -1,7 +1,8 @@
 """Compiles every CUDA source with nvcc; needs no GPU.
 
-Warnings, register spills and local memory are errors. Prints registers, shared memory and spills of every kernel, and
-tensor-core instructions where a disassembler (cuobjdump) is found. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
+Warnings, register spills and local memory are errors; so are products without tensor-core instructions, where a
+disassembler (cuobjdump) is found. Prints registers, shared memory and occupancy of every kernel; ``--doc`` writes them
+into docs/kernels_cuda.md. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from documents import write_between
+
+from mpoe_kernels.backends.cuda.panels import padded_stride
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")
-REGISTERS_PER_BLOCK = 65536
+DOC = ROOT / "docs" / "kernels_cuda.md"
+# Of one multiprocessor, from NVIDIA's "CUDA C++ Programming Guide", table of technical specifications.
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10}
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+RESERVED_BYTES = 1024  # of every block's shared memory, by the driver
 # Kernels of these types multiply on tensor cores.
 ON_TENSOR_CORES = ("__nv_bfloat16", "__half", "tf32")
 FLAGS = [
@@ -46,6 +55,34 @@ class Kernel:
     tensor_instructions: int | None = None
 
     @property
+    def warps(self) -> int:
+        """Of a block: a product's tile is cut into a tile for each warp; other kernels have 128 threads."""
+        tile = re.search(r"Tile<[\w:]+, (\d+), (\d+), (\d+), (\d+)>", self.name)
+        if tile is None:
+            return 4
+        rows, columns, own_rows, own_columns = map(int, tile.groups())
+        return rows // own_rows * (columns // own_columns)
+
+    @property
+    def dynamic(self) -> int | None:
+        """Dynamic shared memory of a block; None where it depends on the product."""
+        return stages_bytes(self.name) if self.name.startswith("contract_kernel") else _DYNAMIC.get(self.family)
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("<")[0]
+
+    @property
+    def occupancy(self) -> str:
+        """Resident warps of the most there can be; an upper bound where shared memory depends on the product."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        blocks = min(REGISTERS // registers, WARPS // self.warps, BLOCKS)
+        if self.dynamic is None:
+            return f"<= {100 * blocks * self.warps // WARPS} %"
+        blocks = min(blocks, SHARED_BYTES[self.arch] // (self.shared + self.dynamic + RESERVED_BYTES))
+        return f"{100 * blocks * self.warps // WARPS} %"
+
+    @property
     def problems(self) -> list[str]:
         found = []
         if self.stack or self.spills:
@@ -53,6 +90,29 @@ class Kernel:
         if self.tensor_instructions == 0 and "_kernel" in self.name and is_product(self.name):
             found.append("no tensor-core instruction")
         return found
+
+
+# Kernels without dynamic shared memory.
+_DYNAMIC = dict.fromkeys(
+    (
+        *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
+        *("sum_columns_kernel", "sum_rows_kernel", "convert_kernel", "digits_kernel", "compose_kernel"),
+    ),
+    0,
+)
+
+
+def stages_bytes(name: str) -> int:
+    """Shared memory of a `contract_kernel`: the stages of csrc/cuda/block_gemm.cuh."""
+    found = re.match(r"contract_kernel<([\w:]+), Tile<[\w:]+, (\d+), (\d+), \d+, \d+>, (\w+), (\w+)>", name)
+    assert found is not None, name
+    itemsize = 2 if found[1] in ("__nv_bfloat16", "__half") else 4
+    step = 64 // itemsize
+    elements = 0
+    for extent, k_major in ((int(found[2]), found[4] == "true"), (int(found[3]), found[5] == "true")):
+        width, lines = (step, extent) if k_major else (extent, step)
+        elements += padded_stride(width, itemsize, k_major) * lines
+    return 3 * elements * itemsize
 
 
 def is_product(name: str) -> bool:
@@ -135,14 +195,14 @@ def compile_source(nvcc: str, source: Path, architectures: list[str], folder: Pa
 
 def table(kernels: list[Kernel]) -> str:
     lines = [
-        "| kernel | arch | registers | static shared | local | tensor-core instructions |",
+        "| kernel | arch | registers | shared memory | occupancy | tensor-core instructions |",
         "|---|---|---|---|---|---|",
     ]
     for kernel in sorted(kernels, key=lambda k: (k.source, k.name, k.arch)):
         tensor = "-" if kernel.tensor_instructions is None else kernel.tensor_instructions
+        shared = "by shape" if kernel.dynamic is None else kernel.shared + kernel.dynamic
         lines.append(
-            f"| {kernel.name} | {kernel.arch} | {kernel.registers} | {kernel.shared} | "
-            f"{kernel.stack + kernel.spills} | {tensor} |"
+            f"| `{kernel.name}` | {kernel.arch} | {kernel.registers} | {shared} | {kernel.occupancy} | {tensor} |"
         )
     return "\n".join(lines)
 
@@ -151,8 +211,10 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities, e.g. 80,90a")
     parser.add_argument("--only", default="", help="sources whose name holds this")
-    parser.add_argument("--out", type=Path, help="write the table to this file too")
+    parser.add_argument("--doc", action="store_true", help="write the table into docs/kernels_cuda.md")
     chosen = parser.parse_args(words)
+    if chosen.doc and (chosen.only or chosen.arch != ",".join(ARCHITECTURES)):
+        parser.error("--doc describes everything that is shipped: it goes with neither --only nor --arch")
     nvcc = os.environ.get("CUDACXX") or find("nvcc")
     if nvcc is None:
         print("nvcc was not found: set CUDACXX or add it to PATH", file=sys.stderr)
@@ -172,12 +234,10 @@ def main(words: list[str] | None = None) -> int:
     for kernel, name in zip(kernels, readable([kernel.name for kernel in kernels]), strict=True):
         kernel.name = name
     failures += [f"{kernel.name} ({kernel.arch}): {problem}" for kernel in kernels for problem in kernel.problems]
-    text = table(kernels)
-    print(text)
-    if chosen.out:
-        part = chosen.out.with_name(f"{chosen.out.name}.{os.getpid()}.part")
-        part.write_text(text + "\n")
-        os.replace(part, chosen.out)
+    if chosen.doc and not failures:
+        write_between(DOC, "resources", table(kernels))
+    else:
+        print(table(kernels))
     for failure in failures:
         print(failure, file=sys.stderr)
     print(f"{len(sources)} sources, {len(kernels)} kernels, {len(failures)} failures", file=sys.stderr)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+from documents import write_between
 from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
 
 from mpoe_kernels.backends.triton import catalogue
@@ -127,22 +128,6 @@ def resource_table(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use])
         overhead = _span({value for job in jobs for value in uses[job].overheads}, lambda value: f"{value:.2f}")
         lines.append(f"| {name} | {elements} | {configuration} | {overhead} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def write_between(path: Path, name: str, text: str) -> None:
-    """Replace what a document holds between ``<!-- name -->`` and ``<!-- end of name -->``.
-
-    Raises:
-        ValueError: the document has no such place.
-    """
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    old = path.read_text()
-    if begin not in old or end not in old:
-        raise ValueError(f"{path.name} has no place for {name!r}: {begin.strip()} ... {end}")
-    head, rest = old.split(begin, 1)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(head + begin + text + "\n" + end + rest.split(end, 1)[1])
-    os.replace(part, path)
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:

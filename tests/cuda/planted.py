@@ -1,10 +1,11 @@
 """Bugs for the emulator and the sanitizers to find: each a textual change of one kernel source.
 
-`DETECTED_BY` says what must find each; the table in docs/kernels_cuda.md is made from here.
+``python tests/cuda/planted.py`` writes their table into docs/kernels_cuda.md.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +189,7 @@ BUGS = (
         "if (token >= p.tokens) return;  // whole warps",
         "if (token >= p.tokens || lane >= p.experts) return;",
         "routing",
-        ("error: the mask names lanes that have exited",),
+        ("error: exited",),
     ),
     Bug(
         "no_barrier_in_ranks",
@@ -247,3 +248,20 @@ BUGS = (
         ("address",),
     ),
 )
+
+
+def table() -> str:
+    """The bugs in Markdown."""
+    lines = ["| bug | file | what is wrong | found by |", "|---|---|---|---|"]
+    for bug in BUGS:
+        found_by = ", ".join(lane.removesuffix(": ") for lane in bug.found_by)
+        lines.append(f"| {bug.name} | `{bug.file}` | {bug.what} | {found_by} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[2]
+    sys.path.insert(0, str(root / "tools"))
+    from documents import write_between
+
+    write_between(root / "docs" / "kernels_cuda.md", "planted", table())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from emulation import SCHEDULES, Schedule, cuda_emulate
-from planted import BUGS, Bug
+from planted import BUGS, Bug, table
 
 # These run every time, one of each lane; the others, each of which compiles kernels anew, with `pytest -m exhaustive`.
 ALWAYS = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
@@ -27,6 +27,11 @@ def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
     # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
     command = ["setarch", "-R", str(program), *schedule]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | options, timeout=600)
+
+
+def test_the_document_lists_them() -> None:
+    document = (cuda_emulate.ROOT / "docs" / "kernels_cuda.md").read_text()
+    assert table() in document, "run python tests/cuda/planted.py"
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

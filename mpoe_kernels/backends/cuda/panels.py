@@ -68,8 +68,8 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _stride(width: int, itemsize: int, k_major: bool) -> int:
-    """`padded_stride` of csrc/cuda/tile.cuh."""
+def padded_stride(width: int, itemsize: int, k_major: bool) -> int:
+    """Elements from one row of a tile in shared memory to the next, as in csrc/cuda/tile.cuh."""
     chunks = -(-width * itemsize // 16)
     if itemsize == 2 or k_major:
         chunks |= 1
@@ -82,9 +82,9 @@ def _stage_elements(tiles: _Tiles, itemsize: int) -> int:
     step = _STEP_BYTES // itemsize
 
     def staged(extent: int) -> int:
-        return max(_stride(step, itemsize, True) * extent, _stride(extent, itemsize, False) * step)
+        return max(padded_stride(step, itemsize, True) * extent, padded_stride(extent, itemsize, False) * step)
 
-    rows = _stride(step, itemsize, True) * tiles.rows
+    rows = padded_stride(step, itemsize, True) * tiles.rows
     return _STAGES * max(staged(tiles.rebuild_rows) + staged(tiles.rebuild_columns), rows)
 
 
@@ -122,8 +122,8 @@ def _sizes(dims: BlockDims, kept: tuple[int, int, int], left_first: bool, transp
 
 def _shared_bytes(sizes: _Sizes, itemsize: int) -> int:
     step = _STEP_BYTES // itemsize
-    panel = _round_up(sizes.depth, step) * _stride(sizes.width, itemsize, False)
-    half = _round_up(sizes.p, sizes.tiles.granule) * _stride(_round_up(sizes.inner_second, step), itemsize, True)
+    panel = _round_up(sizes.depth, step) * padded_stride(sizes.width, itemsize, False)
+    half = _round_up(sizes.p, sizes.tiles.granule) * padded_stride(_round_up(sizes.inner_second, step), itemsize, True)
     return (panel + half + _stage_elements(sizes.tiles, itemsize)) * itemsize
 
 

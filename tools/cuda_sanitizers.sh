@@ -7,19 +7,25 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 TSAN_OPTIONS=halt_on_error=1
 
-# Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
-for sanitizer in address thread; do
+lane() {
+    local part program order copies
     for part in linear routing; do
         program=$(python -c "import sys; sys.path.insert(0, 'tools'); import cuda_emulate
-print(cuda_emulate.sweep('$part', '$sanitizer'))")
+print(cuda_emulate.sweep('$part', '$1'))")
         for order in ascending descending; do
             for copies in lazy eager; do
+                # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
                 setarch -R "$program" $order $copies
             done
         done
     done
-    echo "$sanitizer: passed"
-done
+    echo "$1: passed"
+}
+
+lane address &
+address=$!
+lane thread
+wait $address
 
 if [ "${1:-}" = --all ]; then
     MPOE_EMULATED=$(python tools/cuda_emulate.py address)

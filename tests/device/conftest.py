@@ -16,9 +16,9 @@ from mpoe_kernels.backends.registry import _BACKENDS, Request
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 
 
-def reasons(backend: str, dtype: torch.dtype) -> list[str]:
-    """Why a backend cannot run the grouped product on the device."""
-    return _BACKENDS[backend].unsupported_reasons(Request("grouped_mpo_linear", torch.device(DEVICE).type, dtype))
+def reasons(backend: str, dtype: torch.dtype, op: str = "grouped_mpo_linear") -> list[str]:
+    """Why a backend cannot run an op on the device."""
+    return _BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,8 +40,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def able(backend: str) -> str:
-    """The backend, if it runs there."""
-    if found := reasons(backend, torch.float32):
+def able(backend: str, request: pytest.FixtureRequest) -> str:
+    """The backend, if it runs there what the test is about: the grouped product, or the op of its mark ``op``."""
+    mark = request.node.get_closest_marker("op")
+    if found := reasons(backend, torch.float32, *(mark.args if mark else ())):
         pytest.skip("; ".join(found))
     return backend

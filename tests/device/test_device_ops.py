@@ -111,6 +111,7 @@ def test_dispatch_and_combine(able: str, device: torch.device) -> None:
         assert_calibrated(found, exact, plain, name)
 
 
+@pytest.mark.op("mpo_embedding")
 @pytest.mark.parametrize("rows", [3, 500])
 def test_embedding(able: str, rows: int, device: torch.device) -> None:
     shape = SMALL_SHAPES["padded"]

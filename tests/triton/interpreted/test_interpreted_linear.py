@@ -76,7 +76,7 @@ def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """The central gradient is not computed and thrown away: its launches do not happen."""
     from mpoe_kernels.backends.triton import start
 
-    case = Case(SMALL_SHAPES["paper"])
+    case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):
         y, h, z = case.forward(strategy)
         with start.recorded("sm_90") as all_of_it:

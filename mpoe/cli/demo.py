@@ -22,7 +22,6 @@ from mpoe.cli.demo_arms import (
 from mpoe.cli.demo_tables import check, comparison_lines, show_comparison, table_of
 from mpoe.cli.errors import CommandError, close_matches
 
-REPORT_FILE = "report.html"
 MODEL_FOLDER = "model"
 
 
@@ -43,7 +42,7 @@ class Stages:
 
 def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrite: bool) -> None:
     """Check the arguments and run."""
-    from mpoe.cli.files import RESULTS_FILE, check_not_file
+    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, check_not_file
 
     if model not in SETTINGS:
         raise CommandError(f"model must be one of {', '.join(SETTINGS)}; got {model!r}{close_matches(model, SETTINGS)}")
@@ -230,7 +229,7 @@ def finish(
     console: Any,
 ) -> dict[str, Any]:
     """Check the claim, write results and report, and show the table."""
-    from mpoe.cli.files import RESULTS_FILE, write_json
+    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, write_json
     from mpoe.cli.info import collect
     from mpoe.cli.report import write_report
 

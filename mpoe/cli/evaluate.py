@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,9 @@ class EvaluateOptions:
     batch_size: int = field(
         default=128, metadata={"help": "items per batch", "aliases": ["--per_device_eval_batch_size"]}
     )
-    data_seed: int = field(default=0, metadata={"help": "seed of subsets and of split_validation_test"})
+    data_seed: int | None = field(
+        default=None, metadata={"help": "seed of subsets and of split_validation_test; default: that of the run, or 0"}
+    )
     load_experiment: str | None = field(
         default=None, metadata={"help": "folder of a run, in the place of MODEL_DIR: its model or last checkpoint"}
     )
@@ -57,17 +60,35 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
         raise CommandError(
             f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
         )
-    tasks = resolve(data.eval_tasks or data.tasks, data, source.style, options.data_seed)
+    seed = _data_seed_of_run(model_dir) if options.data_seed is None else options.data_seed
+    tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed)
     for task in tasks:
         task.examples(options.split)  # a split that is not there is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
     from mpoe.cli.scoring import evaluate_tasks, show_scores
+    from mpoe.data.tasks import average_score
 
     scores = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
     show_scores(scores, f"{model_dir} on {options.split}")
     if options.output_file:
-        write_json(Path(options.output_file), {"model": model_dir, "split": options.split, "scores": scores})
+        report = {"model": model_dir, "split": options.split, "scores": scores, "mean": average_score(scores)}
+        write_json(Path(options.output_file), report)
     return scores
+
+
+def _data_seed_of_run(model_dir: str) -> int:
+    """The seed that divided the data of the run in ``model_dir`` (or of the run whose checkpoint it is); 0 without one.
+
+    With another seed, split_validation_test would call items test that the run has seen as validation.
+    """
+    from mpoe.training.output_dir import RUN_FILE
+
+    for folder in (Path(model_dir), Path(model_dir).resolve().parent):
+        if (folder / RUN_FILE).is_file():
+            training = json.loads((folder / RUN_FILE).read_text())["config"]["training"]
+            seed = training.get("data_seed")
+            return int(training.get("seed", 0) if seed is None else seed)
+    return 0
 
 
 def _model_dir(given: str | None, load_experiment: str | None) -> str:

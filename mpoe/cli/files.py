@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
 _STAGING = ".incomplete-model"
 
 
@@ -68,18 +69,6 @@ def model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     publish_model(folder)
-
-
-def read_utf8(name: str, file: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: it is not UTF-8; the message begins with ``name`` and tells the byte.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} must be UTF-8 text; byte {error.start} of {file} is not") from None
 
 
 def check_not_file(name: str, folder: Path) -> Path:

@@ -14,7 +14,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     Raises:
         ValueError: no prompt at all, an empty one, no such file, or one that is not UTF-8.
     """
-    from mpoe.cli.files import read_utf8
+    from mpoe.data.mappings import read_utf8
 
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("--prompt must hold some text; got an empty one")

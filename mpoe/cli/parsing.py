@@ -14,47 +14,19 @@ import json
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.files import read_utf8
-
-CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON or YAML mapping of option names to values.
+    """Read a JSON or YAML mapping of option names to values; refusals are those of `read_mapping`."""
+    from mpoe.data.mappings import read_mapping
 
-    Raises:
-        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the line) or is no mapping.
-    """
-    file = Path(path)
-    if file.suffix.lower() not in CONFIG_SUFFIXES:
-        raise CommandError(f"the configuration must be a .json, .yaml or .yml file; got {str(path)!r}")
-    if not file.is_file():
-        raise CommandError(f"configuration file not found: {file}")
-    text = read_utf8("the configuration", file)
-    if file.suffix.lower() == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CommandError(f"{file}, line {error.lineno}, column {error.colno}: bad JSON: {error.msg}") from None
-    else:
-        import yaml
-
-        try:
-            values = yaml.safe_load(text)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise CommandError(f"{file}{where}: bad YAML: {error.problem or error.context}") from None
-        except yaml.YAMLError as error:
-            raise CommandError(f"{file}: bad YAML: {error}") from None
-        values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        raise CommandError(f"{file}: expected a mapping of option names to values; got {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
+    try:
+        return read_mapping(path, "configuration file")
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:

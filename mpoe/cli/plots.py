@@ -1,10 +1,11 @@
-"""Plots of the demo's report as inline SVG; matplotlib is optional."""
+"""Plots of reports as inline SVG; matplotlib is optional."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # one colour per arm, told apart by colour-blind readers too (Okabe and Ito)
@@ -39,18 +40,23 @@ def _smooth(values: Sequence[float], width: int) -> list[float]:
     return out
 
 
-def loss_curves(arms: Sequence[dict[str, Any]]) -> str:
-    """Training loss against the step, one line per arm: ``arm["loss"]`` is a list of (step, loss)."""
+Curve = Sequence[tuple[float, float]]  # (step, value)
+
+
+def loss_curves(lines: Mapping[str, Curve], title: str, smoothed: bool = True) -> str:
+    """Losses against the optimizer step, one line per name; with ``smoothed``, a running mean over the raw values."""
 
     def paint(axes: Any) -> None:
-        for arm, colour in zip(arms, COLOURS, strict=False):
-            if arm["loss"]:
-                steps, losses = zip(*arm["loss"], strict=True)
-                width = max(1, len(losses) // 12)
+        drawn = {name: curve for name, curve in lines.items() if curve}
+        for (name, curve), colour in zip(drawn.items(), itertools.cycle(COLOURS)):
+            steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
+            if smoothed:
                 axes.plot(steps, losses, color=colour, alpha=0.15, linewidth=0.8)
-                axes.plot(steps, _smooth(losses, width), color=colour, label=arm["name"])
-        axes.set(xlabel="optimizer step", ylabel="training loss (task only)", title="Loss")
-        axes.legend(fontsize=8)
+                losses = _smooth(losses, max(1, len(losses) // 12))
+            axes.plot(steps, losses, color=colour, label=name, marker=None if smoothed else "o", markersize=3)
+        axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+        if drawn:
+            axes.legend(fontsize=8)
 
     return _draw(paint)
 
@@ -71,13 +77,13 @@ def parameter_bars(arms: Sequence[dict[str, Any]]) -> str:
     return _draw(paint, height=2.8)
 
 
-def expert_load(arm: dict[str, Any]) -> str:
-    """Share of tokens each expert got on the test items, ``arm["expert_load"]`` [layers][E], as a heat map."""
+def expert_load(load: Sequence[Sequence[float]], title: str) -> str:
+    """Share of tokens of each expert as a heat map; ``load``: tokens or shares, [layers][E]."""
 
     def paint(axes: Any) -> None:
-        shares = [[count / max(1, sum(layer)) for count in layer] for layer in arm["expert_load"]]
+        shares = [[count / (sum(layer) or 1.0) for count in layer] for layer in load]
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0)
-        axes.set(xlabel="expert", ylabel="MPOE layer", title=f"Expert load on test items: {arm['name']}")
+        axes.set(xlabel="expert", ylabel="MPOE layer", title=title)
         axes.set_yticks(range(len(shares)))
         axes.figure.colorbar(image, ax=axes, label="share of tokens")
 

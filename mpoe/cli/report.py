@@ -1,14 +1,16 @@
-"""The demo's ``report.html``: one self-contained file."""
+"""``report.html`` of the demo and of a training run: one self-contained file each."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli import plots
 from mpoe.cli.files import write_text
+
+Rows = Iterable[Sequence[str]]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -19,22 +21,77 @@ td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th
 """
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def _table(header: Sequence[str], rows: Rows, kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _plots(arms: Sequence[dict[str, Any]]) -> str:
+def _figures(draw: Callable[[], Iterable[str]]) -> str:
+    """The drawings, or how to get them where matplotlib is not installed."""
     if not plots.have_matplotlib():
         return '<p class="note">Plots need matplotlib: <code>pip install "mpoe[report]"</code>.</p>'
-    drawings = [plots.loss_curves(arms), plots.parameter_bars(arms)]
-    drawings += [plots.expert_load(arm) for arm in arms if arm["expert_load"]]
-    return "".join(f"<figure>{svg}</figure>" for svg in drawings)
+    return "".join(f"<figure>{svg}</figure>" for svg in draw())
 
 
-def write_report(file: Path, results: dict[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write the report.
+def _demo_drawings(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield plots.loss_curves({arm["name"]: arm["loss"] for arm in arms}, "Training loss (task only)")
+    yield plots.parameter_bars(arms)
+    for arm in arms:
+        if arm["expert_load"]:
+            yield plots.expert_load(arm["expert_load"], f"Expert load on test items: {arm['name']}")
+
+
+def _run_drawings(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Drawings of a run's ``metrics.jsonl``."""
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval_") and key.endswith("loss") and value is not None:
+                name = key.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
+                validation.setdefault(name, []).append((record["step"], value))
+    yield plots.loss_curves({"all tasks": training}, "Training loss")
+    if validation:
+        yield plots.loss_curves(validation, "Validation loss", smoothed=False)
+    loads = [r["expert_load"]["share"] for r in records if r.get("expert_load")]
+    if loads:
+        yield plots.expert_load([layer for layer in loads[-1] if layer], "Expert load at the last training steps")
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def write_run_report(
+    file: Path, results: dict[str, Any], records: Sequence[dict[str, Any]], header: Sequence[str], rows: Rows
+) -> None:
+    """Write the report of a training run.
+
+    Args:
+        file: where to.
+        results: as in ``results.json``.
+        records: of ``metrics.jsonl``.
+        header, rows: the scores as they stand on the terminal.
+    """
+    parameters = [(kind, f"{count:,}") for kind, count in results["parameters"].items()]
+    parts = [
+        f"<h1>{html.escape(results['class'])} after {results['steps']} steps</h1>",
+        f"<p>From {html.escape(str(results['model']))}; trained for {results['seconds']:.0f} seconds.</p>",
+        "<h2>Validation</h2>",
+        _table(header, rows),
+        _figures(lambda: _run_drawings(records)),
+        "<h2>Parameters</h2>",
+        _table(("kind", "parameters"), parameters),
+    ]
+    write_text(file, _page("mpoe run", parts))
+
+
+def write_report(file: Path, results: dict[str, Any], header: Sequence[str], rows: Rows) -> None:
+    """Write the report of the demo.
 
     Args:
         file: where to.
@@ -50,7 +107,7 @@ def write_report(file: Path, results: dict[str, Any], header: Sequence[str], row
         verdict,
         *(f"<p>{html.escape(line)}</p>" for line in results["comparison"]),
         _table([name.replace("\n", " ") for name in header], rows),
-        _plots(arms),
+        _figures(lambda: _demo_drawings(arms)),
         "<h2>Generated by the reloaded MPOE model</h2>",
         _table(("prompt", "expected", "generated"), examples, "text"),
         "<h2>Seconds per stage</h2>",
@@ -58,8 +115,4 @@ def write_report(file: Path, results: dict[str, Any], header: Sequence[str], row
         f'<p class="note">Seed {results["seed"]}, {results["steps"]} steps per arm; '
         f"{html.escape(', '.join(f'{k} {v}' for k, v in results['versions'].items()))}.</p>",
     ]
-    write_text(
-        file,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>mpoe demo</title><style>{_STYLE}</style>'
-        f"</head><body>{''.join(parts)}</body></html>\n",
-    )
+    write_text(file, _page("mpoe demo", parts))

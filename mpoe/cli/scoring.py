@@ -53,14 +53,31 @@ def evaluate_tasks(
     return scores
 
 
+SCORE_HEADER = ("task", "metric", "value", "items")
+
+
+def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """The scores of `evaluate_tasks` as rows, the average over tasks last where there are several."""
+    from mpoe.data.tasks import average_score
+
+    rows = [
+        (task, name, f"{value:.4f}", str(values["items"]))
+        for task, values in scores.items()
+        for name, value in values.items()
+        if name != "items"
+    ]
+    if len(scores) > 1:
+        total = sum(int(values["items"]) for values in scores.values())
+        rows.append(("average over tasks", "first of each", f"{average_score(scores):.4f}", str(total)))
+    return rows
+
+
 def show_scores(scores: dict[str, dict[str, float]], title: str) -> None:
     """Print the scores of `evaluate_tasks` as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "metric", "value", "items", title=title)
-    for task, values in scores.items():
-        for name, value in values.items():
-            if name != "items":
-                table.add_row(task, name, f"{value:.4f}", str(values["items"]))
+    table = Table(*SCORE_HEADER, title=title)
+    for row in score_rows(scores):
+        table.add_row(*row)
     Console().print(table)

@@ -1,22 +1,26 @@
-"""Which tasks a command works on: the user's own folders, or tasks by name."""
+"""Which tasks a command works on: the user's own folders and files, or tasks by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.errors import CommandError
+from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.pretrained import CAUSAL, SEQ2SEQ
 
 if TYPE_CHECKING:
+    from mpoe.data.spec import TaskSpec
     from mpoe.data.task import Task
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",)}
+
+# options that say how a folder's columns are read, in the place of a description
+DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -32,12 +36,19 @@ class DataOptions:
     data_dir: str | None = field(
         default=None,
         metadata=_help(
-            "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz); with --tasks, of such folders"
+            "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz); with --tasks, of one such "
+            "folder per task"
         ),
     )
     tasks: list[str] = field(
         default_factory=list,
-        metadata=_help("names of tasks; without --data_dir: embedded ones (doc_module, doc_lm, ...)"),
+        metadata=_help(
+            "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; from the hub "
+            "where they have no folder) or embedded ones (doc_module, doc_lm, ...)"
+        ),
+    )
+    task_file: list[str] = field(
+        default_factory=list, metadata=_help("YAML or JSON files that describe tasks; without --tasks all of them")
     )
     eval_tasks: list[str] = field(
         default_factory=list, metadata=_help("tasks to evaluate on; default: those trained on")
@@ -68,7 +79,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         # the lists may be written with commas too, as the original's configurations do
-        for name in ("tasks", "eval_tasks", "text_columns", "column_names", "metrics"):
+        for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
         if not self.temperature > 0:
@@ -95,17 +106,13 @@ def _label_words(text: str | None) -> dict[str, str] | None:
     return words
 
 
-def _from_folder(entry: str, options: DataOptions, data_seed: int) -> Task:
-    from mpoe.data.local import load_task_from_folder, task_name
+def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
+    """The task in a folder whose columns nobody has described, complete."""
+    from mpoe.data.local import load_task_from_folder
 
-    lengths = {
-        name: getattr(options, name)
-        for name in ("max_source_length", "max_target_length")
-        if getattr(options, name) is not None
-    }
     return load_task_from_folder(
-        Path(options.data_dir or ".") / entry,
-        task_name(os.path.normpath(entry)) if entry else None,  # en/s and fr/s are two tasks, en_s and fr_s
+        folder,
+        name,
         kind=options.kind,
         text_columns=options.text_columns or None,
         label_column=options.label_column,
@@ -117,18 +124,21 @@ def _from_folder(entry: str, options: DataOptions, data_seed: int) -> Task:
         n_val=options.n_val,
         n_test=options.n_test,
         data_seed=data_seed,
-        **lengths,
+        **_lengths(options),
     )
 
 
-def _by_name(name: str, options: DataOptions, data_seed: int) -> Task:
-    from mpoe.data.splits import with_subsets, with_validation_test_split
-    from mpoe.data.tasks import get_task
+def _lengths(options: DataOptions) -> dict[str, int]:
+    values = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
+    return {name: value for name, value in values.items() if value is not None}
 
-    task = get_task(name)
-    for length in ("max_source_length", "max_target_length"):
-        if getattr(options, length) is not None:
-            task = dataclasses.replace(task, **{length: getattr(options, length)})
+
+def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
+    """``task`` with the lengths, metrics, splits and sizes that were asked for."""
+    from mpoe.data.splits import with_subsets, with_validation_test_split
+
+    changes: dict[str, Any] = {**_lengths(options), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    task = dataclasses.replace(task, **changes)
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
     if (options.n_train, options.n_val, options.n_test) != (None, None, None):
@@ -136,21 +146,63 @@ def _by_name(name: str, options: DataOptions, data_seed: int) -> Task:
     return task
 
 
+def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
+    """The task called ``name``: a folder of ``data_dir``, read as it is described or detected; else one by name."""
+    from mpoe.data.local import task_name
+    from mpoe.data.tasks import find_spec, get_task, load_task, task_names
+
+    detection = [option for option in DETECTION if getattr(options, option)]
+    spec = described.get(name) or find_spec(name)
+    folder = _folder_of(name, spec, options)
+    if folder is not None and (spec is None or detection):
+        # en/s and fr/s are two tasks, en_s and fr_s
+        return _as_detected(folder, task_name(os.path.normpath(name)) if name else None, options, data_seed)
+    if detection:
+        raise CommandError(f"{detection[0]} says how a folder is read; task {name} has none in data_dir")
+    if spec is not None:
+        return _adjusted(load_task(spec, folder), options, data_seed)
+    if options.data_dir is not None and name not in task_names():
+        known = [*described, *task_names()]
+        raise CommandError(
+            f"data_dir {options.data_dir} has no folder {name!r}, nor is there a task of that name"
+            f"{close_matches(name, known)}; known: {', '.join(known)}"
+        )
+    return _adjusted(get_task(name), options, data_seed)
+
+
+def _folder_of(name: str, spec: TaskSpec | None, options: DataOptions) -> Path | None:
+    """Where a task's files lie in ``data_dir``: under its name, or under the usual name of its folder."""
+    if options.data_dir is None:
+        return None
+    names = [name, spec.folder] if spec is not None and spec.folder else [name]
+    folders = (Path(options.data_dir) / entry for entry in names)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def resolve(names: Sequence[str], options: DataOptions, style: str, data_seed: int = 0) -> list[Task]:
-    """The tasks of these names (empty: the folder ``data_dir`` itself, or the embedded ones of the model's style).
+    """The tasks of these names.
+
+    Without names: the folder ``data_dir`` itself, or every task of ``task_file``, or the embedded ones of the model's
+    style.
 
     Raises:
         ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks of one
             name, a kind of task that a model of this ``style`` does not do.
     """
-    if options.data_dir is not None:
-        if not Path(options.data_dir).is_dir():
-            raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
-        tasks = [_from_folder(name, options, data_seed) for name in names or [""]]
-    else:
-        tasks = [_by_name(name, options, data_seed) for name in names or DEFAULT_TASKS[style]]
+    from mpoe.data.task_files import read_task_file
+
+    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+        raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
+    described: dict[str, TaskSpec] = {}
+    for file in options.task_file:
+        specs = read_task_file(file)
+        for name in specs.keys() & described.keys():
+            raise CommandError(f"task_file: two files describe a task {name}")
+        described.update(specs)
+    names = list(names) or list(described) or ([""] if options.data_dir is not None else list(DEFAULT_TASKS[style]))
+    tasks = [_one_task(name, options, described, data_seed) for name in names]
     entries: dict[str, str] = {}
-    for entry, task in zip(names, tasks, strict=False):
+    for entry, task in zip(names, tasks, strict=True):
         if task.name in entries:
             raise CommandError(
                 f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"

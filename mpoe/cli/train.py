@@ -276,9 +276,11 @@ def _finish(
     trainer: Any, tokenizer: Any, eval_tasks: Sequence[Task], plan: Plan, folder: Path, seconds: float
 ) -> dict[str, Any]:
     """Evaluate on validation, save the model and write the results."""
-    from mpoe.cli.files import RESULTS_FILE, publish_model, staging_folder, write_json
-    from mpoe.cli.scoring import evaluate_tasks, show_scores
+    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
+    from mpoe.cli.report import write_run_report
+    from mpoe.cli.scoring import SCORE_HEADER, evaluate_tasks, score_rows, show_scores
     from mpoe.data.tasks import average_score
+    from mpoe.training import read_metrics
 
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
     model = trainer.model
@@ -301,8 +303,9 @@ def _finish(
         **measured(plan.measure, seconds, trainer.state.global_step, _items_per_step(plan.arguments)),
     }
     write_json(folder / RESULTS_FILE, results)
+    write_run_report(folder / REPORT_FILE, results, read_metrics(folder), SCORE_HEADER, score_rows(scores))
     show_scores(scores, f"validation after {trainer.state.global_step} steps")
-    print(f"model, metrics.jsonl and {RESULTS_FILE} are in {folder}")
+    print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results
 
 

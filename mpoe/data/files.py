@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
 SPLIT_STEMS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "dev_matched", "validation_matched"),
@@ -30,11 +32,18 @@ class Row:
 def file_format(path: Path) -> str:
     """Suffix that says how to read ``path``, without .gz; "" if unknown."""
     name = path.name.removesuffix(".gz")
-    return next((suffix for suffix in (*TABLE_SUFFIXES, ".txt") if name.endswith(suffix)), "")
+    return next((suffix for suffix in (*TABLE_SUFFIXES, *TEXT_SUFFIXES) if name.endswith(suffix)), "")
+
+
+def is_text(path: Path) -> bool:
+    """Whether ``path`` is running text, not a table."""
+    return file_format(path) in TEXT_SUFFIXES
 
 
 def find_split_file(folder: Path, split: str) -> Path | None:
     """The file of a split in ``folder``: train, validation (or valid, val, dev) or test with a known suffix.
+
+    ``wiki.`` before the name is WikiText's and means nothing.
 
     Raises:
         ValueError: several files fit.
@@ -42,7 +51,8 @@ def find_split_file(folder: Path, split: str) -> Path | None:
     found = []
     for path in sorted(folder.iterdir()):
         suffix = file_format(path)
-        if suffix and path.is_file() and path.name.removesuffix(".gz").removesuffix(suffix) in SPLIT_STEMS[split]:
+        stem = path.name.removesuffix(".gz").removesuffix(suffix).removeprefix("wiki.")
+        if suffix and path.is_file() and stem in SPLIT_STEMS[split]:
             found.append(path)
     if len(found) > 1:
         raise ValueError(f"data_dir {folder} must hold one {split} file; got {', '.join(p.name for p in found)}")
@@ -73,11 +83,19 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def read_table(path: Path, column_names: Sequence[str] | None = None) -> list[Row]:
+def has_header(path: Path, columns: Iterable[str]) -> bool:
+    """Whether the first line of a csv or tsv file holds one of ``columns``."""
+    first = read_lines(path)[0]
+    fields = first.split("\t" if file_format(path) == ".tsv" else ",")
+    return not {field.strip().strip('"') for field in fields}.isdisjoint(columns)
+
+
+def read_table(path: Path, column_names: Sequence[str] | None = None, skip_malformed: bool = False) -> list[Row]:
     """Rows of a .jsonl, .csv or .tsv file, also with .gz.
 
-    ``column_names`` names the columns of a csv or tsv file that has no header line. Blank lines are skipped. A .tsv
-    file has no quoting (as in GLUE), a .csv file has.
+    ``column_names`` names the columns of a csv or tsv file that has no header line. Blank lines are skipped, and with
+    ``skip_malformed`` lines with too many or too few columns too (a warning counts them). A .tsv file has no quoting
+    (as in GLUE), a .csv file has.
 
     Raises:
         ValueError: unknown suffix, empty file, not UTF-8, a malformed line, a line with too many or too few columns.
@@ -86,19 +104,21 @@ def read_table(path: Path, column_names: Sequence[str] | None = None) -> list[Ro
     if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path}: expected a file named {', '.join(TABLE_SUFFIXES)} (or these with .gz)")
     lines = read_lines(path)
-    rows = list(_json_rows(path, lines) if suffix.startswith(".json") else _csv_rows(path, lines, suffix, column_names))
+    if suffix.startswith(".json"):
+        rows = list(_json_rows(path, lines))
+    else:
+        rows = list(_csv_rows(path, lines, suffix, column_names, skip_malformed))
     if not rows:
         raise ValueError(f"{path}: the file has a header but no rows")
     return rows
 
 
 def read_paragraphs(path: Path) -> list[str]:
-    """Paragraphs of a text file: separated by blank lines if it has any inside, else one a line."""
-    lines = read_lines(path)
-    text = "\n".join(lines).strip()
+    """Paragraphs of a text file: separated by lines that are blank if it has any inside, else one a line."""
+    text = "\n".join(line.strip() for line in read_lines(path)).strip()
     if "\n\n" in text:
         return [" ".join(part.split("\n")).strip() for part in text.split("\n\n") if part.strip()]
-    return [line.strip() for line in lines if line.strip()]
+    return text.split("\n")
 
 
 def _json_rows(path: Path, lines: list[str]) -> Iterator[Row]:
@@ -115,12 +135,15 @@ def _json_rows(path: Path, lines: list[str]) -> Iterator[Row]:
         yield Row(values, number)
 
 
-def _csv_rows(path: Path, lines: list[str], suffix: str, column_names: Sequence[str] | None) -> Iterator[Row]:
+def _csv_rows(
+    path: Path, lines: list[str], suffix: str, column_names: Sequence[str] | None, skip_malformed: bool
+) -> Iterator[Row]:
     if suffix == ".tsv":
         reader = csv.reader((line + "\n" for line in lines), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader((line + "\n" for line in lines), strict=True)
     columns = list(column_names) if column_names else None
+    skipped = 0
     try:
         for fields in reader:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
@@ -131,6 +154,9 @@ def _csv_rows(path: Path, lines: list[str], suffix: str, column_names: Sequence[
                     raise ValueError(f"{path}, line {reader.line_num}: column names must differ; got {columns}")
                 continue
             if len(fields) != len(columns):
+                if skip_malformed:
+                    skipped += 1
+                    continue
                 raise ValueError(
                     f"{path}, line {reader.line_num}: expected {len(columns)} columns ({', '.join(columns)}); "
                     f"got {len(fields)}"
@@ -138,3 +164,5 @@ def _csv_rows(path: Path, lines: list[str], suffix: str, column_names: Sequence[
             yield Row(dict(zip(columns, fields, strict=True)), reader.line_num)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: malformed {suffix[1:]}: {error}") from error
+    if skipped:
+        warnings.warn(f"{path}: left out {skipped} lines with a wrong number of columns", stacklevel=2)

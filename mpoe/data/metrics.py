@@ -1,5 +1,6 @@
 """Metrics in numpy: each takes predictions and references of equal length and returns a fraction, not per cent.
 
+Those of generated texts are in :mod:`mpoe.data.text_metrics`.
 Undefined cases (a constant input to a correlation, one class only for the area under the curve) return 0.0 for
 correlations, as a model that always answers the same has learned nothing, and raise where no value would be honest.
 """
@@ -7,13 +8,12 @@ correlations, as a model that always answers the same has learned nothing, and r
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mpoe.data.names import lookup
+from mpoe.data.text_metrics import bleu, exact_match, rouge1, rouge2, rouge_l, same_length, token_f1
 
 
 def accuracy(predictions: Sequence, references: Sequence) -> float:
@@ -77,18 +77,6 @@ def roc_auc(scores: Sequence, references: Sequence) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of texts that are equal after lower-casing and dropping punctuation and repeated blanks."""
-    predicted, expected = _texts(predictions, references)
-    return float(np.mean([text_words(p) == text_words(e) for p, e in zip(predicted, expected, strict=True)]))
-
-
-def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over texts of the F1 of the shared words (bags of words, as SQuAD does)."""
-    predicted, expected = _texts(predictions, references)
-    return float(np.mean([_bag_f1(text_words(p), text_words(e)) for p, e in zip(predicted, expected, strict=True)]))
-
-
 def perplexity(losses: Sequence, weights: Sequence | None = None) -> float:
     """exp of the mean of [N] losses in nats; ``weights`` are the token counts behind each loss (default: equal)."""
     loss = np.asarray(losses, dtype=np.float64)
@@ -110,14 +98,12 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2.0)[inverse]
 
 
-def text_words(text: str) -> list[str]:
-    """Lower-case words of a text."""
-    return re.findall(r"\w+", text.lower())
-
-
 METRICS: dict[str, Callable[..., float]] = {
     function.__name__: function
-    for function in (accuracy, f1, macro_f1, matthews, pearson, spearman, roc_auc, exact_match, token_f1)
+    for function in (
+        *(accuracy, f1, macro_f1, matthews, pearson, spearman, roc_auc),
+        *(exact_match, token_f1, bleu, rouge1, rouge2, rouge_l),
+    )
 }
 
 
@@ -126,22 +112,8 @@ def get_metric(name: str) -> Callable[..., float]:
     return lookup(METRICS, name, "metric")
 
 
-def _bag_f1(predicted: list[str], expected: list[str]) -> float:
-    if not predicted or not expected:
-        return float(predicted == expected)
-    shared = sum((Counter(predicted) & Counter(expected)).values())
-    return 2.0 * shared / (len(predicted) + len(expected))
-
-
-def _same_length(predictions: Sequence | np.ndarray, references: Sequence | np.ndarray) -> None:
-    if len(predictions) != len(references):
-        raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
-    if not len(references):
-        raise ValueError("predictions and references are empty; a metric needs at least one item")
-
-
 def _labels(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    _same_length(predictions, references)
+    same_length(predictions, references)
     predicted, expected = np.asarray(predictions), np.asarray(references)
     if predicted.ndim != 1 or expected.ndim != 1:
         raise ValueError(f"predictions and references must be [N]; got {predicted.shape} and {expected.shape}")
@@ -153,7 +125,7 @@ def _labels(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np
 
 
 def _numbers(predictions: Sequence | np.ndarray, references: Sequence | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    _same_length(predictions, references)
+    same_length(predictions, references)
     try:
         x, y = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -163,15 +135,6 @@ def _numbers(predictions: Sequence | np.ndarray, references: Sequence | np.ndarr
     if not (np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
         raise ValueError("predictions and references must be finite; got NaN or infinity")
     return x, y
-
-
-def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    _same_length(predictions, references)
-    for kind, texts in (("predictions", predictions), ("references", references)):
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise TypeError(f"{kind} must be texts; got {type(wrong).__name__}")
-    return predictions, references
 
 
 def _few(values: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,25 +25,34 @@ def split_validation_test(
     Raises:
         ValueError: fewer than two different items that are not in ``train``.
     """
-    key = key or _source_key
+    groups = _groups(items, train, key or _source_key)
+    if len(groups) < 2:
+        raise ValueError(f"items must hold at least two different items that are not in train; got {len(groups)}")
+    # At most half of what there is, one group at least.
+    return _part(items, groups, max(1, len(items) // 2), f"split-validation-test-{seed}")
+
+
+def _groups(items: Sequence[Any], train: Iterable[Any], key: Callable[[Any], object]) -> list[list[int]]:
+    """Positions of items of one key each, without the keys that occur in ``train``."""
     known = {key(item) for item in train}
     groups: dict[object, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(key(item), []).append(index)
-    fresh = [group for name, group in groups.items() if name not in known]
-    if len(fresh) < 2:
-        raise ValueError(f"items must hold at least two different items that are not in train; got {len(fresh)}")
-    random.Random(f"split-validation-test-{seed}").shuffle(fresh)
-    # At most half of what there is, one group at least.
-    wanted = max(1, len(items) // 2)
-    test: list[int] = []
-    for group in fresh[:-1]:
-        if not test or len(test) + len(group) <= wanted:
-            test += group
-    chosen = set(test)
+    return [group for name, group in groups.items() if name not in known]
+
+
+def _part(
+    items: Sequence[Any], groups: list[list[int]], wanted: int, seed: str
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(the rest, about ``wanted`` items): whole groups drawn by ``seed``, not all of them, one at least."""
+    random.Random(seed).shuffle(groups)
+    taken: set[int] = set()
+    for group in groups[:-1]:
+        if not taken or len(taken) + len(group) <= wanted:
+            taken.update(group)
     return (
-        tuple(item for index, item in enumerate(items) if index not in chosen),
-        tuple(items[index] for index in sorted(chosen)),
+        tuple(item for index, item in enumerate(items) if index not in taken),
+        tuple(items[index] for index in sorted(taken)),
     )
 
 
@@ -55,6 +65,36 @@ def with_validation_test_split(task: Task, seed: int = 0) -> Task:
             return train
         validation, test = split_validation_test(task.examples("validation"), seed, train)
         return validation if split == "validation" else test
+
+    return dataclasses.replace(task, rows=rows, to_text=None)
+
+
+def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: True) -> Task:
+    """``task`` whose validation items are taken out of its training items: a tenth of them, a thousand at most.
+
+    For data without a validation split; ``needed`` says whether that is so when an item is asked for first. Items of
+    one source text stay together. The choice is the same for every seed, so that training never sees an item that a
+    later evaluation asks for.
+
+    Raises:
+        ValueError: (on reading) fewer than two different training items.
+    """
+
+    @functools.cache
+    def parts() -> dict[str, Sequence[Example]]:
+        items = task.examples("train")
+        if not needed():
+            return {"train": items}
+        groups = _groups(items, (), _source_key)
+        if len(groups) < 2:
+            raise ValueError(f"train of task {task.name} must hold two different items at least; got {len(groups)}")
+        train, validation = _part(items, groups, max(1, min(1000, len(items) // 10)), "validation-from-train")
+        return {"train": train, "validation": validation}
+
+    def rows(split: str) -> Sequence[Example]:
+        if split == "test":
+            return task.examples("test")
+        return parts().get(split) or task.examples(split)
 
     return dataclasses.replace(task, rows=rows, to_text=None)
 

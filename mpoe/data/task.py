@@ -14,7 +14,7 @@ from mpoe.data.metrics import get_metric
 KINDS = ("classification", "regression", "generation", "language_modeling")
 LABEL_METRICS = frozenset({"accuracy", "f1", "macro_f1", "matthews"})
 NUMBER_METRICS = frozenset({"pearson", "spearman"})
-TEXT_METRICS = frozenset({"token_f1", "exact_match"})
+TEXT_METRICS = frozenset({"token_f1", "exact_match", "bleu", "rouge1", "rouge2", "rouge_l"})
 ALLOWED_METRICS = {
     "classification": LABEL_METRICS,
     "regression": NUMBER_METRICS,
@@ -63,7 +63,9 @@ class Task:
             if metric != "perplexity":
                 get_metric(metric)
             if metric not in allowed:
-                raise ValueError(f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r}")
+                raise ValueError(
+                    f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r} for {self.name}"
+                )
         if not self.metrics:
             raise ValueError(f"metrics of task {self.name} must name at least one of {sorted(allowed)}; got none")
         for field in ("max_source_length", "max_target_length"):

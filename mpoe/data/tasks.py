@@ -1,6 +1,15 @@
 """The registry of tasks, which users extend with a few lines.
 
-A new task::
+A new task, read from a folder or the hub as it is described::
+
+    register_task(TaskSpec(
+        name="review",
+        template="is this review good? {sentence}",
+        label_words={0: "bad", 1: "good"},
+        data_dir="data/review",
+    ))
+
+Or from any rows::
 
     register_task(Task(
         name="greeting",
@@ -14,38 +23,92 @@ A new task::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mpoe.data.doc_tasks import EMBEDDED_TASKS
+from mpoe.data.hub import load_hub_task
+from mpoe.data.local import load_described_task
 from mpoe.data.names import lookup
+from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task, subset
+from mpoe.data.task_files import standard_specs
 
-__all__ = ["Example", "Task", "average_score", "get_task", "register_task", "subset", "task_names"]
+__all__ = [
+    "Example",
+    "HubData",
+    "Task",
+    "TaskSpec",
+    "average_score",
+    "find_spec",
+    "get_task",
+    "load_task",
+    "register_task",
+    "subset",
+    "task_names",
+]
 
-_TASKS: dict[str, Task] = {task.name: task for task in EMBEDDED_TASKS}
+_REGISTERED: dict[str, Task | TaskSpec] = {task.name: task for task in EMBEDDED_TASKS}
 
 
-def register_task(task: Task, replace: bool = False) -> Task:
+def register_task(task: Task | TaskSpec, replace: bool = False) -> Task | TaskSpec:
     """Make ``task`` known by its name.
 
     Raises:
         ValueError: the name is taken and ``replace`` is False.
+        TypeError: neither a `Task` nor a `TaskSpec`.
     """
-    if not isinstance(task, Task):
-        raise TypeError(f"task must be a Task; got {type(task).__name__}")
-    if task.name in _TASKS and not replace:
+    if not isinstance(task, Task | TaskSpec):
+        raise TypeError(f"task must be a Task or a TaskSpec; got {type(task).__name__}")
+    if task.name in _known() and not replace:
         raise ValueError(f"a task named {task.name!r} is registered already; pass replace=True to exchange it")
-    _TASKS[task.name] = task
+    _REGISTERED[task.name] = task
     return task
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; ValueError with the close matches otherwise."""
-    return lookup(_TASKS, name, "task")
+    """The task called ``name``; a described one is read from its own folder or the hub.
+
+    Raises:
+        ValueError: no such task, with the close matches; or one that is nowhere but in a folder of the user's.
+    """
+    task = lookup(_known(), name, "task")
+    return task if isinstance(task, Task) else load_task(task)
+
+
+def find_spec(name: str) -> TaskSpec | None:
+    """The description of the task called ``name``; None if there is no such task or it is more than a description."""
+    task = _known().get(name)
+    return task if isinstance(task, TaskSpec) else None
+
+
+def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
+    """The task that ``spec`` describes, from the folder ``data_dir``, its own folder, or the hub.
+
+    Where there are no validation items they are taken out of the training items
+    (:func:`mpoe.data.splits.with_validation_from_train`).
+
+    Raises:
+        ValueError: it has no data, or what is read does not fit.
+    """
+    folder = data_dir or spec.data_dir
+    if folder:
+        task = load_described_task(spec, folder)
+        return task if "validation" in task.files else with_validation_from_train(task)
+    if spec.hub_data is None:
+        raise ValueError(
+            f"task {spec.name} comes without data: give data_dir, a folder that holds a folder {spec.name}"
+        )
+    return load_hub_task(spec)
 
 
 def task_names() -> tuple[str, ...]:
     """Names of all known tasks, sorted."""
-    return tuple(sorted(_TASKS))
+    return tuple(sorted(_known()))
+
+
+def _known() -> dict[str, Task | TaskSpec]:
+    return {**standard_specs(), **_REGISTERED}
 
 
 def average_score(scores: Mapping[str, Mapping[str, float]]) -> float:

@@ -38,7 +38,7 @@ NEUTRAL_KEYS = frozenset(
 _RUN_FILES = (
     *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
-    *("eval_results.json", "results.json"),
+    *("eval_results.json", "results.json", "report.html"),
 )
 # What `save_pretrained` and the commands leave where no run was; a run on top of it would be mixed with it.
 _MODEL_FILES = ("config.json", "results.json")

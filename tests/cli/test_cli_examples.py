@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from cli_described import write_described
+
+from mpoe.cli import plots
+from mpoe.data.task_files import read_task_file
+from mpoe.data.tasks import find_spec
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -31,20 +38,75 @@ def test_plain_loop() -> None:
     assert "step 2: loss" in out
 
 
-@pytest.mark.parametrize(
-    ("name", "data"), [("train_t5_movie_sentiment.yaml", "sentiment"), ("train_gpt2_austen.yaml", "prose")]
-)
-def test_configurations(cli, request: pytest.FixtureRequest, tmp_path: Path, name: str, data: str) -> None:
-    folder = request.getfixturevalue(data)
-    flags = ["--data_dir", folder, "--output_dir", tmp_path / "run", "--max_steps", 1, "--num_experts", 2]
-    flags += ["--per_device_train_batch_size", 2, "--max_source_length", 16, "--use_cpu"]
-    answer = cli("train", EXAMPLES / name, *flags)
-    assert answer.code == 0, answer.err
-    assert (tmp_path / "run" / "results.json").is_file()
+def wikitext(folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        lines = "".join(f" \n Paragraph {i} of {split} tells what a list holds . \n" for i in range(12))
+        (folder / f"wiki.{split}.raw").write_text(" \n = Lists = \n" + lines)
+    return folder
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
-def test_paths_of_configurations_are_relative(file: Path) -> None:
+def described(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        spec = find_spec(name)
+        assert spec is not None
+        write_described(folder, spec)
+    return folder
+
+
+FLAGS = ["--max_steps", 1, "--eval_steps", 1, "--num_experts", 2, "--per_device_train_batch_size", 2]
+FLAGS += ["--max_source_length", 16, "--logging_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.yaml")), ids=lambda p: p.stem)
+def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file: Path) -> None:
     values = yaml.safe_load(file.read_text())
     assert not Path(values["data_dir"]).is_absolute()
     assert not Path(values["output_dir"]).is_absolute()
+    tasks = values.get("tasks", [])
+    data = {"train_t5_movie_sentiment": sentiment, "train_gpt2_austen": prose}.get(file.stem)
+    if data is None:
+        data = described(tmp_path / "data", tasks) if tasks else wikitext(tmp_path / "data")
+    answer = cli("train", file, "--data_dir", data, "--output_dir", tmp_path / "run", *FLAGS)
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["validation"]) == (tasks or [data.name])
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"<td>{task}</td>" in report for task in results["validation"])
+    assert ("average over tasks" in report) == (len(tasks) > 1)
+    assert report.count("<svg") == (3 if plots.have_matplotlib() else 0)  # loss, validation loss, expert load
+
+
+@pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])
+def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) -> None:
+    lines = [line for line in (EXAMPLES / name).read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 1
+    program, *arguments, more = shlex.split(lines[0])
+    assert (program, more) == ("mpoe", "$@")
+    tasks = arguments[arguments.index("--tasks") + 1].split(",")
+    data = described(tmp_path / "data", tasks)
+    answer = cli(*arguments, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert list(json.loads((tmp_path / "run" / "results.json").read_text())["validation"]) == tasks
+
+
+def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
+    file = EXAMPLES / "my_tasks.yaml"
+    for spec in read_task_file(file).values():
+        write_described(tmp_path / "data", spec)
+    data = ["--task_file", file, "--data_dir", tmp_path / "data"]
+    answer = cli("train", "--model", "t5", *data, *FLAGS, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "average over tasks" in answer.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["validation"]) == ["review", "headline"]
+    assert set(results["validation"]["headline"]) == {"rouge_l", "bleu", "items"}
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["config"]["data"]["task_file"]) == 1
+
+    scores = tmp_path / "scores.json"
+    answer = cli("evaluate", tmp_path / "run", *data, "--tasks", "review", "--split", "test", "--output_file", scores)
+    assert answer.code == 0, answer.err
+    found = json.loads(scores.read_text())
+    assert found["scores"]["review"]["items"] == 4
+    assert found["mean"] == found["scores"]["review"]["accuracy"]
+    assert "two files describe a task" in refused("evaluate", tmp_path / "run", "--task_file", file, file)

@@ -79,7 +79,7 @@ def test_unknown_key_is_refused_naming_the_file(tmp_path: Path) -> None:
     [
         ("c.json", '{"steps": 3,\n "rate": }', r"c\.json, line 2, column 10: bad JSON"),
         ("c.yaml", "steps: 3\nrate: [1, 2\nfast: true\n", r"c\.yaml, line 3, column 5: bad YAML"),
-        ("c.yaml", "- a\n- b\n", "expected a mapping of option names to values; got list"),
+        ("c.yaml", "- a\n- b\n", "expected a mapping of names to values; got list"),
         ("c.toml", "", r"must be a \.json, \.yaml or \.yml file"),
     ],
 )

@@ -204,7 +204,7 @@ def test_empty_prompts_and_files_in_other_encodings(refused, tmp_path: Path) -> 
     (tmp_path / "prompts.txt").write_bytes("caf\u00e9".encode("latin-1"))
     assert "--file must be UTF-8 text; byte 3" in refused("generate", "gpt2", "--file", tmp_path / "prompts.txt")
     (tmp_path / "c.yaml").write_bytes("model: caf\u00e9".encode("latin-1"))
-    assert "the configuration must be UTF-8 text; byte 10" in refused("train", tmp_path / "c.yaml")
+    assert "the configuration file must be UTF-8 text; byte 10" in refused("train", tmp_path / "c.yaml")
 
 
 @pytest.mark.usefixtures("no_model")

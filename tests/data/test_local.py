@@ -10,7 +10,8 @@ import pytest
 
 from mpoe.data.documentation import SPLITS
 from mpoe.data.files import read_paragraphs, read_table
-from mpoe.data.local import LocalTask, load_task_from_folder, regression_text
+from mpoe.data.local import LocalTask, load_task_from_folder
+from mpoe.data.spec import regression_text
 from mpoe.data.task import Example
 
 ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
@@ -44,7 +45,7 @@ def test_formats_give_the_same_task(tmp_path, suffix):
         write(tmp_path / "my.task" / f"{stem}{suffix}", "\ufeff" + text)
     task = load_task_from_folder(tmp_path / "my.task")
     assert isinstance(task, LocalTask)
-    assert (task.name, task.kind, task.labels, task.text_columns) == (
+    assert (task.name, task.kind, task.labels, task.spec.columns) == (
         "my_task",
         "classification",
         ("0", "1"),
@@ -148,7 +149,9 @@ def test_bad_json_lines_are_refused_with_file_and_line(tmp_path, train, message)
 
 def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
     unknown = GOOD + '{"sentence": "x", "label": 2}\n'
-    with pytest.raises(ValueError, match=r"test\.jsonl, line 7: label must be a training label \(0, 1\); got '2'"):
+    with pytest.raises(
+        ValueError, match=r"test\.jsonl, line 7: label_words .* must have a word for '2', .* words for 0, 1"
+    ):
         load_task_from_folder(folder_of(tmp_path, ROWS, test=unknown))
     rows = [{"sentence": "x", "score": 0.5}]
     bad = folder_of(tmp_path / "r", rows, validation='{"sentence": "x", "score": "high"}\n')
@@ -198,7 +201,7 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
         load_task_from_folder(tmp_path, kind="ranking")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean label"):
         load_task_from_folder(tmp_path, label_column="labl")
-    with pytest.raises(ValueError, match=r"line 2: label_words has no word for '1'"):
+    with pytest.raises(ValueError, match=r"line 2: label_words .* must have a word for '1'.* words for 0, 2"):
         load_task_from_folder(tmp_path, label_words={0: "no", 2: "yes"})
     write(tmp_path / "val.csv", "text,label\nx,1\n")
     with pytest.raises(ValueError, match=r"must hold one validation file; got dev\.jsonl, val\.csv"):

@@ -66,14 +66,6 @@ def test_roc_auc_by_hand():
         m.roc_auc([0.1, 0.2, 0.3], [0, 1, 2])
 
 
-def test_text_metrics_by_hand():
-    assert m.exact_match(["Get  payload.", "x"], ["get payload", "y"]) == 0.5
-    # "get the payload" against "get payload": 2 shared of 3 and 2 -> 4/5; "" against "y" -> 0
-    assert m.token_f1(["get the payload", ""], ["get payload", "y"]) == pytest.approx(0.4)
-    assert m.token_f1(["a a"], ["a"]) == pytest.approx(2 / 3)
-    assert m.token_f1(["..."], ["!"]) == 1.0  # nothing asked, nothing said
-
-
 def test_perplexity():
     assert m.perplexity([math.log(4), math.log(16)]) == pytest.approx(8.0)
     assert m.perplexity([math.log(4), math.log(16)], weights=[3, 1]) == pytest.approx(4 * math.sqrt(2))
@@ -97,8 +89,6 @@ def test_wrong_types_are_refused():
         m.accuracy(["1"], [1])
     with pytest.raises(TypeError, match="must be numbers"):
         m.pearson(["x"], [1])
-    with pytest.raises(TypeError, match="predictions must be texts; got int"):
-        m.token_f1([1], ["a"])
     with pytest.raises(ValueError, match="finite"):
         m.spearman([math.nan, 1], [1, 2])
     with pytest.raises(ValueError, match=r"\[N\]; got \(1, 2\)"):

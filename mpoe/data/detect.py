@@ -1,0 +1,90 @@
+"""What a table of the user's own is about, read off its first split: columns, kind of task, label words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.data.files import Row
+from mpoe.data.spec import TaskSpec, is_number, read_cell
+
+LABEL_COLUMNS = ("label", "labels", "target", "score", "class", "similarity", "gold_label", "rating", "category")
+ID_COLUMNS = frozenset(("id", "idx", "index", "guid", "uid", "pairid", "promptid", "source_id"))
+MAX_CLASSES = 50
+
+
+def detect_spec(
+    path: Path,
+    rows: Sequence[Row],
+    name: str,
+    kind: str | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    label_words: Mapping[Any, str] | None = None,
+    metrics: Sequence[str] | None = None,
+    **lengths: Any,
+) -> TaskSpec:
+    """How to read the rows of ``path`` (the train file) and of its sisters; see
+    :func:`mpoe.data.local.load_task_from_folder`. The source text is the task's name and every text column's name and
+    value; in language modelling it is the values alone.
+
+    Raises:
+        ValueError: no label or text column, or one label only; the message names file and line.
+    """
+    columns = list(rows[0].values)
+    where = f"{path}, line {rows[0].line}"
+    if kind == "language_modeling":
+        label = ""
+    else:
+        label = label_column or next((c for c in LABEL_COLUMNS if c in columns), "")
+        if not label:
+            raise ValueError(
+                f"{where}: no label column among {', '.join(columns)}; expected one of {', '.join(LABEL_COLUMNS)}, "
+                "or give label_column"
+            )
+    texts = list(text_columns or _text_columns(rows[0].values, label))
+    if not texts:
+        raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")
+    asker = f"label_column of task {name}"
+    labels = [read_cell(row.values, label, f"{path}, line {row.line}", asker) for row in rows] if label else []
+    found = kind or _kind(labels, label_words)
+    words: Mapping[Any, str] = {}
+    if found == "classification":
+        words = label_words or _numeric_order(labels)
+        if len(words) < 2:
+            raise ValueError(f"{path}: classification needs at least two different labels; got {', '.join(words)}")
+    parts = " ".join(f"{{{c}}}" if found == "language_modeling" else f"{c}: {{{c}}}" for c in texts)
+    return TaskSpec(
+        name=name,
+        template=parts if found == "language_modeling" else f"{name} {parts}",
+        label_column=label,
+        label_words=words,
+        kind=found,
+        metrics=tuple(metrics or ()),
+        **lengths,
+    )
+
+
+def _text_columns(values: Mapping[str, Any], label: str) -> list[str]:
+    def is_text(column: str, value: Any) -> bool:
+        return column != label and column.lower() not in ID_COLUMNS and isinstance(value, str) and not is_number(value)
+
+    return [column for column, value in values.items() if is_text(column, value)]
+
+
+def _kind(labels: Sequence[str], label_words: Mapping[Any, str] | None) -> str:
+    if label_words:
+        return "classification"
+    different = set(labels)
+    if all(is_number(label) for label in different):
+        whole = all(float(label).is_integer() for label in different)
+        return "classification" if whole and len(different) <= MAX_CLASSES else "regression"
+    return "classification" if len(different) <= MAX_CLASSES else "generation"
+
+
+def _numeric_order(labels: Sequence[str]) -> dict[str, str]:
+    """Every label as its own word, numbers in numeric order: the second is the positive class of F1."""
+    different = set(labels)
+    numeric = all(is_number(label) for label in different)
+    return {label: label for label in sorted(different, key=(lambda x: (float(x), x)) if numeric else None)}

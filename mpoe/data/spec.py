@@ -1,0 +1,267 @@
+"""A task as a few lines of data: how a row becomes text, which words its labels have, and where its rows are."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mpoe.data.names import lookup
+from mpoe.data.task import Example, Task
+
+DEFAULT_METRICS = {
+    "regression": ("pearson", "spearman"),
+    "generation": ("token_f1", "exact_match"),
+    "language_modeling": ("perplexity",),
+}
+_COLUMN = re.compile(r"\{([^{}]+)\}")
+Cells = Mapping[str, Any]  # one row, by column
+
+
+@dataclass(frozen=True)
+class HubData:
+    """Where a task's rows are on the Hugging Face hub.
+
+    ``path``: name of the data set; ``config``, ``revision`` and ``folder`` (inside the repository): where it needs
+    them; ``splits``: its names of splits that are not called train, validation and test.
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Description of a task, as it stands in a YAML file under the task's name.
+
+    Args:
+        name: of the task.
+        template: the model's input, with columns in braces: ``"is this good? {sentence}"``.
+        label_column: the answer; not needed for language modelling.
+        label_words: label in the data -> word the model writes. Several labels may share a word, so that one task reads
+            data that spell their labels differently; rows whose label has the word None are left out. The second word
+            is the positive class of F1.
+        kind: default: classification where there are label_words.
+        metrics: the first one is what the task is judged by; default: by kind.
+        max_source_length, max_target_length: in tokens.
+        description: one line.
+        renamed_columns: name in the data -> name in the template, where data sets differ.
+        hidden_test: the test labels are not public, so no test file is read.
+        data_dir: folder with the files of this task alone.
+        folder: usual name of the task's folder in a collection, where it is not ``name``.
+        column_names: of csv and tsv files without a header line.
+        skip_malformed: leave out lines of csv and tsv files with a wrong number of columns, instead of refusing them.
+        hub: the data set on the hub: its name, or a mapping of the fields of `HubData`.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was expected and what came.
+    """
+
+    name: str
+    template: str = ""
+    label_column: str = "label"
+    label_words: Mapping[Any, str | None] = field(default_factory=dict, hash=False)
+    kind: str = ""
+    metrics: Sequence[str] = ()
+    max_source_length: int = 128
+    max_target_length: int = 16
+    description: str = ""
+    renamed_columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    hidden_test: bool = False
+    data_dir: str = ""
+    folder: str = ""
+    column_names: Sequence[str] = ()
+    skip_malformed: bool = False
+    hub: HubData | str | Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for check in fields(self):
+            _check_type(self.name, check.name, getattr(self, check.name), check.default)
+        self._settle("kind", self.kind or ("classification" if self.label_words else ""))
+        self._settle("label_words", self._words())
+        self._settle("metrics", tuple(self.metrics) or self._default_metrics())
+        self._settle("column_names", tuple(self.column_names))
+        self._settle("hub", _hub(self.name, self.hub))
+        if not self.columns or "{" in _COLUMN.sub("", self.template) or "}" in _COLUMN.sub("", self.template):
+            raise ValueError(
+                f"template of task {self.name} must name columns in braces, as in 'is it good? {{sentence}}'; "
+                f"got {self.template!r}"
+            )
+        Task(rows=lambda split: (), **self.task_fields())  # which checks the rest
+
+    @classmethod
+    def from_mapping(cls, name: str, values: Any) -> TaskSpec:
+        """The task called ``name`` as it was read from a file; TypeError or ValueError for whatever does not fit."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"task {name} must be a mapping of fields to values; got {type(values).__name__}")
+        known = {f.name: f for f in fields(cls) if f.name != "name"}
+        for key in values:
+            lookup(known, key, f"field of task {name}")
+        return cls(name=name, **values)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the template asks for."""
+        return tuple(dict.fromkeys(_COLUMN.findall(self.template)))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The different words of the labels, in their order."""
+        return tuple(dict.fromkeys(word for word in self.label_words.values() if word is not None))
+
+    @property
+    def hub_data(self) -> HubData | None:
+        """Where the rows are on the hub, if they are."""
+        return self.hub if isinstance(self.hub, HubData) else None
+
+    def task_fields(self) -> dict[str, Any]:
+        """Fields of a `Task` that follow from the description: all but its rows."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "labels": self.labels,
+            "metrics": tuple(self.metrics),
+            "max_source_length": self.max_source_length,
+            "max_target_length": self.max_target_length,
+            "description": self.description,
+        }
+
+    def examples(self, rows: Iterable[tuple[Cells, str]]) -> tuple[Example, ...]:
+        """Items of rows, each with the words that tell where it stands, for messages."""
+        found = (self.example(cells, where) for cells, where in rows)
+        return tuple(example for example in found if example is not None)
+
+    def example(self, cells: Cells, where: str) -> Example | None:
+        """One row as text; None if there is no text or its label is one to leave out.
+
+        Raises:
+            ValueError: a column that is not there, no text or number in it, or a label without a word.
+        """
+        if self.renamed_columns:
+            cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
+        label = (
+            ""
+            if self.kind == "language_modeling"
+            else read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
+        )
+        if self.kind == "classification":
+            if label not in self.label_words:
+                known = ", ".join(list(self.label_words)[:10])
+                raise ValueError(
+                    f"{where}: label_words of task {self.name} must have a word for {label!r}, which stands in column "
+                    f"{self.label_column!r}; it has words for {known}"
+                )
+            word = self.label_words[label]
+            if word is None:
+                return None
+            label = word
+        elif self.kind == "regression":
+            label = regression_text(_number(label, where))
+        asker = f"template of task {self.name}"
+        source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker), self.template)
+        return Example(source, label) if source.strip() else None
+
+    def _words(self) -> dict[str, str | None]:
+        where = f"a label in label_words of task {self.name}"
+        words = {cell_text(label, where): word for label, word in self.label_words.items()}
+        for label, word in words.items():
+            if word is not None and not isinstance(word, str):
+                quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
+                raise TypeError(
+                    f"label_words of task {self.name} must be texts; got {word!r} for the label {label}"
+                    + (quotes if isinstance(word, bool) else "")
+                )
+        if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
+            raise ValueError(
+                f"label_words of task {self.name} must give at least two different words, label -> word; "
+                f"got {words or 'none'}"
+            )
+        return words
+
+    def _default_metrics(self) -> tuple[str, ...]:
+        return DEFAULT_METRICS.get(self.kind, ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews"))
+
+    def _settle(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
+    """Text of the cell in ``column``; ValueError if it is not there, naming who asks for it."""
+    if column not in cells:
+        close = difflib.get_close_matches(column, list(cells), n=2)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise ValueError(
+            f"{where}: column {column!r} is missing{hint}, which {asker} asks for; "
+            f"got {', '.join(cells) or 'no columns'}"
+        )
+    return cell_text(cells[column], f"{where}: column {column!r}")
+
+
+def cell_text(value: Any, where: str) -> str:
+    """Text of one cell. Numbers lose a needless ``.0`` and booleans become 0 and 1, so that 1, 1.0, true are one label.
+
+    Raises:
+        ValueError: neither a text nor a number.
+    """
+    if value is None or isinstance(value, dict | list):
+        raise ValueError(f"{where} must hold a text or a number; got {value!r}")
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    return str(value).strip()
+
+
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def regression_text(value: float) -> str:
+    """``value`` rounded to the nearest 0.2, with one decimal, as T5 writes STS-B's scores: 2.57 -> "2.6"."""
+    return f"{round(value * 5) / 5 + 0.0:.1f}"
+
+
+def _number(text: str, where: str) -> float:
+    if not is_number(text):
+        raise ValueError(f"{where}: expected a finite number; got {text!r}")
+    return float(text)
+
+
+def _check_type(task: str, name: str, value: Any, default: Any) -> None:
+    """A field's value must be of its default's kind: text, yes or no, whole number, list, mapping."""
+    if name == "hub":
+        return
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, tuple):
+        texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        fits, expected = texts, "a list of texts"
+    elif isinstance(default, str) or name == "name":
+        fits, expected = isinstance(value, str), "a text"
+    else:
+        fits, expected = isinstance(value, Mapping), "a mapping"
+    if not fits:
+        raise TypeError(f"{name} of task {task} must be {expected}; got {value!r}")
+
+
+def _hub(task: str, value: Any) -> HubData | None:
+    if value is None or isinstance(value, HubData):
+        return value
+    if isinstance(value, str):
+        return HubData(value)
+    known = {f.name: f for f in fields(HubData)}
+    if not isinstance(value, Mapping) or "path" not in value:
+        raise TypeError(f"hub of task {task} must be a data set's name, or a mapping with its path; got {value!r}")
+    for key in value:
+        lookup(known, key, f"field of hub of task {task}")
+    return HubData(**value)

@@ -1,0 +1,24 @@
+"""Small data for described tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cli_rows import write_rows
+
+from mpoe.data.spec import TaskSpec
+
+
+def write_described(data_dir: Path, spec: TaskSpec) -> Path:
+    """A folder ``spec.name`` in ``data_dir`` with a few rows that the description fits."""
+    folder = data_dir / spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    labels: list[Any] = [label for label, word in spec.label_words.items() if word is not None] or [0.4, 3]
+    for split, size in (("train", 16), ("validation", 8), ("test", 4)):
+        rows = [
+            {**{column: f"{column} {i} of {split}" for column in spec.columns}, spec.label_column: labels[i % 2]}
+            for i in range(size)
+        ]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder

@@ -1,0 +1,110 @@
+"""Which data a task's name stands for: a folder, a description, the hub; and what the options then mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_described import write_described
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.evaluate import _data_seed_of_run
+from mpoe.cli.scoring import score_rows
+from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.data.tasks import find_spec
+
+
+def described(data_dir: Path, *names: str) -> Path:
+    for name in names:
+        spec = find_spec(name)
+        assert spec is not None
+        write_described(data_dir, spec)
+    return data_dir
+
+
+def tasks(names: list[str], style: str = "seq2seq", seed: int = 0, **options: object) -> list:
+    return resolve(names, DataOptions(**options), style, seed)  # type: ignore[arg-type]
+
+
+def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
+    data = described(tmp_path, "rte", "imdb")
+    (data / "rte").rename(data / "RTE")  # as in the official download
+    rte, imdb, embedded = tasks(["rte", "imdb", "doc_kind"], data_dir=str(data), metrics=["accuracy"])
+    assert rte.train()[0].source.startswith("Given: sentence1 0 of train Does it follow that")
+    assert (rte.labels, rte.metrics, imdb.labels) == (("yes", "no"), ("accuracy",), ("no", "yes"))
+    assert embedded.name == "doc_kind"
+    # options that say how columns are read win over the description
+    (rte,) = tasks(["RTE"], data_dir=str(data), text_columns=["sentence1"])
+    assert rte.train()[0].source == "RTE sentence1: sentence1 0 of train"
+
+
+def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> None:
+    data = described(tmp_path, "rte")
+    (rte,) = tasks(["rte"], data_dir=str(data), split_validation_test=True, n_train=3, max_target_length=2)
+    sizes = [len(rte.examples(split)) for split in ("train", "validation", "test")]
+    assert sizes == [3, 4, 4]
+    assert not {e.source for e in rte.validation()} & {e.source for e in rte.test()}
+    assert rte.max_target_length == 2
+    with pytest.raises(ValueError, match="has no test file; use split_validation_test"):
+        tasks(["rte"], data_dir=str(data))[0].test()
+
+
+def test_task_files(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("imdb: {template: 'mine: {text}', label_words: {0: bad, 1: good}, data_dir: elsewhere}\n")
+    described(tmp_path, "imdb")
+    (tmp_path / "imdb").rename(tmp_path / "elsewhere")
+    (imdb,) = tasks([], task_file=[str(file)])
+    assert imdb.train()[1].source == "mine: text 1 of train"  # a file's task wins over a known one
+    file.write_text("imdb: {template: 'mine: {txt}', label_words: {0: bad, 1: good}, data_dir: elsewhere}\n")
+    with pytest.raises(
+        ValueError, match=r"column 'txt' is missing \(did you mean text\?\), which template of task imdb"
+    ):
+        tasks([], task_file=[str(file)])
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (
+            ["rtf"],
+            {"data_dir": "."},
+            r"data_dir \. has no folder 'rtf', nor is there a task of that name; did you .*rte",
+        ),
+        (["doc_kind"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_kind has none"),
+        (["movie_sentiment"], {}, "task movie_sentiment comes without data: give data_dir"),
+        (["doc_kind"], {"metrics": ["pearson"]}, "metrics of a classification task must be among .*got 'pearson'"),
+        ([], {"task_file": ["absent.yaml"]}, "task file not found: absent.yaml"),
+    ],
+)
+def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, options: dict, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        tasks(names, **options)
+
+
+def test_kinds_must_suit_the_model(tmp_path: Path) -> None:
+    data = described(tmp_path, "rte", "wikitext-2")
+    with pytest.raises(CommandError, match="wikitext-2 is language modelling; a T5 does text-to-text"):
+        tasks(["wikitext-2"], data_dir=str(data))
+    with pytest.raises(CommandError, match="task rte is classification; a GPT-2 does language modelling"):
+        tasks(["rte"], style="causal", data_dir=str(data))
+    assert tasks(["wikitext-2"], style="causal", data_dir=str(data))[0].train()[0].source == "text 0 of train"
+
+
+def test_average_is_over_tasks_in_the_table() -> None:
+    one = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}
+    assert score_rows(one) == [("a", "accuracy", "1.0000", "3"), ("a", "f1", "0.0000", "3")]
+    two = {**one, "b": {"pearson": 0.5, "items": 4}}
+    assert score_rows(two)[-1] == ("average over tasks", "first of each", "0.7500", "7")
+
+
+def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    assert _data_seed_of_run(str(checkpoint)) == 0
+    run_file = tmp_path / "run" / "run.json"
+    for training, seed in (({"seed": 7, "data_seed": None}, 7), ({"seed": 7, "data_seed": 0}, 0)):
+        run_file.write_text(json.dumps({"config": {"training": training}}))
+        assert _data_seed_of_run(str(tmp_path / "run")) == _data_seed_of_run(str(checkpoint)) == seed

@@ -1,0 +1,173 @@
+"""The tasks that come described: GLUE, SuperGLUE and others, from the hub and from the official folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mpoe.data.task_files import STANDARD, standard_specs
+from mpoe.data.tasks import find_spec, get_task, load_task
+
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")
+OTHERS = ("imdb", "snli", "scitail", "paws", "trec", "yelp_polarity", "wikitext-2", "wikitext-103")
+LOCAL = ("movie_sentiment", "sms_spam", "word_in_context", "sentiment_rating")
+
+# columns of the hub's data sets: template columns, label column, labels
+HUB_LABELS = {
+    **dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "paws", "imdb", "yelp_polarity"), (0, 1)),
+    **dict.fromkeys(("superglue-boolq", "superglue-rte"), (0, 1)),
+    **dict.fromkeys(("mnli", "superglue-cb"), (0, 1, 2)),
+    "snli": (0, 1, 2, -1),
+    "scitail": ("entails", "neutral"),
+    "trec": (0, 1, 2, 3, 4, 5),
+    "stsb": (2.5, 3.8),
+}
+
+
+def test_all_are_there_and_hidden_tests_are_marked() -> None:
+    specs = standard_specs()
+    assert set(specs) == {*GLUE, *SUPERGLUE, *OTHERS, *LOCAL}
+    assert {name for name, spec in specs.items() if spec.hidden_test} == {*GLUE, *SUPERGLUE}
+    assert {name for name, spec in specs.items() if spec.hub_data is None} == set(LOCAL)
+    assert all(spec.description for spec in specs.values())
+    assert len({path.name for path in STANDARD.glob("*.yaml")}) == 4
+
+
+Loader = Callable[..., dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], None]:
+    """Put a function in the place of ``datasets.load_dataset``."""
+
+    def put(load: Loader) -> None:
+        module = ModuleType("datasets")
+        module.load_dataset = load  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    return put
+
+
+@pytest.mark.parametrize("name", [*GLUE, *SUPERGLUE, *OTHERS])
+def test_from_the_hub(hub, name: str) -> None:
+    spec = find_spec(name)
+    assert spec is not None
+    labels = HUB_LABELS.get(name, ("",))
+    calls = []
+
+    def load(path: str, config: str | None, data_dir: str | None, revision: str | None) -> dict:
+        calls.append((path, config or data_dir))
+        rows = [
+            {**{column: f"{column} {i}" for column in spec.columns}, spec.label_column: labels[i % len(labels)]}
+            for i in range(24)
+        ]
+        splits = {"train": rows, "test": rows[:2]}
+        if name not in ("imdb", "trec", "yelp_polarity"):
+            splits["validation_matched" if name == "mnli" else "validation"] = rows[:8]
+        return splits
+
+    hub(load)
+    task = get_task(name)
+    assert calls == []  # nothing is read before it is asked for
+    train, validation = task.train(), task.validation()
+    assert len(calls) == 1
+    assert len(train) + (len(validation) if len(validation) == 2 else 0) == (18 if name == "snli" else 24)
+    assert all(f"{column} " in train[0].source and f"{{{column}}}" not in train[0].source for column in spec.columns)
+    if task.kind == "classification":
+        assert {example.target for example in train} == set(task.labels)
+        assert all(set(task.score([word], [word])) == set(task.metrics) for word in task.labels)
+    if spec.hidden_test:
+        with pytest.raises(ValueError, match=f"the test labels of task {name} are not public; use split_validation"):
+            task.test()
+    elif task.kind != "language_modeling":
+        assert len(task.test()) == 2
+
+
+# Files as the official archives hold them: header line or none, and rows with the labels 0/1 in their spelling.
+OFFICIAL = {
+    "cola": ("CoLA", None, ["gj04\t1\t\tIt is raining.", "gj04\t0\t*\tRaining it."]),
+    "sst2": ("SST-2", "sentence\tlabel", ["a treat\t1", "a chore\t0"]),
+    "mrpc": ("MRPC", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ["1\t7\t8\tone\tuno", '0\t7\t9\t"one\ttwo']),
+    "qqp": ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", ["1\t2\t3\ta?\tb?\t1", "1\t2\t3\ta?\tc?\t0"]),
+    "stsb": ("STS-B", "index\tsentence1\tsentence2\tscore", ["0\ta\tb\t3.800", "1\ta\tc\t0.25"]),
+    "mnli": (
+        "MNLI",
+        "index\tsentence1\tsentence2\tlabel1\tgold_label",
+        ["0\ta\tb\tneutral\tentailment", "1\ta\tc\tneutral\tcontradiction"],
+    ),
+    "qnli": ("QNLI", "index\tquestion\tsentence\tlabel", ["0\ta?\tb\tentailment", "1\ta?\tc\tnot_entailment"]),
+    "rte": ("RTE", "index\tsentence1\tsentence2\tlabel", ["0\ta\tb\tentailment", "1\ta\tc\tnot_entailment"]),
+    "wnli": ("WNLI", "index\tsentence1\tsentence2\tlabel", ["0\ta\tb\t1", "1\ta\tc\t0"]),
+}
+EXPECTED = {
+    **dict.fromkeys(("mrpc", "qqp"), ("same", "different")),
+    **dict.fromkeys(("qnli", "rte", "wnli"), ("yes", "no")),
+    "cola": ("accepted", "rejected"),
+    "sst2": ("good", "bad"),
+    "stsb": ("3.8", "0.2"),
+    "mnli": ("true", "false"),
+}
+
+
+def write_glue(folder: Path, name: str) -> Path:
+    """The folder of a GLUE task with two rows in each of train and dev, and a test file without labels."""
+    official, header, rows = OFFICIAL[name]
+    (folder / official).mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{line}\n" for line in ([header] if header else []) + rows)
+    for file in ("train", "dev_matched" if name == "mnli" else "dev"):
+        (folder / official / f"{file}.tsv").write_text(text)
+    (folder / official / "test.tsv").write_text("index\tsentence\n0\twho knows\n")
+    return folder / official
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_from_the_official_glue_folder(tmp_path: Path, name: str) -> None:
+    spec = find_spec(name)
+    assert spec is not None
+    folder = write_glue(tmp_path, name)
+    assert spec.folder == folder.name
+    task = load_task(spec, folder)
+    assert tuple(example.target for example in task.train()) == EXPECTED[name]
+    assert task.validation() == task.train()
+
+
+def test_labels_in_words_and_broken_lines(tmp_path: Path) -> None:
+    rows = [
+        {"question": "is it", "passage": "It is.", "label": True, "idx": 0},
+        {"question": "is it", "passage": "It is not.", "label": False, "idx": 1},
+    ]
+    for file in ("train", "val"):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    boolq = find_spec("superglue-boolq")
+    assert boolq is not None
+    assert [example.target for example in load_task(boolq, tmp_path).train()] == ["yes", "no"]
+    qqp = find_spec("qqp")
+    assert qqp is not None
+    with (write_glue(tmp_path, "qqp") / "train.tsv").open("a") as file:
+        file.write("9\t9\ta line that ends early\n")
+    with pytest.warns(UserWarning, match="left out 1 lines"):
+        assert len(load_task(qqp, tmp_path / "QQP").train()) == 2
+
+
+def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> dict:
+        raise ConnectionError("Couldn't reach it")
+
+    hub(offline)
+    with pytest.raises(
+        ValueError, match=r"task rte: the hub did not give nyu-mll/glue \(Couldn't reach it\); give data_"
+    ):
+        get_task("rte").train()
+    hub(lambda *_, **__: {"dev": []})
+    with pytest.raises(ValueError, match=r"hub data set nyu-mll/glue of task mnli has no train split; got \['dev'\]"):
+        get_task("mnli").train()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'mpoe\[hub\]'; or give data_dir"):
+        get_task("rte").train()

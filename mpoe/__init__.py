@@ -21,6 +21,7 @@ _NAMES = {
     "TopKRouter": "mpoe.layers",
     "convert_to_mpoe": "mpoe.models",
     "import_original": "mpoe.models",
+    "lora_on_cores": "mpoe.models.lora",
     "load_mpoe": "mpoe.models",
     "merge_experts": "mpoe.models",
     "save_mpoe_only": "mpoe.models",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mpoe.config import MPOEConfig, RouterConfig
     from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter
     from mpoe.models import convert_to_mpoe, import_original, load_mpoe, merge_experts, save_mpoe_only
+    from mpoe.models.lora import lora_on_cores
     from mpoe.training import MPOETrainer, MPOETrainingArguments
     from mpoe_kernels.version import __version__
 
@@ -49,6 +51,7 @@ __all__ = [
     "convert_to_mpoe",
     "import_original",
     "load_mpoe",
+    "lora_on_cores",
     "merge_experts",
     "save_mpoe_only",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("MPOE_REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def lacks() -> Callable[[str], None]:
+    """`skip_or_fail`, for tests whose folder has a conftest of its own."""
+    return skip_or_fail
 
 
 @pytest.fixture(autouse=True)

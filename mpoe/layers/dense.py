@@ -100,5 +100,9 @@ class ExpertWeights(nn.Module):
         """``[E, I, F]``."""
         return self.weight
 
+    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; adapters of the weight (PEFT) work in here."""
+        return grouped_dense_linear(x, self.weight, expert_offsets, self.bias)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"

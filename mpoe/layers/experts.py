@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpoe.layers.activations import ACTIVATIONS, check_activation
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
+from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
 
@@ -239,12 +239,8 @@ class DenseExperts(nn.Module):
         offsets = routing.expert_offsets
         rows = dispatch(x, routing)
         act = ACTIVATIONS[self.activation]
-        hidden = grouped_dense_linear(rows, self.up.weight, offsets, self.up.bias)
-        if self.gate_proj is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(grouped_dense_linear(rows, self.gate_proj.weight, offsets)) * hidden
+        hidden = self.up(rows, offsets)
+        hidden = act(hidden) if self.gate_proj is None else act(self.gate_proj(rows, offsets)) * hidden
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
-        y = grouped_dense_linear(hidden, self.down.weight, offsets, self.down.bias)
-        return combine(y, routing, top_k_weights)
+        return combine(self.down(hidden, offsets), routing, top_k_weights)

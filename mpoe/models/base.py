@@ -33,6 +33,7 @@ from mpoe.models.find import find_sites
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, parameter_report
 from mpoe.models.sites import install_empty
+from mpoe.models.summary import print_summary, summarize
 
 # Files of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`).
 ONLY_FILE = "mpoe_only.safetensors"
@@ -290,6 +291,42 @@ class MPOEModelMixin(_Model):
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts, their split, and the comparison with dense and Switch models."""
         print(format_report(self.parameter_report()))
+
+    def mpoe_summary(self, num_tokens: int = 2048) -> None:
+        """Print a table with a row for every MPO weight: factors, bonds, parameters, conversion error, plan.
+
+        Args:
+            num_tokens: tokens of a forward pass, which the plans are for.
+
+        Raises:
+            TypeError, ValueError: ``num_tokens`` that is no count; a model without MPO weights.
+        """
+        rows = summarize(self, num_tokens, self.mpoe_config.router.top_k)
+        if not rows:
+            raise ValueError(f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none")
+        print_summary(rows, num_tokens)
+        self.print_trainable_parameters()
+
+    # -------------------------------------------------------------- freezing
+
+    def freeze_central(self) -> None:
+        """Stop training the central cores: what all experts share stays as the dense model had it.
+
+        Raises:
+            ValueError: a model without MPO weights.
+        """
+        self._set_central(False)
+
+    def unfreeze_central(self) -> None:
+        """Train the central cores again; as `freeze_central`."""
+        self._set_central(True)
+
+    def _set_central(self, trained: bool) -> None:
+        modules = [cores for _, cores in mpo_modules(self)]
+        if not modules:
+            raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
+        for cores in modules:
+            cores.central.requires_grad_(trained)
 
 
 def _checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:

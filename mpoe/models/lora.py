@@ -1,0 +1,180 @@
+"""LoRA on MPO cores through PEFT, whose own layers know matrices and 3-D parameters only.
+
+Every core, read as the matrix ``[d i, j d']`` (one per expert for auxiliary cores), gets a low-rank addition
+``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). That of the central core is shared by the experts like the core.
+Needs the extra ``peft``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe_kernels import MPOBlocks, expert_weights, fold
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+except ImportError as error:
+    raise ImportError('LoRA on MPO cores needs PEFT: pip install "mpoe[peft]"') from error
+
+# Fields of LoraConfig whose variants mean something else than an added low-rank product.
+_UNSUPPORTED = ("use_dora", "lora_bias", "lora_dropout")
+
+
+def lora_on_cores(config: LoraConfig) -> LoraConfig:
+    """Let ``config`` adapt MPO weights, wherever its ``target_modules`` name them: ``up``, ``down``, ``gate_proj``
+    of the experts, ``cores`` of MPO attention projections.
+
+    PEFT does not store this: also pass ``lora_on_cores(LoraConfig.from_pretrained(folder))`` as ``config`` when
+    loading an adapter.
+
+    Returns:
+        ``config`` itself.
+
+    Raises:
+        TypeError: a config of another method.
+        ValueError: an option that has no meaning on cores (DoRA, dropout, bias, another initialisation).
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig; got {type(config).__name__}")
+    given = [name for name in _UNSUPPORTED if getattr(config, name)]
+    if given:
+        raise ValueError(f"LoRA on MPO cores has no {', '.join(given)}; leave it at its default")
+    if not isinstance(config.init_lora_weights, bool):
+        raise ValueError(f"init_lora_weights must be True or False on MPO cores; got {config.init_lora_weights!r}")
+    config._register_custom_module({MPOCores: LoraCores})
+    return config
+
+
+def _rows_and_columns(core: Tensor) -> tuple[int, int]:
+    """Sizes of a core ``[..., d, i, j, d']`` as a matrix ``[d i, j d']``."""
+    d, i, j, d_next = core.shape[-4:]
+    return d * i, j * d_next
+
+
+class LoraCores(nn.Module, LoraLayer):
+    """`MPOCores` with low-rank additions to its cores; takes their place in the experts.
+
+    The rank of a core's addition is ``r``, or less where the core itself has less.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else (bias, shape, ...) is that of the wrapped cores."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def _core_names(self) -> list[str]:
+        base: Any = self.get_base_layer()
+        return base.core_names()
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter: A random, B zero, so that nothing changes yet."""
+        if r <= 0:
+            raise ValueError(f"r must be at least 1; got {r}")
+        base: Any = self.get_base_layer()
+        down, up = nn.ParameterDict(), nn.ParameterDict()
+        for name in base.core_names():
+            core = base.get_parameter(name)
+            rows, columns = _rows_and_columns(core)
+            rank, experts = min(r, rows, columns), core.shape[:-4]
+            a = core.new_empty(*experts, rank, columns)
+            bound = 1 / math.sqrt(columns)
+            key = name.replace(".", "_")
+            down[key] = nn.Parameter(a.uniform_(-bound, bound))
+            up[key] = nn.Parameter(core.new_zeros(*experts, rows, rank))
+            if config.init_lora_weights is False:
+                nn.init.normal_(up[key], std=bound)
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
+        self.lora_bias[adapter_name] = False
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delta(self, adapter_name: str, name: str) -> Tensor:
+        """What an adapter adds to the core called ``name``, in the core's shape."""
+        key, core = name.replace(".", "_"), self.get_base_layer().get_parameter(name)
+        b, a = (cast(nn.ParameterDict, side[adapter_name])[key] for side in (self.lora_B, self.lora_A))
+        return (self.scaling[adapter_name] * (b @ a)).view(core.shape).to(core.dtype)
+
+    # ---------------------------------------------------- what experts read
+
+    def cores(self) -> list[Tensor]:
+        """As `MPOCores.cores`, with the additions of the active adapters."""
+        base: Any = self.get_base_layer()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        cores = base.cores()
+        if self.disable_adapters or self.merged:
+            return cores
+        with torch.autocast(cores[0].device.type, enabled=False):  # as in fold: rounded once, in the product
+            for adapter in (a for a in self.active_adapters if a in self.lora_A):
+                cores = [core + self.delta(adapter, name) for core, name in zip(cores, base.core_names(), strict=True)]
+        return cores
+
+    def blocks(self) -> MPOBlocks:
+        """As `MPOCores.blocks`, of these cores."""
+        base: Any = self.get_base_layer()
+        return fold(self.cores(), base.shape.central, base.shape, base.num_experts)
+
+    def dense_weights(self) -> Tensor:
+        """As `MPOCores.dense_weights`, of these cores."""
+        return expert_weights(self.blocks())
+
+    # -------------------------------------------------------------- merging
+
+    @torch.no_grad()
+    def _add(self, adapter_name: str, sign: float) -> None:
+        base: Any = self.get_base_layer()
+        for name in base.core_names():
+            base.get_parameter(name).add_(self.delta(adapter_name, name), alpha=sign)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' products to the cores.
+
+        Raises:
+            ValueError: with ``safe_merge``, an addition that is not finite; the cores are left as they were.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if safe_merge:
+            for adapter in names:
+                for core in self._core_names():
+                    if not bool(torch.isfinite(self.delta(adapter, core)).all()):
+                        raise ValueError(
+                            f"adapter {adapter} must be finite to be merged; its addition to {core} is not"
+                        )
+        for adapter in names:
+            self._add(adapter, 1.0)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the merged additions away again, up to rounding."""
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1.0)

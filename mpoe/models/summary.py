@@ -1,0 +1,117 @@
+"""`mpoe_summary`: one row for every MPO weight of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mpoe.layers.cores import MPOCores
+from mpoe.models.report import mpo_modules
+from mpoe_kernels import ContractionPlan, plan_contraction
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """One weight in MPO form.
+
+    Attributes:
+        name: of the module that holds the cores.
+        cores: those of `MPOCores`, with their shape.
+        error: relative error bound of the conversion; ``None`` where the model was not converted just now.
+        plan: how a forward pass contracts it.
+    """
+
+    name: str
+    cores: MPOCores
+    error: float | None
+    plan: ContractionPlan
+
+    @property
+    def central_parameters(self) -> int:
+        return self.cores.central.numel()
+
+    @property
+    def auxiliary_parameters(self) -> int:
+        """Of all experts together."""
+        return sum(core.numel() for core in self.cores.auxiliary)
+
+
+def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
+    """A row for every MPO weight, in the model's order.
+
+    Args:
+        model: with `MPOCores` in it.
+        num_tokens: tokens of a pass, which the plan is for.
+        top_k: experts per token.
+
+    Raises:
+        TypeError, ValueError: ``num_tokens`` that is no count.
+    """
+    report: Mapping[str, Any] = getattr(model, "conversion_report", {})
+    rows = []
+    for name, cores in mpo_modules(model):
+        shared = cores.num_experts == 1
+        device = cores.central.device
+        plan = plan_contraction(
+            cores.shape,
+            cores.num_experts,
+            num_tokens,
+            cores.central.dtype,
+            "cpu" if device.type == "meta" else device,
+            1 if shared else top_k,
+        )
+        error = report.get(name, {}).get("relative_error_bound")
+        rows.append(WeightSummary(name, cores, error, plan))
+    return rows
+
+
+HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
+
+
+def table_row(row: WeightSummary) -> tuple[str, ...]:
+    """The cells under `HEADER`."""
+    shape, experts = row.cores.shape, row.cores.num_experts
+    own = f"{row.auxiliary_parameters // experts:,}"
+    dense = row.plan.forward.flops / row.plan.dense_flops if row.plan.dense_flops else 0.0
+    return (
+        short_name(row.name),
+        f"{shape.in_features}x{shape.out_features}",
+        f"{'·'.join(map(str, shape.in_factors))} x {'·'.join(map(str, shape.out_factors))}",
+        " ".join(map(str, shape.bond_dims[1:-1])),
+        f"{row.central_parameters:,}",
+        own if experts == 1 else f"{experts} x {own}",
+        "-" if row.error is None else f"{row.error:.1e}" if row.error else "0",
+        row.plan.strategy,
+        f"{dense:.2f}",
+    )
+
+
+def print_summary(rows: list[WeightSummary], num_tokens: int) -> None:
+    """Print `summarize` as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"MPO weights; plans for {num_tokens:,} tokens", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("weight", "factors", "bonds", "plan") else "right")
+    for row in rows:
+        table.add_row(*map(Text, table_row(row)))
+    console = Console()
+    # Where nothing tells the width, as in a pipe, rows stay whole.
+    Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
+    print(
+        "error: bound relative to the dense weight, known right after conversion; x dense: FLOPs over a dense layer's"
+    )
+
+
+def short_name(name: str) -> str:
+    """A module's name without the parts that all of its kind have."""
+    skipped = {"transformer", "model", "block", "layer", "experts", "DenseReluDense", "mlp", "cores"}
+    return ".".join(part for part in name.split(".") if part not in skipped)

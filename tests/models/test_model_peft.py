@@ -1,0 +1,172 @@
+"""LoRA through PEFT: on linears, on MPO cores and on dense experts; saved, loaded and merged."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+
+import pytest
+import torch
+from small_models import batch
+
+from mpoe import load_mpoe, merge_experts
+from mpoe.layers import MPOEFeedForward
+from mpoe.models import mpo_modules
+
+try:
+    import peft
+
+    from mpoe import lora_on_cores
+except ImportError:
+    peft = None
+
+
+@pytest.fixture(autouse=True)
+def _needs_peft(lacks) -> None:
+    if peft is None:
+        lacks("PEFT is not installed")
+
+
+ATTENTION = {"t5_gated": ["q", "v"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+GATED = ("t5_gated", "llama")
+
+
+def core_config(family: str, **values: object):
+    experts = ["up", "down", *(["gate_proj"] if family in GATED else [])]
+    return lora_on_cores(peft.LoraConfig(r=3, target_modules=[*ATTENTION[family], *experts], **values))
+
+
+def train(model, inputs, steps: int = 3) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    model.train()
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits(model, inputs) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+@pytest.mark.parametrize("shape", ["separable", "paper"])
+def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
+    base, inputs = converted(family, shape=shape), batch(family)
+    before = logits(base, inputs)
+    state = copy.deepcopy(base.state_dict())
+    adapted = peft.get_peft_model(copy.deepcopy(base), core_config(family, modules_to_save=["router"]))
+    torch.testing.assert_close(logits(adapted, inputs), before)
+    losses = train(adapted, inputs)
+    assert losses[-1] < losses[0]
+    after = logits(adapted, inputs)
+    assert (after - before).abs().max() > 1e-3
+    # every core of every expert projection has its part in it
+    moved = [name for name, p in adapted.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    for name, cores in mpo_modules(adapted):
+        stem = name.removesuffix(".base_layer")
+        assert sum(m.startswith(f"{stem}.") for m in moved) == cores.shape.num_cores
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted, inputs), before)
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path / "adapter"))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter", config=config).eval()
+    assert torch.equal(logits(loaded, inputs), after)
+
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(base)
+    assert list(merged.state_dict()) == list(state)
+    torch.testing.assert_close(logits(merged, inputs), after, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load_mpoe(tmp_path / "merged"), inputs), logits(merged, inputs))
+
+
+def test_an_adapted_expert_is_its_cores_plus_the_product(converted):
+    base = converted("gpt2", shape="paper")
+    adapted = peft.get_peft_model(base, core_config("gpt2", lora_alpha=6))
+    layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+    for values in (*layer.lora_A["default"].values(), *layer.lora_B["default"].values()):
+        torch.nn.init.normal_(values)
+    for name, core, plain in zip(layer.core_names(), layer.cores(), layer.base_layer.cores(), strict=True):
+        key = name.replace(".", "_")
+        a, b = layer.lora_A["default"][key], layer.lora_B["default"][key]
+        d, i, j, d_next = plain.shape[-4:]
+        assert b.shape[-2:] == (d * i, min(3, d * i, j * d_next))
+        torch.testing.assert_close(core, plain + (6 / 3 * b @ a).reshape(plain.shape))
+    layer.merge()
+    merged = layer.dense_weights()
+    layer.unmerge()
+    torch.testing.assert_close(merged, layer.dense_weights(), rtol=1e-4, atol=1e-4)
+
+
+def test_two_adapters_are_switched(converted):
+    inputs = batch("gpt2")
+    adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
+    train(adapted, inputs)
+    first = logits(adapted, inputs)
+    adapted.add_adapter("other", core_config("gpt2"))
+    adapted.set_adapter("other")
+    assert (logits(adapted, inputs) - first).abs().max() > 1e-3
+    adapted.set_adapter("default")
+    assert torch.equal(logits(adapted, inputs), first)
+
+
+def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
+    base, inputs = merge_experts(converted("t5_gated")), batch("t5_gated")
+    before = logits(base, inputs)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q", "v"], target_parameters=[f"experts.{k}.weight" for k in ("up", "gate_proj", "down")]
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.testing.assert_close(logits(adapted, inputs), before, rtol=1e-4, atol=1e-4)
+    losses = train(adapted, inputs)
+    assert losses[-1] < losses[0]
+    moved = [n for n, p in adapted.named_parameters() if "experts.up" in n and "lora_B" in n and p.abs().max() > 0]
+    assert len(moved) == 3  # of all layers
+    after = logits(adapted, inputs)
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), after, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), inputs), after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True}, "no use_dora"),
+        ({"lora_dropout": 0.1}, "no lora_dropout"),
+        ({"lora_bias": True}, "no lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or False"),
+    ],
+)
+def test_what_has_no_meaning_on_cores_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        lora_on_cores(peft.LoraConfig(target_modules=["up"], **values))
+    with pytest.raises(TypeError, match=r"must be a peft\.LoraConfig; got IA3Config"):
+        lora_on_cores(peft.IA3Config())
+
+
+def test_an_infinite_addition_is_not_merged(converted):
+    adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
+    before = copy.deepcopy(adapted.state_dict())
+    layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+    layer.lora_B["default"]["central"].data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="must be finite to be merged; its addition to central is not"):
+        layer.merge(safe_merge=True)
+    assert all(torch.equal(v, before[n]) for n, v in adapted.state_dict().items() if "base_layer" in n)
+
+
+def test_without_peft_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "mpoe.models.lora")
+    with pytest.raises(ImportError, match=r'pip install "mpoe\[peft\]"'):
+        importlib.import_module("mpoe.models.lora")

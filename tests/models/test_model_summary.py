@@ -1,0 +1,66 @@
+"""The table of a model's MPO weights, and freezing what the experts share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import batch
+
+from mpoe.models import mpo_modules, parameter_kind
+from mpoe.models.summary import HEADER, short_name, summarize, table_row
+
+
+def test_a_row_for_every_weight(converted):
+    model = converted("t5_gated", shape="paper", max_bond=3, target_modules=["ffn", "attention"])
+    rows = summarize(model, 100)
+    assert [row.name for row in rows] == [name for name, _ in mpo_modules(model)]
+    for row in rows:
+        assert row.plan.shape == row.cores.shape
+        assert (row.plan.num_experts, row.plan.num_tokens) == (row.cores.num_experts, 100)
+        assert row.error == model.conversion_report[row.name]["relative_error_bound"]
+    report = model.parameter_report()
+    assert sum(row.central_parameters for row in rows) == report["central"]
+    assert sum(row.auxiliary_parameters for row in rows) == report["auxiliary"]
+
+
+def test_the_table_is_printed_whole(converted, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    model = converted("gpt2")
+    model.mpoe_summary(num_tokens=64)
+    lines = capsys.readouterr().out.splitlines()
+    assert "plans for 64 tokens" in lines[0]
+    assert all(name in lines[2] for name in HEADER)
+    for row in summarize(model, 64):
+        (line,) = [line for line in lines if line.split()[:1] == [short_name(row.name)]]
+        assert all(cell in line for cell in table_row(row))
+    assert any("trainable params" in line for line in lines)
+
+
+def test_errors_are_known_after_conversion_only(converted, tmp_path):
+    from mpoe import load_mpoe
+
+    converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
+    assert {table_row(row)[6] for row in summarize(load_mpoe(tmp_path), 8)} == {"-"}
+
+
+def test_no_weights_no_summary(converted):
+    model = converted("gpt2", expert_type="dense")
+    with pytest.raises(ValueError, match="mpoe_summary needs a model with MPO weights"):
+        model.mpoe_summary()
+    with pytest.raises(ValueError, match="no central cores to freeze"):
+        model.freeze_central()
+    with pytest.raises(ValueError, match="num_tokens must be at least 0; got -1"):
+        converted("gpt2").mpoe_summary(-1)
+
+
+def test_frozen_centres_stay_and_everything_else_learns(converted):
+    model, inputs = converted("t5").train(), batch("t5")
+    model.freeze_central()
+    kinds = parameter_kind(model)
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (kinds[name] != "central"), name
+        assert (parameter.grad is None) == (kinds[name] == "central"), name
+    model.unfreeze_central()
+    model(**inputs).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if kinds[n] == "central")

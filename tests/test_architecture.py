@@ -28,6 +28,7 @@ RANKS = {
     "mpoe.layers": 7,
     "mpoe.models": 8,
     "mpoe.planning": 9,
+    "mpoe.inspection": 9,
     "mpoe.training": 9,
     "mpoe_bench": 10,
     "mpoe.cli": 11,
@@ -38,6 +39,8 @@ STRANGERS = {
     ("mpoe_kernels.reference", "mpoe_kernels.backends"),
     ("mpoe.config", "mpoe.data"),
     ("mpoe.planning", "mpoe.training"),
+    ("mpoe.inspection", "mpoe.training"),
+    ("mpoe.inspection", "mpoe.planning"),
 }
 
 

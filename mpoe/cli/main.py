@@ -55,6 +55,14 @@ def plan(context: typer.Context) -> None:
     command(context.args)
 
 
+@app.command(**_OWN_OPTIONS)
+def inspect(context: typer.Context) -> None:
+    """Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir mpoe_inspect]: routes, load, bonds, curves."""
+    from mpoe.cli.inspect import command
+
+    command(context.args)
+
+
 @app.command()
 def generate(
     model_dir: Annotated[str, typer.Argument(help="Folder of a saved model, or t5 / gpt2 for the stand-ins.")],

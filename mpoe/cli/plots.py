@@ -32,7 +32,8 @@ def _draw(paint: Callable[[Any], None], width: float = 7.0, height: float = 3.4)
     return text[text.index("<svg") :]
 
 
-def _smooth(values: Sequence[float], width: int) -> list[float]:
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the last ``width`` values, at every point."""
     out, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - width] if index >= width else 0.0)
@@ -41,6 +42,17 @@ def _smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 Curve = Sequence[tuple[float, float]]  # (step, value)
+
+
+def validation_losses(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Curves of a run's ``metrics.jsonl`` by task; ``validation`` for a loss over all of them."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval_") and key.endswith("loss") and value is not None:
+                name = key.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
+                found.setdefault(name, []).append((record["step"], value))
+    return found
 
 
 def loss_curves(lines: Mapping[str, Curve], title: str, smoothed: bool = True) -> str:
@@ -52,7 +64,7 @@ def loss_curves(lines: Mapping[str, Curve], title: str, smoothed: bool = True) -
             steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
             if smoothed:
                 axes.plot(steps, losses, color=colour, alpha=0.15, linewidth=0.8)
-                losses = _smooth(losses, max(1, len(losses) // 12))
+                losses = smooth(losses, max(1, len(losses) // 12))
             axes.plot(steps, losses, color=colour, label=name, marker=None if smoothed else "o", markersize=3)
         axes.set(xlabel="optimizer step", ylabel="loss", title=title)
         if drawn:

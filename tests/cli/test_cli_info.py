@@ -15,7 +15,7 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    for command in ("train", "evaluate", "convert", "generate", "info", "demo"):
+    for command in ("train", "evaluate", "convert", "generate", "inspect", "info", "demo"):
         assert command in answer.stdout
 
 

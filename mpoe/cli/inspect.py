@@ -1,0 +1,120 @@
+"""`mpoe inspect MODEL`: where tokens go, what bonds carry, how parameters grow; as a report with plots.
+
+MODEL is a folder of a converted model, or of a training run, whose curves are drawn too."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.files import REPORT_FILE, check_not_file
+from mpoe.cli.parsing import parse
+from mpoe.cli.tasks import DataOptions
+
+_MAX_TOKENS = 60  # of the items that are shown when no text is given
+
+
+@dataclass
+class InspectOptions:
+    """Options of `inspect` alone."""
+
+    _argument_group_name = "inspection"
+
+    text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "sentences whose tokens are followed; default: the first two items of the data"},
+    )
+    output_dir: str = field(default="mpoe_inspect", metadata={"help": "folder for report.html, plots and inspect.json"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the report in the output folder"})
+    split: str = field(default="validation", metadata={"help": "items that the expert load is counted on"})
+    num_items: int = field(default=256, metadata={"help": "at most so many of them"})
+    num_tokens: int = field(default=2048, metadata={"help": "tokens of the pass that plans are for"})
+
+    def __post_init__(self) -> None:
+        if any(not text.strip() for text in self.text):
+            raise ValueError("text must hold words; got an empty one")
+        for name in ("num_items", "num_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        from mpoe.cli.usage import show_options
+
+        show_options("mpoe inspect MODEL [--flag value ...]", __doc__, [InspectOptions, DataOptions])
+        return
+    if arguments[0].startswith("--"):
+        raise CommandError("inspect needs a model first: mpoe inspect MODEL [--flag value ...]")
+    (options, data), _ = parse([InspectOptions, DataOptions], arguments[1:])
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError('inspect draws with matplotlib, which is not installed: pip install "mpoe[report]"')
+    run(arguments[0], options, data)
+
+
+def _checked_folder(options: InspectOptions) -> Path:
+    folder = check_not_file("output_dir", Path(options.output_dir))
+    if (folder / "config.json").exists():
+        raise CommandError(f"output_dir {folder} holds a model; choose another folder")
+    if (folder / REPORT_FILE).exists() and not options.overwrite:
+        raise CommandError(f"output_dir {folder} holds an earlier report; give --overwrite, or another --output_dir")
+    return folder
+
+
+def run(name: str, options: InspectOptions, data: DataOptions) -> None:
+    """Inspect the model ``name``; writes the report."""
+    folder = _checked_folder(options)
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+
+    source = find(name)
+    if not source.is_mpoe:
+        raise CommandError(
+            f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
+            "mpoe inspect OUT"
+        )
+    records = _curves(Path(name))
+    tokenizer = load_tokenizer(source)
+    items = _items(source, options, data, tokenizer)
+    model = load_model(source)
+    print(f"{name}: counting {len(items)} items, following tokens, reading bonds")
+    from mpoe.cli.inspect_sections import Inspection
+
+    texts = options.text or _shown(items, tokenizer)
+    Inspection(name, model, tokenizer, items, records, texts, options.num_tokens).write(folder)
+    print(f"plots, numbers and report are in {folder}; open {folder / REPORT_FILE}")
+
+
+def _curves(folder: Path) -> list[dict[str, Any]]:
+    """Records of a training run, if this is the folder of one."""
+    from mpoe.training.metrics_file import METRICS_FILE, read_metrics
+
+    return read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
+
+
+def _items(source: Any, options: InspectOptions, data: DataOptions, tokenizer: Any) -> list[dict[str, Any]]:
+    """Encoded items to count the expert load on; an encoder reads the inputs alone."""
+    from mpoe.cli.pretrained import ENCODER, SEQ2SEQ
+    from mpoe.cli.scoring import encode_task
+    from mpoe.cli.tasks import resolve
+
+    style = SEQ2SEQ if source.style == ENCODER else source.style
+    tasks = resolve(data.eval_tasks or data.tasks, data, style)
+    share = -(-options.num_items // len(tasks))
+    if source.style != ENCODER:
+        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share)]
+    texts = [example.source for task in tasks for example in task.examples(options.split)[:share]]
+    encoded = tokenizer(texts, truncation=True, max_length=128)
+    return [
+        {"input_ids": ids, "attention_mask": mask}
+        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+
+
+def _shown(items: Sequence[dict[str, Any]], tokenizer: Any) -> list[str]:
+    """The beginnings of the first two items, as text."""
+    return [tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]]

@@ -1,0 +1,113 @@
+"""``report.html`` of `mpoe inspect`: one self-contained file that says what it shows."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpoe.cli.html import table, write_page
+from mpoe.models.summary import short_name
+
+if TYPE_CHECKING:
+    from mpoe.inspection.routes import Route
+
+_STYLE = """
+.routes { overflow-x: auto; } .routes table { margin: .3rem 0 1rem; } .routes td, .routes th { border: 0; }
+.routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
+.routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: #555; }
+.routes td, .routes td:first-child { text-align: center; } .routes .token { font-weight: 600; }
+.legend span { display: inline-block; min-width: 1.6em; margin: 0 .25rem .25rem 0; padding: .05rem .4rem; }
+figure { margin: 1rem 0; } h2 { margin-top: 2.4rem; }
+"""
+_LINE = 96  # characters and gaps that fit side by side
+_GAP = 2
+
+
+def expert_colour(expert: int, num_experts: int) -> str:
+    """A light background for black text; neighbours in number are far apart in hue."""
+    hue = (expert * 0.618034) % 1.0 if num_experts > 12 else expert / num_experts
+    lightness = (0.78, 0.86)[expert % 2]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.75)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def _lines(route: Route) -> Iterator[range]:
+    """Tokens that fit side by side, as ranges of their positions."""
+    start, width = 0, 0
+    for t, token in enumerate(route.tokens):
+        cell = max(len(token), *(len(_label(layer[t])) for layer in route.experts)) + _GAP
+        if width + cell > _LINE and t > start:
+            yield range(start, t)
+            start, width = t, 0
+        width += cell
+    yield range(start, len(route.tokens))
+
+
+def _label(experts: Sequence[int]) -> str:
+    return "+".join(map(str, experts))
+
+
+def _cell(experts: Sequence[int], probabilities: Sequence[float], num_experts: int) -> str:
+    title = ", ".join(f"expert {e}: p = {p:.2f}" for e, p in zip(experts, probabilities, strict=True))
+    colour = expert_colour(experts[0], num_experts)
+    return f'<td style="background:{colour}" title="{title}">{_label(experts)}</td>'
+
+
+def _route_tables(route: Route, num_experts: int) -> str:
+    parts = [f"<h4>{html.escape({'main': 'tokens'}.get(route.stream, route.stream + ' tokens'))}</h4>"]
+    for span in _lines(route):
+        cells = "".join(f'<td class="token">{html.escape(route.tokens[t]) or "&nbsp;"}</td>' for t in span)
+        rows = [f"<tr><th></th>{cells}</tr>"]
+        for layer, experts, probabilities in zip(route.layers, route.experts, route.probabilities, strict=True):
+            line = "".join(_cell(experts[t], probabilities[t], num_experts) for t in span)
+            rows.append(f"<tr><th>{html.escape(short_name(layer))}</th>{line}</tr>")
+        parts.append(f"<table>{''.join(rows)}</table>")
+    return "".join(parts)
+
+
+def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], num_experts: int) -> str:
+    """Tables of which expert took which token: a column for each token, a row for each layer."""
+    legend = "".join(
+        f'<span style="background:{expert_colour(expert, num_experts)}">{expert}</span>'
+        for expert in range(min(num_experts, 64))
+    )
+    parts = [f'<p class="legend">Experts: {legend}</p>']
+    for text, routes in texts:
+        parts.append(f"<p><b>{html.escape(text)}</b></p>")
+        parts += [f'<div class="routes">{_route_tables(route, num_experts)}</div>' for route in routes]
+    return "".join(parts)
+
+
+def _image(name: str, png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img id="{name}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def write_report(
+    file: Path,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    sections: Sequence[tuple[str, str, Mapping[str, bytes], str]],
+    weights: Sequence[Sequence[str]],
+) -> None:
+    """Write the report.
+
+    Args:
+        file: where to.
+        title: of the page.
+        facts: what the model is, as names and values.
+        sections: heading, a paragraph on how to read it, plots by file name, further HTML.
+        weights: header and rows of the table of MPO weights.
+    """
+    parts: list[str] = [f"<h1>{html.escape(title)}</h1>", table(("", ""), facts, "text")]
+    for heading, words, plots, extra in sections:
+        parts += [f"<h2>{html.escape(heading)}</h2>", f"<p>{html.escape(words)}</p>"]
+        parts += [_image(name, png, heading) for name, png in plots.items()]
+        parts.append(extra)
+    if len(weights) > 1:
+        parts += ["<h2>MPO weights</h2>", table(weights[0], weights[1:])]
+    write_page(file, title, parts, _STYLE)

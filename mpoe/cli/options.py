@@ -79,7 +79,7 @@ class ExpertOptions:
     separable_left: int | None = field(default=None, metadata=_help("left core of a separable up projection"))
     separable_right: int | None = field(default=None, metadata=_help("right core of a separable up projection"))
     light_p: int = field(default=64, metadata=_help("product i * j of a light shape's outer cores"))
-    gauge: str = field(default="symmetric", metadata=_help("symmetric or orthogonal"))
+    gauge: str = field(default="symmetric", metadata=_help("symmetric, orthogonal, or (at full bonds) identity"))
     auxiliary_noise: float = field(default=0.0, metadata=_help("relative noise on auxiliary cores at conversion"))
     target_modules: list[str] = field(
         default_factory=list, metadata=_help("ffn (default), attention, embedding, pooler: what to convert")

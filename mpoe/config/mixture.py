@@ -22,7 +22,7 @@ from mpoe_kernels import MPOShape
 
 MOE_TYPES = ("switch", "moe", "none")
 EXPERT_TYPES = ("mpo", "dense")
-GAUGES = ("symmetric", "orthogonal")
+GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 
 
@@ -45,7 +45,8 @@ class MPOEConfig:
         max_bond: cap of every bond of the named shapes; ``None`` = full bonds, lossless.
         separable_left, separable_right: sizes of the outer cores of a separable up projection; ``None`` = automatic.
         light_p: product ``i * j`` of a light shape's outer cores.
-        gauge: ``"symmetric"`` or ``"orthogonal"``, see `mpoe_kernels.decompose`.
+        gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core then is the weight
+            itself and every expert starts from identities around it. See `mpoe_kernels.decompose_with_errors`.
         auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = equal copies,
             which keeps the conversion lossless.
         router: a `RouterConfig`, or its dict, whose missing fields are those of ``moe_type``.

@@ -18,7 +18,7 @@ from torch import Tensor
 from mpoe_kernels.checks import check_choice, check_floating, check_tensor
 from mpoe_kernels.mpo.shape import MPOShape
 
-GAUGES = ("symmetric", "orthogonal")
+GAUGES = ("symmetric", "orthogonal", "identity")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,24 @@ def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
     return padded.reshape(*shape.in_factors, *shape.out_factors).permute(order)
 
 
+def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
+    """Identities around the weight's own entries: every outer bond merely enumerates the factors beyond it."""
+    cores = []
+    for k, (before, i, j, after) in enumerate(shape.core_shapes):
+        inner, product = (after, before * i * j) if k < shape.central else (before, i * j * after)
+        if k == shape.central:
+            cores.append(interleaved.reshape(before, i, j, after).clone())
+            continue
+        if inner != product:
+            raise ValueError(
+                f"gauge 'identity' needs bonds equal to the product of the factors on their outer side; core {k} of "
+                f"{shape} has {inner}, not {product}"
+            )
+        eye = torch.eye(product, dtype=interleaved.dtype, device=interleaved.device)
+        cores.append(eye.reshape(before, i, j, after))
+    return cores
+
+
 @torch.no_grad()
 def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> Decomposition:
     """Decompose ``weight`` and report the error of every bond.
@@ -98,14 +116,16 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
         weight: ``[in_features, out_features]``, floating; float16 and bfloat16 are computed in float32.
         shape: factors, bonds and central core; sizes beyond the true ones are padded with zeros.
         gauge: ``"symmetric"`` puts the root of each bond's singular values on both its sides, as the original does;
-            ``"orthogonal"`` leaves auxiliary cores orthonormal and all scale in the central core.
+            ``"orthogonal"`` leaves auxiliary cores orthonormal and all scale in the central core; ``"identity"``
+            leaves auxiliary cores identities and the weight's own numbers in the central core.
 
     Returns:
         The cores in the weight's dtype and on its device, with local errors.
 
     Raises:
         TypeError: a weight that is not a floating matrix, a shape that is no `MPOShape`.
-        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, an unknown gauge.
+        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, an unknown gauge, or, for the gauge
+            ``"identity"``, a bond below the product of the factors between it and the end of the chain.
     """
     check_tensor("weight", weight, ("I", "F"))
     check_floating("weight", weight)
@@ -125,6 +145,9 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
     n, centre, bonds = shape.num_cores, shape.central, shape.bond_dims
     sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
     remainder = _interleave(work, shape).reshape(-1)
+    if gauge == "identity":
+        identity = tuple(core.to(weight.dtype) for core in _identity_cores(remainder, shape))
+        return Decomposition(identity, shape, (0.0,) * (n - 1), float(work.norm()))
     cores: list[Tensor] = [remainder] * n
     scales: list[Tensor] = [remainder.new_ones(1)] * (n + 1)
     local_errors = [0.0] * (n - 1)

@@ -1,5 +1,6 @@
 """Decomposition: exactness, errors, gauges, odd input, and the original algorithm as a yardstick."""
 
+import math
 import time
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, decompose, decompose_with_errors, expert_weights, fold, reconstruct
-from mpoe_kernels.mpo.decompose import GAUGES
 from mpoe_kernels.reference import weight_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_cores
+
+GAUGES = ("symmetric", "orthogonal")  # of every shape; "identity" needs bonds that its own tests have
 
 
 def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
@@ -107,6 +109,28 @@ def test_orthogonal_gauge_leaves_all_scale_in_the_centre() -> None:
             matrix = core.reshape(d * i * j, e) if k < shape.central else core.reshape(d, i * j * e).T
             assert torch.allclose(matrix.T @ matrix, torch.eye(matrix.shape[1], dtype=torch.float64))
     assert float(cores[shape.central].norm()) == pytest.approx(float(weight.norm()))
+
+
+@pytest.mark.parametrize("name", ["light", "paper", "padded", "separable"])
+def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
+    shape = SMALL_SHAPES[name]
+    weight = torch.randn(shape.in_features, shape.out_features)
+    result = decompose_with_errors(weight, shape, "identity")
+    assert [tuple(core.shape) for core in result.cores] == list(shape.core_shapes)
+    assert torch.equal(reconstruct(result.cores, shape), weight)  # not even rounded
+    assert result.error_bound == 0.0
+    centre = result.cores[shape.central].flatten()
+    assert torch.equal(centre[centre != 0].sort().values, weight.flatten().sort().values)
+    for k, core in enumerate(result.cores):
+        if k != shape.central:
+            edge = math.isqrt(core.numel())
+            assert torch.equal(core.reshape(edge, edge), torch.eye(edge))
+
+
+def test_identity_gauge_refuses_truncated_bonds() -> None:
+    shape = MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8)
+    with pytest.raises(ValueError, match=r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12"):
+        decompose(torch.ones(shape.in_features, shape.out_features), shape, "identity")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])

@@ -22,8 +22,11 @@ def rms(tensor):
     return float(tensor.detach().double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
+@pytest.mark.parametrize(
+    ("shape", "gauge"),
+    [(shape, gauge) for shape in SHAPES[:3] for gauge in ("symmetric", "orthogonal")] + [(SHAPES[2], "identity")],
+    ids=str,
+)
 def test_load_weight_copies_to_every_expert_and_measures(shape, gauge):
     cores, weight = MPOCores(shape, 3), torch.randn(24, 48)
     result = cores.load_weight_(weight, gauge)

@@ -23,8 +23,11 @@ def relative_difference(family, one, other, inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", ["paper", "light", "separable"])
-@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
+@pytest.mark.parametrize(
+    ("shape", "gauge"),
+    [(shape, gauge) for shape in ("paper", "light", "separable") for gauge in ("symmetric", "orthogonal")]
+    + [("separable", "identity")],
+)
 @torch.no_grad()
 def test_full_bonds_change_nothing(family, shape, gauge):
     model, inputs = dense_model(family), batch(family)

@@ -1,0 +1,90 @@
+"""The arms that are compared: a model, and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpoe_kernels import MPOShape
+
+DENSE_EXPERTS = {"num_experts": 8, "expert_type": "dense"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the comparison.
+
+    Attributes:
+        key: short name, used on the command line and in file names.
+        name: for tables.
+        experts: fields of its `MPOEConfig`; ``"wide_up"`` and the like in ``shape`` are resolved by `resolved_shape`.
+            ``None`` = the dense model.
+        as_large_as: key of the arm whose feed-forward parameters the dense model gets by a wider hidden layer.
+        scales: (central, auxiliary) factors on the cores' rates; ``None`` = the regime's defaults.
+        mask: p_b, the share of steps that leave the central cores alone.
+        own_biases: every expert has biases of its own instead of the shared ones.
+        shared_weight: a control: the experts share one dense weight and own nothing but their biases.
+        independent: experts start from random values of their own instead of equal copies.
+        decay_to_start: decoupled decay of the auxiliary cores towards the values they started from, times the rate.
+        auxiliary_warmup, router_warmup: shares of all steps over which that group's rate rises from 0.
+        upcycled: share of all steps that the dense model is trained before it is converted.
+    """
+
+    key: str
+    name: str
+    experts: dict[str, Any] | None = None
+    as_large_as: str | None = None
+    scales: tuple[float, float] | None = None
+    mask: float = 0.0
+    own_biases: bool = False
+    shared_weight: bool = False
+    independent: bool = False
+    decay_to_start: float = 0.0
+    auxiliary_warmup: float = 0.0
+    router_warmup: float = 0.0
+    upcycled: float = 0.0
+    router: dict[str, Any] = field(default_factory=dict)
+
+
+def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[int, int]) -> dict[str, MPOShape]:
+    """Separable shapes of both projections. Outer blocks as (on the model's side, on the hidden layer's side)."""
+    return {
+        "up": MPOShape.separable(model, hidden, up[0], up[1]),
+        "down": MPOShape.separable(model, hidden, down[0], down[1]).mirrored(),
+    }
+
+
+def resolved_shape(name: Any, model: int, hidden: int, narrow: int = 8) -> Any:
+    """Shapes that the comparison names beyond those of `MPOEConfig`.
+
+    ``wide``: the block on the model's side spans the whole model; ``wide_up`` and ``wide_down``: in one projection
+    only, the other one has narrow blocks. Everything else is returned as it is.
+    """
+    wide, small = (model, narrow), (narrow, narrow)
+    pairs = {"wide": (wide, wide), "wide_up": (wide, small), "wide_down": (small, wide), "narrow": (small, small)}
+    return separable_shapes(model, hidden, *pairs[name]) if name in pairs else name
+
+
+def mpoe(key: str, name: str, shape: Any, num_experts: int = 8, gauge: str = "symmetric", **options: Any) -> Arm:
+    """An arm of MPO experts."""
+    return Arm(key, name, {"num_experts": num_experts, "shape": shape, "gauge": gauge}, **options)
+
+
+ARMS = (
+    Arm("dense", "dense"),
+    Arm("switch8", "Switch 8", DENSE_EXPERTS),
+    mpoe("paper8", "MPOE 8 paper, full bonds", "paper"),
+    mpoe("light8", "MPOE 8 light", "light"),
+    mpoe("separable8", "MPOE 8 separable", "separable"),
+    mpoe("wide8", "MPOE 8 wide separable", "wide"),
+    mpoe("separable16", "MPOE 16 separable", "separable", 16),
+    mpoe("mask25", "MPOE 8 separable, p_b .25", "separable", mask=0.25),
+    mpoe("mask50", "MPOE 8 separable, p_b .5", "separable", mask=0.5),
+    mpoe("mask75", "MPOE 8 separable, p_b .75", "separable", mask=0.75),
+    Arm(
+        "biases8", "control: shared weight, own biases", {"num_experts": 8, "expert_type": "dense"}, shared_weight=True
+    ),
+    Arm("larger", "dense, as large as MPOE 8 separable", as_large_as="separable8"),
+    Arm("larger_paper", "dense, as large as MPOE 8 paper", as_large_as="paper8"),
+    Arm("larger_wide", "dense, as large as MPOE 8 wide", as_large_as="wide8"),
+)

@@ -1,0 +1,43 @@
+"""What is run: which arms on which field, with which budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpoe_bench.quality.arms import ARMS
+from mpoe_bench.quality.search import TRIALS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of runs.
+
+    Attributes:
+        field: ``"sentences"`` or ``"language"``.
+        arms: keys of arms, in order.
+        steps: of every run.
+        seeds: every arm runs with each of them.
+        tuning: steps of the runs that choose an arm's rate among ``rates`` on the validation split; 0 = no tuning, all
+            arms take the first of ``rates``.
+        rates: base learning rates.
+        tuning_seed: of those runs; not among ``seeds``.
+    """
+
+    field: str
+    arms: tuple[str, ...]
+    steps: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning: int = 0
+    rates: tuple[float, ...] = (4e-3,)
+    tuning_seed: int = 100
+
+
+EVERY_ARM = tuple(arm.key for arm in ARMS)
+
+# Rates of the short plan were chosen by `full`'s tuning on the validation split.
+PLANS = {
+    "short": Plan("sentences", ("dense", "switch8", "paper8", "separable8"), 60, rates=(5e-4,)),
+    "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
+    "language": Plan("language", EVERY_ARM, 800, tuning=200, rates=(2e-3, 4e-3, 8e-3)),
+    "search": Plan("language", tuple(arm.key for arm in TRIALS), 800, seeds=(0, 1), rates=(4e-3,)),
+}

@@ -1,0 +1,113 @@
+"""Run a plan: every finished run is a file of its own, so that a stopped plan goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe_bench.quality.arms import ARMS, Arm
+from mpoe_bench.quality.files import write_json, write_text
+from mpoe_bench.quality.plans import Plan
+from mpoe_bench.quality.search import TRIALS
+from mpoe_bench.quality.training import Budget, run_arm
+
+RESULTS_FILE = "results.jsonl"
+PLAN_FILE = "plan.json"
+RUNS, TUNING = "runs", "tuning"
+
+
+def arm_of(key: str) -> Arm:
+    """The arm called ``key``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = {arm.key: arm for arm in (*ARMS, *TRIALS)}
+    if key not in known:
+        raise ValueError(f"arms must be among {', '.join(known)}; got {key!r}")
+    return known[key]
+
+
+def field_settings(field: Any) -> dict[str, Any]:
+    """What a result depends on besides the plan; not where the data lie."""
+    values = {f.name: getattr(field, f.name) for f in dataclasses.fields(field) if f.name != "data_dir"}
+    return json.loads(json.dumps(values, default=list))
+
+
+def open_folder(folder: Path, plan: Plan, field: Any) -> None:
+    """Make ``folder`` the place of this plan.
+
+    Raises:
+        ValueError: it holds runs of another plan or of other settings; arms and seeds may be added.
+    """
+    fixed = {key: value for key, value in dataclasses.asdict(plan).items() if key not in ("arms", "seeds")}
+    wanted = json.loads(json.dumps({"plan": fixed, "field": field_settings(field)}))
+    file = folder / PLAN_FILE
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found != wanted:
+            raise ValueError(f"out {folder} holds runs of another plan, {found}; choose another folder for {wanted}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, wanted)
+
+
+def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Run what ``folder`` lacks of ``plan``, seed by seed; returns all its records.
+
+    Raises:
+        ValueError: see `open_folder`, `arm_of`.
+    """
+    arms = [arm_of(key) for key in plan.arms]
+    open_folder(folder, plan, field)
+    rates = {arm.key: tuned_rate(plan, field, arm, folder, log) for arm in arms}
+    for seed in plan.seeds:
+        for arm in arms:
+            budget = Budget(plan.steps, rates[arm.key], seed)
+            record = _run(field, arm, budget, folder / RUNS / f"{arm.key}-{seed}.json")
+            log(
+                f"{arm.key}, seed {seed}: {field.measure} {record['test']:.4f}, rate {budget.rate:g}, "
+                f"{record['cpu_seconds']:.0f} CPU seconds"
+            )
+    records = load_records(folder)
+    write_text(folder / RESULTS_FILE, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def tuned_rate(plan: Plan, field: Any, arm: Arm, folder: Path, log: Callable[[str], None]) -> float:
+    """The rate that is best on the validation split after ``plan.tuning`` steps."""
+    if not plan.tuning or len(plan.rates) == 1:
+        return plan.rates[0]
+    scores = {}
+    for rate in plan.rates:
+        budget = Budget(plan.tuning, rate, plan.tuning_seed)
+        scores[rate] = _run(field, arm, budget, folder / TUNING / f"{arm.key}-{rate:g}.json")["validation"]
+    best = min(scores, key=lambda rate: scores[rate] if field.lower_is_better else -scores[rate])
+    log(f"{arm.key}: rate {best:g} of {', '.join(f'{rate:g} ({score:.4f})' for rate, score in scores.items())}")
+    return best
+
+
+def load_records(folder: Path) -> list[dict[str, Any]]:
+    """Every finished run in ``folder``, by arm and seed; those of tuning are not among them."""
+    records = [json.loads(file.read_text()) for file in (folder / RUNS).glob("*.json")]
+    if not records and (folder / RESULTS_FILE).exists():
+        records = [json.loads(line) for line in (folder / RESULTS_FILE).read_text().splitlines()]
+    return sorted(records, key=lambda record: (record["arm"], record["budget"]["seed"]))
+
+
+def _run(field: Any, arm: Arm, budget: Budget, file: Path) -> dict[str, Any]:
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, run_arm(field, arm, budget))
+    return json.loads(file.read_text())
+
+
+def by_arm(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """(key, records by seed) of every arm, in the order of `ARMS` and `TRIALS`."""
+    for arm in (*ARMS, *TRIALS):
+        own = [record for record in records if record["arm"] == arm.key]
+        if own:
+            yield arm.key, own

@@ -1,0 +1,175 @@
+"""Train one arm with one seed: the same start, the same data in the same order, the same number of steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.cores import MPOCores
+from mpoe.training import GradientMask, MPOETrainingArguments, build_param_groups
+from mpoe_bench.quality.arms import ARMS, Arm, resolved_shape
+from mpoe_bench.quality.evaluation import expert_distance
+from mpoe_bench.quality.variants import apply_variant, feed_forward_parameters
+
+WARMUP = 0.05
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every arm trains, and at what rate: ``steps``, ``rate`` (base learning rate), ``seed``."""
+
+    steps: int
+    rate: float
+    seed: int
+
+
+def expert_config(arm: Arm, model: int, hidden: int) -> MPOEConfig:
+    """`MPOEConfig` of an arm for layers of these sizes."""
+    fields = dict(arm.experts or {})
+    fields["shape"] = resolved_shape(fields.get("shape", "separable"), model, hidden)
+    return MPOEConfig(**fields, router=dict(arm.router) or None)
+
+
+def hidden_as_large_as(field: Any, key: str) -> int:
+    """Hidden size at which a dense model has the feed-forward parameters of the arm ``key``, rounded to 8."""
+    arm = next(arm for arm in ARMS if arm.key == key)
+    config = expert_config(arm, field.model, field.hidden)
+    per_layer = sum(
+        config.shape_for(kind, *sizes).parameters(config.num_experts)
+        for kind, sizes in (("up", (field.model, field.hidden)), ("down", (field.hidden, field.model)))
+    )
+    return round(per_layer / (2 * field.model) / 8) * 8
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 0: factor on every rate in step ``step`` (from 0)."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Optimiser:
+    """AdamW on the groups of `build_param_groups`, with what an arm changes."""
+
+    def __init__(self, model: nn.Module, arm: Arm, field: Any, budget: Budget, steps: int) -> None:
+        scales = dict(zip(("central_lr_scale", "auxiliary_lr_scale"), arm.scales or (None, None), strict=True))
+        arguments = MPOETrainingArguments(
+            output_dir="unused",
+            regime=field.regime,
+            learning_rate=budget.rate,
+            weight_decay=field.weight_decay,
+            use_cpu=True,
+            report_to=[],
+            **scales,  # type: ignore[arg-type]
+        )
+        self.arm, self.steps = arm, steps
+        self.groups = build_param_groups(model, arguments)
+        self.decay: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+        for group in self.groups:
+            group["full"] = group["lr"]
+            if arm.decay_to_start and group["kind"] == "auxiliary":
+                group["weight_decay"] = 0.0
+                self.decay += [(p, p.detach().clone(), group) for p in group["params"]]
+        self.adam = torch.optim.AdamW(self.groups, betas=(0.9, 0.98))
+        self.groups = self.adam.param_groups
+
+    def step(self, step: int) -> None:
+        """One update; ``step`` counts from the beginning of the whole run."""
+        factor = schedule(step, self.steps)
+        for group in self.groups:
+            warmup = {"auxiliary": self.arm.auxiliary_warmup, "router": self.arm.router_warmup}.get(group["kind"], 0.0)
+            slow = min(1.0, (step + 1) / (warmup * self.steps)) if warmup else 1.0
+            group["lr"] = group["full"] * factor * slow
+        self.adam.step()
+        self.adam.zero_grad()
+        with torch.no_grad():
+            for parameter, start, group in self.decay:
+                parameter.lerp_(start, min(1.0, group["lr"] * self.arm.decay_to_start))
+
+
+def prepare(field: Any, arm: Arm, seed: int) -> nn.Module:
+    """The dense model of an arm, before any conversion."""
+    hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
+    return field.dense_model(seed, hidden)
+
+
+def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
+    """``model`` as the mixture that ``arm`` describes; itself if that is none."""
+    if arm.experts is None:
+        return model
+    torch.manual_seed(20_000 + seed)
+    model = field.convert(model, expert_config(arm, field.model, field.hidden))
+    apply_variant(model, arm)
+    return model
+
+
+def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
+    """Train and evaluate; returns one JSON-able record.
+
+    ``cpu_seconds`` is the process's CPU time of the training alone.
+    """
+    start = time.process_time()
+    model, history = _train(field, arm, budget)
+    seconds = time.process_time() - start
+    model.eval()
+    validation, test = field.evaluate(model, "validation"), field.evaluate(model, "test")
+    weights = feed_forward_parameters(model)
+    if arm.experts is None:
+        hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
+        weights = {"shared": field.feed_forward_weights(hidden), "own": 0}
+    experts = (arm.experts or {}).get("num_experts", 8)
+    return {
+        "field": field.name,
+        "arm": arm.key,
+        "name": arm.name,
+        "budget": asdict(budget),
+        "validation": validation.score,
+        "test": test.score,
+        "parts": test.parts,
+        "router": test.router,
+        "distance": expert_distance(model),
+        "weights": weights,
+        "of_switch": sum(weights.values()) / (experts * field.feed_forward_weights()),
+        "of_dense": sum(weights.values()) / field.feed_forward_weights(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cpu_seconds": round(seconds, 1),
+        "loss": history,
+    }
+
+
+def _train(field: Any, arm: Arm, budget: Budget) -> tuple[nn.Module, list[tuple[int, float]]]:
+    model = prepare(field, arm, budget.seed).train()
+    batches: Iterator[Any] = field.batches(budget.seed, budget.steps)
+    converts_at = round(arm.upcycled * budget.steps)
+    history: list[tuple[int, float]] = []
+    optimiser: Optimiser | None = None
+    mask = GradientMask(None, 0.0)
+    for step, batch in enumerate(batches):
+        if step == converts_at:
+            model = convert(field, arm, model, budget.seed).train()
+            if any(isinstance(module, MPOCores) for module in model.modules()):
+                mask = GradientMask(model, arm.mask, budget.seed)
+            optimiser = None
+        if optimiser is None:
+            torch.manual_seed(30_000 + budget.seed + step)
+            optimiser = Optimiser(model, arm, field, budget, budget.steps)
+        with mask.step(step):
+            loss = field.loss(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimiser.step(step)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss of arm {arm.key} is {value} in step {step}")
+        if step % max(1, budget.steps // 20) == 0:
+            history.append((step, round(value, 4)))
+    return model, history

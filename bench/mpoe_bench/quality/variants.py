@@ -1,0 +1,84 @@
+"""What arms change in a converted model: own biases, independent experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.layers import DenseExperts, MPOEFeedForward
+from mpoe.layers.activations import ACTIVATIONS
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.experts import MPOExperts
+from mpoe_bench.quality.arms import Arm
+from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear
+
+
+class OwnBiases(nn.Module):
+    """Experts ``down_e(act(up_e x))`` whose biases ``[E, F]`` are their own.
+
+    Args:
+        experts: MPO experts, whose cores are kept; or dense ones, of which the first one's weights become everybody's.
+    """
+
+    def __init__(self, experts: MPOExperts | DenseExperts) -> None:
+        super().__init__()
+        self.num_experts, self.activation = experts.num_experts, experts.activation
+        self.dtype = experts.dtype
+        self.linears = nn.ModuleDict()
+        self.biases = nn.ParameterDict()
+        for kind in ("up", "down"):
+            projection = experts.projections()[kind]
+            bias = projection.bias if projection.bias is not None else torch.zeros(projection.out_features)
+            self.biases[f"{kind}_bias"] = nn.Parameter(bias.detach().expand(self.num_experts, -1).clone())
+            projection.bias = None
+            if isinstance(projection, ExpertWeights):
+                projection.weight = nn.Parameter(projection.weight.detach()[:1].clone())
+            self.linears[kind] = projection
+
+    def projections(self) -> dict[str, nn.Module]:
+        return dict(self.linears.items())
+
+    def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
+        """As `MPOExperts.forward`."""
+        offsets = routing.expert_offsets
+        expert = torch.repeat_interleave(torch.arange(self.num_experts), offsets.diff().long())
+        rows = dispatch(x, routing)[: len(expert)]
+        hidden = ACTIVATIONS[self.activation](self._linear("up", rows, offsets, expert))
+        hidden = nn.functional.dropout(hidden, dropout, self.training)
+        y = self._linear("down", hidden, offsets, expert)
+        y = torch.cat([y, y.new_zeros(routing.token_of_slot.shape[0] - len(expert), y.shape[1])])
+        return combine(y, routing, top_k_weights)
+
+    def _linear(self, kind: str, rows: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
+        projection = self.linears[kind]
+        if isinstance(projection, MPOCores):
+            y = grouped_mpo_linear(rows, projection.blocks(), offsets)
+        else:
+            y = rows @ projection.weight[0]
+        return y + self.biases[f"{kind}_bias"][expert]
+
+
+@torch.no_grad()
+def apply_variant(model: nn.Module, arm: Arm) -> None:
+    """Change a converted ``model`` in place as ``arm`` says."""
+    for module in model.modules():
+        if arm.independent and isinstance(module, MPOCores | ExpertWeights):
+            module.reset_parameters()
+    for module in model.modules():
+        if isinstance(module, MPOEFeedForward) and (arm.own_biases or arm.shared_weight):
+            module.experts = OwnBiases(module.experts)
+
+
+def feed_forward_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers that the experts' weights and their own biases hold: ``shared``, ``own`` (all experts together)."""
+    counts = {"shared": 0, "own": 0}
+    for module in model.modules():
+        if isinstance(module, MPOCores):
+            counts["shared"] += module.central.numel()
+            counts["own"] += sum(core.numel() for core in module.auxiliary)
+        elif isinstance(module, ExpertWeights):
+            counts["own" if module.weight.shape[0] > 1 else "shared"] += module.weight.numel()
+        elif isinstance(module, OwnBiases):
+            counts["own"] += sum(bias.numel() for bias in module.biases.values())
+    return counts

@@ -1,0 +1,151 @@
+"""The comparison of quality: a tiny plan end to end, resumed and refused; what arms are; what statistics say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoe.cli.bench import import_bench
+
+import_bench()
+from mpoe_bench.quality.arms import ARMS, Arm  # noqa: E402
+from mpoe_bench.quality.evaluation import RouterCounts, expert_distance  # noqa: E402
+from mpoe_bench.quality.language import LanguageField  # noqa: E402
+from mpoe_bench.quality.plans import PLANS, Plan  # noqa: E402
+from mpoe_bench.quality.report import write_report  # noqa: E402
+from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
+from mpoe_bench.quality.statistics import Spread, gain, verdict  # noqa: E402
+from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule  # noqa: E402
+
+KINDS = ("wide8", "mask50", "biases8", "larger", "identity_decay", "identity_biases", "upcycled")
+PLAN = Plan("language", ("dense", "switch8", "separable8"), 3, seeds=(0, 1), tuning=1, rates=(1e-3, 4e-3))
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory: pytest.TempPathFactory) -> LanguageField:
+    """Two domains of invented sentences, a model of 16 and blocks of 16."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, column in (("sms_spam", "sentence"), ("movie_sentiment", "sentence")):
+        (folder / name).mkdir()
+        for split in ("train", "validation", "test"):
+            rows = [
+                {column: f"the {name} of {split} number {i} is long and full of words", "label": 0} for i in range(40)
+            ]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return LanguageField(folder, model=16, layers=1, block=16, batch=4, held_out=4, domains=("messages", "reviews"))
+
+
+@pytest.fixture(scope="module")
+def folder(field: LanguageField, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quality") / "out"
+    run_plan(PLAN, field, out, lambda _: None)
+    return out
+
+
+def test_a_plan_leaves_a_record_for_every_arm_and_seed(folder: Path) -> None:
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {(r["arm"], r["budget"]["seed"]) for r in records} == {(a, s) for a in PLAN.arms for s in PLAN.seeds}
+    tuned = {r["arm"]: r["budget"]["rate"] for r in records}
+    for arm, rate in tuned.items():
+        scores = {
+            r: json.loads((folder / "tuning" / f"{arm}-{r:g}.json").read_text())["validation"] for r in PLAN.rates
+        }
+        assert rate == min(scores, key=scores.__getitem__)
+    by_arm = {r["arm"]: r for r in records}
+    assert by_arm["switch8"]["of_switch"] == 1.0
+    assert by_arm["dense"]["of_dense"] == 1.0
+    assert by_arm["dense"]["router"] == {}
+    assert 0 < by_arm["separable8"]["router"]["entropy"] <= 1.0
+    assert by_arm["separable8"]["distance"] > 0
+
+
+def test_a_stopped_plan_goes_on_and_runs_the_same(folder: Path, field: LanguageField) -> None:
+    kept, lost = folder / "runs" / "dense-0.json", folder / "runs" / "separable8-1.json"
+    before, written = json.loads(lost.read_text()), kept.stat().st_mtime_ns
+    lost.unlink()
+    run_plan(PLAN, field, folder, lambda _: None)
+    again = json.loads(lost.read_text())
+    assert kept.stat().st_mtime_ns == written
+    assert {k: v for k, v in again.items() if k != "cpu_seconds"} == {
+        k: v for k, v in before.items() if k != "cpu_seconds"
+    }
+
+
+def test_another_budget_is_refused(folder: Path, field: LanguageField) -> None:
+    with pytest.raises(ValueError, match="runs of another plan"):
+        run_plan(Plan("language", ("dense",), 4), field, folder)
+    with pytest.raises(ValueError, match="arms must be among dense"):
+        arm_of("densest")
+
+
+def test_the_report_shows_every_arm(folder: Path, field: LanguageField) -> None:
+    text = write_report(folder, field)
+    assert text == (folder / "report.md").read_text()
+    for key in PLAN.arms:
+        assert f"| {arm_of(key).name} |" in text
+    assert "| Switch 8 |" in text.split("gain over dense")[1]
+
+
+def test_every_plan_knows_its_arms() -> None:
+    for plan in PLANS.values():
+        assert [arm_of(key).key for key in plan.arms] == list(plan.arms)
+        assert plan.tuning_seed not in plan.seeds
+
+
+@pytest.mark.parametrize(
+    "key", ["wide8", "mask50", "biases8", "larger", "identity_decay", "identity_biases", "upcycled"]
+)
+def test_every_kind_of_arm_trains(field: LanguageField, key: str) -> None:
+    first, more = (run_arm(field, arm_of(key), Budget(steps, 4e-3, 0)) for steps in (1, 4))
+    assert more["test"] < first["test"]
+
+
+@pytest.mark.parametrize("options", [{"own_biases": True}, {"shared_weight": True}, {}])
+def test_a_fresh_mixture_is_the_dense_model(field: LanguageField, options: dict[str, bool]) -> None:
+    kind = "dense" if options.get("shared_weight") else "mpo"
+    arm = Arm("x", "x", {"num_experts": 4, "expert_type": kind, "gauge": "identity"}, **options)
+    dense = prepare(field, arm, 0).eval()
+    batch = next(iter(field.batches(0, 1)))
+    with torch.no_grad():
+        expected = dense(**batch).logits
+        torch.testing.assert_close(convert(field, arm, dense, 0).eval()(**batch).logits, expected)
+
+
+def test_the_larger_dense_model_has_the_parameters_of_its_arm(field: LanguageField) -> None:
+    for arm in ARMS:
+        if arm.as_large_as:
+            record = run_arm(field, arm_of(arm.as_large_as), Budget(1, 1e-3, 0))
+            wider = field.feed_forward_weights(hidden_as_large_as(field, arm.as_large_as))
+            assert abs(wider - sum(record["weights"].values())) <= 8 * field.model
+
+
+def test_statistics() -> None:
+    def runs(scores: list[float]) -> list[dict]:
+        return [{"test": score, "budget": {"seed": seed}} for seed, score in enumerate(scores)]
+
+    difference = gain(runs([1.0, 2.0, 3.5]), runs([1.5, 2.5, 4.0]), lower_is_better=True)
+    assert difference == Spread(0.5, 0.0, 3)
+    assert verdict(difference) == "better"
+    assert verdict(gain(runs([1.0, 2.0]), runs([1.5, 2.1]), True)) == "not significant"
+    assert verdict(gain(runs([2.0]), runs([1.0]), True)) == "one seed"
+    assert Spread.of([1.0, 3.0]).text(2, sign=True) == "+2.00 ± 1.41"
+    assert Spread.of([1.0, 3.0]).half_width == pytest.approx(12.71)
+
+
+def test_router_counts() -> None:
+    counts = RouterCounts()
+    assert counts.summary() == {}
+    counts.add("one", torch.tensor([[8, 0]]))
+    counts.add("other", torch.tensor([[0, 2]]))
+    assert counts.summary() == pytest.approx({"entropy": 1.0, "specialisation": 1.0})
+
+
+def test_schedule_and_distance(field: LanguageField) -> None:
+    assert [round(schedule(step, 40), 3) for step in (0, 1, 2, 21)] == [0.5, 1.0, 1.0, 0.5]
+    arm = next(arm for arm in ARMS if arm.key == "switch8")
+    model = convert(field, arm, prepare(field, arm, 0), 0)
+    assert expert_distance(model) == pytest.approx(0.0, abs=1e-6)

@@ -19,6 +19,7 @@ _NAMES = {
     "MPOEmbedding": "mpoe.layers",
     "MPOLinear": "mpoe.layers",
     "TopKRouter": "mpoe.layers",
+    "global_batch": "mpoe.layers",
     "convert_to_mpoe": "mpoe.models",
     "import_original": "mpoe.models",
     "lora_on_cores": "mpoe.models.lora",
@@ -27,15 +28,17 @@ _NAMES = {
     "save_mpoe_only": "mpoe.models",
     "MPOETrainer": "mpoe.training",
     "MPOETrainingArguments": "mpoe.training",
+    "save_sharded": "mpoe.training",
+    "shard_model": "mpoe.training",
     "__version__": "mpoe_kernels.version",
 }
 
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig, RouterConfig
-    from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter
+    from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter, global_batch
     from mpoe.models import convert_to_mpoe, import_original, load_mpoe, merge_experts, save_mpoe_only
     from mpoe.models.lora import lora_on_cores
-    from mpoe.training import MPOETrainer, MPOETrainingArguments
+    from mpoe.training import MPOETrainer, MPOETrainingArguments, save_sharded, shard_model
     from mpoe_kernels.version import __version__
 
 __all__ = [
@@ -49,11 +52,14 @@ __all__ = [
     "TopKRouter",
     "__version__",
     "convert_to_mpoe",
+    "global_batch",
     "import_original",
     "load_mpoe",
     "lora_on_cores",
     "merge_experts",
     "save_mpoe_only",
+    "save_sharded",
+    "shard_model",
 ]
 
 _register()

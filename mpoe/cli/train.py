@@ -250,12 +250,15 @@ def make_trainer(
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """What decides the weights of a run, JSON-able: a resumed run must agree with it."""
+    training = plan.arguments.to_dict()
+    # A run may go on with another number of processes, if they share the same batch.
+    training["train_batch_size"] = training.pop("per_device_train_batch_size") * plan.arguments.world_size
     return {
         "model": plan.model.model,
         "experiment": dataclasses.asdict(plan.experiment),
         "data": dataclasses.asdict(plan.data),
         "experts": dataclasses.asdict(plan.experts),
-        "training": plan.arguments.to_dict(),
+        "training": training,
     }
 
 

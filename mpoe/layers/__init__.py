@@ -16,6 +16,7 @@ from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
+from mpoe.layers.ranks import global_batch
 from mpoe.layers.router import RouterOutput, TopKRouter
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "TopKRouter",
     "checkpoint_contexts",
     "current_routing",
+    "global_batch",
     "grouped_dense_linear",
     "load_balancing_loss",
     "router_z_loss",

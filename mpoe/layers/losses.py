@@ -25,7 +25,16 @@ def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
     return kept.sum(-2) / weights.sum().clamp_min(1)
 
 
-def load_balancing_loss(logits: Tensor, top_k_index: Tensor, token_mask: Tensor | None = None) -> Tensor:
+def count_choices(top_k_index: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
+    """How often each expert was chosen by a valid token: ``top_k_index [..., T, K]`` -> int64 ``[..., E]``."""
+    kept = torch.ones_like(top_k_index) if token_mask is None else token_mask.long()[:, None].expand_as(top_k_index)
+    counts = top_k_index.new_zeros(*top_k_index.shape[:-2], num_experts)
+    return counts.scatter_add(-1, top_k_index.flatten(-2), kept.flatten(-2))
+
+
+def load_balancing_loss(
+    logits: Tensor, top_k_index: Tensor, token_mask: Tensor | None = None, choices: Tensor | None = None
+) -> Tensor:
     """``E * sum_e f_e P_e`` (Switch Transformers, Fedus et al. 2022, eq. 4-6), without its weight alpha.
 
     ``f_e`` is the fraction of (token, choice) pairs that chose expert e, ``P_e`` the mean probability of e. 1 when
@@ -35,6 +44,7 @@ def load_balancing_loss(logits: Tensor, top_k_index: Tensor, token_mask: Tensor 
         logits: raw router logits ``[..., T, E]``; leading axes are layers, computed independently.
         top_k_index: chosen experts, int64 ``[..., T, K]``.
         token_mask: bool ``[T]``; ``False`` tokens count nowhere.
+        choices: `count_choices` of the whole batch that these tokens are a part of, ``[..., E]``; default: their own.
 
     Returns:
         ``[...]`` float32, one loss per layer.
@@ -49,11 +59,9 @@ def load_balancing_loss(logits: Tensor, top_k_index: Tensor, token_mask: Tensor 
             f"got {list(top_k_index.shape)}"
         )
     experts = logits.shape[-1]
-    top_k = top_k_index.shape[-1]
-    chosen = torch.zeros_like(logits).scatter_add(
-        -1, top_k_index, torch.ones(top_k_index.shape, dtype=logits.dtype, device=logits.device)
-    )
-    fraction = _mean_over_tokens(chosen, token_mask) / top_k
+    if choices is None:
+        choices = count_choices(top_k_index, experts, token_mask)
+    fraction = choices.float() / choices.sum(-1, keepdim=True).clamp_min(1)
     probability = _mean_over_tokens(torch.softmax(logits, -1), token_mask)
     return experts * (fraction * probability).sum(-1)
 

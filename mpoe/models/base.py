@@ -25,8 +25,9 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
-from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
+from mpoe.layers.ranks import sum_over_ranks
 from mpoe.layers.router import TopKRouter
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
@@ -66,18 +67,25 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
     """``sum over layers of balance_weight * balancing loss + z_weight * z-loss``, float32 scalar.
 
-    Layers of one stream share tokens and mask and are computed together, each on its own.
+    Layers of one stream share tokens and mask and are computed together, each on its own. In a `global_batch` the
+    average over the ranks is the loss of the tokens of all of them.
     """
+    experts = records[0].logits.shape[-1]
+    streams = dict.fromkeys(record.stream for record in records)
+    layers = [[record for record in records if record.stream == stream] for stream in streams]
+    indices = [torch.stack([record.top_k_index for record in alike]) for alike in layers]
+    own = [count_choices(index, experts, alike[0].token_mask) for index, alike in zip(indices, layers, strict=True)]
+    everyone, ranks = sum_over_ranks(torch.cat(own))
     total = records[0].logits.new_zeros(())
-    for stream in dict.fromkeys(record.stream for record in records):
-        layers = [record for record in records if record.stream == stream]
-        logits = torch.stack([record.logits for record in layers])
-        mask = layers[0].token_mask
+    for alike, index, mine, ours in zip(layers, indices, own, everyone.split([len(o) for o in own]), strict=True):
+        logits = torch.stack([record.logits for record in alike])
+        mask = alike[0].token_mask
+        # Means over this rank's tokens, with the weight of its tokens among those of an average rank: 1 for one rank.
+        weight = mine.sum(-1) * ranks / ours.sum(-1).clamp_min(1)
         if balance_weight:
-            index = torch.stack([record.top_k_index for record in layers])
-            total = total + balance_weight * load_balancing_loss(logits, index, mask).sum()
+            total = total + balance_weight * (weight * load_balancing_loss(logits, index, mask, ours)).sum()
         if z_weight:
-            total = total + z_weight * router_z_loss(logits, mask).sum()
+            total = total + z_weight * (weight * router_z_loss(logits, mask)).sum()
     return total
 
 

@@ -1,4 +1,4 @@
-"""Training a mixture of MPO experts: gradient mask, per-core rates, Trainer.
+"""Training a mixture of MPO experts: gradient mask, per-core rates, Trainer, several processes.
 
 Names are loaded on first use: the Trainer takes seconds to import, the gradient mask alone does not need it.
 """
@@ -18,7 +18,10 @@ _HOMES = {
     "find_last_checkpoint": "checkpoints",
     "freeze_cores": "freezing",
     "prepare_output_dir": "output_dir",
+    "rank_share": "loss",
     "read_metrics": "metrics_file",
+    "save_sharded": "sharding",
+    "shard_model": "sharding",
 }
 __all__ = sorted(_HOMES)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.models.components import COMPONENTS, parse_components
@@ -95,6 +97,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             "aliases": ["--label_smoothing", "--label-smoothing"],
         },
     )
+    global_router_losses: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes: balance the experts over the tokens of all of them, as one process with"
+            " the whole batch would, instead of over each process's own."
+        },
+    )
     log_core_norms: bool = field(
         default=True,
         metadata={
@@ -113,7 +122,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             setattr(self, name, _positive(getattr(self, name), name, optional=True))
         for name in ("router_lr_scale", "dense_expert_lr_scale"):
             setattr(self, name, _positive(getattr(self, name), name))
-        for name in ("scale_core_lr", "tensor_learn", "log_core_norms", "log_expert_load"):
+        for name in ("scale_core_lr", "tensor_learn", "global_router_losses", "log_core_norms", "log_expert_load"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
         self.gradient_mask_prob = check_probability(self.gradient_mask_prob)
@@ -133,6 +142,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
                     " central cores take no part in the backward pass, and DDP would wait for them"
                 )
             self.ddp_find_unused_parameters = True
+        if self.fsdp:
+            _check_fsdp(self.use_cpu)
         super().__post_init__()
 
     @property
@@ -153,6 +164,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     def mask_seed(self) -> int:
         """Seed of the gradient mask's stream: `gradient_mask_seed`, or else `seed`."""
         return self.seed if self.gradient_mask_seed is None else self.gradient_mask_seed
+
+
+def _check_fsdp(use_cpu: bool) -> None:
+    advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
+    if use_cpu or not torch.accelerator.is_available():
+        raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
+    warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=4)
 
 
 def _positive(value: object, name: str, optional: bool = False) -> float | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -81,3 +82,22 @@ def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_ba
     weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
     task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
     return LossParts(task, parts.auxiliary)
+
+
+def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
+    """This rank's share of the loss of the batch of all ranks, for a plain loop: call ``backward`` on it.
+
+    The ranks' average, which DDP and FSDP take of gradients, is the mean over all targets of the global batch, however
+    they are spread, plus the mean auxiliary loss (open a `global_batch` to make that one the global batch's too).
+
+    Args:
+        outputs: of the model, given ``labels``.
+        labels: ``[B, S]`` or ``[B]``; -100 is no target.
+        model: to tell whether its labels are shifted; may be wrapped by DDP.
+    """
+    targets = count_targets(labels, shifts_labels(getattr(model, "module", model)))
+    everyone, ranks = targets.clone(), 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(everyone)
+        ranks = dist.get_world_size()
+    return step_share(split_loss(outputs), targets, everyone, 1, ranks).total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mpoe.layers.ranks import global_batch
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
@@ -52,6 +54,8 @@ class MPOETrainer(Seq2SeqTrainer):
       `eval_perplexity`;
     * logs of task and auxiliary loss, expert load, core gradient norms and the share of masked steps, also as
       `metrics.jsonl` in the output folder;
+    * under torchrun (DDP), router losses over the tokens of all processes, so that a step is one process's with the
+      same global batch;
     * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
       continues the last complete one, on the CPU to bit-identical weights.
 
@@ -152,7 +156,8 @@ class MPOETrainer(Seq2SeqTrainer):
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with global_batch() if self.args.global_router_losses else nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
             # Here the gradients are summed over micro-batches and ranks, and not yet clipped.
             scaler = getattr(self.accelerator, "scaler", None)

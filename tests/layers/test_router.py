@@ -7,6 +7,7 @@ import torch
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.layers.losses import count_choices
 
 
 def test_top1_gate_is_one_with_the_gradient_of_log_p():
@@ -128,3 +129,18 @@ def test_bad_shapes():
         router_z_loss(torch.randn(4, 3), torch.ones(3).bool())
     with pytest.raises(ValueError, match="top_k_index"):
         load_balancing_loss(torch.randn(4, 3), torch.zeros(5, 1, dtype=torch.long))
+
+
+def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
+    """What the ranks of a `global_batch` compute: parts of unequal sizes, padding in one of them."""
+    logits, index = torch.randn(2, 9, 4), torch.randint(0, 4, (2, 9, 2))
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1]).bool()
+    whole = count_choices(index, 4, mask)
+    assert whole.sum(-1).tolist() == [12, 12]
+    total = torch.zeros(2)
+    for part in (slice(0, 3), slice(3, 9)):
+        share = mask[part].sum() / mask.sum()
+        total += share * load_balancing_loss(logits[:, part], index[:, part], mask[part], whole)
+    torch.testing.assert_close(total, load_balancing_loss(logits, index, mask))
+    local = [load_balancing_loss(logits[:, part], index[:, part], mask[part]) for part in (slice(0, 3), slice(3, 9))]
+    assert not torch.allclose((local[0] * 2 + local[1] * 4) / 6, total, rtol=1e-3)

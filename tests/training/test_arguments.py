@@ -78,6 +78,7 @@ def test_command_line_and_lists(tmp_path: Path) -> None:
         ({"train_AT_index": "1;2"}, ValueError, "train_AT_index must be comma-separated core indices"),
         ({"train_AT_index": "-1"}, ValueError, "train_AT_index must be comma-separated core indices"),
         ({"tensor_learn": "yes"}, TypeError, "tensor_learn must be true or false; got 'yes'"),
+        ({"global_router_losses": 1}, TypeError, "global_router_losses must be true or false; got 1"),
     ],
 )
 def test_refusals(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.training import MPOETrainer, MPOETrainingArguments, find_last_checkpoint
+from mpoe.training import MPOETrainer, MPOETrainingArguments
 
 VOCABULARY = 40
 PAD, EOS = 0, 1
@@ -169,44 +169,6 @@ def resume_options(family: str, steps: int) -> dict[str, Any]:
         "per_device_train_batch_size": 4,
         "warmup_steps": 2,
     }
-
-
-def ranks_options(ranks: int) -> dict[str, Any]:
-    """The same optimizer steps cut over one or two processes. Without auxiliary loss: it depends on the cut."""
-    torch.manual_seed(0)
-    model = mpoe_model("t5")
-    model.config.mpoe["router"] |= {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}
-    return {
-        "model": model,
-        "train_dataset": Rows("t5", rows=32),
-        "train_sampling_strategy": "sequential",
-        "per_device_train_batch_size": 8 // ranks,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "gradient_mask_prob": 0.5,
-        "gradient_mask_seed": 5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-    }
-
-
-def rank_main(output_dir: str) -> None:
-    """One rank of a distributed run; writes what it ended with to `rank-<n>.pt`."""
-    torch.set_num_threads(1)
-    masked: list[bool] = []
-
-    class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            masked.append(trainer.gradient_mask.active)
-
-    trainer = make_trainer(output_dir, callbacks=[Watch()], **ranks_options(ranks=2))
-    assert trainer.args.world_size == 2
-    trainer.train()
-    assert find_last_checkpoint(output_dir) is not None
-    logs = [record for record in trainer.state.log_history if "loss" in record]
-    result = {"masked": masked, "weights": weights(trainer.model), "logs": logs}
-    torch.save(result, Path(output_dir) / f"rank-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

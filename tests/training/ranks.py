@@ -1,0 +1,194 @@
+"""Runs that one process and two (gloo) must do alike; `main` is one rank's part of the whole list.
+
+Every run goes through the same global batches: rank r of R takes rows r, r + R, ... of each, or the Trainer's share.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import TrainerCallback
+
+from mpoe.layers import global_batch
+from mpoe.training import GradientMask, rank_share, save_sharded, shard_model
+from mpoe.training.freezing import iterate_cores
+
+from .tiny import Rows, make_trainer, mpoe_model, weights
+
+STEPS = 4
+BATCH = 8
+MASK = {"probability": 0.5, "seed": 5}  # masks the second step of four
+EMBEDDING = {"target_modules": ["ffn", "embedding"]}
+MANY = {"num_experts": 32}  # more than a rank has tokens in a layer: some get none
+
+
+class Watch(TrainerCallback):
+    """Which central cores an optimizer step moved, by name, and whether it was masked."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.cores = {name: cores.central for name, cores in iterate_cores(model)}
+        self.moved: list[list[bool]] = []
+        self.masked: list[bool] = []
+        self.mask: GradientMask | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = [core.detach().clone() for core in self.cores.values()]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.masked.append(self.mask is not None and self.mask.active)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pairs = zip(self.before, self.cores.values(), strict=True)
+        self.moved.append([not torch.equal(_local(old), _local(new)) for old, new in pairs])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()  # type: ignore[operator]
+
+
+def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """`MPOETrainer`: DDP with two ranks; two micro-batches a step, clipping, decay and warm-up."""
+    resume = options.pop("resume", None)
+    arguments: dict[str, Any] = {
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": BATCH // 2 // ranks,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "gradient_mask_prob": MASK["probability"],
+        "gradient_mask_seed": MASK["seed"],
+        **options,
+    }
+    trainer = make_trainer(
+        folder, family, mpoe_model(family, **config), train_dataset=Rows(family, rows=32), **arguments
+    )
+    watch = Watch(trainer.model)
+    watch.mask = trainer.gradient_mask
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=resume)
+    logs = [record for record in trainer.state.log_history if "task_loss" in record]
+    return {
+        "losses": [record["task_loss"] + record["aux_loss"] for record in logs],
+        "aux_losses": [record["aux_loss"] for record in logs],
+        "loads": [record["expert_min_share"] for record in logs],
+        "masked": watch.masked,
+        "moved": watch.moved,
+        "weights": weights(trainer.model),
+    }
+
+
+def _plain_loop(
+    model: Any, family: str, step: Callable[[torch.Tensor], None], optimizer: Any, bf16: bool = False
+) -> dict[str, Any]:
+    """The loop of a user: mask, loss over the global batch, backward, optimizer."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = Rows(family, rows=STEPS * BATCH)
+    inner = getattr(model, "module", model)
+    watch = Watch(inner)
+    mask = GradientMask(inner, MASK["probability"] if watch.cores else 0.0, MASK["seed"])
+    losses, masked = [], []
+    model.train()
+    for number in range(STEPS):
+        batch = [rows[number * BATCH + i] for i in range(rank, BATCH, ranks)]
+        inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+        watch.on_step_begin(None, None, None)
+        with mask.step(number) as active, global_batch(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = rank_share(model(**inputs), inputs["labels"], model)
+            step(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.on_optimizer_step(None, None, None)
+        masked.append(active)
+        mean = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / ranks)
+    return {"losses": losses, "masked": masked, "moved": watch.moved}
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def by_accelerate(folder: Path, ranks: int, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A plain loop of Accelerate: DDP with two ranks."""
+    AcceleratorState._reset_state()  # of an earlier run, whose precision would be kept
+    find_unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # masked cores take no part
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[find_unused])
+    assert accelerator.num_processes == ranks
+    model = mpoe_model(family, **config)
+    prepared, optimizer = accelerator.prepare(model, _optimizer(model))
+    return {**_plain_loop(prepared, family, accelerator.backward, optimizer), "weights": weights(model)}
+
+
+def by_sharding(
+    folder: Path,
+    ranks: int,
+    family: str,
+    config: dict[str, Any],
+    checkpointing: bool = False,
+    bf16: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """A plain loop; with two ranks sharded (FSDP2), gathered and saved at the end."""
+    model = mpoe_model(family, seed=dist.get_rank() if ranks > 1 else 0, **config)  # rank 0's weights win
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    if ranks > 1:
+        shard_model(model, dtype=dtype)
+    result = _plain_loop(model, family, torch.Tensor.backward, _optimizer(model), bf16 or dtype is not None)
+    if ranks > 1:
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
+    inputs = {name: value[None] for name, value in Rows(family, rows=1)[0].items()}
+    with torch.no_grad():
+        result["logits"] = model.eval()(**inputs).logits
+    return result
+
+
+# name: (loop, family, MPOEConfig, options)
+RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[str, Any]]] = {
+    "trainer": (by_trainer, "t5", {}, {"save_strategy": "steps", "save_steps": 2}),
+    "trainer, checkpointing": (by_trainer, "gpt2", EMBEDDING, {"activation_checkpointing": True}),
+    "accelerate, idle experts": (by_accelerate, "t5", MANY, {}),
+    "sharded, checkpointing": (by_sharding, "gpt2", {**EMBEDDING, **MANY}, {"checkpointing": True}),
+}
+MORE_RUNS = {
+    "trainer, bfloat16": (by_trainer, "t5", {}, {"bf16": True}),
+    "trainer, idle dense experts": (by_trainer, "t5", {**MANY, "expert_type": "dense"}, {"gradient_mask_prob": 0.0}),
+    "accelerate, bert": (by_accelerate, "bert", {}, {}),
+    "sharded, t5 with MPO embedding": (by_sharding, "t5", EMBEDDING, {}),
+    "sharded, dense experts": (by_sharding, "t5", {"expert_type": "dense"}, {}),
+    "sharded, bfloat16": (by_sharding, "t5", {}, {"dtype": torch.bfloat16}),
+    "sharded, autocast": (by_sharding, "gpt2", {}, {"bf16": True}),
+}
+
+
+def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
+    loop, family, config, options = (RUNS | MORE_RUNS)[name]
+    return loop(folder / name, ranks, family, config, **options)
+
+
+def torchrun(*arguments: Any, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node PROCESSES ARGUMENTS`, its output in `stdout`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
+    return subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )

@@ -29,4 +29,4 @@ def test_page(cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(("page", "package"), [("api_mpoe", mpoe), ("api_kernels", mpoe_kernels)])
 def test_every_public_name_is_described(page: str, package) -> None:
     described = {line.rsplit(".", 1)[1] for line in (DOCS / f"{page}.md").read_text().splitlines() if "::: " in line}
-    assert described == set(package.__all__) - {"__version__"}
+    assert described - {"MPOEModelMixin"} == set(package.__all__) - {"__version__"}  # what converted models inherit

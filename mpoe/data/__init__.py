@@ -11,37 +11,50 @@ from mpoe.data.local import LocalTask, load_task_from_folder
 from mpoe.data.metrics import METRICS, get_metric, perplexity
 from mpoe.data.predict import evaluate_task, generate_texts, language_modeling_loss
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
-from mpoe.data.splits import split_validation_test, with_subsets, with_validation_test_split
+from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.splits import (
+    split_validation_test,
+    with_subsets,
+    with_validation_from_train,
+    with_validation_test_split,
+)
 from mpoe.data.task import Example, Task, subset
-from mpoe.data.tasks import average_score, get_task, register_task, task_names
+from mpoe.data.task_files import read_task_file
+from mpoe.data.tasks import average_score, find_spec, get_task, load_task, register_task, task_names
 
 __all__ = [
     "METRICS",
     "DocRecord",
     "Documentation",
     "Example",
+    "HubData",
     "LocalTask",
     "MultiTaskBatchSampler",
     "PaddingCollator",
     "Task",
+    "TaskSpec",
     "TemperatureSampler",
     "average_score",
     "encode_language_modeling",
     "encode_text_to_text",
     "evaluate_task",
+    "find_spec",
     "generate_texts",
     "get_metric",
     "get_task",
     "language_modeling_loss",
     "load_documentation",
     "load_stand_in",
+    "load_task",
     "load_task_from_folder",
     "perplexity",
+    "read_task_file",
     "register_task",
     "split_validation_test",
     "stand_in_path",
     "subset",
     "task_names",
     "with_subsets",
+    "with_validation_from_train",
     "with_validation_test_split",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mpoe.data.embedded import stand_in_path
@@ -37,6 +38,12 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
         assert answer.code == 0, (line, answer.err)
         ran.add(command)
     return ran
+
+
+def write_files(text: str, folder: Path) -> None:
+    """Every YAML block of a page, into the file that its first line names: ``# my_tasks.yaml``."""
+    for block in blocks(text, "yaml"):
+        (folder / block.split("\n", 1)[0].removeprefix("# ")).write_text(block, encoding="utf-8")
 
 
 def run_python(text: str) -> dict[str, Any]:

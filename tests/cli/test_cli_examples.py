@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,9 +96,23 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     for spec in read_task_file(file).values():
         write_described(tmp_path / "data", spec)
     data = ["--task_file", file, "--data_dir", tmp_path / "data"]
-    answer = cli("train", "--model", "t5", *data, *FLAGS, "--output_dir", tmp_path / "run")
+    train = ["train", "--model", "t5", *data, *FLAGS, "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 4]
+    answer = cli(*train, "--output_dir", tmp_path / "run")
     assert answer.code == 0, answer.err
     assert "average over tasks" in answer.out
+
+    # interrupted after two steps and resumed: the same tasks and items, so the same weights
+    torn = tmp_path / "torn"
+    shutil.copytree(tmp_path / "run", torn)
+    for name in ("checkpoint-3", "checkpoint-4"):
+        shutil.rmtree(torn / name)
+    for name in ("model.safetensors", "results.json", "report.html"):
+        (torn / name).unlink()
+    answer = cli(*train, "--output_dir", torn, "--resume")
+    assert answer.code == 0, answer.err
+    assert "resuming from checkpoint-2" in answer.out
+    assert (torn / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert (torn / "report.html").is_file()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["validation"]) == ["review", "headline"]
     assert set(results["validation"]["headline"]) == {"rouge_l", "bleu", "items"}

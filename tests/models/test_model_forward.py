@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -159,6 +160,17 @@ def test_whole_model_compiles_fullgraph(family, converted):
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
     torch.testing.assert_close(out.loss, expected.loss)
     assert torch.equal(out.expert_load, expected.expert_load)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_training_step_compiles_fullgraph(family, converted):
+    model, inputs = converted(family).train(), batch(family)
+    twin = copy.deepcopy(model)
+    model(**inputs).loss.backward()
+    torch.compile(twin, backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
+    for (name, eager), compiled in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 BASE = {"vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}

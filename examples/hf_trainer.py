@@ -1,0 +1,51 @@
+"""A converted model in the Hugging Face Trainer as it is: one rate for every core, and the gradient mask as a callback.
+
+usage: python examples/hf_trainer.py [FOLDER] [STEPS]
+"""
+
+import sys
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.embedded import load_stand_in
+from mpoe.data.encode import encode_text_to_text
+from mpoe.data.tasks import get_task
+from mpoe.training import GradientMask, GradientMaskCallback, build_param_groups
+
+folder = sys.argv[1] if len(sys.argv) > 1 else "runs/hf_trainer"
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50
+dense, tokenizer = load_stand_in("t5")
+model = convert_to_mpoe(dense, MPOEConfig(num_experts=8))
+
+task = get_task("doc_kind")
+train, validation = (
+    encode_text_to_text(examples, tokenizer, max_source_length=64)
+    for examples in (task.train(), task.examples("validation")[:64])
+)
+
+# The loss already holds the routers' balancing loss. What the Trainer cannot know are the cores' rates: it gets the
+# optimizer ready-made. (MPOETrainer does this and more by itself.)
+rates = MPOETrainingArguments(output_dir=folder, learning_rate=1e-3)
+optimizer = torch.optim.AdamW(build_param_groups(model, rates))
+
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        logging_steps=max(1, steps // 5),
+        report_to="none",  # "tensorboard" draws the curves, if it is installed
+    ),
+    train_dataset=train,
+    eval_dataset=validation,
+    data_collator=PaddingCollator(tokenizer.pad_token_id),
+    optimizers=(optimizer, None),
+    callbacks=[GradientMaskCallback(GradientMask(model, probability=0.3, seed=0))],
+)
+trainer.train()
+print(f"validation loss {trainer.evaluate()['eval_loss']:.3f}")
+trainer.save_model(folder)  # load_mpoe(folder) reads it

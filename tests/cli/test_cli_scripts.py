@@ -1,0 +1,81 @@
+"""The scripts of examples/ that are made to be read: written in cells, run here as a whole."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+IN_CELLS = ("convert_and_look.py", "choose_a_shape.py", "fine_tune_and_compare.py")
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run a script in this process, in an empty folder; returns its names."""
+
+    def run(name: str, *arguments: object) -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / name))
+
+    return run
+
+
+def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_script("convert_and_look.py", tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    out = capsys.readouterr().out
+    assert out.count("DenseReluDense: ") == len(names["model"].mpoe_config.rate_ratios) // 2  # a route for each layer
+
+
+def test_choose_a_shape(run_script, capsys: pytest.CaptureFixture[str]) -> None:
+    run_script("choose_a_shape.py")
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if " loss " in line]
+    assert len(losses) == 5
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)  # full bonds change nothing
+    assert losses[1:] == sorted(losses[1:])  # the smaller the bond, the more is lost
+    assert sum("% lost" in line for line in lines) == 12
+
+
+def test_hf_trainer(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mpoe import load_mpoe
+
+    names = run_script("hf_trainer.py", tmp_path / "run", 4)
+    assert type(names["trainer"]).__module__ == "transformers.trainer"
+    assert names["trainer"].state.global_step == 4
+    assert "validation loss" in capsys.readouterr().out
+    trained, loaded = names["model"].state_dict(), load_mpoe(tmp_path / "run").state_dict()
+    assert all((trained[name].cpu() == value).all() for name, value in loaded.items())
+
+
+@pytest.mark.slow
+def test_fine_tune_and_compare(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "fine_tune_and_compare.py"), "40", str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    rows = [line.split() for line in answer.stdout.splitlines() if line.endswith(" M")]
+    assert [" ".join(row[:-5]) for row in rows] == ["dense", "8 dense experts", "8 MPO experts"]
+    for row in rows:
+        assert float(row[-4]) < float(row[-5])  # the loss fell
+    assert float(rows[2][-2]) < float(rows[1][-2]) / 3  # parameters in millions
+
+
+@pytest.mark.parametrize("name", IN_CELLS)
+def test_cells(name: str) -> None:
+    """Every cell begins with a mark, text cells hold comments alone, and code and text alternate."""
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    cells = text.split("# %%")
+    assert cells[0] == ""
+    words = [cell for cell in cells[1:] if cell.startswith(" [markdown]")]
+    assert len(words) >= 5
+    assert words[0].splitlines()[1].startswith("# # ")
+    for cell in words:
+        assert not ast.parse(cell.partition("\n")[2]).body, "a text cell holds code"

@@ -35,8 +35,8 @@ PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
-        *(CSRC / "cuda" / f"{name}.cu" for name in ("linear", "steps", "pointwise", "contract", "contract_bfloat16")),
-        *(CSRC / "cuda" / f"{name}.cu" for name in ("panel", "panel_bfloat16", "few")),
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("program", "linear_forward", "linear_backward", "steps", "pointwise")),
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16", "few")),
         *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
     ],
     "routing": [CSRC / "cuda" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],

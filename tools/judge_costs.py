@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.backends.registry import _BACKENDS, Backend, Request
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
@@ -65,14 +67,12 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
     x = torch.randn(case.num_tokens, case.in_features).to(case.dtype)
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
     routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
-    given = (x, blocks.left, blocks.central, blocks.right, routing.expert_offsets)
+    given = (x, blocks.left, blocks.central, blocks.right, routing.expert_offsets, None, routing.token_of_slot)
     sizes = (case.in_features, case.out_features, "none")
     need = [True, True, not case.mask_central, True, False]
     h = x.new_empty(0)
     if case.training and case.shape.is_separable:
-        _, h, _ = _BACKENDS["eager"].kernels[OPS["forward"]](
-            *given, None, routing.token_of_slot, *sizes, "separable", True
-        )
+        _, h, _ = _BACKENDS["eager"].kernels[OPS["forward"]](ForwardCall(*given, *sizes, "separable", "eager", True))
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     for phase in ("forward", "backward") if case.training else ("forward",):
         found = pairs(case, phase, backends)
@@ -81,12 +81,12 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
             best = min(other.predicted_seconds(p) for _, other, p in found if other is backend)
             if backend.predicted_seconds(plan) > SLOWEST_MEASURED * best:
                 continue
-            kernel, strategy = backend.kernels[OPS[phase]], plan.strategy
+            common = (*given, *sizes, plan.strategy, backend.name)
             if phase == "forward":
-                arguments = (*given, None, routing.token_of_slot, *sizes, strategy, case.training)
+                call: LinearCall = ForwardCall(*common, case.training)
             else:
-                arguments = (grad, *given, routing.token_of_slot, h, x.new_empty(0), *sizes, strategy, need)
-            calls[phase][name] = lambda k=kernel, a=arguments: k(*a)
+                call = BackwardCall(*common, grad, h, x.new_empty(0), need)
+            calls[phase][name] = partial(backend.kernels[OPS[phase]], call)
     return calls
 
 

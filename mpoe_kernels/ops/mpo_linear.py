@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.backends.registry import requested_backend, resolve_contraction
 from mpoe_kernels.checks import (
     check_choice,
@@ -18,7 +20,8 @@ from mpoe_kernels.checks import (
 )
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.ops.define import autocast_active, define_op
-from mpoe_kernels.planner import STRATEGIES, BlockDims
+from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
+from mpoe_kernels.planner.contraction import Need
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {
@@ -54,51 +57,32 @@ def grouped_mpo_linear_body(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slots = x.shape[0] if row_index is None else row_index.shape[0]
-    kernel, strategy, _ = resolve_contraction(
-        "grouped_mpo_linear",
-        BlockDims.of_blocks(left, central, right, in_features, out_features),
-        num_experts=left.shape[0],
-        slots=slots,
-        dtype=x.dtype,
-        phase="forward",
-        device_type=x.device.type,
-        backend_name=backend,
-        strategy_name="separable" if _saves_central_step(left, right, strategy, save) else strategy,
-    )
-    return kernel(
-        *(x, left, central, right, expert_offsets, bias, row_index),
-        *(in_features, out_features, activation, strategy, save),
-    )
-
-
-def _forward_fake(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    slots = x.shape[0] if row_index is None else row_index.shape[0]
-    y = x.new_empty(slots, out_features)
-    h, z = x.new_empty(0), x.new_empty(0)
-    if save and activation not in ("none", "relu"):
-        z = torch.empty_like(y)
     if _saves_central_step(left, right, strategy, save):
+        strategy = "separable"
+    return _run(
+        "grouped_mpo_linear",
+        "forward",
+        ForwardCall(
+            *(x, left, central, right, expert_offsets, bias, row_index),
+            *(in_features, out_features, activation, strategy, backend),
+            save,
+        ),
+    )
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = ForwardCall(*arguments)
+    x, central, slots = call.x, call.central, call.slots
+    y = x.new_empty(slots, call.out_features)
+    h, z = x.new_empty(0), x.new_empty(0)
+    if call.saves_z:
+        z = torch.empty_like(y)
+    if _saves_central_step(call.left, call.right, call.strategy, call.save):
         h = x.new_empty(slots * central.shape[2], central.shape[3])
     return y, h, z
 
 
 def grouped_mpo_linear_backward_body(
-    grad: Tensor,
     x: Tensor,
     left: Tensor,
     central: Tensor,
@@ -106,67 +90,56 @@ def grouped_mpo_linear_backward_body(
     expert_offsets: Tensor,
     bias: Tensor | None,
     row_index: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
     in_features: int,
     out_features: int,
     activation: str,
     strategy: str,
     backend: str,
+    grad: Tensor,
+    h: Tensor,
+    saved: Tensor,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = BackwardCall(
+        *(x, left, central, right, expert_offsets, bias, row_index),
+        *(in_features, out_features, activation, strategy, backend),
+        *(grad, h, saved, need),
+    )
+    return _run("grouped_mpo_linear_backward", "backward", call, call.need_of_plan)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = BackwardCall(*arguments)
+    dx, dleft, dcentral, dright, dbias = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else call.grad.new_empty(0)
+        for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
+    )
+    return dx, dleft, dcentral, dright, dbias
+
+
+def _run(op: str, phase: str, call: LinearCall, need: Need = ALL_GRADIENTS) -> Any:
+    """Call the kernel that the registry chooses, with the strategy that it chooses."""
     kernel, strategy, _ = resolve_contraction(
-        "grouped_mpo_linear_backward",
-        BlockDims.of_blocks(left, central, right, in_features, out_features),
-        num_experts=left.shape[0],
-        slots=grad.shape[0],
-        dtype=grad.dtype,
-        phase="backward",
-        device_type=grad.device.type,
-        need=(need[0], need[1], need[2], need[3]),
-        backend_name=backend,
-        strategy_name=strategy,
+        op,
+        call.dims,
+        num_experts=call.num_experts,
+        slots=call.slots,
+        dtype=call.x.dtype,
+        phase=phase,
+        device_type=call.x.device.type,
+        need=need,
+        backend_name=call.backend,
+        strategy_name=call.strategy,
     )
-    return kernel(
-        *(grad, x, left, central, right, expert_offsets, row_index, h, saved),
-        *(in_features, out_features, activation, strategy, need),
-    )
-
-
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    backend: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = (x, left, central, right, bias)
-    results = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else grad.new_empty(0)
-        for t, needed in zip(like, need, strict=True)
-    ]
-    return results[0], results[1], results[2], results[3], results[4]
+    return kernel(replace(call, strategy=strategy))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, left, central, right, expert_offsets, bias, row_index = inputs[:7]
-    ctx.in_features, ctx.out_features, ctx.activation, ctx.strategy, ctx.backend, _ = inputs[7:]
+    tensors, ctx.settings, activation = inputs[:7], inputs[7:12], inputs[9]
     y, h, z = output
     ctx.set_materialize_grads(False)
     # relu's backward reads the output, other activations the pre-activation, none needs neither.
-    saved = y if ctx.activation == "relu" else z
-    ctx.save_for_backward(x, left, central, right, expert_offsets, bias, row_index, h, saved)
+    ctx.save_for_backward(*tensors, h, y if activation == "relu" else z)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
@@ -174,12 +147,8 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tupl
         return (None,) * 13
     needs = ctx.needs_input_grad
     need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
-    x, left, central, right, expert_offsets, bias, row_index, h, saved = ctx.saved_tensors
-    grads = _backward(
-        grad.contiguous(),
-        *(x, left, central, right, expert_offsets, bias, row_index, h, saved),
-        *(ctx.in_features, ctx.out_features, ctx.activation, ctx.strategy, ctx.backend, need),
-    )
+    *tensors, h, saved = ctx.saved_tensors
+    grads = _backward(*tensors, *ctx.settings, grad.contiguous(), h, saved, need)
     dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     return dx, dleft, dcentral, dright, None, dbias, *(None,) * 7
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_linear import ALL, Case, strategies_of
+from emulated_linear import ALL, Case
 from emulation import REFUSED, SCHEDULES, Schedule, schedule, stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mpoe_kernels import MPOShape
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.testing.linear_problem import planned_strategies
 
-PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
+PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in planned_strategies(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
 MASKED = [True, True, False, True, True]
 # Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every pipeline.
@@ -36,7 +37,7 @@ def test_bfloat16(name: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("name", ["light", "separable"])
 def test_float16(name: str) -> None:
-    for strategy in strategies_of(SMALL_SHAPES[name]):
+    for strategy in planned_strategies(SMALL_SHAPES[name]):
         Case(SMALL_SHAPES[name], torch.float16).check(strategy)
 
 
@@ -44,7 +45,7 @@ def test_float16(name: str) -> None:
 @pytest.mark.parametrize("name", WIDE)
 def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
     case = Case(WIDE[name], dtype, tokens=90, experts=2, capacity=None, activation="relu")
-    for strategy in strategies_of(case.shape):
+    for strategy in planned_strategies(case.shape):
         stats()
         case.check(strategy)
         counted = stats()
@@ -59,7 +60,7 @@ def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
 def test_schedules(timing: Schedule, dtype: torch.dtype) -> None:
     with schedule(*timing):
         for name in ("light", "separable"):
-            strategy = strategies_of(WIDE[name])[-1]
+            strategy = planned_strategies(WIDE[name])[-1]
             Case(WIDE[name], dtype, tokens=40, experts=2).check(strategy)
             Case(SMALL_SHAPES[name], dtype).check("rebuild")
 
@@ -88,21 +89,21 @@ def test_activations_with_and_without_gather(activation: str, gathered: bool) ->
 @pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
 def test_distributions(name: str, kind: str) -> None:
     shape = SMALL_SHAPES[name]
-    for strategy in strategies_of(shape):
+    for strategy in planned_strategies(shape):
         Case(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu").check(strategy)
 
 
 @pytest.mark.parametrize("name", ["light", "separable"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_no_tokens(name: str, activation: str) -> None:
-    for strategy in strategies_of(SMALL_SHAPES[name]):
+    for strategy in planned_strategies(SMALL_SHAPES[name]):
         Case(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(strategy)
 
 
 @pytest.mark.parametrize("name", ["paper", "separable"])
 def test_backward_strategy_is_chosen_on_its_own(name: str) -> None:
     shape = SMALL_SHAPES[name]
-    strategies = strategies_of(shape)
+    strategies = planned_strategies(shape)
     for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
         Case(shape, activation="relu").check(forward, backward)
 
@@ -110,7 +111,7 @@ def test_backward_strategy_is_chosen_on_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["light", "separable"])
 def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
     case = Case(SMALL_SHAPES[name])
-    for strategy in strategies_of(case.shape):
+    for strategy in planned_strategies(case.shape):
         together = case.run(strategy)
         for needed in range(5):
             alone = case.run(strategy, need=[k == needed for k in range(5)])
@@ -167,7 +168,7 @@ def test_temporary_weights_stay_below_two_experts(experts: int) -> None:
     """Whatever their number; what else is needed belongs to rows."""
     case = Case(WIDE["light"], torch.bfloat16, tokens=4, experts=experts, top_k=1, activation="none")
     weight = 2 * case.linear.dims.weight_elements
-    for strategy in strategies_of(case.shape):
+    for strategy in planned_strategies(case.shape):
         rows = 4 * 4 * max(case.linear.dims.elements(frozenset({"iL", "jC", "b", "jR"})) * 2, 4096)
         # All but the central gradient, whose float32 sum is no temporary weight.
         for need in (MASKED, [False] * 5):
@@ -195,7 +196,7 @@ def test_any_small_shape(data: st.DataObject) -> None:
         central=data.draw(st.integers(0, count - 1)),
         max_bond=data.draw(st.sampled_from([None, 1, 2, 5])),
     )
-    strategy = data.draw(st.sampled_from(strategies_of(shape)))
+    strategy = data.draw(st.sampled_from(planned_strategies(shape)))
     experts = data.draw(st.integers(1, 4))
     Case(
         shape,

@@ -91,15 +91,12 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
     calls = []
     eager = registry._BACKENDS["eager"]
 
-    def logged(op: str, position: int):
-        return lambda *args: (calls.append((op, args[position])), eager.kernels[op](*args))[1]
+    def logged(op: str):
+        return lambda call: (calls.append((op, call.strategy)), eager.kernels[op](call))[1]
 
     picky = registry.Backend(
         "picky",
-        {
-            "grouped_mpo_linear": logged("grouped_mpo_linear", 10),
-            "grouped_mpo_linear_backward": logged("grouped_mpo_linear_backward", 12),
-        },
+        {op: logged(op) for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")},
         contraction_reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
         predicted_seconds=lambda plan: {"chain": -2.0, "rebuild": -1.0}.get(plan.strategy, 1.0),
     )
@@ -265,26 +262,22 @@ class LiveBytes(TorchDispatchMode):
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     """Peak of forward and backward kernels beyond inputs and results: two weights, whatever E is."""
     from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
+    from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)
     x = torch.randn(experts, shape.in_features)
     offsets = torch.arange(experts + 1, dtype=torch.int32)
     weight_bytes = shape.in_features * shape.out_features * 4
-    sizes = (shape.in_features, shape.out_features)
     gc.collect()
     given = (x, blocks.left, blocks.central, blocks.right, offsets)
+    common = (*given, None, None, shape.in_features, shape.out_features, "none", "rebuild", "eager")
     with LiveBytes(*given) as forward:
-        y, h, saved = linear_forward(
-            x, blocks.left, blocks.central, blocks.right, offsets, None, None, *sizes, "none", "rebuild", True
-        )
+        y, h, saved = linear_forward(ForwardCall(*common, save=True))
     assert forward.peak <= y.nbytes + 2 * weight_bytes + 4096
     grad = torch.ones_like(y)
     with LiveBytes(*given, grad) as backward:
-        grads = linear_backward(
-            *(grad, x, blocks.left, blocks.central, blocks.right, offsets, None, h, saved),
-            *(*sizes, "none", "rebuild", [True] * 5),
-        )
+        grads = linear_backward(BackwardCall(*common, grad, h, saved, need=[True] * 5))
     results = sum(g.nbytes for g in grads)
     one_expert = sum(g[0].nbytes for g in (grads[1], grads[3])) + 2 * grads[2].nbytes
     assert backward.peak <= results + one_expert + y.nbytes + 2 * weight_bytes + 4096

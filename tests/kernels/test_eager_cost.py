@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import registry
 from mpoe_kernels.backends.eager import cost
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
@@ -55,13 +56,13 @@ def test_gemm_calls(name: str, strategy: str, phase: str) -> None:
     blocks = random_blocks(shape, EXPERTS, torch.float32)
     x, grad = torch.ones(SLOTS, shape.in_features), torch.ones(SLOTS, shape.out_features)
     offsets = torch.arange(EXPERTS + 1, dtype=torch.int32) * (SLOTS // EXPERTS)
-    given = (x, blocks.left, blocks.central, blocks.right, offsets)
-    sizes = (shape.in_features, shape.out_features, "none", strategy)
+    given = (x, blocks.left, blocks.central, blocks.right, offsets, None, None)
+    common = (*given, shape.in_features, shape.out_features, "none", strategy, "eager")
     kernels = registry._BACKENDS["eager"].kernels
     with CountGemms() as forward:
-        _, h, z = kernels["grouped_mpo_linear"](*given, None, None, *sizes, True)
+        _, h, z = kernels["grouped_mpo_linear"](ForwardCall(*common, save=True))
     with CountGemms() as backward:
-        kernels["grouped_mpo_linear_backward"](grad, *given, None, h, z, *sizes, [True] * 4 + [False])
+        kernels["grouped_mpo_linear_backward"](BackwardCall(*common, grad, h, z, need=[True] * 4 + [False]))
     made = (forward if phase == "forward" else backward).gemms
     plan = contraction(strategy, dims, EXPERTS, SLOTS, torch.float32, phase)
     counted, _ = (cost._rebuild if strategy == "rebuild" else cost._rows)(plan)

@@ -258,9 +258,9 @@ def test_opcheck_backward(backend: str, name: str) -> None:
         for need in ([True] * 5, [True, False, False, False, False], [False, True, False, True, True]):
             opcheck(
                 torch.ops.mpoe.grouped_mpo_linear_backward.default,
-                (grad, x, left, central, right, routing.expert_offsets, bias, routing.token_of_slot)
-                + (h if strategy == "separable" else empty, empty)
-                + (shape.in_features, shape.out_features, "none", strategy, backend, need),
+                (x, left, central, right, routing.expert_offsets, bias, routing.token_of_slot)
+                + (shape.in_features, shape.out_features, "none", strategy, backend)
+                + (grad, h if strategy == "separable" else empty, empty, need),
             )
 
 

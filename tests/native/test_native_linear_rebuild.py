@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, route
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.backends.native.linear import IMPLEMENTED, linear_backward, linear_forward
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.planner import BlockDims
@@ -84,17 +86,19 @@ class Case:
         return self.blocks.left, self.blocks.central, self.blocks.right
 
     @property
-    def sizes(self) -> tuple[int, int, str]:
-        return self.shape.in_features, self.shape.out_features, self.activation
+    def common(self) -> tuple[Any, ...]:
+        """What calls begin with, up to the strategy."""
+        sizes = (self.shape.in_features, self.shape.out_features)
+        return self.x, *self.parts, self.routing.expert_offsets, self.bias, self.rows, *sizes, self.activation
 
     def forward(self, strategy: str) -> tuple[Tensor, Tensor]:
-        given = (self.x, *self.parts, self.routing.expert_offsets, self.bias, self.rows)
-        y, _, saved = linear_forward(*given, *self.sizes, strategy, True)
+        y, _, saved = linear_forward(ForwardCall(*self.common, strategy, "native", save=True))
         return y, y if self.activation == "relu" else saved
 
     def backward(self, strategy: str, saved: Tensor, need: list[bool] | None = None) -> tuple[Tensor, ...]:
-        given = (self.grad, self.x, *self.parts, self.routing.expert_offsets, self.rows, self.x.new_empty(0), saved)
-        return linear_backward(*given, *self.sizes, strategy, need or [True] * 4 + [self.bias is not None])
+        need = need or [True] * 4 + [self.bias is not None]
+        own = (self.grad, self.x.new_empty(0), saved, need)
+        return linear_backward(BackwardCall(*self.common, strategy, "native", *own))
 
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, *self.parts)]

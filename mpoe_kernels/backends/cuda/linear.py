@@ -1,4 +1,4 @@
-"""Grouped MPO linear by the kernels of csrc/cuda/linear.h; same arguments and results as the eager ones."""
+"""Grouped MPO linear by the kernels of csrc/cuda/linear.h."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends.cuda.cost import launch_of
 from mpoe_kernels.backends.indices import slots_by_token
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction
 from mpoe_kernels.planner.contraction import Need
 from mpoe_kernels.planner.orders import applications
@@ -65,64 +66,33 @@ class LinearKernels:
     ops: Any
     hardware: Callable[[], Hardware]
 
-    def forward(
-        self,
-        x: Tensor,
-        left: Tensor,
-        central: Tensor,
-        right: Tensor,
-        expert_offsets: Tensor,
-        bias: Tensor | None,
-        row_index: Tensor | None,
-        in_features: int,
-        out_features: int,
-        activation: str,
-        strategy: str,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y [N, F], h, z)``; ``h`` and ``z`` are empty unless backward will need them."""
-        dims = BlockDims.of_blocks(left, central, right, in_features, out_features)
-        save_h, save_z = save and strategy == "separable", save and activation not in ("none", "relu")
-        slots = x.shape[0] if row_index is None else row_index.shape[0]
-        sizes = (dims, left.shape[0], slots, x.dtype)
-        program = _program(self.hardware(), strategy, *sizes, "forward", ALL_GRADIENTS, save_h)
+    def forward(self, call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, h, z)``, see `ForwardCall`."""
+        x, save_h, save_z = call.x, call.saves_h, call.saves_z
+        program = self._program(call, "forward", ALL_GRADIENTS, save_h)
         y, h, z = self.ops.linear_forward(
-            *(x, left, central, right, expert_offsets, bias, row_index, in_features, out_features, activation),
+            *(x, *call.blocks, call.expert_offsets, call.bias, call.row_index),
+            *(call.in_features, call.out_features, call.activation),
             *(program, may_round_to_tf32(x), save_h, save_z),
         )
         return y, h if save_h else x.new_empty(0), z if save_z else x.new_empty(0)
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        left: Tensor,
-        central: Tensor,
-        right: Tensor,
-        expert_offsets: Tensor,
-        row_index: Tensor | None,
-        h: Tensor,
-        saved: Tensor,
-        in_features: int,
-        out_features: int,
-        activation: str,
-        strategy: str,
-        need: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dleft, dcentral, dright, dbias)``; ``need`` says which, the others are empty."""
-        dims = BlockDims.of_blocks(left, central, right, in_features, out_features)
-        sizes = (dims, left.shape[0], grad.shape[0], x.dtype)
-        need_of_plan = (need[0], need[1], need[2], need[3])
-        program = _program(self.hardware(), strategy, *sizes, "backward", need_of_plan, False)
+    def backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+        x, row_index = call.x, call.row_index
+        program = self._program(call, "backward", call.need_of_plan, False)
         dx, dleft, dcentral, dright, dbias = self.ops.linear_backward(
-            *(grad, x, left, central, right, expert_offsets, row_index),
-            h if strategy == "separable" and h.numel() else None,
-            None if activation == "none" else saved,
-            *(in_features, out_features, activation, program, may_round_to_tf32(x), *need),
+            *(call.grad, x, *call.blocks, call.expert_offsets, row_index, call.saved_h),
+            *(None if call.activation == "none" else call.saved, call.in_features, call.out_features, call.activation),
+            *(program, may_round_to_tf32(x), *call.need),
         )
-        if need[0] and row_index is not None:
+        if call.need[0] and row_index is not None:
             dx = self.ops.sum_rows(dx, *slots_by_token(row_index, x.shape[0]))
         return dx, dleft, dcentral, dright, dbias
+
+    def _program(self, call: LinearCall, phase: str, need: Need, saves_h: bool) -> str:
+        sizes = (call.dims, call.num_experts, call.slots, call.x.dtype)
+        return _program(self.hardware(), call.strategy, *sizes, phase, need, saves_h)
 
     def table(self) -> dict[str, Callable[..., Any]]:
         return {"grouped_mpo_linear": self.forward, "grouped_mpo_linear_backward": self.backward}

@@ -1,4 +1,4 @@
-"""Grouped MPO linear by the compiled kernels of csrc/cpu/linear.h; same arguments and results as the eager ones."""
+"""Grouped MPO linear by the compiled kernels of csrc/cpu/linear.h."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.planner import Contraction
 
 OPS = torch.ops.mpoe_native
@@ -29,49 +30,20 @@ def contraction_reasons(plan: Contraction) -> list[str]:
     return reasons
 
 
-def linear_forward(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y [N, F], h, z)``; ``h`` and ``z`` are empty unless backward will need them."""
-    save_h, save_z = save and strategy == "separable", save and activation not in ("none", "relu")
+def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h, z)``, see `ForwardCall`."""
     y, h, z = OPS.linear_forward(
-        *(x, left, central, right, expert_offsets, bias, row_index),
-        *(in_features, out_features, activation, strategy, save_h, save_z),
+        *(call.x, *call.blocks, call.expert_offsets, call.bias, call.row_index),
+        *(call.in_features, call.out_features, call.activation, call.strategy, call.saves_h, call.saves_z),
     )
-    return y, h if save_h else x.new_empty(0), z if save_z else x.new_empty(0)
+    return y, h if call.saves_h else call.x.new_empty(0), z if call.saves_z else call.x.new_empty(0)
 
 
-def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    row_index: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dleft, dcentral, dright, dbias)``; ``need`` says which, the others are empty."""
+def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     return OPS.linear_backward(
-        *(grad, x, left, central, right, expert_offsets, row_index, h, saved),
-        *(in_features, out_features, activation, strategy, *need),
+        *(call.grad, call.x, *call.blocks, call.expert_offsets, call.row_index, call.h, call.saved),
+        *(call.in_features, call.out_features, call.activation, call.strategy, *call.need),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
 from mpoe_kernels.backends.triton.fused_cost import fused_reasons
@@ -84,28 +85,34 @@ def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, p
     return [*found, ON_CHIP] if fits else found
 
 
-def _way(strategy: str, argument: Any, dims: BlockDims, dtype: torch.dtype) -> tuple[str, Any, bool]:
-    """The last arguments of the linear kernels: strategy, ``argument``, and whether weights stay on chip."""
-    if strategy != ON_CHIP:
-        return strategy, argument, False
-    return "rebuild", argument, not fused_reasons(dims, dtype, architecture_of(torch.device("meta")))
+def _common(
+    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str
+) -> tuple[dict[str, Any], bool]:
+    """What forward and backward calls have in common, and whether weights stay on chip."""
+    on_chip = strategy == ON_CHIP and not fused_reasons(dims, dtype, architecture_of(torch.device("meta")))
+    left, central, right = _blocks(dims, experts, dtype)
+    return {
+        "x": _empty(tokens, dims.in_features, dtype=dtype),
+        "left": left,
+        "central": central,
+        "right": right,
+        "expert_offsets": _integers(experts + 1, dtype=torch.int32),
+        "bias": _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
+        "row_index": _integers(tokens),
+        "in_features": dims.in_features,
+        "out_features": dims.out_features,
+        "activation": activation,
+        "strategy": "rebuild" if strategy == ON_CHIP else strategy,
+        "backend": "triton",
+    }, on_chip
 
 
 def run_forward(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str = "none"
 ) -> None:
     """The grouped product of ``tokens`` gathered rows, as a layer that trains calls it."""
-    linear.linear_forward(
-        _empty(tokens, dims.in_features, dtype=dtype),
-        *_blocks(dims, experts, dtype),
-        _integers(experts + 1, dtype=torch.int32),
-        _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
-        _integers(tokens),
-        dims.in_features,
-        dims.out_features,
-        activation,
-        *_way(strategy, True, dims, dtype),
-    )
+    common, on_chip = _common(dims, experts, tokens, dtype, strategy, activation)
+    linear.linear_forward(ForwardCall(**common, save=True), on_chip)
 
 
 def run_backward(
@@ -118,21 +125,11 @@ def run_backward(
     mask_central: bool = False,
 ) -> None:
     """Its gradients."""
+    common, on_chip = _common(dims, experts, tokens, dtype, strategy, activation)
+    grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
+    h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
     need = [True, True, not mask_central, True, activation != "none"]
-    saved_h = tokens * dims.jC if strategy == "separable" else 0
-    linear.linear_backward(
-        _empty(tokens, dims.out_features, dtype=dtype),
-        _empty(tokens, dims.in_features, dtype=dtype),
-        *_blocks(dims, experts, dtype),
-        _integers(experts + 1, dtype=torch.int32),
-        _integers(tokens),
-        _empty(saved_h, dims.b, dtype=dtype),
-        _empty(tokens, dims.out_features, dtype=dtype),
-        dims.in_features,
-        dims.out_features,
-        activation,
-        *_way(strategy, need, dims, dtype),
-    )
+    linear.linear_backward(BackwardCall(**common, grad=grad, h=h, saved=saved, need=need), on_chip)
 
 
 def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.backends.triton.contraction import backward, central_accumulator, forward, operands_of
 from mpoe_kernels.backends.triton.fused_launch import Blocks
 from mpoe_kernels.backends.triton.on_chip import backward_on_chip, forward_on_chip, rebuilds_on_chip
@@ -18,94 +19,51 @@ def _unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def linear_forward(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    save: bool,
-    on_chip: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y [N, F], h, z)``; ``h`` and ``z`` are empty unless backward will need them.
+def linear_forward(call: ForwardCall, on_chip: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h, z)``, see `ForwardCall`.
 
     ``on_chip``: whether ``rebuild`` uses the fused kernels; by default where they are predicted to be faster.
     """
-    dims = BlockDims.of_blocks(left, central, right, in_features, out_features)
-    slots = x.shape[0] if row_index is None else row_index.shape[0]
-    y = x.new_empty(slots, out_features)
-    keep_z = save and activation not in ("none", "relu")
-    keep_h = save and strategy == "separable"
-    pre = torch.empty_like(y) if keep_z else None
-    h = x.new_empty(slots * (dims.jC if keep_h else 0), dims.b) if keep_h else x.new_empty(0)
+    x, dims, slots = _unit_columns(call.x), call.dims, call.slots
+    y = x.new_empty(slots, call.out_features)
+    pre = torch.empty_like(y) if call.saves_z else None
+    h = x.new_empty(slots * dims.jC, dims.b) if call.saves_h else None
     if on_chip is None:
-        experts = left.shape[0]
-        on_chip = strategy == "rebuild" and rebuilds_on_chip(x, dims, experts, slots, "forward", ALL_GRADIENTS)
-    if on_chip:
-        blocks = Blocks(left, central, right)
-        forward_on_chip(
-            _unit_columns(x), blocks, expert_offsets, row_index, dims, y, bias=bias, activation=activation, pre=pre
+        on_chip = call.strategy == "rebuild" and rebuilds_on_chip(
+            x, dims, call.num_experts, slots, "forward", ALL_GRADIENTS
         )
+    common = (call.expert_offsets, call.row_index, dims)
+    if on_chip:
+        forward_on_chip(x, Blocks(*call.blocks), *common, y, bias=call.bias, activation=call.activation, pre=pre)
     else:
         forward(
-            _unit_columns(x),
-            operands_of(left, central, right),
-            expert_offsets,
-            row_index,
-            dims,
-            strategy,
-            y,
-            bias=bias,
-            activation=activation,
+            *(x, operands_of(*call.blocks), *common, call.strategy, y),
+            bias=call.bias,
+            activation=call.activation,
             pre=pre,
-            h=h.view(slots, dims.jC * dims.b) if keep_h else None,
+            h=None if h is None else h.view(slots, dims.jC * dims.b),
         )
-    return y, h, x.new_empty(0) if pre is None else pre
+    return y, x.new_empty(0) if h is None else h, x.new_empty(0) if pre is None else pre
 
 
-def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    row_index: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    need: list[bool],
-    on_chip: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dleft, dcentral, dright, dbias)``; ``need`` says which, the others are empty. ``on_chip`` as above."""
-    dims = BlockDims.of_blocks(left, central, right, in_features, out_features)
-    need_x, need_left, need_central, need_right, need_bias = need
-    x, slots = _unit_columns(x), grad.shape[0]
-    dz, dbias = activation_backward(grad.contiguous(), saved, expert_offsets, activation, need_bias)
-    dx = grad.new_empty(slots, in_features) if need_x else None
+def linear_backward(call: BackwardCall, on_chip: bool | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``on_chip`` as above."""
+    grad, dims, need, slots = call.grad, call.dims, call.need_of_plan, call.slots
+    x, blocks = _unit_columns(call.x), Blocks(*call.blocks)
+    dz, dbias = activation_backward(grad.contiguous(), call.saved, call.expert_offsets, call.activation, call.need[4])
+    dx = grad.new_empty(slots, call.in_features) if need[0] else None
     if on_chip is None:
-        four = (need_x, need_left, need_central, need_right)
-        on_chip = strategy == "rebuild" and rebuilds_on_chip(x, dims, left.shape[0], slots, "backward", four)
-    needed = (need_left, need_central, need_right)
-    blocks = Blocks(left, central, right)
-    if not any(needed) and dx is None:
+        on_chip = call.strategy == "rebuild" and rebuilds_on_chip(x, dims, call.num_experts, slots, "backward", need)
+    common = (dz, x, blocks, call.expert_offsets, call.row_index, dims)
+    if not any(need):
         parts: tuple[Tensor | None, ...] = (None, None, None)
     elif on_chip:
-        parts = backward_on_chip(dz, x, blocks, expert_offsets, row_index, dims, needed, dx)
+        parts = backward_on_chip(*common, need[1:], dx)
     else:
-        saved_h = h.view(slots, -1) if strategy == "separable" and h.numel() else None
-        parts = _backward_by_steps(dz, x, blocks, expert_offsets, row_index, dims, strategy, needed, dx, saved_h)
-    if dx is not None and row_index is not None:
-        dx = sum_rows_by_token(dx, row_index, x.shape[0])
+        h = None if call.saved_h is None else call.saved_h.view(slots, -1)
+        parts = _backward_by_steps(*common, call.strategy, need[1:], dx, h)
+    if dx is not None and call.row_index is not None:
+        dx = sum_rows_by_token(dx, call.row_index, x.shape[0])
     results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_
 # options that say how a folder's columns are read, in the place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
 
 def _help(text: str) -> dict[str, Any]:
     return {"help": text}
@@ -36,8 +39,8 @@ class DataOptions:
     data_dir: str | None = field(
         default=None,
         metadata=_help(
-            "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz); with --tasks, of one such "
-            "folder per task"
+            "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data set on the hub; "
+            "with --tasks, one such folder per task"
         ),
     )
     tasks: list[str] = field(
@@ -107,28 +110,45 @@ def _label_words(text: str | None) -> dict[str, str] | None:
 
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
-    """The task in a folder whose columns nobody has described, complete."""
+    """The task in a folder whose columns nobody has described, divided and cut as was asked for."""
     from mpoe.data.local import load_task_from_folder
 
     return load_task_from_folder(
         folder,
         name,
-        kind=options.kind,
-        text_columns=options.text_columns or None,
-        label_column=options.label_column,
-        label_words=_label_words(options.label_words),
         column_names=options.column_names or None,
-        metrics=options.metrics or None,
         split_validation_test=options.split_validation_test,
         n_train=options.n_train,
         n_val=options.n_val,
         n_test=options.n_test,
         data_seed=data_seed,
         **_lengths(options),
+        **_detection(options),
     )
 
 
-def _lengths(options: DataOptions) -> dict[str, int]:
+def _from_hub(data_dir: str, options: DataOptions) -> Task:
+    """The data set on the hub that ``data_dir`` names, in the place of a folder."""
+    from mpoe.data.hub import detect_hub_task
+    from mpoe.data.local import task_name
+
+    if not _HUB_NAME.fullmatch(data_dir):
+        raise CommandError(f"data_dir must be an existing folder, or a data set on the hub; got {data_dir!r}")
+    return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+
+
+def _detection(options: DataOptions) -> dict[str, Any]:
+    """What is known about the columns; None = to be detected."""
+    return {
+        "kind": options.kind,
+        "text_columns": options.text_columns or None,
+        "label_column": options.label_column,
+        "label_words": _label_words(options.label_words),
+        "metrics": options.metrics or None,
+    }
+
+
+def _lengths(options: DataOptions) -> dict[str, Any]:
     values = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -147,7 +167,8 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 
 
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
-    """The task called ``name``: a folder of ``data_dir``, read as it is described or detected; else one by name."""
+    """The task called ``name``: a folder of ``data_dir``, read as it is described or detected; else one by name. The
+    empty name is ``data_dir`` itself."""
     from mpoe.data.local import task_name
     from mpoe.data.tasks import find_spec, get_task, load_task, task_names
 
@@ -157,6 +178,8 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     if folder is not None and (spec is None or detection):
         # en/s and fr/s are two tasks, en_s and fr_s
         return _as_detected(folder, task_name(os.path.normpath(name)) if name else None, options, data_seed)
+    if not name:
+        return _adjusted(_from_hub(str(options.data_dir), options), options, data_seed)
     if detection:
         raise CommandError(f"{detection[0]} says how a folder is read; task {name} has none in data_dir")
     if spec is not None:
@@ -191,7 +214,7 @@ def resolve(names: Sequence[str], options: DataOptions, style: str, data_seed: i
     """
     from mpoe.data.task_files import read_task_file
 
-    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+    if options.data_dir is not None and (names or options.task_file) and not Path(options.data_dir).is_dir():
         raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
     described: dict[str, TaskSpec] = {}
     for file in options.task_file:

@@ -15,7 +15,7 @@ MAX_CLASSES = 50
 
 
 def detect_spec(
-    path: Path,
+    path: Path | str,
     rows: Sequence[Row],
     name: str,
     kind: str | None = None,
@@ -25,7 +25,7 @@ def detect_spec(
     metrics: Sequence[str] | None = None,
     **lengths: Any,
 ) -> TaskSpec:
-    """How to read the rows of ``path`` (the train file) and of its sisters; see
+    """How to read the rows of ``path`` (the train file, or a data set on the hub) and of its sisters; see
     :func:`mpoe.data.local.load_task_from_folder`. The source text is the task's name and every text column's name and
     value; in language modelling it is the values alone.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
+from mpoe.data.detect import detect_spec
+from mpoe.data.files import Row
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
@@ -22,7 +25,6 @@ def load_hub_task(spec: TaskSpec) -> Task:
     if hub is None:
         raise ValueError(f"hub of task {spec.name} must name a data set; got nothing")
 
-    @functools.cache
     def splits() -> Mapping[str, Any]:
         return _load(spec.name, hub)
 
@@ -40,6 +42,22 @@ def load_hub_task(spec: TaskSpec) -> Task:
     return with_validation_from_train(task, lambda: hub.splits.get("validation", "validation") not in splits())
 
 
+def detect_hub_task(path: str, name: str, **detection: Any) -> Task:
+    """The task of a data set that nobody has described, called ``name``: columns and labels are detected from the train
+    split, with the options of :func:`mpoe.data.detect.detect_spec`.
+
+    Raises:
+        ValueError: as :func:`load_hub_task`, and without a train split or a label or text column.
+    """
+    hub = HubData(path)
+    splits = _load(name, hub)
+    if "train" not in splits:
+        raise ValueError(f"hub data set {path} must have a train split; got {list(splits)}")
+    rows = [Row(dict(row), number) for number, row in enumerate(splits["train"])]
+    return load_hub_task(dataclasses.replace(detect_spec(path, rows, name, **detection), hub=hub))
+
+
+@functools.lru_cache(maxsize=16)
 def _load(task: str, hub: HubData) -> Mapping[str, Any]:
     """Every split of a data set."""
     local = f"give data_dir, a folder that holds a folder {task} of local files"

@@ -145,27 +145,29 @@ class TaskSpec:
         """
         if self.renamed_columns:
             cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
-        label = (
-            ""
-            if self.kind == "language_modeling"
-            else read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
-        )
-        if self.kind == "classification":
-            if label not in self.label_words:
-                known = ", ".join(list(self.label_words)[:10])
-                raise ValueError(
-                    f"{where}: label_words of task {self.name} must have a word for {label!r}, which stands in column "
-                    f"{self.label_column!r}; it has words for {known}"
-                )
-            word = self.label_words[label]
-            if word is None:
-                return None
-            label = word
-        elif self.kind == "regression":
-            label = regression_text(_number(label, where))
+        label = self._answer(cells, where)
+        if label is None:
+            return None
         asker = f"template of task {self.name}"
         source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker), self.template)
         return Example(source, label) if source.strip() else None
+
+    def _answer(self, cells: Cells, where: str) -> str | None:
+        """What the model should write for a row; None if the row is to be left out."""
+        if self.kind == "language_modeling":
+            return ""
+        label = read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
+        if self.kind == "regression":
+            return regression_text(_number(label, where))
+        if self.kind == "generation":
+            return label
+        if label not in self.label_words:
+            known = ", ".join(list(self.label_words)[:10])
+            raise ValueError(
+                f"{where}: label_words of task {self.name} must have a word for {label!r}, which stands in column "
+                f"{self.label_column!r}; it has words for {known}"
+            )
+        return self.label_words[label]
 
     def _words(self) -> dict[str, str | None]:
         where = f"a label in label_words of task {self.name}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from cli_described import write_described
@@ -12,6 +14,7 @@ from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import _data_seed_of_run
 from mpoe.cli.scoring import score_rows
 from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
 
 
@@ -82,6 +85,24 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         tasks(names, **options)
+
+
+def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
+    datasets = ModuleType("datasets")
+    datasets.load_dataset = lambda path, *_, **__: {"train": rows, "test": rows[:2]}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    (task,) = tasks([], data_dir="someone/some.reviews", label_words='{"0": "bad", "1": "good"}', n_train=3)
+    assert (task.name, task.labels) == ("some_reviews", ("bad", "good"))
+    assert len(task.train()) == 3
+    assert len(task.validation()) == 2
+    assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"task other is on the hub .*pip install 'mpoe\[hub\]'"):
+        tasks([], data_dir="someone/other")
+    for absent in ("./absent", str(tmp_path / "absent")):
+        with pytest.raises(CommandError, match="data_dir must be an existing folder, or a data set on the hub; got"):
+            tasks([], data_dir=absent)
 
 
 def test_kinds_must_suit_the_model(tmp_path: Path) -> None:

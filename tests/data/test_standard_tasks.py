@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mpoe.data.hub import _load
 from mpoe.data.task_files import STANDARD, standard_specs
 from mpoe.data.tasks import find_spec, get_task, load_task
 
@@ -48,6 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], None]:
     """Put a function in the place of ``datasets.load_dataset``."""
 
     def put(load: Loader) -> None:
+        _load.cache_clear()
         module = ModuleType("datasets")
         module.load_dataset = load  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", module)
@@ -168,6 +170,7 @@ def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> Non
     hub(lambda *_, **__: {"dev": []})
     with pytest.raises(ValueError, match=r"hub data set nyu-mll/glue of task mnli has no train split; got \['dev'\]"):
         get_task("mnli").train()
+    _load.cache_clear()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'mpoe\[hub\]'; or give data_dir"):
         get_task("rte").train()

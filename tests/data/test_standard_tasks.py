@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from mpoe.data.hub import _load
+from mpoe.data.spec import HubData
+from mpoe.data.task import Example
 from mpoe.data.task_files import STANDARD, standard_specs
 from mpoe.data.tasks import find_spec, get_task, load_task
 
@@ -174,3 +177,19 @@ def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'mpoe\[hub\]'; or give data_dir"):
         get_task("rte").train()
+
+
+@pytest.mark.slow
+def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for folder in ("boolq", "cb"):  # as the hub lays out a converted data set: a folder per configuration
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            rows = [{"question": f"{folder} {split}", "passage": "p", "label": i % 2} for i in range(4)]
+            file = tmp_path / "set" / folder / f"{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    boolq = find_spec("superglue-boolq")
+    assert boolq is not None
+    task = load_task(dataclasses.replace(boolq, hub=HubData(str(tmp_path / "set"), folder="boolq")))
+    assert len(task.train()) == len(task.validation()) == 4
+    assert task.train()[1] == Example("Read: p Then say yes or no: boolq train?", "yes")

@@ -144,7 +144,7 @@ def test_with_compiler_and_torch_the_wheel_is_native(source: Path, tmp_path: Pat
     assert [n for n in names if n.endswith(".so")] == ["mpoe_kernels/_C.abi3.so"]
     assert [n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))] == []
     assert "mpoe_kernels/backends/measured.json" in names
-    assert {f"mpoe/data/standard/{name}.yaml" for name in ("glue", "superglue", "others", "local")} <= set(names)
+    assert {f"mpoe/data/standard/{name}.yaml" for name in ("glue", "others", "local")} <= set(names)
 
     python = environment(tmp_path / "user")
     done(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)

@@ -42,7 +42,8 @@ class TaskSpec:
 
     Args:
         name: of the task.
-        template: the model's input, with columns in braces: ``"is this good? {sentence}"``.
+        template: the model's input, with columns in braces: ``"is this good? {sentence}"``. ``{choices.text.0}`` looks
+            inside a cell.
         label_column: the answer; not needed for language modelling.
         label_words: label in the data -> word the model writes. Several labels may share a word, so that one task reads
             data that spell their labels differently; rows whose label has the word None are left out. The second word
@@ -194,15 +195,25 @@ class TaskSpec:
 
 
 def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
-    """Text of the cell in ``column``; ValueError if it is not there, naming who asks for it."""
-    if column not in cells:
-        close = difflib.get_close_matches(column, list(cells), n=2)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise ValueError(
-            f"{where}: column {column!r} is missing{hint}, which {asker} asks for; "
-            f"got {', '.join(cells) or 'no columns'}"
-        )
-    return cell_text(cells[column], f"{where}: column {column!r}")
+    """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell ``choices``.
+
+    Raises:
+        ValueError: there is no such column, naming who asks for it, or it holds neither a text nor a number.
+    """
+    value: Any = cells
+    for part in [column] if column in cells else column.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            close = difflib.get_close_matches(column, list(cells), n=2)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise ValueError(
+                f"{where}: column {column!r} is missing{hint}, which {asker} asks for; "
+                f"got {', '.join(cells) or 'no columns'}"
+            )
+    return cell_text(value, f"{where}: column {column!r}")
 
 
 def cell_text(value: Any, where: str) -> str:

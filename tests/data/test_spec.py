@@ -79,6 +79,17 @@ def test_every_kind_of_task(tmp_path: Path) -> None:
     assert (specs["grade"].metrics, specs["headline"].metrics) == (("pearson", "spearman"), ("rouge_l", "bleu"))
 
 
+def test_cells_may_hold_lists_and_mappings() -> None:
+    spec = TaskSpec("t", "{q} {c.text.1} {a.b}", label_column="t.en", kind="generation")
+    row = {"q": "which", "c": {"text": ["x", "y"]}, "a.b": "as it stands", "t": {"en": "yes"}}
+    assert spec.example(row, "row 0") == Example("which y as it stands", "yes")
+    for broken in ({**row, "c": {"text": ["x"]}}, {**row, "c": {"words": []}}, {**row, "c": "text"}):
+        with pytest.raises(ValueError, match=r"row 0: column 'c\.text\.1' is missing, which template of task t asks"):
+            spec.example(broken, "row 0")
+    with pytest.raises(ValueError, match="column 't' must hold a text or a number; got"):
+        TaskSpec("t", "{t}", kind="language_modeling").example(row, "row 0")
+
+
 def test_registered_in_a_few_lines(tmp_path: Path) -> None:
     write(tmp_path / "data", train=rows(40), test=rows(4))
     spec = TaskSpec("few_lines", "good? {sentence}", label_words={0: "no", 1: "yes"}, data_dir=str(tmp_path / "data"))

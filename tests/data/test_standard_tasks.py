@@ -20,14 +20,21 @@ from mpoe.data.tasks import find_spec, get_task, load_task
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")
-OTHERS = ("imdb", "snli", "scitail", "paws", "trec", "yelp_polarity", "wikitext-2", "wikitext-103")
+CHOICES = ("social_i_qa", "cosmos_qa", "winogrande", "hellaswag", "commonsense_qa")
+TRANSLATION = ("wmt16-ro-en", "wmt16-en-ro", "wmt16-en-cs", "wmt16-en-fi", "wmt14-hi-en")
+TRANSLATION += ("iwslt2017-ro-nl", "iwslt2017-en-nl")
+OTHERS = ("imdb", "snli", "scitail", "paws", "sick", "trec", "yelp_polarity", "wikitext-2", "wikitext-103")
 LOCAL = ("movie_sentiment", "sms_spam", "word_in_context", "sentiment_rating")
 
 # columns of the hub's data sets: template columns, label column, labels
 HUB_LABELS = {
     **dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "paws", "imdb", "yelp_polarity"), (0, 1)),
     **dict.fromkeys(("superglue-boolq", "superglue-rte"), (0, 1)),
-    **dict.fromkeys(("mnli", "superglue-cb"), (0, 1, 2)),
+    **dict.fromkeys(("mnli", "superglue-cb", "sick"), (0, 1, 2)),
+    **dict.fromkeys(("cosmos_qa", "hellaswag"), (0, 1, 2, 3)),
+    "social_i_qa": ("1", "2", "3\n"),
+    "winogrande": ("1", "2"),
+    "commonsense_qa": tuple("ABCDE"),
     "snli": (0, 1, 2, -1),
     "scitail": ("entails", "neutral"),
     "trec": (0, 1, 2, 3, 4, 5),
@@ -37,11 +44,11 @@ HUB_LABELS = {
 
 def test_all_are_there_and_hidden_tests_are_marked() -> None:
     specs = standard_specs()
-    assert set(specs) == {*GLUE, *SUPERGLUE, *OTHERS, *LOCAL}
-    assert {name for name, spec in specs.items() if spec.hidden_test} == {*GLUE, *SUPERGLUE}
+    assert set(specs) == {*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS, *LOCAL}
+    assert {name for name, spec in specs.items() if spec.hidden_test} == {*GLUE, *SUPERGLUE, *CHOICES}
     assert {name for name, spec in specs.items() if spec.hub_data is None} == set(LOCAL)
     assert all(spec.description for spec in specs.values())
-    assert len({path.name for path in STANDARD.glob("*.yaml")}) == 4
+    assert len({path.name for path in STANDARD.glob("*.yaml")}) == 6
 
 
 Loader = Callable[..., dict[str, list[dict[str, Any]]]]
@@ -60,11 +67,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], None]:
     return put
 
 
-@pytest.mark.parametrize("name", [*GLUE, *SUPERGLUE, *OTHERS])
+@pytest.mark.parametrize("name", [*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS])
 def test_from_the_hub(hub, name: str) -> None:
     spec = find_spec(name)
     assert spec is not None
-    labels = HUB_LABELS.get(name, ("",))
+    labels = HUB_LABELS.get(name, ("words",))
     calls = []
 
     def load(path: str, config: str | None, data_dir: str | None, revision: str | None) -> dict:

@@ -108,6 +108,12 @@ def facts_of(python: Path, cwd: Path) -> dict:
     return json.loads(done(python, "-m", "mpoe_kernels.info", "--json", cwd=cwd))
 
 
+def complaints_of_pip(python: Path, cwd: Path) -> list[str]:
+    """What ``pip check`` says of our package: requirements that are absent or too old."""
+    lines = run(python, "-m", "pip", "check", cwd=cwd).stdout.splitlines()
+    return [line for line in lines if line.startswith("mpoe ")]
+
+
 def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path:
     arguments = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
     done(python, *arguments, cwd=source.parent, **variables)
@@ -174,6 +180,10 @@ def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_pat
     assert facts["native"] is None
     assert facts["backends"]["native"] == [f"it was not built: {reason}"]
     assert facts["backends"]["eager"] == []
+    assert complaints_of_pip(python, tmp_path) == []
+    (record,) = python.parents[1].glob("lib/python*/site-packages/tqdm-*")
+    record.unlink()  # a link, see `environment`
+    assert len(complaints_of_pip(python, tmp_path)) == 1
 
 
 def test_where_torch_is_absent_the_wheel_is_pure_and_names_the_remedy(source: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def command(
     Raises:
         CommandError: an argument that does not fit, an output folder that is taken, or results that are wrong.
     """
-    from mpoe.cli.files import RESULTS_FILE, check_not_file
+    from mpoe.cli.files import RESULTS_FILE
+    from mpoe.training.output_dir import check_folder
 
     import_bench()
     from mpoe_bench import check_options
@@ -56,7 +57,7 @@ def command(
         raise CommandError(str(error)) from None
     if minutes is not None and not minutes > 0:
         raise CommandError(f"minutes must be greater than 0; got {minutes}")
-    check_not_file("out", out)
+    check_folder("out", out)
     if (out / RESULTS_FILE).exists() and not overwrite:
         raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,9 @@ def run(
     name: str, out: Path, experts: ExpertOptions, overwrite: bool = False, original_checkpoint: str | None = None
 ) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
-    from mpoe.cli.files import check_not_file, model_folder
+    from mpoe.cli.files import model_folder
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.training.output_dir import check_folder
 
     config = experts.build()
     if config is None:
@@ -59,7 +60,7 @@ def run(
     source = find(name)
     if source.is_mpoe:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
-    check_not_file("OUT", out)
+    check_folder("OUT", out)
     if out.exists() and Path(source.path).is_dir() and out.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {out} for both")
     if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not overwrite:

@@ -42,13 +42,16 @@ class Stages:
 
 def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrite: bool) -> None:
     """Check the arguments and run."""
-    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, check_not_file
+    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE
+    from mpoe.config.checks import check_seed
+    from mpoe.training.output_dir import check_folder
 
+    check_seed("seed", seed)
     if model not in SETTINGS:
         raise CommandError(f"model must be one of {', '.join(SETTINGS)}; got {model!r}{close_matches(model, SETTINGS)}")
     if steps is not None and steps < 1:
         raise CommandError(f"steps must be at least 1; got {steps}")
-    check_not_file("output_dir", output_dir)
+    check_folder("output_dir", output_dir)
     others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
     if "run.json" in others or "config.json" in others:
         raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")

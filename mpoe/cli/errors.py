@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import traceback
 from collections.abc import Iterable
@@ -11,7 +12,12 @@ from types import TracebackType
 
 USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
-_ON_PURPOSE = (ValueError, TypeError, FileNotFoundError, FileExistsError, RuntimeError)
+_ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
+# What the machine refuses, wherever it is noticed: no space, no permission, a failing disk, an impossible path.
+_OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
+    | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+)
 
 
 class CommandError(ValueError):
@@ -36,10 +42,11 @@ def _raised_in(trace: TracebackType | None) -> str:
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` itself, to tell the user something.
 
-    A `CommandError` always is. Other errors are when the innermost frame is ours: an exception from inside torch or
-    transformers is a defect (of ours or theirs) and keeps its traceback.
+    A `CommandError` always is, and so is what the machine refuses (a full disk, a folder without permission). Other
+    errors are when the innermost frame is ours: an exception from inside torch or transformers is a defect (of ours or
+    theirs) and keeps its traceback.
     """
-    if isinstance(error, CommandError):
+    if isinstance(error, CommandError) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
         return True
     return isinstance(error, _ON_PURPOSE) and _raised_in(error.__traceback__).startswith(_PACKAGE_FOLDERS)
 

@@ -71,13 +71,6 @@ def model_folder(folder: Path) -> Iterator[Path]:
     publish_model(folder)
 
 
-def check_not_file(name: str, folder: Path) -> Path:
-    """``folder``, unless a file is in its way (ValueError)."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name} must be a folder; {folder} is a file")
-    return folder
-
-
 def check_writable_file(name: str, file: Path) -> Path:
     """``file``, unless its folder is missing or a folder is in its way (ValueError)."""
     if file.is_dir():

@@ -45,6 +45,9 @@ def command(
     if temperature <= 0:
         raise CommandError(f"temperature must be greater than 0; got {temperature}")
     from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
+    from mpoe.config.checks import check_seed
+
+    check_seed("seed", seed)
 
     source = find(name)
     if source.style == ENCODER:

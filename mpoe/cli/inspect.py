@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.files import REPORT_FILE, check_not_file
+from mpoe.cli.files import REPORT_FILE
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
 
@@ -58,7 +58,9 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def _checked_folder(options: InspectOptions) -> Path:
-    folder = check_not_file("output_dir", Path(options.output_dir))
+    from mpoe.training.output_dir import check_folder
+
+    folder = check_folder("output_dir", Path(options.output_dir))
     if (folder / "config.json").exists():
         raise CommandError(f"output_dir {folder} holds a model; choose another folder")
     if (folder / REPORT_FILE).exists() and not options.overwrite:

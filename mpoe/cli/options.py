@@ -197,3 +197,5 @@ def _json(name: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise CommandError(f"{name}: bad JSON at character {error.pos}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{name}: bad JSON: {error}") from None

@@ -92,7 +92,11 @@ def quiet_transformers() -> None:
 
 
 def load_model(source: Source) -> Any:
-    """The model in float32, in eval mode: dense models by their Auto class, ours by `load_mpoe`."""
+    """The model in float32, in eval mode: dense models by their Auto class, ours by `load_mpoe`.
+
+    Raises:
+        ValueError: weights that are absent, damaged, or do not fit the configuration beside them.
+    """
     quiet_transformers()
     if source.is_mpoe:
         from mpoe.models import load_mpoe
@@ -100,8 +104,15 @@ def load_model(source: Source) -> Any:
         return load_mpoe(source.path).eval()
     import transformers
 
+    from mpoe.models.weight_files import check_weight_files
+
+    if Path(source.path).is_dir():
+        check_weight_files(Path(source.path))
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
-    return getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
+    try:
+        return getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
+    except Exception as error:  # Transformers and the readers below it have no common one for files that are damaged
+        raise CommandError(f"model: the weights of {source.path} cannot be loaded: {error}") from error
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -104,6 +104,8 @@ def _label_words(text: str | None) -> dict[str, str] | None:
         words = json.loads(text)
     except json.JSONDecodeError as error:
         raise CommandError(f"label_words: bad JSON at character {error.pos}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"label_words: bad JSON: {error}") from None
     if not isinstance(words, dict):
         raise CommandError(f"label_words must be a JSON object, label -> word; got {text}")
     return words

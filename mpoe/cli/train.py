@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mpoe.training import MPOETrainingArguments
 
 
+MOST_ITEMS = 200_000_000  # of a run; their order is drawn beforehand and kept in memory
+
+
 @dataclass
 class RunOptions:
     """Options of the run itself."""
@@ -110,11 +113,11 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def _output_folder(plan: Plan) -> Path:
-    from mpoe.cli.files import check_not_file
+    from mpoe.training.output_dir import check_folder
 
     if "output_dir" not in plan.given or not plan.arguments.output_dir:
         raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
-    folder = check_not_file("output_dir", Path(plan.arguments.output_dir))
+    folder = check_folder("output_dir", Path(plan.arguments.output_dir))
     if plan.run.overwrite and plan.run.resume:
         raise CommandError("--overwrite and --resume exclude each other; give one of them")
     _check_folder(plan)
@@ -181,6 +184,10 @@ def order_items(pools: dict[str, list[Any]], arguments: MPOETrainingArguments, t
     items = [item for pool in pools.values() for item in pool]
     per_epoch = math.ceil(len(items) / (batch * accumulation))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    if steps * batch * accumulation > MOST_ITEMS:
+        raise CommandError(
+            f"max_steps x batch x accumulation must be at most {MOST_ITEMS}; got {steps} x {batch} x {accumulation}"
+        )
     sampler = MultiTaskBatchSampler(
         {name: len(pool) for name, pool in pools.items()},
         batch_size=batch,

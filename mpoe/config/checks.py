@@ -29,6 +29,13 @@ def check_integer(name: str, value: object, least: int, optional: bool = False) 
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
+def check_seed(name: str, value: object) -> None:
+    """What every random generator in use takes: NumPy's wants 32 bits."""
+    check_integer(name, value, 0)
+    if int(str(value)) >= 1 << 32:
+        raise ValueError(f"{name} must be below 2**32; got {value}")
+
+
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")

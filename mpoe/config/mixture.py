@@ -103,9 +103,7 @@ class MPOEConfig:
             check_integer(name, getattr(self, name), 1, optional=True)
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
-        if not isinstance(self.rate_ratios, Mapping):
-            raise TypeError(f"rate_ratios must be a mapping; got {type(self.rate_ratios).__name__}")
-        self.rate_ratios = {name: [float(r) for r in ratios] for name, ratios in self.rate_ratios.items()}
+        self.rate_ratios = _checked_ratios(self.rate_ratios)
         check_flag("tied_head", self.tied_head)
 
     def _check_router(self) -> None:
@@ -229,3 +227,14 @@ class MPOEConfig:
         """Inverse of `to_dict`; unknown fields are refused with the closest known ones."""
         check_fields(cls, values, "MPOEConfig")
         return cls(**values)
+
+
+def _checked_ratios(ratios: Any) -> dict[str, list[float]]:
+    if not isinstance(ratios, Mapping):
+        raise TypeError(f"rate_ratios must be a mapping; got {type(ratios).__name__}")
+    for name, values in ratios.items():
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")
+        for value in values:
+            check_number(f"rate_ratios[{name!r}]", value, 0.0)
+    return {name: [float(value) for value in values] for name, values in ratios.items()}

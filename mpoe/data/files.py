@@ -129,6 +129,8 @@ def _json_rows(path: Path, lines: list[str]) -> Iterator[Row]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # a number too long, or brackets too deep
+            raise ValueError(f"{path}, line {number}: malformed JSON: {error}") from error
         if not isinstance(values, dict):
             kind = type(values).__name__
             raise ValueError(f"{path}, line {number}: expected one JSON object per line; got a {kind}")

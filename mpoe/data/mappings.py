@@ -50,6 +50,8 @@ def _from_json(file: Path, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {error.lineno}, column {error.colno}: bad JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, or brackets too deep
+        raise ValueError(f"{file}: bad JSON: {error}") from None
 
 
 def _from_yaml(file: Path, text: str) -> Any:
@@ -61,6 +63,6 @@ def _from_yaml(file: Path, text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{file}{where}: bad YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:  # or a value in it
         raise ValueError(f"{file}: bad YAML: {error}") from None
     return {} if values is None else values

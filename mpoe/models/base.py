@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -278,13 +279,20 @@ class MPOEModelMixin(_Model):
     # --------------------------------------------------------------- saving
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the config also carries every core's rate ratio."""
+        """As in Transformers; the config also carries every core's rate ratio.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
         model: Any = self
         model.config.mpoe = {
             **model.config.mpoe,
             "rate_ratios": {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)},
         }
-        result = super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            result = super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"weights could not be written to {save_directory}: {error}") from error
         for name in (ONLY_FILE, BASE_FILE):
             # An earlier MPOE-only save in this folder would otherwise be taken for what it holds.
             (Path(save_directory) / name).unlink(missing_ok=True)

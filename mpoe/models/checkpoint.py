@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,21 +22,20 @@ from mpoe.models.base import BASE_FILE, ONLY_FILE, MPOEModelMixin
 from mpoe.models.convert import CONVERTED, _adopt_class
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
+from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import install_empty
+from mpoe.models.weight_files import (
+    check_repeats,
+    check_shapes,
+    declared_shapes,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 
 CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in CONVERTED.values()}
 MODEL_TYPES = sorted({cls.config_class.model_type for cls in CLASSES.values()})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be a JSON file; {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
-    return values
 
 
 def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
@@ -43,21 +44,54 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
         raise ValueError(f"path must be a folder written by save_pretrained; {folder} is none")
     if not (folder / "config.json").is_file():
         raise ValueError(f"path must hold config.json; {folder} has none")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
-        advice = " (a dense model: load it with transformers, then convert_to_mpoe)" if model_type in FAMILIES else ""
+        advice = (
+            " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in FAMILIES else ""
+        )
         raise ValueError(
             f"path must hold an MPOE model (model_type {', '.join(MODEL_TYPES)}); "
             f"{folder / 'config.json'} says {model_type!r}{advice}"
         )
-    names = values.get("architectures") or []
-    cls = next((CLASSES[name] for name in names if name in CLASSES), None)
-    if cls is None:
-        raise ValueError(f"architectures in {folder / 'config.json'} must name one of {sorted(CLASSES)}; got {names}")
+    names = values.get("architectures")
+    cls = next((CLASSES[name] for name in CLASSES if isinstance(names, list) and name in names), None)
+    if cls is None or cls.config_class.model_type != model_type:
+        known = sorted(name for name, known in CLASSES.items() if known.config_class.model_type == model_type)
+        raise ValueError(f"architectures in {folder / 'config.json'} must name one of {known}; got {names}")
     return values, cls
 
 
+def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
+    """The ``mpoe`` field of a ``config.json``."""
+    try:
+        return MPOEConfig.from_dict(values["mpoe"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} must hold a valid field 'mpoe'; {error}") from error
+
+
+def _check_whole(folder: Path, values: dict[str, Any], cls: type[Any]) -> None:
+    """Refuse a folder whose weights are damaged or do not fit its configuration, before memory is taken."""
+    shapes = declared_shapes(weight_files(folder))
+    check_repeats(values, shapes, folder / "config.json")
+    parsed_mpoe(values, folder)
+    with _refusing(folder, cls), torch.device("meta"):
+        skeleton = cls(cls.config_class.from_dict(values))
+    check_shapes(skeleton, shapes, folder)
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
+    """Whatever Transformers' constructors make of fields that nobody has checked becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; {error}"
+        ) from error
+
+
+@one_at_a_time
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
 
@@ -83,7 +117,9 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         return model.to(kwargs["dtype"]) if kwargs.get("dtype") is not None else model
     if base is not None:
         raise ValueError(f"base is for MPOE-only saves; {folder} holds a whole model")
-    model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
+    _check_whole(folder, values, cls)
+    with _refusing(folder, cls):
+        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     problems = [
         f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}"
         for key, label in (
@@ -114,6 +150,10 @@ def _rest_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if _is_mpoe(name)}
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
@@ -154,7 +194,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         "rate_ratios": {n: list(cores.rate_ratios) for n, cores in mpo_modules(module)},
     }
     module.config.architectures = [type(module).__name__]
-    own = {n: value.contiguous().cpu() for n, value in module.state_dict().items() if _is_mpoe(n)}
+    own = {n: value.contiguous().cpu() for n, value in _own(module).items()}
     identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
     # Written aside and moved in place, the config last: a kill on the way leaves nothing that looks like a model.
@@ -181,24 +221,33 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
 def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) -> Any:
     if not (folder / BASE_FILE).is_file():
         raise ValueError(f"an MPOE-only save must hold {BASE_FILE}; {folder} has none")
-    identity = _read_json(folder / BASE_FILE)
+    identity = read_json(folder / BASE_FILE)
     if base is None:
         raise ValueError(
             f"{folder} holds MPOE parameters only; give the dense model they belong to as base "
             f"(saved from {identity.get('base') or identity.get('class')!r})"
         )
-    model = copy.deepcopy(_base_model(base, cls)[0])
-    parsed = MPOEConfig.from_dict(values["mpoe"])
-    install_empty(model, find_sites(model, FAMILIES[cls.mpoe_family], model.config, parsed), parsed)
-    if _rest_hash(_rest(model)) != identity["sha256"]:
+    parsed, files = parsed_mpoe(values, folder), [folder / ONLY_FILE]
+    dense, _ = _base_model(base, cls)
+    with torch.device("meta"):
+        skeleton = type(dense)(dense.config)
+    _install(skeleton, cls, parsed)  # without memory: a damaged config may ask for more than there is
+    shapes, expected = declared_shapes(files), {name: tuple(value.shape) for name, value in _own(skeleton).items()}
+    if shapes != expected:
+        odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[:5]
+        raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
+    model = copy.deepcopy(dense)
+    _install(model, cls, parsed)
+    if _rest_hash(_rest(model)) != identity.get("sha256"):
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
     _adopt_class(model, cls, parsed)
     for name, cores in mpo_modules(model):
+        if len(parsed.rate_ratios.get(name, ())) != len(cores.rate_ratios):
+            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
         cores.rate_ratios = tuple(parsed.rate_ratios[name])
-    tensors = load_file(folder / ONLY_FILE)
-    expected = {n for n in model.state_dict() if _is_mpoe(n)}
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)[:5]
-        raise ValueError(f"{folder / ONLY_FILE} must hold the parameters its config names; differing: {odd}")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(read_tensors(files), strict=False)
     return model.eval()
+
+
+def _install(model: Any, cls: type[Any], config: MPOEConfig) -> None:
+    install_empty(model, find_sites(model, FAMILIES[cls.mpoe_family], model.config, config), config)

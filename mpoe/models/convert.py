@@ -32,6 +32,7 @@ from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
 from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
 from mpoe.models.llama import MPOELlamaForCausalLM
+from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import EmbeddingSite, Site
 from mpoe.models.t5 import MPOET5ForConditionalGeneration
@@ -119,6 +120,7 @@ def _check_sites(model: Any, sites: Sequence[Site], config: MPOEConfig) -> bool:
     return all(table.is_tied(model) for table in tables)
 
 
+@one_at_a_time
 @torch.no_grad()
 def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool = False) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
@@ -180,6 +182,7 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     return model
 
 
+@one_at_a_time
 @torch.no_grad()
 def merge_experts(model: Any) -> Any:
     """A Switch-style model of the same class whose experts are full matrices, computing the same.

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import MPOEFeedForward
-from mpoe.models.base import MPOEModelMixin
-from mpoe.models.checkpoint import read_mpoe_config
+from mpoe.models.base import ONLY_FILE, MPOEModelMixin
+from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config
 from mpoe.models.components import component_of
+from mpoe.models.weight_files import declared_shapes, read_tensors, weight_files
 
 
 def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -29,14 +29,8 @@ def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[s
             yield name, module
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"path must hold safetensors files; {folder} has none")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(load_file(file))
-    return tensors
+def _files(folder: Path) -> list[Path]:
+    return [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
 
 
 @torch.no_grad()
@@ -60,21 +54,31 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
     folder = Path(path)
     values, _ = read_mpoe_config(folder)
-    ratios = values["mpoe"]["rate_ratios"]
+    ratios = parsed_mpoe(values, folder).rate_ratios
     modules = list(_modules_of(model, components))
     found = {"mlp" if isinstance(module, MPOEFeedForward) else component_of(name) for name, module in modules}
     missing = sorted(set(components) - found)
     if missing:
         raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
-    tensors = _tensors(folder)
+    files = _files(folder)
+    shapes = declared_shapes(files)
     for name, module in modules:
         for part, parameter in module.named_parameters():
             key = f"{name}.{part}"
-            if key not in tensors:
+            if key not in shapes:
                 raise ValueError(f"{folder} must hold {key}; it does not (is it a checkpoint of another model?)")
-            if tensors[key].shape != parameter.shape:
-                raise ValueError(f"{key} must be {list(parameter.shape)}; {folder} has {list(tensors[key].shape)}")
-            parameter.copy_(tensors[key])
+            if shapes[key] != parameter.shape:
+                raise ValueError(f"{key} must be {list(parameter.shape)}; {folder} has {list(shapes[key])}")
+        for inner, cores in module.named_modules():
+            key = f"{name}.{inner}".rstrip(".")
+            if isinstance(cores, MPOCores) and len(ratios.get(key, ())) != len(cores.rate_ratios):
+                raise ValueError(
+                    f"rate_ratios in {folder / 'config.json'} must have one number for every core of {key}"
+                )
+    tensors = read_tensors(files)
+    for name, module in modules:
+        for part, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"{name}.{part}"])
         for inner, cores in module.named_modules():
             if isinstance(cores, MPOCores):
                 cores.rate_ratios = tuple(ratios[f"{name}.{inner}".rstrip(".")])

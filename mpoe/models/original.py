@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
@@ -29,8 +28,10 @@ from mpoe.config import MPOEConfig
 from mpoe.models.convert import CONVERTED, _adopt_class
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
+from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import FFNSite, install_empty
+from mpoe.models.weight_files import first_line, read_tensors
 from mpoe_kernels import MPOShape, reconstruct
 
 CENTRAL = 2
@@ -65,8 +66,14 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"source must be a checkpoint of the original, or its folder; {path} is none")
     if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+        return read_tensors([path])
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many for what is no checkpoint, or holds more than tensors
+        raise ValueError(f"source must hold tensors and nothing else; {path}: {first_line(error)}") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"source must map names to tensors; {path} holds something else")
+    return dict(tensors)
 
 
 class _Checkpoint:
@@ -171,6 +178,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
     )
 
 
+@one_at_a_time
 @torch.no_grad()
 def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any:
     """Build an MPOE model from a checkpoint of the original implementation.

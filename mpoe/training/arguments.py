@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from mpoe.config.checks import check_seed
 from mpoe.models.components import COMPONENTS, parse_components
 from mpoe.training.freezing import parse_core_indices
 from mpoe.training.gradient_mask import check_probability
@@ -125,6 +126,9 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         for name in ("scale_core_lr", "tensor_learn", "global_router_losses", "log_core_norms", "log_expert_load"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
+        check_seed("seed", self.seed)
+        if self.data_seed is not None:
+            check_seed("data_seed", self.data_seed)
         self.gradient_mask_prob = check_probability(self.gradient_mask_prob)
         if self.gradient_mask_seed is not None and (
             isinstance(self.gradient_mask_seed, bool) or not isinstance(self.gradient_mask_seed, numbers.Integral)

@@ -1,8 +1,9 @@
 """Checkpoint folders that are either complete or not there, whenever the process dies.
 
-A checkpoint is written to `.incomplete-checkpoint-N/`, every file is synced to disk, a manifest with all file sizes is
-added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it first. So a kill at any
-moment leaves complete folders, plus leftovers whose names nobody resumes from.
+A checkpoint is written under `.incomplete-checkpoints/`, every file is synced to disk, a manifest with the size and the
+CRC-32 of every file is added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it
+first. So a kill at any moment leaves complete folders, plus leftovers whose names nobody resumes from; and a run
+resumes from the newest checkpoint whose every byte is as it was written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,16 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
     Returns the final path; an existing checkpoint of the same step is replaced.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in files}
+    names = {str(path.relative_to(staged)): path for path in files}
+    record = {
+        "step": step_of(staged),
+        "files": {name: path.stat().st_size for name, path in names.items()},
+        "crc32": {name: _crc32(path) for name, path in names.items()},
+    }
     for path in files:
         _sync(path)
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"step": step_of(staged), "files": sizes}, indent=1))
+    manifest.write_text(json.dumps(record, indent=1))
     _sync(manifest)
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
         _sync(folder)
@@ -51,13 +59,38 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
 def is_complete(checkpoint: str | Path) -> bool:
     """Whether every file that the manifest lists is there with its size."""
     checkpoint = Path(checkpoint)
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items()
+    sizes = _manifest(checkpoint).get("files")
+    return sizes is not None and all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )
+
+
+def damaged_files(checkpoint: str | Path) -> list[str]:
+    """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole checkpoint.
+
+    Manifests written before checksums were kept list none, and such files are taken as they are.
+    """
+    checkpoint, record = Path(checkpoint), _manifest(Path(checkpoint))
+    sums = record.get("crc32", {})
+    # Only files whose size was checked: any other name could be of a device that never ends.
+    return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    is_ours = isinstance(record, dict) and all(isinstance(record.get(key, {}), dict) for key in ("files", "crc32"))
+    return record if is_ours else {}
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -78,9 +111,13 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None."""
-    checkpoints = list_checkpoints(run_dir)
-    return checkpoints[-1] if checkpoints else None
+    """The complete and undamaged checkpoint with the highest step, or None; warns of newer ones that are damaged."""
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        damaged = damaged_files(checkpoint)
+        if not damaged:
+            return checkpoint
+        warnings.warn(f"{checkpoint} is passed over: {', '.join(damaged)} changed since it was written", stacklevel=2)
+    return None
 
 
 def check_same_model(checkpoint: str | Path, config: Any) -> None:
@@ -125,10 +162,17 @@ def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = Non
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves no folder that looks like one."""
     doomed = checkpoint.with_name(_DELETING_PREFIX + checkpoint.name)
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    delete(doomed)
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder if it is there; of a symbolic link the link alone, never what it points to."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def clean_leftovers(run_dir: str | Path) -> None:
@@ -137,7 +181,7 @@ def clean_leftovers(run_dir: str | Path) -> None:
     if run_dir.is_dir():
         for path in run_dir.iterdir():
             if path.is_dir() and path.name.startswith((_STAGING_PREFIX, _DELETING_PREFIX)):
-                shutil.rmtree(path)
+                delete(path)
 
 
 def _sync(path: Path) -> None:

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoe.training.checkpoints import clean_leftovers, find_last_checkpoint
+from mpoe.training.checkpoints import clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.metrics_file import METRICS_FILE
 
 RUN_FILE = "run.json"
@@ -68,6 +67,7 @@ def prepare_output_dir(
         ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
             resume; the configuration differs (the message lists the keys with both values).
         NotADirectoryError: `output_dir` is a file.
+        PermissionError: `output_dir`, or the folder it would be made in, cannot be written.
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
@@ -96,8 +96,7 @@ def check_output_dir(
     folder = Path(output_dir)
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output_dir must be a folder; {folder} is a file")
+    check_folder("output_dir", folder)
     if resume:
         _check_resumable(folder, run_config, neutral_keys)
     elif overwrite:
@@ -112,6 +111,22 @@ def check_output_dir(
             f"output_dir {folder} holds a saved model or results; delete them with --overwrite,"
             " or choose another folder"
         )
+
+
+def check_folder(name: str, folder: str | Path) -> Path:
+    """``folder`` as a path, if it can be written or made.
+
+    Raises:
+        NotADirectoryError: a file is in its way.
+        PermissionError: this process may not write it, or not make it.
+    """
+    path = Path(folder)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(f"{name} must be a folder that can be written; {there} cannot be")
+    return path
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -148,8 +163,8 @@ def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral
     if not run_file.is_file():
         raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
     try:
-        saved = json.loads(run_file.read_text())["config"]
-    except (ValueError, KeyError) as error:
+        saved = dict(json.loads(run_file.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run_file} is not the record of a run (start afresh with --overwrite)") from error
     differences = differing_keys(saved, run_config, neutral_keys) if run_config is not None else {}
     if differences:
@@ -165,7 +180,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 def _delete_run(folder: Path) -> None:
     clean_leftovers(folder)
     for path in _checkpoint_folders(folder):
-        shutil.rmtree(path)
+        delete(path)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     for path in [*(folder / name for name in _RUN_FILES), *weights]:
         path.unlink(missing_ok=True)

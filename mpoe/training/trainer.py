@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.layers.ranks import global_batch
+from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
@@ -109,7 +110,8 @@ class MPOETrainer(Seq2SeqTrainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` picks the last *complete* checkpoint.
 
         Raises:
-            ValueError: there is none, or the given one is incomplete or of another model.
+            ValueError: there is none, or the given one is incomplete, damaged, of another model, or holds more than
+                tensors.
         """
         run_dir = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
@@ -122,9 +124,14 @@ class MPOETrainer(Seq2SeqTrainer):
             manifest = Path(resume_from_checkpoint) / checkpoints.MANIFEST
             if manifest.exists() and not checkpoints.is_complete(resume_from_checkpoint):
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is incomplete: files are missing or cut short")
+            damaged = checkpoints.damaged_files(resume_from_checkpoint)
+            if damaged:
+                raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {', '.join(damaged)} changed")
         config = getattr(self.model, "config", None)
-        if resume_from_checkpoint and config is not None:
-            checkpoints.check_same_model(str(resume_from_checkpoint), config)
+        if resume_from_checkpoint:
+            check_weight_files(Path(str(resume_from_checkpoint)))
+            if config is not None:
+                checkpoints.check_same_model(str(resume_from_checkpoint), config)
         if self.args.should_save:
             step = 0
             if resume_from_checkpoint:
@@ -156,7 +163,7 @@ class MPOETrainer(Seq2SeqTrainer):
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        with global_batch() if self.args.global_router_losses else nullcontext():
+        with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
             # Here the gradients are summed over micro-batches and ranks, and not yet clipped.
@@ -313,6 +320,14 @@ class MPOETrainer(Seq2SeqTrainer):
 
     # ----------------------------------------------------------- checkpoints
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _refusing(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _refusing(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _get_output_dir(self, trial: Any) -> str:
         # While a checkpoint is being assembled, the Trainer writes into the staging folder.
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -322,11 +337,13 @@ class MPOETrainer(Seq2SeqTrainer):
         staging = checkpoints.staging_root(run_dir)
         staged = staging / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and staging.exists():
-            shutil.rmtree(staging)  # an earlier attempt failed half-way
+            checkpoints.delete(staging)  # an earlier attempt failed half-way
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -342,3 +359,12 @@ class MPOETrainer(Seq2SeqTrainer):
             staging.rmdir()
             checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _refusing(checkpoint: str | None) -> Iterator[None]:
+    """torch.load with weights_only refuses what could run code, and has many errors for what is no checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error

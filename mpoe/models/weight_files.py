@@ -1,0 +1,131 @@
+"""What the safetensors files of a checkpoint declare, checked before any tensor is read or any memory is taken.
+
+A checkpoint may come from anywhere. Only the files that its own folder names are opened, and the sizes they declare
+are compared with what its configuration describes before a model of that size is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# An absent parameter is reported by name later; a configuration of a far larger model is refused at once.
+_SLACK = 1 << 20
+# Fields of Transformers' configurations that say how often a module is repeated.
+_REPEATS = ("num_layers", "num_decoder_layers", "n_layer", "num_hidden_layers")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is not UTF-8, not JSON, or holds no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages of advice that torch adds; its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors`` of a folder, or the shards that its index names.
+
+    Raises:
+        ValueError: neither is there, the index is malformed, or it names a file outside the folder or an absent one.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        raise ValueError(f"path must hold {WEIGHTS} or {INDEX}; {folder} has neither")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
+    names = sorted(set(shards.values()))
+    for name in names:
+        # "..", "a/b", "/etc/x", "C:\x": an index names files beside itself and nothing else
+        if PurePosixPath(name).name != name or "\\" in name or ":" in name or name == "..":
+            raise ValueError(f"{index} must name files of its own folder; got {name!r}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}; {folder} has no such file")
+    return [folder / name for name in names]
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse damaged safetensors files, and an index that names files elsewhere (ValueError); others are not opened."""
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        declared_shapes(weight_files(folder))
+
+
+def declared_shapes(files: Sequence[Path]) -> Shapes:
+    """Shapes by name from the headers of safetensors files; no tensor is read.
+
+    Raises:
+        ValueError: a file that is no safetensors file, is cut short, or whose header contradicts its length.
+    """
+    shapes: Shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as opened:  # torch would reserve the file in memory
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file} must be a whole safetensors file; {error}") from error
+    return shapes
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files, by name.
+
+    Raises:
+        ValueError: as `declared_shapes`.
+    """
+    declared_shapes(files)
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def check_repeats(values: Mapping[str, Any], shapes: Shapes, file: Path) -> None:
+    """Refuse a configuration with more layers than its weights have tensors (ValueError)."""
+    for name in _REPEATS:
+        count = values.get(name)
+        if isinstance(count, int) and count > len(shapes):
+            raise ValueError(f"{name} in {file} must fit the weights beside it, {len(shapes)} tensors; got {count}")
+
+
+def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
+    """Compare a model without memory (on the device ``meta``) with what its weight files declare.
+
+    Raises:
+        ValueError: a parameter of another shape, or a model that is far larger than its weights.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in expected.keys() & shapes.keys():
+        if expected[name] != shapes[name]:
+            raise ValueError(
+                f"{name} must be of the shape {list(expected[name])} that {folder / 'config.json'} describes; "
+                f"the weights have {list(shapes[name])}"
+            )
+    described = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    held = sum(model.state_dict()[name].numel() for name in expected.keys() & shapes.keys())
+    if described > 2 * held + _SLACK:
+        raise ValueError(
+            f"the weights in {folder} must match its config.json; it describes {described:,} numbers, they hold "
+            f"{held:,} of them"
+        )

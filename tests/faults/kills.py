@@ -1,0 +1,132 @@
+"""Training runs killed with SIGKILL at random moments: nothing lost, and the same weights in the end.
+
+A victim claims its folder, trains twelve steps of a tiny T5 with everything random switched on, saves a checkpoint
+every three, and saves its model as the command line does. A chain of victims is killed again and again until one ends.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from training.tiny import make_trainer, resume_options
+
+from mpoe.cli.files import model_folder
+from mpoe.models import load_mpoe
+from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
+from mpoe.training.output_dir import RUN_FILE
+
+from .processes import Child, fork
+
+STEPS = 12
+RUN = {"steps": STEPS, "family": "t5"}
+
+
+def victim(folder: Path) -> None:
+    """One process of a run: from the beginning, or from the last checkpoint."""
+    torch.set_num_threads(1)
+    resume = (folder / RUN_FILE).is_file()
+    checkpoint = prepare_output_dir(folder, resume=resume, run_config=RUN)
+    trainer = make_trainer(folder, **resume_options("t5", STEPS))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with model_folder(folder) as staging:
+        trainer.model.save_pretrained(staging)
+
+
+@dataclass
+class Tally:
+    """What became of the kills."""
+
+    kills: int = 0
+    while_saving: int = 0
+    resumed_from: list[int] = field(default_factory=list)
+    runs: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def kill_runs(kills: int, seed: int, folder: Path, say: Callable[[str], None] = lambda _: None) -> Tally:
+    """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let through to its end."""
+    draw, tally = random.Random(seed), Tally()
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    straight = folder / "straight"
+    if fork(lambda: victim(straight), folder / "straight.log").wait():
+        raise RuntimeError((folder / "straight.log").read_text())
+    length = time.monotonic() - start
+    expected = load_file(straight / "model.safetensors")
+    while tally.kills < kills:
+        run = folder / f"run-{tally.runs}"
+        for _ in range(min(draw.randint(1, 8), kills - tally.kills)):
+            last = find_last_checkpoint(run)
+            tally.resumed_from.append(checkpoints.step_of(last) if last else 0)
+            child = fork(lambda run=run: victim(run), folder / f"{run.name}.log")  # type: ignore[misc]
+            was_saving = kill_sometime(child, run, draw, length)
+            tally.kills += child.status == -9
+            tally.while_saving += child.status == -9 and was_saving
+            tally.problems += [f"{run.name}: {problem}" for problem in what_is_wrong(run, last)]
+            if child.status != -9:
+                break  # it was faster
+        # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared away.
+        if fork(lambda run=run: victim(run), folder / f"{run.name}.log").wait():  # type: ignore[misc]
+            tally.problems.append(f"{run.name}: cannot go on: {(folder / f'{run.name}.log').read_text()[-500:]}")
+        tally.problems += [f"{run.name}: {problem}" for problem in what_differs(run, expected)]
+        tally.runs += 1
+        say(f"{tally.kills} of {kills} processes killed, {len(tally.problems)} problems")
+    return tally
+
+
+def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -> bool:
+    """Kill a child at a random moment of its run, or within a save; returns whether a save was in progress."""
+    staging = [checkpoints.staging_root(run), run / ".incomplete-model"]
+    if draw.random() < 0.5:
+        wait = draw.uniform(0.0, length)
+        end = time.monotonic() + wait
+        while not child.poll() and time.monotonic() < end:
+            time.sleep(0.001)
+    else:
+        skip, seen = draw.randint(0, 4), False  # so many saves go by
+        while not child.poll() and skip >= 0:
+            saving = any(path.exists() for path in staging)
+            skip -= saving and not seen
+            seen = saving
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0.0, 0.05))
+    was_saving = any(path.exists() for path in staging)
+    child.kill()
+    return was_saving
+
+
+def what_is_wrong(run: Path, last: Path | None) -> list[str]:
+    """Problems of a folder right after a kill; ``last`` is the newest checkpoint there was before."""
+    problems = []
+    if not run.is_dir():
+        return []  # killed before it began
+    for path in run.iterdir():
+        if path.name.startswith("checkpoint-") and (
+            not checkpoints.is_complete(path) or checkpoints.damaged_files(path)
+        ):
+            problems.append(f"{path.name} is not complete")
+    now = find_last_checkpoint(run)
+    if last is not None and (now is None or checkpoints.step_of(now) < checkpoints.step_of(last)):
+        problems.append(f"{last.name} is lost")
+    if (run / "config.json").exists():
+        load_mpoe(run)  # what looks like a model is one
+    return problems
+
+
+def what_differs(run: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Differences of a finished run from one that nobody disturbed."""
+    got = load_file(run / "model.safetensors")
+    problems = [
+        f"{name} differs" for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])
+    ]
+    steps = [record["step"] for record in read_metrics(run) if "loss" in record]
+    if steps != list(range(1, STEPS + 1)):
+        problems.append(f"metrics hold the steps {steps}")
+    left = [path.name for path in run.iterdir() if path.name.startswith(".")]
+    return problems + [f"{name} was left behind" for name in left]

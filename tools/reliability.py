@@ -1,0 +1,151 @@
+"""Tries to break training runs, checkpoints and inputs, and counts what happens; ``--doc`` writes docs/reliability.md.
+
+    python tools/reliability.py --kills 50 --inputs 2000 --steps 1000 --seed 0 --doc
+
+Every number comes from this run: processes killed while they train and save, full disks, damaged checkpoints, random
+inputs, resident memory over a long training. Exit status 1 if anything is lost, wrong or fails from inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from documents import write_between
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DOC = ROOT / "docs" / "reliability.md"
+Row = tuple[str, str, list[str]]  # what was tried, what came of it, problems
+
+
+def kill(kills: int, seed: int, folder: Path) -> list[Row]:
+    from faults.kills import kill_runs
+
+    tally = kill_runs(kills, seed, folder, say)
+    found = f"{tally.runs} runs resumed to the weights of an undisturbed one, bit for bit"
+    lengths = sorted(set(tally.resumed_from))
+    what = f"{tally.kills} processes killed (SIGKILL), {tally.while_saving} of them while saving"
+    return [(what, f"{found}; started from steps {', '.join(map(str, lengths))}", tally.problems)]
+
+
+def fill_disks(folder: Path) -> list[Row]:
+    from faults.disks import full_disk, straight_run
+
+    expected = straight_run(folder)
+    room = (folder / "straight" / "model.safetensors").stat().st_size
+    sizes = [1, 2_000, room // 2, room + 1_000, room * 3 // 2, room * 2 - 1]
+    problems = [problem for size in sizes for problem in full_disk(folder, size, expected)]
+    return [
+        (f"{len(sizes)} runs on a disk that fills up at some point", "each ends in an OSError, then resumes", problems)
+    ]
+
+
+def damage(folder: Path) -> list[Row]:
+    from faults.damage import DAMAGES
+    from training.tiny import mpoe_model
+
+    from mpoe import load_mpoe
+
+    mpoe_model("t5").save_pretrained(folder / "model")
+    problems = []
+    for number, each in enumerate(DAMAGES):
+        own = folder / f"{number}" / "model"
+        shutil.copytree(folder / "model", own)
+        each.spoil(own)
+        try:
+            load_mpoe(own)
+            problems.append(f"{each.name}: loaded")
+        except ValueError as error:
+            say(f"{each.name}: {str(error)[:100]}")
+        except Exception as error:
+            problems.append(f"{each.name}: {type(error).__name__}: {error}")
+    return [(f"{len(DAMAGES)} kinds of damaged or malicious checkpoints", "each refused by name", problems)]
+
+
+def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
+    from faults.run_fuzz import KINDS, run_kind
+
+    rows: list[Row] = []
+    for kind in KINDS:
+        own = folder / kind.replace(" ", "_")
+        own.mkdir()
+        outcome = run_kind(kind, -(-inputs // len(KINDS)), seed, own)
+        what = f"{outcome.inputs} random {kind}"
+        rows.append((what, f"{outcome.worked} worked, {outcome.refused} refused in our words", outcome.problems))
+        say(f"{what}: {rows[-1][1]}, {len(outcome.problems)} problems")
+    return rows
+
+
+def train_long(steps: int) -> list[Row]:
+    from faults.memory import growth
+
+    found = growth(steps, warm=steps // 5)
+    limit = 2_000_000 / steps  # two megabytes over the run: noise of the allocator
+    slope = f"{found.bytes_per_step:+.0f} bytes per step after the first {steps // 5}, {found.new_tensors:+d} tensors"
+    problems = [f"memory grows by {slope}"] if found.bytes_per_step > limit or found.new_tensors else []
+    return [(f"{steps} training steps in one process", f"{found.resident / 2**20:.0f} MiB resident, {slope}", problems)]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| tried | came of it | problems |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {found} | {len(problems)} |" for what, found, problems in rows)])
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="processes to kill")
+    parser.add_argument("--inputs", type=int, default=2000, help="random inputs, in equal parts of every kind")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps over which memory is watched")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--doc", action="store_true", help="write the table into docs/reliability.md")
+    chosen = parser.parse_args(words)
+    start = time.monotonic()
+    warnings.simplefilter("ignore")
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)  # before anything computes: a process with a pool of threads cannot be forked
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        parts: dict[str, Callable[[Path], list[Row]]] = {
+            "kills": lambda folder: kill(chosen.kills, chosen.seed, folder),
+            "disks": fill_disks,
+            "damage": damage,
+            "fuzz": lambda folder: fuzz(chosen.inputs, chosen.seed, folder),
+            "memory": lambda folder: train_long(chosen.steps),
+        }
+        for part, work in parts.items():
+            folder = Path(name) / part
+            folder.mkdir()
+            rows += work(folder)
+    problems = [problem for *_, problems in rows for problem in problems]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}"
+    when = datetime.date.today().isoformat()
+    text = f"{table(rows)}\n\n{when}, {machine}, seed {chosen.seed}, {time.monotonic() - start:.0f} s."
+    print(text)
+    if chosen.doc:
+        write_between(DOC, "figures", text)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

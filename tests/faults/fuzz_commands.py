@@ -14,6 +14,7 @@ from unittest import mock
 
 from mpoe.cli.evaluate import EvaluateOptions
 from mpoe.cli.experiment import ExperimentOptions
+from mpoe.cli.inspect import InspectOptions
 from mpoe.cli.main import main
 from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.plan import PlanOptions
@@ -102,6 +103,7 @@ OPTIONS = {
     "evaluate": [f.name for group in (EvaluateOptions, DataOptions) for f in fields(group)],
     "convert": ["overwrite", "original_checkpoint", *(f.name for f in fields(ExpertOptions))],
     "plan": [f.name for group in (PlanOptions, ExpertOptions) for f in fields(group)],
+    "inspect": [f.name for group in (InspectOptions, DataOptions) for f in fields(group)],
     "generate": ["prompt", "file", "max_new_tokens", "num_beams", "do_sample", "temperature", "seed"],
     "demo": ["model", "steps", "seed", "overwrite", "output_dir"],
     "bench": ["suite", "device", "backend", "out", "threads", "clock", "scale", "wide", "minutes"],
@@ -147,6 +149,7 @@ def start_of(command: str, folder: Path, draw: random.Random) -> list[str]:
         "evaluate": ["t5", *data],
         "convert": ["t5", str(folder / "out")],
         "plan": ["t5"],
+        "inspect": ["t5", *data, "--output_dir", str(folder / "report")],
         "generate": ["t5", "--prompt", "x"],
         "demo": ["--output_dir", str(folder / "demo")],
         "bench": ["--out", str(folder / "bench")],

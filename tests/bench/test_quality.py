@@ -20,7 +20,7 @@ from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
 from mpoe_bench.quality.statistics import Spread, gain, verdict  # noqa: E402
 from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule  # noqa: E402
 
-KINDS = ("wide8", "mask50", "biases8", "larger", "identity_decay", "identity_biases", "upcycled")
+KINDS = ("wide8", "mask50", "biases8", "larger", "decay", "biases", "upcycled")
 PLAN = Plan("language", ("dense", "switch8", "separable8"), 3, seeds=(0, 1), tuning=1, rates=(1e-3, 4e-3))
 
 
@@ -96,9 +96,7 @@ def test_every_plan_knows_its_arms() -> None:
         assert plan.tuning_seed not in plan.seeds
 
 
-@pytest.mark.parametrize(
-    "key", ["wide8", "mask50", "biases8", "larger", "identity_decay", "identity_biases", "upcycled"]
-)
+@pytest.mark.parametrize("key", ["wide8", "mask50", "biases8", "larger", "decay", "biases", "upcycled"])
 def test_every_kind_of_arm_trains(field: LanguageField, key: str) -> None:
     first, more = (run_arm(field, arm_of(key), Budget(steps, 4e-3, 0)) for steps in (1, 4))
     assert more["test"] < first["test"]
@@ -107,7 +105,7 @@ def test_every_kind_of_arm_trains(field: LanguageField, key: str) -> None:
 @pytest.mark.parametrize("options", [{"own_biases": True}, {"shared_weight": True}, {}])
 def test_a_fresh_mixture_is_the_dense_model(field: LanguageField, options: dict[str, bool]) -> None:
     kind = "dense" if options.get("shared_weight") else "mpo"
-    arm = Arm("x", "x", {"num_experts": 4, "expert_type": kind, "gauge": "identity"}, **options)
+    arm = Arm("x", "x", {"num_experts": 4, "expert_type": kind}, router={"is_scale_prob": False}, **options)
     dense = prepare(field, arm, 0).eval()
     batch = next(iter(field.batches(0, 1)))
     with torch.no_grad():

@@ -28,6 +28,7 @@ class Arm:
         decay_to_start: decoupled decay of the auxiliary cores towards the values they started from, times the rate.
         auxiliary_warmup, router_warmup: shares of all steps over which that group's rate rises from 0.
         upcycled: share of all steps that the dense model is trained before it is converted.
+        router: fields of its `RouterConfig` that differ from the field's.
     """
 
     key: str
@@ -65,9 +66,10 @@ def resolved_shape(name: Any, model: int, hidden: int, narrow: int = 8) -> Any:
     return separable_shapes(model, hidden, *pairs[name]) if name in pairs else name
 
 
-def mpoe(key: str, name: str, shape: Any, num_experts: int = 8, gauge: str = "symmetric", **options: Any) -> Arm:
-    """An arm of MPO experts."""
-    return Arm(key, name, {"num_experts": num_experts, "shape": shape, "gauge": gauge}, **options)
+def mpoe(key: str, name: str, shape: Any, num_experts: int = 8, gauge: str | None = None, **options: Any) -> Arm:
+    """An arm of MPO experts; ``gauge`` if it is not the field's."""
+    experts = {"num_experts": num_experts, "shape": shape}
+    return Arm(key, name, experts if gauge is None else {**experts, "gauge": gauge}, **options)
 
 
 ARMS = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,9 @@ class LanguageField:
     measure = "test loss, nats per byte"
     lower_is_better = True
     regime = "scratch"
+    gauge = "identity"
+    light_p = 16
+    router: ClassVar[dict[str, Any]] = {"is_scale_prob": True}
     rates = (4e-3, 8e-3, 16e-3)
     weight_decay = 0.01
 

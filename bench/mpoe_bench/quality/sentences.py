@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -110,6 +110,9 @@ class SentencesField:
     measure = "mean of the tasks on the test split, %"
     lower_is_better = False
     regime = "finetune"
+    gauge = "symmetric"
+    light_p = 64
+    router: ClassVar[dict[str, Any]] = {}
     rates = (2e-4, 5e-4)
     weight_decay = 0.01
 

@@ -31,17 +31,17 @@ class Budget:
     seed: int
 
 
-def expert_config(arm: Arm, model: int, hidden: int) -> MPOEConfig:
-    """`MPOEConfig` of an arm for layers of these sizes."""
-    fields = dict(arm.experts or {})
-    fields["shape"] = resolved_shape(fields.get("shape", "separable"), model, hidden)
-    return MPOEConfig(**fields, router=dict(arm.router) or None)
+def expert_config(field: Any, arm: Arm) -> MPOEConfig:
+    """`MPOEConfig` of an arm: what all mixtures of the field have in common, and what the arm says."""
+    fields = {"gauge": field.gauge, "light_p": field.light_p, **(arm.experts or {})}
+    fields["shape"] = resolved_shape(fields.get("shape", "separable"), field.model, field.hidden)
+    return MPOEConfig(**fields, router={**field.router, **arm.router} or None)
 
 
 def hidden_as_large_as(field: Any, key: str) -> int:
     """Hidden size at which a dense model has the feed-forward parameters of the arm ``key``, rounded to 8."""
     arm = next(arm for arm in ARMS if arm.key == key)
-    config = expert_config(arm, field.model, field.hidden)
+    config = expert_config(field, arm)
     per_layer = sum(
         config.shape_for(kind, *sizes).parameters(config.num_experts)
         for kind, sizes in (("up", (field.model, field.hidden)), ("down", (field.hidden, field.model)))
@@ -107,7 +107,7 @@ def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
     if arm.experts is None:
         return model
     torch.manual_seed(20_000 + seed)
-    model = field.convert(model, expert_config(arm, field.model, field.hidden))
+    model = field.convert(model, expert_config(field, arm))
     apply_variant(model, arm)
     return model
 

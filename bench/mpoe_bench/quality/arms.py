@@ -8,6 +8,7 @@ from typing import Any
 from mpoe_kernels import MPOShape
 
 DENSE_EXPERTS = {"num_experts": 8, "expert_type": "dense"}
+LOSSLESS = {"is_scale_prob": False}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Trials in search of what makes MPO experts earn their keep; each is an arm that changes one thing.
 
 They vary the arm `wide8` of the field "language": wide separable blocks that start as identities around the dense
-weight itself, with the raw gate p.
+weight itself, with the gate p / sg(p).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mpoe_bench.quality.arms import DENSE_EXPERTS, Arm, mpoe
+from mpoe_bench.quality.arms import DENSE_EXPERTS, LOSSLESS, Arm, mpoe
 
-LOSSLESS_GATE = {"is_scale_prob": False}
+RAW = {"is_scale_prob": True}
 
 
 def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
@@ -19,8 +19,8 @@ def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
 
 
 TRIALS = (
-    Arm("switch8_lossless", "Switch 8, gate p / sg(p)", DENSE_EXPERTS, router=LOSSLESS_GATE),
-    trial("lossless", "wide, gate p / sg(p)", router=LOSSLESS_GATE),
+    Arm("switch8_lossless", "Switch 8, gate p / sg(p)", DENSE_EXPERTS, router=LOSSLESS),
+    trial("raw", "wide, gate p", router=RAW),
     trial("symmetric", "wide, symmetric gauge", gauge="symmetric"),
     trial("orthogonal", "wide, orthogonal gauge", gauge="orthogonal"),
     trial("slow", "wide, auxiliary rate x .3", scales=(1.0, 0.03)),
@@ -28,6 +28,7 @@ TRIALS = (
     trial("faster", "wide, auxiliary rate x 10", scales=(1.0, 1.0)),
     trial("decay", "wide, decay towards the identity", decay_to_start=1.0),
     trial("biases", "wide, own biases", own_biases=True),
+    trial("balance", "wide, balancing loss x .1", router={"balance_loss_weight": 1e-3}),
     trial("auxiliary_warmup", "wide, auxiliary warm-up .3", auxiliary_warmup=0.3),
     trial("router_warmup", "wide, router warm-up .3", router_warmup=0.3),
     trial("wide_up", "wide up only", "wide_up"),

@@ -95,7 +95,8 @@ class SentencesField:
         layers: only the first layers of the encoder; ``None`` = all.
         batch: sentences of a step, all of one task.
         length: tokens of a sentence.
-        held_out: items of every task to validate on, and to test on; ``None`` = all.
+        held_out: items of every task to test on; ``None`` = all.
+        for_validation: items of every task to validate on.
         tasks: a selection of `TASKS`.
     """
 
@@ -104,6 +105,7 @@ class SentencesField:
     batch: int = 32
     length: int = 48
     held_out: int | None = None
+    for_validation: int = 200
     tasks: Sequence[str] = tuple(TASKS)
 
     name = "sentences"
@@ -112,7 +114,7 @@ class SentencesField:
     regime = "finetune"
     gauge = "symmetric"
     light_p = 64
-    router: ClassVar[dict[str, Any]] = {}
+    routers: ClassVar[dict[str, dict[str, Any]]] = {}
     rates = (2e-4, 5e-4)
     weight_decay = 0.01
 
@@ -141,8 +143,8 @@ class SentencesField:
                 if file is None:
                     raise FileNotFoundError(f"data_dir must hold {name}/{split}.*; {self.data_dir} does not")
                 rows = [row.values for row in read_table(file)]
-                if split != "train" and self.held_out:
-                    rows = rows[: self.held_out]
+                if split != "train":
+                    rows = rows[: self.held_out if split == "test" else self.for_validation]
                 texts = [" [SEP] ".join(str(row[column]) for column in TASKS[name].columns) for row in rows]
                 ids = tokenizer(texts, truncation=True, max_length=self.length)["input_ids"]
                 labels = [float(row[TASKS[name].label]) for row in rows]

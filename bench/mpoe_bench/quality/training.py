@@ -35,7 +35,8 @@ def expert_config(field: Any, arm: Arm) -> MPOEConfig:
     """`MPOEConfig` of an arm: what all mixtures of the field have in common, and what the arm says."""
     fields = {"gauge": field.gauge, "light_p": field.light_p, **(arm.experts or {})}
     fields["shape"] = resolved_shape(fields.get("shape", "separable"), field.model, field.hidden)
-    return MPOEConfig(**fields, router={**field.router, **arm.router} or None)
+    router = {**field.routers.get(fields.get("expert_type", "mpo"), {}), **arm.router}
+    return MPOEConfig(**fields, router=router or None)
 
 
 def hidden_as_large_as(field: Any, key: str) -> int:

@@ -41,7 +41,5 @@ PLANS = {
     "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
     "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(4e-3, 8e-3, 16e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
-    "search": Plan(
-        "language", ("dense", "switch8", "wide8", "paper8", *(arm.key for arm in TRIALS)), 800, (0,), rates=(8e-3,)
-    ),
+    "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

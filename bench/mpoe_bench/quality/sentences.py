@@ -105,7 +105,7 @@ class SentencesField:
     batch: int = 32
     length: int = 48
     held_out: int | None = None
-    for_validation: int = 200
+    for_validation: int = 400
     tasks: Sequence[str] = tuple(TASKS)
 
     name = "sentences"

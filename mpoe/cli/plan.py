@@ -90,7 +90,9 @@ class ClusterOptions:
 
     _argument_group_name = "several devices"
 
-    nodes: int = field(default=1, metadata=_help("nodes"))
+    nodes: list[int] = field(
+        default_factory=lambda: [1], metadata=_help("nodes; several numbers are compared, a line for each design")
+    )
     gpus_per_node: int = field(default=1, metadata=_help("devices of a node"))
     link_gbps: float | None = field(
         default=None, metadata=_help("gigabit/s one device sends to other nodes; none = the device's")
@@ -166,7 +168,7 @@ def run(
     inventory = _inventory(model, options)
     config = _config(inventory, options, given)
     work = _workload(inventory, options)
-    cluster = _cluster(work, cluster_options, given)
+    clusters = _clusters(work, cluster_options, given)
     if suggesting:
         from mpoe.config import NAMED_SHAPES
         from mpoe.planning.suggest import suggest
@@ -181,12 +183,18 @@ def run(
         costs = model_costs(inventory, config, work)
         values = plan_json.plan_values(costs)
         plan_tables.show_plan(costs, per_layer=options.per_layer, explain=options.explain)
-        if cluster is not None:
+        if clusters:
+            from mpoe.cli import cluster_tables
             from mpoe.planning.cluster import placements
 
-            placed = placements(costs, cluster)
-            values["cluster"] = plan_json.cluster_values(cluster, placed, work)
-            plan_tables.show_cluster(cluster, placed, work)
+            placed = [placements(costs, cluster) for cluster in clusters]
+            found = [plan_json.cluster_values(*each, work) for each in zip(clusters, placed, strict=True)]
+            if len(clusters) == 1:
+                values["cluster"] = found[0]
+                cluster_tables.show_cluster(clusters[0], placed[0], work)
+            else:
+                values["clusters"] = found
+                cluster_tables.show_scale(clusters, placed, work)
     if options.json is not None:
         write_json(Path(options.json), values)
         print(f"written to {options.json}")
@@ -203,7 +211,7 @@ def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: Clust
         ("top_k", options.top_k, 1),
         ("tokens", options.tokens, 0),
         ("decoder_tokens", options.decoder_tokens, 0),
-        ("nodes", cluster.nodes, 1),
+        *(("nodes", nodes, 1) for nodes in cluster.nodes),
         ("gpus_per_node", cluster.gpus_per_node, 1),
     ):
         if value is not None and value < least:
@@ -300,9 +308,9 @@ def _workload(inventory: Inventory, options: PlanOptions) -> Workload:
     return Workload(tokens, device, not options.inference, options.mask_central)
 
 
-def _cluster(work: Workload, options: ClusterOptions, given: set[str]) -> Cluster | None:
+def _clusters(work: Workload, options: ClusterOptions, given: set[str]) -> list[Cluster]:
     if not given & {"nodes", "gpus_per_node", "link_gbps", "node_link_gbps"}:
-        return None
+        return []
     from mpoe.planning.cluster import Cluster
 
     hardware = work.device.hardware
@@ -310,12 +318,9 @@ def _cluster(work: Workload, options: ClusterOptions, given: set[str]) -> Cluste
     def bytes_per_second(gbps: float | None, default: float) -> float:
         return default if gbps is None else gbps * 1e9 / 8
 
-    return Cluster(
-        options.nodes,
-        options.gpus_per_node,
-        bytes_per_second(options.link_gbps, hardware.network_bandwidth),
-        bytes_per_second(options.node_link_gbps, hardware.link_bandwidth),
-    )
+    network = bytes_per_second(options.link_gbps, hardware.network_bandwidth)
+    link = bytes_per_second(options.node_link_gbps, hardware.link_bandwidth)
+    return [Cluster(nodes, options.gpus_per_node, network, link) for nodes in options.nodes]
 
 
 def _calibrate(device: str) -> None:

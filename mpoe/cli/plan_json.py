@@ -142,6 +142,7 @@ def cluster_values(cluster: Cluster, placed: Sequence[Placement], work: Workload
                 "expert_group": p.expert_group,
                 "parameters": p.parameters,
                 "memory_bytes": p.memory_bytes,
+                "temporary_bytes": p.temporary_bytes,
                 "fits": p.memory_bytes <= work.device.hardware.memory_bytes,
                 "sharded_bytes": p.sharded_bytes,
                 "all_to_all": _traffic(p.all_to_all),

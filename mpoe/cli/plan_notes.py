@@ -104,3 +104,19 @@ def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Workload)
         "time: no overlap, full link speed, 20 us per collective call; experts evenly loaded, unpadded buffers."
     )
     return notes
+
+
+def scale_notes(clusters: Sequence[Cluster], work: Workload) -> list[str]:
+    """What the columns of a comparison over several clusters mean."""
+    state = "float32 parameters, gradients and AdamW (16 bytes each)" if work.training else "parameters"
+    return [
+        f"held: parameters on a device; state: their {state}; temp: weights rebuilt for one product.",
+        "tokens, grads: bytes a device sends in all-to-all and all-reduce over its link to other nodes (with one "
+        "node: inside it). wait: all communication, inside and between nodes; step: with computation and AdamW, "
+        "nothing overlapping.",
+        "even: tokens per device above which expert-parallel Switch sends more over that link than MPOE; 0 = always, "
+        "- = whatever the tokens, it sends none.",
+        f"links: {clusters[0].network_bandwidth * 8e-9:,.0f} Gbit/s between nodes, "
+        f"{clusters[0].link_bandwidth * 8e-9:,.0f} Gbit/s in the node, per device and direction. Formulae: with one "
+        "value of --nodes.",
+    ]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mpoe.cli.plan_notes import cluster_notes, plan_notes, suggestion_notes
+from mpoe.cli.plan_notes import plan_notes, suggestion_notes
 
 if TYPE_CHECKING:
-    from mpoe.planning.cluster import Cluster, Placement
     from mpoe.planning.costs import Cost, LayerCosts, MatrixCosts, ModelCosts, Workload
     from mpoe.planning.inventory import Inventory
     from mpoe.planning.suggest import Budget, Suggestion
@@ -91,14 +90,14 @@ def _cost_cells(cost: Cost, dense: Cost, training: bool) -> list[str]:
     ]
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
     """An empty table, narrow between its columns."""
     style = {"title_justify": "left", "title_style": "bold", "box": box.HORIZONTALS}
     return Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **style)  # type: ignore[arg-type]
 
 
 def _cost_table(title: str, first: str, training: bool, last: str | None = None) -> Table:
-    table = _table(title)
+    table = new_table(title)
     table.add_column(first, no_wrap=True)
     table.add_column("design", no_wrap=True)
     names = ["parameters", *(["optimizer"] if training else []), "temporary", "FLOP", "time", "x dense"]
@@ -134,7 +133,7 @@ def show_plan(costs: ModelCosts, per_layer: bool = False, explain: bool = False)
     if per_layer:
         _show_every_layer(out, costs)
     _show_totals(out, costs)
-    _notes(out, plan_notes(costs))
+    show_notes(out, plan_notes(costs))
 
 
 def _layer_title(layer: LayerCosts) -> str:
@@ -171,7 +170,7 @@ def _show_layer(out: Console, layer: LayerCosts, work: Workload, explain: bool) 
 
 
 def _show_every_layer(out: Console, costs: ModelCosts) -> None:
-    table = _table("Every layer: parameters of the three designs, time of MPOE")
+    table = new_table("Every layer: parameters of the three designs, time of MPOE")
     table.add_column("layer", no_wrap=True)
     for name in ("tokens", *NAMES.values(), "time", "x dense"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -208,7 +207,7 @@ def _show_totals(out: Console, costs: ModelCosts) -> None:
     out.print(table)
 
 
-def _notes(out: Console, notes: Sequence[str]) -> None:
+def show_notes(out: Console, notes: Sequence[str]) -> None:
     grid = Table.grid(padding=(0, 1))
     for note in notes:
         grid.add_row("*", escape(note))
@@ -230,7 +229,7 @@ def show_suggestions(
         bounds.append(f"at most {budget.x_dense:g} x dense")
     config = suggestions[0].config
     within = " and ".join(bounds) if bounds else "no budget"
-    table = _table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
+    table = new_table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
     table.add_column("#", justify="right")
     table.add_column("shape", no_wrap=True)
     for name in ("parameters", "per expert", "optimizer", "time", "x dense"):
@@ -254,58 +253,12 @@ def show_suggestions(
         )
     out.print(table)
     out.print(f"the first, for plan and convert: {suggestions[0].options}", highlight=False)
-    _notes(out, suggestion_notes(suggestions, inventory))
-
-
-def show_cluster(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> None:
-    """Print one column per design of what a device holds, sends and waits for."""
-    out = console()
-    hardware = work.device.hardware
-    table = _table(f"{cluster.nodes} nodes of {cluster.gpus_per_node} {escape(hardware.name)}: per device and step")
-    table.add_column("", no_wrap=True)
-    for placement in placed:
-        table.add_column(_placement_name(placement), justify="right")
-    memory = hardware.memory_bytes
-    shard = max(cluster.devices, 1)
-
-    def row(name: str, value: Any) -> None:
-        table.add_row(name, *(value(placement) for placement in placed))
-
-    row("parameters held", lambda p: count(p.parameters))
-    row("parameters, gradients, optimizer" if work.training else "parameters", lambda p: size(p.memory_bytes))
-    row(f"fits {size(memory)}", lambda p: "yes" if p.memory_bytes <= memory else "no")
-    if work.training:
-        row(f"... sharded over all {shard}", lambda p: size(p.sharded_bytes))
-    table.add_section()
-    row("all-to-all of tokens, in the node", lambda p: size(p.all_to_all.node))
-    row("all-to-all of tokens, between nodes", lambda p: size(p.all_to_all.link))
-    if work.training:
-        row("all-reduce of gradients, in the node", lambda p: size(p.all_reduce.node))
-        row("all-reduce of gradients, between nodes", lambda p: size(p.all_reduce.link))
-    row("bytes over the link between nodes", lambda p: size(p.traffic.link))
-    table.add_section()
-    row("communication", lambda p: duration(p.communication_seconds))
-    row("forward and backward" if work.training else "forward", lambda p: duration(p.compute_seconds))
-    if work.training:
-        row("AdamW step", lambda p: duration(p.optimizer_seconds))
-    row("step, nothing overlapping", lambda p: duration(p.seconds))
-    row("x MPOE", lambda p: ratio(p.seconds / placed[0].seconds if placed[0].seconds else None))
-    out.print()
-    out.print(table)
-    _notes(out, cluster_notes(cluster, placed, work))
-
-
-def _placement_name(placement: Placement) -> str:
-    if placement.design == "mpoe":
-        return "MPOE, replicated"
-    if placement.expert_group == 1:
-        return "Switch, replicated"
-    return f"Switch, experts over {placement.expert_group}"
+    show_notes(out, suggestion_notes(suggestions, inventory))
 
 
 def show_hardware(hardware: Hardware, threads: int | None) -> None:
     """Print a device's measured numbers."""
-    table = _table(f"{hardware.name}, {threads} threads" if threads else hardware.name)
+    table = new_table(f"{hardware.name}, {threads} threads" if threads else hardware.name)
     table.add_column("number", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     for name, rate in hardware.peak_flops._asdict().items():

@@ -70,6 +70,10 @@ class Traffic:
         inside, across = self.node / cluster.link_bandwidth, self.link / cluster.network_bandwidth
         return inside + across + self.calls * LATENCY
 
+    def bottleneck(self, cluster: Cluster) -> float:
+        """Bytes over the slower kind of link that the cluster has: between nodes, or inside the only one."""
+        return self.link if cluster.nodes > 1 else self.node
+
 
 def all_reduce(size: float, nodes: int, gpus: int) -> Traffic:
     """Sum ``size`` bytes over ``nodes * gpus`` devices, in two levels; see the module's text."""
@@ -95,6 +99,7 @@ class Placement:
         expert_group: devices that share a layer's experts; 1 = replicated.
         parameters: on one device.
         memory_bytes: parameters, gradients and optimizer in training; parameters in inference. No activations.
+        temporary_bytes: largest temporary weight memory of one product, beside them.
         sharded_bytes: the same when all of the model is sharded over all devices (ZeRO-3, FSDP).
         all_to_all: of tokens; ``all_reduce``: of gradients.
         compute_seconds: forward (and backward) of the whole model.
@@ -106,6 +111,7 @@ class Placement:
     expert_group: int
     parameters: int
     memory_bytes: int
+    temporary_bytes: int
     sharded_bytes: int
     all_to_all: Traffic
     all_reduce: Traffic
@@ -138,6 +144,7 @@ def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
         1,
         parameters,
         _memory(parameters, costs),
+        costs.whole("mpoe").temporary_bytes,
         _memory(parameters, costs) // cluster.devices,
         Traffic(),
         reduce,
@@ -176,6 +183,7 @@ def place_switch(costs: ModelCosts, cluster: Cluster, replicated: bool = False) 
         group,
         parameters,
         _memory(parameters, costs),
+        costs.whole("switch").temporary_bytes,
         _memory(costs.whole("switch").parameters, costs) // cluster.devices,
         tokens,
         reduce,
@@ -200,8 +208,7 @@ def break_even(placed: Sequence[Placement], cluster: Cluster) -> float | None:
     inside if there is one node.
     """
     mpoe, switch = placed[:2]
-    link = "link" if cluster.nodes > 1 else "node"
-    per_step = getattr(switch.all_to_all, link)
+    per_step = switch.all_to_all.bottleneck(cluster)
     if not per_step:
         return None
-    return max(0.0, (getattr(mpoe.all_reduce, link) - getattr(switch.all_reduce, link)) / per_step)
+    return max(0.0, (mpoe.all_reduce.bottleneck(cluster) - switch.all_reduce.bottleneck(cluster)) / per_step)

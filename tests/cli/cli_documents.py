@@ -11,6 +11,7 @@ from typing import Any
 from mpoe.data.embedded import stand_in_path
 
 INSTALL = "python -m pip install"  # CI runs these as they stand
+LAUNCH = "torchrun"  # several processes: slow, in test_docs_scale.py
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -23,7 +24,7 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
     """Every `mpoe` command of a page, with small models and few steps; returns the names of those that ran."""
     ran = set()
     for line in "".join(blocks(text, "bash")).splitlines():
-        if not line.strip() or line.startswith(INSTALL):
+        if not line.strip() or line.startswith((INSTALL, LAUNCH)):
             continue
         program, command, *arguments = shlex.split(line, comments=True)
         assert program == "mpoe", line

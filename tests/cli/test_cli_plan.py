@@ -108,6 +108,23 @@ def test_tables_fit_and_say_what_they_assume(cli, monkeypatch) -> None:
         assert word in answer.out
 
 
+def test_clusters_of_several_sizes_are_compared(cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    flags = ["t5-large", "--experts", 4096, "--device", "h100", "--gpus_per_node", 8]
+    values = plan(cli, tmp_path, *flags, "--nodes", 1, 512)
+    assert [(found["nodes"], found["designs"][1]["expert_group"]) for found in values["clusters"]] == [
+        (1, 8),
+        (512, 4096),
+    ]
+    alone = plan(cli, tmp_path, *flags, "--nodes", 512)
+    assert alone["cluster"] == values["clusters"][1]
+    out = cli("plan", *flags, "--nodes", 1, 512).out
+    assert max(map(len, out.splitlines())) <= 110
+    assert "…" not in out
+    for word in ("Switch over 4096", "4,096", "even"):
+        assert word in out
+
+
 def test_truncated_shapes_say_so(cli) -> None:
     answer = cli("plan", "t5-base", "--bond", 64, "--device", "h100")
     assert "truncated" in answer.out
@@ -192,6 +209,7 @@ def test_eleven_billion_parameters_and_a_thousand_experts() -> None:
         (["t5-base", "--training", "--inference"], "exclude each other"),
         (["t5-base", "--inference", "--mask_central"], "mask_central concerns training"),
         (["t5-base", "--nodes", 0], "nodes must be at least 1; got 0"),
+        (["t5-base", "--nodes", 4, -1], "nodes must be at least 1; got -1"),
         (["t5-base", "--link_gbps", 0], "link_gbps must be greater than 0"),
         (["t5-base", "--max_time", "nan"], "max_time must be greater than 0"),
         (["t5-base", "--max_time", 0], "max_time must be greater than 0"),

@@ -1,0 +1,58 @@
+"""docs/scale.md: its tables are the planner's, its launch lines run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_documents import LAUNCH, blocks
+
+from mpoe import load_mpoe
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
+
+
+def test_tables_are_what_their_commands_print(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    commands = [line for line in LINES if line.startswith("mpoe plan") and "--nodes" in line]
+    tables = [block for block in blocks(PAGE, "text") if "Switch over" in block]
+    assert len(commands) == len(tables) >= 2
+    for command, table in zip(commands, tables, strict=True):
+        printed = [line.rstrip() for line in cli(*shlex.split(command)[1:]).out.splitlines()]
+        start = printed.index("h100, 8 in a node: per device and step") + 1
+        expected = [line.rstrip() for line in table.splitlines()]
+        assert printed[start : start + len(expected)] == expected, command
+
+
+@pytest.mark.slow
+def test_launch_lines_run(sentiment: Path, tmp_path: Path) -> None:
+    """As they stand on the page, with few steps and small batches."""
+    sentiment.rename(tmp_path / "my_folder")
+    launches = [line for line in LINES if line.startswith(LAUNCH)]
+    assert len(launches) == 2
+    for line in launches:
+        arguments = shlex.split(line)[1:]
+        if "--max_steps" in arguments:
+            arguments[arguments.index("--max_steps") + 1] = "2"
+            arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+        else:
+            arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments] + ["3"]
+        answer = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 0, answer.stderr
+        folder = tmp_path / next(a for a in arguments if a.startswith("runs/"))
+        assert type(load_mpoe(folder)).__name__ == "MPOET5ForConditionalGeneration"
+    assert len(re.findall(r"step \d: loss \d", answer.stdout)) == 2
+    assert (tmp_path / "runs" / "two" / "results.json").is_file()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -125,6 +127,16 @@ def keep_little(source: Path) -> None:
     """Leave csrc only what tells of itself: enough to build and load, in seconds."""
     for path in [*(source / "csrc").glob("*_*.cpp"), *(source / "csrc" / "cpu").glob("*.cpp")]:
         path.unlink()
+
+
+def test_the_lowest_versions_are_those_declared() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (ROOT / "tools" / "lowest_versions.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if "==" in line)
+    declared = dict(re.split(">=", requirement) for requirement in listed)
+    assert lowest.keys() == declared.keys()
+    for name, version in declared.items():
+        assert f"{lowest[name]}.".startswith(f"{version}."), name
 
 
 def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_CAPGET, _CAPSET, _VERSION_3 = 125, 126, 0x20080522  # system calls of x86-64 Linux; linux/capability.h
-_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
+_VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 
 
 @dataclass
@@ -87,11 +86,11 @@ def obey_permissions() -> None:
     """Make root obey the permissions of files, as everybody else does, for the rest of this process."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, words = (ctypes.c_uint32 * 2)(_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    if libc.syscall(_CAPGET, header, words) != 0:
+    if libc.capget(header, words) != 0:
         raise OSError(ctypes.get_errno(), "capget")
     keep = ~(1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH) & 0xFFFFFFFF
     words[0] &= keep  # effective; the two others are permitted and inheritable
-    if libc.syscall(_CAPSET, header, words) != 0:
+    if libc.capset(header, words) != 0:
         raise OSError(ctypes.get_errno(), "capset")
 
 

@@ -20,7 +20,7 @@ _STYLE = """
 .routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
 .routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: #555; }
 .routes td, .routes td:first-child { text-align: center; } .routes .token { font-weight: 600; }
-.legend span { display: inline-block; min-width: 1.6em; margin: 0 .25rem .25rem 0; padding: .05rem .4rem; }
+.legend span { display: inline-block; text-align: center; min-width: 1.6em; margin: 0 .25rem .25rem 0; }
 figure { margin: 1rem 0; } h2 { margin-top: 2.4rem; }
 """
 _LINE = 96  # characters and gaps that fit side by side

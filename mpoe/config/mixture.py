@@ -43,7 +43,8 @@ class MPOEConfig:
             that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
             embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
         max_bond: cap of every bond of the named shapes; ``None`` = full bonds, lossless.
-        separable_left, separable_right: sizes of the outer cores of a separable up projection; ``None`` = automatic.
+        separable_left: size of the left core of a separable up projection; ``None`` = automatic.
+        separable_right: of its right core.
         light_p: product ``i * j`` of a light shape's outer cores.
         gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core then is the weight
             itself and every expert starts from identities around it. See `mpoe_kernels.decompose_with_errors`.
@@ -56,7 +57,9 @@ class MPOEConfig:
         exclude_modules: names (or ends of names) of modules that stay dense.
         layers_to_transform: indices of the layers to convert; ``None`` = all. T5 counts encoder and decoder alike.
             Embedding and pooler belong to no layer: ``target_modules`` alone decides on them.
-        attention_max_bond, embedding_max_bond, pooler_max_bond: cap of the bonds of those modules (shape ``paper``).
+        attention_max_bond: cap of the bonds of attention projections (shape ``paper``).
+        embedding_max_bond: of the embedding.
+        pooler_max_bond: of the pooler.
         backend: name of a kernel backend; ``None`` = chosen per call.
         rate_ratios: for every MPO module, RMS(core) / RMS(weight) in chain order, measured at conversion; per-core
             learning rates are scaled by it. Filled in by `convert_to_mpoe`.

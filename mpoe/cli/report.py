@@ -52,7 +52,8 @@ def write_run_report(
     parameters = [(kind, f"{count:,}") for kind, count in results["parameters"].items()]
     parts = [
         f"<h1>{html.escape(results['class'])} after {results['steps']} steps</h1>",
-        f"<p>From {html.escape(str(results['model']))}; {results['seconds']:.0f} seconds of training since it was last started.</p>",
+        f"<p>From {html.escape(str(results['model']))}; "
+        f"{results['seconds']:.0f} seconds of training since it was last started.</p>",
         "<h2>Validation</h2>",
         table(header, rows),
         _figures(lambda: _run_drawings(records)),

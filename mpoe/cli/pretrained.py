@@ -125,7 +125,7 @@ def load_tokenizer(source: Source) -> Any:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise CommandError(f"model: no usable tokenizer beside {source.path}: {error}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli_rows import write_rows
+
+from mpoe.data.embedded import stand_in_path
 
 
 def train_flags(folder: Path, data: Path, *more: object) -> list[object]:
@@ -211,3 +216,33 @@ def test_empty_prompts_and_files_in_other_encodings(refused, tmp_path: Path) -> 
 def test_two_tasks_of_one_name(refused, sentiment: Path, tmp_path: Path) -> None:
     line = refused(*train_flags(tmp_path / "run", tmp_path, "--tasks", "sentiment", "./sentiment"))
     assert "tasks must have different names; sentiment and ./sentiment are both sentiment" in line
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "must be a whole safetensors file"),
+        (lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "no usable tokenizer"),
+    ],
+    ids=["cut", "no_pickle", "tokenizer"],
+)
+def test_damaged_dense_models(refused, tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    shutil.copytree(stand_in_path("t5"), tmp_path / "t5")
+    spoil(tmp_path / "t5")
+    assert message in refused("convert", tmp_path / "t5", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_numbers_beyond_what_there_is(refused, sentiment: Path, tmp_path: Path) -> None:
+    assert "seed must be at least 0; got -1" in refused(*train_flags(tmp_path / "run", sentiment, "--seed", -1))
+    assert "data_seed must be below 2**32" in refused(*train_flags(tmp_path / "run", sentiment, "--data_seed", 2**32))
+    assert "seed must be below 2**32" in refused("generate", "t5", "--prompt", "x", "--seed", 2**40)
+    assert "seed must be at least 0" in refused("demo", "--output_dir", tmp_path / "demo", "--seed", -1)
+    line = refused(*train_flags(tmp_path / "run", sentiment, "--max_steps", 10**9))
+    assert "max_steps x batch x accumulation must be at most" in line
+    deep = "[" * 100_000
+    assert "label_words: bad JSON" in refused(*train_flags(tmp_path / "run", sentiment, "--label_words", deep))
+    assert "shape_pattern: bad JSON" in refused(*train_flags(tmp_path / "run", sentiment, "--shape_pattern", deep))
+    assert not (tmp_path / "run").exists()

@@ -126,6 +126,15 @@ def deep_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' + "[" * 100_000)
 
 
+def list_as_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def index_of_nothing(folder: Path) -> None:
+    weights(folder).unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": 3}}')
+
+
 DAMAGES = [
     Damage("weights cut short", cut_weights, "must be a whole safetensors file"),
     Damage("weights empty", empty_weights, "must be a whole safetensors file"),
@@ -149,5 +158,7 @@ DAMAGES = [
     Damage(
         "config of another class", change_config(architectures=["os.system"]), "architectures in .* must name one of"
     ),
+    Damage("config that is a list", list_as_config, "must hold a JSON object; got list"),
+    Damage("index that names no files", index_of_nothing, "weight_map in .* must map names of parameters"),
     Damage("config of deep brackets", deep_config, "must be a JSON file"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
+import resource
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from mpoe.cli.main import main
 from mpoe.training import find_last_checkpoint
 
 from .kills import victim, what_differs, what_is_wrong
-from .processes import fork, limit_file_size, obey_permissions
+from .processes import fork, limited_files, obey_permissions
 
 
 def straight_run(folder: Path) -> dict[str, torch.Tensor]:
@@ -30,8 +30,8 @@ def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> lis
 
     def starved() -> None:
         torch.set_num_threads(1)
-        limit_file_size(size)
-        victim(run)
+        with limited_files(size):
+            victim(run)
 
     problems = []
     if fork(starved, log).wait() != 1 or not re.search(
@@ -53,11 +53,7 @@ def command_says(arguments: list[str], log: Path, size: int | None = None, as_us
         os.environ["HF_HUB_OFFLINE"] = "1"
         if as_user:
             obey_permissions()
-        if size is not None:
-            limit_file_size(size)
-        try:
+        with limited_files(size or resource.RLIM_INFINITY):
             main(arguments)
-        finally:
-            sys.stdout.flush()
 
     return fork(work, log).wait(), log.read_text()

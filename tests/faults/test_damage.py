@@ -15,7 +15,7 @@ from mpoe import import_original, load_mpoe, save_mpoe_only
 from mpoe.models import load_layers
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir
 
-from .damage import DAMAGES, Damage, Evil, cut_weights, index_of, shard_outside
+from .damage import DAMAGES, Damage, Evil, change_config, cut_weights, index_of, shard_outside
 from .processes import resident_bytes
 
 
@@ -59,6 +59,10 @@ def test_parts_of_a_damaged_checkpoint_are_not_taken(saved: Path, tmp_path: Path
         spoil(folder)
         with pytest.raises(ValueError, match=message):
             load_layers(model, folder, ["mlp"])
+    shutil.copytree(saved, tmp_path / "ratios")
+    change_config(rate_ratios={})(tmp_path / "ratios")
+    with pytest.raises(ValueError, match=r"rate_ratios in .* must have one number for every core"):
+        load_layers(model, tmp_path / "ratios", ["mlp"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert load_layers(model, saved, ["mlp"])
 
@@ -72,26 +76,26 @@ def test_pickles_of_the_original_are_refused(tmp_path: Path, content: bytes, mon
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("change", ["cut", "config", "record"])
+@pytest.mark.parametrize("change", ["cut", "config", "record", "ratios"])
 def test_damaged_mpoe_only_saves(tmp_path: Path, change: str) -> None:
     base = dense_model("gpt2")
     from mpoe import MPOEConfig, convert_to_mpoe
 
     save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2)), tmp_path, base)
-    file = {"cut": "mpoe_only.safetensors", "config": "config.json", "record": "mpoe_base.json"}[change]
+    files = {"cut": "mpoe_only.safetensors", "record": "mpoe_base.json"}
+    file = files.get(change, "config.json")
     text = (tmp_path / file).read_bytes()
-    spoilt = {
-        "cut": text[:200],
-        "config": text.replace(b'"num_experts": 2', b'"num_experts": 99999999'),
-        "record": b"{}",
-    }
-    (tmp_path / file).write_bytes(spoilt[change])
-    messages = {
-        "cut": "whole safetensors file",
-        "config": "must hold the parameters its config names",
-        "record": "SHA-256",
-    }
-    with pytest.raises(ValueError, match=messages[change]):
+    spoilt, message = {
+        "cut": (text[:200], "whole safetensors file"),
+        "config": (
+            text.replace(b'"num_experts": 2', b'"num_experts": 99999999'),
+            "must hold the parameters its config",
+        ),
+        "record": (b"{}", "SHA-256"),
+        "ratios": (text.replace(b'"transformer.h.0.mlp', b'"h.0.mlp'), "must have one number for every core of"),
+    }[change]
+    (tmp_path / file).write_bytes(spoilt)
+    with pytest.raises(ValueError, match=message):
         load_mpoe(tmp_path, base)
 
 

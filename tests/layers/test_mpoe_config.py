@@ -101,3 +101,11 @@ def test_given_shapes_must_fit_the_weight():
     assert config.shape_for("gate_proj", 48, 96) == MPOShape.paper(48, 96)
     with pytest.raises(ValueError, match=r"\[32, 96\].*\[48, 96\]"):
         config.shape_for("up", 32, 96)
+
+
+@pytest.mark.parametrize(
+    "ratios", [3, {"up": 1.0}, {"up": "12"}, {"up": [None]}, {"up": [-1.0]}, {"up": [float("nan")]}]
+)
+def test_rate_ratios_are_lists_of_numbers(ratios: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="rate_ratios"):
+        MPOEConfig(rate_ratios=ratios)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoe.layers.initial import FromInitialValues
 from mpoe_kernels import Decomposition, MPOBlocks, MPOShape, decompose_with_errors, expert_weights, fold
 
 
-class MPOCores(nn.Module):
+class MPOCores(FromInitialValues):
     """Cores of E weights ``[I, F]``: one central core for all, auxiliary cores for each expert.
 
     Args:
@@ -134,14 +135,6 @@ class MPOCores(nn.Module):
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)
         return values
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Random weights of standard deviation ``init_std``, different for every expert."""
-        if self.central.is_meta:
-            return
-        for name, value in self.initial_values().items():
-            self.get_parameter(name).copy_(value)
 
     @torch.no_grad()
     def load_weight_(self, weight: Tensor, gauge: str = "symmetric") -> Decomposition:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoe.layers.initial import FromInitialValues
+
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
     """`torch.nn.functional.grouped_mm` wants float32 or half and rows aligned to 16 bytes."""
@@ -47,7 +49,7 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
     return torch.cat([y, y.new_zeros(x.shape[0] - bounds[-1], y.shape[1])])
 
 
-class ExpertWeights(nn.Module):
+class ExpertWeights(FromInitialValues):
     """E full weights; the dense counterpart of `MPOCores`.
 
     Attributes:
@@ -82,14 +84,6 @@ class ExpertWeights(nn.Module):
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)
         return values
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Independent Gaussian weights for every expert."""
-        if self.weight.is_meta:
-            return
-        for name, value in self.initial_values().items():
-            self.get_parameter(name).copy_(value)
 
     @torch.no_grad()
     def load_weight_(self, weight: Tensor) -> None:

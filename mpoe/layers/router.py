@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
+from mpoe.layers.initial import FromInitialValues
 from mpoe_kernels import Routing, route
 
 
@@ -30,7 +31,7 @@ class RouterOutput:
     kept: Tensor | None = None
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(FromInitialValues):
     """Softmax router in float32, whatever autocast or the parameters' dtype.
 
     Gate (ARCHITECTURE: a fresh conversion must change nothing): top-1 multiplies by ``p / stop_grad(p)``, whose value
@@ -64,14 +65,8 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Truncated normal of variance ``init_scale / in_features`` (Switch Transformers, section 2.4)."""
-        for name, value in self.initial_values().items():
-            getattr(self, name).copy_(value)
-
     def initial_values(self) -> dict[str, Tensor]:
-        """Fresh random values of every parameter, by name."""
+        """By name: truncated normal of variance ``init_scale / in_features`` (Switch Transformers, section 2.4)."""
         std = math.sqrt(self.config.init_scale / self.in_features)
         value = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         if std:

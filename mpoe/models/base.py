@@ -22,14 +22,12 @@ from mpoe.layers.context import (
     enter_routing,
     leave_routing,
 )
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
+from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.ranks import sum_over_ranks
-from mpoe.layers.router import TopKRouter
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
 from mpoe.models.outputs import ROUTING_FIELDS
@@ -153,7 +151,7 @@ class MPOEModelMixin(_Model):
         """
         model: Any = self
         for module in model.modules():
-            if not isinstance(module, (MPOCores, ExpertWeights, TopKRouter)):
+            if not isinstance(module, FromInitialValues):
                 continue
             if getattr(module, "_is_hf_initialized", False):
                 continue

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpoe_bench.quality.arms import DENSE_EXPERTS, LOSSLESS, Arm, mpoe
 
+SHARED: dict[str, Any] = {"shared_weight": True, "router": LOSSLESS}
 RAW = {"is_scale_prob": True}
 
 
@@ -34,6 +35,12 @@ TRIALS = (
     trial("wide_up", "wide up only", "wide_up"),
     trial("wide_down", "wide down only", "wide_down"),
     trial("independent", "wide, independent experts", independent=True),
-    trial("upcycled", "wide, after half the steps dense", upcycled=0.5),
-    Arm("switch8_upcycled", "Switch 8 after half the steps dense", DENSE_EXPERTS, upcycled=0.5),
+    # Trained densely for the first half of the steps. The optimiser then starts anew, which is a change of its own.
+    Arm("dense_anew", "dense, optimiser anew at half the steps", upcycled=0.5),
+    Arm("biases8_upcycled", "control: own biases, after half dense", DENSE_EXPERTS, **SHARED, upcycled=0.5),
+    trial("upcycled", "wide, after half dense", upcycled=0.5),
+    trial("upcycled_fast", "wide, after half dense, auxiliary rate x 3", upcycled=0.5, scales=(1.0, 0.3)),
+    trial("upcycled_faster", "wide, after half dense, auxiliary rate x 10", upcycled=0.5, scales=(1.0, 1.0)),
+    trial("upcycled_paper", "paper, after half dense, auxiliary rate x 3", "paper", upcycled=0.5, scales=(1.0, 0.3)),
+    Arm("switch8_upcycled", "Switch 8 after half dense", DENSE_EXPERTS, upcycled=0.5),
 )

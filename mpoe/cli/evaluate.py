@@ -1,17 +1,22 @@
-"""`mpoe evaluate MODEL_DIR`: scores of a saved model on a split."""
+"""`mpoe evaluate MODEL_DIR`: scores of a saved model on a split.
+
+Of a run, what no option says is as it was in training.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
 
 SPLITS = ("train", "validation", "test")
+SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that say which items
 
 
 @dataclass
@@ -47,8 +52,10 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
         show_options("mpoe evaluate MODEL_DIR [--flag value ...]", __doc__, [EvaluateOptions, DataOptions])
         return None
     given = None if arguments[0].startswith("--") else arguments[0]
-    (options, data), _ = parse([EvaluateOptions, DataOptions], arguments[given is not None :])
+    (options, data), flags = parse([EvaluateOptions, DataOptions], arguments[given is not None :])
     model_dir = _model_dir(given, options.load_experiment)
+    run = _settings_of_run(model_dir)
+    data = _as_in_the_run(data, flags, run)
     from mpoe.cli.files import check_writable_file, write_json
     from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
     from mpoe.cli.tasks import resolve
@@ -60,7 +67,7 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
         raise CommandError(
             f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
         )
-    seed = _data_seed_of_run(model_dir) if options.data_seed is None else options.data_seed
+    seed = _data_seed(run) if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed)
     for task in tasks:
         task.examples(options.split)  # a split that is not there is refused before the model is loaded
@@ -76,19 +83,40 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     return scores
 
 
-def _data_seed_of_run(model_dir: str) -> int:
-    """The seed that divided the data of the run in ``model_dir`` (or of the run whose checkpoint it is); 0 without one.
-
-    With another seed, split_validation_test would call items test that the run has seen as validation.
-    """
+def _settings_of_run(model_dir: str) -> dict[str, Any]:
+    """The settings of the run in ``model_dir``, or of the run whose checkpoint it is; empty without one."""
     from mpoe.training.output_dir import RUN_FILE
 
     for folder in (Path(model_dir), Path(model_dir).resolve().parent):
         if (folder / RUN_FILE).is_file():
-            training = json.loads((folder / RUN_FILE).read_text())["config"]["training"]
-            seed = training.get("data_seed")
-            return int(training.get("seed", 0) if seed is None else seed)
-    return 0
+            try:
+                return dict(json.loads((folder / RUN_FILE).read_text())["config"])
+            except (ValueError, LookupError, TypeError) as error:
+                raise CommandError(f"{folder / RUN_FILE} does not describe a run: {error}") from None
+    return {}
+
+
+def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> DataOptions:
+    """What no flag says is as it was in training: lengths, columns, label words; which items too, if no flag does."""
+    kept = run.get("data", {})
+    names = {f.name for f in fields(DataOptions) if f.name not in flags} & set(kept)
+    if flags & SOURCES:
+        names -= SOURCES
+    taken = {name: kept[name] for name in sorted(names) if kept[name] != getattr(data, name)}
+    if not taken:
+        return data
+    print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+    return replace(data, **taken)
+
+
+def _data_seed(run: dict[str, Any]) -> int:
+    """The seed that divided the run's data; 0 without one.
+
+    With another seed, split_validation_test would call items test that the run has seen as validation.
+    """
+    training = run.get("training", {})
+    seed = training.get("data_seed")
+    return int(training.get("seed", 0) if seed is None else seed)
 
 
 def _model_dir(given: str | None, load_experiment: str | None) -> str:

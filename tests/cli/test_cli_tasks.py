@@ -11,7 +11,7 @@ import pytest
 from cli_described import write_described
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.evaluate import _data_seed_of_run
+from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _settings_of_run
 from mpoe.cli.scoring import score_rows
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
@@ -124,8 +124,24 @@ def test_average_is_over_tasks_in_the_table() -> None:
 def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    assert _data_seed_of_run(str(checkpoint)) == 0
+    assert _data_seed(_settings_of_run(str(checkpoint))) == 0
     run_file = tmp_path / "run" / "run.json"
     for training, seed in (({"seed": 7, "data_seed": None}, 7), ({"seed": 7, "data_seed": 0}, 0)):
         run_file.write_text(json.dumps({"config": {"training": training}}))
-        assert _data_seed_of_run(str(tmp_path / "run")) == _data_seed_of_run(str(checkpoint)) == seed
+        for folder in (tmp_path / "run", checkpoint):
+            assert _data_seed(_settings_of_run(str(folder))) == seed
+    run_file.write_text("{")
+    with pytest.raises(CommandError, match=r"run\.json does not describe a run"):
+        _settings_of_run(str(checkpoint))
+
+
+def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"data": {**vars(DataOptions()), "tasks": ["a", "b"], "data_dir": "there", "max_source_length": 300}}
+    same = _as_in_the_run(DataOptions(), set(), run)
+    assert (same.tasks, same.data_dir, same.max_source_length) == (["a", "b"], "there", 300)
+    assert "as in training: data_dir there, max_source_length 300, tasks ['a', 'b']" in capsys.readouterr().out
+    other = _as_in_the_run(DataOptions(data_dir="here"), {"data_dir"}, run)
+    assert (other.tasks, other.data_dir, other.max_source_length) == ([], "here", 300)
+    given = DataOptions(max_source_length=128)
+    assert _as_in_the_run(given, {"max_source_length"}, run).max_source_length == 128
+    assert _as_in_the_run(given, set(), {}) is given

@@ -30,7 +30,7 @@ def t5_run(cli, sentiment: Path, tmp_path: Path) -> tuple[list, Path]:
     return flags, tmp_path / "run"
 
 
-def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, sentiment: Path, tmp_path: Path) -> None:
+def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_path: Path) -> None:
     _, run = t5_run
     results = json.loads((run / "results.json").read_text())
     assert results["steps"] == 3
@@ -43,7 +43,7 @@ def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, senti
     assert len(next(r for r in records if "expert_load" in r)["expert_load"]["share"][0]) == 2
 
     scores = tmp_path / "scores.json"
-    answer = cli("evaluate", run, "--data_dir", sentiment, "--split", "validation", "--output_file", scores)
+    answer = cli("evaluate", run, "--split", "validation", "--output_file", scores)
     assert answer.code == 0, answer.err
     assert json.loads(scores.read_text())["scores"] == results["validation"]
 

@@ -1,0 +1,125 @@
+"""Refusals that no other test has a reason to meet: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.encode import check_length, check_tokenizer
+from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
+from mpoe.layers import MPOEmbedding, MPOLinear, TopKRouter, load_balancing_loss
+from mpoe.models import load_layers
+from mpoe.training.checkpoints import step_of
+from mpoe.training.gradient_mask import GradientMask
+from mpoe_kernels import MPOShape, fold, mpo_embedding, mpo_linear, route
+
+SHAPE = MPOShape((2, 3), (3, 2))
+CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
+T5 = {"vocab_size": 20, "d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(**T5))
+
+
+def gpt2(**changes: object) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, **changes))
+
+
+def not_finite() -> GPT2LMHeadModel:
+    model = gpt2()
+    nn.init.constant_(model.transformer.wte.weight, float("nan"))
+    return model
+
+
+def chunked() -> BertModel:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=20, chunk_size_feed_forward=2, **sizes))
+
+
+CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "router": (lambda: MPOEConfig(router="switch"), TypeError, "router must be a RouterConfig or its dict; got str"),
+    "targets": (lambda: MPOEConfig(target_modules=[]), TypeError, r"target_modules must be a name .*; got \[\]"),
+    "excluded": (lambda: MPOEConfig(exclude_modules="x"), TypeError, "exclude_modules must be a list .*; got 'x'"),
+    "excluded name": (lambda: MPOEConfig(exclude_modules=[3]), TypeError, "exclude_modules must hold .*; got 3"),
+    "layers": (
+        lambda: MPOEConfig(layers_to_transform="0"),
+        TypeError,
+        "layers_to_transform must be a list .*; got '0'",
+    ),
+    "shape": (lambda: MPOEConfig(shape={"up": SHAPE}), ValueError, r"shape must give .*; missing \['down'\]"),
+    "pattern": (lambda: MPOEConfig(shape_pattern={"(": 2}), ValueError, r"shape_pattern must hold regular .*'\('"),
+    "flag": (lambda: RouterConfig(is_scale_prob=1), TypeError, "is_scale_prob must be True or False; got int 1"),
+    "pad": (lambda: PaddingCollator(-1), ValueError, "pad_token_id must be a token id >= 0; got -1"),
+    "pad multiple": (lambda: PaddingCollator(0, 0), ValueError, "pad_to_multiple_of must be >= 1; got 0"),
+    "length": (lambda: check_length("block_size", 1), ValueError, "block_size must be an int >= 2; got 1"),
+    "tokenizer": (
+        lambda: check_tokenizer(SimpleNamespace(eos_token_id=1)),
+        ValueError,
+        "tokenizer must have pad_token_id",
+    ),
+    "size": (lambda: TemperatureSampler({"a": 0}), ValueError, r"sizes\['a'\] must be >= 1; got 0"),
+    "steps": (
+        lambda: TemperatureSampler({"a": 1}).indices(3, 2),
+        ValueError,
+        "start and stop must satisfy .*; got 3, 2",
+    ),
+    "batch": (
+        lambda: MultiTaskBatchSampler({"a": 1}, batch_size=0, num_steps=1),
+        ValueError,
+        "batch_size must be >= 1; got 0",
+    ),
+    "logits": (
+        lambda: load_balancing_loss(torch.ones(3), torch.ones(3, 1)),
+        ValueError,
+        r"logits must be .*; got \[3\]",
+    ),
+    "padding index": (lambda: MPOEmbedding(SHAPE, 6), ValueError, "padding_idx must be within the 6 embeddings; got 6"),
+    "embedding": (
+        lambda: MPOEmbedding.from_embedding(nn.Linear(2, 2)),
+        TypeError,
+        r"embedding must be an nn\.Embedding; got Linear",
+    ),
+    "linear": (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
+    "router input": (lambda: TopKRouter(4, 2)(torch.ones(4)), ValueError, r"x must be \[T, I\] with I = 4; got \[4\]"),
+    "NaN": (lambda: convert_to_mpoe(not_finite()), ValueError, "model must hold finite weights; NaN or Inf in .*wte"),
+    "chunks": (lambda: convert_to_mpoe(chunked()), ValueError, "chunk_size_feed_forward must be 0 .* got 2"),
+    "nothing": (
+        lambda: convert_to_mpoe(gpt2(), MPOEConfig(target_modules="pooler")),
+        ValueError,
+        "GPT2LMHeadModel has no dense pooler modules",
+    ),
+    "merged twice": (
+        lambda: merge_experts(merge_experts(convert_to_mpoe(gpt2()))),
+        ValueError,
+        "model must have MPO experts; got expert_type='dense'",
+    ),
+    "dense merged": (lambda: merge_experts(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
+    "layers of dense": (lambda: load_layers(gpt2(), ".", ["mlp"]), TypeError, "model must be an MPOE model"),
+    "foreign original": (lambda: import_original({}, t5()), ValueError, "source must be a checkpoint of the original"),
+    "probability": (lambda: GradientMask(t5(), True), TypeError, "must be a number between 0 and 1; got True"),
+    "checkpoint": (lambda: step_of("checkpoint-x"), ValueError, "named checkpoint-<step>; got 'checkpoint-x'"),
+    "factors": (lambda: MPOShape(3, (2,)), TypeError, "in_factors must be a sequence of integers; got 3"),
+    "shape text": (lambda: MPOShape.from_dict("x"), TypeError, "an MPOShape is described by a mapping; got str 'x'"),
+    "shape keys": (lambda: MPOShape.from_dict({"a": 1}), ValueError, r"unknown: \['a'\], missing: \['in_factors'"),
+    "division": (lambda: MPOShape.separable(6, 8, left=5), ValueError, "left must divide in_features = 6; got 5"),
+    "no cores": (lambda: fold([], 0), TypeError, "cores must be a non-empty sequence"),
+    "core": (lambda: fold([torch.ones(2, 2), *CORES], 1), ValueError, r"cores\[0\] must be"),
+    "ids": (lambda: mpo_embedding(torch.ones(2), fold(CORES, 1)), TypeError, "ids must be an int32 or int64 tensor"),
+    "no axis": (lambda: mpo_linear(torch.tensor(1.0), fold(CORES, 1)), ValueError, r"x must be a tensor \[\.\.\., I\]"),
+    "experts": (lambda: route(torch.zeros(3), 2), (TypeError, ValueError), "top_k_index must be"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case: str) -> None:
+    call, kind, message = CASES[case]
+    with pytest.raises(kind, match=message):
+        call()

@@ -38,8 +38,11 @@ def staging_folder(folder: Path) -> Path:
 def publish_model(folder: Path) -> None:
     """Move a fully written model from the staging folder into ``folder``, replacing one that was there.
 
-    The old ``config.json`` goes first and the new one comes last, so a kill in between leaves nothing that loads.
+    The old ``config.json`` goes first and the new one comes last, so a kill in between leaves nothing that loads. A
+    model card that somebody else wrote stays.
     """
+    from mpoe.models.card import CARD_FILE, may_write_card
+
     staging = staging_folder(folder)
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
@@ -52,6 +55,8 @@ def publish_model(folder: Path) -> None:
             old.unlink()  # shards of an earlier model
     for path in sorted(files, key=lambda path: path == staging / "config.json"):
         target = folder / path.relative_to(staging)
+        if path.name == CARD_FILE and not may_write_card(target):
+            continue  # somebody's own
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     shutil.rmtree(staging)

@@ -290,6 +290,8 @@ def _finish(
     from mpoe.cli.report import write_run_report
     from mpoe.cli.scoring import SCORE_HEADER, evaluate_tasks, score_rows, show_scores
     from mpoe.data.tasks import average_score
+    from mpoe.models.base import MPOEModelMixin
+    from mpoe.models.card import write_card
     from mpoe.training import read_metrics
 
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
@@ -313,6 +315,8 @@ def _finish(
         **measured(plan.measure, seconds, trainer.state.global_step, _items_per_step(plan.arguments)),
     }
     write_json(folder / RESULTS_FILE, results)
+    if isinstance(model, MPOEModelMixin):
+        write_card(model, folder, {f"validation, {task}": values for task, values in scores.items()})
     write_run_report(folder / REPORT_FILE, results, read_metrics(folder), SCORE_HEADER, score_rows(scores))
     show_scores(scores, f"validation after {trainer.state.global_step} steps")
     print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")

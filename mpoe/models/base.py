@@ -28,6 +28,7 @@ from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.ranks import sum_over_ranks
+from mpoe.models.card import replace_template, write_card
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
 from mpoe.models.outputs import ROUTING_FIELDS
@@ -277,7 +278,7 @@ class MPOEModelMixin(_Model):
     # --------------------------------------------------------------- saving
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the config also carries every core's rate ratio.
+        """As in Transformers; the config also carries every core's rate ratio, and a model card is written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -294,7 +295,14 @@ class MPOEModelMixin(_Model):
         for name in (ONLY_FILE, BASE_FILE):
             # An earlier MPOE-only save in this folder would otherwise be taken for what it holds.
             (Path(save_directory) / name).unlink(missing_ok=True)
+        if kwargs.get("is_main_process", True):
+            write_card(self, save_directory)
         return result
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, with our card where the repository has none of its own."""
+        replace_template(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 

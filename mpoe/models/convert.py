@@ -89,7 +89,7 @@ def _mpoe_model_config(config: PreTrainedConfig, cls: type[PreTrainedConfig], mp
         values.pop(key, None)
     converted = cls(**values, mpoe=mpoe)  # type: ignore[call-arg]
     converted._attn_implementation = config._attn_implementation
-    converted._name_or_path = config._name_or_path
+    converted._name_or_path = converted.mpoe_base = config._name_or_path
     return converted
 
 

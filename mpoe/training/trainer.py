@@ -16,6 +16,8 @@ from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.layers.ranks import global_batch
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.card import write_card
 from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
@@ -42,6 +44,10 @@ _NOT_PREDICTIONS = (
     *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
     *("decoder_hidden_states", "decoder_attentions"),
 )
+
+
+def _is_speed(metric: str) -> bool:
+    return metric.endswith(("_runtime", "_per_second"))
 
 
 class MPOETrainer(Seq2SeqTrainer):
@@ -317,6 +323,15 @@ class MPOETrainer(Seq2SeqTrainer):
             every = max(int(self.state.logging_steps or 0), 1)
             return step % every == 0 or (step == 1 and self.args.logging_first_step)
         return bool(self.accelerator.gradient_state.end_of_dataloader)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.card` with the last evaluation's metrics."""
+        if not isinstance(self.model, MPOEModelMixin):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            evaluations = [record for record in self.state.log_history if "eval_loss" in record]
+            metrics = {name: value for name, value in (evaluations or [{}])[-1].items() if not _is_speed(name)}
+            write_card(self.model, str(self.args.output_dir), metrics)
 
     # ----------------------------------------------------------- checkpoints
 

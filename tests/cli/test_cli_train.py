@@ -37,6 +37,8 @@ def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_p
     assert results["class"] == "MPOET5ForConditionalGeneration"
     assert set(results["validation"]["sentiment"]) == {"accuracy", "f1", "matthews", "items"}
     assert results["validation"]["sentiment"]["items"] == 8
+    accuracy = results["validation"]["sentiment"]["accuracy"]
+    assert f"| validation, sentiment.accuracy | {accuracy:.4g} |" in (run / "README.md").read_text()
     records = read_metrics(run)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
     assert [r["step"] for r in records if "eval_loss" in r] == [1, 2, 3]
@@ -76,10 +78,11 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
 
 def test_overwrite_replaces_the_run_and_nothing_else(cli, t5_run) -> None:
     flags, run = t5_run
-    (run / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "README.md"):
+        (run / name).write_text("mine")
     answer = cli(*flags, "--output_dir", run, "--overwrite", "--max_steps", 1)
     assert answer.code == 0, answer.err
-    assert (run / "notes.txt").read_text() == "mine"
+    assert [(run / name).read_text() for name in ("notes.txt", "README.md")] == ["mine", "mine"]
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-1"]
     assert json.loads((run / "results.json").read_text())["steps"] == 1
 

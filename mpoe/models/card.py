@@ -1,0 +1,129 @@
+"""The model card: `README.md` beside a saved model, with what the mixture is and what it reached.
+
+A card that somebody wrote or edited is never replaced: ours ends with a checksum of itself, and only a file whose
+checksum still fits is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpoe.models.report import mpo_modules, parameter_report
+
+CARD_FILE = "README.md"
+_SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TEMPLATE = "This model card has been automatically generated."  # of Transformers, where a repository has none
+
+
+def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
+    """Markdown with the metadata block of the Hugging Face hub.
+
+    Args:
+        model: an MPOE model.
+        metrics: name -> number; nested mappings get dotted names, everything else is left out.
+    """
+    config, report = model.mpoe_config, parameter_report(model)
+    base = base_name(model)
+    experts = f"{config.num_experts}, top-{config.router.top_k}" if config.moe_type != "none" else "1, no router"
+    kind = "matrix product operators" if config.expert_type == "mpo" else "full matrices"
+    shapes = dict.fromkeys(str(cores.shape) for _, cores in mpo_modules(model))
+    rows = {
+        "base model": f"`{base}`" if base else "not recorded",
+        "experts": f"{experts}; {kind}",
+        "mixture": f"`moe_type={config.moe_type}`, modules {', '.join(config.targets)}",
+        **{f"shape {k}": f"`{shape}`" for k, shape in enumerate(shapes, start=1)},
+        "parameters": f"{report['total']:,}",
+        "of them": ", ".join(f"{name} {report[name]:,}" for name in _PARTS if report[name]),
+        "dense model": f"{report['dense_total']:,} parameters",
+        "as many dense experts": f"{report['switch_total']:,} parameters",
+    }
+    parts = [
+        _metadata(base),
+        f"# {_class_name(model)}",
+        "A Transformers model whose feed-forward networks are mixtures of experts. All experts of a layer share the "
+        "central core of a matrix product operator ([Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)).",
+        _table("property", "value", rows),
+        "## Use",
+        "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
+    ]
+    numbers = dict(_flatten(metrics or {}))
+    if numbers:
+        parts += ["## Results", _table("metric", "value", {name: f"{value:.4g}" for name, value in numbers.items()})]
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
+
+
+def may_write_card(file: Path) -> bool:
+    """Whether ``file`` is absent, or a card of ours that nobody has edited."""
+    if not file.exists():
+        return True
+    text = file.read_text(encoding="utf-8", errors="replace")
+    seal = _SEAL.search(text)
+    return seal is not None and seal[1] == _checksum(text[: seal.start() - 1])
+
+
+def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> bool:
+    """Write `model_card` into ``folder``, unless somebody's own card is there; returns whether it was written."""
+    file = Path(folder) / CARD_FILE
+    if not may_write_card(file):
+        return False
+    _write(file, model_card(model, metrics))
+    return True
+
+
+def replace_template(model: Any, folder: str | Path) -> None:
+    """Put our card in the place of the one that Transformers makes for a repository without any."""
+    file = Path(folder) / CARD_FILE
+    if file.is_file() and _TEMPLATE in file.read_text(encoding="utf-8"):
+        _write(file, model_card(model))
+
+
+def base_name(model: Any) -> str:
+    """The hub name of the dense model that was converted; empty for a folder, whose path is nobody's business."""
+    name = str(getattr(model.config, "mpoe_base", None) or "")
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
+
+
+_PARTS = ("central", "auxiliary", "expert", "router", "rest")
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing, and never through a link."""
+    scratch = file.with_name(f".incomplete-{file.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def _class_name(model: Any) -> str:
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def _metadata(base: str) -> str:
+    lines = ["library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
+    return "\n".join(["---", *lines, *([f"base_model: {base}"] if base else []), "---"])
+
+
+def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
+    return "\n".join(
+        [f"| {first} | {second} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((f"{prefix}{name}", float(value)))
+    return found
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

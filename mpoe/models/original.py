@@ -7,6 +7,8 @@ There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, 
     <layer>.moe_layer.experts.w1_mpo.<k>                moe_type moe, [E, ...] each but the central core; b1, b2;
                                                         router: <layer>.moe_layer.gate.w_gating [in, E]
     <layer>.DenseReluDense.wi_mpo.tensor_set.<k>        moe_type none
+    <layer>.sffn.experts.<e>.wi.weight                  the baselines without MPO, full matrices: switch,
+    <layer>.moe_layer.experts.w1                        and moe, [E, in, out]
     <layer>.SelfAttention.q_mpo.tensor_set.<k>          attention
     shared_mpo.tensor_set.<k>                           embedding, [d, vocabulary_k, model_k, d']
 """
@@ -40,6 +42,8 @@ _SWITCH = re.compile(
     rf"(?P<ffn>{_FFN})\.sffn\.experts\.(?P<expert>\d+)\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)"
 )
 _MOE = re.compile(rf"(?P<ffn>{_FFN})\.moe_layer\.experts\.(?P<kind>w1|w2)_mpo\.(?P<core>\d+)")
+_DENSE_SWITCH = re.compile(rf"(?P<ffn>{_FFN})\.sffn\.experts\.(?P<expert>\d+)\.(?P<kind>wi|wo)\.weight")
+_DENSE_MOE = re.compile(rf"(?P<ffn>{_FFN})\.moe_layer\.experts\.(?P<kind>w1|w2)")
 _PLAIN = re.compile(rf"(?P<ffn>{_FFN})\.DenseReluDense\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)")
 _ATTENTION = re.compile(rf"(?P<name>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])_mpo\.tensor_set\.(?P<core>\d+)")
 _EMBEDDING = re.compile(r"shared_mpo\.tensor_set\.(?P<core>\d+)")
@@ -76,31 +80,44 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def _expert_name(match: re.Match[str]) -> str:
+    return f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+
+
 class _Checkpoint:
     """Tensors of the original by what they are.
 
-    ``chains``, ``routers`` [E, in] and ``biases`` by names of our modules; ``rest``: what both call alike.
+    ``chains``, ``dense`` (experts without MPO, [E, in, out]), ``routers`` [E, in] and ``biases`` by names of our
+    modules; ``rest``: what both call alike.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.chains: Chains = {}
+        self.dense: dict[str, Tensor] = {}
         self.routers: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.rest: dict[str, Tensor] = {}
         self.moe_type = "none"
         experts: dict[str, dict[int, dict[int, Tensor]]] = {}
+        full: dict[str, dict[int, Tensor]] = {}
         for key, tensor in tensors.items():
             if match := _SWITCH.fullmatch(key):
                 self.moe_type = "switch"
-                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                name = _expert_name(match)
                 chain = experts.setdefault(name, {}).setdefault(int(match["core"]), {})
                 chain[int(match["expert"])] = tensor.transpose(1, 2)
             elif match := _MOE.fullmatch(key):
                 self.moe_type = "moe"
-                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                name = _expert_name(match)
                 self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(-2, -3)
+            elif match := _DENSE_SWITCH.fullmatch(key):
+                self.moe_type = "switch"
+                full.setdefault(_expert_name(match), {})[int(match["expert"])] = tensor.T
+            elif match := _DENSE_MOE.fullmatch(key):
+                self.moe_type = "moe"
+                self.dense[_expert_name(match)] = tensor
             elif match := _PLAIN.fullmatch(key):
-                name = f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                name = _expert_name(match)
                 self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(1, 2)
             elif match := _ATTENTION.fullmatch(key):
                 self.chains.setdefault(f"{match['name']}.cores", {})[int(match["core"])] = tensor.transpose(1, 2)
@@ -119,6 +136,11 @@ class _Checkpoint:
         count = 1 + max((e for cores in experts.values() for parts in cores.values() for e in parts), default=0)
         for name, cores in experts.items():
             self.chains[name] = {k: self._joined(name, k, parts, count) for k, parts in cores.items()}
+        # Beside its cores the original may keep the matrix that they came from.
+        self.dense = {name: weight for name, weight in self.dense.items() if name not in self.chains}
+        for name, parts in full.items():
+            if name not in self.chains:
+                self.dense[name] = torch.stack([parts[e] for e in sorted(parts)])
 
     @staticmethod
     def _joined(name: str, core: int, parts: dict[int, Tensor], count: int) -> Tensor:
@@ -135,6 +157,8 @@ class _Checkpoint:
         return ordered[0]
 
     def num_experts(self) -> int:
+        for weight in self.dense.values():
+            return weight.shape[0]
         for name, chain in self.chains.items():
             if ".experts." in name and chain[0].dim() == 5:
                 return chain[0].shape[0]
@@ -156,13 +180,17 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
     targets = [
         target
         for target, mark in (("ffn", ".experts."), ("attention", "Attention."), ("embedding", "shared."))
-        if any(mark in name for name in names)
+        if any(mark in name for name in [*names, *checkpoint.dense])
     ]
     if not targets:
-        raise ValueError("source must be a checkpoint of the original implementation; it holds no MPO cores")
+        raise ValueError(
+            "source must be a checkpoint of the original implementation; it holds no MPO cores and no experts"
+        )
     every = MPOEConfig(target_modules=targets)
     patterns: dict[str, Any] = {}
     for site in find_sites(base, FAMILIES["t5"], base.config, every):
+        if isinstance(site, FFNSite) and f"{site.name}.experts.up" in checkpoint.dense:
+            continue
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
             shapes = {k: checkpoint.shape(f"{site.name}.experts.{k}", *site.weight(k).shape) for k in ("up", "down")}
             patterns[re.escape(site.name)] = shapes
@@ -175,13 +203,14 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
         num_experts=checkpoint.num_experts(),
         shape_pattern=patterns,
         target_modules=targets,
+        expert_type="dense" if checkpoint.dense else "mpo",
     )
 
 
 @one_at_a_time
 @torch.no_grad()
 def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any:
-    """Build an MPOE model from a checkpoint of the original implementation.
+    """Build an MPOE model from a checkpoint of the original implementation, its baselines with dense experts included.
 
     Args:
         source: the original's state dict, its ``pytorch_model.bin`` or ``model.safetensors``, or the folder of one.
@@ -233,7 +262,8 @@ def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
     """Routers, and parameters that both sides call alike."""
     own = dict(model.named_parameters(remove_duplicate=False))
     obsolete = model._keys_to_ignore_on_load_unexpected or []
-    for name, value in {**checkpoint.routers, **checkpoint.rest}.items():
+    experts = {f"{name}.weight": weight for name, weight in checkpoint.dense.items()}
+    for name, value in {**checkpoint.routers, **experts, **checkpoint.rest}.items():
         if any(re.search(pattern, name) for pattern in obsolete):
             continue
         if name not in own:
@@ -246,3 +276,6 @@ def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
         raise ValueError(
             f"the checkpoint must hold every router; missing {sorted(routers - set(checkpoint.routers))[:3]}"
         )
+    missing = {name for name in own if re.search(r"\.experts\.\w+\.weight$", name)} - set(experts)
+    if missing:
+        raise ValueError(f"the checkpoint must hold every expert; missing {sorted(missing)[:3]}")

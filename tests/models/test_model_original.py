@@ -100,6 +100,38 @@ def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
     assert torch.equal(load_mpoe(tmp_path / "ours")(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize("moe_type", ["switch", "moe"])
+@torch.no_grad()
+def test_baselines_with_dense_experts(moe_type):
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, moe_type)
+    state = {name: value for name, value in state.items() if "_mpo." not in name}
+    for name, matrix in matrices.items():
+        layer, _, kind = name.partition(".DenseReluDense.experts.")
+        if moe_type == "moe":
+            state[f"{layer}.moe_layer.experts.{'w1' if kind == 'up' else 'w2'}"] = matrix
+        else:
+            keys = [f"{layer}.sffn.experts.{e}.{'wi' if kind == 'up' else 'wo'}.weight" for e in range(EXPERTS)]
+            state |= {key: weight.T for key, weight in zip(keys, matrix, strict=True)}
+    model = import_original(state, base)
+    assert (model.mpoe_config.expert_type, model.mpoe_config.moe_type) == ("dense", moe_type)
+    own = model.state_dict()
+    for name, matrix in matrices.items():
+        assert torch.equal(own[f"{name}.weight"], matrix)
+    assert torch.isfinite(model(**batch("t5")).logits).all()
+    state.pop(next(name for name in state if ".wo.weight" in name or name.endswith("experts.w2")))
+    with pytest.raises(ValueError, match=r"must be \[3, 48, 24\]|must hold every expert"):
+        import_original(state, base)
+
+
+def test_matrices_that_the_cores_came_from_are_ignored():
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, "moe")
+    name = next(iter(matrices))
+    state[f"{name.partition('.DenseReluDense')[0]}.moe_layer.experts.w1"] = torch.zeros(EXPERTS, 24, 48)
+    assert import_original(state, base).mpoe_config.expert_type == "mpo"
+
+
 def broken(change):
     base = dense_model("t5")
     state, _ = original_checkpoint(base, "switch")

@@ -60,7 +60,7 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
                 dense += elements
                 switch += module.num_experts * elements
     for name, cores in mpo_modules(model):
-        if name not in in_feed_forward:
+        if name.removesuffix(".base_layer") not in in_feed_forward:  # so called where PEFT adapts them
             dense += cores.in_features * cores.out_features
             switch += cores.in_features * cores.out_features
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}

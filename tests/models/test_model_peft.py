@@ -92,7 +92,12 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
 
 def test_an_adapted_expert_is_its_cores_plus_the_product(converted):
     base = converted("gpt2", shape="paper")
+    report = base.parameter_report()
     adapted = peft.get_peft_model(base, core_config("gpt2", lora_alpha=6))
+    same = ("central", "auxiliary", "router")
+    assert {k: base.parameter_report()[k] for k in same} == {k: report[k] for k in same}
+    added = base.parameter_report()["rest"] - report["rest"]
+    assert base.parameter_report()["dense_total"] == report["dense_total"] + added
     layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
     for values in (*layer.lora_A["default"].values(), *layer.lora_B["default"].values()):
         torch.nn.init.normal_(values)

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import check_length, check_tokenizer
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
-from mpoe.layers import MPOEmbedding, MPOLinear, TopKRouter, load_balancing_loss
+from mpoe.layers import DenseExperts, MPOEmbedding, MPOLinear, TopKRouter, load_balancing_loss
+from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
 from mpoe.training.checkpoints import step_of
 from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.sharding import shard_model
 from mpoe_kernels import MPOShape, fold, mpo_embedding, mpo_linear, route
 
 SHAPE = MPOShape((2, 3), (3, 2))
@@ -42,6 +44,14 @@ def not_finite() -> GPT2LMHeadModel:
 def chunked() -> BertModel:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=20, chunk_size_feed_forward=2, **sizes))
+
+
+def merged():
+    return merge_experts(convert_to_mpoe(gpt2()))
+
+
+def two_experts():
+    return fold([CORES[0].expand(2, -1, -1, -1, -1), CORES[1]], 1)
 
 
 CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -115,6 +125,48 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "ids": (lambda: mpo_embedding(torch.ones(2), fold(CORES, 1)), TypeError, "ids must be an int32 or int64 tensor"),
     "no axis": (lambda: mpo_linear(torch.tensor(1.0), fold(CORES, 1)), ValueError, r"x must be a tensor \[\.\.\., I\]"),
     "experts": (lambda: route(torch.zeros(3), 2), (TypeError, ValueError), "top_k_index must be"),
+    "backend": (lambda: MPOEConfig(backend=3), TypeError, "backend must be a name or None; got int 3"),
+    "gating": (lambda: MPOEConfig(moe_type="moe", router=RouterConfig()), ValueError, "moe_type 'moe' needs a router"),
+    "top k": (
+        lambda: MPOEConfig(num_experts=1, router={"top_k": 2}),
+        ValueError,
+        "top_k must be at most num_experts = 1",
+    ),
+    "patterns": (lambda: MPOEConfig(shape_pattern=3), TypeError, "shape_pattern must be a mapping .*; got int"),
+    "ratios": (lambda: MPOEConfig(rate_ratios=3), TypeError, "rate_ratios must be a mapping; got int"),
+    "jitter": (lambda: RouterConfig(jitter="x"), TypeError, "jitter must be a number; got str 'x'"),
+    "router dict": (lambda: RouterConfig.from_dict(3), TypeError, "RouterConfig must be a mapping; got int 3"),
+    "cores shape": (lambda: MPOCores("x", 1), TypeError, "shape must be an MPOShape; got str"),
+    "no experts": (lambda: MPOCores(SHAPE, 0), ValueError, "num_experts must be at least 1; got 0"),
+    "no dense experts": (lambda: DenseExperts(4, 8, 0), ValueError, "num_experts must be at least 1; got 0"),
+    "router top k": (lambda: TopKRouter(4, 2, RouterConfig(top_k=3)), ValueError, "top_k must be at most .* 2; got 3"),
+    "cache of dense": (lambda: merged().cache_experts(5), ValueError, "cache_experts needs a model with MPO experts"),
+    "summary of dense": (lambda: merged().mpoe_summary(), ValueError, "mpoe_summary needs a model with MPO weights"),
+    "freezing of dense": (lambda: merged().freeze_central(), ValueError, "there are no central cores to freeze"),
+    "parts of dense": (lambda: save_mpoe_only(gpt2(), "x", gpt2()), TypeError, "model must be an MPOE model"),
+    "absent original": (
+        lambda: import_original("absent", t5()),
+        ValueError,
+        "source must be a checkpoint of the original",
+    ),
+    "sharding dense": (lambda: shard_model(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
+    "sharding alone": (lambda: shard_model(convert_to_mpoe(gpt2())), RuntimeError, "needs a process group"),
+    "central": (lambda: MPOShape((2,), (2,), None, "x"), TypeError, "central must be an integer; got 'x'"),
+    "bond": (lambda: MPOShape((2, 3), (3, 2), [1.5]), TypeError, r"max_bond must hold integers or None; got 1\.5"),
+    "true size": (lambda: MPOShape((2,), (2,), None, 0, "x"), TypeError, "in_features must be an integer; got 'x'"),
+    "paper size": (lambda: MPOShape.paper("x", 3), TypeError, "must be an integer; got 'x'"),
+    "paper zero": (lambda: MPOShape.paper(0, 3), ValueError, "must be at least 1; got 0"),
+    "central of fold": (lambda: fold(CORES, "x"), TypeError, "central must be an integer; got 'x'"),
+    "outer bonds": (lambda: fold([torch.ones(2, 2, 3, 6), CORES[1]], 1), ValueError, "outer bonds .* must be 1; got 2"),
+    "no blocks": (lambda: mpo_embedding(torch.zeros(2).long(), 3), TypeError, "blocks must be MPOBlocks .*; got int"),
+    "two tables": (lambda: mpo_embedding(torch.zeros(2).long(), two_experts()), ValueError, "one expert .*; got 2"),
+    "two experts": (
+        lambda: mpo_linear(torch.ones(3, 6), two_experts()),
+        ValueError,
+        "one expert for mpo_linear; got 2",
+    ),
+    "id": (lambda: mpo_embedding(torch.tensor([9]), fold(CORES, 1)), IndexError, r"ids must lie in 0\.\.5; got 9"),
+    "no choice": (lambda: route(torch.zeros(3, 0).long(), 2), ValueError, "top_k_index must be .* with K >= 1"),
 }
 
 

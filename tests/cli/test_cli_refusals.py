@@ -246,3 +246,20 @@ def test_numbers_beyond_what_there_is(refused, sentiment: Path, tmp_path: Path) 
     assert "label_words: bad JSON" in refused(*train_flags(tmp_path / "run", sentiment, "--label_words", deep))
     assert "shape_pattern: bad JSON" in refused(*train_flags(tmp_path / "run", sentiment, "--shape_pattern", deep))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_outputs_and_inputs_of_convert(refused, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert "OUT" in refused("convert", "t5", tmp_path / "out")
+    shutil.copytree(stand_in_path("t5"), tmp_path / "t5")
+    assert "OUT must be another folder than IN" in refused("convert", tmp_path / "t5", tmp_path / "t5")
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "mpoe_t5"}')
+    assert "IN is converted already (mpoe_t5)" in refused("convert", tmp_path / "out", tmp_path / "new")
+    line = refused("convert", "t5", tmp_path / "new", "--original_checkpoint", "x", "--num_experts", 2)
+    assert "num_experts cannot be given with it" in line
+    line = refused("convert", "t5", tmp_path / "new", "--mpo_layers", "mlp", "--target_modules", "ffn")
+    assert "mpo_layers says what target_modules and expert_type say" in line
+    assert "mpo_layers must be nompo alone" in refused("convert", "t5", tmp_path / "new", "--mpo_layers", "mlp,nompo")
+    assert not (tmp_path / "new").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import torch
 from training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
+from mpoe.training import find_last_checkpoint
 
 from . import kills, memory
 from .disks import command_says, full_disk, straight_run
+from .processes import fork
 
 
 @pytest.mark.slow
@@ -29,6 +33,25 @@ def test_full_disk_loses_nothing(tmp_path: Path) -> None:
     room = (tmp_path / "straight" / "model.safetensors").stat().st_size
     for size in (10_000, room + 1000):
         assert full_disk(tmp_path, size, expected) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """400 KiB hold one checkpoint; with more room the run goes on from it."""
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        assert fork(lambda: kills.victim(disk / "run"), log).wait() == 1
+        assert "No space left on device" in log.read_text()
+        assert kills.what_is_wrong(disk / "run", None) == []
+        assert find_last_checkpoint(disk / "run") == disk / "run" / "checkpoint-3"
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert fork(lambda: kills.victim(disk / "run"), log).wait() == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("options", [{"size": 20_000}, {"as_user": True}], ids=["full", "read_only"])

@@ -41,6 +41,6 @@ TRIALS = (
     trial("upcycled", "wide, after half dense", upcycled=0.5),
     trial("upcycled_fast", "wide, after half dense, auxiliary rate x 3", upcycled=0.5, scales=(1.0, 0.3)),
     trial("upcycled_faster", "wide, after half dense, auxiliary rate x 10", upcycled=0.5, scales=(1.0, 1.0)),
-    trial("upcycled_paper", "paper, after half dense, auxiliary rate x 3", "paper", upcycled=0.5, scales=(1.0, 0.3)),
+    trial("upcycled_paper", "paper, after half dense, auxiliary rate x 10", "paper", upcycled=0.5, scales=(1.0, 1.0)),
     Arm("switch8_upcycled", "Switch 8 after half dense", DENSE_EXPERTS, upcycled=0.5),
 )

@@ -239,8 +239,9 @@ ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
-    if ISAS.index(isa) > ISAS.index(NATIVE_LIBRARY.info["isa_detected"]):
-        pytest.skip(f"this machine has no {isa}")
+    best = NATIVE_LIBRARY.info["isa_detected"]  # what the tests use anyway
+    if ISAS.index(isa) >= ISAS.index(best):
+        pytest.skip(f"this machine's best is {best}")
     environment = os.environ | {"MPOE_CPU_ISA": isa}
     tests = [f"{__file__}::{name}" for name in ("test_many_blocks", "test_small_shapes", "test_any_factors")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.models.components import component_of, parse_components
-
-
-def iterate_cores(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
-    """Every `MPOCores` of a model with its name, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, MPOCores):
-            yield name, module
+from mpoe.models.report import mpo_modules
 
 
 def chain_parameters(cores: MPOCores) -> list[nn.Parameter]:
@@ -61,7 +53,7 @@ def freeze_cores(
     """
     components = parse_components(update_mpo_layer)
     indices = parse_core_indices(train_AT_index)
-    modules = list(iterate_cores(model))
+    modules = list(mpo_modules(model))
     asked = components is not None or tensor_learn or bool(indices)
     if asked and not modules:
         raise ValueError(

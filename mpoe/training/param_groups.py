@@ -21,8 +21,9 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.experts import DenseExperts
+from mpoe.models.report import mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
-from mpoe.training.freezing import chain_parameters, iterate_cores
+from mpoe.training.freezing import chain_parameters
 
 # Order of the groups; the first one's rate is what the Trainer logs as `learning_rate`.
 KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
@@ -99,7 +100,7 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
     """id(core parameter) -> (kind, RMS ratio, rate)."""
     central_scale, auxiliary_scale = args.lr_scales
     rates: dict[int, tuple[str, float, float]] = {}
-    for name, cores in iterate_cores(model):
+    for name, cores in mpo_modules(model):
         for index, (parameter, ratio) in enumerate(zip(chain_parameters(cores), _ratios(name, cores), strict=True)):
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
             ratio = ratio if args.scale_core_lr else 1.0

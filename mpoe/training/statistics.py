@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpoe.training.freezing import chain_parameters, iterate_cores
+from mpoe.models.report import mpo_modules
+from mpoe.training.freezing import chain_parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ExpertLoad:
 def core_grad_norms(model: nn.Module) -> dict[str, float]:
     """L2 norms of the gradients of all central and of all auxiliary cores; kinds without any gradient are left out."""
     gradients: dict[str, list[Tensor]] = {"central": [], "auxiliary": []}
-    for _, cores in iterate_cores(model):
+    for _, cores in mpo_modules(model):
         for index, parameter in enumerate(chain_parameters(cores)):
             if parameter.grad is not None:
                 gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())

@@ -20,8 +20,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from transformers import TrainerCallback
 
 from mpoe.layers import global_batch
+from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, rank_share, save_sharded, shard_model
-from mpoe.training.freezing import iterate_cores
 
 from .tiny import Rows, make_trainer, mpoe_model, weights
 
@@ -36,7 +36,7 @@ class Watch(TrainerCallback):
     """Which central cores an optimizer step moved, by name, and whether it was masked."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.cores = {name: cores.central for name, cores in iterate_cores(model)}
+        self.cores = {name: cores.central for name, cores in mpo_modules(model)}
         self.moved: list[list[bool]] = []
         self.masked: list[bool] = []
         self.mask: GradientMask | None = None

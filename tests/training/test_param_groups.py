@@ -12,8 +12,9 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
+from mpoe.models.report import mpo_modules
 from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
-from mpoe.training.freezing import chain_parameters, component_of, iterate_cores
+from mpoe.training.freezing import chain_parameters, component_of
 from mpoe_kernels import MPOShape
 
 from .toy import Toy
@@ -32,7 +33,7 @@ def rates(groups: list[dict[str, Any]]) -> dict[int, tuple[float, float, str]]:
 def pretrained_toy(gauge: str = "symmetric") -> Toy:
     """Cores decomposed from weights, so that their ratios differ from each other."""
     model = Toy()
-    for _, cores in iterate_cores(model):
+    for _, cores in mpo_modules(model):
         cores.load_weight_(torch.randn(cores.shape.in_features, cores.shape.out_features) * 0.05, gauge)
     return model
 
@@ -52,7 +53,7 @@ def test_core_rates(
 ) -> None:
     model = pretrained_toy(gauge)
     found = rates(build_param_groups(model, arguments(tmp_path, **options)))
-    for _, cores in iterate_cores(model):
+    for _, cores in mpo_modules(model):
         weight_rms = cores.dense_weights()[0].square().mean().sqrt().item()
         for index, core in enumerate(chain_parameters(cores)):
             scale = central if index == cores.shape.central else auxiliary
@@ -63,7 +64,7 @@ def test_core_rates(
 def test_one_raw_rate_without_scaling(tmp_path: Path) -> None:
     model = pretrained_toy()
     found = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, mpo_lr=5e-4)))
-    cores = [core for _, module in iterate_cores(model) for core in chain_parameters(module)]
+    cores = [core for _, module in mpo_modules(model) for core in chain_parameters(module)]
     assert {found[id(core)][0] for core in cores} == {5e-4}
     half = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, central_lr_scale=0.5)))
     assert {half[id(core)][0] for core in model.centrals()} == {5e-4}
@@ -151,7 +152,7 @@ class Mixed(nn.Module):
 
 
 def trained_cores(model: nn.Module) -> dict[str, list[bool]]:
-    return {name: [p.requires_grad for p in chain_parameters(cores)] for name, cores in iterate_cores(model)}
+    return {name: [p.requires_grad for p in chain_parameters(cores)] for name, cores in mpo_modules(model)}
 
 
 def test_tensor_learn_freezes_the_centres_only() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
+from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, GradientMaskCallback, MPOETrainingArguments
-from mpoe.training.freezing import iterate_cores
 from mpoe.training.gradient_mask import mask_draw
 
 from .tiny import Rows, arguments, make_trainer, mpoe_model, weights
@@ -47,7 +47,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.masked.append(all_masked(model))
-        self.gradients.append(any(cores.central.grad is not None for _, cores in iterate_cores(model)))
+        self.gradients.append(any(cores.central.grad is not None for _, cores in mpo_modules(model)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
         centrals, others = self.state(model, optimizer)
@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
 
 
 def all_masked(model: Any) -> bool:
-    states = {cores.central_masked for _, cores in iterate_cores(model)}
+    states = {cores.central_masked for _, cores in mpo_modules(model)}
     assert len(states) == 1, "central cores are masked alike"
     return states.pop()
 

@@ -27,7 +27,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         if work.exists():
             shutil.rmtree(work)
         shutil.copytree(folder / kind, work)
-        file = draw.choice(sorted(work.iterdir()))
+        file = draw.choice(sorted(path for path in work.iterdir() if path.suffix in (".json", ".safetensors")))
         how = draw.choice(
             (spoil_header, spoil_json, spoil_file) if file.suffix != ".json" else (spoil_json, spoil_file)
         )

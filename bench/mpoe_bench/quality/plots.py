@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def _kind(name: str) -> str:
 def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
     colours = dict(zip(MARKERS, COLOURS, strict=False))
     seen: set[str] = set()
+    names: dict[float, list[tuple[float, str]]] = {}
     for _, own in by_arm(records):
         spread, kind = Spread.of([r["test"] for r in own]), _kind(own[0]["name"])
         at = own[0]["of_dense"]
@@ -44,15 +46,29 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
         axes.errorbar(
             at, spread.mean, spread.deviation or 0.0, fmt=MARKERS[kind], color=colours[kind], capsize=2, label=label
         )
-        short = own[0]["name"].removeprefix("dense, ").removeprefix("control: ")
-        axes.annotate(short, (at, spread.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        short = own[0]["name"].removeprefix("dense, ").removeprefix("control: ").removeprefix("MPOE 8 ")
+        names.setdefault(at, []).append((spread.mean, short))
     axes.set_xscale("log", base=2)
     plain_ticks(axes.xaxis, [1, 2, 4, 8, 16])
-    axes.set_xlim(0.9, 20)
+    axes.set_xlim(0.7, 20)
+    _write_names(axes, names)
     axes.set_xlabel("weights of all feed-forward layers, x dense")
     axes.set_ylabel(field.measure)
     axes.grid(alpha=0.25)
     legend_beside(axes)
+
+
+def _write_names(axes: Any, names: Mapping[float, list[tuple[float, str]]]) -> None:
+    """Beside their points, towards the side with more room, and one line apart."""
+    low, high = axes.get_ylim()
+    line, sizes = (high - low) / 45, sorted(names)
+    for at in sizes:
+        crowded = any(1.15 * at < other < 2 * at for other in sizes)
+        y = -math.inf
+        for score, name in sorted(names[at]):
+            y = max(score, y + line)
+            place = {"xytext": (at * (0.97 if crowded else 1.03), y), "ha": "right" if crowded else "left"}
+            axes.annotate(name, (at, score), va="center", fontsize=6.5, **place)
 
 
 def _paint_mask(axes: Any, masked: Sequence[tuple[float, Records]], field: Any) -> None:

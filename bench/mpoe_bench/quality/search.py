@@ -19,6 +19,14 @@ def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
     return mpoe(key, f"MPOE 8 {name}", shape, **options)
 
 
+def paper_after(how_long: str, part: float, rate: int, key: str, **options: Any) -> Arm:
+    """The paper's shape, after a ``part`` of the steps dense, auxiliary cores at ``rate`` times the base arm's."""
+    router = options.get("router", {})
+    name = f"paper, after {how_long} dense, auxiliary rate x {rate}"
+    name += ", gate p" * ("is_scale_prob" in router) + ", balancing loss x .1" * ("balance_loss_weight" in router)
+    return trial(key, name, "paper", upcycled=part, scales=(1.0, rate / 10), **options)
+
+
 TRIALS = (
     Arm("switch8_lossless", "Switch 8, gate p / sg(p)", DENSE_EXPERTS, router=LOSSLESS),
     trial("raw", "wide, gate p", router=RAW),
@@ -41,6 +49,11 @@ TRIALS = (
     trial("upcycled", "wide, after half dense", upcycled=0.5),
     trial("upcycled_fast", "wide, after half dense, auxiliary rate x 3", upcycled=0.5, scales=(1.0, 0.3)),
     trial("upcycled_faster", "wide, after half dense, auxiliary rate x 10", upcycled=0.5, scales=(1.0, 1.0)),
-    trial("upcycled_paper", "paper, after half dense, auxiliary rate x 10", "paper", upcycled=0.5, scales=(1.0, 1.0)),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper"),
+    trial("upcycled_fastest", "wide, after half dense, auxiliary rate x 30", upcycled=0.5, scales=(1.0, 3.0)),
+    paper_after("half", 0.5, rate=30, key="upcycled_paper_fastest"),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_raw", router=RAW),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_balance", router=RAW | {"balance_loss_weight": 1e-3}),
+    paper_after("a quarter", 0.25, rate=10, key="upcycled_paper_quarter"),
     Arm("switch8_upcycled", "Switch 8 after half dense", DENSE_EXPERTS, upcycled=0.5),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,18 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5C
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import check_length, check_tokenizer
+from mpoe.data.metrics import pearson
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.layers import DenseExperts, MPOEmbedding, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
+from mpoe.planning.inventory import read_values
 from mpoe.training.checkpoints import step_of
+from mpoe.training.freezing import freeze_cores
 from mpoe.training.gradient_mask import GradientMask
-from mpoe.training.sharding import shard_model
-from mpoe_kernels import MPOShape, fold, mpo_embedding, mpo_linear, route
+from mpoe.training.sharding import save_sharded, shard_model
+from mpoe_kernels import MPOBlocks, MPOShape, fold, mpo_embedding, mpo_linear, route
+from mpoe_kernels.reference.linear import activation_reference
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
@@ -52,6 +57,12 @@ def merged():
 
 def two_experts():
     return fold([CORES[0].expand(2, -1, -1, -1, -1), CORES[1]], 1)
+
+
+def blocks(
+    left: tuple[int, ...] = (1, 2, 3, 4), right: tuple[int, ...] = (1, 4, 3, 2), sizes: tuple[int, int] = (6, 6)
+) -> MPOBlocks:
+    return MPOBlocks(torch.ones(left), torch.ones(4, 1, 1, 4), torch.ones(right), *sizes)
 
 
 CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -167,6 +178,27 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "id": (lambda: mpo_embedding(torch.tensor([9]), fold(CORES, 1)), IndexError, r"ids must lie in 0\.\.5; got 9"),
     "no choice": (lambda: route(torch.zeros(3, 0).long(), 2), ValueError, "top_k_index must be .* with K >= 1"),
+    "bonds of left": (lambda: blocks(left=(1, 2, 3, 5)), ValueError, r"left .* must agree in a; got .*1, 2, 3, 5"),
+    "bonds of right": (lambda: blocks(right=(1, 5, 3, 2)), ValueError, r"right .* must agree in b; got .*1, 5, 3, 2"),
+    "experts of right": (
+        lambda: blocks(right=(2, 4, 3, 2)),
+        ValueError,
+        "left and right must hold the same number of experts",
+    ),
+    "no inputs": (lambda: blocks(sizes=(0, 12)), ValueError, r"in_features must lie between 1 and .* = 6; got 0"),
+    "outputs": (lambda: blocks(sizes=(6, 13)), ValueError, r"out_features must lie between 1 and .* = 6; got 13"),
+    "numbers of two axes": (
+        lambda: pearson([[1.0], [2.0]], [[1.0], [2.0]]),
+        ValueError,
+        r"predictions and references must be \[N\]; got \(2, 1\)",
+    ),
+    "no model's name": (lambda: read_values(""), ValueError, "model must be a folder, .*; got an empty name"),
+    "a plain model": (
+        lambda: save_sharded(gpt2(), "x"),
+        TypeError,
+        "model must be sharded by shard_model; got a plain",
+    ),
+    "reference": (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),
 }
 
 
@@ -175,3 +207,26 @@ def test_refused(case: str) -> None:
     call, kind, message = CASES[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_nothing_left_to_train() -> None:
+    model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rsplit(".", 1)[-1] == "central")
+    with pytest.raises(ValueError, match="together leave nothing to train"):
+        freeze_cores(model, tensor_learn=True, train_AT_index="0,1,2")
+
+
+def test_originals_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source must hold model\.safetensors or pytorch_model\.bin; .* has neither"):
+        import_original(tmp_path, t5())
+    torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"source must map names to tensors; .* holds something else"):
+        import_original(tmp_path, t5())
+
+
+def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
+    model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="components must be in MPO form in the model; attention is not"):
+        load_layers(model, tmp_path, ["attention"])

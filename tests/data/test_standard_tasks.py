@@ -187,8 +187,8 @@ def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("datasets_package")
 def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     for folder in ("boolq", "cb"):  # as the hub lays out a converted data set: a folder per configuration
         (tmp_path / "set" / folder).mkdir(parents=True)
         for split in ("train", "validation", "test"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,27 @@ def import_bench() -> None:
         importlib.import_module("mpoe_bench")
 
 
-def command(
-    suite: str,
-    device: str,
-    backend: str | None,
-    out: Path,
-    threads: int | None,
-    clock: str,
-    scale: str,
-    wide: bool,
-    overwrite: bool,
-    minutes: float | None = None,
-) -> dict[str, Any]:
-    """Check the arguments and run; returns what ``results.json`` holds.
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `mpoe bench` was asked for, by the names of its options."""
+
+    suite: str
+    device: str
+    backend: str | None
+    out: Path
+    threads: int | None
+    clock: str
+    scale: str
+    wide: bool
+    overwrite: bool
+    minutes: float | None = None
+
+
+def command(options: BenchOptions) -> dict[str, Any]:
+    """Check the options and run; returns what ``results.json`` holds.
 
     Raises:
-        CommandError: an argument that does not fit, an output folder that is taken, or results that are wrong.
+        CommandError: an option that does not fit, an output folder that is taken, or results that are wrong.
     """
     from mpoe.cli.files import RESULTS_FILE
     from mpoe.training.output_dir import check_folder
@@ -51,33 +57,24 @@ def command(
     import_bench()
     from mpoe_bench import check_options
 
+    out, minutes = options.out, options.minutes
     try:
-        check_options(suite, device, threads, clock, scale, backend)
+        check_options(options.suite, options.device, options.threads, options.clock, options.scale, options.backend)
     except ValueError as error:
         raise CommandError(str(error)) from None
     if minutes is not None and not minutes > 0:
         raise CommandError(f"minutes must be greater than 0; got {minutes}")
     check_folder("out", out)
-    if (out / RESULTS_FILE).exists() and not overwrite:
+    if (out / RESULTS_FILE).exists() and not options.overwrite:
         raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    results = _measure(suite, device, backend, out, threads, clock, scale, wide, minutes)
+    results = _measure(options)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
-def _measure(
-    suite: str,
-    device: str,
-    backend: str | None,
-    out: Path,
-    threads: int | None,
-    clock: str,
-    scale: str,
-    wide: bool,
-    minutes: float | None,
-) -> dict[str, Any]:
+def _measure(options: BenchOptions) -> dict[str, Any]:
     from mpoe_bench import expected_time, run_suite
     from mpoe_bench.console import show
     from mpoe_bench.tables import HOW_TO_READ, machine_table, table_of, target_table
@@ -85,6 +82,7 @@ def _measure(
 
     from mpoe.cli.files import write_json
 
+    suite, scale, out, wide = options.suite, options.scale, options.out, options.wide
     console = Console() if sys.stdout.isatty() else Console(width=10 * PIPE_WIDTH if wide else PIPE_WIDTH)
     console.print(f"Suite {suite}, done in {expected_time(suite, scale)}. {HOW_TO_READ}", style="dim", highlight=False)
     sections: list[dict[str, Any]] = []
@@ -96,8 +94,17 @@ def _measure(
 
     try:
         with console.status("starting") as status:
-            seconds = None if minutes is None else 60 * minutes
-            results = run_suite(suite, device, threads, clock, scale, status.update, finished, backend, seconds)
+            results = run_suite(
+                suite,
+                options.device,
+                options.threads,
+                options.clock,
+                scale,
+                status.update,
+                finished,
+                options.backend,
+                None if options.minutes is None else 60 * options.minutes,
+            )
     except BaseException:
         if sections:
             console.print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")

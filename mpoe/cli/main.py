@@ -147,9 +147,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure MPO experts against the dense layer and their peers on this machine."""
-    from mpoe.cli.bench import command
+    from mpoe.cli.bench import BenchOptions, command
 
-    command(suite, device, backend, out, threads, clock, scale, wide, overwrite, minutes)
+    command(BenchOptions(suite, device, backend, out, threads, clock, scale, wide, overwrite, minutes))
 
 
 def main(arguments: list[str] | None = None) -> None:

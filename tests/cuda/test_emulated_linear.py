@@ -13,6 +13,7 @@ from mpoe_kernels import MPOShape
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
+from mpoe_kernels.testing.linear_scenarios import LinearScenarios
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in planned_strategies(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
@@ -78,34 +79,8 @@ def test_large_tiles() -> None:
     case.check("rebuild")
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_activations_with_and_without_gather(activation: str, gathered: bool) -> None:
-    Case(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
-    Case(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False).check("rebuild")
-
-
-@pytest.mark.parametrize("name", ["light", "separable"])
-@pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
-def test_distributions(name: str, kind: str) -> None:
-    shape = SMALL_SHAPES[name]
-    for strategy in planned_strategies(shape):
-        Case(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu").check(strategy)
-
-
-@pytest.mark.parametrize("name", ["light", "separable"])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_no_tokens(name: str, activation: str) -> None:
-    for strategy in planned_strategies(SMALL_SHAPES[name]):
-        Case(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(strategy)
-
-
-@pytest.mark.parametrize("name", ["paper", "separable"])
-def test_backward_strategy_is_chosen_on_its_own(name: str) -> None:
-    shape = SMALL_SHAPES[name]
-    strategies = planned_strategies(shape)
-    for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
-        Case(shape, activation="relu").check(forward, backward)
+class TestScenarios(LinearScenarios):
+    problem = Case
 
 
 @pytest.mark.parametrize("name", ["light", "separable"])

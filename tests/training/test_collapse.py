@@ -15,10 +15,8 @@ import torch
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.training import MPOETrainer
 
-from .minilm import accuracy, classifier, collator, sentiment
-from .tiny import arguments
+from .minilm import classifier, sentiment, sentiment_trainer
 
 # CI runs a short slice; MPOE_COLLAPSE_STEPS=100 is the full evidence.
 STEPS = int(os.environ.get("MPOE_COLLAPSE_STEPS", "40"))
@@ -31,25 +29,9 @@ def fine_tune(shared_data: Path, tmp_path: Path, shape: str, gauge: str, **optio
     dense = classifier()
     torch.manual_seed(1)
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=EXPERTS[shape], shape=shape, gauge=gauge))
-    args = arguments(
-        tmp_path,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=100,
-        max_steps=STEPS,
-        learning_rate=5e-4,
-        weight_decay=0.01,
-        warmup_steps=0.1,
-        logging_steps=10,
-        **options,
-    )
-    trainer = MPOETrainer(
-        model=model,
-        args=args,
-        train_dataset=sentiment(shared_data, "train", STEPS * BATCH, LENGTH),
-        eval_dataset=sentiment(shared_data, "validation", 300, LENGTH),
-        data_collator=collator(),
-        compute_metrics=accuracy,
-    )
+    train = sentiment(shared_data, "train", STEPS * BATCH, LENGTH)
+    evaluation = sentiment(shared_data, "validation", 300, LENGTH)
+    trainer = sentiment_trainer(model, tmp_path, train, evaluation, STEPS, BATCH, **options)
     trainer.train()
     metrics = trainer.evaluate()
     print(shape, gauge, options, metrics)  # shown by pytest -s or on failure

@@ -12,10 +12,8 @@ from transformers import TrainerCallback
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.training import MPOETrainer
 
-from .minilm import accuracy, classifier, collator, sentiment
-from .tiny import arguments
+from .minilm import classifier, collator, sentiment, sentiment_trainer
 
 CPU_SECONDS = 150
 
@@ -54,25 +52,8 @@ class CpuBudget(TrainerCallback):
 def test_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     steps, batch = 60, 32
     model = convert_to_mpoe(classifier(), MPOEConfig())
-    args = arguments(
-        tmp_path,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=64,
-        max_steps=steps,
-        learning_rate=5e-4,
-        weight_decay=0.01,
-        warmup_steps=0.1,
-        logging_steps=20,
-    )
-    trainer = MPOETrainer(
-        model=model,
-        args=args,
-        train_dataset=sentiment(shared_data, "train", steps * batch),
-        eval_dataset=sentiment(shared_data, "test"),
-        data_collator=collator(),
-        compute_metrics=accuracy,
-        callbacks=[CpuBudget(CPU_SECONDS)],
-    )
+    train, test = sentiment(shared_data, "train", steps * batch), sentiment(shared_data, "test")
+    trainer = sentiment_trainer(model, tmp_path, train, test, steps, batch, callbacks=[CpuBudget(CPU_SECONDS)])
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] >= 0.78

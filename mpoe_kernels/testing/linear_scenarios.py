@@ -1,0 +1,52 @@
+"""What the kernels of every backend are tested with beside their own tests: `LinearProblem` in unusual situations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mpoe_kernels.mpo.shape import MPOShape
+from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.testing.linear_problem import planned_strategies
+
+
+class LinearScenarios:
+    """Tests for pytest; a class ``Test...`` below it says what they run.
+
+    Attributes:
+        problem: a `LinearProblem` that runs some kernels.
+        strategies: the strategies of a shape.
+    """
+
+    problem: Callable[..., Any]
+    strategies: Callable[[MPOShape], list[str]] = staticmethod(planned_strategies)
+
+    @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+    @pytest.mark.parametrize("gathered", [False, True])
+    def test_activations_with_and_without_gather(self, activation: str, gathered: bool) -> None:
+        self.problem(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
+        light = self.problem(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False)
+        light.check("rebuild")
+
+    @pytest.mark.parametrize("name", ["light", "separable"])
+    @pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
+    def test_distributions(self, name: str, kind: str) -> None:
+        shape = SMALL_SHAPES[name]
+        for strategy in self.strategies(shape):
+            case = self.problem(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu")
+            case.check(strategy)
+
+    @pytest.mark.parametrize("name", ["light", "separable"])
+    @pytest.mark.parametrize("activation", ["none", "gelu"])
+    def test_no_tokens(self, name: str, activation: str) -> None:
+        for strategy in self.strategies(SMALL_SHAPES[name]):
+            self.problem(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(strategy)
+
+    @pytest.mark.parametrize("name", ["paper", "separable"])
+    def test_backward_strategy_is_chosen_on_its_own(self, name: str) -> None:
+        shape = SMALL_SHAPES[name]
+        strategies = self.strategies(shape)
+        for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
+            self.problem(shape, activation="relu").check(forward, backward)

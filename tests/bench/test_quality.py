@@ -20,7 +20,6 @@ from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
 from mpoe_bench.quality.statistics import Spread, gain, verdict  # noqa: E402
 from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule  # noqa: E402
 
-KINDS = ("wide8", "mask50", "biases8", "larger", "decay", "biases", "upcycled")
 PLAN = Plan("language", ("dense", "switch8", "separable8"), 3, seeds=(0, 1), tuning=1, rates=(1e-3, 4e-3))
 
 
@@ -51,10 +50,11 @@ def test_a_plan_leaves_a_record_for_every_arm_and_seed(folder: Path) -> None:
     assert {(r["arm"], r["budget"]["seed"]) for r in records} == {(a, s) for a in PLAN.arms for s in PLAN.seeds}
     tuned = {r["arm"]: r["budget"]["rate"] for r in records}
     for arm, rate in tuned.items():
-        scores = {
-            r: json.loads((folder / "tuning" / f"{arm}-{r:g}.json").read_text())["validation"] for r in PLAN.rates
-        }
+        tried = [json.loads(file.read_text()) for file in (folder / "tuning").glob(f"{arm}-*.json")]
+        scores = {record["budget"]["rate"]: record["validation"] for record in tried}
         assert rate == min(scores, key=scores.__getitem__)
+        assert set(PLAN.rates) < set(scores)
+        assert min(scores) < rate < max(scores) or len(scores) == 4
     by_arm = {r["arm"]: r for r in records}
     assert by_arm["switch8"]["of_switch"] == 1.0
     assert by_arm["dense"]["of_dense"] == 1.0
@@ -70,8 +70,9 @@ def test_a_stopped_plan_goes_on_and_runs_the_same(folder: Path, field: LanguageF
     run_plan(PLAN, field, folder, lambda _: None)
     again = json.loads(lost.read_text())
     assert kept.stat().st_mtime_ns == written
-    assert {k: v for k, v in again.items() if k != "cpu_seconds"} == {
-        k: v for k, v in before.items() if k != "cpu_seconds"
+    measured = ("cpu_seconds", "peak_memory")
+    assert {k: v for k, v in again.items() if k not in measured} == {
+        k: v for k, v in before.items() if k not in measured
     }
 
 
@@ -87,7 +88,8 @@ def test_the_report_shows_every_arm(folder: Path, field: LanguageField) -> None:
     assert text == (folder / "report.md").read_text()
     for key in PLAN.arms:
         assert f"| {arm_of(key).name} |" in text
-    assert "| Switch 8 |" in text.split("gain over dense")[1]
+    assert "Gain over dense" in text
+    assert "| one seed |" not in text
 
 
 def test_every_plan_knows_its_arms() -> None:
@@ -96,7 +98,7 @@ def test_every_plan_knows_its_arms() -> None:
         assert plan.tuning_seed not in plan.seeds
 
 
-@pytest.mark.parametrize("key", ["wide8", "mask50", "biases8", "larger", "decay", "biases", "upcycled"])
+@pytest.mark.parametrize("key", ["wide8", "mask50", "biases8", "larger", "decay", "biases", "upcycled_paper_even"])
 def test_every_kind_of_arm_trains(field: LanguageField, key: str) -> None:
     first, more = (run_arm(field, arm_of(key), Budget(steps, 4e-3, 0)) for steps in (1, 4))
     assert more["test"] < first["test"]

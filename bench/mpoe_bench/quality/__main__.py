@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from mpoe_bench.quality.language import LanguageField
+from mpoe_bench.quality.novels import NovelsField
 from mpoe_bench.quality.plans import PLANS, Plan
 from mpoe_bench.quality.report import write_report
 from mpoe_bench.quality.runs import run_plan
 from mpoe_bench.quality.sentences import SentencesField
+from mpoe_bench.quality.spans import SpansField
 
-FIELDS = {"sentences": SentencesField, "language": LanguageField}
+FIELDS = {field.name: field for field in (SentencesField, LanguageField, SpansField, NovelsField)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,6 +30,9 @@ class Arm:
         auxiliary_warmup, router_warmup: shares of all steps over which that group's rate rises from 0.
         upcycled: share of all steps that the dense model is trained before it is converted.
         router: fields of its `RouterConfig` that differ from the field's.
+        even_gate: gates are multiplied by the number of experts, so that an undecided router changes nothing.
+        adapter: only the experts' own cores and the routers train.
+        lora: rank of LoRA on the dense feed-forward layers; nothing else trains. 0 = none.
     """
 
     key: str
@@ -46,6 +49,9 @@ class Arm:
     router_warmup: float = 0.0
     upcycled: float = 0.0
     router: dict[str, Any] = field(default_factory=dict)
+    even_gate: bool = False
+    adapter: bool = False
+    lora: int = 0
 
 
 def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[int, int]) -> dict[str, MPOShape]:
@@ -90,4 +96,11 @@ ARMS = (
     Arm("larger", "dense, as large as MPOE 8 separable", as_large_as="separable8"),
     Arm("larger_paper", "dense, as large as MPOE 8 paper", as_large_as="paper8"),
     Arm("larger_wide", "dense, as large as MPOE 8 wide", as_large_as="wide8"),
+)
+
+# Fine-tuning a model as large as SmolLM2: what trains is a small part of it.
+ADAPTERS = (
+    Arm("lora16", "LoRA, rank 16", lora=16),
+    Arm("lora128", "LoRA, rank 128", lora=128),
+    mpoe("adapter8", "MPOE 8 separable, shared weights frozen", "separable", adapter=True),
 )

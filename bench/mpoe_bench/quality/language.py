@@ -81,12 +81,12 @@ class LanguageField:
     name = "language"
     measure = "test loss, nats per byte"
     lower_is_better = True
+    reference = "dense"
     regime = "scratch"
     gauge = "identity"
     light_p = 16
     # By type of expert, what was better on the validation split: Switch learns more with the raw gate, MPO less.
     routers: ClassVar[dict[str, dict[str, Any]]] = {"dense": {"is_scale_prob": True}}
-    rates = (4e-3, 8e-3, 16e-3)
     weight_decay = 0.01
 
     @property

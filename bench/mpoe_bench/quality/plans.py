@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpoe_bench.quality.arms import ARMS
+from mpoe_bench.quality.arms import ADAPTERS, ARMS
 from mpoe_bench.quality.search import TRIALS
 
 
@@ -13,7 +13,7 @@ class Plan:
     """A set of runs.
 
     Attributes:
-        field: ``"sentences"`` or ``"language"``.
+        field: ``"sentences"``, ``"language"``, ``"spans"`` or ``"novels"``.
         arms: keys of arms, in order.
         steps: of every run.
         seeds: every arm runs with each of them.
@@ -34,12 +34,15 @@ class Plan:
 
 EVERY_ARM = tuple(arm.key for arm in ARMS)
 BRIEF = ("dense", "switch8", "larger_wide", "wide8", "larger_paper", "paper8", "separable8", "biases8")
+MAIN = ("dense", "switch8", "paper8", "larger_paper", "upcycled_paper_raw", "switch8_upcycled")
 COMPARED = ("dense", "switch8", "wide8", "paper8")  # what trials are compared with
 
 PLANS = {
     "short": Plan("sentences", ("dense", "switch8", "paper8", "separable8"), 60, rates=(5e-4,)),
     "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
-    "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(4e-3, 8e-3, 16e-3)),
+    "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(8e-3, 16e-3)),
+    "t5": Plan("spans", MAIN, 1600, tuning=800, rates=(8e-3, 16e-3)),
+    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 40, tuning=20, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

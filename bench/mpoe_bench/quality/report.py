@@ -1,4 +1,4 @@
-"""The evidence as Markdown: one table of results, one of differences, plots, and words that follow from the numbers."""
+"""The evidence as Markdown: one table of results, one of costs, and plots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_report(folder: Path, field: Any) -> str:
             "",
             *result_table(records, field),
             "",
-            *difference_table(records, field),
+            *cost_table(records),
             "",
             *(f"![{file.stem}]({file.name})" for file in drawn),
             "",
@@ -42,50 +42,58 @@ def write_report(folder: Path, field: Any) -> str:
 
 
 def result_table(records: Records, field: Any) -> list[str]:
-    """One row for every arm: score, sizes, time, what router and experts did."""
+    """One row for every arm: rate, size, score, and the gain over the arm `field.reference`, paired by seed."""
+    arms = dict(by_arm(records))
+    base = arms.get(field.reference, [])
+    switch = gain(arms["switch8"], base, field.lower_is_better) if base and "switch8" in arms else None
+    of_base = f" over {base[0]['name']}" if base else ""
     better = "lower is better" if field.lower_is_better else "higher is better"
     lines = [
-        f"{field.measure} ({better}); mean ± standard deviation over seeds.",
+        f"Score: {field.measure} ({better}), mean ± standard deviation over seeds. Gain{of_base}: within each seed"
+        " (same start, same data), positive = better; the word is the verdict of a paired t-test at 95%.",
         "",
-        "| arm | seeds | score | rate | FFN weights, x dense | of Switch's | CPU seconds | router entropy |"
-        " specialisation | distance of experts |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | seeds | rate | FFN weights, x dense | of Switch's | score | gain | | share of Switch's gain |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     digits = 3 if field.lower_is_better else 2
-    for _, own in by_arm(records):
-        first = own[0]
+    for own in arms.values():
         lines.append(
-            f"| {first['name']} | {len(own)} | {Spread.of([r['test'] for r in own]).text(digits)} | "
-            f"{first['budget']['rate']:g} | {first['of_dense']:.2f} | {100 * first['of_switch']:.0f}% | "
-            f"{_mean(own, 'cpu_seconds'):.0f} | {_router(own, 'entropy')} | {_router(own, 'specialisation')} | "
-            f"{_optional(own)} |"
+            f"| {own[0]['name']} | {len(own)} | {own[0]['budget']['rate']:g} | {own[0]['of_dense']:.2f} | "
+            f"{100 * own[0]['of_switch']:.0f}% | {Spread.of([r['test'] for r in own]).text(digits)} | "
+            f"{' | '.join(_gain(own, base, switch, field.lower_is_better, digits))} |"
         )
+    if any(record.get("before") is not None for record in records):
+        before = next(record["before"] for record in records if record.get("before") is not None)
+        lines += ["", f"Before training: {before:.{digits}f}."]
+    if switch is not None and verdict(switch) != "better":
+        lines += ["", "Switch's gain is itself not significant here: its shares mean little."]
     return lines
 
 
-def difference_table(records: Records, field: Any) -> list[str]:
-    """Gains over the dense model and over Switch, paired by seed; shares of Switch's gain."""
-    arms = dict(by_arm(records))
-    if "dense" not in arms:
-        return ["Without the arm `dense` there is nothing to compare with."]
-    switch = gain(arms["switch8"], arms["dense"], field.lower_is_better) if "switch8" in arms else None
-    clear = switch is not None and verdict(switch) == "better"
-    digits = 3 if field.lower_is_better else 2
+def _gain(own: Records, base: Records, switch: Spread | None, lower_is_better: bool, digits: int) -> tuple[str, ...]:
+    """Gain, verdict and share of Switch's gain; dashes where there is nothing to compare."""
+    seeds = {r["budget"]["seed"] for r in own} & {r["budget"]["seed"] for r in base}
+    if not seeds or own[0]["arm"] == base[0]["arm"]:
+        return "-", "-", "-"
+    difference = gain(own, base, lower_is_better)
+    share = f"{100 * difference.mean / switch.mean:.0f}%" if switch is not None and switch.mean > 0 else "-"
+    return difference.text(digits, sign=True), verdict(difference), share
+
+
+def cost_table(records: Records) -> list[str]:
+    """One row for every arm: what it took, and what router and experts did."""
     lines = [
-        "Differences within each seed (same start, same data; positive = better than dense), mean ± deviation; the word"
-        " is the verdict of a paired t-test at 95%.",
-        "",
-        "| arm | gain over dense | | share of Switch's gain |",
-        "|---|---|---|---|",
+        "| arm | parameters trained, thousands | CPU seconds | peak memory, MB | router entropy | specialisation |"
+        " distance of experts |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for key, own in arms.items():
-        if key == "dense" or not {r["budget"]["seed"] for r in own} & {r["budget"]["seed"] for r in arms["dense"]}:
-            continue
-        difference = gain(own, arms["dense"], field.lower_is_better)
-        share = f"{100 * difference.mean / switch.mean:.0f}%" if switch is not None and switch.mean > 0 else "-"
-        lines.append(f"| {own[0]['name']} | {difference.text(digits, sign=True)} | {verdict(difference)} | {share} |")
-    if switch is not None and not clear:
-        lines += ["", "Switch's gain over dense is itself not significant here: its shares mean little."]
+    for _, own in by_arm(records):
+        trained, memory = own[0].get("trained", own[0]["parameters"]), own[0].get("peak_memory")
+        lines.append(
+            f"| {own[0]['name']} | {trained / 1e3:,.0f} | {_mean(own, 'cpu_seconds'):.0f} | "
+            f"{'-' if memory is None else f'{memory / 1e6:,.0f}'} | {_router(own, 'entropy')} | "
+            f"{_router(own, 'specialisation')} | {_optional(own)} |"
+        )
     return lines
 
 

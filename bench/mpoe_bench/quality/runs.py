@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe_bench.quality.arms import ARMS, Arm
+from mpoe_bench.quality.arms import ADAPTERS, ARMS, Arm
 from mpoe_bench.quality.files import write_json, write_text
 from mpoe_bench.quality.plans import Plan
 from mpoe_bench.quality.search import TRIALS
@@ -17,6 +17,8 @@ from mpoe_bench.quality.training import Budget, run_arm
 RESULTS_FILE = "results.jsonl"
 PLAN_FILE = "plan.json"
 RUNS, TUNING = "runs", "tuning"
+EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS)
+BEYOND = 2  # rates beyond a plan's that tuning may try
 
 
 def arm_of(key: str) -> Arm:
@@ -25,7 +27,7 @@ def arm_of(key: str) -> Arm:
     Raises:
         ValueError: there is none.
     """
-    known = {arm.key: arm for arm in (*ARMS, *TRIALS)}
+    known = {arm.key: arm for arm in EVERY_ARM}
     if key not in known:
         raise ValueError(f"arms must be among {', '.join(known)}; got {key!r}")
     return known[key]
@@ -33,7 +35,8 @@ def arm_of(key: str) -> Arm:
 
 def field_settings(field: Any) -> dict[str, Any]:
     """What a result depends on besides the plan; not where the data lie."""
-    values = {f.name: getattr(field, f.name) for f in dataclasses.fields(field) if f.name != "data_dir"}
+    names = [f.name for f in dataclasses.fields(field) if f.name not in ("data_dir", "given")]
+    values = {name: getattr(field, name) for name in names}
     return json.loads(json.dumps(values, default=list))
 
 
@@ -78,15 +81,25 @@ def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = 
 
 
 def tuned_rate(plan: Plan, field: Any, arm: Arm, folder: Path, log: Callable[[str], None]) -> float:
-    """The rate that is best on the validation split after ``plan.tuning`` steps."""
+    """The rate that is best on the validation split after ``plan.tuning`` steps.
+
+    While the best is at an end of those tried, its half or double is tried too (at most `BEYOND` times), so that no
+    arm's rate is bounded by what was thought of beforehand.
+    """
     if not plan.tuning or len(plan.rates) == 1:
         return plan.rates[0]
-    scores = {}
-    for rate in plan.rates:
-        budget = Budget(plan.tuning, rate, plan.tuning_seed)
-        scores[rate] = _run(field, arm, budget, folder / TUNING / f"{arm.key}-{rate:g}.json")["validation"]
-    best = min(scores, key=lambda rate: scores[rate] if field.lower_is_better else -scores[rate])
-    log(f"{arm.key}: rate {best:g} of {', '.join(f'{rate:g} ({score:.4f})' for rate, score in scores.items())}")
+    sign = 1.0 if field.lower_is_better else -1.0
+    scores: dict[float, float] = {}
+    waiting = list(plan.rates)
+    while waiting:
+        for rate in waiting:
+            budget = Budget(plan.tuning, rate, plan.tuning_seed)
+            scores[rate] = _run(field, arm, budget, folder / TUNING / f"{arm.key}-{rate:g}.json")["validation"]
+        best = min(scores, key=lambda rate: sign * scores[rate])
+        waiting = []
+        if len(scores) < len(plan.rates) + BEYOND and best in (min(scores), max(scores)):
+            waiting = [best / 2 if best == min(scores) else best * 2]
+    log(f"{arm.key}: rate {best:g} of {', '.join(f'{rate:g} ({score:.4f})' for rate, score in sorted(scores.items()))}")
     return best
 
 
@@ -106,8 +119,8 @@ def _run(field: Any, arm: Arm, budget: Budget, file: Path) -> dict[str, Any]:
 
 
 def by_arm(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """(key, records by seed) of every arm, in the order of `ARMS` and `TRIALS`."""
-    for arm in (*ARMS, *TRIALS):
+    """(key, records by seed) of every arm, in the order of `EVERY_ARM`."""
+    for arm in EVERY_ARM:
         own = [record for record in records if record["arm"] == arm.key]
         if own:
             yield arm.key, own

@@ -12,6 +12,7 @@ from mpoe_bench.quality.arms import DENSE_EXPERTS, LOSSLESS, Arm, mpoe
 
 SHARED: dict[str, Any] = {"shared_weight": True, "router": LOSSLESS}
 RAW = {"is_scale_prob": True}
+TWO = {"top_k": 2, "is_scale_prob": False}
 
 
 def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
@@ -23,7 +24,9 @@ def paper_after(how_long: str, part: float, rate: int, key: str, **options: Any)
     """The paper's shape, after a ``part`` of the steps dense, auxiliary cores at ``rate`` times the base arm's."""
     router = options.get("router", {})
     name = f"paper, after {how_long} dense, auxiliary rate x {rate}"
-    name += ", gate p" * ("is_scale_prob" in router) + ", balancing loss x .1" * ("balance_loss_weight" in router)
+    gate = ", gate p" if router.get("is_scale_prob") else ""
+    name += gate + " x E" * bool(options.get("even_gate")) + ", two experts per token" * ("top_k" in router)
+    name += ", balancing loss x .1" * ("balance_loss_weight" in router)
     return trial(key, name, "paper", upcycled=part, scales=(1.0, rate / 10), **options)
 
 
@@ -55,5 +58,9 @@ TRIALS = (
     paper_after("half", 0.5, rate=10, key="upcycled_paper_raw", router=RAW),
     paper_after("half", 0.5, rate=10, key="upcycled_paper_balance", router=RAW | {"balance_loss_weight": 1e-3}),
     paper_after("a quarter", 0.25, rate=10, key="upcycled_paper_quarter"),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_two", router=TWO),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_even", router=RAW, even_gate=True),
+    trial("paper_two", "paper, two experts per token", "paper", router=TWO),
+    Arm("switch8_two", "Switch 8, two experts per token", DENSE_EXPERTS, router=TWO),
     Arm("switch8_upcycled", "Switch 8 after half dense", DENSE_EXPERTS, upcycled=0.5),
 )

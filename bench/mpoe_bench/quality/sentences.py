@@ -111,11 +111,11 @@ class SentencesField:
     name = "sentences"
     measure = "mean of the tasks on the test split, %"
     lower_is_better = False
+    reference = "dense"
     regime = "finetune"
     gauge = "symmetric"
     light_p = 64
     routers: ClassVar[dict[str, dict[str, Any]]] = {}
-    rates = (2e-4, 5e-4)
     weight_decay = 0.01
 
     @cached_property

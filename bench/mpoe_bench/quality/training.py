@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.layers.cores import MPOCores
 from mpoe.training import GradientMask, MPOETrainingArguments, build_param_groups
+from mpoe_bench.memory import resident_peak
 from mpoe_bench.quality.arms import ARMS, Arm, resolved_shape
 from mpoe_bench.quality.evaluation import expert_distance
-from mpoe_bench.quality.variants import apply_variant, feed_forward_parameters
+from mpoe_bench.quality.variants import apply_variant, feed_forward_parameters, with_lora
 
 WARMUP = 0.05
 CLIP = 1.0
@@ -105,9 +106,11 @@ def prepare(field: Any, arm: Arm, seed: int) -> nn.Module:
 
 def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
     """``model`` as the mixture that ``arm`` describes; itself if that is none."""
+    torch.manual_seed(20_000 + seed)
+    if arm.lora:
+        return with_lora(model, arm.lora, field.lora_targets)
     if arm.experts is None:
         return model
-    torch.manual_seed(20_000 + seed)
     model = field.convert(model, expert_config(field, arm))
     apply_variant(model, arm)
     return model
@@ -116,17 +119,22 @@ def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
 def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
     """Train and evaluate; returns one JSON-able record.
 
-    ``cpu_seconds`` is the process's CPU time of the training alone.
+    ``cpu_seconds`` is the process's CPU time of the training alone; ``peak_memory`` how far its resident memory grew,
+    in bytes (``None`` where the system does not tell).
     """
+    trained: list[Any] = []
     start = time.process_time()
-    model, history = _train(field, arm, budget)
+    memory = resident_peak(lambda: trained.append(_train(field, arm, budget)))
     seconds = time.process_time() - start
+    model, history = trained.pop()
     model.eval()
     validation, test = field.evaluate(model, "validation"), field.evaluate(model, "test")
     weights = feed_forward_parameters(model)
     if arm.experts is None:
         hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
         weights = {"shared": field.feed_forward_weights(hidden), "own": 0}
+    if arm.lora:
+        weights["own"] = trainable(model)
     experts = (arm.experts or {}).get("num_experts", 8)
     return {
         "field": field.name,
@@ -135,6 +143,7 @@ def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
         "budget": asdict(budget),
         "validation": validation.score,
         "test": test.score,
+        "before": getattr(field, "before", None),
         "parts": test.parts,
         "router": test.router,
         "distance": expert_distance(model),
@@ -142,9 +151,16 @@ def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
         "of_switch": sum(weights.values()) / (experts * field.feed_forward_weights()),
         "of_dense": sum(weights.values()) / field.feed_forward_weights(),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": trainable(model),
         "cpu_seconds": round(seconds, 1),
+        "peak_memory": memory,
         "loss": history,
     }
+
+
+def trainable(model: nn.Module) -> int:
+    """Parameters that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _train(field: Any, arm: Arm, budget: Budget) -> tuple[nn.Module, list[tuple[int, float]]]:

@@ -1,6 +1,10 @@
-"""What arms change in a converted model: own biases, independent experts."""
+"""What arms change in a model: own biases, independent experts, even gates, what is frozen, LoRA."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +14,7 @@ from mpoe.layers.activations import ACTIVATIONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import MPOExperts
+from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_bench.quality.arms import Arm
 from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear
 
@@ -68,6 +73,26 @@ def apply_variant(model: nn.Module, arm: Arm) -> None:
     for module in model.modules():
         if isinstance(module, MPOEFeedForward) and (arm.own_biases or arm.shared_weight):
             module.experts = OwnBiases(module.experts)
+        if isinstance(module, TopKRouter) and arm.even_gate:
+            module.register_forward_hook(_times_experts)
+    if arm.adapter:
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, MPOCores):
+                module.auxiliary.requires_grad_(True)
+            elif isinstance(module, TopKRouter):
+                module.requires_grad_(True)
+
+
+def _times_experts(router: TopKRouter, _: Any, output: RouterOutput) -> RouterOutput:
+    return dataclasses.replace(output, top_k_weights=output.top_k_weights * router.num_experts)
+
+
+def with_lora(model: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
+    """LoRA of PEFT on the linear layers called ``targets``, scaled by 2 (``lora_alpha = 2 r``)."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)))
 
 
 def feed_forward_parameters(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,115 @@
+"""Field "novels": SmolLM2-135M learns novels with a small part of its parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.data.encode import encode_language_modeling
+from mpoe.models import convert_to_mpoe
+from mpoe_bench.quality.evaluation import Evaluation, RouterCounts
+from mpoe_bench.quality.language import domain_texts
+from mpoe_bench.quality.smollm import load
+
+
+@dataclass
+class NovelsField:
+    """Language modelling of novels from a pretrained model; what is compared are ways to adapt it.
+
+    Attributes:
+        data_dir: folder with ``austen``.
+        block: tokens of a block.
+        batch: blocks of a step.
+        held_out: blocks to validate on, and to test on.
+        given: (model, tokenizer) instead of SmolLM2, for tests.
+    """
+
+    data_dir: Path
+    block: int = 128
+    batch: int = 4
+    held_out: int = 16
+    given: tuple[Any, Any] | None = None
+
+    name = "novels"
+    measure = "test loss, nats per token"
+    lower_is_better = True
+    reference = "lora16"
+    regime = "finetune"
+    gauge = "symmetric"
+    light_p = 64
+    routers: ClassVar[dict[str, dict[str, Any]]] = {}
+    weight_decay = 0.0
+    lora_targets = ("gate_proj", "up_proj", "down_proj")
+
+    @cached_property
+    def source(self) -> tuple[Any, Any]:
+        return self.given or load()
+
+    @property
+    def model(self) -> int:
+        return self.source[0].config.hidden_size
+
+    @property
+    def hidden(self) -> int:
+        return self.source[0].config.intermediate_size
+
+    @cached_property
+    def blocks(self) -> dict[str, Tensor]:
+        """split -> token ids ``[N, block]``."""
+        result = {}
+        for split in ("train", "validation", "test"):
+            rows = encode_language_modeling(domain_texts(self.data_dir, "novels", split), self.source[1], self.block)
+            ids = torch.tensor([row["input_ids"] for row in rows])
+            result[split] = ids if split == "train" else ids[: self.held_out]
+        return result
+
+    @cached_property
+    def before(self) -> float:
+        """Test loss of the pretrained model."""
+        return self.evaluate(self.source[0].eval(), "test").score
+
+    def dense_model(self, seed: int, hidden: int | None = None) -> nn.Module:
+        """A copy of the pretrained model; nothing in it is random, and it cannot be widened."""
+        if hidden:
+            raise ValueError(f"arms of the field novels have the pretrained model's size; got hidden size {hidden}")
+        return copy.deepcopy(self.source[0])
+
+    def convert(self, model: nn.Module, config: MPOEConfig) -> nn.Module:
+        return convert_to_mpoe(model, config, inplace=True)
+
+    def feed_forward_weights(self, hidden: int | None = None) -> int:
+        """Numbers in the weights of all dense feed-forward layers."""
+        return 3 * self.model * (hidden or self.hidden) * self.source[0].config.num_hidden_layers
+
+    def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
+        """``steps`` batches ``[batch, block]`` from shuffled passes, the same for every arm."""
+        generator = torch.Generator().manual_seed(10_000 + seed)
+        train, queue = self.blocks["train"], torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            while len(queue) < self.batch:
+                queue = torch.cat([queue, torch.randperm(len(train), generator=generator)])
+            ids, queue = train[queue[: self.batch]], queue[self.batch :]
+            yield {"input_ids": ids, "labels": ids}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> Evaluation:
+        """Mean loss per token, without the routers' loss."""
+        total, counts = 0.0, RouterCounts()
+        blocks = self.blocks[split]
+        for part in blocks.split(self.batch):
+            output = model(input_ids=part, labels=part)
+            task = output.get("task_loss")
+            total += float(output.loss if task is None else task) * len(part)
+            counts.add("novels", output.get("expert_load"))
+        return Evaluation(total / len(blocks), {"novels": total / len(blocks)}, counts.summary())

@@ -1,0 +1,94 @@
+"""The other fields of the comparison of quality: T5's spans, and adapters of a pretrained model, each on tiny data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpoe.cli.bench import import_bench
+
+import_bench()
+from mpoe_bench.quality.novels import NovelsField  # noqa: E402
+from mpoe_bench.quality.plans import Plan  # noqa: E402
+from mpoe_bench.quality.report import write_report  # noqa: E402
+from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
+from mpoe_bench.quality.spans import END, FIRST_SENTINEL, LENGTH, SPANS, SpansField, corrupt  # noqa: E402
+from mpoe_bench.quality.training import Budget, convert, prepare, run_arm  # noqa: E402
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "austen").mkdir()
+    for split in ("train", "validation", "test"):
+        text = "\n\n".join(f"Paragraph {i} of {split} goes on for a while." for i in range(60))
+        (folder / "austen" / f"{split}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def novels(data: Path) -> NovelsField:
+    """A Llama of 32 with one layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=1, **sizes))
+    return NovelsField(data, block=32, batch=2, held_out=4, given=(model, Letters()))
+
+
+def test_corruption_loses_nothing() -> None:
+    """Every sentinel replaced by its span gives the bytes back."""
+    ids = torch.randint(0, FIRST_SENTINEL, (5, 61))
+    inputs, labels = corrupt(ids, torch.Generator().manual_seed(1))
+    assert inputs.shape == (5, 61 - SPANS * (LENGTH - 1))
+    for row, left, right in zip(ids.tolist(), inputs.tolist(), labels.tolist(), strict=True):
+        assert right[-1] == END
+        spans = {right[i]: right[i + 1 : i + 1 + LENGTH] for i in range(0, SPANS * (LENGTH + 1), LENGTH + 1)}
+        assert list(spans) == list(range(FIRST_SENTINEL, END))
+        assert [x for value in left for x in spans.get(value, [value])] == row
+
+
+@pytest.mark.parametrize("key", ["switch8", "upcycled_paper_two"])
+def test_t5_learns_spans(data: Path, key: str) -> None:
+    field = SpansField(data, model=16, layers=1, block=64, batch=4, held_out=4, domains=("novels",))
+    first, more = (run_arm(field, arm_of(key), Budget(steps, 4e-3, 0)) for steps in (1, 6))
+    assert more["test"] < first["test"]
+    assert more["router"]["entropy"] <= 1.0
+    assert field.feed_forward_weights() == 2 * 2 * 16 * 64
+
+
+@pytest.mark.parametrize("key", ["lora16", "adapter8"])
+def test_adapters_train_and_leave_the_rest(novels: NovelsField, key: str) -> None:
+    if arm_of(key).lora:
+        pytest.importorskip("peft")
+    arm = arm_of(key)
+    model = convert(novels, arm, prepare(novels, arm, 0), 0)
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == ({"default"} if arm.lora else {"auxiliary", "router"})
+    record = run_arm(novels, arm, Budget(8, 2e-2, 0))
+    assert record["test"] < record["before"]
+    assert record["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_are_compared_with_lora(novels: NovelsField, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run_plan(Plan("novels", ("lora16", "adapter8"), 2, seeds=(0, 1)), novels, tmp_path, lambda _: None)
+    text = write_report(tmp_path, novels)
+    assert "Gain over LoRA, rank 16" in text
+    assert f"Before training: {novels.before:.3f}" in text
+
+
+def test_a_pretrained_model_is_not_widened(novels: NovelsField) -> None:
+    with pytest.raises(ValueError, match="got hidden size 8"):
+        novels.dense_model(0, hidden=8)

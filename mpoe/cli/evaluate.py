@@ -9,11 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
+
+if TYPE_CHECKING:
+    from mpoe.data.spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that say which items
@@ -68,7 +71,8 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
             f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
         )
     seed = _data_seed(run) if options.data_seed is None else options.data_seed
-    tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed)
+    described = None if "task_file" in flags else _descriptions_of_run(run)
+    tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
         task.examples(options.split)  # a split that is not there is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
@@ -107,6 +111,17 @@ def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> D
         return data
     print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     return replace(data, **taken)
+
+
+def _descriptions_of_run(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
+    """The tasks that the run's ``task_file`` described then; None for a run that kept none."""
+    from mpoe.data.spec import TaskSpec
+
+    kept = run.get("described")
+    try:
+        return {name: TaskSpec.from_mapping(name, values) for name, values in kept.items()} if kept else None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CommandError(f"described in run.json does not describe tasks: {error}") from None
 
 
 def _data_seed(run: dict[str, Any]) -> int:

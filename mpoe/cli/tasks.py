@@ -204,27 +204,45 @@ def _folder_of(name: str, spec: TaskSpec | None, options: DataOptions) -> Path |
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def resolve(names: Sequence[str], options: DataOptions, style: str, data_seed: int = 0) -> list[Task]:
+def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
+    """The tasks that ``task_file`` describes, by name.
+
+    Raises:
+        ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
+    """
+    from mpoe.data.task_files import read_task_file
+
+    described: dict[str, TaskSpec] = {}
+    for file in files:
+        specs = read_task_file(file)
+        for name in specs.keys() & described.keys():
+            raise CommandError(f"task_file: two files describe a task {name}")
+        described.update(specs)
+    return described
+
+
+def resolve(
+    names: Sequence[str],
+    options: DataOptions,
+    style: str,
+    data_seed: int = 0,
+    described: Mapping[str, TaskSpec] | None = None,
+) -> list[Task]:
     """The tasks of these names.
 
     Without names: the folder ``data_dir`` itself, or every task of ``task_file``, or the embedded ones of the model's
-    style.
+    style. ``described``: what ``task_file`` says, where it has been read already.
 
     Raises:
         ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks of one
             name, a kind of task that a model of this ``style`` does not do.
     """
-    from mpoe.data.task_files import read_task_file
-
     if options.data_dir is not None and (names or options.task_file) and not Path(options.data_dir).is_dir():
         raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
-    described: dict[str, TaskSpec] = {}
-    for file in options.task_file:
-        specs = read_task_file(file)
-        for name in specs.keys() & described.keys():
-            raise CommandError(f"task_file: two files describe a task {name}")
-        described.update(specs)
-    names = list(names) or list(described) or ([""] if options.data_dir is not None else list(DEFAULT_TASKS[style]))
+    described = read_descriptions(options.task_file) if described is None else described
+    if not names and options.task_file:
+        names = list(described)
+    names = names or ([""] if options.data_dir is not None else DEFAULT_TASKS[style])
     tasks = [_one_task(name, options, described, data_seed) for name in names]
     entries: dict[str, str] = {}
     for entry, task in zip(names, tasks, strict=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
     from mpoe.cli.pretrained import Source
+    from mpoe.data.spec import TaskSpec
     from mpoe.data.task import Task
     from mpoe.training import MPOETrainingArguments
 
@@ -77,7 +79,7 @@ def run(plan: Plan) -> dict[str, Any]:
         ValueError, TypeError: before anything is written, for whatever does not fit together.
     """
     from mpoe.cli.pretrained import ENCODER, find, load_tokenizer
-    from mpoe.cli.tasks import resolve
+    from mpoe.cli.tasks import read_descriptions, resolve
 
     arguments = plan.arguments
     folder = _output_folder(plan)
@@ -91,14 +93,16 @@ def run(plan: Plan) -> dict[str, Any]:
         )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     _check_experts(source, plan)
-    tasks = resolve(plan.data.tasks, plan.data, source.style, data_seed)
-    eval_tasks = resolve(plan.data.eval_tasks, plan.data, source.style, data_seed) if plan.data.eval_tasks else tasks
+    described = read_descriptions(plan.data.task_file)
+    find_tasks = partial(resolve, options=plan.data, style=source.style, data_seed=data_seed, described=described)
+    tasks = find_tasks(plan.data.tasks)
+    eval_tasks = find_tasks(plan.data.eval_tasks) if plan.data.eval_tasks else tasks
     for split, owners in (("train", tasks), ("validation", eval_tasks)):
         for task in owners:
             task.examples(split)  # a split that is not there is refused before the model is loaded
     tokenizer = load_tokenizer(source)
     items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
-    settings = settings_of(plan)
+    settings = settings_of(plan, described)
     _check_folder(plan, settings)
     model = _prepare_model(source, config, plan)
     trainer = make_trainer(model, tokenizer, items, validation, plan)
@@ -255,15 +259,19 @@ def make_trainer(
     )
 
 
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """What decides the weights of a run, JSON-able: a resumed run must agree with it."""
+def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]:
+    """What decides the weights of a run, JSON-able: a resumed run must agree with it.
+
+    ``described``: the tasks of ``task_file``, which are kept themselves: the file may change.
+    """
     training = plan.arguments.to_dict()
     # A run may go on with another number of processes, if they share the same batch.
     training["train_batch_size"] = training.pop("per_device_train_batch_size") * plan.arguments.world_size
     return {
         "model": plan.model.model,
         "experiment": dataclasses.asdict(plan.experiment),
-        "data": dataclasses.asdict(plan.data),
+        "data": {**dataclasses.asdict(plan.data), "tasks": plan.data.tasks or list(described)},
+        "described": {name: spec.to_mapping() for name, spec in described.items()},
         "experts": dataclasses.asdict(plan.experts),
         "training": training,
     }

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from mpoe.data.names import lookup
@@ -105,6 +105,11 @@ class TaskSpec:
         for key in values:
             lookup(known, key, f"field of task {name}")
         return cls(name=name, **values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Fields as `from_mapping` takes them, JSON-able, without those that are as by default."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name != "name" and value != defaults[name]}
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ NEUTRAL_KEYS = frozenset(
             "resume_from_checkpoint",
             "run_name",
             "report_to",
+            "task_file",  # what it says is kept itself
         ),
         *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
         *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
@@ -190,7 +191,7 @@ def _write_run_file(folder: Path, config: dict[str, Any]) -> None:
     record = {"fingerprint": fingerprint(config), "config": config}
     staged = folder / f".{RUN_FILE}.incomplete"
     with staged.open("w") as file:
-        json.dump(record, file, indent=1, sort_keys=True)
+        json.dump(record, file, indent=1)  # in its own order, which label words have a use for
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, folder / RUN_FILE)

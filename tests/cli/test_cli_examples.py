@@ -116,7 +116,6 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["validation"]) == ["review", "headline"]
     assert set(results["validation"]["headline"]) == {"rouge_l", "bleu", "items"}
-    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["config"]["data"]["task_file"]) == 1
 
     scores = tmp_path / "scores.json"
     answer = cli("evaluate", tmp_path / "run", *data, "--tasks", "review", "--split", "test", "--output_file", scores)
@@ -124,4 +123,19 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     found = json.loads(scores.read_text())
     assert found["scores"]["review"]["items"] == 4
     assert found["mean"] == found["scores"]["review"]["accuracy"]
+
+    # without the file, or with another in its place, a run is evaluated on what the file said when it was trained
+    kept = tmp_path / "moved.yaml"
+    shutil.copy(file, kept)
+    run_file = tmp_path / "run" / "run.json"
+    run_file.write_text(run_file.read_text().replace(str(file), str(kept)))
+    kept.write_text("review: {template: '{sentence}', label_words: {0: same, 1: same}}")
+    again = ["evaluate", tmp_path / "run", "--split", "test", "--output_file", scores]
+    assert cli(*again).code == 0
+    assert json.loads(scores.read_text())["scores"]["review"] == found["scores"]["review"]
+    assert "label_words of task review must give at least two different words" in refused(*again, "--task_file", kept)
+    assert "label_words" in refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)
+    kept.write_text(file.read_text().replace("rouge_l, bleu", "bleu"))
+    message = refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)
+    assert "described.headline.metrics: was ['rouge_l', 'bleu'], now ['bleu']" in message
     assert "two files describe a task" in refused("evaluate", tmp_path / "run", "--task_file", file, file)

@@ -9,7 +9,7 @@ import pytest
 
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.task import Example
-from mpoe.data.task_files import read_task_file
+from mpoe.data.task_files import read_task_file, standard_specs
 from mpoe.data.tasks import get_task, load_task, register_task
 
 YAML = """
@@ -59,6 +59,10 @@ def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
     assert (python.kind, python.labels, python.columns) == ("classification", ("bad", "good"), ("sentence",))
     (tmp_path / "tasks.json").write_text(json.dumps({"prose": {"template": "{text}", "kind": "language_modeling"}}))
     assert read_task_file(tmp_path / "tasks.json")["prose"] == specs["prose"]
+    for spec in (*specs.values(), *standard_specs().values()):
+        again = TaskSpec.from_mapping(spec.name, json.loads(json.dumps(spec.to_mapping())))
+        assert again == spec
+        assert list(again.label_words.items()) == list(spec.label_words.items())  # their order tells the positive one
 
     data = [*rows(4), {"sentence": "odd", "label": "?"}, {"sentence": "no", "label": "n"}]
     write(tmp_path / "my_folder", train=data, dev=rows(2), test=rows(2))

@@ -335,6 +335,17 @@ class MPOETrainer(Seq2SeqTrainer):
 
     # ----------------------------------------------------------- checkpoints
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds a tied weight under one of its names; the Trainer would call the others missing. What is
+        # missing under every name would go on from random numbers.
+        tensors = self.model.state_dict(keep_vars=True)
+        missing = load_result.missing_keys
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
+        absent = [name for name in missing if id(tensors.get(name)) not in loaded]
+        for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
+            if names:
+                raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _refusing(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)

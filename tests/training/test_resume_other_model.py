@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from mpoe.training.checkpoints import MANIFEST
 
 from .tiny import dense_model, make_trainer, mpoe_model
 
@@ -27,3 +31,27 @@ def test_resuming_from_another_model_is_refused(tmp_path: Path, other: dict | No
     model = dense_model("gpt2") if other is None else mpoe_model("gpt2", **(config | other))
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, "gpt2", model, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_steps": 1, "save_strategy": "steps"}
+    make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=1, **options).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    weights = load_file(checkpoint / "model.safetensors")
+    assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & set(weights)  # names of shared.weight
+    with caplog.at_level(logging.WARNING):
+        resumed = make_trainer(tmp_path, "t5", mpoe_model("t5", seed=5), max_steps=2, **options)
+        resumed.train(resume_from_checkpoint=True)
+    assert [record.message for record in caplog.records if "keys" in record.message] == []
+    assert resumed.model.lm_head.weight is resumed.model.shared.weight
+
+    (checkpoint / MANIFEST).unlink()  # as if somebody else had written it
+    for changed, message in (
+        ({name: value for name, value in weights.items() if name != "shared.weight"}, "lacks .*lm_head.weight, shared"),
+        (weights | {"more": weights["shared.weight"].clone()}, "has too many weights of this model: more"),
+    ):
+        save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train(resume_from_checkpoint=str(checkpoint))

@@ -21,6 +21,7 @@ class Arm:
         experts: fields of its `MPOEConfig`; ``"wide_up"`` and the like in ``shape`` are resolved by `resolved_shape`.
             ``None`` = the dense model.
         as_large_as: key of the arm whose feed-forward parameters the dense model gets by a wider hidden layer.
+        rate_of: key of the arm whose tuned rate this one takes, where the two differ little; ``None`` = its own.
         scales: (central, auxiliary) factors on the cores' rates; ``None`` = the regime's defaults.
         mask: p_b, the share of steps that leave the central cores alone.
         own_biases: every expert has biases of its own instead of the shared ones.
@@ -39,6 +40,7 @@ class Arm:
     name: str
     experts: dict[str, Any] | None = None
     as_large_as: str | None = None
+    rate_of: str | None = None
     scales: tuple[float, float] | None = None
     mask: float = 0.0
     own_biases: bool = False
@@ -87,9 +89,9 @@ ARMS = (
     mpoe("separable8", "MPOE 8 separable", "separable"),
     mpoe("wide8", "MPOE 8 wide separable", "wide"),
     mpoe("separable16", "MPOE 16 separable", "separable", 16),
-    mpoe("mask25", "MPOE 8 separable, p_b .25", "separable", mask=0.25),
-    mpoe("mask50", "MPOE 8 separable, p_b .5", "separable", mask=0.5),
-    mpoe("mask75", "MPOE 8 separable, p_b .75", "separable", mask=0.75),
+    mpoe("mask25", "MPOE 8 separable, p_b .25", "separable", mask=0.25, rate_of="separable8"),
+    mpoe("mask50", "MPOE 8 separable, p_b .5", "separable", mask=0.5, rate_of="separable8"),
+    mpoe("mask75", "MPOE 8 separable, p_b .75", "separable", mask=0.75, rate_of="separable8"),
     Arm(
         "biases8", "control: shared weight, own biases", {"num_experts": 8, "expert_type": "dense"}, shared_weight=True
     ),

@@ -66,7 +66,7 @@ def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = 
     """
     arms = [arm_of(key) for key in plan.arms]
     open_folder(folder, plan, field)
-    rates = {arm.key: tuned_rate(plan, field, arm, folder, log) for arm in arms}
+    rates = {arm.key: tuned_rate(plan, field, arm_of(arm.rate_of or arm.key), folder, log) for arm in arms}
     for seed in plan.seeds:
         for arm in arms:
             budget = Budget(plan.steps, rates[arm.key], seed)

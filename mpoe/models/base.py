@@ -32,7 +32,7 @@ from mpoe.models.card import replace_template, write_card
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
 from mpoe.models.outputs import ROUTING_FIELDS
-from mpoe.models.report import format_report, mpo_modules, parameter_report
+from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
 
@@ -136,10 +136,8 @@ class MPOEModelMixin(_Model):
         model: Any = self
         config = self.mpoe_config
         install_empty(model, find_sites(model, FAMILIES[self.mpoe_family], model.config, config), config)
-        prefix = f"{model.base_model_prefix}."
         for name, cores in mpo_modules(model):
-            # A base model may open a checkpoint of a model with a head, whose names have the prefix, and vice versa.
-            for known in (name, prefix + name, name.removeprefix(prefix)):
+            for known in names_in_checkpoints(model, name):
                 if known in config.rate_ratios:
                     cores.rate_ratios = tuple(config.rate_ratios[known])
         model.init_weights()

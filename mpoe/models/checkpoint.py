@@ -241,6 +241,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     if _rest_hash(_rest(model)) != identity.get("sha256"):
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
     _adopt_class(model, cls, parsed)
+    model.config.conversion_errors = values.get("conversion_errors")
     for name, cores in mpo_modules(model):
         if len(parsed.rate_ratios.get(name, ())) != len(cores.rate_ratios):
             raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")

@@ -138,7 +138,7 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     Returns:
         The converted model, of a registered Hugging Face class, in the same training mode. Its attribute
         ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
-        ``{"local_errors", "error_bound", "relative_error_bound"}``.
+        ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
 
     Raises:
         ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), shapes,
@@ -179,6 +179,7 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
         }
         for name, result in report.items()
     }
+    model.config.conversion_errors = {name: result.relative_error_bound for name, result in report.items()}
     return model
 
 

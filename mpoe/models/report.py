@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,12 @@ def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
     for name, module in model.named_modules():
         if isinstance(module, MPOCores):
             yield name, module
+
+
+def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
+    """What a module is called in a checkpoint of this model, of it with a head, and of its base."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
 
 
 def parameter_kind(model: nn.Module) -> dict[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from mpoe.layers.cores import MPOCores
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import mpo_modules, names_in_checkpoints
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 
@@ -20,7 +19,7 @@ class WeightSummary:
     Attributes:
         name: of the module that holds the cores.
         cores: those of `MPOCores`, with their shape.
-        error: relative error bound of the conversion; ``None`` where the model was not converted just now.
+        error: relative error bound of the conversion; ``None`` where the model's config does not know it.
         plan: how a forward pass contracts it.
     """
 
@@ -39,18 +38,17 @@ class WeightSummary:
         return sum(core.numel() for core in self.cores.auxiliary)
 
 
-def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
+def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
     """A row for every MPO weight, in the model's order.
 
     Args:
-        model: with `MPOCores` in it.
+        model: an MPOE model.
         num_tokens: tokens of a pass, which the plan is for.
         top_k: experts per token.
 
     Raises:
         TypeError, ValueError: ``num_tokens`` that is no count.
     """
-    report: Mapping[str, Any] = getattr(model, "conversion_report", {})
     rows = []
     for name, cores in mpo_modules(model):
         shared = cores.num_experts == 1
@@ -63,9 +61,16 @@ def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightS
             "cpu" if device.type == "meta" else device,
             1 if shared else top_k,
         )
-        error = report.get(name, {}).get("relative_error_bound")
-        rows.append(WeightSummary(name, cores, error, plan))
+        rows.append(WeightSummary(name, cores, _conversion_error(model, name), plan))
     return rows
+
+
+def _conversion_error(model: Any, name: str) -> float | None:
+    """What the config of a converted model says of a weight; older checkpoints say nothing."""
+    errors = getattr(model.config, "conversion_errors", None)
+    known = errors if isinstance(errors, dict) else {}
+    found = next((known[key] for key in names_in_checkpoints(model, name) if key in known), None)
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
@@ -106,9 +111,7 @@ def print_summary(rows: list[WeightSummary], num_tokens: int) -> None:
     console = Console()
     # Where nothing tells the width, as in a pipe, rows stay whole.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
-    print(
-        "error: bound relative to the dense weight, known right after conversion; x dense: FLOPs over a dense layer's"
-    )
+    print("error: of the conversion, at most, relative to the dense weight; x dense: FLOPs over a dense layer's")
 
 
 def short_name(name: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from small_models import batch
+from small_models import batch, dense_model
 
-from mpoe.models import mpo_modules, parameter_kind
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
 from mpoe.models.summary import HEADER, short_name, summarize, table_row
 
 
@@ -36,10 +39,29 @@ def test_the_table_is_printed_whole(converted, capsys, monkeypatch):
     assert any("trainable params" in line for line in lines)
 
 
-def test_errors_are_known_after_conversion_only(converted, tmp_path):
-    from mpoe import load_mpoe
+def test_errors_of_the_conversion_are_kept(tmp_path):
+    dense = dense_model("gpt2")
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, max_bond=3, shape="paper"))
+    errors = [row.error for row in summarize(model, 8)]
+    assert min(errors) > 0.01
+    model.save_pretrained(tmp_path / "whole")
+    save_mpoe_only(model, tmp_path / "parts", dense)
+    loaded = {
+        "whole": load_mpoe(tmp_path / "whole"),
+        "parts": load_mpoe(tmp_path / "parts", base=dense),
+        "base": MPOEGPT2Model.from_pretrained(tmp_path / "whole"),  # whose weights have shorter names
+    }
+    for name, each in loaded.items():
+        assert [row.error for row in summarize(each, 8)] == errors, name
 
+
+@pytest.mark.parametrize("kept", [None, "x", {}, {"transformer.h.0.mlp.experts.up": "x"}])
+def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
+    """Older ones have none."""
     converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["conversion_errors"] = kept
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     assert {table_row(row)[6] for row in summarize(load_mpoe(tmp_path), 8)} == {"-"}
 
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(arguments.threads)
     try:
         plan = chosen_plan(arguments)
-        field = FIELDS[plan.field](arguments.data_dir)
+        field = FIELDS[plan.field](arguments.data_dir, **plan.settings)
         if not arguments.report_only:
             run_plan(plan, field, arguments.out, lambda line: print(line, flush=True))
         print(write_report(arguments.out, field))

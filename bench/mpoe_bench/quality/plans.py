@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS
 from mpoe_bench.quality.search import TRIALS
@@ -21,6 +22,7 @@ class Plan:
             arms take the first of ``rates``.
         rates: base learning rates.
         tuning_seed: of those runs; not among ``seeds``.
+        settings: attributes of the field that differ from its defaults.
     """
 
     field: str
@@ -30,19 +32,22 @@ class Plan:
     tuning: int = 0
     rates: tuple[float, ...] = (4e-3,)
     tuning_seed: int = 100
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 EVERY_ARM = tuple(arm.key for arm in ARMS)
 BRIEF = ("dense", "switch8", "larger_wide", "wide8", "larger_paper", "paper8", "separable8", "biases8")
 MAIN = ("dense", "switch8", "paper8", "larger_paper", "upcycled_paper_raw", "switch8_upcycled")
+SHORT = ("dense", "switch8", "paper8", "separable8")
+SUBSETS = {"held_out": 400, "for_validation": 200}  # of every task
 COMPARED = ("dense", "switch8", "wide8", "paper8")  # what trials are compared with
 
 PLANS = {
-    "short": Plan("sentences", ("dense", "switch8", "paper8", "separable8"), 60, rates=(5e-4,)),
+    "short": Plan("sentences", SHORT, 40, tuning=15, rates=(2.5e-4, 5e-4), settings=SUBSETS),
     "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
     "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(8e-3, 16e-3)),
     "t5": Plan("spans", MAIN, 1600, tuning=800, rates=(8e-3, 16e-3)),
-    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 40, tuning=20, rates=(1e-3, 2e-3)),
+    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 40, tuning=12, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

@@ -94,7 +94,8 @@ def tuned_rate(plan: Plan, field: Any, arm: Arm, folder: Path, log: Callable[[st
     while waiting:
         for rate in waiting:
             budget = Budget(plan.tuning, rate, plan.tuning_seed)
-            scores[rate] = _run(field, arm, budget, folder / TUNING / f"{arm.key}-{rate:g}.json")["validation"]
+            record = _run(field, arm, budget, folder / TUNING / f"{arm.key}-{rate:g}.json", tuning=True)
+            scores[rate] = record["validation"]
         best = min(scores, key=lambda rate: sign * scores[rate])
         waiting = []
         if len(scores) < len(plan.rates) + BEYOND and best in (min(scores), max(scores)):
@@ -111,10 +112,10 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["arm"], record["budget"]["seed"]))
 
 
-def _run(field: Any, arm: Arm, budget: Budget, file: Path) -> dict[str, Any]:
+def _run(field: Any, arm: Arm, budget: Budget, file: Path, tuning: bool = False) -> dict[str, Any]:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, run_arm(field, arm, budget))
+        write_json(file, run_arm(field, arm, budget, tuning))
     return json.loads(file.read_text())
 
 

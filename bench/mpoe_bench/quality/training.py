@@ -116,8 +116,8 @@ def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
-    """Train and evaluate; returns one JSON-able record.
+def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[str, Any]:
+    """Train and evaluate, with ``tuning`` on the validation split alone; returns one JSON-able record.
 
     ``cpu_seconds`` is the process's CPU time of the training alone; ``peak_memory`` how far its resident memory grew,
     in bytes (``None`` where the system does not tell).
@@ -128,7 +128,11 @@ def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
     seconds = time.process_time() - start
     model, history = trained.pop()
     model.eval()
-    validation, test = field.evaluate(model, "validation"), field.evaluate(model, "test")
+    validation = field.evaluate(model, "validation")
+    head = {"field": field.name, "arm": arm.key, "name": arm.name, "budget": asdict(budget), "loss": history}
+    if tuning:
+        return {**head, "validation": validation.score}
+    test = field.evaluate(model, "test")
     weights = feed_forward_parameters(model)
     if arm.experts is None:
         hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
@@ -137,10 +141,7 @@ def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
         weights["own"] = trainable(model)
     experts = (arm.experts or {}).get("num_experts", 8)
     return {
-        "field": field.name,
-        "arm": arm.key,
-        "name": arm.name,
-        "budget": asdict(budget),
+        **head,
         "validation": validation.score,
         "test": test.score,
         "before": getattr(field, "before", None),
@@ -154,7 +155,6 @@ def run_arm(field: Any, arm: Arm, budget: Budget) -> dict[str, Any]:
         "trained": trainable(model),
         "cpu_seconds": round(seconds, 1),
         "peak_memory": memory,
-        "loss": history,
     }
 
 

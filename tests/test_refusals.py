@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
@@ -16,20 +17,31 @@ from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import check_length, check_tokenizer
 from mpoe.data.metrics import pearson
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
-from mpoe.layers import DenseExperts, MPOEmbedding, MPOLinear, TopKRouter, load_balancing_loss
+from mpoe.data.splits import with_validation_from_train
+from mpoe.data.task import Example, Task
+from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
-from mpoe.planning.inventory import read_values
+from mpoe.planning.costs import Workload, model_costs
+from mpoe.planning.inventory import read_values, take_inventory
+from mpoe.planning.suggest import Budget, suggest
+from mpoe.planning.timing import Device
 from mpoe.training.checkpoints import step_of
 from mpoe.training.freezing import freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
-from mpoe_kernels import MPOBlocks, MPOShape, fold, mpo_embedding, mpo_linear, route
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
+from mpoe_kernels.backends.eager.activation import activation_backward, apply_activation_
+from mpoe_kernels.backends.registry import Request, select
 from mpoe_kernels.reference.linear import activation_reference
+from mpoe_kernels.testing.cases import workload_shape
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
 T5 = {"vocab_size": 20, "d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
+
+GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
 
 
 def t5() -> T5ForConditionalGeneration:
@@ -37,7 +49,7 @@ def t5() -> T5ForConditionalGeneration:
 
 
 def gpt2(**changes: object) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, **changes))
+    return GPT2LMHeadModel(GPT2Config(**{**GPT2, **changes}))
 
 
 def not_finite() -> GPT2LMHeadModel:
@@ -53,6 +65,22 @@ def chunked() -> BertModel:
 
 def merged():
     return merge_experts(convert_to_mpoe(gpt2()))
+
+
+def sharded():
+    model = convert_to_mpoe(gpt2())
+    model.__class__ = type("Sharded", (FSDPModule, type(model)), {})
+    return model
+
+
+def one_item() -> Task:
+    return with_validation_from_train(
+        Task("t", lambda split: [Example("x", "y")], kind="generation", metrics=("bleu",))
+    )
+
+
+def workload() -> Workload:
+    return Workload({"encoder": 1}, Device("cpu", torch.float32), training=True)
 
 
 def two_experts():
@@ -198,6 +226,58 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "model must be sharded by shard_model; got a plain",
     ),
+    "activation": (
+        lambda: apply_activation_("tanh", CORES[0]),
+        ValueError,
+        "activation must be none, relu, .*; got 'tanh'",
+    ),
+    "derivative": (
+        lambda: activation_backward("tanh", CORES[0], CORES[0]),
+        ValueError,
+        "activation must be none, relu, .*; got 'tanh'",
+    ),
+    "eager id": (
+        lambda: mpo_embedding(torch.tensor([-1]), fold(CORES, 1), backend="eager"),
+        IndexError,
+        r"ids must lie in 0\.\.5; got -1",
+    ),
+    "no tensor": (
+        lambda: grouped_mpo_linear(3, two_experts(), OFFSETS),
+        TypeError,
+        r"x must be a tensor \[T, I\]; got int 3",
+    ),
+    "elsewhere": (
+        lambda: grouped_mpo_linear(torch.ones(3, 6), two_experts(), OFFSETS, torch.ones(6, device="meta")),
+        ValueError,
+        r"bias must be on the device of x, cpu; got float32 \[6\] on meta",
+    ),
+    "no op": (
+        lambda: select(Request("mpo_dance", "cpu", torch.float32)),
+        BackendError,
+        "no backend can run mpo_dance .*eager: it has no kernel for mpo_da",
+    ),
+    "workload": (lambda: workload_shape("paper_x", 6, 6), ValueError, "name must be 'separable', .*; got 'paper_x'"),
+    "gate": (
+        lambda: MPOExperts({"up": SHAPE, "down": SHAPE, "gate_proj": MPOShape((2,), (3,))}, 2),
+        ValueError,
+        r"gate_proj shape must be \[6, 6\] like up; got \[2, 3\]",
+    ),
+    "one item": (
+        lambda: one_item().train(),
+        ValueError,
+        "train of task t must hold two different items at least; got 1",
+    ),
+    "tokens": (
+        lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),
+        ValueError,
+        "tokens must be given for encoder, decoder; missing: decoder",
+    ),
+    "rank": (
+        lambda: suggest(take_inventory("t5-base"), MPOEConfig(), workload(), Budget(), rank_by="size"),
+        ValueError,
+        "rank_by must be one of capacity, time, parameters; got 'size'",
+    ),
+    "sharded": (lambda: shard_model(sharded()), ValueError, "model must not be sharded already; it is"),
     "reference": (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),
 }
 
@@ -230,3 +310,14 @@ def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="components must be in MPO form in the model; attention is not"):
         load_layers(model, tmp_path, ["attention"])
+
+
+def test_components_of_another_model(tmp_path: Path) -> None:
+    convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2)).save_pretrained(tmp_path)
+    deep, wide = (
+        convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2)) for sizes in ({"n_layer": 2}, {"n_inner": 12})
+    )
+    with pytest.raises(ValueError, match=r"must hold transformer\.h\.1\.mlp\..*; it does not"):
+        load_layers(deep, tmp_path, ["mlp"])
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\..* must be \[.*\]; .* has \["):
+        load_layers(wide, tmp_path, ["mlp"])

@@ -128,13 +128,13 @@ def parse(
         except CommandError as error:
             raise CommandError(f"{config}: {error}") from None
         if rest:
-            raise CommandError(f"{config}: values without an option: {' '.join(rest)}")
+            raise CommandError(f"{config}: values without an option: {' '.join(map(repr, rest))}")
         for name in nulls:
             setattr(namespace, name, None)
     # argparse keeps what the namespace already holds unless a flag sets it, so flags win
     namespace, rest = parser.parse_known_args(list(flags), namespace)
     if rest:
-        raise CommandError(f"values without an option: {' '.join(rest)}")
+        raise CommandError(f"values without an option: {' '.join(map(repr, rest))}")
     given |= {known[_normal(t.split("=", 1)[0])].dest for t in flags if t.startswith("--") and len(t) > 2}
     return tuple(_build(kind, namespace) for kind in dataclass_types), given
 

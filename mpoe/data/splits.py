@@ -16,18 +16,20 @@ def split_validation_test(
     seed: int = 0,
     train: Iterable[Any] = (),
     key: Callable[[Any], object] | None = None,
+    name: str = "items",
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Two disjoint halves of ``items``: (validation, test), for data whose test labels are hidden.
 
     Items with the same ``key`` (default: the source text, case and blanks aside) never part company, and an item
     whose key occurs in ``train`` is left out of the test half: a copy would measure memory. Depends on ``seed`` alone.
+    ``name``: what refusals call the items.
 
     Raises:
         ValueError: fewer than two different items that are not in ``train``.
     """
     groups = _groups(items, train, key or _source_key)
     if len(groups) < 2:
-        raise ValueError(f"items must hold at least two different items that are not in train; got {len(groups)}")
+        raise ValueError(f"{name} must hold at least two different items that are not in train; got {len(groups)}")
     # At most half of what there is, one group at least.
     return _part(items, groups, max(1, len(items) // 2), f"split-validation-test-{seed}")
 
@@ -63,7 +65,8 @@ def with_validation_test_split(task: Task, seed: int = 0) -> Task:
         train = task.examples("train")
         if split == "train":
             return train
-        validation, test = split_validation_test(task.examples("validation"), seed, train)
+        name = f"validation of task {task.name}, which split_validation_test divides,"
+        validation, test = split_validation_test(task.examples("validation"), seed, train, name=name)
         return validation if split == "validation" else test
 
     return dataclasses.replace(task, rows=rows, to_text=None)

@@ -80,6 +80,8 @@ def test_unknown_key_is_refused_naming_the_file(tmp_path: Path) -> None:
         ("c.json", '{"steps": 3,\n "rate": }', r"c\.json, line 2, column 10: bad JSON"),
         ("c.yaml", "steps: 3\nrate: [1, 2\nfast: true\n", r"c\.yaml, line 3, column 5: bad YAML"),
         ("c.yaml", "- a\n- b\n", "expected a mapping of names to values; got list"),
+        ("c.json", f'{{"rate": {"9" * 5000}}}', r"c\.json: bad JSON: Exceeds the limit"),
+        ("c.yaml", "rate: 2001-99-99\n", r"c\.yaml: bad YAML: month must be in 1\.\.12"),
         ("c.toml", "", r"must be a \.json, \.yaml or \.yml file"),
     ],
 )
@@ -104,8 +106,17 @@ def test_wrong_kind_of_value_names_where_it_came_from(tmp_path: Path) -> None:
 def test_what_a_dataclass_refuses_and_stray_values() -> None:
     with pytest.raises(CommandError, match="steps must be at least 1; got 0"):
         parse([First], ["--steps", "0"])
-    with pytest.raises(CommandError, match="values without an option: stray"):
-        parse([First], ["stray"])
+    with pytest.raises(CommandError, match=r"^values without an option: 'stray' ''$"):
+        parse([First], ["stray", ""])
+
+
+def test_lists_of_a_file_that_are_none(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "tasks: []\n")
+    with pytest.raises(CommandError, match=r"c\.yaml: option 'tasks' needs at least one value; got an empty list"):
+        parse([First, Second], [], file)
+    file = write(tmp_path, "c.yaml", "tasks: [a, -x]\n")
+    with pytest.raises(CommandError, match=r"c\.yaml: values without an option: '-x'"):
+        parse([First, Second], [], file)
 
 
 def test_empty_values_of_a_file_are_not_given_unless_the_field_may_be_none(tmp_path: Path) -> None:

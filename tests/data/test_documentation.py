@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+import mpoe.data.documentation
 from mpoe.data.documentation import (
     DocRecord,
     deduplicate,
     dotted_name,
+    load_documentation,
     name_words,
     prose_sentences,
     read_module,
@@ -68,6 +70,12 @@ def test_unreadable_and_test_files_are_skipped(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "more.py").write_text('"""A test."""')
     assert [r.name for r in read_package(tmp_path, "pack")] == ["pack.good"]
+
+
+def test_a_machine_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(mpoe.data.documentation, "standard_library_path", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no documented Python source files found in {tmp_path}"):
+        load_documentation.__wrapped__()
 
 
 def test_corpus_is_large_deduplicated_and_of_all_kinds(documentation):

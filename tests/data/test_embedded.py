@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mpoe.data.embedded
 from mpoe.data.embedded import STAND_INS, load_stand_in, stand_in_path
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.predict import evaluate_task, language_modeling_loss
@@ -46,6 +47,12 @@ def test_folder_is_small_and_complete(kind):
 def test_unknown_stand_in_is_refused():
     with pytest.raises(ValueError, match=r"unknown stand-in 't6': did you mean t5.*known: gpt2, t5"):
         stand_in_path("t6")
+
+
+def test_an_installation_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(mpoe.data.embedded, "__file__", str(tmp_path / "embedded.py"))
+    with pytest.raises(FileNotFoundError, match=r"stand-in checkpoint is missing from this installation: .*stand_ins"):
+        stand_in_path("t5")
 
 
 def test_loads_in_a_new_process_without_network(tmp_path):

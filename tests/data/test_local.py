@@ -163,6 +163,7 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl, line 2: expected UTF-8"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: malformed JSON: Exceeds the limit"),
         ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv, line 1: expected UTF-8; got UTF-16"),
         ("a.csv", b"text,label\nx,1\nx,y,1\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 3"),
         ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),

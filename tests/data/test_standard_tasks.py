@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mpoe.data.hub import _load
-from mpoe.data.spec import HubData
+from mpoe.data.hub import _load, detect_hub_task, load_hub_task
+from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.task import Example
 from mpoe.data.task_files import STANDARD, standard_specs
 from mpoe.data.tasks import find_spec, get_task, load_task
@@ -180,6 +180,10 @@ def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> Non
     hub(lambda *_, **__: {"dev": []})
     with pytest.raises(ValueError, match=r"hub data set nyu-mll/glue of task mnli has no train split; got \['dev'\]"):
         get_task("mnli").train()
+    with pytest.raises(ValueError, match=r"hub data set someone/set must have a train split; got \['dev'\]"):
+        detect_hub_task("someone/set", "set")
+    with pytest.raises(ValueError, match="hub of task t must name a data set; got nothing"):
+        load_hub_task(TaskSpec("t", "{a}", kind="generation"))
     _load.cache_clear()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'mpoe\[hub\]'; or give data_dir"):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, batch, dense_model, result
 from transformers import (
@@ -17,10 +18,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
 )
 
 from mpoe import RouterConfig, load_mpoe, merge_experts, save_mpoe_only
 from mpoe.models import MPOEBertModel, mpo_modules
+from mpoe.models.weight_files import check_shapes
 
 AUTO = {
     "t5": AutoModelForSeq2SeqLM,
@@ -152,6 +155,32 @@ def test_load_mpoe_refusals(converted, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="did you mean 'num_experts'"):
         load_mpoe(tmp_path / "model")
+
+
+def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
+    model = converted("gpt2")
+    with pytest.raises(ValueError, match="base must be a dense model or its folder; absent is no folder"):
+        save_mpoe_only(model, tmp_path / "parts", "absent")
+    with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
+        save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
+    with pytest.raises(
+        ValueError, match=r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_"
+    ):
+        load_mpoe(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"must match its config\.json; it describes 2,001,000 numbers, they hold 0 of"
+    ):
+        check_shapes(torch.nn.Linear(2000, 1000, device="meta"), {}, tmp_path)
+
+    def full(*_, **__):
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"weights could not be written to .*out: no space left"):
+        model.save_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])

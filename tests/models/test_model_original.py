@@ -150,6 +150,10 @@ PREFIX = "encoder.block.0.layer.1.sffn"
             lambda s: s.update({f"{PREFIX}.experts.1.wi_mpo.tensor_set.2": torch.zeros(1, 1, 1, 1)}),
             "must share their central",
         ),
+        (
+            lambda s: [s.pop(k) for k in list(s) if f"{PREFIX}.experts" in k and "wi_mpo.tensor_set.3" in k],
+            "must hold every core of encoder.block.0.layer.1.DenseReluDense.experts.up; it has [0, 1, 2, 4]",
+        ),
         (lambda s: s.pop(f"{PREFIX}.switch.weight"), "must hold every router"),
         (lambda s: s.update({"adapter.weight": torch.zeros(1)}), "'adapter.weight', which a T5"),
         (lambda s: s.update({"shared.weight": torch.zeros(61, 24)}), "shared.weight must be [60, 24]"),

@@ -160,6 +160,13 @@ def test_what_has_no_meaning_on_cores_is_refused(values, message):
         lora_on_cores(peft.IA3Config())
 
 
+def test_an_adapter_needs_a_rank(converted):
+    adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
+    layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+    with pytest.raises(ValueError, match="r must be at least 1; got 0"):
+        layer.update_layer("other", 0, lora_alpha=1, config=core_config("gpt2"))
+
+
 def test_an_infinite_addition_is_not_merged(converted):
     adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
     before = copy.deepcopy(adapted.state_dict())

@@ -11,7 +11,7 @@ import torch
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.metrics_file import MetricsFile
-from mpoe.training.output_dir import RUN_FILE, check_output_dir, differing_keys, fingerprint
+from mpoe.training.output_dir import RUN_FILE, check_folder, check_output_dir, differing_keys, fingerprint
 from mpoe.training.statistics import ExpertLoad
 
 CONFIG = {"seed": 1, "mpoe": {"num_experts": 8, "shape": "separable"}, "tasks": ("a", "b"), "output_dir": "x"}
@@ -188,6 +188,14 @@ def test_only_checkpoints_by_their_exact_name_are_a_run_and_deleted(tmp_path: Pa
     prepare_output_dir(tmp_path, overwrite=True, run_config=CONFIG)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-7", "checkpoint-notes.txt", "checkpoint-of-my-own", RUN_FILE]
+
+
+def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write everywhere
+    with pytest.raises(
+        PermissionError, match=rf"output_dir must be a folder that can be written; {tmp_path} cannot be"
+    ):
+        check_folder("output_dir", tmp_path / "run")
 
 
 def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:

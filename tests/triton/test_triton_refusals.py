@@ -21,6 +21,7 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.backends.triton import architecture
+from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
@@ -112,3 +113,20 @@ def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> N
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
     assert architecture.triton_reasons() == ()
+
+
+def test_what_no_kernel_is_made_for() -> None:
+    """The planner does not ask for it: these are the launcher's own words."""
+    pytest.importorskip("triton")
+    from mpoe_kernels.backends.triton.configs import fused_choice
+    from mpoe_kernels.backends.triton.fused_tiles import Sides
+    from mpoe_kernels.backends.triton.operands import Operand, index_map
+    from mpoe_kernels.backends.triton.start import recorded
+
+    sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
+    with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):
+        fused_choice(torch.empty(1, device="meta"), sides, 1.0, "rows")
+    axes = ("iL", "iC", "iR", "jL", "jC")
+    scattered = Operand(torch.empty(0), {axis: 3**k for k, axis in enumerate(axes)}, 0)
+    with pytest.raises(ValueError, match=r"a dimension of 5 digits \(jC, jL, iR, iC, iL\) does not fit 4"):
+        index_map(axes, BlockDims(*[2] * 10), scattered)

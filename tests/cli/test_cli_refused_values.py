@@ -1,0 +1,84 @@
+"""Values that a command refuses by itself, and models and runs that it cannot take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mpoe.cli import bench
+from mpoe.cli.errors import CommandError
+from mpoe.cli.experiment import ExperimentOptions, take_layers
+from mpoe_kernels import planner
+
+RUN = ["train", "--output_dir", "run"]
+HERE = [*RUN, "--data_dir", "."]
+ENCODER = "is an encoder (bert)"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty working folder but for an encoder, of which a configuration is enough, a file and some data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "notes").write_text("no model")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,0\nb,1\n")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "gpt2", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
+        (["generate", "bert", "--prompt", "x"], f"bert {ENCODER}: it cannot generate text"),
+        (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
+        (["generate", "no-such/model", "--prompt", "x"], "model: 'no-such/model' is no folder here, and the hub did"),
+        (["evaluate", "bert"], f"bert {ENCODER}; evaluate takes T5, GPT-2 and Llama models"),
+        (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
+        (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
+        (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
+        ([*RUN, "--model", "bert"], f"model 'bert' {ENCODER}; train takes T5, GPT-2 and Llama"),
+        ([*RUN, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
+        ([*RUN, "--load_layer", "mlp"], "load_layer needs load_experiment"),
+        ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
+        ([*HERE, "--label_words", "{"], "label_words: bad JSON at character 1: Expecting property name"),
+        ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),
+        ([*HERE, "--split_validation_test"], "which split_validation_test divides, must hold at least two"),
+        (
+            [*RUN, "--mpo_layers", "mpl"],
+            "mpo_layers must be among word_embed, mlp, attention, pooler, nompo; got 'mpl'",
+        ),
+        (["bench", "--minutes", 0], "minutes must be greater than 0; got 0.0"),
+    ],
+)
+def test_refused_values(refused, arguments: list, message: str) -> None:
+    assert message in refused(*arguments)
+
+
+def test_components_of_an_earlier_run_need_a_mixture() -> None:
+    with pytest.raises(CommandError, match="load_layer needs a model with MPO layers; this one stays dense"):
+        take_layers(SimpleNamespace(), ExperimentOptions("run", ["mlp"]))
+
+
+def test_a_calibration_that_cannot_be_kept(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def calibrate(device: str) -> None:
+        raise OSError(f"no room for {device}")
+
+    monkeypatch.setattr(planner, "calibrate", calibrate)
+    assert "hardware.json cannot be written: no room for cpu" in refused("plan", "--calibrate")
+
+
+def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
+    assert "wrong or failed: linear: a wrong sum" in refused("bench")
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name, name=name)
+
+    monkeypatch.setattr(bench, "importlib", SimpleNamespace(import_module=absent))
+    monkeypatch.setattr(bench, "__file__", str(here / "mpoe" / "cli" / "bench.py"))
+    assert f"the benchmarks are not installed: no package mpoe_bench, and no {here / 'bench'}" in refused("bench")

@@ -1,6 +1,8 @@
 """A plain loop over several devices, sharded (FSDP2): every device holds a part of parameters and optimizer state.
 
 usage: torchrun --nproc_per_node 2 examples/sharded_loop.py OUTPUT_DIR [STEPS]
+
+Stopped, the same line goes on from the last checkpoint, on as many devices or on others.
 """
 
 import random
@@ -9,19 +11,28 @@ import sys
 import torch
 import torch.distributed as dist
 
-from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe, global_batch, save_sharded, shard_model
+from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe, global_batch, load_mpoe, save_sharded, shard_model
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.embedded import load_stand_in
 from mpoe.data.encode import encode_text_to_text
 from mpoe.data.tasks import get_task
-from mpoe.training import GradientMask, build_param_groups, rank_share
+from mpoe.training import (
+    GradientMask,
+    build_param_groups,
+    find_last_checkpoint,
+    load_sharded_optimizer,
+    rank_share,
+    save_sharded_checkpoint,
+)
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 50
 dist.init_process_group()  # gloo on CPUs, NCCL on NVIDIA GPUs
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 dense, tokenizer = load_stand_in("t5")
-model = convert_to_mpoe(dense, MPOEConfig(num_experts=8)).train()
+checkpoint = find_last_checkpoint(folder)
+model = load_mpoe(checkpoint) if checkpoint else convert_to_mpoe(dense, MPOEConfig(num_experts=8))
+model.train()
 if torch.accelerator.is_available():
     torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     model.to(torch.accelerator.current_accelerator())
@@ -30,13 +41,15 @@ shard_model(model)  # all ranks go on from the first one's weights
 # After sharding: groups and mask refer to the sharded parameters.
 arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1e-3, use_cpu=True)
 optimizer = torch.optim.AdamW(build_param_groups(model, arguments))
+start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
 mask = GradientMask(model, probability=0.5, seed=0)  # the same steps on every rank
 
 items = encode_text_to_text(get_task("doc_kind").train(), tokenizer, max_source_length=64)
 collate = PaddingCollator(tokenizer.pad_token_id)
-order = random.Random(0)  # the same on every rank: each takes its part of the same batch
-for step in range(steps):
-    batch = collate(order.sample(items, 16)[rank::ranks])
+for step in range(start, steps):
+    # All that is random follows from the step: a resumed run draws the same. Every rank takes its part of one batch.
+    torch.manual_seed(step * ranks + rank)  # dropout
+    batch = collate(random.Random(step).sample(items, 16)[rank::ranks])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with mask.step(step), global_batch():
         loss = rank_share(model(**batch), batch["labels"], model)
@@ -48,6 +61,8 @@ for step in range(steps):
     dist.all_reduce(total)
     if rank == 0 and (step % 10 == 0 or step == steps - 1):
         print(f"step {step}: loss {total / ranks:.4f}")
+    if (step + 1) % 20 == 0:
+        save_sharded_checkpoint(model, optimizer, folder, step + 1, limit=2)
 
 save_sharded(model, folder)  # load_mpoe(folder) reads it
 dist.destroy_process_group()

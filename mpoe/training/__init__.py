@@ -18,9 +18,11 @@ _HOMES = {
     "find_last_checkpoint": "checkpoints",
     "freeze_cores": "freezing",
     "prepare_output_dir": "output_dir",
+    "load_sharded_optimizer": "sharded_checkpoint",
     "rank_share": "loss",
     "read_metrics": "metrics_file",
     "save_sharded": "sharding",
+    "save_sharded_checkpoint": "sharded_checkpoint",
     "shard_model": "sharding",
 }
 __all__ = sorted(_HOMES)

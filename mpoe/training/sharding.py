@@ -75,6 +75,8 @@ def _blocks(model: Any) -> Iterator[nn.Module]:
 def save_sharded(model: Any, folder: str | Path) -> None:
     """Gather a sharded model in the first rank's memory and save it there; `load_mpoe` reads it. All ranks call it.
 
+    Of a loop that is to go on, `mpoe.training.save_sharded_checkpoint` keeps the optimizer's state too.
+
     Raises:
         TypeError: a model that `shard_model` has not sharded.
     """

@@ -1,0 +1,150 @@
+"""Checkpoints of a sharded loop (FSDP2): whole weights and optimizer state, from which any number of ranks goes on.
+
+Every parameter's state is gathered by itself and kept by the first rank alone; on loading every rank reads its own part
+of it. Tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mpoe.models.weight_files import declared_shapes, read_json
+from mpoe.training import checkpoints
+from mpoe.training.sharding import save_sharded
+
+TENSORS, SETTINGS = "optimizer.safetensors", "optimizer.json"
+
+
+def save_sharded_checkpoint(
+    model: Any, optimizer: torch.optim.Optimizer, folder: str | Path, step: int, limit: int | None = None
+) -> Path:
+    """Write ``folder/checkpoint-STEP``, complete or not at all; all ranks call it.
+
+    `mpoe.training.find_last_checkpoint` finds it again, `load_mpoe` reads the weights and `load_sharded_optimizer` the
+    rest. What a loop draws at random is not kept: seed it by the step, as `GradientMask` does.
+
+    Args:
+        model: sharded by `shard_model`.
+        optimizer: over its parameters, outside of a step: gradients are not kept.
+        folder: of the run, which every rank can read.
+        step: number of optimizer steps taken.
+        limit: how many checkpoints to keep; default: all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TypeError: a model that is not sharded; a setting of the optimizer that JSON cannot hold.
+        ValueError: a parameter of the optimizer that is none of the model's.
+    """
+    staged = checkpoints.staging_root(folder) / f"checkpoint-{step}"
+    if dist.get_rank() == 0:
+        checkpoints.clean_leftovers(folder)
+    save_sharded(model, staged)
+    tensors, numbers = _gathered(_states(model, optimizer))
+    if dist.get_rank() == 0:
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": names}
+            for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+        ]
+        (staged / SETTINGS).write_text(json.dumps({"groups": groups, "numbers": numbers}, indent=1), encoding="utf-8")
+        save_file(tensors, staged / TENSORS)
+        checkpoints.publish(staged, folder)
+        checkpoints.staging_root(folder).rmdir()
+        checkpoints.rotate(folder, limit)
+    dist.barrier()
+    return Path(folder) / staged.name
+
+
+def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpoint: str | Path) -> int:
+    """Give an optimizer the state it had in a checkpoint of `save_sharded_checkpoint`; all ranks call it.
+
+    Args:
+        model: ``load_mpoe(checkpoint)``, then sharded by `shard_model`; over as many ranks as you like.
+        optimizer: new, over its parameters in the same groups.
+        checkpoint: its folder.
+
+    Returns:
+        Number of optimizer steps taken.
+
+    Raises:
+        ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or parameters that differ.
+    """
+    folder = Path(checkpoint)
+    step = checkpoints.step_of(folder)
+    if not checkpoints.is_complete(folder) or not (folder / SETTINGS).is_file():
+        raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
+    if damaged := checkpoints.damaged_files(folder):
+        raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
+    saved, names = read_json(folder / SETTINGS), _names(model, optimizer)
+    if [group["params"] for group in saved["groups"]] != names:
+        raise ValueError(f"optimizer must have the groups of parameters that {folder / SETTINGS} lists; they differ")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = {name: number for number, name in enumerate(name for group in names for name in group)}
+    state: dict[int, dict[str, Any]] = {}
+    for name, values in saved["numbers"].items():
+        state.setdefault(numbered[name], {}).update(values)
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        for key in declared_shapes([folder / TENSORS]):
+            name, _, value = key.rpartition(":")
+            number = numbered[name]
+            state.setdefault(number, {})[value] = _like(parameters[number], file.get_tensor(key))
+    groups = optimizer.state_dict()["param_groups"]
+    for group, values in zip(groups, saved["groups"], strict=True):
+        # JSON has no tuples
+        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "params"}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return step
+
+
+def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the parameters in every group."""
+    known = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        return [[known[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    except KeyError:
+        raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
+
+
+def _states(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
+    """Parameter, name and value of everything that the optimizer keeps, in an order that is every rank's."""
+    names = [name for group in _names(model, optimizer) for name in group]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        # One that has not been trained yet, such as a masked central core, has none.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            yield name, key, value
+
+
+def _gathered(states: Iterator[tuple[str, str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors, whole and on the CPU (on the first rank; empty on others), and what is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    first = dist.get_rank() == 0
+    for name, key, value in states:
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+        if not first:
+            continue
+        if isinstance(whole, Tensor):
+            tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
+        else:
+            numbers.setdefault(name, {})[key] = whole
+    return tensors, numbers
+
+
+def _like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` divided as its parameter is; a step count stays as it is."""
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole
+    here = whole.to(parameter.device)
+    return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -11,19 +11,22 @@ import sys
 import torch
 import torch.distributed as dist
 
-from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe, global_batch, load_mpoe, save_sharded, shard_model
+from mpoe import (
+    MPOEConfig,
+    MPOETrainingArguments,
+    convert_to_mpoe,
+    global_batch,
+    load_mpoe,
+    load_sharded_optimizer,
+    save_sharded,
+    save_sharded_checkpoint,
+    shard_model,
+)
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.embedded import load_stand_in
 from mpoe.data.encode import encode_text_to_text
 from mpoe.data.tasks import get_task
-from mpoe.training import (
-    GradientMask,
-    build_param_groups,
-    find_last_checkpoint,
-    load_sharded_optimizer,
-    rank_share,
-    save_sharded_checkpoint,
-)
+from mpoe.training import GradientMask, build_param_groups, find_last_checkpoint, rank_share
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 50
 dist.init_process_group()  # gloo on CPUs, NCCL on NVIDIA GPUs

@@ -28,7 +28,9 @@ _NAMES = {
     "save_mpoe_only": "mpoe.models",
     "MPOETrainer": "mpoe.training",
     "MPOETrainingArguments": "mpoe.training",
+    "load_sharded_optimizer": "mpoe.training",
     "save_sharded": "mpoe.training",
+    "save_sharded_checkpoint": "mpoe.training",
     "shard_model": "mpoe.training",
     "__version__": "mpoe_kernels.version",
 }
@@ -38,7 +40,14 @@ if TYPE_CHECKING:
     from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter, global_batch
     from mpoe.models import convert_to_mpoe, import_original, load_mpoe, merge_experts, save_mpoe_only
     from mpoe.models.lora import lora_on_cores
-    from mpoe.training import MPOETrainer, MPOETrainingArguments, save_sharded, shard_model
+    from mpoe.training import (
+        MPOETrainer,
+        MPOETrainingArguments,
+        load_sharded_optimizer,
+        save_sharded,
+        save_sharded_checkpoint,
+        shard_model,
+    )
     from mpoe_kernels.version import __version__
 
 __all__ = [
@@ -55,10 +64,12 @@ __all__ = [
     "global_batch",
     "import_original",
     "load_mpoe",
+    "load_sharded_optimizer",
     "lora_on_cores",
     "merge_experts",
     "save_mpoe_only",
     "save_sharded",
+    "save_sharded_checkpoint",
     "shard_model",
 ]
 

@@ -13,6 +13,7 @@ import pytest
 from cli_documents import LAUNCH, blocks
 
 from mpoe import load_mpoe
+from mpoe.cli.plan_tables import size
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
@@ -29,6 +30,24 @@ def test_tables_are_what_their_commands_print(cli, monkeypatch: pytest.MonkeyPat
         start = printed.index("h100, 8 in a node: per device and step") + 1
         expected = [line.rstrip() for line in table.splitlines()]
         assert printed[start : start + len(expected)] == expected, command
+
+
+def test_the_picture_is_drawn_from_the_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from mpoe_bench.plots import scale
+
+    assert (min(scale.NODES) * 8, max(scale.NODES) * 8) == (8, 4096)
+    monkeypatch.setattr(scale, "NODES", (1, 8))
+    drawn = {experts: scale.predictions(experts) for experts in scale.EXPERTS}
+    for found in drawn.values():
+        for placed in found.values():
+            assert [size(each.memory_bytes) in PAGE for each in placed[:2]] == [True, True]
+        mpoe, switch, *_ = found[64]
+        assert size(mpoe.all_reduce.link) in PAGE
+        assert size(switch.all_to_all.link) in PAGE
+        assert size(switch.all_reduce.link) in PAGE
+    scale.draw(tmp_path / "scale.png", drawn)
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

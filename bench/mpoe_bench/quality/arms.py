@@ -89,9 +89,9 @@ ARMS = (
     mpoe("separable8", "MPOE 8 separable", "separable"),
     mpoe("wide8", "MPOE 8 wide separable", "wide"),
     mpoe("separable16", "MPOE 16 separable", "separable", 16),
-    mpoe("mask25", "MPOE 8 separable, p_b .25", "separable", mask=0.25, rate_of="separable8"),
-    mpoe("mask50", "MPOE 8 separable, p_b .5", "separable", mask=0.5, rate_of="separable8"),
-    mpoe("mask75", "MPOE 8 separable, p_b .75", "separable", mask=0.75, rate_of="separable8"),
+    mpoe("mask25", "MPOE 8 paper, p_b .25", "paper", mask=0.25, rate_of="paper8"),
+    mpoe("mask50", "MPOE 8 paper, p_b .5", "paper", mask=0.5, rate_of="paper8"),
+    mpoe("mask75", "MPOE 8 paper, p_b .75", "paper", mask=0.75, rate_of="paper8"),
     Arm(
         "biases8", "control: shared weight, own biases", {"num_experts": 8, "expert_type": "dense"}, shared_weight=True
     ),

@@ -47,7 +47,7 @@ PLANS = {
     "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
     "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(8e-3, 16e-3)),
     "t5": Plan("spans", MAIN, 1600, tuning=800, rates=(8e-3, 16e-3)),
-    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 40, tuning=12, rates=(1e-3, 2e-3)),
+    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 30, tuning=10, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

@@ -13,7 +13,7 @@ from mpoe_bench.quality.runs import arm_of, by_arm
 from mpoe_bench.quality.statistics import Spread
 
 Records = Sequence[Mapping[str, Any]]
-MASKED = ("separable8", "mask25", "mask50", "mask75")
+MASKED = ("paper8", "mask25", "mask50", "mask75")
 MARKERS = {"dense": "o", "Switch": "s", "MPOE": "D", "control": "^"}
 
 

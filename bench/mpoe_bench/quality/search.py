@@ -13,6 +13,7 @@ from mpoe_bench.quality.arms import DENSE_EXPERTS, LOSSLESS, Arm, mpoe
 SHARED: dict[str, Any] = {"shared_weight": True, "router": LOSSLESS}
 RAW = {"is_scale_prob": True}
 TWO = {"top_k": 2, "is_scale_prob": False}
+AS_RAW: dict[str, Any] = {"rate_of": "upcycled_paper_raw"}
 
 
 def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
@@ -58,9 +59,9 @@ TRIALS = (
     paper_after("half", 0.5, rate=10, key="upcycled_paper_raw", router=RAW),
     paper_after("half", 0.5, rate=10, key="upcycled_paper_balance", router=RAW | {"balance_loss_weight": 1e-3}),
     paper_after("a quarter", 0.25, rate=10, key="upcycled_paper_quarter"),
-    paper_after("half", 0.5, rate=10, key="upcycled_paper_two", router=TWO),
-    paper_after("half", 0.5, rate=10, key="upcycled_paper_even", router=RAW, even_gate=True),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_two", router=TWO, **AS_RAW),
+    paper_after("half", 0.5, rate=10, key="upcycled_paper_even", router=RAW, even_gate=True, **AS_RAW),
     trial("paper_two", "paper, two experts per token", "paper", router=TWO),
-    Arm("switch8_two", "Switch 8, two experts per token", DENSE_EXPERTS, router=TWO),
+    Arm("switch8_two", "Switch 8, two experts per token", DENSE_EXPERTS, router=TWO, rate_of="switch8"),
     Arm("switch8_upcycled", "Switch 8 after half dense", DENSE_EXPERTS, upcycled=0.5),
 )

@@ -51,13 +51,14 @@ def save_sharded_checkpoint(
     if dist.get_rank() == 0:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
+    groups = [
+        {**group, "params": names}
+        for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+    ]
     tensors, numbers = _gathered(_states(model, optimizer))
+    settings = json.dumps({"groups": groups, "numbers": numbers}, indent=1, default=_as_number)
     if dist.get_rank() == 0:
-        groups = [
-            {**{k: v for k, v in group.items() if k != "params"}, "params": names}
-            for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
-        ]
-        (staged / SETTINGS).write_text(json.dumps({"groups": groups, "numbers": numbers}, indent=1), encoding="utf-8")
+        (staged / SETTINGS).write_text(settings, encoding="utf-8")
         save_file(tensors, staged / TENSORS)
         checkpoints.publish(staged, folder)
         checkpoints.staging_root(folder).rmdir()
@@ -86,6 +87,15 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     if damaged := checkpoints.damaged_files(folder):
         raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
+    try:
+        optimizer.load_state_dict(_read(folder, model, optimizer))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} must hold an optimizer's state of save_sharded_checkpoint; {error!r}") from error
+    return step
+
+
+def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict of ``optimizer``, with this rank's part of every tensor."""
     saved, names = read_json(folder / SETTINGS), _names(model, optimizer)
     if [group["params"] for group in saved["groups"]] != names:
         raise ValueError(f"optimizer must have the groups of parameters that {folder / SETTINGS} lists; they differ")
@@ -95,16 +105,16 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     for name, values in saved["numbers"].items():
         state.setdefault(numbered[name], {}).update(values)
     with safe_open(folder / TENSORS, framework="pt") as file:
-        for key in declared_shapes([folder / TENSORS]):
+        for key, shape in declared_shapes([folder / TENSORS]).items():
             name, _, value = key.rpartition(":")
-            number = numbered[name]
-            state.setdefault(number, {})[value] = _like(parameters[number], file.get_tensor(key))
-    groups = optimizer.state_dict()["param_groups"]
+            parameter = parameters[numbered[name]]
+            if shape not in ((), tuple(parameter.shape)):
+                raise ValueError(f"{key} in {folder / TENSORS} must have the shape of its parameter; got {list(shape)}")
+            state.setdefault(numbered[name], {})[value] = _like(parameter, file.get_tensor(key))
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
     for group, values in zip(groups, saved["groups"], strict=True):
-        # JSON has no tuples
-        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "params"}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return step
+        group |= {name: _setting(group.get(name), value) for name, value in values.items() if name != "params"}
+    return {"state": state, "param_groups": groups}
 
 
 def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -127,19 +137,31 @@ def _states(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str,
 
 
 def _gathered(states: Iterator[tuple[str, str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors, whole and on the CPU (on the first rank; empty on others), and what is no tensor."""
+    """Tensors, whole and on the CPU (only on the first rank), and what is no tensor."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     first = dist.get_rank() == 0
     for name, key, value in states:
         whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-        if not first:
-            continue
-        if isinstance(whole, Tensor):
-            tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
-        else:
+        if not isinstance(whole, Tensor):
             numbers.setdefault(name, {})[key] = whole
+        elif first:
+            tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
     return tensors, numbers
+
+
+def _as_number(value: Any) -> Any:
+    """For JSON: an optimizer may keep its rate in a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
+
+
+def _setting(now: Any, saved: Any) -> Any:
+    """What JSON has kept, as the optimizer has it now: JSON knows neither tuples nor tensors."""
+    if isinstance(now, Tensor):
+        return torch.full_like(now, saved)
+    return tuple(saved) if isinstance(saved, list) else saved
 
 
 def _like(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from cli_described import write_described
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _settings_of_run
+from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _descriptions_of_run, _settings_of_run
 from mpoe.cli.scoring import score_rows
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
@@ -133,6 +133,13 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
     run_file.write_text("{")
     with pytest.raises(CommandError, match=r"run\.json does not describe a run"):
         _settings_of_run(str(checkpoint))
+
+
+def test_a_run_with_descriptions_that_are_none_is_refused() -> None:
+    assert _descriptions_of_run({}) is None
+    for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
+        with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
+            _descriptions_of_run({"described": described})
 
 
 def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mpoe import load_mpoe, shard_model
+from mpoe import shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
+from mpoe.training.checkpoints import MANIFEST
 
 from .ranks import torchrun
 from .ranks_sharded import SAVED, STEPS, loop
 from .tiny import mpoe_model
 
 SCRIPT = Path(__file__).with_name("ranks_sharded.py")
+
+
+def seal(checkpoint: Path) -> None:
+    """Make a changed checkpoint look as if it had been written so."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name in manifest["files"]:
+        content = (checkpoint / name).read_bytes()
+        manifest["files"][name], manifest["crc32"][name] = len(content), zlib.crc32(content)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -30,32 +41,64 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_one_rank_goes_on_and_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
+def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
     straight = loop(tmp_path)
     assert len(straight) == STEPS
     assert loop(tmp_path) == pytest.approx(straight[SAVED:], rel=1e-6)
-
-    checkpoint = tmp_path / f"checkpoint-{SAVED}"
-    assert find_last_checkpoint(tmp_path) == checkpoint
+    assert find_last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{SAVED}"
     assert not list(tmp_path.glob(".incomplete*"))
-    state = json.loads((checkpoint / "optimizer.json").read_text())
-    kept = load_file(checkpoint / "optimizer.safetensors")
+    kept = load_file(tmp_path / f"checkpoint-{SAVED}" / "optimizer.safetensors")
+    state = json.loads((tmp_path / f"checkpoint-{SAVED}" / "optimizer.json").read_text())
     parameters = {name for group in state["groups"] for name in group["params"]}
     # Both steps were masked: a central core has no momentum yet, and must not get any.
     assert {name.rpartition(":")[0] for name in kept} == {name for name in parameters if "central" not in name}
-    model = shard_model(load_mpoe(checkpoint))
-    with pytest.raises(ValueError, match="optimizer must have the groups of parameters"):
-        load_sharded_optimizer(model, torch.optim.AdamW(model.parameters()), checkpoint)
+
+
+def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
+    model = shard_model(mpoe_model("t5"))
+    optimizer, again = (torch.optim.AdamW(model.parameters(), lr=torch.tensor(rate)) for rate in (0.5, 0.1))
+    optimizer.param_groups[0]["odd"] = ("a", 1)
+    for step in (1, 2, 3):
+        checkpoint = save_sharded_checkpoint(model, optimizer, tmp_path, step, limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert load_sharded_optimizer(model, again, checkpoint) == 3
+    assert (again.param_groups[0]["lr"], again.param_groups[0]["odd"]) == (torch.tensor(0.5), ("a", 1))
+
+
+def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
+    model = shard_model(mpoe_model("t5"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="model must be sharded by shard_model"):
+        save_sharded_checkpoint(mpoe_model("t5"), optimizer, tmp_path, 3)
     with pytest.raises(ValueError, match="make it after shard_model"):
         save_sharded_checkpoint(model, torch.optim.AdamW(mpoe_model("t5").parameters()), tmp_path, 3)
-    with pytest.raises(TypeError, match="model must be sharded by shard_model"):
-        save_sharded_checkpoint(mpoe_model("t5"), torch.optim.AdamW(model.parameters()), tmp_path, 3)
+    optimizer.param_groups[0]["odd"] = object()
+    with pytest.raises(TypeError, match="settings of optimizer must be numbers, texts or lists of them; got object"):
+        save_sharded_checkpoint(model, optimizer, tmp_path, 3)
+    del optimizer.param_groups[0]["odd"]
+    assert find_last_checkpoint(tmp_path) is None
+
+    checkpoint = save_sharded_checkpoint(model, optimizer, tmp_path, 3)
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="optimizer must have the groups of parameters"):
+        load_sharded_optimizer(model, torch.optim.AdamW(groups), checkpoint)
     with pytest.raises(ValueError, match="written by save_sharded_checkpoint"):
-        load_sharded_optimizer(model, torch.optim.AdamW(model.parameters()), tmp_path / "checkpoint-9")
-    file = checkpoint / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"is damaged: optimizer\.safetensors changed"):
-        load_sharded_optimizer(model, torch.optim.AdamW(model.parameters()), checkpoint)
+        load_sharded_optimizer(model, optimizer, tmp_path / "checkpoint-9")
+    tensors, settings = checkpoint / "optimizer.safetensors", checkpoint / "optimizer.json"
+    damages = {
+        r"shared\.weight:exp_avg in .* must have the shape of its parameter; got \[3\]": lambda: save_file(
+            {"shared.weight:exp_avg": torch.ones(3)}, tensors
+        ),
+        "must hold an optimizer's state .*'absent'": lambda: save_file({"absent:exp_avg": torch.ones(3)}, tensors),
+        "must hold an optimizer's state .*'groups'": lambda: settings.write_text("{}"),
+    }
+    for message, damage in damages.items():
+        damage()
+        with pytest.raises(ValueError, match=r"is damaged|written by save_sharded"):
+            load_sharded_optimizer(model, optimizer, checkpoint)
+        seal(checkpoint)
+        with pytest.raises(ValueError, match=message):
+            load_sharded_optimizer(model, optimizer, checkpoint)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ dist.init_process_group()  # gloo on CPUs, NCCL on NVIDIA GPUs
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 dense, tokenizer = load_stand_in("t5")
+torch.manual_seed(0)  # routers start at random
 checkpoint = find_last_checkpoint(folder)
 model = load_mpoe(checkpoint) if checkpoint else convert_to_mpoe(dense, MPOEConfig(num_experts=8))
 model.train()

@@ -16,11 +16,29 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INTERRUPTED = 130
 # these commands read their own options (a config file and every Trainer argument), their --help included
 _OWN_OPTIONS: dict[str, Any] = {
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     "add_help_option": False,
 }
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from mpoe_kernels.version import __version__
+
+        print(f"mpoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What goes before a command."""
 
 
 @app.command(**_OWN_OPTIONS)
@@ -159,15 +177,19 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
+    words = arguments[1:] if debug else arguments
     try:
-        app(args=arguments[1:] if debug else arguments, prog_name="mpoe")
-    except KeyboardInterrupt:
-        print("mpoe: interrupted", file=sys.stderr)
-        sys.exit(130)
+        # Not standalone: typer's own refusals are shown as all others are.
+        code = app(args=words or ["--help"], prog_name="mpoe", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         from mpoe.cli.errors import show
 
-        sys.exit(show(error, debug))
+        code = show(error, debug)
+    if code == INTERRUPTED:
+        print("mpoe: interrupted", file=sys.stderr)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

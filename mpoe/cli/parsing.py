@@ -18,6 +18,9 @@ from typing import Any
 
 from mpoe.cli.errors import CommandError, close_matches
 
+# What dataclasses of ours and of Transformers raise where values do not fit.
+_UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
+
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON or YAML mapping of option names to values; refusals are those of `read_mapping`."""
@@ -136,13 +139,21 @@ def parse(
     if rest:
         raise CommandError(f"values without an option: {' '.join(map(repr, rest))}")
     given |= {known[_normal(t.split("=", 1)[0])].dest for t in flags if t.startswith("--") and len(t) > 2}
-    return tuple(_build(kind, namespace) for kind in dataclass_types), given
+    return tuple(_build(kind, namespace, given) for kind in dataclass_types), given
 
 
-def _build(kind: type, namespace: argparse.Namespace) -> Any:
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
+def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
+    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return kind(**{name: getattr(namespace, name) for name in names})
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise CommandError(str(error)) from error
+            return kind(**values)
+    except _UNFIT as error:
+        raise CommandError(_naming(str(error), {name: values[name] for name in given & values.keys()})) from error
+
+
+def _naming(message: str, values: Mapping[str, Any]) -> str:
+    """Transformers' refusals may name no option: the one whose value they repeat, or else all that were given."""
+    if any(name in message for name in values):
+        return message
+    repeated = [name for name, value in values.items() if repr(value) in message]
+    return f"{', '.join(sorted(repeated or values))}: {message}"

@@ -46,6 +46,8 @@ def detect_spec(
     texts = list(text_columns or _text_columns(rows[0].values, label))
     if not texts:
         raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")
+    for column in text_columns or ():
+        read_cell(rows[0].values, column, where, f"text_columns of task {name}")
     asker = f"label_column of task {name}"
     labels = [read_cell(row.values, label, f"{path}, line {row.line}", asker) for row in rows] if label else []
     found = kind or _kind(labels, label_words)

@@ -58,7 +58,8 @@ def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
-    assert cli("convert", "t5", tmp_path / "out", "--num_experts", 2).code == 130
+    answer = cli("convert", "t5", tmp_path / "out", "--num_experts", 2)
+    assert (answer.code, answer.err.splitlines()[-1]) == (130, "mpoe: interrupted")
     assert list((tmp_path / "out").iterdir()) == []
     monkeypatch.undo()
     assert cli("convert", "t5", tmp_path / "out", "--num_experts", 2).code == 0

@@ -28,6 +28,12 @@ def test_info_does_not_import_transformers() -> None:
     assert "eager" in answer.stdout
 
 
+def test_version(cli) -> None:
+    from mpoe_kernels.version import __version__
+
+    assert cli("--version").out == f"mpoe {__version__}\n"
+
+
 def test_info_json(cli) -> None:
     import torch
 

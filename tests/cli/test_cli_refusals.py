@@ -64,7 +64,7 @@ def test_missing_column_names_file_and_line(refused, sentiment: Path, tmp_path: 
 
 def test_asked_column_that_is_not_there(refused, sentiment: Path, tmp_path: Path) -> None:
     line = refused(*train_flags(tmp_path / "run", sentiment, "--text_columns", "sentense"))
-    assert "line 1: column 'sentense' is missing (did you mean sentence?)" in line
+    assert "line 1: column 'sentense' is missing (did you mean sentence?), which text_columns of task sentiment" in line
 
 
 def test_data_folder_that_is_not_there(refused, tmp_path: Path) -> None:

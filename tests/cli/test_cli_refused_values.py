@@ -43,6 +43,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
         ([*RUN, "--model", "bert"], f"model 'bert' {ENCODER}; train takes T5, GPT-2 and Llama"),
         ([*RUN, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
+        ([*RUN, "--accelerator_config", "lost"], "accelerator_config: [Errno 2] No such file or directory: 'lost'"),
+        ([*RUN, "--load_best_model_at_end"], "load_best_model_at_end requires"),
         ([*RUN, "--load_layer", "mlp"], "load_layer needs load_experiment"),
         ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
         ([*HERE, "--label_words", "{"], "label_words: bad JSON at character 1: Expecting property name"),
@@ -52,11 +54,21 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             [*RUN, "--mpo_layers", "mpl"],
             "mpo_layers must be among word_embed, mlp, attention, pooler, nompo; got 'mpl'",
         ),
+        (["trian"], "no such command 'trian'"),
+        (["generate"], "missing argument"),
+        (["generate", "t5", "--promt", "x"], "no such option: --promt"),
+        (["generate", "t5", "--max_new_tokens", "many"], "invalid value for '--max_new_tokens'"),
+        (["bench", "quick"], "got unexpected extra argument"),
         (["bench", "--minutes", 0], "minutes must be greater than 0; got 0.0"),
     ],
 )
 def test_refused_values(refused, arguments: list, message: str) -> None:
     assert message in refused(*arguments)
+
+
+def test_what_cannot_be_read_says_where_help_is(refused) -> None:
+    assert refused("trian").endswith("(see mpoe --help)")
+    assert refused("generate").endswith("(see mpoe generate --help)")
 
 
 def test_components_of_an_earlier_run_need_a_mixture() -> None:

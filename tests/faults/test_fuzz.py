@@ -9,7 +9,7 @@ import pytest
 
 from mpoe.config.checks import check_number
 
-from . import fuzz
+from . import fuzz, fuzz_commands
 from .run_fuzz import KINDS, run_kind
 
 
@@ -20,6 +20,12 @@ def test_a_slice(kind: str, tmp_path: Path) -> None:
     assert outcome.inputs == 50
     assert outcome.worked > 0
     assert outcome.refused > 0
+
+
+def test_the_command_lines_that_are_changed_work(tmp_path: Path) -> None:
+    inside = fuzz_commands.prepare(tmp_path)
+    for command in fuzz_commands.COMMANDS:
+        fuzz_commands.run([command, *fuzz_commands.start_of(command, 0)], inside)
 
 
 def test_problems_are_noticed() -> None:

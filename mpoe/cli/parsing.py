@@ -54,7 +54,8 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
-    return CommandError(f"{kind} {name!r}{close_matches(_normal(name), known)}")
+    dashes = "--" if name.startswith("--") else ""  # a flag's matches are written as flags are
+    return CommandError(f"{kind} {name!r}{close_matches(dashes + _normal(name), [dashes + k for k in known])}")
 
 
 def _tokens(file: str, values: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> tuple[list[str], list[str]]:

@@ -59,7 +59,7 @@ def test_lists_booleans_and_null_from_a_file(tmp_path: Path) -> None:
 
 
 def test_unknown_flag_is_refused_with_close_matches() -> None:
-    with pytest.raises(CommandError, match=r"unknown option '--stepz'; did you mean 'steps'"):
+    with pytest.raises(CommandError, match=r"unknown option '--stepz'; did you mean '--steps'"):
         parse([First], ["--stepz", "3"])
 
 

@@ -47,6 +47,7 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
             at, spread.mean, spread.deviation or 0.0, fmt=MARKERS[kind], color=colours[kind], capsize=2, label=label
         )
         short = own[0]["name"].removeprefix("dense, ").removeprefix("control: ").removeprefix("MPOE 8 ")
+        short = short.replace("auxiliary rate x", "x")
         names.setdefault(at, []).append((spread.mean, short))
     axes.set_xscale("log", base=2)
     plain_ticks(axes.xaxis, [1, 2, 4, 8, 16])

@@ -66,7 +66,7 @@ def result_table(records: Records, field: Any) -> list[str]:
         before = next(record["before"] for record in records if record.get("before") is not None)
         lines += ["", f"Before training: {before:.{digits}f}."]
     if switch is not None and verdict(switch) != "better":
-        lines += ["", "Switch's gain is itself not significant here: its shares mean little."]
+        lines += ["", "Switch's gain is itself not significant here, so that there are no shares of it."]
     return lines
 
 
@@ -76,7 +76,8 @@ def _gain(own: Records, base: Records, switch: Spread | None, lower_is_better: b
     if not seeds or own[0]["arm"] == base[0]["arm"]:
         return "-", "-", "-"
     difference = gain(own, base, lower_is_better)
-    share = f"{100 * difference.mean / switch.mean:.0f}%" if switch is not None and switch.mean > 0 else "-"
+    clear = switch is not None and verdict(switch) == "better"
+    share = f"{100 * difference.mean / switch.mean:.0f}%" if switch is not None and clear else "-"
     return difference.text(digits, sign=True), verdict(difference), share
 
 

@@ -1,37 +1,52 @@
-"""Runs tests and lists the `raise` statements of the packages that none of them reached.
+"""Fails a test run that left a `raise` statement of the packages unreached, and lists such statements.
 
-    python tools/untested_refusals.py tests/kernels tests/layers tests/models tests/training tests/data tests/cli
+    PYTHONPATH=tools PYTEST_ADDOPTS="-p untested_refusals" python -m pytest -n 2
 
-Takes pytest's arguments. Statements are marked as the packages are imported, so tests run at their usual speed; what
-tests do in other processes is not seen.
+A plugin of pytest: it marks the statements as the packages are imported, so tests run at their usual speed. What pytest
+reaches in its own processes counts, in those of pytest-xdist and in those that tests start; random inputs do not count,
+as no one wrote down what they should be told. A statement that such a run cannot reach says so itself:
+``# reached only ...`` on its first line, with the reason.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mpoe", "mpoe_kernels")
+EXCUSE = "# reached only "
+RANDOM = "tests/faults/test_fuzz.py"
 # Of the language, not of a user's mistake.
 _PROTOCOL = ("AttributeError", "NotImplementedError", "KeyboardInterrupt", "SystemExit", "StopIteration")
+_FOLDER = "MPOE_REACHED"  # names the folder where every process leaves what it reached
+_reached: set[str] = set()
 
 
-def sites_of(path: Path) -> list[int]:
-    """Lines of the statements that raise a new exception."""
-    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise))
-    return sorted(node.lineno for node in nodes if _is_refusal(node))
-
-
-def _is_refusal(node: ast.Raise) -> bool:
+def _is_refusal(node: ast.AST) -> bool:
+    """Whether a statement raises a new exception that is about a mistake."""
+    if not isinstance(node, ast.Raise) or node.exc is None:
+        return False
     made = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-    return node.exc is not None and getattr(made, "id", "") not in _PROTOCOL
+    return getattr(made, "id", "") not in _PROTOCOL
+
+
+def refusals(path: Path) -> Iterator[tuple[str, str]]:
+    """``path:line`` and the first line of every refusal in a file."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in filter(_is_refusal, ast.walk(ast.parse(text))):
+        yield f"{path}:{node.lineno}", lines[node.lineno - 1].strip()
 
 
 class _Marks(ast.NodeTransformer):
@@ -39,7 +54,7 @@ class _Marks(ast.NodeTransformer):
         self.path = path
 
     def visit_Raise(self, node: ast.Raise) -> list[ast.stmt]:
-        call = ast.parse(f"__reached__({self.path!r}, {node.lineno})").body[0]
+        call = ast.parse(f"__reached__({f'{self.path}:{node.lineno}'!r})").body[0]
         return [ast.copy_location(call, node), node]
 
 
@@ -56,32 +71,57 @@ class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         if name.partition(".")[0] not in PACKAGES:
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
 
 
-def main(words: Sequence[str]) -> int:
-    import pytest
-
-    reached: set[tuple[str, int]] = set()
-    builtins.__reached__ = lambda path, line: reached.add((path, line))  # type: ignore[attr-defined]
-    sys.meta_path.insert(0, _Finder())
-    sys.path.insert(0, str(ROOT))
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *words])
-    every = [
-        (str(path), line)
-        for name in PACKAGES
-        for path in sorted((ROOT / name).rglob("*.py"))
-        for line in sites_of(path)
-    ]
-    missed = [site for site in every if site not in reached]
-    for path, line in missed:
-        print(f"{Path(path).relative_to(ROOT)}:{line}: {Path(path).read_text().splitlines()[line - 1].strip()}")
-    print(f"{len(every) - len(missed)} of {len(every)} reached")
-    return int(status)
+def _note(site: str) -> None:
+    if not os.environ.get("PYTEST_CURRENT_TEST", "").startswith(RANDOM):
+        _reached.add(site)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+class _Report:
+    """What the process that was started first says in the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        reached = {site for file in self.folder.iterdir() for site in file.read_text(encoding="utf-8").splitlines()}
+        paths = (path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))
+        every = [refusal for path in paths for refusal in refusals(path)]
+        missed = [(site, line) for site, line in every if site not in reached]
+        untested = [f"{Path(site).relative_to(ROOT)}: {line}" for site, line in missed if EXCUSE not in line]
+        elsewhere = len(missed) - len(untested)
+        summary = f"{len(every)} refusals: {len(every) - len(missed)} reached, {elsewhere} beyond this run, "
+        self.lines = [*untested, f"{summary}{len(untested)} untested"]
+        if untested and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("refusals that no test reached")
+        for line in self.lines:
+            terminalreporter.line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        os.environ[_FOLDER] = folder.name
+        config.pluginmanager.register(_Report(Path(folder.name)))
+        config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    (Path(os.environ[_FOLDER]) / str(os.getpid())).write_text("\n".join(_reached), encoding="utf-8")
+
+
+# Here and not in a hook: other plugins may import the packages before any hook is called.
+builtins.__reached__ = _note  # type: ignore[attr-defined]
+sys.meta_path.insert(0, _Finder())

@@ -31,6 +31,10 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     shapes = {}
     for kind, value in shape.items():
         check_choice(f"{name}'s keys", kind, KINDS)
+        if not isinstance(value, (MPOShape, Mapping)):
+            raise TypeError(
+                f"{name}[{kind!r}] must be an MPOShape or its mapping; got {type(value).__name__} {value!r}"
+            )
         shapes[kind] = value if isinstance(value, MPOShape) else MPOShape.from_dict(value)
     missing = {"up", "down"} - set(shapes)
     if missing:

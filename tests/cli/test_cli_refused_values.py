@@ -23,6 +23,9 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "spoilt").mkdir()
+    (tmp_path / "spoilt" / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "spoilt" / "run.json").write_text('{"config": {"described": {"a": 3}}}')
     (tmp_path / "notes").write_text("no model")
     for split in ("train", "validation"):
         (tmp_path / f"{split}.csv").write_text("text,label\na,0\nb,1\n")
@@ -36,13 +39,15 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (["generate", "gpt2", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
         (["generate", "bert", "--prompt", "x"], f"bert {ENCODER}: it cannot generate text"),
         (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
-        (["generate", "no-such/model", "--prompt", "x"], "model: 'no-such/model' is no folder here, and the hub did"),
+        (["generate", "no-such/model", "--prompt", "x"], "'no-such/model' is no folder here, neither t5 nor gpt2"),
         (["evaluate", "bert"], f"bert {ENCODER}; evaluate takes T5, GPT-2 and Llama models"),
+        (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),
         (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
         (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
         (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
         ([*RUN, "--model", "bert"], f"model 'bert' {ENCODER}; train takes T5, GPT-2 and Llama"),
         ([*RUN, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
+        ([*RUN, "--shape", '{"up": 3}'], "shape['up'] must be an MPOShape or its mapping; got int 3"),
         ([*RUN, "--accelerator_config", "lost"], "accelerator_config: [Errno 2] No such file or directory: 'lost'"),
         ([*RUN, "--load_best_model_at_end"], "load_best_model_at_end requires"),
         ([*RUN, "--load_layer", "mlp"], "load_layer needs load_experiment"),

@@ -48,7 +48,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             names += [
                 *(option.name.replace("_", mark) for mark in "_- "),
                 *own,
-                repr(own[-1].partition("=")[2].strip(",")),
+                repr(own[-1].rpartition("=")[2].strip(",")),
             ]
         run_on = fit and draw.random() < RUN_ON
         yield Case(f"mpoe {' '.join(tokens)!r:.400}", partial(run, tokens, inside, run_on), names)

@@ -18,7 +18,8 @@ def route_forward(
     expert_offsets, token_of_slot, slot_of_token, bad = OPS.route(top_k_index, num_experts, capacity, token_mask)
     if bad >= 0:
         value = int(top_k_index.reshape(-1)[bad])
-        raise ValueError(f"top_k_index must lie in 0..{num_experts - 1}; got {value}")
+        message = f"top_k_index must lie in 0..{num_experts - 1}; got {value}"
+        raise ValueError(message)  # reached only with the native kernels, which have a stage of their own in CI
     return expert_offsets, token_of_slot, slot_of_token
 
 

@@ -85,6 +85,11 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="written by save_sharded_checkpoint"):
         load_sharded_optimizer(model, optimizer, tmp_path / "checkpoint-9")
     tensors, settings = checkpoint / "optimizer.safetensors", checkpoint / "optimizer.json"
+    text = settings.read_text()
+    settings.write_text(text.swapcase())  # of the same size
+    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-3 is damaged: optimizer\.json changed"):
+        load_sharded_optimizer(model, optimizer, checkpoint)
+    settings.write_text(text)
     damages = {
         r"shared\.weight:exp_avg in .* must have the shape of its parameter; got \[3\]": lambda: save_file(
             {"shared.weight:exp_avg": torch.ones(3)}, tensors

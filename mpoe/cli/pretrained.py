@@ -81,7 +81,7 @@ def _model_type(name: str, is_folder: bool) -> str:
             raise CommandError(f"model: {Path(name) / 'config.json'} is not readable: {error}") from error
         hint = close_matches(name, STAND_INS)
         reason = str(error).strip().partition("\n")[0]
-        known = f"neither {' nor '.join(STAND_INS)}"
+        known = f"no built-in model ({', '.join(STAND_INS)})"
         raise CommandError(
             f"model: {name!r} is no folder here, {known}, and the hub did not give it ({reason}){hint}"
         ) from error

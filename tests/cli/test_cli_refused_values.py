@@ -39,7 +39,10 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (["generate", "gpt2", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
         (["generate", "bert", "--prompt", "x"], f"bert {ENCODER}: it cannot generate text"),
         (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
-        (["generate", "no-such/model", "--prompt", "x"], "'no-such/model' is no folder here, neither t5 nor gpt2"),
+        (
+            ["generate", "no-such/model", "--prompt", "x"],
+            "'no-such/model' is no folder here, no built-in model (t5, gpt2), and",
+        ),
         (["evaluate", "bert"], f"bert {ENCODER}; evaluate takes T5, GPT-2 and Llama models"),
         (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),
         (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),

@@ -47,11 +47,11 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
             at, spread.mean, spread.deviation or 0.0, fmt=MARKERS[kind], color=colours[kind], capsize=2, label=label
         )
         short = own[0]["name"].removeprefix("dense, ").removeprefix("control: ").removeprefix("MPOE 8 ")
-        short = short.replace("auxiliary rate x", "x")
+        short = short.replace("auxiliary rate x", "x").replace("two experts per token", "two per token")
         names.setdefault(at, []).append((spread.mean, short))
     axes.set_xscale("log", base=2)
     plain_ticks(axes.xaxis, [1, 2, 4, 8, 16])
-    axes.set_xlim(0.7, 20)
+    axes.set_xlim(0.3, 16)
     _write_names(axes, names)
     axes.set_xlabel("weights of all feed-forward layers, x dense")
     axes.set_ylabel(field.measure)
@@ -60,16 +60,19 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
 
 
 def _write_names(axes: Any, names: Mapping[float, list[tuple[float, str]]]) -> None:
-    """Beside their points, towards the side with more room, and one line apart."""
+    """Right of their points; left of all of them where the next points are near. One line apart."""
     low, high = axes.get_ylim()
     line, sizes = (high - low) / 45, sorted(names)
-    for at in sizes:
-        crowded = any(1.15 * at < other < 2 * at for other in sizes)
+    crowded = [at for at in sizes if any(1.05 * at < other < 2 * at for other in sizes)]
+    left = [(score, at, name) for at in crowded for score, name in names[at]]
+    columns = [[(score, at, name) for score, name in names[at]] for at in sizes if at not in crowded]
+    for column in (left, *columns):
         y = -math.inf
-        for score, name in sorted(names[at]):
+        edge = min(crowded) * 0.93 if column is left else column[0][1] * 1.03
+        for score, at, name in sorted(column):
             y = max(score, y + line)
-            place = {"xytext": (at * (0.97 if crowded else 1.03), y), "ha": "right" if crowded else "left"}
-            axes.annotate(name, (at, score), va="center", fontsize=6.5, **place)
+            side = "right" if column is left else "left"
+            axes.annotate(name, (at, score), xytext=(edge, y), va="center", ha=side, fontsize=6.5)
 
 
 def _paint_mask(axes: Any, masked: Sequence[tuple[float, Records]], field: Any) -> None:

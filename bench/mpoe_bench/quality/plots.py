@@ -68,10 +68,9 @@ def _write_names(axes: Any, names: Mapping[float, list[tuple[float, str]]]) -> N
     columns = [[(score, at, name) for score, name in names[at]] for at in sizes if at not in crowded]
     for column in (left, *columns):
         y = -math.inf
-        edge = min(crowded) * 0.93 if column is left else column[0][1] * 1.03
         for score, at, name in sorted(column):
             y = max(score, y + line)
-            side = "right" if column is left else "left"
+            edge, side = (crowded[0] * 0.93, "right") if column is left else (at * 1.03, "left")
             axes.annotate(name, (at, score), xytext=(edge, y), va="center", ha=side, fontsize=6.5)
 
 

@@ -20,7 +20,7 @@ def train_flags(folder: Path, data: Path, *more: object) -> list[object]:
 def test_unknown_option_of_train_names_close_matches(refused, tmp_path: Path) -> None:
     line = refused("train", "--output_dir", tmp_path / "run", "--num_expert", 4)
     assert "'--num_expert'" in line
-    assert "'num_experts'" in line
+    assert "'--num_experts'" in line
     assert not (tmp_path / "run").exists()
 
 

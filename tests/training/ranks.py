@@ -23,7 +23,7 @@ from mpoe.layers import global_batch
 from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, rank_share, save_sharded, shard_model
 
-from .tiny import Rows, make_trainer, mpoe_model, weights
+from .tiny import CHECKPOINTING, Rows, make_trainer, mpoe_model, weights
 
 STEPS = 4
 BATCH = 8
@@ -161,7 +161,7 @@ def by_sharding(
 # name: (loop, family, MPOEConfig, options)
 RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[str, Any]]] = {
     "trainer": (by_trainer, "t5", {}, {"save_strategy": "steps", "save_steps": 2}),
-    "trainer, checkpointing": (by_trainer, "gpt2", EMBEDDING, {"activation_checkpointing": True}),
+    "trainer, checkpointing": (by_trainer, "gpt2", EMBEDDING, {CHECKPOINTING: True}),
     "accelerate, idle experts": (by_accelerate, "t5", MANY, {}),
     "sharded, checkpointing": (by_sharding, "gpt2", {**EMBEDDING, **MANY}, {"checkpointing": True}),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from mpoe.models.report import mpo_modules
-from mpoe.training import GradientMask, GradientMaskCallback, MPOETrainingArguments
+from mpoe.training import GradientMask, GradientMaskCallback
 from mpoe.training.gradient_mask import mask_draw
 
-from .tiny import Rows, arguments, make_trainer, mpoe_model, weights
+from .tiny import CHECKPOINTING, Rows, arguments, make_trainer, mpoe_model, weights
 
 
 class Watch(TrainerCallback):
@@ -171,10 +170,8 @@ def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:
 
 def test_activation_checkpointing_recomputes_under_the_mask(tmp_path: Path) -> None:
     results = []
-    fields = {field.name for field in dataclasses.fields(MPOETrainingArguments)}
-    option = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     for checkpointing in (False, True):
-        trainer = make_trainer(tmp_path, "gpt2", gradient_mask_prob=0.5, max_steps=4, **{option: checkpointing})
+        trainer = make_trainer(tmp_path, "gpt2", gradient_mask_prob=0.5, max_steps=4, **{CHECKPOINTING: checkpointing})
         trainer.train()
         results.append(weights(trainer.model))
     for name, value in results[0].items():

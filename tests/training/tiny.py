@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -23,6 +24,13 @@ from transformers import (
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainer, MPOETrainingArguments
+
+# What Transformers' arguments call it, by release.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(MPOETrainingArguments)}
+)
 
 VOCABULARY = 40
 PAD, EOS = 0, 1

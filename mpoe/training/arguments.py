@@ -151,6 +151,12 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
 
     @property
+    def device(self) -> torch.device:
+        """As in Transformers; a CPU without the index that torch 2.11 cannot load a checkpoint to."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def core_lr(self) -> float:
         """Base rate of the cores: `mpo_lr`, or else `learning_rate`."""
         return self.learning_rate if self.mpo_lr is None else self.mpo_lr

@@ -19,7 +19,7 @@ def apply_activation_(name: str, z: Tensor) -> Tensor:
         return F.gelu(z, approximate="tanh")
     if name == "silu":
         return F.silu(z)
-    raise ValueError(f"activation must be none, relu, gelu, gelu_tanh or silu; got {name!r}")
+    raise _unknown(name)
 
 
 def activation_backward(name: str, grad: Tensor, saved: Tensor) -> Tensor:
@@ -34,7 +34,11 @@ def activation_backward(name: str, grad: Tensor, saved: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, saved, approximate="tanh")
     if name == "silu":
         return torch.ops.aten.silu_backward(grad, saved)
-    raise ValueError(f"activation must be none, relu, gelu, gelu_tanh or silu; got {name!r}")
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(f"activation must be none, relu, gelu, gelu_tanh or silu; got {name!r}")
 
 
 class Upstream:

@@ -2,7 +2,7 @@
 
 from mpoe_kernels.planner.calibrate import calibrate
 from mpoe_kernels.planner.contraction import ALL_GRADIENTS, Contraction, contraction, contractions
-from mpoe_kernels.planner.device import hardware_here, hardware_of
+from mpoe_kernels.planner.device import hardware_here, hardware_of, may_round_to_tf32
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
 from mpoe_kernels.planner.plan import ContractionPlan, plan_contraction
@@ -22,5 +22,6 @@ __all__ = [
     "contractions",
     "hardware_here",
     "hardware_of",
+    "may_round_to_tf32",
     "plan_contraction",
 ]

@@ -26,6 +26,14 @@ def _this_cpu(threads: int) -> Hardware:
     return calibrated(CPUS[_cpu_name()](threads), "cpu", threads)
 
 
+def may_round_to_tf32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch may round the factors of a product to TF32 on a GPU, however it was told so.
+
+    ``torch.backends.cuda.matmul.allow_tf32`` would raise once a program has used PyTorch's newer settings.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @lru_cache(maxsize=64)
 def _this_gpu(device: torch.device) -> Hardware | None:
     name = torch.cuda.get_device_properties(device).name
@@ -66,7 +74,7 @@ def hardware_of(device: str | torch.device) -> Hardware:
     if hardware is None:
         name = torch.cuda.get_device_properties(found).name
         raise ValueError(f"no numbers are known for {name}; name the nearest of {known}")
-    return hardware.with_tf32() if torch.backends.cuda.matmul.allow_tf32 else hardware
+    return hardware.with_tf32() if may_round_to_tf32(torch.float32) else hardware
 
 
 def hardware_here(device_type: str) -> Hardware:

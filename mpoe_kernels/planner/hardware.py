@@ -93,7 +93,7 @@ class Hardware:
         return self.flops_per_second(dtype) / self.bandwidth
 
     def with_tf32(self) -> Hardware:
-        """The same device when float32 GEMMs may use TF32 (``torch.backends.cuda.matmul.allow_tf32``)."""
+        """The same device when float32 GEMMs may use TF32."""
         if not self.tf32_flops:
             return self
         return replace(self, peak_flops=self.peak_flops._replace(float32=self.tf32_flops))

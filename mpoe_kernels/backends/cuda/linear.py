@@ -13,7 +13,7 @@ from torch import Tensor
 from mpoe_kernels.backends.cuda.cost import launch_of
 from mpoe_kernels.backends.indices import slots_by_token
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction
+from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction, may_round_to_tf32
 from mpoe_kernels.planner.contraction import Need
 from mpoe_kernels.planner.orders import applications
 
@@ -49,11 +49,6 @@ def _program(
     return launch_of(plan, hardware, saves_h).program
 
 
-def may_round_to_tf32(x: Tensor) -> bool:
-    """Whether PyTorch may round the factors of a float32 product to tf32."""
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-
-
 @dataclass(frozen=True)
 class LinearKernels:
     """The two kernels of the op.
@@ -73,7 +68,7 @@ class LinearKernels:
         y, h, z = self.ops.linear_forward(
             *(x, *call.blocks, call.expert_offsets, call.bias, call.row_index),
             *(call.in_features, call.out_features, call.activation),
-            *(program, may_round_to_tf32(x), save_h, save_z),
+            *(program, may_round_to_tf32(x.dtype), save_h, save_z),
         )
         return y, h if save_h else x.new_empty(0), z if save_z else x.new_empty(0)
 
@@ -84,7 +79,7 @@ class LinearKernels:
         dx, dleft, dcentral, dright, dbias = self.ops.linear_backward(
             *(call.grad, x, *call.blocks, call.expert_offsets, row_index, call.saved_h),
             *(None if call.activation == "none" else call.saved, call.in_features, call.out_features, call.activation),
-            *(program, may_round_to_tf32(x), *call.need),
+            *(program, may_round_to_tf32(x.dtype), *call.need),
         )
         if call.need[0] and row_index is not None:
             dx = self.ops.sum_rows(dx, *slots_by_token(row_index, x.shape[0]))

@@ -13,6 +13,7 @@ from mpoe_kernels.backends.triton.operands import LAYOUTS, Operand, activations,
 from mpoe_kernels.backends.triton.outer import outer_kernel
 from mpoe_kernels.backends.triton.rows import rows_kernel
 from mpoe_kernels.backends.triton.start import start
+from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.planner.orders import BlockDims
 
 
@@ -27,7 +28,7 @@ def power_of_two(n: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch is told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if may_round_to_tf32(dtype) else "ieee"
 
 
 @lru_cache(maxsize=16)

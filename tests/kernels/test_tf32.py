@@ -1,0 +1,101 @@
+"""Whether float32 products may round to TF32, asked by everything that runs on a GPU, however PyTorch was told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mpoe_kernels.backends.cuda.linear import LinearKernels
+from mpoe_kernels.backends.linear_call import ForwardCall
+from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
+from mpoe_kernels.planner.device import forget
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+MATMUL = torch.backends.cuda.matmul
+
+
+def _set(where: object, name: str, value: object) -> Callable[[], None]:
+    return lambda: setattr(where, name, value)
+
+
+# The older switches, then the newer ones; after the latter PyTorch refuses to read the former.
+WAYS = {
+    "nothing": (lambda: None, False),
+    "allow_tf32": (_set(MATMUL, "allow_tf32", True), True),
+    "high": (lambda: torch.set_float32_matmul_precision("high"), True),
+    "everywhere tf32": (_set(torch.backends, "fp32_precision", "tf32"), True),
+    "everywhere ieee": (_set(torch.backends, "fp32_precision", "ieee"), False),
+    "matmul tf32": (_set(MATMUL, "fp32_precision", "tf32"), True),
+}
+
+
+@pytest.fixture(params=WAYS)
+def allowed(request: pytest.FixtureRequest):
+    """PyTorch told in one of the ways; whether TF32 is then allowed."""
+
+    def reset() -> None:
+        torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+
+    tell, expected = WAYS[request.param]
+    reset()
+    try:
+        tell()
+        yield expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        reset()
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch):
+    forget()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    named = SimpleNamespace(name="NVIDIA H100 80GB HBM3", shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: named)
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def test_only_float32_is_rounded(allowed: bool) -> None:
+    assert may_round_to_tf32(torch.float32) == allowed
+    assert not may_round_to_tf32(torch.bfloat16)
+    assert not may_round_to_tf32(torch.float64)
+
+
+def test_costs_follow(allowed: bool, h100: None) -> None:
+    table = HARDWARE["h100"]
+    expected = table.with_tf32() if allowed else table
+    assert hardware_of("cuda") == hardware_here("cuda") == expected
+
+
+def test_triton_follows(allowed: bool) -> None:
+    pytest.importorskip("triton")
+    from mpoe_kernels.backends.triton.launch import precision
+
+    assert precision(torch.float32) == ("tf32" if allowed else "ieee")
+    assert precision(torch.bfloat16) == "ieee"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_follows(allowed: bool, h100: None, dtype: torch.dtype) -> None:
+    shape, told = SMALL_SHAPES["light"], []
+
+    def linear_forward(*arguments: object) -> tuple[torch.Tensor, ...]:
+        told.append(arguments[-3])
+        return (torch.empty(0),) * 3
+
+    made = random_blocks(shape, 2)
+    call = ForwardCall(
+        torch.zeros(3, shape.in_features, dtype=dtype),
+        *(t.to(dtype) for t in (made.left, made.central, made.right)),
+        *(torch.tensor([0, 1, 3], dtype=torch.int32), None, None),
+        *(shape.in_features, shape.out_features, "none", "rebuild", "cuda", False),
+    )
+    LinearKernels(SimpleNamespace(linear_forward=linear_forward), lambda *_: HARDWARE["h100"]).forward(call)
+    assert told == [allowed and dtype == torch.float32]

@@ -17,6 +17,7 @@ import torch
 from triton_compile import DOC, write_between
 
 from mpoe_kernels.backends.triton import catalogue
+from mpoe_kernels.backends.triton.architecture import target_named
 from mpoe_kernels.backends.triton.cost import gpu_seconds
 from mpoe_kernels.backends.triton.fused_cost import fused_seconds
 from mpoe_kernels.backends.triton.start import Launch, recorded
@@ -104,7 +105,7 @@ def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
     found = []
     for plan in contractions(dims, experts, tokens, DTYPE, phase):
         found.append(Choice(phase, plan.strategy, gpu_seconds(plan, CARD)))
-        found.append(Choice(phase, catalogue.ON_CHIP, fused_seconds(plan, ARCHITECTURE, CARD)))
+        found.append(Choice(phase, catalogue.ON_CHIP, fused_seconds(plan, target_named(ARCHITECTURE), CARD)))
     return min(found, key=lambda each: each.seconds)
 
 

@@ -78,7 +78,7 @@ def chosen_contractions(
         saves = training and shape.is_separable and phase.phase == "forward"
         strategy = "separable" if saves else AUTO
         choice = resolve_contraction(op, *sizes, device, backend_name=backend, strategy_name=strategy)
-        chosen = contraction(choice.strategy, *sizes, device_type=device)
+        chosen = contraction(choice.strategy, *sizes, device=device)
         found[phase.phase] = (chosen, choice.backend)
     return found
 

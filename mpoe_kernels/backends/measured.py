@@ -54,11 +54,11 @@ def _tables() -> dict[str, Table]:
     return read(FILE)
 
 
-def table_here(device_type: str) -> Table:
-    """The table of the current GPU; empty where there is none."""
-    if device_type != "cuda" or not torch.cuda.is_available():
+def table_here(device: str) -> Table:
+    """The table of a GPU of this machine; empty for other devices."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         return {}
-    return _tables().get(torch.cuda.get_device_name(), {})
+    return _tables().get(torch.cuda.get_device_name(device), {})
 
 
 def seconds_of(table: Table, backend: str, plan: Contraction) -> float | None:

@@ -32,15 +32,20 @@ class Request:
 
     Attributes:
         op: name of the op without its namespace, e.g. ``grouped_mpo_linear``.
-        device_type: ``cpu``, ``cuda``, ...
+        device: ``cpu``, ``cuda:1``, ...
         dtype: dtype of the activations.
         sizes: op-specific sizes (block dims, experts, slots) for cost prediction.
     """
 
     op: str
-    device_type: str
+    device: str
     dtype: torch.dtype
     sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
 
 
 def _nothing(_: Request) -> list[str]:
@@ -52,7 +57,7 @@ def _every_contraction(_: Contraction) -> list[str]:
 
 
 def _roofline(plan: Contraction) -> float:
-    return plan.seconds(hardware_here(plan.device_type))
+    return plan.seconds(hardware_here(plan.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +200,7 @@ def _resolve(
     slots: int,
     dtype: torch.dtype,
     phase: str,
-    device_type: str,
+    device: str,
     need: Need,
     backend_name: str,
     strategy_name: str,
@@ -203,10 +208,10 @@ def _resolve(
     _threads: int,
 ) -> Choice:
     """See `resolve_contraction`; ``_threads`` is read by the cost functions."""
-    sizes = (dims, num_experts, slots, dtype, phase, need, False, device_type)
+    sizes = (dims, num_experts, slots, dtype, phase, need, False, device)
     plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
-    request = Request(op, device_type, dtype)
-    table = measured.table_here(device_type)
+    request = Request(op, device, dtype)
+    table = measured.table_here(device)
     refused: dict[str, list[str]] = {}
     able: list[tuple[float, Choice]] = []
     for backend in backends:
@@ -225,7 +230,7 @@ def _resolve(
     if backend_name != AUTO:
         raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
     listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendError(f"no backend can run {op} on {device_type} {dtype}: {listing}")
+    raise BackendError(f"no backend can run {op} on {request.device_type} {dtype}: {listing}")
 
 
 def resolve_contraction(
@@ -235,7 +240,7 @@ def resolve_contraction(
     slots: int,
     dtype: torch.dtype,
     phase: str,
-    device_type: str,
+    device: str,
     need: Need = ALL_GRADIENTS,
     backend_name: str = AUTO,
     strategy_name: str = AUTO,
@@ -252,7 +257,7 @@ def resolve_contraction(
         slots: rows N.
         dtype: of the activations.
         phase: ``forward`` or ``backward``.
-        device_type: ``cpu``, ``cuda``, ...
+        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
         need: which gradients a backward computes: x, left, central, right.
         backend_name: only this backend.
         strategy_name: only this strategy.
@@ -261,6 +266,6 @@ def resolve_contraction(
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
     return _resolve(
-        *(op, dims, num_experts, slots, dtype, phase, device_type, need, backend_name, strategy_name),
+        *(op, dims, num_experts, slots, dtype, phase, device, need, backend_name, strategy_name),
         *(tuple(_BACKENDS.values()), torch.get_num_threads()),
     )

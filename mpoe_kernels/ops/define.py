@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: Any) -> Any:
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
-    request = registry.Request(op, like.device.type, like.dtype, sizes)
+    request = registry.Request(op, str(like.device), like.dtype, sizes)
     return registry.select(request, backend)(*arguments)
 
 

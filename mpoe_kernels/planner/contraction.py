@@ -39,7 +39,7 @@ class Contraction:
         bytes: read and written by all steps.
         temporary_bytes: largest weight memory alive at once: built weights and their gradients.
         activation_bytes: intermediate rows (neither x nor y), the largest neighbours alive at once.
-        device_type: ``cpu``, ``cuda``, ...; for the cost functions of backends that run on several.
+        device: ``cpu``, ``cuda:1``, ...; for the cost functions of backends.
     """
 
     strategy: str
@@ -57,7 +57,12 @@ class Contraction:
     bytes: int
     temporary_bytes: int
     activation_bytes: int
-    device_type: str = "cpu"
+    device: str = "cpu"
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
 
     def seconds(self, hardware: Hardware) -> float:
         """Predicted time: of every step, one after the other."""
@@ -253,7 +258,7 @@ def contraction(
     phase: str,
     need: Need = ALL_GRADIENTS,
     mask_central: bool = False,
-    device_type: str = "cpu",
+    device: str = "cpu",
 ) -> Contraction:
     """One strategy in one phase; see `Contraction` for the arguments.
 
@@ -289,7 +294,7 @@ def contraction(
         bytes=sum(step.bytes for step in found),
         temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize if found else 0,
         activation_bytes=_activation_elements(dims, strategy) * slots * dtype.itemsize,
-        device_type=device_type,
+        device=device,
     )
 
 
@@ -309,7 +314,7 @@ def contractions(
     phase: str,
     need: Need = ALL_GRADIENTS,
     mask_central: bool = False,
-    device_type: str = "cpu",
+    device: str = "cpu",
 ) -> tuple[Contraction, ...]:
     """Every candidate of one phase whose temporary weights stay within two experts' weights.
 
@@ -321,10 +326,10 @@ def contractions(
         phase: ``forward`` or ``backward``.
         need: which gradients a backward computes: x, left, central, right.
         mask_central: the central gradient is not needed.
-        device_type: where, for backends that run on several.
+        device: where, for the cost functions of backends.
     """
     found = (
-        contraction(strategy, dims, num_experts, slots, dtype, phase, need, mask_central, device_type)
+        contraction(strategy, dims, num_experts, slots, dtype, phase, need, mask_central, device)
         for strategy in candidate_strategies(dims)
     )
     limit = 2 * dims.weight_elements * dtype.itemsize

@@ -35,8 +35,8 @@ def may_round_to_tf32(dtype: torch.dtype) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _this_gpu(device: torch.device) -> Hardware | None:
-    name = torch.cuda.get_device_properties(device).name
+def _this_gpu(index: int) -> Hardware | None:
+    name = torch.cuda.get_device_properties(index).name
     for key, hardware in HARDWARE.items():
         if hardware.kind == "gpu" and key in name.lower():
             return calibrated(hardware, name, 1)
@@ -47,9 +47,9 @@ def hardware_of(device: str | torch.device) -> Hardware:
     """The numbers of a device.
 
     Args:
-        device: ``"cpu"`` (this machine, with as many cores as PyTorch has threads), ``"cuda"``, ``"cuda:1"`` (looked
-            up by the GPU's name, with TF32 where PyTorch may use it) or the same as ``torch.device``; or a name of
-            `HARDWARE`, which may be elsewhere. A calibration of this machine takes the place of the table.
+        device: ``"cpu"`` (this machine, with as many cores as PyTorch has threads), ``"cuda"`` (the current GPU),
+            ``"cuda:1"`` (looked up by its name, with TF32 where PyTorch may use it) or the same as ``torch.device``; or
+            a name of `HARDWARE`, which may be elsewhere. A calibration of this machine takes the place of the table.
 
     Raises:
         TypeError: neither a string nor a device.
@@ -70,17 +70,18 @@ def hardware_of(device: str | torch.device) -> Hardware:
         raise ValueError(f"device must be one of {known}, or a CPU or CUDA device of this machine; got {device!r}")
     if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r} is not here; name one of {known}")
-    hardware = _this_gpu(found)
+    index = torch.cuda.current_device() if found.index is None else found.index
+    hardware = _this_gpu(index)
     if hardware is None:
-        name = torch.cuda.get_device_properties(found).name
+        name = torch.cuda.get_device_properties(index).name
         raise ValueError(f"no numbers are known for {name}; name the nearest of {known}")
     return hardware.with_tf32() if may_round_to_tf32(torch.float32) else hardware
 
 
-def hardware_here(device_type: str) -> Hardware:
+def hardware_here(device: str | torch.device) -> Hardware:
     """Numbers to compare strategies with on a device of this machine; the nearest entry where none is known."""
     try:
-        return hardware_of(device_type)
+        return hardware_of(device)
     except ValueError:
         return HARDWARE["a100"]
 

@@ -64,7 +64,7 @@ def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert chosen(64) == "quick"
     table = {measured.key("quick", plan(1)): [(1, 5e-3), (4096, 5e-3)]}
-    monkeypatch.setattr(measured, "table_here", lambda device_type: table if device_type == "cuda" else {})
+    monkeypatch.setattr(measured, "table_here", lambda device: table if device == "cuda" else {})
     assert chosen(65) == "slow"
     assert chosen(66, "quick") == "quick"
     assert chosen(5000) == "quick", "beyond what was measured the prediction holds"

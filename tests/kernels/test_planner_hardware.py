@@ -96,8 +96,9 @@ def test_gpus_are_known_by_name(cache_home: Path, monkeypatch: pytest.MonkeyPatc
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = [types.SimpleNamespace(name=name) for name in names]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device.index or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
     assert hardware_of("cuda") == hardware_of("cuda:0") == HARDWARE["h100"]
     assert hardware_of(torch.device("cuda", 1)) == HARDWARE["a100"]
     with pytest.raises(ValueError, match="no numbers are known for NVIDIA GeForce RTX 4090; name the nearest of cpu"):

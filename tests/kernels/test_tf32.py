@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mpoe_kernels.backends.cuda.embedding import EmbeddingKernels
 from mpoe_kernels.backends.cuda.linear import LinearKernels
 from mpoe_kernels.backends.linear_call import ForwardCall
 from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
@@ -99,3 +100,19 @@ def test_cuda_follows(allowed: bool, h100: None, dtype: torch.dtype) -> None:
     )
     LinearKernels(SimpleNamespace(linear_forward=linear_forward), lambda *_: HARDWARE["h100"]).forward(call)
     assert told == [allowed and dtype == torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_follows(allowed: bool, dtype: torch.dtype) -> None:
+    told: list[object] = []
+
+    def note(*arguments: object) -> None:
+        told.append(arguments[-1])
+
+    kernels = EmbeddingKernels(SimpleNamespace(embedding_forward=note, embedding_backward=note))
+    made = random_blocks(SMALL_SHAPES["light"], 1)
+    blocks = [t.to(dtype) for t in (made.left, made.central, made.right)]
+    ids = torch.tensor([1, 0])
+    kernels.forward(ids, *blocks, 8, 8)
+    kernels.backward(torch.zeros(2, 8, dtype=dtype), ids, *blocks, 8, 8)
+    assert told == [allowed and dtype == torch.float32] * 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.backends.cuda.cost import predicted_cost, predicted_seconds, this_gpu
+from mpoe_kernels.backends.cuda.cost import gpu, predicted_cost, predicted_seconds
 from mpoe_kernels.backends.cuda.embedding import EmbeddingKernels
 from mpoe_kernels.backends.cuda.linear import DTYPES, LinearKernels, contraction_reasons
 from mpoe_kernels.backends.cuda.load import unavailable_reasons
@@ -20,7 +20,7 @@ def backend_of(
     name: str,
     ops: Any,
     device_type: str,
-    hardware: Callable[[], Hardware],
+    hardware: Callable[[str], Hardware],
     unavailable_reasons: Callable[[], list[str]],
     predicted_cost: Callable[[Request], float],
     predicted_seconds: Callable[[Contraction], float],
@@ -31,7 +31,7 @@ def backend_of(
         name: of the backend.
         ops: namespace of the compiled ops: those for a GPU, or in tests the same ones emulated.
         device_type: of the tensors that they take.
-        hardware: numbers of the device, by which the form of a kernel is chosen.
+        hardware: numbers of a device, by which the form of a kernel is chosen.
         unavailable_reasons, predicted_cost, predicted_seconds: see `Backend`.
     """
 
@@ -63,7 +63,7 @@ CUDA = backend_of(
     "cuda",
     torch.ops.mpoe_cuda,
     "cuda",
-    this_gpu,
+    gpu,
     unavailable_reasons,
     predicted_cost,
     predicted_seconds,

@@ -87,15 +87,15 @@ def _with_shared_memory(hardware: Hardware, available: int) -> Hardware:
     return replace(hardware, sram_bytes=min(hardware.sram_bytes, available))
 
 
-def this_gpu() -> Hardware:
-    """Numbers of the current GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
-    properties = torch.cuda.get_device_properties()
-    return _with_shared_memory(hardware_here("cuda"), properties.shared_memory_per_multiprocessor)
+def gpu(device: str) -> Hardware:
+    """Numbers of a GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
+    properties = torch.cuda.get_device_properties(device)
+    return _with_shared_memory(hardware_here(device), properties.shared_memory_per_multiprocessor)
 
 
 def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the CUDA kernels."""
-    return launch_of(plan, this_gpu()).seconds
+    return launch_of(plan, gpu(plan.device)).seconds
 
 
 def predicted_cost(request: Request) -> float:

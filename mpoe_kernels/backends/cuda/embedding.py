@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mpoe_kernels.backends.cuda.linear import may_round_to_tf32
 from mpoe_kernels.backends.indices import check_ids
+from mpoe_kernels.planner import may_round_to_tf32
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EmbeddingKernels:
     ) -> Tensor:
         """``[T] -> [T, embedding_dim]``; an id outside the table is an error, on a GPU by an assertion there."""
         check_ids(ids, num_embeddings)
-        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central))
+        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central.dtype))
         return self.ops.embedding_forward(ids, left, central, right, *sizes)
 
     def backward(
@@ -41,7 +41,7 @@ class EmbeddingKernels:
         embedding_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of left, central and right."""
-        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central))
+        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central.dtype))
         return self.ops.embedding_backward(grad, ids, left, central, right, *sizes)
 
     def table(self) -> dict[str, Callable[..., Any]]:

@@ -55,11 +55,11 @@ class LinearKernels:
 
     Attributes:
         ops: namespace of the compiled ops.
-        hardware: numbers of the device, by which the form of a kernel is chosen.
+        hardware: numbers of a device, by which the form of a kernel is chosen.
     """
 
     ops: Any
-    hardware: Callable[[], Hardware]
+    hardware: Callable[[str], Hardware]
 
     def forward(self, call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, h, z)``, see `ForwardCall`."""
@@ -87,7 +87,7 @@ class LinearKernels:
 
     def _program(self, call: LinearCall, phase: str, need: Need, saves_h: bool) -> str:
         sizes = (call.dims, call.num_experts, call.slots, call.x.dtype)
-        return _program(self.hardware(), call.strategy, *sizes, phase, need, saves_h)
+        return _program(self.hardware(str(call.x.device)), call.strategy, *sizes, phase, need, saves_h)
 
     def table(self) -> dict[str, Callable[..., Any]]:
         return {"grouped_mpo_linear": self.forward, "grouped_mpo_linear_backward": self.backward}

@@ -132,4 +132,4 @@ def contraction_reasons(_: Contraction) -> list[str]:
 
 def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the eager kernels."""
-    return _seconds(plan, hardware_here(plan.device_type))
+    return _seconds(plan, hardware_here(plan.device))

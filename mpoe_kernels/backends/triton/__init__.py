@@ -65,8 +65,8 @@ def request_reasons(request: Request) -> list[str]:
 
 
 def _memory_reasons(request: Request) -> list[str]:
-    """Whether the kernels' smallest tiles fit the current device."""
-    device = torch.device(request.device_type)
+    """Whether the kernels' smallest tiles fit the device."""
+    device = torch.device(request.device)
     limit = shared_memory_of(device)
     if limit == NO_LIMIT or (needed := _least_shared_bytes(architecture_of(device), request.dtype)) <= limit:
         return []

@@ -6,6 +6,7 @@ import os
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -64,9 +65,27 @@ def shared_memory_of(device: torch.device) -> int:
     return _gpu_shared_memory(device.index if device.index is not None else torch.cuda.current_device())
 
 
-def shared_memory_for(architecture: str) -> int:
-    """What a program on ``architecture`` may use, or on the GPU that is here if that has less."""
-    return min(SHARED_MEMORY.get(architecture, NO_LIMIT), shared_memory_of(torch.device("cuda")))
+class Target(NamedTuple):
+    """What a kernel is made for.
+
+    Attributes:
+        architecture: key of the configuration tables.
+        shared_memory: bytes that one program may use.
+    """
+
+    architecture: str
+    shared_memory: int
+
+
+def target_named(architecture: str) -> Target:
+    """An architecture as its vendor describes it; the device need not be here."""
+    return Target(architecture, SHARED_MEMORY.get(architecture, NO_LIMIT))
+
+
+def target_of(device: torch.device) -> Target:
+    """A device of this machine; it may have less shared memory than the architecture its tables were made for."""
+    named = target_named(architecture_of(device))
+    return named._replace(shared_memory=min(named.shared_memory, shared_memory_of(device)))
 
 
 OLDEST = (3, 6)

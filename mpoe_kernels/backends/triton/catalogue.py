@@ -20,7 +20,7 @@ from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
 from mpoe_kernels.backends.triton.fused_cost import fused_reasons
 from mpoe_kernels.backends.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
-from mpoe_kernels.backends.triton.start import Launch, architecture_of, recorded
+from mpoe_kernels.backends.triton.start import Launch, recorded, target_of
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
 
@@ -89,7 +89,7 @@ def _common(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str
 ) -> tuple[dict[str, Any], bool]:
     """What forward and backward calls have in common, and whether weights stay on chip."""
-    on_chip = strategy == ON_CHIP and not fused_reasons(dims, dtype, architecture_of(torch.device("meta")))
+    on_chip = strategy == ON_CHIP and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
     left, central, right = _blocks(dims, experts, dtype)
     return {
         "x": _empty(tokens, dims.in_features, dtype=dtype),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.triton import tuning
-from mpoe_kernels.backends.triton.architecture import INTERPRETER, shared_memory_for, shared_memory_of
+from mpoe_kernels.backends.triton.architecture import INTERPRETER, shared_memory_of
 from mpoe_kernels.backends.triton.fused_tiles import Cut, FusedTile, Sides, able_tiles, best_tile, fused_table
-from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile
+from mpoe_kernels.backends.triton.start import architecture_of, recorded_tile, target_of
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def fused_choice(
     Raises:
         ValueError: no tile fits; `fused_cost.fused_reasons` says so beforehand.
     """
-    architecture = architecture_of(like.device)
-    itemsize, limit = like.dtype.itemsize, shared_memory_for(architecture)
+    architecture, limit = target_of(like.device)
+    itemsize = like.dtype.itemsize
     tiles = fused_table(purpose)[architecture][itemsize] if tile is None else (tile,)
     if (entry := recorded_tile()) is not None and tile is None and tiles:
         tiles = (tiles[min(entry, len(tiles) - 1)],)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels.backends.registry import Request
-from mpoe_kernels.backends.triton.architecture import architecture_of, in_interpreter
+from mpoe_kernels.backends.triton.architecture import in_interpreter, target_of
 from mpoe_kernels.backends.triton.fused_cost import fused_seconds
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, program
@@ -51,9 +51,9 @@ def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the Triton kernels."""
     if plan.device_type != "cuda" or in_interpreter():
         return INTERPRETER_SECONDS
-    hardware = hardware_here(plan.device_type)
-    architecture = architecture_of(torch.device(plan.device_type))
-    return min(gpu_seconds(plan, hardware), fused_seconds(plan, architecture, hardware))
+    hardware = hardware_here(plan.device)
+    target = target_of(torch.device(plan.device))
+    return min(gpu_seconds(plan, hardware), fused_seconds(plan, target, hardware))
 
 
 def predicted_cost(request: Request) -> float:

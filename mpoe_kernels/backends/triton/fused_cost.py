@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.backends.triton.architecture import shared_memory_for
+from mpoe_kernels.backends.triton.architecture import Target
 from mpoe_kernels.backends.triton.fused_tiles import (
     MOST_BOND,
     Cut,
@@ -22,7 +22,7 @@ from mpoe_kernels.planner.contraction import expected_busy_experts
 from mpoe_kernels.planner.orders import INDICES, BlockDims, merge_flops
 
 
-def fused_reasons(dims: BlockDims, dtype: torch.dtype, architecture: str) -> list[str]:
+def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[str]:
     """Why a weight cannot be rebuilt on chip (empty: it can)."""
     reasons = []
     if max(dims.a, dims.b) > MOST_BOND:
@@ -32,16 +32,16 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, architecture: str) -> lis
     if reasons:
         return reasons
     for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
-        if _choice(Sides.of(dims, transposed), 1.0, dtype, architecture, purpose) is None:
-            reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {architecture}")
+        if _choice(Sides.of(dims, transposed), 1.0, dtype, target, purpose) is None:
+            reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}")
     return list(dict.fromkeys(reasons))
 
 
 def _choice(
-    sides: Sides, rows: float, dtype: torch.dtype, architecture: str, purpose: str
+    sides: Sides, rows: float, dtype: torch.dtype, target: Target, purpose: str
 ) -> tuple[FusedTile, Cut] | None:
-    tiles = fused_table(purpose)[architecture][dtype.itemsize]
-    return best_tile(tiles, sides, rows, dtype.itemsize, shared_memory_for(architecture), purpose)
+    tiles = fused_table(purpose)[target.architecture][dtype.itemsize]
+    return best_tile(tiles, sides, rows, dtype.itemsize, target.shared_memory, purpose)
 
 
 def half_fits(dims: BlockDims, experts: int) -> bool:
@@ -67,13 +67,13 @@ def rows_seconds(
     experts: int,
     slots: int,
     dtype: torch.dtype,
-    architecture: str,
+    target: Target,
     hardware: Hardware,
 ) -> float:
     """Rows times W, or times W^T, in one launch, and making left · central if ``half``."""
     sides, busy, size = Sides.of(dims, transposed), _busy(experts, slots), dtype.itemsize
     purpose = "half" if half else "rows"
-    found = _choice(sides, slots / experts, dtype, architecture, purpose)
+    found = _choice(sides, slots / experts, dtype, target, purpose)
     if found is None:
         return float("inf")
     tile, extents = found
@@ -101,12 +101,12 @@ def gradient_seconds(
     experts: int,
     slots: int,
     dtype: torch.dtype,
-    architecture: str,
+    target: Target,
     hardware: Hardware,
 ) -> float:
     """Gradients of the blocks in ``need``: each makes dW on chip and projects it."""
     sides, busy, size = Sides.of(dims), _busy(experts, slots), dtype.itemsize
-    found = _choice(sides, slots / experts, dtype, architecture, "gradient")
+    found = _choice(sides, slots / experts, dtype, target, "gradient")
     if found is None:
         return float("inf")
     tile, extents = found
@@ -128,21 +128,21 @@ def gradient_seconds(
 
 
 def use_half(
-    dims: BlockDims, transposed: bool, experts: int, slots: int, dtype: torch.dtype, arch: str, hardware: Hardware
+    dims: BlockDims, transposed: bool, experts: int, slots: int, dtype: torch.dtype, target: Target, hardware: Hardware
 ) -> bool:
     """Whether making left · central once, in a launch of its own, pays."""
-    sizes = (experts, slots, dtype, arch, hardware)
+    sizes = (experts, slots, dtype, target, hardware)
     return half_fits(dims, experts) and (
         rows_seconds(dims, transposed, True, *sizes) < rows_seconds(dims, transposed, False, *sizes)
     )
 
 
-def fused_seconds(plan: Contraction, architecture: str, hardware: Hardware) -> float:
+def fused_seconds(plan: Contraction, target: Target, hardware: Hardware) -> float:
     """Predicted time of a ``rebuild`` whose weights stay on chip; infinite if they cannot."""
     dims = plan.dims
-    if plan.strategy != "rebuild" or fused_reasons(dims, plan.dtype, architecture):
+    if plan.strategy != "rebuild" or fused_reasons(dims, plan.dtype, target):
         return float("inf")
-    sizes = (plan.num_experts, plan.slots, plan.dtype, architecture, hardware)
+    sizes = (plan.num_experts, plan.slots, plan.dtype, target, hardware)
     if plan.phase == "forward":
         half = use_half(dims, False, *sizes)
         return rows_seconds(dims, False, half, *sizes)

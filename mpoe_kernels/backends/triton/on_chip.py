@@ -11,33 +11,33 @@ from mpoe_kernels.backends.triton.fused_cost import fused_reasons, fused_seconds
 from mpoe_kernels.backends.triton.fused_launch import Blocks, block_gradients, rows_times_weight
 from mpoe_kernels.backends.triton.launch import merge_blocks
 from mpoe_kernels.backends.triton.operands import Operand, block, scratch
-from mpoe_kernels.backends.triton.start import architecture_of
+from mpoe_kernels.backends.triton.start import target_of
 from mpoe_kernels.planner import HARDWARE, BlockDims, Hardware, contraction, hardware_here
 from mpoe_kernels.planner.contraction import Need
 
 
 def _hardware(device: torch.device, architecture: str) -> Hardware:
     """Of a GPU that is here, else the one that stands for the architecture."""
-    return hardware_here("cuda") if device.type == "cuda" else HARDWARE[HARDWARE_NAMES[architecture]]
+    return hardware_here(device) if device.type == "cuda" else HARDWARE[HARDWARE_NAMES[architecture]]
 
 
 def rebuilds_on_chip(like: Tensor, dims: BlockDims, experts: int, slots: int, phase: str, need: Need) -> bool:
     """Whether ``rebuild`` keeps its weights on chip: where it can, and is predicted to be faster than step by step."""
-    architecture = architecture_of(like.device)
-    if fused_reasons(dims, like.dtype, architecture):
+    target = target_of(like.device)
+    if fused_reasons(dims, like.dtype, target):
         return False
-    hardware = _hardware(like.device, architecture)
+    hardware = _hardware(like.device, target.architecture)
     plan = contraction("rebuild", dims, experts, slots, like.dtype, phase, need)
-    return fused_seconds(plan, architecture, hardware) < gpu_seconds(plan, hardware)
+    return fused_seconds(plan, target, hardware) < gpu_seconds(plan, hardware)
 
 
 def _half(
     like: Tensor, blocks: Blocks, offsets: Tensor, dims: BlockDims, slots: int, transposed: bool
 ) -> Operand | None:
     """left · central of every expert where making it in a launch of its own pays."""
-    architecture, experts = architecture_of(like.device), offsets.shape[0] - 1
-    hardware = _hardware(like.device, architecture)
-    if not use_half(dims, transposed, experts, slots, like.dtype, architecture, hardware):
+    target, experts = target_of(like.device), offsets.shape[0] - 1
+    hardware = _hardware(like.device, target.architecture)
+    if not use_half(dims, transposed, experts, slots, like.dtype, target, hardware):
         return None
     out = scratch("LC", experts, dims, like)
     return merge_blocks(block(blocks.left, "L"), block(blocks.central, "C"), out, dims, offsets)

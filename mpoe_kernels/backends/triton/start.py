@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels.backends.registry import BackendError
@@ -58,14 +59,28 @@ def architecture_of(device: torch.device) -> str:
     return architecture.architecture_of(device) if recording is None else recording.architecture
 
 
+def target_of(device: torch.device) -> architecture.Target:
+    """What kernels for tensors on ``device`` are made for, or the recorded architecture."""
+    recording = _recording.get()
+    return architecture.target_of(device) if recording is None else architecture.target_named(recording.architecture)
+
+
 def recorded_tile() -> int | None:
     """Entry of the tables of tiles that a recording asks for."""
     recording = _recording.get()
     return None if recording is None else recording.tile
 
 
+def _device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Makes the GPU of the tensors the current one: Triton launches there, wherever its arguments are."""
+    tensor = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    return nullcontext() if tensor is None else torch.cuda.device_of(tensor)
+
+
 def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch ``kernel[grid](**arguments)``, unless launches are being recorded. An empty grid is no launch.
+    """Launch ``kernel[grid](**arguments)`` on the device of its tensors, unless launches are being recorded.
+
+    An empty grid is no launch.
 
     Raises:
         BackendError: the device has too little of something, shared memory or registers, for the kernel.
@@ -75,7 +90,8 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     recording = _recording.get()
     if recording is None:
         try:
-            kernel[grid](**arguments)
+            with _device_of(arguments):
+                kernel[grid](**arguments)
         except OutOfResources as error:
             blocks = {
                 name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -83,7 +83,8 @@ def choose(
             return candidate
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return candidates[0]
-    times = [_milliseconds(bench, partial(launch, candidate)) for candidate in candidates]
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # of the bench's events
+        times = [_milliseconds(bench, partial(launch, candidate)) for candidate in candidates]
     winner = candidates[times.index(min(times))]
     _keep(_active.path, name, key, list(astuple(winner)))  # type: ignore[call-overload]
     return winner

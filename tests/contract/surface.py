@@ -1,0 +1,175 @@
+"""What a user can name: public functions, classes with their parameters and methods, and every option of a command.
+
+``python -m contract.surface`` (in `tests`) prints it as JSON; `surface_e1aa197.json` is what that commit's tree gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+from typing import Any
+
+MODULES = ("mpoe", "mpoe.config", "mpoe.data", "mpoe.layers", "mpoe.models", "mpoe.training", "mpoe_kernels")
+FURTHER = ("mpoe.models.base.MPOEModelMixin",)  # documented, in no `__all__`
+FOREIGN = ("torch", "transformers", "peft", "builtins", "accelerate")
+
+
+def names() -> dict[str, dict[str, Any]]:
+    """Dotted public name -> what it is."""
+    found = {}
+    for module in MODULES:
+        for name in importlib.import_module(module).__all__:
+            found[f"{module}.{name}"] = _described(getattr(importlib.import_module(module), name))
+    for path in FURTHER:
+        module, _, name = path.rpartition(".")
+        found[path] = _described(getattr(importlib.import_module(module), name))
+    return found
+
+
+def _described(value: Any) -> dict[str, Any]:
+    if inspect.isclass(value):
+        return {"kind": "class", "parameters": _own_parameters(value), "members": _members(value)}
+    if callable(value):
+        return {"kind": "function", "parameters": _parameters(value)}
+    return {"kind": "value", "keys": sorted(map(str, value)) if isinstance(value, dict) else None}
+
+
+def _parameters(function: Any) -> dict[str, str]:
+    """Name -> kind and default."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return {}
+    return {
+        name: f"{parameter.kind.name} {_shown(parameter.default)}"
+        for name, parameter in signature.parameters.items()
+        if name != "self"
+    }
+
+
+def _shown(default: Any) -> str:
+    """A default without addresses, which differ from run to run."""
+    if isinstance(default, frozenset):
+        return repr(sorted(default))
+    return "required" if default is inspect.Parameter.empty else re.sub(r" at 0x[0-9a-f]+", "", repr(default))
+
+
+def _own_parameters(kind: type) -> dict[str, str]:
+    """Parameters of the constructor, without those that a class of another library declares."""
+    parameters = _parameters(kind)
+    foreign = {
+        field.name
+        for base in kind.__mro__
+        if base.__module__.startswith(FOREIGN) and dataclasses.is_dataclass(base)
+        for field in dataclasses.fields(base)
+    }
+    own = set().union(*(vars(b).get("__annotations__", {}) for b in kind.__mro__ if not _foreign(b)))
+    return {name: text for name, text in parameters.items() if name not in foreign or name in own}
+
+
+def _foreign(kind: type) -> bool:
+    return kind.__module__.startswith(FOREIGN)
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """Public methods, properties and attributes of a class and of the bases that are ours."""
+    found: dict[str, Any] = {}
+    for base in reversed([base for base in kind.__mro__ if not _foreign(base)]):
+        for name, member in vars(base).items():
+            if name.startswith("_"):
+                continue
+            plain = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+            found[name] = _parameters(plain) if inspect.isfunction(plain) else "attribute"
+    return found
+
+
+def options() -> dict[str, dict[str, dict[str, Any]]]:
+    """Command -> option as it is written -> its default, whether it may stand alone, whether it takes several values.
+
+    Of the Trainer's own arguments, which differ from release to release, only those are listed that are declared here.
+    """
+    from transformers import Seq2SeqTrainingArguments
+
+    from mpoe.training import MPOETrainingArguments
+
+    ours = set(vars(MPOETrainingArguments)["__annotations__"])
+    theirs = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} - ours
+    found = {
+        command: {
+            option: {
+                "default": _jsonable(action.default),
+                "alone": action.nargs in (0, "?"),
+                "several": action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction),
+            }
+            for action in parser._actions
+            if action.dest not in theirs
+            for option in action.option_strings
+        }
+        for command, parser in parsers().items()
+    }
+    return found | {name: _typed(command) for name, command in typed().items() if name not in found}
+
+
+def typed() -> dict[str, Any]:
+    """Command -> what typer makes of it."""
+    import typer
+
+    from mpoe.cli import main
+
+    return typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+
+
+def _typed(command: Any) -> dict[str, dict[str, Any]]:
+    return {
+        option: {
+            "default": [] if each.multiple and not each.default else _jsonable(each.default),
+            "alone": bool(getattr(each, "is_flag", False)),
+            "several": bool(each.multiple),
+        }
+        for each in command.params
+        for option in [*each.opts, *each.secondary_opts]
+        if option.startswith("--")
+    }
+
+
+def _jsonable(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str, list)) else str(value)
+
+
+def missing(earlier: dict[str, Any], today: dict[str, Any], path: str = "") -> list[str]:
+    """Where ``today`` lacks or changes something of ``earlier``."""
+    found = []
+    if path.endswith(": parameters: ") and not _starts_like(today, earlier):
+        found.append(f"{path}other arguments by position")
+    for name, value in earlier.items():
+        place = f"{path}{name}"
+        if name not in today:
+            found.append(f"{place} is gone")
+        elif isinstance(value, dict) and isinstance(today[name], dict):
+            found += missing(value, today[name], f"{place}: ")
+        elif value != today[name]:
+            found.append(f"{place} was {value!r}, is {today[name]!r}")
+    return found
+
+
+def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
+    """Whether what could be given by position still can."""
+    old, new = ([n for n, text in each.items() if text.startswith("POSITIONAL")] for each in (earlier, today))
+    return new[: len(old)] == old
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Command -> the parser of its options."""
+    from faults.fuzz_options import GROUPS
+
+    from mpoe.cli.parsing import make_parser
+
+    return {command: make_parser(groups) for command, groups in GROUPS.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"names": names(), "options": options()}, indent=1))

@@ -39,7 +39,8 @@ inline void store_vector(void* address, V value) {
   std::memcpy(address, &value, sizeof value);
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value, one broadcast, from memory where it lies there.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)

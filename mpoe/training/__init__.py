@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DivergenceError": "divergence",
     "GradientMask": "gradient_mask",
     "GradientMaskCallback": "callbacks",
     "MPOETrainer": "trainer",

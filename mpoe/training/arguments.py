@@ -105,6 +105,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             " the whole batch would, instead of over each process's own."
         },
     )
+    allow_non_finite: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on when the loss, the gradients or the weights are not finite, instead of ending with an"
+            " error. (Gradients that overflow under loss scaling are skipped, which is no error.)"
+        },
+    )
     log_core_norms: bool = field(
         default=True,
         metadata={
@@ -123,7 +130,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             setattr(self, name, _positive(getattr(self, name), name, optional=True))
         for name in ("router_lr_scale", "dense_expert_lr_scale"):
             setattr(self, name, _positive(getattr(self, name), name))
-        for name in ("scale_core_lr", "tensor_learn", "global_router_losses", "log_core_norms", "log_expert_load"):
+        switches = ("scale_core_lr", "tensor_learn", "global_router_losses", "log_core_norms", "log_expert_load")
+        for name in (*switches, "allow_non_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
         check_seed("seed", self.seed)
@@ -146,6 +154,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
                     " central cores take no part in the backward pass, and DDP would wait for them"
                 )
             self.ddp_find_unused_parameters = True
+        if self.allow_non_finite:
+            self.logging_nan_inf_filter = False  # it would log a loss that is not finite as an earlier one, or as 0
         if self.fsdp:
             _check_fsdp(self.use_cpu)
         super().__post_init__()

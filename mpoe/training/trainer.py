@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mpoe.layers.ranks import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
-from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
+from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
 from mpoe.training.freezing import freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.param_groups import build_param_groups
-from mpoe.training.statistics import ExpertLoad, core_grad_norms
+from mpoe.training.resuming import checkpoint_to_resume, reading
+from mpoe.training.run_log import RunLog, expert_load_of
+from mpoe.training.statistics import core_grad_norms
 
 # Everything that models return beside the logits; none of it belongs into an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -63,6 +64,7 @@ class MPOETrainer(Seq2SeqTrainer):
       `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so that a step is one process's with the
       same global batch;
+    * a run that diverges ends in a `DivergenceError` (see `mpoe.training.divergence`);
     * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
       continues the last complete one, on the CPU to bit-identical weights.
 
@@ -94,8 +96,7 @@ class MPOETrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
         self._metrics_file = MetricsFile(str(args.output_dir))
-        self._sums: dict[str, Tensor] = {}  # since the last log, on the device: nothing here waits for it
-        self._load: Tensor | None = None
+        self._log = RunLog()
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self._staging: Path | None = None
@@ -109,6 +110,10 @@ class MPOETrainer(Seq2SeqTrainer):
         if args.gradient_mask_prob > 0:
             self.gradient_mask = GradientMask(self.model, args.gradient_mask_prob, args.mask_seed)
             self.add_callback(GradientMaskCallback(self.gradient_mask))
+        self._guard: DivergenceGuard | None = None
+        if not args.allow_non_finite:
+            self._guard = DivergenceGuard(self.accelerator)
+            self.add_callback(self._guard)
 
     # ------------------------------------------------------------- training
 
@@ -118,26 +123,13 @@ class MPOETrainer(Seq2SeqTrainer):
         Raises:
             ValueError: there is none, or the given one is incomplete, damaged, of another model, or holds more than
                 tensors.
+            DivergenceError: loss, gradients or weights are not finite; no checkpoint holds them, and the model in
+                memory has the weights of the step before (unless these were not finite already).
         """
         run_dir = Path(str(self.args.output_dir))
-        if resume_from_checkpoint is True:
-            found = checkpoints.find_last_checkpoint(run_dir)
-            if found is None:
-                raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
-            resume_from_checkpoint = str(found)
-        elif isinstance(resume_from_checkpoint, (str, Path)):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            manifest = Path(resume_from_checkpoint) / checkpoints.MANIFEST
-            if manifest.exists() and not checkpoints.is_complete(resume_from_checkpoint):
-                raise ValueError(f"checkpoint {resume_from_checkpoint} is incomplete: files are missing or cut short")
-            damaged = checkpoints.damaged_files(resume_from_checkpoint)
-            if damaged:
-                raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {', '.join(damaged)} changed")
-        config = getattr(self.model, "config", None)
-        if resume_from_checkpoint:
-            check_weight_files(Path(str(resume_from_checkpoint)))
-            if config is not None:
-                checkpoints.check_same_model(str(resume_from_checkpoint), config)
+        resume_from_checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint, run_dir, getattr(self.model, "config", None)
+        )
         if self.args.should_save:
             step = 0
             if resume_from_checkpoint:
@@ -147,7 +139,13 @@ class MPOETrainer(Seq2SeqTrainer):
                 self._metrics_file.write({"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._check_weights()
+            return result
+        except DivergenceError as error:
+            if self.is_world_process_zero():
+                self._metrics_file.write({"event": "diverged", "step": error.step, "why": str(error)})
+            raise
         finally:
             # An error in the middle of a masked step must not leave the model masked.
             if self.gradient_mask is not None:
@@ -171,12 +169,24 @@ class MPOETrainer(Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._guard is not None:
+            self._guard.note_loss(loss)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
             # Here the gradients are summed over micro-batches and ranks, and not yet clipped.
             scaler = getattr(self.accelerator, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             self._core_norms = {name: norm / scale for name, norm in core_grad_norms(self.model).items()}
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self._guard is not None:
+            self._guard.note_norm(norm)
+        return norm
+
+    def _check_weights(self) -> None:
+        if self._guard is not None:
+            check_weights(self.model, self.state.global_step, str(self.args.output_dir))
 
     def compute_loss(
         self,
@@ -282,40 +292,21 @@ class MPOETrainer(Seq2SeqTrainer):
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks alike."""
-        steps = self._sums.pop("steps", None)
-        for name in sorted(self._sums):
-            total = self._sums.pop(name)
-            if self.args.world_size > 1:
-                total = self.accelerator.reduce(total, reduction="mean")
-            logs[name] = float(total) / max(float(steps) if steps is not None else 1.0, 1e-9)
+        means, load = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
+        logs.update(means)
         logs.update(self._core_norms)
         self._core_norms = {}
         if self.gradient_mask is not None:
             rate = self.gradient_mask.pop_rate()
             if rate is not None:
                 logs["masked_steps"] = rate
-        if self._load is None:
+        if load is None:
             return {}
-        counts, self._load = self._load, None
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        load = ExpertLoad.from_counts(counts)
         logs.update(load.summary())
         return {"expert_load": vars(load)}
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        self._add("steps", torch.ones((), device=parts.task.device) / micro_batches)
-        self._add("task_loss", parts.task.detach() / micro_batches)
-        if parts.auxiliary is not None:
-            self._add("aux_loss", parts.auxiliary.detach() / micro_batches)
-        load = outputs.get("expert_load") if isinstance(outputs, Mapping) else None
-        if load is not None and self.args.log_expert_load:
-            load = load.detach().long()
-            self._load = load if self._load is None else self._load + load
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1
@@ -347,11 +338,11 @@ class MPOETrainer(Seq2SeqTrainer):
                 raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _refusing(checkpoint):
+        with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _refusing(checkpoint):
+        with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -359,6 +350,7 @@ class MPOETrainer(Seq2SeqTrainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
         run_dir = Path(super()._get_output_dir(trial))
         staging = checkpoints.staging_root(run_dir)
         staged = staging / f"checkpoint-{self.state.global_step}"
@@ -385,12 +377,3 @@ class MPOETrainer(Seq2SeqTrainer):
             staging.rmdir()
             checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _refusing(checkpoint: str | None) -> Iterator[None]:
-    """torch.load with weights_only refuses what could run code, and has many errors for what is no checkpoint."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error

@@ -172,3 +172,16 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
     steps = [[dataset[i] for i in range(s * 8, s * 8 + 8)] for s in range(16)]
     assert all(len({task for task, _ in step}) == 1 for step in steps)
     assert {step[0][0] for step in steps} == {"a", "b"}
+
+
+def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 5, "--learning_rate", 1e30]
+    line = refused(*flags, "--output_dir", tmp_path / "run")
+    assert "training diverged at step" in line
+    assert "the last good checkpoint is " + str(tmp_path / "run" / "checkpoint-") in line
+    left = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("checkpoint-")}
+    assert left == {"run.json", "metrics.jsonl"}  # no model, no results, no report
+
+    answer = cli(*flags, "--max_steps", 3, "--output_dir", tmp_path / "allowed", "--allow_non_finite")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "allowed" / "results.json").exists()

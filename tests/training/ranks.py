@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from mpoe.layers import global_batch
 from mpoe.models.report import mpo_modules
-from mpoe.training import GradientMask, rank_share, save_sharded, shard_model
+from mpoe.training import DivergenceError, GradientMask, rank_share, save_sharded, shard_model
 
 from .tiny import CHECKPOINTING, Rows, make_trainer, mpoe_model, weights
 
@@ -85,6 +85,23 @@ def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **
         "moved": watch.moved,
         "weights": weights(trainer.model),
     }
+
+
+def diverged(folder: Path) -> dict[str, Any]:
+    """The loss of rank 1 alone is infinite at the second step; its gradient is not."""
+    trainer = make_trainer(folder, "t5", max_steps=STEPS)
+    original = trainer.compute_loss
+
+    def compute_loss(*arguments: Any, **options: Any) -> torch.Tensor:
+        bad = trainer.args.process_index == 1 and trainer.state.global_step == 1
+        return original(*arguments, **options) + (float("inf") if bad else 0.0)
+
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except DivergenceError as error:
+        return {"step": error.step, "message": str(error)}
+    return {"step": None, "message": "no error"}
 
 
 def _plain_loop(

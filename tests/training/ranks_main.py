@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.ranks import by_trainer, run
+from training.ranks import by_trainer, diverged, run
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)
@@ -19,6 +19,7 @@ results = {name: run(name, folder / "two", 2) for name in names}
 if (folder / "resume").is_dir():  # with a checkpoint of one process
     results["resumed"] = by_trainer(folder / "resume", 2, "t5", {}, resume=True)
     results["own router losses"] = by_trainer(folder / "own", 2, "t5", {}, global_router_losses=False)
+    results["diverged"] = diverged(folder / "diverged")
 torch.save(results, folder / f"rank-{dist.get_rank()}.pt")
 dist.barrier()
 dist.destroy_process_group()

@@ -85,6 +85,10 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     continue_from(tmp_path / "two" / FIRST / "checkpoint-2", tmp_path / "back")
     assert by_trainer(tmp_path / "back", 1, "t5", {}, resume=True)["losses"] == pytest.approx(straight, rel=1e-5)
 
+    # What one rank alone sees ends both at the same step.
+    assert [rank["diverged"]["step"] for rank in ranks] == [2, 2]
+    assert "the loss is inf" in ranks[0]["diverged"]["message"]
+
     # The mean of the ranks' own router losses is another number.
     assert ranks[0]["own router losses"]["aux_losses"][0] > one[FIRST]["aux_losses"][0] * (1 + 1e-4)
 

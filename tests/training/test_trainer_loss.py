@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from mpoe.training import MPOETrainer, read_metrics
-from mpoe.training.loss import count_targets, shifts_labels, split_loss
+from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 
@@ -124,6 +124,16 @@ def test_a_row_without_targets_is_harmless(tmp_path: Path) -> None:
     expected = one_step(tmp_path / "b", "t5", rows, 4, 1, model=without_auxiliary("t5"))
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_the_nan_of_no_targets_does_not_spread() -> None:
+    nothing = torch.tensor(math.nan, requires_grad=True)  # the mean over no target
+    parts = step_share(LossParts(nothing, torch.tensor(0.5)), torch.tensor(0), torch.tensor(7), 2, 1)
+    assert [float(value.detach()) for value in (parts.task, parts.total)] == [0.0, 0.5]
+    parts.task.backward()
+    assert float(nothing.grad) == 0.0  # type: ignore[arg-type]
+    some = step_share(LossParts(torch.tensor(3.0), None), torch.tensor(2), torch.tensor(6), 2, 1)
+    assert float(some.total) == 2.0
 
 
 def test_counting_targets() -> None:

@@ -29,7 +29,7 @@ _MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compil
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
 # Parameters that are no sizes of the problem.
-BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "CHUNK")
+BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
 _TENSOR_MEMORY_COLUMNS = 512  # of sm_100
 _TYPES = {
     torch.float32: "fp32",

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import planted_kernels
@@ -17,8 +18,9 @@ import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
 from mpoe_kernels.backends import triton as backend
-from mpoe_kernels.backends.triton import catalogue, configs
+from mpoe_kernels.backends.triton import catalogue, configs, routing
 from mpoe_kernels.backends.triton.architecture import ARCHITECTURES
+from mpoe_kernels.backends.triton.cost import MOST_EXPERTS
 from mpoe_kernels.backends.triton.start import Launch, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +87,15 @@ def test_a_sound_kernel_passes(architecture: str) -> None:
     assert binary.problems(architecture) == []
     assert binary.matrix_instructions > 0
     assert binary.registers > 0
+
+
+def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
+    index = torch.empty(4096, 2, dtype=torch.int64, device="meta")
+    work = partial(routing.route_forward, index, MOST_EXPERTS, None, None)
+    jobs = [job_of(launch, "sm_90") for launch in catalogue.launches(catalogue.Problem("route", work), "sm_90")]
+    counted = [job for job in jobs if job.name in ("prefix_kernel", "offsets_kernel")]
+    assert len(counted) == 2
+    assert [compile_job(job).problems("sm_90") for job in counted] == [[], []]
 
 
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])

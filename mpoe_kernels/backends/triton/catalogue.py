@@ -18,6 +18,7 @@ from torch import Tensor
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
+from mpoe_kernels.backends.triton.cost import MOST_EXPERTS
 from mpoe_kernels.backends.triton.fused_cost import fused_reasons
 from mpoe_kernels.backends.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
 from mpoe_kernels.backends.triton.start import Launch, recorded, target_of
@@ -162,7 +163,8 @@ def _activations(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
 
 
 def _routing(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
-    for experts, tokens, top_k in ((e, t, k) for e in EXPERTS[: 1 if few else None] for t in TOKENS for k in (1, 2)):
+    loads = EXPERTS[:1] if few else EXPERTS
+    for experts, tokens, top_k in ((e, t, k) for e in (*loads, MOST_EXPERTS) for t in TOKENS for k in (1, 2)):
         label, slots = f"routing E={experts} T={tokens} K={top_k}", tokens * top_k
         index, offsets = _integers(tokens, top_k), _integers(experts + 1, dtype=torch.int32)
         token_of_slot, slot_of_token = _integers(slots), _integers(tokens, top_k)

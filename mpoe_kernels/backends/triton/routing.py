@@ -13,7 +13,7 @@ from mpoe_kernels.backends.triton.start import start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 256  # at most so many pairs are sorted by one program
-CHUNK = 32  # blocks whose counts the prefix takes at once
+CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 
 
@@ -50,7 +50,7 @@ def route_forward(
         )
         return offsets, token_of_slot, slot_of_token
     blocks = cdiv(pairs, BLOCK)
-    counts = index.new_empty(blocks, sizes["BINS"], dtype=torch.int32)
+    counts = index.new_empty(blocks + 1, sizes["BINS"], dtype=torch.int32)
     common: dict[str, Any] = {**sizes, "tokens": tokens, "BLOCK": BLOCK, "num_warps": 4}
     has_mask = token_mask is not None
 
@@ -65,17 +65,12 @@ def route_forward(
             BY_CHOICE=by_choice,
             **common,
         )
-        start(
-            kernels.prefix_kernel,
-            (1,),
-            counts=counts,
-            offsets=offsets,
-            blocks=blocks,
-            EXPERTS=num_experts,
-            BINS=sizes["BINS"],
-            CHUNK=CHUNK,
-            num_warps=4,
-        )
+        keys = {"EXPERTS": num_experts, "BINS": sizes["BINS"], "num_warps": 4}
+        part = min(PART, sizes["BINS"])
+        prefix = {"counts": counts, "offsets": offsets, "blocks": blocks, "PART": part, "CHUNK": CHUNK}
+        start(kernels.prefix_kernel, (sizes["BINS"] // part,), **prefix, **keys)
+        if part < sizes["BINS"]:
+            start(kernels.offsets_kernel, (1,), totals=counts[blocks], offsets=offsets, **keys)
 
     if capacity is not None:
         count(by_choice=True)

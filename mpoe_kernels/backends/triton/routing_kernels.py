@@ -1,7 +1,7 @@
 """Kernel family 5: a stable counting sort of (token, choice) pairs, and the row movements it describes.
 
-Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. A few
-pairs (decoding) need one. No launch depends on a number that only the device knows.
+Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. Many
+experts need a fourth, a few pairs (decoding) only one. No launch depends on a number that only the device knows.
 """
 
 from __future__ import annotations
@@ -50,16 +50,17 @@ def histogram_kernel(
 
 @triton.jit
 def prefix_kernel(
-    counts,  # [blocks, BINS]: replaced by the pairs of the same key in earlier blocks
-    offsets,  # [EXPERTS + 1]
+    counts,  # [blocks + 1, BINS]: replaced by the pairs of the same key in earlier blocks; last of all, in all blocks
+    offsets,  # [EXPERTS + 1]; left to `offsets_kernel` where one program does not see all keys
     blocks,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
+    PART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid ``(1,)``."""
-    bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), dtype=tl.int32)
+    """Grid ``(BINS // PART,)``: a program holds ``CHUNK x PART`` counts at once."""
+    bins = tl.program_id(0) * PART + tl.arange(0, PART)
+    total = tl.zeros((PART,), dtype=tl.int32)
     for first in tl.range(0, blocks, CHUNK):
         row = first + tl.arange(0, CHUNK)
         at = counts + row[:, None] * BINS + bins[None, :]
@@ -67,6 +68,22 @@ def prefix_kernel(
         found = tl.load(at, mask=inside, other=0)
         tl.store(at, total[None, :] + tl.cumsum(found, 0) - found, mask=inside)
         total += tl.sum(found, 0)
+    if PART == BINS:
+        tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
+    else:
+        tl.store(counts + blocks * BINS + bins, total)
+
+
+@triton.jit
+def offsets_kernel(
+    totals,  # [BINS]
+    offsets,  # [EXPERTS + 1]
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Grid ``(1,)``: where every expert's slots begin, from all its pairs."""
+    bins = tl.arange(0, BINS)
+    total = tl.load(totals + bins)
     tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
 
 

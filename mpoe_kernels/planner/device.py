@@ -37,10 +37,10 @@ def may_round_to_tf32(dtype: torch.dtype) -> bool:
 @lru_cache(maxsize=64)
 def _this_gpu(index: int) -> Hardware | None:
     name = torch.cuda.get_device_properties(index).name
-    for key, hardware in HARDWARE.items():
-        if hardware.kind == "gpu" and key in name.lower():
-            return calibrated(hardware, name, 1)
-    return None
+    words = name.lower()
+    found = [key for key in HARDWARE if HARDWARE[key].kind == "gpu" and all(part in words for part in key.split("-"))]
+    # "NVIDIA H100 PCIe" is an h100-pcie before it is an h100.
+    return calibrated(HARDWARE[max(found, key=len)], name, 1) if found else None
 
 
 def hardware_of(device: str | torch.device) -> Hardware:

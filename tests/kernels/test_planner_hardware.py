@@ -105,6 +105,25 @@ def test_gpus_are_known_by_name(cache_home: Path, monkeypatch: pytest.MonkeyPatc
         hardware_of("cuda:2")
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("AMD Instinct MI300X", "mi300"),
+    ],
+)
+def test_cards_of_one_generation_have_numbers_of_their_own(
+    name: str, key: str, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(name=name))
+    assert hardware_of("cuda:0") == HARDWARE[key]
+
+
 def test_calibration_is_kept_and_used(cache_home: Path) -> None:
     write(current_file())
     found = hardware_of("cpu")

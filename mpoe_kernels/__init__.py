@@ -1,6 +1,7 @@
 """Kernels of parameter-efficient mixtures of experts: MPO algebra, planner, routing and grouped MPO products."""
 
 from mpoe_kernels.backends.registry import BackendError, available_backends, backend_reasons, use_backend
+from mpoe_kernels.hidden_experts import hidden_experts
 from mpoe_kernels.mpo import (
     Decomposition,
     MPOBlocks,
@@ -41,6 +42,7 @@ __all__ = [
     "expert_weights",
     "fold",
     "grouped_mpo_linear",
+    "hidden_experts",
     "mpo_embedding",
     "mpo_ffn",
     "mpo_linear",

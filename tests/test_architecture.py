@@ -21,6 +21,7 @@ RANKS = {
     "mpoe_kernels.reference": 3,
     "mpoe_kernels.backends": 3,
     "mpoe_kernels.ops": 4,
+    "mpoe_kernels.hidden_experts": 4,
     "mpoe_kernels.testing": 5,
     "mpoe_kernels": 5,
     "mpoe.config": 6,
@@ -144,8 +145,8 @@ def test_public_names() -> None:
 
     kernel_names = {
         *("MPOShape", "MPOBlocks", "Routing", "decompose", "reconstruct", "fold", "mpo_linear", "grouped_mpo_linear"),
-        *("mpo_ffn", "mpo_embedding", "route", "dispatch", "combine", "plan_contraction"),
-        *("available_backends", "use_backend"),
+        *("mpo_ffn", "mpo_embedding", "hidden_experts", "route", "dispatch", "combine"),
+        *("plan_contraction", "available_backends", "use_backend"),
     }
     names = {
         *("MPOEConfig", "RouterConfig", "convert_to_mpoe", "load_mpoe", "merge_experts", "MPOLinear", "MPOEmbedding"),

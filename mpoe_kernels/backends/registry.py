@@ -69,6 +69,7 @@ class Backend:
         kernels: op name -> function with the op's arguments.
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
+        op_reasons: the same for single ops.
         predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without strategies.
         contraction_reasons: why it cannot compute a contraction (empty list: it can).
         predicted_seconds: of a contraction; the cheapest pair of backend and strategy is chosen. Default: the
@@ -76,9 +77,10 @@ class Backend:
     """
 
     name: str
-    kernels: Mapping[str, Callable[..., Any]]
+    kernels: dict[str, Callable[..., Any]]
     unavailable_reasons: Callable[[], list[str]] = list
     request_reasons: Callable[[Request], list[str]] = _nothing
+    op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
     predicted_cost: Callable[[Request], float] = lambda _: 1.0
     contraction_reasons: Callable[[Contraction], list[str]] = _every_contraction
     predicted_seconds: Callable[[Contraction], float] = _roofline
@@ -88,7 +90,8 @@ class Backend:
         reasons = list(self.unavailable_reasons())
         if request.op not in self.kernels:
             reasons.append(f"it has no kernel for {request.op}")
-        return reasons + list(self.request_reasons(request))
+        of_op = self.op_reasons.get(request.op, _nothing)(request)
+        return [*reasons, *self.request_reasons(request), *of_op]
 
 
 class _Requested(threading.local):
@@ -106,6 +109,14 @@ def register_backend(backend: Backend) -> None:
     if backend.name in _BACKENDS or backend.name == AUTO:
         raise ValueError(f"backend name {backend.name!r} is already taken")
     _BACKENDS[backend.name] = backend
+
+
+def add_kernel(
+    backend: str, op: str, kernel: Callable[..., Any], reasons: Callable[[Request], list[str]] | None = None
+) -> None:
+    """Give a backend its kernel of one more op; ``reasons``: why it cannot run a request of that op."""
+    _BACKENDS[backend].kernels[op] = kernel
+    _BACKENDS[backend].op_reasons[op] = reasons or _nothing
 
 
 def available_backends() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ class Arm:
         name: for tables.
         experts: fields of its `MPOEConfig`; ``"wide_up"`` and the like in ``shape`` are resolved by `resolved_shape`.
             ``None`` = the dense model.
+        width: hidden size of the dense model, times the field's.
         as_large_as: key of the arm whose feed-forward parameters the dense model gets by a wider hidden layer.
         rate_of: key of the arm whose tuned rate this one takes, where the two differ little; ``None`` = its own.
         scales: (central, auxiliary) factors on the cores' rates; ``None`` = the regime's defaults.
@@ -39,6 +40,7 @@ class Arm:
     key: str
     name: str
     experts: dict[str, Any] | None = None
+    width: float = 1.0
     as_large_as: str | None = None
     rate_of: str | None = None
     scales: tuple[float, float] | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS
+from mpoe_bench.quality.hidden import COMPARISONS, HIDDEN
 from mpoe_bench.quality.search import TRIALS
 
 
@@ -23,6 +24,7 @@ class Plan:
         rates: base learning rates.
         tuning_seed: of those runs; not among ``seeds``.
         settings: attributes of the field that differ from its defaults.
+        comparisons: pairs of arms whose difference is tested, stated before any run: plan.json holds them.
     """
 
     field: str
@@ -33,6 +35,7 @@ class Plan:
     rates: tuple[float, ...] = (4e-3,)
     tuning_seed: int = 100
     settings: dict[str, Any] = field(default_factory=dict)
+    comparisons: tuple[tuple[str, str], ...] = ()
 
 
 EVERY_ARM = tuple(arm.key for arm in ARMS)
@@ -49,5 +52,6 @@ PLANS = {
     "t5": Plan("spans", MAIN, 1600, tuning=800, rates=(8e-3, 16e-3)),
     "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 30, tuning=10, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
+    "hidden": Plan("language", tuple(arm.key for arm in HIDDEN), 1600, rates=(16e-3,), comparisons=COMPARISONS),
     "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

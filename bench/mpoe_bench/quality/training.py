@@ -51,6 +51,13 @@ def hidden_as_large_as(field: Any, key: str) -> int:
     return round(per_layer / (2 * field.model) / 8) * 8
 
 
+def hidden_size(field: Any, arm: Arm) -> int | None:
+    """Hidden size of an arm's dense model, rounded to 8 where it is not the field's own (``None``)."""
+    if arm.as_large_as:
+        return hidden_as_large_as(field, arm.as_large_as)
+    return None if arm.width == 1.0 else round(arm.width * field.hidden / 8) * 8
+
+
 def schedule(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to 0: factor on every rate in step ``step`` (from 0)."""
     warmup = max(1, round(WARMUP * steps))
@@ -100,8 +107,7 @@ class Optimiser:
 
 def prepare(field: Any, arm: Arm, seed: int) -> nn.Module:
     """The dense model of an arm, before any conversion."""
-    hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
-    return field.dense_model(seed, hidden)
+    return field.dense_model(seed, hidden_size(field, arm))
 
 
 def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
@@ -135,8 +141,7 @@ def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[
     test = field.evaluate(model, "test")
     weights = feed_forward_parameters(model)
     if arm.experts is None:
-        hidden = hidden_as_large_as(field, arm.as_large_as) if arm.as_large_as else None
-        weights = {"shared": field.feed_forward_weights(hidden), "own": 0}
+        weights = {"shared": field.feed_forward_weights(hidden_size(field, arm)), "own": 0}
     if arm.lora:
         weights["own"] = trainable(model)
     experts = (arm.experts or {}).get("num_experts", 8)

@@ -1,0 +1,74 @@
+"""The study of experts that own blocks on the hidden side alone: its arms, and which differences are tested.
+
+Every mixture is converted after a quarter of the steps, at the same rate, with an optimiser that starts anew; so does
+`dense_restart`. Switch stands beside each hidden arm with as many weights, with as many experts as the usual 8, and
+with two experts per token; dense with as many weights and with as many FLOPs. FLOPs are those of this width: a hidden
+arm costs 1 + k b / I of the dense layer's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpoe_bench.quality.arms import Arm
+
+QUARTER: dict[str, Any] = {"upcycled": 0.25, "rate_of": "dense"}
+TWO = {"top_k": 2, "is_scale_prob": False}
+
+
+def switch(experts: int, two: bool = False) -> Arm:
+    """Switch, converted from the dense model after a quarter of the steps."""
+    return Arm(
+        f"switch{experts}_quarter{'_two' if two else ''}",
+        f"Switch {experts}, after a quarter{', two experts per token' if two else ''}",
+        {"num_experts": experts, "expert_type": "dense"},
+        router=TWO if two else {},
+        **QUARTER,
+    )
+
+
+def hidden(key: str, experts: int, block: int, per_group: bool, top_k: int = 2, **options: Any) -> Arm:
+    """Experts of hidden-side blocks, converted after a quarter of the steps; their cores at the rate of the rest."""
+    return Arm(
+        key,
+        f"hidden {experts}, blocks of {block} {'per group' if per_group else 'shared'}, {top_k} per token",
+        {"num_experts": experts, "shape": "hidden", "block_size": block, "block_per_group": per_group},
+        router={"top_k": top_k},
+        scales=(1.0, 1.0),
+        **{**QUARTER, **options},
+    )
+
+
+def wide(key: str, name: str, width: float) -> Arm:
+    return Arm(key, f"dense, {name} ({width:.2f}x)", width=width, rate_of="dense")
+
+
+GROUP, SHARED = "hidden_group", "hidden_shared"
+HIDDEN = (
+    Arm("dense", "dense"),
+    switch(8),
+    hidden(GROUP, 32, 8, True),
+    hidden(SHARED, 64, 16, False),
+    switch(6),
+    switch(3),
+    switch(8, two=True),
+    Arm("dense_restart", "dense, optimiser anew after a quarter", **QUARTER),
+    wide("flops_group", "as many FLOPs as per group", 4 / 3),
+    wide("flops_shared", "as many FLOPs as shared", 5 / 3),
+    wide("large_shared", "as large as shared", 25 / 9),
+    wide("large_group", "as large as per group", 19 / 3),
+)
+# (arm, the arm that it is to beat); gains over dense are tested in any case.
+COMPARISONS = (
+    (GROUP, "switch8_quarter"),
+    (GROUP, "switch6_quarter"),
+    (GROUP, "switch8_quarter_two"),
+    (GROUP, "dense_restart"),
+    (GROUP, "flops_group"),
+    (GROUP, "large_group"),
+    (SHARED, "switch8_quarter"),
+    (SHARED, "switch3_quarter"),
+    (SHARED, "dense_restart"),
+    (SHARED, "flops_shared"),
+    (SHARED, "large_shared"),
+)

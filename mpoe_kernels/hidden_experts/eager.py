@@ -1,0 +1,178 @@
+"""Plain PyTorch: one expert after the other, on its tokens or, where that is cheaper, on all of them.
+
+Both ways sum the experts in their order, so that results do not depend on how the tokens are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.backends.eager.activation import activation_backward, apply_activation_
+
+# Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
+ACTIVATION_COST, COPY_COST = 40, 64
+
+
+def all_tokens_pay(experts: int, top_k: int, block: int) -> bool:
+    """Whether computing every expert on every token, gated by 0 where it was not chosen, is cheaper than gathering."""
+    work = 4 * block + ACTIVATION_COST
+    return experts * work <= top_k * (work + COPY_COST)
+
+
+class Share(NamedTuple):
+    """What one expert computes: its number, its tokens (``None`` = all) and their gates ``[n, 1]``."""
+
+    expert: int
+    rows: Tensor | None
+    gate: Tensor
+
+    def of(self, value: Tensor) -> Tensor:
+        """Rows of ``value [T, F]`` that belong to it."""
+        return value if self.rows is None else value.index_select(0, self.rows)
+
+
+def _shares(gates: Tensor, index: Tensor, experts: int, block: int) -> Iterator[Share]:
+    """The experts that have tokens, in order. A token that chose an expert twice counts once, with both gates."""
+    numbers = torch.arange(experts, device=index.device)
+    gate = gates.new_zeros(gates.shape[0], experts)
+    chosen = torch.zeros(gate.shape, dtype=torch.bool, device=index.device)
+    for k in range(index.shape[1]):
+        here = index[:, k : k + 1] == numbers
+        gate = torch.where(here, gate + gates[:, k : k + 1], gate)
+        chosen |= here
+    if all_tokens_pay(experts, index.shape[1], block):
+        yield from (Share(e, None, gate[:, e : e + 1]) for e in range(experts) if gates.shape[0])
+        return
+    counts = chosen.sum(0).tolist()
+    tokens = chosen.T.nonzero()[:, 1].split(counts)
+    for e, rows in enumerate(tokens):
+        if counts[e]:
+            yield Share(e, rows, gate[:, e].index_select(0, rows)[:, None])
+
+
+def _rows_in_use(index: Tensor, u: Tensor, u_gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Dense ``u`` and ``u_gate``; rows of tokens without an expert, which may hold anything, are zero."""
+    idle = (index < 0).all(1, keepdim=True)
+    if bool(idle.any()):
+        return u.masked_fill(idle, 0), None if u_gate is None else u_gate.masked_fill(idle, 0)
+    return u.contiguous(), None if u_gate is None else u_gate.contiguous()
+
+
+def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x [n, F]`` times the block-diagonal matrix of ``blocks [G', b, b]``."""
+    groups, size, _ = blocks.shape
+    if groups == 1:
+        return (x.reshape(-1, size) @ blocks[0]).view(x.shape)
+    return torch.bmm(x.view(len(x), groups, size).transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
+
+
+def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
+    """``sum over tokens x^T grad`` per block: ``[n, F], [n, F] -> [G', b, b]``."""
+    groups, size, _ = like.shape
+    if groups == 1:
+        return (x.reshape(-1, size).T @ grad.reshape(-1, size))[None]
+    return torch.bmm(x.view(len(x), groups, size).permute(1, 2, 0), grad.view(len(x), groups, size).transpose(0, 1))
+
+
+def _add(total: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
+    value = value.to(total.dtype)
+    return total.add_(value) if rows is None else total.index_add_(0, rows, value)
+
+
+def _total(like: Tensor) -> Tensor:
+    """Zeros that sums of several experts round little in."""
+    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def forward(
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """See `hidden_experts`; blocks ``[E, G', b, b]``."""
+    u, u_gate = _rows_in_use(top_k_index, u, u_gate)
+    out = _total(u)
+    for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
+        e = share.expert
+        if u_gate is None or right_gate is None:
+            h = apply_activation_(activation, _with_bias(_by_blocks(share.of(u), right[e]), bias, e))
+        else:
+            z = _with_bias(_by_blocks(share.of(u_gate), right_gate[e]), bias, e)
+            h = apply_activation_(activation, z) * _by_blocks(share.of(u), right[e])
+        _add(out, share.rows, _by_blocks(h, left[e]) * share.gate)
+    return out.to(u.dtype)
+
+
+def _with_bias(z: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    return z if bias is None else z.add_(bias[expert])
+
+
+def backward(
+    grad: Tensor,
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, gates, right, left, bias, u_gate, right_gate; an empty tensor for those not in ``need``."""
+    u, u_gate = _rows_in_use(top_k_index, u, u_gate)
+    inputs = (u, gates, right, left, bias, u_gate, right_gate)
+    wanted = [wants and value is not None for wants, value in zip(need, inputs, strict=True)]
+    du, dgates, dright, dleft, dbias, du_gate, dright_gate = (
+        u.new_empty(0) if value is None or not wants else _total(value)
+        for value, wants in zip(inputs, wanted, strict=True)
+    )
+    need_u, need_gates, need_right, need_left, need_bias, need_u_gate, need_right_gate = wanted
+    for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
+        e, x, do = share.expert, share.of(u), share.of(grad)
+        value = _by_blocks(x, right[e])  # u R
+        if u_gate is None or right_gate is None:
+            z = value if bias is None else value + bias[e]
+            h = act = apply_activation_(activation, z.clone())
+        else:
+            x_gate = share.of(u_gate)
+            z = _with_bias(_by_blocks(x_gate, right_gate[e]), bias, e)
+            act = apply_activation_(activation, z.clone())
+            h = act * value
+        dh = _by_blocks(do, left[e].transpose(-1, -2))
+        if need_gates:
+            column = (h.to(dgates.dtype) * dh.to(dgates.dtype)).sum(-1)
+            mine = top_k_index if share.rows is None else top_k_index.index_select(0, share.rows)
+            _add(dgates, share.rows, torch.where(mine == e, column[:, None], 0))
+        if need_left:
+            dleft[e] = _block_gradient((h * share.gate).to(h.dtype), do, left[e])
+        dh = (dh * share.gate).to(h.dtype)
+        if u_gate is None or right_gate is None:
+            dvalue = dz = activation_backward(activation, dh, z)
+        else:
+            dvalue, dz = dh * act, activation_backward(activation, dh * value, z)
+            if need_u_gate:
+                _add(du_gate, share.rows, _by_blocks(dz, right_gate[e].transpose(-1, -2)))
+            if need_right_gate:
+                dright_gate[e] = _block_gradient(x_gate, dz, right_gate[e])
+        if need_u:
+            _add(du, share.rows, _by_blocks(dvalue, right[e].transpose(-1, -2)))
+        if need_right:
+            dright[e] = _block_gradient(x, dvalue, right[e])
+        if need_bias:
+            dbias[e] = dz.sum(0)
+    sums = (du, dgates, dright, dleft, dbias, du_gate, dright_gate)
+    return tuple(  # type: ignore[return-value]
+        total.to(u.dtype if value is None else value.dtype) for total, value in zip(sums, inputs, strict=True)
+    )

@@ -1,0 +1,41 @@
+"""`hidden_experts` written as its definition: loops over tokens, choices and groups. Only tests and bench import it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.reference.linear import activation_reference
+
+
+def hidden_experts_reference(
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str,
+    u_gate: Tensor | None = None,
+    right_gate: Tensor | None = None,
+) -> Tensor:
+    """See `mpoe_kernels.hidden_experts`; blocks are ``[E, G', b, b]``."""
+    size, own_groups = right.shape[-1], right.shape[1]
+    rows = []
+    for t, choices in enumerate(top_k_index.tolist()):
+        row = torch.zeros_like(u[t])
+        for k, e in enumerate(choices):
+            if e < 0:
+                continue
+            parts = []
+            for g in range(u.shape[1] // size):
+                units, own = slice(g * size, (g + 1) * size), g if own_groups > 1 else 0
+                value = u[t, units] @ right[e, own]
+                z = value if u_gate is None or right_gate is None else u_gate[t, units] @ right_gate[e, own]
+                h = activation_reference(activation, z if bias is None else z + bias[e, units])
+                h = h if u_gate is None else h * value
+                parts.append(h @ left[e, own])
+            row = row + gates[t, k].to(u.dtype) * torch.cat(parts)
+        rows.append(row)
+    return torch.stack(rows) if rows else torch.zeros_like(u)

@@ -17,7 +17,7 @@ import torch
 
 from mpoe_kernels.backends import measured
 from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_here
-from mpoe_kernels.planner.contraction import Need
+from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
 

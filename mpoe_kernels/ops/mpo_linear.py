@@ -21,7 +21,7 @@ from mpoe_kernels.checks import (
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.ops.define import autocast_active, define_op
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
-from mpoe_kernels.planner.contraction import Need
+from mpoe_kernels.planner.program import Need
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {

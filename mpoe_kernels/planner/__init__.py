@@ -1,11 +1,12 @@
 """Choosing what to compute from shapes."""
 
 from mpoe_kernels.planner.calibrate import calibrate
-from mpoe_kernels.planner.contraction import ALL_GRADIENTS, Contraction, contraction, contractions
+from mpoe_kernels.planner.contraction import Contraction, contraction, contractions
 from mpoe_kernels.planner.device import hardware_here, hardware_of, may_round_to_tf32
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
 from mpoe_kernels.planner.plan import ContractionPlan, plan_contraction
+from mpoe_kernels.planner.program import ALL_GRADIENTS, Program, program_of
 from mpoe_kernels.planner.steps import Step
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Contraction",
     "ContractionPlan",
     "Hardware",
+    "Program",
     "Step",
     "calibrate",
     "contraction",
@@ -24,4 +26,5 @@ __all__ = [
     "hardware_of",
     "may_round_to_tf32",
     "plan_contraction",
+    "program_of",
 ]

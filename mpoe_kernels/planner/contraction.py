@@ -10,13 +10,21 @@ import torch
 
 from mpoe_kernels.planner.cost import step_time
 from mpoe_kernels.planner.hardware import Hardware
-from mpoe_kernels.planner.orders import INDICES, STRATEGIES, Application, BlockDims, applications, program
+from mpoe_kernels.planner.orders import AXES, INDICES, STRATEGIES, BlockDims, applications, recipe
+from mpoe_kernels.planner.program import (
+    ALL_GRADIENTS,
+    GRADIENT,
+    MERGE,
+    ROWS,
+    Need,
+    Product,
+    Program,
+    is_block,
+    program_of,
+    value_of,
+)
 from mpoe_kernels.planner.steps import Step
 
-PHASES = ("forward", "backward")
-# Which gradients a backward computes: x, left, central, right.
-Need = tuple[bool, bool, bool, bool]
-ALL_GRADIENTS: Need = (True, True, True, True)
 _COMPOSITES = ("LC", "CR", "W")
 
 
@@ -28,13 +36,14 @@ class Contraction:
         strategy: one of `STRATEGIES`.
         phase: ``forward`` or ``backward``.
         order: what x meets, e.g. ``("W",)`` or ``("LC", "R")``.
+        program: the products, in order; a backward of ``separable`` is given what its forward keeps.
         dims: sizes of the blocks.
         num_experts, busy_experts: E, and how many of them get slots under uniform random routing.
         slots: rows N = T K.
         dtype: of x and the blocks.
         need: which gradients a backward computes: x, left, central, right.
         mask_central: the central gradient is not computed (``need[2]`` is then False).
-        steps: the GEMMs in order.
+        steps: the GEMMs of the products, in order.
         flops: of all steps.
         bytes: read and written by all steps.
         temporary_bytes: largest weight memory alive at once: built weights and their gradients.
@@ -45,6 +54,7 @@ class Contraction:
     strategy: str
     phase: str
     order: tuple[str, ...]
+    program: Program
     dims: BlockDims
     num_experts: int
     busy_experts: int
@@ -90,143 +100,71 @@ def expected_busy_experts(num_experts: int, slots: int) -> int:
     return max(1, round(num_experts * (1 - (1 - 1 / num_experts) ** slots)))
 
 
-class _Steps:
-    """Collects the steps of one contraction."""
+class _Pricing:
+    """Sizes and traffic of a program's products for so many slots and busy experts."""
 
-    def __init__(self, dims: BlockDims, busy: int, slots: int, itemsize: int) -> None:
-        self.dims, self.busy, self.slots, self.itemsize = dims, busy, slots, itemsize
-        self.found: list[Step] = []
+    def __init__(self, program: Program, dims: BlockDims, busy: int, slots: int, itemsize: int) -> None:
+        self.program, self.dims, self.busy, self.slots, self.itemsize = program, dims, busy, slots, itemsize
 
-    def operand_bytes(self, operand: str) -> int:
-        return self.dims.elements(INDICES[operand]) * self.itemsize
+    def steps(self) -> tuple[Step, ...]:
+        made: set[str] = set()
+        found = []
+        for product in self.program.products:
+            found.append(self._step(product, self._name(product, made)))
+            made.add(product.result)
+        return tuple(found)
 
-    def _add(
-        self,
-        name: str,
-        sizes: tuple[float, float, float],
-        reads: list[str],
-        writes: list[str],
-        rows: list[tuple[int, bool]],
-    ) -> None:
-        """``reads`` and ``writes`` name operands; ``rows`` holds (elements per slot, whether intermediate).
+    def _name(self, product: Product, made: set[str]) -> str:
+        kind, result, first, second, _ = product
+        if kind == MERGE and result in AXES:
+            return f"{result} = {first} {second}"
+        if kind == ROWS and result.startswith("d "):
+            return "d x" if result == "d x" else f"d rows before {second}"
+        if kind == ROWS:
+            return f"rows {second}" if self.program.phase == "forward" else f"rows {second} again"
+        return result
 
-        The last of the rows are written, unless an operand is.
-        """
-        shared = all(operand == "C" for operand in (*reads, *writes))
+    def _extents(self, product: Product) -> tuple[int, int, int]:
+        """``m, n, k`` without slots; a whole weight is cropped to its true size before it is used."""
+        _, result, first, second, _ = product
+        p, q, r = (frozenset(self.program.axes[name]) for name in (first, second, result))
+        m, n, k = (self.dims.elements(indices) for indices in (p & r - q, q & r - p, p & q - r))
+        i, f = self.dims.in_features, self.dims.out_features
+        if product.kind == ROWS and second == "W":
+            return (m, i, f) if result == "d x" else (m, f, i)
+        return (i, f, k) if product.kind == GRADIENT and result == "d W" else (m, n, k)
+
+    def _row_elements(self, name: str) -> int:
+        """Elements of the rows per slot, as a product reads them."""
+        if value_of(name) in ("x", "y") and self.program.order == ("W",):
+            return self.dims.in_features if value_of(name) == "x" else self.dims.out_features
+        return self.dims.elements(frozenset(self.program.axes[name]))
+
+    def _step(self, product: Product, name: str) -> Step:
+        """Every operand is read or written once for each busy expert, but a product of the shared block alone once."""
+        kind, result, first, second, _ = product
+        operands = [value_of(n) for n in (first, second, result) if is_block(n)]
+        shared = all(operand == "C" for operand in operands)
         batch = 1 if shared else self.busy
-        read = sum(self.operand_bytes(o) for o in reads) * batch
-        write = sum(self.operand_bytes(o) for o in writes) * batch
-        cached = working = 0
-        for operand in (*reads, *writes):
-            size = self.operand_bytes(operand)
-            if operand in _COMPOSITES:
-                cached, working = cached + size * batch, working + size
-            elif operand == "C":
-                cached, working = cached + size * (batch - 1), working + size
-        for position, (elements, intermediate) in enumerate(rows):
-            size = elements * self.slots * self.itemsize
-            if writes or position < len(rows) - 1:
-                read += size
+        read = write = cached = working = 0
+        for n in (first, second, result):
+            if is_block(n):
+                size = self.dims.elements(INDICES[value_of(n)]) * self.itemsize
+                moved, again = size * batch, size * batch if value_of(n) in _COMPOSITES else size * (batch - 1)
+                inner = value_of(n) in (*_COMPOSITES, "C")
+                cached, working = cached + (again if inner else 0), working + (size if inner else 0)
             else:
-                write += size
-            if intermediate:
-                cached, working = cached + size, working + size
-        kind = "gemm" if shared else "grouped_gemm"
-        self.found.append(Step(name, kind, *sizes, batch, read, write, cached, working))
-
-    def merge(self, result: str, first: str, second: str) -> None:
-        m, n, k = self._merge_sizes(first, second)
-        self._add(f"{result} = {first} {second}", (m, n, k), [first, second], [result], [])
-
-    def merge_gradient(self, result: str, first: str, second: str, of_first: bool) -> None:
-        """``d first = d result second^T`` or ``d second = first^T d result``."""
-        m, n, k = self._merge_sizes(first, second)
-        wanted, other = (first, second) if of_first else (second, first)
-        self._add(f"d {wanted}", (m, k, n) if of_first else (k, n, m), [result, other], [wanted], [])
-
-    def _merge_sizes(self, first: str, second: str) -> tuple[int, int, int]:
-        p, q = INDICES[first], INDICES[second]
-        return self.dims.elements(p - q), self.dims.elements(q - p), self.dims.elements(p & q)
-
-    def _rows(self, step: Application) -> float:
-        """Rows of one GEMM."""
-        return step.m * self.slots / (1 if step.operand == "C" else self.busy)
-
-    def apply(self, name: str, step: Application, inner: tuple[bool, bool]) -> None:
-        """Rows through an operand; ``inner``: whether the rows before and after are intermediate."""
-        rows = [(step.before, inner[0]), (step.after, inner[1])]
-        self._add(name, (self._rows(step), step.n, step.k), [step.operand], [], rows)
-
-    def apply_gradient(self, name: str, step: Application, inner: tuple[bool, bool]) -> None:
-        """Gradient of the rows before, from that of the rows after."""
-        rows = [(step.after, inner[1]), (step.before, inner[0])]
-        self._add(name, (self._rows(step), step.k, step.n), [step.operand], [], rows)
-
-    def operand_gradient(self, step: Application, inner: tuple[bool, bool]) -> None:
-        """Gradient of the operand from the rows before and the gradient of the rows after."""
-        rows = [(step.before, inner[0]), (step.after, inner[1])]
-        self._add(f"d {step.operand}", (step.k, step.n, self._rows(step)), [], [step.operand], rows)
-
-
-def _parts(operand: str) -> str:
-    return "LCR" if operand == "W" else operand
-
-
-def _inner(k: int, count: int) -> tuple[bool, bool]:
-    return k > 0, k < count - 1
-
-
-def _forward(steps: _Steps, strategy: str) -> None:
-    merges, order = program(steps.dims, strategy)
-    for merge in merges:
-        steps.merge(*merge)
-    chain = applications(steps.dims, order)
-    for k, step in enumerate(chain):
-        steps.apply(f"rows {step.operand}", step, _inner(k, len(chain)))
-
-
-def _used_values(merges: tuple[tuple[str, str, str], ...], used: set[str], wanted: set[str]) -> set[str]:
-    """Built operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's gradient."""
-    for result, first, second in reversed(merges):
-        if result in wanted:
-            used = used | ({second} if first in wanted else set()) | ({first} if second in wanted else set())
-    for result, first, second in reversed(merges):
-        if result in used:
-            used = used | {first, second}
-    return used
-
-
-def _backward(steps: _Steps, strategy: str, need: Need) -> None:
-    merges, order = program(steps.dims, strategy)
-    chain = applications(steps.dims, order)
-    count = len(chain)
-    needed = {block for block, n in zip("LCR", need[1:], strict=True) if n}
-    # Operands whose gradient leads to a needed one.
-    wanted = {o for o in ("L", "C", "R", *_COMPOSITES) if needed & set(_parts(o))}
-    before_needed = [need[0] or any(o in wanted for o in order[:k]) for k in range(count)]
-    last = max((k for k in range(count) if order[k] in wanted), default=0)
-    # The separable forward saved its central step's result, the rows that meet R.
-    recomputed = min(last, 1) if strategy == "separable" else last
-    if strategy == "separable" and "C" not in wanted:
-        recomputed = 0
-    used = {o for k, o in enumerate(order) if before_needed[k] or k < recomputed}
-    values = _used_values(merges, used, wanted)
-    for result, first, second in merges:
-        if result in values:
-            steps.merge(result, first, second)
-    for k in range(recomputed):
-        steps.apply(f"rows {order[k]} again", chain[k], _inner(k, count))
-    for k in reversed(range(count)):
-        if order[k] in wanted:
-            steps.operand_gradient(chain[k], _inner(k, count))
-        if before_needed[k]:
-            steps.apply_gradient("d x" if k == 0 else f"d rows before {order[k]}", chain[k], _inner(k, count))
-    for result, first, second in reversed(merges):
-        if result in wanted:
-            if first in wanted:
-                steps.merge_gradient(result, first, second, of_first=True)
-            if second in wanted:
-                steps.merge_gradient(result, first, second, of_first=False)
+                size = moved = self._row_elements(n) * self.slots * self.itemsize
+                if value_of(n) not in ("x", "y"):
+                    cached, working = cached + size, working + size
+            read, write = (read, write + moved) if n == result else (read + moved, write)
+        m, n_columns, k = self._extents(product)
+        sizes: tuple[float, float, float] = (m, n_columns, k)
+        if kind == ROWS:
+            sizes = (m * self.slots / batch, n_columns, k)
+        elif kind == GRADIENT:
+            sizes = (m, n_columns, k * self.slots / batch)
+        return Step(name, "gemm" if shared else "grouped_gemm", *sizes, batch, read, write, cached, working)
 
 
 def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:
@@ -241,7 +179,7 @@ def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) 
 
 def _activation_elements(dims: BlockDims, strategy: str) -> int:
     """Intermediate rows per slot: the largest pair of neighbours of which one is computed from the other."""
-    _, order = program(dims, strategy)
+    _, order = recipe(dims, strategy)
     between = [step.after for step in applications(dims, order)[:-1]]
     if not between:
         return 0
@@ -265,23 +203,16 @@ def contraction(
     Raises:
         ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
     """
-    if phase not in PHASES:
-        raise ValueError(f"phase must be one of {PHASES}; got {phase!r}")
     if mask_central:
         need = (need[0], need[1], False, need[3])
     busy = expected_busy_experts(num_experts, slots)
-    steps = _Steps(dims, busy, slots, dtype.itemsize)
-    _, order = program(dims, strategy)
-    if slots:
-        if phase == "forward":
-            _forward(steps, strategy)
-        elif any(need):
-            _backward(steps, strategy, need)
-    found = tuple(steps.found)
+    program = program_of(dims, strategy, phase, need)
+    found = _Pricing(program, dims, busy, slots, dtype.itemsize).steps() if slots else ()
     return Contraction(
         strategy=strategy,
         phase=phase,
-        order=order,
+        order=program.order,
+        program=program,
         dims=dims,
         num_experts=num_experts,
         busy_experts=busy,

@@ -16,16 +16,19 @@ from typing import NamedTuple
 
 import torch
 
-# Indices of the blocks and of what is built from them. "LC" and "CR" are half-built weights, "W" is the whole one.
-INDICES = {
-    "L": frozenset({"iL", "jL", "a"}),
-    "C": frozenset({"a", "iC", "jC", "b"}),
-    "R": frozenset({"b", "iR", "jR"}),
-    "LC": frozenset({"iL", "jL", "iC", "jC", "b"}),
-    "CR": frozenset({"a", "iC", "jC", "iR", "jR"}),
-    "W": frozenset({"iL", "jL", "iC", "jC", "iR", "jR"}),
+# Axes of the blocks and of what is built from them, in memory order. "LC" and "CR" are half-built weights, "W" is the
+# whole one.
+AXES = {
+    "L": ("iL", "jL", "a"),
+    "C": ("a", "iC", "jC", "b"),
+    "R": ("b", "iR", "jR"),
+    "LC": ("iL", "jL", "iC", "jC", "b"),
+    "CR": ("a", "iC", "jC", "iR", "jR"),
+    "W": ("iL", "iC", "iR", "jL", "jC", "jR"),
 }
-X_INDICES = frozenset({"iL", "iC", "iR"})
+X_AXES, Y_AXES = ("iL", "iC", "iR"), ("jL", "jC", "jR")
+INDICES = {name: frozenset(axes) for name, axes in AXES.items()}
+X_INDICES = frozenset(X_AXES)
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain", "separable")
 SEPARABLE_ORDER = ("L", "C", "R")
@@ -161,7 +164,7 @@ def _rebuild_flops(dims: BlockDims, left_first: bool) -> int:
 
 
 @lru_cache(maxsize=4096)
-def program(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
     """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x then meets.
 
     Raises:

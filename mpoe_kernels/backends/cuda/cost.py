@@ -18,7 +18,7 @@ from mpoe_kernels.backends.cuda.panels import best_panel
 from mpoe_kernels.backends.registry import Request
 from mpoe_kernels.backends.triton.cost import gpu_seconds
 from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
-from mpoe_kernels.planner.orders import BlockDims, program
+from mpoe_kernels.planner.orders import BlockDims, recipe
 
 
 class Launch(NamedTuple):
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 
 def steps_program(dims: BlockDims, strategy: str) -> str:
     """What a strategy builds, and what x then meets: ``LC W | W``."""
-    merges, order = program(dims, strategy)
+    merges, order = recipe(dims, strategy)
     return " ".join([*(result for result, _, _ in merges), "|", *order])
 
 

@@ -14,7 +14,7 @@ from mpoe_kernels.backends.cuda.cost import launch_of
 from mpoe_kernels.backends.indices import slots_by_token
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction, may_round_to_tf32
-from mpoe_kernels.planner.contraction import Need
+from mpoe_kernels.planner.program import Need
 from mpoe_kernels.planner.orders import applications
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends.eager.grouped import Group, active_groups, grouped_mm, select_experts
 from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.planner.orders import applications, program
+from mpoe_kernels.planner.orders import applications, recipe
 
 AXES = {
     "L": ("iL", "jL", "a"),
@@ -140,7 +140,7 @@ def most_slots(dims: BlockDims, strategy: str, itemsize: int) -> int:
     """Slots of a chunk whose states take no more memory than they may; separable's are no larger than its results."""
     if strategy == "separable":
         return sys.maxsize
-    widest = max(step.after for step in applications(dims, program(dims, strategy)[1]))
+    widest = max(step.after for step in applications(dims, recipe(dims, strategy)[1]))
     return max(1, STATE_BYTES // (widest * itemsize))
 
 
@@ -148,7 +148,7 @@ def chunks_of(blocks: dict[str, Tensor], dims: BlockDims, strategy: str, offsets
     """Consecutive busy experts, as many as the memory for halves and states allows."""
     groups = list(active_groups(offsets))
     most_experts = len(groups)
-    merges, _ = program(dims, strategy)
+    merges, _ = recipe(dims, strategy)
     if merges:
         half = math.prod(axis_sizes(dims, AXES[merges[0][0]]))
         most_experts = max(1, int(HALF_SHARE * dims.weight_elements / half))

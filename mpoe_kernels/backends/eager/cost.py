@@ -12,7 +12,7 @@ from mpoe_kernels.backends.eager.chunks import AXES, HALF_SHARE, ROWS_OUT, most_
 from mpoe_kernels.backends.eager.weight import SLAB_BYTES
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
-from mpoe_kernels.planner.orders import INDICES, applications, program
+from mpoe_kernels.planner.orders import INDICES, applications, recipe
 
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
 CALL_SECONDS = 4e-6
@@ -72,7 +72,7 @@ def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
 def _chunks(plan: Contraction) -> int:
     """Groups of experts that the rows strategies work on one after the other."""
     dims, experts = plan.dims, plan.busy_experts
-    merges, _ = program(dims, plan.strategy)
+    merges, _ = recipe(dims, plan.strategy)
     if merges:
         half = dims.elements(INDICES[merges[0][0]])
         experts = min(experts, max(1, int(HALF_SHARE * dims.weight_elements / half)))

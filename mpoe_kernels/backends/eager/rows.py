@@ -35,7 +35,7 @@ from mpoe_kernels.backends.eager.grouped import (
     store,
 )
 from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.planner.orders import program
+from mpoe_kernels.planner.orders import recipe
 
 
 def rows_forward(
@@ -54,7 +54,7 @@ def rows_forward(
     h is what separable saves if asked to, the central step's result ``[N jC, b]``; else ``None``.
     """
     blocks = {"L": left, "C": central, "R": right}
-    steps = row_steps(program(dims, strategy)[1])
+    steps = row_steps(recipe(dims, strategy)[1])
     slots = x.shape[0] if row_index is None else row_index.shape[0]
     width = dims.jL * dims.jC * dims.jR
     if strategy == "separable":
@@ -182,7 +182,7 @@ def rows_backward(
         h: what the forward pass of separable saved; other states are computed again, as far as they are read.
     """
     blocks = {"L": left, "C": central, "R": right}
-    steps = row_steps(program(dims, strategy)[1])
+    steps = row_steps(recipe(dims, strategy)[1])
     found = _Found(blocks, upstream.slots, dims, need)
     for chunk in chunks_of(blocks, dims, strategy, offsets):
         _chunk_backward(found, chunk, steps, upstream, x, row_index, h)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpoe_kernels.backends.triton.cost import experts_at_once
 from mpoe_kernels.backends.triton.launch import block_gradient, merge_blocks, rows_times_block
 from mpoe_kernels.backends.triton.operands import Operand, activations, block, scratch
-from mpoe_kernels.planner.orders import BlockDims, program
+from mpoe_kernels.planner.orders import BlockDims, recipe
 
 Merge = tuple[str, str, str]
 
@@ -78,7 +78,7 @@ def forward(
     h: Tensor | None = None,
 ) -> None:
     """Write ``y [N, F]``; ``h`` receives the rows after the central step of a separable shape."""
-    merges, order = program(dims, strategy)
+    merges, order = recipe(dims, strategy)
     slots, experts = y.shape[0], offsets.shape[0] - 1
     for first, last in chunks(dims, tuple(result for result, _, _ in merges), experts):
         near = offsets[first : last + 1]
@@ -117,7 +117,7 @@ def backward(
     h: Tensor | None = None,
 ) -> None:
     """Fill ``grads`` (of the blocks that need one; the central one is float32 and added to) and ``dx [N, I]``."""
-    merges, order = program(dims, strategy)
+    merges, order = recipe(dims, strategy)
     experts = offsets.shape[0] - 1
     for first, last in chunks(dims, tuple(result for result, _, _ in merges), experts):
         _backward_of_chunk(

@@ -8,7 +8,7 @@ from mpoe_kernels.backends.registry import Request
 from mpoe_kernels.backends.triton.architecture import in_interpreter, target_of
 from mpoe_kernels.backends.triton.fused_cost import fused_seconds
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
-from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, program
+from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, recipe
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
@@ -37,7 +37,7 @@ def contraction_reasons(plan: Contraction) -> list[str]:
 
 def launches(plan: Contraction) -> int:
     """Kernel launches: every step once for each group of experts whose built weights fit."""
-    merges, _ = program(plan.dims, plan.strategy)
+    merges, _ = recipe(plan.dims, plan.strategy)
     group = experts_at_once(plan.dims, tuple(result for result, _, _ in merges))
     return len(plan.steps) * (-(-plan.num_experts // group) if group else 1)
 

@@ -18,7 +18,7 @@ from mpoe_kernels.backends.triton.launch import block_gradient, rows_times_block
 from mpoe_kernels.backends.triton.operands import Operand, activations, block, row_major
 from mpoe_kernels.backends.triton.pointwise import sum_rows_by_token
 from mpoe_kernels.backends.triton.routing import dispatch_backward, dispatch_forward, route_forward
-from mpoe_kernels.planner.orders import BlockDims, program
+from mpoe_kernels.planner.orders import BlockDims, recipe
 
 
 def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
@@ -121,7 +121,7 @@ def _one_expert(like: Tensor) -> Tensor:
 
 def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
     """``[iL iC iR, jL jC jR]``, padding included."""
-    merges, _ = program(dims, "rebuild")
+    merges, _ = recipe(dims, "rebuild")
     built = build(operands_of(left, central, right), merges, dims, _one_expert(left), keep=False)
     return built["W"].data.view(dims.iL * dims.iC * dims.iR, -1)
 
@@ -175,7 +175,7 @@ def _table_backward(
     grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the rows' gradients into a table's, and project that onto the blocks."""
-    merges, _ = program(dims, "rebuild")
+    merges, _ = recipe(dims, "rebuild")
     offsets = _one_expert(left)
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)

@@ -13,7 +13,7 @@ from mpoe_kernels.backends.triton.launch import merge_blocks
 from mpoe_kernels.backends.triton.operands import Operand, block, scratch
 from mpoe_kernels.backends.triton.start import target_of
 from mpoe_kernels.planner import HARDWARE, BlockDims, Hardware, contraction, hardware_here
-from mpoe_kernels.planner.contraction import Need
+from mpoe_kernels.planner.program import Need
 
 
 def _hardware(device: torch.device, architecture: str) -> Hardware:

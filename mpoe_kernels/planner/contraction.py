@@ -13,6 +13,7 @@ from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.orders import AXES, INDICES, STRATEGIES, BlockDims, applications, recipe
 from mpoe_kernels.planner.program import (
     ALL_GRADIENTS,
+    COMPOSITES,
     GRADIENT,
     MERGE,
     ROWS,
@@ -24,8 +25,6 @@ from mpoe_kernels.planner.program import (
     value_of,
 )
 from mpoe_kernels.planner.steps import Step
-
-_COMPOSITES = ("LC", "CR", "W")
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ class _Pricing:
         for n in (first, second, result):
             if is_block(n):
                 size = self.dims.elements(INDICES[value_of(n)]) * self.itemsize
-                moved, again = size * batch, size * batch if value_of(n) in _COMPOSITES else size * (batch - 1)
-                inner = value_of(n) in (*_COMPOSITES, "C")
+                moved, again = size * batch, size * batch if value_of(n) in COMPOSITES else size * (batch - 1)
+                inner = value_of(n) in (*COMPOSITES, "C")
                 cached, working = cached + (again if inner else 0), working + (size if inner else 0)
             else:
                 size = moved = self._row_elements(n) * self.slots * self.itemsize

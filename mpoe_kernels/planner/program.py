@@ -23,6 +23,9 @@ PHASES = ("forward", "backward")
 # The rows that a separable forward keeps for its backward: what its central step gives.
 KEPT = "rows2"
 
+# What is built from blocks.
+COMPOSITES = ("LC", "CR", "W")
+
 # Kinds of products. Rows meet an operand; rows before and gradients of rows after give an operand's gradient; two
 # operands make a third.
 ROWS, GRADIENT, MERGE = "rows", "gradient", "merge"
@@ -75,8 +78,9 @@ class Program:
 
     @cached_property
     def built(self) -> tuple[str, ...]:
-        """Operands that are built on the way, and whose memory (with that of their gradients) is temporary."""
-        return tuple(p.result for p in self.products if p.kind == MERGE and p.result in ("LC", "CR", "W"))
+        """Operands that are built on the way, or whose gradients are: their memory is temporary."""
+        made = dict.fromkeys(value_of(product.result) for product in self.products)
+        return tuple(name for name in made if name in COMPOSITES)
 
     @cached_property
     def reads(self) -> frozenset[str]:

@@ -7,12 +7,14 @@ into the order that the next GEMM wants, and the first use of memory that the al
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
-from mpoe_kernels.backends.eager.chunks import AXES, HALF_SHARE, ROWS_OUT, most_slots, row_steps
+from mpoe_kernels.backends.eager.rows import experts_at_once, most_slots
 from mpoe_kernels.backends.eager.weight import SLAB_BYTES
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
-from mpoe_kernels.planner.orders import INDICES, applications, recipe
+from mpoe_kernels.planner.orders import AXES, INDICES, Y_AXES, applications
 
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
 CALL_SECONDS = 4e-6
@@ -71,13 +73,37 @@ def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
 
 def _chunks(plan: Contraction) -> int:
     """Groups of experts that the rows strategies work on one after the other."""
-    dims, experts = plan.dims, plan.busy_experts
-    merges, _ = recipe(dims, plan.strategy)
-    if merges:
-        half = dims.elements(INDICES[merges[0][0]])
-        experts = min(experts, max(1, int(HALF_SHARE * dims.weight_elements / half)))
-    by_slots = math.ceil(plan.slots / most_slots(dims, plan.strategy, plan.dtype.itemsize))
+    experts = experts_at_once(plan.dims, plan.program.built, plan.busy_experts)
+    by_slots = math.ceil(plan.slots / most_slots(plan.dims, plan.program, plan.dtype.itemsize))
     return min(plan.busy_experts, max(math.ceil(plan.busy_experts / experts), by_slots))
+
+
+class _Meeting(NamedTuple):
+    """Axes of the rows before an operand, those that stay, those it contracts, those it brings."""
+
+    operand: str
+    before: Axes
+    rest: Axes
+    met: Axes
+    new: Axes
+
+    @property
+    def after(self) -> Axes:
+        return self.rest + self.new
+
+
+@lru_cache(maxsize=64)
+def _meetings(order: Axes) -> tuple[_Meeting, ...]:
+    """Layouts of the rows when they meet the operands of ``order``."""
+    state: Axes = ("iL", "iC", "iR")
+    found: list[_Meeting] = []
+    for operand in order:
+        axes = AXES[operand]
+        met = tuple(axis for axis in state if axis in axes)
+        rest = tuple(axis for axis in state if axis not in axes)
+        found.append(_Meeting(operand, state, rest, met, tuple(axis for axis in axes if axis not in met)))
+        state = found[-1].after
+    return tuple(found)
 
 
 def _rows(plan: Contraction) -> tuple[int, _Traffic]:
@@ -85,7 +111,7 @@ def _rows(plan: Contraction) -> tuple[int, _Traffic]:
     dims, chunks, backward = plan.dims, _chunks(plan), plan.phase == "backward"
     traffic = _Traffic(plan, chunks)
     separable = plan.strategy == "separable"
-    steps = list(zip(row_steps(plan.order), applications(dims, plan.order), strict=True))
+    steps = list(zip(_meetings(plan.order), applications(dims, plan.order), strict=True))
     traffic.allocate(plan.slots * dims.in_features)  # gathered
     for k, (step, sizes) in enumerate(steps):
         is_last = k == len(steps) - 1
@@ -109,7 +135,7 @@ def _rows(plan: Contraction) -> tuple[int, _Traffic]:
     last = steps[-1][0].after
     if not separable:
         traffic.allocate(plan.slots * steps[-1][1].after)
-    traffic.copy(plan.slots * dims.out_features, last, ROWS_OUT, into_new=backward)
+    traffic.copy(plan.slots * dims.out_features, last, Y_AXES, into_new=backward)
     together = _TOGETHER.get(plan.strategy, ())
     return sum(chunks if s.kind == "gemm" or s.name in together else s.batch for s in plan.steps), traffic
 

@@ -9,6 +9,7 @@ from mpoe_kernels.backends.eager.activation import Upstream, apply_activation_
 from mpoe_kernels.backends.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.backends.eager.rows import rows_backward, rows_forward
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
+from mpoe_kernels.planner import program_of
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,7 +19,10 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.strategy == "rebuild":
         z = rebuild_forward(x, *call.blocks, offsets, call.row_index, dims)
     else:
-        z, central_step = rows_forward(x, *call.blocks, offsets, call.row_index, dims, call.strategy, call.save)
+        z, central_step = rows_forward(
+            *(x, *call.blocks, offsets, call.row_index, dims),
+            *(program_of(dims, call.strategy, "forward"), call.save),
+        )
         if central_step is not None:
             h = central_step
     last = offsets[-1]

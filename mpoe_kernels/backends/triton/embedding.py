@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.indices import check_ids
-from mpoe_kernels.backends.triton.contraction import build, operands_of, project
+from mpoe_kernels.backends.triton.contraction import BlockGradients, Pass, blocks_of
 from mpoe_kernels.backends.triton.launch import block_gradient, rows_times_block
-from mpoe_kernels.backends.triton.operands import Operand, activations, block, row_major
+from mpoe_kernels.backends.triton.operands import Operand, activations, block, row_major, scratch
 from mpoe_kernels.backends.triton.pointwise import sum_rows_by_token
 from mpoe_kernels.backends.triton.routing import dispatch_backward, dispatch_forward, route_forward
-from mpoe_kernels.planner.orders import BlockDims, recipe
+from mpoe_kernels.engine.driver import run
+from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.planner.program import weight_backward_program, weight_program
 
 
 def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
@@ -121,9 +123,10 @@ def _one_expert(like: Tensor) -> Tensor:
 
 def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
     """``[iL iC iR, jL jC jR]``, padding included."""
-    merges, _ = recipe(dims, "rebuild")
-    built = build(operands_of(left, central, right), merges, dims, _one_expert(left), keep=False)
-    return built["W"].data.view(dims.iL * dims.iC * dims.iR, -1)
+    table = scratch("W", 1, dims, left)
+    program = weight_program(dims)
+    run(program, Pass(program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}).chunks())
+    return table.data.view(dims.iL * dims.iC * dims.iR, -1)
 
 
 def embedding_backward(
@@ -173,16 +176,13 @@ def embedding_backward(
 
 def _table_backward(
     grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Sum the rows' gradients into a table's, and project that onto the blocks."""
-    merges, _ = recipe(dims, "rebuild")
-    offsets = _one_expert(left)
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
     whole = Operand(padded.view(1, -1), row_major(("iL", "iC", "iR", "jL", "jC", "jR"), dims), padded.numel())
-    dleft, dright = torch.zeros_like(left), torch.zeros_like(right)
-    accumulator = torch.zeros(central.shape, dtype=torch.float32, device=central.device)
-    grads = {"L": block(dleft, "L"), "C": block(accumulator, "C"), "R": block(dright, "R")}
-    built = build(operands_of(left, central, right), merges, dims, offsets, keep=True, last=False)
-    project({"W": whole}, built, merges, grads, dims, offsets)
-    return dleft, accumulator.to(central.dtype), dright
+    grads = BlockGradients.zeros(left, central, right)
+    program = weight_backward_program(dims)
+    values = {"d W": whole, **blocks_of(left, central, right), **grads.operands()}
+    run(program, Pass(program, dims, _one_expert(left), 0, values).chunks())
+    return grads.results(central.dtype)

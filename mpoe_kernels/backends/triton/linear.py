@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
-from mpoe_kernels.backends.triton.contraction import backward, central_accumulator, forward, operands_of
+from mpoe_kernels.backends.triton.contraction import BlockGradients, Pass, blocks_of, x_rows, y_rows
 from mpoe_kernels.backends.triton.fused_launch import Blocks
 from mpoe_kernels.backends.triton.on_chip import backward_on_chip, forward_on_chip, rebuilds_on_chip
-from mpoe_kernels.backends.triton.operands import Operand, block
+from mpoe_kernels.backends.triton.operands import activations
 from mpoe_kernels.backends.triton.pointwise import activation_backward, sum_rows_by_token
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims
+from mpoe_kernels.engine.driver import run
+from mpoe_kernels.planner import ALL_GRADIENTS, program_of
+from mpoe_kernels.planner.program import KEPT
 
 
 def _unit_columns(t: Tensor) -> Tensor:
@@ -36,13 +38,12 @@ def linear_forward(call: ForwardCall, on_chip: bool | None = None) -> tuple[Tens
     if on_chip:
         forward_on_chip(x, Blocks(*call.blocks), *common, y, bias=call.bias, activation=call.activation, pre=pre)
     else:
-        forward(
-            *(x, operands_of(*call.blocks), *common, call.strategy, y),
-            bias=call.bias,
-            activation=call.activation,
-            pre=pre,
-            h=None if h is None else h.view(slots, dims.jC * dims.b),
-        )
+        program = program_of(dims, call.strategy, "forward")
+        values = {"x": x_rows(x, dims), "y": y_rows(y, dims), **blocks_of(*call.blocks)}
+        if h is not None:
+            values[KEPT] = activations(h.view(slots, dims.jC * dims.b), program.axes[KEPT], dims)
+        whole = Pass(program, dims, call.expert_offsets, slots, values, call.row_index, call.bias, call.activation, pre)
+        run(program, whole.chunks())
     return y, x.new_empty(0) if h is None else h, x.new_empty(0) if pre is None else pre
 
 
@@ -60,8 +61,7 @@ def linear_backward(call: BackwardCall, on_chip: bool | None = None) -> tuple[Te
     elif on_chip:
         parts = backward_on_chip(*common, need[1:], dx)
     else:
-        h = None if call.saved_h is None else call.saved_h.view(slots, -1)
-        parts = _backward_by_steps(*common, call.strategy, need[1:], dx, h)
+        parts = _backward_by_steps(call, dz, x, dx)
     if dx is not None and call.row_index is not None:
         dx = sum_rows_by_token(dx, call.row_index, x.shape[0])
     results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
@@ -69,30 +69,16 @@ def linear_backward(call: BackwardCall, on_chip: bool | None = None) -> tuple[Te
 
 
 def _backward_by_steps(
-    dz: Tensor,
-    x: Tensor,
-    blocks: Blocks,
-    offsets: Tensor,
-    row_index: Tensor | None,
-    dims: BlockDims,
-    strategy: str,
-    need: tuple[bool, bool, bool],
-    dx: Tensor | None,
-    h: Tensor | None,
+    call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Write ``dx`` if given; returns the gradients of left, central and right that ``need`` asks for."""
-    left, central, right = blocks
-    # Zeros, because experts without slots get no gradient.
-    dleft = torch.zeros(left.shape, dtype=left.dtype, device=left.device) if need[0] else None
-    accumulator = central_accumulator(central) if need[1] else None
-    dright = torch.zeros(right.shape, dtype=right.dtype, device=right.device) if need[2] else None
-    grads: dict[str, Operand] = {}
-    if dleft is not None:
-        grads["L"] = block(dleft, "L")
-    if accumulator is not None:
-        grads["C"] = accumulator
-    if dright is not None:
-        grads["R"] = block(dright, "R")
-    backward(dz, x, operands_of(*blocks), offsets, row_index, dims, strategy, grads, dx, h)
-    dcentral = None if accumulator is None else accumulator.data.to(central.dtype)
-    return dleft, dcentral, dright
+    """Write ``dx`` if given; returns the gradients of left, central and right that are needed."""
+    dims, h = call.dims, call.saved_h
+    program = program_of(dims, call.strategy, "backward", call.need_of_plan, kept=h is not None)
+    grads = BlockGradients.zeros(*call.blocks, call.need_of_plan[1:])
+    values = {"x": x_rows(x, dims), "d y": y_rows(dz, dims), **blocks_of(*call.blocks), **grads.operands()}
+    if dx is not None:
+        values["d x"] = x_rows(dx, dims)
+    if h is not None:
+        values[KEPT] = activations(h.view(call.slots, dims.jC * dims.b), program.axes[KEPT], dims)
+    run(program, Pass(program, dims, call.expert_offsets, call.slots, values, call.row_index).chunks())
+    return grads.results(call.central.dtype)

@@ -13,12 +13,7 @@ from torch import Tensor
 from mpoe_kernels.backends.cuda.cost import launch_of
 from mpoe_kernels.backends.indices import slots_by_token
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
-<<<<<<< HEAD
 from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction, may_round_to_tf32
-from mpoe_kernels.planner.program import Need
-=======
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction
->>>>>>> 75c63b5 (Engine: one driver walks a program for eager and Triton; their own walks are gone)
 from mpoe_kernels.planner.orders import applications
 from mpoe_kernels.planner.program import Need
 

@@ -18,6 +18,7 @@ RANKS = {
     "mpoe_kernels.checks": 0,
     "mpoe_kernels.mpo": 1,
     "mpoe_kernels.planner": 2,
+    "mpoe_kernels.engine": 3,
     "mpoe_kernels.reference": 3,
     "mpoe_kernels.backends": 3,
     "mpoe_kernels.ops": 4,

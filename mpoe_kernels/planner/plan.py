@@ -10,13 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.planner.contraction import (
-    ALL_GRADIENTS,
-    Contraction,
-    candidate_strategies,
-    contraction,
-    contractions,
-)
+from mpoe_kernels.planner.contraction import Contraction, candidate_strategies, contraction, contractions
 from mpoe_kernels.planner.device import hardware_of
 from mpoe_kernels.planner.explain import (
     Loss,
@@ -31,6 +25,7 @@ from mpoe_kernels.planner.explain import (
 )
 from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
+from mpoe_kernels.planner.program import ALL_GRADIENTS
 
 __all__ = ["STRATEGIES", "BlockDims", "ContractionPlan", "plan_contraction"]
 

@@ -106,7 +106,7 @@ def _rows_name(position: int, count: int) -> str:
 def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Axes of every name: rows keep their remaining axes in front, what an operand brings comes last."""
     axes = {**AXES, "x": X_AXES, "y": Y_AXES}
-    state = X_AXES
+    state: tuple[str, ...] = X_AXES
     for position, operand in enumerate(order[:-1], start=1):
         met = AXES[operand]
         kept, new = [a for a in state if a not in met], [a for a in met if a not in state]

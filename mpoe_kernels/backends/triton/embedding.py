@@ -176,7 +176,7 @@ def embedding_backward(
 
 def _table_backward(
     grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the rows' gradients into a table's, and project that onto the blocks."""
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
@@ -185,4 +185,6 @@ def _table_backward(
     program = weight_backward_program(dims)
     values = {"d W": whole, **blocks_of(left, central, right), **grads.operands()}
     run(program, Pass(program, dims, _one_expert(left), 0, values).chunks())
-    return grads.results(central.dtype)
+    dleft, dcentral, dright = grads.results(central.dtype)
+    assert dleft is not None and dcentral is not None and dright is not None, "all gradients were asked for"
+    return dleft, dcentral, dright

@@ -1,8 +1,9 @@
 """Tries to break training runs, checkpoints and inputs, and counts what happens; ``--doc`` writes docs/reliability.md.
 
-    python tools/reliability.py --kills 50 --inputs 2000 --steps 1000 --seed 0 --doc
+    python tools/reliability.py --kills 50 --races 200 --inputs 2000 --steps 1000 --seed 0 --doc
 
-Every number comes from this run: processes killed while they train and save, full disks, damaged checkpoints, random
+Every number comes from this run: processes killed while they train and save, several
+that want one folder, full disks, damaged checkpoints, random
 inputs, resident memory over a long training. Exit status 1 if anything is lost, wrong or fails from inside.
 """
 
@@ -37,6 +38,17 @@ def kill(kills: int, seed: int, folder: Path) -> list[Row]:
     lengths = sorted(set(tally.resumed_from))
     what = f"{tally.kills} processes killed (SIGKILL), {tally.while_saving} of them while saving"
     return [(what, f"{found}; started from steps {', '.join(map(str, lengths))}", tally.problems)]
+
+
+def start_together(races: int, seed: int, folder: Path) -> list[Row]:
+    from faults.races import race
+
+    tally = race(races, seed, folder, say)
+    what = f"{tally.races} races for a folder: double starts, and starts beside a run that is going"
+    found = (
+        f"of {tally.processes} processes {tally.entered} were in, never two at once, and {tally.told} were told who is"
+    )
+    return [(what, found, tally.problems)]
 
 
 def fill_disks(folder: Path) -> list[Row]:
@@ -109,10 +121,11 @@ def table(rows: list[Row]) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="processes to kill")
+    parser.add_argument("--races", type=int, default=200, help="folders that several processes want at once")
     parser.add_argument("--inputs", type=int, default=2000, help="random inputs, in equal parts of every kind")
     parser.add_argument("--steps", type=int, default=1000, help="training steps over which memory is watched")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--only", default="", help="parts, with commas: kills, disks, damage, inputs, memory")
+    parser.add_argument("--only", default="", help="parts, with commas: kills, races, disks, damage, inputs, memory")
     parser.add_argument("--doc", action="store_true", help="write the table into docs/reliability.md")
     chosen = parser.parse_args(words)
     warnings.simplefilter("ignore")
@@ -124,6 +137,7 @@ def main(words: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     parts: dict[str, Callable[[Path], list[Row]]] = {
         "kills": lambda folder: kill(chosen.kills, chosen.seed, folder),
+        "races": lambda folder: start_together(chosen.races, chosen.seed, folder),
         "disks": fill_disks,
         "damage": damage,
         "inputs": lambda folder: fuzz(chosen.inputs, chosen.seed, folder),

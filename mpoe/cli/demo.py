@@ -45,6 +45,7 @@ def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrit
     from mpoe.cli.files import REPORT_FILE, RESULTS_FILE
     from mpoe.config.checks import check_seed
     from mpoe.training.output_dir import check_folder
+    from mpoe.training.run_lock import hold
 
     check_seed("seed", seed)
     if model not in SETTINGS:
@@ -59,9 +60,10 @@ def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrit
         raise CommandError(
             f"output_dir {output_dir} holds an earlier demo; give --overwrite to replace it, or another --output_dir"
         )
-    for name in (RESULTS_FILE, REPORT_FILE):
-        (output_dir / name).unlink(missing_ok=True)  # they would not belong to the model of a demo that is killed
-    run(output_dir, model, with_steps(SETTINGS[model], steps), seed)
+    with hold(output_dir):
+        for name in (RESULTS_FILE, REPORT_FILE):
+            (output_dir / name).unlink(missing_ok=True)  # they would not belong to the model of a demo that is killed
+        run(output_dir, model, with_steps(SETTINGS[model], steps), seed)
 
 
 def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str, Any]:

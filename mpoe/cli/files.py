@@ -65,15 +65,18 @@ def publish_model(folder: Path) -> None:
 @contextlib.contextmanager
 def model_folder(folder: Path) -> Iterator[Path]:
     """A staging folder to save a model into; its files are in ``folder`` when the block ends without an error."""
-    staging = staging_folder(folder)
-    shutil.rmtree(staging, ignore_errors=True)  # of a killed process
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    publish_model(folder)
+    from mpoe.training.run_lock import hold
+
+    with hold(folder):
+        staging = staging_folder(folder)
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        publish_model(folder)
 
 
 def check_writable_file(name: str, file: Path) -> Path:

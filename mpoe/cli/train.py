@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """
     from mpoe.cli.pretrained import ENCODER, find, load_tokenizer
     from mpoe.cli.tasks import read_descriptions, resolve
+    from mpoe.training.run_lock import hold
 
     arguments = plan.arguments
     folder = _output_folder(plan)
@@ -108,12 +110,12 @@ def run(plan: Plan) -> dict[str, Any]:
     trainer = make_trainer(model, tokenizer, items, validation, plan)
     if plan.measure.print_num_parameters and trainer.is_world_process_zero():
         print_parameters(trainer.model)
-    checkpoint = _claim_folder(folder, plan, settings)
-
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
-    return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds)
+    with hold(folder) if arguments.process_index == 0 else nullcontext():
+        checkpoint = _claim_folder(folder, plan, settings)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - start
+        return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds)
 
 
 def _output_folder(plan: Plan) -> Path:

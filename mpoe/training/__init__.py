@@ -10,6 +10,7 @@ from typing import Any
 
 _HOMES = {
     "DivergenceError": "divergence",
+    "FolderInUseError": "run_lock",
     "GradientMask": "gradient_mask",
     "GradientMaskCallback": "callbacks",
     "MPOETrainer": "trainer",

@@ -12,6 +12,7 @@ from typing import Any
 
 from mpoe.training.checkpoints import clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.metrics_file import METRICS_FILE
+from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE = "run.json"
 
@@ -55,6 +56,9 @@ def prepare_output_dir(
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
+    Of several processes at once, one claims a folder. `MPOETrainer.train` holds it while it trains; who has more to do
+    there holds it from the claim on (`with mpoe.training.run_lock.hold(output_dir):`).
+
     Args:
         output_dir: folder of the run; created if absent. Files in it that no run wrote are left alone.
         overwrite: delete an earlier run in this folder.
@@ -68,19 +72,21 @@ def prepare_output_dir(
     Raises:
         ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
             resume; the configuration differs (the message lists the keys with both values).
+        FolderInUseError: another process works in the folder; a `ValueError` that says which.
         NotADirectoryError: `output_dir` is a file.
         PermissionError: `output_dir`, or the folder it would be made in, cannot be written.
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
     check_output_dir(folder, overwrite, resume, config, neutral_keys)
-    if resume:
-        clean_leftovers(folder)
-        return find_last_checkpoint(folder)
-    if overwrite and (holds_run(folder) or holds_model(folder)):
-        _delete_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_run_file(folder, config)
+    with hold(folder):
+        check_output_dir(folder, overwrite, resume, config, neutral_keys)  # another may have come in between
+        if resume:
+            clean_leftovers(folder)
+            return find_last_checkpoint(folder)
+        if overwrite and (holds_run(folder) or holds_model(folder)):
+            _delete_run(folder)
+        _write_run_file(folder, config)
     return None
 
 
@@ -99,6 +105,7 @@ def check_output_dir(
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
     check_folder("output_dir", folder)
+    check_free(folder)
     if resume:
         _check_resumable(folder, run_config, neutral_keys)
     elif overwrite:

@@ -27,6 +27,7 @@ from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_lo
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.param_groups import build_param_groups
 from mpoe.training.resuming import checkpoint_to_resume, reading
+from mpoe.training.run_lock import hold
 from mpoe.training.run_log import RunLog, expert_load_of
 from mpoe.training.statistics import core_grad_norms
 
@@ -64,6 +65,7 @@ class MPOETrainer(Seq2SeqTrainer):
       `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so that a step is one process's with the
       same global batch;
+    * while it trains no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a run that diverges ends in a `DivergenceError` (see `mpoe.training.divergence`);
     * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
       continues the last complete one, on the CPU to bit-identical weights.
@@ -123,9 +125,15 @@ class MPOETrainer(Seq2SeqTrainer):
         Raises:
             ValueError: there is none, or the given one is incomplete, damaged, of another model, or holds more than
                 tensors.
+            FolderInUseError: another process trains in ``output_dir``; a `ValueError` that says which.
             DivergenceError: loss, gradients or weights are not finite; no checkpoint holds them, and the model in
                 memory has the weights of the step before (unless these were not finite already).
         """
+        # Of several processes the first one writes the folder.
+        with hold(str(self.args.output_dir)) if self.is_world_process_zero() else contextlib.nullcontext():
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(
             resume_from_checkpoint, run_dir, getattr(self.model, "config", None)

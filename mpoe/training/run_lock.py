@@ -1,0 +1,173 @@
+"""One process at a time writes a run's folder: an operating-system lock, and a file that says who holds it.
+
+The lock is `flock` on a file in the folder. The kernel gives it up when the process ends, however it ends, so a killed
+run never blocks the next one; the file that it leaves behind locks nothing. What holds on network file systems is in
+`docs/reliability.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import random
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = "_run.lock"  # the Trainer's uploads to a hub leave out names that begin so
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_PATIENCE = 5.0  # seconds; only those who look whether a folder is free are waited for, and they take microseconds
+
+
+class FolderInUseError(ValueError):
+    """Another process writes this folder; the message says which, on which host, and since when."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(
+            f"output_dir {folder} is in use by {holder}; wait until it has ended, or choose another folder"
+        )
+
+
+@dataclass
+class _Held:
+    descriptor: int
+    times: int
+
+
+_held: dict[Path, _Held] = {}  # this process's locks, by the folder's real path
+_guard = threading.RLock()
+
+
+@contextlib.contextmanager
+def hold(folder: str | Path) -> Iterator[None]:
+    """Hold ``folder`` for this process, making it if needed; a process may hold what it holds already.
+
+    Raises:
+        FolderInUseError: another process holds it.
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    real = path.resolve()
+    with _guard:
+        if real in _held:
+            _held[real].times += 1
+        else:
+            descriptor = _acquire(path, real / LOCK_FILE)
+            if descriptor is not None:
+                _held[real] = _Held(descriptor, 1)
+    try:
+        yield
+    finally:
+        with _guard:
+            if real in _held:  # not in a forked child, and not where there are no locks
+                _held[real].times -= 1
+                if not _held[real].times:
+                    _release(real / LOCK_FILE, _held.pop(real).descriptor)
+
+
+def check_free(folder: str | Path) -> None:
+    """Refuse a folder that another process holds (`FolderInUseError`); writes nothing."""
+    path = Path(folder)
+    file = path.resolve() / LOCK_FILE
+    if fcntl is None or path.resolve() in _held or not file.is_file():
+        return
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+        if not _try(opened.fileno(), fcntl.LOCK_SH):
+            raise FolderInUseError(path, _holder(file))
+
+
+def _acquire(folder: Path, file: Path) -> int | None:
+    if fcntl is None:
+        return None
+    end = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Who holds a lock and ends deletes the file: one that has been deleted meanwhile locks nothing.
+            if _try(descriptor, fcntl.LOCK_EX):
+                if _is_at(descriptor, file):
+                    _write_holder(descriptor)
+                    return descriptor
+            elif not _try(descriptor, fcntl.LOCK_SH) or time.monotonic() > end:
+                raise FolderInUseError(folder, _holder(file))
+            os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                warnings.warn(
+                    f"the file system of output_dir {folder} has no locks ({error.strerror}): nothing keeps a second"
+                    " process out of it",
+                    stacklevel=4,
+                )
+                return None
+            raise OSError(error.errno, f"output_dir {folder} cannot be locked: {error.strerror}") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        time.sleep(random.uniform(0.001, 0.01))
+
+
+def _release(file: Path, descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # somebody may have deleted the folder, or made it read-only
+        if _is_at(descriptor, file):
+            file.unlink()
+    os.close(descriptor)
+
+
+def _try(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_holder(descriptor: int) -> None:
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(record).encode(), 0)
+
+
+def _holder(file: Path) -> str:
+    """Who holds the lock, in words."""
+    for _ in range(5):
+        try:
+            record = json.loads(file.read_text())
+            return f"process {record['pid']} on {record['host']}, since {record['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.01)  # it has the lock, and has not written who it is
+    return "another process"
+
+
+def _forget() -> None:
+    """In a forked child, which shares its parent's locks: they are the parent's, and end with it alone."""
+    global _guard
+    _guard = threading.RLock()
+    for held in _held.values():
+        os.close(held.descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

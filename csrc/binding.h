@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "common/types.h"
 
@@ -18,13 +19,28 @@ namespace mpoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// What the caller did wrong. ops/define.py makes a ValueError of the text after the colon; STD_TORCH_CHECK would add the
+// path of our source file.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  text << "mpoe refuses: ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+#define MPOE_CHECK(condition, ...)                  \
+  do {                                              \
+    if (!(condition)) ::mpoe::refuse(__VA_ARGS__);  \
+  } while (false)
+
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Double: return Dtype::kFloat64;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16");
+    default: MPOE_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16");
   }
 }
 
@@ -36,7 +52,7 @@ inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
 
 // Dense int64 values of a tensor with `dim` axes.
 inline Tensor dense_index(const Tensor& tensor, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " axes; got ", tensor.dim());
+  MPOE_CHECK(tensor.dim() == dim, name, " must have ", dim, " axes; got ", tensor.dim());
   return dense(cast(tensor, ScalarType::Long));
 }
 

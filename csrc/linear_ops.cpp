@@ -16,7 +16,7 @@ Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(false, "unknown activation ", name);
+  MPOE_CHECK(false, "unknown activation ", name);
 }
 
 // Dense tensors behind a LinearInputs; must outlive it.
@@ -34,20 +34,23 @@ struct Operands {
   }
 
   LinearInputs inputs(int64_t in_features, int64_t out_features, const std::string& activation) const {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features, "x must be [T, ", in_features, "]");
-    STD_TORCH_CHECK(
+    MPOE_CHECK(x.dim() == 2 && x.size(1) == in_features, "x must be [T, ", in_features, "]");
+    MPOE_CHECK(
         left.dim() == 4 && central.dim() == 4 && right.dim() == 4 && left.size(3) == central.size(0) &&
             central.size(3) == right.size(1) && left.size(0) == right.size(0),
         "blocks must be left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR]");
     const Dtype dtype = dtype_of(x, "x");
-    STD_TORCH_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16, "x must be float32 or bfloat16");
+    MPOE_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16, "x must be float32 or bfloat16");
     for (const Tensor* block : {&left, &central, &right})
-      STD_TORCH_CHECK(block->scalar_type() == x.scalar_type(), "blocks must have the dtype of x");
+      MPOE_CHECK(block->scalar_type() == x.scalar_type(), "blocks must have the dtype of x");
+    for (const Tensor* block : {&left, &central, &right})
+      for (int64_t axis = 0; axis < 4; ++axis) MPOE_CHECK(block->size(axis) > 0, "blocks must not have an axis of size 0");
+    MPOE_CHECK(in_features > 0 && out_features > 0, "in_features and out_features must be positive");
     LinearInputs in{};
     in.dtype = dtype;
     in.dims = {left.size(1),  left.size(2),  left.size(3), central.size(1), central.size(2),
                central.size(3), right.size(2), right.size(3), in_features,    out_features};
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         in.dims.padded_in() >= in_features && in.dims.padded_out() >= out_features, "blocks are smaller than the weight");
     in.x = x.const_data_ptr();
     in.tokens = x.size(0);
@@ -56,20 +59,20 @@ struct Operands {
     in.right = right.const_data_ptr();
     in.experts = left.size(0);
     in.slots = row_index.has_value() ? row_index->size(0) : x.size(0);
-    STD_TORCH_CHECK(offsets.size(0) == in.experts + 1, "expert_offsets must be [", in.experts + 1, "]");
+    MPOE_CHECK(offsets.size(0) == in.experts + 1, "expert_offsets must be [", in.experts + 1, "]");
     in.offsets = offsets.const_data_ptr<int64_t>();
     int64_t before = 0;
     for (int64_t e = 0; e <= in.experts; ++e) {
-      STD_TORCH_CHECK(
-          in.offsets[e] >= before && in.offsets[e] <= in.slots,
-          "expert_offsets must be non-decreasing and at most ", in.slots, "; got ", in.offsets[e]);
-      before = in.offsets[e];
+      const int64_t offset = in.offsets[e];
+      MPOE_CHECK(
+          offset >= before && offset <= in.slots && (e > 0 || offset == 0),
+          "expert_offsets must start at 0, not fall, and end at ", in.slots, " at most; got ", offset);
+      before = offset;
     }
-    STD_TORCH_CHECK(in.offsets[0] == 0, "expert_offsets must start at 0; got ", in.offsets[0]);
     if (row_index.has_value()) {
       in.row_index = row_index->const_data_ptr<int64_t>();
       const int64_t bad = first_outside(in.row_index, in.slots, 0, in.tokens - 1);
-      STD_TORCH_CHECK(bad < 0, "row_index must lie in 0..", in.tokens - 1, "; got ", in.row_index[bad]);
+      MPOE_CHECK(bad < 0, "row_index must lie in 0..", in.tokens - 1, "; got ", in.row_index[bad]);
     }
     in.activation = activation_of(activation);
     return in;
@@ -93,11 +96,11 @@ constexpr StrategyKernels kStrategies[] = {
 const StrategyKernels& kernels_of(const std::string& strategy, const BlockDims& dims) {
   for (const StrategyKernels& kernels : kStrategies) {
     if (strategy != kernels.name) continue;
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         strategy != "separable" || (dims.jL == 1 && dims.iR == 1), "strategy separable needs blocks with jL = iR = 1");
     return kernels;
   }
-  STD_TORCH_CHECK(false, "no native kernel for strategy ", strategy);
+  MPOE_CHECK(false, "no native kernel for strategy ", strategy);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_forward_cpu(
@@ -108,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_forward_cpu(
   LinearForward in{};
   static_cast<LinearInputs&>(in) = operands.inputs(in_features, out_features, activation);
   const StrategyKernels& kernels = kernels_of(strategy, in.dims);
-  STD_TORCH_CHECK(kernels.forward != nullptr, "no native forward for strategy ", strategy);
-  STD_TORCH_CHECK(!save_h || strategy == "separable", "only strategy separable saves its central step");
+  MPOE_CHECK(kernels.forward != nullptr, "no native forward for strategy ", strategy);
+  MPOE_CHECK(!save_h || strategy == "separable", "only strategy separable saves its central step");
   std::optional<Tensor> dense_bias;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(), "bias must be [",
         out_features, "] of the dtype of x");
     dense_bias = dense(*bias);
@@ -138,9 +141,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
   LinearBackward in{};
   static_cast<LinearInputs&>(in) = operands.inputs(in_features, out_features, activation);
   const StrategyKernels& kernels = kernels_of(strategy, in.dims);
-  STD_TORCH_CHECK(kernels.backward != nullptr, "no native backward for strategy ", strategy);
+  MPOE_CHECK(kernels.backward != nullptr, "no native backward for strategy ", strategy);
   const auto check_rows = [&](const Tensor& rows, const char* name) {
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         rows.dim() == 2 && rows.size(0) == in.slots && rows.size(1) == out_features &&
             rows.scalar_type() == x.scalar_type(),
         name, " must be [", in.slots, ", ", out_features, "] of the dtype of x");
@@ -153,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
     in.saved = dense_saved.const_data_ptr();
   }
   if (strategy == "separable") {
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         h.numel() == in.slots * in.dims.jC * in.dims.b && h.scalar_type() == x.scalar_type(), "h must be [",
         in.slots * in.dims.jC, ", ", in.dims.b, "] of the dtype of x");
     in.h = dense_h.const_data_ptr();

@@ -12,7 +12,7 @@ using namespace mpoe;
 void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   const int64_t bad = first_outside(values, index.numel(), low, high);
-  STD_TORCH_CHECK(bad < 0, name, " must lie in ", low, "..", high, "; got ", values[bad]);
+  MPOE_CHECK(bad < 0, name, " must lie in ", low, "..", high, "; got ", values[bad]);
 }
 
 // expert_offsets, token_of_slot, slot_of_token, and the position in top_k_index of an entry outside 0..E-1 (or -1; then
@@ -22,6 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> route_cpu(
     const std::optional<Tensor>& token_mask) {
   const Tensor index = dense_index(top_k_index, 2, "top_k_index");
   const int64_t tokens = index.size(0), top_k = index.size(1);
+  MPOE_CHECK(top_k > 0, "top_k_index must be [T, K] with K >= 1; got [", tokens, ", 0]");
+  MPOE_CHECK(num_experts > 0, "num_experts must be at least 1; got ", num_experts);
   const int64_t* values = index.const_data_ptr<int64_t>();
   const int64_t bad = first_outside(values, index.numel(), 0, num_experts - 1);
   const int64_t pairs = bad < 0 ? tokens * top_k : 0;
@@ -31,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> route_cpu(
   if (bad >= 0) return {expert_offsets, token_of_slot, slot_of_token, bad};
   std::optional<Tensor> mask;
   if (token_mask.has_value()) {
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         token_mask->scalar_type() == ScalarType::Bool && token_mask->dim() == 1 && token_mask->size(0) == tokens,
         "token_mask must be bool [", tokens, "]");
     mask = dense(*token_mask);
@@ -52,13 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> route_cpu(
 
 int64_t last_offset(const Tensor& expert_offsets) {
   const Tensor offsets = dense_index(expert_offsets, 1, "expert_offsets");
-  STD_TORCH_CHECK(offsets.size(0) > 0, "expert_offsets must be [E + 1]; got [0]");
+  MPOE_CHECK(offsets.size(0) > 0, "expert_offsets must be [E + 1]; got [0]");
   return offsets.const_data_ptr<int64_t>()[offsets.size(0) - 1];
 }
 
 Tensor dispatch_cpu(const Tensor& x, const Tensor& expert_offsets, const Tensor& token_of_slot) {
   const int64_t element = size_of(dtype_of(x, "x"));
-  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
+  MPOE_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
   const Tensor source = x.stride(1) == 1 || x.size(1) == 1 ? x : dense(x);  // rows may lie apart, even overlap
   const Tensor index = dense_index(token_of_slot, 1, "token_of_slot");
   check_range(index, 0, x.size(0) - 1, "token_of_slot");
@@ -90,14 +92,14 @@ Combine combine_arguments(const Tensor& index, const Tensor* gates, Dtype dtype,
 }
 
 Tensor dense_gates(const Tensor& gates, const Tensor& index, Dtype dtype) {
-  STD_TORCH_CHECK(
+  MPOE_CHECK(
       gates.dim() == 2 && gates.size(0) == index.size(0) && gates.size(1) == index.size(1),
       "top_k_weights must be [", index.size(0), ", ", index.size(1), "]");
   return dense(cast(gates, dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float));
 }
 
 Tensor dispatch_backward_cpu(const Tensor& grad, const Tensor& slot_of_token) {
-  STD_TORCH_CHECK(grad.dim() == 2, "grad must have 2 axes; got ", grad.dim());
+  MPOE_CHECK(grad.dim() == 2, "grad must have 2 axes; got ", grad.dim());
   const Tensor rows = dense(grad), index = dense_index(slot_of_token, 2, "slot_of_token");
   Tensor dx = torch::stable::new_empty(rows, {index.size(0), rows.size(1)});
   combine(
@@ -108,7 +110,7 @@ Tensor dispatch_backward_cpu(const Tensor& grad, const Tensor& slot_of_token) {
 
 Tensor combine_cpu(const Tensor& y_sorted, const Tensor& slot_of_token, const Tensor& top_k_weights) {
   const Dtype dtype = dtype_of(y_sorted, "y_sorted");
-  STD_TORCH_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());
+  MPOE_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());
   const Tensor rows = dense(y_sorted), index = dense_index(slot_of_token, 2, "slot_of_token");
   const Tensor gates = dense_gates(top_k_weights, index, dtype);
   Tensor y = torch::stable::new_empty(rows, {index.size(0), rows.size(1)});
@@ -121,8 +123,8 @@ std::tuple<Tensor, Tensor> combine_backward_cpu(
     const Tensor& grad, const Tensor& y_sorted, const Tensor& slot_of_token, const Tensor& top_k_weights, bool need_y,
     bool need_weights) {
   const Dtype dtype = dtype_of(y_sorted, "y_sorted");
-  STD_TORCH_CHECK(grad.scalar_type() == y_sorted.scalar_type(), "grad must have the dtype of y_sorted");
-  STD_TORCH_CHECK(
+  MPOE_CHECK(grad.scalar_type() == y_sorted.scalar_type(), "grad must have the dtype of y_sorted");
+  MPOE_CHECK(
       grad.dim() == 2 && y_sorted.dim() == 2 && grad.size(1) == y_sorted.size(1) &&
           grad.size(0) == slot_of_token.size(0),
       "grad must be [", slot_of_token.size(0), ", ", y_sorted.size(1), "]");

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (int, torch.SymInt)
+# What autocast brings to its dtype, and where the ops follow it.
+LOWERED = {torch.float32, torch.bfloat16, torch.float16}
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def describe(value: object) -> str:
@@ -35,20 +40,52 @@ def check_floating(name: str, value: Tensor) -> None:
         )
 
 
-def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require dtype and device of ``others`` to equal those of ``reference``."""
+def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Require ``others`` to be where ``reference`` is."""
+    device = reference.device
     for name, other in others.items():
-        if other is None:
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} must be on the device of {reference_name}, {device}; got {describe(other)}")
+
+
+def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, as it will cast them."""
+    device, dtype = reference.device, reference.dtype
+    for name, other in others.items():
+        if other is None or (other.dtype == dtype and other.device == device):
             continue
-        if other.device != reference.device:
-            raise ValueError(
-                f"{name} must be on the device of {reference_name}, {reference.device}; got {describe(other)}"
-            )
-        if other.dtype != reference.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {reference_name}, {str(reference.dtype).removeprefix('torch.')} "
-                f"(or run under autocast); got {describe(other)}"
-            )
+        if other.device != device:
+            check_device(reference_name, reference, **{name: other})
+        lowered = torch.is_autocast_enabled(device.type) if device.type in AUTOCAST_DEVICES else False
+        if lowered and {dtype, other.dtype} <= LOWERED:
+            continue
+        hint = "; autocast leaves float64" if lowered else " (or run under autocast)"
+        raise TypeError(
+            f"{name} must have the dtype of {reference_name}, {str(dtype).removeprefix('torch.')}{hint}; "
+            f"got {describe(other)}"
+        )
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None, what: str = "") -> int:
+    """Require an integer (bool is none) in ``low..high``; ``what`` says in the message what ``high`` is."""
+    if isinstance(value, bool) or not isinstance(value, INTEGERS):
+        raise TypeError(f"{name} must be an integer; got {describe(value)}")
+    if value < low or (high is not None and value > high):
+        between = f"lie between {low} and {what + ' = ' if what else ''}{high}"
+        raise ValueError(f"{name} must {f'be at least {low}' if high is None else between}; got {value}")
+    return value  # type: ignore[return-value]
+
+
+def refuse_jit_trace(what: str) -> None:
+    """torch.jit.trace would keep the sizes and routing of one call."""
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(f"{what} does not support torch.jit.trace; use torch.compile or torch.export")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products in their factors' own dtype, on devices that autocast knows and on others."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def check_index(name: str, value: object, dims: tuple[str, ...]) -> Tensor:

@@ -54,7 +54,7 @@ inline bool on_device(const Tensor& tensor) {
 inline void check_same_device(std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   for (const Tensor* tensor : tensors) {
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         on_device(*tensor) && tensor->get_device_index() == first.get_device_index(),
         "all tensors must be on one CUDA device");
   }
@@ -62,13 +62,13 @@ inline void check_same_device(std::initializer_list<const Tensor*> tensors) {
 
 inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
   const Dtype dtype = dtype_of(tensor, name);
-  STD_TORCH_CHECK(dtype != Dtype::kFloat64, name, " must be float32, bfloat16 or float16");
+  MPOE_CHECK(dtype != Dtype::kFloat64, name, " must be float32, bfloat16 or float16");
   return dtype;
 }
 
 // The kernels count rows and columns in 32 bits.
 inline int counted(int64_t size, const char* what) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
+  MPOE_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
   return static_cast<int>(size);
 }
 
@@ -77,10 +77,13 @@ inline Dims dims_of(const Tensor& left, const Tensor& central, const Tensor& rig
   const int64_t sizes[kAxes] = {left.size(1),    left.size(2),    left.size(3),  central.size(1),
                                 central.size(2), central.size(3), right.size(2), right.size(3)};
   Dims dims;
-  for (int axis = 0; axis < kAxes; ++axis) dims.size[axis] = counted(sizes[axis], "a dimension of the blocks");
+  for (int axis = 0; axis < kAxes; ++axis) {
+    MPOE_CHECK(sizes[axis] > 0, "blocks must not have an axis of size 0");
+    dims.size[axis] = counted(sizes[axis], "a dimension of the blocks");
+  }
   dims.in_features = counted(rows, "in_features");
   dims.out_features = counted(columns, "out_features");
-  STD_TORCH_CHECK(
+  MPOE_CHECK(
       dims.elements({kIL, kIC, kIR}) >= rows && dims.elements({kJL, kJC, kJR}) >= columns,
       "blocks are smaller than the weight");
   return dims;

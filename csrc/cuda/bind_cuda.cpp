@@ -18,7 +18,7 @@ int activation_of(const std::string& name) {
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
   if (name == "silu") return kSilu;
-  STD_TORCH_CHECK(false, "unknown activation ", name);
+  MPOE_CHECK(false, "unknown activation ", name);
 }
 
 // Dense tensors behind a LinearInputs, checked; must outlive it, as must `program`.
@@ -42,15 +42,15 @@ struct Operands {
 
   LinearInputs inputs(int64_t in_features, int64_t out_features, const std::string& activation,
                       const std::string& program, bool tf32) const {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features, "x must be [T, ", in_features, "]");
-    STD_TORCH_CHECK(
+    MPOE_CHECK(x.dim() == 2 && x.size(1) == in_features, "x must be [T, ", in_features, "]");
+    MPOE_CHECK(
         left.dim() == 4 && central.dim() == 4 && right.dim() == 4 && left.size(3) == central.size(0) &&
             central.size(3) == right.size(1) && left.size(0) == right.size(0),
         "blocks must be left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR]");
     for (const Tensor* block : {&left, &central, &right})
-      STD_TORCH_CHECK(block->scalar_type() == x.scalar_type(), "blocks must have the dtype of x");
+      MPOE_CHECK(block->scalar_type() == x.scalar_type(), "blocks must have the dtype of x");
     const int64_t experts = left.size(0);
-    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == experts + 1, "expert_offsets must be [", experts + 1, "]");
+    MPOE_CHECK(offsets.dim() == 1 && offsets.size(0) == experts + 1, "expert_offsets must be [", experts + 1, "]");
     LinearInputs in;
     in.dtype = kernel_dtype(x, "x");
     in.dims = dims_of(left, central, right, in_features, out_features);
@@ -72,7 +72,7 @@ struct Operands {
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t features) {
   if (!bias.has_value()) return std::nullopt;
   check_same_device({&x, &*bias});
-  STD_TORCH_CHECK(
+  MPOE_CHECK(
       bias->dim() == 1 && bias->size(0) == features && bias->scalar_type() == x.scalar_type(), "bias must be [",
       features, "] of the dtype of x");
   return dense(*bias);
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_op(
   static_cast<LinearInputs&>(in) = operands.inputs(in_features, out_features, activation, program, tf32);
   const auto dense_rows = [&](const Tensor& rows, int64_t count, int64_t columns, const char* name) {
     check_same_device({&x, &rows});
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         rows.dim() == 2 && rows.size(0) == count && rows.size(1) == columns && rows.scalar_type() == x.scalar_type(),
         name, " must be [", count, ", ", columns, "] of the dtype of x");
     return dense(rows);
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_op(
   std::optional<Tensor> dense_h, dense_saved;
   in.grad = dense_grad.const_data_ptr();
   if (in.activation != kNone) {
-    STD_TORCH_CHECK(saved.has_value(), "saved is what the forward of activation ", activation, " kept");
+    MPOE_CHECK(saved.has_value(), "saved is what the forward of activation ", activation, " kept");
     dense_saved = dense_rows(*saved, in.slots, out_features, "saved");
     in.saved = dense_saved->const_data_ptr();
   }
@@ -155,7 +155,7 @@ Tensor few_forward_op(
   const std::string program;
   const LinearInputs in = operands.inputs(in_features, out_features, activation, program, false);
   const Tensor expert = dense_index(expert_of_slot, 1, "expert_of_slot");
-  STD_TORCH_CHECK(expert.size(0) == in.slots, "expert_of_slot must be [", in.slots, "]");
+  MPOE_CHECK(expert.size(0) == in.slots, "expert_of_slot must be [", in.slots, "]");
   const std::optional<Tensor> dense_bias = checked_bias(bias, x, out_features);
   Tensor y = torch::stable::new_empty(x, {in.slots, out_features});
   FewProduct product;
@@ -180,10 +180,10 @@ Tensor few_forward_op(
 
 Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts) {
   const OnDevice device(rows);
-  STD_TORCH_CHECK(rows.dim() == 2, "rows must have 2 axes; got ", rows.dim());
+  MPOE_CHECK(rows.dim() == 2, "rows must have 2 axes; got ", rows.dim());
   const Tensor from = dense(rows), slots = dense_index(order, 1, "order"), first = dense_index(starts, 1, "starts");
   check_same_device({&from, &slots, &first});
-  STD_TORCH_CHECK(first.size(0) > 0, "starts must be [T + 1]; got [0]");
+  MPOE_CHECK(first.size(0) > 0, "starts must be [T + 1]; got [0]");
   const int64_t tokens = first.size(0) - 1;
   Tensor out = torch::stable::new_empty(from, {tokens, rows.size(1)});
   sum_rows(kernel_dtype(from, "rows"), from.const_data_ptr(), slots.const_data_ptr<int64_t>(),

@@ -15,12 +15,12 @@ struct Table {
   Table(const Tensor& ids_, const Tensor& left_, const Tensor& central_, const Tensor& right_)
       : ids(dense_index(ids_, 1, "ids")), left(dense(left_)), central(dense(central_)), right(dense(right_)) {
     check_same_device({&central, &ids, &left, &right});
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         left.dim() == 4 && central.dim() == 4 && right.dim() == 4 && left.size(0) == 1 && right.size(0) == 1 &&
             left.size(3) == central.size(0) && central.size(3) == right.size(1),
         "blocks must be left [1, iL, jL, a], central [a, iC, jC, b], right [1, b, iR, jR]");
     for (const Tensor* block : {&left, &right})
-      STD_TORCH_CHECK(block->scalar_type() == central.scalar_type(), "blocks must have one dtype");
+      MPOE_CHECK(block->scalar_type() == central.scalar_type(), "blocks must have one dtype");
   }
 
   void fill(EmbeddingInputs& in, int64_t num_embeddings, int64_t embedding_dim, bool tf32) const {
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_op(const Tensor& grad, con
   EmbeddingBackward in;
   table.fill(in, num_embeddings, embedding_dim, tf32);
   check_same_device({&central, &grad});
-  STD_TORCH_CHECK(
+  MPOE_CHECK(
       grad.dim() == 2 && grad.size(0) == in.tokens && grad.size(1) == embedding_dim &&
           grad.scalar_type() == central.scalar_type(),
       "grad must be [", in.tokens, ", ", embedding_dim, "] of the dtype of the blocks");

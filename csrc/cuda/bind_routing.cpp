@@ -11,10 +11,10 @@ namespace {
 // Softmax probabilities [T, E], weights and index [T, K] of the most probable experts.
 std::tuple<Tensor, Tensor, Tensor> gate_op(const Tensor& logits, int64_t top_k, bool renormalize) {
   const OnDevice device(logits);
-  STD_TORCH_CHECK(logits.dim() == 2, "logits must have 2 axes; got ", logits.dim());
+  MPOE_CHECK(logits.dim() == 2, "logits must have 2 axes; got ", logits.dim());
   const Tensor in = dense(logits);
   const int64_t tokens = in.size(0), experts = in.size(1);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
+  MPOE_CHECK(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
   Tensor probabilities = torch::stable::new_empty(in, {tokens, experts}, ScalarType::Float);
   Tensor weights = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Float);
   Tensor index = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Long);
@@ -32,11 +32,13 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t n
   std::optional<Tensor> mask;
   if (token_mask.has_value()) {
     check_same_device({&index, &*token_mask});
-    STD_TORCH_CHECK(
+    MPOE_CHECK(
         token_mask->scalar_type() == ScalarType::Bool && token_mask->dim() == 1 && token_mask->size(0) == tokens,
         "token_mask must be bool [", tokens, "]");
     mask = dense(*token_mask);
   }
+  MPOE_CHECK(top_k > 0, "top_k_index must be [T, K] with K >= 1; got [", tokens, ", 0]");
+  MPOE_CHECK(num_experts > 0, "num_experts must be at least 1; got ", num_experts);
   Tensor offsets = torch::stable::new_empty(index, {num_experts + 1}, ScalarType::Int);
   Tensor token_of_slot = torch::stable::new_empty(index, {tokens * top_k});
   Tensor slot_of_token = torch::stable::new_empty(index, {tokens, top_k});
@@ -58,12 +60,12 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t n
 
 Tensor dispatch_op(const Tensor& x, const Tensor& expert_offsets, const Tensor& token_of_slot) {
   const OnDevice device(x);
-  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
+  MPOE_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
   const Tensor source = x.stride(1) == 1 || x.size(1) == 1 ? x : dense(x);  // rows may lie apart, even overlap
   const Tensor index = dense_index(token_of_slot, 1, "token_of_slot");
   const Tensor offsets = dense(cast(expert_offsets, ScalarType::Int));
   check_same_device({&source, &index, &offsets});
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "expert_offsets must be [E + 1]");
+  MPOE_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "expert_offsets must be [E + 1]");
   Tensor out = torch::stable::new_empty(x, {index.size(0), x.size(1)});
   dispatch(kernel_dtype(x, "x"), source.const_data_ptr(), source.stride(0), index.const_data_ptr<int64_t>(),
            offsets.const_data_ptr<int>() + offsets.size(0) - 1, out.mutable_data_ptr(),
@@ -72,7 +74,7 @@ Tensor dispatch_op(const Tensor& x, const Tensor& expert_offsets, const Tensor& 
 }
 
 Tensor dense_gates(const Tensor& gates, const Tensor& index) {
-  STD_TORCH_CHECK(
+  MPOE_CHECK(
       gates.dim() == 2 && gates.size(0) == index.size(0) && gates.size(1) == index.size(1),
       "top_k_weights must be [", index.size(0), ", ", index.size(1), "]");
   check_same_device({&index, &gates});
@@ -82,7 +84,7 @@ Tensor dense_gates(const Tensor& gates, const Tensor& index) {
 // Without gates all are 1: dispatch's gradient.
 Tensor combine_op(const Tensor& y_sorted, const Tensor& slot_of_token, const std::optional<Tensor>& top_k_weights) {
   const OnDevice device(y_sorted);
-  STD_TORCH_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());
+  MPOE_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());
   const Tensor rows = dense(y_sorted), index = dense_index(slot_of_token, 2, "slot_of_token");
   check_same_device({&rows, &index});
   std::optional<Tensor> gates;
@@ -102,9 +104,9 @@ std::tuple<Tensor, Tensor> combine_backward_op(
   const Tensor rows = dense(y_sorted), outer = dense(grad), tokens = dense_index(token_of_slot, 1, "token_of_slot");
   const Tensor index = dense_index(slot_of_token, 2, "slot_of_token");
   check_same_device({&outer, &rows, &tokens, &index});
-  STD_TORCH_CHECK(grad.scalar_type() == y_sorted.scalar_type(), "grad must have the dtype of y_sorted");
-  STD_TORCH_CHECK(rows.dim() == 2 && tokens.size(0) == rows.size(0), "y_sorted must be [", tokens.size(0), ", F]");
-  STD_TORCH_CHECK(
+  MPOE_CHECK(grad.scalar_type() == y_sorted.scalar_type(), "grad must have the dtype of y_sorted");
+  MPOE_CHECK(rows.dim() == 2 && tokens.size(0) == rows.size(0), "y_sorted must be [", tokens.size(0), ", F]");
+  MPOE_CHECK(
       outer.dim() == 2 && outer.size(1) == rows.size(1) && outer.size(0) == index.size(0), "grad must be [",
       index.size(0), ", ", rows.size(1), "]");
   const Tensor gates = dense_gates(top_k_weights, index);

@@ -21,6 +21,21 @@ def slots_by_token(row_index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, bounds)
 
 
+def check_range(name: str, index: Tensor, low: int, high: int) -> None:
+    """Refuse an entry outside ``low..high``, on the CPU alone: elsewhere looking would wait for the device."""
+    if index.numel() == 0 or index.device.type != "cpu":
+        return
+    smallest, largest = (int(v) for v in index.aminmax())
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must lie in {low}..{high}; got {smallest if smallest < low else largest}")
+
+
+def check_offsets(offsets: list[int], slots: int) -> None:
+    """Refuse offsets that do not start at 0, fall, or pass the slots."""
+    if offsets[0] != 0 or offsets[-1] > slots or offsets != sorted(offsets):
+        raise ValueError(f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}")
+
+
 def check_ids(ids: Tensor, num_embeddings: int) -> None:
     """An id outside the table: an error on the CPU, a device-side assertion elsewhere (nothing waits for it)."""
     if ids.numel() == 0 or ids.device.type == "meta":

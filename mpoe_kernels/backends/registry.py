@@ -130,8 +130,8 @@ def backend_reasons() -> dict[str, list[str]]:
 
 
 def check_backend(name: str | None) -> None:
-    """Refuse the name of an unknown backend."""
-    if name is not None and name != AUTO and name not in _BACKENDS:
+    """Refuse the name of an unknown backend; None stands for none."""
+    if name is not None and (not isinstance(name, str) or (name != AUTO and name not in _BACKENDS)):
         raise ValueError(f"backend must be one of {[AUTO, *_BACKENDS]}; got {name!r}")
 
 
@@ -148,9 +148,11 @@ def use_backend(name: str) -> Iterator[None]:
     It holds in the calling thread alone.
 
     Raises:
-        ValueError: unknown name.
+        TypeError, ValueError: None, an unknown name.
         BackendError: the backend cannot run on this machine.
     """
+    if name is None:
+        raise TypeError("name must be that of a backend; got None")
     check_backend(name)
     if name != AUTO:
         reasons = _BACKENDS[name].unavailable_reasons()

@@ -10,14 +10,16 @@ squared error of the whole, and no truncation is worse than truncating all bonds
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_choice, check_floating, check_tensor
+from mpoe_kernels.checks import check_choice, check_floating, check_tensor, describe, no_autocast
 from mpoe_kernels.mpo.shape import MPOShape
 
+# Entries from 2^60 on are scaled to about 2^30: norms of entries below it stay inside float32's range, 2^128.
+RANGE_EXPONENT = 60
 GAUGES = ("symmetric", "orthogonal", "identity")
 
 
@@ -124,7 +126,8 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
 
     Raises:
         TypeError: a weight that is not a floating matrix, a shape that is no `MPOShape`.
-        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, an unknown gauge, or, for the gauge
+        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, a weight without values (on the meta
+            device) or so large that its cores pass the range of its dtype, an unknown gauge, or, for the gauge
             ``"identity"``, a bond below the product of the factors between it and the end of the chain.
     """
     check_tensor("weight", weight, ("I", "F"))
@@ -137,17 +140,40 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
             f"got {list(weight.shape)}"
         )
     check_choice("gauge", gauge, GAUGES)
+    if weight.device.type == "meta":
+        raise ValueError(f"weight must have values to decompose; got {describe(weight)}")
     work = weight.detach()
     work = work if work.dtype == torch.float64 else work.float()
     if not bool(torch.isfinite(work).all()):
         raise ValueError("weight must be finite; it holds NaN or Inf")
+    with no_autocast(work.device):
+        found = _decompose(work, shape, gauge)
+    cores = tuple(core.to(weight.dtype).contiguous() for core in found.cores)
+    if not all(bool(torch.isfinite(core).all()) for core in cores):
+        raise ValueError(
+            f"weight is too large: with the gauge {gauge!r} its cores pass the range of {weight.dtype}; "
+            f"its norm is {found.norm:.3g}"
+        )
+    return replace(found, cores=cores)
 
+
+def _range_scale(work: Tensor) -> float:
+    """A power of 4 that brings a matrix near the end of its dtype's range to numbers whose sums stay inside; else 1."""
+    exponent = math.frexp(float(work.abs().max()))[1]
+    return 4.0 ** ((exponent - RANGE_EXPONENT // 2) // 2) if exponent > RANGE_EXPONENT else 1.0
+
+
+def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
+    """Of a finite matrix, in its own dtype."""
+    scale = _range_scale(work)
+    if scale != 1.0:
+        work = work / scale
+    norm = float(work.norm()) * scale
     n, centre, bonds = shape.num_cores, shape.central, shape.bond_dims
     sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
     remainder = _interleave(work, shape).reshape(-1)
     if gauge == "identity":
-        identity = tuple(core.to(weight.dtype) for core in _identity_cores(remainder, shape))
-        return Decomposition(identity, shape, (0.0,) * (n - 1), float(work.norm()))
+        return Decomposition(tuple(_identity_cores(remainder * scale, shape)), shape, (0.0,) * (n - 1), norm)
     cores: list[Tensor] = [remainder] * n
     scales: list[Tensor] = [remainder.new_ones(1)] * (n + 1)
     local_errors = [0.0] * (n - 1)
@@ -166,6 +192,8 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
         remainder = unfolding @ basis
     cores[centre] = remainder
 
+    # Every bond's singular values are those of the scaled matrix: a side of a bond takes the scale's root.
+    root = math.sqrt(scale)
     finished = []
     for k, core in enumerate(cores):
         core = core.reshape(shape.core_shapes[k])
@@ -175,8 +203,12 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
             before = scales[k] if k > centre else 1 / scales[k]
             after = scales[k + 1] if k < centre else 1 / scales[k + 1]
             core = core * before.reshape(-1, 1, 1, 1) * after
-        finished.append(core.to(weight.dtype).contiguous())
-    return Decomposition(tuple(finished), shape, tuple(local_errors), float(work.norm()))
+            inner = (k > 0) + (k + 1 < n)
+            core = core * (scale / root**inner if k == centre else root ** (2 - inner))
+        elif k == centre:
+            core = core * scale
+        finished.append(core)
+    return Decomposition(tuple(finished), shape, tuple(error * scale for error in local_errors), norm)
 
 
 def decompose(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> list[Tensor]:

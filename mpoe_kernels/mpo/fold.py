@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_tensor, describe
+from mpoe_kernels.checks import check_integer, check_tensor, describe, no_autocast, refuse_jit_trace
 from mpoe_kernels.mpo.shape import MPOShape
 
 
@@ -23,6 +22,9 @@ class MPOBlocks:
         in_features: true input size I; ``iL iC iR`` may exceed it (zero padding at the end).
         out_features: true output size F; ``jL jC jR`` may exceed it.
         shape: the shape the blocks came from, if known.
+
+    Raises:
+        TypeError, ValueError: sizes that are 0 or do not fit one another.
     """
 
     left: Tensor
@@ -33,9 +35,13 @@ class MPOBlocks:
     shape: MPOShape | None = None
 
     def __post_init__(self) -> None:
+        refuse_jit_trace("MPOBlocks")
         left = check_tensor("left", self.left, ("E", "iL", "jL", "a"))
         central = check_tensor("central", self.central, ("a", "iC", "jC", "b"))
         right = check_tensor("right", self.right, ("E", "b", "iR", "jR"))
+        for name, block in (("left", left), ("central", central), ("right", right)):
+            if 0 in block.shape:
+                raise ValueError(f"{name} must have no axis of size 0; got {describe(block)}")
         if left.shape[3] != central.shape[0]:
             raise ValueError(
                 f"left [.., a] and central [a, ..] must agree in a; got {describe(left)}, {describe(central)}"
@@ -50,10 +56,8 @@ class MPOBlocks:
             )
         padded_in = left.shape[1] * central.shape[1] * right.shape[2]
         padded_out = left.shape[2] * central.shape[2] * right.shape[3]
-        if not 1 <= self.in_features <= padded_in:
-            raise ValueError(f"in_features must lie between 1 and iL*iC*iR = {padded_in}; got {self.in_features}")
-        if not 1 <= self.out_features <= padded_out:
-            raise ValueError(f"out_features must lie between 1 and jL*jC*jR = {padded_out}; got {self.out_features}")
+        check_integer("in_features", self.in_features, 1, padded_in, "iL*iC*iR")
+        check_integer("out_features", self.out_features, 1, padded_out, "jL*jC*jR")
 
     @property
     def num_experts(self) -> int:
@@ -78,8 +82,6 @@ def _experts_of(cores: Sequence[Tensor]) -> int:
 
 
 def _check_cores(cores: Sequence[Tensor], central: int) -> None:
-    if not isinstance(cores, Sequence) or not cores:
-        raise TypeError(f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}")
     if isinstance(central, bool) or not isinstance(central, int):
         raise TypeError(f"central must be an integer; got {central!r}")
     if not 0 <= central < len(cores):
@@ -90,6 +92,10 @@ def _check_cores(cores: Sequence[Tensor], central: int) -> None:
             kind = "[d, i, j, d'] (the central core is shared)" if k == central else "[d, i, j, d'] or [E, d, i, j, d']"
             raise ValueError(f"cores[{k}] must be {kind}; got {describe(core)}")
     for k, (core, following) in enumerate(zip(cores, cores[1:], strict=False)):
+        if core.device != following.device:
+            raise ValueError(
+                f"cores must be on one device; cores[{k}] is {describe(core)}, cores[{k + 1}] {describe(following)}"
+            )
         if core.shape[-1] != following.shape[-4]:
             raise ValueError(
                 f"cores[{k}] and cores[{k + 1}] must share a bond; got {describe(core)} and {describe(following)}"
@@ -148,17 +154,21 @@ def fold(
     Raises:
         TypeError, ValueError: cores that do not form a chain.
     """
+    if not isinstance(cores, Sequence) or not cores:
+        raise TypeError(f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}")
+    if shape is not None and not isinstance(shape, MPOShape):
+        raise TypeError(f"shape must be an MPOShape or None; got {describe(shape)}")
     if central is None:
         central = shape.central if shape is not None else len(cores) // 2
     _check_cores(cores, central)
     middle = cores[central]
     experts = _experts_of(cores)
-    if num_experts is not None and num_experts != experts:
+    if num_experts is not None and check_integer("num_experts", num_experts, 1) != experts:
         if experts != 1:
             raise ValueError(f"num_experts must equal the cores' expert axis, {experts}; got {num_experts}")
         experts = num_experts
     # The fold is exact in the cores' own dtype; autocast would round every partial product.
-    with torch.autocast(middle.device.type, enabled=False):
+    with no_autocast(middle.device):
         left = _fold_left(cores[:central], experts, middle)
         right = _fold_right(cores[central + 1 :], experts, middle)
     if shape is None:

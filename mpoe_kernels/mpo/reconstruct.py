@@ -35,5 +35,5 @@ def reconstruct(cores: Sequence[Tensor], shape: MPOShape | None = None) -> Tenso
     Raises:
         TypeError, ValueError: cores that do not form a chain.
     """
-    weights = expert_weights(fold(cores, shape.central if shape is not None else None, shape))
+    weights = expert_weights(fold(cores, shape=shape))
     return weights if any(core.dim() == 5 for core in cores) else weights[0]

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mpoe_kernels.backends import registry
-from mpoe_kernels.checks import FLOATING
+from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
 
 NAMESPACE = "mpoe"
-AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
 # torch.library keeps registrations only as long as the Library object lives.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -20,7 +21,18 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: Any) -> Any:
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
     request = registry.Request(op, str(like.device), like.dtype, sizes)
-    return registry.select(request, backend)(*arguments)
+    return call_kernel(registry.select(request, backend), *arguments)
+
+
+def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a kernel; what a compiled one refuses (csrc/binding.h) is a ValueError as everywhere."""
+    try:
+        return kernel(*arguments)
+    except RuntimeError as error:
+        _, refused, reason = str(error).partition("mpoe refuses: ")
+        if refused:
+            raise ValueError(reason) from None
+        raise
 
 
 def define_op(
@@ -41,11 +53,11 @@ def define_op(
         autocast_arguments: positions of the tensors that autocast brings to its dtype.
 
     Returns:
-        The custom op.
+        A function that calls the op.
     """
     name = body.__name__
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=())
-    op.register_fake(fake)
+    op.register_fake(_on_one_device(fake, name))
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     else:
@@ -54,7 +66,40 @@ def define_op(
     if autocast_arguments:
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, _autocast_kernel(op, device_type, tuple(autocast_arguments)), key)
-    return op
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+            _refuse_other_modes(name, arguments)
+        return op(*arguments)
+
+    return call
+
+
+def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A meta tensor beside others brings PyTorch to the fake, whose results are memory that nobody wrote."""
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor.device != tensors[0].device:
+                raise ValueError(
+                    f"{NAMESPACE}::{name} needs its tensors on one device; "
+                    f"got {', '.join(describe(tensor) for tensor in tensors)}"
+                )
+        return fake(*arguments)
+
+    return checked
+
+
+def _refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
+    """PyTorch drops the tangents of a custom op's arguments in silence."""
+    refuse_jit_trace(f"{NAMESPACE}::{name}")
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
+                "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+            )
 
 
 def _refuse_autograd(op: Any, name: str) -> None:
@@ -82,14 +127,9 @@ def _autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> C
         for k in positions:
             value = cast[k]
             # float64 stays: autocast never lowers it elsewhere in torch either.
-            if isinstance(value, Tensor) and value.dtype in FLOATING and value.dtype != torch.float64:
+            if isinstance(value, Tensor) and value.dtype in LOWERED:
                 cast[k] = value.to(dtype)
         with torch.autocast(device_type, enabled=False):
             return op(*cast)
 
     return kernel
-
-
-def autocast_active(device: torch.device) -> bool:
-    """Whether floating arguments on ``device`` will be cast by autocast, so that their dtypes may differ."""
-    return device.type in AUTOCAST_KEYS and torch.is_autocast_enabled(device.type)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.registry import requested_backend
-from mpoe_kernels.checks import check_same, describe
+from mpoe_kernels.checks import check_device, check_same, describe
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.ops.define import define_op, run_kernel
 
@@ -105,6 +105,7 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
     if blocks.num_experts != 1:
         raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.num_experts}")
     check_same("central", blocks.central, left=blocks.left, right=blocks.right)
+    check_device("central", blocks.central, ids=ids)
     flat = ids.reshape(-1).long()
     rows = _forward(
         flat,

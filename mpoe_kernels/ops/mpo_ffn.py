@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.checks import describe
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.ops.mpo_linear import grouped_mpo_linear
-from mpoe_kernels.ops.routing import Routing, combine
+from mpoe_kernels.ops.routing import Routing, check_routing, combine
 
 
 def mpo_ffn(
@@ -43,8 +44,13 @@ def mpo_ffn(
         ``[T, I]``; a dropped token's row is zero.
 
     Raises:
-        TypeError, ValueError: see `grouped_mpo_linear`, `combine`.
+        TypeError, ValueError: a dropout outside 0..1; see `grouped_mpo_linear`, `combine`.
     """
+    check_routing(routing)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"dropout must be a number; got {describe(dropout)}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
     offsets, rows = routing.expert_offsets, routing.token_of_slot
     if gate_proj is None:
         hidden = grouped_mpo_linear(x, up, offsets, up_bias, row_index=rows, activation=activation, backend=backend)

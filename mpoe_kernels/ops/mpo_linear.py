@@ -12,6 +12,7 @@ from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearC
 from mpoe_kernels.backends.registry import requested_backend, resolve_contraction
 from mpoe_kernels.checks import (
     check_choice,
+    check_device,
     check_floating,
     check_index,
     check_same,
@@ -19,7 +20,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.ops.define import autocast_active, define_op
+from mpoe_kernels.ops.define import call_kernel, define_op
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.planner.program import Need
 
@@ -131,7 +132,7 @@ def _run(op: str, phase: str, call: LinearCall, need: Need = ALL_GRADIENTS) -> A
         backend_name=call.backend,
         strategy_name=call.strategy,
     )
-    return kernel(replace(call, strategy=strategy))
+    return call_kernel(kernel, replace(call, strategy=strategy))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -183,8 +184,8 @@ def _check(x: Tensor, blocks: MPOBlocks, expert_offsets: Tensor, bias: Tensor | 
             raise ValueError(f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}")
     if row_index is not None:
         check_index("row_index", row_index, ("N",))
-    if not autocast_active(x.device):
-        check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
+    check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
+    check_device("x", x, expert_offsets=expert_offsets, row_index=row_index)
 
 
 def grouped_mpo_linear(

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.registry import requested_backend
-from mpoe_kernels.checks import check_floating, check_index, check_tensor, describe
+from mpoe_kernels.checks import (
+    check_device,
+    check_floating,
+    check_index,
+    check_integer,
+    check_tensor,
+    describe,
+    refuse_jit_trace,
+)
 from mpoe_kernels.ops.define import define_op, run_kernel
+
+# Offsets are int32; a table of counts for more experts than any model has would fill the memory.
+MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
 
 
 @dataclass(frozen=True)
@@ -22,11 +33,28 @@ class Routing:
         token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or
             masked pairs sort there).
         slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
+
+    Raises:
+        TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several devices.
     """
 
     expert_offsets: Tensor
     token_of_slot: Tensor
     slot_of_token: Tensor
+
+    def __post_init__(self) -> None:
+        refuse_jit_trace("Routing")
+        offsets = check_index("expert_offsets", self.expert_offsets, ("E + 1",))
+        slots = check_index("token_of_slot", self.token_of_slot, ("N",))
+        pairs = check_index("slot_of_token", self.slot_of_token, ("T", "K"))
+        if offsets.shape[0] < 2:
+            raise ValueError(f"expert_offsets must be [E + 1] with E >= 1; got {describe(offsets)}")
+        if slots.shape[0] != pairs.shape[0] * pairs.shape[1] or pairs.shape[1] < 1:
+            raise ValueError(
+                f"token_of_slot [N] and slot_of_token [T, K] must have N = T * K and K >= 1; "
+                f"got {describe(slots)} and {describe(pairs)}"
+            )
+        check_device("slot_of_token", pairs, expert_offsets=offsets, token_of_slot=slots)
 
     @property
     def num_experts(self) -> int:
@@ -73,9 +101,9 @@ def route(
     """Stable counting sort of (token, choice) pairs by expert.
 
     Args:
-        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``; not checked, as that would
-            wait for the device.
-        num_experts: E.
+        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. The CPU checks them; a GPU does
+            not, as that would wait for the device.
+        num_experts: E, at most 2^20.
         capacity: most slots an expert may own; first choices are served before second ones, earlier tokens before
             later ones. ``None``: dropless.
         token_mask: bool ``[T]``; ``False`` tokens (padding) are neither routed nor counted.
@@ -84,17 +112,21 @@ def route(
         `Routing`.
 
     Raises:
-        TypeError, ValueError: wrong shapes or dtypes, ``num_experts < 1``, ``capacity < 1``.
+        TypeError, ValueError: wrong shapes, dtypes or devices, no choices, 2^31 pairs or more, ``num_experts`` or
+            ``capacity`` below 1 or no integer, an entry outside ``0..E-1`` (CPU).
     """
     index = check_index("top_k_index", top_k_index, ("T", "K")).long()
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1; got {num_experts}")
-    if index.shape[1] < 1:
-        raise ValueError(f"top_k_index must be [T, K] with K >= 1; got {describe(top_k_index)}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1 or None; got {capacity}")
+    check_integer("num_experts", num_experts, 1, MOST_EXPERTS)
+    if index.shape[1] < 1 or index.shape[0] * index.shape[1] > MOST_PAIRS:
+        raise ValueError(
+            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {describe(top_k_index)}"
+        )
+    if capacity is not None:
+        check_integer("capacity", capacity, 1)
+        capacity = min(capacity, MOST_PAIRS)
     if token_mask is not None:
         check_tensor("token_mask", token_mask, ("T",))
+        check_device("top_k_index", index, token_mask=token_mask)
         if token_mask.dtype != torch.bool or token_mask.shape[0] != index.shape[0]:
             raise ValueError(f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}")
     return Routing(*_route(index, num_experts, capacity, token_mask, requested_backend(backend)))
@@ -140,7 +172,7 @@ _dispatch_backward = define_op(_dispatch_backward_body, _dispatch_backward_fake)
 _dispatch = define_op(_dispatch_body, _dispatch_fake, setup_context=_dispatch_setup, backward=_dispatch_autograd)
 
 
-def _check_routing(routing: Routing) -> None:
+def check_routing(routing: Routing) -> None:
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing (see route); got {type(routing).__name__}")
 
@@ -157,7 +189,8 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
     """
     check_tensor("x", x, ("T", "I"))
     check_floating("x", x)
-    _check_routing(routing)
+    check_routing(routing)
+    check_device("x", x, routing=routing.slot_of_token)
     if x.shape[0] != routing.slot_of_token.shape[0]:
         raise ValueError(f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}")
     return _dispatch(
@@ -255,7 +288,8 @@ def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backen
     check_floating("y_sorted", y_sorted)
     check_tensor("top_k_weights", top_k_weights, ("T", "K"))
     check_floating("top_k_weights", top_k_weights)
-    _check_routing(routing)
+    check_routing(routing)
+    check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
     if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
         raise ValueError(f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got {describe(y_sorted)}")
     if top_k_weights.shape != routing.slot_of_token.shape:

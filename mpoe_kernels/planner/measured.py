@@ -1,7 +1,7 @@
 """Measurements of this machine on disk; `calibrate` makes them.
 
 They take the place of the table's numbers for the device, thread count and processor they were measured on, and are
-kept in ``$XDG_CACHE_HOME/mpoe/hardware.json`` (default ``~/.cache``).
+kept in ``$XDG_CACHE_HOME/mpoe/hardware.json`` (default ``~/.cache``; without a home, the temporary folder).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import stat
 import tempfile
 import warnings
 from dataclasses import replace
@@ -21,16 +22,22 @@ import torch
 from mpoe_kernels.planner.hardware import ByDtype, Hardware
 
 VERSION = 3
+LARGEST_FILE = 2**24  # bytes; one device takes about a thousand
+SMALLEST, LARGEST = 1e-30, 1e30  # of a rate or a time; predictions multiply and divide by several
 _SCALARS = ("bandwidth", "new_memory_bandwidth", "cache_bandwidth")
 _BY_DTYPE = ("flops", "half_size", "call_seconds")
 
 
 def cache_file(name: str = "hardware.json") -> Path:
-    """Where measurements are kept."""
+    """Where measurements are kept; below the temporary folder for a user who has no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification ignores relative paths.
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "mpoe" / name
+    if os.path.isabs(base):
+        return Path(base) / "mpoe" / name
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # no HOME and an unknown user, as in containers
+        return Path(tempfile.gettempdir()) / "mpoe" / name
+    return Path(home) / ".cache" / "mpoe" / name
 
 
 def _machine() -> str:
@@ -48,7 +55,7 @@ def key(device: str, threads: int) -> str:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and SMALLEST < value < LARGEST
 
 
 def _check_entry(entry: Any) -> None:
@@ -68,14 +75,9 @@ def _check_entry(entry: Any) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Entries of this machine; a file that cannot be used is ignored with a warning."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        warnings.warn(f"calibration {path} cannot be read and is ignored: {error}", stacklevel=2)
-        return {}
-    try:
-        content = json.loads(text)
+        content = read_json(path)
+        if content is None:
+            return {}
         if not isinstance(content, dict) or content.get("version") != VERSION:
             raise ValueError(f"it is not version {VERSION} of the format")
         if content.get("machine") != _machine():
@@ -85,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no devices")
         for entry in devices.values():
             _check_entry(entry)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         warnings.warn(
             f"calibration {path} is ignored: {error}; run `mpoe plan --calibrate` to replace it", stacklevel=2
         )
@@ -122,8 +124,22 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file, ``None`` if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Content of a small JSON file, ``None`` if there is no file.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: no regular file (reading a pipe would wait for a writer), a large one, or no JSON.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
+        raise ValueError(f"it is no regular file of at most {LARGEST_FILE} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write(path: Path, devices: dict[str, Any]) -> None:

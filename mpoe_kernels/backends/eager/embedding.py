@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.eager.weight import block_order, project_gradient, rebuild_weight
+from mpoe_kernels.backends.indices import check_ids
 from mpoe_kernels.planner import BlockDims
 
 
@@ -37,10 +38,8 @@ def embedding_forward(
 ) -> Tensor:
     """``[T] -> [T, embedding_dim]``."""
     dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
-    if ids.numel() and ids.device.type == "cpu":  # elsewhere the check would wait for the device
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= num_embeddings:
-            raise IndexError(f"ids must lie in 0..{num_embeddings - 1}; got {low if low < 0 else high}")
+    if ids.device.type == "cpu":  # elsewhere the check would wait for the device
+        check_ids(ids, num_embeddings)
     if not _gather_is_cheaper(dims, ids.numel()):
         return rebuild_weight(left[0], central, right[0], dims).index_select(0, ids)
     left_digit, centre_digit, right_digit = _digits(ids, dims)

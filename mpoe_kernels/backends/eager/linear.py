@@ -8,6 +8,7 @@ from torch import Tensor
 from mpoe_kernels.backends.eager.activation import Upstream, apply_activation_
 from mpoe_kernels.backends.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.backends.eager.rows import rows_backward, rows_forward
+from mpoe_kernels.backends.indices import check_offsets, check_range
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.planner import program_of
 
@@ -15,6 +16,9 @@ from mpoe_kernels.planner import program_of
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
     x, offsets, dims = call.x, call.expert_offsets.tolist(), call.dims
+    check_offsets(offsets, call.slots)
+    if call.row_index is not None:
+        check_range("row_index", call.row_index, 0, x.shape[0] - 1)
     h, saved = x.new_empty(0), x.new_empty(0)
     if call.strategy == "rebuild":
         z = rebuild_forward(x, *call.blocks, offsets, call.row_index, dims)
@@ -39,6 +43,7 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     x, row_index, dims, needs = call.x, call.row_index, call.dims, call.need_of_plan
     offsets = call.expert_offsets.tolist()
+    check_offsets(offsets, call.slots)
     upstream = Upstream(call.grad, call.activation, call.saved, call.need[4])
     parts: tuple[Tensor | None, ...] = (None,) * 4
     if not any(needs):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends.indices import check_range
+from mpoe_kernels.checks import describe
+
 
 def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable argsort of expert numbers and the offsets ``[E + 1]`` of every expert in it."""
@@ -18,6 +21,9 @@ def route_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mpoe_kernels.ops.routing.route`. Key E marks a pair that is masked or dropped."""
     tokens, top_k = top_k_index.shape
+    if top_k < 1:
+        raise ValueError(f"top_k_index must be [T, K] with K >= 1; got {describe(top_k_index)}")
+    check_range("top_k_index", top_k_index, 0, num_experts - 1)
     keys = top_k_index
     if token_mask is not None:
         keys = keys.masked_fill(~token_mask[:, None], num_experts)
@@ -44,12 +50,14 @@ def _filled(expert_offsets: Tensor, slots: int) -> Tensor:
 
 def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
     """``[T, I] -> [N, I]``; slots past the last offset are zero, whatever their token holds."""
+    check_range("token_of_slot", token_of_slot, 0, x.shape[0] - 1)
     rows = x.index_select(0, token_of_slot)
     return rows.masked_fill_(~_filled(expert_offsets, rows.shape[0]), 0)
 
 
 def dispatch_backward(grad: Tensor, slot_of_token: Tensor) -> Tensor:
     """``[N, I] -> [T, I]``: a gather over slots, so it is deterministic."""
+    check_range("slot_of_token", slot_of_token, -1, grad.shape[0] - 1)
     tokens, top_k = slot_of_token.shape
     rows = grad.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, grad.shape[1])
     return rows.masked_fill_((slot_of_token < 0).unsqueeze(2), 0).sum(1)
@@ -59,6 +67,7 @@ def combine_forward(
     y_sorted: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """``[N, F] -> [T, F]``, gated; dropped pairs contribute nothing, even if their slot holds NaN."""
+    check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
     tokens, top_k = slot_of_token.shape
     dropped = (slot_of_token < 0).unsqueeze(2)
     rows = y_sorted.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, y_sorted.shape[1])
@@ -77,6 +86,7 @@ def combine_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``y_sorted`` and ``top_k_weights``; an empty tensor where none is needed."""
+    check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
     tokens, top_k = slot_of_token.shape
     dropped = slot_of_token < 0
     dy = dweights = grad.new_empty(0)

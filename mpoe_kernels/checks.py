@@ -71,8 +71,8 @@ def check_integer(name: str, value: object, low: int, high: int | None = None, w
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name} must be an integer; got {describe(value)}")
     if value < low or (high is not None and value > high):
-        between = f"lie between {low} and {what + ' = ' if what else ''}{high}"
-        raise ValueError(f"{name} must {f'be at least {low}' if high is None else between}; got {value}")
+        least, between = f"be at least {low}", f"lie between {low} and {what + ' = ' if what else ''}{high}"
+        raise ValueError(f"{name} must {least if value < low and not what else between}; got {value}")
     return value  # type: ignore[return-value]
 
 

@@ -172,7 +172,7 @@ def test_broken_or_foreign_calibrations_are_ignored_with_a_warning(
 def test_unreadable_calibration(cache_home: Path) -> None:
     path = cache_file()
     path.mkdir(parents=True)
-    with pytest.warns(UserWarning, match="cannot be read and is ignored"):
+    with pytest.warns(UserWarning, match="is ignored: it is no regular file"):
         hardware_of("cpu")
 
 

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import registry
-from mpoe_kernels.checks import check_choice, check_floating, check_index, check_same, check_tensor, describe
+from mpoe_kernels.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_index,
+    check_same,
+    check_tensor,
+    describe,
+)
 from mpoe_kernels.hidden_experts import eager
-from mpoe_kernels.ops.define import autocast_active, define_op, run_kernel
+from mpoe_kernels.ops.define import define_op, run_kernel
 
 # Names of Hugging Face configs -> what kernels call them.
 ACTIVATIONS = {
@@ -195,8 +203,8 @@ def hidden_experts(
         if bias.shape != (right.shape[0], u.shape[1]):
             raise ValueError(f"bias must be [E, F] = {[right.shape[0], u.shape[1]]}; got {describe(bias)}")
     check_choice("activation", activation, ACTIVATIONS)
-    if not autocast_active(u.device):
-        check_same("u", u, right=right, left=left, bias=bias, u_gate=u_gate, right_gate=right_gate)
+    check_same("u", u, right=right, left=left, bias=bias, u_gate=u_gate, right_gate=right_gate)
+    check_device("u", u, gates=gates, top_k_index=index)
     return _forward(
         *(u, gates, index.long(), right, left, bias, u_gate, right_gate),
         *(ACTIVATIONS[activation], registry.requested_backend(backend)),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import option, read_command
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
@@ -29,24 +31,26 @@ def import_bench() -> None:
         importlib.import_module("mpoe_bench")
 
 
-@dataclass(frozen=True)
+@dataclass
 class BenchOptions:
-    """What `mpoe bench` was asked for, by the names of its options."""
+    """What is measured, and how."""
 
-    suite: str
-    device: str
-    backend: str | None
-    out: Path
-    threads: int | None
-    clock: str
-    scale: str
-    wide: bool
-    overwrite: bool
-    minutes: float | None = None
+    _argument_group_name = "bench"
+
+    suite: str = option("quick", "quick (minutes), full (hours), planner (its cases), targets, gpu")
+    device: str = option("cpu", "cpu or cuda")
+    backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
+    out: Path = option(Path("bench_results"), "folder for report.md, results.json and plots")
+    threads: int | None = option(None, "torch threads, pinned; default: every usable processor")
+    clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
+    scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
+    wide: bool = option(False, "all columns, however narrow the terminal")
+    overwrite: bool = option(False, "replace the results in the output folder")
+    minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
 
 
-def command(options: BenchOptions) -> dict[str, Any]:
-    """Check the options and run; returns what ``results.json`` holds.
+def command(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run the command on its tokens; returns what ``results.json`` holds.
 
     Raises:
         CommandError: an option that does not fit, an output folder that is taken, or results that are wrong.
@@ -54,6 +58,10 @@ def command(options: BenchOptions) -> dict[str, Any]:
     from mpoe.cli.files import RESULTS_FILE
     from mpoe.training.output_dir import check_folder
 
+    asked = read_command("mpoe bench [--flag value ...]", __doc__, [BenchOptions], arguments)
+    if asked is None:
+        return None
+    options: BenchOptions = asked.options[0]
     import_bench()
     from mpoe_bench import check_options
 

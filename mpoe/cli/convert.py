@@ -11,7 +11,9 @@ from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import read_command
+
+USAGE = "mpoe convert IN OUT [--flag value ...]"
 
 
 @dataclasses.dataclass
@@ -31,15 +33,12 @@ class ConvertOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        from mpoe.cli.usage import show_options
-
-        show_options("mpoe convert IN OUT [--flag value ...]", __doc__, [ConvertOptions, ExpertOptions])
+    asked = read_command(USAGE, __doc__, [ConvertOptions, ExpertOptions], arguments, words=2)
+    if asked is None:
         return
-    names = [a for a in arguments[:2] if not a.startswith("--")]
+    names, (options, experts), given = asked
     if len(names) < 2:
-        raise CommandError("convert needs two arguments: mpoe convert IN OUT [--flag value ...]")
-    (options, experts), given = parse([ConvertOptions, ExpertOptions], arguments[2:])
+        raise CommandError(f"convert needs two arguments: {USAGE}")
     chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & given)
     if options.original_checkpoint is not None and chosen:
         raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")

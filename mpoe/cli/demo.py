@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from mpoe.cli.demo_arms import (
 )
 from mpoe.cli.demo_tables import check, comparison_lines, show_comparison, table_of
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.parsing import option, read_command
 
 MODEL_FOLDER = "model"
 
@@ -40,8 +43,28 @@ class Stages:
         self.console.print(f"[dim]{name}: {time.perf_counter() - start:.1f} s[/dim]", highlight=False)
 
 
-def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrite: bool) -> None:
-    """Check the arguments and run."""
+@dataclass
+class DemoOptions:
+    """Options of the demo."""
+
+    _argument_group_name = "demo"
+
+    output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results.json and the model")
+    model: str = option("t5", "t5 (documentation tasks) or gpt2 (language modelling)")
+    steps: int | None = option(None, "training steps per arm; default: the tuned budget")
+    seed: int = option(0, "of data order, routers and dropout")
+    overwrite: bool = option(False, "replace the demo in the output folder")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    # Threads that spin while they wait for each other cost minutes when the cores are shared; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    asked = read_command("mpoe demo [--flag value ...]", __doc__, [DemoOptions], arguments)
+    if asked is None:
+        return
+    options: DemoOptions = asked.options[0]
+    output_dir, model, steps, seed = options.output_dir, options.model, options.steps, options.seed
     from mpoe.cli.files import REPORT_FILE, RESULTS_FILE
     from mpoe.config.checks import check_seed
     from mpoe.training.output_dir import check_folder
@@ -56,7 +79,7 @@ def command(output_dir: Path, model: str, steps: int | None, seed: int, overwrit
     others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
     if "run.json" in others or "config.json" in others:
         raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")
-    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER} and not overwrite:
+    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER} and not options.overwrite:
         raise CommandError(
             f"output_dir {output_dir} holds an earlier demo; give --overwrite to replace it, or another --output_dir"
         )

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
@@ -43,27 +42,15 @@ def _raised_in(trace: TracebackType | None) -> str:
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` itself, to tell the user something.
 
-    A `CommandError` always is, and so is what typer or the machine refuses (a full disk, no permission). Other
-    errors are when the innermost frame is ours: an exception from inside torch or transformers is a defect (of ours or
-    theirs) and keeps its traceback.
+    A `CommandError` always is, and so is what the machine refuses (a full disk, no permission). Other errors are when
+    the innermost frame is in this package: an exception from inside torch or transformers is a defect, in it or here,
+    and keeps its traceback.
     """
-    if isinstance(error, CommandError) or _is_of_typer(error):
+    if isinstance(error, CommandError):
         return True
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return True
     return isinstance(error, _ON_PURPOSE) and _raised_in(error.__traceback__).startswith(_PACKAGE_FOLDERS)
-
-
-def _is_of_typer(error: BaseException) -> bool:
-    """A command line that typer cannot read; its class depends on typer's version."""
-    return hasattr(error, "format_message")
-
-
-def _usage(error: Any) -> str:
-    """What typer says, in our words' manner, and where the options are listed."""
-    message = " ".join(error.format_message().split()).rstrip(".")
-    context = getattr(error, "ctx", None)
-    return f"{message[:1].lower()}{message[1:]} (see {context.command_path if context else 'mpoe'} --help)"
 
 
 def show(error: BaseException, debug: bool = False) -> int:
@@ -72,6 +59,6 @@ def show(error: BaseException, debug: bool = False) -> int:
         traceback.print_exception(error)
     if not is_on_purpose(error):
         return 1
-    message = _usage(error) if _is_of_typer(error) else " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     print(f"mpoe: error: {message}", file=sys.stderr)
     return USER_ERROR

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import read_command
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -49,14 +49,12 @@ class EvaluateOptions:
 
 def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     """Run the command on its tokens; returns the scores by task."""
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        from mpoe.cli.usage import show_options
-
-        show_options("mpoe evaluate MODEL_DIR [--flag value ...]", __doc__, [EvaluateOptions, DataOptions])
+    usage = "mpoe evaluate MODEL_DIR [--flag value ...]"
+    asked = read_command(usage, __doc__, [EvaluateOptions, DataOptions], arguments, words=1)
+    if asked is None:
         return None
-    given = None if arguments[0].startswith("--") else arguments[0]
-    (options, data), flags = parse([EvaluateOptions, DataOptions], arguments[given is not None :])
-    model_dir = _model_dir(given, options.load_experiment)
+    words, (options, data), flags = asked
+    model_dir = _model_dir(words[0] if words else None, options.load_experiment)
     run = _settings_of_run(model_dir)
     data = _as_in_the_run(data, flags, run)
     from mpoe.cli.files import check_writable_file, write_json

@@ -1,11 +1,30 @@
-"""`mpoe generate MODEL_DIR`: text from a saved model, one line per prompt."""
+"""`mpoe generate MODEL_DIR`: text from a saved model (or t5 / gpt2, the stand-ins), one line per prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import Asked, option, read_command
+
+
+@dataclass
+class GenerateOptions:
+    """What is generated, and how."""
+
+    _argument_group_name = "generation"
+
+    prompt: list[str] = option([], "text to continue; may be repeated", action="append")
+    file: Path | None = option(None, "text file with one prompt per line")
+    max_new_tokens: int = option(32, "tokens to write at most")
+    num_beams: int = option(1, "beams of the search")
+    do_sample: bool = option(False, "draw tokens at random instead of taking the likeliest")
+    no_do_sample: bool = option(False, "take the likeliest tokens; the default")
+    temperature: float = option(1.0, "of sampling")
+    seed: int = option(0, "of sampling")
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
@@ -27,27 +46,25 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     return prompts
 
 
-def command(
-    name: str,
-    prompts: list[str],
-    file: Path | None,
-    max_new_tokens: int,
-    num_beams: int,
-    do_sample: bool,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Run the command."""
-    prompts = read_prompts(prompts, file)
-    for option, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value < 1:
-            raise CommandError(f"{option} must be at least 1; got {value}")
-    if temperature <= 0:
-        raise CommandError(f"temperature must be greater than 0; got {temperature}")
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    usage = "mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]"
+    asked = read_command(usage, __doc__, [GenerateOptions], arguments, words=1) if arguments else Asked([], (), set())
+    if asked is None:
+        return
+    if not asked.words:
+        raise CommandError(f"generate needs a model first: {usage} (see mpoe generate --help)")
+    name, options = asked.words[0], asked.options[0]
+    prompts = read_prompts(options.prompt, options.file)
+    for option_name in ("max_new_tokens", "num_beams"):
+        if getattr(options, option_name) < 1:
+            raise CommandError(f"{option_name} must be at least 1; got {getattr(options, option_name)}")
+    if options.temperature <= 0:
+        raise CommandError(f"temperature must be greater than 0; got {options.temperature}")
     from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
     from mpoe.config.checks import check_seed
 
-    check_seed("seed", seed)
+    check_seed("seed", options.seed)
 
     source = find(name)
     if source.style == ENCODER:
@@ -56,10 +73,11 @@ def command(
     import torch
 
     model = load_model(source)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": do_sample, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
-    if do_sample:
-        sampling["temperature"] = temperature
+    torch.manual_seed(options.seed)
+    sampling: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    sampling["do_sample"] = options.do_sample and not options.no_do_sample
+    if sampling["do_sample"]:
+        sampling["temperature"] = options.temperature
     for prompt in prompts:
         print(generate_one(model, tokenizer, prompt, **sampling))
 

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mpoe.cli.parsing import option, read_command
+
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
+
+
+@dataclass
+class InfoOptions:
+    """How the facts are shown."""
+
+    _argument_group_name = "output"
+
+    json: bool = option(False, "print JSON instead of tables")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    asked = read_command("mpoe info [--json]", __doc__, [InfoOptions], arguments)
+    if asked is None:
+        return
+    facts = collect()
+    if asked.options[0].json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts)
 
 
 def collect() -> dict[str, Any]:

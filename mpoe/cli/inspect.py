@@ -12,7 +12,7 @@ from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import REPORT_FILE
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import read_command
 from mpoe.cli.tasks import DataOptions
 
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
@@ -44,17 +44,16 @@ class InspectOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        from mpoe.cli.usage import show_options
-
-        show_options("mpoe inspect MODEL [--flag value ...]", __doc__, [InspectOptions, DataOptions])
+    usage = "mpoe inspect MODEL [--flag value ...]"
+    asked = read_command(usage, __doc__, [InspectOptions, DataOptions], arguments, words=1)
+    if asked is None:
         return
-    if arguments[0].startswith("--"):
-        raise CommandError("inspect needs a model first: mpoe inspect MODEL [--flag value ...]")
-    (options, data), _ = parse([InspectOptions, DataOptions], arguments[1:])
+    if not asked.words:
+        raise CommandError(f"inspect needs a model first: {usage}")
+    options, data = asked.options
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError('inspect draws with matplotlib, which is not installed: pip install "mpoe[report]"')
-    run(arguments[0], options, data)
+    run(asked.words[0], options, data)
 
 
 def _checked_folder(options: InspectOptions) -> Path:

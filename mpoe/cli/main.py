@@ -1,173 +1,45 @@
-"""The command ``mpoe``. Only typer is imported at the start; every command imports what it needs."""
+"""The command ``mpoe``. Every command is a module of this package and imports what it needs itself."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from pathlib import Path
-from typing import Annotated, Any
 
-import typer
+from mpoe.cli.errors import CommandError, close_matches, show
 
-app = typer.Typer(
-    name="mpoe",
-    help="Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts; train and use it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-INTERRUPTED = 130
-# these commands read their own options (a config file and every Trainer argument), their --help included
-_OWN_OPTIONS: dict[str, Any] = {
-    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    "add_help_option": False,
+COMMANDS = {
+    "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
+    "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
+    "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
+    "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable --device h100.",
+    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
+    "generate": "Generate text with a saved model.",
+    "info": "Show versions, kernel backends (and why the others cannot run here), devices and cores.",
+    "demo": "Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download.",
+    "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }
+INTERRUPTED = 130
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def run(words: list[str]) -> None:
+    """Run the command that ``words`` name.
+
+    Raises:
+        CommandError: there is no such command, or what the command refuses.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        from mpoe.cli.usage import show_commands
+
+        show_commands(COMMANDS)
+    elif words[0] == "--version":
         from mpoe_kernels.version import __version__
 
         print(f"mpoe {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """What goes before a command."""
-
-
-@app.command(**_OWN_OPTIONS)
-def train(context: typer.Context) -> None:
-    """Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file)."""
-    from mpoe.cli.train import command
-
-    command(context.args)
-
-
-@app.command(**_OWN_OPTIONS)
-def evaluate(context: typer.Context) -> None:
-    """Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test."""
-    from mpoe.cli.evaluate import command
-
-    command(context.args)
-
-
-@app.command(**_OWN_OPTIONS)
-def convert(context: typer.Context) -> None:
-    """Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...]."""
-    from mpoe.cli.convert import command
-
-    command(context.args)
-
-
-@app.command(**_OWN_OPTIONS)
-def plan(context: typer.Context) -> None:
-    """Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable --device h100."""
-    from mpoe.cli.plan import command
-
-    command(context.args)
-
-
-@app.command(**_OWN_OPTIONS)
-def inspect(context: typer.Context) -> None:
-    """Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir mpoe_inspect]: routes, load, bonds, curves."""
-    from mpoe.cli.inspect import command
-
-    command(context.args)
-
-
-@app.command()
-def generate(
-    model_dir: Annotated[str, typer.Argument(help="Folder of a saved model, or t5 / gpt2 for the stand-ins.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Text file with one prompt per line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", "--max-new-tokens")] = 32,
-    num_beams: Annotated[int, typer.Option("--num_beams", "--num-beams")] = 1,
-    do_sample: Annotated[bool, typer.Option("--do_sample/--no_do_sample", "--do-sample/--no-do-sample")] = False,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
-) -> None:
-    """Generate text with a saved model."""
-    from mpoe.cli.generate import command
-
-    command(model_dir, list(prompt or []), file, max_new_tokens, num_beams, do_sample, temperature, seed)
-
-
-@app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
-    """Show versions, kernel backends (and why the others cannot run here), devices and cores."""
-    import json
-
-    from mpoe.cli import info as module
-
-    facts = module.collect()
-    if as_json:
-        print(json.dumps(facts, indent=2))
+    elif words[0] in COMMANDS:
+        importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
-        module.show(facts)
-
-
-@app.command()
-def demo(
-    output_dir: Annotated[
-        Path, typer.Option("--output_dir", "--output-dir", help="Folder for report.html, results.json and the model.")
-    ] = Path("mpoe_demo"),
-    model: Annotated[
-        str, typer.Option("--model", help="t5 (documentation tasks) or gpt2 (language modelling).")
-    ] = "t5",
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Training steps per arm; default: the tuned budget.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of data order, routers and dropout.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo in the output folder.")] = False,
-) -> None:
-    """Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download."""
-    import os
-
-    # Threads that spin while they wait for each other cost minutes when the cores are shared; read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from mpoe.cli.demo import command
-
-    command(output_dir, model, steps, seed, overwrite)
-
-
-@app.command()
-def bench(
-    suite: Annotated[
-        str, typer.Option("--suite", help="quick (minutes), full (hours), planner (its cases), targets, gpu.")
-    ] = "quick",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    backend: Annotated[
-        str | None,
-        typer.Option("--backend", help="auto, all, or names with commas; default: auto and eager."),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for report.md, results.json and plots.")] = Path(
-        "bench_results"
-    ),
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="Torch threads, pinned; default: every usable processor.")
-    ] = None,
-    clock: Annotated[
-        str, typer.Option("--clock", help="wall, or cpu: CPU time of one thread, for machines that others use too.")
-    ] = "wall",
-    scale: Annotated[
-        str, typer.Option("--scale", help="real, or tiny: everything once on sizes of a test, in seconds.")
-    ] = "real",
-    wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the output folder.")] = False,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Begin nothing new after so long; default: none, of gpu eight.")
-    ] = None,
-) -> None:
-    """Measure MPO experts against the dense layer and their peers on this machine."""
-    from mpoe.cli.bench import BenchOptions, command
-
-    command(BenchOptions(suite, device, backend, out, threads, clock, scale, wide, overwrite, minutes))
+        kind = "option" if words[0].startswith("-") else "command"
+        raise CommandError(f"no such {kind} {words[0]!r}{close_matches(words[0], COMMANDS)} (see mpoe --help)")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -176,20 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 a defect (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments[:1]
-    words = arguments[1:] if debug else arguments
+    debug = arguments[:1] == ["--debug"]
+    code = 0
     try:
-        # Not standalone: typer's own refusals are shown as all others are.
-        code = app(args=words or ["--help"], prog_name="mpoe", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+        run(arguments[debug:])
+    except KeyboardInterrupt:
+        print("mpoe: interrupted", file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:
-        from mpoe.cli.errors import show
-
         code = show(error, debug)
-    if code == INTERRUPTED:
-        print("mpoe: interrupted", file=sys.stderr)
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,35 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpoe.cli.errors import CommandError, close_matches
 
 # What dataclasses of ours and of Transformers raise where values do not fit.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
+
+_ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # values of an option by its nargs
+_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
+
+
+def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value where it is not given; a list is copied.
+        text: what `--help` says.
+        aliases: other names, without dashes; each may be spelled with underscores or hyphens.
+        argparse_arguments: further arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    spelled = [f"--{each}" for name in aliases for each in dict.fromkeys((name, name.replace("_", "-")))]
+    metadata = {"help": text, **argparse_arguments, **({"aliases": spelled} if spelled else {})}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,7 +61,11 @@ def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
             raise CommandError(message)
 
     kinds: list[Any] = list(dataclass_types)
-    return Parser(kinds, allow_abbrev=False, add_help=False)
+    parser = Parser(kinds, allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        if isinstance(action, argparse._AppendAction):
+            action.nargs = None  # HfArgumentParser lets every list take several values; this one is given again
+    return parser
 
 
 def _normal(name: str) -> str:
@@ -116,7 +140,17 @@ def parse(
         CommandError: unknown option (with close matches), a value of the wrong kind (naming file or flag), or a value
             that a dataclass refuses.
     """
-    parser = make_parser(dataclass_types)
+    if not flags and config is None:  # without Transformers, whose import takes a second
+        return tuple(_build(kind, argparse.Namespace(), set()) for kind in dataclass_types), set()
+    return _parse(make_parser(dataclass_types), dataclass_types, flags, config)
+
+
+def _parse(
+    parser: argparse.ArgumentParser,
+    dataclass_types: Sequence[type],
+    flags: Sequence[str],
+    config: str | os.PathLike[str] | None,
+) -> tuple[tuple[Any, ...], set[str]]:
     known = option_names(parser)
     _check_flags(flags, known)
     namespace = argparse.Namespace()
@@ -144,7 +178,7 @@ def parse(
 
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
-    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init}
+    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init and f.name in namespace}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
@@ -158,3 +192,62 @@ def _naming(message: str, values: Mapping[str, Any]) -> str:
         return message
     repeated = [name for name, value in values.items() if repr(value) in message]
     return f"{', '.join(sorted(repeated or values))}: {message}"
+
+
+class Asked(NamedTuple):
+    """A command line that was read: its words that belong to no option, the filled dataclasses, the options given."""
+
+    words: list[str]
+    options: tuple[Any, ...]
+    given: set[str]
+
+
+def read_command(
+    usage: str,
+    about: str | None,
+    groups: Sequence[type],
+    arguments: Sequence[str],
+    words: int = 0,
+    config: bool = False,
+    inherited: type | None = None,
+) -> Asked | None:
+    """Read the tokens of a command; None where they ask for help, which then is printed.
+
+    Args:
+        usage, about, inherited: see `mpoe.cli.usage.show_options`.
+        groups: dataclasses whose fields are the options.
+        arguments: the tokens.
+        words: at most so many may belong to no option, such as the name of a model.
+        config: the only word is a configuration file.
+
+    Raises:
+        CommandError: see `parse`; also for more words.
+    """
+    if any(token in ("-h", "--help") for token in arguments) or (words and not arguments):
+        from mpoe.cli.usage import show_options
+
+        show_options(usage, about, groups, inherited)
+        return None
+    if not arguments:
+        return Asked([], *parse(groups, []))
+    parser = make_parser(groups)
+    found, flags = _split(arguments, option_names(parser), words)
+    return Asked(found, *_parse(parser, groups, flags, found[0] if found and config else None))
+
+
+def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> tuple[list[str], list[str]]:
+    """The first ``most`` words that belong to no option, and everything else."""
+    words: list[str] = []
+    flags: list[str] = []
+    action, room = None, 0.0  # the last option, and how many values it may still take
+    for token in tokens:
+        if token.startswith("--"):
+            action = known.get(_normal(token.split("=", 1)[0]))
+            room = _ROOM.get(action.nargs, 0) if action and "=" not in token else 0
+        elif room and (action is None or action.nargs != "?" or token.lower() in _TRUTHS):
+            room -= 1
+        elif len(words) < most and not token.startswith("-"):
+            words.append(token)
+            continue
+        flags.append(token)
+    return words, flags

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import read_command
 
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig
@@ -133,20 +133,17 @@ def parse_count(name: str, text: str) -> int:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        from mpoe.cli.usage import show_options
-
-        show_options("mpoe plan MODEL_OR_CONFIG [--flag value ...]", __doc__, GROUPS)
+    usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
+    asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
+    if asked is None:
         return
-    model = "" if arguments[0].startswith("--") else arguments[0]
-    (plan, suggest, cluster, calibrate), given = parse(list(GROUPS), arguments[1:] if model else arguments)
+    words, (plan, suggest, cluster, calibrate), given = asked
     if calibrate.calibrate:
         _calibrate(plan.device)
-        if not model:
-            return
-    if not model:
-        raise CommandError("plan needs a model first: mpoe plan MODEL_OR_CONFIG [--flag value ...]")
-    run(model, plan, suggest, cluster, given)
+    if words:
+        run(words[0], plan, suggest, cluster, given)
+    elif not calibrate.calibrate:
+        raise CommandError(f"plan needs a model first: {usage}")
 
 
 def run(

@@ -16,7 +16,7 @@ from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
 from mpoe.cli.options import ExpertOptions, ModelOptions
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import read_command
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -55,22 +55,18 @@ class Plan:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
+    from transformers import Seq2SeqTrainingArguments
+
     from mpoe.training import MPOETrainingArguments
 
     groups = [RunOptions, ModelOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions]
     groups.append(MPOETrainingArguments)
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        from transformers import Seq2SeqTrainingArguments
-
-        from mpoe.cli.usage import show_options
-
-        usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
-        show_options(usage, __doc__, groups, inherited=Seq2SeqTrainingArguments)
+    usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
+    asked = read_command(usage, __doc__, groups, arguments, 1, config=True, inherited=Seq2SeqTrainingArguments)
+    if asked is None:
         return
-    config = None if arguments[0].startswith("--") else arguments[0]
-    instances, given = parse(groups, arguments[0 if config is None else 1 :], config)
-    options, model, experiment, data, experts, measure, training = instances
-    run(Plan(options, model, data, experts, training, frozenset(given), experiment, measure))
+    options, model, experiment, data, experts, measure, training = asked.options
+    run(Plan(options, model, data, experts, training, frozenset(asked.given), experiment, measure))
 
 
 def run(plan: Plan) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""`--help` of the commands that read their own options."""
+"""What `--help` prints."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -14,6 +14,22 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return ""
+
+
+def show_commands(commands: Mapping[str, str]) -> None:
+    """Print the commands, each with a line about it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print("[bold]Usage:[/bold] mpoe [--version] [--help] [--debug] COMMAND ...\n", highlight=False)
+    console.print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
+    table = Table("command", "what it does")
+    for name, text in commands.items():
+        table.add_row(name, escape(text))
+    console.print(table)
+    console.print("mpoe COMMAND --help lists the options of a command.", highlight=False)
 
 
 def show_options(usage: str, about: str | None, groups: Sequence[type], inherited: type | None = None) -> None:

@@ -63,10 +63,10 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             "mpo_layers must be among word_embed, mlp, attention, pooler, nompo; got 'mpl'",
         ),
         (["trian"], "no such command 'trian'"),
-        (["generate"], "missing argument"),
-        (["generate", "t5", "--promt", "x"], "no such option"),  # then its name, as typer likes it
-        (["generate", "t5", "--max_new_tokens", "many"], "invalid value for '--max_new_tokens'"),
-        (["bench", "quick"], "got unexpected extra argument"),
+        (["generate"], "generate needs a model first: mpoe generate MODEL_DIR"),
+        (["generate", "t5", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["generate", "t5", "--max_new_tokens", "many"], "invalid int value: 'many'"),
+        (["bench", "quick"], "values without an option: 'quick'"),
         (["bench", "--minutes", 0], "minutes must be greater than 0; got 0.0"),
     ],
 )

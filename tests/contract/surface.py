@@ -98,7 +98,7 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
 
     ours = set(vars(MPOETrainingArguments)["__annotations__"])
     theirs = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} - ours
-    found = {
+    return {
         command: {
             option: {
                 "default": _jsonable(action.default),
@@ -106,33 +106,10 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
                 "several": action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction),
             }
             for action in parser._actions
-            if action.dest not in theirs
+            if command != "train" or action.dest not in theirs
             for option in action.option_strings
         }
         for command, parser in parsers().items()
-    }
-    return found | {name: _typed(command) for name, command in typed().items() if name not in found}
-
-
-def typed() -> dict[str, Any]:
-    """Command -> what typer makes of it."""
-    import typer
-
-    from mpoe.cli import main
-
-    return typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
-
-
-def _typed(command: Any) -> dict[str, dict[str, Any]]:
-    return {
-        option: {
-            "default": [] if each.multiple and not each.default else _jsonable(each.default),
-            "alone": bool(getattr(each, "is_flag", False)),
-            "several": bool(each.multiple),
-        }
-        for each in command.params
-        for option in [*each.opts, *each.secondary_opts]
-        if option.startswith("--")
     }
 
 

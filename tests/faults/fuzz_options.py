@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from mpoe.cli import main
+from mpoe.cli.bench import BenchOptions
 from mpoe.cli.convert import ConvertOptions
+from mpoe.cli.demo import DemoOptions
 from mpoe.cli.evaluate import EvaluateOptions
 from mpoe.cli.experiment import ExperimentOptions
+from mpoe.cli.generate import GenerateOptions
+from mpoe.cli.info import InfoOptions
 from mpoe.cli.inspect import InspectOptions
 from mpoe.cli.measures import MeasureOptions
 from mpoe.cli.options import ExpertOptions, ModelOptions
@@ -31,8 +33,11 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "convert": (ConvertOptions, ExpertOptions),
     "plan": PLAN,
     "inspect": (InspectOptions, DataOptions),
+    "generate": (GenerateOptions,),
+    "demo": (DemoOptions,),
+    "bench": (BenchOptions,),
+    "info": (InfoOptions,),
 }
-TYPED = ("generate", "demo", "bench", "info")  # commands that typer reads
 # Options of the Trainer that change the process, reach beyond it, or only name things.
 LEFT_OUT = (
     "hub",
@@ -106,23 +111,14 @@ class Option:
 @functools.cache
 def options_of(command: str) -> dict[str, Option]:
     """Every option of a command by name."""
-    if command in TYPED:
-        parameters = inspect.signature(getattr(main, command), eval_str=True).parameters.values()
-        found = [
-            Option(p.name, _kind(p.annotation), _words(p.name, _kind(p.annotation), p.default)) for p in parameters
-        ]
-        found = [
-            replace(option, name=option.name.removeprefix("as_")) for option in found if option.name != "model_dir"
-        ]
-    else:
-        actions = make_parser(GROUPS[command])._actions
-        actions = [a for a in actions if a.nargs != 0]  # without the negations of flags
-        found = [Option(a.dest, _kind(a.type), _words(a.dest, _kind(a.type), a.default, a.choices)) for a in actions]
+    actions = make_parser(GROUPS[command])._actions
+    actions = [a for a in actions if a.nargs != 0]  # without the negations of flags
+    found = [Option(a.dest, _kind(a.type), _words(a.dest, _kind(a.type), a.default, a.choices)) for a in actions]
     return {each.name: each for each in found if not any(part in each.name for part in LEFT_OUT)}
 
 
 def _kind(declared: Any) -> str:
-    """Of an annotation of typer's, or of a parser's type."""
+    """Of a parser's type."""
     text = getattr(declared, "__name__", "") + repr(declared)
     return next((kind for kind in ("bool", "int", "float") if kind in text), "text")
 

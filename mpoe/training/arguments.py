@@ -105,13 +105,6 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             " the whole batch would, instead of over each process's own."
         },
     )
-    allow_non_finite: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on when the loss, the gradients or the weights are not finite, instead of ending with an"
-            " error. (Gradients that overflow under loss scaling are skipped, which is no error.)"
-        },
-    )
     log_core_norms: bool = field(
         default=True,
         metadata={
@@ -120,6 +113,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     )
     log_expert_load: bool = field(
         default=True, metadata={"help": "Log how evenly the routers spread tokens over the experts."}
+    )
+    allow_non_finite: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on when the loss, the gradients or the weights are not finite, instead of ending with an"
+            " error. (Gradients that overflow under loss scaling are skipped, which is no error.)"
+        },
     )
 
     def __post_init__(self) -> None:

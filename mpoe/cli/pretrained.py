@@ -114,9 +114,12 @@ def load_model(source: Source) -> Any:
         check_weight_files(Path(source.path))
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
     try:
-        return getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
+        model = getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
     except Exception as error:  # Transformers and the readers below it have no common one for files that are damaged
         raise CommandError(f"model: the weights of {source.path} cannot be loaded: {error}") from error
+    if Path(source.path).is_dir():
+        check_weight_files(Path(source.path), model)
+    return model
 
 
 def load_tokenizer(source: Source) -> Any:

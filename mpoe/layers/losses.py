@@ -12,7 +12,11 @@ def _checked(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor 
         raise ValueError(f"logits must be [..., T, E]; got {got}")
     if token_mask is not None and (token_mask.dim() != 1 or token_mask.shape[0] != logits.shape[-2]):
         raise ValueError(f"token_mask must be [T] with T = {logits.shape[-2]}; got {list(token_mask.shape)}")
-    return logits.float(), token_mask
+    logits = logits.float()
+    if token_mask is not None:
+        # Before the softmax: padding may hold NaN or Inf, and the gradient of what is masked later is 0 x NaN.
+        logits = torch.where(token_mask[:, None], logits, logits.new_zeros(()))
+    return logits, token_mask
 
 
 def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -20,9 +24,7 @@ def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return values.sum(-2) / max(values.shape[-2], 1)
     weights = token_mask.to(values.dtype)
-    # where, not a product: padding may hold NaN or Inf.
-    kept = torch.where(token_mask[:, None], values, values.new_zeros(()))
-    return kept.sum(-2) / weights.sum().clamp_min(1)
+    return (values * weights[:, None]).sum(-2) / weights.sum().clamp_min(1)
 
 
 def count_choices(top_k_index: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from mpoe.config import RouterConfig
 from mpoe.layers.initial import FromInitialValues
 from mpoe_kernels import Routing, route
+
+_MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class TopKRouter(FromInitialValues):
 
     def capacity(self, num_tokens: int) -> int | None:
         """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor * T / E)``; at
-        least ``min_capacity``; ``None`` = no limit.
+        least ``min_capacity`` and at most 2^31 - 1; ``None`` = no limit.
 
         T counts every token of the batch, padding included: the bound is known without looking at the mask.
         """
@@ -85,7 +88,8 @@ class TopKRouter(FromInitialValues):
         if factor is None:
             return None
         choices = num_tokens if self.config.is_gshard else num_tokens * self.top_k
-        return max(self.config.min_capacity, math.ceil(factor * choices / self.num_experts))
+        wanted = min(factor * choices / self.num_experts, _MOST_SLOTS)
+        return min(max(self.config.min_capacity, math.ceil(wanted)), _MOST_SLOTS)
 
     def route(self, decision: RouterOutput, token_mask: Tensor | None = None) -> Routing:
         """Slots of the choices that are kept, within the capacity; ``token_mask`` as in `mpoe_kernels.route`."""
@@ -103,7 +107,8 @@ class TopKRouter(FromInitialValues):
         """Route tokens ``x [T, I]``."""
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        # The device meta has no autocast to turn off.
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             x = x.float()
             if self.training and self.config.jitter:
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)

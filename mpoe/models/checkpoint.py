@@ -26,6 +26,7 @@ from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import install_empty
 from mpoe.models.weight_files import (
+    check_floating,
     check_repeats,
     check_shapes,
     declared_shapes,
@@ -72,12 +73,14 @@ def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
 
 def _check_whole(folder: Path, values: dict[str, Any], cls: type[Any]) -> None:
     """Refuse a folder whose weights are damaged or do not fit its configuration, before memory is taken."""
-    shapes = declared_shapes(weight_files(folder))
+    files = weight_files(folder)
+    shapes = declared_shapes(files)
     check_repeats(values, shapes, folder / "config.json")
     parsed_mpoe(values, folder)
     with _refusing(folder, cls), torch.device("meta"):
         skeleton = cls(cls.config_class.from_dict(values))
     check_shapes(skeleton, shapes, folder)
+    check_floating(skeleton, files)
 
 
 @contextlib.contextmanager
@@ -104,9 +107,12 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         A model of the saved class, in eval mode.
 
     Raises:
+        TypeError: ``path`` is no path.
         ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that
             is missing or is not the one the save was made from.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the folder of a saved model; got {type(path).__name__} {path!r}")
     folder = Path(path)
     values, cls = read_mpoe_config(folder)
     if (folder / ONLY_FILE).is_file():
@@ -236,6 +242,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     if shapes != expected:
         odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[:5]
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
+    check_floating(skeleton, files)
     model = copy.deepcopy(dense)
     _install(model, cls, parsed)
     if _rest_hash(_rest(model)) != identity.get("sha256"):

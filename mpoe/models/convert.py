@@ -61,6 +61,12 @@ def _converted_class(model: Any) -> type[Any]:
 
 
 def _check_finite(model: nn.Module) -> None:
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"model must hold weights; {absent} is on the device meta, without any (load the model first; `mpoe plan`"
+            " answers from its configuration alone)"
+        )
     bad = [
         name
         for name, parameter in model.named_parameters()
@@ -141,8 +147,8 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
         ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
 
     Raises:
-        ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), shapes,
-            exclusions or layer indices that do not fit; all before any work.
+        ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), parameters
+            on the device ``meta``, shapes, exclusions or layer indices that do not fit; all before any work.
         TypeError: ``config`` of another type.
     """
     cls = _converted_class(model)

@@ -14,7 +14,7 @@ from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.base import ONLY_FILE, MPOEModelMixin
 from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config
 from mpoe.models.components import component_of
-from mpoe.models.weight_files import declared_shapes, read_tensors, weight_files
+from mpoe.models.weight_files import check_floating, declared_shapes, read_tensors, weight_files
 
 
 def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -75,6 +75,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
                 raise ValueError(
                     f"rate_ratios in {folder / 'config.json'} must have one number for every core of {key}"
                 )
+    check_floating(model, files)
     tensors = read_tensors(files)
     for name, module in modules:
         for part, parameter in module.named_parameters():

@@ -69,10 +69,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_weight_files(folder: Path) -> None:
-    """Refuse damaged safetensors files, and an index that names files elsewhere (ValueError); others are not opened."""
+def check_weight_files(folder: Path, model: Any = None) -> None:
+    """Refuse damaged safetensors files, an index that names files elsewhere, and integers where ``model`` has none
+    (ValueError); other files are not opened."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        declared_shapes(weight_files(folder))
+        files = weight_files(folder)
+        declared_shapes(files)
+        if model is not None:
+            check_floating(model, files)
 
 
 def declared_shapes(files: Sequence[Path]) -> Shapes:
@@ -89,6 +93,21 @@ def declared_shapes(files: Sequence[Path]) -> Shapes:
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file} must be a whole safetensors file; {error}") from error
     return shapes
+
+
+def check_floating(model: Any, files: Sequence[Path]) -> None:
+    """Refuse files that declare integers where ``model`` has floating-point numbers: they would become weights.
+
+    Raises:
+        ValueError: naming the tensor, its file and what the header says.
+    """
+    names = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+    for file in files:
+        with safe_open(file, framework="np") as opened:
+            for name in sorted(names.intersection(opened.keys())):
+                dtype = opened.get_slice(name).get_dtype()
+                if not str(dtype).startswith(("F", "BF")):
+                    raise ValueError(f"{name} must hold floating-point numbers; the header of {file} says {dtype}")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def prepare_output_dir(
         ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
             resume; the configuration differs (the message lists the keys with both values).
         FolderInUseError: another process works in the folder; a `ValueError` that says which.
-        NotADirectoryError: `output_dir` is a file.
+        NotADirectoryError: `output_dir` is a file, or a symbolic link that leads nowhere or in a circle.
         PermissionError: `output_dir`, or the folder it would be made in, cannot be written.
     """
     folder = Path(output_dir)
@@ -126,11 +126,15 @@ def check_folder(name: str, folder: str | Path) -> Path:
     """``folder`` as a path, if it can be written or made.
 
     Raises:
-        NotADirectoryError: a file is in its way.
+        NotADirectoryError: a file is in its way, or a symbolic link that leads nowhere or in a circle.
         PermissionError: this process may not write it, or not make it.
     """
     path = Path(folder)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    upward = (path, *path.absolute().parents)
+    lost = next((p for p in upward if p.is_symlink() and not p.exists()), None)
+    if lost is not None:
+        raise NotADirectoryError(f"{name} must be a folder; {lost} is a symbolic link that leads to none")
+    there = next(p for p in upward if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):

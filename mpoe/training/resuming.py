@@ -11,12 +11,12 @@ from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
 
 
-def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, config: Any) -> str | None:
+def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
     """The folder to resume from, checked; None for a fresh start.
 
     Args:
         asked: True for the last complete checkpoint of ``run_dir``, or a folder.
-        config: Hugging Face config of the model that is to continue, or None for one without.
+        model: the model that is to continue.
 
     Raises:
         ValueError: there is none, or the given one is incomplete, damaged, or of another model.
@@ -35,9 +35,9 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, config:
         damaged = checkpoints.damaged_files(folder)
         if damaged:
             raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
-    check_weight_files(folder)
-    if config is not None:
-        checkpoints.check_same_model(folder, config)
+    check_weight_files(folder, model)
+    if getattr(model, "config", None) is not None:
+        checkpoints.check_same_model(folder, model.config)
     return str(folder)
 
 

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows has no flock: folders are not locked there
@@ -28,6 +30,7 @@ except ImportError:  # Windows has no flock: folders are not locked there
 
 LOCK_FILE = "_run.lock"  # the Trainer's uploads to a hub leave out names that begin so
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _PATIENCE = 5.0  # seconds; only those who look whether a folder is free are waited for, and they take microseconds
 
 
@@ -56,7 +59,8 @@ def hold(folder: str | Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process holds it.
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written; it is named also where the work inside fails for such a reason,
+            on a full disk for example.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +74,11 @@ def hold(folder: str | Path) -> Iterator[None]:
                 _held[real] = _Held(descriptor, 1)
     try:
         yield
+    except (OSError, SafetensorError) as error:
+        named = _naming(error, path)
+        if named is error:
+            raise
+        raise named from error
     finally:
         with _guard:
             if real in _held:  # not in a forked child, and not where there are no locks
@@ -87,6 +96,14 @@ def check_free(folder: str | Path) -> None:
     with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
         if not _try(opened.fileno(), fcntl.LOCK_SH):
             raise FolderInUseError(path, _holder(file))
+
+
+def _naming(error: OSError | SafetensorError, folder: Path) -> Exception:
+    """What the disk refuses, with the folder: writing to an open file, the system does not say where."""
+    if str(folder) in str(error) or (isinstance(error, OSError) and error.errno not in _OF_THE_DISK):
+        return error
+    said = f"output_dir {folder} could not be written: {error}"
+    return OSError(error.errno, said) if isinstance(error, OSError) else OSError(said)
 
 
 def _acquire(folder: Path, file: Path) -> int | None:

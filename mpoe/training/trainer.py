@@ -135,9 +135,7 @@ class MPOETrainer(Seq2SeqTrainer):
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         run_dir = Path(str(self.args.output_dir))
-        resume_from_checkpoint = checkpoint_to_resume(
-            resume_from_checkpoint, run_dir, getattr(self.model, "config", None)
-        )
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
         if self.args.should_save:
             step = 0
             if resume_from_checkpoint:

@@ -50,6 +50,13 @@ def flip_in_header(folder: Path) -> None:
     weights(folder).write_bytes(data)
 
 
+def integers_as_weights(folder: Path) -> None:
+    """A header that says integers of the same size: their bits would become numbers around 1e9."""
+    data = weights(folder).read_bytes()
+    at = data.index(b'"F32"', data.index(b"experts.up.central"))
+    weights(folder).write_bytes(data[: at + 1] + b"I" + data[at + 2 :])
+
+
 def huge_header(folder: Path) -> None:
     weights(folder).write_bytes((1 << 62).to_bytes(HEADER, "little") + weights(folder).read_bytes()[HEADER:])
 
@@ -139,6 +146,7 @@ DAMAGES = [
     Damage("weights cut short", cut_weights, "must be a whole safetensors file"),
     Damage("weights empty", empty_weights, "must be a whole safetensors file"),
     Damage("bit flipped in the header", flip_in_header, "must be a whole safetensors file"),
+    Damage("header that calls weights integers", integers_as_weights, "must hold floating-point numbers; the header"),
     Damage("header of 4 exabytes", huge_header, "must be a whole safetensors file"),
     Damage("tensor of 4 terabytes in a sparse file", huge_shape, "must be of the shape"),
     Damage("tensor of 16 exabytes", shape_beyond_the_file, "must be a whole safetensors file"),

@@ -65,6 +65,7 @@ def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, options: dic
     lines = [line for line in text.splitlines() if line.startswith("mpoe: error: ")]
     assert len(lines) == 1
     assert ("cannot be" if "as_user" in options else "large") in lines[0]
+    assert str(out) in lines[0]
     assert list(out.glob("*")) == []
 
 

@@ -57,6 +57,31 @@ def test_jitter_only_in_training():
     assert torch.equal(router(x).logits, x @ router.weight.T)
 
 
+def test_jitter_is_as_wide_as_it_says_on_both_sides():
+    router = TopKRouter(8, 8, RouterConfig(jitter=0.25))
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(8))  # the logits are the input, with its noise
+    noise = router(torch.ones(4000, 8)).logits.detach()
+    assert 0.75 <= float(noise.min()) < 0.76
+    assert 1.24 < float(noise.max()) <= 1.25
+    assert float(noise.mean()) == pytest.approx(1.0, abs=5e-3)  # of 32,000: 6 standard errors
+
+
+def test_a_capacity_beyond_all_slots_is_none():
+    x = torch.randn(9, 6)
+    for options in ({"capacity_factor": 1e300}, {"capacity_factor": 1.0, "min_capacity": 10**30}):
+        router = TopKRouter(6, 4, RouterConfig(**options))
+        assert router.capacity(10**12) == 2**31 - 1
+        assert torch.equal(router.route(router(x)).slot_of_token.sort(0).values.squeeze(-1), torch.arange(9))
+
+
+@pytest.mark.parametrize("config", [RouterConfig(top_k=2), RouterConfig.gshard()])
+def test_routers_without_memory(config):
+    out = TopKRouter(6, 4, config, device="meta")(torch.empty(9, 6, device="meta"))
+    assert out.top_k_index.shape == out.top_k_weights.shape == (9, 2)
+    assert out.logits.is_meta
+
+
 def test_capacity_factors():
     router = TopKRouter(6, 4, RouterConfig(top_k=2, capacity_factor=1.25, eval_capacity_factor=2.0))
     assert router.capacity(10) == 7  # ceil(1.25 * 10 * 2 / 4)
@@ -144,3 +169,23 @@ def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
     torch.testing.assert_close(total, load_balancing_loss(logits, index, mask))
     local = [load_balancing_loss(logits[:, part], index[:, part], mask[part]) for part in (slice(0, 3), slice(3, 9))]
     assert not torch.allclose((local[0] * 2 + local[1] * 4) / 6, total, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("loss", ["balance", "z"])
+def test_what_padding_holds_changes_no_loss_and_no_gradient(bad, loss):
+    def value(logits):
+        return load_balancing_loss(logits, index, mask) if loss == "balance" else router_z_loss(logits, mask)
+
+    logits, mask = torch.randn(5, 3), torch.tensor([1, 0, 1, 1, 0]).bool()
+    index = logits.argmax(-1, keepdim=True)
+    spoiled = torch.where(mask[:, None], logits, bad)
+    gradients = []
+    for each in (logits.clone().requires_grad_(), spoiled.requires_grad_()):
+        total = value(each)
+        (gradient,) = torch.autograd.grad(total, each)
+        gradients.append((total.detach(), gradient))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+    assert gradients[1][1][mask].abs().sum() > 0
+    assert gradients[1][1][~mask].abs().sum() == 0

@@ -75,3 +75,13 @@ def test_refused_before_any_work(options: dict, message: str) -> None:
 def test_float16_t5_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="Prefer bfloat16"):
         convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2))
+
+
+def test_a_model_without_weights_and_a_path_that_is_none_are_refused(tmp_path):
+    with torch.device("meta"):
+        model = FAMILIES["gpt2"]()
+    with pytest.raises(ValueError, match=r"model must hold weights; .* is on the device meta"):
+        convert_to_mpoe(model)
+    for path in (None, 3):
+        with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
+            load_mpoe(path)

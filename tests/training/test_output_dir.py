@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.output_dir import RUN_FILE, check_folder, check_output_dir, differing_keys, fingerprint
+from mpoe.training.resuming import checkpoint_to_resume
+from mpoe.training.run_lock import hold
 from mpoe.training.statistics import ExpertLoad
 
 CONFIG = {"seed": 1, "mpoe": {"num_experts": 8, "shape": "separable"}, "tasks": ("a", "b"), "output_dir": "x"}
@@ -20,7 +25,7 @@ CONFIG = {"seed": 1, "mpoe": {"num_experts": 8, "shape": "separable"}, "tasks": 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
     staged = checkpoints.staging_root(run_dir) / f"checkpoint-{step}"
     (staged / "sub").mkdir(parents=True)
-    (staged / "model.safetensors").write_bytes(b"weights" * step)
+    save_file({"a": torch.ones(step)}, staged / "model.safetensors")
     (staged / "sub" / "state.bin").write_bytes(b"state")
     final = checkpoints.publish(staged, run_dir)
     staged.parent.rmdir()
@@ -196,6 +201,46 @@ def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         PermissionError, match=rf"output_dir must be a folder that can be written; {tmp_path} cannot be"
     ):
         check_folder("output_dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"])  # "link" leads to itself
+def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(NotADirectoryError, match=r"output_dir must be a folder; .*link is a symbolic link that"):
+            prepare_output_dir(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "good").symlink_to(tmp_path / "there")
+    prepare_output_dir(tmp_path / "good")
+    assert (tmp_path / "there" / RUN_FILE).exists()
+
+
+def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=rf"output_dir {tmp_path} could not be written: .*No space") as error,
+        hold(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a file that is open already
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=rf"output_dir {tmp_path} could not be written: .*os error 28"), hold(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for other in (ConnectionError("no route"), OSError(errno.ENOSPC, "full", str(tmp_path / "file"))):
+        with pytest.raises(OSError) as same, hold(tmp_path):
+            raise other
+        assert same.value is other
+
+
+def test_a_checkpoint_whose_bytes_changed_is_refused_and_passed_over(tmp_path: Path) -> None:
+    first, second = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    assert checkpoint_to_resume(True, tmp_path, None) == checkpoint_to_resume(second, tmp_path, None) == str(second)
+    file = second / "sub" / "state.bin"
+    file.write_bytes(b"stat\0")  # as long as before
+    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-4 is damaged: sub/state\.bin changed"):
+        checkpoint_to_resume(second, tmp_path, None)
+    with pytest.warns(UserWarning, match="checkpoint-4 is passed over"):
+        assert checkpoint_to_resume(True, tmp_path, None) == str(first)
+    assert checkpoint_to_resume(None, tmp_path, None) is None
 
 
 def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:

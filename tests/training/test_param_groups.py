@@ -17,6 +17,7 @@ from mpoe.training import MPOETrainingArguments, build_param_groups, describe_pa
 from mpoe.training.freezing import chain_parameters, component_of
 from mpoe_kernels import MPOShape
 
+from .tiny import mpoe_model
 from .toy import Toy
 
 
@@ -225,3 +226,13 @@ def test_freezing_refusals() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         freeze_cores(Mixed())
+
+
+def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
+    """They are tables [buckets, heads], so that their number of axes does not tell."""
+    model = mpoe_model("t5")
+    found = rates(build_param_groups(model, arguments(tmp_path)))
+    tables = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
+    assert len(tables) == 2
+    assert [found[id(table)][1:] for table in tables] == [(0.0, "rest")] * 2
+    assert found[id(model.get_input_embeddings().weight)][1] == 0.1

@@ -21,12 +21,9 @@ inline void multiply_outer(
       for (std::int64_t i = start; i < std::min(m, start + group); i += kPanel) {
         const char* a = static_cast<const char*>(a_panels) + i / kPanel * panel_bytes;
         for_each_tile(std::min(kPanel, m - i), gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
-          for_each_tile(units, kLongestSum, [&](std::int64_t unit, std::int64_t count) {
-            const std::int64_t offset = unit * kPanel * 4;
-            gemm.multiply_columns(
-                rows, count, a + first * 4 + offset, static_cast<const char*>(b_panels) + p * panel_bytes + offset,
-                sum + (i + first) * stride + p * kPanel, stride, accumulate || unit > 0);
-          });
+          multiply_columns(
+              gemm, rows, units, a + first * 4, static_cast<const char*>(b_panels) + p * panel_bytes,
+              sum + (i + first) * stride + p * kPanel, stride, accumulate);
         });
       }
 }

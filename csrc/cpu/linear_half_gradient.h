@@ -123,7 +123,7 @@ class HalfGradient : public HalfFirst<T> {
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
           multiply_columns(
               gemm_, count, units, columns, z_panels_.get() + p * units * kPanel * gemm_.unit,
-              right_sums_.get() + (p * right_rows_ + first) * kPanel, accumulate);
+              right_sums_.get() + (p * right_rows_ + first) * kPanel, kPanel, accumulate);
         });
   }
 

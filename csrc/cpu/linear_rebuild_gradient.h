@@ -115,7 +115,7 @@ class GradientWorker {
     for_column_tiles(
         gemm_, in_.dims.iL * in_.dims.iR, units, rows_.x_panels.get() + i * sizes_.x_panels * panel, sizes_.dz_panels,
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
-          multiply_columns(gemm_, count, units, columns, dz + p * panel, tile, false);
+          multiply_columns(gemm_, count, units, columns, dz + p * panel, tile, kPanel, false);
           gemm_.finish(tile, count, weight_.get(), weight_row_.data() + first, 0, weight_columns_[p], Finish{});
         });
   }
@@ -137,7 +137,7 @@ class GradientWorker {
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
           multiply_columns(
               gemm_, count, units, columns, weight_panels_.get() + p * units * kPanel * gemm_.unit,
-              sums + (p * plan_.b_panels * kPanel + first) * kPanel, accumulate);
+              sums + (p * plan_.b_panels * kPanel + first) * kPanel, kPanel, accumulate);
         });
   }
 

@@ -164,6 +164,7 @@ struct OutputStep {
 // from memory once and its panels are never written there: with one slot that is all the time there is.
 constexpr std::int64_t kFewSlots = 128;
 static_assert(kFewSlots <= kLongestSum);
+constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed apart from what precedes
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
 template <class T>
@@ -178,22 +179,28 @@ void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t
   parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t last = std::min(n, end * kPanel), stride = std::min(most_columns, round_up(last, kPanel));
     Buffer<T> panels(kGroup * most_units * unit);
-    Buffer<float> sums(filled * stride);
+    Buffer<float> sums(filled * stride), part(filled * stride);
     for (std::int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
       const std::int64_t columns = std::min(most_columns, last - strip);
-      for (std::int64_t i = 0; i < k; i += most_units * unit) {
-        const std::int64_t count = std::min(most_units * unit, k - i), units = ceil_divide(count, unit);
-        const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
-        for (std::int64_t c = 0; c < columns; c += kPanel) {
-          const std::int64_t place = c % kGroup;
-          if (place == 0)
-            gemm.pack(panels.get(), units, rows_of_central + c, n, count, std::min(kGroup, columns - c));
-          for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
-            gemm.multiply_rows(
-                rows, units, t + first * row + i, row / unit, panels.get() + place * units * unit,
-                sums.get() + first * stride + c, stride, i > 0);
-          });
+      for (std::int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
+        float* sum = first_k == 0 ? sums.get() : part.get();
+        for (std::int64_t i = first_k; i < std::min(k, first_k + kFewSums * unit); i += most_units * unit) {
+          const std::int64_t count = std::min(most_units * unit, k - i), units = ceil_divide(count, unit);
+          const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
+          for (std::int64_t c = 0; c < columns; c += kPanel) {
+            const std::int64_t place = c % kGroup;
+            if (place == 0)
+              gemm.pack(panels.get(), units, rows_of_central + c, n, count, std::min(kGroup, columns - c));
+            for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
+              gemm.multiply_rows(
+                  rows, units, t + first * row + i, row / unit, panels.get() + place * units * unit,
+                  sum + first * stride + c, stride, i > first_k);
+            });
+          }
         }
+        if (first_k == 0) continue;
+        for (std::int64_t s = 0; s < filled; ++s)
+          for (std::int64_t c = 0; c < columns; ++c) sums.get()[s * stride + c] += part.get()[s * stride + c];
       }
       for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
     }

@@ -203,7 +203,7 @@ def run_arm(
                 lambda n: bar.advance(ticker, n),
             )
     with stages.stage(f"evaluate: {arm.name}"):
-        scores = evaluate_tasks(model, tokenizer, tasks, "test")
+        found = evaluate_tasks(model, tokenizer, tasks, "test")
         sample = [item for task in tasks for item in encode_task(task, "test", tokenizer, 128 // len(tasks))]
         load = expert_load(model, sample, tokenizer.pad_token_id)
     return {
@@ -211,8 +211,10 @@ def run_arm(
         "name": arm.name,
         "experts_config": arm.experts,
         **result,
-        "scores": scores,
-        "mean": average_score(scores),
+        "scores": found.scores,
+        "mean": average_score(found.scores),
+        "baselines": found.baselines,
+        "remarks": found.remarks,
         "expert_load": load,
     }
 

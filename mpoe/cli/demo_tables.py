@@ -13,19 +13,24 @@ ALLOWED_SHARE = 0.5
 SATURATED = 0.95
 # of perplexity, relative: there is no fraction to take points of
 ALLOWED_PERPLEXITY = 0.02
+BASELINE = "baseline"  # one answer for all items, the most frequent; of perplexity, every token by its frequency
 
 
 def comparison_lines(settings: Settings) -> list[str]:
     """What is compared with what, in plain words."""
     rates = ", ".join(f"{arm.name} {arm.learning_rate:g}" for arm in settings.arms)
     metric = (
-        "perplexity (lower is better)" if settings.causal else "each task's main metric and their mean, in per cent"
+        "perplexity per token of the stand-in's tokenizer (lower is better)"
+        if settings.causal
+        else "each task's main metric and their mean, in per cent"
     )
     return [
         f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts per layer in every converted arm, dense ones in "
         f"Switch), equal steps ({settings.steps} of {settings.batch} items), same items in the same order, one seed.",
         f"Learning rates, chosen on the validation split ({settings.rates}): {rates}.",
         f"Metric: {metric}, on held-out test items that no training item shares an object or a text with.",
+        "The baseline answers every item alike, with the most frequent answer"
+        f"{'; it guesses every token by its frequency' if settings.causal else ''}.",
         '"experts", the FFN-expert parameters, are the weights of the feed-forward layers or their experts; routers, '
         'attention and embeddings count in "total" alone. Of MPOE\'s, central cores are shared by the experts of a '
         "layer and auxiliary cores belong to one expert each (all experts' are counted).",
@@ -38,7 +43,8 @@ def _value(task_scores: dict[str, float], causal: bool) -> str:
 
 
 def table_of(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, one row per arm; parameters in millions."""
+    """Header and rows of the comparison, one row per arm and one for the baseline (see `mpoe.data.baseline`);
+    parameters in millions."""
     names = list(arms[0]["scores"])
     header = ["model", "total\nM", "experts\nM", "central\nM", "aux.\nM"]
     header += [f"{name}\n{next(iter(arms[0]['scores'][name]))}" for name in names]
@@ -51,7 +57,11 @@ def table_of(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[s
         row += [_value(arm["scores"][name], settings.causal) for name in names]
         row += [] if settings.causal else [f"{100 * arm['mean']:.1f}"]
         rows.append([*row, f"{arm['seconds']:.1f}"])
-    return header, rows
+    constant = arms[0]["baselines"]
+    values = [next(iter(constant[name].values())) for name in names]
+    row = [BASELINE, "-", "-", "-", "-", *(_value({"": value}, settings.causal) for value in values)]
+    row += [] if settings.causal else [f"{100 * sum(values) / len(values):.1f}"]
+    return header, [*rows, [*row, "-"]]
 
 
 def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -115,4 +125,7 @@ def show_comparison(
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    for arm in results["arms"]:
+        for remark in arm["remarks"]:
+            console.print(Text(f"note: {arm['name']}: {remark}", style="yellow"))
     console.print(Text(results["check"]["statement"], style="green" if results["check"]["held"] else "bold red"))

@@ -77,10 +77,12 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.data.tasks import average_score
 
-    scores = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
-    show_scores(scores, f"{model_dir} on {options.split}")
+    found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
+    scores = found.scores
+    show_scores(found, f"{model_dir} on {options.split}")
     if options.output_file:
         report = {"model": model_dir, "split": options.split, "scores": scores, "mean": average_score(scores)}
+        report |= {"baselines": found.baselines, "remarks": found.remarks}
         write_json(Path(options.output_file), report)
     return scores
 

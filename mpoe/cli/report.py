@@ -9,6 +9,7 @@ from typing import Any
 
 from mpoe.cli import plots
 from mpoe.cli.html import Rows, table, write_page
+from mpoe.cli.scoring import SCORE_NOTE
 
 
 def _figures(draw: Callable[[], Iterable[str]]) -> str:
@@ -56,6 +57,8 @@ def write_run_report(
         f"{results['seconds']:.0f} seconds of training since it was last started.</p>",
         "<h2>Validation</h2>",
         table(header, rows),
+        f'<p class="note">{html.escape(SCORE_NOTE)}</p>',
+        *(f'<p class="failed">{html.escape(remark)}</p>' for remark in results.get("remarks", ())),
         _figures(lambda: _run_drawings(records)),
         "<h2>Parameters</h2>",
         table(("kind", "parameters"), parameters),

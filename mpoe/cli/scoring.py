@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,44 +41,80 @@ def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 6
     return [] if load is None else load.tolist()
 
 
-def evaluate_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128
-) -> dict[str, dict[str, float]]:
-    """Scores of every task by name; the first entry of each is the metric it is judged by. ``items`` come last."""
-    from mpoe.data.predict import evaluate_task
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of several tasks.
 
-    scores = {}
+    Attributes:
+        scores: by task; the first entry of each is the metric it is judged by, and ``items`` come last.
+        baselines: by task, the metrics of an answer that looks at nothing (`mpoe.data.baseline`).
+        remarks: what the numbers alone do not say, a sentence each.
+    """
+
+    scores: dict[str, dict[str, float]]
+    baselines: dict[str, dict[str, float]]
+    remarks: list[str]
+
+
+def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128) -> TaskScores:
+    """Scores of every task by name, beside their baselines."""
+    from mpoe.data.predict import evaluate_beside_baseline
+
+    results = TaskScores({}, {}, [])
     for task in tasks:
-        score = evaluate_task(model, tokenizer, task, split, batch_size=batch_size)
-        scores[task.name] = {**score, "items": len(task.examples(split))}
-    return scores
+        found = evaluate_beside_baseline(model, tokenizer, task, split, batch_size=batch_size)
+        results.scores[task.name] = {**found.scores, "items": len(task.examples(split))}
+        results.baselines[task.name] = found.baseline
+        metric = task.main_metric
+        value, constant = found.scores[metric], found.baseline[metric]
+        if found.collapse:
+            results.remarks.append(f"{task.name}: {found.collapse}")
+        elif value >= constant if metric == "perplexity" else value <= constant:
+            results.remarks.append(
+                f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}"
+            )
+    return results
 
 
-SCORE_HEADER = ("task", "metric", "value", "items")
+SCORE_HEADER = ("task", "metric", "value", "baseline", "items")
+SCORE_NOTE = (
+    "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
+    "frequency. Perplexity and loss are per token of the model's tokenizer: those of two tokenizers do not compare."
+)
 
 
-def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
+def score_rows(results: TaskScores) -> list[tuple[str, str, str, str, str]]:
     """The scores of `evaluate_tasks` as rows, the average over tasks last where there are several."""
     from mpoe.data.tasks import average_score
 
-    rows = [
-        (task, name, f"{value:.4f}", str(values["items"]))
-        for task, values in scores.items()
-        for name, value in values.items()
-        if name != "items"
-    ]
-    if len(scores) > 1:
-        total = sum(int(values["items"]) for values in scores.values())
-        rows.append(("average over tasks", "first of each", f"{average_score(scores):.4f}", str(total)))
+    rows = []
+    for task, values in results.scores.items():
+        for name, value in values.items():
+            if name != "items":
+                baseline = results.baselines[task].get(name)
+                shown = "-" if baseline is None else f"{baseline:.4f}"
+                rows.append((task, _label(name), f"{value:.4f}", shown, str(values["items"])))
+    if len(results.scores) > 1:
+        total = sum(int(values["items"]) for values in results.scores.values())
+        mean, constant = (f"{average_score(each):.4f}" for each in (results.scores, results.baselines))
+        rows.append(("average over tasks", "first of each", mean, constant, str(total)))
     return rows
 
 
-def show_scores(scores: dict[str, dict[str, float]], title: str) -> None:
-    """Print the scores of `evaluate_tasks` as a table."""
+def _label(metric: str) -> str:
+    return {"perplexity": "perplexity per token", "loss": "loss, nats per token"}.get(metric, metric)
+
+
+def show_scores(results: TaskScores, title: str) -> None:
+    """Print the scores of `evaluate_tasks` as a table, and the remarks."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*SCORE_HEADER, title=title)
-    for row in score_rows(scores):
+    console, table = Console(), Table(*SCORE_HEADER, title=title)
+    for row in score_rows(results):
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
+    console.print(Text(SCORE_NOTE, style="dim"))
+    for remark in results.remarks:
+        console.print(Text(f"note: {remark}", style="yellow"))

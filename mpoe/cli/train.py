@@ -307,7 +307,8 @@ def _finish(
         publish_model(folder)
     if not trainer.is_world_process_zero():
         return {}
-    scores = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
+    found = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
+    scores = found.scores
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     results: dict[str, Any] = {
         "model": start_of(plan.experiment, plan.model.model, model_given=False),
@@ -317,14 +318,16 @@ def _finish(
         "train_loss": losses[-1] if losses else None,
         "validation": scores,
         "mean_validation": average_score(scores),
+        "baselines": found.baselines,
+        "remarks": found.remarks,
         "parameters": parameters_of(model),
         **measured(plan.measure, seconds, trainer.state.global_step, _items_per_step(plan.arguments)),
     }
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
         write_card(model, folder, {f"validation, {task}": values for task, values in scores.items()})
-    write_run_report(folder / REPORT_FILE, results, read_metrics(folder), SCORE_HEADER, score_rows(scores))
-    show_scores(scores, f"validation after {trainer.state.global_step} steps")
+    write_run_report(folder / REPORT_FILE, results, read_metrics(folder), SCORE_HEADER, score_rows(found))
+    show_scores(found, f"validation after {trainer.state.global_step} steps")
     print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results
 

@@ -9,7 +9,13 @@ from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.local import LocalTask, load_task_from_folder
 from mpoe.data.metrics import METRICS, get_metric, perplexity
-from mpoe.data.predict import evaluate_task, generate_texts, language_modeling_loss
+from mpoe.data.predict import (
+    Evaluation,
+    evaluate_beside_baseline,
+    evaluate_task,
+    generate_texts,
+    language_modeling_loss,
+)
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.splits import (
@@ -26,6 +32,7 @@ __all__ = [
     "METRICS",
     "DocRecord",
     "Documentation",
+    "Evaluation",
     "Example",
     "HubData",
     "LocalTask",
@@ -37,6 +44,7 @@ __all__ = [
     "average_score",
     "encode_language_modeling",
     "encode_text_to_text",
+    "evaluate_beside_baseline",
     "evaluate_task",
     "find_spec",
     "generate_texts",

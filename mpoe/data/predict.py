@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mpoe.data.baseline import baseline_scores, collapse, frequency_perplexity
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.metrics import perplexity
@@ -73,6 +75,45 @@ def language_modeling_loss(
     return total / count, count
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a task.
+
+    Attributes:
+        scores: by metric, in the order of ``task.metrics``; language modelling adds ``loss``, nats per token.
+        baseline: the same metrics of an answer that looks at nothing: the most frequent target of these items, the
+            mean of their numbers, or the frequencies of their tokens (see `mpoe.data.baseline`).
+        collapse: a sentence if the answers have collapsed to few values, else None.
+    """
+
+    scores: dict[str, float]
+    baseline: dict[str, float]
+    collapse: str | None = None
+
+
+def evaluate_beside_baseline(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    split: str = "validation",
+    n: int | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Evaluation:
+    """`Evaluation` of ``model`` on (a random subset of n items of) a split."""
+    examples = task.examples(split, n, seed)
+    if not examples:
+        raise ValueError(f"split {split} of task {task.name} has no items")
+    if task.kind == "language_modeling":
+        blocks = encode_language_modeling(examples, tokenizer, task.max_source_length)
+        loss, _ = language_modeling_loss(model, blocks, max(1, batch_size // 4))
+        guess = frequency_perplexity(token for block in blocks for token in block["input_ids"][1:])
+        return Evaluation({"perplexity": perplexity([loss]), "loss": loss}, {"perplexity": guess})
+    answers = generate_texts(model, tokenizer, examples, task.max_source_length, task.max_target_length, batch_size)
+    targets = [example.target for example in examples]
+    return Evaluation(task.score(answers, targets), baseline_scores(task, targets), collapse(answers, targets))
+
+
 def evaluate_task(
     model: Any,
     tokenizer: Any,
@@ -84,17 +125,9 @@ def evaluate_task(
 ) -> dict[str, float]:
     """Scores of ``model`` on (a random subset of n items of) a split, in the order of ``task.metrics``.
 
-    Language modelling adds ``loss``, nats per token.
+    Perplexity is per token of ``tokenizer``; language modelling adds ``loss``, nats per token.
     """
-    examples = task.examples(split, n, seed)
-    if not examples:
-        raise ValueError(f"split {split} of task {task.name} has no items")
-    if task.kind == "language_modeling":
-        blocks = encode_language_modeling(examples, tokenizer, task.max_source_length)
-        loss, _ = language_modeling_loss(model, blocks, max(1, batch_size // 4))
-        return {"perplexity": perplexity([loss]), "loss": loss}
-    answers = generate_texts(model, tokenizer, examples, task.max_source_length, task.max_target_length, batch_size)
-    return task.score(answers, [example.target for example in examples])
+    return evaluate_beside_baseline(model, tokenizer, task, split, n, seed, batch_size).scores
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mpoe.training.loss import LossParts
-from mpoe.training.statistics import ExpertLoad
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
 Reduce = Callable[[Tensor, str], Tensor]
@@ -35,8 +34,11 @@ class RunLog:
             load = load.detach().long()
             self._load = load if self._load is None else self._load + load
 
-    def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], ExpertLoad | None]:
-        """Means per step by name, and the load; begins anew. With ``reduce``, over all processes: all must call it."""
+    def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], Tensor | None]:
+        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); begins anew.
+
+        With ``reduce``, over all processes: all must call it.
+        """
         steps = self._sums.pop("steps", None)
         means = {}
         for name in sorted(self._sums):
@@ -45,9 +47,9 @@ class RunLog:
                 total = reduce(total, "mean")
             means[name] = float(total) / max(float(steps) if steps is not None else 1.0, 1e-9)
         counts, self._load = self._load, None
-        if counts is None:
-            return means, None
-        return means, ExpertLoad.from_counts(counts if reduce is None else reduce(counts, "sum"))
+        if counts is not None and reduce is not None:
+            counts = reduce(counts, "sum")
+        return means, counts
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mpoe.layers.ranks import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
 from mpoe.training import checkpoints
+from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
@@ -29,7 +31,7 @@ from mpoe.training.param_groups import build_param_groups
 from mpoe.training.resuming import checkpoint_to_resume, reading
 from mpoe.training.run_lock import hold
 from mpoe.training.run_log import RunLog, expert_load_of
-from mpoe.training.statistics import core_grad_norms
+from mpoe.training.statistics import ExpertLoad, core_grad_norms
 
 # Everything that models return beside the logits; none of it belongs into an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -60,7 +62,8 @@ class MPOETrainer(Seq2SeqTrainer):
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
     * a loss that does not depend on how a batch is cut into micro-batches (see `mpoe.training.loss`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
-      `eval_perplexity`;
+      `eval_perplexity`, per token of their tokenizer;
+    * warnings of experts that take most tokens or none for long, and of rates far from what worked (`training.advice`);
     * logs of task and auxiliary loss, expert load, core gradient norms and the share of masked steps, also as
       `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so that a step is one process's with the
@@ -99,6 +102,7 @@ class MPOETrainer(Seq2SeqTrainer):
         self._shifts_labels = shifts_labels(self.model)
         self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
+        self._load_watch = LoadWatch()
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self._staging: Path | None = None
@@ -136,14 +140,16 @@ class MPOETrainer(Seq2SeqTrainer):
     def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
+        step = 0
+        self._advise(rate_advice(self.model, self.args))
         if self.args.should_save:
-            step = 0
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
             if self._metrics_file.path.exists() or step:
                 # Readers drop what an earlier attempt logged beyond this step.
                 self._metrics_file.write({"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
+        self._load_watch.start(step)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_weights()
@@ -298,7 +304,7 @@ class MPOETrainer(Seq2SeqTrainer):
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks alike."""
-        means, load = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
+        means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
         logs.update(means)
         logs.update(self._core_norms)
         self._core_norms = {}
@@ -306,10 +312,17 @@ class MPOETrainer(Seq2SeqTrainer):
             rate = self.gradient_mask.pop_rate()
             if rate is not None:
                 logs["masked_steps"] = rate
-        if load is None:
+        if counts is None:
             return {}
+        self._advise(self._load_watch.add(counts, self.state.global_step))
+        load = ExpertLoad.from_counts(counts)
         logs.update(load.summary())
         return {"expert_load": vars(load)}
+
+    def _advise(self, sentences: list[str]) -> None:
+        if self.is_world_process_zero():
+            for sentence in sentences:
+                warnings.warn(sentence, stacklevel=3)
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
         self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)

@@ -28,6 +28,8 @@ def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[d
                 "parameters": count,
                 "scores": {"doc": {metric: value, "items": 2500}},
                 "mean": value,
+                "baselines": {"doc": {metric: 0.25}},
+                "remarks": [],
                 "seconds": 10.0,
                 "loss": [(1, 3.0), (2, 2.5)],
                 "expert_load": [[3, 5], [4, 4]] if arm.experts else [],
@@ -64,7 +66,8 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     settings = SETTINGS["t5"]
     arms = arms_of("t5", 0.7, 0.71)
     header, rows = table_of(arms, settings)
-    assert len(rows) == 4
+    assert len(rows) == 5
+    assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0", "-"]
     assert all(len(row) == len(header) for row in rows)
     results = {
         "model": "t5",

@@ -12,7 +12,7 @@ from cli_described import write_described
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _descriptions_of_run, _settings_of_run
-from mpoe.cli.scoring import score_rows
+from mpoe.cli.scoring import TaskScores, score_rows
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
@@ -116,9 +116,17 @@ def test_kinds_must_suit_the_model(tmp_path: Path) -> None:
 
 def test_average_is_over_tasks_in_the_table() -> None:
     one = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}
-    assert score_rows(one) == [("a", "accuracy", "1.0000", "3"), ("a", "f1", "0.0000", "3")]
-    two = {**one, "b": {"pearson": 0.5, "items": 4}}
-    assert score_rows(two)[-1] == ("average over tasks", "first of each", "0.7500", "7")
+    constant = {"a": {"accuracy": 0.5, "f1": 0.25}}
+    rows = [("a", "accuracy", "1.0000", "0.5000", "3"), ("a", "f1", "0.0000", "0.2500", "3")]
+    assert score_rows(TaskScores(one, constant, [])) == rows
+    two, both = {**one, "b": {"pearson": 0.5, "items": 4}}, {**constant, "b": {"pearson": 0.0}}
+    last = ("average over tasks", "first of each", "0.7500", "0.2500", "7")
+    assert score_rows(TaskScores(two, both, []))[-1] == last
+    running = TaskScores({"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}, {"c": {"perplexity": 9.0}}, [])
+    assert [row[1:4] for row in score_rows(running)] == [
+        ("perplexity per token", "8.0000", "9.0000"),
+        ("loss, nats per token", "2.0000", "-"),
+    ]
 
 
 def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What a user should hear while there is time: experts that take most tokens or none, rates far from what worked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe.training.arguments import MPOETrainingArguments
+
+# Base rates (AdamW) that worked when fine-tuning all of a pretrained model, by family: docs/fine_tuning.md says where.
+RATES = {"t5": 1e-3, "gpt2": 3e-4, "bert": 3e-4}
+FAR = 10.0  # times above or below
+
+WINDOW = 100  # optimizer steps over which an expert's tokens are added up
+_TOKENS = 50  # per expert of a layer: with fewer in a window, none may be chance
+
+
+def rate_advice(model: Any, args: MPOETrainingArguments) -> list[str]:
+    """A sentence for every base rate that is more than `FAR` times away from what worked for the model's family.
+
+    None when training from scratch, where good rates depend on the size of the model, and for other families.
+    """
+    family = str(getattr(getattr(model, "config", None), "model_type", "")).removeprefix("mpoe_")
+    usual = RATES.get(family)
+    if usual is None or args.regime != "finetune":
+        return []
+    rates = {"learning_rate": args.learning_rate}
+    if args.mpo_lr is not None:
+        rates["mpo_lr"] = args.mpo_lr
+    return [
+        f"{name} {rate:g} is {_times(rate / usual)} the {usual:g} that worked when fine-tuning a {family}"
+        " (docs/fine_tuning.md, Rates)"
+        for name, rate in rates.items()
+        if rate > 0 and not 1 / FAR <= rate / usual * (1 + 1e-9) <= FAR * (1 + 2e-9)
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio > 1 else f"1/{1 / ratio:,.0f} of"
+
+
+class LoadWatch:
+    """Adds up the tokens of every expert over at least `WINDOW` steps, and says once per layer what is odd."""
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._start = 0
+        self._said: set[tuple[int, str]] = set()
+
+    def start(self, step: int) -> None:
+        """Begin at the optimizer step ``step`` (that of the checkpoint, in a resumed run)."""
+        self._counts, self._start = None, step
+
+    def add(self, counts: Tensor, step: int) -> list[str]:
+        """Take the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
+
+        Returns:
+            Sentences, at the end of a window: of an expert that took most of its layer's tokens (more than half, and
+            half of the rest besides the even share: of 2 experts 75%, of 8 56%), and of experts that took none.
+        """
+        counts = counts.detach().cpu()
+        self._counts = counts if self._counts is None else self._counts + counts
+        steps = step - self._start
+        if steps < WINDOW:
+            return []
+        total, self._counts, self._start = self._counts, None, step
+        return [text for layer, row in enumerate(total) for text in self._remarks(layer, row, steps)]
+
+    def _remarks(self, layer: int, row: Tensor, steps: int) -> list[str]:
+        experts, tokens = len(row), int(row.sum())
+        if experts < 2 or tokens < _TOKENS * experts:
+            return []
+        found = []
+        most = int(row.argmax())
+        share, idle = int(row[most]) / tokens, int(torch.count_nonzero(row == 0))
+        if share > 0.5 + 0.5 / experts:
+            found.append(("most", f"expert {most} took {share:.0%} of the tokens"))
+        if idle:
+            found.append(("none", f"{idle} of {experts} experts took no token"))
+        new = [(kind, text) for kind, text in found if (layer, kind) not in self._said]
+        self._said |= {(layer, kind) for kind, _ in new}
+        return [
+            f"mixture layer {layer}: {text} in {steps} steps; balance_loss_weight, jitter or a lower router_lr_scale"
+            " spread them"
+            for _, text in new
+        ]

@@ -1,4 +1,4 @@
-"""Assertions calibrated against PyTorch's own rounding, and poisoned memory."""
+"""Assertions calibrated against PyTorch's own rounding, poisoned memory, and numbers of threads."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ def assert_calibrated(
     found = relative_error(actual, truth)
     if found > allowed:
         raise AssertionError(f"{name}: relative error {found:.3e}, allowed {allowed:.3e} (PyTorch's own: {own:.3e})")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with so many CPU threads; kernels cut their work by the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -127,6 +127,29 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
             assert torch.equal(core.reshape(edge, edge), torch.eye(edge))
 
 
+@pytest.mark.parametrize("bond", [None, 3])
+@pytest.mark.parametrize("kind", ["identity", "zero rows", "zero columns", "one entry", "zeros"])
+def test_null_directions_of_a_bond_stay_finite(kind: str, bond: int | None) -> None:
+    """Singular values of zero: no side of the bond is divided by them."""
+    weight = torch.randn(12, 12)
+    if kind == "identity":
+        weight = torch.eye(12)
+    elif kind == "zero rows":
+        weight[3:] = 0
+    elif kind == "zero columns":
+        weight[:, :11] = 0
+    else:
+        weight = torch.zeros(12, 12)
+        weight[5, 7] = float(kind == "one entry")
+    for factors in (((2, 3, 2), (2, 3, 2)), ((12, 1), (1, 12)), ((3, 4), (4, 3))):
+        shape = MPOShape(*factors, max_bond=bond)
+        for gauge in GAUGES:
+            found = decompose_with_errors(weight, shape, gauge)
+            assert all(bool(torch.isfinite(core).all()) for core in found.cores)
+            error = float((reconstruct(found.cores, shape) - weight).norm())
+            assert error <= found.error_bound + 1e-5 * found.norm + 1e-12
+
+
 def test_identity_gauge_refuses_truncated_bonds() -> None:
     shape = MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8)
     with pytest.raises(ValueError, match=r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import leaves
+from backend_cases import leaves, on_every_backend, require
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.ops.mpo_linear import ACTIVATIONS
@@ -54,6 +54,23 @@ def test_dtypes_under_autocast() -> None:
         assert torch.allclose(y.float(), grouped_mpo_linear(x, blocks, offsets), atol=0.1)
     with pytest.raises(TypeError, match="left must have the dtype of x, bfloat16"):
         grouped_mpo_linear(x.bfloat16(), blocks, offsets)
+
+
+@on_every_backend
+def test_autocast_casts_the_bias_too(backend: str) -> None:
+    """The result is that of the same op on tensors of autocast's dtype, bit for bit."""
+    require(backend, "grouped_mpo_linear", torch.bfloat16)
+    shape = SMALL_SHAPES["separable"]
+    blocks, x, bias = (
+        random_blocks(shape, 1, torch.float32),
+        torch.randn(60, shape.in_features),
+        torch.randn(shape.out_features),
+    )
+    low = MPOBlocks(*(t.bfloat16() for t in leaves(blocks)), shape.in_features, shape.out_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mpo_linear(x, blocks, bias, backend=backend)
+    assert torch.equal(y, mpo_linear(x.bfloat16(), low, bias.bfloat16(), backend=backend))
+    assert not torch.equal(bias.bfloat16().float(), bias), "the cast changes it"
 
 
 def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head() -> None:

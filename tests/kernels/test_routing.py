@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require, torch_threads
+from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import expert_choice
 
 
@@ -40,6 +40,19 @@ def example_routing(tokens: int = 9, top_k: int = 2) -> tuple[Routing, torch.Ten
     index = torch.randint(0, 4, (tokens, top_k))
     mask = torch.arange(tokens) % 4 != 1
     return route(index, 4, capacity=4, token_mask=mask), mask
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: str) -> None:
+    """Products of two 16-bit numbers are exact in float32: a long sum is as accurate as float32 makes it."""
+    require(backend, "combine_backward", dtype)
+    rows, grad = torch.rand(1, 20_000).to(dtype), torch.rand(1, 20_000).to(dtype)
+    gates = torch.ones(1, 1, requires_grad=True)
+    combine(rows, route(torch.zeros(1, 1).long(), 1), gates, backend=backend).backward(grad)
+    truth = float((rows.double() * grad.double()).sum())
+    assert gates.grad is not None
+    assert float(gates.grad) == pytest.approx(truth, rel=2e-5)
 
 
 @on_every_backend

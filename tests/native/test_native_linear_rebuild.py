@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from mpoe_kernels.backends.native.linear import IMPLEMENTED, linear_backward, li
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain")
@@ -173,16 +171,6 @@ def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
     Case(LARGER_SHAPES[name], dtype, 7, activation="relu", gathered=False, with_bias=False).forward(strategy)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["many_blocks", "wide_right", "cropped"])
 def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
@@ -191,7 +179,7 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
     for strategy in STRATEGIES:
         results = []
         for count in (1, 2, 3):
-            with _threads(count):
+            with torch_threads(count):
                 y, saved = case.forward(strategy)
                 gradients = case.backward(strategy, saved) if strategy in IMPLEMENTED["backward"] else ()
                 results.append((y, *gradients))

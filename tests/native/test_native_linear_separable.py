@@ -13,7 +13,7 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import expert_choice, random_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,11 +52,13 @@ def run(
     return [y, *torch.autograd.grad(y, (x, left, central, right, bias), grad.to(x.dtype))]
 
 
-def check(shape: MPOShape, dtype: torch.dtype, tokens: int, kind: str, activation: str | None = "gelu") -> None:
+def check(
+    shape: MPOShape, dtype: torch.dtype, tokens: int, kind: str, activation: str | None = "gelu", experts: int = 5
+) -> None:
     """Against float64, in poisoned memory; without a graph nothing is saved and y has the same bits."""
-    blocks = random_blocks(shape, 5, dtype)
+    blocks = random_blocks(shape, experts, dtype)
     x, bias = torch.randn(tokens, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
-    routing = route(expert_choice(kind, tokens, 5), 5)
+    routing = route(expert_choice(kind, tokens, experts), experts)
     rows, offsets = routing.token_of_slot, routing.expert_offsets
     given, native = (blocks, x, bias, rows, offsets), {"backend": "native", "strategy": "separable"}
     with poisoned_memory():
@@ -81,6 +83,21 @@ def test_few_and_many_slots(tokens: int, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", [None, "gelu_new", "silu"])
 def test_loads_and_activations(activation: str | None, kind: str, dtype: torch.dtype) -> None:
     check(SHAPES["even"], dtype, 40, kind, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_slots_than_central_sums_at_a_time(dtype: torch.dtype) -> None:
+    """kRows = 1,024 of csrc/cpu/linear_separable_backward.cpp: three parts, the last one small and odd."""
+    check(MPOShape((5, 4, 1), (1, 3, 6), max_bond=(5, 6)), dtype, 2061, "uniform")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("name", ["even", "padded"])
+def test_blocks_whose_gradient_several_threads_share(name: str, experts: int, dtype: torch.dtype) -> None:
+    """Few experts: one expert's rows of dleft and dright, 36 to 48 of them, are cut into panels of 32."""
+    with torch_threads(2):
+        check(SHAPES[name], dtype, 33, "uniform", experts=experts)
 
 
 @pytest.mark.parametrize("tokens", [3, FEW_SLOTS + 20])

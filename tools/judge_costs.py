@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
+from mpoe_kernels.backends.eager.linear import linear_forward
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.backends.registry import _BACKENDS, Backend, Request
+from mpoe_kernels.backends.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out
 TOLERANCE = 1.15
-OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
+OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 
 
 def plans_of(case: Workload, phase: str) -> list[Contraction]:
@@ -48,16 +49,16 @@ def plans_of(case: Workload, phase: str) -> list[Contraction]:
     return list(found)
 
 
-def pairs(case: Workload, phase: str, backends: list[str]) -> list[tuple[str, Backend, Contraction]]:
-    """Every able pair with its name ``strategy [backend]``."""
+def candidates(case: Workload, phase: str, backends: list[str]) -> dict[str, Candidate]:
+    """Every candidate, by ``name [backend]``."""
     request = Request(OPS[phase], "cpu", case.dtype)
-    return [
-        (f"{plan.strategy} [{name}]", _BACKENDS[name], plan)
+    return {
+        f"{found.name} [{name}]": found
         for name in backends
         if not _BACKENDS[name].unsupported_reasons(request)
         for plan in plans_of(case, phase)
-        if not _BACKENDS[name].contraction_reasons(plan)
-    ]
+        for found in candidates_for(_BACKENDS[name], plan)[0]
+    }
 
 
 def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callable[[], object]]]:
@@ -72,21 +73,21 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
     need = [True, True, not case.mask_central, True, False]
     h = x.new_empty(0)
     if case.training and case.shape.is_separable:
-        _, h, _ = _BACKENDS["eager"].kernels[OPS["forward"]](ForwardCall(*given, *sizes, "separable", "eager", True))
+        _, h, _ = linear_forward(ForwardCall(*given, *sizes, "separable", "eager", True))
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     for phase in ("forward", "backward") if case.training else ("forward",):
-        found = pairs(case, phase, backends)
+        found = candidates(case, phase, backends)
         calls[phase] = {}
-        for name, backend, plan in found:
-            best = min(other.predicted_seconds(p) for _, other, p in found if other is backend)
-            if backend.predicted_seconds(plan) > SLOWEST_MEASURED * best:
+        for name, candidate in found.items():
+            best = min(other.seconds for other in found.values() if other.backend == candidate.backend)
+            if candidate.seconds > SLOWEST_MEASURED * best:
                 continue
-            common = (*given, *sizes, plan.strategy, backend.name)
+            common = (*given, *sizes, candidate.strategy, candidate.backend)
             if phase == "forward":
                 call: LinearCall = ForwardCall(*common, case.training)
             else:
                 call = BackwardCall(*common, grad, h, x.new_empty(0), need)
-            calls[phase][name] = partial(backend.kernels[OPS[phase]], call)
+            calls[phase][name] = partial(candidate.run, call)
     return calls
 
 
@@ -126,11 +127,8 @@ def judge(file: Path, only: str, backends: list[str]) -> None:
         chosen = best = 0.0
         lines = []
         for phase, measured in kept[case.name].items():
-            found = {
-                name: backend.predicted_seconds(plan)
-                for name, backend, plan in pairs(case, phase, backends)
-                if name in measured
-            }
+            every = candidates(case, phase, backends)
+            found = {name: candidate.seconds for name, candidate in every.items() if name in measured}
             if not found:
                 continue
             choice = min(found, key=lambda name: found[name])

@@ -18,8 +18,7 @@ from triton_compile import DOC, write_between
 
 from mpoe_kernels.backends.triton import catalogue
 from mpoe_kernels.backends.triton.architecture import target_named
-from mpoe_kernels.backends.triton.cost import gpu_seconds
-from mpoe_kernels.backends.triton.fused_cost import fused_seconds
+from mpoe_kernels.backends.triton.cost import ways
 from mpoe_kernels.backends.triton.start import Launch, recorded
 from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
 from mpoe_kernels.planner.contraction import PHASES, expected_busy_experts
@@ -104,8 +103,7 @@ def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
     """The fastest strategy on the card by the backend's own prediction."""
     found = []
     for plan in contractions(dims, experts, tokens, DTYPE, phase):
-        found.append(Choice(phase, plan.strategy, gpu_seconds(plan, CARD)))
-        found.append(Choice(phase, catalogue.ON_CHIP, fused_seconds(plan, target_named(ARCHITECTURE), CARD)))
+        found += [Choice(phase, *way) for way in ways(plan, target_named(ARCHITECTURE), CARD).items()]
     return min(found, key=lambda each: each.seconds)
 
 

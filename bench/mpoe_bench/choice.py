@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels import BackendError, MPOShape, available_backends, backend_reasons
-from mpoe_kernels.backends.registry import AUTO, Request, resolve_contraction, select
+from mpoe_kernels.backends.registry import AUTO, CONTRACTIONS, Candidate, Request, resolve_contraction, select
 from mpoe_kernels.planner import Contraction, contraction, plan_contraction
 
 ALL = "all"
 EAGER = "eager"
 DEFAULT_BACKENDS = (AUTO, EAGER)
-OPS = {"forward": "grouped_mpo_linear", "backward": "grouped_mpo_linear_backward"}
+OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 
 
 def runs_on(backend: str, device: str) -> bool:
@@ -63,8 +63,8 @@ def chosen_contractions(
     training: bool,
     device: str = "cpu",
     backend: str = AUTO,
-) -> dict[str, tuple[Contraction, str]]:
-    """What an unforced call runs: by phase, the contraction and the name of the backend.
+) -> dict[str, tuple[Contraction, Candidate]]:
+    """What an unforced call runs: by phase, the contraction and the candidate that computes it.
 
     Raises:
         BackendError: no backend can run it.
@@ -73,16 +73,15 @@ def chosen_contractions(
     found = {}
     for phase in plan.phases:
         op = OPS[phase.phase]
-        sizes = (phase.dims, experts, tokens, dtype, phase.phase)
+        sizes = (phase.dims, experts, tokens, dtype)
         # A forward for training keeps what the separable backward reads.
-        saves = training and shape.is_separable and phase.phase == "forward"
-        strategy = "separable" if saves else AUTO
-        choice = resolve_contraction(op, *sizes, device, backend_name=backend, strategy_name=strategy)
-        chosen = contraction(choice.strategy, *sizes, device=device)
-        found[phase.phase] = (chosen, choice.backend)
+        keeps = training and shape.is_separable and phase.phase == "forward"
+        strategy = "separable" if keeps else AUTO
+        choice = resolve_contraction(op, *sizes, device, keeps=keeps, backend_name=backend, strategy_name=strategy)
+        found[phase.phase] = (contraction(choice.strategy, *sizes, phase.phase, device=device), choice)
     return found
 
 
-def describe_choice(chosen: dict[str, tuple[Contraction, str]]) -> dict[str, str]:
-    """``{"forward": "half_left [eager]", ...}``."""
-    return {phase: f"{found.strategy} [{owner}]" for phase, (found, owner) in chosen.items()}
+def describe_choice(chosen: dict[str, tuple[Contraction, Candidate]]) -> dict[str, str]:
+    """``{"forward": "half_left [eager]", ...}``: candidates as the registry names them."""
+    return {phase: f"{candidate.name} [{candidate.backend}]" for phase, (_, candidate) in chosen.items()}

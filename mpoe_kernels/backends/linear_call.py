@@ -1,6 +1,6 @@
 """What the kernels of the grouped MPO linear are called with, on every backend.
 
-Fields are in the order of the ops' arguments.
+These classes are the ops' signatures: the schemas follow from their fields.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class ForwardCall(LinearCall):
 
     @property
     def saves_h(self) -> bool:
-        """Whether h, the rows ``[N jC, b]`` after the central step, is kept."""
-        return self.save and self.strategy == "separable"
+        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is kept.
+
+        A rule without slot counts, so that it holds for fakes, and before the registry has chosen too.
+        """
+        return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
 
     @property
     def saves_z(self) -> bool:

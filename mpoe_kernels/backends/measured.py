@@ -20,11 +20,11 @@ FILE = Path(__file__).with_name("measured.json")
 Table = Mapping[str, list[tuple[int, float]]]
 
 
-def key(backend: str, plan: Contraction) -> str:
+def key(backend: str, candidate: str, plan: Contraction) -> str:
     """What a time depends on but the number of slots, e.g. ``"cuda rebuild forward bfloat16 8x..x3072 E8"``."""
     dtype = str(plan.dtype).removeprefix("torch.")
     sizes = "x".join(map(str, plan.dims))
-    words = [backend, plan.strategy, plan.phase, dtype, sizes, f"E{plan.num_experts}"]
+    words = [backend, candidate, plan.phase, dtype, sizes, f"E{plan.num_experts}"]
     if plan.phase == "backward":
         words.append("need" + "".join(str(int(needed)) for needed in plan.need))
     return " ".join(words)
@@ -61,9 +61,9 @@ def table_here(device: str) -> Table:
     return _tables().get(torch.cuda.get_device_name(device), {})
 
 
-def seconds_of(table: Table, backend: str, plan: Contraction) -> float | None:
-    """Measured time of a contraction; None where it was not measured."""
-    pairs = table.get(key(backend, plan)) if table else None
+def seconds_of(table: Table, backend: str, candidate: str, plan: Contraction) -> float | None:
+    """Measured time of a backend's candidate for a contraction; None where it was not measured."""
+    pairs = table.get(key(backend, candidate, plan)) if table else None
     if not pairs or not pairs[0][0] <= plan.slots <= pairs[-1][0]:
         return None
     above = bisect_left(pairs, plan.slots, key=lambda pair: pair[0])

@@ -1,7 +1,9 @@
-"""Who computes: the registry of backends and the choice among them.
+"""Who computes, and how: the registry of backends and the choice among what they offer.
 
-A backend is a table of kernels, one per op, that share the op's argument list. It answers with *reasons* when it
-cannot run a request; the error for a named backend lists them all, and nothing falls back silently.
+A backend is a table of kernels, one per op, that share the op's argument list. For a contraction, which can be
+computed in several ways, it offers candidates; the registry takes the cheapest one, keeps it for the next problem
+alike, and runs exactly that. A backend answers with *reasons* when it cannot run a request; the error for a named
+backend lists them all, and nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from mpoe_kernels.backends import measured
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions, hardware_here
+from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions
 from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
+# Ops that are contractions: backends offer candidates for them instead of a kernel.
+CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": "backward"}
 
 
 class BackendError(RuntimeError):
@@ -52,12 +56,30 @@ def _nothing(_: Request) -> list[str]:
     return []
 
 
-def _every_contraction(_: Contraction) -> list[str]:
+def _no_reasons(_: Contraction) -> list[str]:
     return []
 
 
-def _roofline(plan: Contraction) -> float:
-    return plan.seconds(hardware_here(plan.device))
+class Candidate(NamedTuple):
+    """One way to compute a contraction.
+
+    Attributes:
+        backend: whose it is.
+        name: the strategy, and what is special about this way: ``rebuild``, ``rebuild on chip``.
+        strategy: one of `mpoe_kernels.planner.STRATEGIES`.
+        seconds: predicted time, or the measured one where there is one (see `measured`).
+        run: computes it; takes a `ForwardCall` or a `BackwardCall`.
+    """
+
+    backend: str
+    name: str
+    strategy: str
+    seconds: float
+    run: Callable[[Any], Any]
+
+
+def _no_candidates(_: Contraction) -> list[Candidate]:
+    return []
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +92,9 @@ class Backend:
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
         op_reasons: the same for single ops.
-        predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without strategies.
-        contraction_reasons: why it cannot compute a contraction (empty list: it can).
-        predicted_seconds: of a contraction; the cheapest pair of backend and strategy is chosen. Default: the
-            planner's roofline. A time in `measured` takes its place.
+        predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without candidates.
+        candidates: the ways to compute a contraction: a strategy in one phase.
+        contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
     """
 
     name: str
@@ -82,13 +103,13 @@ class Backend:
     request_reasons: Callable[[Request], list[str]] = _nothing
     op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
     predicted_cost: Callable[[Request], float] = lambda _: 1.0
-    contraction_reasons: Callable[[Contraction], list[str]] = _every_contraction
-    predicted_seconds: Callable[[Contraction], float] = _roofline
+    candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
+    contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty when it can."""
         reasons = list(self.unavailable_reasons())
-        if request.op not in self.kernels:
+        if request.op not in self.kernels and (request.op not in CONTRACTIONS or self.candidates is _no_candidates):
             reasons.append(f"it has no kernel for {request.op}")
         of_op = self.op_reasons.get(request.op, _nothing)(request)
         return [*reasons, *self.request_reasons(request), *of_op]
@@ -191,18 +212,18 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
     return best[1].kernels[request.op]
 
 
-class Choice(NamedTuple):
-    """Who computes a contraction, and how.
-
-    Attributes:
-        kernel: of the op.
-        strategy: what it is to compute.
-        backend: name of its backend.
-    """
-
-    kernel: Callable[..., Any]
-    strategy: str
-    backend: str
+def candidates_for(
+    backend: Backend, plan: Contraction, table: measured.Table | None = None
+) -> tuple[list[Candidate], list[str]]:
+    """What a backend offers for a contraction, with measured times where there are some; or why it has nothing."""
+    own = backend.contraction_reasons(plan)
+    if own:
+        return [], own
+    table = measured.table_here(plan.device) if table is None else table
+    return [
+        found._replace(seconds=measured.seconds_of(table, backend.name, found.name, plan) or found.seconds)
+        for found in backend.candidates(plan)
+    ], []
 
 
 @lru_cache(maxsize=8192)
@@ -212,34 +233,33 @@ def _resolve(
     num_experts: int,
     slots: int,
     dtype: torch.dtype,
-    phase: str,
     device: str,
     need: Need,
+    keeps: bool,
     backend_name: str,
     strategy_name: str,
     backends: tuple[Backend, ...],
     _threads: int,
-) -> Choice:
+) -> Candidate:
     """See `resolve_contraction`; ``_threads`` is read by the cost functions."""
-    sizes = (dims, num_experts, slots, dtype, phase, need, False, device)
+    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
     plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
     request = Request(op, device, dtype)
     table = measured.table_here(device)
     refused: dict[str, list[str]] = {}
-    able: list[tuple[float, Choice]] = []
+    able: list[Candidate] = []
     for backend in backends:
         if backend_name not in (AUTO, backend.name):
             continue
-        reasons = backend.unsupported_reasons(request)
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if refused[backend.name]:
+            continue
         for plan in plans:
-            own = backend.contraction_reasons(plan)
-            if not reasons and not own:
-                seconds = measured.seconds_of(table, backend.name, plan) or backend.predicted_seconds(plan)
-                able.append((seconds, Choice(backend.kernels[op], plan.strategy, backend.name)))
-            reasons_of_plans = refused.setdefault(backend.name, list(reasons))
-            reasons_of_plans += [reason for reason in own if reason not in reasons_of_plans]
+            found, reasons = candidates_for(backend, plan, table)
+            able += found
+            refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
     if able:
-        return min(able, key=lambda candidate: candidate[0])[1]
+        return min(able, key=lambda candidate: candidate.seconds)
     if backend_name != AUTO:
         raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
     listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
@@ -252,26 +272,26 @@ def resolve_contraction(
     num_experts: int,
     slots: int,
     dtype: torch.dtype,
-    phase: str,
     device: str,
     need: Need = ALL_GRADIENTS,
+    keeps: bool = False,
     backend_name: str = AUTO,
     strategy_name: str = AUTO,
-) -> Choice:
-    """The able pair of backend and strategy with the lowest predicted time, remembered for the next call alike.
+) -> Candidate:
+    """The able candidate with the lowest predicted time, remembered for the next problem alike.
 
     What the choice depends on besides the arguments is part of the memory's key: the registered backends and the
     number of CPU threads.
 
     Args:
-        op: name of the op.
+        op: one of `CONTRACTIONS`.
         dims: sizes of the blocks.
         num_experts: E.
         slots: rows N.
         dtype: of the activations.
-        phase: ``forward`` or ``backward``.
         device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
         need: which gradients a backward computes: x, left, central, right.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
         backend_name: only this backend.
         strategy_name: only this strategy.
 
@@ -279,6 +299,6 @@ def resolve_contraction(
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
     return _resolve(
-        *(op, dims, num_experts, slots, dtype, phase, device, need, backend_name, strategy_name),
+        *(op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name),
         *(tuple(_BACKENDS.values()), torch.get_num_threads()),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -57,15 +58,72 @@ def define_op(
     """
     name = body.__name__
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=())
+    return _register(op, name, fake, setup_context, backward, tuple(autocast_arguments))
+
+
+# Types of a signature's fields, as annotated -> as a schema writes them.
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "list[bool]": "bool[]",
+}
+
+
+def define_op_of(
+    name: str,
+    signature: type[Any],
+    results: int,
+    kernel: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: Sequence[str] = (),
+) -> Any:
+    """Register ``mpoe::<name>``, whose arguments are the fields of a dataclass, and which returns tensors.
+
+    Args:
+        name: of the op.
+        signature: dataclass; kernels, fake and schema know the arguments by its fields.
+        results: how many tensors it returns.
+        kernel, fake: take an instance of ``signature``.
+        setup_context, backward: as in `define_op`.
+        autocast: fields that autocast brings to its dtype.
+    """
+    declared = fields(signature)
+    arguments = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in declared)
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    names = [field.name for field in declared]
+
+    def body(*values: Any) -> Any:
+        return kernel(signature(*values))
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=schema)
+    positions = tuple(names.index(field) for field in autocast)
+    return _register(op, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
+
+
+def _register(
+    op: Any,
+    name: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+    autocast_positions: tuple[int, ...],
+) -> Any:
     op.register_fake(_on_one_device(fake, name))
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     else:
         _refuse_autograd(op, name)
     op.register_vmap(_refuse_vmap(name))
-    if autocast_arguments:
+    if autocast_positions:
         for device_type, key in AUTOCAST_KEYS.items():
-            _LIBRARY.impl(name, _autocast_kernel(op, device_type, tuple(autocast_arguments)), key)
+            _LIBRARY.impl(name, _autocast_kernel(op, device_type, autocast_positions), key)
 
     def call(*arguments: Any) -> Any:
         if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:

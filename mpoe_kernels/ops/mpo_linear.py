@@ -20,7 +20,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.ops.define import call_kernel, define_op
+from mpoe_kernels.ops.define import call_kernel, define_op_of
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.planner.program import Need
 
@@ -38,79 +38,22 @@ ACTIVATIONS = {
 }
 
 
-def _saves_central_step(left: Tensor, right: Tensor, strategy: str, save: bool) -> bool:
-    """Whether forward runs the separable strategy and keeps h: a rule without slot counts, so that fakes know it."""
-    return save and strategy in ("auto", "separable") and left.shape[2] == 1 and right.shape[2] == 1
+def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    return _run("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
 
 
-def grouped_mpo_linear_body(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _saves_central_step(left, right, strategy, save):
-        strategy = "separable"
-    return _run(
-        "grouped_mpo_linear",
-        "forward",
-        ForwardCall(
-            *(x, left, central, right, expert_offsets, bias, row_index),
-            *(in_features, out_features, activation, strategy, backend),
-            save,
-        ),
-    )
-
-
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = ForwardCall(*arguments)
+def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     x, central, slots = call.x, call.central, call.slots
     y = x.new_empty(slots, call.out_features)
-    h, z = x.new_empty(0), x.new_empty(0)
-    if call.saves_z:
-        z = torch.empty_like(y)
-    if _saves_central_step(call.left, call.right, call.strategy, call.save):
-        h = x.new_empty(slots * central.shape[2], central.shape[3])
-    return y, h, z
+    h = x.new_empty(slots * central.shape[2], central.shape[3]) if call.saves_h else x.new_empty(0)
+    return y, h, torch.empty_like(y) if call.saves_z else x.new_empty(0)
 
 
-def grouped_mpo_linear_backward_body(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-    strategy: str,
-    backend: str,
-    grad: Tensor,
-    h: Tensor,
-    saved: Tensor,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = BackwardCall(
-        *(x, left, central, right, expert_offsets, bias, row_index),
-        *(in_features, out_features, activation, strategy, backend),
-        *(grad, h, saved, need),
-    )
-    return _run("grouped_mpo_linear_backward", "backward", call, call.need_of_plan)
+def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run("grouped_mpo_linear_backward", call, call.need_of_plan, False)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = BackwardCall(*arguments)
+def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dleft, dcentral, dright, dbias = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else call.grad.new_empty(0)
         for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
@@ -118,21 +61,21 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return dx, dleft, dcentral, dright, dbias
 
 
-def _run(op: str, phase: str, call: LinearCall, need: Need = ALL_GRADIENTS) -> Any:
-    """Call the kernel that the registry chooses, with the strategy that it chooses."""
-    kernel, strategy, _ = resolve_contraction(
+def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
+    """Run the candidate that the registry chooses. A forward that keeps rows for its backward is ``separable``."""
+    candidate = resolve_contraction(
         op,
         call.dims,
         num_experts=call.num_experts,
         slots=call.slots,
         dtype=call.x.dtype,
-        phase=phase,
         device=str(call.x.device),
         need=need,
+        keeps=keeps,
         backend_name=call.backend,
-        strategy_name=call.strategy,
+        strategy_name="separable" if keeps else call.strategy,
     )
-    return call_kernel(kernel, replace(call, strategy=strategy))
+    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -154,15 +97,16 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tupl
     return dx, dleft, dcentral, dright, None, dbias, *(None,) * 7
 
 
-grouped_mpo_linear_body.__name__ = "grouped_mpo_linear"
-grouped_mpo_linear_backward_body.__name__ = "grouped_mpo_linear_backward"
-_backward = define_op(grouped_mpo_linear_backward_body, _backward_fake)
-_forward = define_op(
-    grouped_mpo_linear_body,
+_backward = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
+_forward = define_op_of(
+    "grouped_mpo_linear",
+    ForwardCall,
+    3,
+    _forward_kernel,
     _forward_fake,
     setup_context=_setup,
     backward=_autograd,
-    autocast_arguments=(0, 1, 2, 3, 5),
+    autocast=("x", "left", "central", "right", "bias"),
 )
 
 

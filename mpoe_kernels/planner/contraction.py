@@ -48,6 +48,7 @@ class Contraction:
         temporary_bytes: largest weight memory alive at once: built weights and their gradients.
         activation_bytes: intermediate rows (neither x nor y), the largest neighbours alive at once.
         device: ``cpu``, ``cuda:1``, ...; for the cost functions of backends.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
     """
 
     strategy: str
@@ -67,6 +68,7 @@ class Contraction:
     temporary_bytes: int
     activation_bytes: int
     device: str = "cpu"
+    keeps: bool = False
 
     @property
     def device_type(self) -> str:
@@ -196,6 +198,7 @@ def contraction(
     need: Need = ALL_GRADIENTS,
     mask_central: bool = False,
     device: str = "cpu",
+    keeps: bool = False,
 ) -> Contraction:
     """One strategy in one phase; see `Contraction` for the arguments.
 
@@ -225,6 +228,7 @@ def contraction(
         temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize if found else 0,
         activation_bytes=_activation_elements(dims, strategy) * slots * dtype.itemsize,
         device=device,
+        keeps=keeps,
     )
 
 
@@ -245,6 +249,7 @@ def contractions(
     need: Need = ALL_GRADIENTS,
     mask_central: bool = False,
     device: str = "cpu",
+    keeps: bool = False,
 ) -> tuple[Contraction, ...]:
     """Every candidate of one phase whose temporary weights stay within two experts' weights.
 
@@ -257,9 +262,10 @@ def contractions(
         need: which gradients a backward computes: x, left, central, right.
         mask_central: the central gradient is not needed.
         device: where, for the cost functions of backends.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
     """
     found = (
-        contraction(strategy, dims, num_experts, slots, dtype, phase, need, mask_central, device)
+        contraction(strategy, dims, num_experts, slots, dtype, phase, need, mask_central, device, keeps)
         for strategy in candidate_strategies(dims)
     )
     limit = 2 * dims.weight_elements * dtype.itemsize

@@ -79,7 +79,7 @@ EMULATED = backend_of(
     hardware=lambda _: HARDWARE["h100"],
     unavailable_reasons=missing,
     predicted_cost=lambda _: NEVER_CHOSEN,
-    predicted_seconds=lambda _: NEVER_CHOSEN,
+    least_seconds=NEVER_CHOSEN,
 )
 
 

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
-from mpoe_kernels.backends.registry import Request, resolve_contraction, select
-from mpoe_kernels.planner import STRATEGIES, BlockDims
+from mpoe_kernels.backends.registry import (
+    _BACKENDS,
+    CONTRACTIONS,
+    Backend,
+    Candidate,
+    Request,
+    resolve_contraction,
+)
+from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.testing.cases import random_cores
 
 # ``MPOE_TEST_BACKENDS`` names others, as tests/cuda/test_public_ops.py does.
@@ -25,11 +32,29 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether this backend has a CPU kernel of this op and dtype."""
-    try:
-        select(Request(op, "cpu", dtype), backend)
-    except BackendError:
-        return False
-    return True
+    return not _BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
+
+
+def candidate_backend(
+    name: str,
+    kernels: dict[str, Callable[..., object]],
+    seconds: Callable[[Contraction], float] = lambda _: 1.0,
+    reasons: Callable[[Contraction], list[str]] = lambda _: [],
+) -> Backend:
+    """A backend with one candidate for every strategy of the ops in ``kernels``, which take a call."""
+    ops = {phase: op for op, phase in CONTRACTIONS.items()}
+
+    def candidates(plan: Contraction) -> list[Candidate]:
+        return [Candidate(name, plan.strategy, plan.strategy, seconds(plan), kernels[ops[plan.phase]])]
+
+    return Backend(name, {}, candidates=candidates, contraction_reasons=reasons)
+
+
+def eager_kernel(op: str) -> Callable[..., object]:
+    """What the eager backend runs for a contraction."""
+    from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
+
+    return {"forward": linear_forward, "backward": linear_backward}[CONTRACTIONS[op]]
 
 
 def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
@@ -55,7 +80,7 @@ def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: t
     dims = BlockDims.of_blocks(blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features)
     op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
     try:
-        resolve_contraction(op, dims, 2, 8, dtype, phase, "cpu", backend_name=backend, strategy_name=strategy)
+        resolve_contraction(op, dims, 2, 8, dtype, "cpu", backend_name=backend, strategy_name=strategy)
     except BackendError:
         return False
     return True

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from backend_cases import candidate_backend, eager_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,12 +66,11 @@ def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_ba
 
 def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    eager = registry._BACKENDS["eager"]
 
     def logged(name: str):
-        return lambda *args: (calls.append(name), eager.kernels[name](*args))[1]
+        return lambda *args: (calls.append(name), eager_kernel(name)(*args))[1]
 
-    cheap = registry.Backend("cheap", {k: logged(k) for k in eager.kernels}, predicted_seconds=lambda _: 0.0)
+    cheap = candidate_backend("cheap", {op: logged(op) for op in registry.CONTRACTIONS}, lambda _: 0.0)
     monkeypatch.setitem(registry._BACKENDS, "cheap", cheap)
     run()
     assert calls == ["grouped_mpo_linear"]
@@ -89,16 +89,15 @@ def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeyp
 def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cheapest able pair wins, forward and backward each for itself; naming a strategy forces both."""
     calls = []
-    eager = registry._BACKENDS["eager"]
 
     def logged(op: str):
-        return lambda call: (calls.append((op, call.strategy)), eager.kernels[op](call))[1]
+        return lambda call: (calls.append((op, call.strategy)), eager_kernel(op)(call))[1]
 
-    picky = registry.Backend(
+    picky = candidate_backend(
         "picky",
-        {op: logged(op) for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")},
-        contraction_reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
-        predicted_seconds=lambda plan: {"chain": -2.0, "rebuild": -1.0}.get(plan.strategy, 1.0),
+        {op: logged(op) for op in registry.CONTRACTIONS},
+        seconds=lambda plan: {"chain": -2.0, "rebuild": -1.0}.get(plan.strategy, 1.0),
+        reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
     )
     monkeypatch.setitem(registry._BACKENDS, "picky", picky)
     blocks = random_blocks(SMALL_SHAPES["light"], 1, requires_grad=True)
@@ -115,11 +114,10 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = registry._BACKENDS["eager"]
-    limited = registry.Backend(
+    limited = candidate_backend(
         "limited",
-        eager.kernels,
-        contraction_reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
+        {op: eager_kernel(op) for op in registry.CONTRACTIONS},
+        reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
     )
     monkeypatch.setitem(registry._BACKENDS, "limited", limited)
     assert run(backend="limited").shape == (3, 12)
@@ -129,7 +127,7 @@ def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 def test_choosing_costs_little_on_repeated_sizes() -> None:
     arguments = ("grouped_mpo_linear", BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072), 8, 64, torch.float32)
-    choose = functools.partial(registry.resolve_contraction, *arguments, "forward", "cpu")
+    choose = functools.partial(registry.resolve_contraction, *arguments, "cpu")
     first = choose()
     samples = []
     for _ in range(5):
@@ -159,10 +157,9 @@ def test_use_backend_holds_in_its_thread_alone() -> None:
 def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a graph, and around it: torch.compile guards on what was set when it traced."""
     calls = []
-    eager = registry._BACKENDS["eager"]
-    kernel = eager.kernels["grouped_mpo_linear"]
+    kernel = eager_kernel("grouped_mpo_linear")
     kernels = {"grouped_mpo_linear": lambda *args: (calls.append("slow"), kernel(*args))[1]}
-    monkeypatch.setitem(registry._BACKENDS, "slow", registry.Backend("slow", kernels, predicted_seconds=lambda _: 1e9))
+    monkeypatch.setitem(registry._BACKENDS, "slow", candidate_backend("slow", kernels, lambda _: 1e9))
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
     x, offsets = torch.ones(3, 12, dtype=torch.float64), torch.tensor([0, 1, 3])
 

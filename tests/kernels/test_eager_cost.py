@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
+from backend_cases import eager_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.backends import registry
 from mpoe_kernels.backends.eager import cost
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
@@ -58,11 +58,10 @@ def test_gemm_calls(name: str, strategy: str, phase: str) -> None:
     offsets = torch.arange(EXPERTS + 1, dtype=torch.int32) * (SLOTS // EXPERTS)
     given = (x, blocks.left, blocks.central, blocks.right, offsets, None, None)
     common = (*given, shape.in_features, shape.out_features, "none", strategy, "eager")
-    kernels = registry._BACKENDS["eager"].kernels
     with CountGemms() as forward:
-        _, h, z = kernels["grouped_mpo_linear"](ForwardCall(*common, save=True))
+        _, h, z = eager_kernel("grouped_mpo_linear")(ForwardCall(*common, save=True))
     with CountGemms() as backward:
-        kernels["grouped_mpo_linear_backward"](BackwardCall(*common, grad, h, z, need=[True] * 4 + [False]))
+        eager_kernel("grouped_mpo_linear_backward")(BackwardCall(*common, grad, h, z, need=[True] * 4 + [False]))
     made = (forward if phase == "forward" else backward).gemms
     plan = contraction(strategy, dims, EXPERTS, SLOTS, torch.float32, phase)
     counted, _ = (cost._rebuild if strategy == "rebuild" else cost._rows)(plan)

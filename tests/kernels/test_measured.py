@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_cases import candidate_backend
 
 from mpoe_kernels import BackendError
 from mpoe_kernels.backends import measured, registry
@@ -20,15 +21,15 @@ def plan(slots: int, phase: str = "forward"):
 
 
 def test_times_are_interpolated_between_measured_numbers_of_slots(tmp_path: Path) -> None:
-    name = measured.key("cuda", plan(1))
+    name = measured.key("cuda", "rebuild", plan(1))
     assert name == "cuda rebuild forward bfloat16 8x8x64x12x48x64x8x8x768x3072 E8"
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"Some GPU": {name: [[300, 4e-3], [100, 2e-3]]}}))
     table = measured.read(file)["Some GPU"]
     for slots, seconds in ((100, 2e-3), (150, 2.5e-3), (300, 4e-3), (99, None), (301, None)):
-        assert measured.seconds_of(table, "cuda", plan(slots)) == pytest.approx(seconds)
-    assert measured.seconds_of(table, "triton", plan(100)) is None
-    assert measured.seconds_of({}, "cuda", plan(100)) is None
+        assert measured.seconds_of(table, "cuda", "rebuild", plan(slots)) == pytest.approx(seconds)
+    assert measured.seconds_of(table, "triton", "rebuild", plan(100)) is None
+    assert measured.seconds_of({}, "cuda", "rebuild", plan(100)) is None
 
 
 def test_gradients_are_part_of_the_key() -> None:
@@ -36,8 +37,8 @@ def test_gradients_are_part_of_the_key() -> None:
         plan(8, "backward"),
         contraction("rebuild", DIMS, 8, 8, torch.bfloat16, "backward", (True, True, False, True)),
     )
-    assert measured.key("cuda", every).endswith("E8 need1111")
-    assert measured.key("cuda", masked).endswith("E8 need1101")
+    assert measured.key("cuda", "rebuild", every).endswith("E8 need1111")
+    assert measured.key("cuda", "rebuild", masked).endswith("E8 need1101")
 
 
 @pytest.mark.parametrize("pairs", [[], [[8, 0.0]], [[-1, 1.0]]])
@@ -54,16 +55,16 @@ def test_the_shipped_file_can_be_read() -> None:
 def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two backends whose predictions say the opposite; naming one still overrides."""
     kernels = {"grouped_mpo_linear": lambda: None}
-    quick = registry.Backend("quick", kernels, predicted_seconds=lambda _: 1e-6)
-    slow = registry.Backend("slow", kernels, predicted_seconds=lambda _: 1e-3)
+    quick = candidate_backend("quick", kernels, lambda _: 1e-6)
+    slow = candidate_backend("slow", kernels, lambda _: 1e-3)
     monkeypatch.setattr(registry, "_BACKENDS", {"quick": quick, "slow": slow})
 
     def chosen(slots: int, backend: str = "auto") -> str:
-        arguments = ("grouped_mpo_linear", DIMS, 8, slots, torch.bfloat16, "forward", "cuda")
+        arguments = ("grouped_mpo_linear", DIMS, 8, slots, torch.bfloat16, "cuda")
         return registry.resolve_contraction(*arguments, backend_name=backend, strategy_name="rebuild").backend
 
     assert chosen(64) == "quick"
-    table = {measured.key("quick", plan(1)): [(1, 5e-3), (4096, 5e-3)]}
+    table = {measured.key("quick", "rebuild", plan(1)): [(1, 5e-3), (4096, 5e-3)]}
     monkeypatch.setattr(measured, "table_here", lambda device: table if device == "cuda" else {})
     assert chosen(65) == "slow"
     assert chosen(66, "quick") == "quick"

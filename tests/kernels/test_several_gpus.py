@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from backend_cases import candidate_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels.backends import measured, registry
 from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.backends.cuda.cost import launch_of
+from mpoe_kernels.backends.cuda.cost import ways
 from mpoe_kernels.backends.cuda.linear import LinearKernels
 from mpoe_kernels.backends.eager import EAGER
 from mpoe_kernels.backends.linear_call import ForwardCall
@@ -71,7 +72,7 @@ def test_numbers_of_the_card(gpus: None) -> None:
 def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> None:
     def seconds(device: str) -> float:
         plan = contraction("rebuild", DIMS, 8, 4096, torch.bfloat16, phase, device=device)
-        return backend.predicted_seconds(plan)
+        return min(candidate.seconds for candidate in backend.candidates(plan))
 
     assert seconds("cuda") == seconds("cuda:0") > seconds("cuda:1") > 0
 
@@ -89,10 +90,10 @@ def test_measured_times(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {"grouped_mpo_linear": lambda: None}
-    first = registry.Backend("first", kernels, predicted_seconds=lambda plan: 1.0 if plan.device == "cuda:0" else 3.0)
-    second = registry.Backend("second", kernels, predicted_seconds=lambda _: 2.0)
+    first = candidate_backend("first", kernels, lambda plan: 1.0 if plan.device == "cuda:0" else 3.0)
+    second = candidate_backend("second", kernels, lambda _: 2.0)
     monkeypatch.setattr(registry, "_BACKENDS", {"first": first, "second": second})
-    arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16, "forward")
+    arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
     assert registry.resolve_contraction(*arguments, "cuda:0").backend == "first"
     assert registry.resolve_contraction(*arguments, "cuda:1").backend == "second"
 
@@ -123,9 +124,11 @@ def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
         *(on_gpu(3, dtype=torch.int32), None, None, shape.in_features, shape.out_features),
         *("none", "rebuild", "cuda", True),
     )
-    LinearKernels(SimpleNamespace(linear_forward=linear_forward), hardware).forward(call)
     plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    assert programs == [launch_of(plan, HARDWARE["b200"]).program]
+    kernels = LinearKernels(SimpleNamespace(linear_forward=linear_forward), hardware)
+    for candidate in kernels.candidates("cuda", plan):
+        candidate.run(call)
+    assert programs == [way.program for way in ways(plan, HARDWARE["b200"])]
 
 
 class Kernel:

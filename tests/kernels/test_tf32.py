@@ -98,7 +98,7 @@ def test_cuda_follows(allowed: bool, h100: None, dtype: torch.dtype) -> None:
         *(torch.tensor([0, 1, 3], dtype=torch.int32), None, None),
         *(shape.in_features, shape.out_features, "none", "rebuild", "cuda", False),
     )
-    LinearKernels(SimpleNamespace(linear_forward=linear_forward), lambda *_: HARDWARE["h100"]).forward(call)
+    LinearKernels(SimpleNamespace(linear_forward=linear_forward), lambda *_: HARDWARE["h100"]).forward(call, "LC W | W")
     assert told == [allowed and dtype == torch.float32]
 
 

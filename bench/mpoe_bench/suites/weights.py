@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpoe_bench.choice import EAGER, chosen_contractions
+from mpoe_bench.choice import EAGER, chosen_contractions, describe_choice
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.section import NOT_HERE, Setup, failure_text
 from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear, route
@@ -85,14 +85,15 @@ def temporary_weights_section(
                 row |= {"backend": backend, "experts": count, "alive": {}, "temporary": {}, "strategies": {}}
                 try:
                     chosen = chosen_contractions(shape, count, tokens, torch.float32, True, setup.device, backend)
-                    for phase, (found, owner) in chosen.items():
-                        how = (owner, found.strategy, phase)
+                    names = describe_choice(chosen)
+                    for phase, (found, candidate) in chosen.items():
+                        how = (candidate.backend, found.strategy, phase)
                         if how not in known:
                             one, two = (_temporary(shape, count, each, *how, setup.device) for each in (1, 2))
                             known[how] = beyond_tokens(one, two)
                         row["temporary"][phase] = known[how]
                         row["alive"][phase] = row["temporary"][phase] / weight
-                        row["strategies"][phase] = f"{found.strategy} [{owner}]"
+                        row["strategies"][phase] = names[phase]
                     # It applies the shared core to all tokens: no expert's weight ever exists.
                     row["rebuilds"] = any(found.strategy != "separable" for found, _ in chosen.values())
                 except BackendError as error:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.backends.cuda.cost import gpu, predicted_cost, predicted_seconds
+from mpoe_kernels.backends.cuda.cost import gpu, predicted_cost
 from mpoe_kernels.backends.cuda.embedding import EmbeddingKernels
 from mpoe_kernels.backends.cuda.linear import DTYPES, LinearKernels, contraction_reasons
 from mpoe_kernels.backends.cuda.load import unavailable_reasons
 from mpoe_kernels.backends.cuda.routing import RoutingKernels
-from mpoe_kernels.backends.registry import Backend, Request
+from mpoe_kernels.backends.registry import Backend, Candidate, Request
 from mpoe_kernels.planner import Contraction, Hardware
 
 
@@ -23,7 +23,7 @@ def backend_of(
     hardware: Callable[[str], Hardware],
     unavailable_reasons: Callable[[], list[str]],
     predicted_cost: Callable[[Request], float],
-    predicted_seconds: Callable[[Contraction], float],
+    least_seconds: float = 0.0,
 ) -> Backend:
     """The CUDA kernels as a backend.
 
@@ -32,7 +32,8 @@ def backend_of(
         ops: namespace of the compiled ops: those for a GPU, or in tests the same ones emulated.
         device_type: of the tensors that they take.
         hardware: numbers of a device, by which the form of a kernel is chosen.
-        unavailable_reasons, predicted_cost, predicted_seconds: see `Backend`.
+        unavailable_reasons, predicted_cost: see `Backend`.
+        least_seconds: added to the predicted times, so that the backend is only chosen where it is named.
     """
 
     def request_reasons(request: Request) -> list[str]:
@@ -44,18 +45,23 @@ def backend_of(
             reasons.append(f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}")
         return reasons
 
+    linear = LinearKernels(ops, hardware)
+
+    def candidates(plan: Contraction) -> list[Candidate]:
+        found = linear.candidates(name, plan)
+        return [candidate._replace(seconds=least_seconds + candidate.seconds) for candidate in found]
+
     return Backend(
         name=name,
         kernels={
             **RoutingKernels(ops).table(),
-            **LinearKernels(ops, hardware).table(),
             **EmbeddingKernels(ops).table(),
         },
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
         predicted_cost=predicted_cost,
+        candidates=candidates,
         contraction_reasons=contraction_reasons,
-        predicted_seconds=predicted_seconds,
     )
 
 
@@ -66,5 +72,4 @@ CUDA = backend_of(
     gpu,
     unavailable_reasons,
     predicted_cost,
-    predicted_seconds,
 )

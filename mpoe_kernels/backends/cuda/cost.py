@@ -1,8 +1,8 @@
 """How long the CUDA kernels are predicted to take, and which of them compute a contraction.
 
 The strategy ``rebuild`` has two forms: by steps through a scratch of at most two experts' weights, and in panels that
-never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. The fastest
-one by prediction is launched.
+never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is a
+candidate of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class Launch(NamedTuple):
     """What csrc/cuda/linear.h is told to do.
 
     Attributes:
+        name: of the candidate.
         program: its text, e.g. ``LC W | W`` or ``panel 4 1 24 LC W | W``.
         seconds: predicted time.
     """
 
+    name: str
     program: str
     seconds: float
 
@@ -57,29 +59,23 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Launch | None:
         sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
         others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
         seconds += gpu_seconds(others, hardware)
-    return Launch(panel.program, seconds)
+    return Launch("rebuild in panels", panel.program, seconds)
 
 
 def _in_one_launch(plan: Contraction, hardware: Hardware) -> Launch | None:
-    """``chain`` or ``separable`` for few rows. None where there is no such kernel."""
-    if plan.strategy not in ("chain", "separable") or plan.phase != "forward":
+    """``chain`` or ``separable`` for few rows, whose central rows are not kept. None where there is no such kernel."""
+    if plan.strategy not in ("chain", "separable") or plan.phase != "forward" or plan.keeps:
         return None
     few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
-    return None if few is None else Launch(few.program, few.seconds)
+    return None if few is None else Launch(f"{plan.strategy} in one launch", few.program, few.seconds)
 
 
 @lru_cache(maxsize=4096)
-def launch_of(plan: Contraction, hardware: Hardware, saves_h: bool = False) -> Launch:
-    """The form of a contraction that is predicted to be the fastest.
-
-    Args:
-        plan: what to compute.
-        hardware: on which device.
-        saves_h: whether a forward of ``separable`` keeps its central rows for backward.
-    """
-    by_steps = Launch(steps_program(plan.dims, plan.strategy), gpu_seconds(plan, hardware))
-    others = (_in_panels(plan, hardware), None if saves_h else _in_one_launch(plan, hardware))
-    return min((by_steps, *(form for form in others if form is not None)), key=lambda form: form.seconds)
+def ways(plan: Contraction, hardware: Hardware) -> tuple[Launch, ...]:
+    """Every way to compute a contraction: step by step, and whatever else its strategy and phase have."""
+    by_steps = Launch(plan.strategy, steps_program(plan.dims, plan.strategy), gpu_seconds(plan, hardware))
+    others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
+    return (by_steps, *(form for form in others if form is not None))
 
 
 @lru_cache(maxsize=16)
@@ -91,11 +87,6 @@ def gpu(device: str) -> Hardware:
     """Numbers of a GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
     properties = torch.cuda.get_device_properties(device)
     return _with_shared_memory(hardware_here(device), properties.shared_memory_per_multiprocessor)
-
-
-def predicted_seconds(plan: Contraction) -> float:
-    """Time of a contraction with the CUDA kernels."""
-    return launch_of(plan, gpu(plan.device)).seconds
 
 
 def predicted_cost(request: Request) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.cuda.cost import launch_of
+from mpoe_kernels.backends.cuda.cost import ways
 from mpoe_kernels.backends.indices import slots_by_token
-from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, Hardware, contraction, may_round_to_tf32
+from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
+from mpoe_kernels.backends.registry import Candidate
+from mpoe_kernels.planner import Contraction, Hardware, may_round_to_tf32
 from mpoe_kernels.planner.orders import applications
-from mpoe_kernels.planner.program import Need
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
@@ -32,39 +32,27 @@ def contraction_reasons(plan: Contraction) -> list[str]:
     return reasons
 
 
-@lru_cache(maxsize=8192)
-def _program(
-    hardware: Hardware,
-    strategy: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    phase: str,
-    need: Need,
-    saves_h: bool,
-) -> str:
-    """What the launcher is told to do."""
-    plan = contraction(strategy, dims, num_experts, slots, dtype, phase, need)
-    return launch_of(plan, hardware, saves_h).program
-
-
 @dataclass(frozen=True)
 class LinearKernels:
     """The two kernels of the op.
 
     Attributes:
         ops: namespace of the compiled ops.
-        hardware: numbers of a device, by which the form of a kernel is chosen.
+        hardware: numbers of a device, by which a candidate's form and time are predicted.
     """
 
     ops: Any
     hardware: Callable[[str], Hardware]
 
-    def forward(self, call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, h, z)``, see `ForwardCall`."""
+    def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
+        """The ways of `ways`, each told its program. ``name``: of the backend."""
+        run = self.forward if plan.phase == "forward" else self.backward
+        found = ways(plan, self.hardware(plan.device))
+        return [Candidate(name, w.name, plan.strategy, w.seconds, partial(run, program=w.program)) for w in found]
+
+    def forward(self, call: ForwardCall, program: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, h, z)``, see `ForwardCall`. ``program``: the text that csrc/cuda/linear.h understands."""
         x, save_h, save_z = call.x, call.saves_h, call.saves_z
-        program = self._program(call, "forward", ALL_GRADIENTS, save_h)
         y, h, z = self.ops.linear_forward(
             *(x, *call.blocks, call.expert_offsets, call.bias, call.row_index),
             *(call.in_features, call.out_features, call.activation),
@@ -72,10 +60,9 @@ class LinearKernels:
         )
         return y, h if save_h else x.new_empty(0), z if save_z else x.new_empty(0)
 
-    def backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def backward(self, call: BackwardCall, program: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
         x, row_index = call.x, call.row_index
-        program = self._program(call, "backward", call.need_of_plan, False)
         dx, dleft, dcentral, dright, dbias = self.ops.linear_backward(
             *(call.grad, x, *call.blocks, call.expert_offsets, row_index, call.saved_h),
             *(None if call.activation == "none" else call.saved, call.in_features, call.out_features, call.activation),
@@ -84,10 +71,3 @@ class LinearKernels:
         if call.need[0] and row_index is not None:
             dx = self.ops.sum_rows(dx, *slots_by_token(row_index, x.shape[0]))
         return dx, dleft, dcentral, dright, dbias
-
-    def _program(self, call: LinearCall, phase: str, need: Need, saves_h: bool) -> str:
-        sizes = (call.dims, call.num_experts, call.slots, call.x.dtype)
-        return _program(self.hardware(str(call.x.device)), call.strategy, *sizes, phase, need, saves_h)
-
-    def table(self) -> dict[str, Callable[..., Any]]:
-        return {"grouped_mpo_linear": self.forward, "grouped_mpo_linear_backward": self.backward}

@@ -1,6 +1,6 @@
 """Pure PyTorch kernels: always there, on every device and dtype, and what other backends are measured against."""
 
-from mpoe_kernels.backends.eager.cost import contraction_reasons, predicted_seconds
+from mpoe_kernels.backends.eager.cost import predicted_seconds
 from mpoe_kernels.backends.eager.embedding import embedding_backward, embedding_forward
 from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
 from mpoe_kernels.backends.eager.routing import (
@@ -10,7 +10,15 @@ from mpoe_kernels.backends.eager.routing import (
     dispatch_forward,
     route_forward,
 )
-from mpoe_kernels.backends.registry import Backend
+from mpoe_kernels.backends.registry import Backend, Candidate
+from mpoe_kernels.planner import Contraction
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """One way for every strategy."""
+    run = linear_forward if plan.phase == "forward" else linear_backward
+    return [Candidate("eager", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
+
 
 EAGER = Backend(
     name="eager",
@@ -20,11 +28,8 @@ EAGER = Backend(
         "dispatch_backward": dispatch_backward,
         "combine": combine_forward,
         "combine_backward": combine_backward,
-        "grouped_mpo_linear": linear_forward,
-        "grouped_mpo_linear_backward": linear_backward,
         "mpo_embedding": embedding_forward,
         "mpo_embedding_backward": embedding_backward,
     },
-    contraction_reasons=contraction_reasons,
-    predicted_seconds=predicted_seconds,
+    candidates=candidates,
 )

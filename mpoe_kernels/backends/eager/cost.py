@@ -151,11 +151,6 @@ def _seconds(plan: Contraction, hardware: Hardware) -> float:
     return plan.seconds(hardware) + overhead + memory
 
 
-def contraction_reasons(_: Contraction) -> list[str]:
-    """Why the eager kernels cannot compute a contraction: they compute every one."""
-    return []
-
-
 def predicted_seconds(plan: Contraction) -> float:
     """Time of a contraction with the eager kernels."""
     return _seconds(plan, hardware_here(plan.device))

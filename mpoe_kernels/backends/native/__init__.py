@@ -4,12 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 from mpoe_kernels.backends.native.cost import predicted_seconds
-from mpoe_kernels.backends.native.linear import LINEAR_KERNELS, contraction_reasons
+from mpoe_kernels.backends.native.linear import contraction_reasons, linear_backward, linear_forward
 from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
 from mpoe_kernels.backends.native.routing import ROUTING_KERNELS
-from mpoe_kernels.backends.registry import Backend, Request
+from mpoe_kernels.backends.registry import Backend, Candidate, Request
+from mpoe_kernels.planner import Contraction
 
-KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS, **LINEAR_KERNELS}
+KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS}
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """One way for every strategy."""
+    run = linear_forward if plan.phase == "forward" else linear_backward
+    return [Candidate("native", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
 
 
 def unavailable_reasons() -> list[str]:
@@ -34,6 +41,6 @@ NATIVE = Backend(
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
     predicted_cost=predicted_cost,
+    candidates=candidates,
     contraction_reasons=contraction_reasons,
-    predicted_seconds=predicted_seconds,
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,9 +42,3 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
         *(call.grad, call.x, *call.blocks, call.expert_offsets, call.row_index, call.h, call.saved),
         *(call.in_features, call.out_features, call.activation, call.strategy, *call.need),
     )
-
-
-LINEAR_KERNELS: dict[str, Callable[..., Any]] = {
-    "grouped_mpo_linear": linear_forward,
-    "grouped_mpo_linear_backward": linear_backward,
-}

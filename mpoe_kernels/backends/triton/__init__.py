@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.backends.registry import Backend, Request
+from mpoe_kernels.backends.registry import Backend, Candidate, Request
 from mpoe_kernels.backends.triton.architecture import (
     NO_LIMIT,
     architecture_of,
@@ -21,7 +21,14 @@ from mpoe_kernels.backends.triton.architecture import (
     shared_memory_of,
     triton_reasons,
 )
-from mpoe_kernels.backends.triton.cost import contraction_reasons, predicted_cost, predicted_seconds
+from mpoe_kernels.backends.triton.cost import (
+    ON_CHIP,
+    ON_CHIP_FROM_HALF,
+    contraction_reasons,
+    predicted_cost,
+    ways_here,
+)
+from mpoe_kernels.planner import Contraction
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,15 +39,30 @@ _KERNELS = {
     "dispatch_backward": ("routing", "dispatch_backward"),
     "combine": ("routing", "combine_forward"),
     "combine_backward": ("routing", "combine_backward"),
-    "grouped_mpo_linear": ("linear", "linear_forward"),
-    "grouped_mpo_linear_backward": ("linear", "linear_backward"),
     "mpo_embedding": ("embedding", "embedding_forward"),
     "mpo_embedding_backward": ("embedding", "embedding_backward"),
 }
 
 
-def _call(module: str, function: str, *arguments: Any) -> Any:
-    return getattr(import_module(f"{__name__}.{module}"), function)(*arguments)
+def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
+    return getattr(import_module(f"{__name__}.{module}"), function)(*arguments, **options)
+
+
+# Way to compute a contraction -> function of the module ``linear`` and its options.
+_WAYS: dict[str, tuple[str, dict[str, bool]]] = {
+    ON_CHIP: ("on_chip", {"half": False}),
+    ON_CHIP_FROM_HALF: ("on_chip", {"half": True}),
+}
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """Step by step, and what the fused kernels do."""
+    found = []
+    for name, seconds in ways_here(plan).items():
+        function, options = _WAYS.get(name, ("by_steps", {}))
+        run = partial(_call, "linear", f"{plan.phase}_{function}", **options)
+        found.append(Candidate("triton", name, plan.strategy, seconds, run))
+    return found
 
 
 def unavailable_reasons() -> list[str]:
@@ -86,6 +108,6 @@ TRITON = Backend(
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
     predicted_cost=predicted_cost,
+    candidates=candidates,
     contraction_reasons=contraction_reasons,
-    predicted_seconds=predicted_seconds,
 )

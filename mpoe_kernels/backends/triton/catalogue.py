@@ -18,8 +18,8 @@ from torch import Tensor
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
 from mpoe_kernels.backends.triton import embedding, linear, routing
 from mpoe_kernels.backends.triton.configs import most_tiles
-from mpoe_kernels.backends.triton.cost import MOST_EXPERTS
-from mpoe_kernels.backends.triton.fused_cost import fused_reasons
+from mpoe_kernels.backends.triton.cost import MOST_EXPERTS, ON_CHIP, ON_CHIP_FROM_HALF
+from mpoe_kernels.backends.triton.fused_cost import fused_reasons, half_fits
 from mpoe_kernels.backends.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
 from mpoe_kernels.backends.triton.start import Launch, recorded, target_of
 from mpoe_kernels.mpo.shape import MPOShape
@@ -27,7 +27,7 @@ from mpoe_kernels.planner import BlockDims, contractions
 
 MODEL, HIDDEN, VOCABULARY = 768, 3072, 32128
 EXPERTS = (8, 64)
-ON_CHIP = "rebuild on chip"  # by the fused kernels
+ON_CHIP_NAMES = (ON_CHIP, ON_CHIP_FROM_HALF)
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 FEW_SHAPES = ("paper 64", "separable")  # on which every kernel of the products is started
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,17 +80,17 @@ def _blocks(dims: BlockDims, experts: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:
-    """What the planner may choose, and the fused kernels as a strategy of their own."""
+    """Names of the candidates: what the planner may choose, and the fused kernels."""
     found = [plan.strategy for plan in contractions(dims, experts, tokens, dtype, phase)]
-    fits = max(dims.a, dims.b) <= MOST_BOND and not dims.is_separable
-    return [*found, ON_CHIP] if fits else found
+    if max(dims.a, dims.b) > MOST_BOND or dims.is_separable:
+        return found
+    return [*found, ON_CHIP, *([ON_CHIP_FROM_HALF] if half_fits(dims, experts) else [])]
 
 
 def _common(
-    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str
-) -> tuple[dict[str, Any], bool]:
-    """What forward and backward calls have in common, and whether weights stay on chip."""
-    on_chip = strategy == ON_CHIP and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
+    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, candidate: str, activation: str
+) -> dict[str, Any]:
+    """What forward and backward calls have in common."""
     left, central, right = _blocks(dims, experts, dtype)
     return {
         "x": _empty(tokens, dims.in_features, dtype=dtype),
@@ -103,17 +103,25 @@ def _common(
         "in_features": dims.in_features,
         "out_features": dims.out_features,
         "activation": activation,
-        "strategy": "rebuild" if strategy == ON_CHIP else strategy,
+        "strategy": "rebuild" if candidate in ON_CHIP_NAMES else candidate,
         "backend": "triton",
-    }, on_chip
+    }
+
+
+def _on_chip(dims: BlockDims, dtype: torch.dtype, candidate: str) -> bool:
+    """Whether the candidate keeps weights on chip, and the device can; by steps otherwise."""
+    return candidate in ON_CHIP_NAMES and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
 
 
 def run_forward(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str = "none"
 ) -> None:
     """The grouped product of ``tokens`` gathered rows, as a layer that trains calls it."""
-    common, on_chip = _common(dims, experts, tokens, dtype, strategy, activation)
-    linear.linear_forward(ForwardCall(**common, save=True), on_chip)
+    call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation), save=True)
+    if _on_chip(dims, dtype, strategy):
+        linear.forward_on_chip(call, half=strategy == ON_CHIP_FROM_HALF)
+    else:
+        linear.forward_by_steps(call)
 
 
 def run_backward(
@@ -126,11 +134,15 @@ def run_backward(
     mask_central: bool = False,
 ) -> None:
     """Its gradients."""
-    common, on_chip = _common(dims, experts, tokens, dtype, strategy, activation)
+    common = _common(dims, experts, tokens, dtype, strategy, activation)
     grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
     h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
     need = [True, True, not mask_central, True, activation != "none"]
-    linear.linear_backward(BackwardCall(**common, grad=grad, h=h, saved=saved, need=need), on_chip)
+    call = BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
+    if _on_chip(dims, dtype, strategy):
+        linear.backward_on_chip(call, half=strategy == ON_CHIP_FROM_HALF)
+    else:
+        linear.backward_by_steps(call)
 
 
 def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels.backends.registry import Request
-from mpoe_kernels.backends.triton.architecture import in_interpreter, target_of
+from mpoe_kernels.backends.triton.architecture import HARDWARE_NAMES, Target, in_interpreter, target_of
 from mpoe_kernels.backends.triton.fused_cost import fused_seconds
-from mpoe_kernels.planner import Contraction, Hardware, hardware_here
+from mpoe_kernels.planner import HARDWARE, Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, recipe
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
@@ -47,13 +47,27 @@ def gpu_seconds(plan: Contraction, hardware: Hardware) -> float:
     return plan.seconds(hardware) + (launches(plan) - len(plan.steps)) * hardware.launch_seconds
 
 
-def predicted_seconds(plan: Contraction) -> float:
-    """Time of a contraction with the Triton kernels."""
-    if plan.device_type != "cuda" or in_interpreter():
-        return INTERPRETER_SECONDS
-    hardware = hardware_here(plan.device)
-    target = target_of(torch.device(plan.device))
-    return min(gpu_seconds(plan, hardware), fused_seconds(plan, target, hardware))
+# Ways to compute ``rebuild`` whose weights never leave the multiprocessor; the second makes left · central beforehand.
+ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
+
+
+def ways(plan: Contraction, target: Target, hardware: Hardware) -> dict[str, float]:
+    """Predicted seconds of every way to compute a contraction on a GPU, by name."""
+    found = {plan.strategy: gpu_seconds(plan, hardware)}
+    for name, half in ((ON_CHIP, False), (ON_CHIP_FROM_HALF, True)):
+        if (seconds := fused_seconds(plan, target, hardware, half)) < float("inf"):
+            found[name] = seconds
+    return found
+
+
+def ways_here(plan: Contraction) -> dict[str, float]:
+    """`ways` on the plan's device; in the interpreter as on the GPU that stands for it, but never cheap."""
+    device = torch.device(plan.device)
+    target = target_of(device)
+    if plan.device_type == "cuda" and not in_interpreter():
+        return ways(plan, target, hardware_here(plan.device))
+    found = ways(plan, target, HARDWARE[HARDWARE_NAMES[target.architecture]])
+    return {name: INTERPRETER_SECONDS + seconds for name, seconds in found.items()}
 
 
 def predicted_cost(request: Request) -> float:

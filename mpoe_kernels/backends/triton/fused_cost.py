@@ -127,26 +127,20 @@ def gradient_seconds(
     return total
 
 
-def use_half(
-    dims: BlockDims, transposed: bool, experts: int, slots: int, dtype: torch.dtype, target: Target, hardware: Hardware
-) -> bool:
-    """Whether making left · central once, in a launch of its own, pays."""
-    sizes = (experts, slots, dtype, target, hardware)
-    return half_fits(dims, experts) and (
-        rows_seconds(dims, transposed, True, *sizes) < rows_seconds(dims, transposed, False, *sizes)
-    )
+def fused_seconds(plan: Contraction, target: Target, hardware: Hardware, half: bool) -> float:
+    """Predicted time of a ``rebuild`` whose weights stay on chip; infinite if they cannot.
 
-
-def fused_seconds(plan: Contraction, target: Target, hardware: Hardware) -> float:
-    """Predicted time of a ``rebuild`` whose weights stay on chip; infinite if they cannot."""
+    Args:
+        half: left · central of all experts is made once, in a launch of its own.
+    """
     dims = plan.dims
     if plan.strategy != "rebuild" or fused_reasons(dims, plan.dtype, target):
         return float("inf")
     sizes = (plan.num_experts, plan.slots, plan.dtype, target, hardware)
-    if plan.phase == "forward":
-        half = use_half(dims, False, *sizes)
+    backward = plan.phase == "backward"
+    if half and (not half_fits(dims, plan.num_experts) or (backward and not plan.need[0])):
+        return float("inf")
+    if not backward:
         return rows_seconds(dims, False, half, *sizes)
     seconds = gradient_seconds(dims, plan.need[1:], *sizes)
-    if plan.need[0]:
-        seconds += rows_seconds(dims, True, use_half(dims, True, *sizes), *sizes)
-    return seconds
+    return seconds + rows_seconds(dims, True, half, *sizes) if plan.need[0] else seconds

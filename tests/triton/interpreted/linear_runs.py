@@ -8,11 +8,17 @@ from torch import Tensor
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
-from mpoe_kernels.backends.triton.linear import linear_backward, linear_forward
+from mpoe_kernels.backends.triton.cost import ON_CHIP, ON_CHIP_FROM_HALF
+from mpoe_kernels.backends.triton.linear import (
+    backward_by_steps,
+    backward_on_chip,
+    forward_by_steps,
+    forward_on_chip,
+)
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.linear_problem import LinearProblem, planned_strategies
 
-ON_CHIP = "on_chip"  # the strategy ``rebuild`` by the fused kernels
+CHIP = (ON_CHIP, ON_CHIP_FROM_HALF)  # ways of the strategy ``rebuild`` by the fused kernels
 
 
 def strategies_of(shape: MPOShape) -> list[str]:
@@ -21,21 +27,23 @@ def strategies_of(shape: MPOShape) -> list[str]:
 
 
 class Case(LinearProblem):
-    """A strategy may be ``on_chip``."""
+    """A strategy may be one of the ways on chip."""
 
     def _common(self, strategy: str) -> tuple[Any, ...]:
         tensors = (self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index)
-        return *tensors, *self.sizes, self.activation, "rebuild" if strategy == ON_CHIP else strategy, "triton"
+        return *tensors, *self.sizes, self.activation, "rebuild" if strategy in CHIP else strategy, "triton"
 
     def forward(self, strategy: str, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         with poisoned_memory():
-            return linear_forward(ForwardCall(*self._common(strategy), save), strategy == ON_CHIP)
+            call = ForwardCall(*self._common(strategy), save)
+            return forward_on_chip(call, strategy == ON_CHIP_FROM_HALF) if strategy in CHIP else forward_by_steps(call)
 
     def backward(self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool]) -> tuple[Tensor, ...]:
         saved = y if self.activation == "relu" else z
         with poisoned_memory():
             call = BackwardCall(*self._common(strategy), self.grad, h, saved, need)
-            return linear_backward(call, strategy == ON_CHIP)
+            half = strategy == ON_CHIP_FROM_HALF
+            return backward_on_chip(call, half) if strategy in CHIP else backward_by_steps(call)
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
         y, h, z = self.forward(strategy)

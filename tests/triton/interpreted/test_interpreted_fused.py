@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_runs import ON_CHIP, Case
+from linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.backends.triton import contraction, fused_launch, launch, on_chip, start
+from mpoe_kernels.backends.triton import contraction, fused_launch, launch, linear, start
 from mpoe_kernels.backends.triton.fused_tiles import FusedTile, fused_table
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES
@@ -43,9 +43,8 @@ def test_backward_has_a_launch_for_each_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [UNEVEN, UNEVEN.mirrored()], ids=["up", "down"])
-def test_half_built_left(shape: MPOShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_chip, "use_half", lambda *_: True)
-    Case(shape, tokens=5, experts=2).check(ON_CHIP)
+def test_half_built_left(shape: MPOShape) -> None:
+    Case(shape, tokens=5, experts=2).check(ON_CHIP_FROM_HALF)
 
 
 def test_many_small_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +77,7 @@ def test_rebuilding_step_by_step_holds_two_weights_at_most(monkeypatch: pytest.M
 
         return scratch
 
-    for module in (contraction, launch):
+    for module in (contraction, launch, linear):
         monkeypatch.setattr(module, "scratch", counting(module.scratch))
     Case(shape, experts=6).run("rebuild")
     assert dims.weight_elements < most <= 2 * dims.weight_elements

@@ -13,7 +13,7 @@ from mpoe.cli.scoring import expert_load
 from mpoe.inspection.growth import parameter_growth
 from mpoe.inspection.routes import route_text, routed_layers
 from mpoe.inspection.spectra import bond_spectra
-from mpoe.models.summary import HEADER, short_name, summarize, table_row
+from mpoe.models.summary import HEADER, HiddenSummary, short_name, summarize, table_row
 
 if TYPE_CHECKING:
     from mpoe.inspection.spectra import BondSpectrum
@@ -76,6 +76,8 @@ class Inspection:
         """By kind of weight (up, down, an attention projection's name, ...) and layer."""
         found: dict[str, dict[str, list[BondSpectrum]]] = {}
         for row in self.weights:
+            if isinstance(row, HiddenSummary):
+                continue
             layer, _, kind = short_name(row.name).rpartition(".")
             bonds = bond_spectra(row.cores)
             if bonds:

@@ -10,10 +10,13 @@ from typing import Any
 from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
 from mpoe.config.router import GSHARD, RouterConfig
 from mpoe.config.shapes import (
+    HIDDEN,
     KINDS,
     check_sizes,
     checked_patterns,
     checked_shape,
+    hidden_block,
+    hidden_shape,
     named_shape,
     pattern_matches,
     shape_to_json,
@@ -38,7 +41,13 @@ class MPOEConfig:
         expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
         shape: ``"separable"`` (cheapest to run), ``"paper"`` (the original's factors), ``"light"`` (smallest
             auxiliary cores), or a mapping from ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s
-            (or their dicts). Shape of the experts.
+            (or their dicts). Shape of the experts. ``"hidden"``: experts own blocks on the hidden side alone, between
+            the dense projections, which stay what they are: several experts per token cost little more than one.
+        block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
+            is at most 64.
+        block_per_group: each of the F / b groups of hidden units has blocks of its own; otherwise all groups share
+            one, a plain MPO core.
+        expert_bias: hidden-side experts have biases of their own before the activation; they start at 0.
         shape_pattern: shapes of single modules, by regular expressions on their names or ends of names (the first
             that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
             embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
@@ -70,6 +79,9 @@ class MPOEConfig:
     num_experts: int = 8
     expert_type: str = "mpo"
     shape: Any = "separable"
+    block_size: int | None = None
+    block_per_group: bool = True
+    expert_bias: bool = False
     shape_pattern: dict[str, Any] = field(default_factory=dict)
     max_bond: int | None = None
     separable_left: int | None = None
@@ -93,6 +105,9 @@ class MPOEConfig:
         check_integer("num_experts", self.num_experts, 1)
         check_choice("expert_type", self.expert_type, EXPERT_TYPES)
         self.shape = checked_shape(self.shape)
+        check_integer("block_size", self.block_size, 1, optional=True)
+        check_flag("block_per_group", self.block_per_group)
+        check_flag("expert_bias", self.expert_bias)
         self.shape_pattern = checked_patterns(self.shape_pattern)
         check_integer("max_bond", self.max_bond, 1, optional=True)
         check_integer("separable_left", self.separable_left, 1, optional=True)
@@ -101,6 +116,8 @@ class MPOEConfig:
         check_choice("gauge", self.gauge, GAUGES)
         check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
         self._check_router()
+        if self.is_hidden:
+            self._check_hidden()
         self._check_targets()
         for name in ("attention_max_bond", "embedding_max_bond", "pooler_max_bond"):
             check_integer(name, getattr(self, name), 1, optional=True)
@@ -126,6 +143,27 @@ class MPOEConfig:
             )
         if self.router.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.router.top_k}")
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the experts own hidden-side blocks alone. Dense experts have no shape."""
+        return self.shape == HIDDEN and self.expert_type == "mpo"
+
+    def _check_hidden(self) -> None:
+        if self.moe_type == "moe":
+            raise ValueError(f"shape 'hidden' needs moe_type 'switch' or 'none'; got {self.moe_type!r}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self.router, name)
+            if value is not None:
+                raise ValueError(f"shape 'hidden' needs router.{name} None: no expert is ever full; got {value}")
+
+    def hidden_block(self, hidden_features: int) -> int:
+        """Size of the hidden-side blocks in a hidden layer of this size.
+
+        Raises:
+            ValueError: ``block_size`` does not divide it.
+        """
+        return hidden_block(hidden_features, self.block_size)
 
     def _check_targets(self) -> None:
         targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
@@ -167,6 +205,9 @@ class MPOEConfig:
         if isinstance(self.shape, dict):
             shape: MPOShape = self.shape.get(kind) or self.shape["up"]
             return check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
+        if self.shape == HIDDEN:
+            block = self.hidden_block(in_features if kind == "down" else out_features)
+            return hidden_shape(kind, in_features, out_features, block)
         if self.shape != "separable":
             return named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
         if kind == "down":
@@ -210,6 +251,8 @@ class MPOEConfig:
             return check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
         if isinstance(pattern, int):
             cap = pattern
+        if pattern == HIDDEN:
+            raise ValueError(f"shape_pattern must not give {name}, which is one matrix, the shape 'hidden'")
         kind = pattern if isinstance(pattern, str) else "paper"
         return named_shape(kind, in_features, out_features, cap, self.light_p)
 

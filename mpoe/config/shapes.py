@@ -11,6 +11,8 @@ from mpoe_kernels import MPOShape
 
 KINDS = ("up", "gate_proj", "down")
 NAMED_SHAPES = ("separable", "paper", "light")
+HIDDEN = "hidden"  # experts own blocks on the hidden side alone; the projections stay dense
+LARGEST_BLOCK = 64
 _SHAPE_FIELDS = {"in_factors", "out_factors"}
 
 
@@ -21,11 +23,11 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
         TypeError, ValueError: anything else, as ``name``.
     """
     if isinstance(shape, str):
-        check_choice(name, shape, NAMED_SHAPES)
+        check_choice(name, shape, (*NAMED_SHAPES, HIDDEN))
         return shape
     if not isinstance(shape, Mapping):
         raise TypeError(
-            f"{name} must be one of {', '.join(map(repr, NAMED_SHAPES))} or a mapping from {list(KINDS)} to "
+            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, HIDDEN)))} or a mapping from {list(KINDS)} to "
             f"MPOShape; got {type(shape).__name__} {shape!r}"
         )
     shapes = {}
@@ -88,6 +90,29 @@ def named_shape(name: str, in_features: int, out_features: int, max_bond: int | 
     if name == "light":
         return MPOShape.light(in_features, out_features, light_p, max_bond=max_bond)
     return MPOShape.separable(in_features, out_features, max_bond=max_bond)
+
+
+def hidden_block(hidden_features: int, block_size: int | None) -> int:
+    """Size b of the hidden-side blocks: ``block_size``, or the largest divisor of F that is at most 64.
+
+    Raises:
+        ValueError: a size that does not divide ``hidden_features``.
+    """
+    if block_size is None:
+        return next(b for b in range(min(LARGEST_BLOCK, hidden_features), 0, -1) if hidden_features % b == 0)
+    if hidden_features % block_size:
+        raise ValueError(f"block_size must divide the hidden size {hidden_features}; got {block_size}")
+    return block_size
+
+
+def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> MPOShape:
+    """The plain MPO of hidden-side blocks that all groups share, centre first: its other core is the expert's own.
+
+    Up: cores ``[1, I, G, b] [b, 1, b, 1]``; down: ``[1, G, I, b] [b, b, 1, 1]``.
+    """
+    if kind == "down":
+        return MPOShape((in_features // block, block), (out_features, 1), central=0)
+    return MPOShape((in_features, 1), (out_features // block, block), central=0)
 
 
 def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.feed_forward import RoutedFeedForward
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Route:
     probabilities: list[list[list[float]]]
 
 
-def routed_layers(model: Any) -> list[tuple[str, MPOEFeedForward]]:
+def routed_layers(model: Any) -> list[tuple[str, RoutedFeedForward]]:
     """The layers that have a router, in the order in which a forward pass runs them."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, MPOEFeedForward) and module.router is not None
+        if isinstance(module, RoutedFeedForward) and module.router is not None
     ]
 
 

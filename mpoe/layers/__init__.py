@@ -12,7 +12,8 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
 from mpoe.layers.expert_cache import ExpertCache, ExpertCacheReport
 from mpoe.layers.experts import DenseExperts, MPOExperts
-from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
@@ -25,11 +26,14 @@ __all__ = [
     "ExpertCache",
     "ExpertCacheReport",
     "ExpertWeights",
+    "HiddenExperts",
+    "HiddenFeedForward",
     "MPOCores",
     "MPOEFeedForward",
     "MPOEmbedding",
     "MPOExperts",
     "MPOLinear",
+    "RoutedFeedForward",
     "RouterOutput",
     "RouterRecord",
     "RoutingContext",

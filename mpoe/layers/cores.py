@@ -78,6 +78,10 @@ class MPOCores(FromInitialValues):
         cores.insert(self.shape.central, central)
         return cores
 
+    def central_parameters(self) -> dict[str, nn.Parameter]:
+        """What all experts share, by name."""
+        return {"central": self.central}
+
     def core_names(self) -> list[str]:
         """Parameter names of the cores in chain order, e.g. ``["auxiliary.0", "central", "auxiliary.1"]``."""
         names = [f"auxiliary.{k}" for k in range(self.shape.num_cores - 1)]

@@ -25,7 +25,7 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
         x: ``[N, I]`` in slot order.
         weight: ``[E, I, F]``.
         expert_offsets: int32 ``[E + 1]``.
-        bias: ``[F]``, shared by the experts.
+        bias: ``[F]``, shared by the experts, or ``[E, F]``.
 
     Returns:
         ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too.
@@ -34,6 +34,10 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if bias is not None and bias.dim() == 2:  # a row for every slot; those past the last offset are dropped below
+        slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
+        expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
+        bias = bias[expert.clamp_max(weight.shape[0] - 1)]
     if _grouped_mm_runs(x, weight):
         used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
         # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both
@@ -45,7 +49,7 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
     bounds = expert_offsets.tolist()
     parts = [x[start:stop] @ w for start, stop, w in zip(bounds, bounds[1:], weight.unbind(0), strict=False)]
     y = torch.cat(parts)
-    y = y if bias is None else y + bias
+    y = y if bias is None else y + (bias if bias.dim() == 1 else bias[: len(y)])
     return torch.cat([y, y.new_zeros(x.shape[0] - bounds[-1], y.shape[1])])
 
 
@@ -54,7 +58,7 @@ class ExpertWeights(FromInitialValues):
 
     Attributes:
         weight: ``[E, I, F]``.
-        bias: ``[F]``, shared by the experts, or ``None``.
+        bias: ``[F]``, shared by the experts, ``[E, F]`` with ``own_bias``, or ``None``.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class ExpertWeights(FromInitialValues):
         bias: bool = False,
         init_std: float = 0.02,
         *,
+        own_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +79,8 @@ class ExpertWeights(FromInitialValues):
         self.in_features, self.out_features = in_features, out_features
         self.num_experts, self.init_std = num_experts, init_std
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        size = (num_experts, out_features) if own_bias else (out_features,)
+        self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if bias or own_bias else None
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:

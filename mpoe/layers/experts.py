@@ -206,6 +206,7 @@ class DenseExperts(nn.Module):
         gated: bool = False,
         init_std: Mapping[str, float] | None = None,
         *,
+        own_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -214,12 +215,15 @@ class DenseExperts(nn.Module):
         self.num_experts = num_experts
         std = dict(init_std or {})
 
-        def weights(kind: str, rows: int, columns: int, with_bias: bool) -> ExpertWeights:
-            return ExpertWeights(rows, columns, num_experts, with_bias, std.get(kind, 0.02), device=device, dtype=dtype)
+        def weights(kind: str, rows: int, columns: int, with_bias: bool, own: bool = False) -> ExpertWeights:
+            options: dict[str, Any] = {"own_bias": own, "device": device, "dtype": dtype}
+            return ExpertWeights(rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options)
 
-        self.up = weights("up", in_features, hidden_features, bias)
+        # Where experts have biases of their own, so has the projection before the activation.
+        own_up = own_bias and (bias or not gated)
+        self.up = weights("up", in_features, hidden_features, bias, own_up)
         self.down = weights("down", hidden_features, in_features, bias)
-        self.gate_proj = weights("gate_proj", in_features, hidden_features, False) if gated else None
+        self.gate_proj = weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
 
     @property
     def is_gated(self) -> bool:

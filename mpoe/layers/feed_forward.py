@@ -8,11 +8,78 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import RouterRecord, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
-from mpoe.layers.router import TopKRouter
+from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 
 
-class MPOEFeedForward(nn.Module):
+class RoutedFeedForward(nn.Module):
+    """What mixtures of every shape have in common: the router, the call's token mask, the router's record.
+
+    Args:
+        in_features: model size I.
+        hidden_features: size of the experts' hidden layer.
+        config: `MPOEConfig`.
+        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
+        output_dropout: rate on the result.
+        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        config: MPOEConfig,
+        dropout: float,
+        output_dropout: float,
+        stream: str,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.num_experts, self.stream = config.num_experts, stream
+        override = config.router.expert_dropout
+        self.expert_dropout = dropout if override is None else override
+        self.router: TopKRouter | None = None
+        if config.moe_type != "none":
+            self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
+        self.dropout = nn.Dropout(output_dropout)
+
+    def tokens(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument or the call's.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}")
+        routing_call = current_routing()
+        if token_mask is None and routing_call is not None:
+            token_mask = routing_call.masks.get(self.stream)
+        x = hidden_states.reshape(-1, self.in_features)
+        if token_mask is not None:
+            if token_mask.shape != hidden_states.shape[:-1]:
+                raise ValueError(
+                    f"token_mask must be {list(hidden_states.shape[:-1])}, like hidden_states without its last axis; "
+                    f"got {list(token_mask.shape)}"
+                )
+            token_mask = token_mask.reshape(-1).bool()
+            # Padding may hold anything, NaN included, and the router reads every row.
+            x = x.masked_fill(~token_mask[:, None], 0.0)
+        return x, token_mask
+
+    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_load: Tensor) -> None:
+        """Leave what the router decided with the model call in progress; ``expert_load``: slots of every expert."""
+        call = current_routing()
+        if call is not None and call.records is not None:
+            # The balancing loss of GShard's gating counts first choices.
+            counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
+            call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
+
+    def extra_repr(self) -> str:
+        return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"
+
+
+class MPOEFeedForward(RoutedFeedForward):
     """Mixture of experts ``[..., I] -> [..., I]``; with ``moe_type="none"`` one expert without a router.
 
     Args:
@@ -44,15 +111,8 @@ class MPOEFeedForward(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         config = MPOEConfig() if config is None else config
-        self.in_features, self.hidden_features = in_features, hidden_features
-        self.num_experts, self.stream = config.num_experts, stream
-        override = config.router.expert_dropout
-        self.expert_dropout = dropout if override is None else override
-        self.router: TopKRouter | None = None
-        if config.moe_type != "none":
-            self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
+        super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
         kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
         if gated:
             kinds["gate_proj"] = kinds["up"]
@@ -71,10 +131,10 @@ class MPOEFeedForward(nn.Module):
                 bias,
                 gated,
                 init_std,
+                own_bias=config.expert_bias,
                 device=device,
                 dtype=dtype,
             )
-        self.dropout = nn.Dropout(output_dropout)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.
@@ -90,21 +150,7 @@ class MPOEFeedForward(nn.Module):
         Raises:
             ValueError: sizes that do not fit.
         """
-        if hidden_states.shape[-1] != self.in_features:
-            raise ValueError(f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}")
-        routing_call = current_routing()
-        if token_mask is None and routing_call is not None:
-            token_mask = routing_call.masks.get(self.stream)
-        x = hidden_states.reshape(-1, self.in_features)
-        if token_mask is not None:
-            if token_mask.shape != hidden_states.shape[:-1]:
-                raise ValueError(
-                    f"token_mask must be {list(hidden_states.shape[:-1])}, like hidden_states without its last axis; "
-                    f"got {list(token_mask.shape)}"
-                )
-            token_mask = token_mask.reshape(-1).bool()
-            # Padding may hold anything, NaN included, and the router reads every row.
-            x = x.masked_fill(~token_mask[:, None], 0.0)
+        x, token_mask = self.tokens(hidden_states, token_mask)
         routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
@@ -118,12 +164,5 @@ class MPOEFeedForward(nn.Module):
             return route(torch.zeros_like(ones, dtype=torch.int64), 1, None, token_mask), ones
         decision = self.router(x)
         routing = self.router.route(decision, token_mask)
-        call = current_routing()
-        if call is not None and call.records is not None:
-            # The balancing loss of GShard's gating counts first choices.
-            counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
-            call.records.append(RouterRecord(self.stream, decision.logits, counted, routing.expert_load, token_mask))
+        self.record(decision, token_mask, routing.expert_load)
         return routing, decision.top_k_weights
-
-    def extra_repr(self) -> str:
-        return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"

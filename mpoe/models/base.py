@@ -31,6 +31,7 @@ from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.card import replace_template, write_card
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
+from mpoe.models.hidden import hidden_modules
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
 from mpoe.models.sites import install_empty
@@ -342,11 +343,12 @@ class MPOEModelMixin(_Model):
         self._set_central(True)
 
     def _set_central(self, trained: bool) -> None:
-        modules = [cores for _, cores in mpo_modules(self)]
+        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *hidden_modules(self).values()]
         if not modules:
             raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
         for cores in modules:
-            cores.central.requires_grad_(trained)
+            for weight in cores.central_parameters().values():
+                weight.requires_grad_(trained)
 
 
 def _checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpoe.models.hidden import hidden_modules
 from mpoe.models.report import mpo_modules, parameter_report
 
 CARD_FILE = "README.md"
@@ -32,7 +33,12 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     base = base_name(model)
     experts = f"{config.num_experts}, top-{config.router.top_k}" if config.moe_type != "none" else "1, no router"
     kind = "matrix product operators" if config.expert_type == "mpo" else "full matrices"
-    shapes = dict.fromkeys(str(cores.shape) for _, cores in mpo_modules(model))
+    shapes = dict.fromkeys(
+        [
+            *(str(cores.shape) for _, cores in mpo_modules(model)),
+            *(f"hidden, {layer.experts.extra_repr()}" for layer in hidden_modules(model).values()),
+        ]
+    )
     rows = {
         "base model": f"`{base}`" if base else "not recorded",
         "experts": f"{experts}; {kind}",

@@ -31,10 +31,11 @@ from mpoe.models.bert import MPOEBertForMaskedLM, MPOEBertForSequenceClassificat
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_sites
 from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
+from mpoe.models.hidden import fill_merged, hidden_modules, merged_config
 from mpoe.models.llama import MPOELlamaForCausalLM
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import EmbeddingSite, Site
+from mpoe.models.sites import EmbeddingSite, FFNSite, Site
 from mpoe.models.t5 import MPOET5ForConditionalGeneration
 from mpoe_kernels import Decomposition, backend_reasons
 
@@ -214,7 +215,14 @@ def merge_experts(model: Any) -> Any:
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = _dense_experts(module.experts)
-    config = dataclasses.replace(model.mpoe_config, expert_type="dense", rate_ratios={})
+    layers = hidden_modules(merged)
+    config = merged_config(model.mpoe_config, layers)
+    for site in find_sites(merged, FAMILIES[merged.mpoe_family], merged.config, config) if layers else ():
+        if site.name in layers:
+            assert isinstance(site, FFNSite)
+            dense = site.build(config)
+            fill_merged(dense, layers[site.name])
+            site.install(merged, dense, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
     for holder in merged.modules():
         if isinstance(getattr(holder, "config", None), type(merged.config)):

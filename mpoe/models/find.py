@@ -12,6 +12,7 @@ from mpoe.config import MPOEConfig
 from mpoe.config.shapes import pattern_matches
 from mpoe.layers.activations import check_activation
 from mpoe.models.families import Family
+from mpoe.models.hidden import HiddenSite
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Site
 
 
@@ -136,4 +137,4 @@ def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOE
             "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
             f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
         )
-    return chosen
+    return [HiddenSite.of(s) if isinstance(s, FFNSite) and config.for_experts(s.name).is_hidden else s for s in chosen]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import ONLY_FILE, MPOEModelMixin
 from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config
 from mpoe.models.components import component_of
@@ -21,7 +21,7 @@ def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[s
     """Whole feed-forward networks (router and biases too) and single MPO matrices, by name."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, MPOEFeedForward):
+        if isinstance(module, RoutedFeedForward):
             inside = (*inside, f"{name}.")
             if "mlp" in components:
                 yield name, module
@@ -56,7 +56,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     values, _ = read_mpoe_config(folder)
     ratios = parsed_mpoe(values, folder).rate_ratios
     modules = list(_modules_of(model, components))
-    found = {"mlp" if isinstance(module, MPOEFeedForward) else component_of(name) for name, module in modules}
+    found = {"mlp" if isinstance(module, RoutedFeedForward) else component_of(name) for name, module in modules}
     missing = sorted(set(components) - found)
     if missing:
         raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")

@@ -9,7 +9,8 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
-from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
 
 
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
@@ -28,7 +29,8 @@ def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
 def parameter_kind(model: nn.Module) -> dict[str, str]:
     """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
 
-    Biases, which the experts of a layer share, belong to the rest. Tied parameters appear once.
+    The projections around hidden-side experts are their centre. Biases, which the experts of a layer share, belong to
+    the rest. Tied parameters appear once.
     """
     kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
     for name, module in model.named_modules():
@@ -37,8 +39,12 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds.update({f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()})
         elif isinstance(module, ExpertWeights):
             kinds[f"{prefix}weight"] = "expert"
-        elif isinstance(module, MPOEFeedForward) and module.router is not None:
+        if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
+        if isinstance(module, HiddenFeedForward):
+            centre = {id(weight) for weight in module.central_parameters().values()}
+            kinds.update({known: "central" for known, parameter in model.named_parameters() if id(parameter) in centre})
+            kinds.update({f"{prefix}experts.{own}": "auxiliary" for own, _ in module.experts.named_parameters()})
     return kinds
 
 
@@ -66,6 +72,10 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
                 elements = projection.in_features * projection.out_features
                 dense += elements
                 switch += module.num_experts * elements
+        elif isinstance(module, HiddenFeedForward):
+            elements = sum(weight.numel() for weight in module.central_parameters().values())
+            dense += elements
+            switch += module.num_experts * elements
     for name, cores in mpo_modules(model):
         if name.removesuffix(".base_layer") not in in_feed_forward:  # so called where PEFT adapts them
             dense += cores.in_features * cores.out_features

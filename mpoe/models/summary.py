@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from mpoe.layers.cores import MPOCores
-from mpoe.models.report import mpo_modules, names_in_checkpoints
+from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.models.hidden import hidden_modules
+from mpoe.models.report import names_in_checkpoints
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 
@@ -38,8 +41,38 @@ class WeightSummary:
         return sum(core.numel() for core in self.cores.auxiliary)
 
 
-def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
-    """A row for every MPO weight, in the model's order.
+@dataclass(frozen=True)
+class HiddenSummary:
+    """One feed-forward network around hidden-side experts.
+
+    Attributes:
+        name: of the module.
+        layer: its projections and experts.
+        top_k: experts per token.
+    """
+
+    name: str
+    layer: HiddenFeedForward
+    top_k: int
+    error: float = 0.0  # nothing is decomposed
+
+    @property
+    def central_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.layer.central_parameters().values())
+
+    @property
+    def auxiliary_parameters(self) -> int:
+        """Of all experts together."""
+        return sum(parameter.numel() for parameter in self.layer.experts.parameters())
+
+    @property
+    def flops(self) -> float:
+        """Of a forward pass, times the dense network's: 1 + k b / I."""
+        return 1 + self.top_k * self.layer.experts.block_size / self.layer.in_features
+
+
+def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[WeightSummary | HiddenSummary]:
+    """A row for every MPO weight and for every network around hidden-side experts, in the model's order.
 
     Args:
         model: an MPOE model.
@@ -49,8 +82,13 @@ def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[W
     Raises:
         TypeError, ValueError: ``num_tokens`` that is no count.
     """
-    rows = []
-    for name, cores in mpo_modules(model):
+    rows: list[WeightSummary | HiddenSummary] = []
+    layers = hidden_modules(model)
+    for name, cores in model.named_modules():
+        if name in layers:
+            rows.append(HiddenSummary(name, layers[name], top_k))
+        if not isinstance(cores, MPOCores):
+            continue
         shared = cores.num_experts == 1
         device = cores.central.device
         plan = plan_contraction(
@@ -76,8 +114,21 @@ def _conversion_error(model: Any, name: str) -> float | None:
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
 
 
-def table_row(row: WeightSummary) -> tuple[str, ...]:
+def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
     """The cells under `HEADER`."""
+    if isinstance(row, HiddenSummary):
+        layer, own = row.layer, row.layer.experts
+        return (
+            short_name(row.name),
+            f"{layer.in_features}x{layer.hidden_features}",
+            f"{layer.hidden_features // own.block_size} blocks, {'own' if own.per_group else 'shared'}",
+            str(own.block_size),
+            f"{row.central_parameters:,}",
+            f"{own.num_experts} x {row.auxiliary_parameters // own.num_experts:,}",
+            "0",
+            "hidden",
+            f"{row.flops:.2f}",
+        )
     shape, experts = row.cores.shape, row.cores.num_experts
     own = f"{row.auxiliary_parameters // experts:,}"
     dense = row.plan.forward.flops / row.plan.dense_flops if row.plan.dense_flops else 0.0
@@ -94,7 +145,7 @@ def table_row(row: WeightSummary) -> tuple[str, ...]:
     )
 
 
-def print_summary(rows: list[WeightSummary], num_tokens: int) -> None:
+def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int) -> None:
     """Print `summarize` as a table."""
     from rich import box
     from rich.console import Console

@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
+from mpoe.layers.hidden import HiddenFeedForward
 
 # Distinguishes this stream from any other that is keyed by the same seed ("mask" in ASCII).
 _STREAM = 0x6D61736B
@@ -58,7 +59,8 @@ def check_probability(value: object, name: str = "gradient_mask_prob") -> float:
 
 
 class GradientMask:
-    """Draws the mask once per optimizer step and holds it on every `MPOCores` of a model.
+    """Draws the mask once per optimizer step and holds it on every `MPOCores` of a model, and on the
+    projections around hidden-side experts.
 
     In a plain PyTorch loop::
 
@@ -87,7 +89,7 @@ class GradientMask:
         self.probability: float = check_probability(probability)
         self.seed: int = int(seed)
         self.active: bool = False  # whether the step in progress is masked
-        self._cores: list[MPOCores] = []
+        self._cores: list[MPOCores | HiddenFeedForward] = []
         self._steps: int = 0
         self._masked_steps: int = 0
         if model is not None:
@@ -97,10 +99,15 @@ class GradientMask:
         """Choose the model whose central cores are masked; forgets (and releases) an earlier one.
 
         Raises:
-            ValueError: the mask is on, but the model has no MPO cores that it could act on.
+            ValueError: the mask is on, but the model has no MPO cores that it could act on, or a projection around
+                hidden-side experts does not train.
         """
         self.end_step()
-        self._cores = [module for module in model.modules() if isinstance(module, MPOCores)]
+        found = {name: m for name, m in model.named_modules() if isinstance(m, MPOCores | HiddenFeedForward)}
+        for name, module in found.items():
+            if self.probability > 0 and isinstance(module, HiddenFeedForward):
+                module.check_maskable(name)
+        self._cores = list(found.values())
         if self.probability > 0 and not self._cores:
             raise ValueError(
                 f"gradient_mask_prob={self.probability} needs a model with MPO cores; {type(model).__name__} has none"
@@ -120,7 +127,8 @@ class GradientMask:
             cores.central_masked = self.active
             if self.active:
                 # A gradient left over by zero_grad(set_to_none=False) would let the optimizer move the core.
-                cores.central.grad = None
+                for weight in cores.central_parameters().values():
+                    weight.grad = None
         return self.active
 
     def end_step(self) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.experts import DenseExperts
+from mpoe.models.hidden import hidden_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.freezing import chain_parameters
@@ -105,6 +106,10 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
             ratio = ratio if args.scale_core_lr else 1.0
             rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
+    for layer in hidden_modules(model).values():
+        # Blocks start as identities, whatever the scale of the weights around them.
+        for parameter in layer.experts.auxiliary.values():
+            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * auxiliary_scale)
     return rates
 
 

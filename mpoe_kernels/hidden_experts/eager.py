@@ -5,6 +5,7 @@ Both ways sum the experts in their order, so that results do not depend on how t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,18 @@ from mpoe_kernels.backends.eager.activation import activation_backward, apply_ac
 
 # Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
 ACTIVATION_COST, COPY_COST = 40, 64
+
+
+def activate_(name: str, z: Tensor) -> Tensor:
+    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` with the bits of Transformers' formula."""
+    if name == "gelu_new":
+        return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+    return apply_activation_(name, z)
+
+
+def activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
+    """``d loss / d z`` from the pre-activation."""
+    return activation_backward("gelu_tanh" if name == "gelu_new" else name, grad, z)
 
 
 def all_tokens_pay(experts: int, top_k: int, block: int) -> bool:
@@ -105,10 +118,10 @@ def forward(
     for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
         e = share.expert
         if u_gate is None or right_gate is None:
-            h = apply_activation_(activation, _with_bias(_by_blocks(share.of(u), right[e]), bias, e))
+            h = activate_(activation, _with_bias(_by_blocks(share.of(u), right[e]), bias, e))
         else:
             z = _with_bias(_by_blocks(share.of(u_gate), right_gate[e]), bias, e)
-            h = apply_activation_(activation, z) * _by_blocks(share.of(u), right[e])
+            h = activate_(activation, z) * _by_blocks(share.of(u), right[e])
         _add(out, share.rows, _by_blocks(h, left[e]) * share.gate)
     return out.to(u.dtype)
 
@@ -144,11 +157,11 @@ def backward(
         value = _by_blocks(x, right[e])  # u R
         if u_gate is None or right_gate is None:
             z = value if bias is None else value + bias[e]
-            h = act = apply_activation_(activation, z.clone())
+            h = act = activate_(activation, z.clone())
         else:
             x_gate = share.of(u_gate)
             z = _with_bias(_by_blocks(x_gate, right_gate[e]), bias, e)
-            act = apply_activation_(activation, z.clone())
+            act = activate_(activation, z.clone())
             h = act * value
         dh = _by_blocks(do, left[e].transpose(-1, -2))
         if need_gates:
@@ -159,9 +172,9 @@ def backward(
             dleft[e] = _block_gradient((h * share.gate).to(h.dtype), do, left[e])
         dh = (dh * share.gate).to(h.dtype)
         if u_gate is None or right_gate is None:
-            dvalue = dz = activation_backward(activation, dh, z)
+            dvalue = dz = activation_gradient(activation, dh, z)
         else:
-            dvalue, dz = dh * act, activation_backward(activation, dh * value, z)
+            dvalue, dz = dh * act, activation_gradient(activation, dh * value, z)
             if need_u_gate:
                 _add(du_gate, share.rows, _by_blocks(dz, right_gate[e].transpose(-1, -2)))
             if need_right_gate:

@@ -29,7 +29,7 @@ from mpoe_kernels.ops.define import define_op, run_kernel
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
+    "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "silu": "silu",

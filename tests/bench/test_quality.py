@@ -158,3 +158,21 @@ def test_schedule_and_distance(field: LanguageField) -> None:
     arm = next(arm for arm in ARMS if arm.key == "switch8")
     model = convert(field, arm, prepare(field, arm, 0), 0)
     assert expert_distance(model) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_arms_of_the_hidden_study(field: LanguageField) -> None:
+    """A tiny run of each kind; every comparison that is stated beforehand names arms of its plan."""
+    plan = PLANS["hidden"]
+    assert {key for pair in plan.comparisons for key in pair} <= set(plan.arms)
+    small = dataclasses.replace(
+        arm_of("hidden_group"), experts={"num_experts": 4, "shape": "hidden", "block_size": 8, "block_per_group": True}
+    )
+    record = run_arm(field, small, Budget(4, 1e-3, 0))
+    centre, own = field.feed_forward_weights(), 4 * 2 * field.hidden * 8
+    assert record["weights"] == {"shared": centre, "own": own * field.layers}
+    assert record["distance"] > 0
+    wide = run_arm(field, arm_of("flops_group"), Budget(2, 1e-3, 0), tuning=False)
+    assert wide["of_dense"] == pytest.approx(4 / 3, abs=0.1)
+    anew = run_arm(field, arm_of("dense_restart"), Budget(8, 1e-3, 0))
+    assert anew["weights"] == {"shared": centre, "own": 0}
+    assert anew["test"] != run_arm(field, arm_of("dense"), Budget(8, 1e-3, 0))["test"]

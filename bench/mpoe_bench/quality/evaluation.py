@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.hidden import HiddenFeedForward
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ def expert_distance(model: nn.Module) -> float | None:
     """Mean over weights of RMS_e ||W_e - mean W|| / ||mean W||; ``None`` without several experts' weights."""
     distances = []
     for module in model.modules():
+        found: list[Tensor] = []
         if isinstance(module, MPOCores | ExpertWeights):
-            weights = module.dense_weights()
+            found = [module.dense_weights()]
+        elif isinstance(module, HiddenFeedForward):
+            found = [module.expert_weights(kind) for kind in module.projections()]
+        for weights in found:
             if weights.shape[0] > 1:
                 mean = weights.mean(0)
                 spread = (weights - mean).square().sum((1, 2)).mean().sqrt()

@@ -14,6 +14,7 @@ from mpoe.layers.activations import ACTIVATIONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import MPOExperts
+from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_bench.quality.arms import Arm
 from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear
@@ -104,6 +105,9 @@ def feed_forward_parameters(model: nn.Module) -> dict[str, int]:
             counts["own"] += sum(core.numel() for core in module.auxiliary)
         elif isinstance(module, ExpertWeights):
             counts["own" if module.weight.shape[0] > 1 else "shared"] += module.weight.numel()
+        elif isinstance(module, HiddenFeedForward):
+            counts["shared"] += sum(weight.numel() for weight in module.central_parameters().values())
+            counts["own"] += sum(parameter.numel() for parameter in module.experts.parameters())
         elif isinstance(module, OwnBiases):
             counts["own"] += sum(bias.numel() for bias in module.biases.values())
     return counts

@@ -1,0 +1,262 @@
+"""Experts that own blocks on the hidden side alone, inside a feed-forward network whose projections stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.activations import check_activation
+from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.initial import FromInitialValues
+from mpoe.layers.losses import count_choices
+from mpoe.layers.mpo_linear import linear_weight
+from mpoe_kernels import hidden_experts
+
+
+class HiddenExperts(FromInitialValues):
+    """The blocks of E experts: ``o = sum_k gate_k act(u R_e + bias_e) L_e``, within groups of b hidden units.
+
+    They start as identities, which change nothing.
+
+    Args:
+        hidden_features: F.
+        num_experts: E.
+        block_size: b, a divisor of F.
+        per_group: each of the F / b groups has blocks of its own; otherwise all groups share one.
+        activation: see `ACTIVATIONS`.
+        gated: the network is ``act(u_gate R^gate_e) * (u R_e)``.
+        bias: every expert has a bias of its own before the activation.
+        backend: name of a kernel backend, or ``None``.
+
+    Attributes:
+        auxiliary: ``right``, ``left`` and, if gated, ``right_gate``: ``[E, G', b, b]``, G' = F / b or 1.
+        bias: ``[E, F]`` or ``None``.
+    """
+
+    def __init__(
+        self,
+        hidden_features: int,
+        num_experts: int,
+        block_size: int,
+        per_group: bool = True,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        backend: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = check_activation(activation)
+        self.hidden_features, self.num_experts, self.block_size = hidden_features, num_experts, block_size
+        self.backend = backend
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        size = (num_experts, hidden_features // block_size if per_group else 1, block_size, block_size)
+        names = ("right", "left", "right_gate") if gated else ("right", "left")
+        self.auxiliary = nn.ParameterDict({name: nn.Parameter(torch.empty(size, **options)) for name in names})
+        self.bias = nn.Parameter(torch.empty(num_experts, hidden_features, **options)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def is_gated(self) -> bool:
+        return "right_gate" in self.auxiliary
+
+    @property
+    def per_group(self) -> bool:
+        return self.block_size < self.hidden_features and self.auxiliary["right"].shape[1] > 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.auxiliary["right"].dtype
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Identity blocks and zero biases, by parameter name."""
+        values = {
+            f"auxiliary.{name}": torch.eye(self.block_size, device=core.device).expand(core.shape)
+            for name, core in self.auxiliary.items()
+        }
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.bias.shape, device=self.bias.device)
+        return values
+
+    @torch.no_grad()
+    def add_noise_(self, relative: float) -> None:
+        """Gaussian noise on the blocks, ``relative`` to their RMS; makes experts differ."""
+        for core in self.auxiliary.values():
+            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
+
+    def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
+        """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
+        return hidden_experts(
+            u,
+            gates,
+            index,
+            self.auxiliary["right"],
+            self.auxiliary["left"],
+            self.bias,
+            activation=self.activation,
+            u_gate=u_gate,
+            right_gate=self.auxiliary["right_gate"] if self.is_gated else None,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, block_size={self.block_size}, per_group={self.per_group}"
+
+
+class HiddenFeedForward(RoutedFeedForward):
+    """``down(experts(up x))`` in the place of a dense network, of whose modules it takes over the projections.
+
+    The projections keep their type, their names and their parameters; this module's forward alone is new. Where the
+    down projection lies elsewhere (BERT), the result is what it reads.
+
+    Args:
+        in_features: model size I.
+        hidden_features: F.
+        config: `MPOEConfig` with ``shape="hidden"``.
+        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down`` unless it lies elsewhere.
+        activation, dropout, output_dropout, stream: as in `MPOEFeedForward`.
+
+    Attributes:
+        central_masked: while True (the gradient mask) the projections' weights have no gradient.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        config: MPOEConfig,
+        *,
+        names: Mapping[str, str],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        stream: str = "main",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
+        self.names = dict(names)
+        self.experts = HiddenExperts(
+            hidden_features,
+            config.num_experts,
+            config.hidden_block(hidden_features),
+            config.block_per_group,
+            activation,
+            "gate_proj" in names,
+            config.expert_bias,
+            config.backend,
+            device=device,
+            dtype=dtype,
+        )
+        self._projections: dict[str, nn.Module] = {}
+        self._central_masked = False
+
+    def adopt(self, projections: Mapping[str, nn.Module]) -> None:
+        """Take the dense projections over, by kind; those that `names` does not mention stay where they are."""
+        for kind, name in self.names.items():
+            self.add_module(name, projections[kind])
+        # A plain dict: modules in it that lie elsewhere are not registered here too.
+        self._projections = {kind: module for kind, module in projections.items() if kind not in self.names}
+
+    def projections(self) -> dict[str, nn.Module]:
+        """The dense projections by kind, also one that lies elsewhere."""
+        own = {kind: getattr(self, name) for kind, name in self.names.items()}
+        return {**own, **self._projections}
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Route every token, and compute its experts between the dense products.
+
+        Args:
+            hidden_states: ``[..., I]``, floating.
+            token_mask: bool ``[...]``, ``False`` = padding, as in `MPOEFeedForward.forward`.
+
+        Returns:
+            ``[..., I]``, or ``[..., F]`` where the down projection lies elsewhere.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        x, token_mask = self.tokens(hidden_states, token_mask)
+        if self.router is None:
+            gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
+            index = torch.zeros_like(gates, dtype=torch.int64)
+        else:
+            decision = self.router(x)
+            gates, index = decision.top_k_weights, decision.top_k_index
+            self.record(decision, token_mask, count_choices(index, self.num_experts, token_mask).int())
+        if token_mask is not None:
+            index = index.masked_fill(~token_mask[:, None], -1)
+        # In the shape in which the dense model multiplies, so that its bits are the same.
+        x = x.view(hidden_states.shape)
+        u = getattr(self, self.names["up"])(x)
+        gate = self.names.get("gate_proj")
+        u_gate = None if gate is None else getattr(self, gate)(x)
+        o = self._between(u, gates, index, u_gate)
+        if "down" not in self.names:
+            return self.dropout(o)
+        down = getattr(self, self.names["down"])
+        wanted = getattr(down, "weight", o).dtype  # Transformers keeps T5's `wo` in float32
+        if wanted.is_floating_point and o.dtype != wanted and not torch.is_autocast_enabled(o.device.type):
+            o = o.to(wanted)
+        y = down(o)
+        if token_mask is not None:
+            y = y.masked_fill(~token_mask.view(y.shape[:-1])[..., None], 0.0)
+        return self.dropout(y)
+
+    def _between(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None) -> Tensor:
+        """``u [..., F]`` through the experts and the dropout between the projections."""
+        if not torch.is_autocast_enabled(u.device.type):
+            u, u_gate = u.to(self.experts.dtype), None if u_gate is None else u_gate.to(self.experts.dtype)
+        flat = [None if value is None else value.reshape(-1, self.hidden_features) for value in (u, u_gate)]
+        assert flat[0] is not None
+        o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
+        rate = self.expert_dropout if self.training else 0.0
+        return nn.functional.dropout(o, rate) if rate > 0.0 else o
+
+    # ------------------------------------------------------------- the centre
+
+    def central_parameters(self) -> dict[str, nn.Parameter]:
+        """Weights of the projections by kind: what all experts share."""
+        return {kind: module.weight for kind, module in self.projections().items()}  # type: ignore[misc]
+
+    @property
+    def central_masked(self) -> bool:
+        return self._central_masked
+
+    @central_masked.setter
+    def central_masked(self, masked: bool) -> None:
+        if masked != self._central_masked:
+            self._central_masked = masked
+            for weight in self.central_parameters().values():
+                weight.requires_grad_(not masked)
+
+    def check_maskable(self, name: str) -> None:
+        """Refuse the gradient mask where a projection does not train.
+
+        Raises:
+            ValueError: a frozen, quantised or adapted projection, by name.
+        """
+        for kind, module in self.projections().items():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or not weight.requires_grad or not weight.is_floating_point():
+                raise ValueError(
+                    f"the gradient mask needs projections that train; {name}.{self.names.get(kind, kind)} "
+                    f"({type(module).__name__}) is frozen or quantised"
+                )
+
+    @torch.no_grad()
+    def expert_weights(self, kind: str) -> Tensor:
+        """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``): for export and inspection."""
+        core = self.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]]
+        weight = linear_weight(self.projections()[kind]).to(core.dtype)
+        groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
+        own = core.expand(-1, groups, -1, -1)
+        if kind == "down":
+            return torch.einsum("egab,gbi->egai", own, weight.view(groups, size, -1)).flatten(1, 2)
+        return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), own).flatten(2, 3)

@@ -70,6 +70,8 @@ def failures(sections: Sequence[Mapping[str, Any]]) -> list[str]:
     """Our own contenders that gave a wrong result or failed; a backend without a kernel is no failure."""
     found = []
     for section in sections:
+        if "spoilt" in section:
+            found.append(f"{section['title']}: {section['spoilt']}; what was to follow is left out")
         for row in section["rows"]:
             reasons = [row["reason"]] if row.get("reason") else []
             reasons += [f"{name}: {why}" for name, why in row.get("faults", {}).items()]
@@ -104,7 +106,8 @@ def run_suite(
 
     Returns:
         ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets", "failures",
-        "seconds"}``, JSON-able; ``skipped`` names the sections that the time did not suffice for.
+        "seconds"}``, JSON-able; ``skipped`` names the sections that the time did not suffice for, or
+        that came after a broken capture of a CUDA graph, which counts as a failure.
 
     Raises:
         ValueError: see `check_options`.
@@ -130,7 +133,7 @@ def run_suite(
         log("measuring the machine's roofs")
         machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
         for number, build in enumerate(builds):
-            if setup.late:
+            if setup.late or (sections and "spoilt" in sections[-1]):
                 skipped.append(getattr(build, "name", f"section {number + 1}"))
                 continue
             gc.collect()  # timing turns it off

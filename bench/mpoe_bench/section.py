@@ -13,8 +13,9 @@ from mpoe_bench.choice import DEFAULT_BACKENDS
 from mpoe_bench.contender import Contender, UnavailableError
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.problem import Truth
-from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, graphed, interleave
+from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, interleave
 from mpoe_kernels import BackendError
+from mpoe_kernels.testing.graphs import CaptureError, graphed
 
 NOT_HERE = "not here"  # how the reason of a contender that cannot take part begins
 # Results are published: how a machine's folders are named is nobody's business.
@@ -129,7 +130,8 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
     """Check, weigh and time contenders.
 
     Returns:
-        JSON-able section with one row per contender.
+        JSON-able section with one row per contender. ``spoilt``, where a capture of a CUDA graph broke off: why nothing
+        more can be measured in this process.
 
     Raises:
         RuntimeError: the baseline itself cannot run or computes something wrong.
@@ -154,22 +156,31 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
             rows[name][phase] = timing_facts(timing, comparison.tokens)
         for contender in joined.values():
             contender.release()
+    section = {"key": comparison.key, "title": title, "baseline": baseline, "case": dict(comparison.facts)}
     if setup.device == "cuda" and "forward" in comparison.phases:
-        _time_graphs(joined, rows, baseline, setup)
-    facts = dict(comparison.facts)
-    return {"key": comparison.key, "title": title, "baseline": baseline, "case": facts, "rows": list(rows.values())}
+        try:
+            _time_graphs(joined, rows, baseline, setup)
+        except CaptureError as error:
+            section["spoilt"] = failure_text(error)
+    return {**section, "rows": list(rows.values())}
 
 
 def _time_graphs(
     joined: dict[str, Contender], rows: dict[str, dict[str, Any]], baseline: str | None, setup: Setup
 ) -> None:
-    """Forward passes again as CUDA graphs, where they can be captured."""
+    """Forward passes again as CUDA graphs, where they can be captured.
+
+    Raises:
+        CaptureError: a capture broke off.
+    """
     captured = {}
     for name, contender in joined.items():
         try:
             captured[name] = graphed(contender.forward)
         except RuntimeError as error:
             rows[name]["graph_reason"] = " ".join(str(error).split())[:200]
+            if isinstance(error, CaptureError):
+                raise
     if captured and (baseline is None or baseline in captured):
         for name, timing in interleave(captured, baseline, setup.budget, setup.measure).items():
             rows[name]["graph"] = timing_facts(timing)

@@ -98,24 +98,6 @@ def cuda_measure() -> Measure:
     return measure
 
 
-def graphed(function: Function) -> Function:
-    """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their storage.
-
-    Raises:
-        RuntimeError: the function synchronises or does something else that cannot be captured.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 @contextmanager
 def collection_off() -> Iterator[None]:
     """No garbage collection inside the block."""

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench import gpu
+from mpoe_bench import gpu, run, section
+from mpoe_bench.contender import Contender
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import Setup
 from mpoe_bench.suites import SCALES, sections_of
+from mpoe_bench.suites.gpu import NamedSection
 from mpoe_bench.targets import GPU_TARGETS, check_targets
+
+from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +92,31 @@ def test_what_has_no_time_is_named() -> None:
     assert results["sections"] == []
     assert results["skipped"][0] == "FFN 48x96 E=8 T=8 bfloat16"
     assert len(results["skipped"]) == len(list(sections_of("gpu", SCALES["tiny"], Setup(backends=("eager",)))))
+
+
+def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in that section, not in a later one; the run has failed and says why."""
+
+    def graphed(function):
+        raise CaptureError("the capture of a CUDA graph failed: no")
+
+    timed: list[str] = []
+    monkeypatch.setattr(section, "graphed", graphed)
+    monkeypatch.setattr(section, "interleave", lambda functions, *_: timed.extend(functions) or {})
+    rows: dict[str, dict] = {"one": {}, "two": {}}
+    joined = {name: Contender(name, "mpoe", lambda: None) for name in rows}
+    with pytest.raises(CaptureError):
+        section._time_graphs(joined, rows, None, Setup())
+    assert rows == {"one": {"graph_reason": "the capture of a CUDA graph failed: no"}, "two": {}}
+    assert timed == []
+
+    spoilt = {"key": "", "title": "first", "case": {}, "rows": [], "spoilt": "failed: CaptureError: no"}
+    later = NamedSection("second", lambda: pytest.fail("it was measured"))
+    monkeypatch.setattr(run, "sections_of", lambda *_: [lambda: dict(spoilt), later])
+    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager")
+    assert [each["title"] for each in results["sections"]] == ["first"]
+    assert results["skipped"] == ["second"]
+    assert results["failures"] == ["first: failed: CaptureError: no; what was to follow is left out"]
 
 
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from decoding_graph import replay_a_decoding_step, run_apart
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
 SHAPE = SMALL_SHAPES["light"]
@@ -64,37 +67,31 @@ def test_two_runs_agree_bit_for_bit(able: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["light", "separable"])
 def test_a_decoding_step_fits_a_cuda_graph(able: str, name: str, device: torch.device) -> None:
-    """Routing and both products, captured with one routing and replayed with another."""
+    """In a process of its own: a capture that breaks off spoils its process."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a CUDA device")
-    shape = SMALL_SHAPES[name]
-    down_shape = shape.mirrored() if shape.is_separable else shape
-    parts = []
-    for each in (shape, down_shape):
-        made = random_blocks(each, 3)
-        moved = (t.to(device, torch.float32) for t in (made.left, made.central, made.right))
-        parts.append(MPOBlocks(*moved, each.in_features, each.out_features))
-    x, index = torch.randn(4, shape.in_features, device=device), torch.tensor([[0], [1], [1], [2]], device=device)
-    gates = torch.ones(4, 1, device=device)
+    if able == "eager":
+        pytest.skip("plain PyTorch asks the device for sizes, so it is never captured")
+    run_apart(replay_a_decoding_step, able, name, str(device))
 
-    def step() -> Tensor:
-        with torch.no_grad():
-            return mpo_ffn(x, route(index, 3, backend=able), gates, *parts, backend=able)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            captured = step()
-    except RuntimeError as error:
-        if able == "eager":
-            pytest.skip(f"plain PyTorch asks the device for sizes: {error}")
-        raise
-    x.copy_(torch.randn_like(x))
-    index.copy_(torch.tensor([[2], [2], [0], [2]], device=device))
-    graph.replay()
-    torch.testing.assert_close(captured, step())
+def test_plain_pytorch_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(*_: object) -> None:
+        raise AssertionError("eager was captured")
+
+    monkeypatch.setattr(sys.modules[__name__], "run_apart", captured)
+    with pytest.raises(pytest.skip.Exception, match="never captured"):
+        test_a_decoding_step_fits_a_cuda_graph("eager", "light", torch.device("cuda"))
+    with pytest.raises(AssertionError, match="was captured"):
+        test_a_decoding_step_fits_a_cuda_graph("cuda", "light", torch.device("cuda"))
+
+
+def _break_off() -> None:
+    torch.set_default_dtype(torch.float64)
+    raise ArithmeticError("broken off")
+
+
+def test_what_breaks_off_apart_is_reported_and_leaves_nothing() -> None:
+    with pytest.raises(Exception, match="ArithmeticError: broken off"):
+        run_apart(_break_off)
+    assert torch.get_default_dtype() == torch.float32

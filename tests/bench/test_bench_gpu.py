@@ -23,27 +23,29 @@ from mpoe_kernels.testing.graphs import CaptureError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_script_tries_every_step_without_a_gpu(tmp_path: Path) -> None:
-    command = [str(ROOT / "bench" / "gpu.sh"), "--device", "cpu", "--out", str(tmp_path / "trial")]
-    environment = {**os.environ, "PYTHON": sys.executable}
+def test_the_script_tries_every_step_without_a_gpu(tmp_path: Path, capsys) -> None:
+    """With a few of the tests of the device: all of them run on the CPU as tests of their own."""
+    words = ["--device", "cpu", "--minutes", "60", "--out", str(tmp_path / "trial")]
+    command = [str(ROOT / "bench" / "gpu.sh"), *words]
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTEST_ADDOPTS": "-k 'no_tokens or two_runs'"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = {each["name"]: each for each in json.loads((tmp_path / "trial" / "steps.json").read_text())}
-    assert list(outcomes) == ["machine", "card", "twins", "results", "graphs", "times"]
+    assert list(outcomes) == ["build", "machine", "card", "twins", "results", "graphs", "times"]
     for name in ("machine", "results", "graphs", "times"):
         assert outcomes[name]["result"] == "passed", outcomes[name]
         assert (tmp_path / "trial" / f"{name}.log").stat().st_size > 0
     assert " passed" in outcomes["results"]["detail"]
-    assert outcomes["twins"]["result"] == "skipped"
+    for name in ("build", "twins"):
+        assert outcomes[name]["result"] == "skipped"
     text = (tmp_path / "trial" / "report.md").read_text()
     assert "| results | every backend on the device | passed |" in text
     results = json.loads((tmp_path / "trial" / "times" / "results.json").read_text())
     assert results["suite"] == "gpu"
     assert results["failures"] == []
     assert results["skipped"] == []
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "holds earlier results" in again.stderr
+    assert gpu.main(words) == 2
+    assert "holds earlier results" in capsys.readouterr().err
 
 
 def step(code: str, **options: object) -> gpu.Step:
@@ -80,11 +82,44 @@ def test_without_a_device_it_says_so(capsys) -> None:
 
 def test_on_a_gpu_the_tests_and_times_are_those_of_the_device(tmp_path: Path) -> None:
     steps = {each.name: each for each in gpu.steps("cuda", tmp_path)}
-    assert steps["results"].environment == {"MPOE_TEST_DEVICE": "cuda"}
+    for name in ("results", "graphs"):
+        assert steps[name].environment["MPOE_TEST_DEVICE"] == "cuda"
     words = " ".join(steps["times"].command)
     assert "--suite gpu --device cuda" in words
     assert "tiny" not in words
     assert sum(each.share for each in steps.values() if each.name != "times") < 0.8, "time is left for the times"
+
+
+def test_the_cuda_kernels_are_built_first_and_then_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(compiler))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    build, *others = gpu.steps("cuda", tmp_path)
+    assert (build.name, build.missing) == ("build", "")
+    assert list(build.command[1:]) == ["setup.py", "-q", "build_ext", "--inplace"], "pip would build in isolation"
+    assert build.environment == {"MPOE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    tests = [each for each in others if each.name in ("results", "graphs")]
+    assert [each.environment["MPOE_TEST_REQUIRED"] for each in tests] == ["eager triton cuda"] * 2
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "absent"))
+    steps = {each.name: each for each in gpu.steps("cuda", tmp_path)}
+    assert steps["build"].missing == "no nvcc"
+    assert steps["results"].environment["MPOE_TEST_REQUIRED"] == "eager triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_required_backend_that_is_absent_fails(tmp_path: Path) -> None:
+    tests = [str(ROOT / "tests/device/test_device_ops.py"), "-k", "test_no_tokens and (cuda or eager)"]
+    options = ["-p", "no:cacheprovider", "-q", "--confcutdir", str(ROOT / "tests/device")]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    one = gpu.Step("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda"})
+    outcome = gpu.run_step(one, 120, tmp_path)
+    assert outcome.result == "failed"
+    assert "1 passed" in outcome.detail
+    assert "1 error" in outcome.detail
+    assert "cuda: " in (tmp_path / "one.log").read_text()
 
 
 def test_what_has_no_time_is_named() -> None:

@@ -1,5 +1,7 @@
 """The same tests on any device: ``MPOE_TEST_DEVICE=cuda pytest tests/device`` on a GPU, the CPU by default.
 
+With ``MPOE_TEST_REQUIRED="triton cuda"`` a backend of these that is absent is a failure.
+
 They are few and small: on a GPU every shape and dtype compiles kernels of its own.
 """
 
@@ -14,6 +16,8 @@ from mpoe_kernels import backend_reasons
 from mpoe_kernels.backends.registry import _BACKENDS, Request
 
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
+# Names of backends that must be able to run there: their tests fail where they are not, instead of being skipped.
+REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
 
 
 def reasons(backend: str, dtype: torch.dtype, op: str = "grouped_mpo_linear") -> list[str]:
@@ -44,5 +48,6 @@ def able(backend: str, request: pytest.FixtureRequest) -> str:
     """The backend, if it runs there what the test is about: the grouped product, or the op of its mark ``op``."""
     mark = request.node.get_closest_marker("op")
     if found := reasons(backend, torch.float32, *(mark.args if mark else ())):
-        pytest.skip("; ".join(found))
+        stop = pytest.fail if backend in REQUIRED else pytest.skip
+        stop(f"{backend}: {'; '.join(found)}")
     return backend

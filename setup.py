@@ -35,7 +35,7 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 class Module(NamedTuple):
     """A compiled library: its CMake target, and the file with the reason where there is none.
 
-    The loaders quote the reason: mpoe_kernels/backends/{native,cuda}/load.py.
+    The loaders quote the reason: mpoe_kernels/{native,cuda}_library.py.
     """
 
     target: str

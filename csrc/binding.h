@@ -19,7 +19,7 @@ namespace mpoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the caller did wrong. ops/define.py makes a ValueError of the text after the colon; STD_TORCH_CHECK would add the
+// What the caller did wrong. mpoe_kernels/define.py makes a ValueError of the text after the colon; STD_TORCH_CHECK would add the
 // path of our source file.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {

@@ -1,7 +1,10 @@
 """Kernels of parameter-efficient mixtures of experts: MPO algebra, planner, routing and grouped MPO products."""
 
-from mpoe_kernels.backends.registry import BackendError, available_backends, backend_reasons, use_backend
+from mpoe_kernels.backends import BackendError, available_backends, backend_reasons, use_backend
+from mpoe_kernels.embedding.op import mpo_embedding
 from mpoe_kernels.hidden_experts import hidden_experts
+from mpoe_kernels.linear.ffn import mpo_ffn
+from mpoe_kernels.linear.op import grouped_mpo_linear, mpo_linear
 from mpoe_kernels.mpo import (
     Decomposition,
     MPOBlocks,
@@ -12,17 +15,8 @@ from mpoe_kernels.mpo import (
     fold,
     reconstruct,
 )
-from mpoe_kernels.ops import (
-    Routing,
-    combine,
-    dispatch,
-    grouped_mpo_linear,
-    mpo_embedding,
-    mpo_ffn,
-    mpo_linear,
-    route,
-)
 from mpoe_kernels.planner import ContractionPlan, plan_contraction
+from mpoe_kernels.routing.op import Routing, combine, dispatch, route
 from mpoe_kernels.version import __version__
 
 __all__ = [

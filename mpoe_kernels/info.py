@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.backends.compiled import CompiledLibrary
-from mpoe_kernels.backends.cuda.load import CUDA_LIBRARY
-from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
-from mpoe_kernels.backends.registry import backend_reasons
+from mpoe_kernels.compiled import CompiledLibrary
+from mpoe_kernels.cuda_library import CUDA_LIBRARY
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.registry import backend_reasons
 from mpoe_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy")

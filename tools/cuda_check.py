@@ -21,7 +21,7 @@ from pathlib import Path
 
 from documents import write_between
 
-from mpoe_kernels.backends.cuda.panels import padded_stride
+from mpoe_kernels.linear.cuda.panels import padded_stride
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")

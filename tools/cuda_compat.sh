@@ -20,8 +20,8 @@ cat >"$folder/check.py" <<'PYTHON'
 import torch
 
 import mpoe_kernels
-from mpoe_kernels.backends.cuda.load import CUDA_LIBRARY
-from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.cuda_library import CUDA_LIBRARY
+from mpoe_kernels.native_library import NATIVE_LIBRARY
 
 assert NATIVE_LIBRARY.reasons == (), NATIVE_LIBRARY
 reasons = mpoe_kernels.backend_reasons()["cuda"]

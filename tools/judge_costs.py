@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
-from mpoe_kernels.backends.eager.linear import linear_forward
-from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.backends.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.linear.eager.kernels import linear_forward
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
+from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out

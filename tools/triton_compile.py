@@ -2,7 +2,7 @@
 
 No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
 tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped.
-``--doc`` writes the tables of docs/kernels_triton.md. What is shipped: mpoe_kernels/backends/triton/catalogue.py.
+``--doc`` writes the tables of docs/kernels_triton.md. What is shipped: mpoe_kernels/backends/triton_catalogue.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from documents import write_between
 from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
 
-from mpoe_kernels.backends.triton import catalogue
+from mpoe_kernels.backends import triton_catalogue as catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = ROOT / "docs" / "kernels_triton.md"

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from triton_compile import DOC, write_between
 
-from mpoe_kernels.backends.triton import catalogue
-from mpoe_kernels.backends.triton.architecture import target_named
-from mpoe_kernels.backends.triton.cost import ways
-from mpoe_kernels.backends.triton.start import Launch, recorded
+from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.linear.triton.cost import ways
 from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
 from mpoe_kernels.planner.contraction import PHASES, expected_busy_experts
 from mpoe_kernels.planner.cost import step_time
+from mpoe_kernels.triton.architecture import target_named
+from mpoe_kernels.triton.start import Launch, recorded
 
 CARD = HARDWARE["h100"]
 ARCHITECTURE = "sm_90"

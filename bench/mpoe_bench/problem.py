@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, fold, plan_contraction
-from mpoe_kernels.reference.linear import activation_reference, weight_reference
+from mpoe_kernels.linear.reference import activation_reference, weight_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import expert_choice, random_cores, workload_shape
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.eager.activation import activation_backward, apply_activation_
+from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 
 # Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
 ACTIVATION_COST, COPY_COST = 40, 64

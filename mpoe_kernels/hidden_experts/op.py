@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import registry
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -22,8 +21,9 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
+from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import eager
-from mpoe_kernels.ops.define import define_op, run_kernel
+from mpoe_kernels.registry import add_kernel, requested_backend
 
 # Names of Hugging Face configs -> what kernels call them.
 ACTIVATIONS = {
@@ -40,8 +40,8 @@ ACTIVATIONS = {
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
 
 for _backend, _module in (("eager", eager),):
-    registry.add_kernel(_backend, "hidden_experts", _module.forward, getattr(_module, "reasons", None))
-    registry.add_kernel(_backend, "hidden_experts_backward", _module.backward, getattr(_module, "reasons", None))
+    add_kernel(_backend, "hidden_experts", _module.forward, getattr(_module, "reasons", None))
+    add_kernel(_backend, "hidden_experts_backward", _module.backward, getattr(_module, "reasons", None))
 
 
 def _body(
@@ -207,7 +207,7 @@ def hidden_experts(
     check_device("u", u, gates=gates, top_k_index=index)
     return _forward(
         *(u, gates, index.long(), right, left, bias, u_gate, right_gate),
-        *(ACTIVATIONS[activation], registry.requested_backend(backend)),
+        *(ACTIVATIONS[activation], requested_backend(backend)),
     )
 
 

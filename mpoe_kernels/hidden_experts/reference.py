@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.reference.linear import activation_reference
+from mpoe_kernels.linear.reference import activation_reference
 
 
 def hidden_experts_reference(

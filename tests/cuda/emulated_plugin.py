@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emulation import EMULATED, library
 
-from mpoe_kernels.backends.registry import register_backend
+from mpoe_kernels.registry import register_backend
 
 library()
 register_backend(EMULATED)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
-from mpoe_kernels.backends.cuda.cost import steps_program
-from mpoe_kernels.backends.cuda.panels import Panel
-from mpoe_kernels.backends.indices import slots_by_token
+from mpoe_kernels.indices import slots_by_token
+from mpoe_kernels.linear.cuda.cost import steps_program
+from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpoe_kernels.backends.cuda.cost import Launch, steps_program, ways
-from mpoe_kernels.backends.triton.cost import gpu_seconds
+from mpoe_kernels.linear.cuda.cost import Launch, steps_program, ways
+from mpoe_kernels.linear.triton.cost import gpu_seconds
 from mpoe_kernels.planner import BlockDims, Contraction, contraction
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.testing.cases import workload_shape

@@ -9,8 +9,8 @@ from emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, sche
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.backends.cuda.few import best_few
-from mpoe_kernels.backends.cuda.few import few_bytes as predicted_bytes
+from mpoe_kernels.linear.cuda.few import best_few
+from mpoe_kernels.linear.cuda.few import few_bytes as predicted_bytes
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import assert_calibrated

@@ -10,8 +10,8 @@ from emulated_linear import ALL, Case
 from emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.backends.cuda.panels import Panel, best_panel
-from mpoe_kernels.backends.cuda.panels import panel_bytes as predicted_bytes
+from mpoe_kernels.linear.cuda.panels import Panel, best_panel
+from mpoe_kernels.linear.cuda.panels import panel_bytes as predicted_bytes
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.assertions import relative_error

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
-from mpoe_kernels.backends.registry import (
+from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
+from mpoe_kernels.registry import (
     _BACKENDS,
     CONTRACTIONS,
     Backend,
@@ -18,7 +19,6 @@ from mpoe_kernels.backends.registry import (
     Request,
     resolve_contraction,
 )
-from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.testing.cases import random_cores
 
 # ``MPOE_TEST_BACKENDS`` names others, as tests/cuda/test_public_ops.py does.
@@ -52,7 +52,7 @@ def candidate_backend(
 
 def eager_kernel(op: str) -> Callable[..., object]:
     """What the eager backend runs for a contraction."""
-    from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
+    from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 
     return {"forward": linear_forward, "backward": linear_backward}[CONTRACTIONS[op]]
 

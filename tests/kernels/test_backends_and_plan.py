@@ -21,9 +21,9 @@ from mpoe_kernels import (
     backend_reasons,
     grouped_mpo_linear,
     plan_contraction,
+    registry,
     use_backend,
 )
-from mpoe_kernels.backends import registry
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
@@ -258,8 +258,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("experts", [2, 12])
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     """Peak of forward and backward kernels beyond inputs and results: two weights, whatever E is."""
-    from mpoe_kernels.backends.eager.linear import linear_backward, linear_forward
-    from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
+    from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+    from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)

@@ -10,8 +10,8 @@ import torch
 from backend_cases import eager_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.backends.eager import cost
-from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.eager import cost
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.testing.cases import random_blocks, workload_shape

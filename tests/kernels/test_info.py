@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mpoe_kernels import backend_reasons, info
-from mpoe_kernels.backends.native.load import INFO_KEYS, NATIVE_LIBRARY
+from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
 
 
 def run_module(*arguments: str, before: str = "") -> str:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear
-from mpoe_kernels.backends import registry
-from mpoe_kernels.ops.mpo_linear import ACTIVATIONS
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear, registry
+from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from backend_cases import candidate_backend
 
-from mpoe_kernels import BackendError
-from mpoe_kernels.backends import measured, registry
+from mpoe_kernels import BackendError, measured, registry
 from mpoe_kernels.planner import BlockDims, contraction
 
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from mpoe_kernels.backends.native import cost, work
-from mpoe_kernels.backends.native.linear import IMPLEMENTED
+from mpoe_kernels.linear.native import cost, work
+from mpoe_kernels.linear.native.kernels import IMPLEMENTED
 from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction, contractions
 from mpoe_kernels.testing.cases import workload_shape
 

@@ -11,16 +11,17 @@ import torch
 from backend_cases import candidate_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpoe_kernels.backends import measured, registry
+from mpoe_kernels import measured, registry
 from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.backends.cuda.cost import ways
-from mpoe_kernels.backends.cuda.linear import LinearKernels
 from mpoe_kernels.backends.eager import EAGER
-from mpoe_kernels.backends.linear_call import ForwardCall
-from mpoe_kernels.backends.triton import TRITON, architecture
+from mpoe_kernels.backends.triton import TRITON
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.cuda.cost import ways
+from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.triton import architecture
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
 CAPABILITIES = ((8, 0), (10, 0))
@@ -164,19 +165,19 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def test_triton_launches_on_the_gpu_of_its_tensors(events: list[object]) -> None:
-    start = pytest.importorskip("mpoe_kernels.backends.triton.start").start
+    start = pytest.importorskip("mpoe_kernels.triton.start").start
     start(Kernel(events), (1,), SIZE=4, x=on_gpu(4), y=on_gpu(4))
     assert events == [1, "launch", 0]
 
 
 def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events: list[object]) -> None:
-    start = pytest.importorskip("mpoe_kernels.backends.triton.start").start
+    start = pytest.importorskip("mpoe_kernels.triton.start").start
     with pytest.raises(ZeroDivisionError):
         start(Kernel(events, ZeroDivisionError()), (1,), x=on_gpu(4))
     assert events == [1, "launch", 0]
 
 
 def test_in_the_interpreter_no_gpu_is_asked_for(events: list[object]) -> None:
-    start = pytest.importorskip("mpoe_kernels.backends.triton.start").start
+    start = pytest.importorskip("mpoe_kernels.triton.start").start
     start(Kernel(events), (1,), x=torch.empty(4))
     assert events == ["launch"]

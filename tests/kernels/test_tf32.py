@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mpoe_kernels.backends.cuda.embedding import EmbeddingKernels
-from mpoe_kernels.backends.cuda.linear import LinearKernels
-from mpoe_kernels.backends.linear_call import ForwardCall
+from mpoe_kernels.embedding.cuda import EmbeddingKernels
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -77,7 +77,7 @@ def test_costs_follow(allowed: bool, h100: None) -> None:
 
 def test_triton_follows(allowed: bool) -> None:
     pytest.importorskip("triton")
-    from mpoe_kernels.backends.triton.launch import precision
+    from mpoe_kernels.linear.triton.launch import precision
 
     assert precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert precision(torch.bfloat16) == "ieee"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
-from mpoe_kernels.backends.native.load import NATIVE_LIBRARY
+from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import expert_choice, random_blocks
@@ -109,7 +109,7 @@ def test_long_sums_are_as_accurate_as_the_library(tokens: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
-    info = "from mpoe_kernels.backends.native.load import NATIVE_LIBRARY as n; i = n.info"
+    info = "from mpoe_kernels.native_library import NATIVE_LIBRARY as n; i = n.info"
     info += "; print(i['isa_used'], i['isa_detected'])"
     environment = os.environ | {"MPOE_CPU_ISA": isa}
     found = subprocess.run([sys.executable, "-c", info], env=environment, capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels.backends.triton.architecture import in_interpreter, triton_reasons
+from mpoe_kernels.triton.architecture import in_interpreter, triton_reasons
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 WITH_THE_COMPILER = ["test_ahead_of_time.py", "test_documented.py"]

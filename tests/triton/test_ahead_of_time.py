@@ -18,10 +18,11 @@ import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
 from mpoe_kernels.backends import triton as backend
-from mpoe_kernels.backends.triton import catalogue, configs, routing
-from mpoe_kernels.backends.triton.architecture import ARCHITECTURES
-from mpoe_kernels.backends.triton.cost import MOST_EXPERTS
-from mpoe_kernels.backends.triton.start import Launch, recorded
+from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.linear.triton import configs, routing
+from mpoe_kernels.linear.triton.cost import MOST_EXPERTS
+from mpoe_kernels.triton.architecture import ARCHITECTURES
+from mpoe_kernels.triton.start import Launch, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Binary(128, 0, 0, 65536, 0, 16, True)

@@ -9,9 +9,10 @@ import torch
 import triton_compile
 import triton_predict
 
-from mpoe_kernels.backends.triton import catalogue, configs
-from mpoe_kernels.backends.triton.architecture import ARCHITECTURES
+from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.planner import contraction
+from mpoe_kernels.triton.architecture import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "kernels_triton.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels.backends.triton.architecture import in_interpreter
+from mpoe_kernels.triton.architecture import in_interpreter
 
 FOLDER = Path(__file__).parent / "interpreted"
 

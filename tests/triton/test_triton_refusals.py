@@ -20,9 +20,9 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.backends.triton import architecture
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.triton import architecture
 
 pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
 SHAPE = SMALL_SHAPES["light"]
@@ -118,10 +118,10 @@ def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> N
 def test_what_no_kernel_is_made_for() -> None:
     """The planner does not ask for it: these are the launcher's own words."""
     pytest.importorskip("triton")
-    from mpoe_kernels.backends.triton.configs import fused_choice
-    from mpoe_kernels.backends.triton.fused_tiles import Sides
-    from mpoe_kernels.backends.triton.operands import Operand, index_map
-    from mpoe_kernels.backends.triton.start import recorded
+    from mpoe_kernels.linear.triton.configs import fused_choice
+    from mpoe_kernels.linear.triton.fused_tiles import Sides
+    from mpoe_kernels.linear.triton.operands import Operand, index_map
+    from mpoe_kernels.triton.start import recorded
 
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
     with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):

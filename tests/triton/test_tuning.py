@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoe_kernels.backends.registry import BackendError
-from mpoe_kernels.backends.triton import tuning
-from mpoe_kernels.backends.triton.fused_tiles import FusedTile
-from mpoe_kernels.backends.triton.tuning import autotuned, choose, size_class
+from mpoe_kernels.linear.triton.fused_tiles import FusedTile
+from mpoe_kernels.registry import BackendError
+from mpoe_kernels.triton import tuning
+from mpoe_kernels.triton.tuning import autotuned, choose, size_class
 
 TILES = tuple(FusedTile(m, 64, 64, 1 << 14, 4, 2) for m in (128, 64, 32))
 CPU = torch.device("cpu")

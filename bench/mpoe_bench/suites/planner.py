@@ -14,9 +14,9 @@ from mpoe_bench.contender import grad_of
 from mpoe_bench.section import NOT_HERE, Setup, failure_text
 from mpoe_bench.timing import interleave
 from mpoe_kernels import BackendError, MPOBlocks, available_backends, grouped_mpo_linear, route
-from mpoe_kernels.backends.registry import AUTO
 from mpoe_kernels.planner import ContractionPlan, contractions, plan_contraction
 from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.registry import AUTO
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import Workload, expert_choice, random_blocks
 

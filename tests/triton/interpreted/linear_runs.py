@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.backends.linear_call import BackwardCall, ForwardCall
-from mpoe_kernels.backends.triton.cost import ON_CHIP, ON_CHIP_FROM_HALF
-from mpoe_kernels.backends.triton.linear import (
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.triton.cost import ON_CHIP, ON_CHIP_FROM_HALF
+from mpoe_kernels.linear.triton.kernels import (
     backward_by_steps,
     backward_on_chip,
     forward_by_steps,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOBlocks, mpo_embedding
-from mpoe_kernels.backends.triton import embedding
+from mpoe_kernels.embedding import triton as embedding
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks

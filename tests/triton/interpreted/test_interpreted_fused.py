@@ -7,10 +7,11 @@ import torch
 from linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.backends.triton import contraction, fused_launch, launch, linear, start
-from mpoe_kernels.backends.triton.fused_tiles import FusedTile, fused_table
+from mpoe_kernels.linear.triton import fused_launch, kernels, launch, products
+from mpoe_kernels.linear.triton.fused_tiles import FusedTile, fused_table
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.triton import start
 
 # Factors that are no powers of two, in both directions.
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
@@ -77,7 +78,7 @@ def test_rebuilding_step_by_step_holds_two_weights_at_most(monkeypatch: pytest.M
 
         return scratch
 
-    for module in (contraction, launch, linear):
+    for module in (products, launch, kernels):
         monkeypatch.setattr(module, "scratch", counting(module.scratch))
     Case(shape, experts=6).run("rebuild")
     assert dims.weight_elements < most <= 2 * dims.weight_elements

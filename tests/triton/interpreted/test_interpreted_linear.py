@@ -8,8 +8,8 @@ from linear_runs import Case, strategies_of
 from linear_scenarios import LinearScenarios
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
-from mpoe_kernels.backends.triton import launch
-from mpoe_kernels.backends.triton.configs import Tile
+from mpoe_kernels.linear.triton import launch
+from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -52,7 +52,7 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
 
 def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """The central gradient is not computed and thrown away: its launches do not happen."""
-    from mpoe_kernels.backends.triton import start
+    from mpoe_kernels.triton import start
 
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):

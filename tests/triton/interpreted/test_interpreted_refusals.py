@@ -8,10 +8,10 @@ from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
 from mpoe_kernels.backends import triton as backend
-from mpoe_kernels.backends.triton import configs
-from mpoe_kernels.backends.triton.rows import rows_kernel
-from mpoe_kernels.backends.triton.start import start
+from mpoe_kernels.linear.triton import configs
+from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.triton.start import start
 
 OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
 

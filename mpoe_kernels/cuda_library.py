@@ -1,0 +1,57 @@
+"""The compiled CUDA kernels, `mpoe_kernels/_C_cuda.abi3.so`, loaded where this PyTorch has CUDA."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from mpoe_kernels.compiled import FOLDER, CompiledLibrary, load_library
+
+LIBRARY = "_C_cuda.abi3.so"
+# setup.py writes it where it does not build.
+REASON_FILE = "_cuda_missing.txt"
+# ``architectures``: names as CMake's, separated by spaces: 90a-real is machine code, 100-virtual is PTX.
+INFO_KEYS = {"version", "torch", "compiler", "architectures"}
+
+
+def _load() -> CompiledLibrary:
+    path = FOLDER / LIBRARY
+    if path.is_file() and torch.version.cuda is None:
+        return CompiledLibrary(path, (f"this torch, {torch.__version__}, is built without CUDA",))
+    return load_library(path, "mpoe_cuda", REASON_FILE, INFO_KEYS)
+
+
+CUDA_LIBRARY = _load()
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether code for ``architectures`` (see `INFO_KEYS`) runs on a GPU of this compute capability.
+
+    Machine code runs on later minor versions of its major version, PTX on all later ones; 90a only on its own.
+    """
+    for name in architectures.split():
+        number, _, kind = name.partition("-")
+        own = divmod(int(number.rstrip("af")), 10)
+        ptx, machine_code = kind != "real" and own <= (major, minor), kind != "virtual" and own[0] == major
+        if own == (major, minor) or (number.isdigit() and (ptx or (machine_code and own[1] <= minor))):
+            return True
+    return False
+
+
+@lru_cache(maxsize=1)
+def device_reasons() -> tuple[str, ...]:
+    """Why the kernels cannot run on the GPUs of this machine."""
+    if not torch.cuda.is_available():
+        return ("no CUDA device was found",)
+    compiled = CUDA_LIBRARY.info.get("architectures", "")
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if compiled and not runs_on(compiled, major, minor):
+            return (f"it was compiled for {compiled}, cuda:{index} is sm_{major}{minor}",)
+    return ()
+
+
+def unavailable_reasons() -> list[str]:
+    """Why no compiled CUDA kernel can run here."""
+    return [*CUDA_LIBRARY.reasons, *device_reasons()]

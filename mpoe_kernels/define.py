@@ -1,0 +1,193 @@
+"""One helper that registers an op: custom_op + fake + autograd + autocast + refusals, with backends below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
+from mpoe_kernels.registry import Request, select
+
+NAMESPACE = "mpoe"
+AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
+# torch.library keeps registrations only as long as the Library object lives.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: Any) -> Any:
+    """Call the kernel of the backend that the registry selects for this op, device and dtype."""
+    request = Request(op, str(like.device), like.dtype, sizes)
+    return call_kernel(select(request, backend), *arguments)
+
+
+def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a kernel; what a compiled one refuses (csrc/binding.h) is a ValueError as everywhere."""
+    try:
+        return kernel(*arguments)
+    except RuntimeError as error:
+        _, refused, reason = str(error).partition("mpoe refuses: ")
+        if refused:
+            raise ValueError(reason) from None
+        raise
+
+
+def define_op(
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast_arguments: Sequence[int] = (),
+) -> Any:
+    """Register ``mpoe::<body.__name__>``.
+
+    Args:
+        body: annotated function; its annotations are the schema. It calls `run_kernel`.
+        fake: shapes and dtypes of the results.
+        setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how
+            double backward is refused).
+        autocast_arguments: positions of the tensors that autocast brings to its dtype.
+
+    Returns:
+        A function that calls the op.
+    """
+    name = body.__name__
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=())
+    return _register(op, name, fake, setup_context, backward, tuple(autocast_arguments))
+
+
+# Types of a signature's fields, as annotated -> as a schema writes them.
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "list[bool]": "bool[]",
+}
+
+
+def define_op_of(
+    name: str,
+    signature: type[Any],
+    results: int,
+    kernel: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: Sequence[str] = (),
+) -> Any:
+    """Register ``mpoe::<name>``, whose arguments are the fields of a dataclass, and which returns tensors.
+
+    Args:
+        name: of the op.
+        signature: dataclass; kernels, fake and schema know the arguments by its fields.
+        results: how many tensors it returns.
+        kernel, fake: take an instance of ``signature``.
+        setup_context, backward: as in `define_op`.
+        autocast: fields that autocast brings to its dtype.
+    """
+    declared = fields(signature)
+    arguments = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in declared)
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    names = [field.name for field in declared]
+
+    def body(*values: Any) -> Any:
+        return kernel(signature(*values))
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=schema)
+    positions = tuple(names.index(field) for field in autocast)
+    return _register(op, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
+
+
+def _register(
+    op: Any,
+    name: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+    autocast_positions: tuple[int, ...],
+) -> Any:
+    op.register_fake(_on_one_device(fake, name))
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    else:
+        _refuse_autograd(op, name)
+    op.register_vmap(_refuse_vmap(name))
+    if autocast_positions:
+        for device_type, key in AUTOCAST_KEYS.items():
+            _LIBRARY.impl(name, _autocast_kernel(op, device_type, autocast_positions), key)
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+            _refuse_other_modes(name, arguments)
+        return op(*arguments)
+
+    return call
+
+
+def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A meta tensor beside others brings PyTorch to the fake, whose results are memory that nobody wrote."""
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor.device != tensors[0].device:
+                raise ValueError(
+                    f"{NAMESPACE}::{name} needs its tensors on one device; "
+                    f"got {', '.join(describe(tensor) for tensor in tensors)}"
+                )
+        return fake(*arguments)
+
+    return checked
+
+
+def _refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
+    """PyTorch drops the tangents of a custom op's arguments in silence."""
+    refuse_jit_trace(f"{NAMESPACE}::{name}")
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
+                "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+            )
+
+
+def _refuse_autograd(op: Any, name: str) -> None:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} cannot be differentiated: second derivatives of MPO ops are not supported"
+        )
+
+    op.register_autograd(refuse)
+
+
+def _refuse_vmap(name: str) -> Callable[..., Any]:
+    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) instead"
+        )
+
+    return refuse
+
+
+def _autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = list(arguments)
+        for k in positions:
+            value = cast[k]
+            # float64 stays: autocast never lowers it elsewhere in torch either.
+            if isinstance(value, Tensor) and value.dtype in LOWERED:
+                cast[k] = value.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast)
+
+    return kernel

@@ -1,0 +1,119 @@
+"""`mpo_embedding`: rows of a table kept as an MPO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import check_device, check_same, describe
+from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.registry import requested_backend
+
+
+def mpo_embedding_body(
+    ids: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    backend: str,
+) -> Tensor:
+    return run_kernel("mpo_embedding", backend, central, ids, left, central, right, num_embeddings, embedding_dim)
+
+
+def _fake(
+    ids: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    backend: str,
+) -> Tensor:
+    return central.new_empty(ids.shape[0], embedding_dim)
+
+
+def mpo_embedding_backward_body(
+    grad: Tensor,
+    ids: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_kernel(
+        "mpo_embedding_backward", backend, grad, grad, ids, left, central, right, num_embeddings, embedding_dim
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    ids: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dleft, dcentral, dright = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (left, central, right))
+    return dleft, dcentral, dright
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[1:4], strict=True))
+    return None, *needed, None, None, None
+
+
+mpo_embedding_body.__name__ = "mpo_embedding"
+mpo_embedding_backward_body.__name__ = "mpo_embedding_backward"
+_backward = define_op(mpo_embedding_backward_body, _backward_fake)
+_forward = define_op(mpo_embedding_body, _fake, setup_context=_setup, backward=_autograd, autocast_arguments=(1, 2, 3))
+
+
+def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None) -> Tensor:
+    """Rows ``ids`` of the table ``[num_embeddings, embedding_dim]`` that ``blocks`` represent.
+
+    Args:
+        ids: int32 or int64 of any shape; entries below the true vocabulary size ``blocks.in_features``.
+        blocks: folded cores with E = 1; I is the vocabulary, F the embedding size.
+        backend: as in `grouped_mpo_linear`.
+
+    Returns:
+        ``[*ids.shape, embedding_dim]`` in the blocks' dtype. Differentiable in the blocks.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or dtype.
+        IndexError: an id outside the table (CPU).
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be an int32 or int64 tensor; got {describe(ids)}")
+    if not isinstance(blocks, MPOBlocks):
+        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
+    if blocks.num_experts != 1:
+        raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.num_experts}")
+    check_same("central", blocks.central, left=blocks.left, right=blocks.right)
+    check_device("central", blocks.central, ids=ids)
+    flat = ids.reshape(-1).long()
+    rows = _forward(
+        flat,
+        blocks.left,
+        blocks.central,
+        blocks.right,
+        blocks.in_features,
+        blocks.out_features,
+        requested_backend(backend),
+    )
+    return rows.view(*ids.shape, blocks.out_features)

@@ -1,0 +1,189 @@
+"""Rows of an MPO table, from the kernels of the grouped product.
+
+Row number = (iL, iC, iR). The rows of left are gathered by iL; the slice of the central block that a row needs is its
+"expert" iC, and the slice of right its expert iR: two grouped products, each after a counting sort by that digit. For
+many rows rebuilding the whole table costs less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.engine.driver import run
+from mpoe_kernels.indices import check_ids
+from mpoe_kernels.linear.triton.launch import block_gradient, rows_times_block
+from mpoe_kernels.linear.triton.operands import Operand, activations, block, row_major, scratch
+from mpoe_kernels.linear.triton.products import BlockGradients, Pass, blocks_of
+from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.planner.program import weight_backward_program, weight_program
+from mpoe_kernels.routing.triton import dispatch_backward, dispatch_forward, route_forward
+from mpoe_kernels.triton.pointwise import sum_rows_by_token
+
+
+def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
+    """Whether contracting ``rows`` single rows takes fewer FLOPs than rebuilding the table."""
+    central = dims.jL * dims.a * dims.jC * dims.b
+    right = dims.jL * dims.jC * dims.b * dims.jR
+    return rows * 2 * (central + right) <= dims.rebuild_flops
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Tokens in the order of one digit."""
+
+    offsets: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+
+    @classmethod
+    def by(cls, digit: Tensor, count: int) -> _Sorted:
+        return cls(*route_forward(digit.unsqueeze(1), count, None, None))
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """The gather path: operands and both orders of the tokens."""
+
+    dims: BlockDims
+    left_digit: Tensor
+    by_centre: _Sorted
+    by_right: _Sorted
+    left_rows: Operand  # [iL, (jL a)]
+    central: Operand  # its experts are the iC slices
+    right: Operand  # its experts are the iR slices
+
+    @classmethod
+    def of(cls, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> _Gathered:
+        plain = left[0].contiguous().view(dims.iL, -1)
+        return cls(
+            dims,
+            ids // (dims.iC * dims.iR),
+            _Sorted.by(ids // dims.iR % dims.iC, dims.iC),
+            _Sorted.by(ids % dims.iR, dims.iR),
+            activations(plain, ("jL", "a"), dims),
+            _slices(block(central, "C"), "iC"),
+            _slices(block(right, "R"), "iR"),
+        )
+
+    def half(self) -> Operand:
+        """``[T, (jL jC b)]`` in the order of the centre's digit."""
+        slots = self.left_digit.shape[0]
+        rows = self.left_digit[self.by_centre.token_of_slot]
+        out = activations(
+            self.left_rows.data.new_empty(slots, self.dims.jL * self.dims.jC * self.dims.b),
+            ("jL", "jC", "b"),
+            self.dims,
+        )
+        return rows_times_block(
+            self.left_rows, self.central, self.dims, self.by_centre.offsets, slots, row_index=rows, out=out
+        )
+
+    def half_row_of_slot(self) -> Tensor:
+        """Row of `half` that each slot in the order of the right digit reads."""
+        return self.by_centre.slot_of_token[self.by_right.token_of_slot, 0]
+
+
+def _slices(operand: Operand, axis: str) -> Operand:
+    """A block whose slices along one axis play the experts."""
+    strides = {name: stride for name, stride in operand.strides.items() if name != axis}
+    return Operand(operand.data, strides, operand.strides[axis])
+
+
+def embedding_forward(
+    ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
+) -> Tensor:
+    """``[T] -> [T, embedding_dim]``."""
+    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
+    check_ids(ids, num_embeddings)
+    if not gather_is_cheaper(dims, ids.shape[0]):
+        table = _table(left, central, right, dims)
+        filled = torch.full((1,), ids.shape[0], dtype=torch.int32, device=ids.device)
+        return dispatch_forward(table, filled, ids, ids)[:, :embedding_dim].contiguous()
+    gathered = _Gathered.of(ids, left, central, right, dims)
+    y = left.new_empty(ids.shape[0], embedding_dim)
+    rows_times_block(
+        gathered.half(),
+        gathered.right,
+        dims,
+        gathered.by_right.offsets,
+        ids.shape[0],
+        row_index=gathered.half_row_of_slot(),
+        out=activations(y, ("jL", "jC", "jR"), dims, embedding_dim),
+    )
+    return dispatch_backward(y, gathered.by_right.slot_of_token)
+
+
+def _one_expert(like: Tensor) -> Tensor:
+    """Offsets that keep the only expert busy."""
+    return torch.arange(2, dtype=torch.int32, device=like.device)
+
+
+def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
+    """``[iL iC iR, jL jC jR]``, padding included."""
+    table = scratch("W", 1, dims, left)
+    program = weight_program(dims)
+    run(program, Pass(program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}).chunks())
+    return table.data.view(dims.iL * dims.iC * dims.iR, -1)
+
+
+def embedding_backward(
+    grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of left, central and right."""
+    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
+    grad = grad.contiguous()
+    if not gather_is_cheaper(dims, ids.shape[0]):
+        return _table_backward(grad, ids, left, central, right, dims)
+    dcentral = torch.zeros(central.shape, dtype=central.dtype, device=central.device)
+    dright = torch.zeros(right.shape, dtype=right.dtype, device=right.device)
+    gathered = _Gathered.of(ids, left, central, right, dims)
+    by_centre, by_right, slots = gathered.by_centre, gathered.by_right, ids.shape[0]
+    rows = dispatch_forward(grad, by_right.offsets, by_right.token_of_slot, by_right.slot_of_token)
+    drows = activations(rows, ("jL", "jC", "jR"), dims, embedding_dim)
+    block_gradient(
+        gathered.half(),
+        drows,
+        "R",
+        dims,
+        by_right.offsets,
+        row_index=gathered.half_row_of_slot(),
+        out=_slices(block(dright, "R"), "iR"),
+    )
+    width = dims.jL * dims.jC * dims.b
+    half_axes = ("jL", "jC", "b")
+    dhalf = activations(grad.new_empty(slots, width), half_axes, dims)
+    rows_times_block(drows, gathered.right, dims, by_right.offsets, slots, out=dhalf)
+    # From the order of the right digit to that of the centre's.
+    turned = by_right.slot_of_token[by_centre.token_of_slot, 0]
+    dhalf = activations(dispatch_forward(dhalf.data, by_centre.offsets, turned, turned), half_axes, dims)
+    block_gradient(
+        gathered.left_rows,
+        dhalf,
+        "C",
+        dims,
+        by_centre.offsets,
+        row_index=gathered.left_digit[by_centre.token_of_slot],
+        out=_slices(block(dcentral, "C"), "iC"),
+    )
+    dleft_rows = activations(grad.new_empty(slots, dims.jL * dims.a), ("jL", "a"), dims)
+    rows_times_block(dhalf, gathered.central, dims, by_centre.offsets, slots, out=dleft_rows)
+    dleft = sum_rows_by_token(dleft_rows.data, gathered.left_digit[by_centre.token_of_slot], dims.iL)
+    return dleft.view(left.shape), dcentral, dright
+
+
+def _table_backward(
+    grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the rows' gradients into a table's, and project that onto the blocks."""
+    padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
+    padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
+    whole = Operand(padded.view(1, -1), row_major(("iL", "iC", "iR", "jL", "jC", "jR"), dims), padded.numel())
+    grads = BlockGradients.zeros(left, central, right)
+    program = weight_backward_program(dims)
+    values = {"d W": whole, **blocks_of(left, central, right), **grads.operands()}
+    run(program, Pass(program, dims, _one_expert(left), 0, values).chunks())
+    return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for

@@ -1,0 +1,1 @@
+"""The grouped MPO linear: its op, its reference, and the kernels of every backend."""

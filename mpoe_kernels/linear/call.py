@@ -1,0 +1,115 @@
+"""What the kernels of the grouped MPO linear are called with, on every backend.
+
+These classes are the ops' signatures: the schemas follow from their fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from mpoe_kernels.planner import BlockDims
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One call of `mpoe_kernels.grouped_mpo_linear`, forward or backward.
+
+    Attributes:
+        x: ``[T, I]``; without ``row_index`` ``[N, I]``, in slot order.
+        left, central, right: folded blocks ``[E, iL, jL, a]``, ``[a, iC, jC, b]``, ``[E, b, iR, jR]``, dtype of x.
+        expert_offsets: integers ``[E + 1]``.
+        bias: ``[F]`` or None.
+        row_index: int64 ``[N]`` or None.
+        in_features, out_features: I and F.
+        activation: a value of `mpoe_kernels.linear.op.ACTIVATIONS`.
+        strategy: one of `mpoe_kernels.planner.STRATEGIES`; ``"auto"`` until the registry has chosen.
+        backend: the one that was asked for, or ``"auto"``.
+    """
+
+    x: Tensor
+    left: Tensor
+    central: Tensor
+    right: Tensor
+    expert_offsets: Tensor
+    bias: Tensor | None
+    row_index: Tensor | None
+    in_features: int
+    out_features: int
+    activation: str
+    strategy: str
+    backend: str
+
+    @cached_property
+    def dims(self) -> BlockDims:
+        """Sizes of the blocks."""
+        return BlockDims.of_blocks(self.left, self.central, self.right, self.in_features, self.out_features)
+
+    @property
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """left, central, right."""
+        return self.left, self.central, self.right
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.left.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return self.x.shape[0] if self.row_index is None else self.row_index.shape[0]
+
+
+@dataclass(frozen=True)
+class ForwardCall(LinearCall):
+    """A forward pass. Its kernel returns ``(y [N, F], h, z)``; h and z are empty unless a backward will need them.
+
+    Attributes:
+        save: whether a backward may follow.
+    """
+
+    save: bool
+
+    @property
+    def saves_h(self) -> bool:
+        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is kept.
+
+        A rule without slot counts, so that it holds for fakes, and before the registry has chosen too.
+        """
+        return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+
+    @property
+    def saves_z(self) -> bool:
+        """Whether z, the pre-activation ``[N, F]``, is kept: the gradient of relu reads y, of none neither."""
+        return self.save and self.activation not in ("none", "relu")
+
+
+@dataclass(frozen=True)
+class BackwardCall(LinearCall):
+    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; what is not needed is empty.
+
+    Attributes:
+        grad: ``[N, F]``.
+        h: of the forward.
+        saved: y for relu, z for the rest.
+        need: which of the results.
+    """
+
+    grad: Tensor
+    h: Tensor
+    saved: Tensor
+    need: list[bool]
+
+    @property
+    def need_of_plan(self) -> tuple[bool, bool, bool, bool]:
+        """All but the bias's, which no contraction computes."""
+        x, left, central, right, _ = self.need
+        return x, left, central, right
+
+    @property
+    def saved_h(self) -> Tensor | None:
+        """h, where the strategy reads it and the forward kept it."""
+        return self.h if self.strategy == "separable" and self.h.numel() else None

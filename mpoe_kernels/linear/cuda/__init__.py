@@ -1,0 +1,1 @@
+"""The compiled CUDA kernels of csrc/cuda."""

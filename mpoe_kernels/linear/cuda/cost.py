@@ -1,0 +1,94 @@
+"""How long the CUDA kernels are predicted to take, and which of them compute a contraction.
+
+The strategy ``rebuild`` has two forms: by steps through a scratch of at most two experts' weights, and in panels that
+never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is a
+candidate of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from mpoe_kernels.linear.cuda.few import best_few
+from mpoe_kernels.linear.cuda.panels import best_panel
+from mpoe_kernels.linear.triton.cost import gpu_seconds
+from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
+from mpoe_kernels.planner.orders import BlockDims, recipe
+from mpoe_kernels.registry import Request
+
+
+class Launch(NamedTuple):
+    """What csrc/cuda/linear.h is told to do.
+
+    Attributes:
+        name: of the candidate.
+        program: its text, e.g. ``LC W | W`` or ``panel 4 1 24 LC W | W``.
+        seconds: predicted time.
+    """
+
+    name: str
+    program: str
+    seconds: float
+
+
+def steps_program(dims: BlockDims, strategy: str) -> str:
+    """What a strategy builds, and what x then meets: ``LC W | W``."""
+    merges, order = recipe(dims, strategy)
+    return " ".join([*(result for result, _, _ in merges), "|", *order])
+
+
+def _in_panels(plan: Contraction, hardware: Hardware) -> Launch | None:
+    """``rebuild`` in panels, its gradients of blocks by steps. None where no panel fits, or nothing would use one."""
+    backward = plan.phase == "backward"
+    if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
+        return None
+    rate = hardware.flops_per_second(plan.dtype)
+    sizes = (plan.dtype.itemsize, plan.busy_experts, plan.slots)
+    panel = best_panel(plan.dims, backward, *sizes, rate, hardware)
+    if panel is None:
+        return None
+    # Every expert's own blocks, the rows and the result cross from and to memory, however the panels are cut.
+    own = plan.busy_experts * (plan.dims.iL * plan.dims.jL * plan.dims.a + plan.dims.b * plan.dims.iR * plan.dims.jR)
+    moved = own + plan.slots * (plan.dims.in_features + plan.dims.out_features)
+    seconds = max(panel.seconds, moved * plan.dtype.itemsize / hardware.bandwidth)
+    if any(plan.need[1:]) and backward:
+        sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
+        others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
+        seconds += gpu_seconds(others, hardware)
+    return Launch("rebuild in panels", panel.program, seconds)
+
+
+def _in_one_launch(plan: Contraction, hardware: Hardware) -> Launch | None:
+    """``chain`` or ``separable`` for few rows, whose central rows are not kept. None where there is no such kernel."""
+    if plan.strategy not in ("chain", "separable") or plan.phase != "forward" or plan.keeps:
+        return None
+    few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
+    return None if few is None else Launch(f"{plan.strategy} in one launch", few.program, few.seconds)
+
+
+@lru_cache(maxsize=4096)
+def ways(plan: Contraction, hardware: Hardware) -> tuple[Launch, ...]:
+    """Every way to compute a contraction: step by step, and whatever else its strategy and phase have."""
+    by_steps = Launch(plan.strategy, steps_program(plan.dims, plan.strategy), gpu_seconds(plan, hardware))
+    others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
+    return (by_steps, *(form for form in others if form is not None))
+
+
+@lru_cache(maxsize=16)
+def _with_shared_memory(hardware: Hardware, available: int) -> Hardware:
+    return replace(hardware, sram_bytes=min(hardware.sram_bytes, available))
+
+
+def gpu(device: str) -> Hardware:
+    """Numbers of a GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
+    properties = torch.cuda.get_device_properties(device)
+    return _with_shared_memory(hardware_here(device), properties.shared_memory_per_multiprocessor)
+
+
+def predicted_cost(request: Request) -> float:
+    """Of routing: below Triton's, as it needs fewer launches."""
+    return 0.4

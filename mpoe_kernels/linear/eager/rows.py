@@ -1,0 +1,320 @@
+"""Strategies that send rows through operands (half_left, half_right, chain, separable): the three products in PyTorch.
+
+Slots are taken in chunks of whole experts, so that half-built weights stay below two weights' memory and rows between
+operands stay small. A tensor is copied only where the axes that a GEMM sums are not its last ones, for a separable
+shape in the first rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.engine.driver import run
+from mpoe_kernels.linear.eager.activation import Upstream
+from mpoe_kernels.linear.eager.grouped import (
+    Group,
+    accumulate_mm,
+    accumulator,
+    active_groups,
+    clear_idle,
+    grouped_mm,
+    grouped_outer,
+    select_experts,
+    store,
+)
+from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
+from mpoe_kernels.planner.program import KEPT, Need, Product, Program, program_of, value_of
+
+# Half-built weights of a chunk of experts: this part of a weight. They exist up to twice (the rows may need another
+# layout than the one they are built in), and so do their gradients.
+HALF_SHARE = 0.5
+# Rows between operands of a chunk of experts (one expert's may be larger): about what a last-level cache holds.
+STATE_BYTES = 32 << 20
+
+
+class Named:
+    """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides."""
+
+    def __init__(self, data: Tensor, axes: tuple[str, ...]) -> None:
+        self.data, self.axes = data, axes
+        self._last: tuple[tuple[int, ...], int, Tensor] | None = None
+
+    def matrices(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """``[n, first, second]``, each group of axes as one; a view where that is possible. The last one is kept."""
+        order = tuple(1 + self.axes.index(axis) for axis in (*first, *second))
+        if self._last is None or self._last[:2] != (order, len(first)):
+            arranged = self.data.permute(0, *order)
+            sizes = arranged.shape[1:]
+            shape = (math.prod(sizes[: len(first)]), math.prod(sizes[len(first) :]))
+            self._last = (order, len(first), arranged.reshape(arranged.shape[0], *shape))
+        return self._last[2]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(dims: BlockDims, axes: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(getattr(dims, axis) for axis in axes)
+
+
+@lru_cache(maxsize=1024)
+def _wide(dims: BlockDims, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Axes of more than one index: the others may stand anywhere."""
+    return tuple(axis for axis in axes if getattr(dims, axis) > 1)
+
+
+def _split(axes: tuple[str, ...], other: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes that ``other`` lacks, and those that it has."""
+    return tuple(a for a in axes if a not in other), tuple(a for a in axes if a in other)
+
+
+class Pass:
+    """Tensors of a whole call.
+
+    Attributes:
+        program: what is computed.
+        dims: sizes of the blocks.
+        blocks: L and R ``[E, axes...]``, C ``[axes...]``.
+        x, row_index: rows, and which one each slot reads.
+        rows: of the whole call, by name, with their axes in memory: given ones and those to be written.
+        upstream: gradient of y, by slots.
+        aux: gradients of L and R, to be written.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        dims: BlockDims,
+        blocks: dict[str, Tensor],
+        x: Tensor,
+        row_index: Tensor | None,
+        upstream: Upstream | None = None,
+    ) -> None:
+        self.program, self.dims, self.blocks = program, dims, blocks
+        self.x, self.row_index, self.upstream = x, row_index, upstream
+        self.rows: dict[str, Tensor] = {}
+        self.aux: dict[str, Tensor] = {}
+        self.central: Tensor | None = None  # once there are several parts, their sum in at least float32
+
+    def add_central(self, part: Tensor) -> None:
+        """Add a part ``[a, iC, jC, b]`` of the central gradient."""
+        if self.central is None:
+            self.central = part.contiguous()
+        else:
+            self.central_sum().add_(part)
+
+    def central_sum(self) -> Tensor:
+        """What was found for the central block, ready to be added to."""
+        like = self.blocks["C"]
+        if self.central is None:
+            self.central = accumulator(like)
+        self.central = self.central.to(torch.promote_types(like.dtype, torch.float32))
+        return self.central
+
+    def chunks(self, offsets: list[int]) -> Iterator[EagerChunk]:
+        """Consecutive busy experts, as many as the memory for halves and rows allows."""
+        groups = list(active_groups(offsets))
+        most_experts = experts_at_once(self.dims, self.program.built, len(groups))
+        slots = most_slots(self.dims, self.program, self.x.element_size())
+        chunk: list[Group] = []
+        for group in groups:
+            if chunk and (len(chunk) == most_experts or group[2] - chunk[0][1] > slots):
+                yield EagerChunk(self, chunk)
+                chunk = []
+            chunk.append(group)
+        if chunk:
+            yield EagerChunk(self, chunk)
+
+
+def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> int:
+    """Experts whose half-built weights are alive together."""
+    largest = max((dims.elements(INDICES[name]) for name in built), default=0)
+    return max(1, int(HALF_SHARE * dims.weight_elements / largest)) if largest else experts
+
+
+def most_slots(dims: BlockDims, program: Program, itemsize: int) -> int:
+    """Slots of a chunk whose rows take no more memory than they may; separable's are no larger than its results."""
+    if program.strategy == "separable":
+        return sys.maxsize
+    widest = max(step.after for step in applications(dims, program.order))
+    return max(1, STATE_BYTES // (widest * itemsize))
+
+
+class EagerChunk:
+    """The products for some consecutive busy experts; see `mpoe_kernels.engine.driver.Chunk`."""
+
+    def __init__(self, whole: Pass, groups: list[Group]) -> None:
+        self.whole, self.dims = whole, whole.dims
+        self.start, self.stop = groups[0][1], groups[-1][2]
+        self.experts = [e for e, _, _ in groups]
+        self.counts = [stop - start for _, start, stop in groups]
+
+    def given(self, name: str) -> Named:
+        axes = self.whole.program.axes[name]
+        if name == "C":
+            return Named(self.whole.blocks["C"].unsqueeze(0), axes)
+        if name in ("L", "R"):
+            return Named(select_experts(self.whole.blocks[name], self.experts), axes)
+        if name == "x":
+            x, index, slots = self.whole.x, self.whole.row_index, slice(self.start, self.stop)
+            rows = x[slots] if index is None else x.index_select(0, index[slots])
+        elif name == "d y" and self.whole.upstream is not None:
+            rows = self.whole.upstream.rows(self.start, self.stop)
+        else:
+            rows = self._target(name)
+        sizes = _sizes(self.dims, axes)
+        if rows.shape[1] != math.prod(sizes):
+            rows = torch.nn.functional.pad(rows, (0, math.prod(sizes) - rows.shape[1]))
+        return Named(rows.view(-1, *sizes), axes)
+
+    def _target(self, name: str) -> Tensor:
+        return self.whole.rows[name][self.start : self.stop]
+
+    def rows(self, product: Product, rows: Named, operand: Named) -> Named:
+        kept, met = _split(rows.axes, operand.axes)
+        # In the order that the program gives them, which is the one in which the next product wants them.
+        new = tuple(a for a in self.whole.program.axes[product.result] if a in operand.axes)
+        matrix = rows.matrices(kept, met).flatten(0, 1)
+        factors = operand.matrices(met, new)
+        axes = (*kept, *new)
+        out = self._direct(product.result, axes)
+        shape = (matrix.shape[0], factors.shape[2])
+        product_rows = matrix.new_empty(shape) if out is None else out.view(shape)
+        if product.second == "C":
+            torch.mm(matrix, factors[0], out=product_rows)
+        else:
+            grouped_mm(matrix, list(factors.unbind(0)), self.counts, out=product_rows)
+        found = Named(product_rows.view(-1, *_sizes(self.dims, axes)), axes)
+        if out is None and product.result in self.whole.rows:
+            self._copy(product.result, found)
+        return found
+
+    def _direct(self, name: str, axes: tuple[str, ...]) -> Tensor | None:
+        """Where rows with these axes can be written straight away: memory of the call, or new memory if None."""
+        if name not in self.whole.rows or _wide(self.dims, axes) != _wide(self.dims, self.whole.program.axes[name]):
+            return None
+        target = self._target(name)
+        return target if target.shape[1] == math.prod(_sizes(self.dims, axes)) and target.is_contiguous() else None
+
+    def _copy(self, name: str, found: Named) -> None:
+        axes = self.whole.program.axes[name]
+        target, result = self._target(name), found.data.permute(0, *(1 + found.axes.index(a) for a in axes))
+        if target.shape[1] == math.prod(result.shape[1:]):
+            target.view(result.shape).copy_(result)
+        else:  # crop what pads the true columns
+            target.copy_(result.reshape(result.shape[0], -1)[:, : target.shape[1]])
+
+    def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
+        axes = self.whole.program.axes[product.result]
+        shared, m = _split(rows.axes, axes)
+        n = tuple(a for a in grads.axes if a in axes)
+        before, after = rows.matrices(shared, m).flatten(0, 1), grads.matrices(shared, n).flatten(0, 1)
+        if product.result == "d C":
+            part = Named((before.T @ after).view(1, *_sizes(self.dims, (*m, *n))), (*m, *n))
+            self.whole.add_central(part.data.permute(0, *(1 + part.axes.index(a) for a in axes))[0])
+            return part
+        block = value_of(product.result)
+        if block in self.whole.aux:
+            stacked, experts = self.whole.aux[block], self.experts
+        else:
+            stacked = grads.data.new_empty(len(self.experts), *_sizes(self.dims, axes))
+            experts = list(range(len(self.experts)))
+        targets = stacked.permute(0, *(1 + axes.index(a) for a in (*m, *n))).unbind(0)
+        grouped_outer(before, after, self.counts, [targets[e] for e in experts])
+        return Named(stacked, axes)
+
+    def merge(self, product: Product, first: Named, second: Named) -> Named:
+        axes = self.whole.program.axes[product.result]
+        k = tuple(a for a in first.axes if a in second.axes)
+        m, n = tuple(a for a in axes if a in first.axes), tuple(a for a in axes if a in second.axes)
+        if product.result == "d C":
+            return self._merge_central(first.matrices(k, m), second.matrices(k, n))
+        p, q = first.matrices(m, k), second.matrices(k, n)
+        # `torch.bmm`, whose way of computing, unlike `torch.matmul`'s, never depends on ``requires_grad``.
+        found = p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
+        merged = found.view(-1, *_sizes(self.dims, (*m, *n))).permute(0, *(1 + (*m, *n).index(a) for a in axes))
+        target = self.whole.aux.get(value_of(product.result)) if product.result != value_of(product.result) else None
+        if target is not None:
+            store(target, self.experts, merged)
+        return Named(merged, axes)
+
+    def _merge_central(self, p: Tensor, q: Tensor) -> Named:
+        """``p^T q`` summed over the experts, into the sum over all chunks."""
+        total = self.whole.central_sum()
+        matrix = total.view(p.shape[2], q.shape[2])
+        if p.is_contiguous() and q.is_contiguous():
+            accumulate_mm(matrix, p.flatten(0, 1).T, q.flatten(0, 1))
+        else:
+            for one, other in zip(p, q, strict=True):
+                accumulate_mm(matrix, one.T, other)
+        return Named(total.unsqueeze(0), self.whole.program.axes["C"])
+
+
+def rows_forward(
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    offsets: list[int],
+    row_index: Tensor | None,
+    dims: BlockDims,
+    program: Program,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``(z [N, F], h)``: pre-activation without bias, zero past the last offset.
+
+    h is what separable saves if asked to, the central step's result ``[N jC, b]``; else ``None``.
+    """
+    slots = x.shape[0] if row_index is None else row_index.shape[0]
+    whole = Pass(program, dims, {"L": left, "C": central, "R": right}, x, row_index)
+    # A separable shape's last rows are padded in memory: they can be written where they belong.
+    padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
+    whole.rows["y"] = x.new_empty(slots, padded)
+    if save and program.strategy == "separable":
+        whole.rows[KEPT] = x.new_empty(slots, dims.jC * dims.b)
+    run(program, whole.chunks(offsets))
+    for rows in whole.rows.values():
+        rows[offsets[-1] :] = 0
+    h = whole.rows.get(KEPT)
+    return whole.rows["y"][:, : dims.out_features], None if h is None else h.view(-1, dims.b)
+
+
+def rows_backward(
+    upstream: Upstream,
+    x: Tensor,
+    left: Tensor,
+    central: Tensor,
+    right: Tensor,
+    offsets: list[int],
+    row_index: Tensor | None,
+    h: Tensor | None,
+    dims: BlockDims,
+    strategy: str,
+    need: Need,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
+
+    Args:
+        h: what the forward pass of separable saved; other rows are computed again, as far as they are read.
+    """
+    program = program_of(dims, strategy, "backward", need, kept=h is not None)
+    whole = Pass(program, dims, {"L": left, "C": central, "R": right}, x, row_index, upstream)
+    if need[0]:
+        whole.rows["d x"] = x.new_empty(upstream.slots, dims.iL * dims.iC * dims.iR)
+    if h is not None:
+        whole.rows[KEPT] = h.view(upstream.slots, dims.jC * dims.b)
+    whole.aux = {k: x.new_empty(whole.blocks[k].shape) for k, n in (("L", need[1]), ("R", need[3])) if n}
+    run(program, whole.chunks(offsets))
+    for stacked in whole.aux.values():
+        clear_idle(stacked, offsets)
+    dx = dcentral = None
+    if need[0]:
+        whole.rows["d x"][offsets[-1] :] = 0
+        dx = whole.rows["d x"][:, : dims.in_features]
+    if need[2]:
+        dcentral = torch.zeros_like(central) if whole.central is None else whole.central.to(central.dtype)
+    return dx, whole.aux.get("L"), dcentral, whole.aux.get("R")

@@ -1,0 +1,63 @@
+"""`mpo_ffn`: a whole mixture-of-experts feed-forward network over routed tokens, composed of the ops below it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import describe
+from mpoe_kernels.linear.op import grouped_mpo_linear
+from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.routing.op import Routing, check_routing, combine
+
+
+def mpo_ffn(
+    x: Tensor,
+    routing: Routing,
+    top_k_weights: Tensor,
+    up: MPOBlocks,
+    down: MPOBlocks,
+    *,
+    gate_proj: MPOBlocks | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``y[t] = sum_k gate[t, k] * FFN_e(x[t])`` with ``FFN_e(x) = down_e(activation(up_e x))``.
+
+    With ``gate_proj``: ``down_e(activation(gate_e x) * up_e x)``.
+
+    Args:
+        x: ``[T, I]``, floating.
+        routing: from `route`; the rows are gathered by the first product.
+        top_k_weights: gates ``[T, K]``.
+        up, gate_proj: blocks I -> hidden.
+        down: blocks hidden -> I.
+        up_bias, down_bias: ``[hidden]`` and ``[I]``, shared by the experts.
+        activation: see `grouped_mpo_linear`.
+        dropout: probability of dropping a hidden activation (training only).
+        backend: as in `grouped_mpo_linear`.
+
+    Returns:
+        ``[T, I]``; a dropped token's row is zero.
+
+    Raises:
+        TypeError, ValueError: a dropout outside 0..1; see `grouped_mpo_linear`, `combine`.
+    """
+    check_routing(routing)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"dropout must be a number; got {describe(dropout)}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
+    offsets, rows = routing.expert_offsets, routing.token_of_slot
+    if gate_proj is None:
+        hidden = grouped_mpo_linear(x, up, offsets, up_bias, row_index=rows, activation=activation, backend=backend)
+    else:
+        gate = grouped_mpo_linear(x, gate_proj, offsets, row_index=rows, activation=activation, backend=backend)
+        hidden = gate * grouped_mpo_linear(x, up, offsets, up_bias, row_index=rows, backend=backend)
+    if dropout > 0.0:
+        hidden = torch.nn.functional.dropout(hidden, dropout)
+    y = grouped_mpo_linear(hidden, down, offsets, down_bias, backend=backend)
+    return combine(y, routing, top_k_weights, backend=backend)

@@ -1,0 +1,223 @@
+"""`grouped_mpo_linear`: every expert's MPO product on its slots; `mpo_linear` is its single-expert case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_index,
+    check_same,
+    check_tensor,
+    describe,
+)
+from mpoe_kernels.define import call_kernel, define_op_of
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
+from mpoe_kernels.planner.program import Need
+from mpoe_kernels.registry import requested_backend, resolve_contraction
+
+# Names as users and Hugging Face configs write them -> the formula.
+ACTIVATIONS = {
+    "none": "none",
+    "linear": "none",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    return _run("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
+
+
+def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    x, central, slots = call.x, call.central, call.slots
+    y = x.new_empty(slots, call.out_features)
+    h = x.new_empty(slots * central.shape[2], central.shape[3]) if call.saves_h else x.new_empty(0)
+    return y, h, torch.empty_like(y) if call.saves_z else x.new_empty(0)
+
+
+def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run("grouped_mpo_linear_backward", call, call.need_of_plan, False)
+
+
+def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dleft, dcentral, dright, dbias = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else call.grad.new_empty(0)
+        for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
+    )
+    return dx, dleft, dcentral, dright, dbias
+
+
+def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
+    """Run the candidate that the registry chooses. A forward that keeps rows for its backward is ``separable``."""
+    candidate = resolve_contraction(
+        op,
+        call.dims,
+        num_experts=call.num_experts,
+        slots=call.slots,
+        dtype=call.x.dtype,
+        device=str(call.x.device),
+        need=need,
+        keeps=keeps,
+        backend_name=call.backend,
+        strategy_name="separable" if keeps else call.strategy,
+    )
+    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.settings, activation = inputs[:7], inputs[7:12], inputs[9]
+    y, h, z = output
+    ctx.set_materialize_grads(False)
+    # relu's backward reads the output, other activations the pre-activation, none needs neither.
+    ctx.save_for_backward(*tensors, h, y if activation == "relu" else z)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    needs = ctx.needs_input_grad
+    need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
+    *tensors, h, saved = ctx.saved_tensors
+    grads = _backward(*tensors, *ctx.settings, grad.contiguous(), h, saved, need)
+    dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 7
+
+
+_backward = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
+_forward = define_op_of(
+    "grouped_mpo_linear",
+    ForwardCall,
+    3,
+    _forward_kernel,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_autograd,
+    autocast=("x", "left", "central", "right", "bias"),
+)
+
+
+def _check(x: Tensor, blocks: MPOBlocks, expert_offsets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+    if not isinstance(blocks, MPOBlocks):
+        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
+    check_tensor("x", x, ("T", "I"))
+    check_floating("x", x)
+    if x.shape[1] != blocks.in_features:
+        raise ValueError(f"x must be [T, I] with I = {blocks.in_features}; got {describe(x)}")
+    check_index("expert_offsets", expert_offsets, ("E + 1",))
+    if expert_offsets.shape[0] != blocks.num_experts + 1:
+        raise ValueError(
+            f"expert_offsets must be [E + 1] with E = {blocks.num_experts}; got {describe(expert_offsets)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, ("F",))
+        if bias.shape[0] != blocks.out_features:
+            raise ValueError(f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}")
+    if row_index is not None:
+        check_index("row_index", row_index, ("N",))
+    check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
+    check_device("x", x, expert_offsets=expert_offsets, row_index=row_index)
+
+
+def grouped_mpo_linear(
+    x: Tensor,
+    blocks: MPOBlocks,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_index: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots s of every expert e.
+
+    No more than two experts' rebuilt weights exist at any time, and none is saved for backward.
+
+    Args:
+        x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.
+        blocks: folded cores of E experts, dtype of x (any floating dtype under autocast).
+        expert_offsets: int32 ``[E + 1]``, non-decreasing; expert e owns slots ``[offsets[e], offsets[e + 1])``.
+        bias: ``[F]``, shared by the experts.
+        row_index: int ``[N]``, row of x that each slot reads.
+        activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
+        backend: name of a backend; default what `use_backend` set, else the registry's choice.
+        strategy: force one of the planner's strategies, forward and backward, instead of its own choice of each:
+            ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
+
+    Returns:
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too. Differentiable in x, the blocks
+        and the bias; a block that needs no gradient costs none. Second derivatives and vmap are refused.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
+        BackendError: no backend, or not the named one, can run this; with reasons.
+    """
+    _check(x, blocks, expert_offsets, bias, row_index)
+    activation = "none" if activation is None else activation
+    check_choice("activation", activation, ACTIVATIONS)
+    strategy = "auto" if strategy is None else strategy
+    check_choice("strategy", strategy, (*STRATEGIES, "auto"))
+    if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
+        raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
+    tensors = (x, blocks.left, blocks.central, blocks.right, bias)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _, _ = _forward(
+        x,
+        blocks.left,
+        blocks.central,
+        blocks.right,
+        expert_offsets,
+        bias,
+        None if row_index is None else row_index.long(),
+        blocks.in_features,
+        blocks.out_features,
+        ACTIVATIONS[activation],
+        strategy,
+        requested_backend(backend),
+        save,
+    )
+    return y
+
+
+def mpo_linear(
+    x: Tensor,
+    blocks: MPOBlocks,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """``activation(x @ W + bias)`` for a single MPO weight.
+
+    Args:
+        x: ``[..., I]``, floating.
+        blocks: folded cores with E = 1.
+        bias: ``[F]``.
+        activation, backend, strategy: as in `grouped_mpo_linear`, which also lists the errors raised.
+
+    Returns:
+        ``[..., F]``.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise ValueError(f"x must be a tensor [..., I]; got {describe(x)}")
+    if isinstance(blocks, MPOBlocks) and blocks.num_experts != 1:
+        raise ValueError(f"blocks must hold one expert for mpo_linear; got {blocks.num_experts}")
+    rows = x.reshape(-1, x.shape[-1])
+    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
+    y = grouped_mpo_linear(rows, blocks, offsets, bias, activation=activation, backend=backend, strategy=strategy)
+    return y.view(*x.shape[:-1], blocks.out_features)

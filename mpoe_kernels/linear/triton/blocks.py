@@ -1,0 +1,81 @@
+"""Kernel family 3: products of two blocks of the same expert, and their sum over experts (batched GEMMs).
+
+``out[e, m, n] = sum_k p[e, m, k] * q[e, k, n]`` rebuilds left·central, central·right or a whole weight, and projects
+the gradient of such a product back onto its factors. With ``SUM`` the experts are part of the sum: that is the central
+core's gradient, without atomics. Experts without slots cost nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mpoe_kernels.triton.device import place
+
+
+@triton.jit
+def blocks_kernel(
+    p,
+    q,
+    out,
+    offsets,  # [experts + 1]
+    experts,
+    P_EXPERT: tl.constexpr,
+    Q_EXPERT: tl.constexpr,
+    OUT_EXPERT: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    M_SIZES: tl.constexpr,
+    M_P: tl.constexpr,
+    M_OUT: tl.constexpr,
+    K_SIZES: tl.constexpr,
+    K_P: tl.constexpr,
+    K_Q: tl.constexpr,
+    N_SIZES: tl.constexpr,
+    N_Q: tl.constexpr,
+    N_OUT: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid ``(tiles of [M, N], experts, or 1 with SUM)``. With SUM the float32 result is added to ``out``."""
+    n_tiles: tl.constexpr = (N + BN - 1) // BN
+    m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
+    n = (tl.program_id(0) % n_tiles) * BN + tl.arange(0, BN)
+    p_rows = place(m, M_SIZES, M_P)
+    q_columns = place(n, N_SIZES, N_Q)
+    begin = tl.program_id(1)
+    end = begin + 1
+    if SUM:
+        end = experts
+    at_out = place(m, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
+    for position in tl.range(begin, end, num_stages=1):
+        e = begin * 0 + position  # the interpreter counts in Python numbers
+        busy = tl.load(offsets + e + 1) > tl.load(offsets + e)
+        p_at = p + e.to(tl.int64) * P_EXPERT
+        q_at = q + e.to(tl.int64) * Q_EXPERT
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k0 in tl.range(0, tl.where(busy, K, 0), BK, num_stages=STAGES):
+            k = k0 + tl.arange(0, BK)
+            pt = tl.load(
+                p_at + p_rows[:, None] + place(k, K_SIZES, K_P)[None, :],
+                mask=(m < M)[:, None] & (k < K)[None, :],
+                other=0.0,
+            )
+            qt = tl.load(
+                q_at + place(k, K_SIZES, K_Q)[:, None] + q_columns[None, :],
+                mask=(k < K)[:, None] & (n < N)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(pt, qt, acc, input_precision=PRECISION)
+        out_mask = (m < tl.where(busy, M, 0))[:, None] & (n < N)[None, :]
+        o_at = out + at_out
+        if not SUM:
+            o_at += e.to(tl.int64) * OUT_EXPERT
+        if SUM:
+            acc += tl.load(o_at, mask=out_mask, other=0.0)
+        tl.store(o_at, acc.to(out.dtype.element_ty), mask=out_mask)

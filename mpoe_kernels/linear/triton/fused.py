@@ -1,0 +1,177 @@
+"""Kernel family 5: rows times weights that are rebuilt on chip, tile by tile (a grouped GEMM), epilogue included.
+
+``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` that a step multiplies with is made from
+the expert's blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC)
+it is ``(left[rows, a] · central[a, b]) · right[b, columns]``: its rows pair digits of iL and jL, its columns digits of
+iR and jR. Regrouping the digits turns that product into a tile of W.
+
+The order of digits inside rows and columns is free, since rows of left and columns of right may be loaded in any order.
+Here it is such that the 8 columns of W which a thread must store together are the ones that it holds after a
+tensor-core product (bits 0, 3 and 4 of a column number): the regrouping then costs nothing but the 16-byte stores to
+shared memory that the second product needs anyway.
+
+The gradient of the rows is the same product with the roles of i and j exchanged: which digits are summed is up to the
+strides. So below, "k" are the digits that are summed and "n" those of the result.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mpoe_kernels.triton.device import activate, pick, segments
+
+
+@triton.jit
+def row_digits(TK: tl.constexpr, TN: tl.constexpr, TNR: tl.constexpr):
+    """``(k, n)`` of every row of a rebuilt tile: digits (k, low part of n, high part of n)."""
+    LOW: tl.constexpr = min(TN, max(1, 32 // TNR))
+    row = tl.arange(0, TK * TN)
+    return row // TN, (row % (TN // LOW)) * LOW + (row % TN) // (TN // LOW)
+
+
+@triton.jit
+def column_digits(TK: tl.constexpr, TN: tl.constexpr):
+    """``(k, n)`` of every column of a rebuilt tile: digits (high k, high n, low k (4), low n (2))."""
+    K_LOW: tl.constexpr = min(4, TK)
+    N_LOW: tl.constexpr = min(2, TN)
+    column = tl.arange(0, TK * TN)
+    low: tl.constexpr = K_LOW * N_LOW
+    k = (column // (low * (TN // N_LOW))) * K_LOW + (column // N_LOW) % K_LOW
+    n = ((column // low) % (TN // N_LOW)) * N_LOW + column % N_LOW
+    return k, n
+
+
+@triton.jit
+def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TNR: tl.constexpr):
+    """``[rows, columns]`` in the orders above -> tile of W ``[(k of row, k of column), (n of row, n of column)]``."""
+    LOW: tl.constexpr = min(TNL, max(1, 32 // TNR))
+    K_LOW: tl.constexpr = min(4, TKR)
+    N_LOW: tl.constexpr = min(2, TNR)
+    digits = tl.reshape(product, (TKL, LOW, TNL // LOW, TKR // K_LOW, TNR // N_LOW, K_LOW, N_LOW))
+    return tl.reshape(tl.permute(digits, 0, 3, 5, 2, 1, 4, 6), (TKL * TKR, TNL * TNR))
+
+
+@triton.jit
+def fused_kernel(
+    x,  # [rows, K]
+    left,  # [E, ...], or left · central if BUILT
+    central,
+    right,  # [E, ...]
+    out,  # [slots, N]
+    bias,  # [N]
+    pre,  # pre-activation, as out
+    row_index,  # row of ``x`` that a slot reads
+    offsets,  # [EXPERTS + 1]
+    slots,
+    X_SLOT: tl.constexpr,
+    OUT_SLOT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    K_SIZES: tl.constexpr,  # of the left, central and right digit
+    N_SIZES: tl.constexpr,
+    LEFT: tl.constexpr,  # strides (expert, k, n, central k, central n, last axis)
+    CENTRAL: tl.constexpr,  # (k, n, a, b)
+    RIGHT: tl.constexpr,  # (expert, k, n, b)
+    X_LIMIT: tl.constexpr,
+    OUT_LIMIT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    BUILT: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    KL: tl.constexpr,  # extents of a tile: of the left and right digit of k and n
+    NL: tl.constexpr,
+    KR: tl.constexpr,
+    NR: tl.constexpr,
+    DA: tl.constexpr,  # bonds, filled up to what a tensor core takes
+    DB: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: at least ``row tiles * column tiles`` programs. Limits crop padded columns of x and out (0: none)."""
+    right_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
+    n_tiles: tl.constexpr = ((N_SIZES[0] + NL - 1) // NL) * N_SIZES[1] * right_tiles
+    row_tile = tl.program_id(0) // n_tiles
+    segment = tl.arange(0, SCAN)
+    start, stop = segments(offsets, slots, EXPERTS, True, SCAN)
+    ends = tl.cumsum(tl.where(segment <= EXPERTS, (stop - start + BM - 1) // BM, 0), 0)
+    if row_tile >= tl.max(ends):
+        return
+    e = tl.sum((ends <= row_tile).to(tl.int32))
+    r = pick(start, e) + (row_tile - tl.max(tl.where(ends <= row_tile, ends, 0))) * BM + tl.arange(0, BM)
+    inside = r < pick(stop, e)
+    slot = r.to(tl.int64)
+    source = slot
+    if HAS_INDEX:
+        source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
+
+    n_tile = tl.program_id(0) % n_tiles
+    nr0 = (n_tile % right_tiles) * NR
+    nc = (n_tile // right_tiles) % N_SIZES[1]
+    nl0 = (n_tile // (right_tiles * N_SIZES[1])) * NL
+
+    row_k, row_n = row_digits(KL, NL, NR)
+    column_k, column_n = column_digits(KR, NR)
+    bond_a = tl.arange(0, DA)
+    bond_b = tl.arange(0, DB)
+    k = tl.arange(0, KL * KR)
+    k_left = k // KR
+    k_right = k % KR
+    expert = e.to(tl.int64)
+    x_rows = x + source * X_SLOT
+    left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2] + nc * LEFT[4]
+    if BUILT:
+        left_at += bond_b[None, :] * LEFT[5]
+        last = bond_b < B
+    else:
+        left_at += bond_a[None, :] * LEFT[5]
+        last = bond_a < A
+    central_at = central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
+    right_at = right + expert * RIGHT[0] + bond_b[:, None] * RIGHT[3]
+    right_at += column_k[None, :] * RIGHT[1] + (nr0 + column_n)[None, :] * RIGHT[2]
+
+    # Empty slots take no step. Known only at run time, or the compiler would unroll the loop and run out of registers.
+    steps = tl.where(e == EXPERTS, 0, ((K_SIZES[0] + KL - 1) // KL) * K_SIZES[1])
+    acc = tl.zeros((BM, NL * NR), dtype=tl.float32)
+    for kr0 in tl.range(0, K_SIZES[2], KR, num_stages=1):
+        right_mask = (column_n < N_SIZES[2] - nr0)[None, :] & (column_k < K_SIZES[2] - kr0)[None, :]
+        right_mask = right_mask & (bond_b < tl.where(e == EXPERTS, 0, B))[:, None]
+        rt = tl.load(right_at + kr0 * RIGHT[1], mask=right_mask, other=0.0)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            kc = step % K_SIZES[1]
+            kl0 = (step // K_SIZES[1]) * KL
+            left_mask = (row_k < K_SIZES[0] - kl0)[:, None] & (row_n < N_SIZES[0] - nl0)[:, None] & last[None, :]
+            product = tl.load(left_at + kl0 * LEFT[1] + kc * LEFT[3], mask=left_mask, other=0.0)
+            if not BUILT:
+                central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
+                ct = tl.load(central_at + kc * CENTRAL[0], mask=central_mask, other=0.0)
+                product = tl.dot(product, ct, input_precision=PRECISION).to(x.dtype.element_ty)
+            w = tl.dot(product, rt, input_precision=PRECISION).to(x.dtype.element_ty)
+            column = ((kl0 + k_left) * K_SIZES[1] + kc) * K_SIZES[2] + kr0 + k_right
+            x_mask = inside[:, None]
+            if K_SIZES[0] % KL != 0 or K_SIZES[2] % KR != 0:
+                x_mask = x_mask & ((k_left < K_SIZES[0] - kl0) & (k_right < K_SIZES[2] - kr0))[None, :]
+            if X_LIMIT > 0:
+                x_mask = x_mask & (column < X_LIMIT)[None, :]
+            xt = tl.load(x_rows[:, None] + column[None, :], mask=x_mask, other=0.0)
+            acc = tl.dot(xt, regroup(w, KL, NL, KR, NR), acc, input_precision=PRECISION)
+
+    n = tl.arange(0, NL * NR)
+    column = ((nl0 + n // NR) * N_SIZES[1] + nc) * N_SIZES[2] + nr0 + n % NR
+    n_inside = (n // NR < N_SIZES[0] - nl0) & (n % NR < N_SIZES[2] - nr0)
+    if OUT_LIMIT > 0:
+        n_inside = n_inside & (column < OUT_LIMIT)
+    mask = inside[:, None] & n_inside[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + column, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+    at_out = slot[:, None] * OUT_SLOT + column[None, :]
+    if SAVE_PRE:
+        tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
+    acc = activate(acc, ACTIVATION)
+    if HAS_BIAS:
+        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, bias or not
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,237 @@
+"""Launches of the fused kernels: rows times rebuilt weights, and the blocks' gradients."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.linear.triton.configs import fused_choice
+from mpoe_kernels.linear.triton.fused import fused_kernel
+from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
+from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
+from mpoe_kernels.linear.triton.launch import multiprocessors, precision
+from mpoe_kernels.linear.triton.operands import Operand
+from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.triton.start import cdiv, power_of_two, start
+
+MOST_PARTS = 16  # partial results of a gradient
+
+
+class Blocks(NamedTuple):
+    """The blocks of a weight: left ``[E, iL, jL, a]``, central ``[a, iC, jC, b]``, right ``[E, b, iR, jR]``."""
+
+    left: Tensor
+    central: Tensor
+    right: Tensor
+
+
+def _strides(blocks: Blocks, transposed: bool, half: Operand | None) -> dict[str, tuple[int, ...]]:
+    """Strides of the blocks along (expert, k, n, ...) for ``x W``, or for ``dy W^T`` if ``transposed``."""
+    i, j = (2, 1) if transposed else (1, 2)
+    left_strides: tuple[int, ...]
+    if half is None:
+        left = blocks.left.stride()
+        left_strides = (left[0], left[i], left[j], 0, 0, left[3])
+    else:
+        sides = ("jL", "iL", "jC", "iC") if transposed else ("iL", "jL", "iC", "jC")
+        left_strides = (half.outer, *(half.strides[axis] for axis in sides), half.strides["b"])
+    central, right = blocks.central.stride(), blocks.right.stride()
+    return {
+        "LEFT": left_strides,
+        "CENTRAL": (central[i], central[j], central[0], central[3]),
+        "RIGHT": (right[0], right[1 + i], right[1 + j], right[1]),
+    }
+
+
+def _options(tile: FusedTile, extents: Cut, sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "A": sides.a,
+        "B": sides.b,
+        "K_SIZES": sides.k,
+        "N_SIZES": sides.n,
+        "PRECISION": precision(dtype),
+        "KL": extents.kl,
+        "NL": extents.nl,
+        "KR": extents.kr,
+        "NR": extents.nr,
+        "DA": filled_up(sides.a),
+        "DB": filled_up(sides.b),
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
+    """True columns where the digits pad them, else 0."""
+    return true_columns if true_columns != math.prod(digits) else 0
+
+
+def rows_times_weight(
+    x: Tensor,
+    blocks: Blocks,
+    offsets: Tensor,
+    out: Tensor,
+    dims: BlockDims,
+    *,
+    transposed: bool = False,
+    half: Operand | None = None,
+    row_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    pre: Tensor | None = None,
+    tile: FusedTile | None = None,
+) -> None:
+    """``out[s] = activation(x[row_index[s]] W_e + bias)``, or ``W_e^T`` if ``transposed``; one launch.
+
+    Args:
+        x, out: rows ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
+        half: left · central of every expert; without it the kernel makes that too.
+        pre: receives the pre-activation.
+    """
+    slots, experts = out.shape[0], offsets.shape[0] - 1
+    if slots == 0:
+        return
+    sides = Sides.of(dims, transposed)
+    purpose = "rows" if half is None else "half"
+    again = partial(
+        rows_times_weight, x, blocks, offsets, out, dims, transposed=transposed, half=half, row_index=row_index,
+        bias=bias, activation=activation, pre=pre,
+    )  # fmt: skip
+    tile, extents = fused_choice(x, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
+    row_tiles = cdiv(slots, tile.m) + experts + 1
+    _, n_tiles = extents.tiles(sides)
+    columns = (dims.in_features, dims.out_features)
+    x_columns, out_columns = columns[::-1] if transposed else columns
+    start(
+        fused_kernel,
+        (row_tiles * n_tiles,),
+        x=x,
+        left=blocks.left if half is None else half.data,
+        central=blocks.central,
+        right=blocks.right,
+        out=out,
+        bias=out if bias is None else bias,
+        pre=out if pre is None else pre,
+        row_index=out if row_index is None else row_index,
+        offsets=offsets,
+        slots=slots,
+        X_SLOT=x.stride(0),
+        OUT_SLOT=out.stride(0),
+        X_LIMIT=_limit(sides.k, x_columns),
+        OUT_LIMIT=_limit(sides.n, out_columns),
+        EXPERTS=experts,
+        SCAN=power_of_two(experts + 1),
+        BUILT=half is not None,
+        HAS_INDEX=row_index is not None,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        SAVE_PRE=pre is not None,
+        BM=tile.m,
+        **_strides(blocks, transposed, half),
+        **_options(tile, extents, sides, x.dtype),
+    )
+
+
+def parts_for(device: torch.device, programs: int, most: int) -> int:
+    """Parts of a sum: enough programs for all multiprocessors."""
+    return max(1, min(MOST_PARTS, most, cdiv(2 * multiprocessors(device), programs)))
+
+
+def block_gradients(
+    x: Tensor,
+    grad: Tensor,
+    blocks: Blocks,
+    offsets: Tensor,
+    dims: BlockDims,
+    need: tuple[bool, bool, bool],
+    *,
+    row_index: Tensor | None = None,
+    tile: FusedTile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of left, central and right (those in ``need``) from rows and the gradient of their products.
+
+    One launch each; a masked central core starts nothing.
+    """
+    experts = offsets.shape[0] - 1
+    sides = Sides.of(dims)
+    tile, extents = fused_choice(x, sides, grad.shape[0] / experts, "gradient", tile)
+    k_tiles, n_tiles = extents.tiles(sides)
+    pairs = sides.k[1] * sides.n[1]
+    rows_of_tiles = cdiv(sides.k[0], extents.kl) * cdiv(sides.n[0], extents.nl)
+    columns_of_tiles = k_tiles * n_tiles // (pairs * rows_of_tiles)
+    strides = _strides(blocks, False, None)
+    left = strides["LEFT"]
+    common: dict[str, Any] = {
+        "x": x,
+        "grad": grad,
+        "left": blocks.left,
+        "central": blocks.central,
+        "row_index": grad if row_index is None else row_index,
+        "offsets": offsets,
+        "X_SLOT": x.stride(0),
+        "GRAD_SLOT": grad.stride(0),
+        "LEFT": (*left[:3], left[5]),
+        "CENTRAL": strides["CENTRAL"],
+        "X_LIMIT": _limit(sides.k, dims.in_features),
+        "GRAD_LIMIT": _limit(sides.n, dims.out_features),
+        "HAS_INDEX": row_index is not None,
+        "BT": tile.m,
+        **_options(tile, extents, sides, x.dtype),
+    }
+
+    def partial(shape: torch.Size, parts: int) -> Tensor:
+        return torch.empty(parts, *shape, dtype=torch.float32, device=x.device)
+
+    dleft = dcentral = dright = None
+    if need[0]:
+        parts = parts_for(x.device, rows_of_tiles * experts, pairs)
+        out = partial(blocks.left.shape, parts)
+        start(
+            left_gradient_kernel,
+            (rows_of_tiles, parts, experts),
+            right=blocks.right,
+            out=out,
+            experts=experts,
+            OUT_PART=out.stride(0),
+            OUT=out.stride()[1:],
+            RIGHT=strides["RIGHT"],
+            OF_CENTRAL=False,
+            **common,
+        )
+        dleft = out.sum(0).to(x.dtype)
+    if need[1]:
+        parts = parts_for(x.device, rows_of_tiles * pairs, experts)
+        out = partial(blocks.central.shape, parts * rows_of_tiles)
+        _, a, k, n, b = out.stride()
+        start(
+            left_gradient_kernel,
+            (rows_of_tiles, parts, pairs),
+            right=blocks.right,
+            out=out,
+            experts=experts,
+            OUT_PART=out.stride(0),
+            OUT=(k, n, a, b),
+            RIGHT=strides["RIGHT"],
+            OF_CENTRAL=True,
+            **common,
+        )
+        dcentral = out.sum(0).to(x.dtype)
+    if need[2]:
+        parts = parts_for(x.device, columns_of_tiles * experts, pairs * rows_of_tiles)
+        out = partial(blocks.right.shape, parts)
+        _, expert, b, k, n = out.stride()
+        start(
+            right_gradient_kernel,
+            (columns_of_tiles, parts, experts),
+            out=out,
+            OUT_PART=out.stride(0),
+            OUT=(expert, k, n, b),
+            **common,
+        )
+        dright = out.sum(0).to(x.dtype)
+    return dleft, dcentral, dright

@@ -1,0 +1,304 @@
+"""Who computes, and how: the registry of backends and the choice among what they offer.
+
+A backend is a table of kernels, one per op, that share the op's argument list. For a contraction, which can be
+computed in several ways, it offers candidates; the registry takes the cheapest one, keeps it for the next problem
+alike, and runs exactly that. A backend answers with *reasons* when it cannot run a request; the error for a named
+backend lists them all, and nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+import mpoe_kernels.measured as measured
+from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions
+from mpoe_kernels.planner.program import Need
+
+AUTO = "auto"
+# Ops that are contractions: backends offer candidates for them instead of a kernel.
+CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": "backward"}
+
+
+class BackendError(RuntimeError):
+    """No backend can run a request, or the named one cannot; the message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a kernel is asked to run on.
+
+    Attributes:
+        op: name of the op without its namespace, e.g. ``grouped_mpo_linear``.
+        device: ``cpu``, ``cuda:1``, ...
+        dtype: dtype of the activations.
+        sizes: op-specific sizes (block dims, experts, slots) for cost prediction.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
+
+
+def _nothing(_: Request) -> list[str]:
+    return []
+
+
+def _no_reasons(_: Contraction) -> list[str]:
+    return []
+
+
+class Candidate(NamedTuple):
+    """One way to compute a contraction.
+
+    Attributes:
+        backend: whose it is.
+        name: the strategy, and what is special about this way: ``rebuild``, ``rebuild on chip``.
+        strategy: one of `mpoe_kernels.planner.STRATEGIES`.
+        seconds: predicted time, or the measured one where there is one (see `measured`).
+        run: computes it; takes a `ForwardCall` or a `BackwardCall`.
+    """
+
+    backend: str
+    name: str
+    strategy: str
+    seconds: float
+    run: Callable[[Any], Any]
+
+
+def _no_candidates(_: Contraction) -> list[Candidate]:
+    return []
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A named table of kernels. Two backends are the same if they are the same object.
+
+    Attributes:
+        name: as users write it in ``backend=``.
+        kernels: op name -> function with the op's arguments.
+        unavailable_reasons: why this backend cannot run at all here (empty list: it can).
+        request_reasons: why it cannot run one request (empty list: it can).
+        op_reasons: the same for single ops.
+        predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without candidates.
+        candidates: the ways to compute a contraction: a strategy in one phase.
+        contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
+    """
+
+    name: str
+    kernels: dict[str, Callable[..., Any]]
+    unavailable_reasons: Callable[[], list[str]] = list
+    request_reasons: Callable[[Request], list[str]] = _nothing
+    op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
+    predicted_cost: Callable[[Request], float] = lambda _: 1.0
+    candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
+    contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
+
+    def unsupported_reasons(self, request: Request) -> list[str]:
+        """Every reason why this backend cannot run ``request``; empty when it can."""
+        reasons = list(self.unavailable_reasons())
+        if request.op not in self.kernels and (request.op not in CONTRACTIONS or self.candidates is _no_candidates):
+            reasons.append(f"it has no kernel for {request.op}")
+        of_op = self.op_reasons.get(request.op, _nothing)(request)
+        return [*reasons, *self.request_reasons(request), *of_op]
+
+
+class _Requested(threading.local):
+    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
+
+    name: str = AUTO
+
+
+_BACKENDS: dict[str, Backend] = {}
+_requested = _Requested()
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend; a name is taken once."""
+    if backend.name in _BACKENDS or backend.name == AUTO:
+        raise ValueError(f"backend name {backend.name!r} is already taken")
+    _BACKENDS[backend.name] = backend
+
+
+def add_kernel(
+    backend: str, op: str, kernel: Callable[..., Any], reasons: Callable[[Request], list[str]] | None = None
+) -> None:
+    """Give a backend its kernel of one more op; ``reasons``: why it cannot run a request of that op."""
+    _BACKENDS[backend].kernels[op] = kernel
+    _BACKENDS[backend].op_reasons[op] = reasons or _nothing
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine."""
+    return tuple(name for name, backend in _BACKENDS.items() if not backend.unavailable_reasons())
+
+
+def backend_reasons() -> dict[str, list[str]]:
+    """Every known backend with the reasons why it cannot run here (empty list: it can)."""
+    return {name: backend.unavailable_reasons() for name, backend in _BACKENDS.items()}
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse the name of an unknown backend; None stands for none."""
+    if name is not None and (not isinstance(name, str) or (name != AUTO and name not in _BACKENDS)):
+        raise ValueError(f"backend must be one of {[AUTO, *_BACKENDS]}; got {name!r}")
+
+
+def requested_backend(name: str | None) -> str:
+    """The argument if given, else what `use_backend` set, else ``"auto"``."""
+    check_backend(name)
+    return _requested.name if name is None else name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op of this context (and its backward) on one backend; ``"auto"`` restores the choice.
+
+    It holds in the calling thread alone.
+
+    Raises:
+        TypeError, ValueError: None, an unknown name.
+        BackendError: the backend cannot run on this machine.
+    """
+    if name is None:
+        raise TypeError("name must be that of a backend; got None")
+    check_backend(name)
+    if name != AUTO:
+        reasons = _BACKENDS[name].unavailable_reasons()
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
+    previous, _requested.name = _requested.name, name
+    try:
+        yield
+    finally:
+        _requested.name = previous
+
+
+def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
+    """Kernel of the named backend, or of the one with the lowest predicted cost.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend cannot run the request.
+    """
+    if name != AUTO:
+        reasons = _BACKENDS[name].unsupported_reasons(request)
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot run {request.op}: {'; '.join(reasons)}")
+        return _BACKENDS[name].kernels[request.op]
+    refused, best = {}, None
+    for backend in _BACKENDS.values():
+        reasons = backend.unsupported_reasons(request)
+        if reasons:
+            refused[backend.name] = reasons
+            continue
+        cost = backend.predicted_cost(request)
+        if best is None or cost < best[0]:
+            best = (cost, backend)
+    if best is None:
+        listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
+        raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
+    return best[1].kernels[request.op]
+
+
+def candidates_for(
+    backend: Backend, plan: Contraction, table: measured.Table | None = None
+) -> tuple[list[Candidate], list[str]]:
+    """What a backend offers for a contraction, with measured times where there are some; or why it has nothing."""
+    own = backend.contraction_reasons(plan)
+    if own:
+        return [], own
+    table = measured.table_here(plan.device) if table is None else table
+    return [
+        found._replace(seconds=measured.seconds_of(table, backend.name, found.name, plan) or found.seconds)
+        for found in backend.candidates(plan)
+    ], []
+
+
+@lru_cache(maxsize=8192)
+def _resolve(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need,
+    keeps: bool,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+    _threads: int,
+) -> Candidate:
+    """See `resolve_contraction`; ``_threads`` is read by the cost functions."""
+    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
+    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
+    request = Request(op, device, dtype)
+    table = measured.table_here(device)
+    refused: dict[str, list[str]] = {}
+    able: list[Candidate] = []
+    for backend in backends:
+        if backend_name not in (AUTO, backend.name):
+            continue
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if refused[backend.name]:
+            continue
+        for plan in plans:
+            found, reasons = candidates_for(backend, plan, table)
+            able += found
+            refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+    if able:
+        return min(able, key=lambda candidate: candidate.seconds)
+    if backend_name != AUTO:
+        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise BackendError(f"no backend can run {op} on {request.device_type} {dtype}: {listing}")
+
+
+def resolve_contraction(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need = ALL_GRADIENTS,
+    keeps: bool = False,
+    backend_name: str = AUTO,
+    strategy_name: str = AUTO,
+) -> Candidate:
+    """The able candidate with the lowest predicted time, remembered for the next problem alike.
+
+    What the choice depends on besides the arguments is part of the memory's key: the registered backends and the
+    number of CPU threads.
+
+    Args:
+        op: one of `CONTRACTIONS`.
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of the activations.
+        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
+        need: which gradients a backward computes: x, left, central, right.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
+        backend_name: only this backend.
+        strategy_name: only this strategy.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    """
+    return _resolve(
+        *(op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name),
+        *(tuple(_BACKENDS.values()), torch.get_num_threads()),
+    )

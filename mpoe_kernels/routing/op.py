@@ -1,0 +1,306 @@
+"""`route`, `dispatch`, `combine`: tokens to slots sorted by expert, and back. No host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import (
+    check_device,
+    check_floating,
+    check_index,
+    check_integer,
+    check_tensor,
+    describe,
+    refuse_jit_trace,
+)
+from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.registry import requested_backend
+
+# Offsets are int32; a table of counts for more experts than any model has would fill the memory.
+MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which token sits in which slot.
+
+    Attributes:
+        expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
+        token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or
+            masked pairs sort there).
+        slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
+
+    Raises:
+        TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several devices.
+    """
+
+    expert_offsets: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+
+    def __post_init__(self) -> None:
+        refuse_jit_trace("Routing")
+        offsets = check_index("expert_offsets", self.expert_offsets, ("E + 1",))
+        slots = check_index("token_of_slot", self.token_of_slot, ("N",))
+        pairs = check_index("slot_of_token", self.slot_of_token, ("T", "K"))
+        if offsets.shape[0] < 2:
+            raise ValueError(f"expert_offsets must be [E + 1] with E >= 1; got {describe(offsets)}")
+        if slots.shape[0] != pairs.shape[0] * pairs.shape[1] or pairs.shape[1] < 1:
+            raise ValueError(
+                f"token_of_slot [N] and slot_of_token [T, K] must have N = T * K and K >= 1; "
+                f"got {describe(slots)} and {describe(pairs)}"
+            )
+        check_device("slot_of_token", pairs, expert_offsets=offsets, token_of_slot=slots)
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.shape[0] - 1
+
+    @property
+    def expert_load(self) -> Tensor:
+        """Slots of every expert, int32 ``[E]``."""
+        return self.expert_offsets.diff()
+
+
+# ------------------------------------------------------------------ route
+
+
+def _route_body(
+    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_kernel("route", backend, top_k_index, top_k_index, num_experts, capacity, token_mask)
+
+
+def _route_fake(
+    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, top_k = top_k_index.shape
+    return (
+        top_k_index.new_empty(num_experts + 1, dtype=torch.int32),
+        top_k_index.new_empty(tokens * top_k),
+        top_k_index.new_empty(tokens, top_k),
+    )
+
+
+_route_body.__name__ = "route"
+_route = define_op(_route_body, _route_fake)
+
+
+def route(
+    top_k_index: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    token_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Routing:
+    """Stable counting sort of (token, choice) pairs by expert.
+
+    Args:
+        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. The CPU checks them; a GPU does
+            not, as that would wait for the device.
+        num_experts: E, at most 2^20.
+        capacity: most slots an expert may own; first choices are served before second ones, earlier tokens before
+            later ones. ``None``: dropless.
+        token_mask: bool ``[T]``; ``False`` tokens (padding) are neither routed nor counted.
+
+    Returns:
+        `Routing`.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes or devices, no choices, 2^31 pairs or more, ``num_experts`` or
+            ``capacity`` below 1 or no integer, an entry outside ``0..E-1`` (CPU).
+    """
+    index = check_index("top_k_index", top_k_index, ("T", "K")).long()
+    check_integer("num_experts", num_experts, 1, MOST_EXPERTS)
+    if index.shape[1] < 1 or index.shape[0] * index.shape[1] > MOST_PAIRS:
+        raise ValueError(
+            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {describe(top_k_index)}"
+        )
+    if capacity is not None:
+        check_integer("capacity", capacity, 1)
+        capacity = min(capacity, MOST_PAIRS)
+    if token_mask is not None:
+        check_tensor("token_mask", token_mask, ("T",))
+        check_device("top_k_index", index, token_mask=token_mask)
+        if token_mask.dtype != torch.bool or token_mask.shape[0] != index.shape[0]:
+            raise ValueError(f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}")
+    return Routing(*_route(index, num_experts, capacity, token_mask, requested_backend(backend)))
+
+
+# --------------------------------------------------------------- dispatch
+
+
+def _dispatch_body(
+    x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, backend: str
+) -> Tensor:
+    return run_kernel("dispatch", backend, x, x, expert_offsets, token_of_slot, slot_of_token)
+
+
+def _dispatch_fake(
+    x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, backend: str
+) -> Tensor:
+    return x.new_empty(token_of_slot.shape[0], x.shape[1])
+
+
+def _dispatch_backward_body(grad: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
+    return run_kernel("dispatch_backward", backend, grad, grad, slot_of_token)
+
+
+def _dispatch_backward_fake(grad: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
+    return grad.new_empty(slot_of_token.shape[0], grad.shape[1])
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, slot_of_token, backend = inputs
+    ctx.save_for_backward(slot_of_token)
+    ctx.backend = backend
+
+
+def _dispatch_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (slot_of_token,) = ctx.saved_tensors
+    return _dispatch_backward(grad.contiguous(), slot_of_token, ctx.backend), None, None, None, None
+
+
+_dispatch_body.__name__ = "dispatch"
+_dispatch_backward_body.__name__ = "dispatch_backward"
+_dispatch_backward = define_op(_dispatch_backward_body, _dispatch_backward_fake)
+_dispatch = define_op(_dispatch_body, _dispatch_fake, setup_context=_dispatch_setup, backward=_dispatch_autograd)
+
+
+def check_routing(routing: Routing) -> None:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing (see route); got {type(routing).__name__}")
+
+
+def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tensor:
+    """Copy rows into slot order: ``x_sorted[s] = x[token_of_slot[s]]``, zero in empty slots. Differentiable in x.
+
+    Args:
+        x: ``[T, I]``, floating.
+        routing: from `route`.
+
+    Returns:
+        ``[N, I]``.
+    """
+    check_tensor("x", x, ("T", "I"))
+    check_floating("x", x)
+    check_routing(routing)
+    check_device("x", x, routing=routing.slot_of_token)
+    if x.shape[0] != routing.slot_of_token.shape[0]:
+        raise ValueError(f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}")
+    return _dispatch(
+        x, routing.expert_offsets, routing.token_of_slot, routing.slot_of_token, requested_backend(backend)
+    )
+
+
+# ---------------------------------------------------------------- combine
+
+
+def _combine_body(
+    y_sorted: Tensor,
+    expert_offsets: Tensor,
+    token_of_slot: Tensor,
+    slot_of_token: Tensor,
+    top_k_weights: Tensor,
+    backend: str,
+) -> Tensor:
+    return run_kernel(
+        "combine", backend, y_sorted, y_sorted, expert_offsets, token_of_slot, slot_of_token, top_k_weights
+    )
+
+
+def _combine_fake(
+    y_sorted: Tensor,
+    expert_offsets: Tensor,
+    token_of_slot: Tensor,
+    slot_of_token: Tensor,
+    top_k_weights: Tensor,
+    backend: str,
+) -> Tensor:
+    return y_sorted.new_empty(slot_of_token.shape[0], y_sorted.shape[1])
+
+
+def _combine_backward_body(
+    grad: Tensor,
+    y_sorted: Tensor,
+    token_of_slot: Tensor,
+    slot_of_token: Tensor,
+    top_k_weights: Tensor,
+    need_y: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (grad, y_sorted, token_of_slot, slot_of_token, top_k_weights, need_y, need_weights)
+    dy, dweights = run_kernel("combine_backward", backend, grad, *arguments)
+    # Outputs of an op must not share memory.
+    return dy, dweights if need_weights else dweights.clone()
+
+
+def _combine_backward_fake(
+    grad: Tensor,
+    y_sorted: Tensor,
+    token_of_slot: Tensor,
+    slot_of_token: Tensor,
+    top_k_weights: Tensor,
+    need_y: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dy = torch.empty_like(y_sorted) if need_y else grad.new_empty(0)
+    return dy, torch.empty_like(top_k_weights) if need_weights else grad.new_empty(0)
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y_sorted, _, token_of_slot, slot_of_token, top_k_weights, backend = inputs
+    ctx.save_for_backward(y_sorted, token_of_slot, slot_of_token, top_k_weights)
+    ctx.backend = backend
+
+
+def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_y, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    dy, dweights = _combine_backward(grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, ctx.backend)
+    return dy if need_y else None, None, None, None, dweights if need_weights else None, None
+
+
+_combine_body.__name__ = "combine"
+_combine_backward_body.__name__ = "combine_backward"
+_combine_backward = define_op(_combine_backward_body, _combine_backward_fake)
+_combine = define_op(_combine_body, _combine_fake, setup_context=_combine_setup, backward=_combine_autograd)
+
+
+def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backend: str | None = None) -> Tensor:
+    """Gate and un-sort: ``y[t] = sum_k top_k_weights[t, k] * y_sorted[slot_of_token[t, k]]`` over kept pairs.
+
+    Args:
+        y_sorted: ``[N, F]``, floating.
+        routing: from `route`.
+        top_k_weights: the gates, floating ``[T, K]``, of any floating dtype (usually float32).
+
+    Returns:
+        ``[T, F]`` in the dtype of ``y_sorted``; tokens without a kept pair are zero. Differentiable in both.
+    """
+    check_tensor("y_sorted", y_sorted, ("N", "F"))
+    check_floating("y_sorted", y_sorted)
+    check_tensor("top_k_weights", top_k_weights, ("T", "K"))
+    check_floating("top_k_weights", top_k_weights)
+    check_routing(routing)
+    check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
+    if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
+        raise ValueError(f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got {describe(y_sorted)}")
+    if top_k_weights.shape != routing.slot_of_token.shape:
+        raise ValueError(
+            f"top_k_weights must be [T, K] = {list(routing.slot_of_token.shape)}; got {describe(top_k_weights)}"
+        )
+    return _combine(
+        y_sorted,
+        routing.expert_offsets,
+        routing.token_of_slot,
+        routing.slot_of_token,
+        top_k_weights,
+        requested_backend(backend),
+    )

@@ -1,8 +1,8 @@
 """Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, without importing Transformers.
 
 Transformers takes seconds to import, and the command line must start at once. So only place-holders are registered
-with `AutoConfig`, as soon as its module is there; the first MPOE checkpoint that is opened imports `mpoe.models`, which
-registers the real classes.
+with `AutoConfig`, as soon as its module is there; the first MPOE checkpoint of a family that is opened makes and
+registers the real classes (`mpoe.models.classes`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPES = ("mpoe_t5", "mpoe_gpt2", "mpoe_bert", "mpoe_llama")
+from mpoe.models.table import MODEL_TYPES, TYPE_PREFIX
+
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def _place_holder(model_type: str, auto: Any) -> type:
     def real() -> Any:
-        importlib.import_module("mpoe.models")
+        importlib.import_module("mpoe.models.classes").classes_of(model_type.removeprefix(TYPE_PREFIX))
         return auto.CONFIG_MAPPING[model_type]
 
     class DeferredConfig:
-        """Stands for an MPOE config class until `mpoe.models` is imported."""
+        """Stands for an MPOE config class until its family is used."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             return real()(*args, **kwargs)

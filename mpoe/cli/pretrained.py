@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.models.table import CAUSAL, ENCODER, MODEL_TYPES, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 STAND_INS = ("t5", "gpt2")
-SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
-# model_type -> how the command line trains and evaluates it
-FAMILIES = {
-    "t5": SEQ2SEQ,
-    "mpoe_t5": SEQ2SEQ,
-    "gpt2": CAUSAL,
-    "mpoe_gpt2": CAUSAL,
-    "llama": CAUSAL,
-    "mpoe_llama": CAUSAL,
-    "bert": ENCODER,
-    "mpoe_bert": ENCODER,
-}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -36,11 +24,11 @@ class Source:
 
     @property
     def style(self) -> str:
-        return FAMILIES[self.model_type]
+        return TABLE[self.model_type.removeprefix(TYPE_PREFIX)].style
 
     @property
     def is_mpoe(self) -> bool:
-        return self.model_type.startswith("mpoe_")
+        return self.model_type.startswith(TYPE_PREFIX)
 
 
 def find(name: str) -> Source:
@@ -59,10 +47,9 @@ def find(name: str) -> Source:
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
     model_type = _model_type(name, is_folder=folder.is_dir())
-    if model_type not in FAMILIES:
-        known = ", ".join(kind for kind in FAMILIES if not kind.startswith("mpoe_"))
+    if model_type not in (*TABLE, *MODEL_TYPES):
         raise CommandError(
-            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {known} "
+            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
             "(and what it made of them)"
         )
     return Source(name, model_type)

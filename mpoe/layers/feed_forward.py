@@ -55,6 +55,8 @@ class RoutedFeedForward(nn.Module):
         routing_call = current_routing()
         if token_mask is None and routing_call is not None:
             token_mask = routing_call.masks.get(self.stream)
+            if token_mask is not None and hidden_states.dim() == 2:
+                token_mask = token_mask.reshape(-1)  # OPT's layers flatten what they hand on
         x = hidden_states.reshape(-1, self.in_features)
         if token_mask is not None:
             if token_mask.shape != hidden_states.shape[:-1]:

@@ -1,54 +1,35 @@
-"""Hugging Face models with MPO experts. Importing this package registers them with Transformers' Auto classes."""
+"""Hugging Face models with MPO experts.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
+Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM``, ``MPOELlamaConfig``, ...) are made,
+and registered with Transformers' Auto classes, when one of them is used for the first time.
+"""
 
-from mpoe.models.bert import (
-    MPOEBertConfig,
-    MPOEBertForMaskedLM,
-    MPOEBertForSequenceClassification,
-    MPOEBertModel,
-)
-from mpoe.models.checkpoint import load_mpoe, save_mpoe_only
-from mpoe.models.convert import convert_to_mpoe, merge_experts
-from mpoe.models.gpt2 import MPOEGPT2Config, MPOEGPT2LMHeadModel, MPOEGPT2Model
-from mpoe.models.llama import MPOELlamaConfig, MPOELlamaForCausalLM
-from mpoe.models.load_layer import load_layers
-from mpoe.models.original import import_original
-from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
-from mpoe.models.t5 import MPOET5Config, MPOET5ForConditionalGeneration
+from __future__ import annotations
 
-for _config in (MPOET5Config, MPOEGPT2Config, MPOEBertConfig, MPOELlamaConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModelForSeq2SeqLM.register(MPOET5Config, MPOET5ForConditionalGeneration, exist_ok=True)
-AutoModelForCausalLM.register(MPOEGPT2Config, MPOEGPT2LMHeadModel, exist_ok=True)
-AutoModelForCausalLM.register(MPOELlamaConfig, MPOELlamaForCausalLM, exist_ok=True)
-AutoModelForMaskedLM.register(MPOEBertConfig, MPOEBertForMaskedLM, exist_ok=True)
-AutoModelForSequenceClassification.register(MPOEBertConfig, MPOEBertForSequenceClassification, exist_ok=True)
-AutoModel.register(MPOEGPT2Config, MPOEGPT2Model, exist_ok=True)
-AutoModel.register(MPOEBertConfig, MPOEBertModel, exist_ok=True)
-# T5 and Llama have one MPOE class each; AutoModel gives it, head included.
-AutoModel.register(MPOELlamaConfig, MPOELlamaForCausalLM, exist_ok=True)
-AutoModel.register(MPOET5Config, MPOET5ForConditionalGeneration, exist_ok=True)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Public name -> the module that defines it; loaded on first use.
+_NAMES = {
+    "convert_to_mpoe": "convert",
+    "import_original": "original",
+    "load_layers": "load_layer",
+    "load_mpoe": "checkpoint",
+    "merge_experts": "convert",
+    "mpo_modules": "report",
+    "parameter_kind": "report",
+    "parameter_report": "report",
+    "save_mpoe_only": "checkpoint",
+}
+
+if TYPE_CHECKING:
+    from mpoe.models.checkpoint import load_mpoe, save_mpoe_only
+    from mpoe.models.convert import convert_to_mpoe, merge_experts
+    from mpoe.models.load_layer import load_layers
+    from mpoe.models.original import import_original
+    from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
 
 __all__ = [
-    "MPOEBertConfig",
-    "MPOEBertForMaskedLM",
-    "MPOEBertForSequenceClassification",
-    "MPOEBertModel",
-    "MPOEGPT2Config",
-    "MPOEGPT2LMHeadModel",
-    "MPOEGPT2Model",
-    "MPOELlamaConfig",
-    "MPOELlamaForCausalLM",
-    "MPOET5Config",
-    "MPOET5ForConditionalGeneration",
     "convert_to_mpoe",
     "import_original",
     "load_layers",
@@ -59,3 +40,22 @@ __all__ = [
     "parameter_report",
     "save_mpoe_only",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"mpoe.models.{_NAMES[name]}"), name)
+    elif name.startswith("MPOE"):
+        from mpoe.models.classes import class_named
+
+        value = class_named(name)
+    else:
+        value = None
+    if value is None:
+        raise AttributeError(f"module 'mpoe.models' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,14 +3,14 @@ subclasses call their dense parent's forward inside a routing context and add th
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,31 +28,15 @@ from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.ranks import sum_over_ranks
-from mpoe.models.card import replace_template, write_card
-from mpoe.models.families import FAMILIES
+from mpoe.layers.mpo_linear import MPOLinear
+from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import hidden_modules
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
+from mpoe.models.saving import SavingMixin
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
-
-# Files of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`).
-ONLY_FILE = "mpoe_only.safetensors"
-BASE_FILE = "mpoe_base.json"
-IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
-
-
-def checked_mpoe_dict(value: Any) -> dict[str, Any]:
-    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
-
-    Raises:
-        TypeError, ValueError: anything `MPOEConfig` refuses.
-    """
-    if isinstance(value, MPOEConfig):
-        return value.to_dict()
-    return MPOEConfig.from_dict(value or {}).to_dict()
-
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
     """Token mask ``[B, S]`` of the S tokens of this call from an attention mask ``[B, past + S]``.
@@ -111,9 +95,11 @@ else:
     _Model = object
 
 
-class MPOEModelMixin(_Model):
+class MPOEModelMixin(SavingMixin, _Model):
     """Mixture-of-experts side of a model; goes before the dense class in the bases."""
 
+    # Set for every class by `mpoe.models.classes`.
+    dense_class: ClassVar[type[PreTrainedModel]]
     mpoe_family: ClassVar[str]
     mpoe_output: ClassVar[type]
     # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation scales them wrongly.
@@ -123,9 +109,31 @@ class MPOEModelMixin(_Model):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]
+        if hasattr(cls, "forward"):  # a mixin below this one has none yet
+            cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # Constructors that take their base from `AutoModel` must get the dense one: they see a dense configuration.
+        plain = copy.copy(config)
+        plain.__class__ = self.dense_class.config_class
+        super().__init__(plain, *args, **kwargs)
+        config.__dict__.update(plain.__dict__)
+        for module in self.modules():
+            own = getattr(module, "config", None)
+            if own is plain:
+                module.config = config  # type: ignore[assignment]
+            elif type(own) is type(plain):
+                own.__class__ = type(config)  # T5's stacks have copies
+        if self.accepts_loss_kwargs:
+            # Transformers knows a model's loss by the name of its class; a causal model has that of its kind.
+            self.loss_type = "ForCausalLM"
+        self.install_experts()
 
     # ------------------------------------------------------------ structure
+
+    def family(self) -> Family:
+        """How this model builds its layers."""
+        return family_for(self.config, self.mpoe_family)
 
     @property
     def mpoe_config(self) -> MPOEConfig:
@@ -136,12 +144,30 @@ class MPOEModelMixin(_Model):
         """Replace the dense modules that ``config.mpoe`` names by MPOE ones with random weights."""
         model: Any = self
         config = self.mpoe_config
-        install_empty(model, find_sites(model, FAMILIES[self.mpoe_family], model.config, config), config)
+        install_empty(model, find_sites(model, self.family(), model.config, config), config)
         for name, cores in mpo_modules(model):
             for known in names_in_checkpoints(model, name):
                 if known in config.rate_ratios:
                     cores.rate_ratios = tuple(config.rate_ratios[known])
+        self.forget_dense_names()
         model.init_weights()
+
+    def forget_dense_names(self) -> None:
+        """Take what is dense no more out of what Transformers keeps by name: parallel plans, float32 modules.
+
+        What is not in the plan of tensor parallelism is whole on every rank, experts and MPO projections among it. Of
+        the projections of one block all or none are sharded.
+        """
+        model: Any = self
+        names = {re.sub(r"\d+", "*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+        matrices = {re.sub(r"\d+", "*", name) for name, m in model.named_modules() if isinstance(m, MPOLinear)}
+        whole = {name.rpartition(".")[0] for name in matrices}
+        for attribute in ("_tp_plan", "_ep_plan"):
+            plan = getattr(model, attribute, None) or {}
+            kept = {key: how for key, how in plan.items() if key in names and key.rpartition(".")[0] not in whole}
+            setattr(model, attribute, kept)
+        parts = {part for name in names for part in name.split(".")}
+        model._keep_in_fp32_modules = {name for name in model._keep_in_fp32_modules or () if name in parts}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -192,6 +218,8 @@ class MPOEModelMixin(_Model):
         kwargs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         return_dict = kwargs.pop("return_dict", None)
         return_dict = model.config.return_dict if return_dict is None else return_dict
+        shown = kwargs.pop("output_router_logits", None)
+        shown = getattr(model.config, "output_router_logits", None) if shown is None else shown
         context = RoutingContext(self.token_masks(kwargs), [])
         token = enter_routing(context)
         try:
@@ -199,6 +227,8 @@ class MPOEModelMixin(_Model):
         finally:
             leave_routing(token)
         output = self._with_routing(output, context.records or [], kwargs)
+        if shown is False:
+            output = self.mpoe_output(**{name: value for name, value in output.items() if name not in ROUTING_FIELDS})
         return output if return_dict else output.to_tuple()
 
     def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
@@ -273,35 +303,6 @@ class MPOEModelMixin(_Model):
         ) -> None:
             """The older name of `activation_checkpointing_enable`."""
             self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
-
-    # --------------------------------------------------------------- saving
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the config also carries every core's rate ratio, and a model card is written.
-
-        Raises:
-            OSError: the folder cannot be written, or the disk is full.
-        """
-        model: Any = self
-        model.config.mpoe = {
-            **model.config.mpoe,
-            "rate_ratios": {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)},
-        }
-        try:
-            result = super().save_pretrained(save_directory, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(f"weights could not be written to {save_directory}: {error}") from error
-        for name in (ONLY_FILE, BASE_FILE):
-            # An earlier MPOE-only save in this folder would otherwise be taken for what it holds.
-            (Path(save_directory) / name).unlink(missing_ok=True)
-        if kwargs.get("is_main_process", True):
-            write_card(self, save_directory)
-        return result
-
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with our card where the repository has none of its own."""
-        replace_template(self, working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 

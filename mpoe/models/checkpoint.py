@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.models.base import BASE_FILE, ONLY_FILE, MPOEModelMixin
-from mpoe.models.convert import CONVERTED, _adopt_class
-from mpoe.models.families import FAMILIES
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.classes import class_named
+from mpoe.models.convert import adopt_class
+from mpoe.models.families import family_for
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
+from mpoe.models.saving import BASE_FILE, ONLY_FILE
 from mpoe.models.sites import install_empty
+from mpoe.models.table import MODEL_TYPES, TABLE
 from mpoe.models.weight_files import (
     check_floating,
     check_repeats,
@@ -35,10 +38,6 @@ from mpoe.models.weight_files import (
     weight_files,
 )
 
-CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in CONVERTED.values()}
-MODEL_TYPES = sorted({cls.config_class.model_type for cls in CLASSES.values()})
-
-
 def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     """``config.json`` of a saved MPOE model, and its class."""
     if not folder.is_dir():
@@ -47,19 +46,21 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
         raise ValueError(f"path must hold config.json; {folder} has none")
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
         advice = (
-            " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in FAMILIES else ""
+            " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in TABLE else ""
         )
         raise ValueError(
             f"path must hold an MPOE model (model_type {', '.join(MODEL_TYPES)}); "
             f"{folder / 'config.json'} says {model_type!r}{advice}"
         )
     names = values.get("architectures")
-    cls = next((CLASSES[name] for name in CLASSES if isinstance(names, list) and name in names), None)
+    found = [class_named(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    cls = next((cls for cls in found if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
-        known = sorted(name for name, known in CLASSES.items() if known.config_class.model_type == model_type)
-        raise ValueError(f"architectures in {folder / 'config.json'} must name one of {known}; got {names}")
+        raise ValueError(
+            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got {names}"
+        )
     return values, cls
 
 
@@ -195,10 +196,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
     if whole:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
-    module.config.mpoe = {
-        **module.config.mpoe,
-        "rate_ratios": {n: list(cores.rate_ratios) for n, cores in mpo_modules(module)},
-    }
+    module.write_rate_ratios()
     module.config.architectures = [type(module).__name__]
     own = {n: value.contiguous().cpu() for n, value in _own(module).items()}
     identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
@@ -214,7 +212,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
 
 
 def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
-    dense_class = next(dense for dense, converted in CONVERTED.items() if converted is cls)
+    dense_class = cls.dense_class
     if isinstance(base, (str, Path)):
         if not Path(base).is_dir():
             raise ValueError(f"base must be a dense model or its folder; {base} is no folder")
@@ -247,7 +245,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     _install(model, cls, parsed)
     if _rest_hash(_rest(model)) != identity.get("sha256"):
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
-    _adopt_class(model, cls, parsed)
+    adopt_class(model, cls, parsed)
     model.config.conversion_errors = values.get("conversion_errors")
     for name, cores in mpo_modules(model):
         if len(parsed.rate_ratios.get(name, ())) != len(cores.rate_ratios):
@@ -258,4 +256,4 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
 
 
 def _install(model: Any, cls: type[Any], config: MPOEConfig) -> None:
-    install_empty(model, find_sites(model, FAMILIES[cls.mpoe_family], model.config, config), config)
+    install_empty(model, find_sites(model, family_for(model.config, cls.mpoe_family), model.config, config), config)

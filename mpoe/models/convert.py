@@ -5,60 +5,51 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import (
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2LMHeadModel,
-    GPT2Model,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.bert import MPOEBertForMaskedLM, MPOEBertForSequenceClassification, MPOEBertModel
-from mpoe.models.families import FAMILIES
+from mpoe.models.classes import classes_of, foreign_class
+from mpoe.models.families import family_for
+from mpoe.models.families.given import checked_sites
 from mpoe.models.find import find_sites
-from mpoe.models.gpt2 import MPOEGPT2LMHeadModel, MPOEGPT2Model
 from mpoe.models.hidden import fill_merged, hidden_modules, merged_config
-from mpoe.models.llama import MPOELlamaForCausalLM
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Site
-from mpoe.models.t5 import MPOET5ForConditionalGeneration
+from mpoe.models.table import TABLE
 from mpoe_kernels import Decomposition, backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-CONVERTED: dict[type[PreTrainedModel], type[Any]] = {
-    T5ForConditionalGeneration: MPOET5ForConditionalGeneration,
-    GPT2Model: MPOEGPT2Model,
-    GPT2LMHeadModel: MPOEGPT2LMHeadModel,
-    BertModel: MPOEBertModel,
-    BertForSequenceClassification: MPOEBertForSequenceClassification,
-    BertForMaskedLM: MPOEBertForMaskedLM,
-    LlamaForCausalLM: MPOELlamaForCausalLM,
-}
-
-
-def _converted_class(model: Any) -> type[Any]:
+def converted_class(model: Any, sites: Any = None) -> type[Any]:
+    """The class that ``model`` gets."""
     if isinstance(model, MPOEModelMixin):
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
-    if type(model) not in CONVERTED:
-        known = ", ".join(sorted(cls.__name__ for cls in CONVERTED))
-        raise ValueError(f"model must be one of {known}; got {type(model).__name__}")
-    return CONVERTED[type(model)]
+    if sites is not None:
+        return foreign_class(type(model))
+    known = classes_of(model.config.model_type) if getattr(model, "config", None) and in_table(model) else {}
+    if type(model) not in known:
+        heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
+        raise ValueError(
+            f"model must be {'one of ' if known else ''}{heads}; got {type(model).__name__} (for another model, name "
+            "its projections with sites=...)"
+        )
+    return known[type(model)]
+
+
+def in_table(model: Any) -> bool:
+    """Whether the family of ``model`` is known."""
+    return getattr(model.config, "model_type", None) in TABLE
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -100,7 +91,7 @@ def _mpoe_model_config(config: PreTrainedConfig, cls: type[PreTrainedConfig], mp
     return converted
 
 
-def _adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> None:
+def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> None:
     """Turn ``model`` into a ``cls``: same modules and parameters, configs of the MPOE type."""
     source = type(model.config)
     mapped: dict[int, PreTrainedConfig] = {}
@@ -115,8 +106,19 @@ def _adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> No
     # class for output capturing.
     with torch.device("meta"):
         skeleton = cls(model.config)
-    for name in ("loss_type", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+    for name in ("loss_type", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_tp_plan", "_ep_plan"):
         setattr(model, name, getattr(skeleton, name))
+
+
+def _warn_of_float16(model: Any, sites: Sequence[Site]) -> None:
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    downs = {site.prefixes["down"].rpartition(".")[2] for site in sites if isinstance(site, FFNSite)}
+    if model.dtype == torch.float16 and kept & downs:
+        warnings.warn(
+            f"{type(model).__name__} in float16: Transformers keeps the down projections ({', '.join(kept & downs)}) in "
+            "float32 because float16 overflows there; the experts' are float16 like the rest. Prefer bfloat16.",
+            stacklevel=3,
+        )
 
 
 def _check_sites(model: Any, sites: Sequence[Site], config: MPOEConfig) -> bool:
@@ -129,7 +131,9 @@ def _check_sites(model: Any, sites: Sequence[Site], config: MPOEConfig) -> bool:
 
 @one_at_a_time
 @torch.no_grad()
-def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool = False) -> Any:
+def convert_to_mpoe(
+    model: Any, config: MPOEConfig | None = None, inplace: bool = False, sites: Mapping[str, Any] | None = None
+) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
     Every feed-forward network is decomposed once and copied to all experts, which share its central core; a router
@@ -137,10 +141,13 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
     where ``target_modules`` says so. Nothing else changes.
 
     Args:
-        model: a `T5ForConditionalGeneration`, `GPT2Model`, `GPT2LMHeadModel`, `LlamaForCausalLM`, `BertModel`,
-            `BertForSequenceClassification` or `BertForMaskedLM`, in float32, float64, bfloat16 or float16.
+        model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
+            float16; with ``sites`` any Transformers model.
         config: `MPOEConfig`; default ``MPOEConfig()``.
         inplace: convert ``model`` itself (its class and config change) instead of a copy.
+        sites: for a model outside the table, how its feed-forward networks are built: the fields of
+            `mpoe.models.families.given.Sites`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
+            "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the model.
 
     Returns:
         The converted model, of a registered Hugging Face class, in the same training mode. Its attribute
@@ -149,35 +156,34 @@ def convert_to_mpoe(model: Any, config: MPOEConfig | None = None, inplace: bool 
 
     Raises:
         ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), parameters
-            on the device ``meta``, shapes, exclusions or layer indices that do not fit; all before any work.
-        TypeError: ``config`` of another type.
+            on the device ``meta``, shapes, exclusions, layer indices or ``sites`` that do not fit; all before any
+            work.
+        TypeError: ``config`` or ``sites`` of another type.
     """
-    cls = _converted_class(model)
+    given = None if sites is None else checked_sites(sites)
+    cls = converted_class(model, given)
     config = MPOEConfig() if config is None else config
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
-    family = FAMILIES[cls.mpoe_family]
-    sites = find_sites(model, family, model.config, config)
-    tied = _check_sites(model, sites, config)
+    family = family_for(SimpleNamespace(mpoe_sites=given), cls.mpoe_family)
+    found = find_sites(model, family, model.config, config)
+    tied = _check_sites(model, found, config)
     _check_backend(config.backend)
     _check_finite(model)
-    if cls.mpoe_family == "t5" and model.dtype == torch.float16:
-        warnings.warn(
-            "T5 in float16: Transformers keeps the down projections (wo) in float32 because float16 overflows there; "
-            "the experts' are float16 like the rest. Prefer bfloat16.",
-            stacklevel=2,
-        )
+    _warn_of_float16(model, found)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
-        model = _copy_without(model, [module for site in sites for module in site.replaced])
-        sites = find_sites(model, family, model.config, config)
+        model = _copy_without(model, [module for site in found for module in site.replaced])
+        found = find_sites(model, family, model.config, config)
     report: dict[str, Decomposition] = {}
-    for site in sites:
+    for site in found:
         module: Any = site.build(config)
         report.update(site.load(module, config))
         site.install(model, module, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
-    _adopt_class(model, cls, config)
+    if given is not None:
+        model.config.mpoe_sites = given
+    adopt_class(model, cls, config)
     model.conversion_report = {
         name: {
             "local_errors": list(result.local_errors),

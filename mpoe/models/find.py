@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import pattern_matches
 from mpoe.layers.activations import check_activation
-from mpoe.models.families import Family
+from mpoe.layers.mpo_linear import linear_weight
+from mpoe.models.families import FFN, Family, name_pattern
 from mpoe.models.hidden import HiddenSite
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Site
 
@@ -24,45 +25,64 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
+def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, str]:
+    """Names, inside ``holder``, of the projections by kind; empty if it is built in another way."""
+    kinds = {"up": ffn.up, "down": ffn.down}
+    if ffn.gate_proj is not None:
+        kinds["gate_proj"] = ffn.gate_proj
+    kinds.update(dict.fromkeys(ffn.fused, ffn.up))
+    return kinds if all(_child(holder, name) is not None for name in kinds.values()) else {}
+
+
+def _fused_columns(weight: Tensor, kinds: tuple[str, ...]) -> dict[str, slice]:
+    """Columns of ``weight [in, out]`` that belong to each of ``kinds``, side by side."""
+    width = weight.shape[1] // max(len(kinds), 1)
+    return {kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(kinds)}
+
+
 def _ffn_sites(model: nn.Module, family: Family, model_config: Any) -> Iterator[FFNSite]:
+    patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     for name, module in model.named_modules():
-        match = family.ffn.match(name)
-        if match is None:
-            continue
-        up_name = next((n for n in family.up if _child(module, n) is not None), None)
-        if up_name is None or _child(module, family.down) is None:
-            continue
-        kinds = {"up": up_name, "down": family.down}
-        if family.gate_proj is not None and _child(module, family.gate_proj) is not None:
-            kinds["gate_proj"] = family.gate_proj
-        dense = {kind: module.get_submodule(n) for kind, n in kinds.items()}
-        if "gate_proj" in dense and getattr(dense["gate_proj"], "bias", None) is not None:
-            raise ValueError(f"{name}.{kinds['gate_proj']} must have no bias: the gates of experts have none")
-        up_std, down_std = family.init_std(model_config)
-        yield FFNSite(
-            name=f"{name}.{family.place}" if family.place else name,
-            stream=match.groupdict().get("stream") or "main",
-            layer=int(match["layer"]),
-            dense=dense,
-            prefixes={kind: f"{name}.{n}" for kind, n in kinds.items()},
-            options={
-                "activation": check_activation(family.activation(model_config)),
-                "gated": "gate_proj" in kinds,
-                "bias": getattr(dense["up"], "bias", None) is not None,
-                "dropout": float(family.dropout(model_config)),
-                "output_dropout": float(family.output_dropout(model_config)),
-                "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
-            },
-            residual=None if family.residual is None else f"{name}.{family.residual}",
-        )
+        found = ((ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None)
+        ffn, match = next(((ffn, match) for ffn, match in found if _dense_parts(module, ffn)), (None, None))
+        if ffn is not None and match is not None:
+            yield _ffn_site(name, int(match["layer"]), module, ffn, family, model_config)
+
+
+def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family, model_config: Any) -> FFNSite:
+    kinds = _dense_parts(holder, ffn)
+    dense = {kind: holder.get_submodule(n) for kind, n in kinds.items()}
+    if "gate_proj" in dense and getattr(dense["gate_proj"], "bias", None) is not None:
+        raise ValueError(f"{name}.{kinds['gate_proj']} must have no bias: the gates of experts have none")
+    up_std, down_std = family.init_std(model_config)
+    return FFNSite(
+        name=f"{name}.{ffn.place}" if ffn.place else name,
+        stream=ffn.stream,
+        layer=layer,
+        dense=dense,
+        prefixes={kind: f"{name}.{n}" for kind, n in kinds.items()},
+        options={
+            "activation": check_activation(family.activation(model_config)),
+            "gated": "gate_proj" in kinds,
+            "bias": getattr(dense["up"], "bias", None) is not None,
+            "dropout": float(family.dropout(model_config)),
+            "output_dropout": float(family.output_dropout(model_config)),
+            "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
+        },
+        columns=_fused_columns(linear_weight(dense["up"]), ffn.fused),
+        emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
+        zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
+    )
 
 
 def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Iterator[LinearSite]:
+    attention = [name_pattern(glob) for glob in family.attention if "attention" in config.targets]
+    pooler = name_pattern(family.pooler) if "pooler" in config.targets and family.pooler is not None else None
     for name, module in model.named_modules():
-        match = family.attention.match(name) if "attention" in config.targets else None
+        match = next(filter(None, (pattern.match(name) for pattern in attention)), None)
         if match is not None:
             yield LinearSite("attention", name, int(match["layer"]), module)
-        elif "pooler" in config.targets and family.pooler is not None and family.pooler.match(name):
+        elif pooler is not None and pooler.match(name):
             yield LinearSite("pooler", name, None, module)
 
 
@@ -72,6 +92,11 @@ def _embedding_site(model: Any, model_config: Any) -> EmbeddingSite | None:
     if not isinstance(table, nn.Embedding):
         return None
     name = next(n for n, module in model.named_modules() if module is table)
+    if type(table).forward is not nn.Embedding.forward:
+        raise ValueError(
+            f"target_modules must not hold 'embedding' for {type(model).__name__}: {name} is a {type(table).__name__}, "
+            "which does more than look up rows"
+        )
     ties = type(model)._tied_weights_keys or {}
     targets = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
     views = tuple(n for n in targets if isinstance(model.get_submodule(n), nn.Embedding))
@@ -117,13 +142,8 @@ def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOE
 
     Raises:
         ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or ``layers_to_transform`` that match
-            nothing, an activation experts cannot compute, feed-forward chunking.
+            nothing, an activation experts cannot compute, an embedding that scales its rows.
     """
-    if getattr(model_config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            "chunk_size_feed_forward must be 0 for a mixture of experts, which routes all tokens of a call at once; "
-            f"got {model_config.chunk_size_feed_forward}"
-        )
     sites: list[Site] = list(_ffn_sites(model, family, model_config)) if "ffn" in config.targets else []
     sites += _linear_sites(model, family, config)
     table = _embedding_site(model, model_config) if "embedding" in config.targets else None

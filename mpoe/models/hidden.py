@@ -38,7 +38,7 @@ class HiddenSite(FFNSite):
     def check(self, config: MPOEConfig) -> None:
         """Refuse projections that are built in another way, or of sizes that do not fit."""
         own, names = config.for_experts(self.name), self.inside
-        if getattr(self, "columns", None):
+        if self.columns:
             raise ValueError(f"{self.name}: shape 'hidden' needs a projection each; up and gate_proj share one matrix")
         missing = [kind for kind in self.dense if kind != "down" and "." in names.get(kind, ".")]
         if missing:
@@ -82,6 +82,7 @@ class HiddenSite(FFNSite):
         module.train(model.training)
         module.adopt(self.dense)
         set_module(model, self.name, module)
+        self.zero(model)
 
 
 def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:

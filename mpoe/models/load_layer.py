@@ -11,9 +11,10 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.models.base import ONLY_FILE, MPOEModelMixin
+from mpoe.models.base import MPOEModelMixin
 from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config
 from mpoe.models.components import component_of
+from mpoe.models.saving import ONLY_FILE
 from mpoe.models.weight_files import check_floating, declared_shapes, read_tensors, weight_files
 
 

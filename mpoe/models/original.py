@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.models.convert import CONVERTED, _adopt_class
-from mpoe.models.families import FAMILIES
+from mpoe.models.convert import adopt_class, converted_class
+from mpoe.models.families import family_of
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
@@ -188,7 +188,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
         )
     every = MPOEConfig(target_modules=targets)
     patterns: dict[str, Any] = {}
-    for site in find_sites(base, FAMILIES["t5"], base.config, every):
+    for site in find_sites(base, family_of("t5"), base.config, every):
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in checkpoint.dense:
             continue
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
@@ -234,7 +234,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     checkpoint = _Checkpoint(_read(source))
     config = _config(checkpoint, base)
     model: Any = copy.deepcopy(base)
-    install_empty(model, find_sites(model, FAMILIES["t5"], model.config, config), config)
+    install_empty(model, find_sites(model, family_of("t5"), model.config, config), config)
     cores_of = dict(mpo_modules(model))
     for name, chain in checkpoint.chains.items():
         cores = cores_of[name]
@@ -242,7 +242,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
         cores.rate_ratios = _rate_ratios([chain[k] for k in range(len(chain))], cores.shape)
     _load_dense(model, checkpoint)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in cores_of.items()}
-    _adopt_class(model, CONVERTED[type(base)], config)
+    adopt_class(model, converted_class(base), config)
     lost = [name for name, bias in checkpoint.biases.items() if bool(bias.any())]
     if lost:
         warnings.warn(

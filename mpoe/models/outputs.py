@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 from transformers.modeling_outputs import (
@@ -13,6 +16,7 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     SequenceClassifierOutput,
 )
+from transformers.utils import ModelOutput
 
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
 
@@ -35,31 +39,24 @@ class RoutingFields:
     expert_load: Tensor | None = None
 
 
-@dataclass
-class MPOESeq2SeqLMOutput(RoutingFields, Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` with `RoutingFields`."""
+@functools.cache
+def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
+    """``dense`` with `RoutingFields`, named ``MPOE<dense>``."""
+    documentation = f"`{dense.__name__}` with `RoutingFields`."
+    made = type(f"MPOE{dense.__name__}", (RoutingFields, dense), {"__doc__": documentation, "__module__": __name__})
+    return dataclass(made)
 
 
-@dataclass
-class MPOECausalLMOutput(RoutingFields, CausalLMOutputWithCrossAttentions):
-    """`CausalLMOutputWithCrossAttentions` with `RoutingFields`."""
+MPOESeq2SeqLMOutput = output_with_routing(Seq2SeqLMOutput)
+MPOECausalLMOutput = output_with_routing(CausalLMOutputWithCrossAttentions)
+MPOEModelOutputWithPast = output_with_routing(BaseModelOutputWithPastAndCrossAttentions)
+MPOEModelOutputWithPooling = output_with_routing(BaseModelOutputWithPoolingAndCrossAttentions)
+MPOESequenceClassifierOutput = output_with_routing(SequenceClassifierOutput)
+MPOEMaskedLMOutput = output_with_routing(MaskedLMOutput)
 
 
-@dataclass
-class MPOEModelOutputWithPast(RoutingFields, BaseModelOutputWithPastAndCrossAttentions):
-    """`BaseModelOutputWithPastAndCrossAttentions` with `RoutingFields`."""
-
-
-@dataclass
-class MPOEModelOutputWithPooling(RoutingFields, BaseModelOutputWithPoolingAndCrossAttentions):
-    """`BaseModelOutputWithPoolingAndCrossAttentions` with `RoutingFields`."""
-
-
-@dataclass
-class MPOESequenceClassifierOutput(RoutingFields, SequenceClassifierOutput):
-    """`SequenceClassifierOutput` with `RoutingFields`."""
-
-
-@dataclass
-class MPOEMaskedLMOutput(RoutingFields, MaskedLMOutput):
-    """`MaskedLMOutput` with `RoutingFields`."""
+def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:
+    """What a dense model's ``forward`` returns, by its annotation, with `RoutingFields`."""
+    annotation = get_type_hints(forward)["return"]
+    found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return output_with_routing(next(kind for kind in found if issubclass(kind, ModelOutput)))

@@ -18,21 +18,6 @@ from mpoe_kernels import Decomposition
 Report = dict[str, Decomposition]
 
 
-class NormedResidual(nn.Module):
-    """``LayerNorm(dropout(y) + x)``: what is left of BERT's output module when experts take its projection over."""
-
-    LayerNorm: nn.Module
-    dropout: nn.Module
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.LayerNorm = output.LayerNorm
-        self.dropout = output.dropout
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
-
-
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the module called ``name``."""
     parent, _, last = name.rpartition(".")
@@ -49,6 +34,9 @@ class FFNSite:
         layer: index of its layer in the stream.
         dense: its dense projections by kind, and their parameter names' prefixes in ``prefixes``.
         options: keyword arguments of `MPOEFeedForward`.
+        columns: for projections that share one matrix, which columns of it ``[in, out]`` a kind has.
+        emptied: names of modules whose work the experts do.
+        zeroed: numbers that become 0, as ``(name of a module, name of its attribute)``.
     """
 
     name: str
@@ -57,7 +45,9 @@ class FFNSite:
     dense: dict[str, nn.Module]
     prefixes: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
-    residual: str | None = None
+    columns: dict[str, slice] = field(default_factory=dict)
+    emptied: tuple[str, ...] = ()
+    zeroed: tuple[tuple[str, str], ...] = ()
 
     @property
     def replaced(self) -> list[nn.Module]:
@@ -66,7 +56,12 @@ class FFNSite:
 
     def weight(self, kind: str) -> Tensor:
         """Dense weight ``[in, out]``."""
-        return linear_weight(self.dense[kind])
+        return linear_weight(self.dense[kind])[:, self.columns.get(kind, slice(None))]
+
+    def bias(self, kind: str) -> Tensor | None:
+        """Dense bias ``[out]``, if there is one."""
+        bias: Tensor | None = getattr(self.dense[kind], "bias", None)
+        return None if bias is None else bias[self.columns.get(kind, slice(None))]
 
     def check(self, config: MPOEConfig) -> None:
         """Refuse shapes that do not fit."""
@@ -96,7 +91,7 @@ class FFNSite:
                     projection.add_noise_(config.auxiliary_noise)
             else:
                 projection.load_weight_(self.weight(kind))
-            bias = getattr(self.dense[kind], "bias", None)
+            bias = self.bias(kind)
             if projection.bias is not None and bias is not None:
                 projection.bias.copy_(bias)
         return report
@@ -105,8 +100,14 @@ class FFNSite:
         """Put ``module`` where the dense network is."""
         module.train(model.training)
         set_module(model, self.name, module)
-        if self.residual is not None:
-            set_module(model, self.residual, NormedResidual(model.get_submodule(self.residual)))
+        for name in self.emptied:
+            set_module(model, name, nn.Identity())
+        self.zero(model)
+
+    def zero(self, model: nn.Module) -> None:
+        """Set the numbers in `zeroed`."""
+        for name, attribute in self.zeroed:
+            setattr(model.get_submodule(name), attribute, 0)
 
 
 @dataclass(frozen=True)

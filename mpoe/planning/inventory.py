@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.config import MPOEConfig
+from mpoe.models.table import CLASS_PREFIX, SEQ2SEQ, TABLE, TYPE_PREFIX
 from mpoe.planning.known_sizes import known_names, known_size
-
-# family -> class that is planned for when the configuration names none that mpoe converts
-_DEFAULT_CLASSES = {
-    "t5": "T5ForConditionalGeneration",
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "bert": "BertModel",
-}
-
 
 @dataclass(frozen=True)
 class Matrix:
@@ -155,20 +147,20 @@ def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEC
     """Dense configuration, name of the class to build, and the MPOE configuration of a converted model."""
     from transformers import AutoConfig
 
-    from mpoe.models.convert import CONVERTED
+    from mpoe.models.classes import default_class, dense_names
 
     values = dict(values)
     model_type = str(values.pop("model_type", "unknown"))
-    family = model_type.removeprefix("mpoe_")
-    if family not in _DEFAULT_CLASSES:
+    family = model_type.removeprefix(TYPE_PREFIX)
+    if family not in TABLE:
         raise ValueError(
             f"model {name!r} is of the family {model_type!r}, which mpoe does not know; "
-            f"it knows {', '.join(_DEFAULT_CLASSES)} (and what it made of them)"
+            f"it knows {', '.join(TABLE)} (and what it made of them)"
         )
     mpoe = values.pop("mpoe", None)
-    named = [str(a).removeprefix("MPOE") for a in values.pop("architectures", None) or []]
-    known = {cls.__name__ for cls in CONVERTED}
-    class_name = next((a for a in named if a in known), _DEFAULT_CLASSES[family])
+    named = [str(a).removeprefix(CLASS_PREFIX) for a in values.pop("architectures", None) or []]
+    known = set(dense_names(family).values())
+    class_name = next((a for a in named if a in known), default_class(family))
     try:
         config = AutoConfig.for_model(family, **values)
     except Exception as error:  # configuration classes check themselves with errors of many types
@@ -178,7 +170,8 @@ def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEC
 
 def _stream(name: str) -> str:
     """Whose tokens a module sees; cross-attention reads its keys and values from the encoder."""
-    if ".EncDecAttention.k" in name or ".EncDecAttention.v" in name or name.startswith("encoder.block"):
+    cross = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_proj", ".encoder_attn.v_proj")
+    if any(part in name for part in cross) or "encoder" in name.split("."):
         return "encoder"
     return "decoder"
 
@@ -211,13 +204,13 @@ def take_inventory(
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from mpoe.models.families import FAMILIES
+    from mpoe.models.families import family_of
     from mpoe.models.find import find_sites
     from mpoe.models.sites import FFNSite
 
     values, source = read_values(name)
     config, class_name, mpoe = _model_config(values, name)
-    family = FAMILIES[config.model_type]
+    family = family_of(config.model_type)
     try:
         with torch.device("meta"):
             model: Any = getattr(transformers, class_name)(config)
@@ -236,7 +229,7 @@ def take_inventory(
         if id(module) in converted or not isinstance(module, (nn.Linear, Conv1D)) or "pooler" in module_name:
             continue
         rows, columns = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        key = (_stream(module_name) if config.model_type == "t5" else "main", rows, columns)
+        key = (_stream(module_name) if TABLE[config.model_type].style == SEQ2SEQ else "main", rows, columns)
         rest[key] = rest.get(key, 0) + 1
     parameters = sum(p.numel() for p in model.parameters()) + _head_of_its_own(model, values)
     return Inventory(name, source, class_name, parameters, tuple(layers), rest, mpoe)

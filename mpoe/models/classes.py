@@ -1,0 +1,156 @@
+"""Model classes made by a rule: a dense class, its family and its head decide everything.
+
+Transformers' own tables say which class a family has for which head. They are read, and the classes made, when a
+family is used for the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.configs import config_class_for
+from mpoe.models.families import family_of
+from mpoe.models.outputs import output_of
+from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE
+
+# Auto class -> Transformers' table of the classes it gives
+HEADS = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+}
+# head of a family when nothing else is known
+STYLE_HEADS = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}
+MODULE = "mpoe.models"
+
+
+def dense_names(model_type: str) -> dict[str, str]:
+    """Auto class -> name of the dense class that a family has for it."""
+    found = {auto: getattr(modeling_auto, table).get(model_type) for auto, table in HEADS.items()}
+    return {auto: name if isinstance(name, str) else name[0] for auto, name in found.items() if name is not None}
+
+
+def make_class(
+    dense: type[PreTrainedModel],
+    config: type[PreTrainedConfig],
+    model_type: str,
+    mixin: type[Any],
+    autos: dict[str, str],
+) -> type[Any]:
+    """The class of what a ``dense`` model becomes.
+
+    Args:
+        dense: of Transformers, or a class like those.
+        config: of the converted model.
+        model_type: its family in `TABLE`, or of the dense configuration.
+        mixin: `MPOEModelMixin` or a class below it.
+        autos: Auto class -> name of the converted class, of the whole family.
+    """
+    causal = "AutoModelForCausalLM" in autos and autos["AutoModelForCausalLM"] == f"{CLASS_PREFIX}{dense.__name__}"
+    original = inspect.unwrap(dense.forward)
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._routed_forward(super(made, self).forward, args, kwargs)
+
+    namespace = {
+        "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
+        "__module__": MODULE,
+        "forward": forward,
+        "config_class": config,
+        "dense_class": dense,
+        "mpoe_family": model_type,
+        "mpoe_output": output_of(dense.forward),
+        # A causal head of today hands them to `loss_function`; older ones compute their loss themselves.
+        "accepts_loss_kwargs": causal and "loss_function" in original.__code__.co_names,
+        "auto_classes": {
+            auto: name for auto, name in autos.items() if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
+        },
+        # Transformers looks for it in the file of the class.
+        "_can_set_attn_implementation": classmethod(lambda cls: dense._can_set_attn_implementation()),
+    }
+    bases = (mixin, dense, *((GenerationMixin,) if issubclass(dense, GenerationMixin) else ()))
+    made: type[Any] = type(f"{CLASS_PREFIX}{dense.__name__}", bases, namespace)
+    return made
+
+
+@functools.cache
+def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
+    """Dense class -> MPOE class, for every head of a family in `TABLE`; registered with Transformers' Auto classes."""
+    module, name = family_of(model_type).mixin
+    mixin = getattr(import_module(module), name)
+    names = dense_names(model_type)
+    autos = {auto: f"{CLASS_PREFIX}{dense}" for auto, dense in names.items()}
+    config = config_class_for(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]), MODULE)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    made: dict[type[PreTrainedModel], type[Any]] = {}
+    for auto, dense_name in names.items():
+        dense = getattr(transformers, dense_name)
+        if dense not in made:
+            made[dense] = make_class(dense, config, model_type, mixin, autos)
+        getattr(transformers, auto).register(config, made[dense], exist_ok=True)
+    return made
+
+
+@functools.cache
+def foreign_class(dense: type[PreTrainedModel]) -> type[Any]:
+    """The MPOE class of a dense class whose family is not in `TABLE`."""
+    config = config_class_for(dense.config_class, MODULE)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    head = next((auto for auto, table in HEADS.items() if dense.__name__ in getattr(modeling_auto, table).values()), "")
+    name = f"{CLASS_PREFIX}{dense.__name__}"
+    autos = {head: name} if head else {}
+    made = make_class(dense, config, dense.config_class.model_type, MPOEModelMixin, autos)
+    if head:
+        getattr(transformers, head).register(config, made, exist_ok=True)
+    return made
+
+
+def default_class(model_type: str) -> str:
+    """Name of the dense class of a family when nothing says which head is wanted."""
+    return dense_names(model_type)[STYLE_HEADS[TABLE[model_type].style]]
+
+
+def _names_of(model_type: str) -> Iterator[str]:
+    yield CONFIG_MAPPING_NAMES[model_type]
+    yield from dense_names(model_type).values()
+
+
+def class_named(name: str) -> type[Any] | None:
+    """The MPOE model or configuration class of this name, or ``None``."""
+    dense = name.removeprefix(CLASS_PREFIX)
+    if dense == name:
+        return None
+    for model_type in TABLE:
+        if dense in _names_of(model_type):
+            made = classes_of(model_type)
+            if dense == CONFIG_MAPPING_NAMES[model_type]:
+                return next(iter(made.values())).config_class
+            return next(cls for cls in made.values() if cls.__name__ == name)
+    return _foreign_named(dense)
+
+
+def _foreign_named(dense: str) -> type[Any] | None:
+    """The class, or its configuration, of a Transformers model outside `TABLE` (converted with ``sites``)."""
+    found = getattr(transformers, dense, None)
+    if not inspect.isclass(found):
+        return None
+    if issubclass(found, PreTrainedModel):
+        return foreign_class(found)
+    return config_class_for(found, MODULE) if issubclass(found, PreTrainedConfig) else None

@@ -1,0 +1,77 @@
+"""Configurations of converted models, made from those of the dense ones by a rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from mpoe.config import MPOEConfig
+from mpoe.models.outputs import ROUTING_FIELDS
+from mpoe.models.table import CLASS_PREFIX, TYPE_PREFIX
+
+IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
+
+if TYPE_CHECKING:
+    _Config = PreTrainedConfig
+else:
+    _Config = object
+
+
+def checked_mpoe_dict(value: Any) -> dict[str, Any]:
+    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
+
+    Raises:
+        TypeError, ValueError: anything `MPOEConfig` refuses.
+    """
+    if isinstance(value, MPOEConfig):
+        return value.to_dict()
+    return MPOEConfig.from_dict(value or {}).to_dict()
+
+
+class MPOEConfigMixin(_Config):
+    """Goes before the dense configuration in the bases.
+
+    ``mpoe`` is the dict of an `mpoe.MPOEConfig`. ``output_router_logits`` is Transformers' option of that name:
+    ``None`` (as ever) and ``True`` return what the routers did, ``False`` leaves the fields of
+    `mpoe.models.outputs.RoutingFields` out; the loss contains the auxiliary losses in every case.
+    """
+
+    mpoe: dict[str, Any]
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Transformers' name of the router's ``balance_loss_weight``."""
+        return float(self.mpoe["router"]["balance_loss_weight"])
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self.mpoe = checked_mpoe_dict({**self.mpoe, "router": {**self.mpoe["router"], "balance_loss_weight": value}})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
+
+
+def config_class_for(dense: type[PreTrainedConfig], module: str) -> type[PreTrainedConfig]:
+    """The configuration class of what ``dense`` models become."""
+
+    def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
+        coefficient = kwargs.pop("router_aux_loss_coef", None)
+        self.mpoe = checked_mpoe_dict(mpoe)
+        dense.__init__(self, **kwargs)
+        if coefficient is not None:
+            self.router_aux_loss_coef = coefficient
+
+    known = getattr(dense, "keys_to_ignore_at_inference", None) or []
+    return type(
+        f"{CLASS_PREFIX}{dense.__name__}",
+        (MPOEConfigMixin, dense),
+        {
+            "__init__": __init__,
+            "__module__": module,
+            "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an `mpoe.MPOEConfig`.",
+            "model_type": f"{TYPE_PREFIX}{dense.model_type}",
+            "keys_to_ignore_at_inference": [*IGNORED_AT_INFERENCE, *(k for k in known if k not in IGNORED_AT_INFERENCE)],
+        },
+    )

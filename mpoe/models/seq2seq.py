@@ -1,0 +1,49 @@
+"""What encoder-decoder models need besides `MPOEModelMixin`: a token mask for each side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
+from mpoe.models.base import MPOEModelMixin, last_tokens
+
+
+class MPOESeq2SeqMixin(MPOEModelMixin):
+    """Mixture-of-experts side of T5, BART and their kin."""
+
+    def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all up to the last label != -100.
+
+        An ignored label in the middle of a target is not padding: its position is still attended to. Only the labels
+        of a language model are tokens. A model of one side alone knows ``attention_mask`` only.
+        """
+        main = last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
+        if "decoder_input_ids" not in self._forward_names:
+            return {"encoder": main, "decoder": main}
+        labels, decoder_mask = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
+        if decoder_mask is None and labels is not None and self.can_generate():
+            decoder = labels.ne(-100).flip(-1).cumsum(-1).flip(-1) > 0
+        else:
+            decoder = last_tokens(decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
+        return {"encoder": main, "decoder": decoder}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, which runs the encoder by itself: it too must see which tokens are padding."""
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            pad, end = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+            pad = self.config.pad_token_id if pad is None else pad
+            ends = end if isinstance(end, list) else [end]
+            # As Transformers: where padding and the end of text are one token, nothing can be told apart.
+            if isinstance(ids, Tensor) and ids.dim() == 2 and pad is not None and pad not in ends:
+                mask = ids.ne(pad)
+        main = last_tokens(mask, {}, "", "")
+        masks = {"encoder": main} if "decoder_input_ids" in self._forward_names else {}
+        token = enter_routing(RoutingContext(masks, None))
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            leave_routing(token)

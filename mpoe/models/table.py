@@ -1,0 +1,49 @@
+"""The model families that conversion knows, one row each. Nothing here imports torch or Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family.
+
+    Attributes:
+        file: module of `mpoe.models.families` that says how it builds its layers.
+        style: how the command line trains and evaluates it: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
+    """
+
+    file: str
+    style: str
+
+
+# Hugging Face `model_type` of the dense model -> its row
+TABLE = {
+    "t5": Row("t5", SEQ2SEQ),
+    "mt5": Row("t5", SEQ2SEQ),
+    "umt5": Row("t5", SEQ2SEQ),
+    "bart": Row("bart", SEQ2SEQ),
+    "gpt2": Row("gpt2", CAUSAL),
+    "gpt_neox": Row("gpt_neox", CAUSAL),
+    "opt": Row("opt", CAUSAL),
+    "llama": Row("llama", CAUSAL),
+    "mistral": Row("llama", CAUSAL),
+    "qwen2": Row("llama", CAUSAL),
+    "qwen3": Row("llama", CAUSAL),
+    "olmo2": Row("llama", CAUSAL),
+    "smollm3": Row("llama", CAUSAL),
+    "gemma2": Row("llama", CAUSAL),
+    "gemma3_text": Row("llama", CAUSAL),
+    "phi3": Row("llama", CAUSAL),
+    "bert": Row("bert", ENCODER),
+    "roberta": Row("bert", ENCODER),
+    "deberta-v2": Row("bert", ENCODER),
+    "modernbert": Row("modernbert", ENCODER),
+    "vit": Row("vit", ENCODER),
+}
+# of a converted model's `model_type`, and before the name of its class
+TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
+MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)

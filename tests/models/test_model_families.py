@@ -1,0 +1,45 @@
+"""Every family, head and shape: conversion changes nothing, and the saved model is the same model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
+
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
+from mpoe.layers import MPOEFeedForward
+from mpoe.models.table import TABLE
+
+SHAPES = ("separable", "paper", "light")
+IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]
+# By default one shape for each class, and of kin that share a file the first alone.
+FIRST = {file: next(t for t, row in TABLE.items() if row.file == file) for file in {row.file for row in TABLE.values()}}
+
+
+def slice_of(cases):
+    for place, (case, identity) in enumerate(zip(cases, IDS, strict=True)):
+        for number, shape in enumerate(SHAPES):
+            usual = case[0] in FIRST.values() or "Auto" + case[1][4:] in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+            default = usual and number == place % len(SHAPES)
+            yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("model_type", "auto", "name", "shape"), list(slice_of(GENERATED)))
+@torch.no_grad()
+def test_converts_exactly_and_reloads(model_type, auto, name, shape, tmp_path):
+    model = tiny_model(model_type, name)
+    inputs = tiny_batch(model, model_type)
+    expected = text_rows(first_result(model(**inputs)), inputs)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=3, shape=shape))
+    assert type(converted).__name__ == f"MPOE{name}"
+    assert any(isinstance(module, MPOEFeedForward) for module in converted.modules())
+    output = converted(**inputs)
+    found = text_rows(first_result(output), inputs)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert output.expert_load.sum() > 0
+    converted.save_pretrained(tmp_path)
+    for again in (load_mpoe(tmp_path), getattr(transformers, auto).from_pretrained(tmp_path)):
+        assert type(again) is type(converted)
+        assert torch.equal(first_result(again(**inputs)), first_result(output))
+        assert list(again.state_dict()) == list(converted.state_dict())

@@ -1,0 +1,100 @@
+"""A tiny random model of every family and head that conversion knows, and a batch for it."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from mpoe.models.classes import dense_names
+from mpoe.models.table import TABLE
+
+HIDDEN, INNER, VOCABULARY = 24, 48, 60
+# By the names of most configurations; those that are called otherwise are below.
+USUAL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "num_labels": 3,
+}
+T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 6, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+OWN = {
+    "t5": {**T5, "feed_forward_proj": "relu"},
+    "mt5": T5,
+    "umt5": T5,
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "opt": {"ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
+    "bart": {
+        **{"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": 1},
+        **{f"{side}_{field}": n for side in ("encoder", "decoder") for field, n in (("ffn_dim", INNER), ("attention_heads", 4))},
+    },
+    "roberta": {"max_position_embeddings": 40},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+    "modernbert": {"cls_token_id": 0, "sep_token_id": 1, "num_hidden_layers": 3},
+    "vit": {"image_size": 8, "patch_size": 4},
+    "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
+}
+GENERATED = [
+    (model_type, auto, name)
+    for model_type in TABLE
+    for auto, name in {name: (auto, name) for auto, name in reversed(dense_names(model_type).items())}.values()
+]
+
+
+def tiny_config(model_type, **changes):
+    """Configuration of a dense model."""
+    old = model_type in ("t5", "mt5", "umt5", "gpt2")  # their names for sizes are others
+    usual = {k: v for k, v in USUAL.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
+    return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
+
+
+def tiny_model(model_type, name, **changes):
+    """A dense model, in eval mode, whose weights are large enough that every part of it counts."""
+    torch.manual_seed(1)
+    labels = {"num_labels": 2} if "QuestionAnswering" in name else {}
+    model = getattr(transformers, name)(tiny_config(model_type, **labels, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tiny_batch(model, model_type):
+    """Inputs without labels; the second row is padded."""
+    generator = torch.Generator().manual_seed(2)
+    if model_type == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    ids = torch.randint(2, VOCABULARY, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    ids[1, 6:] = 0
+    if "Sequence" in type(model).__name__ and TABLE[model_type].file in ("t5", "bart"):
+        ids[:, -1] = 1  # these heads read the end-of-text token
+        mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if TABLE[model_type].style == "seq2seq" and type(model).__name__.endswith(("Model", "ConditionalGeneration")):
+        if "Encoder" not in type(model).__name__:
+            inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (2, 5), generator=generator)
+    return inputs
+
+
+def first_result(output):
+    """The tensor that the model is about: logits, hidden states, or the logits of where an answer starts."""
+    return output[next(k for k in ("logits", "start_logits", "last_hidden_state") if k in output)]
+
+
+def text_rows(tensor, inputs):
+    """The rows of a result that are not padding, where it has one for every input token."""
+    mask = inputs.get("attention_mask")
+    per_token = mask is not None and tensor.shape[:2] == mask.shape
+    return tensor[mask.bool()] if per_token else tensor

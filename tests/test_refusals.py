@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.collate import PaddingCollator
@@ -56,11 +56,6 @@ def not_finite() -> GPT2LMHeadModel:
     model = gpt2()
     nn.init.constant_(model.transformer.wte.weight, float("nan"))
     return model
-
-
-def chunked() -> BertModel:
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertModel(BertConfig(vocab_size=20, chunk_size_feed_forward=2, **sizes))
 
 
 def merged():
@@ -139,7 +134,6 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "linear": (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
     "router input": (lambda: TopKRouter(4, 2)(torch.ones(4)), ValueError, r"x must be \[T, I\] with I = 4; got \[4\]"),
     "NaN": (lambda: convert_to_mpoe(not_finite()), ValueError, "model must hold finite weights; NaN or Inf in .*wte"),
-    "chunks": (lambda: convert_to_mpoe(chunked()), ValueError, "chunk_size_feed_forward must be 0 .* got 2"),
     "nothing": (
         lambda: convert_to_mpoe(gpt2(), MPOEConfig(target_modules="pooler")),
         ValueError,

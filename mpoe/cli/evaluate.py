@@ -58,8 +58,9 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     run = _settings_of_run(model_dir)
     data = _as_in_the_run(data, flags, run)
     from mpoe.cli.files import check_writable_file, write_json
-    from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
     from mpoe.cli.tasks import resolve
+    from mpoe.models.table import ENCODER
 
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))

@@ -61,8 +61,9 @@ def command(arguments: Sequence[str]) -> None:
             raise CommandError(f"{option_name} must be at least 1; got {getattr(options, option_name)}")
     if options.temperature <= 0:
         raise CommandError(f"temperature must be greater than 0; got {options.temperature}")
-    from mpoe.cli.pretrained import ENCODER, find, load_model, load_tokenizer
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
     from mpoe.config.checks import check_seed
+    from mpoe.models.table import ENCODER
 
     check_seed("seed", options.seed)
 

@@ -99,9 +99,9 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
 
 def _items(source: Any, options: InspectOptions, data: DataOptions, tokenizer: Any) -> list[dict[str, Any]]:
     """Encoded items to count the expert load on; an encoder reads the inputs alone."""
-    from mpoe.cli.pretrained import ENCODER, SEQ2SEQ
     from mpoe.cli.scoring import encode_task
     from mpoe.cli.tasks import resolve
+    from mpoe.models.table import ENCODER, SEQ2SEQ
 
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style)

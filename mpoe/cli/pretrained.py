@@ -11,6 +11,7 @@ from mpoe.models.table import CAUSAL, ENCODER, MODEL_TYPES, SEQ2SEQ, TABLE, TYPE
 
 STAND_INS = ("t5", "gpt2")
 
+
 @dataclass(frozen=True)
 class Source:
     """A model that is there, not yet loaded.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.pretrained import CAUSAL, SEQ2SEQ
+from mpoe.models.table import CAUSAL, SEQ2SEQ
 
 if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec

@@ -75,8 +75,9 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: before anything is written, for whatever does not fit together.
     """
-    from mpoe.cli.pretrained import ENCODER, find, load_tokenizer
+    from mpoe.cli.pretrained import find, load_tokenizer
     from mpoe.cli.tasks import read_descriptions, resolve
+    from mpoe.models.table import ENCODER
     from mpoe.training.run_lock import hold
 
     arguments = plan.arguments

@@ -29,7 +29,24 @@ if TYPE_CHECKING:
     from mpoe.models.original import import_original
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
 
+# The classes that have a name in the documentation; those of every other family are found in the same way.
+_CLASSES = [
+    "MPOEBertConfig",
+    "MPOEBertForMaskedLM",
+    "MPOEBertForSequenceClassification",
+    "MPOEBertModel",
+    "MPOEGPT2Config",
+    "MPOEGPT2LMHeadModel",
+    "MPOEGPT2Model",
+    "MPOELlamaConfig",
+    "MPOELlamaForCausalLM",
+    "MPOELlamaModel",
+    "MPOET5Config",
+    "MPOET5ForConditionalGeneration",
+    "MPOET5Model",
+]
 __all__ = [
+    *_CLASSES,
     "convert_to_mpoe",
     "import_original",
     "load_layers",

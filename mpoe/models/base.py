@@ -27,8 +27,8 @@ from mpoe.layers.experts import MPOExperts
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
-from mpoe.layers.ranks import sum_over_ranks
 from mpoe.layers.mpo_linear import MPOLinear
+from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import hidden_modules
@@ -37,6 +37,7 @@ from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints,
 from mpoe.models.saving import SavingMixin
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
+
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
     """Token mask ``[B, S]`` of the S tokens of this call from an attention mask ``[B, past + S]``.
@@ -121,7 +122,7 @@ class MPOEModelMixin(SavingMixin, _Model):
         for module in self.modules():
             own = getattr(module, "config", None)
             if own is plain:
-                module.config = config  # type: ignore[assignment]
+                module.config = config
             elif type(own) is type(plain):
                 own.__class__ = type(config)  # T5's stacks have copies
         if self.accepts_loss_kwargs:

@@ -38,6 +38,7 @@ from mpoe.models.weight_files import (
     weight_files,
 )
 
+
 def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     """``config.json`` of a saved MPOE model, and its class."""
     if not folder.is_dir():
@@ -47,9 +48,7 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
-        advice = (
-            " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in TABLE else ""
-        )
+        advice = " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in TABLE else ""
         raise ValueError(
             f"path must hold an MPOE model (model_type {', '.join(MODEL_TYPES)}); "
             f"{folder / 'config.json'} says {model_type!r}{advice}"

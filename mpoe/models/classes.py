@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.configs import config_class_for
@@ -38,6 +37,12 @@ HEADS = {
 # head of a family when nothing else is known
 STYLE_HEADS = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}
 MODULE = "mpoe.models"
+
+
+def _config_name(model_type: str) -> str:
+    """Name of the dense configuration class of a family."""
+    names: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+    return names[model_type]
 
 
 def dense_names(model_type: str) -> dict[str, str]:
@@ -69,9 +74,14 @@ def make_class(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._routed_forward(super(made, self).forward, args, kwargs)
 
+    @functools.wraps(dense.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(made, self).__init__(*args, **kwargs)
+
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
         "__module__": MODULE,
+        "__init__": __init__,
         "forward": forward,
         "config_class": config,
         "dense_class": dense,
@@ -97,7 +107,7 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
     mixin = getattr(import_module(module), name)
     names = dense_names(model_type)
     autos = {auto: f"{CLASS_PREFIX}{dense}" for auto, dense in names.items()}
-    config = config_class_for(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]), MODULE)
+    config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     made: dict[type[PreTrainedModel], type[Any]] = {}
     for auto, dense_name in names.items():
@@ -109,7 +119,7 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
 
 
 @functools.cache
-def foreign_class(dense: type[PreTrainedModel]) -> type[Any]:
+def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
     config = config_class_for(dense.config_class, MODULE)
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -128,7 +138,7 @@ def default_class(model_type: str) -> str:
 
 
 def _names_of(model_type: str) -> Iterator[str]:
-    yield CONFIG_MAPPING_NAMES[model_type]
+    yield _config_name(model_type)
     yield from dense_names(model_type).values()
 
 
@@ -140,7 +150,7 @@ def class_named(name: str) -> type[Any] | None:
     for model_type in TABLE:
         if dense in _names_of(model_type):
             made = classes_of(model_type)
-            if dense == CONFIG_MAPPING_NAMES[model_type]:
+            if dense == _config_name(model_type):
                 return next(iter(made.values())).config_class
             return next(cls for cls in made.values() if cls.__name__ == name)
     return _foreign_named(dense)
@@ -151,6 +161,8 @@ def _foreign_named(dense: str) -> type[Any] | None:
     found = getattr(transformers, dense, None)
     if not inspect.isclass(found):
         return None
-    if issubclass(found, PreTrainedModel):
-        return foreign_class(found)
-    return config_class_for(found, MODULE) if issubclass(found, PreTrainedConfig) else None
+    if issubclass(found, PreTrainedConfig):
+        return config_class_for(found, MODULE)
+    is_model: bool = issubclass(found, PreTrainedModel)
+    known: Any = found
+    return foreign_class(known) if is_model else None

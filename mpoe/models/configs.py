@@ -63,7 +63,7 @@ def config_class_for(dense: type[PreTrainedConfig], module: str) -> type[PreTrai
         if coefficient is not None:
             self.router_aux_loss_coef = coefficient
 
-    known = getattr(dense, "keys_to_ignore_at_inference", None) or []
+    ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
     return type(
         f"{CLASS_PREFIX}{dense.__name__}",
         (MPOEConfigMixin, dense),
@@ -72,6 +72,6 @@ def config_class_for(dense: type[PreTrainedConfig], module: str) -> type[PreTrai
             "__module__": module,
             "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an `mpoe.MPOEConfig`.",
             "model_type": f"{TYPE_PREFIX}{dense.model_type}",
-            "keys_to_ignore_at_inference": [*IGNORED_AT_INFERENCE, *(k for k in known if k not in IGNORED_AT_INFERENCE)],
+            "keys_to_ignore_at_inference": list(dict.fromkeys(ignored)),
         },
     )

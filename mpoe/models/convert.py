@@ -31,12 +31,13 @@ from mpoe_kernels import Decomposition, backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+
 def converted_class(model: Any, sites: Any = None) -> type[Any]:
     """The class that ``model`` gets."""
     if isinstance(model, MPOEModelMixin):
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
     if sites is not None:
-        return foreign_class(type(model))
+        return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
     known = classes_of(model.config.model_type) if getattr(model, "config", None) and in_table(model) else {}
     if type(model) not in known:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
@@ -113,10 +114,11 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
 def _warn_of_float16(model: Any, sites: Sequence[Site]) -> None:
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     downs = {site.prefixes["down"].rpartition(".")[2] for site in sites if isinstance(site, FFNSite)}
-    if model.dtype == torch.float16 and kept & downs:
+    names = ", ".join(sorted(kept & downs))
+    if model.dtype == torch.float16 and names:
         warnings.warn(
-            f"{type(model).__name__} in float16: Transformers keeps the down projections ({', '.join(kept & downs)}) in "
-            "float32 because float16 overflows there; the experts' are float16 like the rest. Prefer bfloat16.",
+            f"{type(model).__name__} in float16: Transformers keeps the down projections ({names}) in float32 "
+            "because float16 overflows there; the experts' are float16 like the rest. Prefer bfloat16.",
             stacklevel=3,
         )
 

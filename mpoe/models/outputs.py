@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     SequenceClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
 

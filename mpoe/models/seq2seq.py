@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
 
 from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
 from mpoe.models.base import MPOEModelMixin, last_tokens
@@ -29,6 +31,7 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
             decoder = last_tokens(decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
         return {"encoder": main, "decoder": decoder}
 
+    @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, which runs the encoder by itself: it too must see which tokens are padding."""
         mask = kwargs.get("attention_mask")
@@ -44,6 +47,6 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
         masks = {"encoder": main} if "decoder_input_ids" in self._forward_names else {}
         token = enter_routing(RoutingContext(masks, None))
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             leave_routing(token)

@@ -12,6 +12,7 @@ from mpoe.config import MPOEConfig
 from mpoe.models.table import CLASS_PREFIX, SEQ2SEQ, TABLE, TYPE_PREFIX
 from mpoe.planning.known_sizes import known_names, known_size
 
+
 @dataclass(frozen=True)
 class Matrix:
     """A projection of a feed-forward network: ``kind`` (up, gate_proj, down) of a weight ``[rows, columns]``."""

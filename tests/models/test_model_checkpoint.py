@@ -58,8 +58,8 @@ def test_bit_exact_round_trip(family, converted, tmp_path):
             assert cores.rate_ratios == other.rate_ratios, name
     assert AutoConfig.from_pretrained(tmp_path).mpoe["max_bond"] == 6
     assert sorted(p.suffix for p in tmp_path.iterdir()) in (
-        [".json", ".md", ".safetensors"],
-        [".json", ".json", ".md", ".safetensors"],
+        [".json", ".md", ".py", ".safetensors"],
+        [".json", ".json", ".md", ".py", ".safetensors"],
     )
 
 

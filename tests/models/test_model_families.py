@@ -20,7 +20,7 @@ FIRST = {file: next(t for t, row in TABLE.items() if row.file == file) for file 
 def slice_of(cases):
     for place, (case, identity) in enumerate(zip(cases, IDS, strict=True)):
         for number, shape in enumerate(SHAPES):
-            usual = case[0] in FIRST.values() or "Auto" + case[1][4:] in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+            usual = case[0] in FIRST.values() or case[1] in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
             default = usual and number == place % len(SHAPES)
             yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
 

@@ -32,8 +32,14 @@ OWN = {
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
     "opt": {"ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
     "bart": {
-        **{"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": 1},
-        **{f"{side}_{field}": n for side in ("encoder", "decoder") for field, n in (("ffn_dim", INNER), ("attention_heads", 4))},
+        "d_model": HIDDEN,
+        "decoder_start_token_id": 1,
+        "encoder_layers": 2,
+        "encoder_ffn_dim": INNER,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": INNER,
+        "decoder_attention_heads": 4,
     },
     "roberta": {"max_position_embeddings": 40},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
@@ -82,9 +88,8 @@ def tiny_batch(model, model_type):
         ids[:, -1] = 1  # these heads read the end-of-text token
         mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if TABLE[model_type].style == "seq2seq" and type(model).__name__.endswith(("Model", "ConditionalGeneration")):
-        if "Encoder" not in type(model).__name__:
-            inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (2, 5), generator=generator)
+    if type(model).__name__.endswith(("ForConditionalGeneration", "T5Model", "BartModel")):
+        inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (2, 5), generator=generator)
     return inputs
 
 

@@ -34,7 +34,8 @@ def checked_sites(sites: Any) -> dict[str, Any]:
         ValueError: an unknown field, a holder without ``*``, an activation that experts cannot compute.
     """
     if not isinstance(sites, Mapping):
-        raise TypeError(f"sites must be a mapping with 'holder', 'up', 'down', 'activation'; got {type(sites).__name__}")
+        wanted = "a mapping with 'holder', 'up', 'down', 'activation'"
+        raise TypeError(f"sites must be {wanted}; got {type(sites).__name__}")
     check_fields(Sites, sites, "sites")
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:
@@ -54,7 +55,8 @@ def checked_sites(sites: Any) -> dict[str, Any]:
 
 def given_family(sites: Mapping[str, Any]) -> Family:
     """The family that checked ``sites`` describe."""
-    given = Sites(**{name: tuple(value) if isinstance(value, list) else value for name, value in sites.items()})
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()}
+    given = Sites(**values)
     return Family(
         ffn=(given,),
         activation=lambda config: given.activation,

@@ -1,0 +1,236 @@
+"""What other tools expect of a model class: remote code, base models, plans, Transformers' names for router options."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from small_models import batch, dense_model
+from tiny_families import first_result, text_rows, tiny_batch, tiny_model
+from transformers import GenerationMixin
+
+import mpoe
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
+from mpoe.layers import MPOEFeedForward, MPOLinear
+from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
+from mpoe.models.outputs import ROUTING_FIELDS
+
+LLAMA_SITES = {
+    "holder": "layers.*.mlp",
+    "up": "up_proj",
+    "gate_proj": "gate_proj",
+    "down": "down_proj",
+    "activation": "silu",
+}
+
+
+def run_alone(program, *arguments, path=None):
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, env=path, check=False
+    )
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+OPEN = (
+    "import sys, transformers\n"
+    "model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1], {})\n"
+    "print(type(model).__name__)"
+)
+
+
+def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    converted("llama").save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_mpoe.MPOELlamaConfig",
+        "AutoModel": "modeling_mpoe.MPOELlamaModel",
+        "AutoModelForCausalLM": "modeling_mpoe.MPOELlamaForCausalLM",
+    }
+    program = OPEN.format("trust_remote_code=True")
+    for auto, name in (("AutoModelForCausalLM", "MPOELlamaForCausalLM"), ("AutoModel", "MPOELlamaModel")):
+        code, out, error = run_alone(program, tmp_path / "model", auto)
+        assert (code, out) == (0, name), error
+    blocked = "import sys; sys.modules['mpoe'] = None; sys.modules['mpoe.models'] = None\n" + program
+    code, _, error = run_alone(blocked, tmp_path / "model", "AutoModelForCausalLM")
+    assert code != 0
+    assert error.strip().splitlines()[-1] == (
+        f'ImportError: this model needs the package mpoe: pip install "mpoe>={mpoe.__version__}"'
+    )
+
+
+def test_a_model_opened_by_remote_code_is_saved_as_ever(converted, tmp_path):
+    model = converted("llama")
+    model.save_pretrained(tmp_path / "one")
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    type(model.config).register_for_auto_class()
+    model.save_pretrained(tmp_path / "two")
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert (tmp_path / "two" / "modeling_mpoe.py").read_text() == (tmp_path / "one" / "modeling_mpoe.py").read_text()
+
+
+@torch.no_grad()
+def test_base_model_of_a_model_with_a_head(converted, tmp_path):
+    model, inputs = converted("llama"), batch("llama", labels=False)
+    model.save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(base) is MPOELlamaModel
+    expected = model.model(**inputs).last_hidden_state
+    found = base(**inputs)
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found.last_hidden_state[mask], expected[mask])
+    assert found.expert_load.sum(1).tolist() == [int(mask.sum())] * 2
+
+
+def test_classes_that_generate_say_so(converted):
+    assert GenerationMixin in MPOELlamaForCausalLM.__bases__
+    assert GenerationMixin in type(converted("t5")).__bases__
+    assert not issubclass(MPOELlamaModel, GenerationMixin)
+
+
+def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
+    for model in (converted("llama"), MPOELlamaForCausalLM(converted("llama").config)):
+        assert not [key for key in model.tp_plan if ".mlp." in key]
+        assert "model.layers.*.self_attn.q_proj" in model.tp_plan
+    partly = converted("llama", layers_to_transform=[1])
+    assert "model.layers.*.mlp.up_proj" in partly.tp_plan
+    attention = converted(
+        "llama", target_modules=["ffn", "attention"], exclude_modules=["model.layers.0.self_attn.o_proj"]
+    )
+    assert any(isinstance(module, MPOLinear) for module in attention.modules())
+    assert not [key for key in attention.tp_plan if ".layers." in key and "_proj" in key]
+
+
+def test_float32_modules_that_are_gone_are_not_named(converted):
+    assert converted("t5")._keep_in_fp32_modules == set()
+    assert converted("t5", layers_to_transform=[1])._keep_in_fp32_modules == {"wo"}
+
+
+@torch.no_grad()
+def test_router_outputs_by_the_usual_names(converted):
+    model, inputs = converted("gpt2", router=RouterConfig(balance_loss_weight=0.5)), batch("gpt2")
+    assert set(ROUTING_FIELDS) <= set(model(**inputs))
+    hidden = model(**inputs, output_router_logits=False)
+    assert not set(ROUTING_FIELDS) & set(hidden)
+    torch.testing.assert_close(hidden.loss, model(**inputs).loss)
+    model.config.output_router_logits = False
+    assert "router_logits" not in model(**inputs)
+    assert "router_logits" in model(**inputs, output_router_logits=True)
+    assert model.config.router_aux_loss_coef == 0.5
+    before = model(**inputs, output_router_logits=True).aux_loss
+    model.config.router_aux_loss_coef = 1.0
+    torch.testing.assert_close(model(**inputs, output_router_logits=True).aux_loss, 2 * before)
+    given = type(model.config)(mpoe=model.config.mpoe, router_aux_loss_coef=0.25)
+    assert given.mpoe["router"]["balance_loss_weight"] == 0.25
+
+
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
+@torch.no_grad()
+def test_feed_forward_chunks_give_the_same(model_type):
+    name = {"bert": "BertModel", "deberta-v2": "DebertaV2Model"}[model_type]
+    model = tiny_model(model_type, name, chunk_size_feed_forward=3)
+    inputs = tiny_batch(model, model_type)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
+    expected, found = (text_rows(first_result(m(**inputs)), inputs) for m in (model, converted))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert type(converted)(converted.config).config.chunk_size_feed_forward == 3
+
+
+# ------------------------------------------------------------ a model outside the table
+
+
+def outsider():
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(
+        vocab_size=60,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return transformers.GraniteForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_sites_convert_a_model_outside_the_table(tmp_path):
+    model = outsider()
+    inputs = batch("llama")
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2), sites=LLAMA_SITES)
+    expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
+    converted.save_pretrained(tmp_path)
+    again = load_mpoe(tmp_path)
+    assert type(again).__name__ == "MPOEGraniteForCausalLM"
+    assert torch.equal(again(**inputs).logits, converted(**inputs).logits)
+    program = OPEN.format("trust_remote_code=True")
+    code, out, error = run_alone(program, tmp_path, "AutoModelForCausalLM")
+    assert (code, out) == (0, "MPOEGraniteForCausalLM"), error
+
+
+@torch.no_grad()
+def test_sites_with_fused_projections_and_parts_left_empty():
+    """What the rows of Phi-3 and OPT say, said by a user."""
+    for model_type, name, sites in (
+        (
+            "phi3",
+            "Phi3ForCausalLM",
+            {"up": "gate_up_proj", "down": "down_proj", "fused": ["gate_proj", "up"], "activation": "silu"},
+        ),
+        (
+            "opt",
+            "OPTForCausalLM",
+            {"up": "fc1", "down": "fc2", "place": "fc1", "emptied": ["activation_fn", "fc2"], "activation": "relu"},
+        ),
+    ):
+        holder = "layers.*.mlp" if model_type == "phi3" else "decoder.layers.*"
+        model = tiny_model(model_type, name)
+        inputs = tiny_batch(model, model_type)
+        converted = convert_to_mpoe(model, MPOEConfig(num_experts=2), sites={"holder": holder, **sites})
+        expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("sites", "kind", "words"),
+    [
+        ("mlp", TypeError, "sites must be a mapping with 'holder', 'up', 'down', 'activation'; got str"),
+        ({**LLAMA_SITES, "gate": "x"}, ValueError, "sites has no field 'gate'"),
+        ({"holder": "layers.*.mlp", "up": "up_proj"}, ValueError, "down, activation is missing"),
+        ({**LLAMA_SITES, "up": 3}, TypeError, "sites['up'] must be a name; got 3"),
+        ({**LLAMA_SITES, "emptied": "act"}, TypeError, "sites['emptied'] must be a list of names; got 'act'"),
+        ({**LLAMA_SITES, "holder": "mlp"}, ValueError, "must hold a * for the number of the layer; got 'mlp'"),
+        ({**LLAMA_SITES, "activation": "silo"}, ValueError, "did you mean 'silu'"),
+        ({**LLAMA_SITES, "holder": "blocks.*.mlp"}, ValueError, "has no dense ffn modules to convert"),
+    ],
+)
+def test_sites_that_do_not_fit(sites, kind, words):
+    with pytest.raises(kind) as caught:
+        convert_to_mpoe(outsider(), MPOEConfig(num_experts=2), sites=sites)
+    assert words in str(caught.value)
+
+
+def test_classes_of_a_known_family_without_a_usual_head_are_refused():
+    model = transformers.BertForNextSentencePrediction(dense_model("bert").config)
+    with pytest.raises(ValueError, match=r"one of .*BertForMaskedLM.*; got BertForNextSentencePrediction .*sites="):
+        convert_to_mpoe(model)
+
+
+def test_tables_that_scale_their_rows_are_refused():
+    with pytest.raises(ValueError, match=r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look"):
+        convert_to_mpoe(tiny_model("gemma3_text", "Gemma3ForCausalLM"), MPOEConfig(target_modules=["ffn", "embedding"]))
+
+
+def test_unknown_names_are_no_attributes():
+    with pytest.raises(AttributeError, match=r"module 'mpoe\.models' has no attribute 'MPOENothing'"):
+        _ = mpoe.models.MPOENothing
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mpoe.models.nothing
+    assert "MPOELlamaModel" in dir(mpoe.models)
+    assert Path(mpoe.models.__file__).is_file()

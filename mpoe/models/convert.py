@@ -225,7 +225,7 @@ def merge_experts(model: Any) -> Any:
             module.experts = _dense_experts(module.experts)
     layers = hidden_modules(merged)
     config = merged_config(model.mpoe_config, layers)
-    for site in find_sites(merged, FAMILIES[merged.mpoe_family], merged.config, config) if layers else ():
+    for site in find_sites(merged, merged.family(), merged.config, config) if layers else ():
         if site.name in layers:
             assert isinstance(site, FFNSite)
             dense = site.build(config)

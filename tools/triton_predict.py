@@ -19,8 +19,9 @@ from triton_compile import DOC, write_between
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.linear.triton.cost import ways
 from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
-from mpoe_kernels.planner.contraction import PHASES, expected_busy_experts
+from mpoe_kernels.planner.contraction import expected_busy_experts
 from mpoe_kernels.planner.cost import step_time
+from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.triton.architecture import target_named
 from mpoe_kernels.triton.start import Launch, recorded
 

@@ -17,10 +17,11 @@ import triton
 import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
-from mpoe_kernels.backends import triton as backend
+import mpoe_kernels
 from mpoe_kernels.backends import triton_catalogue as catalogue
-from mpoe_kernels.linear.triton import configs, routing
+from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.linear.triton.cost import MOST_EXPERTS
+from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.triton.architecture import ARCHITECTURES
 from mpoe_kernels.triton.start import Launch, recorded
 
@@ -29,9 +30,11 @@ GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
 
 
 def kernels_of_the_backend() -> set[str]:
-    """Every function of the backend that Triton compiles and that starts on its own."""
+    """Every function of the packages that Triton compiles and that starts on its own."""
     found = set()
-    for info in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}."):
+    for info in pkgutil.walk_packages(mpoe_kernels.__path__, "mpoe_kernels."):
+        if "triton" not in info.name:
+            continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if isinstance(value, triton.runtime.jit.JITFunction) and name.endswith("_kernel"):

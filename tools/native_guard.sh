@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs tests with every CPU tensor and kernel buffer at the end of its pages (csrc/tests/guard_pages.cpp): a native kernel
+# that reads or writes beyond one dies of SIGSEGV. Needs the native kernels and a C++ compiler, on Linux.
+#   tools/native_guard.sh                  tests/native and tests/kernels but for the eager backend
+#   tools/native_guard.sh ARGUMENTS...     these arguments of pytest
+#   MPOE_GUARD_LIBRARY=FILE                where the allocator is built (default build/guard_pages.so)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+library=$(realpath -m "${MPOE_GUARD_LIBRARY:-build/guard_pages.so}")
+mkdir -p "$(dirname "$library")"
+"${CXX:-c++}" -std=c++20 -O2 -Wall -Wextra -shared -fPIC -o "$library" csrc/tests/guard_pages.cpp -ldl
+[ $# -gt 0 ] || set -- tests/native tests/kernels -k "not eager"
+LD_PRELOAD=$library exec "${PYTHON:-python}" -X faulthandler -m pytest -q -p no:xdist "$@"

@@ -16,7 +16,6 @@ from backend_cases import (
     require_strategies,
     strategies_of,
     strided,
-    torch_threads,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -26,7 +25,7 @@ from torch.library import opcheck
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error, torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")

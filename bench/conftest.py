@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # in a checkout; an installed mpoe_bench is the same package
-
 from mpoe_bench.choice import backends_to_measure
 from mpoe_bench.section import NOT_HERE, Comparison, Setup, join
 from mpoe_bench.suites import SCALES, Scale

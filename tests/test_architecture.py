@@ -37,9 +37,10 @@ RANKS = {
     "mpoe_kernels": 11,
     "mpoe.config": 12,
     "mpoe.data": 12,
+    "mpoe.plotting": 12,
     "mpoe.layers": 13,
     "mpoe.models": 14,
-    "mpoe.planning": 15,
+    "mpoe.estimation": 15,
     "mpoe.inspection": 15,
     "mpoe.training": 15,
     "mpoe_bench": 16,
@@ -50,9 +51,9 @@ RANKS = {
 STRANGERS = {
     ("mpoe_kernels.reference", "mpoe_kernels.backends"),
     ("mpoe.config", "mpoe.data"),
-    ("mpoe.planning", "mpoe.training"),
+    ("mpoe.estimation", "mpoe.training"),
     ("mpoe.inspection", "mpoe.training"),
-    ("mpoe.inspection", "mpoe.planning"),
+    ("mpoe.inspection", "mpoe.estimation"),
 }
 
 

@@ -19,13 +19,13 @@ from mpoe.data.metrics import pearson
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
+from mpoe.estimation.costs import Usage, model_costs
+from mpoe.estimation.inventory import read_values, take_inventory
+from mpoe.estimation.suggest import Limits, suggest
+from mpoe.estimation.timing import Device
 from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
-from mpoe.planning.costs import Workload, model_costs
-from mpoe.planning.inventory import read_values, take_inventory
-from mpoe.planning.suggest import Budget, suggest
-from mpoe.planning.timing import Device
 from mpoe.training.checkpoints import step_of
 from mpoe.training.freezing import freeze_cores
 from mpoe.training.gradient_mask import GradientMask
@@ -74,8 +74,8 @@ def one_item() -> Task:
     )
 
 
-def workload() -> Workload:
-    return Workload({"encoder": 1}, Device("cpu", torch.float32), training=True)
+def workload() -> Usage:
+    return Usage({"encoder": 1}, Device("cpu", torch.float32), training=True)
 
 
 def two_experts():
@@ -267,7 +267,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "tokens must be given for encoder, decoder; missing: decoder",
     ),
     "rank": (
-        lambda: suggest(take_inventory("t5-base"), MPOEConfig(), workload(), Budget(), rank_by="size"),
+        lambda: suggest(take_inventory("t5-base"), MPOEConfig(), workload(), Limits(), rank_by="size"),
         ValueError,
         "rank_by must be one of capacity, time, parameters; got 'size'",
     ),

@@ -2,7 +2,7 @@
 
 Warnings, register spills and local memory are errors; so are products without tensor-core instructions, where a
 disassembler (cuobjdump) is found. Prints registers, shared memory and occupancy of every kernel; ``--doc`` writes them
-into docs/kernels_cuda.md. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
+into bench/results/ahead-of-time/cuda.md. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpoe_kernels.linear.cuda.panels import padded_stride
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")
-DOC = ROOT / "docs" / "kernels_cuda.md"
+DOC = ROOT / "bench" / "results" / "ahead-of-time" / "cuda.md"
 # Of one multiprocessor, from NVIDIA's "CUDA C++ Programming Guide", table of technical specifications.
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10}
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
@@ -211,7 +211,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities, e.g. 80,90a")
     parser.add_argument("--only", default="", help="sources whose name holds this")
-    parser.add_argument("--doc", action="store_true", help="write the table into docs/kernels_cuda.md")
+    parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
     chosen = parser.parse_args(words)
     if chosen.doc and (chosen.only or chosen.arch != ",".join(ARCHITECTURES)):
         parser.error("--doc describes everything that is shipped: it goes with neither --only nor --arch")

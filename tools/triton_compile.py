@@ -2,7 +2,8 @@
 
 No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
 tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped.
-``--doc`` writes the tables of docs/kernels_triton.md. What is shipped: mpoe_kernels/backends/triton_catalogue.py.
+``--doc`` writes the tables of bench/results/ahead-of-time/triton.md. What is shipped:
+mpoe_kernels/backends/triton_catalogue.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
 from mpoe_kernels.backends import triton_catalogue as catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-DOC = ROOT / "docs" / "kernels_triton.md"
+DOC = ROOT / "bench" / "results" / "ahead-of-time" / "triton.md"
 QUICK_DTYPES = ("bfloat16",)
 
 
@@ -138,7 +139,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help=f"default all; --quick: {','.join(QUICK_DTYPES)}")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--doc", action="store_true", help="write the tables into docs/kernels_triton.md")
+    parser.add_argument("--doc", action="store_true", help="write the tables into bench/results")
     chosen = parser.parse_args(words)
     chosen.arch = chosen.arch.split(",")
     names = catalogue.DTYPES if chosen.dtype is None else chosen.dtype.split(",")

@@ -1,7 +1,7 @@
 """Predicts how long the Triton kernels take on an H100, beside the roofline. Nothing here was measured.
 
 For every kernel that a grouped product of T5-base's feed-forward layer starts: launches, FLOPs, bytes, and the time by
-the planner's model. ``--doc`` writes the sums into docs/kernels_triton.md.
+the planner's model. ``--doc`` writes the sums into bench/results/ahead-of-time/triton.md.
 """
 
 from __future__ import annotations

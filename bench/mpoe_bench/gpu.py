@@ -172,7 +172,7 @@ def report(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
     """The steps as Markdown."""
     lines = [
         f"# {card_name(device)}, {datetime.date.today().isoformat()}\n",
-        f"`bench/gpu.sh --device {device}`, {seconds:.0f} s. The logs of the steps lie beside this file, the times of"
+        f"`bench/gpu.sh --device {device}`, {seconds:.0f} s. The logs of the steps are in this folder, the times of"
         " all cases in [times](times/report.md).\n",
         "| step | | result | s | last line |",
         "|---|---|---|---:|---|",

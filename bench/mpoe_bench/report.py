@@ -33,7 +33,7 @@ def markdown_report(results: Mapping[str, Any], plots: Sequence[tuple[str, str]]
 
     Args:
         results: what `mpoe_bench.run_suite` returned, or the stored JSON.
-        plots: (file name, caption) of the plots that lie beside the report.
+        plots: (file name, caption) of the plots in the report's folder.
 
     Raises:
         ValueError: results of another schema.

@@ -126,7 +126,7 @@ def work_facts(problem: Problem, backend: str) -> dict[str, Any]:
 
 
 def mpoe_name(shape: str, backend: str, masked: bool = False) -> str:
-    """Name of a contender of ours."""
+    """Name of an MPO contender."""
     return f"mpoe {shape}{', central masked' if masked else ''} [{backend}]"
 
 

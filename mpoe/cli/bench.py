@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,13 @@ INCOMPLETE_FILE = "incomplete.json"
 PIPE_WIDTH = 100  # of tables, where the output is no terminal and has no width of its own
 
 
-def import_bench() -> None:
-    """Make ``mpoe_bench`` importable: installed beside `mpoe`, or, in a checkout, in its folder ``bench``."""
-    try:
-        importlib.import_module("mpoe_bench")
-    except ModuleNotFoundError as error:
-        folder = Path(__file__).resolve().parents[2] / "bench"
-        if error.name != "mpoe_bench":
-            raise
-        if not (folder / "mpoe_bench").is_dir():
-            raise CommandError(f"the benchmarks are not installed: no package mpoe_bench, and no {folder}") from None
-        sys.path.append(str(folder))
-        importlib.import_module("mpoe_bench")
+def check_installed() -> None:
+    """Refuse where the benchmarks are not installed."""
+    if importlib.util.find_spec("mpoe_bench") is None:
+        raise CommandError(
+            "the benchmarks are not installed: no package mpoe_bench (in a checkout: pip install -e ., or its "
+            "folder bench on PYTHONPATH)"
+        )
 
 
 @dataclass
@@ -62,7 +57,7 @@ def command(arguments: Sequence[str]) -> dict[str, Any] | None:
     if asked is None:
         return None
     options: BenchOptions = asked.options[0]
-    import_bench()
+    check_installed()
     from mpoe_bench import check_options
 
     out, minutes = options.out, options.minutes
@@ -129,10 +124,11 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
 
 def _write(out: Path, results: dict[str, Any], console: Any) -> None:
     """JSON, plots and the report."""
-    from mpoe_bench.plots import draw, have_matplotlib
+    from mpoe_bench.plots import draw
     from mpoe_bench.report import markdown_report
 
     from mpoe.cli.files import RESULTS_FILE, write_json, write_text
+    from mpoe.plotting import have_matplotlib
 
     write_json(out / RESULTS_FILE, results)
     drawn = []

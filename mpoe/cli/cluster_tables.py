@@ -1,86 +1,90 @@
-"""Tables of `mpoe plan` for several devices."""
+"""Tables of `mpoe plan` for several devices, from the values of its JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from mpoe.cli.plan_notes import cluster_notes, scale_notes
+from mpoe.cli.plan_notes import scale_notes
 from mpoe.cli.plan_tables import console, count, duration, new_table, ratio, show_notes, size
 
 if TYPE_CHECKING:
-    from mpoe.planning.cluster import Cluster, Placement
-    from mpoe.planning.costs import Workload
+    from mpoe.estimation.cluster import Cluster
+    from mpoe.estimation.costs import Usage
+
+Values = Mapping[str, Any]
 
 
-def show_cluster(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> None:
-    """Print one column per design of what a device holds, sends and waits for."""
-    out = console()
-    hardware = work.device.hardware
-    table = new_table(f"{cluster.nodes} nodes of {cluster.gpus_per_node} {escape(hardware.name)}: per device and step")
+def show_cluster(values: Values, work: Usage) -> None:
+    """Print one column per design of what a device holds, sends and waits for.
+
+    Args:
+        values: as `mpoe.cli.plan_json.cluster_values` gives them.
+        work: what the devices do.
+    """
+    out, designs = console(), values["designs"]
+    hardware = escape(work.device.hardware.name)
+    table = new_table(f"{values['nodes']} nodes of {values['gpus_per_node']} {hardware}: per device and step")
     table.add_column("", no_wrap=True)
-    for placement in placed:
-        table.add_column(_placement_name(placement), justify="right")
-    memory = hardware.memory_bytes
-    shard = max(cluster.devices, 1)
+    for design in designs:
+        table.add_column(_name(design), justify="right")
+    training, shard = work.training, max(values["nodes"] * values["gpus_per_node"], 1)
 
-    def row(name: str, value: Any) -> None:
-        table.add_row(name, *(value(placement) for placement in placed))
+    def row(label: str, cell: Callable[[Values], str], shown: bool = True) -> None:
+        if shown:
+            table.add_row(label, *map(cell, designs))
 
-    row("parameters held", lambda p: count(p.parameters))
-    row("parameters, gradients, optimizer" if work.training else "parameters", lambda p: size(p.memory_bytes))
-    row("temporary weights", lambda p: size(p.temporary_bytes))
-    row(f"fits {size(memory)}", lambda p: "yes" if p.memory_bytes <= memory else "no")
-    if work.training:
-        row(f"... sharded over all {shard}", lambda p: size(p.sharded_bytes))
+    row("parameters held", lambda d: count(d["parameters"]))
+    row("parameters, gradients, optimizer" if training else "parameters", lambda d: size(d["memory_bytes"]))
+    row("temporary weights", lambda d: size(d["temporary_bytes"]))
+    row(f"fits {size(values['device_memory_bytes'])}", lambda d: "yes" if d["fits"] else "no")
+    row(f"... sharded over all {shard}", lambda d: size(d["sharded_bytes"]), training)
     table.add_section()
-    row("all-to-all of tokens, in the node", lambda p: size(p.all_to_all.node))
-    row("all-to-all of tokens, between nodes", lambda p: size(p.all_to_all.link))
-    if work.training:
-        row("all-reduce of gradients, in the node", lambda p: size(p.all_reduce.node))
-        row("all-reduce of gradients, between nodes", lambda p: size(p.all_reduce.link))
-    row("bytes over the link between nodes", lambda p: size(p.traffic.link))
+    row("all-to-all of tokens, in the node", lambda d: size(d["all_to_all"]["node_bytes"]))
+    row("all-to-all of tokens, between nodes", lambda d: size(d["all_to_all"]["link_bytes"]))
+    row("all-reduce of gradients, in the node", lambda d: size(d["all_reduce"]["node_bytes"]), training)
+    row("all-reduce of gradients, between nodes", lambda d: size(d["all_reduce"]["link_bytes"]), training)
+    both = ("all_to_all", "all_reduce")
+    row("bytes over the link between nodes", lambda d: size(sum(d[kind]["link_bytes"] for kind in both)))
     table.add_section()
-    row("communication", lambda p: duration(p.communication_seconds))
-    row("forward and backward" if work.training else "forward", lambda p: duration(p.compute_seconds))
-    if work.training:
-        row("AdamW step", lambda p: duration(p.optimizer_seconds))
-    row("step, nothing overlapping", lambda p: duration(p.seconds))
-    row("x MPOE", lambda p: ratio(p.seconds / placed[0].seconds if placed[0].seconds else None))
+    row("communication", lambda d: duration(d["communication_seconds"]))
+    row("forward and backward" if training else "forward", lambda d: duration(d["compute_seconds"]))
+    row("AdamW step", lambda d: duration(d["optimizer_seconds"]), training)
+    row("step, nothing overlapping", lambda d: duration(d["seconds"]))
+    row("x MPOE", lambda d: _over(d, designs[0]))
     out.print()
     out.print(table)
-    show_notes(out, cluster_notes(cluster, placed, work))
+    show_notes(out, values["notes"])
 
 
-def show_scale(clusters: Sequence[Cluster], placed: Sequence[Sequence[Placement]], work: Workload) -> None:
+def show_scale(found: Sequence[Values], clusters: Sequence[Cluster], work: Usage) -> None:
     """Print MPOE and expert-parallel Switch on clusters of several sizes, one line each."""
-    from mpoe.planning.cluster import break_even
-
     out = console()
-    hardware = work.device.hardware
-    table = new_table(f"{escape(hardware.name)}, {clusters[0].gpus_per_node} in a node: per device and step")
+    hardware = escape(work.device.hardware.name)
+    table = new_table(f"{hardware}, {found[0]['gpus_per_node']} in a node: per device and step")
     table.add_column("GPUs", justify="right", no_wrap=True)
     table.add_column("design", no_wrap=True)
     for name in ("held", "state", "temp", "tokens", "grads", "wait", "step", "x MPOE", "even"):
         table.add_column(name, justify="right", no_wrap=True)
-    for cluster, designs in zip(clusters, placed, strict=True):
-        times = break_even(designs, cluster)
+    for values in found:
+        times, first = values["break_even"], values["designs"][0]
         even = "-" if times is None else f"{times * max(work.tokens.values()):,.0f}"
-        for placement in designs[:2]:  # not Switch on every device: nobody would
+        slowest = "link_bytes" if values["nodes"] > 1 else "node_bytes"
+        for design in values["designs"][:2]:  # not Switch on every device: nobody would
             table.add_row(
-                f"{cluster.devices:,}" if placement is designs[0] else "",
-                _placement_name(placement, short=True),
-                count(placement.parameters),
-                size(placement.memory_bytes),
-                size(placement.temporary_bytes),
-                size(placement.all_to_all.bottleneck(cluster)),
-                size(placement.all_reduce.bottleneck(cluster)),
-                duration(placement.communication_seconds),
-                duration(placement.seconds),
-                ratio(placement.seconds / designs[0].seconds if designs[0].seconds else None),
-                even if placement.expert_group > 1 else "",
+                f"{values['nodes'] * values['gpus_per_node']:,}" if design is first else "",
+                _name(design, short=True),
+                count(design["parameters"]),
+                size(design["memory_bytes"]),
+                size(design["temporary_bytes"]),
+                size(design["all_to_all"][slowest]),
+                size(design["all_reduce"][slowest]),
+                duration(design["communication_seconds"]),
+                duration(design["seconds"]),
+                _over(design, first),
+                even if design["expert_group"] > 1 else "",
             )
         table.add_section()
     out.print()
@@ -88,9 +92,14 @@ def show_scale(clusters: Sequence[Cluster], placed: Sequence[Sequence[Placement]
     show_notes(out, scale_notes(clusters, work))
 
 
-def _placement_name(placement: Placement, short: bool = False) -> str:
-    if placement.design == "mpoe":
+def _over(design: Values, first: Values) -> str:
+    return ratio(design["seconds"] / first["seconds"] if first["seconds"] else None)
+
+
+def _name(design: Values, short: bool = False) -> str:
+    if design["design"] == "mpoe":
         return "MPOE" if short else "MPOE, replicated"
-    if placement.expert_group == 1:
+    group = design["expert_group"]
+    if group == 1:
         return "Switch, replicated"
-    return f"Switch over {placement.expert_group}" if short else f"Switch, experts over {placement.expert_group}"
+    return f"Switch over {group}" if short else f"Switch, experts over {group}"

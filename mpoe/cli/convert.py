@@ -11,7 +11,7 @@ from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 
 USAGE = "mpoe convert IN OUT [--flag value ...]"
 
@@ -22,12 +22,9 @@ class ConvertOptions:
 
     _argument_group_name = "run"
 
-    overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
-    original_checkpoint: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "pytorch_model.bin of the original implementation, or its folder; IN is the dense T5 it began with"
-        },
+    overwrite: bool = option(False, "replace a model in OUT")
+    original_checkpoint: str | None = option(
+        None, "pytorch_model.bin of the original implementation, or its folder; IN is the dense T5 it began with"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from mpoe.cli.demo_arms import (
     NUM_EXPERTS,
     SETTINGS,
-    Arm,
+    DemoArm,
     Settings,
     count_parameters,
     demo_tasks,
@@ -21,7 +21,7 @@ from mpoe.cli.demo_arms import (
     training_items,
     with_steps,
 )
-from mpoe.cli.demo_tables import check, comparison_lines, show_comparison, table_of
+from mpoe.cli.demo_tables import check, comparison_lines, comparison_table, show_comparison
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option, read_command
 
@@ -123,12 +123,12 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
             if arm.experts is None:
                 model, difference = load_stand_in(kind)[0], None
             else:
-                model = convert_to_mpoe(dense, expert_config(arm))
+                model = convert_to_mpoe(dense, config_of_arm(arm))
                 difference = largest_difference(dense, model, probe, tokenizer.pad_token_id)
                 ffn_report = model.parameter_report()
         if difference is not None:
             console.print(f"{arm.name}: largest difference from the dense logits, relative: {difference:.1e}")
-        result = run_arm(arm, model, tokenizer, tasks, items, settings, seed, output_dir, stages, console)
+        result = train_and_score(arm, model, tokenizer, tasks, items, settings, seed, output_dir, stages, console)
         result["conversion_difference"] = difference
         result["parameters"] = count_parameters(ffn_report) if arm.experts is not None else {}
         arms.append(result)
@@ -143,7 +143,7 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     return finish(output_dir, kind, settings, seed, arms, same, examples, stages, start, console)
 
 
-def expert_config(arm: Arm) -> Any:
+def config_of_arm(arm: DemoArm) -> Any:
     """`MPOEConfig` of a converted arm."""
     from mpoe.config import MPOEConfig
 
@@ -169,8 +169,8 @@ def largest_difference(dense: Any, converted: Any, items: list[dict], pad_token_
     return float((first - second)[mask].abs().max() / first[mask].abs().max())
 
 
-def run_arm(
-    arm: Arm,
+def train_and_score(
+    arm: DemoArm,
     model: Any,
     tokenizer: Any,
     tasks: Sequence[Any],
@@ -261,7 +261,7 @@ def finish(
     """Check the claim, write results and report, and show the table."""
     from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, write_json
     from mpoe.cli.info import collect
-    from mpoe.cli.report import write_report
+    from mpoe.cli.report import write_demo_report
 
     facts = collect()
     results: dict[str, Any] = {
@@ -280,9 +280,9 @@ def finish(
         "threads": facts["torch_threads"],
         "stages": stages.seconds,
     }
-    header, rows = table_of(arms, settings)
+    header, rows = comparison_table(arms, settings)
     with stages.stage("write the report"):
-        write_report(output_dir / REPORT_FILE, results, header, rows)
+        write_demo_report(output_dir / REPORT_FILE, results, header, rows)
     results["seconds"] = time.perf_counter() - start
     write_json(output_dir / RESULTS_FILE, results)
     show_comparison(console, results, header, rows)

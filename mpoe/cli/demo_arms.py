@@ -16,7 +16,7 @@ NUM_EXPERTS = 8
 
 
 @dataclass(frozen=True)
-class Arm:
+class DemoArm:
     """One model of the comparison.
 
     ``experts``: fields of its `MPOEConfig`, or None for the dense model; ``learning_rate``: see `Settings.rates`;
@@ -40,19 +40,19 @@ class Settings:
     causal: bool
     steps: int
     batch: int
-    arms: tuple[Arm, ...]
+    arms: tuple[DemoArm, ...]
     n_val: int | None = None
     n_test: int | None = None
     main_arm: str = "separable"
     rates: str = ""
 
 
-def _arms(dense: float, switch: float, paper: float, separable: float) -> tuple[Arm, ...]:
+def _arms(dense: float, switch: float, paper: float, separable: float) -> tuple[DemoArm, ...]:
     return (
-        Arm("dense", "dense", None, dense),
-        Arm("switch", "Switch", {"expert_type": "dense"}, switch),
-        Arm("paper", "MPOE paper", {"shape": "paper"}, paper),
-        Arm("separable", "MPOE separable", {"shape": "separable"}, separable),
+        DemoArm("dense", "dense", None, dense),
+        DemoArm("switch", "Switch", {"expert_type": "dense"}, switch),
+        DemoArm("paper", "MPOE paper", {"shape": "paper"}, paper),
+        DemoArm("separable", "MPOE separable", {"shape": "separable"}, separable),
     )
 
 
@@ -108,7 +108,7 @@ def training_items(settings: Settings, tasks: Sequence[Any], tokenizer: Any, ste
 
 def train_arm(
     model: Any,
-    arm: Arm,
+    arm: DemoArm,
     items: list[dict],
     settings: Settings,
     pad_token_id: int,

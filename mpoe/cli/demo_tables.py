@@ -42,7 +42,7 @@ def _value(task_scores: dict[str, float], causal: bool) -> str:
     return f"{value:.2f}" if causal else f"{100 * value:.1f}"
 
 
-def table_of(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
+def comparison_table(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, one row per arm and one for the baseline (see `mpoe.data.baseline`);
     parameters in millions."""
     names = list(arms[0]["scores"])

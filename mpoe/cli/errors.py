@@ -1,4 +1,4 @@
-"""How the command line shows errors: one clear line for what the user can mend, a traceback for our own faults."""
+"""How the command line shows errors: one line for what the user can fix, a traceback for a defect."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def is_on_purpose(error: BaseException) -> bool:
 
 
 def show(error: BaseException, debug: bool = False) -> int:
-    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for ours."""
+    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for defects."""
     if debug or not is_on_purpose(error):
         traceback.print_exception(error)
     if not is_on_purpose(error):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -28,17 +28,13 @@ class EvaluateOptions:
 
     _argument_group_name = "evaluation"
 
-    split: str = field(default="test", metadata={"help": "train, validation or test"})
-    batch_size: int = field(
-        default=128, metadata={"help": "items per batch", "aliases": ["--per_device_eval_batch_size"]}
+    split: str = option("test", "train, validation or test")
+    batch_size: int = option(128, "items per batch", "per_device_eval_batch_size")
+    data_seed: int | None = option(None, "seed of subsets and of split_validation_test; default: that of the run, or 0")
+    load_experiment: str | None = option(
+        None, "folder of a run, in the place of MODEL_DIR: its model or last checkpoint"
     )
-    data_seed: int | None = field(
-        default=None, metadata={"help": "seed of subsets and of split_validation_test; default: that of the run, or 0"}
-    )
-    load_experiment: str | None = field(
-        default=None, metadata={"help": "folder of a run, in the place of MODEL_DIR: its model or last checkpoint"}
-    )
-    output_file: str | None = field(default=None, metadata={"help": "also write the scores here, as JSON"})
+    output_file: str | None = option(None, "also write the scores here, as JSON")
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -102,7 +98,7 @@ def _settings_of_run(model_dir: str) -> dict[str, Any]:
 
 
 def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> DataOptions:
-    """What no flag says is as it was in training: lengths, columns, label words; which items too, if no flag does."""
+    """Options without a flag are as in training: lengths, columns, label words, and the items if no flag names any."""
     kept = run.get("data", {})
     names = {f.name for f in fields(DataOptions) if f.name not in flags} & set(kept)
     if flags & SOURCES:

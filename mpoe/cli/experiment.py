@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import option
 
 NOTHING = "noload"  # the original's scripts write it where nothing is loaded
 
@@ -17,18 +18,13 @@ class ExperimentOptions:
 
     _argument_group_name = "earlier run"
 
-    load_experiment: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of an earlier run (or of a saved model): train goes on from its model in a run of its own"
-        },
+    load_experiment: str | None = option(
+        None, "folder of an earlier run (or of a saved model): train goes on from its model in a run of its own"
     )
-    load_layer: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "
-            "being decomposed anew; everything else comes from --model"
-        },
+    load_layer: list[str] = option(
+        [],
+        "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "
+        "being decomposed again; everything else comes from --model",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What commands write, so that a reader (or a kill) never sees half of it."""
+"""Files that commands write; a reader, or a kill, never sees half of one."""
 
 from __future__ import annotations
 

@@ -4,16 +4,16 @@ MODEL is a folder of a converted model, or of a training run, whose curves are d
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import REPORT_FILE
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 from mpoe.cli.tasks import DataOptions
+from mpoe.plotting import have_matplotlib
 
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 
@@ -24,15 +24,12 @@ class InspectOptions:
 
     _argument_group_name = "inspection"
 
-    text: list[str] = field(
-        default_factory=list,
-        metadata={"help": "sentences whose tokens are followed; default: the first two items of the data"},
-    )
-    output_dir: str = field(default="mpoe_inspect", metadata={"help": "folder for report.html, plots and inspect.json"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the report in the output folder"})
-    split: str = field(default="validation", metadata={"help": "items that the expert load is counted on"})
-    num_items: int = field(default=256, metadata={"help": "at most so many of them"})
-    num_tokens: int = field(default=2048, metadata={"help": "tokens of the pass that plans are for"})
+    text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
+    output_dir: str = option("mpoe_inspect", "folder for report.html, plots and inspect.json")
+    overwrite: bool = option(False, "replace the report in the output folder")
+    split: str = option("validation", "items that the expert load is counted on")
+    num_items: int = option(256, "at most so many of them")
+    num_tokens: int = option(2048, "tokens of the pass that plans are for")
 
     def __post_init__(self) -> None:
         if any(not text.strip() for text in self.text):
@@ -51,7 +48,7 @@ def command(arguments: Sequence[str]) -> None:
     if not asked.words:
         raise CommandError(f"inspect needs a model first: {usage}")
     options, data = asked.options
-    if importlib.util.find_spec("matplotlib") is None:
+    if not have_matplotlib():
         raise CommandError('inspect draws with matplotlib, which is not installed: pip install "mpoe[report]"')
     run(asked.words[0], options, data)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.plots import COLOURS, smooth, validation_losses
+from mpoe.cli.plots import validation_losses
+from mpoe.plotting import COLOURS, heat_map, ladder, new_figure, plain_ticks, png, smooth
 
 if TYPE_CHECKING:
     from mpoe.inspection.growth import Growth
@@ -15,74 +15,43 @@ if TYPE_CHECKING:
 
 # A spectrum per name of a weight, grouped by the projections' kind.
 Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
-_DPI = 144
 _STEEP = 0.05  # spectra that fall below this share of the largest value are drawn on a logarithmic axis
-_ANNOTATED = 20  # columns up to which cells of a heat map carry their number
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes ``[rows, columns]``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
-
-
-def _heat_map(
-    axes: Any, values: Sequence[Sequence[float]], names: Sequence[str], high: float, form: str, label: str
-) -> None:
-    image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    if len(values[0]) <= _ANNOTATED:
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                colour = "white" if value > 0.6 * high else "black"
-                axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
-    axes.figure.colorbar(image, ax=axes, label=label)
-
-
-def expert_load(load: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
+def load_by_layer(load: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
     """Share of a layer's tokens that each expert took, ``load [layers][E]``, in per cent."""
     shares = [[100 * count / max(1, sum(layer)) for count in layer] for layer in load]
     experts = len(shares[0])
-    figure, grid = _figure(8.0, 1.4 + 0.28 * len(shares))
+    figure, grid = new_figure(8.0, 1.4 + 0.28 * len(shares))
     axes = grid[0, 0]
-    _heat_map(axes, shares, names, max(map(max, shares)), "{:.0f}", "% of the layer's tokens")
+    heat_map(axes, shares, names, max(map(max, shares)), "{:.0f}", "% of the layer's tokens")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set(xlabel="expert", title=f"Expert load (even would be {100 / experts:.3g}% each)")
-    return _png(figure)
+    return png(figure)
 
 
 def bond_ranks(spectra: Spectra) -> bytes:
     """Effective rank of every bond in per cent of d: a column for each bond, a panel for each kind of weight."""
     columns = max(len(bonds) for weights in spectra.values() for bonds in weights.values())
     longest = max(map(len, spectra.values()))
-    figure, grid = _figure(1.2 + (1.6 + 0.75 * columns) * len(spectra), 1.6 + 0.28 * longest, 1, len(spectra))
+    figure, grid = new_figure(1.2 + (1.6 + 0.75 * columns) * len(spectra), 1.6 + 0.28 * longest, 1, len(spectra))
     for axes, (kind, weights) in zip(grid[0], spectra.items(), strict=True):
         used = [[100 * bond.used for bond in bonds] for bonds in weights.values()]
         first = next(iter(weights.values()))
-        _heat_map(axes, used, list(weights), 100.0, "{:.0f}", "% of d")
+        heat_map(axes, used, list(weights), 100.0, "{:.0f}", "% of d")
         axes.set_xticks(range(len(first)), [f"bond {k + 1}\nd = {bond.dimension}" for k, bond in enumerate(first)])
         axes.tick_params(axis="x", labelsize=8)
         axes.set_title(kind)
     figure.suptitle("Effective rank of the bonds, exp(entropy)")
-    return _png(figure)
+    return png(figure)
 
 
-def bond_spectra(spectra: Spectra) -> bytes:
+def spectrum_lines(spectra: Spectra) -> bytes:
     """Singular values across each bond, relative to the largest, mean over experts: a line for each layer."""
     from matplotlib import colormaps
 
     columns = max(len(bonds) for weights in spectra.values() for bonds in weights.values())
-    figure, grid = _figure(2.0 + 2.6 * columns, 0.8 + 2.3 * len(spectra), len(spectra), columns)
+    figure, grid = new_figure(2.0 + 2.6 * columns, 0.8 + 2.3 * len(spectra), len(spectra), columns)
     for row, (kind, weights) in zip(grid, spectra.items(), strict=True):
         shades = colormaps["viridis"].resampled(max(2, len(weights)))
         for depth, (name, bonds) in enumerate(weights.items()):
@@ -105,41 +74,33 @@ def bond_spectra(spectra: Spectra) -> bytes:
     if len(labels) > 8:  # first and last tell the direction of the colours
         handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="layer")
-    return _png(figure)
+    return png(figure)
 
 
 def growth(totals: Growth, own: int) -> bytes:
     """Parameters of the whole model against the number of experts; ``own`` is the model's."""
-    figure, grid = _figure(7.0, 3.6)
+    figure, grid = new_figure(7.0, 3.6)
     axes = grid[0, 0]
-    lines = {"dense experts (Switch)": (totals.switch, COLOURS[1]), "MPO experts": (totals.mpoe, COLOURS[2])}
+    lines = {"dense experts (Switch)": (totals.switch, COLOURS[1]), "MPO experts": (totals.mpoe, COLOURS[0])}
     for name, (values, colour) in lines.items():
         if values:
             axes.plot(totals.experts, [v / 1e6 for v in values], marker="o", color=colour, label=name)
-    axes.axhline(totals.dense / 1e6, color=COLOURS[0], linestyle="--", label="dense model")
+    axes.axhline(totals.dense / 1e6, color=COLOURS[6], linestyle="--", label="dense model")
     axes.axvline(own, color="grey", linestyle=":", label="this model")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(totals.experts, [str(count) for count in totals.experts])
-    ticks = _round_numbers(min([totals.dense, *totals.switch]) / 1e6, max(totals.switch) / 1e6)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    lowest = min([totals.dense, *totals.switch]) / 1e6
+    plain_ticks(axes.yaxis, ladder(0.8 * lowest, 1.25 * max(totals.switch) / 1e6) or [lowest])
     axes.set(xlabel="experts", ylabel="millions of parameters", title="Parameters against experts")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    return _png(figure)
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... around ``low`` to ``high``."""
-    numbers = [step * 10.0**power for power in range(-4, 9) for step in (1, 2, 5)]
-    inside = [n for n in numbers if low * 0.8 <= n <= high * 1.25]
-    return inside or [low]
+    return png(figure)
 
 
 def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Losses and balance over a run, from the records of its ``metrics.jsonl``."""
-    figure, grid = _figure(9.0, 3.2, 1, 3)
+    figure, grid = new_figure(9.0, 3.2, 1, 3)
     loss, balance, load = grid[0]
 
     def line(axes: Any, label: str, curve: Sequence[tuple[float, float]], colour: str | None, marker: str = "") -> None:
@@ -154,13 +115,13 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
         if curve:
             line(axes, label, curve, colour)
 
-    draw(loss, "task_loss", "training", COLOURS[2])
+    draw(loss, "task_loss", "training", COLOURS[0])
     for (name, curve), colour in zip(validation_losses(records).items(), cycle(COLOURS[1:])):
         line(loss, name, curve, colour, "o")
     loss.set_title("Task loss")
-    draw(balance, "aux_loss", "weighted, all layers", COLOURS[3])
+    draw(balance, "aux_loss", "weighted, all layers", COLOURS[2])
     balance.set_title("Balancing loss")
-    draw(load, "expert_entropy", "entropy / ln E, mean over layers", COLOURS[2])
+    draw(load, "expert_entropy", "entropy / ln E, mean over layers", COLOURS[0])
     draw(load, "expert_max_share", "largest share, worst layer", COLOURS[1])
     draw(load, "expert_min_share", "smallest share, worst layer", COLOURS[4])
     load.set(title="Expert load", ylim=(0, 1.02))
@@ -169,4 +130,4 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
         axes.grid(alpha=0.25)
         if axes.has_data():
             axes.legend(fontsize=7)
-    return _png(figure)
+    return png(figure)

@@ -87,7 +87,7 @@ def _image(name: str, png: bytes, alt: str) -> str:
     return f'<figure><img id="{name}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
 
 
-def write_report(
+def write_inspection(
     file: Path,
     title: str,
     facts: Sequence[tuple[str, str]],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli import inspect_plots as plots
 from mpoe.cli.files import REPORT_FILE, write_json
-from mpoe.cli.inspect_report import routes_html, write_report
+from mpoe.cli.inspect_report import routes_html, write_inspection
 from mpoe.cli.scoring import expert_load
 from mpoe.inspection.growth import parameter_growth
 from mpoe.inspection.routes import route_text, routed_layers
@@ -97,7 +97,7 @@ class Inspection:
                 (folder / f"{plot}.png").write_bytes(png)
         write_json(folder / NUMBERS_FILE, self.numbers())
         rows = [HEADER, *map(table_row, self.weights)]
-        write_report(folder / REPORT_FILE, f"mpoe inspect: {self.name}", self.facts(), sections, rows)
+        write_inspection(folder / REPORT_FILE, f"mpoe inspect: {self.name}", self.facts(), sections, rows)
 
     def facts(self) -> list[tuple[str, str]]:
         """What the model is, in a few lines."""
@@ -124,11 +124,11 @@ class Inspection:
             html = routes_html(self.routes, self.config.num_experts)
             found.append(("Which expert took which token", _ROUTES, {}, html))
         if self.load:
-            found.append(("Expert load", _LOAD, {"expert_load": plots.expert_load(self.load, self.layers)}, ""))
+            found.append(("Expert load", _LOAD, {"expert_load": plots.load_by_layer(self.load, self.layers)}, ""))
         if self.spectra:
             drawn = {
                 "bond_rank": plots.bond_ranks(self.spectra),
-                "bond_spectra": plots.bond_spectra(self.spectra),
+                "bond_spectra": plots.spectrum_lines(self.spectra),
             }
             found.append(("What the bonds carry", _BONDS, drawn, ""))
         if self.growth is not None:

@@ -1,10 +1,12 @@
-"""`--compute_time`, `--compute_memory` and `--print_num_parameters`: what a run reports about itself."""
+"""`--compute_time`, `--compute_memory` and `--print_num_parameters`: measurements of a run."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from mpoe.cli.parsing import option
 
 
 @dataclass
@@ -13,15 +15,9 @@ class MeasureOptions:
 
     _argument_group_name = "report"
 
-    compute_time: bool = field(
-        default=False, metadata={"help": "report the time of a training step, and items per second"}
-    )
-    compute_memory: bool = field(
-        default=False, metadata={"help": "report the most memory used: of the GPU, or of the process"}
-    )
-    print_num_parameters: bool = field(
-        default=False, metadata={"help": "print the number of parameters by kind before training"}
-    )
+    compute_time: bool = option(False, "report the time of a training step, and items per second")
+    compute_memory: bool = option(False, "report the most memory used: of the GPU, or of the process")
+    print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
 
 
 def print_parameters(model: Any) -> None:
@@ -40,7 +36,7 @@ def parameters_of(model: Any) -> dict[str, int]:
     return {"total": sum(p.numel() for p in model.parameters())}
 
 
-def peak_memory() -> dict[str, Any]:
+def peak_of_process() -> dict[str, Any]:
     """Most bytes used so far: by torch on the GPU, or by the whole process on the CPU."""
     import torch
 
@@ -66,7 +62,7 @@ def measured(options: MeasureOptions, seconds: float, steps: int, items_per_step
         }
         print(f"training took {seconds:.1f} s: {per_step:.3f} s per step of {items_per_step} items")
     if options.compute_memory:
-        report["memory"] = peak_memory()
+        report["memory"] = peak_of_process()
         peak = report["memory"]["peak_bytes"]
         shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
         print(f"most memory used ({report['memory']['device']}): {shown}")

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.parsing import option
 
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig
 
-MOE_TYPES = ("switch", "moe", "none")
 # the original's names of components -> target_modules
 MPO_LAYERS = {"word_embed": "embedding", "mlp": "ffn", "attention": "attention", "pooler": "pooler"}
 NO_MPO = "nompo"
-# fields of `RouterConfig`; those left at None are what the moe_type says
-ROUTER_FIELDS = (
-    "top_k",
-    "is_scale_prob",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "min_capacity",
-    "second_policy",
-    "eval_second_policy",
-    "second_threshold",
-    "jitter",
-    "balance_loss_weight",
-    "z_loss_weight",
-    "expert_dropout",
-    "init_scale",
-)
-
-
-def _help(text: str, *aliases: str) -> dict[str, Any]:
-    return {"help": text, **({"aliases": list(aliases)} if aliases else {})}
 
 
 @dataclass
@@ -43,13 +23,8 @@ class ModelOptions:
 
     _argument_group_name = "model"
 
-    model: str = field(
-        default="t5",
-        metadata=_help(
-            "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name",
-            "--model_name_or_path",
-            "--model-name-or-path",
-        ),
+    model: str = option(
+        "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
     )
 
 
@@ -59,72 +34,52 @@ class ExpertOptions:
 
     _argument_group_name = "experts"
 
-    moe_type: str = field(
-        default="switch",
-        metadata=_help("switch (routed experts), moe (GShard's top-2 gating), none (no router, one expert)"),
+    moe_type: str = option(
+        "switch", "switch (routed experts), moe (GShard's top-2 gating), none (no router, one expert)"
     )
-    expert_type: str = field(
-        default="mpo",
-        metadata=_help("mpo, or dense: the baselines of full experts (with moe_type none: the model as is)"),
+    expert_type: str = option(
+        "mpo", "mpo, or dense: the baselines of full experts (with moe_type none: the model as is)"
     )
-    num_experts: int = field(default=8, metadata=_help("experts per layer"))
-    shape: str = field(default="separable", metadata=_help("separable, paper, light, or JSON: kind -> MPOShape"))
-    shape_pattern: str | None = field(
-        default=None, metadata=_help("JSON: pattern of module names -> shape, bond cap or MPOShape; wins over shape")
+    num_experts: int = option(8, "experts per layer")
+    shape: str = option("separable", "separable, paper, light, or JSON: kind -> MPOShape")
+    shape_pattern: str | None = option(
+        None, "JSON: pattern of module names -> shape, bond cap or MPOShape; wins over shape"
     )
-    max_bond: int | None = field(
-        default=None,
-        metadata=_help("cap of the experts' bond dimensions; none = lossless", "--linear_trunc", "--linear-trunc"),
+    max_bond: int | None = option(None, "cap of the experts' bond dimensions; none = lossless", "linear_trunc")
+    separable_left: int | None = option(None, "left core of a separable up projection")
+    separable_right: int | None = option(None, "right core of a separable up projection")
+    light_p: int = option(64, "product i * j of a light shape's outer cores")
+    gauge: str = option("symmetric", "symmetric, orthogonal, or (at full bonds) identity")
+    auxiliary_noise: float = option(0.0, "relative noise on auxiliary cores at conversion")
+    target_modules: list[str] = option([], "ffn (default), attention, embedding, pooler: what to convert")
+    mpo_layers: list[str] = option(
+        [],
+        "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or nompo; without "
+        "mlp the experts are dense",
     )
-    separable_left: int | None = field(default=None, metadata=_help("left core of a separable up projection"))
-    separable_right: int | None = field(default=None, metadata=_help("right core of a separable up projection"))
-    light_p: int = field(default=64, metadata=_help("product i * j of a light shape's outer cores"))
-    gauge: str = field(default="symmetric", metadata=_help("symmetric, orthogonal, or (at full bonds) identity"))
-    auxiliary_noise: float = field(default=0.0, metadata=_help("relative noise on auxiliary cores at conversion"))
-    target_modules: list[str] = field(
-        default_factory=list, metadata=_help("ffn (default), attention, embedding, pooler: what to convert")
+    exclude_modules: list[str] = option([], "modules that stay dense")
+    layers_to_transform: list[int] = option([], "layers to convert; none given = all")
+    attention_max_bond: int | None = option(None, "cap of the bonds of attention projections", "attention_trunc")
+    embedding_max_bond: int | None = option(None, "cap of the bonds of the embedding", "emb_trunc")
+    pooler_max_bond: int | None = option(None, "cap of the bonds of BERT's pooler", "pooler_trunc")
+    backend: str | None = option(None, "kernel backend; none = chosen per call")
+    top_k: int | None = option(None, "experts per token (1; moe: 2)")
+    is_scale_prob: bool = option(False, "scale an expert's output by the raw gate probability")
+    capacity_factor: float | None = option(None, "training capacity; none = no token is dropped (moe: 1.25)")
+    eval_capacity_factor: float | None = option(None, "capacity in evaluation (moe: 2)")
+    min_capacity: int | None = option(None, "least capacity in slots (1; moe: 4)")
+    second_policy: str | None = option(
+        None, "moe: second experts kept in training: random (default), all, none or threshold"
     )
-    mpo_layers: list[str] = field(
-        default_factory=list,
-        metadata=_help(
-            "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or nompo; without "
-            "mlp the experts are dense"
-        ),
+    eval_second_policy: str | None = option(None, "the same in evaluation (all)")
+    second_threshold: float | None = option(
+        None, "gate of the second expert that threshold and random compare with (0.2)"
     )
-    exclude_modules: list[str] = field(default_factory=list, metadata=_help("modules that stay dense"))
-    layers_to_transform: list[int] = field(default_factory=list, metadata=_help("layers to convert; none given = all"))
-    attention_max_bond: int | None = field(
-        default=None,
-        metadata=_help("cap of the bonds of attention projections", "--attention_trunc", "--attention-trunc"),
-    )
-    embedding_max_bond: int | None = field(
-        default=None, metadata=_help("cap of the bonds of the embedding", "--emb_trunc", "--emb-trunc")
-    )
-    pooler_max_bond: int | None = field(
-        default=None, metadata=_help("cap of the bonds of BERT's pooler", "--pooler_trunc", "--pooler-trunc")
-    )
-    backend: str | None = field(default=None, metadata=_help("kernel backend; none = chosen per call"))
-    top_k: int | None = field(default=None, metadata=_help("experts per token (1; moe: 2)"))
-    is_scale_prob: bool = field(default=False, metadata=_help("scale an expert's output by the raw gate probability"))
-    capacity_factor: float | None = field(
-        default=None, metadata=_help("training capacity; none = no token is dropped (moe: 1.25)")
-    )
-    eval_capacity_factor: float | None = field(default=None, metadata=_help("capacity in evaluation (moe: 2)"))
-    min_capacity: int | None = field(default=None, metadata=_help("least capacity in slots (1; moe: 4)"))
-    second_policy: str | None = field(
-        default=None, metadata=_help("moe: second experts kept in training: random (default), all, none or threshold")
-    )
-    eval_second_policy: str | None = field(default=None, metadata=_help("the same in evaluation (all)"))
-    second_threshold: float | None = field(
-        default=None, metadata=_help("gate of the second expert that threshold and random compare with (0.2)")
-    )
-    jitter: float = field(default=0.0, metadata=_help("noise on the router's input in training"))
-    balance_loss_weight: float = field(default=1e-2, metadata=_help("weight of the load-balancing loss"))
-    z_loss_weight: float = field(default=0.0, metadata=_help("weight of the router's z-loss"))
-    expert_dropout: float | None = field(
-        default=None, metadata=_help("dropout inside experts", "--switch_dropout", "--switch-dropout")
-    )
-    init_scale: float = field(default=0.1, metadata=_help("scale of the router's initial weights"))
+    jitter: float = option(0.0, "noise on the router's input in training")
+    balance_loss_weight: float = option(1e-2, "weight of the load-balancing loss")
+    z_loss_weight: float = option(0.0, "weight of the router's z-loss")
+    expert_dropout: float | None = option(None, "dropout inside experts", "switch_dropout")
+    init_scale: float = option(0.1, "scale of the router's initial weights")
 
     def build(self) -> MPOEConfig | None:
         """The `MPOEConfig`, checked, or None where everything stays dense.
@@ -132,7 +87,8 @@ class ExpertOptions:
         Raises:
             ValueError, TypeError: a field that does not fit, named.
         """
-        from mpoe.config import MPOEConfig
+        from mpoe.config import MPOEConfig, RouterConfig
+        from mpoe.config.mixture import MOE_TYPES
         from mpoe_kernels import available_backends, backend_reasons
 
         if self.moe_type not in MOE_TYPES:
@@ -144,30 +100,17 @@ class ExpertOptions:
             reasons = backend_reasons().get(str(self.backend))
             why = f": it cannot run here: {'; '.join(reasons)}" if reasons else ""
             raise CommandError(f"backend must be one of {', '.join(available_backends())}; got {self.backend!r}{why}")
-        shape = _json("shape", self.shape) if self.shape.lstrip().startswith("{") else self.shape
-        values = {name: getattr(self, name) for name in ROUTER_FIELDS}
-        router: Any = {name: value for name, value in values.items() if value is not None}
-        return MPOEConfig(
-            moe_type=self.moe_type,
-            num_experts=self.num_experts,
-            expert_type=expert_type,
-            shape=shape,
-            shape_pattern={} if self.shape_pattern is None else _json("shape_pattern", self.shape_pattern),
-            max_bond=self.max_bond,
-            separable_left=self.separable_left,
-            separable_right=self.separable_right,
-            light_p=self.light_p,
-            gauge=self.gauge,
-            auxiliary_noise=self.auxiliary_noise,
-            router=router,
-            target_modules=targets if len(targets) > 1 else targets[0],
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform or None,
-            attention_max_bond=self.attention_max_bond,
-            embedding_max_bond=self.embedding_max_bond,
-            pooler_max_bond=self.pooler_max_bond,
-            backend=None if self.backend == "auto" else self.backend,
-        )
+        given = {name: value for name, value in vars(self).items() if value not in (None, [])}
+        values = {f.name: given[f.name] for f in fields(MPOEConfig) if f.name in given}
+        values |= {"expert_type": expert_type, "target_modules": targets if len(targets) > 1 else targets[0]}
+        values |= {"router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}}
+        if self.shape.lstrip().startswith("{"):
+            values["shape"] = _json("shape", self.shape)
+        if self.shape_pattern is not None:
+            values["shape_pattern"] = _json("shape_pattern", self.shape_pattern)
+        if self.backend == "auto":
+            values["backend"] = None
+        return MPOEConfig(**values)
 
     def _targets(self) -> tuple[list[str], str]:
         """`MPOEConfig`'s target_modules and expert_type; no targets = the model stays as it is."""

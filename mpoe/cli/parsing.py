@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from mpoe.cli.errors import CommandError, close_matches
 
-# What dataclasses of ours and of Transformers raise where values do not fit.
+# What dataclasses raise, in this package and in Transformers, where values do not fit.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
 
 _ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # values of an option by its nargs

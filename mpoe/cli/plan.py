@@ -8,28 +8,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig
-    from mpoe.planning.cluster import Cluster
-    from mpoe.planning.costs import Workload
-    from mpoe.planning.inventory import Inventory
-    from mpoe.planning.suggest import Budget
+    from mpoe.estimation.cluster import Cluster
+    from mpoe.estimation.costs import Usage
+    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation.suggest import Limits
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-
-
-def _help(text: str, *aliases: str) -> dict[str, Any]:
-    """Metadata of a field; aliases in both spellings."""
-    spelled = [f"--{spelling}" for name in aliases for spelling in (name, name.replace("_", "-"))]
-    return {"help": text, **({"aliases": spelled} if spelled else {})}
 
 
 @dataclass
@@ -38,34 +32,27 @@ class PlanOptions:
 
     _argument_group_name = "plan"
 
-    experts: int = field(default=8, metadata=_help("experts per layer", "num_experts"))
-    shape: str = field(
-        default="separable",
-        metadata=_help("separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family"),
+    experts: int = option(8, "experts per layer", "num_experts")
+    shape: str = option(
+        "separable", "separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family"
     )
-    bond: int | None = field(default=None, metadata=_help("cap of every bond dimension; none = lossless", "max_bond"))
-    separable_left: int | None = field(default=None, metadata=_help("left core of a separable up projection"))
-    separable_right: int | None = field(default=None, metadata=_help("right core of a separable up projection"))
-    light_p: int = field(default=64, metadata=_help("product i * j of a light shape's outer cores"))
-    exclude_modules: list[str] = field(default_factory=list, metadata=_help("feed-forward modules that stay dense"))
-    layers_to_transform: list[int] = field(default_factory=list, metadata=_help("layers to convert; none given = all"))
-    top_k: int = field(default=1, metadata=_help("experts per token"))
-    tokens: int = field(
-        default=2048, metadata=_help("tokens of one device in one step; of T5: in each of encoder and decoder")
-    )
-    decoder_tokens: int | None = field(default=None, metadata=_help("T5: tokens of the decoder, when they are others"))
-    device: str = field(
-        default="cpu", metadata=_help("cpu (this machine) or a name of the planner's hardware table, e.g. h100")
-    )
-    dtype: str = field(default="bf16", metadata=_help("fp32, bf16 or fp16: activations and products"))
-    training: bool = field(default=False, metadata=_help("forward and backward; the default"))
-    inference: bool = field(default=False, metadata=_help("forward only"))
-    mask_central: bool = field(
-        default=False, metadata=_help("training: a step in which the gradient mask spares the central cores")
-    )
-    per_layer: bool = field(default=False, metadata=_help("list every layer"))
-    explain: bool = field(default=False, metadata=_help("say why the other strategies lost"))
-    json: str | None = field(default=None, metadata=_help("also write everything to this file"))
+    bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
+    separable_left: int | None = option(None, "left core of a separable up projection")
+    separable_right: int | None = option(None, "right core of a separable up projection")
+    light_p: int = option(64, "product i * j of a light shape's outer cores")
+    exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
+    layers_to_transform: list[int] = option([], "layers to convert; none given = all")
+    top_k: int = option(1, "experts per token")
+    tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
+    decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
+    device: str = option("cpu", "cpu (this machine) or a name of the planner's hardware table, e.g. h100")
+    dtype: str = option("bf16", "fp32, bf16 or fp16: activations and products")
+    training: bool = option(False, "forward and backward; the default")
+    inference: bool = option(False, "forward only")
+    mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
+    per_layer: bool = option(False, "list every layer")
+    explain: bool = option(False, "say why the other strategies lost")
+    json: str | None = option(None, "also write everything to this file")
 
 
 @dataclass
@@ -74,14 +61,10 @@ class SuggestOptions:
 
     _argument_group_name = "suggest"
 
-    suggest: bool = field(
-        default=False, metadata=_help("propose shapes instead of planning one; a budget or rank implies it")
-    )
-    max_parameters: str | None = field(default=None, metadata=_help("of the whole model, e.g. 300M or 1.2B"))
-    max_time: float | None = field(default=None, metadata=_help("of the feed-forward layers, x dense, e.g. 1.3"))
-    rank_by: str = field(
-        default="capacity", metadata=_help("capacity (auxiliary parameters per expert), time or parameters")
-    )
+    suggest: bool = option(False, "propose shapes instead of planning one; a budget or rank implies it")
+    max_parameters: str | None = option(None, "of the whole model, e.g. 300M or 1.2B")
+    max_time: float | None = option(None, "of the feed-forward layers, x dense, e.g. 1.3")
+    rank_by: str = option("capacity", "capacity (auxiliary parameters per expert), time or parameters")
 
 
 @dataclass
@@ -90,16 +73,10 @@ class ClusterOptions:
 
     _argument_group_name = "several devices"
 
-    nodes: list[int] = field(
-        default_factory=lambda: [1], metadata=_help("nodes; several numbers are compared, a line for each design")
-    )
-    gpus_per_node: int = field(default=1, metadata=_help("devices of a node"))
-    link_gbps: float | None = field(
-        default=None, metadata=_help("gigabit/s one device sends to other nodes; none = the device's")
-    )
-    node_link_gbps: float | None = field(
-        default=None, metadata=_help("gigabit/s one device sends inside its node; none = the device's")
-    )
+    nodes: list[int] = option([1], "nodes; several numbers are compared, a line for each design")
+    gpus_per_node: int = option(1, "devices of a node")
+    link_gbps: float | None = option(None, "gigabit/s one device sends to other nodes; none = the device's")
+    node_link_gbps: float | None = option(None, "gigabit/s one device sends inside its node; none = the device's")
 
 
 @dataclass
@@ -108,9 +85,7 @@ class CalibrateOptions:
 
     _argument_group_name = "calibration"
 
-    calibrate: bool = field(
-        default=False, metadata=_help("measure this machine for about a minute and keep the result; needs no model")
-    )
+    calibrate: bool = option(False, "measure this machine for about a minute and keep the result; needs no model")
 
 
 GROUPS = (PlanOptions, SuggestOptions, ClusterOptions, CalibrateOptions)
@@ -160,7 +135,7 @@ def run(
         _check_suggest(options, given)
     budget = _budget(suggest_options)
     from mpoe.cli import plan_json, plan_tables
-    from mpoe.planning.costs import model_costs
+    from mpoe.estimation.costs import model_costs
 
     inventory = _inventory(model, options)
     config = _config(inventory, options, given)
@@ -168,30 +143,30 @@ def run(
     clusters = _clusters(work, cluster_options, given)
     if suggesting:
         from mpoe.config import NAMED_SHAPES
-        from mpoe.planning.suggest import suggest
+        from mpoe.estimation.suggest import suggest
 
         if budget.x_dense is not None and not any(work.tokens.values()):
             raise CommandError("max_time needs tokens; got 0")
         families = (options.shape,) if "shape" in given else NAMED_SHAPES
         suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by, families)
         values = plan_json.suggestion_values(suggestions, inventory, work, budget)
-        plan_tables.show_suggestions(suggestions, inventory, work, budget, suggest_options.rank_by)
+        plan_tables.show_suggestions(values, suggestions, inventory, work, suggest_options.rank_by)
     else:
         costs = model_costs(inventory, config, work)
         values = plan_json.plan_values(costs)
-        plan_tables.show_plan(costs, per_layer=options.per_layer, explain=options.explain)
+        plan_tables.show_plan(values, costs, per_layer=options.per_layer, explain=options.explain)
         if clusters:
             from mpoe.cli import cluster_tables
-            from mpoe.planning.cluster import placements
+            from mpoe.estimation.cluster import placements
 
             placed = [placements(costs, cluster) for cluster in clusters]
             found = [plan_json.cluster_values(*each, work) for each in zip(clusters, placed, strict=True)]
             if len(clusters) == 1:
                 values["cluster"] = found[0]
-                cluster_tables.show_cluster(clusters[0], placed[0], work)
+                cluster_tables.show_cluster(found[0], work)
             else:
                 values["clusters"] = found
-                cluster_tables.show_scale(clusters, placed, work)
+                cluster_tables.show_scale(found, clusters, work)
     if options.json is not None:
         write_json(Path(options.json), values)
         print(f"written to {options.json}")
@@ -237,18 +212,18 @@ def _check_suggest(options: PlanOptions, given: set[str]) -> None:
         raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
 
 
-def _budget(options: SuggestOptions) -> Budget:
-    from mpoe.planning.suggest import RANKS, Budget
+def _budget(options: SuggestOptions) -> Limits:
+    from mpoe.estimation.suggest import RANKS, Limits
 
     if options.rank_by not in RANKS:
         hint = close_matches(options.rank_by, RANKS)
         raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {options.rank_by!r}{hint}")
     most = None if options.max_parameters is None else parse_count("max_parameters", options.max_parameters)
-    return Budget(most, options.max_time)
+    return Limits(most, options.max_time)
 
 
 def _inventory(model: str, options: PlanOptions) -> Inventory:
-    from mpoe.planning.inventory import take_inventory
+    from mpoe.estimation.inventory import take_inventory
 
     if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, is a well-known size here
         from mpoe.data.embedded import stand_in_path
@@ -287,11 +262,11 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOE
     )
 
 
-def _workload(inventory: Inventory, options: PlanOptions) -> Workload:
+def _workload(inventory: Inventory, options: PlanOptions) -> Usage:
     import torch
 
-    from mpoe.planning.costs import Workload
-    from mpoe.planning.timing import Device
+    from mpoe.estimation.costs import Usage
+    from mpoe.estimation.timing import Device
     from mpoe_kernels.planner import hardware_of
 
     hardware_of(options.device)  # refuses an unknown one
@@ -302,13 +277,13 @@ def _workload(inventory: Inventory, options: PlanOptions) -> Workload:
     if options.decoder_tokens is not None:
         tokens["decoder"] = options.decoder_tokens
     device = Device(options.device, getattr(torch, DTYPES[options.dtype]))
-    return Workload(tokens, device, not options.inference, options.mask_central)
+    return Usage(tokens, device, not options.inference, options.mask_central)
 
 
-def _clusters(work: Workload, options: ClusterOptions, given: set[str]) -> list[Cluster]:
+def _clusters(work: Usage, options: ClusterOptions, given: set[str]) -> list[Cluster]:
     if not given & {"nodes", "gpus_per_node", "link_gbps", "node_link_gbps"}:
         return []
-    from mpoe.planning.cluster import Cluster
+    from mpoe.estimation.cluster import Cluster
 
     hardware = work.device.hardware
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.plan_notes import cluster_notes, plan_notes, suggestion_notes
-from mpoe.planning.costs import DESIGNS
+from mpoe.estimation.costs import DESIGNS
 
 if TYPE_CHECKING:
-    from mpoe.planning.cluster import Cluster, Placement, Traffic
-    from mpoe.planning.costs import Cost, LayerCosts, MatrixCosts, ModelCosts, Workload
-    from mpoe.planning.inventory import Inventory
-    from mpoe.planning.suggest import Budget, Suggestion
+    from mpoe.estimation.cluster import Cluster, Placement, Traffic
+    from mpoe.estimation.costs import Cost, LayerCosts, MatrixCosts, ModelCosts, Usage
+    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation.suggest import Limits, Suggestion
 
 SCHEMA = 1
 
@@ -33,7 +33,7 @@ def _model(inventory: Inventory) -> dict[str, Any]:
     return {**{name: getattr(inventory, name) for name in names}, "feed_forward_layers": len(inventory.layers)}
 
 
-def _work(work: Workload) -> dict[str, Any]:
+def _work(work: Usage) -> dict[str, Any]:
     return {
         "tokens": dict(work.tokens),
         "dtype": str(work.device.dtype).removeprefix("torch."),
@@ -94,7 +94,7 @@ def plan_values(costs: ModelCosts) -> dict[str, Any]:
 
 
 def suggestion_values(
-    suggestions: Sequence[Suggestion], inventory: Inventory, work: Workload, budget: Budget
+    suggestions: Sequence[Suggestion], inventory: Inventory, work: Usage, budget: Limits
 ) -> dict[str, Any]:
     """Suggestions, best first."""
     return {
@@ -125,9 +125,9 @@ def _traffic(traffic: Traffic) -> dict[str, Any]:
     return {"node_bytes": traffic.node, "link_bytes": traffic.link, "calls": traffic.calls}
 
 
-def cluster_values(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> dict[str, Any]:
-    """What a device holds, sends and waits for, per design; ``break_even`` as in `mpoe.planning.cluster`."""
-    from mpoe.planning.cluster import break_even
+def cluster_values(cluster: Cluster, placed: Sequence[Placement], work: Usage) -> dict[str, Any]:
+    """What a device holds, sends and waits for, per design; ``break_even`` as in `mpoe.estimation.cluster`."""
+    from mpoe.estimation.cluster import break_even
 
     return {
         "nodes": cluster.nodes,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpoe.planning.cluster import Cluster, Placement
-    from mpoe.planning.costs import ModelCosts, Workload
-    from mpoe.planning.inventory import Inventory
-    from mpoe.planning.suggest import Suggestion
+    from mpoe.estimation.cluster import Cluster, Placement
+    from mpoe.estimation.costs import ModelCosts, Usage
+    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation.suggest import Suggestion
 
 
 def plan_notes(costs: ModelCosts) -> list[str]:
@@ -43,7 +43,7 @@ TRUNCATED = (
 )
 
 
-def _hardware(work: Workload) -> str:
+def _hardware(work: Usage) -> str:
     hardware = work.device.hardware
     peak = hardware.flops_per_second(work.device.dtype) / 1e12
     return f"{hardware.name}: {peak:.3g} TFLOP/s reachable, {hardware.bandwidth / 1e9:,.0f} GB/s"
@@ -63,9 +63,9 @@ def suggestion_notes(suggestions: Sequence[Suggestion], inventory: Inventory) ->
     return notes
 
 
-def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Workload) -> list[str]:
-    """Formulas of the estimate; see `mpoe.planning.cluster`."""
-    from mpoe.planning.cluster import break_even
+def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Usage) -> list[str]:
+    """Formulas of the estimate; see `mpoe.estimation.cluster`."""
+    from mpoe.estimation.cluster import break_even
 
     n, g = cluster.nodes, cluster.gpus_per_node
     notes = [
@@ -106,7 +106,7 @@ def cluster_notes(cluster: Cluster, placed: Sequence[Placement], work: Workload)
     return notes
 
 
-def scale_notes(clusters: Sequence[Cluster], work: Workload) -> list[str]:
+def scale_notes(clusters: Sequence[Cluster], work: Usage) -> list[str]:
     """What the columns of a comparison over several clusters mean."""
     state = "float32 parameters, gradients and AdamW (16 bytes each)" if work.training else "parameters"
     return [

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mpoe.cli.plan_notes import plan_notes, suggestion_notes
-
 if TYPE_CHECKING:
-    from mpoe.planning.costs import Cost, LayerCosts, MatrixCosts, ModelCosts, Workload
-    from mpoe.planning.inventory import Inventory
-    from mpoe.planning.suggest import Budget, Suggestion
+    from mpoe.estimation.costs import LayerCosts, ModelCosts, Usage
+    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation.suggest import Suggestion
     from mpoe_kernels.planner import Hardware
 
 NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
@@ -69,24 +67,15 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def over(cost: Cost, dense: Cost) -> str:
-    """Time over the dense one's."""
-    return ratio(cost.seconds / dense.seconds if dense.seconds else None)
-
-
-def strategies(matrix: MatrixCosts) -> str:
-    """Forward and backward strategies of the planner; one word when they are the same."""
-    return " / ".join(dict.fromkeys(phase.strategy for phase in matrix.plan.phases))
-
-
-def _cost_cells(cost: Cost, dense: Cost, training: bool) -> list[str]:
+def _cost_cells(cost: Mapping[str, Any], training: bool) -> list[str]:
+    """Cells of a cost as it stands in the JSON."""
     return [
-        count(cost.parameters),
-        *([size(cost.optimizer_bytes)] if training else []),
-        size(cost.temporary_bytes) if cost.temporary_bytes else "-",
-        operations(cost.flops),
-        duration(cost.seconds),
-        over(cost, dense),
+        count(cost["parameters"]),
+        *([size(cost["optimizer_bytes"])] if training else []),
+        size(cost["temporary_bytes"]) if cost["temporary_bytes"] else "-",
+        operations(cost["flops"]),
+        duration(cost["seconds"]),
+        ratio(cost["x_dense"]),
     ]
 
 
@@ -108,7 +97,7 @@ def _cost_table(title: str, first: str, training: bool, last: str | None = None)
     return table
 
 
-def _head(inventory: Inventory, work: Workload) -> str:
+def _head(inventory: Inventory, work: Usage) -> str:
     hardware = work.device.hardware
     tokens = ", ".join(f"{number:,} {stream} tokens" for stream, number in work.tokens.items())
     tokens = tokens.replace(" main tokens", " tokens")  # the only stream of GPT-2 and BERT has no name worth saying
@@ -121,88 +110,95 @@ def _head(inventory: Inventory, work: Workload) -> str:
     )
 
 
-def show_plan(costs: ModelCosts, per_layer: bool = False, explain: bool = False) -> None:
-    """Print the costs of every kind of layer, of the whole model, and what they assume."""
+def show_plan(values: Mapping[str, Any], costs: ModelCosts, per_layer: bool = False, explain: bool = False) -> None:
+    """Print a plan: the costs of every kind of layer, of the whole model, and what they assume.
+
+    Args:
+        values: as `mpoe.cli.plan_json.plan_values` gives it.
+        costs: what it was made from; shapes and contraction plans are printed as they describe themselves.
+        per_layer: list every layer.
+        explain: say why the other strategies lost.
+    """
     out = console()
-    work, experts, top_k = costs.workload, costs.config.num_experts, costs.config.router.top_k
-    out.print(_head(costs.inventory, work), highlight=False)
+    experts, top_k = costs.config.num_experts, costs.config.router.top_k
+    out.print(_head(costs.inventory, costs.workload), highlight=False)
     shape = costs.config.shape if isinstance(costs.config.shape, str) else "given"
     out.print(f"{experts:,} experts, top-{top_k}, shape {shape}\n", highlight=False)
-    for layer in costs.layers:
-        _show_layer(out, layer, work, explain)
+    training = values["work"]["training"]
+    for layer, found in zip(values["layers"], costs.layers, strict=True):
+        _show_layer(out, layer, found, training, explain)
     if per_layer:
-        _show_every_layer(out, costs)
-    _show_totals(out, costs)
-    show_notes(out, plan_notes(costs))
+        _show_every_layer(out, values["layers"], [item.name for item in costs.inventory.layers])
+    _show_totals(out, values, training)
+    show_notes(out, values["notes"])
 
 
-def _layer_title(layer: LayerCosts) -> str:
-    streams = " and ".join(s for s in layer.streams if s != "main")
+def _layer_title(layer: Mapping[str, Any]) -> str:
+    streams = " and ".join(s for s in layer["streams"] if s != "main")
     kind = f"{streams} feed-forward layer" if streams else "feed-forward layer"
-    return f"{layer.count} {kind}{'s' if layer.count > 1 else ''} of {layer.tokens:,} tokens; of one:"
+    return f"{layer['count']} {kind}{'s' if layer['count'] > 1 else ''} of {layer['tokens']:,} tokens; of one:"
 
 
-def _show_layer(out: Console, layer: LayerCosts, work: Workload, explain: bool) -> None:
-    last = "forward / backward" if work.training else "strategy"
-    table = _cost_table(_layer_title(layer), "matrix", work.training, last)
-    for matrix in layer.matrices:
-        label = f"{matrix.matrix.kind} {matrix.matrix.rows}x{matrix.matrix.columns}"
-        ways = {"mpoe": strategies(matrix), "switch": "GEMM per expert", "dense": "one GEMM"}
-        for design, cost in matrix.costs.items():
-            cells = _cost_cells(cost, matrix.costs["dense"], work.training)
-            table.add_row(label if design == "mpoe" else "", NAMES[design], *cells, ways[design])
+def _add_designs(
+    table: Table, label: str, costs: Mapping[str, Any], training: bool, last: Sequence[str] = (), bold: bool = True
+) -> None:
+    """A row for each design; ``last``: a cell more for each of them."""
+    for index, (design, name) in enumerate(NAMES.items()):
+        style = "bold" if bold and design == "mpoe" else ""
+        cells = _cost_cells(costs[design], training)
+        table.add_row("" if index else label, name, *cells, *last[index : index + 1], style=style)
+
+
+def _show_layer(out: Console, layer: Mapping[str, Any], found: LayerCosts, training: bool, explain: bool) -> None:
+    last = "forward / backward" if training else "strategy"
+    table = _cost_table(_layer_title(layer), "matrix", training, last)
+    for matrix in layer["matrices"]:
+        label = f"{matrix['kind']} {matrix['in_features']}x{matrix['out_features']}"
+        strategies = " / ".join(dict.fromkeys(phase["strategy"] for phase in matrix["phases"].values()))
+        _add_designs(table, label, matrix, training, (strategies, "GEMM per expert", "one GEMM"), bold=False)
         table.add_section()
-    cells = _cost_cells(layer.routing, layer.routing, work.training)
-    table.add_row("routing", "both", *cells[:-1], "", "router, copies")
+    table.add_row("routing", "both", *_cost_cells(layer["routing"], training)[:-1], "", "router, copies")
     table.add_section()
-    for design, name in NAMES.items():
-        cells = _cost_cells(layer.cost(design), layer.cost("dense"), work.training)
-        table.add_row("layer" if design == "mpoe" else "", name, *cells, "", style="bold" if design == "mpoe" else "")
+    _add_designs(table, "layer", layer, training, ("", "", ""))
     out.print(table)
-    for matrix in layer.matrices:
-        lossless = "lossless" if matrix.shape.is_full else "truncated"
-        share = matrix.shape.auxiliary_parameters / matrix.matrix.elements
-        text = f"{matrix.matrix.kind}: {matrix.shape}; {lossless}, {share:.2%} of the matrix per expert"
+    for each in found.matrices:
+        lossless = "lossless" if each.shape.is_full else "truncated"
+        share = each.shape.auxiliary_parameters / each.matrix.elements
+        text = f"{each.matrix.kind}: {each.shape}; {lossless}, {share:.2%} of the matrix per expert"
         out.print(escape(text), highlight=False)
         if explain:
-            out.print(escape(str(matrix.plan)), highlight=False)
+            out.print(escape(str(each.plan)), highlight=False)
     out.print()
 
 
-def _show_every_layer(out: Console, costs: ModelCosts) -> None:
+def _show_every_layer(out: Console, layers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     table = new_table("Every layer: parameters of the three designs, time of MPOE")
     table.add_column("layer", no_wrap=True)
     for name in ("tokens", *NAMES.values(), "time", "x dense"):
         table.add_column(name, justify="right", no_wrap=True)
-    group_of = {name: layer for layer in costs.layers for name in layer.names}
-    for item in costs.inventory.layers:
-        layer = group_of[item.name]
-        cost, dense = layer.cost("mpoe"), layer.cost("dense")
-        parameters = [count(layer.cost(design).parameters) for design in NAMES]
-        table.add_row(item.name, f"{layer.tokens:,}", *parameters, duration(cost.seconds), over(cost, dense))
+    group_of = {name: layer for layer in layers for name in layer["names"]}
+    for name in names:
+        layer = group_of[name]
+        parameters = [count(layer[design]["parameters"]) for design in NAMES]
+        cost = layer["mpoe"]
+        table.add_row(name, f"{layer['tokens']:,}", *parameters, duration(cost["seconds"]), ratio(cost["x_dense"]))
     out.print(table)
     out.print()
 
 
-def _show_totals(out: Console, costs: ModelCosts) -> None:
-    training = costs.workload.training
-    table = _cost_table("In total", "part", training)
-    number = sum(layer.count for layer in costs.layers)
-    for design, name in NAMES.items():
-        cells = _cost_cells(costs.experts(design), costs.experts("dense"), training)
-        table.add_row(f"{number} feed-forward layers" if design == "mpoe" else "", name, *cells)
+def _show_totals(out: Console, values: Mapping[str, Any], training: bool) -> None:
+    table, totals = _cost_table("In total", "part", training), values["totals"]
+    number = sum(layer["count"] for layer in values["layers"])
+    _add_designs(table, f"{number} feed-forward layers", totals["feed_forward"], training, bold=False)
     table.add_section()
-    table.add_row("rest of the model", "all", *_cost_cells(costs.rest, costs.rest, training)[:-1], "")
+    table.add_row("rest of the model", "all", *_cost_cells(totals["rest"], training)[:-1], "")
     table.add_section()
-    for design, name in NAMES.items():
-        cells = _cost_cells(costs.whole(design), costs.whole("dense"), training)
-        table.add_row("whole model" if design == "mpoe" else "", name, *cells, style="bold" if design == "mpoe" else "")
+    _add_designs(table, "whole model", totals["whole"], training)
     if training:
         table.add_section()
-        dense = costs.optimizer_seconds(costs.updated("dense"))
+        seconds = totals["optimizer_seconds"]
         for design, name in NAMES.items():
-            seconds = costs.optimizer_seconds(costs.updated(design))
-            cells = ["", "", "", "", duration(seconds), ratio(seconds / dense)]
+            cells = ["", "", "", "", duration(seconds[design]), ratio(seconds[design] / seconds["dense"])]
             table.add_row("AdamW step" if design == "mpoe" else "", name, *cells)
     out.print(table)
 
@@ -215,18 +211,18 @@ def show_notes(out: Console, notes: Sequence[str]) -> None:
 
 
 def show_suggestions(
-    suggestions: Sequence[Suggestion], inventory: Inventory, work: Workload, budget: Budget, rank_by: str
+    values: Mapping[str, Any], suggestions: Sequence[Suggestion], inventory: Inventory, work: Usage, rank_by: str
 ) -> None:
-    """Print the shapes that meet a budget."""
-    from mpoe.planning.suggest import front
+    """Print the shapes that meet a budget; ``values``: as `mpoe.cli.plan_json.suggestion_values` gives them."""
+    from mpoe.estimation.suggest import front
 
     out = console()
     out.print(_head(inventory, work), highlight=False)
-    bounds = []
-    if budget.parameters is not None:
-        bounds.append(f"at most {budget.parameters:,} parameters")
-    if budget.x_dense is not None:
-        bounds.append(f"at most {budget.x_dense:g} x dense")
+    most, x_dense = values["budget"]["max_parameters"], values["budget"]["max_time"]
+    bounds = [
+        *([] if most is None else [f"at most {most:,} parameters"]),
+        *([] if x_dense is None else [f"at most {x_dense:g} x dense"]),
+    ]
     config = suggestions[0].config
     within = " and ".join(bounds) if bounds else "no budget"
     table = new_table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
@@ -235,25 +231,26 @@ def show_suggestions(
     for name in ("parameters", "per expert", "optimizer", "time", "x dense"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("pretrained", no_wrap=True)
-    best = {id(s) for s in front([s for s in suggestions if s.lossless])}
-    for position, suggestion in enumerate(suggestions, start=1):
-        if position > 1 and not suggestion.lossless and suggestions[position - 2].lossless:
+    best = {one.name for one in front([one for one in suggestions if one.lossless])}
+    lossless = True
+    for position, row in enumerate(values["suggestions"], start=1):
+        if lossless and not row["lossless"] and position > 1:
             table.add_section()
-        whole, experts = suggestion.costs.whole("mpoe"), suggestion.costs.experts("mpoe")
+        lossless = row["lossless"]
         table.add_row(
             str(position),
-            suggestion.name,
-            count(whole.parameters),
-            f"{suggestion.capacity:.2%}",
-            size(whole.optimizer_bytes) if work.training else "-",
-            duration(experts.seconds),
-            ratio(suggestion.costs.x_dense()),
-            "lossless" if suggestion.lossless else "truncated",
-            style="bold" if id(suggestion) in best else None,
+            row["name"],
+            count(row["parameters"]),
+            f"{row['capacity']:.2%}",
+            size(row["optimizer_bytes"]) if work.training else "-",
+            duration(row["feed_forward_seconds"]),
+            ratio(row["x_dense"]),
+            "lossless" if lossless else "truncated",
+            style="bold" if row["name"] in best else None,
         )
     out.print(table)
-    out.print(f"the first, for plan and convert: {suggestions[0].options}", highlight=False)
-    show_notes(out, suggestion_notes(suggestions, inventory))
+    out.print(f"the first, for plan and convert: {values['suggestions'][0]['options']}", highlight=False)
+    show_notes(out, values["notes"])
 
 
 def show_hardware(hardware: Hardware, threads: int | None) -> None:

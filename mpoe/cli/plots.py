@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# one colour per arm, told apart by colour-blind readers too (Okabe and Ito)
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
-
-
-def have_matplotlib() -> bool:
-    """Whether the [report] extra is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+from mpoe.plotting import COLOURS, heat_map, new_figure, smooth, svg
 
 
 def _draw(paint: Callable[[Any], None], width: float = 7.0, height: float = 3.4) -> str:
     """SVG text of one figure; ``paint`` draws on the axes it is given."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    paint(axes)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last ``width`` values, at every point."""
-    out, total = [], 0.0
-    for index, value in enumerate(values):
-        total += value - (values[index - width] if index >= width else 0.0)
-        out.append(total / min(index + 1, width))
-    return out
+    figure, axes = new_figure(width, height)
+    paint(axes[0, 0])
+    return svg(figure)
 
 
 Curve = Sequence[tuple[float, float]]  # (step, value)
@@ -80,7 +55,7 @@ def parameter_bars(arms: Sequence[dict[str, Any]]) -> str:
         names = [arm["name"] for arm in arms]
         shared = [arm["parameters"]["central"] / 1e6 for arm in arms]
         own = [(arm["parameters"]["experts"] - arm["parameters"]["central"]) / 1e6 for arm in arms]
-        axes.barh(names, shared, color=COLOURS[2], label="central cores (shared by the experts)")
+        axes.barh(names, shared, color=COLOURS[0], label="central cores (shared by the experts)")
         axes.barh(names, own, left=shared, color=COLOURS[1], label="each expert's own (or dense FFN)")
         axes.invert_yaxis()
         axes.set(xlabel="millions of parameters in feed-forward layers", title="Parameters")
@@ -89,14 +64,12 @@ def parameter_bars(arms: Sequence[dict[str, Any]]) -> str:
     return _draw(paint, height=2.8)
 
 
-def expert_load(load: Sequence[Sequence[float]], title: str) -> str:
+def load_map(load: Sequence[Sequence[float]], title: str) -> str:
     """Share of tokens of each expert as a heat map; ``load``: tokens or shares, [layers][E]."""
 
     def paint(axes: Any) -> None:
         shares = [[count / (sum(layer) or 1.0) for count in layer] for layer in load]
-        image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0)
+        heat_map(axes, shares, list(map(str, range(len(shares)))), max(map(max, shares)), "{:.2f}", "share of tokens")
         axes.set(xlabel="expert", ylabel="MPOE layer", title=title)
-        axes.set_yticks(range(len(shares)))
-        axes.figure.colorbar(image, ax=axes, label="share of tokens")
 
     return _draw(paint, height=2.6)

@@ -84,7 +84,7 @@ def quiet_transformers() -> None:
 
 
 def load_model(source: Source) -> Any:
-    """The model in float32, in eval mode: dense models by their Auto class, ours by `load_mpoe`.
+    """The model in float32, in eval mode: dense models by their Auto class, converted ones by `load_mpoe`.
 
     Raises:
         ValueError: weights that are absent, damaged, or do not fit the configuration beside them.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mpoe.plotting as plotting
 from mpoe.cli import plots
 from mpoe.cli.html import Rows, table, write_page
 from mpoe.cli.scoring import SCORE_NOTE
@@ -14,7 +15,7 @@ from mpoe.cli.scoring import SCORE_NOTE
 
 def _figures(draw: Callable[[], Iterable[str]]) -> str:
     """The drawings, or how to get them where matplotlib is not installed."""
-    if not plots.have_matplotlib():
+    if not plotting.have_matplotlib():
         return '<p class="note">Plots need matplotlib: <code>pip install "mpoe[report]"</code>.</p>'
     return "".join(f"<figure>{svg}</figure>" for svg in draw())
 
@@ -24,7 +25,7 @@ def _demo_drawings(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield plots.parameter_bars(arms)
     for arm in arms:
         if arm["expert_load"]:
-            yield plots.expert_load(arm["expert_load"], f"Expert load on test items: {arm['name']}")
+            yield plots.load_map(arm["expert_load"], f"Expert load on test items: {arm['name']}")
 
 
 def _run_drawings(records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -36,7 +37,7 @@ def _run_drawings(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield plots.loss_curves(validation, "Validation loss", smoothed=False)
     loads = [r["expert_load"]["share"] for r in records if r.get("expert_load")]
     if loads:
-        yield plots.expert_load([layer for layer in loads[-1] if layer], "Expert load at the last training steps")
+        yield plots.load_map([layer for layer in loads[-1] if layer], "Expert load at the last training steps")
 
 
 def write_run_report(
@@ -66,7 +67,7 @@ def write_run_report(
     write_page(file, "mpoe run", parts)
 
 
-def write_report(file: Path, results: dict[str, Any], header: Sequence[str], rows: Rows) -> None:
+def write_demo_report(file: Path, results: dict[str, Any], header: Sequence[str], rows: Rows) -> None:
     """Write the report of the demo.
 
     Args:

@@ -7,11 +7,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.parsing import option
 from mpoe.models.table import CAUSAL, SEQ2SEQ
 
 if TYPE_CHECKING:
@@ -26,59 +27,37 @@ DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_name
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-def _help(text: str) -> dict[str, Any]:
-    return {"help": text}
-
-
 @dataclass
 class DataOptions:
     """Where the items come from."""
 
     _argument_group_name = "data"
 
-    data_dir: str | None = field(
-        default=None,
-        metadata=_help(
-            "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data set on the hub; "
-            "with --tasks, one such folder per task"
-        ),
+    data_dir: str | None = option(
+        None,
+        "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data set on the hub; "
+        "with --tasks, one such folder per task",
     )
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata=_help(
-            "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; from the hub "
-            "where they have no folder) or embedded ones (doc_module, doc_lm, ...)"
-        ),
+    tasks: list[str] = option(
+        [],
+        "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; from the hub "
+        "where they have no folder) or embedded ones (doc_module, doc_lm, ...)",
     )
-    task_file: list[str] = field(
-        default_factory=list, metadata=_help("YAML or JSON files that describe tasks; without --tasks all of them")
-    )
-    eval_tasks: list[str] = field(
-        default_factory=list, metadata=_help("tasks to evaluate on; default: those trained on")
-    )
-    temperature: float = field(default=1.0, metadata=_help("tasks are drawn with p ~ size^(1/temperature)"))
-    kind: str | None = field(
-        default=None, metadata=_help("classification, regression, generation or language_modeling; default: detected")
-    )
-    text_columns: list[str] = field(
-        default_factory=list, metadata=_help("columns of the input text; default: detected")
-    )
-    label_column: str | None = field(default=None, metadata=_help("column of the answer; default: detected"))
-    label_words: str | None = field(
-        default=None, metadata=_help('JSON: label -> word to write, {"0": "bad", "1": "good"}')
-    )
-    column_names: list[str] = field(default_factory=list, metadata=_help("columns of csv/tsv files without a header"))
-    metrics: list[str] = field(default_factory=list, metadata=_help("metrics of the task; default: by kind"))
-    max_source_length: int | None = field(
-        default=None, metadata=_help("tokens of the input (128), and of a block in language modelling")
-    )
-    max_target_length: int | None = field(default=None, metadata=_help("tokens of the answer (16)"))
-    split_validation_test: bool = field(
-        default=False, metadata=_help("take the test items out of the validation items")
-    )
-    n_train: int | None = field(default=None, metadata=_help("use a random subset of so many training items"))
-    n_val: int | None = field(default=None, metadata=_help("the same for validation"))
-    n_test: int | None = field(default=None, metadata=_help("the same for test"))
+    task_file: list[str] = option([], "YAML or JSON files that describe tasks; without --tasks all of them")
+    eval_tasks: list[str] = option([], "tasks to evaluate on; default: those trained on")
+    temperature: float = option(1.0, "tasks are drawn with p ~ size^(1/temperature)")
+    kind: str | None = option(None, "classification, regression, generation or language_modeling; default: detected")
+    text_columns: list[str] = option([], "columns of the input text; default: detected")
+    label_column: str | None = option(None, "column of the answer; default: detected")
+    label_words: str | None = option(None, 'JSON: label -> word to write, {"0": "bad", "1": "good"}')
+    column_names: list[str] = option([], "columns of csv/tsv files without a header")
+    metrics: list[str] = option([], "metrics of the task; default: by kind")
+    max_source_length: int | None = option(None, "tokens of the input (128), and of a block in language modelling")
+    max_target_length: int | None = option(None, "tokens of the answer (16)")
+    split_validation_test: bool = option(False, "take the test items out of the validation items")
+    n_train: int | None = option(None, "use a random subset of so many training items")
+    n_val: int | None = option(None, "the same for validation")
+    n_test: int | None = option(None, "the same for test")
 
     def __post_init__(self) -> None:
         # the lists may be written with commas too, as the original's configurations do

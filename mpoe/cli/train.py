@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
 from mpoe.cli.options import ExpertOptions, ModelOptions
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class RunOptions:
 
     _argument_group_name = "run"
 
-    overwrite: bool = field(default=False, metadata={"help": "replace the run in output_dir"})
-    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir at its last checkpoint"})
+    overwrite: bool = option(False, "replace the run in output_dir")
+    resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | 
             return find_last_checkpoint(folder) if plan.run.resume else None
         checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
     if plan.run.resume:
-        print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting afresh")
+        print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
     return checkpoint
 
 

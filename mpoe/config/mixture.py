@@ -79,9 +79,6 @@ class MPOEConfig:
     num_experts: int = 8
     expert_type: str = "mpo"
     shape: Any = "separable"
-    block_size: int | None = None
-    block_per_group: bool = True
-    expert_bias: bool = False
     shape_pattern: dict[str, Any] = field(default_factory=dict)
     max_bond: int | None = None
     separable_left: int | None = None
@@ -99,6 +96,9 @@ class MPOEConfig:
     backend: str | None = None
     rate_ratios: dict[str, list[float]] = field(default_factory=dict)
     tied_head: bool = True
+    block_size: int | None = None
+    block_per_group: bool = True
+    expert_bias: bool = False
 
     def __post_init__(self) -> None:
         check_choice("moe_type", self.moe_type, MOE_TYPES)

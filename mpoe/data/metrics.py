@@ -1,6 +1,7 @@
 """Metrics in numpy: each takes predictions and references of equal length and returns a fraction, not per cent.
 
-Those of generated texts are in :mod:`mpoe.data.text_metrics`.
+Those of generated texts are in :mod:`mpoe.data.text_metrics`. What the embedded tasks and a user's own folder are
+judged by needs no further package; the area under the curve, BLEU and ROUGE need the extra ``metrics``.
 Undefined cases (a constant input to a correlation, one class only for the area under the curve) return 0.0 for
 correlations, as a model that always answers the same has learned nothing, and raise where no value would be honest.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mpoe.data.names import lookup
-from mpoe.data.text_metrics import bleu, exact_match, rouge1, rouge2, rouge_l, same_length, token_f1
+from mpoe.data.text_metrics import bleu, exact_match, library, rouge1, rouge2, rouge_l, same_length, token_f1
 
 
 def accuracy(predictions: Sequence, references: Sequence) -> float:
@@ -64,17 +65,15 @@ def spearman(predictions: Sequence, references: Sequence) -> float:
 
 
 def roc_auc(scores: Sequence, references: Sequence) -> float:
-    """Area under the ROC curve of [N] scores for references 0/1 (Mann-Whitney; ties count half).
+    """Area under the ROC curve of [N] scores for references 0/1, by scikit-learn.
 
     Raises:
         ValueError: references are not 0/1, or only one of them occurs.
     """
     score, expected = _numbers(scores, references)
-    positives, negatives = int(np.sum(expected == 1)), int(np.sum(expected == 0))
-    if positives + negatives != len(expected) or not positives or not negatives:
+    if set(expected) != {0.0, 1.0}:
         raise ValueError(f"references must hold both 0 and 1 and nothing else; got {_few(np.unique(expected))}")
-    rank_sum = float(ranks(score)[expected == 1].sum())
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    return float(library("sklearn.metrics").roc_auc_score(expected, score))
 
 
 def perplexity(losses: Sequence, weights: Sequence | None = None) -> float:
@@ -107,9 +106,21 @@ METRICS: dict[str, Callable[..., float]] = {
 }
 
 
+_LIBRARIES = {"roc_auc": "sklearn", "bleu": "sacrebleu", "rouge1": "rouge_score"}
+_LIBRARIES |= dict.fromkeys(("rouge2", "rouge_l"), "rouge_score")
+
+
 def get_metric(name: str) -> Callable[..., float]:
-    """The metric called ``name``; ValueError with close matches otherwise."""
-    return lookup(METRICS, name, "metric")
+    """The metric called ``name``.
+
+    Raises:
+        ValueError: there is none; the message names close matches.
+        RuntimeError: it needs a package of the extra ``metrics`` that is not installed.
+    """
+    metric = lookup(METRICS, name, "metric")
+    if name in _LIBRARIES:
+        library(_LIBRARIES[name])
+    return metric
 
 
 def _labels(predictions: Sequence, references: Sequence) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,15 @@
 """Metrics of generated texts: each takes N predicted and N expected texts and returns a fraction, not per cent.
 
-All but BLEU compare lower-case words without punctuation.
+All but BLEU compare lower-case words without punctuation. BLEU and ROUGE need the extra ``metrics``.
 """
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-BLEU_ORDER = 4
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -20,53 +18,66 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over texts of the F1 of the shared words (bags of words, as SQuAD does)."""
-    return rouge1(predictions, references)
+    """Mean over texts of the F1 of the shared words (bags of words, as SQuAD does); two empty texts agree."""
+    pairs = _word_pairs(predictions, references)
+    shared = [2 * (Counter(p) & Counter(e)).total() for p, e in pairs]
+    return _mean(n / (len(p) + len(e)) if p or e else 1.0 for n, (p, e) in zip(shared, pairs, strict=True))
 
 
 def rouge1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """ROUGE-1: mean over texts of the F1 of shared words (Lin 2004, section 2, as F1; no stemming)."""
-    return _mean(_f1((p & e).total(), p.total(), e.total()) for p, e in _ngram_pairs(predictions, references, 1))
+    return _rouge("rouge1", predictions, references)
 
 
 def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
     """ROUGE-2: the same of shared pairs of neighbouring words; 0 where neither text has a pair."""
-    pairs = _ngram_pairs(predictions, references, 2)
-    return _mean(_f1((p & e).total(), p.total(), e.total()) if p or e else 0.0 for p, e in pairs)
+    return _rouge("rouge2", predictions, references)
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     """ROUGE-L: mean over texts of the F1 of their longest common subsequence of words (Lin 2004, section 3.1)."""
-    return _mean(_f1(_common_length(p, e), len(p), len(e)) for p, e in _word_pairs(predictions, references))
+    return _rouge("rougeL", predictions, references)
+
+
+def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> float:
+    """By rouge-score, with words as here: its own are of ASCII letters alone. Two empty texts agree but in pairs."""
+    pairs = _word_pairs(predictions, references)
+    scorer = library("rouge_score.rouge_scorer").RougeScorer([kind], tokenizer=_Split())
+    return _mean(
+        scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2") for p, e in pairs
+    )
+
+
+class _Split:
+    """Words that were joined by blanks, for rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split(" ") if text else []
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU-4 of the whole set with one reference each (Papineni et al. 2002), case-sensitive.
+    """BLEU-4 of the whole set with one reference each (Papineni et al. 2002), case-sensitive, by sacreBLEU.
 
     Tokens are words and single punctuation marks. An order without any match counts as 1/2, 1/4, ... matches (the
-    first, second, ... such order; as sacreBLEU's default smoothing does); orders that no prediction is long enough for
-    are left out. 0.0 if no word matches.
+    first, second, ... such order; sacreBLEU's default smoothing); orders that no prediction is long enough for are left
+    out. 0.0 if no word matches.
     """
     _check_texts(predictions, references)
-    pairs = [(_tokens(p), _tokens(e)) for p, e in zip(predictions, references, strict=True)]
-    logs: list[float] = []
-    missed = 0
-    for order in range(1, BLEU_ORDER + 1):
-        grams = [(_ngrams(p, order), _ngrams(e, order)) for p, e in pairs]
-        total = sum(predicted.total() for predicted, _ in grams)
-        matches: float = sum((predicted & expected).total() for predicted, expected in grams)
-        if not total:
-            break
-        if not matches:
-            if order == 1:
-                return 0.0
-            missed += 1
-            matches = 0.5**missed
-        logs.append(math.log(matches / total))
-    if not logs:
-        return 0.0
-    length, wanted = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    return math.exp(sum(logs) / len(logs) + min(0.0, 1.0 - wanted / length))
+    predicted, expected = ([" ".join(_tokens(text)) for text in texts] for texts in (predictions, references))
+    metric = library("sacrebleu").BLEU(tokenize="none", effective_order=True, force=True)
+    return metric.corpus_score(predicted, [expected]).score / 100
+
+
+def library(module: str) -> Any:
+    """A package of the extra ``metrics``, imported.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise RuntimeError(f'this metric needs the package {package}: pip install "mpoe[metrics]"')
+    return importlib.import_module(module)
 
 
 def text_words(text: str) -> list[str]:
@@ -97,32 +108,6 @@ def _word_pairs(predictions: Sequence[str], references: Sequence[str]) -> list[t
 
 def _tokens(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text)
-
-
-def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-
-
-def _ngram_pairs(
-    predictions: Sequence[str], references: Sequence[str], order: int
-) -> list[tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]]:
-    return [(_ngrams(p, order), _ngrams(e, order)) for p, e in _word_pairs(predictions, references)]
-
-
-def _f1(shared: int, predicted: int, expected: int) -> float:
-    """Harmonic mean of precision and recall; two empty sides agree."""
-    return 2.0 * shared / (predicted + expected) if predicted or expected else 1.0
-
-
-def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one row of the table at a time."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        previous = row
-        row = [0]
-        for index, other in enumerate(second):
-            row.append(previous[index] + 1 if word == other else max(previous[index + 1], row[index]))
-    return row[-1]
 
 
 def _mean(values: Iterable[float]) -> float:

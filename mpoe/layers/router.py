@@ -97,7 +97,7 @@ class TopKRouter(FromInitialValues):
         capacity = self.capacity(index.shape[0])
         if kept is None:
             return route(index, self.num_experts, capacity, token_mask)
-        # Dropped choices go to one expert more, whose slots lie behind the others' and are then empty.
+        # Dropped choices go to one expert more, whose slots come after all others and are then empty.
         index = index.masked_fill(~kept, self.num_experts)
         routing = route(index, self.num_experts + 1, capacity, token_mask)
         slots = routing.slot_of_token.masked_fill(~kept, -1)

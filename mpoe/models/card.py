@@ -1,7 +1,7 @@
 """The model card: `README.md` beside a saved model, with what the mixture is and what it reached.
 
-A card that somebody wrote or edited is never replaced: ours ends with a checksum of itself, and only a file whose
-checksum still fits is ours.
+A card that somebody wrote or edited is never replaced: a generated card ends with its own checksum, and only a file
+whose checksum still fits is replaced.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
 
 
 def may_write_card(file: Path) -> bool:
-    """Whether ``file`` is absent, or a card of ours that nobody has edited."""
+    """Whether ``file`` is absent, or a generated card that nobody has edited."""
     if not file.exists():
         return True
     text = file.read_text(encoding="utf-8", errors="replace")

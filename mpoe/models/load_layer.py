@@ -1,4 +1,4 @@
-"""`load_layers`: components of a model taken from an existing checkpoint instead of being decomposed anew."""
+"""`load_layers`: components of a model taken from an existing checkpoint instead of being decomposed again."""
 
 from __future__ import annotations
 

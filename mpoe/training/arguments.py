@@ -1,4 +1,4 @@
-"""`MPOETrainingArguments`: everything of the Hugging Face Trainer's arguments, and ours."""
+"""`MPOETrainingArguments`: the Hugging Face Trainer's arguments and those of MPO experts."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        # Ours first: a wrong argument is refused before the Trainer sets up devices or processes.
+        # Own arguments first: a wrong one is refused before the Trainer sets up devices or processes.
         if self.regime not in LR_SCALES:
             raise ValueError(f"regime must be one of {sorted(LR_SCALES)}; got {self.regime!r}")
         for name in ("mpo_lr", "central_lr_scale", "auxiliary_lr_scale"):

@@ -178,7 +178,7 @@ def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral
     try:
         saved = dict(json.loads(run_file.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run_file} is not the record of a run (start afresh with --overwrite)") from error
+        raise ValueError(f"{run_file} is not the record of a run (start again with --overwrite)") from error
     differences = differing_keys(saved, run_config, neutral_keys) if run_config is not None else {}
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())

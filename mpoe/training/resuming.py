@@ -1,14 +1,23 @@
-"""Which checkpoint a run goes on from, and what is refused as one."""
+"""Writing and reading a run's checkpoints: whole or not at all; which one a run goes on from, what is refused."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainer as _Base
+else:
+    _Base = object
 
 
 def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
@@ -48,3 +57,66 @@ def reading(checkpoint: str | None) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error
+
+
+class CheckpointMixin(_Base):
+    """A Hugging Face Trainer whose checkpoints are complete or absent (see `mpoe.training.checkpoints`).
+
+    Raises:
+        ValueError: on loading, a checkpoint that lacks weights, has too many, or cannot be read.
+        OSError: on saving, one that could not be written; the one before is still there.
+    """
+
+    model: Any
+    _staging: Path | None = None  # where a checkpoint is being assembled
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds a tied weight under one of its names; the Trainer would call the others missing. What is
+        # missing under every name would go on from random numbers.
+        tensors = self.model.state_dict(keep_vars=True)
+        missing = load_result.missing_keys
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
+        absent = [name for name in missing if id(tensors.get(name)) not in loaded]
+        for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
+            if names:
+                raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # While a checkpoint is being assembled, the Trainer writes into the staging folder.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = checkpoints.staging_root(run_dir)
+        staged = staging / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and staging.exists():
+            checkpoints.delete(staging)  # an earlier attempt failed half-way
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            # The Trainer looked for the best checkpoint in the staging folder.
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == staged.name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            checkpoints.publish(staged, run_dir)
+            staging.rmdir()
+            checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()

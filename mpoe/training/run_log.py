@@ -35,7 +35,7 @@ class RunLog:
             self._load = load if self._load is None else self._load + load
 
     def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], Tensor | None]:
-        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); begins anew.
+        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then starts from zero.
 
         With ``reduce``, over all processes: all must call it.
         """

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +27,7 @@ from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.param_groups import build_param_groups
-from mpoe.training.resuming import checkpoint_to_resume, reading
+from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume
 from mpoe.training.run_lock import hold
 from mpoe.training.run_log import RunLog, expert_load_of
 from mpoe.training.statistics import ExpertLoad, core_grad_norms
@@ -54,7 +53,7 @@ def _is_speed(metric: str) -> bool:
     return metric.endswith(("_runtime", "_per_second"))
 
 
-class MPOETrainer(Seq2SeqTrainer):
+class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     """Trains converted models (and, with the same numbers in the logs, dense ones) for all three families.
 
     What it adds to the Trainer:
@@ -97,7 +96,7 @@ class MPOETrainer(Seq2SeqTrainer):
                 " (language models are evaluated by eval_loss and eval_perplexity)"
             )
         super().__init__(model=model, args=args, **kwargs)
-        # The scaling is ours for every model, T5 included: the Trainer only divides by the accumulation steps.
+        # This class scales the loss of every model, T5 included: the Trainer only divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
         self._metrics_file = MetricsFile(str(args.output_dir))
@@ -105,7 +104,6 @@ class MPOETrainer(Seq2SeqTrainer):
         self._load_watch = LoadWatch()
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
-        self._staging: Path | None = None
         self.gradient_mask: GradientMask | None = None
         freeze_cores(
             self.model,
@@ -343,56 +341,6 @@ class MPOETrainer(Seq2SeqTrainer):
             metrics = {name: value for name, value in (evaluations or [{}])[-1].items() if not _is_speed(name)}
             write_card(self.model, str(self.args.output_dir), metrics)
 
-    # ----------------------------------------------------------- checkpoints
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A checkpoint holds a tied weight under one of its names; the Trainer would call the others missing. What is
-        # missing under every name would go on from random numbers.
-        tensors = self.model.state_dict(keep_vars=True)
-        missing = load_result.missing_keys
-        loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
-        absent = [name for name in missing if id(tensors.get(name)) not in loaded]
-        for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
-            if names:
-                raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # While a checkpoint is being assembled, the Trainer writes into the staging folder.
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
-        run_dir = Path(super()._get_output_dir(trial))
-        staging = checkpoints.staging_root(run_dir)
-        staged = staging / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and staging.exists():
-            checkpoints.delete(staging)  # an earlier attempt failed half-way
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-            raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            # The Trainer looked for the best checkpoint in the staging folder.
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best.name == staged.name or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            if self.state.best_global_step:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            checkpoints.publish(staged, run_dir)
-            staging.rmdir()
-            checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)

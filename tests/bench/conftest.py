@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from mpoe.cli.bench import import_bench
 from mpoe.cli.main import main
 
-import_bench()
 TINY = ("--scale", "tiny", "--threads", "1", "--clock", "cpu")
 
 

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mpoe.cli.bench import import_bench
-
-import_bench()
-from mpoe_bench.quality.arms import ARMS, Arm  # noqa: E402
-from mpoe_bench.quality.evaluation import RouterCounts, expert_distance  # noqa: E402
-from mpoe_bench.quality.language import LanguageField  # noqa: E402
-from mpoe_bench.quality.plans import PLANS, Plan  # noqa: E402
-from mpoe_bench.quality.report import write_report  # noqa: E402
-from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
-from mpoe_bench.quality.statistics import Spread, gain, verdict  # noqa: E402
-from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule  # noqa: E402
+from mpoe_bench.quality.arms import ARMS, Arm
+from mpoe_bench.quality.evaluation import RouterCounts, expert_distance
+from mpoe_bench.quality.language import LanguageField
+from mpoe_bench.quality.plans import PLANS, Plan
+from mpoe_bench.quality.report import write_report
+from mpoe_bench.quality.runs import arm_of, run_plan
+from mpoe_bench.quality.statistics import Spread, gain, verdict
+from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule
 
 PLAN = Plan("language", ("dense", "switch8", "separable8"), 3, seeds=(0, 1), tuning=1, rates=(1e-3, 4e-3))
 

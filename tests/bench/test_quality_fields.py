@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpoe_bench.quality.novels import NovelsField
+from mpoe_bench.quality.plans import Plan
+from mpoe_bench.quality.report import write_report
+from mpoe_bench.quality.runs import arm_of, run_plan
+from mpoe_bench.quality.spans import END, FIRST_SENTINEL, LENGTH, SPANS, SpansField, corrupt
+from mpoe_bench.quality.training import Budget, convert, prepare, run_arm
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from mpoe.cli.bench import import_bench
-
-import_bench()
-from mpoe_bench.quality.novels import NovelsField  # noqa: E402
-from mpoe_bench.quality.plans import Plan  # noqa: E402
-from mpoe_bench.quality.report import write_report  # noqa: E402
-from mpoe_bench.quality.runs import arm_of, run_plan  # noqa: E402
-from mpoe_bench.quality.spans import END, FIRST_SENTINEL, LENGTH, SPANS, SpansField, corrupt  # noqa: E402
-from mpoe_bench.quality.training import Budget, convert, prepare, run_arm  # noqa: E402
 
 
 class Letters:

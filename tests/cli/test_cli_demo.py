@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli import plots
+from mpoe import plotting
 from mpoe.cli.demo_arms import SETTINGS, count_parameters, training_items, with_steps
-from mpoe.cli.demo_tables import check, comparison_lines, table_of
-from mpoe.cli.report import write_report
+from mpoe.cli.demo_tables import check, comparison_lines, comparison_table
+from mpoe.cli.report import write_demo_report
 
 
 def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[dict]:
@@ -65,7 +65,7 @@ def test_comparison_says_what_is_equal_and_what_is_counted() -> None:
 def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SETTINGS["t5"]
     arms = arms_of("t5", 0.7, 0.71)
-    header, rows = table_of(arms, settings)
+    header, rows = comparison_table(arms, settings)
     assert len(rows) == 5
     assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0", "-"]
     assert all(len(row) == len(header) for row in rows)
@@ -80,16 +80,16 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
         "stages": {"train": 1.0},
         "versions": {"mpoe": "0"},
     }
-    write_report(tmp_path / "report.html", copy.deepcopy(results), header, rows)
+    write_demo_report(tmp_path / "report.html", copy.deepcopy(results), header, rows)
     text = (tmp_path / "report.html").read_text()
     assert "&lt;b&gt;" in text
     assert all(arm["name"] in text for arm in arms)
     assert "http-equiv" not in text
     assert "src=" not in text  # self-contained
-    if plots.have_matplotlib():
+    if plotting.have_matplotlib():
         assert text.count("<svg") == 2 + 3
-    monkeypatch.setattr(plots, "have_matplotlib", lambda: False)
-    write_report(tmp_path / "report.html", results, header, rows)
+    monkeypatch.setattr(plotting, "have_matplotlib", lambda: False)
+    write_demo_report(tmp_path / "report.html", results, header, rows)
     assert "mpoe[report]" in (tmp_path / "report.html").read_text()
 
 

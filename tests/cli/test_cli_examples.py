@@ -13,7 +13,7 @@ import pytest
 import yaml
 from cli_described import write_described
 
-from mpoe.cli import plots
+from mpoe import plotting
 from mpoe.data.task_files import read_task_file
 from mpoe.data.tasks import find_spec
 
@@ -75,7 +75,7 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(f"<td>{task}</td>" in report for task in results["validation"])
     assert ("average over tasks" in report) == (len(tasks) > 1)
-    assert report.count("<svg") == (3 if plots.have_matplotlib() else 0)  # loss, validation loss, expert load
+    assert report.count("<svg") == (3 if plotting.have_matplotlib() else 0)  # loss, validation loss, expert load
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.cli.parsing import parse
 from mpoe.cli.plan import PlanOptions
-from mpoe.planning.cluster import (
+from mpoe.estimation.cluster import (
     LATENCY,
     Cluster,
     all_reduce,
@@ -24,18 +24,18 @@ from mpoe.planning.cluster import (
     place_switch,
     placements,
 )
-from mpoe.planning.costs import Workload, model_costs
-from mpoe.planning.inventory import take_inventory
-from mpoe.planning.suggest import Budget, suggest
-from mpoe.planning.timing import Device
+from mpoe.estimation.costs import Usage, model_costs
+from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation.suggest import Limits, suggest
+from mpoe.estimation.timing import Device
 
 T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}
 GATED = {**T5, "feed_forward_proj": "gated-gelu"}
 GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 16}
 
 
-def work(tokens: int = 2048, training: bool = True, dtype: torch.dtype = torch.bfloat16, **more) -> Workload:
-    return Workload(dict.fromkeys(("main", "encoder", "decoder"), tokens), Device("h100", dtype), training, **more)
+def work(tokens: int = 2048, training: bool = True, dtype: torch.dtype = torch.bfloat16, **more) -> Usage:
+    return Usage(dict.fromkeys(("main", "encoder", "decoder"), tokens), Device("h100", dtype), training, **more)
 
 
 @pytest.mark.parametrize("values", [T5, GATED, GPT2], ids=["t5", "gated", "gpt2"])
@@ -116,7 +116,7 @@ def test_temporary_weights_stay_under_two_experts() -> None:
 @pytest.mark.parametrize("rank_by", ["capacity", "time", "parameters"])
 def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_by: str) -> None:
     inventory, load = take_inventory("t5-base"), work(8192)
-    found = suggest(inventory, MPOEConfig(), load, Budget(parameters, x_dense), rank_by)
+    found = suggest(inventory, MPOEConfig(), load, Limits(parameters, x_dense), rank_by)
     assert found
     for one in found:
         assert one.parameters <= (parameters or math.inf)
@@ -133,7 +133,7 @@ def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_
 
 def test_options_of_a_suggestion_choose_its_shape() -> None:
     inventory = take_inventory("t5-base")
-    for one in suggest(inventory, MPOEConfig(), work(), Budget()):
+    for one in suggest(inventory, MPOEConfig(), work(), Limits()):
         (options,), _ = parse([PlanOptions], shlex.split(one.options))
         config = MPOEConfig(
             shape=options.shape,
@@ -146,7 +146,7 @@ def test_options_of_a_suggestion_choose_its_shape() -> None:
 
 
 def test_all_families_are_suggested_when_the_budget_allows() -> None:
-    found = suggest(take_inventory("t5-base"), MPOEConfig(), work(), Budget(400_000_000))
+    found = suggest(take_inventory("t5-base"), MPOEConfig(), work(), Limits(400_000_000))
     assert {one.config.shape for one in found} == {"separable", "light", "paper"}
     assert {one.lossless for one in found} == {True, False}
 
@@ -154,9 +154,9 @@ def test_all_families_are_suggested_when_the_budget_allows() -> None:
 def test_impossible_budgets_name_the_nearest() -> None:
     inventory = take_inventory("t5-base")
     with pytest.raises(ValueError, match=r"no shape meets max_parameters 1,000 .*nearest lossless: separable 8/8"):
-        suggest(inventory, MPOEConfig(), work(), Budget(1000))
+        suggest(inventory, MPOEConfig(), work(), Limits(1000))
     with pytest.raises(ValueError, match=r"max_parameters 230,000,000 and max_time 0.001 x dense .*truncated"):
-        suggest(inventory, MPOEConfig(), work(), Budget(230_000_000, 0.001))
+        suggest(inventory, MPOEConfig(), work(), Limits(230_000_000, 0.001))
 
 
 # ---------------------------------------------------------------------------------------------------- clusters

@@ -6,8 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpoe.data import metrics as m
+from mpoe.data import text_metrics
 
 
 def test_accuracy():
@@ -95,3 +100,33 @@ def test_wrong_types_are_refused():
         m.accuracy([[1, 2]], [[1, 2]])
     with pytest.raises(ValueError, match=r"unknown metric 'acuracy': did you mean accuracy"):
         m.get_metric("acuracy")
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30)
+
+
+@given(PAIRS)
+def test_what_needs_no_package_agrees_with_scikit_learn_and_scipy(pairs: list[tuple[int, int]]) -> None:
+    predicted, expected = map(list, zip(*pairs, strict=True))
+    classes = sorted(set(expected))
+    theirs = {
+        "accuracy": sklearn.metrics.accuracy_score(expected, predicted),
+        "f1": sklearn.metrics.f1_score(np.equal(expected, 1), np.equal(predicted, 1), zero_division=0.0),
+        "macro_f1": sklearn.metrics.f1_score(expected, predicted, labels=classes, average="macro", zero_division=0.0),
+        "matthews": sklearn.metrics.matthews_corrcoef(expected, predicted),
+    }
+    if len(set(predicted)) > 1 and len(classes) > 1:  # scipy has no value for a constant
+        theirs["pearson"] = scipy.stats.pearsonr(predicted, expected).statistic
+        theirs["spearman"] = scipy.stats.spearmanr(predicted, expected).statistic
+    for name, value in theirs.items():
+        assert m.get_metric(name)(predicted, expected) == pytest.approx(value, abs=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("bleu", "sacrebleu"), ("rouge_l", "rouge_score"), ("roc_auc", "sklearn")]
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name: str, package: str) -> None:
+    monkeypatch.setattr(text_metrics.importlib.util, "find_spec", lambda asked: None)
+    with pytest.raises(RuntimeError, match=rf'needs the package {package}: pip install "mpoe\[metrics\]"'):
+        m.get_metric(name)
+    assert m.get_metric("matthews")([0, 1], [0, 1]) == 1.0

@@ -1,4 +1,4 @@
-"""The generated tables of docs/kernels_triton.md know everything that is shipped."""
+"""The generated tables of bench/results/ahead-of-time know everything that is shipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe_kernels.planner import contraction
 from mpoe_kernels.triton.architecture import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "kernels_triton.md").read_text()
+PAGE = (ROOT / "bench" / "results" / "ahead-of-time" / "triton.md").read_text()
 
 
 def table(name: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The peers: other ways to compute a mixture of experts, written anew or called through their own packages.
+"""The peers: other ways to compute a mixture of experts, reimplemented or called through their own packages.
 
 Every peer is a function ``(Problem) -> Contender``; one that cannot take part raises `UnavailableError`.
 """

@@ -1,4 +1,4 @@
-"""The original's algorithm (Gao et al., COLING 2022), written anew from its description.
+"""The original's algorithm (Gao et al., COLING 2022), reimplemented from its description.
 
 Every expert's weight is rebuilt from its cores in every forward pass: a chain of tensordots leaves the axes in the
 order (i1, j1, ..., in, jn), one permutation of 2n axes brings them to (i1..in, j1..jn), and a Switch loop follows.

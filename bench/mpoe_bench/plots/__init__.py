@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mpoe.plotting import have_matplotlib
 from mpoe_bench.plots.bars import draw_contenders, draw_memory, draw_planner
 from mpoe_bench.plots.curves import against, against_bonds, draw_curves, full_bonds
 from mpoe_bench.plots.roofline import draw_roofline
@@ -15,11 +15,6 @@ from mpoe_bench.plots.style import PHASES
 
 __all__ = ["draw", "have_matplotlib"]
 CONTENDER_PLOTS = 3
-
-
-def have_matplotlib() -> bool:
-    """Whether plots can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:

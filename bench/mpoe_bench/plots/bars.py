@@ -6,18 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoe_bench.plots.style import (
-    COLOURS,
-    LIMIT_LABEL,
-    PHASES,
-    embolden,
-    label_bar,
-    ladder,
-    legend_beside,
-    plain_ticks,
-    save,
-    title,
-)
+from mpoe.plotting import COLOURS, ladder, legend_beside, plain_ticks, save
+from mpoe_bench.plots.style import LIMIT_LABEL, PHASES, embolden, label_bar, title
 from mpoe_bench.tables import mebibytes
 
 FLOOR_LABEL = "FLOPs of the plan / dense"
@@ -25,7 +15,7 @@ LOGARITHMIC_FROM = 12.0  # x dense beyond which short bars could not be read on 
 
 
 def draw_contenders(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """x dense of every contender of one section, both phases, with the floor of ours."""
+    """x dense of every contender of one section, both phases, with the floor of MPO contenders."""
     rows = [row for row in section["rows"] if (row.get("forward") or row.get("train")) and row["kind"] != "limit"]
     rows.sort(key=lambda row: (row.get("forward") or row.get("train"))["x"])
     phases = [phase for phase in PHASES if any(row.get(phase) for row in rows)]

@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe_bench.plots.style import (
-    COLOURS,
-    LIMIT_LABEL,
-    MARKERS,
-    PHASES,
-    ladder,
-    legend_beside,
-    plain_ticks,
-    save,
-    title,
-)
+from mpoe.plotting import COLOURS, MARKERS, ladder, legend_beside, plain_ticks, save
+from mpoe_bench.plots.style import LIMIT_LABEL, PHASES, title
 from mpoe_bench.targets import best_row
 from mpoe_kernels.testing.cases import workload_shape
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe_bench.plots.style import COLOURS, MARKERS, ladder, legend_beside, plain_ticks, save, title
+from mpoe.plotting import COLOURS, MARKERS, ladder, legend_beside, plain_ticks, save
+from mpoe_bench.plots.style import title
 from mpoe_bench.targets import best_row
 
 Point = tuple[float, float]  # FLOP per byte, GFLOP/s
 
 
 def _points(sections: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], list[Point]]:
-    """Forward passes of ours by shape, dtype and tokens, on the fastest backend."""
+    """Forward passes of MPO experts by shape, dtype and tokens, on the fastest backend."""
     points: dict[tuple[str, str, int], list[Point]] = {}
     for section in sections:
         case = section["case"]

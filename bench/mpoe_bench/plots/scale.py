@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from mpoe.config import MPOEConfig
-from mpoe.planning.cluster import Cluster, Placement, placements
-from mpoe.planning.costs import Workload, model_costs
-from mpoe.planning.inventory import take_inventory
-from mpoe.planning.timing import Device
-from mpoe_bench.plots.style import COLOURS, plain_ticks
+from mpoe.estimation.cluster import Cluster, Placement, placements
+from mpoe.estimation.costs import Usage, model_costs
+from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation.timing import Device
+from mpoe.plotting import COLOURS, new_figure, plain_ticks
 
 EXPERTS = (64, 512)
 NODES = tuple(2**k for k in range(10))
@@ -33,7 +33,7 @@ def predictions(experts: int) -> Sizes:
     """What the planner says about clusters of `NODES`."""
     inventory = take_inventory("t5-large")
     streams = (*inventory.streams, *(stream for stream, _, _ in inventory.rest))
-    work = Workload(dict.fromkeys(streams, TOKENS), Device("h100", torch.bfloat16), training=True)
+    work = Usage(dict.fromkeys(streams, TOKENS), Device("h100", torch.bfloat16), training=True)
     costs, hardware = model_costs(inventory, MPOEConfig(num_experts=experts), work), work.device.hardware
     clusters = [Cluster(nodes, GPUS, hardware.network_bandwidth, hardware.link_bandwidth) for nodes in NODES]
     return {cluster.devices: placements(costs, cluster) for cluster in clusters}
@@ -45,12 +45,8 @@ def draw(file: Path, clusters: Mapping[int, Sizes]) -> None:
     Args:
         clusters: experts -> what `predictions` gave.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.5, 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3)
+    figure, grid = new_figure(11.5, 4.6, 1, 3)
+    panels = grid[0]
     for colour, (experts, sizes) in zip(COLOURS, clusters.items(), strict=False):
         gpus = list(sizes)
         for number, (design, name) in enumerate(NAMES.items()):  # the first two of the placements

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpoe.plotting import COLOURS, legend_beside, plain_ticks, save
 from mpoe_bench.plots import have_matplotlib
-from mpoe_bench.plots.style import COLOURS, legend_beside, plain_ticks, save
 from mpoe_bench.quality.runs import arm_of, by_arm
 from mpoe_bench.quality.statistics import Spread
 

@@ -47,7 +47,7 @@ TRIALS = (
     trial("wide_up", "wide up only", "wide_up"),
     trial("wide_down", "wide down only", "wide_down"),
     trial("independent", "wide, independent experts", independent=True),
-    # Trained densely for the first half of the steps. The optimiser then starts anew, which is a change of its own.
+    # Trained densely for the first half of the steps. The optimiser then restarts, which is a change of its own.
     Arm("dense_anew", "dense, optimiser anew at half the steps", upcycled=0.5, rate_of="dense"),
     Arm("biases8_upcycled", "control: own biases, after half dense", DENSE_EXPERTS, **SHARED, upcycled=0.5),
     trial("upcycled", "wide, after half dense", upcycled=0.5),

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mpoe.config import MPOEConfig
-from mpoe.planning.inventory import Inventory, Layer, Matrix
-from mpoe.planning.timing import Device
+from mpoe.estimation.inventory import Inventory, Layer, Matrix
+from mpoe.estimation.timing import Device
 from mpoe_kernels import ContractionPlan, MPOShape, plan_contraction
 
 OPTIMIZER_BYTES = 8  # AdamW: two float32 moments per trained parameter
@@ -31,7 +31,7 @@ DESIGNS = ("mpoe", "switch", "dense")
 
 
 @dataclass(frozen=True)
-class Workload:
+class Usage:
     """What runs, and where.
 
     Attributes:
@@ -130,7 +130,7 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """A whole model under one `MPOEConfig` and `Workload`.
+    """A whole model under one `MPOEConfig` and `Usage`.
 
     Attributes:
         layers: groups of equal layers.
@@ -139,7 +139,7 @@ class ModelCosts:
 
     inventory: Inventory
     config: MPOEConfig
-    workload: Workload
+    workload: Usage
     layers: tuple[LayerCosts, ...]
     rest: Cost
 
@@ -172,7 +172,7 @@ class ModelCosts:
         return self.workload.device.copy_seconds(28 * parameters) if self.workload.training else 0.0
 
 
-def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Workload, tokens: int) -> MatrixCosts:
+def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Usage, tokens: int) -> MatrixCosts:
     """Costs of one projection on ``tokens`` tokens."""
     experts, top_k = config.num_experts, config.router.top_k
     slots = tokens * top_k
@@ -197,12 +197,12 @@ def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Work
     return MatrixCosts(matrix, shape, plan, costs)
 
 
-def switch_seconds(matrix: Matrix, experts: int, slots: int, work: Workload) -> float:
+def switch_seconds(matrix: Matrix, experts: int, slots: int, work: Usage) -> float:
     """Products of ``slots`` rows with ``experts`` dense weights (one: a dense linear)."""
     return work.device.linear_seconds(slots, matrix.rows, matrix.columns, experts, work.training)
 
 
-def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: Workload) -> Cost:
+def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: Usage) -> Cost:
     """Router in float32; dispatch and combine, which read and write every row, and again in the backward pass."""
     moved = 4 * tokens * top_k * model_size * work.device.element_size * (2 if work.training else 1)
     router = work.device.in_float32().linear_seconds(tokens, model_size, experts, 1, work.training)
@@ -214,7 +214,7 @@ def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: W
     )
 
 
-def _layer_costs(names: list[Layer], config: MPOEConfig, work: Workload, tokens: int) -> LayerCosts:
+def _layer_costs(names: list[Layer], config: MPOEConfig, work: Usage, tokens: int) -> LayerCosts:
     first = names[0]
     matrices = tuple(
         matrix_costs(m, config.shape_for(m.kind, m.rows, m.columns), config, work, tokens) for m in first.matrices
@@ -224,7 +224,7 @@ def _layer_costs(names: list[Layer], config: MPOEConfig, work: Workload, tokens:
     return LayerCosts(tuple(layer.name for layer in names), streams, tokens, matrices, routing)
 
 
-def _rest_cost(inventory: Inventory, work: Workload) -> Cost:
+def _rest_cost(inventory: Inventory, work: Usage) -> Cost:
     flops, seconds = 0, 0.0
     for (stream, rows, columns), count in inventory.rest.items():
         tokens = work.tokens[stream]
@@ -233,7 +233,7 @@ def _rest_cost(inventory: Inventory, work: Workload) -> Cost:
     return Cost(inventory.parameters - inventory.ffn_elements, 0, flops, seconds)
 
 
-def model_costs(inventory: Inventory, config: MPOEConfig, work: Workload) -> ModelCosts:
+def model_costs(inventory: Inventory, config: MPOEConfig, work: Usage) -> ModelCosts:
     """Costs of a model's layers, alike ones grouped.
 
     Raises:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.config import MPOEConfig
+from mpoe.estimation.known_sizes import known_names, known_size
 from mpoe.models.table import CLASS_PREFIX, SEQ2SEQ, TABLE, TYPE_PREFIX
-from mpoe.planning.known_sizes import known_names, known_size
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpoe.planning.costs import GRADIENT_BYTES, OPTIMIZER_BYTES, TRAINED_PARAMETER_BYTES, ModelCosts, switch_seconds
+from mpoe.estimation.costs import GRADIENT_BYTES, OPTIMIZER_BYTES, TRAINED_PARAMETER_BYTES, ModelCosts, switch_seconds
 
 LATENCY = 20e-6  # seconds of one collective call, whatever its size
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mpoe.config import NAMED_SHAPES, MPOEConfig
-from mpoe.planning.costs import ModelCosts, Workload, model_costs
-from mpoe.planning.inventory import Inventory
+from mpoe.estimation.costs import ModelCosts, Usage, model_costs
+from mpoe.estimation.inventory import Inventory
 
 RANKS = ("capacity", "time", "parameters")
 _SIZES = (8, 16, 32, 64, 128, 256, 512)  # of a separable shape's outer cores, and of light's products
@@ -48,7 +48,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Limits:
     """Upper bounds; None = unbounded.
 
     Attributes:
@@ -95,7 +95,7 @@ def _configurations(inventory: Inventory, base: MPOEConfig) -> Iterator[tuple[st
             yield f"light {p}{name}", f"--shape light --light_p {p}{cap}", config
 
 
-def candidates(inventory: Inventory, base: MPOEConfig, work: Workload, families: Sequence[str]) -> list[Suggestion]:
+def candidates(inventory: Inventory, base: MPOEConfig, work: Usage, families: Sequence[str]) -> list[Suggestion]:
     """The grid's distinct shapes with their costs."""
     found: dict[object, Suggestion] = {}
     for name, options, config in _configurations(inventory, base):
@@ -135,8 +135,8 @@ def _spread(front: list[Suggestion], count: int) -> list[Suggestion]:
 def suggest(
     inventory: Inventory,
     base: MPOEConfig,
-    work: Workload,
-    budget: Budget,
+    work: Usage,
+    budget: Limits,
     rank_by: str = "capacity",
     families: Sequence[str] = NAMED_SHAPES,
 ) -> list[Suggestion]:
@@ -173,7 +173,7 @@ def suggest(
     return sorted(chosen, key=lambda s: (not s.lossless, *key(s)))
 
 
-def _nearest(every: list[Suggestion], budget: Budget, inventory: Inventory) -> str:
+def _nearest(every: list[Suggestion], budget: Limits, inventory: Inventory) -> str:
     asked = []
     if budget.parameters is not None:
         asked.append(f"max_parameters {budget.parameters:,}")

@@ -130,7 +130,7 @@ def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
             f"{row.flops:.2f}",
         )
     shape, experts = row.cores.shape, row.cores.num_experts
-    own = f"{row.auxiliary_parameters // experts:,}"
+    per_expert = f"{row.auxiliary_parameters // experts:,}"
     dense = row.plan.forward.flops / row.plan.dense_flops if row.plan.dense_flops else 0.0
     return (
         short_name(row.name),
@@ -138,7 +138,7 @@ def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
         f"{'·'.join(map(str, shape.in_factors))} x {'·'.join(map(str, shape.out_factors))}",
         " ".join(map(str, shape.bond_dims[1:-1])),
         f"{row.central_parameters:,}",
-        own if experts == 1 else f"{experts} x {own}",
+        per_expert if experts == 1 else f"{experts} x {per_expert}",
         "-" if row.error is None else f"{row.error:.1e}" if row.error else "0",
         row.plan.strategy,
         f"{dense:.2f}",

@@ -3,8 +3,8 @@
     python tools/way_of_a_call.py [--backend eager] [--strategy separable] [--cold] [--steps]
 
 The call is `mpoe_kernels.grouped_mpo_linear`, forward and backward, a second time (``--cold``: the first time, with the
-planning that is then remembered). A file counts once; a *return* is a call into a file that was left before. Triton runs
-in its interpreter (``TRITON_INTERPRET=1``), and the walk ends where a kernel starts.
+planning that is then remembered). A file counts once; a *return* is a call into a file that was left before. Triton
+runs in its interpreter (``TRITON_INTERPRET=1``), and the walk ends where a kernel starts.
 """
 
 from __future__ import annotations

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +182,23 @@ def test_a_build_that_fails(project: Path, capsys: pytest.CaptureFixture[str]) -
     table.write_text(table.read_text().replace("'append'", "'absent'"))
     assert run(project, "--again") == 1
     assert "the build fails without a mutant" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_nothing_running(project: Path) -> None:
+    (project / "test_sums.py").write_text("import time\ndef test(): time.sleep(600)\n")
+    paths = ("--root", project, "--table", project / "table.toml", "--equivalent", project / "equivalent.json")
+    command = [sys.executable, "-u", ROOT / "tools" / "mutants.py", *paths]
+    environment = os.environ | {"TMPDIR": str(project.parent)}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    folders, deadline = [], time.monotonic() + 60
+    while time.monotonic() < deadline and not folders:
+        folders = [f for f in project.parent.glob("mutants-*") if (f / "test_sums.py").is_file()]
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert folders
+    assert not folders[0].exists()
 
 
 def test_options(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

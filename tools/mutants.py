@@ -93,6 +93,8 @@ class Copy:
 
     def __init__(self, root: Path, folder: Path, built: list[str]) -> None:
         self.folder = folder
+        self.running: subprocess.Popen[str] | None = None
+        self.stopped = False
         for name in self._files(root) + [name for name in built if (root / name).is_file()]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
@@ -123,6 +125,8 @@ class Copy:
 
     def run(self, command: list[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
         """Exit status, None beyond the limit, and the end of the output. Nothing it started is left running."""
+        if self.stopped:
+            raise Stopped
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -133,8 +137,11 @@ class Copy:
             errors="replace",
             start_new_session=True,
         )
+        self.running = process
         try:
             output, _ = process.communicate(timeout=limit)
+            if self.stopped:
+                raise Stopped
             return process.returncode, output[-3000:]
         except subprocess.TimeoutExpired:
             return None, ""
@@ -142,6 +149,13 @@ class Copy:
             with suppress(ProcessLookupError):  # all of it has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+    def stop(self) -> None:
+        """Of another thread: end what runs, and start no more."""
+        self.stopped = True
+        if self.running is not None and self.running.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.running.pid, signal.SIGKILL)
 
     def test(self, area: Area, limit: float) -> tuple[int | None, str]:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *area.tests]
@@ -162,6 +176,10 @@ class Copy:
         finally:
             if kept.is_file():
                 kept.replace(self.folder / area.built)
+
+
+class Stopped(Exception):
+    """The user has interrupted the run."""
 
 
 class AreaError(RuntimeError):
@@ -227,10 +245,12 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
         waiting.put(item)
     errors: list[str] = []
     built = [area.built for area, _ in work if area.built]
+    copies: list[Copy] = []
 
     def worker() -> None:
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        with suppress(Stopped), tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             copy = Copy(root, Path(folder), built)
+            copies.append(copy)
             while True:
                 try:
                     area, mutants = waiting.get_nowait()
@@ -245,8 +265,13 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
     threads = [threading.Thread(target=worker) for _ in range(min(jobs, len(work)))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        for copy in copies:
+            copy.stop()
+        raise
     return errors
 
 

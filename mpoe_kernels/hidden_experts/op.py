@@ -22,7 +22,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.define import define_op, run_kernel
-from mpoe_kernels.hidden_experts import eager
+from mpoe_kernels.hidden_experts import eager, native
 from mpoe_kernels.registry import add_kernel, requested_backend
 
 # Names of Hugging Face configs -> what kernels call them.
@@ -39,7 +39,7 @@ ACTIVATIONS = {
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
 
-for _backend, _module in (("eager", eager),):
+for _backend, _module in (("eager", eager), ("native", native)):
     add_kernel(_backend, "hidden_experts", _module.forward, getattr(_module, "reasons", None))
     add_kernel(_backend, "hidden_experts_backward", _module.backward, getattr(_module, "reasons", None))
 

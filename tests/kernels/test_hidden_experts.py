@@ -16,7 +16,7 @@ from torch.library import opcheck
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts.eager import all_tokens_pay
 from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error, torch_threads
 
 NAMES = ("u", "gates", "right", "left", "bias", "u_gate", "right_gate")
 
@@ -226,6 +226,28 @@ def test_identity_blocks_and_gate_one_change_no_bit(backend: str, dtype: torch.d
     index = torch.randint(0, experts, (37, 1))
     out = hidden_experts(u, torch.ones(37, 1), index, eye, eye, activation="relu", backend=backend)
     assert torch.equal(out, torch.relu(u))
+
+
+@pytest.mark.parametrize("per_group", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_bits_do_not_depend_on_threads(per_group: bool, dtype: torch.dtype) -> None:
+    require("native", "hidden_experts", dtype)
+    problem = Problem(tokens=130, experts=6, groups=11, block=16, per_group=per_group, with_bias=True, dtype=dtype)
+    with torch_threads(1):
+        one = problem.run(hidden_experts, dtype, backend="native")
+    with torch_threads(2):
+        two = problem.run(hidden_experts, dtype, backend="native")
+    for name, value in one.items():
+        assert torch.equal(two[name], value), name
+
+
+def test_more_tokens_than_a_tile_holds() -> None:
+    """Blocks of 1024 leave 256 tokens in a tile of sums."""
+    require("native", "hidden_experts", torch.float32)
+    problem = Problem(tokens=300, experts=3, groups=1, block=1024, dtype=torch.float32)
+    native, eager = (problem.run(hidden_experts, torch.float32, backend=name) for name in ("native", "eager"))
+    for name, value in native.items():
+        assert relative_error(value, eager[name]) < 1e-5, name
 
 
 @on_every_backend

@@ -1,0 +1,124 @@
+"""`python -m mpoe_bench.hidden_side`: hidden-side experts, router included, against the dense feed-forward network.
+
+Ratios of interleaved calls in one process, one thread; medians. The clock is the thread's CPU time, so that other
+processes on the machine disturb less. A row is checked against the dense network (identity blocks) before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import ACTIVATIONS, HiddenFeedForward
+
+
+class Dense(nn.Module):
+    """``down(act(up x))``."""
+
+    def __init__(self, model: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(model, hidden, dtype=dtype), nn.Linear(hidden, model, dtype=dtype)
+        self.act = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def mixture(dense: Dense, config: MPOEConfig, activation: str) -> HiddenFeedForward:
+    """The same network with experts in between."""
+    features, model = dense.up.weight.shape
+    names, dtype = {"up": "up", "down": "down"}, dense.up.weight.dtype
+    layer = HiddenFeedForward(model, features, config, names=names, activation=activation, dtype=dtype)
+    layer.adopt({"up": dense.up, "down": dense.down})
+    return layer
+
+
+def seconds(module: nn.Module, x: Tensor, training: bool) -> float:
+    start = time.thread_time()
+    if training:
+        module(x).sum().backward()
+    else:
+        with torch.no_grad():
+            module(x)
+    return time.thread_time() - start
+
+
+def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """One row: ratios forward and forward + backward."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case["dtype"])
+    dense = Dense(case["model"], case["hidden"], case["activation"], dtype)
+    config = MPOEConfig(
+        shape="hidden",
+        num_experts=case["experts"],
+        block_size=case["block"],
+        block_per_group=case["per_group"],
+        router=RouterConfig(top_k=case["top_k"], init_scale=1.0),
+        backend=case["backend"],
+    )
+    layer = mixture(dense, config, case["activation"])
+    x = torch.randn(case["tokens"], case["model"]).to(dtype).requires_grad_()
+    with torch.no_grad():
+        want, got = dense(x).double(), layer(x).double()
+    error = float((got - want).abs().max() / want.abs().max())
+    if error > (1e-5 if dtype == torch.float32 else 3e-2):
+        raise ValueError(f"{case}: the result is off by {error:.1e} of its largest value")
+    row = {**case, "error": error, "flops": 1 + case["top_k"] * case["block"] / case["model"]}
+    for name, training in (("forward", False), ("training", True)):
+        times: dict[str, list[float]] = {"dense": [], "hidden": []}
+        repeats = max(1, 256 // case["tokens"])
+        for _ in range(rounds):
+            times["dense"].append(sum(seconds(dense, x, training) for _ in range(repeats)))
+            times["hidden"].append(sum(seconds(layer, x, training) for _ in range(repeats)))
+        row[name] = median(h / d for d, h in zip(times["dense"], times["hidden"], strict=True))
+        row[f"{name}_dense_ms"] = 1e3 * median(times["dense"]) / repeats
+    return row
+
+
+def cases(backend: str | None, quick: bool) -> list[dict[str, Any]]:
+    base = {"model": 768, "hidden": 3072, "block": 64, "activation": "relu", "backend": backend}
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for experts, per_group in ((8, True), (64, False), (64, True)):
+            own = {"dtype": dtype, "experts": experts, "per_group": per_group}
+            rows += [{**base, **own, "tokens": 2048, "top_k": k} for k in ((2,) if quick else (1, 2, 4))]
+            rows += [] if quick else [{**base, **own, "tokens": t, "top_k": 2} for t in (64, 1)]
+        rows.append({**base, **rows[-1], "dtype": dtype, "experts": 8, "tokens": 2048, "activation": "gelu"})
+        if not quick:
+            large = {"model": 2048, "hidden": 8192, "dtype": dtype, "experts": 8, "per_group": True}
+            rows.append({**base, **large, "tokens": 2048, "top_k": 4})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mpoe_bench.hidden_side", description=__doc__)
+    parser.add_argument("--out", type=Path, help="JSON lines")
+    parser.add_argument("--backend", help="default: chosen")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="two experts per token, 2,048 tokens")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for case in cases(arguments.backend, arguments.quick):
+        row = measure(case, arguments.rounds)
+        print(
+            f"{row['dtype']:9} {row['model']}/{row['hidden']} E={row['experts']:2} "
+            f"{'own' if row['per_group'] else 'shared':6} k={row['top_k']} T={row['tokens']:4} {row['activation']}: "
+            f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (FLOPs {row['flops']:.2f}; "
+            f"dense {row['forward_dense_ms']:.2f} / {row['training_dense_ms']:.2f} ms)",
+            flush=True,
+        )
+        if arguments.out:
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+#include "cpu/hidden_experts.h"
+
+#include "common/cpu_features.h"
+#include "cpu/linear_common.h"
+
+namespace mpoe {
+namespace {
+
+const HiddenKernels& hidden_kernels(Dtype dtype) {
+  const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
+#if defined(__x86_64__)
+  switch (active_isa()) {
+    case Isa::kAvx512Bf16: return kHiddenAvx512Bf16[index];
+    case Isa::kAvx512: return kHiddenAvx512[index];
+    case Isa::kAvx2: return kHiddenAvx2[index];
+    case Isa::kGeneric: break;
+  }
+#endif
+  return kHiddenGeneric[index];
+}
+
+std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, kPanel); }
+
+// A counting sort per tile of tokens.
+struct Sorted {
+  Buffer<std::int64_t> slots, offsets;
+  HiddenSlots view;
+
+  explicit Sorted(const HiddenExperts& in)
+      : slots(in.tokens * in.top_k), offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
+    view = {tile_of(in), ceil_divide(in.tokens, tile_of(in)), slots.get(), offsets.get()};
+    std::int64_t filled = 0;
+    std::vector<std::int64_t> next(in.experts);
+    for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
+      const std::int64_t first = tile * view.tile_tokens * in.top_k;
+      const std::int64_t last = std::min(in.tokens, (tile + 1) * view.tile_tokens) * in.top_k;
+      std::int64_t* offset = offsets.get() + tile * (in.experts + 1);
+      std::fill(next.begin(), next.end(), 0);
+      for (std::int64_t s = first; s < last; ++s)
+        if (in.index[s] >= 0) ++next[in.index[s]];
+      for (std::int64_t e = 0; e < in.experts; ++e) {
+        offset[e] = filled;
+        filled += next[e];
+        next[e] = offset[e];
+      }
+      offset[in.experts] = filled;
+      for (std::int64_t s = first; s < last; ++s)
+        if (in.index[s] >= 0) slots.get()[next[in.index[s]]++] = s;
+    }
+  }
+
+  static std::int64_t tile_of(const HiddenExperts& in) {
+    return std::max<std::int64_t>(kChunk, kTileFloats / padded_block(in));
+  }
+};
+
+// Sums of a tile, rows of a chunk, packed blocks of one expert: more than the bodies carve out of it.
+std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted) {
+  const std::int64_t wide = padded_block(in) + kPanel, rows = std::min(sorted.tile_tokens, in.tokens);
+  return 2 * rows * wide + 24 * kChunk * wide + 16 * wide * wide + in.experts * wide + 4096;
+}
+
+// Runs body(first group, last group, part) over parts that do not depend on the number of threads.
+template <class F>
+void for_each_part(std::int64_t groups, std::int64_t parts, const F& body) {
+  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p) body(groups * p / parts, groups * (p + 1) / parts, p);
+  });
+}
+
+constexpr std::int64_t kParts = 8;  // of the groups, where sums over all groups are needed
+
+}  // namespace
+
+void hidden_experts(const HiddenExperts& in, void* out) {
+  if (in.tokens == 0 || in.features == 0) return;
+  const HiddenKernels& kernels = hidden_kernels(in.dtype);
+  const Sorted sorted(in);
+  const std::int64_t size = scratch_floats(in, sorted.view);
+  for_each_part(in.groups(), std::min<std::int64_t>(in.groups(), 2 * num_threads()), [&](auto first, auto last, auto) {
+    Buffer<float> scratch = zeros<float>(size);
+    kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
+  });
+}
+
+void hidden_experts_backward(const HiddenExperts& in, const void* grad, const HiddenExpertsGradients& out) {
+  const HiddenKernels& kernels = hidden_kernels(in.dtype);
+  const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
+  const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
+  const Sorted sorted(in);
+  const std::int64_t size = scratch_floats(in, sorted.view);
+  const bool shared = in.own_groups == 1;
+  const std::int64_t parts = shared ? std::min(groups, kParts) : std::min<std::int64_t>(groups, 2 * num_threads());
+  Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);
+  Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
+  for_each_part(groups, parts, [&](auto first, auto last, auto part) {
+    Buffer<float> scratch = zeros<float>(size), own = zeros<float>(shared ? 0 : cores);
+    float* mine = shared ? sums.get() + part * cores : own.get();
+    float* gates = out.dgates == nullptr ? nullptr : slot_gates.get();
+    kernels.backward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), mine, gates}, grad, out);
+  });
+  if (out.dgates != nullptr) {
+    for (std::int64_t s = 0; s < pairs; ++s) {
+      float sum = 0;
+      for (std::int64_t g = 0; g < groups; ++g) sum += slot_gates.get()[g * pairs + s];
+      out.dgates[s] = sum;
+    }
+  }
+  if (!shared) return;
+  void* const results[] = {out.dright, out.dleft, out.dright_gate};
+  for (std::int64_t kind = 0; kind < kinds; ++kind)
+    for (std::int64_t e = 0; results[kind] != nullptr && e < in.experts; ++e)
+      kernels.sum_parts(
+          sums.get() + (e * kinds + kind) * square, parts, cores,
+          static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
+}
+
+}  // namespace mpoe

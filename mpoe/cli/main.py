@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
     "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
     "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
+    "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|qwen3_moe|olmoe.",
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable --device h100.",
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
     "generate": "Generate text with a saved model.",

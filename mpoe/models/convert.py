@@ -19,6 +19,7 @@ from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
+from mpoe.models.export import as_stock
 from mpoe.models.families import family_for
 from mpoe.models.families.given import checked_sites
 from mpoe.models.find import find_sites
@@ -200,7 +201,7 @@ def convert_to_mpoe(
 
 @one_at_a_time
 @torch.no_grad()
-def merge_experts(model: Any) -> Any:
+def merge_experts(model: Any, as_: str | None = None) -> Any:
     """A Switch-style model of the same class whose experts are full matrices, computing the same.
 
     A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as its own dense expert.
@@ -208,13 +209,17 @@ def merge_experts(model: Any) -> Any:
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is left as it is.
+        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``: an instance of that class of Transformers, which every tool
+            opens that serves it (see `mpoe.models.export`). The model's experts may be dense already then.
 
     Raises:
         TypeError: a model that is no MPOE model.
-        ValueError: experts that are dense already.
+        ValueError: experts that are dense already; a model that ``as_`` cannot be exactly, with the reasons.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    if as_ is not None:
+        return as_stock(model if model.mpoe_config.expert_type == "dense" else merge_experts(model), as_)
     if model.mpoe_config.expert_type != "mpo":
         raise ValueError(f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}")
     source: Any = model

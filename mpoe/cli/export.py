@@ -1,0 +1,62 @@
+"""`mpoe export IN OUT --to mixtral|qwen3_moe|olmoe`: a mixture as a class that other tools serve, with full matrices.
+
+What was written is opened again with the stock class, and its logits are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import read_command
+
+USAGE = "mpoe export IN OUT --to mixtral [--flag value ...]"
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """Options of `export`."""
+
+    _argument_group_name = "run"
+
+    to: str = dataclasses.field(default="mixtral", metadata={"help": "class: mixtral, qwen3_moe or olmoe"})
+    max_shard_size: str = dataclasses.field(default="5GB", metadata={"help": "largest file of weights"})
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    asked = read_command(USAGE, __doc__, [ExportOptions], arguments, words=2)
+    if asked is None:
+        return
+    names, (options,), _ = asked
+    if len(names) < 2:
+        raise CommandError(f"export needs two arguments: {USAGE}")
+    run(names[0], Path(names[1]), options)
+
+
+def run(name: str, out: Path, options: ExportOptions) -> float:
+    """Export the model ``name`` into the folder ``out``; returns the relative difference of the logits."""
+    from mpoe.cli.files import model_folder
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.training.output_dir import check_folder
+
+    source = find(name)
+    if not source.is_mpoe:
+        raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
+    check_folder("OUT", out)
+    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
+        raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
+    tokenizer = load_tokenizer(source)
+    from mpoe.models import merge_experts
+    from mpoe.models.export import check_export
+
+    model = load_model(source)
+    stock = merge_experts(model, as_=options.to)
+    with model_folder(out) as staging:
+        stock.save_pretrained(staging, max_shard_size=options.max_shard_size)
+        tokenizer.save_pretrained(staging)
+        difference = check_export(model, Path(staging), options.to)
+    print(f"saved to {out}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
+    return difference

@@ -1,0 +1,158 @@
+"""Mixtures as classes that other tools serve: Transformers' Mixtral and Qwen3-MoE, with full matrices per expert.
+
+A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
+lie transposed. What would not be exact is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.feed_forward import MPOEFeedForward
+
+# Fields that a Llama, Mistral or Qwen3 and its mixture have in common.
+_COMMON = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class of Transformers that a mixture can become.
+
+    Attributes:
+        families: dense families whose mixture it is.
+        config, model: names of its classes.
+        experts, inner: its configuration's fields for the number of experts and the size of their hidden layer.
+        renormalises: whether the gates of a token always sum to 1.
+    """
+
+    families: tuple[str, ...]
+    config: str
+    model: str
+    experts: str
+    inner: str
+    renormalises: bool
+
+
+TARGETS = {
+    "mixtral": Target(
+        ("llama", "mistral"), "MixtralConfig", "MixtralForCausalLM", "num_local_experts", "intermediate_size", True
+    ),
+    "qwen3_moe": Target(
+        ("qwen3",), "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", False
+    ),
+    "olmoe": Target((), "OlmoeConfig", "OlmoeForCausalLM", "num_experts", "intermediate_size", False),
+}
+# Of max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
+TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
+
+
+def _reasons(model: Any, to: str) -> list[str]:
+    """Why ``model`` cannot become a ``to``; empty if it can."""
+    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    if model.mpoe_family not in target.families:
+        known = " or ".join(target.families)
+        wanted = f"is the mixture of a {known}" if known else "has no dense family: only an OLMoE can become one"
+        return [f"{to} {wanted}; this is a {model.mpoe_family}"]
+    layers = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
+    router = mpoe.router
+    checks = {
+        f"it takes a causal language model; this is a {type(model).__name__}": not model.can_generate(),
+        f"it has a router; moe_type is {mpoe.moe_type!r}": mpoe.moe_type == "none",
+        "it has no second-expert policies (moe_type 'moe')": router.is_gshard,
+        "its experts have no capacity (eval_capacity_factor)": router.eval_capacity_factor is not None,
+        "its gates sum to 1; is_scale_prob keeps raw probabilities": router.is_scale_prob and target.renormalises,
+        "its projections have no biases": any(
+            weights.bias is not None for layer in layers for weights in layer.experts.projections().values()
+        )
+        or any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias")),
+        "every layer is a mixture; some are dense here": len(layers) != config.num_hidden_layers,
+        f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
+        != {"ffn"},
+        "its layers attend alike; use_sliding_window is on": bool(getattr(config, "use_sliding_window", False)),
+    }
+    return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
+
+
+def _target_config(model: Any, to: str) -> Any:
+    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values |= {
+        target.experts: mpoe.num_experts,
+        target.inner: config.intermediate_size,
+        "num_experts_per_tok": mpoe.router.top_k,
+        "head_dim": head,
+        "router_aux_loss_coef": mpoe.router.balance_loss_weight,
+        "sliding_window": getattr(config, "sliding_window", None),
+    }
+    if not target.renormalises:
+        values["norm_topk_prob"] = not mpoe.router.is_scale_prob
+    return getattr(transformers, target.config)(**values)
+
+
+def _renamed(merged: Any) -> dict[str, Tensor]:
+    """The state of a model with dense experts under the names of Transformers' mixtures."""
+    layers: Mapping[str, Any] = {n: m for n, m in merged.named_modules() if isinstance(m, MPOEFeedForward)}
+    inside = tuple(f"{name}." for name in layers)
+    state = {name: value for name, value in merged.state_dict().items() if not name.startswith(inside)}
+    for name, layer in layers.items():
+        weights: dict[str, ExpertWeights] = layer.experts.projections()
+        up, gate, down = (weights[kind].weight for kind in ("up", "gate_proj", "down"))
+        state[f"{name}.gate.weight"] = layer.router.weight.to(up.dtype)
+        state[f"{name}.experts.gate_up_proj"] = torch.cat([gate, up], -1).transpose(1, 2).contiguous()
+        state[f"{name}.experts.down_proj"] = down.transpose(1, 2).contiguous()
+    return state
+
+
+@torch.no_grad()
+def as_stock(merged: Any, to: str) -> Any:
+    """``merged``, a model with dense experts, as the class of Transformers that computes the same.
+
+    Raises:
+        ValueError: an unknown class, or a model that it cannot be exactly, with every reason.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"as_ must be one of {', '.join(map(repr, TARGETS))}; got {to!r}")
+    reasons = _reasons(merged, to)
+    if reasons:
+        raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
+    stock = getattr(transformers, TARGETS[to].model)(_target_config(merged, to))
+    state = {name: value.clone() for name, value in _renamed(merged).items()}  # shares nothing with the mixture
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    stock.generation_config = merged.generation_config
+    return stock.train(merged.training).requires_grad_(True)
+
+
+@torch.no_grad()
+def check_export(model: Any, folder: Path, to: str) -> float:
+    """Open what was written with the stock class and compare logits with those of ``model``.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    stock = getattr(transformers, TARGETS[to].model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
+    expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    allowed = HALF_TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
+    if not difference <= allowed:
+        problem = f"its logits differ by {difference:.1e} of the largest"
+        raise ValueError(f"the exported model must compute the same; {problem}")
+    return difference

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Any, get_type_hints
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option
-
-if TYPE_CHECKING:
-    from mpoe.config import MPOEConfig
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.mixture import MOE_TYPES
 
 # the original's names of components -> target_modules
 MPO_LAYERS = {"word_embed": "embedding", "mlp": "ffn", "attention": "attention", "pooler": "pooler"}
@@ -28,58 +30,68 @@ class ModelOptions:
     )
 
 
+# Fields of the configurations whose option is of another kind: JSON, a list, or None for "as the moe_type says".
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "shape": (str, "separable"),
+    "shape_pattern": (str | None, None),
+    "target_modules": (list[str], []),
+    "exclude_modules": (list[str], []),
+    "layers_to_transform": (list[int], []),
+    "block_per_group": (bool | None, None),
+    "expert_bias": (bool | None, None),
+    "top_k": (int | None, None),
+    "min_capacity": (int | None, None),
+    "second_threshold": (float | None, None),
+}
+_NO_OPTIONS = ("router", "rate_ratios", "tied_head")
+# the original's names
+_ALIASES = {
+    "max_bond": "linear_trunc",
+    "attention_max_bond": "attention_trunc",
+    "embedding_max_bond": "emb_trunc",
+    "pooler_max_bond": "pooler_trunc",
+    "expert_dropout": "switch_dropout",
+}
+
+
+def _described(config: type) -> dict[str, str]:
+    """Field -> the first sentence of what the docstring of a configuration says about it."""
+    text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]  # nothing with python -OO
+    parts = re.split(r"^    (\w+): ", text, flags=re.M)[1:]
+    about = (re.split(r"(?<!eq)(?<!al)\.\s", text.replace("`", ""))[0].split() for text in parts[1::2])
+    return {name: " ".join(words).removesuffix(".") for name, words in zip(parts[::2], about, strict=True)}
+
+
+def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type, field) of every option that a field of the configuration is."""
+    kinds, about = get_type_hints(config), _described(config)
+    for field in fields(config):
+        if field.name not in _NO_OPTIONS:
+            kind, default = _OPTIONS.get(field.name, (kinds[field.name], field.default))
+            yield (
+                field.name,
+                kind,
+                option(default, about.get(field.name, ""), *filter(None, [_ALIASES.get(field.name)])),
+            )
+
+
+_Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of(RouterConfig)])
+
+
 @dataclass
-class ExpertOptions:
-    """How the feed-forward layers become experts; the fields of `MPOEConfig` and `RouterConfig`."""
+class ExpertOptions(_Fields):  # type: ignore[misc]
+    """How the feed-forward layers become experts: the fields of `MPOEConfig` and `RouterConfig`, and `mpo_layers`.
+
+    Options left at None are as the moe_type says. ``shape`` may also be JSON (kind -> MPOShape), as ``shape_pattern``.
+    """
 
     _argument_group_name = "experts"
 
-    moe_type: str = option(
-        "switch", "switch (routed experts), moe (GShard's top-2 gating), none (no router, one expert)"
-    )
-    expert_type: str = option(
-        "mpo", "mpo, or dense: the baselines of full experts (with moe_type none: the model as is)"
-    )
-    num_experts: int = option(8, "experts per layer")
-    shape: str = option("separable", "separable, paper, light, or JSON: kind -> MPOShape")
-    shape_pattern: str | None = option(
-        None, "JSON: pattern of module names -> shape, bond cap or MPOShape; wins over shape"
-    )
-    max_bond: int | None = option(None, "cap of the experts' bond dimensions; none = lossless", "linear_trunc")
-    separable_left: int | None = option(None, "left core of a separable up projection")
-    separable_right: int | None = option(None, "right core of a separable up projection")
-    light_p: int = option(64, "product i * j of a light shape's outer cores")
-    gauge: str = option("symmetric", "symmetric, orthogonal, or (at full bonds) identity")
-    auxiliary_noise: float = option(0.0, "relative noise on auxiliary cores at conversion")
-    target_modules: list[str] = option([], "ffn (default), attention, embedding, pooler: what to convert")
     mpo_layers: list[str] = option(
         [],
         "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or nompo; without "
         "mlp the experts are dense",
     )
-    exclude_modules: list[str] = option([], "modules that stay dense")
-    layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    attention_max_bond: int | None = option(None, "cap of the bonds of attention projections", "attention_trunc")
-    embedding_max_bond: int | None = option(None, "cap of the bonds of the embedding", "emb_trunc")
-    pooler_max_bond: int | None = option(None, "cap of the bonds of BERT's pooler", "pooler_trunc")
-    backend: str | None = option(None, "kernel backend; none = chosen per call")
-    top_k: int | None = option(None, "experts per token (1; moe: 2)")
-    is_scale_prob: bool = option(False, "scale an expert's output by the raw gate probability")
-    capacity_factor: float | None = option(None, "training capacity; none = no token is dropped (moe: 1.25)")
-    eval_capacity_factor: float | None = option(None, "capacity in evaluation (moe: 2)")
-    min_capacity: int | None = option(None, "least capacity in slots (1; moe: 4)")
-    second_policy: str | None = option(
-        None, "moe: second experts kept in training: random (default), all, none or threshold"
-    )
-    eval_second_policy: str | None = option(None, "the same in evaluation (all)")
-    second_threshold: float | None = option(
-        None, "gate of the second expert that threshold and random compare with (0.2)"
-    )
-    jitter: float = option(0.0, "noise on the router's input in training")
-    balance_loss_weight: float = option(1e-2, "weight of the load-balancing loss")
-    z_loss_weight: float = option(0.0, "weight of the router's z-loss")
-    expert_dropout: float | None = option(None, "dropout inside experts", "switch_dropout")
-    init_scale: float = option(0.1, "scale of the router's initial weights")
 
     def build(self) -> MPOEConfig | None:
         """The `MPOEConfig`, checked, or None where everything stays dense.
@@ -87,8 +99,6 @@ class ExpertOptions:
         Raises:
             ValueError, TypeError: a field that does not fit, named.
         """
-        from mpoe.config import MPOEConfig, RouterConfig
-        from mpoe.config.mixture import MOE_TYPES
         from mpoe_kernels import available_backends, backend_reasons
 
         if self.moe_type not in MOE_TYPES:

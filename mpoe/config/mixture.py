@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
 from mpoe.config.router import GSHARD, RouterConfig
@@ -21,7 +21,9 @@ from mpoe.config.shapes import (
     pattern_matches,
     shape_to_json,
 )
-from mpoe_kernels import MPOShape
+
+if TYPE_CHECKING:
+    from mpoe_kernels import MPOShape
 
 MOE_TYPES = ("switch", "moe", "none")
 EXPERT_TYPES = ("mpo", "dense")
@@ -212,6 +214,8 @@ class MPOEConfig:
             return named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
         if kind == "down":
             return self.shape_for("up", out_features, in_features).mirrored()
+        from mpoe_kernels import MPOShape
+
         return MPOShape.separable(
             in_features, out_features, self.separable_left, self.separable_right, max_bond=self.max_bond
         )
@@ -228,6 +232,8 @@ class MPOEConfig:
         pattern = self._pattern_for(name)
         if pattern is None:
             return self
+        from mpoe_kernels import MPOShape
+
         if isinstance(pattern, MPOShape):
             raise ValueError(f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and 'down'")
         change = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
@@ -247,6 +253,8 @@ class MPOEConfig:
         cap, pattern = getattr(self, f"{component}_max_bond"), self._pattern_for(name)
         if isinstance(pattern, dict):
             raise ValueError(f"shape_pattern must give {name}, which is one matrix, an MPOShape, a name or a bond")
+        from mpoe_kernels import MPOShape
+
         if isinstance(pattern, MPOShape):
             return check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
         if isinstance(pattern, int):

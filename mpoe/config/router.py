@@ -32,14 +32,14 @@ class RouterConfig:
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
         eval_capacity_factor: the same in eval mode.
         min_capacity: least slots of an expert where there is a capacity.
-        second_policy: ``None`` = every token goes to its ``top_k`` experts. Otherwise GShard's gating (Lepikhin et
-            al. 2021, algorithm 1), which needs ``top_k`` 2: which second choices are kept in training, ``"all"``,
-            ``"none"``, ``"threshold"`` (those whose share of the two gates exceeds ``second_threshold``) or
-            ``"random"`` (with probability share / ``second_threshold``, at most 1). A token's gates are renormalised
-            over the choices that are kept, capacity is ``ceil(factor * T / E)``, and the balancing loss counts first
-            choices.
+        second_policy: second choices that GShard's gating keeps in training: ``"all"``, ``"none"``, ``"threshold"`` or
+            ``"random"``; ``None`` = no such gating, every token goes to its ``top_k`` experts. GShard's gating
+            (Lepikhin et al. 2021, algorithm 1) needs ``top_k`` 2. ``"threshold"`` keeps second choices whose share of
+            the two gates exceeds ``second_threshold``, ``"random"`` keeps them with probability share /
+            ``second_threshold``, at most 1. A token's gates are renormalised over the choices that are kept, capacity
+            is ``ceil(factor * T / E)``, and the balancing loss counts first choices.
         eval_second_policy: the same in eval mode, where a random policy would make results unrepeatable.
-        second_threshold: see ``second_policy``.
+        second_threshold: share of the two gates that ``"threshold"`` and ``"random"`` compare with.
         jitter: in training the router's input is multiplied by noise uniform in ``[1 - jitter, 1 + jitter]``
             (Switch Transformers, section 2.4).
         balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq. 4-6).

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.config.checks import check_choice, check_integer
-from mpoe_kernels import MPOShape
+
+if TYPE_CHECKING:
+    from mpoe_kernels import MPOShape
 
 KINDS = ("up", "gate_proj", "down")
 NAMED_SHAPES = ("separable", "paper", "light")
@@ -25,6 +27,8 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     if isinstance(shape, str):
         check_choice(name, shape, (*NAMED_SHAPES, HIDDEN))
         return shape
+    from mpoe_kernels import MPOShape  # here: options are made of the configurations, and torch is slow to import
+
     if not isinstance(shape, Mapping):
         raise TypeError(
             f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, HIDDEN)))} or a mapping from {list(KINDS)} to "
@@ -52,6 +56,8 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
     """
     if not isinstance(patterns, Mapping):
         raise TypeError(f"shape_pattern must be a mapping from patterns to shapes; got {type(patterns).__name__}")
+    from mpoe_kernels import MPOShape
+
     checked: dict[str, Any] = {}
     for pattern, value in patterns.items():
         name = f"shape_pattern[{pattern!r}]"
@@ -78,6 +84,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 def shape_to_json(shape: Any) -> Any:
     """JSON-able form of a shape, a dict of shapes, a name or a number."""
+    from mpoe_kernels import MPOShape
+
     if isinstance(shape, MPOShape):
         return shape.to_dict()
     return {kind: value.to_dict() for kind, value in shape.items()} if isinstance(shape, dict) else shape
@@ -85,6 +93,8 @@ def shape_to_json(shape: Any) -> Any:
 
 def named_shape(name: str, in_features: int, out_features: int, max_bond: int | None, light_p: int) -> MPOShape:
     """The shape called ``name`` for a weight ``[in_features, out_features]``."""
+    from mpoe_kernels import MPOShape
+
     if name == "paper":
         return MPOShape.paper(in_features, out_features, max_bond=max_bond)
     if name == "light":
@@ -110,6 +120,8 @@ def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> 
 
     Up: cores ``[1, I, G, b] [b, 1, b, 1]``; down: ``[1, G, I, b] [b, b, 1, 1]``.
     """
+    from mpoe_kernels import MPOShape
+
     if kind == "down":
         return MPOShape((in_features // block, block), (out_features, 1), central=0)
     return MPOShape((in_features, 1), (out_features // block, block), central=0)

@@ -243,7 +243,7 @@ def test_pytest_benchmark_suites_pass_on_tiny_sizes() -> None:
 
 
 def test_without_matplotlib_there_are_no_plots_and_a_line_says_so(monkeypatch, run_bench, tmp_path: Path) -> None:
-    monkeypatch.setattr("mpoe_bench.plots.have_matplotlib", lambda: False)
+    monkeypatch.setattr("mpoe.plotting.have_matplotlib", lambda: False)
     run = run_bench(tmp_path / "out", "--suite", "planner")
     assert run.code == 0
     assert 'no plots: they need matplotlib (pip install "mpoe[bench]")' in run.out

@@ -166,13 +166,13 @@ def _parse(
         except CommandError as error:
             raise CommandError(f"{config}: {error}") from None
         if rest:
-            raise CommandError(f"{config}: values without an option: {' '.join(map(repr, rest))}")
+            raise CommandError(f"{config}: {_stray(rest)}")
         for name in nulls:
             setattr(namespace, name, None)
     # argparse keeps what the namespace already holds unless a flag sets it, so flags win
     namespace, rest = parser.parse_known_args(list(flags), namespace)
     if rest:
-        raise CommandError(f"values without an option: {' '.join(map(repr, rest))}")
+        raise _stray(rest)
     given |= {known[_normal(t.split("=", 1)[0])].dest for t in flags if t.startswith("--") and len(t) > 2}
     return tuple(_build(kind, namespace, given) for kind in dataclass_types), given
 
@@ -236,7 +236,8 @@ def read_command(
 
 
 def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> tuple[list[str], list[str]]:
-    """The first ``most`` words that belong to no option, and everything else."""
+    """The words, at most ``most``, that belong to no option, and everything else."""
+    _check_flags(tokens, known)
     words: list[str] = []
     flags: list[str] = []
     action, room = None, 0.0  # the last option, and how many values it may still take
@@ -244,10 +245,18 @@ def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: in
         if token.startswith("--"):
             action = known.get(_normal(token.split("=", 1)[0]))
             room = _ROOM.get(action.nargs, 0) if action and "=" not in token else 0
-        elif room and (action is None or action.nargs != "?" or token.lower() in _TRUTHS):
+        elif room and (action is None or action.nargs != "?" or token.lower() in _TRUTHS or len(words) == most):
             room -= 1
-        elif len(words) < most and not token.startswith("-"):
+        else:
             words.append(token)
+            room = 0
             continue
         flags.append(token)
+    stray = [word for index, word in enumerate(words) if index >= most or word.startswith("-")]
+    if stray:
+        raise _stray(stray)
     return words, flags
+
+
+def _stray(values: Sequence[str]) -> CommandError:
+    return CommandError(f"values without an option: {' '.join(map(repr, values))}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import parse, read_config
+from mpoe.cli.parsing import Asked, option, parse, read_command, read_config
 
 
 @dataclass
@@ -127,3 +127,67 @@ def test_empty_values_of_a_file_are_not_given_unless_the_field_may_be_none(tmp_p
     assert given == {"limit"}
     (first,), given = parse([First], ["--steps", "4"], write(tmp_path, "d.yaml", "steps:\n"))
     assert (first.steps, given) == (4, {"steps"})
+
+
+@dataclass
+class Third:
+    """What a command is asked for."""
+
+    prompt: list[str] = option([], "may be repeated", action="append")
+    fast: bool = option(False, "hurry")
+    items: list[int] = option([], "numbers")
+    rate: float = option(0.5, "of learning", "learning_rate")
+
+
+def read(*tokens: str, words: int = 1) -> Asked:
+    asked = read_command("mpoe x MODEL", "About it.\n\nMore.", [Third], tokens, words)
+    assert asked is not None
+    return asked
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ("m", "--prompt", "a", "--fast", "--prompt", "b"),
+        ("--prompt", "a", "m", "--prompt", "b", "--fast"),
+        ("--fast", "m", "--prompt", "a", "--prompt=b"),
+        ("--prompt", "a", "--prompt", "b", "--fast", "true", "m"),
+    ],
+)
+def test_a_model_may_stand_anywhere(tokens: tuple[str, ...]) -> None:
+    asked = read(*tokens)
+    assert asked.words == ["m"]
+    assert asked.options == (Third(["a", "b"], True),)
+    assert asked.given == {"prompt", "fast"}
+
+
+def test_lists_take_what_follows_and_surplus_words_are_refused() -> None:
+    asked = read("m", "--items", "1", "2", "--learning-rate", "1e-3")
+    assert asked.options == (Third(items=[1, 2], rate=1e-3),)
+    assert read("--items", "3").words == []
+    for tokens in (("m", "n"), ("--fast", "m", "n"), ("m", "--rate", "1", "n")):
+        with pytest.raises(CommandError, match="values without an option: 'n'"):
+            read(*tokens)
+    with pytest.raises(CommandError, match="argument --prompt: expected one argument"):
+        read("m", "--prompt")
+
+
+def test_a_configuration_file_is_the_word(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.yaml", "rate: 0.25\nprompt: a\n")
+    asked = read_command("mpoe x", None, [Third], ["--fast", str(file)], 1, config=True)
+    assert asked is not None
+    assert asked.options == (Third(["a"], True, rate=0.25),)
+    assert asked.given == {"prompt", "fast", "rate"}
+
+
+def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for tokens in (["-h"], ["m", "--fast", "--help"], []):
+        assert read_command("mpoe x MODEL", "About it.\n\nMore.", [Third], tokens, 1) is None
+        out = capsys.readouterr().out
+        assert "mpoe x MODEL" in out
+        assert "About it." in out
+        assert "More." not in out
+        assert "--rate, --learning_rate" in out
+        assert "hurry" in out
+    asked = read_command("mpoe x", None, [Third], [])  # a command that takes no words runs
+    assert asked == Asked([], (Third(),), set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 
@@ -96,11 +96,11 @@ def check_index(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     return tensor
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Require ``value`` to be one of ``choices``; the message offers the closest ones."""
-    known = sorted(choices)
-    if value in known:
+    if isinstance(value, str) and value in choices:
         return
+    known = sorted(choices)
     close = get_close_matches(str(value), known, n=3, cutoff=0.4)
     hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")

@@ -36,6 +36,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+CHOICES = (*STRATEGIES, "auto")
 
 
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +171,7 @@ def grouped_mpo_linear(
     activation = "none" if activation is None else activation
     check_choice("activation", activation, ACTIVATIONS)
     strategy = "auto" if strategy is None else strategy
-    check_choice("strategy", strategy, (*STRATEGIES, "auto"))
+    check_choice("strategy", strategy, CHOICES)
     if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
         raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
     tensors = (x, blocks.left, blocks.central, blocks.right, bias)

@@ -268,6 +268,8 @@ def test_words_instead_of_an_error_from_inside() -> None:
         with pytest.raises(kind, match=message):
             call()
     assert route(pairs, 1, capacity=2**70).expert_load.tolist() == [3]
+    most = torch.empty(2**31 - 1, 1, dtype=torch.int64, device="meta")
+    assert route(most, 2**20).expert_offsets.shape == (2**20 + 1,)
 
 
 def test_dtypes_under_autocast() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear, registry
 from mpoe_kernels.linear.op import ACTIVATIONS
@@ -50,6 +51,25 @@ def test_dtypes_under_autocast() -> None:
         assert torch.allclose(y.float(), grouped_mpo_linear(x, blocks, offsets), atol=0.1)
     with pytest.raises(TypeError, match="left must have the dtype of x, bfloat16"):
         grouped_mpo_linear(x.bfloat16(), blocks, offsets)
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
+    shape = SMALL_SHAPES["separable"]
+    blocks, x, offsets = random_blocks(shape, 1), torch.randn(4, shape.in_features).double(), torch.tensor([0, 4])
+    saved: list[bool] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.mpoe.grouped_mpo_linear.default:
+                saved.append(arguments[-1])
+            return function(*arguments, **(options or {}))
+
+    with Seen():
+        grouped_mpo_linear(x, blocks, offsets)
+        grouped_mpo_linear(x, blocks, offsets, torch.ones(shape.out_features).double().requires_grad_())
+        with torch.no_grad():
+            grouped_mpo_linear(x.clone().requires_grad_(), blocks, offsets)
+    assert saved == [False, True, False]
 
 
 @on_every_backend

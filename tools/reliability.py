@@ -24,14 +24,14 @@ from pathlib import Path
 from documents import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DOC = ROOT / "docs" / "reliability.md"
 Row = tuple[str, str, list[str]]  # what was tried, what came of it, problems
 
 
 def kill(kills: int, seed: int, folder: Path) -> list[Row]:
-    from faults.kills import kill_runs
+    from tests.faults.kills import kill_runs
 
     tally = kill_runs(kills, seed, folder, say)
     found = f"{tally.runs} runs resumed to the weights of an undisturbed one, bit for bit"
@@ -41,7 +41,7 @@ def kill(kills: int, seed: int, folder: Path) -> list[Row]:
 
 
 def start_together(races: int, seed: int, folder: Path) -> list[Row]:
-    from faults.races import race
+    from tests.faults.races import race
 
     tally = race(races, seed, folder, say)
     what = f"{tally.races} races for a folder: double starts, and starts beside a run that is going"
@@ -52,7 +52,7 @@ def start_together(races: int, seed: int, folder: Path) -> list[Row]:
 
 
 def fill_disks(folder: Path) -> list[Row]:
-    from faults.disks import full_disk, straight_run
+    from tests.faults.disks import full_disk, straight_run
 
     expected = straight_run(folder)
     room = (folder / "straight" / "model.safetensors").stat().st_size
@@ -64,10 +64,9 @@ def fill_disks(folder: Path) -> list[Row]:
 
 
 def damage(folder: Path) -> list[Row]:
-    from faults.damage import DAMAGES
-    from training.tiny import mpoe_model
-
     from mpoe import load_mpoe
+    from tests.faults.damage import DAMAGES
+    from tests.training.tiny import mpoe_model
 
     mpoe_model("t5").save_pretrained(folder / "model")
     problems = []
@@ -86,7 +85,7 @@ def damage(folder: Path) -> list[Row]:
 
 
 def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
-    from faults.run_fuzz import KINDS, run_kind
+    from tests.faults.run_fuzz import KINDS, run_kind
 
     rows: list[Row] = []
     for kind in KINDS:
@@ -100,7 +99,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
 
 
 def train_long(steps: int) -> list[Row]:
-    from faults.memory import growth
+    from tests.faults.memory import growth
 
     found = growth(steps, warm=steps // 5)
     limit = 2_000_000 / steps  # two megabytes over the run: noise of the allocator

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cli_rows import write_rows
-
 from mpoe.data.spec import TaskSpec
+
+from .cli_rows import write_rows
 
 
 def write_described(data_dir: Path, spec: TaskSpec) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cli_rows import write_rows
 
 from mpoe.cli.main import main
+
+from .cli_rows import write_rows
 
 
 class Answer(NamedTuple):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_described import write_described
 
 from mpoe import plotting
 from mpoe.data.task_files import read_task_file
 from mpoe.data.tasks import find_spec
+
+from .cli_described import write_described
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_rows import write_rows
 
 from mpoe.data.embedded import stand_in_path
+
+from .cli_rows import write_rows
 
 
 def train_flags(folder: Path, data: Path, *more: object) -> list[object]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cli_described import write_described
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _descriptions_of_run, _settings_of_run
@@ -16,6 +15,8 @@ from mpoe.cli.scoring import TaskScores, score_rows
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
+
+from .cli_described import write_described
 
 
 def described(data_dir: Path, *names: str) -> Path:

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_documents import blocks, run_commands, run_python, write_files
 
 import mpoe
 import mpoe.data
 import mpoe_kernels
 from mpoe.data.task_files import standard_specs
+
+from .cli_documents import blocks, run_commands, run_python, write_files
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

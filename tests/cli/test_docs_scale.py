@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_documents import LAUNCH, blocks
 
 from mpoe import load_mpoe
 from mpoe.cli.plan_tables import size
+
+from .cli_documents import LAUNCH, blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """What a user can name: public functions, classes with their parameters and methods, and every option of a command.
 
-``python -m contract.surface`` (in `tests`) prints it as JSON; `surface_e1aa197.json` is what that commit's tree gave.
+``python -m tests.contract.surface`` prints it as JSON; `surface_e1aa197.json` is what that commit's tree gave.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Command -> the parser of its options."""
-    from faults.fuzz_options import GROUPS
-
     from mpoe.cli.parsing import make_parser
+    from tests.faults.fuzz_options import GROUPS
 
     return {command: make_parser(groups) for command, groups in GROUPS.items()}
 

@@ -8,12 +8,12 @@ from emulated_linear import ALL, Case
 from emulation import REFUSED, SCHEDULES, Schedule, schedule, stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_scenarios import LinearScenarios
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
+from tests.linear_scenarios import LinearScenarios
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in planned_strategies(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")

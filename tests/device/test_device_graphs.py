@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from decoding_graph import replay_a_decoding_step, run_apart
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+from .decoding_graph import replay_a_decoding_step, run_apart
 
 SHAPE = SMALL_SHAPES["light"]
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from training.tiny import dense_model, mpoe_model
 
 from mpoe import load_mpoe, save_mpoe_only
+from tests.training.tiny import dense_model, mpoe_model
 
 from .fuzz import Case, odd, spoil_bytes, spoil_values
 

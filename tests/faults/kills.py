@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from training.tiny import make_trainer, resume_options
 
 from mpoe.cli.files import model_folder
 from mpoe.models import load_mpoe
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.output_dir import RUN_FILE
+from tests.training.tiny import make_trainer, resume_options
 
 from .processes import Child, fork
 

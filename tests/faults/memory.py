@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from training.tiny import Rows, mpoe_model
+
+from tests.training.tiny import Rows, mpoe_model
 
 from .processes import resident_bytes
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training.tiny import make_trainer
 from transformers import TrainerCallback
 
 from mpoe.training import FolderInUseError, checkpoints, prepare_output_dir
 from mpoe.training.run_lock import LOCK_FILE, hold
+from tests.training.tiny import make_trainer
 
 from .processes import Child, fork
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from mpoe import import_original, load_mpoe, save_mpoe_only
 from mpoe.models import load_layers
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir
+from tests.training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from .damage import DAMAGES, Damage, Evil, change_config, cut_weights, index_of, shard_outside
 from .processes import resident_bytes

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.training import find_last_checkpoint
+from tests.training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from . import kills, memory
 from .disks import command_says, full_disk, straight_run

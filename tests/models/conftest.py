@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from small_models import dense_model
 
 from mpoe import MPOEConfig, convert_to_mpoe
+
+from .small_models import dense_model
 
 
 @pytest.fixture

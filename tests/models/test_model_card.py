@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from small_models import dense_model
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe
 from mpoe.models.card import CARD_FILE, model_card, write_card
+
+from .small_models import dense_model
 
 
 def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:

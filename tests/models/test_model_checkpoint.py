@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_models import FAMILIES, batch, dense_model, result
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +23,8 @@ from transformers import (
 from mpoe import RouterConfig, load_mpoe, merge_experts, save_mpoe_only
 from mpoe.models import MPOEBertModel, mpo_modules
 from mpoe.models.weight_files import check_shapes
+
+from .small_models import FAMILIES, batch, dense_model, result
 
 AUTO = {
     "t5": AutoModelForSeq2SeqLM,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import FAMILIES, batch, dense_model, result, valid_rows
 from torch import nn
 
 from mpoe import MPOEConfig, MPOEmbedding, convert_to_mpoe, load_mpoe, merge_experts, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear, TiedHead
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
+
+from .small_models import FAMILIES, batch, dense_model, result, valid_rows
 
 ALL = ["ffn", "attention", "embedding", "pooler"]
 

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from small_models import FAMILIES, GPT2, T5, batch, dense_model, result, valid_rows
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
@@ -15,6 +14,8 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
+
+from .small_models import FAMILIES, GPT2, T5, batch, dense_model, result, valid_rows
 
 
 def relative_difference(family, one, other, inputs):

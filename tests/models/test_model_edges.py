@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import FAMILIES
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+
+from .small_models import FAMILIES
 
 
 def pair(family: str, **options):

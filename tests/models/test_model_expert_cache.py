@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from small_models import MASK, batch
 
 from mpoe import load_mpoe
 from mpoe.layers import MPOExperts
+
+from .small_models import MASK, batch
 
 PLENTY = 10**9
 

@@ -7,12 +7,13 @@ import threading
 
 import pytest
 import torch
-from small_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.layers import load_balancing_loss, router_z_loss
 from mpoe.models import MPOEGPT2Config, MPOET5Config, parameter_kind
+
+from .small_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from small_models import MASK, batch
+
+from .small_models import MASK, batch
 
 CASES = [("t5", "separable"), ("t5", "paper"), ("gpt2", "separable"), ("gpt2", "paper")]
 

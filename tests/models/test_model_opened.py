@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_models import batch, dense_model
 from tiny_families import first_result, text_rows, tiny_batch, tiny_model
 from transformers import GenerationMixin
 
@@ -19,6 +18,8 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.outputs import ROUTING_FIELDS
+
+from .small_models import batch, dense_model
 
 LLAMA_SITES = {
     "holder": "layers.*.mlp",

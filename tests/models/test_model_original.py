@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import batch, dense_model
 
 from mpoe import import_original, load_mpoe
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape, decompose, reconstruct
+
+from .small_models import batch, dense_model
 
 EXPERTS = 3
 UP, DOWN = MPOShape.paper(24, 48, max_bond=6), MPOShape.paper(48, 24, max_bond=6)

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from small_models import batch
 
 from mpoe import load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
+
+from .small_models import batch
 
 try:
     import peft

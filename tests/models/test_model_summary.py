@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from small_models import batch, dense_model
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
 from mpoe.models.summary import HEADER, short_name, summarize, table_row
+
+from .small_models import batch, dense_model
 
 
 def test_a_row_for_every_weight(converted):

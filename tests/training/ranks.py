@@ -198,9 +198,10 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     return loop(folder / name, ranks, family, config, **options)
 
 
-def torchrun(*arguments: Any, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc_per_node PROCESSES ARGUMENTS`, its output in `stdout`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
+def torchrun(name: str, *arguments: Any, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`torchrun` with a module of this folder, its output in `stdout`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [*launcher, "-m", f"{__package__}.{name}", *arguments]
     return subprocess.run(
         list(map(str, command)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -208,4 +209,5 @@ def torchrun(*arguments: Any, processes: int = 2, timeout: float = 300) -> subpr
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
+        cwd=Path(__file__).parents[2],
     )

@@ -1,6 +1,7 @@
-"""One rank of a run with dropout: `python ranks_killed.py FOLDER [STEP]`; STEP: rank 1 is killed after it.
+"""One rank of a run with dropout: `torchrun -m tests.training.ranks_killed FOLDER [STEP]`.
 
-Continues the last checkpoint in FOLDER, if there is one; writes the final weights there.
+STEP: rank 1 is killed after it. Continues the last checkpoint in FOLDER, if there is one, and writes the final weights
+there.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from mpoe.training import find_last_checkpoint
-from training.tiny import make_trainer, resume_options
+from tests.training.tiny import make_trainer, resume_options
 
 folder, kill_after = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None
 

@@ -1,4 +1,7 @@
-"""One rank of two: `python ranks_main.py FOLDER NAME ...` does these runs of `ranks.py` and writes what came out."""
+"""One rank of two: `torchrun -m tests.training.ranks_main FOLDER NAME ...` does these runs of `ranks.py`.
+
+Writes what came out into FOLDER.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from training.ranks import by_trainer, diverged, run
+from tests.training.ranks import by_trainer, diverged, run
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)

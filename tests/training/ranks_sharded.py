@@ -1,4 +1,7 @@
-"""A sharded loop that keeps checkpoints: `torchrun ranks_sharded.py FOLDER [kill]` does a rank's part of the test."""
+"""A sharded loop that keeps checkpoints: one rank's part of the test.
+
+`torchrun -m tests.training.ranks_sharded FOLDER [kill]`
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from mpoe import MPOETrainingArguments, global_batch, load_mpoe, shard_model
 from mpoe.training import (
     GradientMask,
@@ -21,7 +22,7 @@ from mpoe.training import (
     rank_share,
     save_sharded_checkpoint,
 )
-from training.tiny import Rows, mpoe_model
+from tests.training.tiny import Rows, mpoe_model
 
 STEPS, BATCH, SAVED = 6, 8, 2
 # Masks the first two steps: in the checkpoint after them the central cores have no optimizer state yet.

@@ -17,7 +17,6 @@ from mpoe.training import find_last_checkpoint
 from .ranks import MORE_RUNS, RUNS, by_trainer, run, torchrun
 from .tiny import Rows, arguments, dense_model, mpoe_model
 
-MAIN = Path(__file__).with_name("ranks_main.py")
 FIRST = "trainer"
 # bfloat16 products round the sums of a whole batch and of its halves differently.
 BFLOAT16 = 5e-3
@@ -53,7 +52,7 @@ def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
     one = {name: run(name, folder / "one", 1) for name in names}
     if FIRST in one:
         continue_from(folder / "one" / FIRST / "checkpoint-2", folder / "resume")
-    answer = torchrun(MAIN, folder, *names)
+    answer = torchrun("ranks_main", folder, *names)
     assert answer.returncode == 0, answer.stdout
     ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
     for name in names:
@@ -113,15 +112,14 @@ def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
     """The launcher notices, says which rank and stops the other; the same command goes on to the same weights."""
-    script = MAIN.with_name("ranks_killed.py")
-    straight = torchrun(script, tmp_path / "straight")
+    straight = torchrun("ranks_killed", tmp_path / "straight")
     assert straight.returncode == 0, straight.stdout
-    killed = torchrun(script, tmp_path / "run", 5, timeout=120)
+    killed = torchrun("ranks_killed", tmp_path / "run", 5, timeout=120)
     assert killed.returncode not in (0, None)
     assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stdout), killed.stdout
     assert "Signal 9 (SIGKILL)" in killed.stdout
     assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
-    resumed = torchrun(script, tmp_path / "run")
+    resumed = torchrun("ranks_killed", tmp_path / "run")
     assert resumed.returncode == 0, resumed.stdout
     expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []

@@ -17,7 +17,6 @@ from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
 
 from .tiny import make_trainer, resume_options
 
-TINY = Path(__file__).with_name("tiny.py")
 FAMILIES = ["t5", "gpt2", "bert"]
 
 
@@ -137,9 +136,8 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); del sys.argv[1]; from training.tiny import main; main()"
-    command = [sys.executable, "-c", code, str(TINY.parent.parent), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "tests.training.tiny", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.slow

@@ -21,8 +21,6 @@ from .ranks import torchrun
 from .ranks_sharded import SAVED, STEPS, loop
 from .tiny import mpoe_model
 
-SCRIPT = Path(__file__).with_name("ranks_sharded.py")
-
 
 def seal(checkpoint: Path) -> None:
     """Make a changed checkpoint look as if it had been written so."""
@@ -110,10 +108,10 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
 def test_a_killed_loop_goes_on_with_any_number_of_ranks(alone: None, tmp_path: Path) -> None:
     one = loop(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "from one")
-    killed = torchrun(SCRIPT, tmp_path, "kill")
+    killed = torchrun("ranks_sharded", tmp_path, "kill")
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL)" in killed.stdout
-    answer = torchrun(SCRIPT, tmp_path)
+    answer = torchrun("ranks_sharded", tmp_path)
     assert answer.returncode == 0, answer.stdout
     for rank in range(2):
         two = torch.load(tmp_path / f"rank-{rank}.pt")

@@ -138,7 +138,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """A run for tests that kill processes: `python tiny.py OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
+    """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
 
     KILL_AT is "step-N" (kill after optimizer step N), "save-N" (in the middle of writing checkpoint N) or "never".
     """

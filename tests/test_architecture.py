@@ -125,6 +125,20 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
+def test_files_of_tests_import_one_another_by_their_whole_names() -> None:
+    """``from .tiny import`` or ``from tests.training.tiny import``: a bare name means another file to every folder."""
+    bare = []
+    for folder in {path.parent for path in (ROOT / "tests").rglob("__init__.py")}:
+        own = {path.stem for path in folder.glob("*.py")}
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names.append(node.module or "")
+                bare += [f"{path.relative_to(ROOT)}: {name}" for name in names if name in own]
+    assert not bare
+
+
 def test_files_fit_on_a_few_screens() -> None:
     folders = (*PACKAGES, "tests", "examples", "tools", "bench")
     long = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOEFeedForward
 from mpoe.models.table import TABLE
+
+from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
 
 SHAPES = ("separable", "paper", "light")
 IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]

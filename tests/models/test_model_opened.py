@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_families import first_result, text_rows, tiny_batch, tiny_model
 from transformers import GenerationMixin
 
 import mpoe
@@ -20,6 +19,7 @@ from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.outputs import ROUTING_FIELDS
 
 from .small_models import batch, dense_model
+from .tiny_families import first_result, text_rows, tiny_batch, tiny_model
 
 LLAMA_SITES = {
     "holder": "layers.*.mlp",

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import tiny_model
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.cli import export as command
 from mpoe.models.export import check_export
+
+from .tiny_families import tiny_model
 
 IDS = torch.randint(2, 60, (3, 17), generator=torch.Generator().manual_seed(3))
 NAMES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}

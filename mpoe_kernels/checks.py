@@ -27,6 +27,8 @@ def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     """Require a tensor with ``len(dims)`` dimensions, e.g. ``("T", "I")``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor [{', '.join(dims)}]; got {describe(value)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got one of the layout {value.layout}")
     if value.dim() != len(dims):
         raise ValueError(f"{name} must be [{', '.join(dims)}]; got {describe(value)}")
     return value

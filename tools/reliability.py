@@ -1,10 +1,10 @@
 """Tries to break training runs, checkpoints and inputs, and counts what happens; ``--doc`` writes docs/reliability.md.
 
-    python tools/reliability.py --kills 50 --races 200 --inputs 2000 --steps 1000 --seed 0 --doc
+    python tools/reliability.py --kills 50 --races 200 --calls 1000 --inputs 2000 --steps 1000 --seed 0 --doc
 
-Every number comes from this run: processes killed while they train and save, several
-that want one folder, full disks, damaged checkpoints, random
-inputs, resident memory over a long training. Exit status 1 if anything is lost, wrong or fails from inside.
+Every number comes from this run: processes killed while they train and save, several that want one folder, full disks,
+damaged checkpoints, random inputs, bad calls of the public names, resident memory over a long training. Exit status 1
+if anything is lost, wrong or fails from inside.
 """
 
 from __future__ import annotations
@@ -98,6 +98,15 @@ def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
     return rows
 
 
+def call_badly(calls: int, seed: int, folder: Path) -> list[Row]:
+    from faults.bad_calls import run_calls
+
+    outcome = run_calls(calls, seed, folder, say)
+    what = f"{outcome.calls} bad calls of {len(outcome.names)} public names, each in a process of its own"
+    found = f"{outcome.refused} refused in our words, {outcome.worked} worked"
+    return [(what, found, outcome.problems)]
+
+
 def train_long(steps: int) -> list[Row]:
     from tests.faults.memory import growth
 
@@ -121,10 +130,13 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="processes to kill")
     parser.add_argument("--races", type=int, default=200, help="folders that several processes want at once")
+    parser.add_argument("--calls", type=int, default=1000, help="bad calls of public names")
     parser.add_argument("--inputs", type=int, default=2000, help="random inputs, in equal parts of every kind")
     parser.add_argument("--steps", type=int, default=1000, help="training steps over which memory is watched")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--only", default="", help="parts, with commas: kills, races, disks, damage, inputs, memory")
+    parser.add_argument(
+        "--only", default="", help="parts, with commas: kills, races, disks, damage, inputs, calls, memory"
+    )
     parser.add_argument("--doc", action="store_true", help="write the table into docs/reliability.md")
     chosen = parser.parse_args(words)
     warnings.simplefilter("ignore")
@@ -140,6 +152,7 @@ def main(words: list[str] | None = None) -> int:
         "disks": fill_disks,
         "damage": damage,
         "inputs": lambda folder: fuzz(chosen.inputs, chosen.seed, folder),
+        "calls": lambda folder: call_badly(chosen.calls, chosen.seed, folder),
         "memory": lambda folder: train_long(chosen.steps),
     }
     problems: list[str] = []

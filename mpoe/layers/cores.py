@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoe.layers.initial import FromInitialValues
+from mpoe.config.checks import check_integer, check_number
+from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe_kernels import Decomposition, MPOBlocks, MPOShape, decompose_with_errors, expert_weights, fold
 
 
@@ -45,8 +46,9 @@ class MPOCores(FromInitialValues):
         super().__init__()
         if not isinstance(shape, MPOShape):
             raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        check_integer("num_experts", num_experts, 1)
+        check_number("init_std", init_std, 0.0)
+        check_placement(device, dtype)
         self.shape, self.num_experts, self.init_std = shape, num_experts, init_std
         self.central_masked = False
         self.local_errors: tuple[float, ...] = ()

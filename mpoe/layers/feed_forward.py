@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_integer
 from mpoe.layers.context import RouterRecord, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.router import RouterOutput, TopKRouter
@@ -35,6 +36,10 @@ class RoutedFeedForward(nn.Module):
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, MPOEConfig):
+            raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__} {config!r}")
+        check_integer("in_features", in_features, 1)
+        check_integer("hidden_features", hidden_features, 1)
         self.in_features, self.hidden_features = in_features, hidden_features
         self.num_experts, self.stream = config.num_experts, stream
         override = config.router.expert_dropout
@@ -48,9 +53,14 @@ class RoutedFeedForward(nn.Module):
         """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument or the call's.
 
         Raises:
+            TypeError: what is no tensor of floating-point numbers.
             ValueError: sizes that do not fit.
         """
-        if hidden_states.shape[-1] != self.in_features:
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states must be a tensor [..., I]; got {type(hidden_states).__name__}")
+        if not hidden_states.is_floating_point():
+            raise TypeError(f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}")
+        if not hidden_states.dim() or hidden_states.shape[-1] != self.in_features:
             raise ValueError(f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}")
         routing_call = current_routing()
         if token_mask is None and routing_call is not None:
@@ -150,6 +160,7 @@ class MPOEFeedForward(RoutedFeedForward):
             ``[..., I]``.
 
         Raises:
+            TypeError: what is no tensor of floating-point numbers.
             ValueError: sizes that do not fit.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)

@@ -6,6 +6,26 @@ import torch
 from torch import Tensor, nn
 
 
+def check_placement(device: object, dtype: object) -> None:
+    """Refuse a device that is not here, and a dtype that holds no floating-point numbers; None is the default's.
+
+    Raises:
+        TypeError: neither a device nor its name; no `torch.dtype`.
+        ValueError: no such device here, or a dtype of integers or complex numbers.
+    """
+    if device is not None and not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name; got {type(device).__name__} {device!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be of floating-point numbers; got {dtype}")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # torch has several for what it does not know or has no driver for
+            raise ValueError(f"device must be one that this machine has; got {str(device)!r}") from error
+
+
 class FromInitialValues(nn.Module):
     """A module whose `initial_values` say where its parameters begin; `from_pretrained` uses them for missing ones."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpoe.config.checks import check_integer
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 
@@ -31,7 +32,10 @@ class MPOEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(shape, MPOShape):
+            raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
         if padding_idx is not None:
+            check_integer("padding_idx", padding_idx, -shape.in_features)
             if not -shape.in_features <= padding_idx < shape.in_features:
                 raise ValueError(f"padding_idx must be within the {shape.in_features} embeddings; got {padding_idx}")
             padding_idx %= shape.in_features

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
-from mpoe.layers.initial import FromInitialValues
+from mpoe.config.checks import check_integer
+from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
@@ -48,7 +49,7 @@ class TopKRouter(FromInitialValues):
         config: `RouterConfig`.
 
     Raises:
-        ValueError: ``top_k`` larger than ``num_experts``.
+        TypeError, ValueError: an argument of another kind, sizes below 1, ``top_k`` larger than ``num_experts``.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class TopKRouter(FromInitialValues):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_integer("in_features", in_features, 1)
+        check_integer("num_experts", num_experts, 1)
+        if config is not None and not isinstance(config, RouterConfig):
+            raise TypeError(f"config must be a RouterConfig; got {type(config).__name__} {config!r}")
+        check_placement(device, dtype)
         self.config = RouterConfig() if config is None else config
         if self.config.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.config.top_k}")
@@ -105,6 +111,8 @@ class TopKRouter(FromInitialValues):
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route tokens ``x [T, I]``."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor [T, I]; got {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
         # The device meta has no autocast to turn off.

@@ -16,6 +16,7 @@ There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, 
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ Chains = dict[str, dict[int, Any]]
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         return dict(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source must be a state dict or a path; got {type(source).__name__} {source!r}")
     path = Path(source)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
@@ -221,7 +224,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
         The model, in eval mode. Matrices, routers and everything dense are the checkpoint's.
 
     Raises:
-        TypeError: a base of another class.
+        TypeError: a base of another class, a source of another kind.
         ValueError: no such checkpoint, cores that are missing, do not fit the base or differ where experts share
             them, names that neither side knows.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         for name in (*switches, "allow_non_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
+        if self.output_dir is not None and not isinstance(self.output_dir, (str, os.PathLike)):
+            raise TypeError(f"output_dir must be a path; got {self.output_dir!r}")
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)

@@ -7,6 +7,7 @@ of it. Tensors are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mpoe.config.checks import check_integer
 from mpoe.models.weight_files import declared_shapes, read_json
 from mpoe.training import checkpoints
-from mpoe.training.sharding import save_sharded
+from mpoe.training.sharding import check_sharded, save_sharded
 
 TENSORS, SETTINGS = "optimizer.safetensors", "optimizer.json"
 
@@ -44,9 +46,12 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a setting of the optimizer that JSON cannot hold.
+        TypeError: a model that is not sharded; a step that is no integer; a setting of the optimizer that JSON cannot
+            hold.
         ValueError: a parameter of the optimizer that is none of the model's.
     """
+    check_sharded(model)
+    check_integer("step", step, 0)
     staged = checkpoints.staging_root(folder) / f"checkpoint-{step}"
     if dist.get_rank() == 0:
         checkpoints.clean_leftovers(folder)
@@ -81,6 +86,8 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     Raises:
         ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or parameters that differ.
     """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}")
     folder = Path(checkpoint)
     step = checkpoints.step_of(folder)
     if not checkpoints.is_complete(folder) or not (folder / SETTINGS).is_file():

@@ -64,6 +64,12 @@ def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype |
     return fully_shard(module, **options)
 
 
+def check_sharded(model: object) -> None:
+    """Raise TypeError unless `shard_model` has sharded ``model``."""
+    if not isinstance(model, FSDPModule):
+        raise TypeError(f"model must be sharded by shard_model; got a plain {type(model).__name__}")
+
+
 def _blocks(model: Any) -> Iterator[nn.Module]:
     """The transformer blocks: what Transformers itself never splits, among the items of lists of modules."""
     names = set(model._no_split_modules)
@@ -80,8 +86,7 @@ def save_sharded(model: Any, folder: str | Path) -> None:
     Raises:
         TypeError: a model that `shard_model` has not sharded.
     """
-    if not isinstance(model, FSDPModule):
-        raise TypeError(f"model must be sharded by shard_model; got a plain {type(model).__name__}")
+    check_sharded(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the other ranks get an empty one
     module: Any = model
     state = get_model_state_dict(module, options=options)

@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mpoe_kernels.checks import check_device
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 
 
 def expert_weights(blocks: MPOBlocks) -> Tensor:
-    """All experts' weights ``[E, I, F]``: for inspection and export, never on the fast path. Differentiable."""
+    """All experts' weights ``[E, I, F]``: for inspection and export, never on the fast path. Differentiable.
+
+    Raises:
+        TypeError: ``blocks`` is no `MPOBlocks`.
+        ValueError: its tensors are on several devices.
+    """
+    if not isinstance(blocks, MPOBlocks):
+        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
+    check_device("left", blocks.left, central=blocks.central, right=blocks.right)
     experts, rows_l, cols_l, a = blocks.left.shape
     _, rows_c, cols_c, b = blocks.central.shape
     _, _, rows_r, cols_r = blocks.right.shape

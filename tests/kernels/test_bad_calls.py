@@ -24,6 +24,7 @@ from mpoe_kernels import (
     decompose,
     decompose_with_errors,
     dispatch,
+    expert_weights,
     fold,
     grouped_mpo_linear,
     mpo_embedding,
@@ -363,3 +364,13 @@ def test_calibration_with_a_number_beyond_floats(kept: Path) -> None:
 
     assert _positive(1e9)
     assert not any(_positive(value) for value in (0, -1.0, True, "1", 10**400, float("inf"), float("nan"), 1e-320))
+
+
+def test_blocks_of_another_kind_and_layout() -> None:
+    with pytest.raises(TypeError, match=r"blocks must be MPOBlocks .*; got tuple"):
+        expert_weights((1, 2))  # type: ignore[arg-type]
+    blocks = fold([torch.ones(1, 2, 2, 1)])
+    with pytest.raises(ValueError, match="central must be on the device of left, cpu; got"):
+        expert_weights(replace(blocks, central=blocks.central.to("meta")))
+    with pytest.raises(ValueError, match=r"weight must be a dense tensor; got one of the layout torch\.sparse_coo"):
+        decompose(torch.eye(8).to_sparse(), MPOShape((2, 4), (2, 4)))

@@ -175,3 +175,9 @@ def test_biases_that_are_left_out_are_named():
         import_original(state, base)
     with pytest.raises(TypeError, match="base must be a T5ForConditionalGeneration"):
         import_original(state, dense_model("gpt2"))
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a"]])
+def test_a_source_of_another_kind_is_refused(source):
+    with pytest.raises(TypeError, match="source must be a state dict or a path; got"):
+        import_original(source, dense_model("t5"))

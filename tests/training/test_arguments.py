@@ -84,3 +84,9 @@ def test_command_line_and_lists(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         MPOETrainingArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("folder", [3, 1.5, ["runs"], {}])
+def test_a_folder_that_is_no_path(folder: object) -> None:
+    with pytest.raises(TypeError, match="output_dir must be a path; got"):
+        MPOETrainingArguments(output_dir=folder, use_cpu=True)  # type: ignore[arg-type]

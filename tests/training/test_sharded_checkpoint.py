@@ -119,3 +119,12 @@ def test_a_killed_loop_goes_on_with_any_number_of_ranks(alone: None, tmp_path: P
         assert two["killed"] == pytest.approx(two["straight"][SAVED:], rel=1e-5)
         assert two["from one"] == pytest.approx(one[SAVED:], rel=1e-5)
     assert loop(tmp_path / "killed") == pytest.approx(one[SAVED:], rel=1e-5)  # of two ranks, on one
+
+
+def test_what_is_no_folder_and_no_step_is_refused(tmp_path: Path) -> None:
+    model = mpoe_model("t5")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="checkpoint must be the folder of one; got NoneType None"):
+        load_sharded_optimizer(model, optimizer, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be sharded by shard_model; got a plain"):  # without a process group
+        save_sharded_checkpoint(model, optimizer, tmp_path, 1)

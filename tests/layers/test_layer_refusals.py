@@ -1,0 +1,47 @@
+"""What the layers' constructors and forwards refuse, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpoe import MPOEConfig, MPOEFeedForward, MPOEmbedding, MPOLinear, RouterConfig, TopKRouter
+from mpoe_kernels import MPOShape
+
+SHAPE = MPOShape((2, 4), (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: TopKRouter(1.5, 4), TypeError, "in_features must be an integer; got float 1.5"),
+        (lambda: TopKRouter(8, 0), ValueError, "num_experts must be at least 1; got 0"),
+        (lambda: TopKRouter(8, 4, {"top_k": 1}), TypeError, "config must be a RouterConfig; got dict"),
+        (lambda: TopKRouter(8, 4, device=3), TypeError, "device must be a torch.device or its name; got int 3"),
+        (lambda: TopKRouter(8, 4, device="moon"), ValueError, "device must be one that this machine has; got 'moon'"),
+        (lambda: TopKRouter(8, 4, dtype="x"), TypeError, "dtype must be a torch.dtype; got str 'x'"),
+        (lambda: MPOLinear(SHAPE, dtype=torch.int64), ValueError, "dtype must be of floating-point numbers; got"),
+        (lambda: MPOLinear((2, 4)), TypeError, "shape must be an MPOShape; got tuple"),
+        (lambda: MPOLinear(SHAPE, init_std="x"), TypeError, "init_std must be a number; got str"),
+        (lambda: MPOEmbedding(None, 1), TypeError, "shape must be an MPOShape; got NoneType"),
+        (lambda: MPOEmbedding(SHAPE, 1.5), TypeError, "padding_idx must be an integer; got float 1.5"),
+        (lambda: MPOEFeedForward(8, 16, "x"), TypeError, "config must be an MPOEConfig; got str 'x'"),
+        (lambda: MPOEFeedForward(8, None), TypeError, "hidden_features must be an integer; got NoneType"),
+        (lambda: TopKRouter(8, 4)([1.0]), TypeError, r"x must be a tensor \[T, I\]; got list"),
+        (lambda: MPOEFeedForward(8, 16)([1.0]), TypeError, r"hidden_states must be a tensor \[..., I\]; got list"),
+        (lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()), TypeError, "must hold floating-point numbers; got"),
+        (lambda: MPOEFeedForward(8, 16)(torch.ones(())), ValueError, r"hidden_states must be \[..., 8\]; got \[\]"),
+    ],
+)
+def test_refusals(call, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_what_fits_still_does() -> None:
+    assert (
+        TopKRouter(8, 4, RouterConfig(), device=torch.device("cpu"), dtype=torch.bfloat16).weight.dtype
+        is torch.bfloat16
+    )
+    assert MPOEmbedding(SHAPE, -1, device="meta").padding_idx == 7
+    assert MPOEFeedForward(8, 16, MPOEConfig(num_experts=2))(torch.randn(3, 8)).shape == (3, 8)

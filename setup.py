@@ -1,10 +1,11 @@
 """Builds the native kernels with CMake where that is possible; the metadata is in pyproject.toml.
 
-The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a compiler, CMake and torch
-are there, the CUDA kernels if nvcc is too; else install without and say so), ``cpu`` (those alone, or fail), ``cuda``
-(both, or fail), ``none``. torch comes from the running interpreter, so a native build needs ``pip install
---no-build-isolation``. ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the
-CUDA compiler. ``CMAKE_ARGS`` is passed on; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
+The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a compiler and CMake are
+there, else install without and say so), ``cpu`` (those, or fail), ``cuda`` (the CUDA kernels too, or fail), ``none``.
+The CPU kernels need nothing of torch, so pip may build them in isolation; the CUDA kernels are built against the torch
+of the running interpreter, so they need ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``
+("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the CUDA compiler. ``CMAKE_ARGS`` is passed on;
+``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +30,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mpoe_kernels"
 OLDEST_TORCH = (2, 11)
-OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not check without build isolation
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose build requirements pip installs in isolation alone
 CHOICES = ("auto", "cpu", "cuda", "none")
+ON_REQUEST = "the CUDA kernels are built on request: MPOE_BUILD=cuda pip install --no-build-isolation ."
 
 
 class Module(NamedTuple):
@@ -91,17 +94,24 @@ def obstacle() -> str | None:
     """Why no kernels can be built here; None: those for CPUs can."""
     if not sys.platform.startswith(("linux", "darwin")):
         return f"native kernels are built on Linux and macOS only, this is {sys.platform}"
-    if torch_folder() is None:
-        return (
-            "torch was not importable where the package was built (pip builds in isolation by default): "
-            "install torch >= 2.11 first, then use pip install --no-build-isolation"
-        )
-    version = importlib.metadata.version("torch")
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
-        return f"native kernels need torch >= 2.11 to build, found {version}"
     if compiler() is None:
         return f"no C++ compiler was found ({os.environ.get('CXX') or 'c++, g++, clang++'})"
     return None if program("cmake") else "CMake was not found"
+
+
+def cuda_obstacle() -> str | None:
+    """Why no CUDA kernels can be built where those for CPUs can."""
+    if nvcc() is None:
+        return f"nvcc was not found ({os.environ.get('CUDACXX') or 'CUDACXX, PATH, /usr/local/cuda'})"
+    if torch_folder() is None:
+        return (
+            "the CUDA kernels are built against torch, which was not importable (pip builds in isolation by default): "
+            'install torch >= 2.11, "setuptools>=77", cmake and ninja first, then use pip install --no-build-isolation'
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+        return f"the CUDA kernels need torch >= 2.11 to build, found {version}"
+    return None
 
 
 def decide() -> dict[Module, str]:
@@ -111,17 +121,12 @@ def decide() -> dict[Module, str]:
         raise SystemExit(f"MPOE_BUILD must be one of {', '.join(CHOICES)}; got {choice!r}")
     if choice == "none":
         return dict.fromkeys((NATIVE, CUDA), "MPOE_BUILD=none was set when the package was built")
-    reason = obstacle()
-    where = os.environ.get("CUDACXX") or "CUDACXX, PATH, /usr/local/cuda"
-    without_nvcc = None if nvcc() else f"nvcc was not found ({where})"
-    failing = reason or (without_nvcc if choice == "cuda" else None)
-    if failing and choice != "auto":
-        raise SystemExit(f"MPOE_BUILD={choice}: {failing}")
-    if reason:
-        return dict.fromkeys((NATIVE, CUDA), reason)
-    if choice == "cpu":
-        return {CUDA: "MPOE_BUILD=cpu was set when the package was built"}
-    return {CUDA: without_nvcc} if without_nvcc else {}
+    reason = obstacle() or (cuda_obstacle() if choice == "cuda" else None)
+    if reason and choice != "auto":
+        raise SystemExit(f"MPOE_BUILD={choice}: {reason}")
+    if choice == "cuda":
+        return {}
+    return {CUDA: ON_REQUEST} | ({NATIVE: reason} if reason else {})
 
 
 def publish(source: Path | str, target: Path) -> None:
@@ -137,10 +142,13 @@ def publish(source: Path | str, target: Path) -> None:
 
 def record_missing(module: Module, reason: str, folder: Path) -> None:
     if module is NATIVE:
-        print(f"mpoe: native kernels are not built, the eager backend will be used: {reason}", file=sys.stderr)
-    elif NATIVE not in MISSING:
-        print(f"mpoe: CUDA kernels are not built: {reason}", file=sys.stderr)
+        tell(f"native kernels are not built, the eager backend will be used: {reason}")
     publish(reason + "\n", folder / module.reason_file)
+
+
+def tell(message: str) -> None:
+    """A line that ``pip install -v`` shows at once."""
+    print(f"mpoe: {message}", file=sys.stderr, flush=True)
 
 
 def run_cmake(module: Module, folder: Path, version: str) -> Path:
@@ -154,16 +162,21 @@ def run_cmake(module: Module, folder: Path, version: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
         *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
-        *(f"-DMPOE_TORCH_DIR={torch_folder()}", f"-DMPOE_VERSION={version}"),
-        f"-DMPOE_TORCH_VERSION={importlib.metadata.version('torch')}",
+        f"-DMPOE_VERSION={version}",
     ]
     if module is CUDA:
-        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DMPOE_TORCH_DIR={torch_folder()}"]
+        arguments.append(f"-DMPOE_TORCH_VERSION={importlib.metadata.version('torch')}")
         if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(listed)}")
     arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    started = time.monotonic()
+    tell(f"building {module.library} with {compiler()}")
     subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *arguments], check=True)
-    subprocess.run([cmake, "--build", str(folder), "--target", module.target], check=True)
+    # Without Ninja, CMake's generator of makefiles runs one compiler at a time unless told.
+    jobs = [] if ninja or "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", str(os.cpu_count() or 1)]
+    subprocess.run([cmake, "--build", str(folder), "--target", module.target, *jobs], check=True)
+    tell(f"{module.library} took {time.monotonic() - started:.0f} s")
     return folder / module.library
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +27,13 @@ class CompiledLibrary:
         path: where the library was looked for.
         reasons: why it is not loaded (empty: it is).
         info: what it tells of itself, such as ``version``. Empty unless loaded.
+        functions: what opening it gave, to call it by; None where its functions are ops of torch.
     """
 
     path: Path
     reasons: tuple[str, ...] = ()
     info: dict[str, str] = field(default_factory=dict)
+    functions: Any = None
 
 
 def _why_missing(path: Path, reason_file: str) -> str:
@@ -39,29 +43,45 @@ def _why_missing(path: Path, reason_file: str) -> str:
     return f"{path.name} is not in {path.parent}: in a source checkout run {BUILD_COMMAND}"
 
 
-def load_library(path: Path, namespace: str, reason_file: str, info_keys: set[str]) -> CompiledLibrary:
-    """Load a library; its ops appear as ``torch.ops.<namespace>``. Never raises for a bad file.
+def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
+    """How to open a library of ops of torch, for `load_library`: they appear as ``torch.ops.<namespace>``."""
+
+    def opened(path: Path) -> tuple[str, None]:
+        torch.ops.load_library(path)
+        return getattr(torch.ops, namespace).build_info(), None
+
+    return opened
+
+
+def load_library(
+    path: Path,
+    opened: Callable[[Path], tuple[str, Any]],
+    reason_file: str,
+    info_keys: set[str],
+    layout: Mapping[str, str] | None = None,
+) -> CompiledLibrary:
+    """Load a library. Never raises for a bad file.
 
     Args:
         path: of the library.
-        namespace: of its ops; ``build_info`` among them answers with lines ``key=value``.
+        opened: loads it; what the library tells of itself, as lines ``key=value``, and what to call it by.
         reason_file: beside the library; setup.py writes it where it does not build.
         info_keys: what the library must tell of itself; one that tells less was built from older sources.
+        layout: values that it must tell, so that it is called as it wants to be.
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
         return CompiledLibrary(path, (f"it needs torch >= 2.11; this is {torch.__version__}",))
     try:
-        torch.ops.load_library(path)
-        text = getattr(torch.ops, namespace).build_info()
+        text, functions = opened(path)
     except (OSError, RuntimeError, AttributeError) as error:
         reason = f"{path} does not load on {platform.system()} {platform.machine()}: {error}"
         return CompiledLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
     ours, built = mpoe_kernels.version.__version__, info.get("version")
-    if built != ours or not info.keys() >= info_keys:
+    if built != ours or not info.keys() >= info_keys or not info.items() >= (layout or {}).items():
         built = f"mpoe {built}" if built != ours else "an older state of the sources"
         reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"
         return CompiledLibrary(path, (reason,))
-    return CompiledLibrary(path, (), info)
+    return CompiledLibrary(path, (), info, functions)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from mpoe_kernels.compiled import FOLDER, CompiledLibrary, load_library
+from mpoe_kernels.compiled import FOLDER, CompiledLibrary, load_library, open_ops
 
 LIBRARY = "_C_cuda.abi3.so"
 # setup.py writes it where it does not build.
@@ -19,7 +19,7 @@ def _load() -> CompiledLibrary:
     path = FOLDER / LIBRARY
     if path.is_file() and torch.version.cuda is None:
         return CompiledLibrary(path, (f"this torch, {torch.__version__}, is built without CUDA",))
-    return load_library(path, "mpoe_cuda", REASON_FILE, INFO_KEYS)
+    return load_library(path, open_ops("mpoe_cuda"), REASON_FILE, INFO_KEYS)
 
 
 CUDA_LIBRARY = _load()

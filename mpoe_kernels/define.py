@@ -26,7 +26,7 @@ def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: An
 
 
 def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a kernel; what a compiled one refuses (csrc/binding.h) is a ValueError as everywhere."""
+    """Call a kernel; what a compiled one refuses (csrc/cuda/binding.h) is a ValueError as everywhere."""
     try:
         return kernel(*arguments)
     except RuntimeError as error:

@@ -89,7 +89,7 @@ def native_summary(native: dict[str, str] | None) -> str:
         return "no (see below)"
     lowered = "" if native["isa_used"] == native["isa_detected"] else f", {native['isa_used']} in use (MPOE_CPU_ISA)"
     return (
-        f"built by {native['compiler']} against torch {native['torch']}; instructions: "
+        f"built by {native['compiler']} for {native['torch']} torch; instructions: "
         f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} compiled{lowered}"
     )
 

@@ -1,14 +1,59 @@
-"""The compiled CPU kernels, `mpoe_kernels/_C.abi3.so`, loaded where they can be."""
+"""The compiled CPU kernels, `mpoe_kernels/_C.abi3.so`, loaded where they can be.
+
+The library is plain C to the outside (csrc/interface.h) and is linked to nothing of torch: `ctypes` calls it, and its
+threads are those of torch, whose functions it is handed here.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
+import torch
+
 from mpoe_kernels.compiled import FOLDER, load_library
+from mpoe_kernels.native_interface import STRUCTS
 
 LIBRARY = "_C.abi3.so"
 # setup.py writes it where it does not build.
 REASON_FILE = "_native_missing.txt"
-# What the library tells of itself: what it was built from, and which instructions it uses here (``isa_compiled``:
-# names, separated by spaces).
+# What the library tells of itself: what it was built from, the torch it needs, and which instructions it uses here
+# (``isa_compiled``: names, separated by spaces).
 INFO_KEYS = {"version", "torch", "compiler", "isa_compiled", "isa_detected", "isa_used"}
 
-NATIVE_LIBRARY = load_library(FOLDER / LIBRARY, "mpoe_native", REASON_FILE, INFO_KEYS)
+
+def _opened(path: Path) -> tuple[str, ctypes.CDLL]:
+    # Looks into what torch has loaded already: libtorch_cpu, wherever it lies.
+    torch_library = ctypes.CDLL(torch._C.__file__)
+    library = ctypes.CDLL(str(path))
+    library.mpoe_use_threads(torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
+    library.mpoe_message.restype = ctypes.c_char_p
+    library.mpoe_build_info.restype = ctypes.c_char_p
+    return library.mpoe_build_info().decode(), library
+
+
+NATIVE_LIBRARY = load_library(
+    FOLDER / LIBRARY,
+    _opened,
+    REASON_FILE,
+    INFO_KEYS,
+    {"struct_bytes": " ".join(str(ctypes.sizeof(struct)) for struct in STRUCTS)},
+)
+ERRORS = {1: ValueError, 2: MemoryError}  # MpoeStatus of csrc/interface.h
+
+
+def call_native(function: str, arguments: ctypes.Structure) -> None:
+    """Call a function of the library.
+
+    Args:
+        function: its name.
+        arguments: the struct that it takes. What its pointers lead to must live until this returns.
+
+    Raises:
+        ValueError: the library refuses the arguments.
+        MemoryError: it got no memory.
+    """
+    library = NATIVE_LIBRARY.functions
+    status = getattr(library, function)(ctypes.byref(arguments))
+    if status:
+        raise ERRORS[status](library.mpoe_message().decode())

@@ -22,6 +22,7 @@ RANKS = {
     "mpoe_kernels.measured": 3,
     "mpoe_kernels.indices": 3,
     "mpoe_kernels.compiled": 3,
+    "mpoe_kernels.native_interface": 3,
     "mpoe_kernels.native_library": 4,
     "mpoe_kernels.cuda_library": 4,
     "mpoe_kernels.registry": 4,

@@ -1,7 +1,7 @@
 // What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors, and
 // under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
 #pragma once
-#include "binding.h"  // before CUDA's words, which the emulator makes macros
+#include "cuda/binding.h"  // before CUDA's words, which the emulator makes macros
 
 #include <torch/csrc/stable/accelerator.h>
 

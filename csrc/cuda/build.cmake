@@ -1,5 +1,10 @@
 # The CUDA kernels: mpoe_kernels/_C_cuda.abi3.so, a module of its own, so that the CPU's loads where there is no CUDA.
 # Architectures: CMAKE_CUDA_ARCHITECTURES, e.g. "90a-real;100-virtual": machine code for sm_90a and PTX for sm_100.
+set(MPOE_TORCH_DIR "" CACHE PATH "folder of the installed torch package")
+set(MPOE_TORCH_VERSION "unknown" CACHE STRING "version of the torch it is built against")
+if(NOT EXISTS "${MPOE_TORCH_DIR}/include/torch/csrc/stable/library.h")
+  message(FATAL_ERROR "MPOE_TORCH_DIR=${MPOE_TORCH_DIR} holds no torch with stable C++ headers (torch >= 2.11)")
+endif()
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real 100-virtual)
 endif()
@@ -20,6 +25,7 @@ set_source_files_properties("${CMAKE_CURRENT_LIST_DIR}/build_info.cpp" PROPERTIE
 add_library(_C_cuda MODULE ${CUDA_SOURCES})
 target_include_directories(_C_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
 target_include_directories(_C_cuda SYSTEM PRIVATE "${MPOE_TORCH_DIR}/include")
+# 2.11 is the oldest torch the result loads in; with STABLE_ONLY any use of the unstable C++ API is a compile error.
 target_compile_definitions(_C_cuda PRIVATE USE_CUDA TORCH_TARGET_VERSION=0x020b000000000000 TORCH_STABLE_ONLY)
 target_compile_options(_C_cuda PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills,-warn-lmem-usage)
 if(MPOE_WARNINGS_AS_ERRORS)

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels: private ``mpoe_native::`` ops from csrc/, called by this table."""
+"""Compiled CPU kernels: functions of the library of csrc/, called by this table."""
 
 from collections.abc import Callable
 from typing import Any

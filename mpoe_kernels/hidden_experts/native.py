@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.checks import describe
+from mpoe_kernels.native_interface import DTYPES, HiddenArguments, dense, dense_index, dense_like
+from mpoe_kernels.native_library import call_native
 from mpoe_kernels.registry import Request
 
-OPS = torch.ops.mpoe_native
+# Gradients as the library calls them, in the order of `backward`.
+RESULTS = ("du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate")
 
 
 def reasons(request: Request) -> list[str]:
@@ -15,6 +19,55 @@ def reasons(request: Request) -> list[str]:
     if request.dtype in (torch.float32, torch.bfloat16):
         return []
     return [f"it computes hidden_experts in float32 and bfloat16, not in {request.dtype}"]
+
+
+def _inputs(
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+) -> tuple[HiddenArguments, tuple[Tensor | None, ...]]:
+    """What both passes are called with, and the tensors behind it, which the caller keeps until the call returns."""
+    u = dense("u", u)
+    if u.dim() != 2 or right.dim() != 4:
+        raise ValueError(f"u must have 2 axes and right 4; got {describe(u)}, {describe(right)}")
+    if (u_gate is None) != (right_gate is None):
+        raise ValueError("right_gate must be given with u_gate")
+    (tokens, features), (experts, groups, block, _) = u.shape, right.shape
+    dtype, blocks = u.dtype, (experts, groups, block, block)
+    index = dense_index("top_k_index", top_k_index, 2)
+    if index.shape[0] != tokens or gates.shape != index.shape:
+        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(gates)}")
+    kept = (
+        u,
+        None if u_gate is None else dense_like("u_gate", u_gate, u.shape, dtype),
+        dense("gates", gates.float()),
+        index,
+        dense_like("right", right, blocks, dtype),
+        dense_like("left", left, blocks, dtype),
+        None if right_gate is None else dense_like("right_gate", right_gate, blocks, dtype),
+        None if bias is None else dense_like("bias", bias, (experts, features), dtype),
+    )
+    arguments = HiddenArguments(
+        dtype=DTYPES.get(dtype, str(dtype).encode()),
+        activation=activation.encode(),
+        tokens=tokens,
+        features=features,
+        block=block,
+        experts=experts,
+        own_groups=groups,
+        top_k=index.shape[1],
+    )
+    for name, tensor in zip(
+        ("u", "u_gate", "gates", "index", "right", "left", "right_gate", "bias"), kept, strict=True
+    ):
+        setattr(arguments, name, None if tensor is None else tensor.data_ptr())
+    return arguments, kept
 
 
 def forward(
@@ -29,7 +82,11 @@ def forward(
     activation: str,
 ) -> Tensor:
     """See `hidden_experts`; blocks ``[E, G', b, b]``."""
-    return OPS.hidden_experts(u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation)
+    arguments, _kept = _inputs(u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation)
+    out = u.new_empty(u.shape)
+    arguments.out = out.data_ptr()
+    call_native("mpoe_hidden_experts", arguments)
+    return out
 
 
 def backward(
@@ -46,8 +103,17 @@ def backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `eager.backward`."""
-    inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-    bits = sum(1 << place for place, wanted in enumerate(need) if wanted)
-    du, dgates, *rest = OPS.hidden_experts_backward(grad, *inputs, activation, bits)
-    dgates = dgates.to(gates.dtype if need[1] else u.dtype)
-    return du, dgates, *rest  # type: ignore[return-value]
+    arguments, kept = _inputs(u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation)
+    rows = dense_like("grad", grad, u.shape, u.dtype)
+    arguments.grad = rows.data_ptr()
+    _, own_gate, own_gates, _, *cores, own_bias = kept
+    likes = (u, own_gates, cores[0], cores[1], own_bias, own_gate, cores[2])
+    results = []
+    for name, like, wanted in zip(RESULTS, likes, need, strict=True):
+        result = u.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
+        results.append(result)
+        if result.numel():
+            setattr(arguments, name, result.data_ptr())
+    call_native("mpoe_hidden_experts_backward", arguments)
+    results[1] = results[1].to(gates.dtype if need[1] else u.dtype)
+    return tuple(results)  # type: ignore[return-value]

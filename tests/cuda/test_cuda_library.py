@@ -9,7 +9,7 @@ import torch
 
 from mpoe_kernels import BackendError, backend_reasons, route, use_backend
 from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.compiled import load_library
+from mpoe_kernels.compiled import load_library, open_ops
 from mpoe_kernels.cuda_library import runs_on
 from mpoe_kernels.registry import Request
 
@@ -56,12 +56,12 @@ def test_requests_of_other_devices_and_dtypes_are_refused() -> None:
 
 def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> None:
     path = tmp_path / "_C_cuda.abi3.so"
-    (missing,) = load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons
+    (missing,) = load_library(path, open_ops("mpoe_cuda"), "_cuda_missing.txt", set()).reasons
     assert missing.startswith(f"_C_cuda.abi3.so is not in {tmp_path}")
     (tmp_path / "_cuda_missing.txt").write_text("nvcc was not found\n")
-    assert load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons == (
+    assert load_library(path, open_ops("mpoe_cuda"), "_cuda_missing.txt", set()).reasons == (
         "it was not built: nvcc was not found",
     )
     path.write_text("not a library")
-    (broken,) = load_library(path, "mpoe_cuda", "_cuda_missing.txt", set()).reasons
+    (broken,) = load_library(path, open_ops("mpoe_cuda"), "_cuda_missing.txt", set()).reasons
     assert broken.startswith(f"{path} does not load on")

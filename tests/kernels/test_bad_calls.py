@@ -34,8 +34,11 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.native.kernels import linear_forward
 from mpoe_kernels.planner.device import forget, hardware_of
 from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
+from mpoe_kernels.routing.native import route_forward
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
@@ -67,32 +70,32 @@ def test_blocks_without_elements(name: str, axis: int) -> None:
         MPOBlocks(*(torch.ones(s) for s in sizes.values()), 1, 1)
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
-def test_native_ops_refuse_blocks_without_elements(native_ops: object, sizes: tuple[int, ...]) -> None:
-    left = torch.ones(sizes)
-    central, right = torch.ones(sizes[3], 1, 1, 1), torch.ones(sizes[0], 1, 1, 1)
-    where = torch.zeros(sizes[0] + 1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"^mpoe refuses: blocks must not have an axis of size 0$"):
-        native_ops.linear_forward(
-            torch.ones(3, 2), left, central, right, where, None, None, 2, 3, "none", "rebuild", False, False
-        )
-
-
 @pytest.fixture
-def native_ops() -> object:
+def native_library() -> None:
     reasons = backend_reasons()["native"]
     if reasons:
         pytest.skip("; ".join(reasons))
-    return torch.ops.mpoe_native
 
 
-def test_native_refusals_have_no_path(native_ops: object) -> None:
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
+def test_native_kernels_refuse_blocks_without_elements(native_library: None, sizes: tuple[int, ...]) -> None:
+    left = torch.ones(sizes)
+    central, right = torch.ones(sizes[3], 1, 1, 1), torch.ones(sizes[0], 1, 1, 1)
+    where = torch.zeros(sizes[0] + 1, dtype=torch.int32)
+    call = ForwardCall(
+        *(torch.ones(3, 2), left, central, right, where, None, None, 2, 3, "none", "rebuild", "native"), save=False
+    )
+    with pytest.raises(ValueError, match=r"^blocks must not have an axis of size 0$"):
+        linear_forward(call)
+
+
+def test_native_refusals_have_no_path(native_library: None) -> None:
     blocks = fold(CORES, 1)
     with pytest.raises(ValueError, match=r"^expert_offsets must start at 0, not fall, and end at 3 at most; got 5$"):
         grouped_mpo_linear(torch.ones(3, 6), blocks, offsets(0, 5), backend="native")
     for experts, index in ((0, torch.zeros(2, 1).long()), (2, torch.zeros(2, 0).long())):
-        with pytest.raises(RuntimeError, match=r"^mpoe refuses: (num_experts|top_k_index) must be"):
-            native_ops.route(index, experts, None, None)
+        with pytest.raises(ValueError, match=r"^(num_experts|top_k_index) must be"):
+            route_forward(index, experts, None, None)
 
 
 @pytest.mark.parametrize("values", [(1, 3, 5), (0, -1, 3), (0, 3, 2), (0, 2, 6), (-1, 2, 3)])

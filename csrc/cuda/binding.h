@@ -1,4 +1,4 @@
-// Checks and conversions that all bindings share. Only bindings (csrc/*.cpp, csrc/cuda/bind*) include it: kernels know
+// Checks and conversions that the bindings to torch share. Only csrc/cuda/bind* include it: kernels know
 // nothing of torch.
 #pragma once
 

@@ -1,0 +1,321 @@
+"""The library as such: its structs are those of the header, its threads are torch's, its refusals are plain."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOShape, route
+from mpoe_kernels import native_interface as interface
+from mpoe_kernels import native_library as load
+from mpoe_kernels.compiled import load_library
+from mpoe_kernels.hidden_experts.native import forward as hidden_forward
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.routing.native import (
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+    route_forward,
+)
+from mpoe_kernels.testing.cases import random_blocks
+
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "interface.h"
+SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
+
+
+@pytest.fixture(autouse=True)
+def _native(native_library: None) -> None:
+    assert not NATIVE_LIBRARY.reasons
+
+
+@pytest.mark.parametrize("struct", interface.STRUCTS)
+def test_structs_are_those_of_the_header(struct: type[ctypes.Structure]) -> None:
+    """Names, order and kinds of all fields."""
+    name = "Mpoe" + struct.__name__.removesuffix("Arguments")
+    body = re.sub(r"//[^\n]*", "", HEADER.read_text()).partition(f"struct {name} {{")[2].partition("};")[0]
+    found = []
+    for declaration in filter(str.strip, body.split(";")):
+        kind, names = re.fullmatch(r"\s*((?:const )?[\w:]+)((?:[\s*]+\w+,?)+)\s*", declaration).groups()  # type: ignore[union-attr]
+        for field in names.split(","):
+            pointer = ctypes.c_char_p if kind.endswith("char") else ctypes.c_void_p
+            found.append((field.strip(" *\n"), pointer if "*" in field else ctypes.c_int64))
+    assert found == struct._fields_
+
+
+def test_a_library_with_other_structs_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(path: Path) -> tuple[str, None]:
+        return "".join(f"{key}={value}\n" for key, value in NATIVE_LIBRARY.info.items()), None
+
+    arguments = (NATIVE_LIBRARY.path, opened, load.REASON_FILE, load.INFO_KEYS)
+    assert load_library(*arguments, {"struct_bytes": NATIVE_LIBRARY.info["struct_bytes"]}).reasons == ()
+    (reason,) = load_library(*arguments, {"struct_bytes": "8 8"}).reasons
+    assert "was built for an older state of the sources" in reason
+
+
+THREADS = """
+import os, torch
+from mpoe_kernels import MPOShape, grouped_mpo_linear, route
+from mpoe_kernels.testing.cases import random_blocks
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def runtimes():
+    lines = open("/proc/self/maps").read().split()
+    return {word for word in lines if any(name in word for name in ("libgomp", "libomp", "libiomp"))}
+
+torch.set_num_threads(1)
+shape = MPOShape((16, 9, 16), (16, 7, 16), max_bond=24)
+routing = route(torch.arange(300).remainder(5).view(-1, 1), 5, backend="eager")
+x, blocks = torch.randn(300, shape.in_features), random_blocks(shape, 5, torch.float32)
+results = {}
+def compute(count):
+    torch.set_num_threads(count)
+    for strategy in ("rebuild", "half_left", "chain"):
+        y = grouped_mpo_linear(
+            x, blocks, routing.expert_offsets, row_index=routing.token_of_slot, backend="native", strategy=strategy)
+        results.setdefault(strategy, []).append(y)
+
+before = runtimes()
+alone = threads()
+compute(1)
+assert threads() == alone, "one thread was asked for"
+torch.set_num_threads(2)
+torch.randn(4000, 4000).sum()  # torch starts its pool
+pool = threads()
+compute(2)
+assert threads() == pool, (threads(), pool)
+assert runtimes() == before, runtimes() - before
+compute(1)
+assert all(torch.equal(one, other) for values in results.values() for one in values for other in values)
+print(alone, pool, len(before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_one_pool_of_threads_and_one_openmp() -> None:
+    """No thread and no OpenMP runtime beyond torch's; torch.set_num_threads holds; no bit depends on it."""
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone, pool, runtimes = map(int, done.stdout.split())
+    assert pool == alone + 1  # the second thread came with torch's sum
+    assert runtimes >= 1
+
+
+def forward_call(**changes: Any) -> ForwardCall:
+    blocks, routing = random_blocks(SHAPE, 2, torch.float32), route(torch.tensor([[0], [1], [1]]), 2)
+    call = ForwardCall(
+        x=torch.randn(3, SHAPE.in_features),
+        left=blocks.left,
+        central=blocks.central,
+        right=blocks.right,
+        expert_offsets=routing.expert_offsets,
+        bias=None,
+        row_index=routing.token_of_slot,
+        in_features=SHAPE.in_features,
+        out_features=SHAPE.out_features,
+        activation="none",
+        strategy="separable",
+        backend="native",
+        save=True,
+    )
+    return replace(call, **changes)
+
+
+def backward_call(**changes: Any) -> BackwardCall:
+    given = {name: getattr(forward_call(), name) for name in ForwardCall.__dataclass_fields__ if name != "save"}
+    slots, bond = 3, given["right"].shape[1]
+    rows = torch.randn(slots, SHAPE.out_features)
+    own = {"grad": rows, "h": torch.randn(slots * 5, bond), "saved": rows, "need": [True] * 4 + [False]}
+    return BackwardCall(**{**given, **own, **changes})
+
+
+def plain(error: pytest.ExceptionInfo[ValueError]) -> None:
+    assert type(error.value) is ValueError
+    assert "csrc" not in str(error.value)
+    assert ".cpp" not in str(error.value)
+
+
+META = torch.empty(3, SHAPE.in_features, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": META}, r"x must be on the CPU; got float32 \[3, 12\] on meta"),
+        ({"x": torch.zeros(3, 13)}, r"x must be \[T, 12\]; got float32 \[3, 13\]"),
+        ({"left": torch.zeros(2, 4, 1)}, "left, central and right must have 4 axes; got 3, 4, 4"),
+        ({"left": torch.zeros(2, 4, 1, 9)}, r"blocks must be left \[E, iL, jL, a\]"),
+        ({"central": torch.zeros(3, 3, 5, 3).double()}, "central must have the dtype of x"),
+        ({"right": torch.zeros(3, 3, 1, 2)}, r"blocks must be left"),
+        (
+            {"in_features": 12, "out_features": 11},
+            "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11",
+        ),
+        ({"out_features": 0}, "in_features and out_features must be positive"),
+        ({"activation": "tanh"}, "unknown activation tanh"),
+        ({"strategy": "guess"}, "no native kernel for strategy guess"),
+        ({"expert_offsets": torch.tensor([0, 1, 2, 3])}, r"expert_offsets must be \[3\]; got int64 \[4\]"),
+        ({"expert_offsets": torch.tensor([[0, 1, 3]])}, r"expert_offsets must be \[E \+ 1\]; got int64 \[1, 3\]"),
+        (
+            {"expert_offsets": torch.tensor([0, 1, 4])},
+            "expert_offsets must start at 0, not fall, and end at 3 at most; got 4",
+        ),
+        (
+            {"expert_offsets": torch.tensor([0, 2, 1])},
+            "expert_offsets must start at 0, not fall, and end at 3 at most; got 1",
+        ),
+        ({"expert_offsets": torch.tensor([1, 2, 3])}, "expert_offsets must start at 0, not fall"),
+        ({"expert_offsets": torch.tensor([-1, 2, 3])}, "expert_offsets must start at 0, not fall"),
+        ({"row_index": torch.tensor([0, 1, 3])}, r"row_index must lie in 0\.\.2; got 3"),
+        ({"row_index": torch.tensor([[0, 1, 2]])}, "row_index must have 1 axes; got"),
+        ({"bias": torch.zeros(4)}, r"bias must be float32 \[10\]; got float32 \[4\]"),
+        ({"bias": torch.zeros(10).double()}, r"bias must be float32 \[10\]; got float64 \[10\]"),
+    ],
+)
+def test_a_forward_is_refused_plainly(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        linear_forward(forward_call(**changes))
+    plain(error)
+
+
+def test_only_the_dtypes_with_kernels_compute() -> None:
+    call = forward_call()
+    double = {name: getattr(call, name).double() for name in ("x", "left", "central", "right")}
+    with pytest.raises(ValueError, match="x must be float32 or bfloat16; got float64") as error:
+        linear_forward(replace(call, **double))
+    plain(error)
+    whole = {name: value.long() for name, value in double.items()}
+    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16, float16 or float64; got torch\.int64"):
+        linear_forward(replace(call, **whole))
+
+
+def test_separable_asks_for_its_shape() -> None:
+    shape = MPOShape((2, 3, 2), (2, 5, 2), max_bond=3)
+    blocks = random_blocks(shape, 2, torch.float32)
+    changes = {"left": blocks.left, "central": blocks.central, "right": blocks.right, "out_features": 20}
+    with pytest.raises(ValueError, match="strategy separable needs blocks with jL = iR = 1"):
+        linear_forward(forward_call(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad": torch.zeros(2, 10)}, r"grad must be float32 \[3, 10\]; got float32 \[2, 10\]"),
+        ({"grad": torch.zeros(3, 10).double()}, r"grad must be float32 \[3, 10\]; got float64 \[3, 10\]"),
+        ({"activation": "gelu", "saved": torch.zeros(3, 9)}, r"saved must be float32 \[3, 10\]; got"),
+        ({"h": torch.zeros(3, 3)}, r"h must be float32 \[15, 2\]; got float32 \[3, 3\]"),
+        (
+            {"expert_offsets": torch.tensor([0, 1, 4])},
+            "expert_offsets must start at 0, not fall, and end at 3 at most; got 4",
+        ),
+    ],
+)
+def test_a_backward_is_refused_plainly(changes: dict[str, Any], message: str) -> None:
+    linear_backward(backward_call())
+    with pytest.raises(ValueError, match=message) as error:
+        linear_backward(backward_call(**changes))
+    plain(error)
+
+
+def test_without_row_index_slots_are_rows() -> None:
+    call = forward_call()
+    there = replace(call, x=call.x[call.row_index], row_index=None)
+    assert torch.equal(linear_forward(there)[0], linear_forward(call)[0])
+
+
+def test_what_lies_apart_is_brought_together() -> None:
+    """Strided operands, int64 offsets and int32 rows compute the same."""
+    call = forward_call()
+    apart = {name: apart_of(getattr(call, name)) for name in ("x", "left", "central", "right")}
+    other = replace(call, **apart, expert_offsets=call.expert_offsets.long(), row_index=call.row_index.int())
+    assert not other.x.is_contiguous()
+    assert torch.equal(linear_forward(other)[0], linear_forward(call)[0])
+
+
+def apart_of(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+ROUTING = route(torch.tensor([[0], [1], [0]]), 2)
+ROWS, ONES = torch.randn(3, 4), torch.ones(3, 1)
+GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (route_forward, (torch.zeros(3, dtype=torch.int64), 2, None, None), "top_k_index must have 2 axes"),
+        (route_forward, (torch.zeros(3, 0, dtype=torch.int64), 2, None, None), r"with K >= 1; got \[3, 0\]"),
+        (
+            route_forward,
+            (torch.zeros(3, 1, dtype=torch.int64), 2, None, torch.ones(3)),
+            r"token_mask must be bool \[3\]",
+        ),
+        (dispatch_forward, (torch.zeros(3), *GIVEN), r"x must have 2 axes; got float32 \[3\]"),
+        (dispatch_forward, (META, *GIVEN), "x must be on the CPU"),
+        (dispatch_forward, (ROWS, torch.tensor([0, 4, 3]), *GIVEN[1:]), "expert_offsets must start at 0, not fall"),
+        (dispatch_backward, (torch.zeros(3), GIVEN[2]), r"grad must have 2 axes; got float32 \[3\]"),
+        (dispatch_backward, (ROWS.long(), GIVEN[2]), "grad must be float32, float64, bfloat16 or float16; got int64"),
+        (combine_forward, (ROWS, *GIVEN, torch.ones(3, 2)), r"top_k_weights must be \[3, 1\]; got float32 \[3, 2\]"),
+        (combine_backward, (ROWS[:2], ROWS, *GIVEN[1:], ONES, True, True), r"grad must be float32 \[3, 4\]; got"),
+        (combine_backward, (ROWS.double(), ROWS, *GIVEN[1:], ONES, True, True), r"grad must be float32 \[3, 4\]; got"),
+    ],
+)
+def test_routing_is_refused_plainly(function: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        function(*arguments)
+    plain(error)
+
+
+U, GATES, EXPERT, CORE = (
+    torch.randn(3, 4),
+    torch.ones(3, 1),
+    torch.zeros(3, 1, dtype=torch.int64),
+    torch.ones(2, 1, 2, 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (U[0], GATES, EXPERT, CORE, CORE, None, None, None, "relu"),
+            r"u must have 2 axes and right 4; got float32 \[4\]",
+        ),
+        ((U, GATES, EXPERT, CORE, CORE, None, U, None, "relu"), "right_gate must be given with u_gate"),
+        (
+            (U, GATES[:2], EXPERT, CORE, CORE, None, None, None, "relu"),
+            r"gates and top_k_index must be \[T, K\] with T = 3",
+        ),
+        ((U, GATES, EXPERT, CORE, CORE[:1], None, None, None, "relu"), r"left must be float32 \[2, 1, 2, 2\]; got"),
+        ((U, GATES, EXPERT + 2, CORE, CORE, None, None, None, "relu"), r"top_k_index must lie in -1\.\.1; got 2"),
+        ((U[:, :3], GATES, EXPERT, CORE, CORE, None, None, None, "relu"), "right must have blocks that divide 3"),
+        ((U, GATES, EXPERT, CORE, CORE, None, None, None, "tanh"), "unknown activation tanh"),
+    ],
+)
+def test_hidden_experts_are_refused_plainly(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        hidden_forward(*arguments)
+    plain(error)
+
+
+def test_no_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(mpoe_route=lambda arguments: 2, mpoe_message=lambda: b"no memory")
+    monkeypatch.setattr(load, "NATIVE_LIBRARY", SimpleNamespace(functions=library))
+    with pytest.raises(MemoryError, match="no memory"):
+        load.call_native("mpoe_route", interface.RouteArguments())

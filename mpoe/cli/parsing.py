@@ -218,7 +218,7 @@ def read_command(
         groups: dataclasses whose fields are the options.
         arguments: the tokens.
         words: at most so many may belong to no option, such as the name of a model.
-        config: the only word is a configuration file.
+        config: the only word is a configuration file, and comes first.
 
     Raises:
         CommandError: see `parse`; also for more words.
@@ -231,7 +231,11 @@ def read_command(
     if not arguments:
         return Asked([], *parse(groups, []))
     parser = make_parser(groups)
-    found, flags = _split(arguments, option_names(parser), words)
+    if config:  # only in front: behind a flag it would be taken for a value that does not fit
+        first = 0 if arguments[0].startswith("--") else 1
+        found, flags = list(arguments[:first]), list(arguments[first:])
+    else:
+        found, flags = _split(arguments, option_names(parser), words)
     return Asked(found, *_parse(parser, groups, flags, found[0] if found and config else None))
 
 

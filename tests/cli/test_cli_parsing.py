@@ -172,12 +172,14 @@ def test_lists_take_what_follows_and_surplus_words_are_refused() -> None:
         read("m", "--prompt")
 
 
-def test_a_configuration_file_is_the_word(tmp_path: Path) -> None:
+def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
     file = write(tmp_path, "c.yaml", "rate: 0.25\nprompt: a\n")
-    asked = read_command("mpoe x", None, [Third], ["--fast", str(file)], 1, config=True)
+    asked = read_command("mpoe x", None, [Third], [str(file), "--fast"], 1, config=True)
     assert asked is not None
     assert asked.options == (Third(["a"], True, rate=0.25),)
     assert asked.given == {"prompt", "fast", "rate"}
+    with pytest.raises(CommandError, match="argument --fast: Truthy value expected: got maybe"):
+        read_command("mpoe x", None, [Third], ["--fast", "maybe"], 1, config=True)
 
 
 def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,13 @@
 set(MPOE_FLAGS_avx2 -march=x86-64-v3)
 set(MPOE_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
 set(MPOE_FLAGS_avx512bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+set(MPOE_FLAGS_amx ${MPOE_FLAGS_avx512bf16} -mamx-tile -mamx-bf16)
 
 # Gives the files of a list variable their flags; drops those of another architecture from it.
 function(mpoe_apply_isa_flags LIST_NAME)
   set(kept ${${LIST_NAME}})
   foreach(source IN LISTS kept)
-    string(REGEX MATCH "_(avx2|avx512|avx512bf16)\\.cpp$" matched "${source}")
+    string(REGEX MATCH "_(avx2|avx512|avx512bf16|amx)\\.cpp$" matched "${source}")
     if(matched)
       set(isa "${CMAKE_MATCH_1}")
       if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

@@ -18,7 +18,7 @@ std::string build_info() {
   text += "compiler=gcc " __VERSION__ "\n";
 #endif
 #if defined(__x86_64__)
-  text += "isa_compiled=generic avx2 avx512 avx512bf16\n";
+  text += "isa_compiled=generic avx2 avx512 avx512bf16 amx\n";
 #else
   text += "isa_compiled=generic\n";
 #endif

@@ -11,7 +11,7 @@ for sanitizers in address,undefined thread; do
     build=$folder/${sanitizers%%,*}
     cmake -S csrc/tests -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
     cmake --build "$build"
-    for isa in generic avx2 avx512 avx512bf16; do
+    for isa in generic avx2 avx512 avx512bf16 amx; do
         for program in routing gemm linear; do
             # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
             status=0

@@ -2,11 +2,29 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mpoe {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+
+// Whether the processor has AMX for bfloat16 and Linux lets this process, threads included, use its 8 KB of registers.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned int kTile = 1u << 24, kBf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -18,7 +36,8 @@ Isa detect() {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   if (!v4) return Isa::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return amx_granted() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kGeneric;
 #endif

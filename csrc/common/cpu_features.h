@@ -9,13 +9,14 @@ enum class Isa : int {
   kAvx2 = 1,        // *_avx2.cpp: x86-64-v3
   kAvx512 = 2,      // *_avx512.cpp: x86-64-v4 (F, BW, CD, DQ, VL)
   kAvx512Bf16 = 3,  // *_avx512bf16.cpp: the above + BF16
+  kAmx = 4,         // *_amx.cpp: the above + AMX-TILE and AMX-BF16; Linux only, which must grant their registers
 };
 
 // What the processor and the operating system support. Cached.
 Isa detected_isa();
 
 // What kernels use: detected_isa(), lowered by the environment variable MPOE_CPU_ISA
-// (generic, avx2, avx512, avx512bf16; read once). Cached.
+// (generic, avx2, avx512, avx512bf16, amx; read once). Cached.
 Isa active_isa();
 
 const char* isa_name(Isa isa);

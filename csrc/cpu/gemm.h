@@ -16,7 +16,7 @@ namespace mpoe {
 
 constexpr std::int64_t kPanel = 32;   // columns of a packed panel
 constexpr std::int64_t kGranule = 8;  // columns that stay together when columns are permuted
-constexpr std::int64_t kMaxRows = 14;  // rows of a tile, at most
+constexpr std::int64_t kMaxRows = 32;  // rows of a tile, at most
 
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
@@ -37,6 +37,7 @@ struct Finish {
 struct GemmKernels {
   std::int64_t unit;        // elements of k in a unit: 1 or 2
   std::int64_t best_rows;   // rows of a tile that use the registers best, <= kMaxRows
+  std::int64_t longest_sum;  // units to sum in one go (linear_common.h)
 
   // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows <= best_rows, c < 32. Strides of `a` in units,
   // tile_stride in floats. Row r of A starts at a + r * a_stride.

@@ -16,27 +16,67 @@ using std::uint32_t;
 constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 
-// One register tile: `rows` x (kTileVectors * kWidth) columns. All of it lives in registers while k runs.
-template <class T, int rows>
-inline void register_tile(
-    int64_t units, const char* a, int64_t a_row, int64_t a_unit, const char* panel, float* tile, int64_t tile_stride,
-    bool accumulate) {
+// Distances of the rows of a tile, by few registers: r = odd << shift, and x86 addresses scale by 1, 2, 4 and 8. Left to
+// itself the compiler keeps a register per row and has too few.
+template <int rows>
+struct RowOffsets {
+  int64_t odd[(rows + 1) / 2];
+  explicit RowOffsets(int64_t stride) {
+    for (int i = 0; i < (rows + 1) / 2; ++i) odd[i] = (2 * i + 1) * stride;
+  }
+  // Once per turn of a loop: multiples are not to be taken out of it.
+  void renew() {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows / 2; ++i) asm("" : "+r"(odd[i]));
+  }
+  int64_t operator[](int r) const {
+    if (r == 0) return 0;
+    const int shift = __builtin_ctz(r);
+    return odd[r >> (shift + 1)] << shift;
+  }
+};
+
+// Columns of a packed panel: distances that the compiler knows.
+struct UnitOffsets {
+  explicit UnitOffsets(int64_t) {}
+  void renew() {}
+  constexpr int64_t operator[](int r) const { return r * kUnitBytes; }
+};
+
+// One step of a unit (gemm_vector.h): every row's broadcast times the vectors of the right.
+template <class T, int step, int rows, class Offsets>
+inline void multiply_step(Floats (&acc)[rows][kTileVectors], const char* a, const Offsets& offset, const char* panel) {
   using Product = UnitProduct<T>;
+  typename Product::Operand right[kTileVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kTileVectors; ++v) right[v] = Product::template load<step>(panel + v * kWidth * kUnitBytes);
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    const auto left = Product::template broadcast<step>(a + offset[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Product::multiply(acc[r][v], left, right[v]);
+  }
+}
+
+// One register tile: `rows` x (kTileVectors * kWidth) columns. All of it lives in registers while k runs.
+template <class T, int rows, class Offsets>
+inline void register_tile(
+    int64_t units, const char* a, Offsets offset, int64_t a_unit, const char* panel, float* tile,
+    int64_t tile_stride, bool accumulate) {
   Floats acc[rows][kTileVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v)
       acc[r][v] = Floats{};
+#pragma GCC unroll 1
   for (int64_t u = 0; u < units; ++u) {
-    typename Product::Right right[kTileVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) right[v] = Product::load(panel + v * kWidth * kUnitBytes);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const auto left = Product::broadcast(a + r * a_row);
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Product::multiply(acc[r][v], left, right[v]);
+    offset.renew();
+    multiply_step<T, 0, rows>(acc, a, offset, panel);
+    if constexpr (UnitProduct<T>::kSteps == 2) {
+      asm volatile("" ::: "memory");  // loads again: there are no registers to keep the first step's
+      offset.renew();
+      multiply_step<T, 1, rows>(acc, a, offset, panel);
     }
     a += a_unit;
     panel += kPanelBytes;
@@ -55,10 +95,11 @@ template <class T, bool by_columns, int rows>
 void tile_of(
     int64_t units, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride, bool accumulate) {
   constexpr int64_t kColumns = kTileVectors * kWidth;
+  const std::conditional_t<by_columns, UnitOffsets, RowOffsets<rows>> offset(a_row);
   for (int64_t c = 0; c < kPanel; c += kColumns)
     register_tile<T, rows>(
-        units, a, by_columns ? kUnitBytes : a_row, by_columns ? kPanelBytes : kUnitBytes, panel + c * kUnitBytes,
-        tile + c, tile_stride, accumulate);
+        units, a, offset, by_columns ? kPanelBytes : kUnitBytes, panel + c * kUnitBytes, tile + c, tile_stride,
+        accumulate);
 }
 
 using TileFunction = void (*)(int64_t, const char*, int64_t, const char*, float*, int64_t, bool);
@@ -73,7 +114,7 @@ template <class T>
 void multiply_rows(
     int64_t rows, int64_t units, const void* a, int64_t a_stride, const void* panel, float* tile, int64_t tile_stride,
     bool accumulate) {
-  pick_tile<T, false>(rows, std::make_integer_sequence<int, kTileRows>{})(
+  pick_tile<T, false>(rows, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
       units, static_cast<const char*>(a), a_stride * kUnitBytes, static_cast<const char*>(panel), tile, tile_stride,
       accumulate);
 }
@@ -81,7 +122,7 @@ void multiply_rows(
 template <class T>
 void multiply_columns(
     int64_t rows, int64_t units, const void* a, const void* panel, float* tile, int64_t tile_stride, bool accumulate) {
-  pick_tile<T, true>(rows, std::make_integer_sequence<int, kTileRows>{})(
+  pick_tile<T, true>(rows, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
       units, static_cast<const char*>(a), 0, static_cast<const char*>(panel), tile, tile_stride, accumulate);
 }
 
@@ -232,7 +273,8 @@ template <class T>
 constexpr GemmKernels table() {
   return {
       .unit = kUnitBytes / static_cast<int64_t>(sizeof(T)),
-      .best_rows = kTileRows,
+      .best_rows = UnitProduct<T>::kRows,
+      .longest_sum = 128,
       .multiply_rows = multiply_rows<T>,
       .multiply_columns = multiply_columns<T>,
       .store = store<T>,

@@ -70,62 +70,57 @@ inline Halves round_to_bfloat16(Floats value) {
 inline void store_floats(float* address, Floats value) { store_vector(address, value); }
 inline void store_floats(BFloat16* address, Floats value) { store_vector(address, round_to_bfloat16(value)); }
 
-// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`.
+inline float load_float(const char* address) {
+  float value;
+  std::memcpy(&value, address, 4);
+  return value;
+}
+
+// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps multiply-adds that each load
+// what they need: the first of all rows, then the second, so that one step's operands are in registers at a time.
+// kRows: of a tile, as many as leave registers for the operands.
 template <class T>
 struct UnitProduct;
 
 template <>
 struct UnitProduct<float> {
-  struct Left {
-    Floats value;
-  };
-  using Right = Floats;
-  static inline Left broadcast(const char* address) {
-    float value;
-    std::memcpy(&value, address, 4);
-    return {splat(value)};
-  }
-  static inline Right load(const char* address) { return load_vector<Floats>(address); }
-  static inline Floats multiply(Floats acc, Left a, Right b) { return multiply_add(a.value, b, acc); }
+  static constexpr int kSteps = 1, kRows = kTileRows;
+  using Operand = Floats;
+  template <int step>
+  static inline Operand broadcast(const char* address) { return splat(load_float(address)); }
+  template <int step>
+  static inline Operand load(const char* address) { return load_vector<Floats>(address); }
+  static inline Floats multiply(Floats acc, Operand a, Operand b) { return multiply_add(a, b, acc); }
 };
 
-#if defined(__AVX512BF16__)
 template <>
 struct UnitProduct<BFloat16> {
-  using Left = __m512i;
-  using Right = __m512i;
-  static inline Left broadcast(const char* address) {
+#if defined(__AVX512BF16__)
+  static constexpr int kSteps = 1, kRows = kTileRows;
+  using Operand = __m512i;
+  template <int step>
+  static inline Operand broadcast(const char* address) {
     int value;
     std::memcpy(&value, address, 4);
     return _mm512_set1_epi32(value);
   }
-  static inline Right load(const char* address) { return _mm512_loadu_si512(address); }
-  static inline Floats multiply(Floats acc, Left a, Right b) {
+  template <int step>
+  static inline Operand load(const char* address) { return _mm512_loadu_si512(address); }
+  static inline Floats multiply(Floats acc, Operand a, Operand b) {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
-};
 #else
-template <>
-struct UnitProduct<BFloat16> {
-  struct Pair {
-    Floats low, high;
-  };
-  using Left = Pair;
-  using Right = Pair;
-  static inline Left broadcast(const char* address) {
-    std::uint32_t bits;
-    std::memcpy(&bits, address, 4);
-    return {splat(std::bit_cast<float>(bits << 16)), splat(std::bit_cast<float>(bits & 0xffff0000u))};
-  }
-  static inline Right load(const char* address) {
-    const Words bits = load_vector<Words>(address);
-    return {(Floats)(bits << 16), (Floats)(bits & 0xffff0000u)};
-  }
-  static inline Floats multiply(Floats acc, Left a, Right b) {
-    return multiply_add(a.high, b.high, multiply_add(a.low, b.low, acc));
-  }
-};
+  static constexpr int kSteps = 2, kRows = kTileRows - 1;  // the mask wants a register too
+  using Operand = Floats;
+  template <int step>
+  static inline Operand half(Words units) { return (Floats)(step == 0 ? units << 16 : units & 0xffff0000u); }
+  template <int step>
+  static inline Operand broadcast(const char* address) { return half<step>((Words)splat(load_float(address))); }
+  template <int step>
+  static inline Operand load(const char* address) { return half<step>(load_vector<Words>(address)); }
+  static inline Floats multiply(Floats acc, Operand a, Operand b) { return multiply_add(a, b, acc); }
 #endif
+};
 
 }  // namespace
 }  // namespace mpoe

@@ -84,23 +84,25 @@ inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
 }
 
 // Sums are sums of sums of sums, which round less than one long sum: its error grows with the square root of its length,
-// theirs with that of the three lengths added up. Units of k per innermost sum, and per sum of those.
-constexpr std::int64_t kLongestSum = 128, kLongestSums = 1024;
+// theirs with that of the three lengths added up. The innermost have gemm.longest_sum units of k, the next this many of
+// those.
+constexpr std::int64_t kSumsOfSums = 8;
 
 // tile (accumulate: +)= the sum of pieces of `units`, each made by piece(first, count, tile, stride, accumulate).
 template <class F>
 inline void sum_of_sums(
-    std::int64_t rows, std::int64_t units, float* tile, std::int64_t tile_stride, bool accumulate, const F& piece) {
-  for_each_tile(units, kLongestSums, [&](std::int64_t first, std::int64_t count) {
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, float* tile, std::int64_t tile_stride, bool accumulate, const F& piece) {
+  const std::int64_t longest = gemm.longest_sum;
+  for_each_tile(units, longest * kSumsOfSums, [&](std::int64_t first, std::int64_t count) {
     const bool adds = accumulate || first > 0;
-    if (!adds || count <= kLongestSum) {
-      for_each_tile(count, kLongestSum, [&](std::int64_t start, std::int64_t length) {
+    if (!adds || count <= longest) {
+      for_each_tile(count, longest, [&](std::int64_t start, std::int64_t length) {
         piece(first + start, length, tile, tile_stride, adds || start > 0);
       });
       return;
     }
     alignas(64) float part[kMaxRows * kPanel];
-    for_each_tile(count, kLongestSum, [&](std::int64_t start, std::int64_t length) {
+    for_each_tile(count, longest, [&](std::int64_t start, std::int64_t length) {
       piece(first + start, length, part, kPanel, start > 0);
     });
     for (std::int64_t r = 0; r < rows; ++r)
@@ -114,7 +116,7 @@ inline void multiply_rows(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panel,
     float* tile, bool accumulate) {
   sum_of_sums(
-      rows, units, tile, kPanel, accumulate,
+      gemm, rows, units, tile, kPanel, accumulate,
       [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
         gemm.multiply_rows(
             rows, count, a + first * gemm.unit, stride / gemm.unit, panel + first * kPanel * gemm.unit, sum,
@@ -125,7 +127,7 @@ inline void multiply_columns(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile,
     std::int64_t tile_stride, bool accumulate) {
   sum_of_sums(
-      rows, units, tile, tile_stride, accumulate,
+      gemm, rows, units, tile, tile_stride, accumulate,
       [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
         const std::int64_t offset = first * kPanel * 4;
         gemm.multiply_columns(

@@ -100,7 +100,7 @@ void multiply_slab(
     const T* rows, const T* slab, const BlockSums& sums, bool accumulate, const F& done) {
   for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
     float* tile = sums.tile(first, panels);
-    for_each_tile(kcs * plan.k_units, kLongestSum, [&](std::int64_t start, std::int64_t units) {
+    for_each_tile(kcs * plan.k_units, gemm.longest_sum, [&](std::int64_t start, std::int64_t units) {
       for (std::int64_t p = 0; p < panels; ++p)
         gemm.multiply_rows(
             tile_rows, units, rows + first * plan.x_row + start * gemm.unit, plan.x_row / gemm.unit,

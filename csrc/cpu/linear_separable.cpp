@@ -163,7 +163,6 @@ struct OutputStep {
 // Few slots: central is packed piece by piece, as it lies, and every piece is multiplied at once. Then central is read
 // from memory once and its panels are never written there: with one slot that is all the time there is.
 constexpr std::int64_t kFewSlots = 128;
-static_assert(kFewSlots <= kLongestSum);
 constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed apart from what precedes
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).

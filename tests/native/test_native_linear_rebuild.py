@@ -221,7 +221,7 @@ def test_no_slots_and_idle_experts() -> None:
             assert all(bool((t == 0).all()) for t in results)
 
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.mark.slow

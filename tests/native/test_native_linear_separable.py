@@ -107,7 +107,7 @@ def test_long_sums_are_as_accurate_as_the_library(tokens: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     info = "from mpoe_kernels.native_library import NATIVE_LIBRARY as n; i = n.info"
     info += "; print(i['isa_used'], i['isa_detected'])"

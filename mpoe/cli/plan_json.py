@@ -44,11 +44,16 @@ def _work(work: Usage) -> dict[str, Any]:
 
 
 def _matrix(matrix: MatrixCosts, training: bool) -> dict[str, Any]:
-    hardware = matrix.plan.hardware
-    phases = {
-        phase.phase: {"strategy": phase.strategy, "flops": phase.flops, "seconds": phase.seconds(hardware)}
-        for phase in matrix.plan.phases
-    }
+    plan = matrix.plan
+    if plan is None:
+        cost = matrix.costs["mpoe"]
+        # Of all phases together: there is one way.
+        phases = {"step": {"strategy": "hidden", "flops": cost.flops, "seconds": cost.seconds}}
+    else:
+        phases = {
+            phase.phase: {"strategy": phase.strategy, "flops": phase.flops, "seconds": phase.seconds(plan.hardware)}
+            for phase in plan.phases
+        }
     return {
         "kind": matrix.matrix.kind,
         "in_features": matrix.matrix.rows,

@@ -162,6 +162,10 @@ def _show_layer(out: Console, layer: Mapping[str, Any], found: LayerCosts, train
     _add_designs(table, "layer", layer, training, ("", "", ""))
     out.print(table)
     for each in found.matrices:
+        if each.plan is None:
+            own = each.costs["mpoe"].parameters - each.matrix.elements
+            out.print(f"{each.matrix.kind}: dense, {own:,} numbers of all experts' blocks beside it", highlight=False)
+            continue
         lossless = "lossless" if each.shape.is_full else "truncated"
         share = each.shape.auxiliary_parameters / each.matrix.elements
         text = f"{each.matrix.kind}: {each.shape}; {lossless}, {share:.2%} of the matrix per expert"

@@ -7,6 +7,7 @@ All numbers follow from shapes:
 * optimizer bytes: `OPTIMIZER_BYTES` per trained parameter.
 * operations: the planner's count for MPO experts, ``2 N I F`` for the others (N = T * K rows; dense: T), three times
   that with the backward pass; a router ``2 T I E``.
+* around hidden-side experts the projections are dense, and every expert owns a block per projection: `hidden_costs`.
 * time: the planner's prediction for the device, from every product's arithmetic, memory traffic and calls. Both
   mixtures add their router in float32 and the copies that sort the rows by expert and back.
 * "x dense" divides by the dense layer's time on the same tokens.
@@ -92,11 +93,14 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 @dataclass(frozen=True)
 class MatrixCosts:
-    """One projection: its shape, the planner's choice, and the cost of every design."""
+    """One projection: its shape, the planner's choice, and the cost of every design.
+
+    Around hidden-side experts there is nothing to choose: ``plan`` is ``None``.
+    """
 
     matrix: Matrix
     shape: MPOShape
-    plan: ContractionPlan
+    plan: ContractionPlan | None
     costs: Mapping[str, Cost]
 
 
@@ -176,19 +180,26 @@ def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Usag
     """Costs of one projection on ``tokens`` tokens."""
     experts, top_k = config.num_experts, config.router.top_k
     slots = tokens * top_k
-    plan = plan_contraction(
-        shape,
-        experts,
-        tokens,
-        work.device.dtype,
-        work.device.name,
-        top_k=top_k,
-        training=work.training,
-        mask_central=work.mask_central,
-    )
     dense, switch = 2 * tokens * matrix.elements, 2 * slots * matrix.elements
+    plan = None
+    if config.is_hidden:
+        own = hidden_costs(matrix, config, work, slots)
+        centre = Cost(matrix.elements, 0, dense * work.passes, switch_seconds(matrix, 1, tokens, work))
+        mpoe = own + centre
+    else:
+        plan = plan_contraction(
+            shape,
+            experts,
+            tokens,
+            work.device.dtype,
+            work.device.name,
+            top_k=top_k,
+            training=work.training,
+            mask_central=work.mask_central,
+        )
+        mpoe = Cost(shape.parameters(experts), plan.temporary_bytes, plan.flops, plan.seconds)
     costs = {
-        "mpoe": Cost(shape.parameters(experts), plan.temporary_bytes, plan.flops, plan.seconds),
+        "mpoe": mpoe,
         "switch": Cost(
             experts * matrix.elements, 0, switch * work.passes, switch_seconds(matrix, experts, slots, work)
         ),
@@ -197,14 +208,34 @@ def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Usag
     return MatrixCosts(matrix, shape, plan, costs)
 
 
+def hidden_costs(matrix: Matrix, config: MPOEConfig, work: Usage, slots: int) -> Cost:
+    """Blocks ``[b, b]`` of the experts on the hidden side of one projection, with every group of hidden units a row.
+
+    With the backward pass, which recomputes what lies before the activation, blocks after up and gate_proj take part in
+    four products, those before down in three.
+    """
+    hidden = matrix.rows if matrix.kind == "down" else matrix.columns
+    block = config.hidden_block(hidden)
+    groups = hidden // block
+    weights = config.num_experts * (groups if config.block_per_group else 1)
+    products = (3 if matrix.kind == "down" else 4) if work.training else 1
+    seconds = work.device.linear_seconds(slots * groups, block, block, weights, work.training)
+    if products == 4:
+        seconds += work.device.linear_seconds(slots * groups, block, block, weights, False)
+    return Cost(weights * block * block, 0, 2 * slots * hidden * block * products, seconds)
+
+
 def switch_seconds(matrix: Matrix, experts: int, slots: int, work: Usage) -> float:
     """Products of ``slots`` rows with ``experts`` dense weights (one: a dense linear)."""
     return work.device.linear_seconds(slots, matrix.rows, matrix.columns, experts, work.training)
 
 
-def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: Usage) -> Cost:
-    """Router in float32; dispatch and combine, which read and write every row, and again in the backward pass."""
-    moved = 4 * tokens * top_k * model_size * work.device.element_size * (2 if work.training else 1)
+def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: Usage, sorts: bool = True) -> Cost:
+    """Router in float32; dispatch and combine, which read and write every row, and again in the backward pass.
+
+    ``sorts``: whether rows are copied; around hidden-side experts they stay where they are.
+    """
+    moved = 0 if not sorts else 4 * tokens * top_k * model_size * work.device.element_size * (2 if work.training else 1)
     router = work.device.in_float32().linear_seconds(tokens, model_size, experts, 1, work.training)
     return Cost(
         model_size * experts,
@@ -219,7 +250,9 @@ def _layer_costs(names: list[Layer], config: MPOEConfig, work: Usage, tokens: in
     matrices = tuple(
         matrix_costs(m, config.shape_for(m.kind, m.rows, m.columns), config, work, tokens) for m in first.matrices
     )
-    routing = routing_cost(first.model_size, config.num_experts, config.router.top_k, tokens, work)
+    routing = routing_cost(
+        first.model_size, config.num_experts, config.router.top_k, tokens, work, not config.is_hidden
+    )
     streams = tuple(dict.fromkeys(layer.stream for layer in names))
     return LayerCosts(tuple(layer.name for layer in names), streams, tokens, matrices, routing)
 

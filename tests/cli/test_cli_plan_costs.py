@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 
-from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.cli.parsing import parse
 from mpoe.cli.plan import PlanOptions
 from mpoe.estimation.cluster import (
@@ -40,7 +40,15 @@ def work(tokens: int = 2048, training: bool = True, dtype: torch.dtype = torch.b
 
 @pytest.mark.parametrize("values", [T5, GATED, GPT2], ids=["t5", "gated", "gpt2"])
 @pytest.mark.parametrize(
-    "shape", [{"shape": "separable"}, {"shape": "paper", "max_bond": 8}, {"shape": "light", "light_p": 16}], ids=str
+    "shape",
+    [
+        {"shape": "separable"},
+        {"shape": "paper", "max_bond": 8},
+        {"shape": "light", "light_p": 16},
+        {"shape": "hidden"},
+        {"shape": "hidden", "block_size": 16, "block_per_group": False},
+    ],
+    ids=str,
 )
 def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, shape: dict) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -53,6 +61,20 @@ def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, sha
     assert costs.whole("mpoe").parameters == report["total"]
     assert costs.whole("switch").parameters == report["switch_total"]
     assert costs.whole("dense").parameters == report["dense_total"]
+
+
+@pytest.mark.parametrize(("training", "products"), [(False, (1, 1)), (True, (4, 3))])
+def test_hidden_side_blocks_add_their_products(tmp_path, training: bool, products: tuple[int, int]) -> None:
+    """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows are copied."""
+    (tmp_path / "config.json").write_text(json.dumps(T5))
+    config = MPOEConfig(shape="hidden", num_experts=8, block_size=16, router=RouterConfig(top_k=2))
+    layer = model_costs(take_inventory(str(tmp_path)), config, work(training=training)).layers[0]
+    for matrix, count in zip(layer.matrices, products, strict=True):
+        added = matrix.costs["mpoe"].flops - matrix.costs["dense"].flops
+        assert added == 2 * 2048 * 2 * 128 * 16 * count
+        assert matrix.plan is None
+    flops = sum(m.costs["mpoe"].flops for m in layer.matrices) / sum(m.costs["dense"].flops for m in layer.matrices)
+    assert flops == pytest.approx(1 + (7 / 6 if training else 1) * 2 * 16 / 64)
 
 
 @pytest.mark.parametrize(

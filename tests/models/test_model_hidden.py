@@ -196,6 +196,23 @@ def test_one_graph_and_export() -> None:
     assert torch.allclose(exported.module()(x), want)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_lora_on_the_projections_through_plain_peft(family: str) -> None:
+    """PEFT wraps the projections as it does in the dense model; the experts call whatever stands there."""
+    peft = pytest.importorskip("peft")
+    targets = ["c_fc"] if family == "gpt2" else ["up_proj", "gate_proj", "down_proj"]
+    model = convert_to_mpoe(dense(family), config(2))
+    want = logits(model, family)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2"))
+    assert torch.allclose(logits(adapted, family), want)  # LoRA starts at 0
+    adapted(**batch(family)).logits.sum().backward()
+    found = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert len(found) == len(targets)
+    assert all(grad is not None and bool(grad.any()) for grad in found)
+    with pytest.raises(ValueError, match="is frozen or quantised"):
+        GradientMask(adapted, 0.5)
+
+
 def test_the_mask_refuses_projections_that_do_not_train() -> None:
     model = convert_to_mpoe(dense("gpt2"), config())
     model.freeze_central()

@@ -31,12 +31,12 @@ Cell = tuple[str, int, bool, str]  # contender, threads, whether a core is busy,
 
 def train(contender: str, threads: int, steps: int) -> dict[str, float]:
     """Train in this process; seconds of the clock and of the processors per step."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT))
     import torch
-    from training.tiny import Rows
 
     from mpoe import MPOEConfig, convert_to_mpoe
     from mpoe.data.embedded import load_stand_in
+    from tests.training.tiny import Rows
 
     torch.set_num_threads(threads)
     model, _ = load_stand_in("t5")

@@ -99,7 +99,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
 
 
 def call_badly(calls: int, seed: int, folder: Path) -> list[Row]:
-    from faults.bad_calls import run_calls
+    from tests.faults.bad_calls import run_calls
 
     outcome = run_calls(calls, seed, folder, say)
     what = f"{outcome.calls} bad calls of {len(outcome.names)} public names, each in a process of its own"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training.tiny import dense_model, mpoe_model
 
 import mpoe
 import mpoe_kernels
 from mpoe_kernels import MPOShape, fold, route
 from mpoe_kernels.testing.cases import random_cores
+from tests.training.tiny import dense_model, mpoe_model
 
 FIELDS = ("left", "central", "right", "in_features", "out_features")  # of MPOBlocks
 TOKENS, EXPERTS, WIDTH, OUT = 12, 3, 8, 12

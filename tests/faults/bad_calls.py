@@ -187,7 +187,7 @@ def public_names() -> set[str]:
 
 
 def main() -> None:
-    """`python -m faults.bad_calls NAME SEED FOLDER`: one call of a report again, in this process."""
+    """`python -m tests.faults.bad_calls NAME SEED FOLDER`: one call of a report again, in this process."""
     import sys
 
     folder = Path(sys.argv[3])

@@ -24,6 +24,7 @@ from mpoe.layers.context import (
 )
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
+from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
@@ -343,6 +344,30 @@ class MPOEModelMixin(SavingMixin, _Model):
     def unfreeze_central(self) -> None:
         """Train the central cores again; as `freeze_central`."""
         self._set_central(True)
+
+    def freeze_router(self, frozen: bool = True) -> None:
+        """Stop training the routers: tokens keep the experts that they have; ``False`` trains them again.
+
+        Raises:
+            ValueError: a model without routers.
+        """
+        self._set_parts("router", not frozen)
+
+    def freeze_experts(self, frozen: bool = True) -> None:
+        """Stop training what the experts own (and, among MPO cores, share); ``False`` trains it again.
+
+        Raises:
+            ValueError: a model without experts.
+        """
+        self._set_parts("experts", not frozen)
+
+    def _set_parts(self, part: str, trained: bool) -> None:
+        layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+        parts = [found for layer in layers if (found := getattr(layer, part)) is not None]
+        if not parts:
+            raise ValueError(f"there is no {part} to freeze: {type(self).__name__} has none")
+        for found in parts:
+            found.requires_grad_(trained)
 
     def _set_central(self, trained: bool) -> None:
         modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *hidden_modules(self).values()]

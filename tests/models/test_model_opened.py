@@ -87,6 +87,20 @@ def test_base_model_of_a_model_with_a_head(converted, tmp_path):
     assert found.expert_load.sum(1).tolist() == [int(mask.sum())] * 2
 
 
+@pytest.mark.parametrize("part", ["router", "experts"])
+def test_parts_that_are_frozen_have_no_gradient(part, converted):
+    model, inputs = converted("llama"), batch("llama")
+    freeze = getattr(model, f"freeze_{part}")
+    freeze()
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (f".{part}." in name), name
+    freeze(False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match=f"there is no {part} to freeze: MPOELlamaForCausalLM has none"):
+        getattr(converted("llama", target_modules="attention"), f"freeze_{part}")()
+
+
 def test_classes_that_generate_say_so(converted):
     assert GenerationMixin in MPOELlamaForCausalLM.__bases__
     assert GenerationMixin in type(converted("t5")).__bases__

@@ -13,6 +13,7 @@ from mpoe.registration import register as _register
 
 # Public name -> the module that defines it; loaded on first use.
 _NAMES = {
+    "DivergenceError": "mpoe.training.divergence",
     "MPOEConfig": "mpoe.config",
     "RouterConfig": "mpoe.config",
     "MPOEFeedForward": "mpoe.layers",
@@ -48,9 +49,11 @@ if TYPE_CHECKING:
         save_sharded_checkpoint,
         shard_model,
     )
+    from mpoe.training.divergence import DivergenceError
     from mpoe_kernels.version import __version__
 
 __all__ = [
+    "DivergenceError",
     "MPOEConfig",
     "MPOEFeedForward",
     "MPOETrainer",

@@ -24,7 +24,7 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
     """Every `mpoe` command of a page, with small models and few steps; returns the names of those that ran."""
     ran = set()
     for line in "".join(blocks(text, "bash")).splitlines():
-        if not line.strip() or line.startswith((INSTALL, LAUNCH)):
+        if not line.strip() or INSTALL in line or line.startswith(LAUNCH):
             continue
         program, command, *arguments = shlex.split(line, comments=True)
         assert program == "mpoe", line

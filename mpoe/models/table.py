@@ -1,14 +1,13 @@
-"""The model families that conversion knows, one row each. Nothing here imports torch or Transformers."""
+"""The model families that conversion knows, one row each. Nothing here imports more than typing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A family.
 
     Attributes:

@@ -10,10 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import mutants
+import pytest
 from mutation_rules import mutants_of, resolve
 
 ROOT = Path(__file__).resolve().parents[1]

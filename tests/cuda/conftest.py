@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from emulation import missing
+
+from .emulation import missing
 
 _REASON = "; ".join(missing())
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emulation import Linear
 from torch import Tensor
 
 from mpoe_kernels.testing.linear_problem import LinearProblem
+
+from .emulation import Linear
 
 ALL = [True] * 5
 

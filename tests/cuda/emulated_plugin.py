@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from emulation import EMULATED, library
-
 from mpoe_kernels.registry import register_backend
+
+from .emulation import EMULATED, library
 
 library()
 register_backend(EMULATED)

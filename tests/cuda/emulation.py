@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_emulate
 import torch
 from torch import Tensor
 
@@ -23,9 +22,6 @@ from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import cuda_emulate
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # as csrc/common/types.h numbers them
 OPS = torch.ops.mpoe_emulated

@@ -1,11 +1,10 @@
 """Bugs for the emulator and the sanitizers to find: each a textual change of one kernel source.
 
-``python tests/cuda/planted.py`` writes their table into docs/kernels_cuda.md.
+``PYTHONPATH=tools python -m tests.cuda.planted`` writes their table into docs/kernels_cuda.md.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -260,8 +259,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    root = Path(__file__).resolve().parents[2]
-    sys.path.insert(0, str(root / "tools"))
     from documents import write_between
 
-    write_between(root / "docs" / "kernels_cuda.md", "planted", table())
+    write_between(Path(__file__).resolve().parents[2] / "docs" / "kernels_cuda.md", "planted", table())

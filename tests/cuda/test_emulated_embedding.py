@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import OPS, REFUSED, SCHEDULES, Schedule, library, schedule
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+from .emulation import OPS, REFUSED, SCHEDULES, Schedule, library, schedule
 
 NAMES = ("y", "dleft", "dcentral", "dright")
 WIDE = MPOShape((8, 6, 8), (8, 2, 8), max_bond=16)  # multiples of 16 bytes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_linear import Case
-from emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, schedule, stats
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
@@ -15,6 +13,9 @@ from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
+
+from .emulated_linear import Case
+from .emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, schedule, stats
 
 
 def smallest(size: int) -> int:

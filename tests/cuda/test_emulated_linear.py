@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_linear import ALL, Case
-from emulation import REFUSED, SCHEDULES, Schedule, schedule, stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +12,9 @@ from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
 from tests.linear_scenarios import LinearScenarios
+
+from .emulated_linear import ALL, Case
+from .emulation import REFUSED, SCHEDULES, Schedule, schedule, stats
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in planned_strategies(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")

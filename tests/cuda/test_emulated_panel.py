@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_linear import ALL, Case
-from emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
@@ -16,6 +14,9 @@ from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
+
+from .emulated_linear import ALL, Case
+from .emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
 
 # Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every pipeline.
 BOND_24 = MPOShape((16, 8), (8, 16), max_bond=24, central=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import DTYPES, OPS, REFUSED, SCHEDULES, Schedule, library, schedule, stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +12,8 @@ from mpoe_kernels import Routing
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import expert_choice
+
+from .emulation import DTYPES, OPS, REFUSED, SCHEDULES, Schedule, library, schedule, stats
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import os
 import subprocess
 
 import pytest
-from emulation import SCHEDULES, Schedule, cuda_emulate
+
+from .emulation import SCHEDULES, Schedule, cuda_emulate
 
 # What detects the mistake: "values" under any schedule, or under the named half of them; "error": the emulator stops
 # with a message; "address", "thread": a sanitizer; "banks": the counter of bank conflicts.

@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulation import SCHEDULES, Schedule, cuda_emulate
-from planted import BUGS, Bug, table
+
+from .emulation import SCHEDULES, Schedule, cuda_emulate
+from .planted import BUGS, Bug, table
 
 # These run every time, one of each lane; the others, each of which compiles kernels anew, with `pytest -m exhaustive`.
 ALWAYS = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
@@ -31,7 +32,7 @@ def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
 
 def test_the_document_lists_them() -> None:
     document = (cuda_emulate.ROOT / "docs" / "kernels_cuda.md").read_text()
-    assert table() in document, "run python tests/cuda/planted.py"
+    assert table() in document, "run PYTHONPATH=tools python -m tests.cuda.planted"
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulation import library
+
+from .emulation import library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,9 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_on_the_emulated_backend(name: str) -> None:
     library()  # built before the time limit begins
     environment = os.environ | {"MPOE_TEST_BACKENDS": "emulated", "OMP_NUM_THREADS": "1"}
-    plugins = ("-p", "emulated_plugin", "-p", "no:xdist")
+    plugins = ("-p", "tests.cuda.emulated_plugin", "-p", "no:xdist")
     command = (sys.executable, "-m", "pytest", "-q", *plugins, "-k", "emulated", f"tests/kernels/test_{name}.py")
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout.splitlines()[-1]

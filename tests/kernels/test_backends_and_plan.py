@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-from backend_cases import candidate_backend, eager_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +25,8 @@ from mpoe_kernels import (
 )
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+from .backend_cases import candidate_backend, eager_kernel
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from backend_cases import eager_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
@@ -15,6 +14,8 @@ from mpoe_kernels.linear.eager import cost
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
+
+from .backend_cases import eager_kernel
 
 EXPERTS, SLOTS = 4, 32
 GEMMS = {"mm", "bmm", "addmm_", "addmm"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import leaves, on_every_backend, require
 from torch.library import opcheck
 
 from mpoe_kernels import mpo_embedding
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+from .backend_cases import leaves, on_every_backend, require
 
 
 @on_every_backend

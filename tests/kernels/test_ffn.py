@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backend_cases import cast, leaves, on_every_backend, require_strategies
 from torch import Tensor
 
 from mpoe_kernels import mpo_ffn, route, use_backend
 from mpoe_kernels.reference import mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+from .backend_cases import cast, leaves, on_every_backend, require_strategies
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from backend_cases import on_every_backend, require
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
@@ -17,6 +16,8 @@ from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts.eager import all_tokens_pay
 from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error, torch_threads
+
+from .backend_cases import on_every_backend, require
 
 NAMES = ("u", "gates", "right", "left", "bias", "u_gate", "right_gate")
 

@@ -6,17 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backend_cases import (
-    LAYOUTS,
-    cast,
-    choices_of,
-    leaves,
-    on_every_backend,
-    require,
-    require_strategies,
-    strategies_of,
-    strided,
-)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,6 +16,18 @@ from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error, torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+from .backend_cases import (
+    LAYOUTS,
+    cast,
+    choices_of,
+    leaves,
+    on_every_backend,
+    require,
+    require_strategies,
+    strategies_of,
+    strided,
+)
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 # Several panels, tiles and steps of k, with remainders everywhere.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear, registry
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+from .backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
 
 
 @pytest.mark.parametrize("name", ["paper", "separable"])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backend_cases import candidate_backend
 
 from mpoe_kernels import BackendError, measured, registry
 from mpoe_kernels.planner import BlockDims, contraction
+
+from .backend_cases import candidate_backend
 
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
 

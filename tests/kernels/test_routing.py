@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -12,6 +11,8 @@ from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import expert_choice
+
+from .backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
 
 
 @on_every_backend

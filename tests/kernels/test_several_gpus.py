@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import candidate_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import measured, registry
@@ -22,6 +21,8 @@ from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.triton import architecture
+
+from .backend_cases import candidate_backend
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
 CAPABILITIES = ((8, 0), (10, 0))

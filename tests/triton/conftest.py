@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 from mpoe_kernels.triton.architecture import in_interpreter, triton_reasons
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 WITH_THE_COMPILER = ["test_ahead_of_time.py", "test_documented.py"]
 collect_ignore_glob = [] if in_interpreter() else ["interpreted/*"]
 if in_interpreter() or (triton_reasons() and not os.environ.get("MPOE_REQUIRE_ALL")):

@@ -10,7 +10,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import planted_kernels
 import pytest
 import torch
 import triton
@@ -24,6 +23,8 @@ from mpoe_kernels.linear.triton.cost import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.triton.architecture import ARCHITECTURES
 from mpoe_kernels.triton.start import Launch, recorded
+
+from . import planted_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
@@ -82,7 +83,9 @@ def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architectur
     signature = (("a", kind), ("b", kind), ("out", "*fp32"), ("SIZE", "constexpr"), ("STAGES", "constexpr"))
     constants = (("SIZE", size), ("STAGES", stages))
     options = (("num_stages", stages), ("num_warps", warps))
-    return Job("planted_kernels:product_kernel", architecture, signature, constants, ("a", "b", "out"), options)
+    return Job(
+        f"{planted_kernels.__name__}:product_kernel", architecture, signature, constants, ("a", "b", "out"), options
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -139,7 +142,6 @@ def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_prob
 def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     job = planted(128, 2, 1, architecture="sm_80")
     monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     assert triton_compile.main(["--quick", "--jobs", "1"]) == 1
     assert "product_kernel 2 warps, 1 stages on sm_80 (planted): spills" in capsys.readouterr().err
 

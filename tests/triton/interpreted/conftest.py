@@ -1,5 +1,5 @@
 """Collected only with TRITON_INTERPRET=1; see tests/triton/test_in_interpreter.py."""
 
-import interpreter_repair
+from . import interpreter_repair
 
 interpreter_repair.repair()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.triton import fused_launch, kernels, launch, products
@@ -12,6 +11,8 @@ from mpoe_kernels.linear.triton.fused_tiles import FusedTile, fused_table
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.triton import start
+
+from .linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
 # Factors that are no powers of two, in both directions.
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_runs import Case, strategies_of
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
 from mpoe_kernels.linear.triton import launch
@@ -14,6 +13,8 @@ from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.testing.linear_problem import planned_strategies
 from tests.linear_scenarios import LinearScenarios
+
+from .linear_runs import Case, strategies_of
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")

@@ -213,8 +213,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
 def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     dense_class = cls.dense_class
     if isinstance(base, (str, Path)):
-        if not Path(base).is_dir():
-            raise ValueError(f"base must be a dense model or its folder; {base} is no folder")
+        if not str(base) or not Path(base).is_dir():
+            raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is no folder")
         return dense_class.from_pretrained(base, use_safetensors=True), str(base)
     if type(base) is not dense_class:
         raise ValueError(f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}")

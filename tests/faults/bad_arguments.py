@@ -203,6 +203,7 @@ NOT_CALLED = {
     "BackendError",
     "ContractionPlan",
     "Decomposition",
+    "DivergenceError",
     "__version__",
     "available_backends",
     "backend_reasons",

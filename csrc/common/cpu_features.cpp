@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 // Whether the processor has AMX for bfloat16 and Linux lets this process, threads included, use its 8 KB of registers.
-bool amx_granted() {
+[[maybe_unused]] bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned int a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned int kTile = 1u << 24, kBf16 = 1u << 22;

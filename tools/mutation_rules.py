@@ -65,6 +65,7 @@ class Mutant:
         rule: which kind of change.
         line: where, from 1.
         start, stop: what is replaced, in characters of the file.
+        offset: where it begins in the function, in characters.
         before, after: the text that is replaced, and by what.
         digest: of the function, so that a result is not kept beyond a change of it.
     """
@@ -75,6 +76,7 @@ class Mutant:
     line: int
     start: int
     stop: int
+    offset: int
     before: str
     after: str
     digest: str
@@ -82,7 +84,7 @@ class Mutant:
     @property
     def name(self) -> str:
         """Says which change of which state of the function."""
-        return f"{self.target}@{self.digest} {self.rule} {self.start}: {self.before!r} -> {self.after!r}"
+        return f"{self.target}@{self.digest} {self.rule} {self.offset}: {self.before!r} -> {self.after!r}"
 
     def applied(self, text: str) -> str:
         """The file's text with the change."""
@@ -117,7 +119,10 @@ def mutants_of(root: Path, target: str) -> list[Mutant]:
     changes = _cpp_changes(text, first, last) if path.suffix in CPP else _python_changes(text, first, last)
     relative = path.relative_to(root).as_posix()
     return [
-        Mutant(target, relative, rule, text.count("\n", 0, start) + 1, start, stop, text[start:stop], after, digest)
+        Mutant(
+            *(target, relative, rule, text.count("\n", 0, start) + 1, start, stop, start - first),
+            *(text[start:stop], after, digest),
+        )
         for rule, start, stop, after in sorted(changes, key=lambda change: change[1:3])
     ]
 

@@ -251,6 +251,7 @@ def test_words_instead_of_an_error_from_inside() -> None:
         (lambda: replace(routing, token_of_slot=torch.arange(4)), ValueError, r"must have N = T \* K"),
         (lambda: mpo_ffn(x, None, gates, one, one), TypeError, "routing must be a Routing .*; got NoneType"),
         (lambda: mpo_ffn(x, routing, gates, one, one, dropout=-1), ValueError, "dropout must lie .*; got -1"),
+        (lambda: mpo_ffn(x, routing, gates, one, one, dropout=1.5), ValueError, r"dropout must lie .*; got 1\.5"),
         (lambda: mpo_ffn(x, routing, gates, one, one, dropout="x"), TypeError, "dropout must be a number; got str 'x'"),
         (lambda: MPOBlocks(one.left, one.central, one.right, "6", 6), TypeError, "in_features must be an integer"),
         (lambda: MPOBlocks(one.left, one.central, one.right, 6, 6.0), TypeError, "out_features must be an integer"),

@@ -178,6 +178,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         TypeError: a model that is no MPOE model.
         ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then),
             a folder that holds a whole model.
+        NotADirectoryError: ``path`` is a file, or a link that leads to no folder.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
@@ -192,6 +193,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
             f"{', '.join(differing[:3])}; save the whole model with save_pretrained"
         )
     folder = Path(path)
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise NotADirectoryError(f"path must be a folder; {folder} is none")
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
     if whole:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
@@ -215,7 +218,10 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     if isinstance(base, (str, Path)):
         if not str(base) or not Path(base).is_dir():
             raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is no folder")
-        return dense_class.from_pretrained(base, use_safetensors=True), str(base)
+        try:
+            return dense_class.from_pretrained(base, use_safetensors=True), str(base)
+        except Exception as error:  # Transformers has several for a folder that holds no model of this class
+            raise ValueError(f"base must be a {dense_class.__name__} or its folder; {base}: {error}") from error
     if type(base) is not dense_class:
         raise ValueError(f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}")
     return base, str(getattr(base.config, "_name_or_path", "") or "")

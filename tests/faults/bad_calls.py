@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import resource
 import signal
@@ -108,6 +109,7 @@ def answer(name: str, seed: int, folder: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+    os.chdir(folder)  # where a relative path may lead to without harm
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -190,7 +192,7 @@ def main() -> None:
     """`python -m tests.faults.bad_calls NAME SEED FOLDER`: one call of a report again, in this process."""
     import sys
 
-    folder = Path(sys.argv[3])
+    folder = Path(sys.argv[3]).resolve()
     if not (folder / "model").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         make_paths(folder)

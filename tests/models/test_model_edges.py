@@ -86,3 +86,17 @@ def test_a_model_without_weights_and_a_path_that_is_none_are_refused(tmp_path):
     for path in (None, 3):
         with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
             load_mpoe(path)
+
+
+def test_saves_of_parameters_alone_refuse_what_is_no_folder(tmp_path):
+    dense = FAMILIES["gpt2"]()
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2))
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(NotADirectoryError, match=r"path must be a folder; .* is none"):
+            save_mpoe_only(model, tmp_path / name, dense)
+    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is no folder"):
+        save_mpoe_only(model, tmp_path / "out", "")
+    with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
+        save_mpoe_only(model, tmp_path / "out", tmp_path)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpoe.data.documentation import check_split
-from mpoe.data.metrics import get_metric
+from mpoe.data.metrics import METRICS, get_metric
+from mpoe.data.names import lookup
 
 KINDS = ("classification", "regression", "generation", "language_modeling")
 LABEL_METRICS = frozenset({"accuracy", "f1", "macro_f1", "matthews"})
@@ -61,7 +62,7 @@ class Task:
         allowed = ALLOWED_METRICS[self.kind]
         for metric in self.metrics:
             if metric != "perplexity":
-                get_metric(metric)
+                lookup(METRICS, metric, "metric")
             if metric not in allowed:
                 raise ValueError(
                     f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r} for {self.name}"

@@ -28,6 +28,7 @@ from pathlib import Path
 from mpoe.data.doc_tasks import EMBEDDED_TASKS
 from mpoe.data.hub import load_hub_task
 from mpoe.data.local import load_described_task
+from mpoe.data.metrics import get_metric
 from mpoe.data.names import lookup
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.splits import with_validation_from_train
@@ -71,9 +72,18 @@ def get_task(name: str) -> Task:
 
     Raises:
         ValueError: no such task, with the close matches; or one that is nowhere but in a folder of the user's.
+        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
     """
     task = lookup(_known(), name, "task")
-    return task if isinstance(task, Task) else load_task(task)
+    return _with_packages(task) if isinstance(task, Task) else load_task(task)
+
+
+def _with_packages(task: Task) -> Task:
+    """The task, if what its metrics need is there: before anything is trained, not when it is scored."""
+    for metric in task.metrics:
+        if metric != "perplexity":
+            get_metric(metric)
+    return task
 
 
 def find_spec(name: str) -> TaskSpec | None:
@@ -90,16 +100,17 @@ def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
 
     Raises:
         ValueError: it has no data, or what is read does not fit.
+        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
     """
     folder = data_dir or spec.data_dir
     if folder:
         task = load_described_task(spec, folder)
-        return task if "validation" in task.files else with_validation_from_train(task)
+        return _with_packages(task if "validation" in task.files else with_validation_from_train(task))
     if spec.hub_data is None:
         raise ValueError(
             f"task {spec.name} comes without data: give data_dir, a folder that holds a folder {spec.name}"
         )
-    return load_hub_task(spec)
+    return _with_packages(load_hub_task(spec))
 
 
 def task_names() -> tuple[str, ...]:

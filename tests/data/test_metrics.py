@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpoe.data import metrics as m
-from mpoe.data import text_metrics
+from mpoe.data import tasks, text_metrics
+from mpoe.data.doc_tasks import EMBEDDED_TASKS
+from mpoe.data.task import Task
 
 
 def test_accuracy():
@@ -130,3 +132,15 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name: str, packa
     with pytest.raises(RuntimeError, match=rf'needs the package {package}: pip install "mpoe\[metrics\]"'):
         m.get_metric(name)
     assert m.get_metric("matthews")([0, 1], [0, 1]) == 1.0
+
+
+def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch) -> None:
+    """Before anything is trained; the embedded tasks and the names of all others need none of its packages."""
+    monkeypatch.setattr(text_metrics.importlib.util, "find_spec", lambda asked: None)
+    for task in EMBEDDED_TASKS:
+        assert tasks.get_task(task.name) is task
+    assert {task.name for task in EMBEDDED_TASKS} < set(tasks.task_names())
+    needy = Task("needy", kind="generation", rows=lambda split: (), metrics=("bleu",))
+    monkeypatch.setitem(tasks._REGISTERED, "needy", needy)
+    with pytest.raises(RuntimeError, match="needs the package sacrebleu"):
+        tasks.get_task("needy")

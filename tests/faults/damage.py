@@ -164,7 +164,9 @@ DAMAGES = [
         "config of a bad field", change_config(num_experts="many"), "valid field 'mpoe'; num_experts must be an integer"
     ),
     Damage(
-        "config of another class", change_config(architectures=["os.system"]), "architectures in .* must name an MPOE class of"
+        "config of another class",
+        change_config(architectures=["os.system"]),
+        "architectures in .* must name an MPOE class of",
     ),
     Damage("config that is a list", list_as_config, "must hold a JSON object; got list"),
     Damage("index that names no files", index_of_nothing, "weight_map in .* must map names of parameters"),

@@ -151,7 +151,9 @@ def grouped_mpo_linear(
     Args:
         x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.
         blocks: folded cores of E experts, dtype of x (any floating dtype under autocast).
-        expert_offsets: int32 ``[E + 1]``, non-decreasing; expert e owns slots ``[offsets[e], offsets[e + 1])``.
+        expert_offsets: int32 ``[E + 1]``, from 0 to N at most, non-decreasing; expert e owns slots ``[offsets[e],
+            offsets[e + 1])``. The CPU checks their values and those of ``row_index``; kernels on a GPU do not, as that
+            would wait for the device: with other values the result is undefined there.
         bias: ``[F]``, shared by the experts.
         row_index: int ``[N]``, row of x that each slot reads.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.

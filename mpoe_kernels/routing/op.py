@@ -28,6 +28,9 @@ MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
 class Routing:
     """Which token sits in which slot.
 
+    Sizes and dtypes are checked; values, where a routing is used, on the CPU alone: on a GPU that would wait for the
+    device, and one that `route` did not make has an undefined result if its indices lie outside.
+
     Attributes:
         expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
         token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or

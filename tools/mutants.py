@@ -98,8 +98,10 @@ class Copy:
         for name in self._files(root) + [name for name in built if (root / name).is_file()]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
-        # Of another one: an interpreter takes no stale bytecode, and the shared data are where they are.
-        self.environment = os.environ | {
+        # Of another one: an interpreter takes no stale bytecode, the shared data are where they are, and pytest has no
+        # options but the tool's own.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        self.environment = inherited | {
             "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "bench"), str(folder / "tools")]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",

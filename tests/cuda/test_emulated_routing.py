@@ -70,7 +70,7 @@ def test_gate_of_equal_infinite_and_missing_logits() -> None:
 
 
 def test_gate_refuses_more_choices_than_experts() -> None:
-    with pytest.raises(ValueError, match="top_k"):
+    with pytest.raises(REFUSED, match="top_k"):
         gate(torch.zeros(2, 3), 4)
 
 

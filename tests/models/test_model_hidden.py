@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -306,6 +308,13 @@ def test_projections_that_lie_elsewhere_are_refused() -> None:
     site = HiddenSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"})
     with pytest.raises(ValueError, match="needs its up projection inside the module"):
         site.check(config())
+
+
+def test_a_fused_projection_is_refused() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    fused = Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    with pytest.raises(ValueError, match="needs a projection each; up and gate_proj share one matrix"):
+        convert_to_mpoe(Phi3ForCausalLM(fused), config())
 
 
 def test_dropout_and_padding() -> None:

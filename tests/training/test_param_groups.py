@@ -236,3 +236,9 @@ def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
     assert len(tables) == 2
     assert [found[id(table)][1:] for table in tables] == [(0.0, "rest")] * 2
     assert found[id(model.get_input_embeddings().weight)][1] == 0.1
+
+
+def test_only_cores_have_a_ratio_of_their_own(tmp_path: Path) -> None:
+    groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
+    assert {group["rate_ratio"] for group in groups if group["kind"] in ("rest", "router")} == {1.0}
+    assert any(group["rate_ratio"] != 1.0 for group in groups)

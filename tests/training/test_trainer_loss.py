@@ -132,6 +132,8 @@ def test_the_nan_of_no_targets_does_not_spread() -> None:
     assert [float(value.detach()) for value in (parts.task, parts.total)] == [0.0, 0.5]
     parts.task.backward()
     assert float(nothing.grad) == 0.0  # type: ignore[arg-type]
+    one = step_share(LossParts(torch.tensor(3.0), None), torch.tensor(1), torch.tensor(1), 1, 1)
+    assert float(one.task) == 3.0, "a single target counts"
     some = step_share(LossParts(torch.tensor(3.0), None), torch.tensor(2), torch.tensor(6), 2, 1)
     assert float(some.total) == 2.0
 

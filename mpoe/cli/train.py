@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
 from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import option, read_command
+from mpoe.cli.starting_rate import settle_rate
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -41,7 +43,11 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run was asked for, checked; ``given`` names the options that were set."""
+    """Everything a run was asked for, checked.
+
+    ``given`` names the options that were set, ``from_file`` says that a configuration file set some, and ``command`` is
+    what was typed.
+    """
 
     run: RunOptions
     model: ModelOptions
@@ -51,6 +57,8 @@ class Plan:
     given: frozenset[str]
     experiment: ExperimentOptions
     measure: MeasureOptions
+    from_file: bool = False
+    command: str = ""
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -66,7 +74,9 @@ def command(arguments: Sequence[str]) -> None:
     if asked is None:
         return
     options, model, experiment, data, experts, measure, training = asked.options
-    run(Plan(options, model, data, experts, training, frozenset(asked.given), experiment, measure))
+    typed = shlex.join(["mpoe", "train", *arguments])
+    given, from_file = frozenset(asked.given), bool(asked.words)
+    run(Plan(options, model, data, experts, training, given, experiment, measure, from_file, typed))
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -101,7 +111,8 @@ def run(plan: Plan) -> dict[str, Any]:
             task.examples(split)  # a split that is not there is refused before the model is loaded
     tokenizer = load_tokenizer(source)
     items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
-    settings = settings_of(plan, described)
+    rate_from = settle_rate(plan, source, config)
+    settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
     model = _prepare_model(source, config, plan)
     trainer = make_trainer(model, tokenizer, items, validation, plan)

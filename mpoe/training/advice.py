@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from mpoe.training.arguments import MPOETrainingArguments
+from mpoe.training.rates import recommended_for
 
-# Base rates (AdamW) that worked when fine-tuning all of a pretrained model, by family: docs/fine_tuning.md says where.
-RATES = {"t5": 1e-3, "gpt2": 3e-4, "bert": 3e-4}
 FAR = 10.0  # times above or below
 
 WINDOW = 100  # optimizer steps over which an expert's tokens are added up
@@ -18,20 +17,20 @@ _TOKENS = 50  # per expert of a layer: with fewer in a window, none may be chanc
 
 
 def rate_advice(model: Any, args: MPOETrainingArguments) -> list[str]:
-    """A sentence for every base rate that is more than `FAR` times away from what worked for the model's family.
+    """A sentence for every base rate that is more than `FAR` times away from what worked (`mpoe.training.rates`).
 
-    None when training from scratch, where good rates depend on the size of the model, and for other families.
+    None when training from scratch, where good rates differ more, and for families of which none is known.
     """
-    family = str(getattr(getattr(model, "config", None), "model_type", "")).removeprefix("mpoe_")
-    usual = RATES.get(family)
-    if usual is None or args.regime != "finetune":
+    found = recommended_for(model, args.regime)
+    if found is None or args.regime != "finetune":
         return []
+    usual = found.rate
     rates = {"learning_rate": args.learning_rate}
     if args.mpo_lr is not None:
         rates["mpo_lr"] = args.mpo_lr
     return [
-        f"{name} {rate:g} is {_times(rate / usual)} the {usual:g} that worked when fine-tuning a {family}"
-        " (docs/fine_tuning.md, Rates)"
+        f"{name} {rate:g} is {_times(rate / usual)} the {usual:g} to start from ({found.why})"
+        "; see docs/fine_tuning.md, Rates"
         for name, rate in rates.items()
         if rate > 0 and not 1 / FAR <= rate / usual * (1 + 1e-9) <= FAR * (1 + 2e-9)
     ]

@@ -28,6 +28,8 @@ NEUTRAL_KEYS = frozenset(
             "run_name",
             "report_to",
             "task_file",  # what it says is kept itself
+            "command",
+            "learning_rate_from",
         ),
         *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
         *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),

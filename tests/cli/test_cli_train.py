@@ -118,6 +118,10 @@ def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: lis
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
     assert answer.code == 0, answer.err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert run["training"]["learning_rate"] == 1e-3
+    assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
+    assert run["command"].startswith("mpoe train --model t5 ")
     dense = kind[0] == "--moe_type"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")

@@ -45,9 +45,9 @@ def test_what_is_no_reason_to_warn() -> None:
     [
         ({"learning_rate": 1e-3}, []),
         ({"learning_rate": 1e-2}, []),
-        ({"learning_rate": 1e-4}, []),
-        ({"learning_rate": 5e-5}, ["learning_rate 5e-05 is 1/20 of the 0.001 that worked when fine-tuning a t5"]),
-        ({"learning_rate": 1e-3, "mpo_lr": 0.5}, ["mpo_lr 0.5 is 500 times the 0.001"]),
+        ({"learning_rate": 1.5e-4}, []),
+        ({"learning_rate": 5e-5}, ["learning_rate 5e-05 is 1/30 of the 0.0015 to start from (a pretrained t5"]),
+        ({"learning_rate": 1e-3, "mpo_lr": 0.6}, ["mpo_lr 0.6 is 400 times the 0.0015"]),
         ({"learning_rate": 0.0}, []),
         ({"learning_rate": 5e-5, "regime": "scratch"}, []),
     ],
@@ -56,7 +56,7 @@ def test_rates_far_from_what_worked(tmp_path: Path, options: dict, said: list[st
     found = rate_advice(mpoe_model("t5"), arguments(tmp_path, **options))
     assert len(found) == len(said)
     assert all(text.startswith(start) for text, start in zip(found, said, strict=True))
-    assert rate_advice(dense_model("t5"), arguments(tmp_path, **options)) == found
+    assert len(rate_advice(dense_model("t5"), arguments(tmp_path, **options))) == len(said)
     assert rate_advice(torch.nn.Linear(2, 2), arguments(tmp_path, **options)) == []
 
 
@@ -69,5 +69,5 @@ def test_the_trainer_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         warnings.simplefilter("always")
         trainer.train()
     texts = [str(warning.message) for warning in caught]
-    assert any(text.startswith("learning_rate 1e-06 is 1/1,000 of") for text in texts)
+    assert any(text.startswith("learning_rate 1e-06 is 1/1,500 of") for text in texts)
     assert any("of 32 experts took no token in 2 steps" in text for text in texts)

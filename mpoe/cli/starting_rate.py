@@ -1,0 +1,70 @@
+"""The learning rate of a run that was told none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpoe.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from mpoe.cli.pretrained import Source
+    from mpoe.cli.train import Plan
+
+_GIVEN = "as given"
+
+
+def settle_rate(plan: Plan, source: Source, config: Any) -> str:
+    """Set ``plan.arguments.learning_rate`` where no option did; says so in one line, and returns the reason.
+
+    A resumed run keeps the rate that it was started with. A configuration file without a rate keeps the Trainer's own
+    default, at which it has always run. All others get the one that worked (`mpoe.training.rates`).
+
+    Args:
+        plan: of the run.
+        source: the model it starts from.
+        config: the `MPOEConfig` of the conversion; None for a dense model.
+    """
+    arguments = plan.arguments
+    if "learning_rate" in plan.given:
+        return _GIVEN
+    kept = _rate_of_run(Path(str(arguments.output_dir))) if plan.run.resume else None
+    if kept is not None:
+        arguments.learning_rate, why = kept
+        return why
+    rate, reason = _recommended(source, config, arguments.regime)
+    if plan.from_file:
+        why = f"the Trainer's default, as the file names none; {rate:g} is what to start from with {reason}"
+    else:
+        arguments.learning_rate = rate
+        why = f"what to start from with {reason}"
+    if arguments.process_index == 0:
+        print(f"learning_rate {arguments.learning_rate:g}: {why} (--learning_rate sets another)")
+    return why
+
+
+def _recommended(source: Source, config: Any, regime: str) -> tuple[float, str]:
+    from transformers import AutoConfig
+
+    from mpoe.config import MPOEConfig
+    from mpoe.training.rates import kind_of, recommended_rate
+
+    try:
+        values = AutoConfig.from_pretrained(source.path)
+    except Exception as error:  # Transformers has no common one for values that do not fit
+        raise CommandError(f"model: the configuration of {source.path} cannot be read: {error}") from error
+    if source.is_mpoe:
+        config = MPOEConfig.from_dict(values.mpoe)
+    return recommended_rate(source.model_type, int(values.hidden_size), regime, kind_of(config))
+
+
+def _rate_of_run(folder: Path) -> tuple[float, str] | None:
+    """The rate that the run in ``folder`` was started with, and where it came from."""
+    from mpoe.training.output_dir import RUN_FILE
+
+    try:
+        saved = json.loads((folder / RUN_FILE).read_text())["config"]
+        return float(saved["training"]["learning_rate"]), str(saved.get("learning_rate_from", "as the run began"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # what cannot be resumed is refused, with its reason, when the folder is checked

@@ -1,0 +1,98 @@
+"""Learning rates that worked: the one table that `mpoe train`, the Trainer's warnings and docs/fine_tuning.md read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mpoe.models.table import TYPE_PREFIX
+
+SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
+_DENSE, _SWITCH = "dense", "switch"  # kinds of feed-forward layers; every other kind is a shape's name
+
+
+class Tried(NamedTuple):
+    """Base rates (AdamW) that worked for one family.
+
+    Attributes:
+        width: hidden size of the model that they were found with.
+        rate: of every kind of layer that ``other`` does not name.
+        other: kind of layer (``dense``, ``switch`` = dense experts, or a shape) -> its rate.
+        where: what was run.
+    """
+
+    width: int
+    rate: float
+    other: Mapping[str, float]
+    where: str
+
+
+TRIED = {
+    "t5": Tried(128, 1e-3, {"separable": 1.5e-3}, "`mpoe demo`: three rates per arm, two seeds"),
+    "gpt2": Tried(128, 3e-4, {}, "`mpoe demo --model gpt2`: better in every arm than .001"),
+    "bert": Tried(384, 3e-4, {}, "MiniLM on short sentences, .00025 to .0005 in every arm ([Evidence](evidence.md))"),
+    SCRATCH: Tried(48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"),
+}
+_SAME = {"mt5": "t5", "umt5": "t5", "roberta": "bert", "deberta-v2": "bert", "modernbert": "bert"}
+_ELSE = "gpt2"  # for families of which no rate is known: the lower one
+
+
+class Recommended(NamedTuple):
+    """A base rate and the reason for it, in words."""
+
+    rate: float
+    why: str
+
+
+def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> Recommended:
+    """The base learning rate to start from, with AdamW, where all of a model is trained.
+
+    It is the one that worked for the family and the kind of layer. For a model wider than that one it falls as
+    1 / width, which is how Adam's best rate falls (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
+
+    Args:
+        model_type: Hugging Face's name of the family, also with ``mpoe_`` in front.
+        width: hidden size of the model.
+        regime: ``"finetune"`` or ``"scratch"``.
+        kind: ``"dense"``, ``"switch"`` (dense experts) or the name of a shape.
+    """
+    family = model_type.removeprefix(TYPE_PREFIX)
+    nearest = SCRATCH if regime == SCRATCH else _SAME.get(family, family)
+    known = nearest in TRIED
+    tried = TRIED[nearest if known else _ELSE]
+    rate = tried.other.get(kind, tried.rate) * min(1.0, tried.width / width)
+    about = f"{family} from scratch" if regime == SCRATCH else f"a pretrained {family}"
+    layers = {_DENSE: "dense layers", _SWITCH: "dense experts"}.get(kind, f"{kind} experts")
+    why = f"{about}, {layers}, width {width}"
+    if not known:
+        why += f"; none is known of {family}, so that of {_ELSE}"
+    return Recommended(float(f"{rate:.2g}"), why)
+
+
+def recommended_for(model: Any, regime: str) -> Recommended | None:
+    """`recommended_rate` of a model in memory; None where only a guess could be made from another family's."""
+    config = getattr(model, "config", None)
+    family = str(getattr(config, "model_type", "")).removeprefix(TYPE_PREFIX)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int) or _SAME.get(family, family) not in TRIED:
+        return None
+    return recommended_rate(family, width, regime, kind_of(getattr(model, "mpoe_config", None)))
+
+
+def kind_of(config: Any) -> str:
+    """The kind of feed-forward layers that an `MPOEConfig` makes, in the words of `Tried`; None makes dense ones."""
+    if config is None or "ffn" not in config.targets:
+        return _DENSE
+    if config.expert_type == "dense":
+        return _SWITCH
+    return config.shape if isinstance(config.shape, str) else "own"
+
+
+def rate_table() -> str:
+    """`TRIED` as a table of Markdown, as it stands in docs/fine_tuning.md."""
+    rows = ["| family | `learning_rate` that worked | at width | where |", "|---|---|---|---|"]
+    words = {"t5": "T5", "gpt2": "GPT-2", "bert": "BERT", SCRATCH: 'from scratch (`regime="scratch"`)'}
+    for name, tried in TRIED.items():
+        rates = [f"{tried.rate:g}", *(f"{rate:g} {kind}" for kind, rate in tried.other.items())]
+        rows.append(f"| {words[name]} | {', '.join(rates)} | {tried.width} | {tried.where} |")
+    return "\n".join(rows)

@@ -80,5 +80,6 @@ def measure(folder: Path, pages: Sequence[str], widths: Sequence[int], program: 
         server.server_close()
         (folder / HARNESS).unlink()
     found = re.search(r'<pre id="answer">(.*?)</pre>', answer.stdout, flags=re.S)
-    assert found and found[1], answer.stderr[-2000:]
+    if not found or not found[1]:
+        raise AssertionError(f"the pages were not measured: {answer.stderr[-2000:]}")
     return [Page(**entry) for entry in json.loads(html.unescape(found[1]))]

@@ -1,4 +1,4 @@
-"""Commands and examples of the README run, on small data; CI runs its two marked commands. The tree is in CONTRIBUTING."""
+"""Commands and examples of the README run, on small data; CI runs its two marked ones. CONTRIBUTING has the tree."""
 
 from __future__ import annotations
 

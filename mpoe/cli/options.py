@@ -39,6 +39,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "layers_to_transform": (list[int], []),
     "block_per_group": (bool | None, None),
     "expert_bias": (bool | None, None),
+    "existing_experts": (str | None, None),
     "top_k": (int | None, None),
     "min_capacity": (int | None, None),
     "second_threshold": (float | None, None),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOE_TYPES = ("switch", "moe", "none")
 EXPERT_TYPES = ("mpo", "dense")
+EXISTING_EXPERTS = ("keep", "mpo")
 GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 
@@ -50,6 +51,10 @@ class MPOEConfig:
         block_per_group: each of the F / b groups of hidden units has blocks of its own; otherwise all groups share
             one, a plain MPO core.
         expert_bias: hidden-side experts have biases of their own before the activation; they start at 0.
+        existing_experts: what becomes of the experts of a model that is a mixture already (Mixtral, OLMoE, ...):
+            ``"keep"``, they stay what they are, or ``"mpo"``, each projection of a layer's experts becomes MPOs around
+            one central core, as near to them as that goes. Their number, their router and their shared experts stay in
+            any case.
         shape_pattern: shapes of single modules, by regular expressions on their names or ends of names (the first
             that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
             embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
@@ -101,6 +106,7 @@ class MPOEConfig:
     block_size: int | None = None
     block_per_group: bool = True
     expert_bias: bool = False
+    existing_experts: str = "keep"
 
     def __post_init__(self) -> None:
         check_choice("moe_type", self.moe_type, MOE_TYPES)
@@ -116,6 +122,7 @@ class MPOEConfig:
         check_integer("separable_right", self.separable_right, 1, optional=True)
         check_integer("light_p", self.light_p, 1)
         check_choice("gauge", self.gauge, GAUGES)
+        check_choice("existing_experts", self.existing_experts, EXISTING_EXPERTS)
         check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
         self._check_router()
         if self.is_hidden:

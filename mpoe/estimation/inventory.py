@@ -158,6 +158,8 @@ def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEC
             f"model {name!r} is of the family {model_type!r}, which mpoe does not know; "
             f"it knows {', '.join(TABLE)} (and what it made of them)"
         )
+    if TABLE[family].is_mixture:
+        raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
     mpoe = values.pop("mpoe", None)
     named = [str(a).removeprefix(CLASS_PREFIX) for a in values.pop("architectures", None) or []]
     known = set(dense_names(family).values())

@@ -15,6 +15,7 @@ from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.mixture_experts import MixtureExperts
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.ranks import global_batch
@@ -33,6 +34,7 @@ __all__ = [
     "MPOEmbedding",
     "MPOExperts",
     "MPOLinear",
+    "MixtureExperts",
     "RoutedFeedForward",
     "RouterOutput",
     "RouterRecord",

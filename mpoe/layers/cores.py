@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from mpoe.config.checks import check_integer, check_number
 from mpoe.layers.initial import FromInitialValues, check_placement
-from mpoe_kernels import Decomposition, MPOBlocks, MPOShape, decompose_with_errors, expert_weights, fold
+from mpoe_kernels import (
+    Decomposition,
+    MPOBlocks,
+    MPOShape,
+    SharedDecomposition,
+    decompose_shared,
+    decompose_with_errors,
+    expert_weights,
+    fold,
+)
 
 
 class MPOCores(FromInitialValues):
@@ -158,15 +167,28 @@ class MPOCores(FromInitialValues):
         result = decompose_with_errors(work, self.shape, gauge)
         self.set_cores_(result.cores)
         self.local_errors = result.local_errors
-        scale = float(work.double().square().mean().sqrt())
-        self.rate_ratios = tuple(
-            float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in result.cores
-        )
+        self.rate_ratios = _rate_ratios(result.cores, work)
+        return result
+
+    @torch.no_grad()
+    def load_weights_(self, weights: Tensor) -> SharedDecomposition:
+        """Make the experts the nearest to ``weights [E, I, F]`` that is found with one central core for all.
+
+        Returns:
+            The `SharedDecomposition`, with the error of every expert.
+
+        Raises:
+            TypeError, ValueError: see `mpoe_kernels.decompose_shared`.
+        """
+        result = decompose_shared(weights, self.shape)
+        self.set_cores_(result.cores)
+        self.local_errors = result.local_errors
+        self.rate_ratios = _rate_ratios(result.cores, weights)
         return result
 
     @torch.no_grad()
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
-        """Copy one chain of cores ``[d, i, j, d']`` into every expert."""
+        """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one for each."""
         for name, core in zip(self.core_names(), cores, strict=True):
             parameter = self.get_parameter(name)
             parameter.copy_(core if name == "central" else core.expand_as(parameter))
@@ -179,3 +201,9 @@ class MPOCores(FromInitialValues):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, num_experts={self.num_experts}"
+
+
+def _rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
+    """RMS of every core over that of the weight; 1 for a zero weight."""
+    scale = float(weight.double().square().mean().sqrt())
+    return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)

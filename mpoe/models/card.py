@@ -19,6 +19,7 @@ from mpoe.models.report import mpo_modules, parameter_report
 CARD_FILE = "README.md"
 _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
 _TEMPLATE = "This model card has been automatically generated."  # of Transformers, where a repository has none
 
 
@@ -32,7 +33,9 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     config, report = model.mpoe_config, parameter_report(model)
     base = base_name(model)
     experts = f"{config.num_experts}, top-{config.router.top_k}" if config.moe_type != "none" else "1, no router"
-    kind = "matrix product operators" if config.expert_type == "mpo" else "full matrices"
+    has_mpo = bool(report["central"])
+    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
+    kind = "matrix product operators" if config.expert_type == "mpo" and has_mpo else "full matrices"
     shapes = dict.fromkeys(
         [
             *(str(cores.shape) for _, cores in mpo_modules(model)),
@@ -52,8 +55,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     parts = [
         _metadata(base),
         f"# {_class_name(model)}",
-        "A Transformers model whose feed-forward networks are mixtures of experts. All experts of a layer share the "
-        "central core of a matrix product operator ([Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)).",
+        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared if has_mpo else ''}",
         _table("property", "value", rows),
         "## Use",
         "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",

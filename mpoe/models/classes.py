@@ -92,6 +92,10 @@ def make_class(
         "auto_classes": {
             auto: name for auto, name in autos.items() if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
         },
+        "_keep_in_fp32_modules_strict": {
+            *(mixin._keep_in_fp32_modules_strict or ()),
+            *(dense._keep_in_fp32_modules_strict or ()),
+        },
         # Transformers looks for it in the file of the class.
         "_can_set_attn_implementation": classmethod(lambda cls: dense._can_set_attn_implementation()),
     }
@@ -107,7 +111,8 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
     mixin = getattr(import_module(module), name)
     names = dense_names(model_type)
     autos = {auto: f"{CLASS_PREFIX}{dense}" for auto, dense in names.items()}
-    config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE)
+    row = TABLE[model_type]
+    config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE, routed=not row.is_mixture)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     made: dict[type[PreTrainedModel], type[Any]] = {}
     for auto, dense_name in names.items():

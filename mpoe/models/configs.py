@@ -30,14 +30,22 @@ def checked_mpoe_dict(value: Any) -> dict[str, Any]:
 
 
 class MPOEConfigMixin(_Config):
-    """Goes before the dense configuration in the bases.
-
-    ``mpoe`` is the dict of an `mpoe.MPOEConfig`. ``output_router_logits`` is Transformers' option of that name:
-    ``None`` (as ever) and ``True`` return what the routers did, ``False`` leaves the fields of
-    `mpoe.models.outputs.RoutingFields` out; the loss contains the auxiliary losses in every case.
-    """
+    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`."""
 
     mpoe: dict[str, Any]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
+
+
+class RoutedConfigMixin(MPOEConfigMixin):
+    """Configuration of a model whose routers are ours; mixtures of Transformers have these options of their own.
+
+    ``output_router_logits`` is Transformers' option of that name: ``None`` (as ever) and ``True`` return what the
+    routers did, ``False`` leaves the fields of `mpoe.models.outputs.RoutingFields` out; the loss contains the auxiliary
+    losses in every case.
+    """
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -48,16 +56,12 @@ class MPOEConfigMixin(_Config):
     def router_aux_loss_coef(self, value: float) -> None:
         self.mpoe = checked_mpoe_dict({**self.mpoe, "router": {**self.mpoe["router"], "balance_loss_weight": value}})
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
 
-
-def config_class_for(dense: type[PreTrainedConfig], module: str) -> type[PreTrainedConfig]:
-    """The configuration class of what ``dense`` models become."""
+def config_class_for(dense: type[PreTrainedConfig], module: str, routed: bool = True) -> type[PreTrainedConfig]:
+    """The configuration class of what ``dense`` models become, with our routers unless ``routed`` is False."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        coefficient = kwargs.pop("router_aux_loss_coef", None)
+        coefficient = kwargs.pop("router_aux_loss_coef", None) if routed else None
         self.mpoe = checked_mpoe_dict(mpoe)
         dense.__init__(self, **kwargs)
         if coefficient is not None:
@@ -66,7 +70,7 @@ def config_class_for(dense: type[PreTrainedConfig], module: str) -> type[PreTrai
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
     return type(
         f"{CLASS_PREFIX}{dense.__name__}",
-        (MPOEConfigMixin, dense),
+        (RoutedConfigMixin if routed else MPOEConfigMixin, dense),
         {
             "__init__": __init__,
             "__module__": module,

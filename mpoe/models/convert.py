@@ -24,12 +24,15 @@ from mpoe.models.families import family_for
 from mpoe.models.families.given import checked_sites
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import fill_merged, hidden_modules, merged_config
+from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import EmbeddingSite, FFNSite, Site
+from mpoe.models.sites import EmbeddingSite, FFNSite, Report
+from mpoe.models.stock_experts import AnySite, checked_for
 from mpoe.models.table import TABLE
-from mpoe_kernels import Decomposition, backend_reasons
+from mpoe_kernels import SharedDecomposition, backend_reasons
 
+SMALL_ERROR = 1e-3  # of existing experts, below which nothing is said
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -112,7 +115,7 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         setattr(model, name, getattr(skeleton, name))
 
 
-def _warn_of_float16(model: Any, sites: Sequence[Site]) -> None:
+def _warn_of_float16(model: Any, sites: Sequence[AnySite]) -> None:
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     downs = {site.prefixes["down"].rpartition(".")[2] for site in sites if isinstance(site, FFNSite)}
     names = ", ".join(sorted(kept & downs))
@@ -124,7 +127,18 @@ def _warn_of_float16(model: Any, sites: Sequence[Site]) -> None:
         )
 
 
-def _check_sites(model: Any, sites: Sequence[Site], config: MPOEConfig) -> bool:
+def _warn_of_errors(report: Report) -> None:
+    """Say how far MPO experts are from those of the mixture that they replace."""
+    errors = [result.relative_error_bound for result in report.values() if isinstance(result, SharedDecomposition)]
+    if errors and max(errors) > SMALL_ERROR:
+        warnings.warn(
+            f"experts around one centre differ from the model's own by {min(errors):.1%} to {max(errors):.1%} of their "
+            "norm (model.mpoe_summary() shows every layer): the model no longer computes the same and needs training",
+            stacklevel=3,
+        )
+
+
+def _check_sites(model: Any, sites: Sequence[AnySite], config: MPOEConfig) -> bool:
     """Refuse shapes that do not fit; returns whether the head is tied to a table that becomes an MPO."""
     for site in sites:
         site.check(config)
@@ -140,8 +154,9 @@ def convert_to_mpoe(
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
     Every feed-forward network is decomposed once and copied to all experts, which share its central core; a router
-    is added (see ``moe_type``). Attention projections, the embedding with its tied head and BERT's pooler become MPOs
-    where ``target_modules`` says so. Nothing else changes.
+    is added (see ``moe_type``). A model that is a mixture already keeps its experts and its router, or its experts
+    become MPOs around a shared centre, as near as that goes (``existing_experts``). Attention projections, the
+    embedding with its tied head and BERT's pooler become MPOs where ``target_modules`` says so. Nothing else changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
@@ -156,10 +171,12 @@ def convert_to_mpoe(
         The converted model, of a registered Hugging Face class, in the same training mode. Its attribute
         ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
         ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
+        Of existing experts these are the errors themselves, and ``"expert_errors"`` has one for each.
 
     Raises:
         ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), parameters
-            on the device ``meta``, shapes, exclusions, layer indices or ``sites`` that do not fit; all before any
+            on the device ``meta``, shapes, exclusions, layer indices or ``sites`` that do not fit; for a mixture,
+            another number of experts than it has, a router, or experts of a kind that MPOs cannot be; all before any
             work.
         TypeError: ``config`` or ``sites`` of another type.
     """
@@ -169,6 +186,7 @@ def convert_to_mpoe(
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
     family = family_for(SimpleNamespace(mpoe_sites=given), cls.mpoe_family)
+    config = checked_for(model, family, config)
     found = find_sites(model, family, model.config, config)
     tied = _check_sites(model, found, config)
     _check_backend(config.backend)
@@ -178,11 +196,12 @@ def convert_to_mpoe(
     if not inplace:
         model = _copy_without(model, [module for site in found for module in site.replaced])
         found = find_sites(model, family, model.config, config)
-    report: dict[str, Decomposition] = {}
+    report: Report = {}
     for site in found:
         module: Any = site.build(config)
         report.update(site.load(module, config))
         site.install(model, module, config)
+    _warn_of_errors(report)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     if given is not None:
         model.config.mpoe_sites = given
@@ -192,6 +211,7 @@ def convert_to_mpoe(
             "local_errors": list(result.local_errors),
             "error_bound": result.error_bound,
             "relative_error_bound": result.relative_error_bound,
+            **({"expert_errors": list(result.expert_errors)} if isinstance(result, SharedDecomposition) else {}),
         }
         for name, result in report.items()
     }
@@ -205,12 +225,14 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     """A Switch-style model of the same class whose experts are full matrices, computing the same.
 
     A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as its own dense expert.
-    Everything else in MPO form stays as it is.
+    Everything else in MPO form stays as it is. What was a mixture before its conversion gets the experts of its own
+    class back.
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is left as it is.
         as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``: an instance of that class of Transformers, which every tool
-            opens that serves it (see `mpoe.models.export`). The model's experts may be dense already then.
+            opens that serves it (see `mpoe.models.export`); for what was a mixture before its conversion the name of
+            its own family. The model's experts may be dense already then.
 
     Raises:
         TypeError: a model that is no MPOE model.
@@ -218,13 +240,19 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    is_dense = _has_dense_experts(model)
     if as_ is not None:
-        return as_stock(model if model.mpoe_config.expert_type == "dense" else merge_experts(model), as_)
-    if model.mpoe_config.expert_type != "mpo":
-        raise ValueError(f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}")
+        return as_stock(model if is_dense else merge_experts(model), as_)
+    if is_dense:
+        raise ValueError(
+            f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}, "
+            f"existing_experts={model.mpoe_config.existing_experts!r}"
+        )
     source: Any = model
     mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
     merged = _copy_without(source, mpo_experts)
+    if isinstance(merged, MixtureMixin):
+        return _with_config(with_stock_experts(merged), dataclasses.replace(model.mpoe_config, existing_experts="keep"))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = _dense_experts(module.experts)
@@ -236,6 +264,16 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             dense = site.build(config)
             fill_merged(dense, layers[site.name])
             site.install(merged, dense, config)
+    return _with_config(merged, config)
+
+
+def _has_dense_experts(model: Any) -> bool:
+    config = model.mpoe_config
+    return bool(config.existing_experts == "keep" if isinstance(model, MixtureMixin) else config.expert_type != "mpo")
+
+
+def _with_config(merged: Any, config: MPOEConfig) -> Any:
+    """``merged``, whose configurations say so."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
     for holder in merged.modules():
         if isinstance(getattr(holder, "config", None), type(merged.config)):

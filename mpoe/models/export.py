@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.models.mixtures import MixtureMixin, dense_config
 
 # Fields that a Llama, Mistral or Qwen3 and its mixture have in common.
 _COMMON = (
@@ -60,6 +61,10 @@ TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
 def _reasons(model: Any, to: str) -> list[str]:
     """Why ``model`` cannot become a ``to``; empty if it can."""
+    only_ffn = f"{to}: only the feed-forward networks may be in MPO form"
+    if isinstance(model, MixtureMixin):
+        reasons = [] if to == model.mpoe_family else [f"{to}: this is a {model.mpoe_family} already, and stays one"]
+        return reasons if set(model.mpoe_config.targets) == {"ffn"} else [*reasons, only_ffn]
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     if model.mpoe_family not in target.families:
         known = " or ".join(target.families)
@@ -116,23 +121,32 @@ def _renamed(merged: Any) -> dict[str, Tensor]:
     return state
 
 
+def _stock_class(model: Any, to: str) -> Any:
+    return model.dense_class if isinstance(model, MixtureMixin) else getattr(transformers, TARGETS[to].model)
+
+
 @torch.no_grad()
 def as_stock(merged: Any, to: str) -> Any:
     """``merged``, a model with dense experts, as the class of Transformers that computes the same.
 
+    What was a mixture before its conversion becomes one of its own class again, with any head.
+
     Raises:
         ValueError: an unknown class, or a model that it cannot be exactly, with every reason.
     """
-    if to not in TARGETS:
-        raise ValueError(f"as_ must be one of {', '.join(map(repr, TARGETS))}; got {to!r}")
+    known = (merged.mpoe_family,) if isinstance(merged, MixtureMixin) else TARGETS
+    if to not in (*TARGETS, *known):
+        raise ValueError(f"as_ must be one of {', '.join(map(repr, known))}; got {to!r}")
     reasons = _reasons(merged, to)
     if reasons:
         raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
-    stock = getattr(transformers, TARGETS[to].model)(_target_config(merged, to))
-    state = {name: value.clone() for name, value in _renamed(merged).items()}  # shares nothing with the mixture
-    stock.load_state_dict(state, assign=True)
+    is_mixture = isinstance(merged, MixtureMixin)
+    stock = _stock_class(merged, to)(dense_config(merged) if is_mixture else _target_config(merged, to))
+    state = merged.state_dict() if is_mixture else _renamed(merged)
+    stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
     stock.tie_weights()
-    stock.generation_config = merged.generation_config
+    if merged.can_generate():
+        stock.generation_config = merged.generation_config
     return stock.train(merged.training).requires_grad_(True)
 
 
@@ -146,7 +160,7 @@ def check_export(model: Any, folder: Path, to: str) -> float:
     Raises:
         ValueError: the logits differ.
     """
-    stock = getattr(transformers, TARGETS[to].model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    stock = _stock_class(model, to).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
     expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits

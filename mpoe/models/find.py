@@ -14,7 +14,8 @@ from mpoe.layers.activations import check_activation
 from mpoe.layers.mpo_linear import linear_weight
 from mpoe.models.families import FFN, Family, name_pattern
 from mpoe.models.hidden import HiddenSite
-from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Site
+from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite
+from mpoe.models.stock_experts import AnySite, expert_sites
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
@@ -121,7 +122,7 @@ def _check_patterns(names: list[str], config: MPOEConfig) -> None:
                 raise ValueError(f"{field} names {pattern!r}, which is none of the {len(names)} targets{hint}")
 
 
-def _select(sites: list[Site], config: MPOEConfig) -> list[Site]:
+def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     _check_patterns([site.name for site in sites], config)
     layers = config.layers_to_transform
     known = sorted({site.layer for site in sites if site.layer is not None})
@@ -137,18 +138,30 @@ def _select(sites: list[Site], config: MPOEConfig) -> list[Site]:
     ]
 
 
-def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> list[Site]:
-    """Dense modules of ``model`` that ``config`` converts.
+def _keeps_experts(family: Family, config: MPOEConfig) -> bool:
+    return family.is_mixture and config.existing_experts == "keep" and "ffn" in config.targets
+
+
+def _feed_forward_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> Iterator[AnySite]:
+    if "ffn" not in config.targets or _keeps_experts(family, config):
+        return
+    yield from expert_sites(model, model_config) if family.is_mixture else _ffn_sites(model, family, model_config)
+
+
+def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> list[AnySite]:
+    """Dense modules of ``model`` that ``config`` converts; none where a mixture merely keeps its experts.
 
     Raises:
         ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or ``layers_to_transform`` that match
             nothing, an activation experts cannot compute, an embedding that scales its rows.
     """
-    sites: list[Site] = list(_ffn_sites(model, family, model_config)) if "ffn" in config.targets else []
+    sites: list[AnySite] = list(_feed_forward_sites(model, family, model_config, config))
     sites += _linear_sites(model, family, config)
     table = _embedding_site(model, model_config) if "embedding" in config.targets else None
     if table is not None:
         sites.append(table)
+    if not sites and _keeps_experts(family, config):
+        return []
     if not sites:
         raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
     chosen = _select(sites, config)

@@ -33,7 +33,7 @@ from mpoe.models.families import family_of
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import FFNSite, install_empty
+from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, install_empty
 from mpoe.models.weight_files import first_line, read_tensors
 from mpoe_kernels import MPOShape, reconstruct
 
@@ -197,7 +197,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
             shapes = {k: checkpoint.shape(f"{site.name}.experts.{k}", *site.weight(k).shape) for k in ("up", "down")}
             patterns[re.escape(site.name)] = shapes
-        elif not isinstance(site, FFNSite) and f"{site.name}.cores" in names:
+        elif isinstance(site, (LinearSite, EmbeddingSite)) and f"{site.name}.cores" in names:
             patterns[re.escape(site.name)] = checkpoint.shape(f"{site.name}.cores", *site.sizes)
         else:
             raise ValueError(f"the checkpoint must hold the cores of {site.name}, as it does of its like; it does not")

@@ -11,6 +11,8 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.mixture_experts import MixtureExperts
+from mpoe.models.stock_experts import is_stock_experts
 
 
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
@@ -29,8 +31,9 @@ def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
 def parameter_kind(model: nn.Module) -> dict[str, str]:
     """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
 
-    The projections around hidden-side experts are their centre. Biases, which the experts of a layer share, belong to
-    the rest. Tied parameters appear once.
+    The router of a model that was a mixture before its conversion belongs to the rest. The projections around
+    hidden-side experts are their centre. Biases, which the experts of a layer share, belong to the rest. Tied
+    parameters appear once.
     """
     kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
     for name, module in model.named_modules():
@@ -39,6 +42,8 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds.update({f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()})
         elif isinstance(module, ExpertWeights):
             kinds[f"{prefix}weight"] = "expert"
+        elif is_stock_experts(module):
+            kinds.update({f"{prefix}{held}": "expert" for held in ("gate_up_proj", "down_proj")})
         if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
         if isinstance(module, HiddenFeedForward):
@@ -76,6 +81,14 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
             elements = sum(weight.numel() for weight in module.central_parameters().values())
             dense += elements
             switch += module.num_experts * elements
+        elif isinstance(module, MixtureExperts):  # the model had as many experts before
+            for kind, cores in module.projections().items():
+                in_feed_forward.add(f"{name}.{kind}")
+                dense += module.num_experts * cores.in_features * cores.out_features
+                switch += module.num_experts * cores.in_features * cores.out_features
+        elif is_stock_experts(module):
+            elements = sum(parameter.numel() for parameter in module.parameters())
+            dense, switch = dense + elements, switch + elements
     for name, cores in mpo_modules(model):
         if name.removesuffix(".base_layer") not in in_feed_forward:  # so called where PEFT adapts them
             dense += cores.in_features * cores.out_features

@@ -13,9 +13,9 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear, linear_weight
-from mpoe_kernels import Decomposition
+from mpoe_kernels import Decomposition, SharedDecomposition
 
-Report = dict[str, Decomposition]
+Report = dict[str, Decomposition | SharedDecomposition]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -221,7 +221,7 @@ class EmbeddingSite:
 Site = FFNSite | LinearSite | EmbeddingSite
 
 
-def install_empty(model: nn.Module, sites: Sequence[Site], config: MPOEConfig) -> None:
+def install_empty(model: nn.Module, sites: Sequence[Any], config: MPOEConfig) -> None:
     """Put MPOE modules in the place of the dense ones; the caller fills or initialises their weights."""
     for site in sites:
         module: Any = site.build(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
+MIXTURE = "mixture"  # file of the families that are mixtures already
 
 
 class Row(NamedTuple):
@@ -17,6 +18,11 @@ class Row(NamedTuple):
 
     file: str
     style: str
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether models of the family have experts before any conversion."""
+        return self.file == MIXTURE
 
 
 # Hugging Face `model_type` of the dense model -> its row
@@ -42,7 +48,23 @@ TABLE = {
     "deberta-v2": Row("bert", ENCODER),
     "modernbert": Row("modernbert", ENCODER),
     "vit": Row("vit", ENCODER),
+    "mixtral": Row(MIXTURE, CAUSAL),
+    "olmoe": Row(MIXTURE, CAUSAL),
+    "flex_olmo": Row(MIXTURE, CAUSAL),
+    "qwen2_moe": Row(MIXTURE, CAUSAL),
+    "qwen3_moe": Row(MIXTURE, CAUSAL),
+    "deepseek_v2": Row(MIXTURE, CAUSAL),
+    "deepseek_v3": Row(MIXTURE, CAUSAL),
+    "glm4_moe": Row(MIXTURE, CAUSAL),
+    "dots1": Row(MIXTURE, CAUSAL),
+    "ernie4_5_moe": Row(MIXTURE, CAUSAL),
+    "granitemoe": Row(MIXTURE, CAUSAL),
+    "hunyuan_v1_moe": Row(MIXTURE, CAUSAL),
+    "minimax": Row(MIXTURE, CAUSAL),
+    "phimoe": Row(MIXTURE, CAUSAL),
 }
+# of them, the families without experts of their own
+DENSE = tuple(model_type for model_type, row in TABLE.items() if not row.is_mixture)
 # of a converted model's `model_type`, and before the name of its class
 TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
 MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)

@@ -8,14 +8,14 @@ import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOEFeedForward
-from mpoe.models.table import TABLE
+from mpoe.models.table import DENSE, TABLE
 
 from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
 
 SHAPES = ("separable", "paper", "light")
 IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]
 # By default one shape for each class, and of kin that share a file the first alone.
-FIRST = {file: next(t for t, row in TABLE.items() if row.file == file) for file in {row.file for row in TABLE.values()}}
+FIRST = {file: next(t for t in DENSE if TABLE[t].file == file) for file in {TABLE[t].file for t in DENSE}}
 
 
 def slice_of(cases):

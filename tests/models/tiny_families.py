@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from mpoe.models.classes import dense_names
-from mpoe.models.table import TABLE
+from mpoe.models.table import DENSE, TABLE
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
 # By the names of most configurations; those that are called otherwise are below.
@@ -47,17 +47,40 @@ OWN = {
     "vit": {"image_size": 8, "patch_size": 4},
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
 }
-GENERATED = [
-    (model_type, auto, name)
-    for model_type in TABLE
-    for auto, name in {name: (auto, name) for auto, name in reversed(dense_names(model_type).items())}.values()
-]
+# Mixtures name their sizes in many ways; a configuration keeps what it does not know.
+EXPERTS = 4
+MIXTURE = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group"), 2),
+    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4),
+}
+OWN |= {
+    # with latent attention the head dimension is that of the rotated part
+    name: {"head_dim": 4, "num_key_value_heads": 4}
+    for name in ("deepseek_v2", "deepseek_v3")
+}
+
+
+def heads_of(families):
+    """(family, Auto class, dense class) of every head that they have, each class once."""
+    return [
+        (model_type, auto, name)
+        for model_type in families
+        for auto, name in {name: (auto, name) for auto, name in reversed(dense_names(model_type).items())}.values()
+    ]
+
+
+GENERATED = heads_of(DENSE)
 
 
 def tiny_config(model_type, **changes):
     """Configuration of a dense model."""
     old = model_type in ("t5", "mt5", "umt5", "gpt2")  # their names for sizes are others
-    usual = {k: v for k, v in USUAL.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
+    usual_names = {**USUAL, **(MIXTURE if TABLE[model_type].is_mixture else {})}
+    usual = {k: v for k, v in usual_names.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
     return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
 
 

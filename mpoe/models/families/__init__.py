@@ -76,6 +76,11 @@ class Family:
     init_std: Callable[[Any], tuple[float, float]] = _initializer_range
     mixin: tuple[str, str] = ("mpoe.models.base", "MPOEModelMixin")
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its models are mixtures already: there is no dense network to convert."""
+        return not self.ffn
+
 
 def family_of(model_type: str) -> Family:
     """The family of a dense model's ``model_type``, which must be in `TABLE`."""

@@ -1,0 +1,184 @@
+"""Experts that a model of Transformers has already: finding them, and turning them into MPO experts.
+
+Nearly every mixture of Transformers 5 holds the weights of a layer's experts in two parameters, ``gate_up_proj
+[E, 2F, I]`` and ``down_proj [E, I, F]``, and calls them with the router's choice: one adapter serves all of those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers.activations import check_activation
+from mpoe.layers.mixture_experts import MixtureExperts
+from mpoe.models.families import Family
+from mpoe.models.sites import Report, Site, set_module
+
+KINDS = ("up", "gate_proj", "down")
+
+
+def is_stock_experts(module: nn.Module) -> bool:
+    """Whether ``module`` holds experts as Transformers' mixtures do."""
+    held = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in held)
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The experts of every layer of a mixture by name: Transformers' own, or what took their place."""
+    for name, module in model.named_modules():
+        if is_stock_experts(module) or isinstance(module, MixtureExperts):
+            yield name, module
+
+
+def router_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What chooses the experts: the modules beside them that are called so."""
+    for name, _ in expert_modules(model):
+        block = model.get_submodule(name.rpartition(".")[0])
+        yield from (child for key, child in block.named_children() if key in ("gate", "router"))
+
+
+def _why_not(module: Any) -> str | None:
+    """Why experts cannot become MPO experts; ``None`` if they can."""
+    others = sorted({name for name, _ in module.named_parameters()} - {"gate_up_proj", "down_proj"})
+    if others:
+        return f"they also hold {', '.join(others)}"
+    gate = getattr(type(module), "_apply_gate", None)
+    if getattr(gate, "__name__", "") != "_default_apply_gate" or not getattr(module, "is_concatenated", True):
+        return "they join gate and up in another way than act(gate) * up"
+    experts, columns, rows = module.down_proj.shape[0], module.down_proj.shape[2], module.down_proj.shape[1]
+    if getattr(module, "has_post_expert_norm", False) or module.gate_up_proj.shape != (experts, 2 * columns, rows):
+        return (
+            f"gate_up_proj must be [E, 2F, I] beside down_proj [E, I, F]; got {list(module.gate_up_proj.shape)} and "
+            f"{list(module.down_proj.shape)}"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class ExpertsSite:
+    """The experts of one layer of a mixture, which become `MixtureExperts`.
+
+    Attributes:
+        name: of the module that holds them.
+        layer: index of the layer.
+        dense: that module.
+        options: keyword arguments of `MixtureExperts`.
+    """
+
+    name: str
+    layer: int | None
+    dense: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> list[nn.Module]:
+        """Modules that lose their place."""
+        return [self.dense]
+
+    def weights(self, kind: str) -> Tensor:
+        """Weights ``[E, in, out]`` of one kind of projection."""
+        if kind == "down":
+            return self.dense.down_proj.transpose(1, 2)
+        gate, up = self.dense.gate_up_proj.chunk(2, 1)
+        return (up if kind == "up" else gate).transpose(1, 2)
+
+    def check(self, config: MPOEConfig) -> None:
+        """Refuse experts that are built in another way, or shapes that do not fit."""
+        reason = _why_not(self.dense)
+        if reason is not None:
+            raise ValueError(f"{self.name}: existing_experts must be 'keep' for these experts; {reason}")
+        own = config.for_experts(self.name)
+        if own.is_hidden:
+            raise ValueError(
+                f"{self.name}: shape 'hidden' needs one dense projection for all experts; those of a mixture differ"
+            )
+        for kind in KINDS:
+            try:
+                own.shape_for(kind, *self.weights(kind).shape[1:])
+            except ValueError as error:
+                raise ValueError(f"{self.name}.{kind}: {error}") from error
+
+    def build(self, config: MPOEConfig) -> MixtureExperts:
+        """`MixtureExperts` of these sizes, whose weights the caller fills or initialises."""
+        own, down = config.for_experts(self.name), self.dense.down_proj
+        shapes = {kind: own.shape_for(kind, *self.weights(kind).shape[1:]) for kind in KINDS}
+        options = {"device": "meta", "dtype": down.dtype, "backend": config.backend, **self.options}
+        return MixtureExperts(shapes, down.shape[0], **options).to_empty(device=down.device)
+
+    def load(self, module: MixtureExperts, config: MPOEConfig) -> Report:
+        """Fit the experts, and tell how far from them the fit is."""
+        return {
+            f"{self.name}.{kind}": cores.load_weights_(self.weights(kind))
+            for kind, cores in module.projections().items()
+        }
+
+    def install(self, model: nn.Module, module: MixtureExperts, config: MPOEConfig) -> None:
+        """Put ``module`` where the experts are."""
+        set_module(model, self.name, module.train(model.training))
+
+
+AnySite = Site | ExpertsSite
+
+
+def expert_sites(model: nn.Module, model_config: Any) -> Iterator[ExpertsSite]:
+    """The experts of every layer of a mixture that can be converted.
+
+    Raises:
+        ValueError: an activation that experts cannot compute.
+    """
+    for name, module in model.named_modules():
+        if is_stock_experts(module):
+            number = re.search(r"(?:^|\.)(\d+)\.", name)
+            options = {
+                "activation": check_activation(model_config.hidden_act),
+                "init_std": dict.fromkeys(KINDS, model_config.initializer_range),
+            }
+            yield ExpertsSite(name, int(number[1]) if number else None, module, options)
+
+
+def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOEConfig:
+    """``config`` for this model: a mixture decides itself on experts and router, and its numbers are filled in.
+
+    Raises:
+        ValueError: ``existing_experts`` for a model without any; for a mixture another number of experts than it has,
+            a router, or another kind of experts.
+    """
+    if not family.is_mixture:
+        if config.existing_experts != "keep":
+            raise ValueError(
+                f"existing_experts is for models that are mixtures already; {type(model).__name__} has no experts"
+            )
+        return config
+    experts: Any = next((module for _, module in expert_modules(model)), None)
+    if experts is None:
+        raise ValueError(f"{type(model).__name__} must have layers with experts; this one has none")
+    default, number = MPOEConfig(), int(experts.down_proj.shape[0])
+    given = {
+        "moe_type": (config.moe_type, (default.moe_type,)),
+        "num_experts": (config.num_experts, (default.num_experts, number)),
+        "expert_type": (config.expert_type, (default.expert_type,)),
+        "router": (config.router, (default.router,)),
+    }
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be left out for {type(model).__name__}, which has {number} experts and a router of its "
+                f"own; got {value!r}"
+            )
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", 1)
+    return dataclasses.replace(config, num_experts=number, router=RouterConfig(top_k=int(chosen)))
+
+
+def stock_weights(experts: MixtureExperts) -> dict[str, nn.Parameter]:
+    """The two parameters that Transformers' experts hold, of MPO experts."""
+    weights = {kind: cores.dense_weights() for kind, cores in experts.projections().items()}
+    joined = torch.cat([weights["gate_proj"], weights["up"]], -1).transpose(1, 2)
+    values = {"gate_up_proj": joined, "down_proj": weights["down"].transpose(1, 2)}
+    return {name: nn.Parameter(value.contiguous()) for name, value in values.items()}

@@ -38,9 +38,12 @@ def png(figure: Any) -> bytes:
 
 
 def svg(figure: Any) -> str:
-    """The figure as an ``<svg>`` element."""
+    """The figure as an ``<svg>`` element; its text stays text, in the font of the page."""
+    from matplotlib import rc_context
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.plots import validation_losses
-from mpoe.plotting import COLOURS, heat_map, ladder, new_figure, plain_ticks, png, smooth
+from mpoe.cli.plots import paint_load, training_panels
+from mpoe.plotting import COLOURS, heat_map, ladder, new_figure, plain_ticks, png
 
 if TYPE_CHECKING:
     from mpoe.inspection.growth import Growth
@@ -20,13 +19,8 @@ _STEEP = 0.05  # spectra that fall below this share of the largest value are dra
 
 def load_by_layer(load: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
     """Share of a layer's tokens that each expert took, ``load [layers][E]``, in per cent."""
-    shares = [[100 * count / max(1, sum(layer)) for count in layer] for layer in load]
-    experts = len(shares[0])
-    figure, grid = new_figure(8.0, 1.4 + 0.28 * len(shares))
-    axes = grid[0, 0]
-    heat_map(axes, shares, names, max(map(max, shares)), "{:.0f}", "% of the layer's tokens")
-    axes.set_xticks(range(0, experts, max(1, experts // 16)))
-    axes.set(xlabel="expert", title=f"Expert load (even would be {100 / experts:.3g}% each)")
+    figure, grid = new_figure(8.0, 1.4 + 0.28 * len(load))
+    paint_load(grid[0, 0], load, "Expert load", names)
     return png(figure)
 
 
@@ -100,34 +94,8 @@ def growth(totals: Growth, own: int) -> bytes:
 
 def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Losses and balance over a run, from the records of its ``metrics.jsonl``."""
-    figure, grid = new_figure(9.0, 3.2, 1, 3)
-    loss, balance, load = grid[0]
-
-    def line(axes: Any, label: str, curve: Sequence[tuple[float, float]], colour: str | None, marker: str = "") -> None:
-        steps, values = [step for step, _ in curve], [value for _, value in curve]
-        if not marker:
-            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            values = smooth(values, max(1, len(values) // 12))
-        axes.plot(steps, values, color=colour, marker=marker, markersize=3, label=label)
-
-    def draw(axes: Any, key: str, label: str, colour: str) -> None:
-        curve = [(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r]
-        if curve:
-            line(axes, label, curve, colour)
-
-    draw(loss, "task_loss", "training", COLOURS[0])
-    for (name, curve), colour in zip(validation_losses(records).items(), cycle(COLOURS[1:])):
-        line(loss, name, curve, colour, "o")
-    loss.set_title("Task loss")
-    draw(balance, "aux_loss", "weighted, all layers", COLOURS[2])
-    balance.set_title("Balancing loss")
-    draw(load, "expert_entropy", "entropy / ln E, mean over layers", COLOURS[0])
-    draw(load, "expert_max_share", "largest share, worst layer", COLOURS[1])
-    draw(load, "expert_min_share", "smallest share, worst layer", COLOURS[4])
-    load.set(title="Expert load", ylim=(0, 1.02))
-    for axes in grid[0]:
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-        if axes.has_data():
-            axes.legend(fontsize=7)
+    panels = training_panels(records)
+    figure, grid = new_figure(3.0 * len(panels), 3.2, 1, len(panels))
+    for axes, paint in zip(grid[0], panels, strict=True):
+        paint(axes)
     return png(figure)

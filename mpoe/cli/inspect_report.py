@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import colorsys
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoe.cli.html import table, write_page
-from mpoe.models.summary import short_name
+from mpoe.cli.html import facts as fact_table
+from mpoe.cli.html import image, table, write_page
+from mpoe.models.report import short_name
 
 if TYPE_CHECKING:
     from mpoe.inspection.routes import Route
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 _STYLE = """
 .routes { overflow-x: auto; } .routes table { margin: .3rem 0 1rem; } .routes td, .routes th { border: 0; }
 .routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
-.routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: #555; }
+.routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: var(--soft); }
 .routes td, .routes td:first-child { text-align: center; } .routes .token { font-weight: 600; }
 .legend span { display: inline-block; text-align: center; min-width: 1.6em; margin: 0 .25rem .25rem 0; }
-figure { margin: 1rem 0; } h2 { margin-top: 2.4rem; }
 """
 _LINE = 96  # characters and gaps that fit side by side
 _GAP = 2
@@ -82,11 +81,6 @@ def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], num_experts: int) 
     return "".join(parts)
 
 
-def _image(name: str, png: bytes, alt: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img id="{name}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def write_inspection(
     file: Path,
     title: str,
@@ -103,10 +97,10 @@ def write_inspection(
         sections: heading, a paragraph on how to read it, plots by file name, further HTML.
         weights: header and rows of the table of MPO weights.
     """
-    parts: list[str] = [f"<h1>{html.escape(title)}</h1>", table(("", ""), facts, "text")]
+    parts: list[str] = [f"<h1>{html.escape(title)}</h1>", fact_table(facts)]
     for heading, words, plots, extra in sections:
         parts += [f"<h2>{html.escape(heading)}</h2>", f"<p>{html.escape(words)}</p>"]
-        parts += [_image(name, png, heading) for name, png in plots.items()]
+        parts += [image(name, png, heading) for name, png in plots.items()]
         parts.append(extra)
     if len(weights) > 1:
         parts += ["<h2>MPO weights</h2>", table(weights[0], weights[1:])]

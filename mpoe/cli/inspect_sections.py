@@ -11,9 +11,10 @@ from mpoe.cli.files import REPORT_FILE, write_json
 from mpoe.cli.inspect_report import routes_html, write_inspection
 from mpoe.cli.scoring import expert_load
 from mpoe.inspection.growth import parameter_growth
-from mpoe.inspection.routes import route_text, routed_layers
+from mpoe.inspection.routes import route_text
 from mpoe.inspection.spectra import bond_spectra
-from mpoe.models.summary import HEADER, HiddenSummary, short_name, summarize, table_row
+from mpoe.models.report import routed_layers, short_name
+from mpoe.models.summary import HEADER, HiddenSummary, summarize, table_row
 
 if TYPE_CHECKING:
     from mpoe.inspection.spectra import BondSpectrum

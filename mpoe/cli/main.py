@@ -9,6 +9,7 @@ from mpoe.cli.errors import CommandError, close_matches, show
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
+    "compare": "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, scores, curves, time).",
     "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
     "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
     "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|qwen3_moe|olmoe.",
@@ -53,8 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     code = 0
     try:
         run(arguments[debug:])
-    except KeyboardInterrupt:
-        print("mpoe: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["mpoe: interrupted", *map(str, stop.args)]), file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:
         code = show(error, debug)

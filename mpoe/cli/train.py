@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
 from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import option, read_command
+from mpoe.cli.progress import going_on, show_progress
+from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
 from mpoe.cli.starting_rate import settle_rate
 from mpoe.cli.tasks import DataOptions
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec
     from mpoe.data.task import Task
     from mpoe.training import MPOETrainingArguments
-
-
-MOST_ITEMS = 200_000_000  # of a run; their order is drawn beforehand and kept in memory
 
 
 @dataclass
@@ -121,9 +119,10 @@ def run(plan: Plan) -> dict[str, Any]:
     with hold(folder) if arguments.process_index == 0 else nullcontext():
         checkpoint = _claim_folder(folder, plan, settings)
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with going_on(folder, plan.command):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
-        return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds)
+        return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds, _sizes(items, validation))
 
 
 def _output_folder(plan: Plan) -> Path:
@@ -172,72 +171,6 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
     return model
 
 
-class OrderedItems:
-    """Items in the order in which a run reads them: a map-style dataset over ``order``."""
-
-    def __init__(self, items: Sequence[Any], order: Sequence[int]) -> None:
-        self.items, self.order = items, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[self.order[index]]
-
-
-def order_items(pools: dict[str, list[Any]], arguments: MPOETrainingArguments, temperature: float, seed: int) -> Any:
-    """The items of a whole run, one task per optimizer step; sets ``arguments.max_steps`` to the run's length.
-
-    The Trainer reads them one after the other. In this order the micro-batches of a step follow each other, rank by
-    rank, so accumulation and several processes also see one task per step.
-    """
-    from mpoe.data.sampler import MultiTaskBatchSampler
-
-    accumulation, ranks = arguments.gradient_accumulation_steps, arguments.world_size
-    batch = arguments.per_device_train_batch_size * ranks
-    items = [item for pool in pools.values() for item in pool]
-    per_epoch = math.ceil(len(items) / (batch * accumulation))
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    if steps * batch * accumulation > MOST_ITEMS:
-        raise CommandError(
-            f"max_steps x batch x accumulation must be at most {MOST_ITEMS}; got {steps} x {batch} x {accumulation}"
-        )
-    sampler = MultiTaskBatchSampler(
-        {name: len(pool) for name, pool in pools.items()},
-        batch_size=batch,
-        num_steps=steps,
-        temperature=temperature,
-        seed=seed,
-        accumulation=accumulation,
-    )
-    arguments.max_steps = steps
-    arguments.train_sampling_strategy = "sequential"
-    return OrderedItems(items, [index for micro_batch in sampler for index in micro_batch]), per_epoch
-
-
-def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: frozenset[str]) -> None:
-    """Logging, evaluation and saving where the user said nothing: every 10 steps or so, and four times in a run.
-
-    The run is one long pass for the Trainer, so "epoch" is turned into steps here.
-    """
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
-    quarter = max(1, math.ceil(arguments.max_steps / 4))
-    if "dataloader_pin_memory" not in given and arguments.device.type == "cpu":
-        arguments.dataloader_pin_memory = False  # torch warns at every loader otherwise
-    if not given & {"logging_steps", "logging_strategy"}:
-        arguments.logging_steps = min(10, quarter)
-    if not given & {"save_steps", "save_strategy"}:
-        arguments.save_steps = quarter
-        arguments.save_total_limit = arguments.save_total_limit or 2
-    if not given & {"eval_steps", "eval_strategy", "do_eval"}:
-        arguments.eval_strategy, arguments.eval_steps, arguments.do_eval = IntervalStrategy.STEPS, quarter, True
-    for kind, enum in (("logging", IntervalStrategy), ("save", SaveStrategy), ("eval", IntervalStrategy)):
-        if getattr(arguments, f"{kind}_strategy") == "epoch":
-            setattr(arguments, f"{kind}_strategy", enum("steps"))
-            setattr(arguments, f"{kind}_steps", per_epoch)
-
-
 def _encode(
     tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
 ) -> tuple[OrderedItems, dict[str, list[Any]]]:
@@ -252,6 +185,15 @@ def _encode(
     return dataset, validation
 
 
+def _sizes(items: OrderedItems, validation: dict[str, list[Any]]) -> dict[str, dict[str, int]]:
+    """Items by task: to train on, read in all steps, to validate on."""
+    kinds = {"train": items.sizes, "seen": items.seen(), "validation": {t: len(v) for t, v in validation.items()}}
+    return {
+        task: {kind: counts[task] for kind, counts in kinds.items() if task in counts}
+        for task in dict.fromkeys([*items.sizes, *validation])
+    }
+
+
 def make_trainer(
     model: Any, tokenizer: Any, dataset: OrderedItems, validation: dict[str, list[Any]], plan: Plan
 ) -> Any:
@@ -259,7 +201,7 @@ def make_trainer(
     from mpoe.data.collate import PaddingCollator
     from mpoe.training import MPOETrainer
 
-    return MPOETrainer(
+    trainer = MPOETrainer(
         model=model,
         args=plan.arguments,
         train_dataset=dataset,
@@ -267,6 +209,8 @@ def make_trainer(
         data_collator=PaddingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    show_progress(trainer)
+    return trainer
 
 
 def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]:
@@ -301,16 +245,23 @@ def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | 
 
 
 def _finish(
-    trainer: Any, tokenizer: Any, eval_tasks: Sequence[Task], plan: Plan, folder: Path, seconds: float
+    trainer: Any,
+    tokenizer: Any,
+    eval_tasks: Sequence[Task],
+    plan: Plan,
+    folder: Path,
+    seconds: float,
+    sizes: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     """Evaluate on validation, save the model and write the results."""
     from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
-    from mpoe.cli.report import write_run_report
+    from mpoe.cli.run_folder import made_with, mixture_of, read_run
+    from mpoe.cli.run_report import write_run_report
     from mpoe.cli.scoring import SCORE_HEADER, evaluate_tasks, score_rows, show_scores
     from mpoe.data.tasks import average_score
     from mpoe.models.base import MPOEModelMixin
     from mpoe.models.card import write_card
-    from mpoe.training import read_metrics
+    from mpoe.models.report import routed_layers, short_name
 
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
     model = trainer.model
@@ -325,6 +276,10 @@ def _finish(
     results: dict[str, Any] = {
         "model": start_of(plan.experiment, plan.model.model, model_given=False),
         "class": type(model).__name__,
+        "mixture": mixture_of(model),
+        "layers": [short_name(name) for name, _ in routed_layers(model)],
+        "data": sizes,
+        "made_with": made_with(plan.arguments.device),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "train_loss": losses[-1] if losses else None,
@@ -338,7 +293,7 @@ def _finish(
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
         write_card(model, folder, {f"validation, {task}": values for task, values in scores.items()})
-    write_run_report(folder / REPORT_FILE, results, read_metrics(folder), SCORE_HEADER, score_rows(found))
+    write_run_report(folder / REPORT_FILE, read_run(str(folder)), SCORE_HEADER, score_rows(found), plan.given)
     show_scores(found, f"validation after {trainer.state.global_step} steps")
     print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results

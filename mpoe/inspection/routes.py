@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.models.report import routed_layers
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,6 @@ class Route:
     layers: list[str]
     experts: list[list[list[int]]]
     probabilities: list[list[list[float]]]
-
-
-def routed_layers(model: Any) -> list[tuple[str, RoutedFeedForward]]:
-    """The layers that have a router, in the order in which a forward pass runs them."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedFeedForward) and module.router is not None
-    ]
 
 
 @torch.inference_mode()

@@ -22,6 +22,21 @@ def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
             yield name, module
 
 
+def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
+    """The layers that have a router, in the order in which a forward pass runs them."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedFeedForward) and module.router is not None
+    ]
+
+
+def short_name(name: str) -> str:
+    """A module's name without the parts that all of its kind have."""
+    skipped = {"transformer", "model", "block", "layer", "experts", "DenseReluDense", "mlp", "cores"}
+    return ".".join(part for part in name.split(".") if part not in skipped)
+
+
 def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
     """What a module is called in a checkpoint of this model, of it with a head, and of its base."""
     prefix = f"{model.base_model_prefix}."

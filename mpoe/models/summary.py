@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.hidden import hidden_modules
-from mpoe.models.report import names_in_checkpoints
+from mpoe.models.report import names_in_checkpoints, short_name
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 
@@ -163,9 +163,3 @@ def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int
     # Where nothing tells the width, as in a pipe, rows stay whole.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
     print("error: of the conversion, at most, relative to the dense weight; x dense: FLOPs over a dense layer's")
-
-
-def short_name(name: str) -> str:
-    """A module's name without the parts that all of its kind have."""
-    skipped = {"transformer", "model", "block", "layer", "experts", "DenseReluDense", "mlp", "cores"}
-    return ".".join(part for part in name.split(".") if part not in skipped)

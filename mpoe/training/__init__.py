@@ -13,6 +13,7 @@ _HOMES = {
     "FolderInUseError": "run_lock",
     "GradientMask": "gradient_mask",
     "GradientMaskCallback": "callbacks",
+    "LogLineCallback": "callbacks",
     "MPOETrainer": "trainer",
     "MPOETrainingArguments": "arguments",
     "build_param_groups": "param_groups",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,9 +42,14 @@ def _times(ratio: float) -> str:
 
 
 class LoadWatch:
-    """Adds up the tokens of every expert over at least `WINDOW` steps, and says once per layer what is odd."""
+    """Adds up the tokens of every expert over at least `WINDOW` steps, and says once per layer what is odd.
 
-    def __init__(self) -> None:
+    Args:
+        names: of the layers; without them they are numbered.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = names
         self._counts: Tensor | None = None
         self._start = 0
         self._said: set[tuple[int, str]] = set()
@@ -80,8 +86,8 @@ class LoadWatch:
             found.append(("none", f"{idle} of {experts} experts took no token"))
         new = [(kind, text) for kind, text in found if (layer, kind) not in self._said]
         self._said |= {(layer, kind) for kind, _ in new}
+        name = self._names[layer] if layer < len(self._names) else f"mixture layer {layer}"
         return [
-            f"mixture layer {layer}: {text} in {steps} steps; balance_loss_weight, jitter or a lower router_lr_scale"
-            " spread them"
+            f"{name}: {text} in {steps} steps; balance_loss_weight, jitter or a lower router_lr_scale spread them"
             for _, text in new
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -51,3 +53,49 @@ class GradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.mask.end_step()
+
+
+class LogLineCallback(TrainerCallback):
+    """A line for every log call: the step, the loss, the learning rate and the speed. The rest is in `metrics.jsonl`.
+
+    The speed is that of the optimizer steps since the last line, without evaluation and saving.
+
+    Args:
+        write: takes a line; `tqdm.write` where there are progress bars.
+    """
+
+    def __init__(self, write: Callable[[str], object] = print) -> None:
+        self.write = write
+        self._begun = 0.0
+        self._steps, self._seconds = 0, 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._begun
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "loss" in logs:
+            speed = self._steps / self._seconds if self._seconds else 0.0
+            self._steps, self._seconds = 0, 0.0
+            self.write(
+                f"{step}  loss {logs['loss']:.4f}  rate {logs.get('learning_rate', 0.0):.2e}  {speed:.3g} steps/s"
+            )
+        for name, value in logs.items():
+            if name.startswith("eval_") and name.endswith("loss"):
+                task = name.removeprefix("eval_").removesuffix("loss").strip("_")
+                self.write(f"{step}  validation loss {value:.4f}{f'  {task}' if task else ''}")

@@ -27,6 +27,7 @@ NEUTRAL_KEYS = frozenset(
             "resume_from_checkpoint",
             "run_name",
             "report_to",
+            *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
             "task_file",  # what it says is kept itself
             "command",
             "learning_rate_from",
@@ -160,7 +161,7 @@ def holds_model(folder: str | Path) -> bool:
 
 def fingerprint(run_config: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> str:
     """Hash of the configuration without the neutral keys (hexadecimal, 16 digits)."""
-    relevant = {key: value for key, value in _flatten(_jsonable(dict(run_config))) if not _neutral(key, neutral_keys)}
+    relevant = {key: value for key, value in flatten(_jsonable(dict(run_config))) if not is_neutral(key, neutral_keys)}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -168,8 +169,8 @@ def differing_keys(
     saved: Mapping[str, Any], current: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved value, current value) of everything that differs and matters; absent values are None."""
-    old, new = dict(_flatten(_jsonable(dict(saved)))), dict(_flatten(_jsonable(dict(current))))
-    keys = [key for key in dict.fromkeys([*old, *new]) if not _neutral(key, neutral_keys)]
+    old, new = dict(flatten(_jsonable(dict(saved)))), dict(flatten(_jsonable(dict(current))))
+    keys = [key for key in dict.fromkeys([*old, *new]) if not is_neutral(key, neutral_keys)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
@@ -216,13 +217,15 @@ def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in nested mappings, in order."""
     if isinstance(config, dict) and config:
         for key, value in config.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, config
 
 
-def _neutral(dotted: str, neutral_keys: frozenset[str]) -> bool:
+def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:
+    """Whether a dotted name holds one of ``neutral_keys``: such a setting does not change what a run computes."""
     return any(part in neutral_keys for part in dotted.split("."))

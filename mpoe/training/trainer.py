@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mpoe.layers.ranks import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
+from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
@@ -101,7 +102,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._shifts_labels = shifts_labels(self.model)
         self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
-        self._load_watch = LoadWatch()
+        self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None

@@ -22,11 +22,11 @@ from transformers import (
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.inspection.growth import parameter_growth
-from mpoe.inspection.routes import routed_layers
 from mpoe.layers import HiddenFeedForward
 from mpoe.models.card import model_card
 from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.hidden import hidden_modules
+from mpoe.models.report import routed_layers
 from mpoe.models.summary import HEADER, summarize, table_row
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.gradient_mask import GradientMask

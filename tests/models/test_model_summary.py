@@ -9,7 +9,8 @@ import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
-from mpoe.models.summary import HEADER, short_name, summarize, table_row
+from mpoe.models.report import short_name
+from mpoe.models.summary import HEADER, summarize, table_row
 
 from .small_models import batch, dense_model
 

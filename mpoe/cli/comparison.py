@@ -1,0 +1,127 @@
+"""What `mpoe compare` finds: tables with a row for each fact and a column for each run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpoe.cli.run_folder import PARAMETERS, RunFolder
+
+_NONE = "-"
+_LOWER_IS_BETTER = ("perplexity", "loss")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table.
+
+    Attributes:
+        title: above it.
+        words: how to read it.
+        header: names of the columns; the first one names the rows.
+        rows: a name, and a value of every run.
+        best: (row, column) of the best values, where one of them is better than another.
+    """
+
+    title: str
+    words: str
+    header: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]] = field(default_factory=set)
+
+
+def compare(runs: Sequence[RunFolder]) -> list[Comparison]:
+    """The tables of a comparison; those without rows are left out."""
+    found = [_what(runs), _scores(runs), _parameters(runs), _settings(runs)]
+    return [table for table in found if table.rows]
+
+
+def _what(runs: Sequence[RunFolder]) -> Comparison:
+    def seconds(run: RunFolder) -> str:
+        return f"{run.results['seconds']:.0f}" if run.results else _NONE
+
+    def per_step(run: RunFolder) -> str:
+        times = list(_times_of_steps(run.records))
+        return f"{sorted(times)[len(times) // 2]:.3g}" if times else _NONE
+
+    def last(run: RunFolder, key: str) -> str:
+        values = [record[key] for record in run.records if record.get(key) is not None]
+        return f"{values[-1]:.4f}" if values else _NONE
+
+    def ended(run: RunFolder) -> str:
+        steps = run.results.get("steps") or max((record.get("step", 0) for record in run.records), default=0)
+        return f"{steps:,}" if run.results else f"{steps:,}, not ended"
+
+    rows = [
+        ["started from", *(str(run.results.get("model") or run.settings.get("model", _NONE)) for run in runs)],
+        ["feed-forward layers", *(run.mixture or _NONE for run in runs)],
+        ["optimizer steps", *map(ended, runs)],
+        ["learning rate", *(f"{run.settings.get('training.learning_rate', 0):g}" for run in runs)],
+        ["training loss, last logged", *(last(run, "loss") for run in runs)],
+        ["training, seconds", *map(seconds, runs)],
+        ["seconds per step, median", *map(per_step, runs)],
+    ]
+    words = "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save."
+    return Comparison("Runs", words, _header("", runs), rows)
+
+
+def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
+    """Seconds per step between neighbouring log lines of training."""
+    for earlier, later in itertools.pairwise(records):
+        if "loss" in earlier and "loss" in later and later["step"] > earlier["step"]:
+            yield (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
+
+
+def _scores(runs: Sequence[RunFolder]) -> Comparison:
+    keys = dict.fromkeys(
+        (task, metric)
+        for run in runs
+        for task, values in run.results.get("validation", {}).items()
+        for metric in values
+        if metric != "items"
+    )
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for task, metric in keys:
+        values = [run.results.get("validation", {}).get(task, {}).get(metric) for run in runs]
+        baselines = [run.results.get("baselines", {}).get(task, {}).get(metric) for run in runs]
+        there = [value for value in values if value is not None]
+        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
+        if min(there) < max(there):
+            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
+        baseline = next((f"{value:.4f}" for value in baselines if value is not None), _NONE)
+        shown = [_NONE if value is None else f"{value:.4f}" for value in values]
+        rows.append([f"{task}: {metric}", *shown, baseline])
+    words = (
+        "Validation, after the last step; * is the best of a row. One run each: another seed moves a score as well, so "
+        "compare several seeds before a small difference is believed. Baseline: one answer for all items."
+    )
+    return Comparison("Scores", words, [*_header("", runs), "baseline"], rows, best)
+
+
+def _parameters(runs: Sequence[RunFolder]) -> Comparison:
+    rows = []
+    for kind in PARAMETERS:
+        counts = [run.results.get("parameters", {}).get(kind) for run in runs]
+        if any(counts):
+            rows.append([kind, *(_NONE if not count else f"{count:,}" for count in counts)])
+    words = "; ".join(f"{row[0]}: {PARAMETERS[row[0]]}" for row in rows) + "."
+    return Comparison("Parameters", words, _header("", runs), rows)
+
+
+def _settings(runs: Sequence[RunFolder]) -> Comparison:
+    from mpoe.training.output_dir import is_neutral
+
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        values = [run.settings.get(key) for run in runs]
+        if not is_neutral(key) and any(value != values[0] for value in values):
+            rows.append([key, *(_NONE if value is None else str(value) for value in values)])
+    words = "Settings of run.json that are not the same in all runs and may change what a run computes."
+    return Comparison("Settings that differ", words, _header("", runs), rows)
+
+
+def _header(first: str, runs: Sequence[RunFolder]) -> list[str]:
+    return [first, *(run.name for run in runs)]

@@ -1,0 +1,156 @@
+"""`mpoe compare`, the report of a run, and what `mpoe train` shows while it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from mpoe.cli.progress import going_on, show_progress
+from mpoe.cli.run_folder import read_run
+from mpoe.cli.run_report import write_run_report
+from mpoe.plotting import have_matplotlib
+from mpoe.training.callbacks import LogLineCallback
+
+PARAMETERS = {"central": 60, "auxiliary": 30, "expert": 0, "router": 2, "rest": 8, "total": 100, "dense_total": 80}
+
+
+def make_run(folder: Path, accuracy: float, rate: float, ended: bool = True, **more: object) -> Path:
+    folder.mkdir()
+    training = {"learning_rate": rate, "train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 0}
+    config = {"model": "t5", "training": {**training, "output_dir": str(folder)}, "experts": {"num_experts": 2}}
+    config |= {"command": f"mpoe train --output_dir {folder.name} <b>", "learning_rate_from": "as given"}
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    records = [
+        {"step": k, "loss": 3 / k, "task_loss": 2 / k, "time": 10.0 + k, "expert_load": {"share": [[0.3, 0.7]]}}
+        for k in (1, 2, 3)
+    ]
+    records.append({"step": 3, "eval_loss": 0.5, "time": 20.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    results = {
+        "model": "t5",
+        "class": "MPOET5",
+        "mixture": "2 MPO experts",
+        "layers": ["encoder.0.1"],
+        "steps": 3,
+        "seconds": 9.0,
+        "validation": {"task": {"accuracy": accuracy, "loss": 1 - accuracy, "items": 8}},
+        "baselines": {"task": {"accuracy": 0.5}},
+        "remarks": ["task: odd"],
+        "data": {"task": {"train": 1200, "seen": 24, "validation": 8}},
+        "made_with": {"mpoe": "0"},
+        "parameters": PARAMETERS,
+        **more,
+    }
+    if ended:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_runs_side_by_side(cli, tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
+    third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)
+    answer = cli("compare", first, second, third, "--output_dir", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in answer.out.splitlines() if "│" in line}
+    cells = {name: [cell.strip() for cell in row] for name, row in lines.items()}
+    assert cells["task: accuracy"] == ["0.6000", "0.7000 *", "-", "0.5000"]
+    assert cells["task: loss"] == ["0.4000", "0.3000 *", "-", "-"]  # lower is better
+    assert cells["optimizer steps"] == ["3", "3", "3, not ended"]
+    assert cells["training, seconds"] == ["9", "9", "-"]
+    assert cells["seconds per step, median"] == ["1", "1", "1"]
+    assert cells["auxiliary"] == ["30", "30", "-"]
+    assert cells["training.learning_rate"] == ["0.001", "0.002", "0.001"]
+    assert not {"training.output_dir", "command", "training.seed"} & set(cells)  # neutral, or the same in all
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;" in text
+    assert "<td class=best>0.7000 *</td>" in text
+    assert text.count("<svg") == (3 if have_matplotlib() else 0)
+    assert [run["name"] for run in json.loads((tmp_path / "out" / "compare.json").read_text())] == ["a", "b", "c"]
+
+
+def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
+    out = ["--output_dir", tmp_path / "out"]
+    assert "needs two runs or more; got 1" in refused("compare", first, *out)
+    assert "is no folder of a run: it holds no run.json" in refused("compare", first, tmp_path, *out)
+    assert "names must be one for each of the 2 runs; got 1" in refused("compare", first, second, *out, "--names", "x")
+    assert "holds a model or a run" in refused("compare", first, second, "--output_dir", first)
+    answer = cli("compare", first, second, *out, "--names", "one", "two")
+    assert re.search(r"one\W+two", answer.out), answer.err
+    assert "*" not in answer.out.split("Scores")[1].split("Validation")[0]  # a tie has no best
+    assert "earlier report" in refused("compare", first, second, *out)
+    assert "1 a" in cli("compare", first, first, *out, "--overwrite").out
+    (second / "results.json").write_text("[")
+    assert "holds a run that cannot be read" in refused("compare", first, second, *out, "--overwrite")
+
+
+def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
+    run = read_run(str(make_run(tmp_path / "a", 0.6, 1e-3)))
+    rows = [("task", "accuracy", "0.6000", "0.5000", "8")]
+    write_run_report(tmp_path / "report.html", run, ("task", "metric", "value", "baseline", "items"), rows, {"seed"})
+    text = (tmp_path / "report.html").read_text()
+    assert "<pre>mpoe train --output_dir a &lt;b&gt;</pre>" in text
+    assert "<td>1,200</td><td>24</td><td>8</td>" in text
+    assert "shared by the experts of a layer" in text
+    assert "3 optimizer steps of 8 items" in text
+    own, every = text.split("<h2>Settings</h2>")[1].split("<details>")
+    assert "training.seed" in own
+    assert "learning_rate" not in own
+    assert "training.learning_rate" in every
+    assert 'name="viewport"' in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    if have_matplotlib():
+        assert "encoder.0.1" in text
+
+
+def test_a_line_for_each_log_call() -> None:
+    lines: list[str] = []
+    shown, state = LogLineCallback(lines.append), TrainerState(global_step=20, max_steps=500)
+    call = (None, state, TrainerControl())
+    shown.on_step_begin(*call)
+    shown.on_step_end(*call)
+    shown.on_log(*call, logs={"loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0})
+    shown.on_log(*call, logs={"eval_loss": 0.25, "eval_runtime": 1.0})
+    shown.on_log(*call, logs={"eval_film_loss": 0.125})
+    shown.on_log(*call, logs={"train_runtime": 3.0})
+    state.is_world_process_zero = False
+    shown.on_log(*call, logs={"loss": 1.0})
+    assert re.fullmatch(r"step  20/500  loss 0\.5000  rate 1\.00e-03  \S+ steps/s", lines[0])
+    assert lines[1:] == ["step  20/500  validation loss 0.2500", "step  20/500  validation loss 0.1250  film"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_move_on_a_terminal_alone(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal, write=sys.stderr.write))
+    added: list[object] = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(disable_tqdm=False), remove_callback=lambda kind: None, add_callback=added.append
+    )
+    show_progress(trainer)
+    assert len(added) == 1 + terminal
+    assert isinstance(added[-1], LogLineCallback)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    command = shlex.join(["mpoe", "train", "--output_dir", "my run", "--overwrite"])
+    with pytest.raises(KeyboardInterrupt, match=r"go on at step 0, .* with mpoe train --output_dir 'my run' --resume"):
+        with going_on(tmp_path, command):
+            raise KeyboardInterrupt
+
+
+def test_main_shows_it(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mpoe.cli.train as train
+
+    def stop(arguments: list[str]) -> None:
+        raise KeyboardInterrupt("go on with ... --resume")
+
+    monkeypatch.setattr(train, "command", stop)
+    answer = cli("train")
+    assert (answer.code, answer.err) == (130, "mpoe: interrupted: go on with ... --resume\n")

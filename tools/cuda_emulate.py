@@ -35,10 +35,7 @@ PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
-        *(
-            CSRC / "cuda" / f"{name}.cu"
-            for name in ("program", "linear_forward", "linear_backward", "steps", "pointwise")
-        ),
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("steps", "pointwise")),
         *(CSRC / "cuda" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16", "few")),
         *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
     ],

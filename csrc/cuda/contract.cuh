@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __gr
   int group = blockIdx.z, tile = blockIdx.x;
   int m_begin = 0, m_end = p.m, k_begin = 0, k_end = p.k;
   bool valid = true;
-  const auto offset = [&](int g) { return groups.offsets[groups.first + g * groups.step] * groups.per_slot; };
+  const auto offset = [&](int g) { return groups.offsets[g * groups.step] * groups.per_slot; };
   if (p.slot_axis == kSlotsInRows) {
     for (group = 0; group < groups.count; ++group) {
       const int tiles = (offset(group + 1) - offset(group) + TileT::kM - 1) / TileT::kM;

@@ -8,7 +8,7 @@ namespace mpoe::cuda {
 // Throws if the launch before it failed.
 void check_launch(const char* what);
 
-// Starts the product on `stream`. Fills nothing of the arguments: see named.h and linear_parts.h for who does.
+// Starts the product on `stream`. Fills nothing of the arguments: see steps.cu for who does.
 // tf32: multiply float32 on tensor cores, rounded to tf32.
 void contract(Dtype dtype, bool tf32, const ContractArguments& arguments, cudaStream_t stream);
 

@@ -4,6 +4,7 @@
 #include "cuda/pointwise.h"
 #include "cuda/routing.h"
 #include "cuda/steps.h"
+#include "cuda/workspace.h"
 
 namespace mpoe::cuda {
 namespace {
@@ -48,12 +49,12 @@ class Embedding {
   void backward(const EmbeddingBackward& out) {
     const Named drows = output_rows(take(int64_t(p_.tokens) * dims_.out_features));
     gather(out.grad, by_right_, by_right_.token_of_slot, drows.data, dims_.out_features);
-    block_gradient(grouped(by_right_), half_, drows, slices("R", out.dright, kIR), half_of_slot_, false);
+    block_gradient(grouped(by_right_), half_, drows, slices("R", out.dright, kIR), half_of_slot_);
     const Named dhalf_by_right = rows({kJL, kJC, kB}), dhalf = rows({kJL, kJC, kB});
     rows_times_block(grouped(by_right_), drows, right_slices_, dhalf_by_right, nullptr, true);
     const int64_t* turned = compose(by_right_.slot_of_token, by_centre_.token_of_slot);
     gather(dhalf_by_right.data, by_centre_, turned, dhalf.data, static_cast<int>(dims_.elements({kJL, kJC, kB})));
-    block_gradient(grouped(by_centre_), left_rows_, dhalf, slices("C", out.dcentral, kIC), left_of_slot_, false);
+    block_gradient(grouped(by_centre_), left_rows_, dhalf, slices("C", out.dcentral, kIC), left_of_slot_);
     const Named dleft_rows = rows({kJL, kA});
     rows_times_block(grouped(by_centre_), dhalf, central_, dleft_rows, nullptr, true);
     sum_by_left(dleft_rows, out.dleft);
@@ -123,10 +124,10 @@ class Embedding {
     context.dims = dims_;
     context.tf32 = p_.tf32;
     context.offsets = by.offsets;
-    context.experts = context.count = by.bins;
+    context.experts = by.bins;
     context.slots = p_.tokens;
     context.stream = stream_;
-    context.workspace = &workspace_;
+    context.measuring = workspace_.measuring();
     return context;
   }
 

@@ -79,11 +79,10 @@ struct Output {
   void* pre_activation = nullptr;        // same layout as data
 };
 
-// Which rows (or inner indices) belong to which expert. Group g holds the slots of experts
-// [first + g step, first + (g + 1) step).
+// Which rows (or inner indices) belong to which expert. Group g holds the slots of experts [g step, (g + 1) step).
 struct Groups {
   const int* offsets = nullptr;  // [E + 1]; null: no slots, nothing is empty
-  int first = 0, step = 1, count = 1;
+  int step = 1, count = 1;
   int per_slot = 1;       // rows (or inner indices) per slot
   int slots = 0;          // N, filled or not
   bool zero_tail = true;  // write zeros to rows past the last group, up to N

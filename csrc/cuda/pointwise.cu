@@ -32,15 +32,6 @@ void activation_backward(Dtype dtype, const void* grad, const void* saved, void*
   });
 }
 
-void convert(Dtype dtype, const float* in, void* out, int64_t count, cudaStream_t stream) {
-  with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    LAUNCH(convert_kernel<T>, dim3(blocks_of(count, kColumns)), dim3(kColumns), 0, stream, in, static_cast<T*>(out),
-           count);
-    check_launch("convert");
-  });
-}
-
 void sum_rows(Dtype dtype, const void* rows, const int64_t* order, const int64_t* starts, void* out, int tokens,
               int columns, cudaStream_t stream) {
   if (tokens == 0) return;

@@ -1,4 +1,4 @@
-// The activation's gradient with the bias gradient, sums of rows by token, and conversion of a float32 sum.
+// The activation's gradient with the bias gradient, and sums of rows by token.
 #pragma once
 #include "cuda/activation.cuh"
 
@@ -41,12 +41,6 @@ __global__ void __launch_bounds__(kColumns) sum_columns_kernel(const float* in, 
   float sum = 0.f;
   for (int row = 0; row < rows; ++row) sum += in[int64_t(row) * columns + column];
   out[column] = dev::from_float<T>(sum);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kColumns) convert_kernel(const float* in, T* out, int64_t count) {
-  const int64_t i = int64_t(blockIdx.x) * kColumns + threadIdx.x;
-  if (i < count) out[i] = dev::from_float<T>(in[i]);
 }
 
 // out[t] = sum of rows[order[i]] over i in [starts[t], starts[t + 1]). Grid: (tokens, column blocks).

@@ -24,7 +24,7 @@ int fitting(int64_t extent) {
 }
 
 void launch(const Context& context, const ContractArguments& arguments) {
-  if (!context.workspace->measuring()) contract(context.dtype, context.tf32, arguments, context.stream);
+  if (!context.measuring) contract(context.dtype, context.tf32, arguments, context.stream);
 }
 
 }  // namespace
@@ -41,9 +41,8 @@ void rows_times_block(const Context& context, const Named& rows, const Named& bl
   p.out = output_of(out, m.second, n.first, true, false, context.dtype, epilogue);
   const bool shared = block.outer == 0;
   p.groups.offsets = context.offsets;
-  p.groups.first = context.first;
-  p.groups.step = shared ? context.count : 1;
-  p.groups.count = shared ? 1 : context.count;
+  p.groups.step = shared ? context.experts : 1;
+  p.groups.count = shared ? 1 : context.experts;
   p.groups.per_slot = fitting(m.inner);
   p.groups.slots = context.slots;
   p.groups.zero_tail = zero_tail;
@@ -54,7 +53,7 @@ void rows_times_block(const Context& context, const Named& rows, const Named& bl
 }
 
 void block_gradient(const Context& context, const Named& rows, const Named& grads, const Named& out,
-                    const int64_t* row_index, bool accumulate) {
+                    const int64_t* row_index) {
   const MapPair m = map_pair(sorted(in_both(rows, out), rows), context.dims, rows, out, false);
   const MapPair k = map_pair(sorted(in_both(rows, grads), rows), context.dims, rows, grads, true);
   const MapPair n = map_pair(sorted(in_both(grads, out), out), context.dims, out, grads, false);
@@ -64,11 +63,10 @@ void block_gradient(const Context& context, const Named& rows, const Named& grad
   p.a = operand_of(rows, m.first, k.first, true, context.dtype, row_index);
   p.b = operand_of(grads, n.second, k.second, true, context.dtype);
   p.out = output_of(out, m.second, n.first, false, shared, context.dtype);
-  p.out.accumulate = accumulate;
+  p.out.accumulate = shared;
   p.groups.offsets = context.offsets;
-  p.groups.first = context.first;
-  p.groups.step = shared ? context.count : 1;
-  p.groups.count = shared ? 1 : context.count;
+  p.groups.step = shared ? context.experts : 1;
+  p.groups.count = shared ? 1 : context.experts;
   p.groups.per_slot = fitting(k.inner);
   fitting(k.inner * context.slots);
   p.m = fitting(m.inner);
@@ -76,11 +74,7 @@ void block_gradient(const Context& context, const Named& rows, const Named& grad
   launch(context, p);
 }
 
-void merge_blocks(const Context& context, const Named& p, const Named& q, const Named& out, bool accumulate) {
-  // The one that holds the result's slowest axis gives the rows: the columns then hold its fastest one.
-  const Axis slowest = out.axes().front();
-  const Named& first = p.has(slowest) ? p : q;
-  const Named& second = p.has(slowest) ? q : p;
+void merge_blocks(const Context& context, const Named& first, const Named& second, const Named& out) {
   const bool shared = out.outer == 0;
   const MapPair m = map_pair(sorted(only_in(first, second), out), context.dims, out, first, false);
   const MapPair k = map_pair(sorted(in_both(first, second), second), context.dims, first, second, shared);
@@ -90,13 +84,12 @@ void merge_blocks(const Context& context, const Named& p, const Named& q, const 
   r.a = operand_of(first, m.second, k.first, shared, context.dtype);
   r.b = operand_of(second, n.second, k.second, shared, context.dtype);
   r.out = output_of(out, m.first, n.first, false, shared, context.dtype);
-  r.out.accumulate = accumulate;
-  r.groups.first = context.first;
+  r.out.accumulate = shared;
   r.groups.offsets = shared ? nullptr : context.offsets;
-  r.groups.count = shared ? 1 : context.count;
+  r.groups.count = shared ? 1 : context.experts;
   r.m = fitting(m.inner);
   r.n = fitting(n.inner);
-  r.k = fitting(shared ? k.inner * context.count : k.inner);
+  r.k = fitting(shared ? k.inner * context.experts : k.inner);
   launch(context, r);
 }
 

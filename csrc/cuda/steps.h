@@ -3,25 +3,19 @@
 #pragma once
 #include "cuda/contract.h"
 #include "cuda/named.h"
-#include "cuda/workspace.h"
 
 namespace mpoe::cuda {
 
-// What all steps of a call share; `first` .. `first + count` are the experts at work, their blocks' data begins there.
+// What all steps of a call share. Experts whose weights are built at the same time are a part of all: offsets, and the
+// data of blocks, then begin with the first of them.
 struct Context {
   Dtype dtype = Dtype::kFloat32;
   Dims dims;
-  bool tf32 = false;
-  const int* offsets = nullptr;
-  int experts = 0, slots = 0;
-  int first = 0, count = 0;
+  bool tf32 = false;  // multiply float32 as tf32
+  const int* offsets = nullptr;  // [E + 1]
+  int experts = 0, slots = 0;    // E, N
   cudaStream_t stream = nullptr;
-  Workspace* workspace = nullptr;
-
-  Named scratch(const Axes& axes, int64_t outer_count) const {
-    const int64_t size = dims.elements(axes);
-    return named(workspace->take(static_cast<std::size_t>(size * outer_count * size_of(dtype))), axes, dims, size);
-  }
+  bool measuring = false;  // nothing is launched
 };
 
 // out[slot, kept new] = sum over shared axes of rows[slot, kept shared] block[expert, shared new].
@@ -30,12 +24,12 @@ void rows_times_block(const Context& context, const Named& rows, const Named& bl
                       const int64_t* row_index, bool zero_tail, const Epilogue& epilogue = {});
 
 // out[expert, axes] = sum over the expert's slots and shared axes of rows[slot, ..] grads[slot, ..].
-// A shared `out` (outer 0) is float32 and sums over all experts at work; `accumulate` adds to what it holds.
+// To a shared `out` (outer 0), which is float32, the sum over all experts is added.
 void block_gradient(const Context& context, const Named& rows, const Named& grads, const Named& out,
-                    const int64_t* row_index, bool accumulate);
+                    const int64_t* row_index);
 
-// out[expert, ..] = sum over shared axes of p[expert, ..] q[expert, ..]; zero for experts without slots.
-// A shared `out` is float32 and sums over the experts at work too.
-void merge_blocks(const Context& context, const Named& p, const Named& q, const Named& out, bool accumulate);
+// out[expert, ..] = sum over shared axes of first[expert, ..] second[expert, ..]; zero for experts without slots.
+// `first` holds the slowest axis of `out`: the columns then hold its fastest one. A shared `out` as above.
+void merge_blocks(const Context& context, const Named& first, const Named& second, const Named& out);
 
 }  // namespace mpoe::cuda

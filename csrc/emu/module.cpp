@@ -1,4 +1,4 @@
-// Python's hold on the emulator: schedules, limits of the device, counters, and the memory that launches need. The kernels
+// Python's hold on the emulator: schedules, limits of the device, counters, and the memory that blocks need. The kernels
 // themselves are the ops mpoe_emulated:: of csrc/cuda/bind_*.cpp, compiled into the same library.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,6 @@
 #include <string>
 
 #include "cuda/few.h"
-#include "cuda/linear.h"
 #include "cuda/panel.h"
 
 namespace {
@@ -62,29 +61,6 @@ Dims dims_of(const Sizes& sizes) {
   return dims;
 }
 
-// Scratch memory of a backward that computes the gradients of `need`: x, left, central, right, bias; of the forward where
-// none is needed. Without an activation.
-std::size_t workspace(int dtype, const Sizes& sizes, int experts, int slots, const std::string& program,
-                      const std::array<bool, 5>& need) {
-  LinearInputs in;
-  in.dtype = static_cast<mpoe::Dtype>(dtype);
-  in.dims = dims_of(sizes);
-  in.experts = experts;
-  in.slots = slots;
-  in.program = program.c_str();
-  LinearForward forward;
-  static_cast<LinearInputs&>(forward) = in;
-  LinearBackward backward;
-  static_cast<LinearInputs&>(backward) = in;
-  void** const results[] = {&backward.dx, &backward.dleft, &backward.dcentral, &backward.dright, &backward.dbias};
-  bool any = false;
-  for (int k = 0; k < 5; ++k) {
-    if (need[k]) *results[k] = &in;  // any address: nothing is launched
-    any = any || need[k];
-  }
-  return any ? workspace_bytes(backward) : workspace_bytes(forward);
-}
-
 // Shared memory of a block. panel: left, centre, right.
 std::size_t panel(int dtype, const Sizes& sizes, bool transposed, const std::array<int, 3>& shape, bool left_first) {
   PanelProduct product;
@@ -114,7 +90,6 @@ PYBIND11_MODULE(mpoe_emulated, module) {
   module.def("limit", &limit, pybind11::arg("shared_bytes") = usual.max_shared,
              pybind11::arg("multiprocessors") = usual.multiprocessors, "What the device has.");
   module.def("counters", &counters, "What was counted since the last call.");
-  module.def("workspace_bytes", &workspace, "Scratch memory of a grouped product.");
   module.def("panel_bytes", &panel, "Shared memory of a block of the panel kernel.");
   module.def("few_bytes", &few, "Shared memory of a block of the kernel for few rows.");
 }

@@ -10,7 +10,8 @@ import torch
 from mpoe_kernels.cuda_library import unavailable_reasons
 from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
-from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels, contraction_reasons
+from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
+from mpoe_kernels.linear.gpu.cost import counting_reasons
 from mpoe_kernels.planner import Contraction, Hardware
 from mpoe_kernels.registry import Backend, Candidate, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
@@ -61,7 +62,7 @@ def backend_of(
         request_reasons=request_reasons,
         predicted_cost=predicted_cost,
         candidates=candidates,
-        contraction_reasons=contraction_reasons,
+        contraction_reasons=counting_reasons,
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mpoe_kernels.engine.driver import run
 from mpoe_kernels.indices import check_ids
-from mpoe_kernels.linear.triton.launch import block_gradient, rows_times_block
-from mpoe_kernels.linear.triton.operands import Operand, activations, block, row_major, scratch
-from mpoe_kernels.linear.triton.products import BlockGradients, Pass, blocks_of
+from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major, scratch
+from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
+from mpoe_kernels.linear.triton.launch import LAUNCHES, block_gradient, rows_times_block
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import weight_backward_program, weight_program
 from mpoe_kernels.routing.triton import dispatch_backward, dispatch_forward, route_forward
@@ -126,7 +126,10 @@ def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Ten
     """``[iL iC iR, jL jC jR]``, padding included."""
     table = scratch("W", 1, dims, left)
     program = weight_program(dims)
-    run(program, Pass(program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}).chunks())
+    run(
+        program,
+        Pass(LAUNCHES, program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}).chunks(),
+    )
     return table.data.view(dims.iL * dims.iC * dims.iR, -1)
 
 
@@ -182,8 +185,8 @@ def _table_backward(
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
     whole = Operand(padded.view(1, -1), row_major(("iL", "iC", "iR", "jL", "jC", "jR"), dims), padded.numel())
-    grads = BlockGradients.zeros(left, central, right)
+    grads = BlockGradients.begun(LAUNCHES, (left, central, right))
     program = weight_backward_program(dims)
     values = {"d W": whole, **blocks_of(left, central, right), **grads.operands()}
-    run(program, Pass(program, dims, _one_expert(left), 0, values).chunks())
+    run(program, Pass(LAUNCHES, program, dims, _one_expert(left), 0, values).chunks())
     return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for

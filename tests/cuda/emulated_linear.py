@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpoe_kernels.testing.linear_problem import LinearProblem
 
-from .emulation import Linear
+from .emulation import Linear, Way
 
 ALL = [True] * 5
 
@@ -27,7 +27,7 @@ class Case(LinearProblem):
             self.tf32,
         )  # fmt: skip
 
-    def run(self, strategy: str, backward_strategy: str | None = None, need: list[bool] = ALL) -> list[Tensor]:
+    def run(self, strategy: Way, backward_strategy: Way | None = None, need: list[bool] = ALL) -> list[Tensor]:
         """Gradients that are not needed are None."""
         y, h, z = self.linear.forward(strategy)
         saved = y if self.activation == "relu" else z

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
-from mpoe_kernels.indices import slots_by_token
-from mpoe_kernels.linear.cuda.cost import steps_program
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.cuda.few import Few
+from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
@@ -113,50 +114,64 @@ def few_bytes(dims: BlockDims, dtype: torch.dtype, shape: tuple[int, int, int, i
     return library().few_bytes(DTYPES[dtype], list(dims), list(shape))
 
 
+# How to compute a product: a strategy step by step, or the kernel of one launch that cuts it so.
+Way = str | Panel | Few
+KERNELS = LinearKernels(OPS, lambda _: HARDWARE["h100"])
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """PyTorch told that float32 products may round to TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 class Linear:
     """`grouped_mpo_linear` and its backward on the emulated kernels. Results begin as NaN."""
 
     def __init__(self, x, blocks, offsets, bias, row_index, in_features, out_features, activation, tf32=False) -> None:
         library()
-        self.x, self.blocks, self.offsets, self.bias, self.row_index = x, blocks, offsets, bias, row_index
+        self.x, self.blocks, self.bias, self.row_index = x, blocks, bias, row_index
         self.dims = BlockDims.of_blocks(*blocks, in_features, out_features)
-        self.slots = x.shape[0] if row_index is None else row_index.shape[0]
         self.activation, self.tf32 = activation, tf32
+        self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
-    def _program(self, strategy: str) -> str:
-        """Of a strategy, or of a text that is a program already."""
-        return strategy if "|" in strategy else steps_program(self.dims, strategy)
+    @staticmethod
+    def _strategy(way: Way) -> tuple[str, Panel | Few | None]:
+        if isinstance(way, str):
+            return way, None
+        return ("rebuild" if isinstance(way, Panel) else "chain"), way
 
-    def _rest(self, strategy: str) -> tuple[Any, ...]:
-        sizes = (self.dims.in_features, self.dims.out_features)
-        return *sizes, self.activation, self._program(strategy), self.tf32
-
-    def forward(self, strategy: str, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, way: Way, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``y``, and what backward reads: h of the strategy ``separable``, the pre-activation."""
-        save_h, save_z = save and strategy == "separable", save and self.activation not in ("none", "relu")
-        common = (self.x, *self.blocks, self.offsets, self.bias, self.row_index)
-        with poisoned_memory():
-            y, h, z = OPS.linear_forward(*common, *self._rest(strategy), save_h, save_z)
-        return y, h if save_h else None, z if save_z else None
+        strategy, cut = self._strategy(way)
+        call = ForwardCall(*self.common, strategy, "emulated", save)
+        with poisoned_memory(), tf32_allowed(self.tf32):
+            y, h, z = KERNELS.forward(call, cut)
+        return y, h if call.saves_h else None, z if call.saves_z else None
 
-    def backward(self, strategy: str, grad: Tensor, h: Tensor | None, saved: Tensor | None, need: list[bool]):
+    def backward(self, way: Way, grad: Tensor, h: Tensor | None, saved: Tensor | None, need: list[bool]):
         """``(dx [T, I], dleft, dcentral, dright, dbias)``, None where not needed."""
-        common = (grad, self.x, *self.blocks, self.offsets, self.row_index, h, saved)
-        with poisoned_memory():
-            found = OPS.linear_backward(*common, *self._rest(strategy), *need)
-        wanted = [result if needed else None for result, needed in zip(found, need, strict=True)]
-        if wanted[0] is not None and self.row_index is not None:
-            wanted[0] = OPS.sum_rows(wanted[0], *slots_by_token(self.row_index, self.x.shape[0]))
-        return wanted
-
-    def workspace_bytes(self, strategy: str, need: list[bool]) -> int:
-        """Scratch memory of the backward, without an activation; of the forward where no gradient is needed."""
-        sizes = (DTYPES[self.x.dtype], list(self.dims), self.blocks[0].shape[0], self.slots)
-        return library().workspace_bytes(*sizes, self._program(strategy), need)
+        strategy, cut = self._strategy(way)
+        nothing = self.x.new_empty(0)
+        kept = (nothing if h is None else h, nothing if saved is None else saved)
+        call = BackwardCall(*self.common, strategy, "emulated", grad, *kept, need)
+        with poisoned_memory(), tf32_allowed(self.tf32):
+            found = KERNELS.backward(call, cut)
+        return [result if needed else None for result, needed in zip(found, need, strict=True)]
 
 
-def few(linear: Linear, shape: tuple[int, int, int, int], expert_of_slot: Tensor, row_index: Tensor) -> Tensor:
+def few(linear: Linear, sizes: tuple[int, int, int, int], expert_of_slot: Tensor, row_index: Tensor) -> Tensor:
     """The product of `linear` for slots that each name their expert."""
-    tensors = (linear.x, *linear.blocks, expert_of_slot, linear.bias, row_index)
     with poisoned_memory():
-        return OPS.few_forward(*tensors, linear.dims.in_features, linear.dims.out_features, linear.activation, *shape)
+        y = linear.x.new_empty(row_index.shape[0], linear.dims.out_features)
+        OPS.few_product(
+            *(linear.x, *linear.blocks, y, None, expert_of_slot, row_index, linear.bias, linear.activation, None),
+            *(linear.dims.in_features, linear.dims.out_features, sizes),
+        )
+    return y

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpoe_kernels.linear.cuda.cost import Launch, steps_program, ways
-from mpoe_kernels.linear.triton.cost import gpu_seconds
+from mpoe_kernels.linear.cuda.cost import Way, ways
+from mpoe_kernels.linear.cuda.few import Few
+from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.gpu.cost import gpu_seconds
 from mpoe_kernels.planner import BlockDims, Contraction, contraction
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.testing.cases import workload_shape
@@ -14,9 +16,9 @@ from mpoe_kernels.testing.cases import workload_shape
 H100 = HARDWARE["h100"]
 
 
-def launch_of(plan: Contraction, hardware: Hardware) -> Launch:
+def way_of(plan: Contraction, hardware: Hardware) -> Way:
     """What the registry would choose if it had nobody else."""
-    return min(ways(plan, hardware), key=lambda launch: launch.seconds)
+    return min(ways(plan, hardware), key=lambda way: way.seconds)
 
 
 ALL, WITHOUT_X = (True, True, True, True), (False, True, True, True)
@@ -40,47 +42,47 @@ def plan(
 
 def test_few_rows_of_many_experts_go_in_panels() -> None:
     for name in ("paper_full", "paper_64", "light_64"):
-        assert launch_of(plan(name, 64, 64), H100).program.startswith("panel ")
+        assert isinstance(way_of(plan(name, 64, 64), H100).cut, Panel)
 
 
 def test_many_rows_of_a_deep_product_go_through_scratch() -> None:
     """The panels of a weight with 3072 rows are narrow, so that they read every row often."""
     few_experts = plan("paper_full", 8, 32768, up=False)
-    assert launch_of(few_experts, H100).program == steps_program(few_experts.dims, "rebuild")
+    assert way_of(few_experts, H100).cut is None
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h100", "b200"])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_the_faster_form_is_launched(gpu: str, phase: str) -> None:
     hardware = HARDWARE[gpu]
-    programs = set()
+    cuts = set()
     for up in (True, False):
         for experts, slots in ((8, 64), (64, 64), (8, 32768)):
             asked = plan("light_64", experts, slots, phase, up)
-            launch = launch_of(asked, hardware)
-            assert 0 < launch.seconds <= gpu_seconds(asked, hardware)
-            programs.add(launch.program.split()[0])
-    assert programs == {"panel", "LC"} or programs == {"panel", "CR"}
+            way = way_of(asked, hardware)
+            assert 0 < way.seconds <= gpu_seconds(asked, hardware)
+            cuts.add(type(way.cut))
+    assert cuts == {Panel, type(None)}
 
 
 def test_without_a_gradient_of_x_nothing_is_rebuilt_in_panels() -> None:
     asked = plan("paper_64", 64, 64, "backward", need=WITHOUT_X)
-    assert launch_of(asked, H100).program == steps_program(asked.dims, "rebuild")
+    assert way_of(asked, H100).cut is None
 
 
 def test_few_rows_of_small_bonds_take_one_launch() -> None:
     small = plan("paper_16", 64, 4, strategy="chain")
-    assert launch_of(small, H100).program.startswith("few ")
-    assert launch_of(plan("paper_16", 64, 4096, strategy="chain"), H100).program.startswith("| ")
-    assert launch_of(plan("paper_16", 64, 4, "backward", strategy="chain"), H100).program.startswith("| ")
+    assert isinstance(way_of(small, H100).cut, Few)
+    assert way_of(plan("paper_16", 64, 4096, strategy="chain"), H100).cut is None
+    assert way_of(plan("paper_16", 64, 4, "backward", strategy="chain"), H100).cut is None
 
 
 def test_central_rows_kept_for_backward_take_several_launches() -> None:
     asked, keeping = (plan("separable", 64, 1, strategy="separable", keeps=keeps) for keeps in (False, True))
-    assert launch_of(keeping, H100).program == "| L C R"
-    assert launch_of(asked, H100).seconds <= launch_of(keeping, H100).seconds
+    assert way_of(keeping, H100).cut is None
+    assert way_of(asked, H100).seconds <= way_of(keeping, H100).seconds
 
 
 def test_nothing_to_do() -> None:
     asked = plan("paper_64", 8, 0)
-    assert launch_of(asked, H100).program == steps_program(asked.dims, "rebuild")
+    assert way_of(asked, H100).cut is None

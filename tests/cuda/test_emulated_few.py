@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.cuda.few import best_few
+from mpoe_kernels.linear.cuda.few import Few, best_few
 from mpoe_kernels.linear.cuda.few import few_bytes as predicted_bytes
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
@@ -28,10 +28,14 @@ def shape_of(case: Case, rows: int) -> tuple[int, int, int, int]:
     return smallest(dims.jL), smallest(dims.jC), smallest(dims.jR), rows
 
 
+def few_of(left: int, centre: int, right: int, rows: int) -> Few:
+    return Few(left, centre, right, rows, 0, 0.0)
+
+
 def check(case: Case, cut: tuple[int, int, int, int] | None = None) -> Tensor:
-    program = "few {} {} {} {} | L C R".format(*(cut or shape_of(case, 3)))
-    y, _, saved = case.linear.forward(program)
-    assert_calibrated(y, case.reference(torch.float64)[0], case.reference(case.dtype)[0], f"y ({program})")
+    few = few_of(*(cut or shape_of(case, 3)))
+    y, _, saved = case.linear.forward(few)
+    assert_calibrated(y, case.reference(torch.float64)[0], case.reference(case.dtype)[0], f"y ({few})")
     filled = int(case.routing.expert_offsets[-1])
     assert bool((y[filled:] == 0).all())
     if saved is not None:
@@ -95,22 +99,15 @@ def test_one_launch_without_scratch_memory() -> None:
     stats()
     check(case)
     assert stats()["launches"] == 1
-    assert case.linear.workspace_bytes("few 1 1 1 1 | L C R", [False] * 5) == 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
     case = Case(SMALL_SHAPES["separable"], tokens=2)
-    for program, message in (
-        ("few 1 3 1 1 | L C R", "does not divide jC"),
-        ("few 1 1 1 0 | L C R", "1 to 128"),
-        ("few 1 1 1 1 | C L R", "in this order"),
-    ):
+    for cut, message in ((few_of(1, 3, 1, 1), "does not divide jC"), (few_of(1, 1, 1, 0), "1 to 128")):
         with pytest.raises(REFUSED, match=message):
-            case.linear.forward(program)
+            case.linear.forward(cut)
     with limits(shared_bytes=1024), pytest.raises(REFUSED, match="the device has 1024"):
-        case.linear.forward("few 1 1 1 1 | L C R")
-    with pytest.raises(REFUSED, match="several launches"):
-        case.run("separable", "few 1 1 1 1 | L C R")
+        case.linear.forward(few_of(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", ["paper_full", "paper_64", "paper_16", "light_64", "separable"])

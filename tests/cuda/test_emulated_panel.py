@@ -14,6 +14,7 @@ from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
+from tests.linear_scenarios import ScratchElements
 
 from .emulated_linear import ALL, Case
 from .emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
@@ -33,16 +34,16 @@ def whole(dims: BlockDims, transposed: bool) -> tuple[int, int, int]:
     return (dims.iL, dims.iC, dims.iR) if transposed else (dims.jL, dims.jC, dims.jR)
 
 
-def text(dims: BlockDims, transposed: bool, left_first: bool, split: bool) -> str:
+def cut(dims: BlockDims, transposed: bool, left_first: bool, split: bool) -> Panel:
     kept = whole(dims, transposed)
     if split:
         kept = tuple(map(smallest, kept))
-    return Panel(*kept, left_first, 0, 0.0).program
+    return Panel(*kept, left_first, 0, 0.0)
 
 
 def check(case: Case, left_first: bool, split: bool = False) -> None:
     dims = case.linear.dims
-    case.check(text(dims, False, left_first, split), text(dims, True, left_first, split))
+    case.check(cut(dims, False, left_first, split), cut(dims, True, left_first, split))
 
 
 @pytest.mark.parametrize("left_first", [True, False])
@@ -66,7 +67,7 @@ def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dty
     case = Case(shape, dtype, tokens=90, experts=2, capacity=None, activation="relu")
     dims = case.linear.dims
     stats()
-    case.check(text(dims, False, left_first, split=True), text(dims, True, left_first, split=True))
+    case.check(cut(dims, False, left_first, split=True), cut(dims, True, left_first, split=True))
     counted = stats()
     assert counted["cp_async"] > 0
     # Rows of a tile start in different banks: four wavefronts for each load of four matrices.
@@ -79,9 +80,9 @@ def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dty
 def test_wide_panels(left_first: bool, dtype: torch.dtype) -> None:
     """More than 64 columns: 256 threads."""
     case = Case(WIDE, dtype, tokens=150, experts=2, top_k=1, capacity=None)
-    program = Panel(4, 3, 8, left_first, 0, 0.0).program
+    panel = Panel(4, 3, 8, left_first, 0, 0.0)
     assert case.linear.dims.jL % 4 == 0
-    y, _, _ = case.linear.forward(program)
+    y, _, _ = case.linear.forward(panel)
     truth, same = case.reference(torch.float64)[0], case.reference(dtype)[0]
     assert relative_error(y, truth) <= 2 * relative_error(same, truth)
 
@@ -119,19 +120,19 @@ def test_no_tokens() -> None:
     check(Case(SMALL_SHAPES["light"], tokens=0, top_k=1), True)
 
 
-def test_one_launch_and_nothing_in_global_memory() -> None:
+def test_one_launch_without_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(LIGHT, torch.bfloat16, tokens=20)
+    alive = ScratchElements(monkeypatch)
     stats()
-    case.linear.forward(text(case.linear.dims, False, True, split=True))
+    case.linear.forward(cut(case.linear.dims, False, True, split=True))
     assert stats()["launches"] == 1
-    program = text(case.linear.dims, False, True, split=True)
-    assert case.linear.workspace_bytes(program, [False] * 5) == 0
+    assert alive.most == 0
 
 
 def test_masked_and_single_gradients() -> None:
     case = Case(SMALL_SHAPES["light"])
     dims = case.linear.dims
-    forward, backward = text(dims, False, True, True), text(dims, True, True, True)
+    forward, backward = cut(dims, False, True, True), cut(dims, True, True, True)
     together = case.run(forward, backward)
     for needed in range(5):
         alone = case.run(forward, backward, [k == needed for k in range(5)])
@@ -144,9 +145,9 @@ def test_masked_and_single_gradients() -> None:
 def test_the_same_bits_on_every_schedule() -> None:
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)
     dims = case.linear.dims
-    first = case.run(text(dims, False, True, True), text(dims, True, True, True), ALL)
+    first = case.run(cut(dims, False, True, True), cut(dims, True, True, True), ALL)
     with schedule("descending", "eager"):
-        second = case.run(text(dims, False, True, True), text(dims, True, True, True), ALL)
+        second = case.run(cut(dims, False, True, True), cut(dims, True, True, True), ALL)
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
@@ -155,24 +156,22 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
     for tf32 in (False, True):
         torch.manual_seed(0)
         case = Case(LIGHT, tokens=20, activation="none", tf32=tf32)
-        y = case.linear.forward(text(case.linear.dims, False, True, split=True))[0]
+        y = case.linear.forward(cut(case.linear.dims, False, True, split=True))[0]
         errors.append(relative_error(y, case.reference(torch.float64)[0]))
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 2e-3
 
 
-@pytest.mark.parametrize("program", ["panel 3 1 1 LC W | W", "panel 0 1 1 LC W | W"])
-def test_panels_that_do_not_divide_the_axes_are_refused(program: str) -> None:
+@pytest.mark.parametrize("left", [3, 0])
+def test_panels_that_do_not_divide_the_axes_are_refused(left: int) -> None:
     with pytest.raises(REFUSED, match="does not divide"):
-        Case(LIGHT, tokens=4).linear.forward(program)
+        Case(LIGHT, tokens=4).linear.forward(Panel(left, 1, 1, True, 0, 0.0))
 
 
 def test_panels_that_do_not_fit_are_refused() -> None:
     case = Case(SMALL_SHAPES["light"], tokens=4)
     with limits(shared_bytes=1024), pytest.raises(REFUSED, match="bytes of shared memory; the device has 1024"):
-        case.linear.forward(text(case.linear.dims, False, True, split=False))
-    with pytest.raises(REFUSED, match="must apply W"):
-        case.linear.forward("panel 1 1 1 | L C R")
+        case.linear.forward(cut(case.linear.dims, False, True, split=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

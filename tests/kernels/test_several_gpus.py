@@ -17,9 +17,10 @@ from mpoe_kernels.backends.triton import TRITON
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
+from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.planner.device import forget
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 
 from .backend_cases import candidate_backend
@@ -107,30 +108,28 @@ def on_gpu(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
-    shape, programs = SMALL_SHAPES["light"], []
+    shape, launched = SMALL_SHAPES["light"], []
 
-    def linear_forward(*arguments: Any) -> tuple[None, None, None]:
-        programs.append(arguments[-4])
-        return None, None, None
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: launched.append(name)
 
     def hardware(device: str):
         assert device == "cuda:1"
         return HARDWARE["b200"]
 
-    dims = shape.block_dims
-    call = ForwardCall(
-        on_gpu(3, shape.in_features),
-        on_gpu(2, dims["iL"], dims["jL"], dims["a"]),
-        on_gpu(dims["a"], dims["iC"], dims["jC"], dims["b"]),
-        on_gpu(2, dims["b"], dims["iR"], dims["jR"]),
-        *(on_gpu(3, dtype=torch.int32), None, None, shape.in_features, shape.out_features),
-        *("none", "rebuild", "cuda", True),
-    )
+    made = random_blocks(shape, 2, torch.float32)
+    x, offsets = torch.zeros(3, shape.in_features), torch.tensor([0, 1, 3], dtype=torch.int32)
+    given = (x, made.left, made.central, made.right, offsets, None, None, shape.in_features, shape.out_features)
+    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the device of the plan counts
     plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    kernels = LinearKernels(SimpleNamespace(linear_forward=linear_forward), hardware)
+    names = ("rows_times_block", "merge_blocks", "panel_product")
+    kernels = LinearKernels(SimpleNamespace(**{name: note(name) for name in names}), hardware)
+    forms = []
     for candidate in kernels.candidates("cuda", plan):
+        launched.clear()
         candidate.run(call)
-    assert programs == [way.program for way in ways(plan, HARDWARE["b200"])]
+        forms.append("panel_product" in launched)
+    assert forms == [isinstance(way.cut, Panel) for way in ways(plan, HARDWARE["b200"])] == [False, True]
 
 
 class Kernel:

@@ -11,6 +11,7 @@ import torch
 from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
+from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -87,9 +88,8 @@ def test_triton_follows(allowed: bool) -> None:
 def test_cuda_follows(allowed: bool, h100: None, dtype: torch.dtype) -> None:
     shape, told = SMALL_SHAPES["light"], []
 
-    def linear_forward(*arguments: object) -> tuple[torch.Tensor, ...]:
-        told.append(arguments[-3])
-        return (torch.empty(0),) * 3
+    def note(at: int) -> Callable[..., None]:
+        return lambda *arguments: told.append(arguments[at])
 
     made = random_blocks(shape, 2)
     call = ForwardCall(
@@ -98,8 +98,12 @@ def test_cuda_follows(allowed: bool, h100: None, dtype: torch.dtype) -> None:
         *(torch.tensor([0, 1, 3], dtype=torch.int32), None, None),
         *(shape.in_features, shape.out_features, "none", "rebuild", "cuda", False),
     )
-    LinearKernels(SimpleNamespace(linear_forward=linear_forward), lambda *_: HARDWARE["h100"]).forward(call, "LC W | W")
-    assert told == [allowed and dtype == torch.float32]
+    ops = SimpleNamespace(rows_times_block=note(-2), merge_blocks=note(-1), panel_product=note(-1))
+    kernels = LinearKernels(ops, lambda *_: HARDWARE["h100"])
+    kernels.forward(call, None)
+    kernels.forward(call, Panel(1, 1, 1, True, 0, 0.0))
+    assert len(told) > 3
+    assert set(told) == {allowed and dtype == torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -118,9 +118,9 @@ def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> N
 def test_what_no_kernel_is_made_for() -> None:
     """The planner does not ask for it: these are the launcher's own words."""
     pytest.importorskip("triton")
+    from mpoe_kernels.linear.gpu.operands import Operand, index_map
     from mpoe_kernels.linear.triton.configs import fused_choice
     from mpoe_kernels.linear.triton.fused_tiles import Sides
-    from mpoe_kernels.linear.triton.operands import Operand, index_map
     from mpoe_kernels.triton.start import recorded
 
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)

@@ -13,35 +13,28 @@ from typing import NamedTuple
 
 import torch
 
-from mpoe_kernels.linear.cuda.few import best_few
-from mpoe_kernels.linear.cuda.panels import best_panel
-from mpoe_kernels.linear.triton.cost import gpu_seconds
+from mpoe_kernels.linear.cuda.few import Few, best_few
+from mpoe_kernels.linear.cuda.panels import Panel, best_panel
+from mpoe_kernels.linear.gpu.cost import gpu_seconds
 from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
-from mpoe_kernels.planner.orders import BlockDims, recipe
 from mpoe_kernels.registry import Request
 
 
-class Launch(NamedTuple):
-    """What csrc/cuda/linear.h is told to do.
+class Way(NamedTuple):
+    """One way to compute a contraction.
 
     Attributes:
         name: of the candidate.
-        program: its text, e.g. ``LC W | W`` or ``panel 4 1 24 LC W | W``.
+        cut: how the kernel of one launch cuts the product into blocks; None: step by step.
         seconds: predicted time.
     """
 
     name: str
-    program: str
+    cut: Panel | Few | None
     seconds: float
 
 
-def steps_program(dims: BlockDims, strategy: str) -> str:
-    """What a strategy builds, and what x then meets: ``LC W | W``."""
-    merges, order = recipe(dims, strategy)
-    return " ".join([*(result for result, _, _ in merges), "|", *order])
-
-
-def _in_panels(plan: Contraction, hardware: Hardware) -> Launch | None:
+def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
     """``rebuild`` in panels, its gradients of blocks by steps. None where no panel fits, or nothing would use one."""
     backward = plan.phase == "backward"
     if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
@@ -59,21 +52,21 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Launch | None:
         sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
         others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
         seconds += gpu_seconds(others, hardware)
-    return Launch("rebuild in panels", panel.program, seconds)
+    return Way("rebuild in panels", panel, seconds)
 
 
-def _in_one_launch(plan: Contraction, hardware: Hardware) -> Launch | None:
+def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
     """``chain`` or ``separable`` for few rows, whose central rows are not kept. None where there is no such kernel."""
     if plan.strategy not in ("chain", "separable") or plan.phase != "forward" or plan.keeps:
         return None
     few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
-    return None if few is None else Launch(f"{plan.strategy} in one launch", few.program, few.seconds)
+    return None if few is None else Way(f"{plan.strategy} in one launch", few, few.seconds)
 
 
 @lru_cache(maxsize=4096)
-def ways(plan: Contraction, hardware: Hardware) -> tuple[Launch, ...]:
+def ways(plan: Contraction, hardware: Hardware) -> tuple[Way, ...]:
     """Every way to compute a contraction: step by step, and whatever else its strategy and phase have."""
-    by_steps = Launch(plan.strategy, steps_program(plan.dims, plan.strategy), gpu_seconds(plan, hardware))
+    by_steps = Way(plan.strategy, None, gpu_seconds(plan, hardware))
     others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
     return (by_steps, *(form for form in others if form is not None))
 

@@ -41,9 +41,9 @@ class Few(NamedTuple):
     seconds: float
 
     @property
-    def program(self) -> str:
-        """The text that csrc/cuda/linear.h understands."""
-        return f"few {self.left} {self.centre} {self.right} {self.rows} | L C R"
+    def sizes(self) -> tuple[int, int, int, int]:
+        """left, centre, right, rows."""
+        return self[:4]
 
 
 def few_bytes(dims: BlockDims, left: int, centre: int, rows: int, itemsize: int) -> int:

@@ -1,35 +1,43 @@
-"""Grouped MPO linear by the kernels of csrc/cuda/linear.h."""
+"""Grouped MPO linear by the kernels of csrc/cuda: step by step, in panels, or in one launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
+from mpoe_kernels.linear.cuda.few import Few
+from mpoe_kernels.linear.cuda.launch import CudaLaunches
+from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.planner import Contraction, Hardware, may_round_to_tf32
-from mpoe_kernels.planner.orders import applications
 from mpoe_kernels.registry import Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
+
+Call = TypeVar("Call", ForwardCall, BackwardCall)
 
 
-def contraction_reasons(plan: Contraction) -> list[str]:
-    """Why the kernels cannot compute a contraction."""
-    reasons = []
-    rows = max((step.m * plan.slots for step in applications(plan.dims, plan.order)), default=0)
-    if rows > LARGEST_INDEX:
-        reasons.append(f"strategy {plan.strategy!r} would count {rows} rows; it counts to {LARGEST_INDEX}")
-    if plan.dims.weight_elements > LARGEST_INDEX:
-        reasons.append(f"a weight of {plan.dims.weight_elements} elements is too large; at most {LARGEST_INDEX}")
-    return reasons
+def _dense(call: Call) -> Call:
+    """The kernels read dense tensors and count slots in 32 bits."""
+    left, central, right = (block.contiguous() for block in call.blocks)
+    bias, index = call.bias, call.row_index
+    return replace(
+        call,
+        x=call.x.contiguous(),
+        left=left,
+        central=central,
+        right=right,
+        expert_offsets=call.expert_offsets.to(torch.int32).contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        row_index=None if index is None else index.contiguous(),
+    )
 
 
 @dataclass(frozen=True)
@@ -44,30 +52,71 @@ class LinearKernels:
     ops: Any
     hardware: Callable[[str], Hardware]
 
+    @property
+    def launches(self) -> CudaLaunches:
+        """Of the products of a program."""
+        return CudaLaunches(self.ops)
+
     def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
-        """The ways of `ways`, each told its program. ``name``: of the backend."""
+        """The ways of `ways`, each with the cut of its kernel. ``name``: of the backend."""
         run = self.forward if plan.phase == "forward" else self.backward
         found = ways(plan, self.hardware(plan.device))
-        return [Candidate(name, w.name, plan.strategy, w.seconds, partial(run, program=w.program)) for w in found]
+        return [Candidate(name, way.name, plan.strategy, way.seconds, partial(run, cut=way.cut)) for way in found]
 
-    def forward(self, call: ForwardCall, program: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, h, z)``, see `ForwardCall`. ``program``: the text that csrc/cuda/linear.h understands."""
-        x, save_h, save_z = call.x, call.saves_h, call.saves_z
-        y, h, z = self.ops.linear_forward(
-            *(x, *call.blocks, call.expert_offsets, call.bias, call.row_index),
-            *(call.in_features, call.out_features, call.activation),
-            *(program, may_round_to_tf32(x.dtype), save_h, save_z),
-        )
-        return y, h if save_h else x.new_empty(0), z if save_z else x.new_empty(0)
+    def forward(self, call: ForwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, h, z)``, see `ForwardCall`. ``cut``: of the kernel that computes it in one launch; None: by steps."""
+        call = _dense(call)
+        if cut is None:
+            return steps.forward_by_steps(call, self.launches)
+        x = call.x
+        y = x.new_empty(call.slots, call.out_features)
+        pre = torch.empty_like(y) if call.saves_z else None
+        if isinstance(cut, Panel):
+            self._panels(call, x, y, cut, call.row_index, call.bias, call.activation, pre)
+        else:
+            self.ops.few_product(
+                *(x, *call.blocks, y, call.expert_offsets, None, call.row_index, call.bias, call.activation, pre),
+                *(call.in_features, call.out_features, cut.sizes),
+            )
+        return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
-    def backward(self, call: BackwardCall, program: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-        x, row_index = call.x, call.row_index
-        dx, dleft, dcentral, dright, dbias = self.ops.linear_backward(
-            *(call.grad, x, *call.blocks, call.expert_offsets, row_index, call.saved_h),
-            *(None if call.activation == "none" else call.saved, call.in_features, call.out_features, call.activation),
-            *(program, may_round_to_tf32(x.dtype), *call.need),
+    def backward(self, call: BackwardCall, cut: Panel | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: of the kernel that computes dx."""
+        call = _dense(replace(call, saved=call.saved.contiguous()))
+        return steps.backward(call, self.launches, partial(self._gradients, cut=cut))
+
+    def _gradients(
+        self, call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None, cut: Panel | None
+    ) -> steps.Gradients:
+        need = call.need_of_plan
+        if cut is not None and dx is not None:
+            self._panels(call, dz, dx, cut, transposed=True)
+            need = (False, *need[1:])
+        if not any(need):
+            return steps.NO_GRADIENTS
+        return steps.gradients_by_steps(call, self.launches, dz, x, dx, need)
+
+    def _panels(
+        self,
+        call: ForwardCall | BackwardCall,
+        rows: Tensor,
+        out: Tensor,
+        cut: Panel,
+        row_index: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        pre: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """Rows through W, or its transpose, of which so many columns at a time are rebuilt in shared memory."""
+        self.ops.panel_product(
+            *(rows, *call.blocks, out, call.expert_offsets, row_index, bias, activation, pre),
+            *(
+                call.in_features,
+                call.out_features,
+                transposed,
+                cut.sizes,
+                cut.left_first,
+                may_round_to_tf32(rows.dtype),
+            ),
         )
-        if call.need[0] and row_index is not None:
-            dx = self.ops.sum_rows(dx, *slots_by_token(row_index, x.shape[0]))
-        return dx, dleft, dcentral, dright, dbias

@@ -58,10 +58,9 @@ class Panel(NamedTuple):
     seconds: float
 
     @property
-    def program(self) -> str:
-        """The text that csrc/cuda/linear.h understands."""
-        half = "LC" if self.left_first else "CR"
-        return f"panel {self.left} {self.centre} {self.right} {half} W | W"
+    def sizes(self) -> tuple[int, int, int]:
+        """left, centre, right."""
+        return self[:3]
 
 
 def _round_up(value: int, step: int) -> int:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.triton.configs import fused_choice
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
 from mpoe_kernels.linear.triton.launch import multiprocessors, precision
-from mpoe_kernels.linear.triton.operands import Operand
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from mpoe_kernels.linear.gpu.operands import LAYOUTS, Operand, index_map, scratch
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
-from mpoe_kernels.linear.triton.operands import LAYOUTS, Operand, activations, index_map, scratch
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.triton.pointwise import activation_backward, sum_rows_by_token
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 
@@ -40,33 +42,16 @@ def rows_times_block(
     offsets: Tensor,
     slots: int,
     *,
+    out: Operand,
     row_index: Tensor | None = None,
-    out: Operand | None = None,
     bias: Tensor | None = None,
     activation: str = "none",
     pre: Tensor | None = None,
     tail: bool = True,
     tile: Tile | None = None,
 ) -> Operand:
-    """Contract rows with every expert's block, or with the one block they share.
-
-    Args:
-        rows: activations; with ``row_index`` slot s reads row ``row_index[s]``.
-        operand: block; its expert axis matches ``offsets``.
-        offsets: ``[E + 1]`` slots of the experts, or the part of it that belongs to ``operand``'s experts.
-        slots: N.
-        out: where to; by default new memory.
-        bias, activation: epilogue; ``pre`` receives the pre-activation.
-        tail: clear the slots behind the last offset.
-
-    Returns:
-        ``out``: activations whose axes are those that only one operand has.
-    """
+    """See `mpoe_kernels.linear.gpu.products.Launches`."""
     kept, new, shared = rows.axes - operand.axes, operand.axes - rows.axes, rows.axes & operand.axes
-    if out is None:
-        axes = [*_ordered(kept, rows), *_ordered(new, operand)]
-        data = rows.data.new_empty(slots, dims.elements(kept | new))
-        out = activations(data, tuple(axes), dims)
     m, k, n = (
         index_map(kept, dims, rows, out),
         index_map(shared, dims, rows, operand),
@@ -134,45 +119,41 @@ def block_gradient(
     dims: BlockDims,
     offsets: Tensor,
     *,
+    out: Operand,
     row_index: Tensor | None = None,
-    out: Operand | None = None,
     tile: Tile | None = None,
 ) -> Operand:
-    """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
-
-    Returns:
-        ``out``, or new memory ``[E, ...]``; of the shared central block the float32 sum over all slots, ``[1, ...]``.
-    """
+    """See `mpoe_kernels.linear.gpu.products.Launches`."""
     axes = frozenset(LAYOUTS[name])
     shared = rows.axes & grads.axes
-    experts, grouped = offsets.shape[0] - 1, name != "C" or (out is not None and out.outer != 0)
-    m_axes, n_axes = axes & rows.axes, axes & grads.axes
-    layout = out if out is not None else scratch(name, 0, dims, rows.data)
+    experts, grouped = offsets.shape[0] - 1, out.outer != 0
+    # A shared block's sum is split; its parts, and what they are added to, have the layout of blocks.
+    layout = out if grouped else scratch(name, 0, dims, rows.data)
     m, n, s = (
-        index_map(m_axes, dims, rows, layout),
-        index_map(n_axes, dims, grads, layout),
+        index_map(axes & rows.axes, dims, rows, layout),
+        index_map(axes & grads.axes, dims, grads, layout),
         index_map(shared, dims, grads, rows),
     )
-    again = partial(block_gradient, rows, grads, name, dims, offsets, row_index=row_index, out=out)
-    tile = tile or tile_for(
-        "outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0], lambda t: again(tile=t)
-    )
+
+    def again(tile: Tile) -> Operand:
+        to = out if grouped else replace(out, data=torch.empty_like(out.data))  # what is added must be added once
+        return block_gradient(rows, grads, name, dims, offsets, row_index=row_index, out=to, tile=tile)
+
+    tile = tile or tile_for("outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0], again)
     mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
     splits = 1 if grouped else central_splits(rows.data.device, mn_tiles, grads.data.shape[0] * s.extent, tile)
-    if out is None:
-        like = rows.data if grouped else rows.data.new_empty(0, dtype=torch.float32)
-        out = scratch(name, experts if grouped else splits, dims, like)
+    found = out if grouped else scratch(name, splits, dims, out.data)
     start(
         outer_kernel,
         (mn_tiles, experts if grouped else splits),
         a=rows.data,
         g=grads.data,
-        out=out.data,
-        row_index=out.data if row_index is None else row_index,
+        out=found.data,
+        row_index=found.data if row_index is None else row_index,
         offsets=offsets,
         A_SLOT=rows.outer,
         G_SLOT=grads.outer,
-        OUT_EXPERT=out.outer,
+        OUT_EXPERT=found.outer,
         S=s.extent,
         M=m.extent,
         N=n.extent,
@@ -193,7 +174,9 @@ def block_gradient(
         PRECISION=precision(rows.data.dtype),
         **launch_options(tile),
     )
-    return out if grouped else Operand(out.data.sum(0, keepdim=True), out.strides, 0)
+    if not grouped:
+        out.data.add_(found.data.sum(0).view_as(out.data))
+    return out
 
 
 def central_splits(device: torch.device, tiles: int, rows: int, tile: Tile) -> int:
@@ -211,10 +194,7 @@ def merge_blocks(
     accumulate: bool = False,
     tile: Tile | None = None,
 ) -> Operand:
-    """Contract two blocks of every busy expert into ``out``; idle experts keep what ``out`` held.
-
-    With ``accumulate``, ``out`` is float32 and shared by the experts: their products are added to it.
-    """
+    """See `mpoe_kernels.linear.gpu.products.Launches`; idle experts keep what ``out`` held."""
     m, n, k = (
         index_map(first.axes - second.axes, dims, out, first),
         index_map(second.axes - first.axes, dims, out, second),
@@ -255,5 +235,16 @@ def merge_blocks(
     return out
 
 
-def _ordered(axes: frozenset[str], operand: Operand) -> list[str]:
-    return sorted(axes, key=lambda axis: operand.strides[axis], reverse=True)
+@dataclass(frozen=True)
+class TritonLaunches:
+    """See `mpoe_kernels.linear.gpu.products.Launches`."""
+
+    rows_times_block = staticmethod(rows_times_block)
+    block_gradient = staticmethod(block_gradient)
+    merge_blocks = staticmethod(merge_blocks)
+    activation_backward = staticmethod(activation_backward)
+    sum_rows_by_token = staticmethod(sum_rows_by_token)
+    writes_idle_experts = False
+
+
+LAUNCHES = TritonLaunches()

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.triton import fused_launch, kernels, launch, products
+from mpoe_kernels.linear.triton import fused_launch
 from mpoe_kernels.linear.triton.fused_tiles import FusedTile, fused_table
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.triton import start
+from tests.linear_scenarios import ScratchElements
 
 from .linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
@@ -61,25 +62,6 @@ def test_rebuilding_step_by_step_holds_two_weights_at_most(monkeypatch: pytest.M
     """Scratch memory that lives at once, however many experts there are."""
     shape = SMALL_SHAPES["paper"]
     dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
-    alive: dict[int, int] = {}
-    most = 0
-
-    class Counted(torch.Tensor):
-        def __del__(self) -> None:
-            alive.pop(id(self), None)
-
-    def counting(original):
-        def scratch(name, experts, dims, like):
-            nonlocal most
-            found = original(name, experts, dims, like)
-            data = found.data.as_subclass(Counted)
-            alive[id(data)] = data.numel()
-            most = max(most, sum(alive.values()))
-            return type(found)(data, found.strides, found.outer, found.limit)
-
-        return scratch
-
-    for module in (products, launch, kernels):
-        monkeypatch.setattr(module, "scratch", counting(module.scratch))
+    alive = ScratchElements(monkeypatch)
     Case(shape, experts=6).run("rebuild")
-    assert dims.weight_elements < most <= 2 * dims.weight_elements
+    assert dims.weight_elements < alive.most <= 2 * dims.weight_elements

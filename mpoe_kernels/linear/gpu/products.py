@@ -1,18 +1,94 @@
-"""The products of a program as Triton launches: operands with named axes, for some experts at a time."""
+"""The products of a program as launches of a GPU backend: operands with named axes, for some experts at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.triton.cost import experts_at_once
-from mpoe_kernels.linear.triton.launch import block_gradient, merge_blocks, rows_times_block
-from mpoe_kernels.linear.triton.operands import Operand, activations, block, scratch
+from mpoe_kernels.linear.gpu.cost import experts_at_once
+from mpoe_kernels.linear.gpu.operands import Operand, activations, block, scratch
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import Product, Program, is_block, value_of
+
+
+class Launches(Protocol):
+    """What a GPU backend supplies: one launch for each product of a program."""
+
+    # Whether gradients of experts without slots are written, as zeros; else they must be zeros before.
+    writes_idle_experts: bool
+
+    def rows_times_block(
+        self,
+        rows: Operand,
+        operand: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+        slots: int,
+        *,
+        out: Operand,
+        row_index: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        pre: Tensor | None = None,
+        tail: bool = True,
+    ) -> Operand:
+        """Contract rows with every expert's block, or with the one block they share.
+
+        Args:
+            rows: activations; with ``row_index`` slot s reads row ``row_index[s]``.
+            operand: block; its expert axis matches ``offsets``.
+            dims: sizes of the axes.
+            offsets: ``[E + 1]`` slots of the experts, or the part of it that belongs to ``operand``'s experts.
+            slots: N.
+            out: where to: activations whose axes are those that only one operand has.
+            row_index: see ``rows``.
+            bias, activation: epilogue; ``pre`` receives the pre-activation.
+            pre: see ``bias``.
+            tail: clear the slots past the last offset.
+
+        Returns:
+            ``out``.
+        """
+
+    def block_gradient(
+        self,
+        rows: Operand,
+        grads: Operand,
+        name: str,
+        dims: BlockDims,
+        offsets: Tensor,
+        *,
+        out: Operand,
+        row_index: Tensor | None = None,
+    ) -> Operand:
+        """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
+
+        An ``out`` that the experts share (outer 0) is float32: the sum over them is added to it.
+        """
+
+    def merge_blocks(
+        self,
+        first: Operand,
+        second: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+        *,
+        accumulate: bool = False,
+    ) -> Operand:
+        """Contract two blocks of every busy expert; ``accumulate``: as of `block_gradient` with a shared ``out``."""
+
+    def activation_backward(
+        self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
+
+    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
+        """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
 
 
 @dataclass
@@ -20,6 +96,7 @@ class Pass:
     """Tensors of a whole call, by the program's names.
 
     Attributes:
+        launches: of the backend.
         program: what is computed.
         dims: sizes of the blocks.
         offsets: ``[E + 1]`` slots of the experts.
@@ -30,6 +107,7 @@ class Pass:
         bias, activation, pre: epilogue of y; ``pre`` receives the pre-activation.
     """
 
+    launches: Launches
     program: Program
     dims: BlockDims
     offsets: Tensor
@@ -45,15 +123,15 @@ class Pass:
         """E."""
         return self.offsets.shape[0] - 1
 
-    def chunks(self) -> Iterator[TritonChunk]:
+    def chunks(self) -> Iterator[GpuChunk]:
         """Ranges of experts whose built weights, and as many again for gradients, fit two whole weights."""
         size = experts_at_once(self.dims, self.program.built) or max(self.experts, 1)
         for first in range(0, self.experts, size):
-            yield TritonChunk(self, first, min(first + size, self.experts))
+            yield GpuChunk(self, first, min(first + size, self.experts))
 
 
 @dataclass
-class TritonChunk:
+class GpuChunk:
     """The products for experts ``first:last``; see `mpoe_kernels.engine.driver.Chunk`."""
 
     whole: Pass
@@ -62,7 +140,9 @@ class TritonChunk:
     offsets: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.offsets = self.whole.offsets[self.first : self.last + 1]
+        offsets = self.whole.offsets
+        all_experts = (self.first, self.last) == (0, self.whole.experts)
+        self.offsets = offsets if all_experts else offsets[self.first : self.last + 1]
 
     def given(self, name: str) -> Operand:
         operand = self.whole.values[name]
@@ -81,7 +161,7 @@ class TritonChunk:
             data = rows.data.new_empty(whole.slots, whole.dims.elements(frozenset(axes)))
             out = activations(data, axes, whole.dims)
         last = product.result == "y"
-        return rows_times_block(
+        return whole.launches.rows_times_block(
             rows,
             operand,
             whole.dims,
@@ -92,25 +172,23 @@ class TritonChunk:
             bias=whole.bias if last else None,
             activation=whole.activation if last else "none",
             pre=whole.pre if last else None,
-            tail=self.last == whole.experts,
+            # Nobody reads what lies there in rows between two operands.
+            tail=self.last == whole.experts and product.result in whole.values,
         )
 
     def gradient(self, product: Product, rows: Operand, grads: Operand) -> Operand:
-        index = self.whole.row_index if product.first == "x" else None
-        name, central = value_of(product.result), product.result == "d C"
-        out = None if central else self._target(product.result) or self._new(name, rows.data)
-        found = block_gradient(rows, grads, name, self.whole.dims, self.offsets, row_index=index, out=out)
-        if central:
-            total = self.whole.values["d C"]
-            total.data.add_(found.data.view_as(total.data))
-        return found
+        whole, name = self.whole, value_of(product.result)
+        out = self._target(product.result) or self._new(name, rows.data)
+        index = whole.row_index if product.first == "x" else None
+        return whole.launches.block_gradient(rows, grads, name, whole.dims, self.offsets, row_index=index, out=out)
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
         # The operand that holds the result's slowest axis gives the rows.
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
-        return merge_blocks(p, q, out, self.whole.dims, self.offsets, accumulate=product.result == "d C")
+        accumulate = product.result == "d C"
+        return self.whole.launches.merge_blocks(p, q, out, self.whole.dims, self.offsets, accumulate=accumulate)
 
 
 def blocks_of(left: Tensor, central: Tensor, right: Tensor) -> dict[str, Operand]:
@@ -132,8 +210,8 @@ def y_rows(y: Tensor, dims: BlockDims) -> Operand:
 class BlockGradients:
     """Where a backward puts the gradients of the blocks that need one; None for the others.
 
-    Left and right ``[E, ...]`` begin as zeros, because experts without slots get no gradient; the central one is a
-    float32 sum over the experts.
+    The central one is a float32 sum over the experts, which begins as zeros. So do left and right ``[E, ...]`` where
+    the gradients of experts without slots are not written.
     """
 
     left: Tensor | None
@@ -141,11 +219,16 @@ class BlockGradients:
     right: Tensor | None
 
     @classmethod
-    def zeros(
-        cls, left: Tensor, central: Tensor, right: Tensor, need: tuple[bool, bool, bool] = (True, True, True)
+    def begun(
+        cls,
+        launches: Launches,
+        blocks: tuple[Tensor, Tensor, Tensor],
+        need: tuple[bool, bool, bool] = (True, True, True),
     ) -> BlockGradients:
+        left, central, right = blocks
+        make = torch.empty if launches.writes_idle_experts else torch.zeros
         dleft, dright = (
-            torch.zeros(t.shape, dtype=t.dtype, device=t.device) if needed else None
+            make(t.shape, dtype=t.dtype, device=t.device) if needed else None
             for t, needed in ((left, need[0]), (right, need[2]))
         )
         total = torch.zeros(central.shape, dtype=torch.float32, device=central.device) if need[1] else None

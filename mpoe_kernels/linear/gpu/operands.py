@@ -50,7 +50,9 @@ class Operand:
 
     def experts(self, first: int, last: int) -> Operand:
         """The same block of experts ``first:last`` only; a shared block stays as it is."""
-        return self if self.outer == 0 else Operand(self.data[first:last], self.strides, self.outer, self.limit)
+        if self.outer == 0 or (first, last) == (0, self.data.shape[0]):
+            return self
+        return Operand(self.data[first:last], self.strides, self.outer, self.limit)
 
 
 def row_major(axes: Iterable[str], dims: BlockDims) -> dict[str, int]:

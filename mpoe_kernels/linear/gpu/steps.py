@@ -1,0 +1,78 @@
+"""Grouped MPO linear by launches: what surrounds the contraction, and the contraction step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.engine.driver import run
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.gpu.operands import activations
+from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of, x_rows, y_rows
+from mpoe_kernels.planner import program_of
+from mpoe_kernels.planner.program import KEPT, Need
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_GRADIENTS: Gradients = (None, None, None)
+
+
+def unit_columns(t: Tensor) -> Tensor:
+    """The kernels read rows of contiguous columns."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h, z)``, see `ForwardCall`; every product of the program is a launch."""
+    x, dims, slots = unit_columns(call.x), call.dims, call.slots
+    y = x.new_empty(slots, call.out_features)
+    pre = torch.empty_like(y) if call.saves_z else None
+    h = x.new_empty(slots * dims.jC, dims.b) if call.saves_h else None
+    program = program_of(dims, call.strategy, "forward")
+    values = {"x": x_rows(x, dims), "y": y_rows(y, dims), **blocks_of(*call.blocks)}
+    if h is not None:
+        values[KEPT] = activations(h.view(slots, dims.jC * dims.b), program.axes[KEPT], dims)
+    sizes = (program, dims, call.expert_offsets, slots)
+    run(program, Pass(launches, *sizes, values, call.row_index, call.bias, call.activation, pre).chunks())
+    return y, x.new_empty(0) if h is None else h, x.new_empty(0) if pre is None else pre
+
+
+def backward(
+    call: BackwardCall,
+    launches: Launches,
+    gradients: Callable[[BackwardCall, Tensor, Tensor, Tensor | None], Gradients],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`.
+
+    Args:
+        call: of the op.
+        launches: of the backend.
+        gradients: from the call, dz, x and ``dx [N, I]`` (None: not needed), which it writes by slot, to those of the
+            blocks.
+    """
+    grad, need = call.grad, call.need_of_plan
+    x, offsets = unit_columns(call.x), call.expert_offsets
+    dz, dbias = launches.activation_backward(grad.contiguous(), call.saved, offsets, call.activation, call.need[4])
+    dx = grad.new_empty(call.slots, call.in_features) if need[0] else None
+    parts = gradients(call, dz, x, dx) if any(need) else NO_GRADIENTS
+    if dx is not None and call.row_index is not None:
+        dx = launches.sum_rows_by_token(dx, call.row_index, x.shape[0])
+    results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+def gradients_by_steps(
+    call: BackwardCall, launches: Launches, dz: Tensor, x: Tensor, dx: Tensor | None, need: Need
+) -> Gradients:
+    """Those of the blocks, and ``dx`` where ``need[0]``; every product of the program is a launch."""
+    dims, h = call.dims, call.saved_h
+    program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
+    grads = BlockGradients.begun(launches, call.blocks, need[1:])
+    values = {"x": x_rows(x, dims), "d y": y_rows(dz, dims), **blocks_of(*call.blocks), **grads.operands()}
+    if dx is not None:
+        values["d x"] = x_rows(dx, dims)
+    if h is not None:
+        values[KEPT] = activations(h.view(call.slots, dims.jC * dims.b), program.axes[KEPT], dims)
+    run(program, Pass(launches, program, dims, call.expert_offsets, call.slots, values, call.row_index).chunks())
+    return grads.results(call.central.dtype)

@@ -6,12 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from mpoe_kernels.linear.gpu import products
-from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
 
@@ -54,26 +50,3 @@ class LinearScenarios:
         strategies = self.strategies(shape)
         for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
             self.problem(shape, activation="relu").check(forward, backward)
-
-
-class ScratchElements:
-    """Elements of the composites that are alive, and the most there have been, from now on until the test ends."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.most = 0
-        alive: dict[int, int] = {}
-
-        class Counted(torch.Tensor):
-            def __del__(self) -> None:
-                alive.pop(id(self), None)
-
-        original = products.scratch
-
-        def scratch(name: str, experts: int, dims: BlockDims, like: torch.Tensor) -> Operand:
-            found = original(name, experts, dims, like)
-            data = found.data.as_subclass(Counted)
-            alive[id(data)] = data.numel()
-            self.most = max(self.most, sum(alive.values()))
-            return Operand(data, found.strides, found.outer, found.limit)
-
-        monkeypatch.setattr(products, "scratch", scratch)

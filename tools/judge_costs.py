@@ -38,7 +38,7 @@ OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 def plans_of(case: Workload, phase: str) -> list[Contraction]:
     """Candidates of a phase; a training forward of a separable shape has no choice."""
     shape = case.shape
-    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    dims = BlockDims.of_shape(shape)
     found = contractions(dims, case.num_experts, case.num_tokens, case.dtype, phase, mask_central=case.mask_central)
     if phase == "forward" and case.training and dims.is_separable:
         return [plan for plan in found if plan.strategy == "separable"]

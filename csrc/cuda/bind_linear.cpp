@@ -2,6 +2,7 @@
 // (pointwise.h). Checks, allocation and launches; who calls them: mpoe_kernels/linear/cuda.
 #include "cuda/bind.h"
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -51,75 +52,81 @@ Epilogue epilogue_of(const std::optional<Tensor>& bias, const std::string& activ
   return {data_of(bias, like), activation_of(activation), const_cast<void*>(data_of(pre, like))};
 }
 
-// Axes by name. layout: strides of iL jL a iC jC b iR jR (0: not an axis), elements from one slot or expert to the next (0:
-// shared by all), true columns (0: all of them).
-Named operand_from(const Tensor& tensor, const Integers& layout) {
-  MPOE_CHECK(layout.size() == kAxes + 2, "a layout has ", kAxes + 2, " numbers; got ", layout.size());
-  Named operand;
-  operand.data = const_cast<void*>(tensor.const_data_ptr());
-  for (int axis = 0; axis < kAxes; ++axis) operand.stride[axis] = layout[static_cast<std::size_t>(axis)];
-  operand.outer = layout[kAxes];
-  if (layout[kAxes + 1] > 0) operand.limit = counted(layout[kAxes + 1], "columns");
-  return operand;
-}
+// What a step reads or writes, in numbers of 64 bits; StepOperand of mpoe_kernels/linear/cuda/plan.py.
+struct StepOperand {
+  int64_t tensor;         // of the call's, or -1: the scratch memory
+  int64_t offset;         // element at which it begins
+  int64_t outer;          // elements from one slot or expert to the next; 0: shared by all
+  int64_t limit;          // true columns; 0: all of them
+  int64_t stride[kAxes];  // 0: not an axis
+};
+// One launch; Step of mpoe_kernels/linear/cuda/plan.py.
+struct Step {
+  int64_t kind;            // see below
+  int64_t first, experts;  // at work
+  int64_t gathers;         // rows are read by row_index
+  int64_t epilogue;        // the result is y: bias, activation, pre
+  int64_t tail;            // clear the rows that no expert owns
+  StepOperand a, b, out;
+};
+enum StepKind : int64_t { kRows = 0, kGradient = 1, kMerge = 2 };
 
-// sizes: of the axes, as a layout names them.
-Context context_of(const Tensor& like, const Integers& sizes, const Tensor& offsets, int64_t slots, bool tf32,
-                   cudaStream_t stream) {
+// The products of a program, one launch each. sizes: of iL jL a iC jC b iR jR; scratch: dtype of x.
+void contract_steps_op(std::vector<Tensor> tensors, const Tensor& scratch, const Tensor& steps, Integers sizes,
+                       const Tensor& offsets, int64_t slots, const std::optional<Tensor>& row_index,
+                       const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
+                       bool tf32) {
+  const OnDevice device(scratch);
   MPOE_CHECK(sizes.size() == kAxes, "there are ", int(kAxes), " axes; got ", sizes.size());
+  MPOE_CHECK(
+      steps.is_cpu() && steps.is_contiguous() && steps.scalar_type() == ScalarType::Byte &&
+          steps.numel() % static_cast<int64_t>(sizeof(Step)) == 0,
+      "steps must be bytes of the CPU, ", sizeof(Step), " for each");
   Context context;
-  context.dtype = kernel_dtype(like, "x");
+  context.dtype = kernel_dtype(scratch, "x");
   for (int axis = 0; axis < kAxes; ++axis) {
     context.dims.size[axis] = counted(sizes[static_cast<std::size_t>(axis)], "a dimension of the blocks");
   }
   context.tf32 = tf32;
-  context.offsets = offsets_of(offsets, like);
-  context.experts = counted(offsets.size(0) - 1, "the number of experts");
   context.slots = counted(slots, "the number of slots");
-  context.stream = stream;
-  return context;
-}
+  context.stream = device.stream();
+  const int* const first_offset = offsets_of(offsets, scratch);
+  const int64_t* const rows_of_slots = index_of(row_index, scratch);
+  const Epilogue epilogue = epilogue_of(bias, activation, pre, scratch);
+  for (const Tensor& tensor : tensors) check_same_device({&scratch, &tensor});
 
-void rows_times_block_op(const Tensor& rows, Integers rows_layout, const Tensor& block, Integers block_layout,
-                         const Tensor& out, Integers out_layout, Integers sizes, const Tensor& offsets, int64_t slots,
-                         const std::optional<Tensor>& row_index, const std::optional<Tensor>& bias,
-                         std::string activation, const std::optional<Tensor>& pre, bool tf32, bool tail) {
-  const OnDevice device(rows);
-  data_of(block, rows);
-  data_of(out, rows);
-  const Context context = context_of(rows, sizes, offsets, slots, tf32, device.stream());
-  rows_times_block(context, operand_from(rows, rows_layout), operand_from(block, block_layout),
-                   operand_from(out, out_layout), index_of(row_index, rows), tail,
-                   epilogue_of(bias, activation, pre, rows));
-}
-
-void check_result(const Tensor& out, const Integers& layout, const Tensor& like) {
-  check_same_device({&like, &out});
-  const bool shared = layout.size() > kAxes && layout[kAxes] == 0;
-  MPOE_CHECK(
-      shared ? out.scalar_type() == ScalarType::Float : out.scalar_type() == like.scalar_type(),
-      "out must have the dtype of the operands; float32 where experts share it");
-}
-
-void block_gradient_op(const Tensor& rows, Integers rows_layout, const Tensor& grads, Integers grads_layout,
-                       const Tensor& out, Integers out_layout, Integers sizes, const Tensor& offsets, int64_t slots,
-                       const std::optional<Tensor>& row_index, bool tf32) {
-  const OnDevice device(rows);
-  data_of(grads, rows);
-  check_result(out, out_layout, rows);
-  const Context context = context_of(rows, sizes, offsets, slots, tf32, device.stream());
-  block_gradient(context, operand_from(rows, rows_layout), operand_from(grads, grads_layout),
-                 operand_from(out, out_layout), index_of(row_index, rows));
-}
-
-void merge_blocks_op(const Tensor& first, Integers first_layout, const Tensor& second, Integers second_layout,
-                     const Tensor& out, Integers out_layout, Integers sizes, const Tensor& offsets, bool tf32) {
-  const OnDevice device(first);
-  data_of(second, first);
-  check_result(out, out_layout, first);
-  const Context context = context_of(first, sizes, offsets, 0, tf32, device.stream());
-  merge_blocks(context, operand_from(first, first_layout), operand_from(second, second_layout),
-               operand_from(out, out_layout));
+  const auto operand = [&](const StepOperand& from, bool as_float) {
+    MPOE_CHECK(from.tensor < static_cast<int64_t>(tensors.size()), "a step names tensor ", from.tensor);
+    const Tensor& tensor = from.tensor < 0 ? scratch : tensors[static_cast<std::size_t>(from.tensor)];
+    MPOE_CHECK(
+        tensor.scalar_type() == (as_float ? ScalarType::Float : scratch.scalar_type()),
+        "operands must have the dtype of x; sums over experts are float32");
+    Named found;
+    const int64_t size = as_float ? int64_t(sizeof(float)) : int64_t(size_of(context.dtype));
+    found.data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + from.offset * size;
+    std::copy(from.stride, from.stride + kAxes, found.stride);
+    found.outer = from.outer;
+    if (from.limit > 0) found.limit = counted(from.limit, "columns");
+    return found;
+  };
+  const auto* const begin = static_cast<const Step*>(steps.const_data_ptr());
+  for (const Step* step = begin; step != begin + steps.numel() / static_cast<int64_t>(sizeof(Step)); ++step) {
+    MPOE_CHECK(
+        step->first >= 0 && step->first + step->experts < offsets.size(0), "a step is about experts that there are not");
+    context.offsets = first_offset + step->first;
+    context.experts = static_cast<int>(step->experts);
+    const Named a = operand(step->a, false), b = operand(step->b, false);
+    const Named out = operand(step->out, step->kind != kRows && step->out.outer == 0);
+    const int64_t* const gathered = step->gathers ? rows_of_slots : nullptr;
+    switch (step->kind) {
+      case kRows:
+        rows_times_block(context, a, b, out, gathered, step->tail != 0, step->epilogue ? epilogue : Epilogue{});
+        break;
+      case kGradient: block_gradient(context, a, b, out, gathered); break;
+      case kMerge: merge_blocks(context, a, b, out); break;
+      default: MPOE_CHECK(false, "a step has no kind ", step->kind);
+    }
+  }
 }
 
 // Dense left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR].
@@ -254,15 +261,8 @@ Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
   m.def(
-      "rows_times_block(Tensor rows, int[] rows_layout, Tensor block, int[] block_layout, Tensor(a!) out, "
-      "int[] out_layout, int[] sizes, Tensor offsets, int slots, Tensor? row_index, Tensor? bias, str activation, "
-      "Tensor(b!)? pre, bool tf32, bool tail) -> ()");
-  m.def(
-      "block_gradient(Tensor rows, int[] rows_layout, Tensor grads, int[] grads_layout, Tensor(a!) out, "
-      "int[] out_layout, int[] sizes, Tensor offsets, int slots, Tensor? row_index, bool tf32) -> ()");
-  m.def(
-      "merge_blocks(Tensor first, int[] first_layout, Tensor second, int[] second_layout, Tensor(a!) out, "
-      "int[] out_layout, int[] sizes, Tensor offsets, bool tf32) -> ()");
+      "contract_steps(Tensor(a!)[] tensors, Tensor(b!) scratch, Tensor steps, int[] sizes, Tensor offsets, int slots, "
+      "Tensor? row_index, Tensor? bias, str activation, Tensor(c!)? pre, bool tf32) -> ()");
   m.def(
       "panel_product(Tensor rows, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor offsets, "
       "Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, int out_features, "
@@ -278,9 +278,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MPOE_CUDA_OPS, MPOE_CUDA_KEY, m) {
-  m.impl("rows_times_block", TORCH_BOX(&mpoe::cuda::rows_times_block_op));
-  m.impl("block_gradient", TORCH_BOX(&mpoe::cuda::block_gradient_op));
-  m.impl("merge_blocks", TORCH_BOX(&mpoe::cuda::merge_blocks_op));
+  m.impl("contract_steps", TORCH_BOX(&mpoe::cuda::contract_steps_op));
   m.impl("panel_product", TORCH_BOX(&mpoe::cuda::panel_product_op));
   m.impl("few_product", TORCH_BOX(&mpoe::cuda::few_product_op));
   m.impl("activation_backward", TORCH_BOX(&mpoe::cuda::activation_backward_op));

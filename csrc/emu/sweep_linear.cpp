@@ -8,6 +8,7 @@
 
 #include "cuda/contract.h"
 #include "cuda/few.h"
+#include "cuda/panel.h"
 #include "cuda/panel_launch.cuh"
 #include "cuda/pointwise.h"
 #include "cuda/steps.h"
@@ -34,6 +35,7 @@ namespace {
 using check::Array;
 
 constexpr Dtype kDtype = Dtype::kBFloat16;
+constexpr float kBefore = 1.f;  // what the central gradient is added to
 
 // What is built from blocks, and what rows meet; or a kernel of one launch.
 struct Way {
@@ -207,7 +209,7 @@ void run(const Case& c) {
 
     const Array dx = result(c.slots * d.in_features), dleft = result(left.count()), dright = result(right.count()),
                 dbias = result(d.out_features), dz = result(c.slots * d.out_features);
-    std::vector<float> dcentral(static_cast<std::size_t>(central.count()), 0.f);
+    std::vector<float> dcentral(static_cast<std::size_t>(central.count()), kBefore);
     std::vector<float> sums(static_cast<std::size_t>(partial_elements(context.slots, dims.out_features)));
     const Array& saved = c.activation == mpoe::Activation::kRelu ? y : z;
     const bool through = c.activation != mpoe::Activation::kNone;
@@ -238,6 +240,7 @@ void run(const Case& c) {
       }
     }
 
+    for (float& value : dcentral) value -= kBefore;
     std::vector<double> by_token(truth.dx.size());
     for (int64_t s = 0; s < c.slots; ++s) {
       const int64_t row = c.tokens ? p.row_index[s] : s;

@@ -62,7 +62,7 @@ def shapes() -> dict[str, tuple[MPOShape, MPOShape]]:
 
 def dims_of(shape: MPOShape) -> BlockDims:
     """Sizes of a shape's folded blocks."""
-    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    return BlockDims.of_shape(shape)
 
 
 def _empty(*size: int, dtype: torch.dtype) -> Tensor:

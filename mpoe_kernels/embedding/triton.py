@@ -13,9 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mpoe_kernels.engine.driver import run
 from mpoe_kernels.indices import check_ids
-from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major, scratch
+from mpoe_kernels.linear.gpu.operands import Operand, activations, block
 from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
 from mpoe_kernels.linear.triton.launch import LAUNCHES, block_gradient, rows_times_block
 from mpoe_kernels.planner.orders import BlockDims
@@ -124,13 +123,10 @@ def _one_expert(like: Tensor) -> Tensor:
 
 def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
     """``[iL iC iR, jL jC jR]``, padding included."""
-    table = scratch("W", 1, dims, left)
+    table = left.new_empty(1, dims.weight_elements)
     program = weight_program(dims)
-    run(
-        program,
-        Pass(LAUNCHES, program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}).chunks(),
-    )
-    return table.data.view(dims.iL * dims.iC * dims.iR, -1)
+    LAUNCHES.compute(Pass(program, dims, _one_expert(left), 0, {"W": table, **blocks_of(left, central, right)}))
+    return table.view(dims.iL * dims.iC * dims.iR, -1)
 
 
 def embedding_backward(
@@ -184,9 +180,8 @@ def _table_backward(
     """Sum the rows' gradients into a table's, and project that onto the blocks."""
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
-    whole = Operand(padded.view(1, -1), row_major(("iL", "iC", "iR", "jL", "jC", "jR"), dims), padded.numel())
     grads = BlockGradients.begun(LAUNCHES, (left, central, right))
     program = weight_backward_program(dims)
-    values = {"d W": whole, **blocks_of(left, central, right), **grads.operands()}
-    run(program, Pass(LAUNCHES, program, dims, _one_expert(left), 0, values).chunks())
+    values = {"d W": padded.view(1, -1), **blocks_of(left, central, right), **grads.values()}
+    LAUNCHES.compute(Pass(program, dims, _one_expert(left), 0, values))
     return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for

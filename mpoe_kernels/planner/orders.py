@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from mpoe_kernels.mpo.shape import MPOShape
+
 # Axes of the blocks and of what is built from them, in memory order. "LC" and "CR" are half-built weights, "W" is the
 # whole one.
 AXES = {
@@ -57,6 +59,11 @@ class BlockDims(NamedTuple):
         _, rows_c, cols_c, b = central.shape
         _, _, rows_r, cols_r = right.shape
         return cls(rows_l, cols_l, a, rows_c, cols_c, b, rows_r, cols_r, in_features, out_features)
+
+    @classmethod
+    def of_shape(cls, shape: MPOShape) -> BlockDims:
+        """Sizes of the blocks of a shape."""
+        return cls(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
 
     def elements(self, indices: frozenset[str]) -> int:
         """Product of the sizes of ``indices``: elements of a tensor, or multiply-adds of a contraction."""

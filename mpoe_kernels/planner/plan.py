@@ -206,7 +206,7 @@ def plan_contraction(
         _check_count(name, value, least)
     hardware = hardware_of(device)
     hardware.flops_per_second(dtype)  # refuses other dtypes
-    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    dims = BlockDims.of_shape(shape)
     slots = num_tokens * top_k
     # When gradients are wanted, the ops run a separable shape's forward so that its central step's result is saved.
     saves = training and dims.is_separable

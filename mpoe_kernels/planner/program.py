@@ -95,8 +95,12 @@ class Program:
     def __str__(self) -> str:
         return "; ".join(f"{p.result} = {p.first} {p.second}" for p in self.products) or "nothing"
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash((self.strategy, self.phase, self.products))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def _rows_name(position: int, count: int) -> str:

@@ -36,7 +36,7 @@ def plan(
 ) -> Contraction:
     shape = workload_shape(name, 768, 3072)
     shape = shape if up else shape.mirrored()
-    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    dims = BlockDims.of_shape(shape)
     return contraction(strategy, dims, experts, slots, torch.bfloat16, phase, need, keeps=keeps)
 
 

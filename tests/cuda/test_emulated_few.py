@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_chosen_blocks_fit_and_need_what_was_predicted(name: str) -> None:
     hardware = HARDWARE["a100"]
     shape = workload_shape(name, 768, 3072)
-    dims = BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    dims = BlockDims.of_shape(shape)
     for slots in (1, 8, 16):
         chosen = best_few(dims, 2, slots, hardware)
         assert chosen is not None

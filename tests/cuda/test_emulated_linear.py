@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.linear.cuda.plan import launch_plan
+from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
-from tests.linear_scenarios import LinearScenarios, ScratchElements
+from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case
 from .emulation import SCHEDULES, Schedule, schedule, stats
@@ -140,13 +142,25 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
 
 
 @pytest.mark.parametrize("experts", [2, 8])
-def test_temporary_weights_stay_below_two_experts(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_weights_stay_below_two_experts(experts: int) -> None:
     """Whatever their number; what else is needed belongs to rows."""
-    case = Case(WIDE["light"], torch.bfloat16, tokens=4, experts=experts, top_k=1, activation="none")
-    for strategy in planned_strategies(case.shape):
-        alive = ScratchElements(monkeypatch)
-        case.run(strategy)
-        assert alive.most <= 2 * case.linear.dims.weight_elements
+    dims, slots = BlockDims.of_shape(WIDE["light"]), 4
+    for strategy in planned_strategies(WIDE["light"]):
+        rows = slots * 2 * max(dims.elements(frozenset({"iL", "jC", "b", "jR"})), 128)
+        for phase, names in (("forward", ("x", "y")), ("backward", ("x", "d y", "d L", "d C", "d R", "d x"))):
+            program = program_of(dims, strategy, phase)
+            plan = launch_plan(program, dims, experts, slots, torch.bfloat16, (*names, "L", "C", "R"))
+            assert plan.launches >= len(program.products)
+            assert plan.scratch <= 2 * dims.weight_elements + (rows if strategy != "rebuild" else 0)
+
+
+def test_temporaries_that_live_at_the_same_time_do_not_share_memory() -> None:
+    """And those that do not, do: rows between operands need the memory of two at a time."""
+    dims = BlockDims.of_shape(WIDE["separable"])
+    program = program_of(dims, "separable", "forward")
+    plan = launch_plan(program, dims, 2, 64, torch.float32, ("x", "y", "L", "C", "R"))
+    between = [64 * dims.elements(frozenset(program.axes[name])) for name in ("rows1", "rows2")]
+    assert plan.scratch == sum(between)
 
 
 @settings(max_examples=25)

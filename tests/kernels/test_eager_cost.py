@@ -42,7 +42,7 @@ class CountGemms(TorchDispatchMode):
 
 def dims_of(name: str) -> BlockDims:
     shape = SHAPES[name]
-    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    return BlockDims.of_shape(shape)
 
 
 CASES = [

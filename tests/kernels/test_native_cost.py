@@ -22,7 +22,7 @@ SEPARABLE = BlockDims(iL=32, jL=1, a=32, iC=2, jC=2, b=32, iR=1, jR=32, in_featu
 
 def dims_of(name: str) -> BlockDims:
     shape = workload_shape(name, 96, 128)
-    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    return BlockDims.of_shape(shape)
 
 
 def plan_of(strategy: str, phase: str, dims: BlockDims = EVEN, slots: int = SLOTS, **more) -> Contraction:

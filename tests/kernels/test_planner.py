@@ -23,7 +23,7 @@ ROWS = (1, 2, 8, 32, 100, 512, 4096)
 
 
 def dims_of(shape: MPOShape) -> BlockDims:
-    return BlockDims(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+    return BlockDims.of_shape(shape)
 
 
 def optimal_flops(dims: BlockDims, rows: int) -> float:

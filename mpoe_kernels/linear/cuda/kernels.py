@@ -26,18 +26,14 @@ Call = TypeVar("Call", ForwardCall, BackwardCall)
 
 def _dense(call: Call) -> Call:
     """The kernels read dense tensors and count slots in 32 bits."""
-    left, central, right = (block.contiguous() for block in call.blocks)
-    bias, index = call.bias, call.row_index
-    return replace(
-        call,
-        x=call.x.contiguous(),
-        left=left,
-        central=central,
-        right=right,
-        expert_offsets=call.expert_offsets.to(torch.int32).contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        row_index=None if index is None else index.contiguous(),
-    )
+    changed: dict[str, Any] = {}
+    if call.expert_offsets.dtype != torch.int32:
+        changed["expert_offsets"] = call.expert_offsets.to(torch.int32)
+    for name in ("x", "left", "central", "right", "expert_offsets", "bias", "row_index", "saved"):
+        tensor = changed.get(name, getattr(call, name, None))
+        if tensor is not None and not tensor.is_contiguous():
+            changed[name] = tensor.contiguous()
+    return replace(call, **changed) if changed else call
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,15 @@ class LinearKernels:
             )
         return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
-    def backward(self, call: BackwardCall, cut: Panel | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def backward(self, call: BackwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: of the kernel that computes dx."""
-        call = _dense(replace(call, saved=call.saved.contiguous()))
-        return steps.backward(call, self.launches, partial(self._gradients, cut=cut))
+        return steps.backward(_dense(call), self.launches, partial(self._gradients, cut=cut))
 
     def _gradients(
-        self, call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None, cut: Panel | None
+        self, call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None, cut: Panel | Few | None
     ) -> steps.Gradients:
         need = call.need_of_plan
-        if cut is not None and dx is not None:
+        if isinstance(cut, Panel) and dx is not None:
             self._panels(call, dz, dx, cut, transposed=True)
             need = (False, *need[1:])
         if not any(need):

@@ -14,18 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.planner.orders import AXES, BlockDims
 
 DIGITS = 4
-# Axis order of blocks, and of what is built from them, in memory.
-LAYOUTS = {
-    "L": ("iL", "jL", "a"),
-    "C": ("a", "iC", "jC", "b"),
-    "R": ("b", "iR", "jR"),
-    "LC": ("iL", "jL", "iC", "jC", "b"),
-    "CR": ("a", "iC", "jC", "iR", "jR"),
-    "W": ("iL", "iC", "iR", "jL", "jC", "jR"),
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Operand:
 
 
 def row_major(axes: Iterable[str], dims: BlockDims) -> dict[str, int]:
-    """Strides of axes that lie behind one another in memory."""
+    """Strides of axes, slowest first, of a dense tensor."""
     strides, step = {}, 1
     for axis in reversed(tuple(axes)):
         strides[axis] = step
@@ -73,14 +64,14 @@ def activations(data: Tensor, axes: tuple[str, ...], dims: BlockDims, true_colum
 def block(data: Tensor, name: str) -> Operand:
     """Block ``[E, ...]`` (the central one without E) of any strides."""
     strides = data.stride() if name == "C" else data.stride()[1:]
-    return Operand(data, dict(zip(LAYOUTS[name], strides, strict=True)), 0 if name == "C" else data.stride(0))
+    return Operand(data, dict(zip(AXES[name], strides, strict=True)), 0 if name == "C" else data.stride(0))
 
 
 def scratch(name: str, experts: int, dims: BlockDims, like: Tensor) -> Operand:
     """Uninitialised memory for a composite of ``experts`` experts."""
-    size = dims.elements(frozenset(LAYOUTS[name]))
+    size = dims.elements(frozenset(AXES[name]))
     data = torch.empty(experts, size, dtype=like.dtype, device=like.device)
-    return Operand(data, row_major(LAYOUTS[name], dims), size)
+    return Operand(data, row_major(AXES[name], dims), size)
 
 
 class IndexMap(NamedTuple):

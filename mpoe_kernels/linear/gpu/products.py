@@ -9,17 +9,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpoe_kernels.engine.driver import run
 from mpoe_kernels.linear.gpu.cost import experts_at_once
-from mpoe_kernels.linear.gpu.operands import Operand, activations, block, scratch
-from mpoe_kernels.planner.orders import BlockDims
-from mpoe_kernels.planner.program import Product, Program, is_block, value_of
+from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
+from mpoe_kernels.planner.orders import AXES, BlockDims
+from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block, value_of
 
 
-class Launches(Protocol):
-    """What a GPU backend supplies: one launch for each product of a program."""
+class Primitives(Protocol):
+    """One launch for each product of a program, and the memory between them."""
 
-    # Whether gradients of experts without slots are written, as zeros; else they must be zeros before.
-    writes_idle_experts: bool
+    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Memory ``[rows, columns]`` for what is built, or for rows between two operands."""
 
     def rows_times_block(
         self,
@@ -82,6 +83,16 @@ class Launches(Protocol):
     ) -> Operand:
         """Contract two blocks of every busy expert; ``accumulate``: as of `block_gradient` with a shared ``out``."""
 
+
+class Launches(Protocol):
+    """What a GPU backend supplies to `mpoe_kernels.linear.gpu.steps`."""
+
+    # Whether gradients of experts without slots are written, as zeros; else they must be zeros before.
+    writes_idle_experts: bool
+
+    def compute(self, whole: Pass) -> None:
+        """All products of a program: by `walk`, or as an earlier walk of the same sizes did it."""
+
     def activation_backward(
         self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -96,23 +107,20 @@ class Pass:
     """Tensors of a whole call, by the program's names.
 
     Attributes:
-        launches: of the backend.
         program: what is computed.
         dims: sizes of the blocks.
         offsets: ``[E + 1]`` slots of the experts.
         slots: N.
-        values: what is given, and where results go that a caller wants. Idle experts' gradients are never written, the
-            central one (float32) is added to: both begin as zeros.
+        values: what is given, and where results go that a caller wants, see `BlockGradients`.
         row_index: row of x that each slot reads.
         bias, activation, pre: epilogue of y; ``pre`` receives the pre-activation.
     """
 
-    launches: Launches
     program: Program
     dims: BlockDims
     offsets: Tensor
     slots: int
-    values: dict[str, Operand]
+    values: dict[str, Tensor]
     row_index: Tensor | None = None
     bias: Tensor | None = None
     activation: str = "none"
@@ -123,11 +131,21 @@ class Pass:
         """E."""
         return self.offsets.shape[0] - 1
 
-    def chunks(self) -> Iterator[GpuChunk]:
+    def operand(self, name: str) -> Operand:
+        """One of the values with its axes."""
+        data, value = self.values[name], value_of(name)
+        if value in COMPOSITES:
+            return Operand(data, row_major(AXES[value], self.dims), data.stride(0))
+        if is_block(name):
+            return block(data, value)
+        columns = {"x": self.dims.in_features, "y": self.dims.out_features}.get(value, 0)
+        return activations(data, self.program.axes[name], self.dims, columns)
+
+    def chunks(self, primitives: Primitives) -> Iterator[GpuChunk]:
         """Ranges of experts whose built weights, and as many again for gradients, fit two whole weights."""
         size = experts_at_once(self.dims, self.program.built) or max(self.experts, 1)
         for first in range(0, self.experts, size):
-            yield GpuChunk(self, first, min(first + size, self.experts))
+            yield GpuChunk(self, primitives, first, min(first + size, self.experts))
 
 
 @dataclass
@@ -135,6 +153,7 @@ class GpuChunk:
     """The products for experts ``first:last``; see `mpoe_kernels.engine.driver.Chunk`."""
 
     whole: Pass
+    primitives: Primitives
     first: int
     last: int
     offsets: Tensor = field(init=False)
@@ -145,23 +164,25 @@ class GpuChunk:
         self.offsets = offsets if all_experts else offsets[self.first : self.last + 1]
 
     def given(self, name: str) -> Operand:
-        operand = self.whole.values[name]
+        operand = self.whole.operand(name)
         return operand.experts(self.first, self.last) if is_block(name) else operand
 
     def _target(self, name: str) -> Operand | None:
         return self.given(name) if name in self.whole.values else None
 
     def _new(self, name: str, like: Tensor) -> Operand:
-        return scratch(value_of(name), self.last - self.first, self.whole.dims, like)
+        strides = row_major(AXES[value_of(name)], self.whole.dims)
+        size = self.whole.dims.elements(frozenset(strides))
+        return Operand(self.primitives.empty(self.last - self.first, size, like), strides, size)
 
     def rows(self, product: Product, rows: Operand, operand: Operand) -> Operand:
         whole, out = self.whole, self._target(product.result)
         if out is None:
             axes = whole.program.axes[product.result]
-            data = rows.data.new_empty(whole.slots, whole.dims.elements(frozenset(axes)))
+            data = self.primitives.empty(whole.slots, whole.dims.elements(frozenset(axes)), rows.data)
             out = activations(data, axes, whole.dims)
         last = product.result == "y"
-        return whole.launches.rows_times_block(
+        return self.primitives.rows_times_block(
             rows,
             operand,
             whole.dims,
@@ -180,7 +201,7 @@ class GpuChunk:
         whole, name = self.whole, value_of(product.result)
         out = self._target(product.result) or self._new(name, rows.data)
         index = whole.row_index if product.first == "x" else None
-        return whole.launches.block_gradient(rows, grads, name, whole.dims, self.offsets, row_index=index, out=out)
+        return self.primitives.block_gradient(rows, grads, name, whole.dims, self.offsets, row_index=index, out=out)
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
@@ -188,22 +209,17 @@ class GpuChunk:
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
         accumulate = product.result == "d C"
-        return self.whole.launches.merge_blocks(p, q, out, self.whole.dims, self.offsets, accumulate=accumulate)
+        return self.primitives.merge_blocks(p, q, out, self.whole.dims, self.offsets, accumulate=accumulate)
 
 
-def blocks_of(left: Tensor, central: Tensor, right: Tensor) -> dict[str, Operand]:
+def walk(whole: Pass, primitives: Primitives) -> None:
+    """Compute the products one after the other."""
+    run(whole.program, whole.chunks(primitives))
+
+
+def blocks_of(left: Tensor, central: Tensor, right: Tensor) -> dict[str, Tensor]:
     """Blocks by their names."""
-    return {"L": block(left, "L"), "C": block(central, "C"), "R": block(right, "R")}
-
-
-def x_rows(x: Tensor, dims: BlockDims) -> Operand:
-    """Rows ``[.., I]``."""
-    return activations(x, ("iL", "iC", "iR"), dims, dims.in_features)
-
-
-def y_rows(y: Tensor, dims: BlockDims) -> Operand:
-    """Rows ``[.., F]``."""
-    return activations(y, ("jL", "jC", "jR"), dims, dims.out_features)
+    return {"L": left, "C": central, "R": right}
 
 
 @dataclass
@@ -234,9 +250,9 @@ class BlockGradients:
         total = torch.zeros(central.shape, dtype=torch.float32, device=central.device) if need[1] else None
         return cls(dleft, total, dright)
 
-    def operands(self) -> dict[str, Operand]:
+    def values(self) -> dict[str, Tensor]:
         named = {"L": self.left, "C": self.central, "R": self.right}
-        return {f"d {name}": block(data, name) for name, data in named.items() if data is not None}
+        return {f"d {name}": data for name, data in named.items() if data is not None}
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.left, None if self.central is None else self.central.to(dtype), self.right

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mpoe_kernels.engine.driver import run
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.gpu.operands import activations
-from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of, x_rows, y_rows
+from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of
 from mpoe_kernels.planner import program_of
 from mpoe_kernels.planner.program import KEPT, Need
 
@@ -30,11 +28,11 @@ def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Ten
     pre = torch.empty_like(y) if call.saves_z else None
     h = x.new_empty(slots * dims.jC, dims.b) if call.saves_h else None
     program = program_of(dims, call.strategy, "forward")
-    values = {"x": x_rows(x, dims), "y": y_rows(y, dims), **blocks_of(*call.blocks)}
+    values = {"x": x, "y": y, **blocks_of(*call.blocks)}
     if h is not None:
-        values[KEPT] = activations(h.view(slots, dims.jC * dims.b), program.axes[KEPT], dims)
+        values[KEPT] = h.view(slots, dims.jC * dims.b)
     sizes = (program, dims, call.expert_offsets, slots)
-    run(program, Pass(launches, *sizes, values, call.row_index, call.bias, call.activation, pre).chunks())
+    launches.compute(Pass(*sizes, values, call.row_index, call.bias, call.activation, pre))
     return y, x.new_empty(0) if h is None else h, x.new_empty(0) if pre is None else pre
 
 
@@ -69,10 +67,10 @@ def gradients_by_steps(
     dims, h = call.dims, call.saved_h
     program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
     grads = BlockGradients.begun(launches, call.blocks, need[1:])
-    values = {"x": x_rows(x, dims), "d y": y_rows(dz, dims), **blocks_of(*call.blocks), **grads.operands()}
+    values = {"x": x, "d y": dz, **blocks_of(*call.blocks), **grads.values()}
     if dx is not None:
-        values["d x"] = x_rows(dx, dims)
+        values["d x"] = dx
     if h is not None:
-        values[KEPT] = activations(h.view(call.slots, dims.jC * dims.b), program.axes[KEPT], dims)
-    run(program, Pass(launches, program, dims, call.expert_offsets, call.slots, values, call.row_index).chunks())
+        values[KEPT] = h.view(call.slots, dims.jC * dims.b)
+    launches.compute(Pass(program, dims, call.expert_offsets, call.slots, values, call.row_index))
     return grads.results(call.central.dtype)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gpu.operands import LAYOUTS, Operand, index_map, scratch
+from mpoe_kernels.linear.gpu.operands import Operand, index_map, scratch
+from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.planner import may_round_to_tf32
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.planner.orders import AXES, BlockDims
 from mpoe_kernels.triton.pointwise import activation_backward, sum_rows_by_token
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
@@ -50,7 +51,7 @@ def rows_times_block(
     tail: bool = True,
     tile: Tile | None = None,
 ) -> Operand:
-    """See `mpoe_kernels.linear.gpu.products.Launches`."""
+    """See `mpoe_kernels.linear.gpu.products.Primitives`."""
     kept, new, shared = rows.axes - operand.axes, operand.axes - rows.axes, rows.axes & operand.axes
     m, k, n = (
         index_map(kept, dims, rows, out),
@@ -123,8 +124,8 @@ def block_gradient(
     row_index: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Operand:
-    """See `mpoe_kernels.linear.gpu.products.Launches`."""
-    axes = frozenset(LAYOUTS[name])
+    """See `mpoe_kernels.linear.gpu.products.Primitives`."""
+    axes = frozenset(AXES[name])
     shared = rows.axes & grads.axes
     experts, grouped = offsets.shape[0] - 1, out.outer != 0
     # A shared block's sum is split; its parts, and what they are added to, have the layout of blocks.
@@ -194,7 +195,7 @@ def merge_blocks(
     accumulate: bool = False,
     tile: Tile | None = None,
 ) -> Operand:
-    """See `mpoe_kernels.linear.gpu.products.Launches`; idle experts keep what ``out`` held."""
+    """See `mpoe_kernels.linear.gpu.products.Primitives`; idle experts keep what ``out`` held."""
     m, n, k = (
         index_map(first.axes - second.axes, dims, out, first),
         index_map(second.axes - first.axes, dims, out, second),
@@ -235,9 +236,8 @@ def merge_blocks(
     return out
 
 
-@dataclass(frozen=True)
 class TritonLaunches:
-    """See `mpoe_kernels.linear.gpu.products.Launches`."""
+    """See `mpoe_kernels.linear.gpu.products`: both the primitives and what surrounds them."""
 
     rows_times_block = staticmethod(rows_times_block)
     block_gradient = staticmethod(block_gradient)
@@ -245,6 +245,14 @@ class TritonLaunches:
     activation_backward = staticmethod(activation_backward)
     sum_rows_by_token = staticmethod(sum_rows_by_token)
     writes_idle_experts = False
+
+    def compute(self, whole: Pass) -> None:
+        """Product after product."""
+        walk(whole, self)
+
+    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Memory from PyTorch."""
+        return like.new_empty(rows, columns)
 
 
 LAUNCHES = TritonLaunches()

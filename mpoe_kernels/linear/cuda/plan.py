@@ -1,0 +1,203 @@
+"""Launch plans: the launches of a program for some sizes, recorded once and started by one call of C++ from then on.
+
+The one driver walks the program over tensors without memory; what it would launch, and where in one piece of scratch
+memory every temporary lies, is the plan.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.linear.gpu.operands import Operand
+from mpoe_kernels.linear.gpu.products import Pass, Primitives, walk
+from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.planner.program import KEPT, Program, value_of
+
+SIZES = BlockDims._fields[:8]
+SCRATCH = -1  # instead of the number of a tensor
+ALIGNMENT = 256  # bytes
+
+
+class StepOperand(ctypes.Structure):
+    """``StepOperand`` of csrc/cuda/bind_linear.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "offset", "outer", "limit", *SIZES)]
+
+
+class Step(ctypes.Structure):
+    """``Step`` of csrc/cuda/bind_linear.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "first", "experts", "gathers", "epilogue", "tail")),
+        *((name, StepOperand) for name in ("a", "b", "out")),
+    ]
+
+
+ROWS, GRADIENT, MERGE = range(3)
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What is launched.
+
+    Attributes:
+        steps: bytes of the `Step`, one after the other.
+        scratch: elements of the temporaries.
+        launches: number of steps.
+    """
+
+    steps: Tensor
+    scratch: int
+    launches: int
+
+
+class _Scratch:
+    """Places in one piece of memory, reused once nobody reads them any more; sizes and places in elements."""
+
+    def __init__(self, granule: int) -> None:
+        self.granule, self.size = granule, 0
+        self._taken: dict[int, int] = {}  # place -> size
+
+    def take(self, elements: int) -> int:
+        """The first gap that is large enough."""
+        size = max(1, -(-elements // self.granule)) * self.granule  # two of no elements are two all the same
+        place = 0
+        for taken in sorted(self._taken):
+            if taken - place >= size:
+                break
+            place = taken + self._taken[taken]
+        self._taken[place] = size
+        self.size = max(self.size, place + size)
+        return place
+
+    def release(self, place: int) -> None:
+        del self._taken[place]
+
+
+class _Recorder(Primitives):
+    """Notes what it is told to launch."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.steps: list[Step] = []
+        self.scratch = _Scratch(ALIGNMENT // dtype.itemsize)
+        self._where: dict[int, tuple[int, int]] = {}  # storage -> tensor and first element
+
+    def know(self, tensor: Tensor, number: int, offset: int = 0) -> None:
+        self._where[tensor.untyped_storage()._cdata] = (number, offset)
+
+    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        found = like.new_empty(rows, columns)
+        place = self.scratch.take(rows * columns)
+        self.know(found, SCRATCH, place)
+        weakref.finalize(found, self.scratch.release, place)
+        return found
+
+    def _operand(self, operand: Operand) -> StepOperand:
+        number, offset = self._where[operand.data.untyped_storage()._cdata]
+        # An axis of size 1 may have any stride, but 0 says that there is none.
+        strides = [(operand.strides[axis] or 1) if axis in operand.strides else 0 for axis in SIZES]
+        return StepOperand(number, offset + operand.data.storage_offset(), operand.outer, operand.limit, *strides)
+
+    def _note(
+        self,
+        kind: int,
+        offsets: Tensor,
+        operands: tuple[Operand, Operand, Operand],
+        gathers: bool = False,
+        epilogue: bool = False,
+        tail: bool = False,
+    ) -> Operand:
+        a, b, out = map(self._operand, operands)
+        first, experts = offsets.storage_offset(), offsets.shape[0] - 1
+        self.steps.append(Step(kind, first, experts, gathers, epilogue, tail, a, b, out))
+        return operands[2]
+
+    def rows_times_block(
+        self,
+        rows: Operand,
+        operand: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+        slots: int,
+        *,
+        out: Operand,
+        row_index: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        pre: Tensor | None = None,
+        tail: bool = True,
+    ) -> Operand:
+        return self._note(ROWS, offsets, (rows, operand, out), row_index is not None, bias is not None, tail)
+
+    def block_gradient(
+        self,
+        rows: Operand,
+        grads: Operand,
+        name: str,
+        dims: BlockDims,
+        offsets: Tensor,
+        *,
+        out: Operand,
+        row_index: Tensor | None = None,
+    ) -> Operand:
+        return self._note(GRADIENT, offsets, (rows, grads, out), row_index is not None)
+
+    def merge_blocks(
+        self,
+        first: Operand,
+        second: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+        *,
+        accumulate: bool = False,
+    ) -> Operand:
+        return self._note(MERGE, offsets, (first, second, out))
+
+
+def _shape(name: str, dims: BlockDims, experts: int, slots: int) -> tuple[int, ...]:
+    """Of one of the dense tensors of a pass."""
+    shapes = {
+        "L": (experts, dims.iL, dims.jL, dims.a),
+        "C": (dims.a, dims.iC, dims.jC, dims.b),
+        "R": (experts, dims.b, dims.iR, dims.jR),
+        "x": (slots, dims.in_features),
+        "y": (slots, dims.out_features),
+        KEPT: (slots, dims.jC * dims.b),
+    }
+    return shapes[value_of(name)]
+
+
+@lru_cache(maxsize=4096)
+def launch_plan(
+    program: Program, dims: BlockDims, experts: int, slots: int, dtype: torch.dtype, names: tuple[str, ...]
+) -> LaunchPlan:
+    """The launches of a program.
+
+    Args:
+        program: what is computed.
+        dims: sizes of the blocks.
+        experts: E.
+        slots: N.
+        dtype: of x and the blocks.
+        names: of the dense tensors that a call gives, in its order.
+    """
+    recorder = _Recorder(dtype)
+    values = {}
+    for number, name in enumerate(names):
+        values[name] = torch.empty(_shape(name, dims, experts, slots), dtype=dtype, device="meta")
+        recorder.know(values[name], number)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta")
+    some = torch.empty(0, device="meta")  # stands for an index and a bias that a call may have
+    walk(Pass(program, dims, offsets, slots, values, row_index=some, bias=some), recorder)
+    steps = (Step * len(recorder.steps))(*recorder.steps)
+    data = (
+        torch.frombuffer(bytearray(steps), dtype=torch.uint8) if recorder.steps else torch.empty(0, dtype=torch.uint8)
+    )
+    return LaunchPlan(data, recorder.scratch.size, len(recorder.steps))

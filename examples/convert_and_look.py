@@ -2,12 +2,14 @@
 # # Convert a model and look inside
 #
 # The embedded T5 becomes a mixture of eight experts. We check that nothing changed, see what every weight is made of,
-# follow a sentence through the routers, and compare sizes. Runs offline in seconds; run it whole, or cell by cell in an
-# editor that knows `# %%`.
+# follow a sentence through the routers, and compare sizes. Runs offline in seconds. The notebook of the same name shows
+# the output; the script runs whole, or cell by cell in an editor that knows such cells. The pictures need matplotlib
+# (`pip install "mpoe[report]"`).
 
 # %%
 import sys
 
+import matplotlib.pyplot as plt
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts
@@ -51,6 +53,20 @@ for route in route_text(model, tokenizer, "kind: return the number of items in t
         print(f"  {layer}: {' '.join(str(best[0]) for best in experts)}")
 
 # %% [markdown]
+# The same for the encoder as a picture: a row per layer, a colour per expert.
+
+# %%
+route = route_text(model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6)[0]
+figure, axes = plt.subplots(figsize=(7, 1.6), layout="constrained")
+axes.imshow([[best[0] for best in layer] for layer in route.experts], cmap="tab10", vmin=0, vmax=9, aspect="auto")
+for row, layer in enumerate(route.experts):
+    for column, best in enumerate(layer):
+        axes.text(column, row, best[0], ha="center", va="center", color="white")
+axes.set_xticks(range(len(route.tokens)), route.tokens, rotation=45, ha="right")
+axes.set_yticks(range(len(route.layers)), [name.split(".layer")[0] for name in route.layers])
+plt.show()
+
+# %% [markdown]
 # How full is each bond? The effective rank counts the directions that carry weight. Near the bond's dimension there is
 # nothing to truncate, which is what pretrained weights usually look like.
 
@@ -67,6 +83,15 @@ growth = parameter_growth(model)
 for experts, ours, switch in zip(growth.experts, growth.mpoe, growth.switch, strict=True):
     print(f"{experts:3d} experts: MPO {ours / 1e6:6.2f} M, dense {switch / 1e6:6.2f} M")
 assert growth.mpoe[-1] < growth.switch[-1] / 10
+
+figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+axes.plot(growth.experts, [n / 1e6 for n in growth.switch], "o-", color="#999999", label="dense experts (Switch)")
+axes.plot(growth.experts, [n / 1e6 for n in growth.mpoe], "o-", color="#0072B2", label="MPO experts")
+axes.set(xlabel="experts per layer", ylabel="parameters, millions", ylim=(0, None))
+axes.set_xscale("log", base=2)
+axes.set_xticks(growth.experts, growth.experts)
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # Save, load, and turn the experts into full matrices for software that wants them.

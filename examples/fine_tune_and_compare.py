@@ -4,7 +4,8 @@
 # Three models start from the same embedded T5: dense, eight dense experts (as in Switch), eight MPO experts. Each gets
 # the same items in the same order and the same number of steps. The task is to say what kind of object a sentence of
 # Python's documentation describes. Runs offline in less than a minute; with so few steps it shows how a comparison is
-# made, not who wins.
+# made, not who wins. The notebook of the same name shows the output. The pictures need matplotlib
+# (`pip install "mpoe[report]"`).
 #
 # usage: python examples/fine_tune_and_compare.py [STEPS] [FOLDER]
 
@@ -12,7 +13,9 @@
 import random
 import sys
 
+import matplotlib.pyplot as plt
 import torch
+from transformers import PrinterCallback
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe
 from mpoe.data import evaluate_task, get_task
@@ -63,6 +66,7 @@ for name, (config, rates) in arms.items():
         train_dataset=items,
         data_collator=PaddingCollator(tokenizer.pad_token_id),
     )
+    trainer.remove_callback(PrinterCallback)  # the table below says it better than its lines
     trainer.train()
     scores = evaluate_task(model.eval(), tokenizer, task, "validation")
     losses = [record["task_loss"] for record in trainer.state.log_history if "task_loss" in record]
@@ -76,6 +80,23 @@ metric = next(iter(rows[0][3]))
 print(f"{'model':16s} {'first loss':>10s} {'last loss':>10s} {metric:>10s} {'parameters':>12s}")
 for name, parameters, losses, scores in rows:
     print(f"{name:16s} {losses[0]:10.3f} {losses[-1]:10.3f} {100 * scores[metric]:9.1f}% {parameters / 1e6:10.2f} M")
+
+# %% [markdown]
+# Loss against steps, and score against size.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+for (name, parameters, losses, scores), colour in zip(rows, ("#999999", "#E69F00", "#0072B2"), strict=True):
+    left.plot([(i + 1) * max(1, steps // 4) for i in range(len(losses))], losses, "o-", color=colour, label=name)
+    right.plot(parameters / 1e6, 100 * scores[metric], "o", color=colour, markersize=9)
+    right.annotate(
+        name, (parameters / 1e6, 100 * scores[metric]), xytext=(0, 9), textcoords="offset points", ha="center"
+    )
+left.set(xlabel="step", ylabel="training loss")
+left.legend()
+right.set(xlabel="parameters, millions", ylabel=f"{metric}, per cent")
+right.margins(0.3)
+plt.show()
 
 # %% [markdown]
 # Did the mixture use its experts? The load of each layer is in every log line, and `metrics.jsonl` keeps it; an entropy

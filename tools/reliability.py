@@ -93,7 +93,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
         own.mkdir()
         outcome = run_kind(kind, -(-inputs // len(KINDS)), seed, own)
         what = f"{outcome.inputs} random {kind}"
-        rows.append((what, f"{outcome.worked} worked, {outcome.refused} refused in our words", outcome.problems))
+        rows.append((what, f"{outcome.worked} worked, {outcome.refused} refused clearly", outcome.problems))
         say(f"{what}: {rows[-1][1]}, {len(outcome.problems)} problems")
     return rows
 
@@ -103,7 +103,7 @@ def call_badly(calls: int, seed: int, folder: Path) -> list[Row]:
 
     outcome = run_calls(calls, seed, folder, say)
     what = f"{outcome.calls} bad calls of {len(outcome.names)} public names, each in a process of its own"
-    found = f"{outcome.refused} refused in our words, {outcome.worked} worked"
+    found = f"{outcome.refused} refused clearly, {outcome.worked} worked"
     return [(what, found, outcome.problems)]
 
 
@@ -122,7 +122,7 @@ def say(text: str) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| tried | came of it | problems |", "|---|---|---|"]
+    lines = ["| tried | result | problems |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {found} | {len(problems)} |" for what, found, problems in rows)])
 
 

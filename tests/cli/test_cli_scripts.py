@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
 import runpy
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import notebooks
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -66,6 +69,30 @@ def test_fine_tune_and_compare(tmp_path: Path) -> None:
     for row in rows:
         assert float(row[-4]) < float(row[-5])  # the loss fell
     assert float(rows[2][-2]) < float(rows[1][-2]) / 3  # parameters in millions
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name: str) -> None:
+    file = EXAMPLES / f"{name}.ipynb"
+    stored = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    cells = notebooks.cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in stored]
+    assert found.pop(1) == ("code", notebooks.NO_ARGUMENTS)
+    assert found == cells, "the script has changed: python tools/notebooks.py"
+    outputs = [output for cell in stored for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    assert file.stat().st_size < 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_notebooks_run(name: str, lacks, tmp_path: Path) -> None:
+    if importlib.util.find_spec("nbclient") is None or importlib.util.find_spec("ipykernel") is None:
+        lacks('pip install ".[docs]"')
+    made = notebooks.run(notebooks.notebook(name), tmp_path)
+    assert all(cell["execution_count"] for cell in made.cells if cell.cell_type == "code")
+    assert [o for cell in made.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
 
 
 @pytest.mark.parametrize("name", IN_CELLS)

@@ -1,0 +1,72 @@
+"""Makes the notebooks of examples/ from the scripts beside them, runs them, and keeps their output and pictures.
+
+    python tools/notebooks.py [NAME ...]    writes examples/NAME.ipynb; needs pip install ".[docs]"
+
+The scripts are the source: every cell of a notebook is a cell (`# %%`) of its script.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = ("convert_and_look", "fine_tune_and_compare")
+NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
+
+
+def cells_of(script: str) -> list[tuple[str, str]]:
+    """``("markdown" | "code", text)`` of a script in cells. A paragraph on its usage from a shell is left out."""
+    cells = []
+    for part in script.split("# %%")[1:]:
+        if part.startswith(" [markdown]"):
+            lines = part.partition("\n")[2].strip().splitlines()
+            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+            cells.append(("markdown", re.sub(r"\n\nusage: .*", "", text)))
+        else:
+            cells.append(("code", part.strip("\n")))
+    return cells
+
+
+def notebook(name: str) -> Any:
+    """The notebook of a script, without output."""
+    import nbformat.v4 as v4
+
+    made = v4.new_notebook()
+    cells = cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+    for kind, text in [*cells[:1], ("code", NO_ARGUMENTS), *cells[1:]]:
+        made.cells.append(v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text))
+        made.cells[-1]["id"] = f"cell-{len(made.cells)}"  # not random
+    return made
+
+
+def run(made: Any, folder: Path) -> Any:
+    """Execute all cells in ``folder``; an error in one ends it."""
+    from nbclient import NotebookClient
+
+    NotebookClient(made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in made.cells:
+        cell.metadata.pop("execution", None)  # times
+        cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        if cell.cell_type == "markdown":
+            del cell["outputs"]
+    made.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return made
+
+
+def main() -> None:
+    import nbformat
+
+    for name in sys.argv[1:] or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            made = run(notebook(name), Path(folder))
+        file = EXAMPLES / f"{name}.ipynb"
+        nbformat.write(made, file)
+        print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -144,6 +144,7 @@ class MPOEFeedForward(RoutedFeedForward):
                 gated,
                 init_std,
                 own_bias=config.expert_bias,
+                own_output_bias=config.expert_output_bias,
                 device=device,
                 dtype=dtype,
             )

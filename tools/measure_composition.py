@@ -1,6 +1,6 @@
 """Fine-tunes a small model on several texts, composes the fine-tunes, and compares losses on texts that were held out.
 
-    python -m mpoe_bench.composition --texts austen.txt reviews.txt messages.txt --output_dir DIR
+    python tools/measure_composition.py --texts austen.txt reviews.txt messages.txt --output_dir DIR
 
 Prints, and writes to ``DIR/composition.json``, the loss of every domain (nats per token) under the base, its own
 fine-tune, the mean of all fine-tunes, and mixtures made by `mpoe compose`.

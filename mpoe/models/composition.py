@@ -30,7 +30,7 @@ from mpoe.models.sites import FFNSite
 
 ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
-# What MPO experts are fitted with: steps of L-BFGS on their cores.
+# Steps of L-BFGS that fit an MPO expert around a centre that is there.
 FIT_STEPS = 100
 
 
@@ -103,19 +103,18 @@ def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
 # ------------------------------------------------------------------- experts
 
 
-def _fit_cores(cores: MPOCores, wanted: Mapping[int, Tensor], train_central: bool) -> None:
-    """Fit the cores of some experts to full weights ``[I, F]``, by L-BFGS on the squared error."""
-    parameters = [p for name, p in cores.named_parameters() if name != "bias" and (train_central or name != "central")]
+def _fit_cores(cores: MPOCores, expert: int, wanted: Tensor) -> None:
+    """Fit the auxiliary cores of one expert to a full weight ``[I, F]``, by L-BFGS on the squared error."""
+    parameters = list(cores.auxiliary)
     was = [(p, p.requires_grad) for p in cores.parameters()]
     for p, _ in was:
         p.requires_grad_(any(p is each for each in parameters))
-    numbers, goal = list(wanted), torch.stack(list(wanted.values()))
-    scale = goal.square().sum().clamp_min(torch.finfo(goal.dtype).tiny)
+    scale = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
     optimizer = torch.optim.LBFGS(parameters, max_iter=FIT_STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (cores.dense_weights()[numbers] - goal).square().sum() / scale
+        loss = (cores.dense_weights()[expert] - wanted).square().sum() / scale
         loss.backward()
         return loss
 
@@ -170,8 +169,11 @@ def _set_experts(layer: RoutedFeedForward, sites: Mapping[int, FFNSite], is_new:
         if isinstance(projection, ExpertWeights):
             for number, site in sites.items():
                 projection.weight[number] = site.weight(kind)
+        elif is_new:
+            projection.load_weights_(torch.stack([site.weight(kind) for site in sites.values()]))
         else:
-            _fit_cores(projection, {n: site.weight(kind) for n, site in sites.items()}, train_central=is_new)
+            for number, site in sites.items():
+                _fit_cores(projection, number, site.weight(kind))
         for number, site in sites.items():
             bias = site.bias(kind)
             if bias is not None and projection.bias is not None and projection.bias.dim() == 2:
@@ -253,7 +255,8 @@ def compose(
             ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers at
             random: set them later, or train the mixture.
         config: how experts are built; default: dense experts with biases of their own, which hold the feed-forward
-            networks exactly. Hidden-side experts are fitted by least squares, MPO experts by L-BFGS.
+            networks exactly. Hidden-side experts are fitted by least squares, MPO experts by
+            alternating least squares (`mpoe_kernels.decompose_shared`).
             ``num_experts`` is the number of fine-tunes, whatever it says.
         router: ``"ridge"``: closed form, see `mpoe.models.domains.solve_routers`; ``"train"``: then trained alone.
         steps: optimizer steps of ``"train"``.

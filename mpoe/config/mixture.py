@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
+from mpoe.config.checks import (
+    check_choice,
+    check_fields,
+    check_flag,
+    check_integer,
+    check_number,
+    refuse_unknown_fields,
+)
 from mpoe.config.router import GSHARD, RouterConfig
 from mpoe.config.shapes import (
     HIDDEN,
@@ -32,6 +39,7 @@ GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 
 
+@refuse_unknown_fields
 @dataclass
 class MPOEConfig:
     """What `convert_to_mpoe` makes of a model.

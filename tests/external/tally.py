@@ -30,7 +30,9 @@ def _reason(report: Any) -> str:
 
 def pytest_runtest_logreport(report: Any) -> None:
     """Keep the worst outcome of set-up, call, subtests and tear-down."""
-    test = _found.setdefault(report.nodeid.partition("::")[2], {"outcome": "passed", "seconds": 0.0})
+    test = _found.setdefault(
+        report.nodeid.partition("::")[2], {"id": report.nodeid, "outcome": "passed", "seconds": 0.0}
+    )
     test["seconds"] = round(test["seconds"] + report.duration, 2)
     if WORST.index(report.outcome) > WORST.index(test["outcome"]):
         test.update(outcome=report.outcome, reason=_reason(report))

@@ -35,6 +35,21 @@ def _dense_test(module: Any) -> type[unittest.TestCase]:
     )
 
 
+def _with_experts(get_config: Any, config_class: Any) -> Any:
+    """A tester's method whose configuration is that of a mixture."""
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        config = get_config(*args, **kwargs)
+        if type(config) is not config_class.__bases__[1]:
+            return config
+        values = config.to_dict()
+        for key in ("model_type", "architectures", "transformers_version"):
+            values.pop(key, None)
+        return config_class(**values, mpoe=MPOEConfig(**SETTINGS), output_router_logits=False)
+
+    return changed
+
+
 def _adapted(base: Any, module: Any, model_type: str) -> type[unittest.TestCase]:
     ours = classes_of(model_type)
     config_class = next(iter(ours.values())).config_class
@@ -46,18 +61,14 @@ def _adapted(base: Any, module: Any, model_type: str) -> type[unittest.TestCase]
             tested = [cls for cls in self.all_model_classes if cls in ours]
             self.all_model_classes = tuple(ours[cls] for cls in tested)
             self.pipeline_model_mapping = {}
-            tester, dense_config = self.model_tester, self.model_tester.get_config
+            tester = self.model_tester
             for name, value in vars(type(tester)).items():
                 if isinstance(value, type) and value in ours:
                     setattr(tester, name, ours[value])
 
-            def get_config(*args: Any, **kwargs: Any) -> Any:
-                values = dense_config(*args, **kwargs).to_dict()
-                for key in ("model_type", "architectures", "transformers_version"):
-                    values.pop(key, None)
-                return config_class(**values, mpoe=MPOEConfig(**SETTINGS), output_router_logits=False)
-
-            tester.get_config = get_config
+            for name in dir(tester):
+                if name.startswith("get_") and "config" in name:
+                    setattr(tester, name, _with_experts(getattr(tester, name), config_class))
             # The family's own checks build its classes by name; the shared ones know a class's head by its name in
             # Transformers' tables.
             patches = [mock.patch.dict(vars(module), names)]

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 
 import mpoe_kernels.measured as measured
-from mpoe_kernels.planner import ALL_GRADIENTS, BlockDims, Contraction, contraction, contractions
+from mpoe_kernels.planner import (
+    ALL_GRADIENTS,
+    BlockDims,
+    Contraction,
+    contraction,
+    contractions,
+    may_round_to_tf32,
+    planned_threads,
+)
 from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
@@ -95,6 +103,7 @@ class Backend:
         predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without candidates.
         candidates: the ways to compute a contraction: a strategy in one phase.
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
+        same_on_any_threads: a candidate gives the same bits on any number of CPU threads.
     """
 
     name: str
@@ -105,6 +114,7 @@ class Backend:
     predicted_cost: Callable[[Request], float] = lambda _: 1.0
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
+    same_on_any_threads: bool = False
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty when it can."""
@@ -239,9 +249,11 @@ def _resolve(
     backend_name: str,
     strategy_name: str,
     backends: tuple[Backend, ...],
+    deterministic: bool,
     _threads: int,
+    _tf32: bool,
 ) -> Candidate:
-    """See `resolve_contraction`; ``_threads`` is read by the cost functions."""
+    """See `resolve_contraction`; ``_threads`` and ``_tf32`` are read by the cost functions."""
     sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
     plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
     request = Request(op, device, dtype)
@@ -258,6 +270,9 @@ def _resolve(
             found, reasons = candidates_for(backend, plan, table)
             able += found
             refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+    if deterministic:
+        same = {backend.name for backend in backends if backend.same_on_any_threads}
+        able = [candidate for candidate in able if candidate.backend in same] or able
     if able:
         return min(able, key=lambda candidate: candidate.seconds)
     if backend_name != AUTO:
@@ -280,8 +295,11 @@ def resolve_contraction(
 ) -> Candidate:
     """The able candidate with the lowest predicted time, remembered for the next problem alike.
 
-    What the choice depends on besides the arguments is part of the memory's key: the registered backends and the
-    number of CPU threads.
+    After ``torch.use_deterministic_algorithms(True)`` backends whose bits do not depend on the number of CPU threads go
+    first, and the plan does not depend on it either.
+
+    What the choice depends on besides the arguments is part of the memory's key: the registered backends, whether it
+    must be deterministic, the number of CPU threads to plan for, and whether float32 products may round to TF32.
 
     Args:
         op: one of `CONTRACTIONS`.
@@ -300,5 +318,6 @@ def resolve_contraction(
     """
     return _resolve(
         *(op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name),
-        *(tuple(_BACKENDS.values()), torch.get_num_threads()),
+        *(tuple(_BACKENDS.values()), torch.are_deterministic_algorithms_enabled(), planned_threads()),
+        device.startswith("cuda") and may_round_to_tf32(dtype),
     )

@@ -24,7 +24,7 @@ class Box:
         self.seen = 5
         values.append(1)
         total = é = sum(values) * 2  # 1 + 1
-        total += é
+        total += é + len(list(zip(values, values, strict=True)))
         return total if True else -1
 
 
@@ -61,7 +61,12 @@ def test_rules_of_python(tmp_path: Path) -> None:
         ("constant", "1", "2"),
         ("operator", "sum(values) * 2", "(sum(values) + 2)"),
         ("constant", "2", "3"),
-        ("statement", "total += é", "pass"),
+        ("statement", "total += é + len(list(zip(values, values, strict=True)))", "pass"),
+        (
+            "operator",
+            "é + len(list(zip(values, values, strict=True)))",
+            "(é - len(list(zip(values, values, strict=True))))",
+        ),
         ("branch", "total if True else -1", "(-1 if True else total)"),
         ("constant", "True", "False"),
         ("operator", "-1", "(1)"),
@@ -133,7 +138,7 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, *options: str) -> int:
     paths = ("--root", project, "--table", project / "table.toml", "--equivalent", project / "equivalent.json")
-    return mutants.main([str(word) for word in (*paths, "--jobs", "1", *options)])
+    return mutants.main([str(word) for word in (*paths, "--jobs", "1", "--import_first", *options)])
 
 
 def test_seen_and_unseen(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +190,7 @@ def test_a_build_that_fails(project: Path, capsys: pytest.CaptureFixture[str]) -
 def test_an_interrupted_run_leaves_nothing_running(project: Path) -> None:
     (project / "test_sums.py").write_text("import time\ndef test(): time.sleep(600)\n")
     paths = ("--root", project, "--table", project / "table.toml", "--equivalent", project / "equivalent.json")
-    command = [sys.executable, "-u", ROOT / "tools" / "mutants.py", *paths]
+    command = [sys.executable, "-u", ROOT / "tools" / "mutants.py", *paths, "--import_first"]
     environment = os.environ | {"TMPDIR": str(project.parent)}
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
     folders, deadline = [], time.monotonic() + 60

@@ -26,16 +26,19 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from forked_pytest import ForkedPytest, import_first
 from mutation_rules import Mutant, mutants_of
 
 SEED = 0
 PER_AREA = 9
 SHORTEST_LIMIT = 180.0  # seconds, for a busy machine; else four times what the tests take without a mutant
 BUILD_LIMIT = 1200.0
+IMPORTED_FIRST = ["torch", "transformers.trainer"]  # once for all runs
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ def sliced(areas: list[Area], root: Path, count: int) -> list[tuple[Area, Mutant
 class Copy:
     """A copy of the checkout that may be changed."""
 
-    def __init__(self, root: Path, folder: Path, built: list[str]) -> None:
-        self.folder = folder
-        self.running: subprocess.Popen[str] | None = None
-        self.stopped = False
+    def __init__(self, root: Path, folder: Path, built: list[str], stopping: threading.Event) -> None:
+        self.root, self.folder = root, folder
+        self.running: subprocess.Popen[str] | ForkedPytest | None = None
+        self.stopping = stopping
+        self.lock = threading.Lock()  # nothing starts while it stops
         for name in self._files(root) + [name for name in built if (root / name).is_file()]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
@@ -125,47 +129,59 @@ class Copy:
         finally:
             path.write_text(text, encoding="utf-8")
 
-    def run(self, command: list[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
+    def build(self, area: Area) -> tuple[int | None, str]:
         """Exit status, None beyond the limit, and the end of the output. Nothing it started is left running."""
-        if self.stopped:
-            raise Stopped
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self.running = process
+        if not area.build:
+            return 0, ""
+        with self.lock:
+            if self.stopping.is_set():
+                raise Stopped
+            self.running = process = subprocess.Popen(
+                [sys.executable if word == "{python}" else word for word in area.build],
+                cwd=self.folder,
+                env=self.environment | area.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         try:
-            output, _ = process.communicate(timeout=limit)
-            if self.stopped:
+            output, _ = process.communicate(timeout=BUILD_LIMIT)
+            if self.stopping.is_set():
                 raise Stopped
             return process.returncode, output[-3000:]
         except subprocess.TimeoutExpired:
             return None, ""
         finally:
-            with suppress(ProcessLookupError):  # all of it has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def stop(self) -> None:
-        """Of another thread: end what runs, and start no more."""
-        self.stopped = True
-        if self.running is not None and self.running.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.running.pid, signal.SIGKILL)
+            _end(process)
 
     def test(self, area: Area, limit: float) -> tuple[int | None, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *area.tests]
-        return self.run(command + (["-k", area.only] if area.only else []), area.environment, limit)
+        """The same for the tests."""
+        arguments = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *area.tests]
+        arguments += ["-k", area.only] if area.only else []
+        printed = self.folder / "printed.txt"
+        left_out = [str(self.root / name) for name in ("", "bench", "tools")]
+        environment = self.environment | area.environment
+        with self.lock:
+            if self.stopping.is_set():
+                raise Stopped
+            self.running = process = ForkedPytest(self.folder, environment, arguments, printed, left_out)
+        try:
+            status = process.wait(limit)
+        finally:
+            process.end()
+        if self.stopping.is_set():
+            raise Stopped
+        return status, "" if status is None else printed.read_text(encoding="utf-8", errors="replace")[-3000:]
 
-    def build(self, area: Area) -> tuple[int | None, str]:
-        command = [sys.executable if word == "{python}" else word for word in area.build]
-        return self.run(command, area.environment, BUILD_LIMIT) if command else (0, "")
+    def stop(self) -> None:
+        """Of another thread, which has said that it is stopping: end what runs."""
+        with self.lock:
+            if isinstance(self.running, ForkedPytest):
+                self.running.end()
+            elif self.running is not None and self.running.poll() is None:
+                _end(self.running)
 
     @contextmanager
     def rebuilt(self, area: Area) -> Iterator[None]:
@@ -178,6 +194,12 @@ class Copy:
         finally:
             if kept.is_file():
                 kept.replace(self.folder / area.built)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Stopped(Exception):
@@ -248,10 +270,11 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
     errors: list[str] = []
     built = [area.built for area, _ in work if area.built]
     copies: list[Copy] = []
+    stopping = threading.Event()
 
     def worker() -> None:
         with suppress(Stopped), tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            copy = Copy(root, Path(folder), built)
+            copy = Copy(root, Path(folder), built, stopping)
             copies.append(copy)
             while True:
                 try:
@@ -264,16 +287,17 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
                 except AreaError as error:
                     errors.append(str(error))
 
-    threads = [threading.Thread(target=worker) for _ in range(min(jobs, len(work)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        for copy in copies:
-            copy.stop()
-        raise
+    # Not threads of our own: an interrupted join takes a thread that runs for one that has ended.
+    with ThreadPoolExecutor(min(jobs, len(work)) or 1) as pool:
+        done = [pool.submit(worker) for _ in range(min(jobs, len(work)))]
+        try:
+            for future in done:
+                future.result()
+        except KeyboardInterrupt:
+            stopping.set()
+            for copy in copies:
+                copy.stop()
+            raise
     return errors
 
 
@@ -310,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slice", type=int, help="so many in all, of all areas in turn")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="run what has a result, too")
+    parser.add_argument("--import_first", nargs="*", default=IMPORTED_FIRST, help="by whole names, once for all runs")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
     root = options.root.resolve()
@@ -334,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     for area in areas:
         left = [mutant for other, mutant in chosen if other is area and mutant.name not in results.found]
         work += [(area, left)] if left else []
+    import_first(options.import_first)
     errors = run_all(root, options.jobs, work, results)
     unexplained = report(chosen, results, equivalent)
     for error in errors:
@@ -342,4 +368,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # what is imported once starts no threads
     sys.exit(main())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
+from mpoe_kernels.planner import planned_threads
 
 # Full weights are used where the planner predicts this many times the work by the cores, with one row for each expert
 # or with more. Less does not pay for the memory; separable shapes never reach it. On two cores of an EPYC, paper shape
@@ -41,7 +42,7 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
         slots: of all of them together.
         dtype: of activations and weights.
     """
-    threads = torch.get_num_threads()
+    threads = planned_threads()
     by_cores = by_weights = 0.0
     for shape in shapes:
         # To the planner, a full weight is an expert's own core beside a shared one of a single element.

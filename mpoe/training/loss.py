@@ -53,8 +53,7 @@ def split_loss(outputs: Any) -> LossParts:
 
 def shifts_labels(model: Any) -> bool:
     """Whether the model's loss predicts label i + 1 at position i, so that the first label of a row is no target."""
-    config = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or getattr(config, "is_encoder_decoder", False):
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return False
     name = type(model).__name__
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))

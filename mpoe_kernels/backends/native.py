@@ -43,4 +43,5 @@ NATIVE = Backend(
     predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,
+    same_on_any_threads=True,
 )

@@ -2,7 +2,7 @@
 
 from mpoe_kernels.planner.calibrate import calibrate
 from mpoe_kernels.planner.contraction import Contraction, contraction, contractions
-from mpoe_kernels.planner.device import hardware_here, hardware_of, may_round_to_tf32
+from mpoe_kernels.planner.device import hardware_here, hardware_of, may_round_to_tf32, planned_threads
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.planner.orders import STRATEGIES, BlockDims
 from mpoe_kernels.planner.plan import ContractionPlan, plan_contraction
@@ -26,5 +26,6 @@ __all__ = [
     "hardware_of",
     "may_round_to_tf32",
     "plan_contraction",
+    "planned_threads",
     "program_of",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpoe.training.gradient_mask import GradientMask, mask_draw
 
+from .tiny import mpoe_model
 from .toy import Toy
 
 
@@ -209,6 +210,29 @@ def test_all_layers_and_matrices_are_masked_alike() -> None:
     model = Toy()
     with GradientMask(model, 1.0).step(0):
         assert all(c.central_masked for layer in model.layers for c in (layer.experts.up, layer.experts.down))
+
+
+def test_a_mask_bound_to_another_model_releases_the_first() -> None:
+    first, second = Toy(), Toy()
+    mask = GradientMask(first, 1.0)
+    mask.begin_step(0)
+    mask.bind(second)
+    assert not any(cores.central_masked for layer in first.layers for cores in (layer.experts.up, layer.experts.down))
+    assert not mask.active
+
+
+def test_the_seed_is_0_unless_given() -> None:
+    steps = range(64)
+    assert [GradientMask(None, 0.5).is_masked(s) for s in steps] == [mask_draw(0, s) < 0.5 for s in steps]
+
+
+def test_frozen_projections_around_hidden_experts() -> None:
+    model = mpoe_model("gpt2", shape="hidden")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    GradientMask(model, 0.0)  # off: nothing to refuse
+    with pytest.raises(ValueError, match="the gradient mask needs projections that train"):
+        GradientMask(model, 0.5)
 
 
 def test_rate_since_last_asked() -> None:

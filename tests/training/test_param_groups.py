@@ -12,6 +12,7 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
+from mpoe.models.hidden import hidden_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
 from mpoe.training.freezing import chain_parameters, component_of
@@ -242,3 +243,12 @@ def test_only_cores_have_a_ratio_of_their_own(tmp_path: Path) -> None:
     groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
     assert {group["rate_ratio"] for group in groups if group["kind"] in ("rest", "router")} == {1.0}
     assert any(group["rate_ratio"] != 1.0 for group in groups)
+
+
+def test_blocks_of_hidden_experts_train_at_the_auxiliary_rate(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", shape="hidden")
+    found = rates(build_param_groups(model, arguments(tmp_path, mpo_lr=2e-4, auxiliary_lr_scale=3)))
+    blocks = [p for layer in hidden_modules(model).values() for p in layer.experts.auxiliary.values()]
+    assert blocks
+    assert {found[id(block)][0] for block in blocks} == {2e-4 * 3}
+    assert {found[id(block)][2] for block in blocks} == {"auxiliary"}

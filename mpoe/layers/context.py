@@ -7,6 +7,7 @@ router's output. Contexts are per thread, and activation checkpointing restores 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,10 +43,12 @@ class RoutingContext:
     Attributes:
         masks: for every stream, bool ``[B, S]`` (``False`` = padding) or ``None``.
         records: one `RouterRecord` per MPOE layer in order of execution; ``None`` = do not record (recomputation).
+        experts_implementation: how dense experts are computed, see `mpoe.layers.dense.grouped_dense_linear`.
     """
 
     masks: Mapping[str, Tensor | None] = field(default_factory=dict)
     records: list[RouterRecord] | None = field(default_factory=list)
+    experts_implementation: str | None = None
 
 
 class _Current(threading.local):
@@ -96,7 +99,7 @@ class _Restored(AbstractContextManager[None]):
     """Re-enters a captured context, without recording, possibly in another thread."""
 
     def __init__(self, captured: RoutingContext | None) -> None:
-        self._context = None if captured is None else RoutingContext(captured.masks, None)
+        self._context = None if captured is None else dataclasses.replace(captured, records=None)
         self._previous: RoutingContext | None = None
 
     def __enter__(self) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoe.layers.context import current_routing
 from mpoe.layers.initial import FromInitialValues
+
+# Transformers' names of the ways to compute experts
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
@@ -18,7 +22,20 @@ def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
     return weight.shape[1] % aligned == 0 and weight.shape[2] % aligned == 0
 
 
-def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def _expert_of_slot(x: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Expert of every row; rows past the last offset, which are dropped later, get the last one."""
+    slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
+    expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
+    return expert.clamp_max(weight.shape[0] - 1)
+
+
+def grouped_dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
     """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e.
 
     Args:
@@ -26,6 +43,9 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
         weight: ``[E, I, F]``.
         expert_offsets: int32 ``[E + 1]``.
         bias: ``[F]``, shared by the experts, or ``[E, F]``.
+        implementation: ``"grouped_mm"`` or ``None``: one grouped product where torch has it for these sizes, else one
+            product per expert; ``"eager"``: one per expert; ``"batched_mm"``: one batched product with a weight per
+            slot, ``N I F`` numbers, for few tokens. The results are equal up to rounding.
 
     Returns:
         ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too.
@@ -35,15 +55,17 @@ def grouped_dense_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if bias is not None and bias.dim() == 2:  # a row for every slot; those past the last offset are dropped below
-        slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
-        expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
-        bias = bias[expert.clamp_max(weight.shape[0] - 1)]
-    if _grouped_mm_runs(x, weight):
+        bias = bias[_expert_of_slot(x, weight, expert_offsets)]
+    if implementation == "batched_mm" or (implementation != "eager" and _grouped_mm_runs(x, weight)):
         used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
         # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both
         # are replaced (not multiplied: garbage may be NaN).
         zero = x.new_zeros(())
-        y = nn.functional.grouped_mm(torch.where(used, x, zero), weight, offs=expert_offsets[1:])
+        rows = torch.where(used, x, zero)
+        if implementation == "batched_mm":
+            y = torch.bmm(rows[:, None], weight[_expert_of_slot(x, weight, expert_offsets)])[:, 0]
+        else:
+            y = nn.functional.grouped_mm(rows, weight, offs=expert_offsets[1:])
         y = y if bias is None else y + bias
         return torch.where(used, y, zero)
     bounds = expert_offsets.tolist()
@@ -101,8 +123,11 @@ class ExpertWeights(FromInitialValues):
         return self.weight
 
     def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; adapters of the weight (PEFT) work in here."""
-        return grouped_dense_linear(x, self.weight, expert_offsets, self.bias)
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``, as the call in progress says; adapters of the weight
+        (PEFT) work in here."""
+        call = current_routing()
+        implementation = None if call is None else call.experts_implementation
+        return grouped_dense_linear(x, self.weight, expert_offsets, self.bias, implementation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"

@@ -21,6 +21,7 @@ _NAMES = {
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
+    "quantisable_parameters": "others",
     "save_mpoe_only": "checkpoint",
 }
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mpoe.models.convert import convert_to_mpoe, merge_experts
     from mpoe.models.load_layer import load_layers
     from mpoe.models.original import import_original
+    from mpoe.models.others import quantisable_parameters
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
 
 # The classes that have a name in the documentation; those of every other family are found in the same way.
@@ -60,6 +62,7 @@ __all__ = [
     "mpo_modules",
     "parameter_kind",
     "parameter_report",
+    "quantisable_parameters",
     "save_mpoe_only",
 ]
 

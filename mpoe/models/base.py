@@ -34,6 +34,7 @@ from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import hidden_modules
+from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
 from mpoe.models.saving import SavingMixin
@@ -98,7 +99,7 @@ else:
     _Model = object
 
 
-class MPOEModelMixin(SavingMixin, _Model):
+class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     """Mixture-of-experts side of a model; goes before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.
@@ -119,8 +120,13 @@ class MPOEModelMixin(SavingMixin, _Model):
         # Constructors that take their base from `AutoModel` must get the dense one: they see a dense configuration.
         plain = copy.copy(config)
         plain.__class__ = self.dense_class.config_class
+        asked = plain._experts_implementation
+        if not self.has_stock_experts:  # the dense modules inside know of no experts
+            plain._experts_implementation_internal = None
         super().__init__(plain, *args, **kwargs)
         config.__dict__.update(plain.__dict__)
+        if not self.has_stock_experts:
+            config._experts_implementation_internal = self.get_correct_experts_implementation(asked or "grouped_mm")
         for module in self.modules():
             own = getattr(module, "config", None)
             if own is plain:
@@ -223,7 +229,8 @@ class MPOEModelMixin(SavingMixin, _Model):
         return_dict = model.config.return_dict if return_dict is None else return_dict
         shown = kwargs.pop("output_router_logits", None)
         shown = getattr(model.config, "output_router_logits", None) if shown is None else shown
-        context = RoutingContext(self.token_masks(kwargs), [])
+        implementation = getattr(model.config, "_experts_implementation", None)
+        context = RoutingContext(self.token_masks(kwargs), [], implementation)
         token = enter_routing(context)
         try:
             output = forward(**kwargs, return_dict=True)

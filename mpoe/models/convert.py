@@ -86,12 +86,14 @@ def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def _mpoe_model_config(config: PreTrainedConfig, cls: type[PreTrainedConfig], mpoe: MPOEConfig) -> PreTrainedConfig:
+def _mpoe_model_config(config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfig) -> PreTrainedConfig:
     values = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)
-    converted = cls(**values, mpoe=mpoe)  # type: ignore[call-arg]
+    converted: PreTrainedConfig = cls.config_class(**values, mpoe=mpoe)
     converted._attn_implementation = config._attn_implementation
+    if cls.has_stock_experts:  # Transformers' other models have no experts, and a value that means nothing
+        converted._experts_implementation = config._experts_implementation
     converted._name_or_path = converted.mpoe_base = config._name_or_path
     return converted
 
@@ -104,7 +106,7 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         config = getattr(module, "config", None)
         if isinstance(config, source):
             if id(config) not in mapped:
-                mapped[id(config)] = _mpoe_model_config(config, cls.config_class, mpoe)
+                mapped[id(config)] = _mpoe_model_config(config, cls, mpoe)
             module.config = mapped[id(config)]  # type: ignore[assignment]
     model.__class__ = cls
     # A skeleton without memory shows what the constructor sets on an instance of the new class, and registers the

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mpoe.layers.mixture_experts import MixtureExperts
 from mpoe.models.base import MPOEModelMixin
@@ -21,6 +22,16 @@ class MixtureMixin(MPOEModelMixin):
 
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward(*args, **kwargs)
+
+    has_stock_experts = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.dense_class._can_set_experts_implementation())
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in Transformers: its experts know more ways than ours."""
+        return str(PreTrainedModel.get_correct_experts_implementation(self, requested_experts))
 
     def forget_dense_names(self) -> None:
         """As for every model; where experts are MPOs, plans leave experts and routers whole on every rank."""

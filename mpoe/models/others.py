@@ -1,0 +1,102 @@
+"""What other tools do with a model, and do in silence: quantisers that reach linear layers alone, kernels."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mpoe.layers.dense import IMPLEMENTATIONS
+from mpoe.models.report import parameter_kind
+
+
+def quantisable_parameters(model: nn.Module) -> dict[str, int]:
+    """How much of a model a quantiser reaches that replaces linear layers, as bitsandbytes and torchao do.
+
+    Args:
+        model: an MPOE model that no quantiser has changed yet.
+
+    Returns:
+        Numbers of parameters: ``linear`` in `nn.Linear` and `Conv1D`, and of those elsewhere ``central``,
+        ``auxiliary``, ``expert``, ``router`` and ``rest`` (see `mpoe.models.parameter_kind`). Tied ones count once.
+    """
+    linear = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        for parameter in module.parameters(recurse=False)
+    }
+    kinds = parameter_kind(model)
+    numbers = dict.fromkeys(("linear", "central", "auxiliary", "expert", "router", "rest"), 0)
+    for name, parameter in model.named_parameters():
+        numbers["linear" if id(parameter) in linear else kinds[name]] += parameter.numel()
+    return numbers
+
+
+def warn_of_quantiser(model: Any, method: str) -> None:
+    """Say how much of ``model`` the quantiser ``method`` has left as it was."""
+    config = type(model.config).from_dict(
+        {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    )
+    with torch.device("meta"):
+        numbers = quantisable_parameters(type(model)(config))
+    total = max(sum(numbers.values()), 1)
+    left = {kind: number for kind, number in numbers.items() if kind not in ("linear", "rest") and number}
+    if left:
+        parts = ", ".join(f"{kind} {number / total:.0%}" for kind, number in left.items())
+        warnings.warn(
+            f"{method} quantises linear layers, {numbers['linear'] / total:.0%} of the parameters of "
+            f"{type(model).__name__} at most; as they were: {parts} (after `mpoe export` other tools quantise the "
+            "experts too)",
+            stacklevel=4,
+        )
+
+
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+class OthersMixin(_Model):
+    """The side of an MPOE model that other tools reach for.
+
+    Attributes:
+        has_stock_experts: whether the dense class is a mixture with experts of its own.
+    """
+
+    has_stock_experts: ClassVar[bool] = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; a quantiser that leaves MPO weights as they are is named in a warning."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        quantiser = getattr(model, "hf_quantizer", None)
+        if quantiser is not None:
+            method = quantiser.quantization_config.quant_method
+            warn_of_quantiser(model, str(getattr(method, "value", method)))
+        return result
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # Transformers looks for it in the file of the class
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in Transformers, for the ways in which dense experts of ours are computed.
+
+        Raises:
+            ValueError: another way.
+        """
+        if requested_experts is None:
+            return "eager"  # while the dense model is built
+        if requested_experts not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; "
+                f"got {requested_experts!r}"
+            )
+        return str(super().get_correct_experts_implementation(requested_experts))

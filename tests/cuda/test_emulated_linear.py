@@ -141,17 +141,27 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
     assert 1e-5 < errors[1] < 2e-3
 
 
-@pytest.mark.parametrize("experts", [2, 8])
-def test_temporary_weights_stay_below_two_experts(experts: int) -> None:
-    """Whatever their number; what else is needed belongs to rows."""
+@pytest.mark.parametrize("experts", [2, 8, 64])
+def test_temporary_weights_stay_within_their_budget(experts: int) -> None:
+    """Two weights, or a quarter of what dense experts would take; what else is needed belongs to rows."""
     dims, slots = BlockDims.of_shape(WIDE["light"]), 4
+    budget = max(2, experts / 4) * dims.weight_elements
     for strategy in planned_strategies(WIDE["light"]):
         rows = slots * 2 * max(dims.elements(frozenset({"iL", "jC", "b", "jR"})), 128)
         for phase, names in (("forward", ("x", "y")), ("backward", ("x", "d y", "d L", "d C", "d R", "d x"))):
             program = program_of(dims, strategy, phase)
             plan = launch_plan(program, dims, experts, slots, torch.bfloat16, (*names, "L", "C", "R"))
             assert plan.launches >= len(program.products)
-            assert plan.scratch <= 2 * dims.weight_elements + (rows if strategy != "rebuild" else 0)
+            assert plan.scratch <= budget + (rows if strategy != "rebuild" else 0)
+
+
+def test_the_budget_of_many_experts_saves_launches() -> None:
+    dims = BlockDims.of_shape(WIDE["light"])
+    program = program_of(dims, "rebuild", "forward")
+    few, many = (
+        launch_plan(program, dims, experts, 64, torch.bfloat16, ("x", "y", "L", "C", "R")) for experts in (8, 64)
+    )
+    assert many.launches <= 2 * few.launches  # eight times the experts
 
 
 def test_temporaries_that_live_at_the_same_time_do_not_share_memory() -> None:

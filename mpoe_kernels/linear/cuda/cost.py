@@ -1,8 +1,8 @@
 """How long the CUDA kernels are predicted to take, and which of them compute a contraction.
 
-The strategy ``rebuild`` has two forms: by steps through a scratch of at most two experts' weights, and in panels that
-never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is a
-candidate of its own.
+The strategy ``rebuild`` has two forms: by steps through a scratch of some experts' weights, and in panels that never
+leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is a candidate
+of its own.
 """
 
 from __future__ import annotations

@@ -8,11 +8,18 @@ from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, recipe
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
 
 
-def experts_at_once(dims: BlockDims, built: tuple[str, ...]) -> int:
-    """Experts whose built weights, and as many gradients, fit two whole weights; 0: nothing is built."""
+def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> int:
+    """Experts whose weights are built at the same time; 0: nothing is built.
+
+    What is alive at once, two composites of each of them, takes a quarter of what dense experts would take, or two
+    whole weights where that is more. An operand's gradient counts for nothing: its value is not read any more by then.
+    """
     if not built:
         return 0
-    return max(1, dims.weight_elements // max(dims.elements(INDICES[name]) for name in built))
+    sizes = sorted((dims.elements(INDICES[name]) for name in built), reverse=True)
+    fit_two_weights = dims.weight_elements // sizes[0]
+    fit_a_quarter = experts * dims.weight_elements // 4 // sum(sizes[:2])
+    return max(1, fit_two_weights, fit_a_quarter)
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
@@ -29,7 +36,7 @@ def counting_reasons(plan: Contraction) -> list[str]:
 def launches(plan: Contraction) -> int:
     """Kernel launches: every step once for each group of experts whose built weights fit."""
     merges, _ = recipe(plan.dims, plan.strategy)
-    group = experts_at_once(plan.dims, tuple(result for result, _, _ in merges))
+    group = experts_at_once(plan.dims, tuple(result for result, _, _ in merges), plan.num_experts)
     return len(plan.steps) * (-(-plan.num_experts // group) if group else 1)
 
 

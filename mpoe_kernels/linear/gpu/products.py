@@ -142,8 +142,8 @@ class Pass:
         return activations(data, self.program.axes[name], self.dims, columns)
 
     def chunks(self, primitives: Primitives) -> Iterator[GpuChunk]:
-        """Ranges of experts whose built weights, and as many again for gradients, fit two whole weights."""
-        size = experts_at_once(self.dims, self.program.built) or max(self.experts, 1)
+        """Ranges of experts whose built weights fit the budget of `experts_at_once`."""
+        size = experts_at_once(self.dims, self.program.built, self.experts) or max(self.experts, 1)
         for first in range(0, self.experts, size):
             yield GpuChunk(self, primitives, first, min(first + size, self.experts))
 

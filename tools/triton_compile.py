@@ -38,11 +38,12 @@ class Use:
     overheads: set[float] = field(default_factory=set)
 
 
-def _difficulty(job: Job) -> tuple[int, int]:
-    """Size of the tile, then variety of sizes and strides: the most difficult job is the likeliest to spill."""
+def _difficulty(job: Job) -> tuple[int, int, int]:
+    """Size of the tile, extras, variety of sizes and strides: the most difficult job is the likeliest to spill."""
+    extras = sum(value is True for _, value in job.constants)
     tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
     numbers = {number for _, value in job.constants for number in (value if isinstance(value, tuple) else (value,))}
-    return tile, len(numbers)
+    return tile, extras, len(numbers)
 
 
 def shipped_jobs(

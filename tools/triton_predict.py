@@ -186,6 +186,38 @@ def summary_table(shapes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _dense(tokens: int, phase: str) -> float:
+    """Seconds of the layer's two dense products; of their gradients, two for each."""
+    sizes = [(tokens, catalogue.HIDDEN, catalogue.MODEL), (tokens, catalogue.MODEL, catalogue.HIDDEN)]
+    if phase == "backward":
+        sizes = [order for m, n, k in sizes for order in ((m, k, n), (n, k, m))]
+    itemsize = DTYPE.itemsize
+    steps = [Step("dense", "gemm", m, n, k, 1, (m * k + k * n) * itemsize, m * n * itemsize) for m, n, k in sizes]
+    return sum(step_time(step, DTYPE, CARD).total for step in steps)
+
+
+def hidden_table() -> str:
+    """A row for every size of the experts on the hidden side."""
+    lines = [
+        "| experts | own blocks | choices | block | tokens | | launches | FLOPs | bytes | predicted us | roofline us "
+        "| dense products us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size in catalogue.HIDDEN_SIZES:
+        for tokens in TOKENS:
+            for phase in PHASES:
+                with recorded(ARCHITECTURE) as started:
+                    catalogue.run_hidden(size, tokens, DTYPE, False, "gelu", phase)
+                found = [predict(launch, size.experts, tokens * size.top_k) for launch in started]
+                together = found[0]
+                for one in found[1:]:
+                    together = together + one
+                owner = "of a group" if size.per_group else "shared"
+                where = f"{size.experts} | {owner} | {size.top_k} | {size.block} | {tokens} | {phase}"
+                lines.append(f"| {where} | {_cells(together)} | {_dense(tokens, phase) * 1e6:.1f} |")
+    return "\n".join(lines)
+
+
 def main(words: list[str] | None = None) -> int:
     names = list(catalogue.shapes())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,8 +231,10 @@ def main(words: list[str] | None = None) -> int:
             parser.error(f"--{name} must be at least 1; got {getattr(chosen, name)}")
     if chosen.doc:
         write_between(DOC, "predictions", summary_table(names))
+        write_between(DOC, "hidden", hidden_table())
     else:
         print(kernel_table([chosen.shape] if chosen.shape else names, chosen.experts, chosen.tokens))
+        print(hidden_table())
     return 0
 
 

@@ -39,6 +39,8 @@ _KERNELS = {
     "dispatch_backward": ("routing.triton", "dispatch_backward"),
     "combine": ("routing.triton", "combine_forward"),
     "combine_backward": ("routing.triton", "combine_backward"),
+    "hidden_experts": ("hidden_experts.triton.launch", "forward"),
+    "hidden_experts_backward": ("hidden_experts.triton.launch", "backward"),
     "mpo_embedding": ("embedding.triton", "embedding_forward"),
     "mpo_embedding_backward": ("embedding.triton", "embedding_backward"),
 }

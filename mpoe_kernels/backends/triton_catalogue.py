@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.embedding import triton as embedding
+from mpoe_kernels.hidden_experts.triton import launch as hidden
+from mpoe_kernels.hidden_experts.triton.tiles import Tile, rows_per_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton import kernels as linear
 from mpoe_kernels.linear.triton.configs import most_tiles
@@ -24,6 +26,7 @@ from mpoe_kernels.linear.triton.fused_cost import fused_reasons, half_fits
 from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
+from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.triton.start import Launch, recorded, target_of
 
@@ -206,9 +209,57 @@ def _embedding(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
         yield Problem(f"embedding T={tokens} backward", work, not few)
 
 
+class HiddenSize(NamedTuple):
+    """Experts on the hidden side: how many, of how many each token takes, and whether groups own their blocks."""
+
+    experts: int
+    top_k: int
+    per_group: bool
+    block: int = 64
+
+
+HIDDEN_SIZES = (HiddenSize(8, 2, True), HiddenSize(64, 2, False), HiddenSize(8, 4, True, 128), HiddenSize(64, 8, True))
+
+
+def hidden_inputs(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
+    """Arguments of `hidden_experts` by name, with biases."""
+    blocks = (size.experts, HIDDEN // size.block if size.per_group else 1, size.block, size.block)
+    return {
+        "u": _empty(tokens, HIDDEN, dtype=dtype),
+        "gates": _empty(tokens, size.top_k, dtype=torch.float32),
+        "top_k_index": _integers(tokens, size.top_k),
+        "right": _empty(*blocks, dtype=dtype),
+        "left": _empty(*blocks, dtype=dtype),
+        "bias": _empty(size.experts, HIDDEN, dtype=dtype),
+        "u_gate": _empty(tokens, HIDDEN, dtype=dtype) if gated else None,
+        "right_gate": _empty(*blocks, dtype=dtype) if gated else None,
+    }
+
+
+def run_hidden(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool, activation: str, phase: str) -> None:
+    """`hidden_experts` between the products of the layer, or all its gradients."""
+    inputs = hidden_inputs(size, tokens, dtype, gated)
+    if phase == "forward":
+        hidden.forward(**inputs, activation=activation)
+    else:
+        need = [name != "top_k_index" for name in inputs if name != "top_k_index"]
+        hidden.backward(_empty(tokens, HIDDEN, dtype=dtype), **inputs, activation=activation, need=need)
+
+
+def _hidden(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+    """Gated and not, on every tile."""
+    for size in HIDDEN_SIZES[: 2 if few else None]:
+        for gated, activation in ((False, "gelu"), (True, "silu")):
+            for phase in PHASES:
+                label = f"hidden {size.block} E={size.experts} {'gated ' if gated else ''}{phase}"
+                for tokens in TOKENS:
+                    work = partial(run_hidden, size, tokens, dtype, gated, activation, phase)
+                    yield Problem(f"{label} T={tokens}", work, not few and tokens == TOKENS[0])
+
+
 def problems(dtype: torch.dtype, few: bool = False) -> Iterator[Problem]:
     """Everything that is shipped, in one dtype; ``few``: enough of it to start every kernel."""
-    for family in (_linear, _activations, _routing, _embedding):
+    for family in (_linear, _activations, _routing, _embedding, _hidden):
         yield from family(dtype, few)
 
 
@@ -226,6 +277,16 @@ def _fused(arguments: Mapping[str, Any]) -> float:
     return tiles * (1 + rebuild_work(sides, cut, arguments["BUILT"]) / arguments["BM"])
 
 
+def _hidden_rows(arguments: Mapping[str, Any]) -> float:
+    """Rows of whole tiles, whole units of blocks, and, for every part of a block's results, what comes before them."""
+    tile = Tile(*(arguments[name] for name in ("BT", "BM", "BN", "BK", "num_warps")))
+    experts, top_k, products = arguments["EXPERTS"], arguments["TOP_K"], _hidden_products(arguments)
+    parts, results = -(-arguments["B"] // tile.units), 2 if "grad" in arguments and arguments["GATED"] else 1
+    again = (results + parts * (products - results)) / products
+    units = (parts * tile.units / arguments["B"]) ** 2
+    return rows_per_token(tile, experts, top_k) / top_k * units * again
+
+
 # FLOPs of a launch over those of the product it computes: what fills tiles, and what is built anew for every tile. The
 # last rows of every expert come on top: half a tile each, on average.
 FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -233,6 +294,8 @@ FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "outer_kernel": partial(_padded, M="BM", N="BN"),
     "blocks_kernel": partial(_padded, M="BM", N="BN", K="BK"),
     "fused_kernel": _fused,
+    "hidden_forward_kernel": _hidden_rows,
+    "hidden_rows_kernel": _hidden_rows,
 }
 
 
@@ -267,6 +330,23 @@ def _gradient_product(a: Mapping[str, Any], rows: float) -> Product:
     return Product(math.prod(a["K_SIZES"]), math.prod(a["N_SIZES"]), rows, a["offsets"].shape[0] - 1)
 
 
+def _hidden_products(a: Mapping[str, Any]) -> int:
+    return hidden.PRODUCTS["rows" if "grad" in a else "forward", a["GATED"]]
+
+
+def _hidden_product(a: Mapping[str, Any], _: float) -> Product:
+    """Rows of chosen experts times the blocks of every group, those of one row after the other."""
+    rows = a["index"].numel() * a["F"] // a["B"]
+    return Product(rows, a["B"], a["B"] * _hidden_products(a), 1)
+
+
+def _hidden_blocks_product(a: Mapping[str, Any], _: float) -> Product:
+    """Slots through blocks and back, as in the rows' gradients, and their products with one another."""
+    gradients = 3 if a["GATED"] else 2
+    through = hidden.PRODUCTS["forward", a["GATED"]]
+    return Product(a["B"], a["B"] * (gradients + through), a["pair_of_slot"].numel() * a["F"] // a["B"], 1)
+
+
 # What a launch computes, from its arguments and the rows of one expert; kernels that are not here multiply nothing.
 PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "rows_kernel": _rows_product,
@@ -275,6 +355,9 @@ PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "fused_kernel": _fused_product,
     "left_gradient_kernel": _gradient_product,
     "right_gradient_kernel": _gradient_product,
+    "hidden_forward_kernel": _hidden_product,
+    "hidden_rows_kernel": _hidden_product,
+    "hidden_blocks_kernel": _hidden_blocks_product,
 }
 
 

@@ -14,6 +14,7 @@ from mpoe_kernels import (
     combine,
     dispatch,
     grouped_mpo_linear,
+    hidden_experts,
     mpo_embedding,
     mpo_ffn,
     mpo_linear,
@@ -48,6 +49,14 @@ OPS: dict[str, Callable[[torch.dtype], object]] = {
         rows(dtype), routing(), torch.ones(3, 1), blocks(2, dtype), blocks(2, dtype), backend="triton"
     ),
     "mpo_embedding": lambda dtype: mpo_embedding(torch.tensor([1]), blocks(1, dtype), backend="triton"),
+    "hidden_experts": lambda dtype: hidden_experts(
+        rows(dtype),
+        torch.ones(3, 1),
+        torch.zeros(3, 1, dtype=torch.int64),
+        *(torch.ones(2, SHAPE.in_features, SHAPE.in_features, dtype=dtype) for _ in range(2)),
+        activation="relu",
+        backend="triton",
+    ),
     "dispatch": lambda dtype: dispatch(rows(dtype), routing(), backend="triton"),
     "combine": lambda dtype: combine(rows(dtype), routing(), torch.ones(3, 1), backend="triton"),
 }

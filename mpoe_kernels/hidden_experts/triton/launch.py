@@ -1,0 +1,265 @@
+"""Launches of the Triton kernels of `hidden_experts`: one forward, at most three backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.hidden_experts.triton.blocks import hidden_blocks_kernel, hidden_sums_kernel
+from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
+from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
+from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, fitted, shipped_tiles
+from mpoe_kernels.linear.triton.launch import multiprocessors, precision
+from mpoe_kernels.planner import HARDWARE
+from mpoe_kernels.triton.architecture import HARDWARE_NAMES
+from mpoe_kernels.triton.start import architecture_of, cdiv, power_of_two, recorded_tile, start
+
+SORT_BLOCK = 1024  # pairs that a sorting program looks at together
+SUM_BLOCK = 1024  # results of a program that adds parts
+# Products with a block for every row of an expert, by kernel and whether the network is gated.
+PRODUCTS = {("forward", False): 2, ("forward", True): 3, ("rows", False): 3, ("rows", True): 5}
+NEEDS = ("NEED_U", "NEED_GATES", "NEED_RIGHT", "NEED_LEFT", "NEED_BIAS", "NEED_U_GATE", "NEED_RIGHT_GATE")
+
+
+def _common(
+    u: Tensor,
+    gates: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+) -> dict[str, Any]:
+    """Arguments of every kernel. What is not given is stood in for and never read."""
+    experts, own, block, _ = right.shape
+    right = right.contiguous()
+    return {
+        "u": u.contiguous(),
+        "u_gate": u if u_gate is None else u_gate.contiguous(),
+        "gates": gates.contiguous(),
+        "right": right,
+        "right_gate": right if right_gate is None else right_gate.contiguous(),
+        "left": left.contiguous(),
+        "bias": right if bias is None else bias.contiguous(),
+        "F": u.shape[1],
+        "EXPERTS": experts,
+        "OWN": own,
+        "TOP_K": gates.shape[1],
+        "B": block,
+        "ACTIVATION": "gelu_tanh" if activation == "gelu_new" else activation,
+        "GATED": u_gate is not None,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": precision(u.dtype),
+    }
+
+
+def units_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or of the one that is recorded or that the interpreter stands for."""
+    if device.type == "cuda":
+        return multiprocessors(device)
+    return HARDWARE[HARDWARE_NAMES[architecture_of(device)]].units
+
+
+def _row_tile(kernel: str, common: dict[str, Any]) -> Tile:
+    """Tile of the kernel ``forward`` or ``rows``."""
+    u = common["u"]
+    tiles = shipped_tiles(kernel, architecture_of(u.device), u.dtype)
+    if (entry := recorded_tile()) is not None:
+        return tiles[min(entry, len(tiles) - 1)]
+    return best_row_tile(
+        tiles,
+        units_of(u.device),
+        tokens=u.shape[0],
+        groups=u.shape[1] // common["B"],
+        experts=common["EXPERTS"],
+        top_k=common["TOP_K"],
+        block=common["B"],
+        products=PRODUCTS[kernel, common["GATED"]],
+    )
+
+
+def _row_options(tile: Tile, common: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "BT": tile.tokens,
+        "BM": tile.rows,
+        **fitted(tile, common["B"]),
+        "KP": power_of_two(common["TOP_K"]),
+        "num_warps": tile.warps,
+    }
+
+
+def forward(
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """See `hidden_experts`; blocks ``[E, G', b, b]``."""
+    if top_k_index.numel() == 0:
+        return torch.zeros_like(u, memory_format=torch.contiguous_format)
+    common = _common(u, gates, right, left, bias, u_gate, right_gate, activation)
+    out = u.new_empty(u.shape)
+    options = _row_options(_row_tile("forward", common), common)
+    groups = u.shape[1] // common["B"]
+    start(
+        hidden_forward_kernel,
+        (cdiv(u.shape[0], options["BT"]), groups, cdiv(common["B"], options["BN"])),
+        index=top_k_index.contiguous(),
+        out=out,
+        tokens=u.shape[0],
+        **common,
+        **options,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    u: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    right_gate: Tensor | None,
+    activation: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `eager.backward`."""
+    inputs = (u, gates, right, left, bias, u_gate, right_gate)
+    wanted = [value is not None and wants for value, wants in zip(inputs, need, strict=True)]
+    if top_k_index.numel() == 0:
+        return tuple(  # type: ignore[return-value]
+            torch.zeros_like(value, memory_format=torch.contiguous_format) if wants else u.new_empty(0)  # type: ignore[arg-type]
+            for value, wants in zip(inputs, wanted, strict=True)
+        )
+    results = [value.new_empty(value.shape) if w else u.new_empty(0) for value, w in zip(inputs, wanted, strict=True)]  # type: ignore[union-attr]
+    needs = dict(zip(NEEDS, wanted, strict=True))
+    common = _common(u, gates, right, left, bias, u_gate, right_gate, activation)
+    common["grad"] = grad.contiguous()
+    _Backward(common, top_k_index.contiguous(), needs, results).run()
+    return tuple(results)  # type: ignore[return-value]
+
+
+class _Backward:
+    """One call: sizes that its launches share.
+
+    Args:
+        common: arguments of every kernel.
+        index: ``[T, K]``.
+        needs: by `NEEDS`.
+        results: gradients in that order; empty where not needed.
+    """
+
+    def __init__(self, common: dict[str, Any], index: Tensor, needs: dict[str, bool], results: list[Tensor]) -> None:
+        self.common, self.index, self.needs, self.results = common, index, needs, results
+        (self.tokens, features), self.pairs = common["u"].shape, index.numel()
+        self.groups = features // common["B"]
+        self.gate_parts = self._scratch(self.groups if needs["NEED_GATES"] else 0, self.pairs)
+        self.pair_of_slot, self.offsets = (
+            index.new_empty(n, dtype=torch.int32) for n in (self.pairs, common["EXPERTS"] + 1)
+        )
+
+    def _scratch(self, *size: int) -> Tensor:
+        return self.index.new_empty(size, dtype=torch.float32)
+
+    def run(self) -> None:
+        du, dgates, dright, dleft, dbias, du_gate, dright_gate = self.results
+        blocks = any(self.needs[name] for name in ("NEED_RIGHT", "NEED_LEFT", "NEED_BIAS", "NEED_RIGHT_GATE"))
+        self._rows(du, du_gate, blocks)
+        parts, shares = (dright, dright_gate, dleft), 1
+        if blocks:
+            parts, shares = self._blocks(dright, dright_gate, dleft, dbias)
+        self._sums(parts, shares, dgates, (dright, dright_gate, dleft))
+
+    def _rows(self, du: Tensor, du_gate: Tensor, sort: bool) -> None:
+        common, needs = self.common, {n: self.needs[n] for n in ("NEED_U", "NEED_GATES", "NEED_U_GATE")}
+        options = _row_options(_row_tile("rows", common), common)
+        tiles = cdiv(self.tokens, options["BT"]) if any(needs.values()) else 0
+        programs = tiles * self.groups * cdiv(common["B"], options["BN"])
+        start(
+            hidden_rows_kernel,
+            (programs + (common["EXPERTS"] if sort else 0),),
+            index=self.index,
+            du=du,
+            du_gate=du_gate,
+            gate_parts=self.gate_parts,
+            pair_of_slot=self.pair_of_slot,
+            offsets=self.offsets,
+            tokens=self.tokens,
+            tiles=tiles,
+            BLOCK=SORT_BLOCK,
+            **common,
+            **needs,
+            **options,
+        )
+
+    def _blocks(
+        self, dright: Tensor, dright_gate: Tensor, dleft: Tensor, dbias: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        """Gradients, or of shared blocks those of every share of the groups, and the number of shares."""
+        common = self.common
+        u = common["u"]
+        (tile,) = shipped_tiles("blocks", architecture_of(u.device), u.dtype)
+        blocks, experts, size = fitted(tile, common["B"]), common["EXPERTS"], common["B"]
+        parts = cdiv(size, blocks["BN"]) ** 2
+        share = 1
+        if common["OWN"] == 1:
+            programs = 4 * units_of(u.device)
+            share = cdiv(self.groups, min(self.groups, cdiv(programs, experts * parts)))
+        shares = cdiv(self.groups, share)
+        partial = common["OWN"] == 1 and shares > 1
+        kept = (dright, dright_gate, dleft)
+        if partial:
+            kept = tuple(self._scratch(shares if t.numel() else 0, experts, size, size) for t in kept)  # type: ignore[assignment]
+        start(
+            hidden_blocks_kernel,
+            (experts, shares, parts),
+            dright=kept[0],
+            dright_gate=kept[1],
+            dleft=kept[2],
+            dbias=dbias,
+            pair_of_slot=self.pair_of_slot,
+            offsets=self.offsets,
+            share=share,
+            BM=tile.rows,
+            num_warps=tile.warps,
+            **blocks,
+            **common,
+            **{n: self.needs[n] for n in ("NEED_RIGHT", "NEED_RIGHT_GATE", "NEED_LEFT", "NEED_BIAS")},
+        )
+        return kept, shares if partial else 1
+
+    def _sums(
+        self, parts: tuple[Tensor, ...], shares: int, dgates: Tensor, results: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        sizes = [result.numel() if shares > 1 else 0 for result in results]
+        start(
+            hidden_sums_kernel,
+            (cdiv(max(dgates.numel(), *sizes), SUM_BLOCK), 4),
+            gate_parts=self.gate_parts,
+            right_parts=parts[0],
+            right_gate_parts=parts[1],
+            left_parts=parts[2],
+            dgates=dgates,
+            dright=results[0],
+            dright_gate=results[1],
+            dleft=results[2],
+            groups=self.groups,
+            shares=shares,
+            gate_size=dgates.numel(),
+            right_size=sizes[0],
+            right_gate_size=sizes[1],
+            left_size=sizes[2],
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )

@@ -1,0 +1,127 @@
+"""Tiles of the kernels of `hidden_experts`, as data, and the choice among them. Nothing here imports Triton.
+
+Every entry is compiled ahead of time for its architecture by ``tools/triton_compile.py``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mpoe_kernels.triton.architecture import INTERPRETER
+
+# As long as so many FLOPs of a product on tensor cores: an activation, reading an element of a block.
+ACTIVATION_FLOPS, LOAD_FLOPS = 40, 64
+
+
+class Tile(NamedTuple):
+    """Block sizes and warps of a kernel.
+
+    Attributes:
+        tokens: of a program.
+        rows: that an expert computes at once. As many as ``tokens``: all of them, gated by 0 where another expert was
+            chosen. Fewer: an expert's own rows are collected first.
+        units: of a group, that a program computes.
+        inner: units that a product sums over at once; those between two products come in as many.
+        warps: of a program.
+    """
+
+    tokens: int
+    rows: int
+    units: int
+    inner: int
+    warps: int
+
+    @property
+    def collects(self) -> bool:
+        """Whether experts collect their rows."""
+        return self.rows < self.tokens
+
+
+# kernel -> bytes of an element -> tiles
+_NVIDIA: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {
+        2: (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(128, 16, 64, 32, 4), Tile(256, 16, 64, 32, 8)),
+        4: (Tile(64, 64, 64, 16, 8), Tile(64, 16, 64, 16, 8)),
+    },
+    "rows": {
+        2: (Tile(32, 32, 64, 64, 4), Tile(16, 16, 64, 32, 4), Tile(128, 16, 64, 32, 8)),
+        4: (Tile(64, 16, 64, 16, 8),),
+    },
+    "blocks": {2: (Tile(32, 32, 64, 64, 8),), 4: (Tile(16, 16, 32, 16, 8),)},
+}
+_AMPERE = {**_NVIDIA, "blocks": {2: (Tile(32, 32, 32, 64, 4),), 4: (Tile(16, 16, 32, 16, 8),)}}
+# Warps of 64 threads: with 8 of them a thread has half as many registers.
+_AMD: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {
+        2: (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(128, 16, 64, 64, 4)),
+        4: (Tile(32, 32, 64, 16, 4), Tile(64, 16, 64, 16, 4)),
+    },
+    "rows": {
+        2: (Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 64, 4)),
+        4: (Tile(64, 16, 64, 16, 4),),
+    },
+    "blocks": {2: (Tile(16, 16, 64, 64, 4),), 4: (Tile(16, 16, 32, 16, 4),)},
+}
+_ROWS_INTERPRETED = dict.fromkeys((2, 4), (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 64, 4)))
+_INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": _ROWS_INTERPRETED,
+    "rows": _ROWS_INTERPRETED,
+    "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
+}
+TILES = {"sm_80": _AMPERE, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD, INTERPRETER: _INTERPRETED}
+
+
+def busy_experts(experts: int, top_k: int, tokens: int) -> float:
+    """Expected number of experts that ``tokens`` tokens choose evenly."""
+    return experts * (1 - (1 - min(1.0, top_k / experts)) ** tokens)
+
+
+def rows_per_token(tile: Tile, experts: int, top_k: int) -> float:
+    """Rows that experts compute for a token, padding included; without any waste it is ``top_k``."""
+    busy = busy_experts(experts, top_k, tile.tokens)
+    if not tile.collects:
+        return busy
+    share = tile.tokens * top_k / busy
+    return busy * max(1.0, share / tile.rows + 0.5) * tile.rows / tile.tokens
+
+
+def row_cost(tile: Tile, experts: int, top_k: int, block: int, products: int) -> float:
+    """FLOPs of a hidden unit of a token: ``products``, activations, adding results back, reading blocks."""
+    moving = 2 * tile.tokens if tile.collects else 0
+    reading = LOAD_FLOPS * products * block * busy_experts(experts, top_k, tile.tokens) / tile.tokens
+    return rows_per_token(tile, experts, top_k) * (2 * block * products + ACTIVATION_FLOPS + moving) + reading
+
+
+def shipped_tiles(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Of the kernel ``forward``, ``rows`` or ``blocks``; of the last, ``rows`` are slots taken at once."""
+    return TILES[architecture][kernel][dtype.itemsize]
+
+
+def best_row_tile(
+    tiles: tuple[Tile, ...],
+    units: int,
+    *,
+    tokens: int,
+    groups: int,
+    experts: int,
+    top_k: int,
+    block: int,
+    products: int,
+) -> Tile:
+    """The cheapest tile on a device of ``units`` multiprocessors, those that would idle counted."""
+
+    def seconds(tile: Tile) -> float:
+        programs = -(-tokens // tile.tokens) * groups
+        padding = -(-tokens // tile.tokens) * tile.tokens / tokens
+        waiting = max(1.0, units / programs)
+        return row_cost(tile, experts, top_k, block, products) * padding * waiting
+
+    return min(tiles, key=seconds)
+
+
+def fitted(tile: Tile, block: int) -> dict[str, int]:
+    """Units and inner sizes of a tile for blocks that may be smaller (16 is the least a tensor core takes)."""
+    most = max(16, 1 << max(block - 1, 0).bit_length())
+    return {"BN": min(tile.units, most), "BK": min(tile.inner, most)}

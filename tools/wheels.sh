@@ -30,8 +30,8 @@ else
     wheel=$(ls -t "$folder"/*-cp311-abi3-*.whl | head -1)
 fi
 
-python -m venv --system-site-packages "$work/user"
-"$work/user/bin/python" -m pip install -q --no-deps --no-index --force-reinstall "$wheel"
-(cd "$work" && PYTHONPATH= "$work/user/bin/python" -m mpoe_kernels.info | tee "$work/info")
+# Beside the torch of `python`, which may itself be one of a virtual environment.
+python -m pip install -q --no-deps --no-index --target "$work/user" "$wheel"
+(cd "$work" && PYTHONPATH="$work/user" python -m mpoe_kernels.info | tee "$work/info")
 grep -qE "native +yes" "$work/info"
 ls -l "$folder"

@@ -61,7 +61,71 @@ def comparison_table(arms: Sequence[dict[str, Any]], settings: Settings) -> tupl
     values = [next(iter(constant[name].values())) for name in names]
     row = [BASELINE, "-", "-", "-", "-", *(_value({"": value}, settings.causal) for value in values)]
     row += [] if settings.causal else [f"{100 * sum(values) / len(values):.1f}"]
+<<<<<<< HEAD
     return header, [*rows, [*row, "-"]]
+=======
+    return header, [*rows, row]
+
+
+def what_holds(arms: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
+    """The reasons to use it that this run shows, a sentence each."""
+    by_key = {arm["key"]: arm for arm in arms}
+    switch, mpoe, hidden = by_key["switch"], by_key[settings.main_arm], by_key["hidden"]
+    changed = max(arm["conversion_difference"] for arm in arms if arm["conversion_difference"] is not None)
+    large = LARGE_NAMES[settings.large]
+    millions = {arm["key"]: f"{arm['large']['parameters'] / 1e6:,.0f} million" for arm in arms}
+    return [
+        f"Conversion is exact: no logit changed by more than {changed:.0e} of the largest.",
+        f"Size: a {large} with {NUM_EXPERTS} experts per layer has {millions[settings.main_arm]} parameters; with "
+        f"Switch's dense experts {millions['switch']}, without experts {millions['dense']}.",
+        f"Price: one of its layers trains in {mpoe['large']['training']:.2f} times the dense layer's time (Switch "
+        f"{switch['large']['training']:.2f}). In the shape hidden a token meets "
+        f"{settings.arm('hidden').experts_per_token} experts for {hidden['large']['training']:.2f} times.",
+    ]
+
+
+def fingerprint(settings: Settings) -> dict[str, Any]:
+    """What must not have changed for the facts of the seeds to hold: steps, batch, and each arm's experts and rate."""
+    arms = {arm.key: [arm.learning_rate, arm.experts, arm.training] for arm in settings.arms}
+    return {"steps": settings.steps, "batch": settings.batch, "tasks": list(settings.tasks), "arms": arms}
+
+
+def seed_facts(kind: str, settings: Settings) -> dict[str, Any] | None:
+    """What ``python tools/demo_seeds.py`` found; None for settings it has not run, such as another number of steps."""
+    facts: dict[str, Any] = json.loads(SEEDS_FILE.read_text(encoding="utf-8")).get(kind, {})
+    return facts if facts.get("settings") == fingerprint(settings) else None
+
+
+def seed_means(kind: str, settings: Settings) -> dict[str, list[float]]:
+    """By arm, the mean score with every seed."""
+    facts = seed_facts(kind, settings)
+    return (
+        {arm.key: [run["means"][arm.key] for run in facts["runs"].values()] for arm in settings.arms} if facts else {}
+    )
+
+
+def seed_lines(kind: str, settings: Settings) -> list[str]:
+    """In how many seeds the claim held, and each arm's distance from dense."""
+    facts = seed_facts(kind, settings)
+    if facts is None:
+        return []
+    runs = list(facts["runs"].values())
+    unit = "% of perplexity" if settings.causal else "points"
+    parts, always = [], []
+    for arm in settings.arms[1:]:
+        pairs = [(run["means"][arm.key], run["means"]["dense"]) for run in runs]
+        found = [100 * (ours / dense - 1 if settings.causal else ours - dense) for ours, dense in pairs]
+        better = sum(value < 0 if settings.causal else value > 0 for value in found)
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        parts.append(f"{arm.name} {statistics.mean(found):+.1f}{spread} (better in {better} of {len(found)})")
+        always += [arm.name] if better == len(found) else []
+    held = sum(run["held"] for run in runs)
+    order = f"Better than dense with every seed: {', '.join(always)}." if always else "None beat dense with every seed."
+    return [
+        f"Seeds {', '.join(facts['runs'])}, run before with these settings: the claim held in {held} of {len(runs)}. "
+        f"Beside dense, in {unit}, mean and standard deviation: {'; '.join(parts)}. {order}"
+    ]
+>>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 
 
 def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:

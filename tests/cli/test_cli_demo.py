@@ -8,8 +8,23 @@ from pathlib import Path
 import pytest
 
 from mpoe import plotting
+<<<<<<< HEAD
 from mpoe.cli.demo_arms import SETTINGS, count_parameters, training_items, with_steps
 from mpoe.cli.demo_tables import check, comparison_lines, comparison_table
+=======
+from mpoe.cli.demo_arms import SETTINGS, Settings, count_parameters, training_items, with_steps
+from mpoe.cli.demo_cost import hidden_size, large_costs, widened
+from mpoe.cli.demo_tables import (
+    SEEDS_FILE,
+    check,
+    comparison_lines,
+    comparison_table,
+    seed_facts,
+    seed_lines,
+    seed_means,
+    what_holds,
+)
+>>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 from mpoe.cli.report import write_demo_report
 
 
@@ -62,6 +77,7 @@ def test_comparison_says_what_is_equal_and_what_is_counted() -> None:
         assert words in text
 
 
+<<<<<<< HEAD
 def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SETTINGS["t5"]
     arms = arms_of("t5", 0.7, 0.71)
@@ -70,6 +86,11 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0", "-"]
     assert all(len(row) == len(header) for row in rows)
     results = {
+=======
+def results_of(arms: list[dict], settings: Settings) -> dict:
+    """As in results.json."""
+    return {
+>>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
         "model": "t5",
         "seed": 0,
         "steps": 2,
@@ -80,6 +101,18 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
         "stages": {"train": 1.0},
         "versions": {"mpoe": "0"},
     }
+
+
+def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS["t5"]
+    arms = arms_of("t5", 0.7, 0.71)
+    header, rows = comparison_table(arms, settings)
+    assert len(rows) == 6
+    assert rows[0][:6] == ["dense", "-", "1.00", "223", "1.25", "71.0"]
+    assert rows[4][:5] == ["MPOE hidden", "2", "0.40", "250", "1.25"]
+    assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0"]
+    assert all(len(row) == len(header) for row in rows)
+    results = results_of(arms, settings)
     write_demo_report(tmp_path / "report.html", copy.deepcopy(results), header, rows)
     text = (tmp_path / "report.html").read_text()
     assert "&lt;b&gt;" in text
@@ -97,6 +130,67 @@ def test_parameters_count_weights_of_experts_alone() -> None:
     report = {"central": 10, "auxiliary": 6, "expert": 0, "router": 3, "rest": 100, "total": 119, "dense_total": 108}
     assert count_parameters(report) == {"total": 119, "experts": 16, "central": 10, "auxiliary": 6}
     assert count_parameters(report, dense=True) == {"total": 108, "experts": 8, "central": 0, "auxiliary": 0}
+<<<<<<< HEAD
+=======
+    assert count_parameters(report, dense=True, grown=5)["experts"] == 13
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_wider_dense_model_computes_the_same(kind: str) -> None:
+    dense, _ = load_stand_in(kind)
+    size = hidden_size(dense.config)
+    wide = widened(dense, size + 24)
+    assert hidden_size(wide.config) == size + 24
+    tokens = torch.randint(0, 100, (2, 9))
+    more = {"decoder_input_ids": tokens} if kind == "t5" else {}
+    with torch.inference_mode():
+        assert torch.allclose(wide(tokens, **more).logits, dense(tokens, **more).logits, atol=1e-4)
+    grown = sum(p.numel() for p in wide.parameters()) - sum(p.numel() for p in dense.parameters())
+    layers, bias = (4, 0) if kind == "t5" else (4, 1)
+    assert grown == layers * 24 * (2 * 128 + bias)
+    loss = wide(tokens, labels=tokens).loss
+    loss.backward()
+    (name,) = [n for n, _ in wide.named_parameters() if n.endswith(("wo.weight", "mlp.c_proj.weight"))][:1]
+    grad = wide.get_parameter(name).grad
+    new = grad[:, size:] if kind == "t5" else grad[size:]
+    assert new.abs().sum() > 0  # what writes nothing yet learns from the first step on
+
+
+def test_costs_of_the_large_model() -> None:
+    costs = large_costs(SETTINGS["t5"], tokens=4, rounds=1)
+    millions = {key: round(cost["parameters"] / 1e6, 1) for key, cost in costs.items()}
+    assert millions["dense"] == 222.9
+    assert millions["separable"] == 249.8
+    assert millions["switch"] == 1015.8
+    assert abs(millions["wider"] - millions["separable"]) < 0.3
+    assert costs["dense"]["training"] == 1.0
+    assert all(cost["forward"] > 0 for cost in costs.values())
+
+
+@pytest.mark.parametrize("kind", json.loads(SEEDS_FILE.read_text()))
+def test_facts_of_the_seeds_are_those_of_the_settings(kind: str) -> None:
+    settings = SETTINGS[kind]
+    facts = seed_facts(kind, settings)
+    assert facts is not None, "the demo has changed: run python tools/demo_seeds.py"
+    assert list(facts["runs"]) == ["0", "1", "2", "3", "4"]
+    (line,) = seed_lines(kind, settings)
+    held = sum(run["held"] for run in facts["runs"].values())
+    assert f"the claim held in {held} of 5" in line
+    means = seed_means(kind, settings)
+    sign = -1 if settings.causal else 1
+    always = [
+        arm.name
+        for arm in settings.arms[1:]
+        if all(sign * (a - d) > 0 for a, d in zip(means[arm.key], means["dense"], strict=True))
+    ]
+    assert line.endswith("with every seed." if not always else f"{', '.join(always)}.")
+    assert seed_lines(kind, with_steps(settings, 3)) == []  # other settings, no facts
+    assert {key: len(means) for key, means in seed_means(kind, settings).items()} == {a.key: 5 for a in settings.arms}
+
+
+def test_the_seeds_of_the_readmes_demo_are_known() -> None:
+    assert seed_facts("t5", SETTINGS["t5"]) is not None
+>>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 
 
 class _Tokens:

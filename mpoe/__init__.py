@@ -20,6 +20,8 @@ _NAMES = {
     "MPOEmbedding": "mpoe.layers",
     "MPOLinear": "mpoe.layers",
     "TopKRouter": "mpoe.layers",
+    "add_expert": "mpoe.models",
+    "compose": "mpoe.models",
     "global_batch": "mpoe.layers",
     "convert_to_mpoe": "mpoe.models",
     "import_original": "mpoe.models",
@@ -39,7 +41,15 @@ _NAMES = {
 if TYPE_CHECKING:
     from mpoe.config import MPOEConfig, RouterConfig
     from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter, global_batch
-    from mpoe.models import convert_to_mpoe, import_original, load_mpoe, merge_experts, save_mpoe_only
+    from mpoe.models import (
+        add_expert,
+        compose,
+        convert_to_mpoe,
+        import_original,
+        load_mpoe,
+        merge_experts,
+        save_mpoe_only,
+    )
     from mpoe.models.lora import lora_on_cores
     from mpoe.training import (
         MPOETrainer,
@@ -63,6 +73,8 @@ __all__ = [
     "RouterConfig",
     "TopKRouter",
     "__version__",
+    "add_expert",
+    "compose",
     "convert_to_mpoe",
     "global_batch",
     "import_original",

@@ -24,6 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long starts first: at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 def skip_or_fail(reason: str) -> None:
     """Skip a test that lacks something, unless ``MPOE_REQUIRE_ALL`` is set, as CI does for its slow tests."""
     if os.environ.get("MPOE_REQUIRE_ALL"):

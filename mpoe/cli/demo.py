@@ -1,4 +1,4 @@
-"""`mpoe demo`: the whole job on data every Python carries: convert, verify, train, compare, save, reload, generate."""
+"""`mpoe demo`: what a mixture gains, at what size and price; from conversion to reload, on data of every Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 from mpoe.cli.demo_arms import (
     NUM_EXPERTS,
     SETTINGS,
-    DemoArm,
     Settings,
     count_parameters,
     demo_tasks,
@@ -21,7 +20,16 @@ from mpoe.cli.demo_arms import (
     training_items,
     with_steps,
 )
-from mpoe.cli.demo_tables import check, comparison_lines, comparison_table, show_comparison
+from mpoe.cli.demo_tables import (
+    LARGE_NAMES,
+    check,
+    comparison_lines,
+    comparison_table,
+    seed_lines,
+    seed_means,
+    show_comparison,
+    what_holds,
+)
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option, read_command
 
@@ -98,6 +106,7 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     stages = Stages(console)
     console.print(f"[bold]mpoe demo[/bold]: {kind} stand-in, tasks {', '.join(settings.tasks)}, output in {output_dir}")
     with stages.stage("import torch and transformers"):
+        import torch
         from transformers import set_seed
 
         from mpoe.cli.pretrained import quiet_transformers
@@ -114,40 +123,54 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
         probe = encode_task(tasks[0], "test", tokenizer, 32)
     console.print(comparison_lines(settings)[0], highlight=False)
 
+    with stages.stage(f"time a layer of {settings.large}"):
+        from mpoe.cli.demo_cost import hidden_size, large_costs, widened
+
+        torch.manual_seed(0)
+        large = large_costs(settings)
+    models: dict[str, Any] = {}
     arms: list[dict[str, Any]] = []
-    kept: dict[str, Any] = {}
-    ffn_report: dict[str, int] = {}
+    with stages.stage("convert"):
+        for arm in settings.arms:
+            set_seed(seed)
+            if arm.experts is not None:
+                models[arm.key] = convert_to_mpoe(dense, arm.config())
+            elif arm.as_large_as is None:
+                models[arm.key] = dense
+        report = models[settings.main_arm].parameter_report()
+        base = count_parameters(report, dense=True)["experts"]
+        for arm in settings.arms:
+            if arm.as_large_as is not None:
+                weights = count_parameters(models[arm.as_large_as].parameter_report())["experts"]
+                set_seed(seed)
+                models[arm.key] = widened(dense, round(weights / base * hidden_size(dense.config)))
+        differences = {
+            key: largest_difference(dense, model, probe, tokenizer.pad_token_id)
+            for key, model in models.items()
+            if key != "dense"
+        }
     for arm in settings.arms:
-        set_seed(seed)
-        with stages.stage(f"convert: {arm.name}"):
-            if arm.experts is None:
-                model, difference = load_stand_in(kind)[0], None
-            else:
-                model = convert_to_mpoe(dense, config_of_arm(arm))
-                difference = largest_difference(dense, model, probe, tokenizer.pad_token_id)
-                ffn_report = model.parameter_report()
+        model, difference = models[arm.key], differences.get(arm.key)
         if difference is not None:
             console.print(f"{arm.name}: largest difference from the dense logits, relative: {difference:.1e}")
+    for arm in settings.arms:
+        model = models[arm.key]
+        set_seed(seed)
         result = train_and_score(arm, model, tokenizer, tasks, items, settings, seed, output_dir, stages, console)
-        result["conversion_difference"] = difference
-        result["parameters"] = count_parameters(ffn_report) if arm.experts is not None else {}
+        result["conversion_difference"] = differences.get(arm.key)
+        if arm.experts is not None:
+            result["parameters"] = count_parameters(model.parameter_report())
+        else:
+            grown = sum(p.numel() for p in model.parameters()) - report["dense_total"]
+            result["parameters"] = count_parameters(report, dense=True, grown=grown)
+        result["large"] = large[arm.key]
         arms.append(result)
-        if arm.key == settings.main_arm:
-            kept["model"] = model
-    for arm, result in zip(settings.arms, arms, strict=True):
-        if arm.experts is None:
-            result["parameters"] = count_parameters(ffn_report, dense=True)
 
     with stages.stage("save, reload, compare, generate"):
-        same, examples = save_and_reload(kept["model"], tokenizer, tasks, probe, output_dir / MODEL_FOLDER, settings)
+        same, examples = save_and_reload(
+            models[settings.main_arm], tokenizer, tasks, probe, output_dir / MODEL_FOLDER, settings
+        )
     return finish(output_dir, kind, settings, seed, arms, same, examples, stages, start, console)
-
-
-def config_of_arm(arm: DemoArm) -> Any:
-    """`MPOEConfig` of a converted arm."""
-    from mpoe.config import MPOEConfig
-
-    return MPOEConfig(num_experts=NUM_EXPERTS, **(arm.experts or {}))
 
 
 def logits_and_mask(model: Any, items: list[dict], pad_token_id: int) -> tuple[Any, Any]:
@@ -170,7 +193,7 @@ def largest_difference(dense: Any, converted: Any, items: list[dict], pad_token_
 
 
 def train_and_score(
-    arm: DemoArm,
+    arm: Any,
     model: Any,
     tokenizer: Any,
     tasks: Sequence[Any],
@@ -270,9 +293,14 @@ def finish(
         "steps": settings.steps,
         "batch": settings.batch,
         "num_experts": NUM_EXPERTS,
+        "score": "perplexity, lower is better" if settings.causal else "mean test score here, per cent",
+        "large": LARGE_NAMES[settings.large],
         "comparison": comparison_lines(settings),
         "arms": arms,
+        "holds": what_holds(arms, settings),
         "check": check(arms, settings),
+        "seeds": seed_lines(kind, settings),
+        "seed_means": seed_means(kind, settings),
         "reloaded_equal": same,
         "examples": examples,
         "versions": {"mpoe": facts["mpoe"], "python": facts["python"]}

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.scoring import encode_task
+
+if TYPE_CHECKING:
+    from mpoe.config import MPOEConfig
 
 NUM_EXPERTS = 8
 
@@ -19,8 +22,9 @@ NUM_EXPERTS = 8
 class DemoArm:
     """One model of the comparison.
 
-    ``experts``: fields of its `MPOEConfig`, or None for the dense model; ``learning_rate``: see `Settings.rates`;
-    ``training``: further training arguments.
+    ``experts``: fields of its `MPOEConfig`, or None for a dense model; ``learning_rate``: see `Settings.rates`;
+    ``training``: further training arguments; ``large``: fields that differ in the layer of T5-base or GPT-2, whose cost
+    is shown; ``as_large_as``: key of the arm whose feed-forward weights a wider dense model has.
     """
 
     key: str
@@ -28,12 +32,25 @@ class DemoArm:
     experts: dict[str, Any] | None
     learning_rate: float
     training: dict[str, Any] = field(default_factory=dict)
+    large: dict[str, Any] = field(default_factory=dict)
+    as_large_as: str | None = None
+
+    def config(self, large: bool = False) -> MPOEConfig:
+        """Of a mixture, here or in the large layer."""
+        from mpoe.config import MPOEConfig
+
+        return MPOEConfig(num_experts=NUM_EXPERTS, **{**(self.experts or {}), **(self.large if large else {})})
+
+    @property
+    def experts_per_token(self) -> int | None:
+        return None if self.experts is None else self.config().router.top_k
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the demo runs for one kind of model. ``batch``: items per step; ``steps``: per arm; ``n_val``,
-    ``n_test``: random subsets of those splits (None: all of them); ``rates``: how the arms' learning rates were chosen.
+    ``n_test``: random subsets of those splits (None: all of them); ``rates``: how the arms' learning rates were chosen;
+    ``large``: the known model that the stand-in stands for.
     """
 
     tasks: tuple[str, ...]
@@ -41,18 +58,31 @@ class Settings:
     steps: int
     batch: int
     arms: tuple[DemoArm, ...]
+    large: str
     n_val: int | None = None
     n_test: int | None = None
     main_arm: str = "separable"
     rates: str = ""
 
+    def arm(self, key: str) -> DemoArm:
+        return next(arm for arm in self.arms if arm.key == key)
 
-def _arms(dense: float, switch: float, paper: float, separable: float) -> tuple[DemoArm, ...]:
+
+def _arms(rate: float, separable: float) -> tuple[DemoArm, ...]:
+    hidden = {"shape": "hidden", "block_size": 16, "router": {"top_k": 2}}
     return (
-        DemoArm("dense", "dense", None, dense),
-        DemoArm("switch", "Switch", {"expert_type": "dense"}, switch),
-        DemoArm("paper", "MPOE paper", {"shape": "paper"}, paper),
-        DemoArm("separable", "MPOE separable", {"shape": "separable"}, separable),
+        DemoArm("dense", "dense", None, rate),
+        DemoArm("wider", "wider dense", None, rate, as_large_as="separable"),
+        DemoArm("switch", "Switch", {"expert_type": "dense"}, rate),
+        DemoArm("separable", "MPOE", {"shape": "separable"}, separable),
+        DemoArm(
+            "hidden",
+            "MPOE hidden",
+            hidden,
+            rate,
+            {"regime": "scratch", "auxiliary_lr_scale": 1.0},  # cores at the rate of the rest
+            {"block_size": 64},
+        ),
     )
 
 
@@ -60,20 +90,22 @@ SETTINGS = {
     "t5": Settings(
         ("doc_module", "doc_kind"),
         causal=False,
-        steps=200,
+        steps=120,
         batch=32,
-        arms=_arms(1e-3, 1e-3, 1e-3, 1.5e-3),
-        rates="each from 0.001, 0.0015 and 0.002, by the mean of two seeds; within a standard error the lower one",
+        arms=_arms(1e-3, 1.5e-3),
+        large="t5-base",
+        rates="dense, Switch and MPOE each from 0.001, 0.0015 and 0.002, with 200 steps of two seeds; others as dense",
     ),
     "gpt2": Settings(
         ("doc_lm",),
         causal=True,
-        steps=70,
+        steps=60,
         batch=16,
-        arms=_arms(3e-4, 3e-4, 3e-4, 3e-4),
+        arms=_arms(3e-4, 3e-4),
+        large="gpt2",
         n_val=400,
         n_test=600,
-        rates="one for all, better in every arm than 0.001",
+        rates="one for all; in dense, Switch and MPOE better than 0.001",
     ),
 }
 
@@ -160,24 +192,21 @@ def train_arm(
     return {"seconds": seconds, "loss": history, "learning_rate": arm.learning_rate}
 
 
-def count_parameters(report: dict[str, int], dense: bool = False) -> dict[str, int]:
+def count_parameters(report: dict[str, int], dense: bool = False, grown: int = 0) -> dict[str, int]:
     """What the comparison counts, from a converted model's `parameter_report`.
 
     Args:
         report: of any conversion of the same dense model.
         dense: count the dense model itself instead of the converted one.
+        grown: weights that a wider dense model has beyond that one.
 
     Returns:
         ``total``, and ``experts``: the weights of the feed-forward layers (dense) or of their experts; of those
         ``central`` and ``auxiliary``. Routers and biases are in ``total`` alone: like is counted with like.
     """
     if dense:
-        return {
-            "total": report["dense_total"],
-            "experts": report["dense_total"] - report["rest"],
-            "central": 0,
-            "auxiliary": 0,
-        }
+        experts = report["dense_total"] - report["rest"] + grown
+        return {"total": report["dense_total"] + grown, "experts": experts, "central": 0, "auxiliary": 0}
     experts = report["central"] + report["auxiliary"] + report["expert"]
     return {
         "total": report["total"],

@@ -1,8 +1,11 @@
-"""What the demo says: the comparison it makes, the table, and whether the claim held."""
+"""What the demo says: the comparison it makes, the table, what holds, and in how many seeds."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mpoe.cli.demo_arms import NUM_EXPERTS, Settings
@@ -13,6 +16,8 @@ ALLOWED_SHARE = 0.5
 SATURATED = 0.95
 # of perplexity, relative: there is no fraction to take points of
 ALLOWED_PERPLEXITY = 0.02
+LARGE_NAMES = {"t5-base": "T5-base", "gpt2": "GPT-2"}
+SEEDS_FILE = Path(__file__).with_name("demo_seeds.json")  # written by tools/demo_seeds.py
 BASELINE = "baseline"  # one answer for all items, the most frequent; of perplexity, every token by its frequency
 
 
@@ -22,18 +27,22 @@ def comparison_lines(settings: Settings) -> list[str]:
     metric = (
         "perplexity per token of the stand-in's tokenizer (lower is better)"
         if settings.causal
-        else "each task's main metric and their mean, in per cent"
+        else "accuracy of each task and their mean, in per cent"
     )
+    large = LARGE_NAMES[settings.large]
     return [
-        f"Comparison: equal expert count ({NUM_EXPERTS} top-1 experts per layer in every converted arm, dense ones in "
-        f"Switch), equal steps ({settings.steps} of {settings.batch} items), same items in the same order, one seed.",
+        f"Comparison: the same start, {settings.steps} steps of {settings.batch} items, the same items in the same "
+        f"order, one seed. Mixtures have {NUM_EXPERTS} experts per layer; a token meets as many as the table says. The "
+        "wider dense model has as many feed-forward weights as MPOE.",
         f"Learning rates, chosen on the validation split ({settings.rates}): {rates}.",
-        f"Metric: {metric}, on held-out test items that no training item shares an object or a text with.",
-        "The baseline answers every item alike, with the most frequent answer"
+        f"Scores: {metric}, on held-out test items that no training item shares an object or a text with. The baseline "
+        f"answers every item alike, with the most frequent answer"
         f"{'; it guesses every token by its frequency' if settings.causal else ''}.",
-        '"experts", the FFN-expert parameters, are the weights of the feed-forward layers or their experts; routers, '
-        'attention and embeddings count in "total" alone. Of MPOE\'s, central cores are shared by the experts of a '
-        "layer and auxiliary cores belong to one expert each (all experts' are counted).",
+        '"weights": those of the feed-forward layers, or of all their experts, over the dense ones. '
+        f'"{large}": parameters of a whole {large} so converted. "time": to train one of its feed-forward layers, over '
+        "the dense layer's; CPU time of one core, measured here in turns.",
+        "What this does not show: larger models, longer training, other data. So short a training from a pretrained "
+        "start hardly needs experts, and seeds differ by a point or so. docs/evidence.md has longer trials.",
     ]
 
 
@@ -42,28 +51,28 @@ def _value(task_scores: dict[str, float], causal: bool) -> str:
     return f"{value:.2f}" if causal else f"{100 * value:.1f}"
 
 
+def weights_ratio(arm: dict[str, Any], arms: Sequence[dict[str, Any]]) -> float:
+    """Feed-forward weights over those of the dense model."""
+    (dense,) = (other for other in arms if other["key"] == "dense")
+    return arm["parameters"]["experts"] / dense["parameters"]["experts"]
+
+
 def comparison_table(arms: Sequence[dict[str, Any]], settings: Settings) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, one row per arm and one for the baseline (see `mpoe.data.baseline`);
-    parameters in millions."""
+    """Header and rows of the comparison, one row per arm and one for the baseline (see `mpoe.data.baseline`)."""
     names = list(arms[0]["scores"])
-    header = ["model", "total\nM", "experts\nM", "central\nM", "aux.\nM"]
-    header += [f"{name}\n{next(iter(arms[0]['scores'][name]))}" for name in names]
-    header += [] if settings.causal else ["mean"]
-    header += ["train\ns"]
+    header = ["model", "experts\nper token", "weights\nx dense", f"{LARGE_NAMES[settings.large]}\nM", "time\nx dense"]
+    header += [f"{name}\nperplexity" for name in names] if settings.causal else [*names, "mean"]
     rows = []
     for arm in arms:
-        counts = {key: f"{value / 1e6:.2f}" if value else "-" for key, value in arm["parameters"].items()}
-        row = [arm["name"], *(counts[key] for key in ("total", "experts", "central", "auxiliary"))]
+        large = arm["large"]
+        row = [arm["name"], str(settings.arm(arm["key"]).experts_per_token or "-"), f"{weights_ratio(arm, arms):.2f}"]
+        row += [f"{large['parameters'] / 1e6:,.0f}", f"{large['training']:.2f}"]
         row += [_value(arm["scores"][name], settings.causal) for name in names]
-        row += [] if settings.causal else [f"{100 * arm['mean']:.1f}"]
-        rows.append([*row, f"{arm['seconds']:.1f}"])
+        rows.append(row + ([] if settings.causal else [f"{100 * arm['mean']:.1f}"]))
     constant = arms[0]["baselines"]
     values = [next(iter(constant[name].values())) for name in names]
-    row = [BASELINE, "-", "-", "-", "-", *(_value({"": value}, settings.causal) for value in values)]
+    row = [BASELINE, *["-"] * 4, *(_value({"": value}, settings.causal) for value in values)]
     row += [] if settings.causal else [f"{100 * sum(values) / len(values):.1f}"]
-<<<<<<< HEAD
-    return header, [*rows, [*row, "-"]]
-=======
     return header, [*rows, row]
 
 
@@ -125,7 +134,6 @@ def seed_lines(kind: str, settings: Settings) -> list[str]:
         f"Seeds {', '.join(facts['runs'])}, run before with these settings: the claim held in {held} of {len(runs)}. "
         f"Beside dense, in {unit}, mean and standard deviation: {'; '.join(parts)}. {order}"
     ]
->>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 
 
 def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -179,11 +187,11 @@ def show_comparison(
     console.print(f"Reloaded model computes bit for bit the same: {'yes' if results['reloaded_equal'] else 'NO'}")
     total = sum(results["stages"].values())
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["stages"].items())
-    console.print(f"Seconds per stage: {listed}; together {total:.1f}", highlight=False, soft_wrap=True)
+    console.print(f"[dim]Seconds per stage: {listed}; together {total:.1f}[/dim]", highlight=False, soft_wrap=True)
     for line in results["comparison"]:
-        console.print(Text(line))
+        console.print(Text(line, style="dim"))
     title = f"mpoe demo: {results['model']}, {results['steps']} steps per arm, seed {results['seed']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
@@ -192,4 +200,8 @@ def show_comparison(
     for arm in results["arms"]:
         for remark in arm["remarks"]:
             console.print(Text(f"note: {arm['name']}: {remark}", style="yellow"))
+    for line in results["holds"]:
+        console.print(Text(line))
     console.print(Text(results["check"]["statement"], style="green" if results["check"]["held"] else "bold red"))
+    for line in results["seeds"]:
+        console.print(Text(line))

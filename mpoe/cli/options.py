@@ -40,6 +40,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "block_per_group": (bool | None, None),
     "expert_bias": (bool | None, None),
     "existing_experts": (str | None, None),
+    "expert_output_bias": (bool | None, None),
     "top_k": (int | None, None),
     "min_capacity": (int | None, None),
     "second_threshold": (float | None, None),

@@ -232,7 +232,7 @@ def show_suggestions(
     table = new_table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
     table.add_column("#", justify="right")
     table.add_column("shape", no_wrap=True)
-    for name in ("parameters", "per expert", "optimizer", "time", "x dense"):
+    for name in ("parameters", "per expert", "optimizer", "predicted\ntime", "predicted\nx dense"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("pretrained", no_wrap=True)
     best = {one.name for one in front([one for one in suggestions if one.lossless])}
@@ -243,7 +243,7 @@ def show_suggestions(
         lossless = row["lossless"]
         table.add_row(
             str(position),
-            row["name"],
+            f"{row['name']} *" if row["name"] in best else row["name"],  # a pipe has no bold type
             count(row["parameters"]),
             f"{row['capacity']:.2%}",
             size(row["optimizer_bytes"]) if work.training else "-",

@@ -102,6 +102,47 @@ def loss_curves(
     return draw(paint, *size)
 
 
+def gain_size_price(
+    arms: Sequence[dict[str, Any]], score: str, large: str, seeds: Mapping[str, Sequence[float]]
+) -> list[str]:
+    """The demo in one row of panels: every arm's score, size and price.
+
+    Args:
+        arms: as in the demo's results.
+        score: what ``arm["mean"]`` is, with its unit.
+        large: name of the model whose parameters and layer times are shown.
+        seeds: by arm, ``mean`` of other seeds: dots over the bars.
+    """
+    scale = 100.0 if all(arm["mean"] <= 1 for arm in arms) else 1.0
+    dots = {arm["name"]: [scale * mean for mean in seeds.get(arm["key"], ())] for arm in arms}
+    millions = {arm["name"]: arm["large"]["parameters"] / 1e6 for arm in arms}
+    return [
+        _bars(f"Gain: {score}", {arm["name"]: scale * arm["mean"] for arm in arms}, "{:.1f}", dots),
+        _bars(f"Size: {large}, millions of parameters", millions, "{:,.0f}"),
+        _bars("Price: time of a layer, x dense", {arm["name"]: arm["large"]["training"] for arm in arms}, "{:.2f}"),
+    ]
+
+
+def _bars(title: str, values: Mapping[str, float], form: str, dots: Mapping[str, Sequence[float]] | None = None) -> str:
+    """A bar with its number for each name; MPOE's stand out."""
+
+    def paint(axes: Any) -> None:
+        names = list(values)
+        ends = [max((*(dots or {}).get(name, ()), values[name])) for name in names]
+        axes.barh(names, values.values(), color=[COLOURS[0 if name.startswith("MPOE") else 7] for name in names])
+        for row, name in enumerate(names):
+            points = list((dots or {}).get(name, ()))
+            axes.plot(points, [row] * len(points), "o", color="black", markersize=3, alpha=0.6)
+            axes.annotate(form.format(values[name]), (ends[row], row), (5, 0), textcoords="offset points", va="center")
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.xaxis.set_visible(False)
+
+    return draw(paint, 4.4, 2.4)
+
+
 def parameter_bars(arms: Sequence[dict[str, Any]]) -> str:
     """Parameters of the feed-forward experts, stacked: shared (central or dense) and per expert."""
 

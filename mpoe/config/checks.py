@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def hint(value: object, known: Sequence[str]) -> str:
@@ -48,6 +51,22 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+
+
+def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
+    """A dataclass whose constructor answers an unknown field with the closest known ones (TypeError)."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *values: Any, **named: Any) -> None:
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in named:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")
+        construct(self, *values, **named)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010
+    return cls
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:

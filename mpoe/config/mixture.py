@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
+from mpoe.config.checks import (
+    check_choice,
+    check_fields,
+    check_flag,
+    check_integer,
+    check_number,
+    refuse_unknown_fields,
+)
 from mpoe.config.router import GSHARD, RouterConfig
 from mpoe.config.shapes import (
     HIDDEN,
@@ -32,6 +39,7 @@ GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 
 
+@refuse_unknown_fields
 @dataclass
 class MPOEConfig:
     """What `convert_to_mpoe` makes of a model.
@@ -55,6 +63,7 @@ class MPOEConfig:
             ``"keep"``, they stay what they are, or ``"mpo"``, each projection of a layer's experts becomes MPOs around
             one central core, as near to them as that goes. Their number, their router and their shared experts stay in
             any case.
+        expert_output_bias: dense experts have biases of their own after the down projection, where the network has one.
         shape_pattern: shapes of single modules, by regular expressions on their names or ends of names (the first
             that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
             embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
@@ -107,6 +116,7 @@ class MPOEConfig:
     block_per_group: bool = True
     expert_bias: bool = False
     existing_experts: str = "keep"
+    expert_output_bias: bool = False
 
     def __post_init__(self) -> None:
         check_choice("moe_type", self.moe_type, MOE_TYPES)
@@ -116,6 +126,7 @@ class MPOEConfig:
         check_integer("block_size", self.block_size, 1, optional=True)
         check_flag("block_per_group", self.block_per_group)
         check_flag("expert_bias", self.expert_bias)
+        check_flag("expert_output_bias", self.expert_output_bias)
         self.shape_pattern = checked_patterns(self.shape_pattern)
         check_integer("max_bond", self.max_bond, 1, optional=True)
         check_integer("separable_left", self.separable_left, 1, optional=True)

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe.config.checks import check_choice, check_fields, check_flag, check_integer, check_number
+from mpoe.config.checks import (
+    check_choice,
+    check_fields,
+    check_flag,
+    check_integer,
+    check_number,
+    refuse_unknown_fields,
+)
 
 SECOND_POLICIES = ("all", "none", "threshold", "random")
 # GShard's gating with the original's numbers: what `moe_type="moe"` means where nothing else is said.
@@ -21,6 +28,7 @@ GSHARD = {
 }
 
 
+@refuse_unknown_fields
 @dataclass
 class RouterConfig:
     """How tokens find their experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.

@@ -14,6 +14,10 @@ RANKS = ("capacity", "time", "parameters")
 _SIZES = (8, 16, 32, 64, 128, 256, 512)  # of a separable shape's outer cores, and of light's products
 _BONDS = (128, 64, 32, 16, 8)
 _PER_FAMILY = {True: 5, False: 2}  # lossless; truncated
+_LEAST_CAPACITY = 0.001  # of a dense layer: experts that own less cannot become different
+# A chain with fewer than half of a matrix's numbers loses most of one without structure: of n x n the largest .29 n
+# singular values, which need half of the numbers, hold two thirds of the energy.
+_LEAST_HELD = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Suggestion:
         costs: of the whole model.
         capacity: auxiliary parameters of one expert over the elements of a dense feed-forward layer.
         lossless: whether no bond is truncated, so that a converted model starts exactly where the dense one is.
+        held: parameters of one expert's chains, central cores included, over the elements of a dense layer.
     """
 
     name: str
@@ -35,6 +40,12 @@ class Suggestion:
     costs: ModelCosts
     capacity: float
     lossless: bool
+    held: float = 1.0
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether its experts own something and its chain can hold a pretrained matrix."""
+        return self.capacity >= _LEAST_CAPACITY and (self.lossless or self.held >= _LEAST_HELD)
 
     @property
     def parameters(self) -> int:
@@ -110,7 +121,9 @@ def candidates(inventory: Inventory, base: MPOEConfig, work: Usage, families: Se
         auxiliary = sum(shapes[m].auxiliary_parameters for m in first.matrices)
         costs = model_costs(inventory, config, work)
         lossless = all(shape.is_full for shape in shapes.values())
-        found[key] = Suggestion(name, options, config, costs, auxiliary / first.elements, lossless)
+        held = sum(shapes[m].central_parameters + shapes[m].auxiliary_parameters for m in first.matrices)
+        shares = auxiliary / first.elements, held / first.elements
+        found[key] = Suggestion(name, options, config, costs, shares[0], lossless, shares[1])
     return list(found.values())
 
 
@@ -143,7 +156,8 @@ def suggest(
     """Shapes within a budget, lossless ones first, then by ``rank_by``.
 
     Of each family (separable, light, paper; lossless or truncated) those are kept that no other one of it beats in
-    capacity *and* time, a few from the fastest to the largest.
+    capacity *and* time, a few from the fastest to the largest. Shapes whose experts own next to nothing, or whose chain
+    is too small for a pretrained matrix, are left out, unless the budget allows no others.
 
     Args:
         inventory, base, work: model, experts and router, tokens and device.
@@ -161,7 +175,7 @@ def suggest(
     if not within:
         raise ValueError(_nearest(every, budget, inventory))
     groups: dict[tuple[str, bool], list[Suggestion]] = {}
-    for suggestion in within:
+    for suggestion in [s for s in within if s.worthwhile] or within:
         groups.setdefault((str(suggestion.config.shape), suggestion.lossless), []).append(suggestion)
     keys = {
         "capacity": lambda s: (-s.capacity, s.x_dense),

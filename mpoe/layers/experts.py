@@ -207,6 +207,7 @@ class DenseExperts(nn.Module):
         init_std: Mapping[str, float] | None = None,
         *,
         own_bias: bool = False,
+        own_output_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -222,7 +223,7 @@ class DenseExperts(nn.Module):
         # Where experts have biases of their own, so has the projection before the activation.
         own_up = own_bias and (bias or not gated)
         self.up = weights("up", in_features, hidden_features, bias, own_up)
-        self.down = weights("down", hidden_features, in_features, bias)
+        self.down = weights("down", hidden_features, in_features, bias, bias and own_output_bias)
         self.gate_proj = weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
 
     @property

@@ -144,6 +144,7 @@ class MPOEFeedForward(RoutedFeedForward):
                 gated,
                 init_std,
                 own_bias=config.expert_bias,
+                own_output_bias=config.expert_output_bias,
                 device=device,
                 dtype=dtype,
             )
@@ -157,7 +158,7 @@ class MPOEFeedForward(RoutedFeedForward):
                 ``None`` reads the mask of the model call in progress, if there is one.
 
         Returns:
-            ``[..., I]``.
+            ``[..., I]`` in the experts' dtype, also of tokens in another one; under autocast in autocast's.
 
         Raises:
             TypeError: what is no tensor of floating-point numbers.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -25,15 +29,60 @@ def linear_weight(module: nn.Module) -> Tensor:
     raise TypeError(f"expected an nn.Linear or a Conv1D; got {type(module).__name__}")
 
 
+class _Asked(NamedTuple):
+    """Arguments of an `MPOLinear`, however they were given."""
+
+    shape: MPOShape
+    bias: bool
+    backend: str | None
+    init_std: float
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+def _by_shape(
+    shape: MPOShape,
+    bias: bool = True,
+    backend: str | None = None,
+    init_std: float = 0.02,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> _Asked:
+    return _Asked(shape, bias, backend, init_std, device, dtype)
+
+
+def _by_sizes(
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    backend: str | None = None,
+    init_std: float | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> _Asked:
+    shape = MPOShape.paper(in_features, out_features)
+    return _Asked(shape, bias, backend, (3 * in_features) ** -0.5 if init_std is None else init_std, device, dtype)
+
+
 class MPOLinear(nn.Module):
     """``y = x @ W + bias`` with W ``[in_features, out_features]`` in MPO form.
+
+    ``MPOLinear(shape, ...)``, or ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at
+    full bonds, and random weights of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``.
 
     Args:
         shape: `MPOShape` of the weight.
         bias: whether there is a bias.
         backend: name of a kernel backend, or ``None``.
+        init_std: of the weight's entries.
+
+    Raises:
+        TypeError: arguments of neither form.
     """
 
+    @overload
     def __init__(
         self,
         shape: MPOShape,
@@ -43,10 +92,34 @@ class MPOLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        backend: str | None = None,
+        init_std: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    def __init__(self, *values: Any, **named: Any) -> None:
         super().__init__()
-        self.cores = MPOCores(shape, 1, bias, init_std, device=device, dtype=dtype)
-        self.backend = backend
+        sizes = "in_features" in named or (bool(values) and isinstance(values[0], int))
+        read: Callable[..., _Asked] = _by_sizes if sizes else _by_shape
+        try:
+            inspect.signature(read).bind(*values, **named)
+        except TypeError as error:
+            raise TypeError(
+                f"MPOLinear takes (shape, ...) or, as nn.Linear does, (in_features, out_features, ...): {error}"
+            ) from None
+        asked = read(*values, **named)
+        self.cores = MPOCores(asked.shape, 1, asked.bias, asked.init_std, device=asked.device, dtype=asked.dtype)
+        self.backend = asked.backend
 
     @classmethod
     def from_linear(
@@ -88,3 +161,7 @@ class MPOLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
         return mpo_linear(x, self.cores.blocks(), self.cores.bias, backend=self.backend)
+
+
+# What tools show: the first form.
+MPOLinear.__signature__ = inspect.signature(_by_shape).replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> the module that defines it; loaded on first use.
 _NAMES = {
+    "add_expert": "composition",
+    "compose": "composition",
     "convert_to_mpoe": "convert",
     "import_original": "original",
     "load_layers": "load_layer",
@@ -25,6 +27,7 @@ _NAMES = {
 
 if TYPE_CHECKING:
     from mpoe.models.checkpoint import load_mpoe, save_mpoe_only
+    from mpoe.models.composition import add_expert, compose
     from mpoe.models.convert import convert_to_mpoe, merge_experts
     from mpoe.models.load_layer import load_layers
     from mpoe.models.original import import_original
@@ -49,6 +52,8 @@ _CLASSES = [
 ]
 __all__ = [
     *_CLASSES,
+    "add_expert",
+    "compose",
     "convert_to_mpoe",
     "import_original",
     "load_layers",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -294,10 +295,9 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """As in Transformers, non-reentrant only: recomputed layers must see the call's token masks again.
+        """As in Transformers, always non-reentrant: recomputed layers must see the call's token masks again.
 
-        Raises:
-            ValueError: ``use_reentrant=True``.
+        ``use_reentrant=True`` gives the same gradients this way, with a warning.
         """
         checked = _checkpoint_arguments(activation_checkpointing_kwargs)
         parent: Any = super()
@@ -388,10 +388,13 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 def _checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     chosen = {"use_reentrant": False, **(kwargs or {})}
     if chosen["use_reentrant"]:
-        raise ValueError(
-            "use_reentrant must be False for MPOE models: a reentrant checkpoint recomputes layers without the "
-            "token masks and router outputs of the call; got use_reentrant=True"
+        # A reentrant checkpoint recomputes layers without the masks of the call, and its routers get no gradient.
+        warnings.warn(
+            "MPOE models checkpoint activations with use_reentrant=False, which gives the same gradients; "
+            "use_reentrant=True is not used",
+            stacklevel=3,
         )
+        chosen["use_reentrant"] = False
     users = chosen.get("context_fn")
     if users is None:
         chosen["context_fn"] = checkpoint_contexts

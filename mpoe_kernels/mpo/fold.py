@@ -158,6 +158,11 @@ def fold(
         raise TypeError(f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}")
     if shape is not None and not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape or None; got {describe(shape)}")
+    if isinstance(central, MPOShape):
+        raise TypeError(
+            "central must be the index of the central core, or None; got an MPOShape, which goes by name:"
+            " fold(cores, shape=shape)"
+        )
     if central is None:
         central = shape.central if shape is not None else len(cores) // 2
     _check_cores(cores, central)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpoe import plotting
-<<<<<<< HEAD
-from mpoe.cli.demo_arms import SETTINGS, count_parameters, training_items, with_steps
-from mpoe.cli.demo_tables import check, comparison_lines, comparison_table
-=======
 from mpoe.cli.demo_arms import SETTINGS, Settings, count_parameters, training_items, with_steps
 from mpoe.cli.demo_cost import hidden_size, large_costs, widened
 from mpoe.cli.demo_tables import (
@@ -24,8 +22,8 @@ from mpoe.cli.demo_tables import (
     seed_means,
     what_holds,
 )
->>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 from mpoe.cli.report import write_demo_report
+from mpoe.data.embedded import load_stand_in
 
 
 def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[dict]:
@@ -34,7 +32,7 @@ def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[d
     for arm in SETTINGS[kind].arms:
         value = {"switch": switch, "separable": mpoe}.get(arm.key, mpoe)
         count = {"total": 2000, "experts": 1000, "central": 0, "auxiliary": 0}
-        if arm.key in ("paper", "separable"):
+        if arm.key in ("hidden", "separable"):
             count = {"total": 1400, "experts": experts, "central": experts // 2, "auxiliary": experts - experts // 2}
         arms.append(
             {
@@ -48,6 +46,8 @@ def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[d
                 "seconds": 10.0,
                 "loss": [(1, 3.0), (2, 2.5)],
                 "expert_load": [[3, 5], [4, 4]] if arm.experts else [],
+                "conversion_difference": None if arm.key == "dense" else 3e-7,
+                "large": {"parameters": 223e6 if arm.experts is None else 250e6, "forward": 1.1, "training": 1.25},
             }
         )
     return arms
@@ -73,30 +73,24 @@ def test_claim(kind: str, switch: float, mpoe: float, experts: int, held: bool) 
 
 def test_comparison_says_what_is_equal_and_what_is_counted() -> None:
     text = " ".join(comparison_lines(SETTINGS["t5"]))
-    for words in ("equal expert count", "equal steps", "same order", "validation", "FFN-expert parameters", "routers"):
+    for words in ("same start", "120 steps", "same order", "validation", "one seed", "does not show"):
         assert words in text
 
 
-<<<<<<< HEAD
-def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SETTINGS["t5"]
-    arms = arms_of("t5", 0.7, 0.71)
-    header, rows = comparison_table(arms, settings)
-    assert len(rows) == 5
-    assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0", "-"]
-    assert all(len(row) == len(header) for row in rows)
-    results = {
-=======
 def results_of(arms: list[dict], settings: Settings) -> dict:
     """As in results.json."""
     return {
->>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
         "model": "t5",
         "seed": 0,
         "steps": 2,
         "comparison": comparison_lines(settings),
         "arms": arms,
+        "holds": what_holds(arms, settings),
         "check": check(arms, settings),
+        "seeds": ["Seeds 0"],
+        "seed_means": {arm["key"]: [0.7, 0.71] for arm in arms},
+        "score": "mean test score here, per cent",
+        "large": "T5-base",
         "examples": [{"prompt": "<b>", "expected": "x", "generated": "y"}],
         "stages": {"train": 1.0},
         "versions": {"mpoe": "0"},
@@ -120,7 +114,7 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     assert "http-equiv" not in text
     assert "src=" not in text  # self-contained
     if plotting.have_matplotlib():
-        assert text.count("<svg") == 2 + 3
+        assert text.count("<svg") == 3 + 2 + 3
     monkeypatch.setattr(plotting, "have_matplotlib", lambda: False)
     write_demo_report(tmp_path / "report.html", results, header, rows)
     assert "mpoe[report]" in (tmp_path / "report.html").read_text()
@@ -130,8 +124,6 @@ def test_parameters_count_weights_of_experts_alone() -> None:
     report = {"central": 10, "auxiliary": 6, "expert": 0, "router": 3, "rest": 100, "total": 119, "dense_total": 108}
     assert count_parameters(report) == {"total": 119, "experts": 16, "central": 10, "auxiliary": 6}
     assert count_parameters(report, dense=True) == {"total": 108, "experts": 8, "central": 0, "auxiliary": 0}
-<<<<<<< HEAD
-=======
     assert count_parameters(report, dense=True, grown=5)["experts"] == 13
 
 
@@ -190,7 +182,6 @@ def test_facts_of_the_seeds_are_those_of_the_settings(kind: str) -> None:
 
 def test_the_seeds_of_the_readmes_demo_are_known() -> None:
     assert seed_facts("t5", SETTINGS["t5"]) is not None
->>>>>>> 8645694 (Wheels: made and checked to the end beside any torch; one check of its own less. Demo: says whether any model won with every seed)
 
 
 class _Tokens:

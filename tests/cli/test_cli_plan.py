@@ -261,6 +261,8 @@ def test_suggestions(cli, tmp_path) -> None:
     answer = cli("plan", *flags)
     assert "".join(values["suggestions"][0]["options"].split()) in "".join(answer.out.split())
     assert "lose most of a pretrained matrix" in " ".join(answer.out.split())
+    assert answer.out.count("predicted") >= 2
+    assert " * " in answer.out  # the marks of the best survive a pipe
     light = plan(cli, tmp_path, "t5-base", "--suggest", "--shape", "light", "--device", "h100")["suggestions"]
     assert {one["config"]["shape"] for one in light} == {"light"}
 

@@ -153,6 +153,16 @@ def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_
     assert lossless == sorted(lossless)
 
 
+def test_suggestions_own_something_and_can_hold_a_matrix() -> None:
+    inventory, config = take_inventory("t5-base"), MPOEConfig(num_experts=64)
+    found = suggest(inventory, config, work(), Limits())
+    assert all(one.capacity >= 0.001 for one in found)
+    assert all(one.lossless or one.held >= 0.5 for one in found)
+    tight = suggest(inventory, config, work(), Limits(130_000_000))  # nothing better is so small
+    assert tight
+    assert not any(one.lossless or one.held >= 0.5 for one in tight)
+
+
 def test_options_of_a_suggestion_choose_its_shape() -> None:
     inventory = take_inventory("t5-base")
     for one in suggest(inventory, MPOEConfig(), work(), Limits()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,13 +84,32 @@ def test_t5_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     assert score["accuracy"] > 0.55
 
 
+@pytest.mark.parametrize(("task", "margin"), [("movie_sentiment", 0.06), ("doc_kind", 0.1)])
+def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, task: str, margin: float) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
+    words = shlex.split(line)[1:]
+    words[words.index("--output_dir") + 1] = str(tmp_path / "run")
+    data = words.index("--data_dir")
+    embedded = task.startswith("doc_")
+    words[data : data + 2] = (
+        ["--tasks", task] if embedded else ["--data_dir", str(request.getfixturevalue("shared_data") / task)]
+    )
+    out = complete(*words)
+    assert "learning_rate 0.0015: what to start from" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    score, majority = (results[key][task]["accuracy"] for key in ("validation", "baselines"))
+    assert score > majority + margin
+    assert not results["remarks"]
+
+
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_demo(tmp_path: Path, kind: str) -> None:
     ready = os.environ.get("MPOE_T5_DEMO")  # CI has run the README's
     folder = Path(ready) if kind == "t5" and ready else tmp_path / "demo"
     out = "" if folder.is_dir() else complete("demo", "--output_dir", folder, "--model", kind)
     results = json.loads((folder / "results.json").read_text())
-    assert [arm["key"] for arm in results["arms"]] == ["dense", "switch", "paper", "separable"]
+    assert [arm["key"] for arm in results["arms"]] == ["dense", "wider", "switch", "separable", "hidden"]
     assert all(
         arm["conversion_difference"] <= 1e-5 for arm in results["arms"] if arm["conversion_difference"] is not None
     )

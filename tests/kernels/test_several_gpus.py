@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import measured, registry
 from mpoe_kernels.backends.cuda import CUDA
@@ -101,10 +100,15 @@ def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pyte
     assert registry.resolve_contraction(*arguments, "cuda:1").backend == "second"
 
 
-def on_gpu(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor without memory that says it is on cuda:1."""
-    with FakeTensorMode():
-        return torch.empty(size, dtype=dtype, device="cuda:1")
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says it is on cuda:1."""
+
+    def get_device(self) -> int:
+        return 1
+
+
+def on_gpu(*size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.bfloat16).as_subclass(OnSecondGpu)
 
 
 def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
@@ -134,6 +138,7 @@ class Kernel:
     """Stands for a Triton kernel and notes when it is launched."""
 
     __name__ = "a_kernel"
+    params: tuple[object, ...] = ()
 
     def __init__(self, events: list[object], error: Exception | None = None) -> None:
         self.events, self.error = events, error
@@ -157,6 +162,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[object]:
             found.append(index)
         return 0 if index >= 0 else -1
 
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_exchange_device", change)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", change)
     return found
@@ -173,6 +179,80 @@ def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events: list[obj
     with pytest.raises(ZeroDivisionError):
         start(Kernel(events, ZeroDivisionError()), (1,), x=on_gpu(4))
     assert events == [1, "launch", 0]
+
+
+class Compiled:
+    """Stands for a compiled kernel."""
+
+    def __init__(self, launches: list[object]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class Jit:
+    """Stands for a kernel that Triton compiles when it is first launched."""
+
+    __name__, arg_names = "a_kernel", ("x", "rows", "SIZE")
+    params = tuple(SimpleNamespace(name=name, is_constexpr=name == "SIZE") for name in arg_names)
+
+    def __init__(self) -> None:
+        self.bound: list[dict[str, object]] = []
+        self.by_handle: list[object] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def launch(**arguments: object) -> Compiled:
+            self.bound.append(arguments)
+            return Compiled(self.by_handle)
+
+        return launch
+
+
+def test_a_launch_like_an_earlier_one_goes_by_its_handle() -> None:
+    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
+    jit, x = Jit(), torch.empty(64)
+    options = {"num_warps": 4}
+    handles.launch(jit, (7,), 0, {"SIZE": 8, "x": x, "rows": 100, **options})
+    other = torch.empty(32)
+    handles.launch(jit, (9, 2), 0, {"SIZE": 8, "x": other, "rows": 101, **options})  # neither 1 nor a multiple of 16
+    assert len(jit.bound) == 1
+    ((grid, arguments),) = jit.by_handle
+    assert grid == (9, 2, 1)
+    assert arguments[0] is other
+    assert arguments[1:] == (101, 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "device"),
+    [
+        ({"SIZE": 16}, 0),
+        ({"rows": 96}, 0),
+        ({"rows": 1}, 0),
+        ({"rows": 2**31 + 1}, 0),
+        ({"x": torch.empty(65)[1:]}, 0),
+        ({"x": torch.empty(64, dtype=torch.bfloat16)}, 0),
+        ({"num_warps": 8}, 0),
+        ({}, 1),
+    ],
+)
+def test_what_is_compiled_apart_has_a_handle_of_its_own(changed: dict[str, object], device: int) -> None:
+    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
+    jit = Jit()
+    first = {"SIZE": 8, "x": torch.empty(64), "rows": 100, "num_warps": 4}
+    handles.launch(jit, (7,), 0, first)
+    handles.launch(jit, (7,), device, first | changed)
+    assert len(jit.bound) == 2
+    assert not jit.by_handle
+
+
+def test_old_handles_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
+    monkeypatch.setattr(type(handles), "MOST", 2)
+    jit, x = Jit(), torch.empty(64)
+    for size in (1, 2, 3, 1):
+        handles.launch(jit, (1,), 0, {"SIZE": size, "x": x, "rows": 100})
+    assert len(jit.bound) == 4
 
 
 def test_in_the_interpreter_no_gpu_is_asked_for(events: list[object]) -> None:

@@ -14,6 +14,7 @@ from mpoe.layers import (
     DenseExperts,
     MPOEFeedForward,
     MPOExperts,
+    MPOLinear,
     current_routing,
     grouped_dense_linear,
     routing_context,
@@ -251,3 +252,14 @@ def test_nan_in_padding_reaches_nothing(expert_type: str) -> None:
     y.square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
+    layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2)).eval()
+    x = torch.randn(3, 8).to(dtype)
+    found = layer(x)
+    assert found.dtype == torch.float32  # as the documentation says
+    assert torch.equal(found, layer(x.float()))
+    with pytest.raises(TypeError, match="dtype"):
+        MPOLinear(8, 4)(x)

@@ -63,6 +63,10 @@ def test_router_refusals(values, words):
 def test_unknown_fields_offer_close_matches():
     with pytest.raises(ValueError, match="did you mean 'num_experts'"):
         MPOEConfig.from_dict({"num_expert": 4})
+    with pytest.raises(TypeError, match="MPOEConfig has no field 'num_expert' \\(did you mean 'num_experts'"):
+        MPOEConfig(num_expert=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="RouterConfig has no field 'topk' \\(did you mean 'top_k'"):
+        RouterConfig(topk=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -15,25 +15,31 @@ SLOW = "pytest.mark.slow"
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-pytestmark = [
-    pytest.mark.skipif(in_interpreter(), reason="already in the interpreter"),
-    pytest.mark.usefixtures("with_triton"),
-]
-
-
-def run(path: Path, *words: str) -> None:
+def run(path: Path, *options: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", *words, str(path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", *options, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.first
+@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
+@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
 def test_in_a_process_of_its_own(path: Path) -> None:
     run(path)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
+@pytest.mark.usefixtures("with_triton")
+def test_every_shape_and_strategy() -> None:
+    run(FOLDER / "test_interpreted_linear.py", "-m", "exhaustive")
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
+@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize(
     "path", [path for path in sorted(FOLDER.glob("test_*.py")) if SLOW in path.read_text()], ids=lambda path: path.stem
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,11 @@ class Operand:
         return Operand(self.data[first:last], self.strides, self.outer, self.limit)
 
 
-def row_major(axes: Iterable[str], dims: BlockDims) -> dict[str, int]:
+@lru_cache(maxsize=4096)
+def row_major(axes: tuple[str, ...], dims: BlockDims) -> Mapping[str, int]:
     """Strides of axes, slowest first, of a dense tensor."""
     strides, step = {}, 1
-    for axis in reversed(tuple(axes)):
+    for axis in reversed(axes):
         strides[axis] = step
         step *= getattr(dims, axis)
     return strides
@@ -88,18 +90,25 @@ def index_map(axes: Iterable[str], dims: BlockDims, *operands: Operand) -> Index
     Raises:
         ValueError: more digits than the kernels take.
     """
+    return _index_map(frozenset(axes), dims, *(tuple(operand.strides.items()) for operand in operands))
+
+
+@lru_cache(maxsize=16384)
+def _index_map(axes: frozenset[str], dims: BlockDims, *layouts: tuple[tuple[str, int], ...]) -> IndexMap:
+    """Of layouts, as items of strides: a launch asks for three, and each takes longer than a launch should."""
+    strides_of = [dict(layout) for layout in layouts]
     named = [axis for axis in axes if getattr(dims, axis) > 1]
-    named.sort(key=lambda axis: operands[0].strides[axis], reverse=True)
+    named.sort(key=lambda axis: strides_of[0][axis], reverse=True)
     digits: list[tuple[int, list[int]]] = []
     for axis in named:
-        size, strides = getattr(dims, axis), [operand.strides[axis] for operand in operands]
+        size, strides = getattr(dims, axis), [known[axis] for known in strides_of]
         if digits and digits[-1][1] == [size * stride for stride in strides]:
             digits[-1] = (digits[-1][0] * size, strides)
         else:
             digits.append((size, strides))
     if len(digits) > DIGITS:
         raise ValueError(f"a dimension of {len(digits)} digits ({', '.join(named)}) does not fit {DIGITS}")
-    digits += [(1, [0] * len(operands))] * (DIGITS - len(digits))
+    digits += [(1, [0] * len(layouts))] * (DIGITS - len(digits))
     sizes = tuple(size for size, _ in digits)
-    columns = tuple(tuple(strides[k] for _, strides in digits) for k in range(len(operands)))
+    columns = tuple(tuple(strides[k] for _, strides in digits) for k in range(len(layouts)))
     return IndexMap(math.prod(sizes), sizes, columns)

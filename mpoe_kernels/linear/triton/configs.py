@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,10 +75,20 @@ def most_tiles(architecture: str) -> int:
     return max(len(tiles) for tiles in TILES[architecture].values())
 
 
-def _that_fit(tiles: tuple[Tile, ...], like: Tensor) -> tuple[Tile, ...]:
+def _that_fit(kernel: str, architecture: str, dtype: torch.dtype, limit: int) -> tuple[Tile, ...]:
     """Tiles that a smaller relative of the architecture has shared memory for; the smallest one if none."""
-    limit = shared_memory_of(like.device)
-    return tuple(tile for tile in tiles if tile.shared_bytes(like.dtype) <= limit) or tiles[-1:]
+    tiles = candidates(kernel, architecture, dtype)
+    return tuple(tile for tile in tiles if tile.shared_bytes(dtype) <= limit) or tiles[-1:]
+
+
+@lru_cache(maxsize=16384)
+def _fitted_tiles(
+    kernel: str, architecture: str, dtype: torch.dtype, limit: int, m: float, n: float, k: float
+) -> tuple[Tile, ...]:
+    """Tiles for an ``m x n x k`` GEMM, the fixed choice first."""
+    shipped = _that_fit(kernel, architecture, dtype, limit)
+    fixed = next((tile for tile in shipped if tile.m <= m), shipped[-1])
+    return tuple(dict.fromkeys(tile.fitted(m, n, k) for tile in (fixed, *shipped)))
 
 
 def least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
@@ -96,12 +107,12 @@ def tile_for(
     ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`.
     """
     architecture = architecture_of(like.device)
-    shipped = _that_fit(candidates(kernel, architecture, like.dtype), like)
+    limit = shared_memory_of(like.device)
     entry = recorded_tile()
     if entry is not None:
+        shipped = _that_fit(kernel, architecture, like.dtype, limit)
         return shipped[min(entry, len(shipped) - 1)].fitted(m, n, k)
-    fixed = next((tile for tile in shipped if tile.m <= m), shipped[-1])
-    tiles = list(dict.fromkeys(tile.fitted(m, n, k) for tile in (fixed, *shipped)))
+    tiles = _fitted_tiles(kernel, architecture, like.dtype, limit, m, n, k)
     return tuning.choose(kernel, like.device, like.dtype, (m, n, k), tiles, launch)
 
 

@@ -37,6 +37,7 @@ def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch)
 
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(configs.TILES, "interpreter", {"rows": configs.TILES["sm_80"]["rows"]})
+    configs._fitted_tiles.cache_clear()
     like = torch.empty(1, dtype=torch.bfloat16)
     assert configs.tile_for("rows", like, 4096, 4096, 4096).m == 128
     monkeypatch.setattr(configs, "shared_memory_of", lambda _: 80 << 10)

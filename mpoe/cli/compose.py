@@ -1,0 +1,178 @@
+"""`mpoe compose BASE FINE_TUNE ... --output_dir OUT`: several fine-tunes of one language model become one mixture.
+
+A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` the only FINE_TUNE joins a mixture that
+this command made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.cli.errors import CommandError
+from mpoe.cli.parsing import option, read_command
+
+USAGE = "mpoe compose BASE FINE_TUNE ... --output_dir OUT --texts FILE ..."
+STATISTICS = "router_statistics.safetensors"
+MOST = 1 + 128  # words: the base and its fine-tunes
+
+
+@dataclasses.dataclass
+class ComposeOptions:
+    """Options of `compose`."""
+
+    _argument_group_name = "run"
+
+    output_dir: str | None = option(None, "folder of the mixture")
+    texts: list[str] = option([], "a text file for every fine-tune, of its domain, in order", nargs="+")
+    router: str = option("ridge", "ridge: closed form; train: then trained alone")
+    experts: str = option("dense", "dense (exact), hidden or mpo (fitted, the error is shown)")
+    block_size: int | None = option(None, "size of the blocks of hidden experts")
+    top_k: int = option(1, "experts per token")
+    add: str | None = option(None, "a composed mixture, which gets the fine-tune as one expert more")
+    max_texts: int = option(300, "pieces of each text file that are read")
+    max_length: int = option(128, "tokens of a piece")
+    steps: int = option(200, "steps of --router train")
+    overwrite: bool = option(False, "replace a model in output_dir")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    asked = read_command(USAGE, __doc__, [ComposeOptions], arguments, words=MOST)
+    if asked is None:
+        return
+    names, (options,), _ = asked
+    if len(names) < 2:
+        raise CommandError(f"compose needs a base and at least one fine-tune: {USAGE}")
+    run(names[0], names[1:], options)
+
+
+def _check(names: Sequence[str], options: ComposeOptions) -> Path:
+    """Refuse options that do not fit; the output folder."""
+    from mpoe.training.output_dir import check_folder
+
+    if options.output_dir is None:
+        raise CommandError(f"compose needs --output_dir: {USAGE}")
+    if options.experts not in ("dense", "hidden", "mpo"):
+        raise CommandError(f"experts must be dense, hidden or mpo; got {options.experts!r}")
+    for name in ("max_texts", "max_length"):
+        if getattr(options, name) < 2:
+            raise CommandError(f"{name} must be at least 2; got {getattr(options, name)}")
+    if options.add is not None and len(names) != 1:
+        raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
+    if len(options.texts) != len(names):
+        raise CommandError(f"texts must name a file for each of {len(names)} fine-tunes; got {len(options.texts)}")
+    missing = [text for text in options.texts if not Path(text).is_file()]
+    if missing:
+        raise CommandError(f"texts: no such file: {missing[0]}")
+    out = Path(options.output_dir)
+    check_folder("output_dir", out)
+    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
+        raise CommandError(f"output_dir {out} holds a model; give --overwrite to replace it, or another folder")
+    return out
+
+
+def load_fine_tune(name: str, base: Any) -> Any:
+    """A saved dense model, or ``base`` with a LoRA adapter merged into it.
+
+    Raises:
+        CommandError: no model or adapter of that name; an adapter without PEFT installed.
+    """
+    import copy
+
+    from mpoe.cli.pretrained import find, load_model
+
+    if not (Path(name) / "adapter_config.json").is_file():
+        return load_model(find(name))
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise CommandError('a LoRA adapter needs PEFT: pip install "mpoe[peft]"') from error
+    try:
+        adapted: Any = PeftModel.from_pretrained(copy.deepcopy(base), name)
+        return adapted.merge_and_unload().eval()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CommandError(f"fine-tune: the adapter {name} does not fit the base: {error}") from error
+
+
+def pieces(file: Path, tokenizer: Any, options: ComposeOptions) -> list[dict[str, Any]]:
+    """The start of a text as batches of 8 pieces of ``max_length`` tokens, ``input_ids`` and ``labels``."""
+    import torch
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"texts: {file} is not UTF-8: {error}") from error
+    # Ten characters are more than a token has on average: enough is read, whatever the file's size.
+    ids = tokenizer(text[: 10 * options.max_texts * options.max_length])["input_ids"]
+    count = min(len(ids) // options.max_length, options.max_texts)
+    if not count:
+        raise CommandError(f"texts: {file} must hold at least {options.max_length} tokens; it has {len(ids)}")
+    rows = torch.tensor(ids[: count * options.max_length]).view(count, options.max_length)
+    return [{"input_ids": part, "labels": part} for part in rows.split(8)]
+
+
+def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
+    """Compose the fine-tunes ``names`` of the model ``base_name`` and save the mixture; returns it."""
+    from mpoe.cli.files import model_folder
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.models.table import CAUSAL
+
+    out = _check(names, options)
+    source = find(base_name)
+    if source.is_mpoe or source.style != CAUSAL:
+        raise CommandError(
+            f"compose takes dense causal language models, whose texts it reads; {base_name} is a {source.model_type} "
+            "(mpoe.compose in Python takes batches of any model)"
+        )
+    tokenizer = load_tokenizer(source)
+    base = load_model(source)
+    fine_tunes = [load_fine_tune(name, base) for name in names]
+    examples = [pieces(Path(text), tokenizer, options) for text in options.texts]
+    mixture = _composed(base, fine_tunes, examples, options)
+    show_report(mixture.composition_report, names)
+    from safetensors.torch import save_file
+
+    with model_folder(out) as staging:
+        mixture.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        save_file({key: value.contiguous() for key, value in mixture.router_statistics.items()}, staging / STATISTICS)
+    print(f"saved to {out}")
+    return mixture
+
+
+def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeOptions) -> Any:
+    from mpoe.models.composition import add_expert, compose, exact_config
+
+    if options.add is None:
+        config = exact_config(base, len(fine_tunes))
+        config.router.top_k = options.top_k
+        if options.experts != "dense":
+            config.expert_type, config.shape = "mpo", "hidden" if options.experts == "hidden" else "separable"
+            config.block_size = options.block_size
+        config = type(config).from_dict(config.to_dict())  # checked as a whole
+        return compose(base, fine_tunes, examples, config, router=options.router, steps=options.steps)
+    from safetensors.torch import load_file
+
+    from mpoe.models import load_mpoe
+
+    folder = Path(options.add)
+    if not (folder / STATISTICS).is_file():
+        raise CommandError(f"add must be a mixture made by mpoe compose; {folder} has no {STATISTICS}")
+    mixture = load_mpoe(folder).eval()
+    mixture.router_statistics = load_file(folder / STATISTICS)
+    return add_expert(mixture, base, fine_tunes[0], examples[0], router=options.router, steps=options.steps)
+
+
+def show_report(report: dict[str, Any], names: Sequence[str]) -> None:
+    """Print what the mixture lost of every fine-tune, per layer and in what the experts share."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", *names, title="Error, relative to what the fine-tune changed (largest of the projections)")
+    for layer, kinds in report["experts"].items():
+        numbers = next(iter(kinds.values()))
+        table.add_row(layer, *(f"{max(errors[n] for errors in kinds.values()):.2e}" for n in numbers))
+    table.add_row("outside the experts", *(f"{error:.2e}" for error in report["shared"].values()))
+    Console().print(table)

@@ -1,0 +1,167 @@
+"""Routers that send a domain's tokens to its expert, by ridge regression in closed form, or trained after it.
+
+A layer's features are what its router reads while every token of a domain goes to the domain's own expert; the target
+is the domain, one-hot. What the regression needs of a domain is the mean outer product of its features and their mean
+(a linear discriminant with one covariance), so domains can join later without the earlier ones' texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.router import RouterOutput, TopKRouter
+
+# A regression's outputs are about 0 and 1 as logits; this makes a sure one sure in the softmax too.
+SHARPNESS = 10.0
+LEARNING_RATE = 1e-3
+
+
+def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
+    """Layers with a router, by name."""
+    return {
+        name: module
+        for name, module in mixture.named_modules()
+        if isinstance(module, RoutedFeedForward) and module.router is not None
+    }
+
+
+class _Forced(TopKRouter):
+    """Sends every token to one expert, and sums what it reads."""
+
+    def __init__(self, router: TopKRouter, expert: int) -> None:
+        super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
+        self.expert = expert
+        options: dict[str, Any] = {"dtype": torch.float64, "device": router.weight.device}
+        self.outer = torch.zeros(router.in_features, router.in_features, **options)
+        self.sum = torch.zeros(router.in_features, **options)
+        self.tokens = torch.zeros((), **options)
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        value = x.double()
+        self.outer += value.mT @ value
+        self.sum += value.sum(0)
+        self.tokens += value.ne(0).any(-1).sum()  # padding reads as zeros
+        logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.float32)
+        index = torch.full((x.shape[0], self.top_k), self.expert, dtype=torch.int64, device=x.device)
+        weights = torch.full_like(index, 1.0, dtype=torch.float32) / self.top_k
+        return RouterOutput(logits, index, weights)
+
+
+@contextmanager
+def _forced(mixture: nn.Module, expert: int) -> Iterator[dict[str, _Forced]]:
+    layers = routed_layers(mixture)
+    routers = {name: layer.router for name, layer in layers.items()}
+    forced = {name: _Forced(router, expert) for name, router in routers.items() if router is not None}
+    try:
+        for name, layer in layers.items():
+            layer.router = forced[name].eval()
+        yield forced
+    finally:
+        for name, layer in layers.items():
+            layer.router = routers[name]
+
+
+def _device(mixture: nn.Module) -> torch.device:
+    return next(mixture.parameters()).device
+
+
+def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def collect(
+    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, known: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What the regression needs, by layer: ``NAME.outer [I, I]``, the sum over domains of their mean outer product, and
+    ``NAME.mean [E, I]``, float64.
+
+    Args:
+        mixture: in eval mode.
+        examples: batches of the domains of the experts ``first``, ``first + 1``, ...
+        known: the same of earlier domains, or ``None``.
+
+    Raises:
+        ValueError: a domain without a token.
+    """
+    found: dict[str, Tensor] = dict(known or {})
+    for number, batches in enumerate(examples, first):
+        with _forced(mixture, number) as routers:
+            for batch in batches:
+                mixture(**_on(_device(mixture), batch))
+        for name, router in routers.items():
+            if not router.tokens:
+                raise ValueError(f"examples must hold tokens for every domain; those of number {number} hold none")
+            outer, mean = router.outer / router.tokens, router.sum[None] / router.tokens
+            outer_key, mean_key = f"{name}.outer", f"{name}.mean"
+            found[outer_key] = outer + found[outer_key] if outer_key in found else outer
+            found[mean_key] = torch.cat([found[mean_key], mean]) if mean_key in found else mean
+    return found
+
+
+@torch.no_grad()
+def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: float) -> None:
+    """Set every router to the ridge regression of the domain on its input, every domain counting alike.
+
+    Without a constant term, which routers do not have: targets are centred, as a softmax ignores what is added to all.
+    """
+    for name, layer in routed_layers(mixture).items():
+        outer, mean = statistics[f"{name}.outer"], statistics[f"{name}.mean"]
+        amount = ridge * outer.diagonal().mean()
+        eye = torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
+        weight = torch.linalg.solve(outer + amount * eye, (mean - mean.mean(0)).mT).mT
+        assert layer.router is not None
+        layer.router.weight.copy_(SHARPNESS * weight)
+
+
+def train_routers(
+    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, steps: int
+) -> list[float]:
+    """Train the routers alone (AdamW, 1e-3): cross-entropy of the domain at every router, and the model's own loss
+    where batches hold labels. Everything else stays bit for bit.
+
+    Returns:
+        The loss of every step, a batch of each domain.
+    """
+    routers = [layer.router for layer in routed_layers(mixture).values()]
+    weights = [router.weight for router in routers if router is not None]
+    was = [(p, p.requires_grad) for p in mixture.parameters()]
+    for p, _ in was:
+        p.requires_grad_(any(p is weight for weight in weights))
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    domains = [itertools.cycle(list(batches)) for batches in examples]
+    losses = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            total = torch.zeros((), device=_device(mixture))
+            for number, batches in enumerate(domains, first):
+                total = total + _domain_loss(mixture, _on(_device(mixture), next(batches)), number)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            losses.append(float(total.detach()))
+    for p, needed in was:
+        p.requires_grad_(needed)
+    return losses
+
+
+def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
+    out = mixture(**batch, return_dict=True, output_router_logits=True)
+    mask = batch.get("attention_mask")
+    own = []
+    for logits in out.router_logits:
+        target = logits.new_full((len(logits),), domain, dtype=torch.int64)
+        if mask is not None and mask.numel() == len(logits):
+            target = target.masked_fill(~mask.reshape(-1).bool(), -100)
+        own.append(F.cross_entropy(logits, target))
+    loss: Tensor = torch.stack(own).mean()
+    task = getattr(out, "task_loss", None)
+    return loss if task is None else loss + task

@@ -1,0 +1,221 @@
+"""Fine-tunes of one model become the experts of one mixture: what is exact, what is told, what routers learn."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import mpoe
+from mpoe import MPOEConfig, RouterConfig, add_expert, compose, load_mpoe
+
+from .small_models import dense_model as dense
+
+FAMILIES = ["llama", "gpt2", "t5", "bert"]
+
+
+def tuned(base, seed, only="ffn"):
+    """A copy whose feed-forward networks (or everything) were changed."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base).eval()
+    for name, p in model.named_parameters():
+        inside = any(part in name for part in ("mlp", "DenseReluDense", "intermediate", "output.dense"))
+        if only == "all" or (inside and "attention" not in name):
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def batches(domain, count=2):
+    """Texts of a domain: words of its own range."""
+    generator = torch.Generator().manual_seed(domain)
+    low = 2 + 18 * domain
+    ids = [torch.randint(low, low + 18, (4, 12), generator=generator) for _ in range(count)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
+
+
+def inputs_of(family, domain):
+    inputs = batches(domain, 1)[0]
+    return {**inputs, "decoder_input_ids": inputs["input_ids"][:, :5]} if family == "t5" else inputs
+
+
+def result(model, inputs):
+    out = model(**inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def send_to(model, expert):
+    """Every token to one expert."""
+    for layer in model.modules():
+        if getattr(layer, "router", None) is not None:
+            forced = mpoe.models.domains._Forced(layer.router, expert)
+            layer.router = forced
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_experts_are_the_fine_tunes(family):
+    base = dense(family).eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    mixture = compose(base, fine_tunes)
+    assert not mixture.training
+    for number, fine_tune in enumerate(fine_tunes):
+        errors = [e[number] for kinds in mixture.composition_report["experts"].values() for e in kinds.values()]
+        assert len(errors) >= 4
+        assert max(errors) == 0.0
+        sent = copy.deepcopy(mixture)
+        send_to(sent, number)
+        inputs = inputs_of(family, number)
+        torch.testing.assert_close(result(sent, inputs), result(fine_tune, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_outside_the_experts_is_the_mean_and_told():
+    base = dense("llama")
+    one, two = tuned(base, 1, "all"), tuned(base, 2, "all")
+    mixture = compose(base, [one, two])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    of = [dict(model.named_parameters())[name] for model in (mixture, one, two)]
+    torch.testing.assert_close(of[0], (of[1] + of[2]) / 2)
+    assert all(0.5 < error < 1.0 for error in mixture.composition_report["shared"].values())
+    alike = compose(base, [one, one]).composition_report
+    assert alike["shared"] == {0: 0.0, 1: 0.0}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("per_group", [True, False])
+def test_hidden_experts_are_the_least_squares_fit(family, per_group):
+    """Blocks as large as the hidden layer span what a change on the hidden side can reach: that is then exact."""
+    base = dense(family).eval()
+    fine_tune = copy.deepcopy(base)
+    for layer in fine_tune.modules():
+        weight = next((getattr(layer, n).weight for n in ("up_proj", "c_fc") if hasattr(layer, n)), None)
+        weight = layer.dense.weight if weight is None and type(layer).__name__ == "BertIntermediate" else weight
+        if weight is None:
+            continue
+        size = 8
+        mix = torch.eye(size) + 0.1 * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+        if family == "gpt2":  # [in, out]
+            weight.data = (weight.data.view(len(weight), -1, size) @ mix).reshape(weight.shape)
+        else:
+            weight.data = torch.einsum("gai,ab->gbi", weight.data.view(-1, size, weight.shape[1]), mix).reshape_as(
+                weight
+            )
+    config = MPOEConfig(shape="hidden", block_size=8, block_per_group=per_group)
+    report = compose(base, [fine_tune, base], config=config).composition_report["experts"]
+    # The centre is the mean of both networks, of whose columns both are mixtures again.
+    assert max(error for kinds in report.values() for error in kinds["up"].values()) < 1e-3
+
+
+def test_mpo_experts_are_fitted_and_the_error_is_told():
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, 1), tuned(base, 2)]
+    report = compose(base, fine_tunes, config=MPOEConfig(shape="light")).composition_report["experts"]
+    errors = [error for kinds in report.values() for each in kinds.values() for error in each.values()]
+    # The mean of two is sqrt(1/2) of a change away from either; the fit is nearer, and not exact.
+    assert all(0.0 < error < 0.71 for error in errors)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_ridge_router_sends_domains_to_their_experts(top_k):
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2, 3)]
+    config = MPOEConfig(expert_type="dense", router=RouterConfig(top_k=top_k))
+    mixture = compose(base, fine_tunes, [batches(d) for d in range(3)], config)
+    for domain in range(3):
+        load = mixture(**batches(domain, 1)[0]).router_logits
+        right = torch.stack([logits.argmax(-1) == domain for logits in load]).float().mean()
+        assert right > 0.7
+
+
+def test_training_changes_the_routers_alone():
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    examples = [[{**b, "labels": b["input_ids"]} for b in batches(d)] for d in range(2)]
+    ridge = compose(base, fine_tunes, examples)
+    trained = compose(base, fine_tunes, examples, router="train", steps=5)
+    kept = dict(ridge.named_parameters())
+    for name, p in trained.named_parameters():
+        assert torch.equal(p, kept[name]) == ("router" not in name), name
+        assert p.requires_grad
+
+
+def test_training_lowers_the_loss():
+    base = dense("llama").eval()
+    examples = [batches(d) for d in range(2)]
+    mixture = compose(base, [tuned(base, seed) for seed in (1, 2)])
+    losses = mpoe.models.domains.train_routers(mixture, examples, 0, 20)
+    assert losses[-1] < losses[0]
+
+
+def test_one_expert_more_is_as_if_it_had_been_there_and_leaves_the_others():
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2, 3)]
+    examples = [batches(d) for d in range(3)]
+    two = compose(base, fine_tunes[:2], examples[:2])
+    three = add_expert(two, base, fine_tunes[2], examples[2])
+    at_once = dict(compose(base, fine_tunes, examples).named_parameters())
+    before = dict(two.named_parameters())
+    for name, p in three.named_parameters():
+        torch.testing.assert_close(p, at_once[name], rtol=1e-4, atol=1e-4)
+        if "experts" in name:
+            assert torch.equal(p[:2], before[name]), name
+        elif "router" not in name:
+            assert torch.equal(p, before[name]), name
+    assert (three.mpoe_config.num_experts, two.mpoe_config.num_experts) == (3, 2)
+
+
+@pytest.mark.parametrize("shape", ["hidden", "light"])
+def test_a_fitted_expert_joins_without_moving_the_shared_part(shape):
+    base = dense("llama").eval()
+    config = MPOEConfig(shape=shape, block_size=8 if shape == "hidden" else None)
+    two = compose(base, [tuned(base, 1), tuned(base, 2)], config=config)
+    three = add_expert(two, base, tuned(base, 3))
+    before = dict(two.named_parameters())
+    for name, p in three.named_parameters():
+        value = p if p.shape == before[name].shape else p[:2]
+        assert "router" in name or torch.equal(value, before[name]), name
+
+
+def test_a_composed_mixture_is_saved_and_loaded(tmp_path):
+    base = dense("gpt2").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)], [batches(0), batches(1)])
+    mixture.save_pretrained(tmp_path)
+    inputs = inputs_of("gpt2", 0)
+    assert torch.equal(result(load_mpoe(tmp_path).eval(), inputs), result(mixture, inputs))
+
+
+def test_what_does_not_fit_is_refused():
+    base = dense("llama")
+    other = dense("gpt2")
+    with pytest.raises(ValueError, match="at least one model"):
+        compose(base, [])
+    with pytest.raises(ValueError, match="class of base"):
+        compose(base, [other])
+    longer = copy.deepcopy(base)
+    longer.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match=r"number 0 differs in .*70"):
+        compose(base, [longer])
+    with pytest.raises(TypeError, match="config must be an MPOEConfig"):
+        compose(base, [base], config="dense")
+    with pytest.raises(ValueError, match="config must have a router"):
+        compose(base, [base], config=MPOEConfig(moe_type="none"))
+    with pytest.raises(ValueError, match="router must be one of 'ridge', 'train'"):
+        compose(base, [base], router="rigde")
+    with pytest.raises(ValueError, match="steps must be an integer"):
+        compose(base, [base], steps=0)
+    with pytest.raises(ValueError, match="ridge must be a positive number"):
+        compose(base, [base], ridge=0.0)
+    with pytest.raises(ValueError, match="each of 1 fine-tunes; got 2"):
+        compose(base, [base], [batches(0), batches(1)])
+    with pytest.raises(ValueError, match="those of number 0 hold none"):
+        compose(base, [base], [[]])
+
+
+def test_what_cannot_join_is_refused():
+    base = dense("llama")
+    mixture = compose(base, [base])
+    with pytest.raises(TypeError, match="mixture must be an MPOE model"):
+        add_expert(base, base, base)
+    with pytest.raises(ValueError, match="class that mixture was"):
+        add_expert(mixture, dense("gpt2"), dense("gpt2"))
+    with pytest.raises(ValueError, match="must carry router_statistics"):
+        add_expert(mixture, base, base, batches(0))

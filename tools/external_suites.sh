@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Runs other people's tests on our classes. Their code is read where it lies or in a temporary folder, never copied here.
+#
+#   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' own model tests, then PEFT's
+#   tools/external_suites.sh peft [PYTEST ARGUMENT ...]   PEFT's alone, by what pip installs
+#
+# SNAPSHOT: a checkout of Transformers with its folders src and tests (tried: 5.16.0.dev0, decba1d2). Its dependencies must
+# be importable in the versions that it asks for: EXTERNAL_SITE names a folder with those that are to come first. Besides:
+# pip install pytest parameterized psutil datasets peft. FAMILY: model types of mpoe.models.table; default: those below.
+# SELECT: an expression for pytest -k. RESULTS: folder of the results (default: external_results), which
+# tools/external_table.py reads. Only PEFT's sdist is downloaded.
+set -euo pipefail
+[ $# -ge 1 ] || { sed -n '2,13p' "$0" >&2; exit 2; }
+ours=$(cd "$(dirname "$0")/.." && pwd)
+results=${RESULTS:-external_results}
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() { # a failed test is a result, anything else that pytest says an error
+    local status=0
+    python -m pytest -q -p no:cacheprovider -p tally --tb=short -rfE "$@" || status=$?
+    [ "$status" -le 1 ]
+}
+
+models() {
+    local snapshot family
+    snapshot=$(cd "$1" && pwd)
+    [ -d "$snapshot/src/transformers" ] && [ -d "$snapshot/tests/models" ] || {
+        echo "SNAPSHOT must be a checkout of Transformers; $snapshot has no src/transformers or no tests/models" >&2
+        exit 2
+    }
+    shift
+    cp "$ours/tests/external/transformers_models.py" "$scratch/test_models.py"
+    for family in "${@:-t5 gpt2 bert llama vit bart roberta opt mistral qwen3}"; do
+        for family in $family; do
+            echo "=== Transformers: $family"
+            (
+                cd "$scratch"
+                export MPOE_FAMILIES=$family EXTERNAL_RESULTS=$results/transformers-$family.json
+                export PYTHONPATH=${EXTERNAL_SITE:+$EXTERNAL_SITE:}$snapshot/src:$snapshot:$ours/tests/external:$ours
+                run -p conftest --rootdir="$scratch" ${SELECT:+-k "$SELECT"} test_models.py
+            )
+        done
+    done
+}
+
+peft() {
+    local version kind
+    version=$(python -c 'import peft; print(peft.__version__)')
+    python -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$scratch" "peft==$version"
+    tar -xzf "$scratch/peft-$version.tar.gz" -C "$scratch"
+    cd "$scratch/peft-$version"
+    rm -rf src # the installed package is tested
+    touch tests/__init__.py
+    for kind in mpoe dense; do # the dense model answers for what ours failed alone
+        local again=()
+        if [ "$kind" = dense ]; then
+            mapfile -t again < <(python "$ours/tools/external_table.py" --failed "$results/peft-mpoe.json")
+            [ ${#again[@]} -gt 0 ] || { echo '{}' >"$results/peft-dense.json"; break; }
+            set -- "${again[@]}"
+        fi
+        echo "=== PEFT $version: $kind"
+        EXTERNAL_KIND=$kind EXTERNAL_RESULTS=$results/peft-$kind.json HF_HUB_CACHE=$scratch/hub-$kind \
+            PYTHONPATH=$ours/tests/external:$ours run -p peft_models -o addopts= -o filterwarnings= "$@"
+    done
+}
+
+PEFT_MODELS="LlamaForCausalLM or GPT2LMHeadModel or OPTForCausalLM or qwen2 or T5For or BartFor or BertModel"
+if [ "$1" = peft ]; then
+    shift
+    [ $# -gt 0 ] || set -- tests/test_decoder_models.py -k "LlamaForCausalLM and LoraConfig and not AdaLora"
+    peft "$@"
+else
+    models "$@"
+    peft tests/test_decoder_models.py tests/test_encoder_decoder_models.py tests/test_feature_extraction_models.py \
+        -k "$PEFT_MODELS"
+fi
+python "$ours/tools/external_table.py" "$results"

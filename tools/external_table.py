@@ -1,0 +1,97 @@
+"""Counts the results of `tools/external_suites.sh`: ``python tools/external_table.py RESULTS [--doc]``.
+
+``--doc`` writes the tables into docs/reliability.md. Exit status 1 if a failure is open: a test that our class fails,
+the dense one passes, and no line below explains. ``--failed FILE`` lists the failed tests of one file instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from documents import write_between
+
+DOC = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+# test -> why ours fails or is skipped although the dense class passes. Only for tests whose own code names classes or
+# dense weights.
+EXPLAINED = {
+    "test_can_load_from_already_mapped_keys": "renames keys of older checkpoints, which mixtures never had",
+    "test_reverse_loading_mapping": "renames keys of older checkpoints, which mixtures never had",
+}
+Results = dict[str, dict[str, Any]]
+
+
+def _explanation(test: str) -> str | None:
+    return next((why for pattern, why in EXPLAINED.items() if fnmatch.fnmatch(test, pattern)), None)
+
+
+def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
+    """Counts of one suite, and a line for every failure or skip that the dense class has not."""
+    counts = {"passed": 0, "skipped": 0, "failed": 0, "open": 0}
+    lines = []
+    for test, result in sorted(ours.items()):
+        counts[result["outcome"]] += 1
+        if result["outcome"] == "passed":
+            continue
+        other = dense.get(test, {}).get("outcome", "skipped" if result["outcome"] == "skipped" else "passed")
+        if other == result["outcome"]:
+            continue  # the dense class does the same
+        why = _explanation(test)
+        if why is None and result["outcome"] == "failed":
+            counts["open"] += 1
+            why = f"open: {result.get('reason', '')}"
+        lines.append(f"`{test}` {result['outcome']}: {why or result.get('reason', '')}")
+    return counts, lines
+
+
+def suites(folder: Path) -> list[tuple[str, Results, Results]]:
+    """Name, our results and the dense ones of every suite in a folder."""
+    found = []
+    for file in sorted(folder.glob("transformers-*.json")):
+        tests = json.loads(file.read_text())
+        split: dict[str, Results] = {"MPOE": {}, "Dense": {}}
+        for name, result in tests.items():
+            case, _, test = name.partition("::")
+            split[case.partition("_")[0]][test] = result
+        found.append((f"Transformers: {file.stem.partition('-')[2]}", split["MPOE"], split["Dense"]))
+    if (folder / "peft-mpoe.json").is_file():
+        ours, dense = (json.loads((folder / f"peft-{kind}.json").read_text()) for kind in ("mpoe", "dense"))
+        found.append(("PEFT", ours, dense))
+    return found
+
+
+def main() -> None:
+    """Print the tables; write them with ``--doc``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--doc", action="store_true")
+    parser.add_argument("--failed", type=Path)
+    options = parser.parse_args()
+    if options.failed is not None:
+        tests = json.loads(options.failed.read_text())
+        print(*(test["id"] for test in tests.values() if test["outcome"] == "failed"), sep="\n", end="")
+        return
+    if options.results is None:
+        parser.error("RESULTS is missing")
+    table = ["| suite | passed | skipped | failed | of these open |", "|---|---|---|---|---|"]
+    notes, remain = [], 0
+    for name, ours, dense in suites(options.results):
+        counts, lines = compare(ours, dense)
+        table.append(f"| {name} | {' | '.join(str(counts[key]) for key in ('passed', 'skipped', 'failed', 'open'))} |")
+        notes += [f"- {name}: {line}" for line in lines]
+        remain += counts["open"]
+    listed = "\n".join(notes) or "None."
+    text = "\n".join([*table, "", "Failed or skipped where the dense class is not:", "", listed])
+    print(text)
+    if options.doc:
+        write_between(DOC, "external", f"{text}\n\n{datetime.datetime.now(datetime.UTC).date().isoformat()}.")
+    sys.exit(1 if remain else 0)
+
+
+if __name__ == "__main__":
+    main()

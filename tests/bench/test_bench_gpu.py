@@ -23,6 +23,7 @@ from mpoe_kernels.testing.graphs import CaptureError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_script_tries_every_step_without_a_gpu(tmp_path: Path, capsys) -> None:
     """With a few of the tests of the device: all of them run on the CPU as tests of their own."""
     words = ["--device", "cpu", "--minutes", "60", "--out", str(tmp_path / "trial")]

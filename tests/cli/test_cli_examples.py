@@ -34,6 +34,7 @@ def test_drop_in(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_plain_loop() -> None:
     out = run_example("plain_loop.py", 3)
     assert "auxiliary" in out

@@ -44,6 +44,7 @@ OPEN = (
 )
 
 
+@pytest.mark.slow
 def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(converted, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     converted("llama").save_pretrained(tmp_path / "model")

@@ -55,6 +55,7 @@ def test_what_the_allocator_finds(guard: Path, size: int, alignment: int, access
     assert done.returncode == status, done.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_native_tests(native_library: None, guard: Path) -> None:
     """All of them: tools/native_guard.sh."""
     environment = os.environ | {"MPOE_GUARD_LIBRARY": str(guard), "PYTHON": sys.executable, "MPOE_GUARD_ALIGN": "4"}

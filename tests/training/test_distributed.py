@@ -74,6 +74,7 @@ def check_saved(folder: Path, sharded: torch.Tensor, alone: torch.Tensor, relati
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4 if relative < BFLOAT16 else 0.1)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     one, *ranks = do_both(RUNS, tmp_path)
     assert {True, False} == set(one[FIRST]["masked"])

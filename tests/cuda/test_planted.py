@@ -11,13 +11,19 @@ import pytest
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 from .planted import BUGS, Bug, table
 
-# These run every time, one of each lane; the others, each of which compiles kernels anew, with `pytest -m exhaustive`.
-ALWAYS = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
-CASES = [
-    pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=() if bug.name in ALWAYS else pytest.mark.exhaustive)
-    for bug in BUGS
-    for lane in bug.found_by
-]
+# CI finds one of each lane, those that need a sanitizer among its slow tests. The others, each of which compiles kernels
+# again, run with `pytest -m exhaustive`.
+ALWAYS = ("unstable_scatter", "divergent_barrier")
+IN_CI = ("past_the_row", "plain_increment", "past_shared_memory")
+
+
+def marks_of(bug: Bug) -> tuple[pytest.MarkDecorator, ...]:
+    if bug.name in ALWAYS:
+        return ()
+    return (pytest.mark.slow,) if bug.name in IN_CI else (pytest.mark.exhaustive,)
+
+
+CASES = [pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=marks_of(bug)) for bug in BUGS for lane in bug.found_by]
 
 
 REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}

@@ -11,8 +11,8 @@ import pytest
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 from .planted import BUGS, Bug, table
 
-# CI finds one of each lane, those that need a sanitizer among its slow tests. The others, each of which compiles kernels
-# again, run with `pytest -m exhaustive`.
+# CI finds one of each lane, those that need a sanitizer among its slow tests. The others, each of which compiles
+# kernels again, run with `pytest -m exhaustive`.
 ALWAYS = ("unstable_scatter", "divergent_barrier")
 IN_CI = ("past_the_row", "plain_increment", "past_shared_memory")
 

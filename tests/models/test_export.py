@@ -77,6 +77,7 @@ print(type(model).__name__)
 """
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_opens_without_mpoe(tmp_path, monkeypatch, capsys):
     model = mixture()
     model.save_pretrained(tmp_path / "in")

@@ -205,6 +205,7 @@ def test_mpoe_only_save(family, converted, tmp_path):
         save_mpoe_only(model, tmp_path / "other", base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", ["import mpoe, transformers", "import transformers.models.auto.configuration_auto, mpoe"]
 )

@@ -2,8 +2,9 @@
 
     python tools/measure_composition.py --texts austen.txt reviews.txt messages.txt --output_dir DIR
 
-Prints, and writes to ``DIR/composition.json``, the loss of every domain (nats per token) under the base, its own
-fine-tune, the mean of all fine-tunes, and mixtures made by `mpoe compose`.
+Prints, and writes to ``DIR/ffn.json`` and ``DIR/all.json`` (what was trained), the loss of every domain (nats per
+token) under the base, its own fine-tune, the mean of all fine-tunes, and mixtures made by `mpoe compose`. Fine-tunes
+that lie in DIR are taken from there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2LMHeadModel
 
 from mpoe.cli.compose import ComposeOptions, run
 from mpoe.data.embedded import load_stand_in, stand_in_path
@@ -66,6 +68,8 @@ def _mean(models: list[Any]) -> Any:
 
 
 MIXTURES = {
+    "dense, ridge, top-3": {"top_k": 3},
+    "dense, trained router, top-3": {"router": "train", "steps": 50, "top_k": 3},
     "dense, ridge, top-1": {},
     "dense, ridge, top-2": {"top_k": 2},
     "hidden blocks of 128, ridge, top-1": {"experts": "hidden", "block_size": 128},
@@ -84,17 +88,19 @@ def measure(texts: list[Path], out: Path, steps: int, what: str, mixtures: dict[
         cut = int(len(whole) * 0.9)
         (out / f"{text.stem}.txt").write_text(whole[:cut], encoding="utf-8")
         held[text.stem] = _rows(tokenizer, whole[cut:])[:150]
-        rows = _rows(tokenizer, whole[:cut])
-        start = time.perf_counter()
-        tunes.append(fine_tune(base, rows, steps, what))
-        tunes[-1].save_pretrained(out / what / text.stem)
-        tokenizer.save_pretrained(out / what / text.stem)
-        print(f"{text.stem}: {len(rows)} rows, trained in {time.perf_counter() - start:.0f} s", flush=True)
+        own = out / what / text.stem
+        if (own / "config.json").is_file():
+            tunes.append(GPT2LMHeadModel.from_pretrained(own).eval())
+            continue
+        tunes.append(fine_tune(base, _rows(tokenizer, whole[:cut]), steps, what))
+        tunes[-1].save_pretrained(own)
+        tokenizer.save_pretrained(own)
     found = {
         "base": {name: loss_of(base, held[name]) for name in names},
         "own fine-tune": {name: loss_of(model, held[name]) for name, model in zip(names, tunes, strict=True)},
         "mean of the fine-tunes": {name: loss_of(_mean(tunes), held[name]) for name in names},
     }
+    print(found, flush=True)
     for title, settings in mixtures.items():
         options = ComposeOptions(
             output_dir=str(out / "mixture"),
@@ -107,6 +113,7 @@ def measure(texts: list[Path], out: Path, steps: int, what: str, mixtures: dict[
         mixture = run(str(stand_in_path("gpt2")), [str(out / what / n) for n in names], options)
         took = time.perf_counter() - start
         found[title] = {name: loss_of(mixture, held[name]) for name in names}
+        (out / f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         worst = max(found[title][n] / found["own fine-tune"][n] - 1 for n in names)
         print(f"{what}: {title}: {found[title]}, worst {worst:+.2%} of the own fine-tune, {took:.0f} s", flush=True)
     return found
@@ -121,10 +128,8 @@ def main() -> None:
     parser.add_argument("--trained", nargs="+", choices=["ffn", "all"], default=["ffn", "all"])
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    results = {}
     for what in options.trained:
-        results[what] = measure(options.texts, options.output_dir, options.steps, what, MIXTURES)
-        (options.output_dir / "composition.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measure(options.texts, options.output_dir, options.steps, what, MIXTURES)
 
 
 if __name__ == "__main__":

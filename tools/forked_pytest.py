@@ -41,7 +41,7 @@ class ForkedPytest:
         folder: to run in.
         environment: all of it; its ``PYTHONPATH`` comes first on the path of modules.
         arguments: of pytest.
-        output: file for what is printed.
+        output: file for what is printed; there once the run has started.
         left_out: entries of this process's path of modules that the run must not see.
     """
 

@@ -162,6 +162,7 @@ class Copy:
         arguments += ["-k", area.only] if area.only else []
         printed = self.folder / "printed.txt"
         left_out = [str(self.root / name) for name in ("", "bench", "tools")]
+        printed.unlink(missing_ok=True)
         environment = self.environment | area.environment
         with self.lock:
             if self.stopping.is_set():
@@ -173,6 +174,8 @@ class Copy:
             process.end()
         if self.stopping.is_set():
             raise Stopped
+        if not printed.is_file():
+            raise AreaError(f"{area.name}: the tests were not started")
         return status, "" if status is None else printed.read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def stop(self) -> None:

@@ -121,6 +121,8 @@ def _check_flags(flags: Sequence[str], known: Mapping[str, argparse.Action]) -> 
     for token in flags:
         if token.startswith("--") and len(token) > 2 and _normal(token.split("=", 1)[0]) not in known:
             raise _unknown("unknown option", token.split("=", 1)[0], known)
+        if token.startswith("--") and token.partition("=")[2] == "--":  # argparse would drop it
+            raise CommandError(f"{token[:-3]} must have a value; got '--'")
 
 
 def parse(

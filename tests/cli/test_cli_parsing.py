@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, option, parse, read_command, read_config
+from mpoe.cli.parsing import Asked, make_parser, option, option_names, parse, read_command, read_config
 
 
 @dataclass
@@ -108,6 +108,9 @@ def test_what_a_dataclass_refuses_and_stray_values() -> None:
         parse([First], ["--steps", "0"])
     with pytest.raises(CommandError, match=r"^values without an option: 'stray' ''$"):
         parse([First], ["stray", ""])
+    for flag in option_names(make_parser([First])):
+        with pytest.raises(CommandError, match=rf"^--{flag} must have a value; got '--'$"):
+            parse([First], [f"--{flag}=--"])
 
 
 def test_lists_of_a_file_that_are_none(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def write_comparison(file: Path, runs: Sequence[RunFolder], tables: Sequence[Com
 
 def _section(found: Comparison) -> list[str]:
     rows = [[_marked(cell, (r, c) in found.best) for c, cell in enumerate(row)] for r, row in enumerate(found.rows)]
-    return [f"<h2>{html.escape(found.title)}</h2>", table(found.header, rows, best=found.best), note(found.words)]
+    return [f"<h2>{html.escape(found.title)}</h2>", table(found.header, rows, "runs", found.best), note(found.words)]
 
 
 def _drawings(runs: Sequence[RunFolder]) -> Iterator[str]:

@@ -38,12 +38,16 @@ svg text { font-family: system-ui, sans-serif !important; }
 .panels figure { margin: 0; } .panels svg { width: 100%; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 640px) {
   body { margin: 1rem auto; padding: 0 .9rem; font-size: 14px; } h1 { font-size: 1.35rem; } h2 { margin-top: 1.6rem; }
-  th, td { padding: .25rem .4rem; } th { overflow-wrap: anywhere; }
+  th, td { padding: .25rem .4rem; } .runs th { overflow-wrap: anywhere; }
+  .wide::before { content: "wider than the screen: scroll sideways"; display: block; color: var(--soft);
+    font-size: .85em; }
   .wide img, .wide svg { max-width: none; width: 640px; }
 }
 @media print {
   body { max-width: none; margin: 0; padding: 0; font-size: 9.5pt; } .scroll, figure { overflow: visible; }
-  h2 { break-after: avoid; } tr, figure, pre { break-inside: avoid; } th, td { padding: .15rem .4rem; }
+  h2, h4, h2 + p { break-after: avoid; } tr, figure, pre, .routes table { break-inside: avoid; }
+  .panels { grid-template-columns: repeat(3, 1fr); } details .scroll { columns: 2; font-size: 7.5pt; }
+  th, td { padding: .15rem .4rem; }
   details::details-content { content-visibility: visible; display: block; height: auto; } summary { color: inherit; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

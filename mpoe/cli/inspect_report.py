@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpoe.cli.html import facts as fact_table
-from mpoe.cli.html import image, table, write_page
+from mpoe.cli.html import image, note, table, write_page
 from mpoe.models.report import short_name
+from mpoe.models.summary import LEGEND
 
 if TYPE_CHECKING:
     from mpoe.inspection.routes import Route
@@ -103,5 +104,5 @@ def write_inspection(
         parts += [image(name, png, heading) for name, png in plots.items()]
         parts.append(extra)
     if len(weights) > 1:
-        parts += ["<h2>MPO weights</h2>", table(weights[0], weights[1:])]
+        parts += ["<h2>MPO weights</h2>", table(weights[0], weights[1:]), note(LEGEND)]
     write_page(file, title, parts, _STYLE)

@@ -114,6 +114,13 @@ def _conversion_error(model: Any, name: str) -> float | None:
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
 
 
+LEGEND = (
+    "factors: the weight's axes, split; bonds: dimensions between the cores; central: parameters that all experts "
+    "share; auxiliary: experts x parameters that each owns; error: of the conversion, at most, relative to the dense "
+    "weight; plan: how a forward pass contracts the cores; x dense: FLOPs over a dense layer's"
+)
+
+
 def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
     """The cells under `HEADER`."""
     if isinstance(row, HiddenSummary):
@@ -162,4 +169,4 @@ def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int
     console = Console()
     # Where nothing tells the width, as in a pipe, rows stay whole.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
-    print("error: of the conversion, at most, relative to the dense weight; x dense: FLOPs over a dense layer's")
+    print(LEGEND)

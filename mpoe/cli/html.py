@@ -28,7 +28,7 @@ th { font-weight: 600; text-align: right; } td { text-align: right; font-variant
 td:first-child, th:first-child, .text td, .text th { text-align: left; } .text td { overflow-wrap: anywhere; }
 .text td:first-child { overflow-wrap: normal; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
 .last td:last-child, .last th:last-child, .scores td:nth-child(2), .scores th:nth-child(2) { text-align: left; }
-.best { font-weight: 600; background: var(--held); } code, pre { font: .9em ui-monospace, monospace; }
+.best { white-space: nowrap; font-weight: 600; background: var(--held); } code, pre { font: .9em ui-monospace, monospace; }
 pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .held, .failed { padding: .6rem 1rem; } .held { background: var(--held); } .failed { background: var(--failed); }
 .note, figcaption { color: var(--soft); font-size: .93em; }
@@ -38,7 +38,7 @@ svg text { font-family: system-ui, sans-serif !important; }
 .panels figure { margin: 0; } .panels svg { width: 100%; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 640px) {
   body { margin: 1rem auto; padding: 0 .9rem; font-size: 14px; } h1 { font-size: 1.35rem; } h2 { margin-top: 1.6rem; }
-  th, td { padding: .25rem .4rem; } .runs th { overflow-wrap: anywhere; }
+  th, td { padding: .25rem .4rem; } .runs th { overflow-wrap: anywhere; min-width: 5.5em; }
   .wide::before { content: "wider than the screen: scroll sideways"; display: block; color: var(--soft);
     font-size: .85em; }
   .wide img, .wide svg { max-width: none; width: 640px; }

@@ -28,7 +28,8 @@ th { font-weight: 600; text-align: right; } td { text-align: right; font-variant
 td:first-child, th:first-child, .text td, .text th { text-align: left; } .text td { overflow-wrap: anywhere; }
 .text td:first-child { overflow-wrap: normal; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
 .last td:last-child, .last th:last-child, .scores td:nth-child(2), .scores th:nth-child(2) { text-align: left; }
-.best { white-space: nowrap; font-weight: 600; background: var(--held); } code, pre { font: .9em ui-monospace, monospace; }
+.best { white-space: nowrap; font-weight: 600; background: var(--held); }
+code, pre { font: .9em ui-monospace, monospace; }
 pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .held, .failed { padding: .6rem 1rem; } .held { background: var(--held); } .failed { background: var(--failed); }
 .note, figcaption { color: var(--soft); font-size: .93em; }

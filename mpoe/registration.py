@@ -1,8 +1,9 @@
-"""Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, without importing Transformers.
+"""Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, and PEFT MPO weights, without
+importing either.
 
 Transformers takes seconds to import, and the command line must start at once. So only place-holders are registered
 with `AutoConfig`, as soon as its module is there; the first MPOE checkpoint of a family that is opened makes and
-registers the real classes (`mpoe.models.classes`).
+registers the real classes (`mpoe.models.classes`). PEFT is told when it is imported (`mpoe.models.peft_hooks`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -46,11 +47,23 @@ def _register(auto: Any) -> None:
             auto.AutoConfig.register(model_type, _place_holder(model_type, auto))
 
 
-class _RegisteringLoader(Loader):
-    """Loads a module as its own loader does, then registers the place-holders."""
+def _hook(name: str) -> Callable[[Any], None]:
+    return lambda module: getattr(importlib.import_module("mpoe.models.peft_hooks"), name)(module)
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+
+# Module of another package -> what is done once it is imported
+_AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
+    _AUTO_CONFIG: _register,
+    "peft.tuners.lora.model": _hook("teach_lora"),
+    "peft.tuners.tuners_utils": _hook("teach_tuners"),
+}
+
+
+class _FollowedLoader(Loader):
+    """Loads a module as its own loader does, then does what follows."""
+
+    def __init__(self, loader: Any, after: Callable[[Any], None]) -> None:
+        self._loader, self._after = loader, after
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -60,27 +73,34 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _register(module)
+        self._after(module)
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the import of `AutoConfig`'s module, once."""
+    """Waits for the import of some modules, once each."""
+
+    def __init__(self, waiting: dict[str, Callable[[Any], None]]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AUTO_CONFIG or self not in sys.meta_path:
+        after = self._waiting.pop(fullname, None)  # at once: the search below asks this finder again
+        if after is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _FollowedLoader(spec.loader, after)
         return spec
 
 
 def register() -> None:
-    """Register with Transformers now if its `AutoConfig` is imported, else when it is."""
-    if _AUTO_CONFIG in sys.modules:
-        _register(sys.modules[_AUTO_CONFIG])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Do what follows the import of Transformers' `AutoConfig` and of PEFT: now where they are imported, else then."""
+    waiting = {}
+    for name, after in _AFTER_IMPORT.items():
+        if name in sys.modules:
+            after(sys.modules[name])
+        else:
+            waiting[name] = after
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))

@@ -31,8 +31,8 @@ def lora_on_cores(config: LoraConfig) -> LoraConfig:
     """Let ``config`` adapt MPO weights, wherever its ``target_modules`` name them: ``up``, ``down``, ``gate_proj``
     of the experts, ``cores`` of MPO attention projections.
 
-    PEFT does not store this: also pass ``lora_on_cores(LoraConfig.from_pretrained(folder))`` as ``config`` when
-    loading an adapter.
+    Every `LoraConfig` that PEFT applies to MPO weights goes through here, so that a plain
+    ``PeftModel.from_pretrained(model, folder)`` loads an adapter. To call it first merely checks the options earlier.
 
     Returns:
         ``config`` itself.

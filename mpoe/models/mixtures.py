@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ class MixtureMixin(MPOEModelMixin):
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward(*args, **kwargs)
 
-    has_stock_experts = True
+    has_stock_experts: ClassVar[bool] = True
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -79,8 +79,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
 
     adapted.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path / "adapter"))
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter", config=config).eval()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, inputs), after)
 
     merged = loaded.merge_and_unload(safe_merge=True)
@@ -159,6 +158,33 @@ def test_what_has_no_meaning_on_cores_is_refused(values, message):
         lora_on_cores(peft.LoraConfig(target_modules=["up"], **values))
     with pytest.raises(TypeError, match=r"must be a peft\.LoraConfig; got IA3Config"):
         lora_on_cores(peft.IA3Config())
+
+
+def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_path):
+    base, inputs = converted("gpt2"), batch("gpt2")
+    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["up", "down"]))
+    train(adapted, inputs)
+    adapted.save_pretrained(tmp_path)
+    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path))  # as it was done before
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config).eval()
+    assert torch.equal(logits(loaded, inputs), logits(adapted.eval(), inputs))
+    with pytest.raises(ValueError, match="LoRA on MPO cores has no use_dora"):
+        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["up"], use_dora=True))
+
+
+def test_configurations_that_reach_no_core_are_told_of_lora_on_cores(converted, recwarn):
+    with pytest.warns(UserWarning, match=r"this LoraConfig adapts none of 4 MPO weights; .*mpoe\.lora_on_cores"):
+        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(TypeError, match=r"LoHaConfig does not fit: it knows no MPO weights; .*mpoe\.lora_on_cores"):
+        peft.get_peft_model(converted("gpt2"), peft.LoHaConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match=r"LoraConfig does not fit: Target modules .*mpoe\.lora_on_cores"):
+        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError) as caught:
+        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["c_attn"], r=0))
+    assert "lora_on_cores" not in str(caught.value)
+    recwarn.clear()
+    peft.get_peft_model(merge_experts(converted("gpt2")), peft.LoraConfig(target_modules=["c_attn"]))
+    assert not [w for w in recwarn if "MPO weights" in str(w.message)]
 
 
 def test_an_adapter_needs_a_rank(converted):

@@ -148,6 +148,7 @@ def test_a_wider_dense_model_computes_the_same(kind: str) -> None:
     assert new.abs().sum() > 0  # what writes nothing yet learns from the first step on
 
 
+@pytest.mark.slow  # eight experts of T5-base's size
 def test_costs_of_the_large_model() -> None:
     costs = large_costs(SETTINGS["t5"], tokens=4, rounds=1)
     millions = {key: round(cost["parameters"] / 1e6, 1) for key, cost in costs.items()}

@@ -21,8 +21,8 @@ DOC = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 # dense weights.
 EXPLAINED = {
     "test_can_load_from_already_mapped_keys": "renames keys of older checkpoints, which mixtures never had",
-    "test_eager_matches_batched_and_grouped_inference*": "asks that Transformers' own functions compute the experts; ours "
-    "have their own, and the dense class has no experts",
+    "test_eager_matches_batched_and_grouped_inference*": "asks that Transformers' own functions compute the experts; "
+    "ours have their own, and the dense class has no experts",
     "test_reverse_loading_mapping": "renames keys of older checkpoints, which mixtures never had",
 }
 Results = dict[str, dict[str, Any]]

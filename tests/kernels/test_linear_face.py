@@ -146,3 +146,9 @@ def test_every_public_activation_has_a_reference() -> None:
     for name, formula in ACTIVATIONS.items():
         got = grouped_mpo_linear(x, blocks, offsets, activation=name)
         assert torch.allclose(got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula))
+
+
+@pytest.mark.parametrize("x", [torch.tensor(1.0), [1.0]], ids=["no axis", "a list"])
+def test_one_weight_needs_a_tensor_with_an_axis(x: object) -> None:
+    with pytest.raises(ValueError, match=r"x must be a tensor \[\.\.\., I\]; got"):
+        mpo_linear(x, random_blocks(SMALL_SHAPES["light"], 1))  # type: ignore[arg-type]

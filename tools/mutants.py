@@ -129,17 +129,15 @@ class Copy:
         finally:
             path.write_text(text, encoding="utf-8")
 
-    def build(self, area: Area) -> tuple[int | None, str]:
+    def run(self, command: list[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
         """Exit status, None beyond the limit, and the end of the output. Nothing it started is left running."""
-        if not area.build:
-            return 0, ""
         with self.lock:
             if self.stopping.is_set():
                 raise Stopped
             self.running = process = subprocess.Popen(
-                [sys.executable if word == "{python}" else word for word in area.build],
+                command,
                 cwd=self.folder,
-                env=self.environment | area.environment,
+                env=self.environment | environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -147,7 +145,7 @@ class Copy:
                 start_new_session=True,
             )
         try:
-            output, _ = process.communicate(timeout=BUILD_LIMIT)
+            output, _ = process.communicate(timeout=limit)
             if self.stopping.is_set():
                 raise Stopped
             return process.returncode, output[-3000:]
@@ -156,18 +154,22 @@ class Copy:
         finally:
             _end(process)
 
+    def build(self, area: Area) -> tuple[int | None, str]:
+        command = [sys.executable if word == "{python}" else word for word in area.build]
+        return self.run(command, area.environment, BUILD_LIMIT) if command else (0, "")
+
     def test(self, area: Area, limit: float) -> tuple[int | None, str]:
-        """The same for the tests."""
         arguments = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *area.tests]
         arguments += ["-k", area.only] if area.only else []
+        if area.environment:  # libraries may read it when they are imported
+            return self.run([sys.executable, "-m", "pytest", *arguments], area.environment, limit)
         printed = self.folder / "printed.txt"
         left_out = [str(self.root / name) for name in ("", "bench", "tools")]
         printed.unlink(missing_ok=True)
-        environment = self.environment | area.environment
         with self.lock:
             if self.stopping.is_set():
                 raise Stopped
-            self.running = process = ForkedPytest(self.folder, environment, arguments, printed, left_out)
+            self.running = process = ForkedPytest(self.folder, self.environment, arguments, printed, left_out)
         try:
             status = process.wait(limit)
         finally:

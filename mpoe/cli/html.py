@@ -48,6 +48,7 @@ svg text { font-family: system-ui, sans-serif !important; }
   body { max-width: none; margin: 0; padding: 0; font-size: 9.5pt; } .scroll, figure { overflow: visible; }
   h2, h4, h2 + p { break-after: avoid; } tr, figure, pre, .routes table { break-inside: avoid; }
   .panels { grid-template-columns: repeat(3, 1fr); } details .scroll { columns: 2; font-size: 7.5pt; }
+  details .text td { overflow-wrap: anywhere; width: 50%; }
   th, td { padding: .15rem .4rem; }
   details::details-content { content-visibility: visible; display: block; height: auto; } summary { color: inherit; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -50,7 +50,8 @@ def _load(run: RunFolder) -> list[str]:
 
 def _settings(run: RunFolder, given: frozenset[str]) -> list[str]:
     """Those that were given, and all of them."""
-    rows = [(name, _shown(value)) for name, value in sorted(run.settings.items())]
+    above = ("command", "learning_rate_from")
+    rows = [(name, _shown(value)) for name, value in sorted(run.settings.items()) if name not in above]
     own = [row for row in rows if row[0].rpartition(".")[2] in given]
     hidden = table(("setting", "value"), rows, "text")
     return [

@@ -17,6 +17,21 @@ from mpoe.layers.mpo_linear import linear_weight
 from mpoe_kernels import hidden_experts
 
 
+class _SumOfGradients(torch.autograd.Function):
+    """The tensor itself; its gradient is summed over the ranks of a process group."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
 class HiddenExperts(FromInitialValues):
     """The blocks of E experts: ``o = sum_k gate_k act(u R_e + bias_e) L_e``, within groups of b hidden units.
 
@@ -55,6 +70,7 @@ class HiddenExperts(FromInitialValues):
         self.activation = check_activation(activation)
         self.hidden_features, self.num_experts, self.block_size = hidden_features, num_experts, block_size
         self.backend = backend
+        self._mesh: Any = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         size = (num_experts, hidden_features // block_size if per_group else 1, block_size, block_size)
         names = ("right", "left", "right_gate") if gated else ("right", "left")
@@ -90,18 +106,46 @@ class HiddenExperts(FromInitialValues):
         for core in self.auxiliary.values():
             core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
 
+    def split(self, mesh: Any) -> None:
+        """Keep this rank's groups alone: own blocks and biases become DTensors with a part on every rank of a mesh.
+
+        Shared blocks become DTensors that are whole everywhere. From then on `forward` takes and returns
+        ``[T, F / ranks]``.
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        own = [Shard(1)] if self.per_group else [Replicate()]
+        for name, core in self.auxiliary.items():
+            self.auxiliary[name] = nn.Parameter(distribute_tensor(core.detach(), mesh, own), core.requires_grad)
+        if self.bias is not None:
+            bias = distribute_tensor(self.bias.detach(), mesh, [Shard(1)])
+            self.bias = nn.Parameter(bias, self.bias.requires_grad)
+        self._mesh = mesh
+
+    def _block(self, name: str) -> Tensor:
+        """A block as this rank computes with it."""
+        core: Any = self.auxiliary[name]
+        if self._mesh is None:
+            return core
+        local = core.to_local()
+        return local if self.per_group else _SumOfGradients.apply(local, self._mesh.get_group())
+
     def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
+        bias: Any = self.bias
+        if self._mesh is not None:  # every rank has gradients from its own groups
+            gates = _SumOfGradients.apply(gates, self._mesh.get_group())
+            bias = None if bias is None else bias.to_local()
         return hidden_experts(
             u,
             gates,
             index,
-            self.auxiliary["right"],
-            self.auxiliary["left"],
-            self.bias,
+            self._block("right"),
+            self._block("left"),
+            bias,
             activation=self.activation,
             u_gate=u_gate,
-            right_gate=self.auxiliary["right_gate"] if self.is_gated else None,
+            right_gate=self._block("right_gate") if self.is_gated else None,
             backend=self.backend,
         )
 
@@ -213,7 +257,7 @@ class HiddenFeedForward(RoutedFeedForward):
         """``u [..., F]`` through the experts and the dropout between the projections."""
         if not torch.is_autocast_enabled(u.device.type):
             u, u_gate = u.to(self.experts.dtype), None if u_gate is None else u_gate.to(self.experts.dtype)
-        flat = [None if value is None else value.reshape(-1, self.hidden_features) for value in (u, u_gate)]
+        flat = [None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)]
         assert flat[0] is not None
         o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
         rate = self.expert_dropout if self.training else 0.0

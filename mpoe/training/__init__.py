@@ -27,6 +27,7 @@ _HOMES = {
     "save_sharded": "sharding",
     "save_sharded_checkpoint": "sharded_checkpoint",
     "shard_model": "sharding",
+    "split_hidden_experts": "tensor_parallel",
 }
 __all__ = sorted(_HOMES)
 

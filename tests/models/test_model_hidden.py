@@ -215,6 +215,36 @@ def test_lora_on_the_projections_through_plain_peft(family: str) -> None:
         GradientMask(adapted, 0.5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_projections_quantised_by_torchao(bits: int) -> None:
+    """Whoever quantises `nn.Linear` needs no help of ours; the blocks and the router still train."""
+    quantization = pytest.importorskip("torchao.quantization")
+    kind: object = quantization.Int8WeightOnlyConfig()
+    if bits == 4:
+        granularity = quantization.granularity.PerGroup(8)
+        kind = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+    model = stirred(convert_to_mpoe(dense("llama"), config(2)))
+    want = logits(model, "llama")
+    targets = ("up_proj", "gate_proj", "down_proj")
+    quantization.quantize_(model, kind, filter_fn=lambda _, name: name.endswith(targets))
+    layer = next(iter(hidden_modules(model).values()))
+    assert all(type(module.weight).__module__.startswith("torchao") for module in layer.projections().values())
+    error = float((logits(model, "llama") - want).abs().max() / want.abs().max())
+    assert 0 < error < (0.002 if bits == 8 else 0.05)
+    model(**batch("llama")).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.experts.parameters())
+    with pytest.raises(ValueError, match=r"mlp.up_proj \(Linear\) is frozen or quantised"):
+        GradientMask(model, 0.5)
+
+
+def test_torchao_leaves_conv1d_as_it_is() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = convert_to_mpoe(dense("gpt2"), config(2))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    (layer,) = hidden_modules(model).values()
+    assert {type(module.weight) for module in layer.projections().values()} == {nn.Parameter}
+
+
 def test_the_mask_refuses_projections_that_do_not_train() -> None:
     model = convert_to_mpoe(dense("gpt2"), config())
     model.freeze_central()

@@ -182,12 +182,15 @@ RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[s
     "accelerate, idle experts": (by_accelerate, "t5", MANY, {}),
     "sharded, checkpointing": (by_sharding, "gpt2", {**EMBEDDING, **MANY}, {"checkpointing": True}),
 }
+HIDDEN = {"shape": "hidden", "block_size": 8, "expert_bias": True}
 MORE_RUNS = {
     "trainer, bfloat16": (by_trainer, "t5", {}, {"bf16": True}),
     "trainer, idle dense experts": (by_trainer, "t5", {**MANY, "expert_type": "dense"}, {"gradient_mask_prob": 0.0}),
     "accelerate, bert": (by_accelerate, "bert", {}, {}),
     "sharded, t5 with MPO embedding": (by_sharding, "t5", EMBEDDING, {}),
     "sharded, dense experts": (by_sharding, "t5", {"expert_type": "dense"}, {}),
+    "trainer, hidden-side experts": (by_trainer, "t5", HIDDEN, {"gradient_mask_prob": 0.0}),
+    "sharded, hidden-side experts": (by_sharding, "gpt2", HIDDEN, {}),
     "sharded, bfloat16": (by_sharding, "t5", {}, {"dtype": torch.bfloat16}),
     "sharded, autocast": (by_sharding, "gpt2", {}, {"bf16": True}),
 }

@@ -43,20 +43,27 @@ class Tile(NamedTuple):
 _NVIDIA: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         2: (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(128, 16, 64, 32, 4), Tile(256, 16, 64, 32, 8)),
-        4: (Tile(64, 64, 64, 16, 8), Tile(64, 16, 64, 16, 8)),
+        4: (Tile(64, 64, 64, 16, 8),),
     },
     "rows": {
-        2: (Tile(32, 32, 64, 64, 4), Tile(16, 16, 64, 32, 4), Tile(128, 16, 64, 32, 8)),
+        2: (Tile(32, 32, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(128, 16, 64, 32, 8)),
         4: (Tile(64, 16, 64, 16, 8),),
     },
     "blocks": {2: (Tile(32, 32, 64, 64, 8),), 4: (Tile(16, 16, 32, 16, 8),)},
 }
-_AMPERE = {**_NVIDIA, "blocks": {2: (Tile(32, 32, 32, 64, 4),), 4: (Tile(16, 16, 32, 16, 8),)}}
+_AMPERE: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {2: _NVIDIA["forward"][2], 4: (Tile(64, 64, 64, 16, 8), Tile(64, 16, 64, 16, 8))},
+    "rows": {
+        2: (Tile(32, 32, 64, 64, 4), Tile(16, 16, 64, 32, 4), Tile(128, 16, 64, 32, 8)),
+        4: (Tile(64, 16, 32, 16, 8),),
+    },
+    "blocks": {2: (Tile(32, 32, 32, 64, 4),), 4: (Tile(16, 16, 32, 16, 8),)},
+}
 # Warps of 64 threads: with 8 of them a thread has half as many registers.
 _AMD: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         2: (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(128, 16, 64, 64, 4)),
-        4: (Tile(32, 32, 64, 16, 4), Tile(64, 16, 64, 16, 4)),
+        4: (Tile(64, 16, 64, 16, 4),),
     },
     "rows": {
         2: (Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 64, 4)),
@@ -64,10 +71,10 @@ _AMD: dict[str, dict[int, tuple[Tile, ...]]] = {
     },
     "blocks": {2: (Tile(16, 16, 64, 64, 4),), 4: (Tile(16, 16, 32, 16, 4),)},
 }
-_ROWS_INTERPRETED = dict.fromkeys((2, 4), (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 64, 4)))
+_FEW_ROWS: tuple[Tile, ...] = (Tile(64, 64, 64, 64, 4), Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 64, 4))
 _INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "forward": _ROWS_INTERPRETED,
-    "rows": _ROWS_INTERPRETED,
+    "forward": dict.fromkeys((2, 4), _FEW_ROWS),
+    "rows": dict.fromkeys((2, 4), _FEW_ROWS),
     "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
 }
 TILES = {"sm_80": _AMPERE, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD, INTERPRETER: _INTERPRETED}

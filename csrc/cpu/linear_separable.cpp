@@ -183,8 +183,9 @@ void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t
       const std::int64_t columns = std::min(most_columns, last - strip);
       for (std::int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
         float* sum = first_k == 0 ? sums.get() : part.get();
-        for (std::int64_t i = first_k; i < std::min(k, first_k + kFewSums * unit); i += most_units * unit) {
-          const std::int64_t count = std::min(most_units * unit, k - i), units = ceil_divide(count, unit);
+        const std::int64_t last_k = std::min(k, first_k + kFewSums * unit);
+        for (std::int64_t i = first_k; i < last_k; i += most_units * unit) {
+          const std::int64_t count = std::min(most_units * unit, last_k - i), units = ceil_divide(count, unit);
           const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
           for (std::int64_t c = 0; c < columns; c += kPanel) {
             const std::int64_t place = c % kGroup;

@@ -71,6 +71,13 @@ def check(
         assert_calibrated(a, t, s, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("slots", [8, 17, 24, 33, 48, 100])
+def test_long_sums_of_few_slots(slots: int, dtype: torch.dtype) -> None:
+    """Sums of more terms than are summed apart (kFewSums), in pieces whose number of terms does not divide them."""
+    check(MPOShape((48, 31, 1), (1, 5, 24), max_bond=(40, 36)), dtype, slots, "zipf", experts=3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 15, FEW_SLOTS, FEW_SLOTS + 1, 400])

@@ -77,7 +77,8 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(f"<td>{task}</td>" in report for task in results["validation"])
     assert ("average over tasks" in report) == (len(tasks) > 1)
-    assert report.count("<svg") == (3 if plotting.have_matplotlib() else 0)  # loss, validation loss, expert load
+    # Loss with validation loss, balancing loss, expert load over time and by layer.
+    assert report.count("<svg") == (4 if plotting.have_matplotlib() else 0)
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])

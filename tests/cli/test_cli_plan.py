@@ -249,7 +249,8 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
         assert message in refused("plan", tmp_path)
 
 
-def test_suggestions(cli, tmp_path) -> None:
+def test_suggestions(cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # narrower, and words of the table are cut
     flags = ["t5-base", "--max_parameters", "300M", "--max_time", 3, "--device", "h100"]
     values = plan(cli, tmp_path, *flags)
     assert values["kind"] == "suggestions"

@@ -47,4 +47,6 @@ API_PAGES = [("api_mpoe", mpoe), ("api_data", mpoe.data), ("api_kernels", mpoe_k
 @pytest.mark.parametrize(("page", "package"), API_PAGES)
 def test_every_public_name_is_described(page: str, package) -> None:
     described = {line.rsplit(".", 1)[1] for line in (DOCS / f"{page}.md").read_text().splitlines() if "::: " in line}
-    assert described - {"MPOEModelMixin"} == set(package.__all__) - {"__version__"}  # what converted models inherit
+    # What converted models inherit, and what stands in modules of its own.
+    elsewhere = {"MPOEModelMixin", "solve_routers", "split_hidden_experts"}
+    assert described - elsewhere == set(package.__all__) - {"__version__"}

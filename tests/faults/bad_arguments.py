@@ -120,6 +120,10 @@ def of_kernels() -> dict[str, Start]:
             k.decompose_with_errors,
             lambda: {"weight": torch.randn(WIDTH, OUT), "shape": shape()},
         ),
+        "decompose_shared": (
+            k.decompose_shared,
+            lambda: {"weights": torch.randn(EXPERTS, WIDTH, OUT), "shape": shape(), "sweeps": 2},
+        ),
         "reconstruct": (k.reconstruct, lambda: {"cores": one_chain(), "shape": shape()}),
         "fold": (k.fold, lambda: {"cores": chain(), "central": 1, "shape": shape(), "num_experts": EXPERTS}),
         "expert_weights": (k.expert_weights, lambda: {"blocks": blocks()}),
@@ -161,6 +165,14 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
         base = dense_model("gpt2")
         return {"model": mpoe_model("gpt2"), "path": folder / "only", "base": base}
 
+    def composed() -> dict[str, Any]:
+        torch.manual_seed(0)
+        base = dense_model("gpt2")
+        return {"base": base, "fine_tunes": [base, dense_model("gpt2")], "examples": None, "router": "ridge"}
+
+    def added() -> dict[str, Any]:
+        return {"mixture": mpoe.compose(**composed()), "base": dense_model("gpt2"), "fine_tune": dense_model("gpt2")}
+
     def made(factory: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
         return lambda **options: forward(factory, options.pop("x"), **options)
 
@@ -176,6 +188,15 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
         "convert_to_mpoe": (
             mpoe.convert_to_mpoe,
             lambda: {"model": dense_model("gpt2"), "config": config(), "inplace": False},
+        ),
+        "compose": (mpoe.compose, composed),
+        "add_expert": (
+            mpoe.add_expert,
+            lambda: {
+                "mixture": mpoe.compose(**composed()),
+                "base": dense_model("gpt2"),
+                "fine_tune": dense_model("gpt2"),
+            },
         ),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
         "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
@@ -204,6 +225,7 @@ NOT_CALLED = {
     "ContractionPlan",
     "Decomposition",
     "DivergenceError",
+    "SharedDecomposition",
     "__version__",
     "available_backends",
     "backend_reasons",

@@ -174,7 +174,7 @@ def test_refusals_come_before_any_work():
         convert_to_mpoe(model, inplace=True)
     assert type(model) is GPT2LMHeadModel
     tiny = DistilBertModel(DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9))
-    with pytest.raises(ValueError, match=r"a model of t5, .* vit; got DistilBertModel .*sites="):
+    with pytest.raises(ValueError, match=r"a model of t5, .* vit, .*; got DistilBertModel .*sites="):
         convert_to_mpoe(tiny)
     with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
         convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})

@@ -141,6 +141,7 @@ def run(project: Path, *options: str) -> int:
     return mutants.main([str(word) for word in (*paths, "--jobs", "1", "--import_first", *options)])
 
 
+@pytest.mark.slow
 def test_seen_and_unseen(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (project / "mpoe" / "sums.py").read_text()
     assert run(project) == 1, "a survivor without a reason"
@@ -162,6 +163,7 @@ def test_seen_and_unseen(project: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "the tests fail without a mutant" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mutant_that_never_ends_is_killed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_mutant_that_never_ends_is_killed(
     assert "killed (time)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_build_that_fails(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a mutant: no build, which proves nothing of the tests. Of none: an error."""
     table = project / "table.toml"
@@ -192,7 +195,13 @@ def test_an_interrupted_run_leaves_nothing_running(project: Path) -> None:
     paths = ("--root", project, "--table", project / "table.toml", "--equivalent", project / "equivalent.json")
     command = [sys.executable, "-u", ROOT / "tools" / "mutants.py", *paths, "--import_first"]
     environment = os.environ | {"TMPDIR": str(project.parent)}
-    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # What runs behind a shell's & inherits that the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folders, deadline = [], time.monotonic() + 180
     while time.monotonic() < deadline and not folders:
         folders = [f for f in project.parent.glob("mutants-*") if (f / "test_sums.py").is_file()]

@@ -6,9 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +17,6 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
-    checkpoint_contexts,
     enter_routing,
     leave_routing,
 )
@@ -31,6 +28,7 @@ from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.ranks import sum_over_ranks
+from mpoe.models.checkpointing import checkpoint_arguments
 from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import hidden_modules
@@ -76,20 +74,6 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
         if z_weight:
             total = total + z_weight * (weight * router_z_loss(logits, mask)).sum()
     return total
-
-
-class _Joined(AbstractContextManager[None]):
-    """Enters several context managers in order."""
-
-    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
-        self._contexts, self._stack = contexts, ExitStack()
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            self._stack.enter_context(context)
-
-    def __exit__(self, *exc: Any) -> None:
-        self._stack.__exit__(*exc)
 
 
 # To the type checker the mixin is a model; at run time it is a plain class before the dense one in the bases.
@@ -299,7 +283,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 
         ``use_reentrant=True`` gives the same gradients this way, with a warning.
         """
-        checked = _checkpoint_arguments(activation_checkpointing_kwargs)
+        checked = checkpoint_arguments(activation_checkpointing_kwargs)
         parent: Any = super()
         name = "activation_checkpointing_enable"
         enable = getattr(parent, name, None) or parent.gradient_checkpointing_enable
@@ -383,26 +367,3 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         for cores in modules:
             for weight in cores.central_parameters().values():
                 weight.requires_grad_(trained)
-
-
-def _checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    chosen = {"use_reentrant": False, **(kwargs or {})}
-    if chosen["use_reentrant"]:
-        # A reentrant checkpoint recomputes layers without the masks of the call, and its routers get no gradient.
-        warnings.warn(
-            "MPOE models checkpoint activations with use_reentrant=False, which gives the same gradients; "
-            "use_reentrant=True is not used",
-            stacklevel=3,
-        )
-        chosen["use_reentrant"] = False
-    users = chosen.get("context_fn")
-    if users is None:
-        chosen["context_fn"] = checkpoint_contexts
-    else:
-
-        def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            (forward, recompute), (forward_too, recompute_too) = checkpoint_contexts(), users()
-            return _Joined(forward, forward_too), _Joined(recompute, recompute_too)
-
-        chosen["context_fn"] = both
-    return chosen

@@ -89,8 +89,7 @@ def _on_device(index: int) -> AbstractContextManager[Any]:
 class Handles:
     """Compiled kernels by everything that Triton compiles them for.
 
-    Binding and hashing the arguments of a launch takes Triton 110 to 120 us of host time; finding a handle here takes a
-    tenth of it.
+    Triton binds and hashes every argument of a launch anew, which takes it longer than small kernels run.
     """
 
     MOST = 8192

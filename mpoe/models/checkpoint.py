@@ -175,13 +175,15 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         base: the dense model, or its folder.
 
     Raises:
-        TypeError: a model that is no MPOE model.
+        TypeError: a model that is no MPOE model, a path of another type.
         ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then),
             a folder that holds a whole model.
         NotADirectoryError: ``path`` is a file, or a link that leads to no folder.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a folder's path; got {type(path).__name__}")
     module: Any = model
     dense, name = _base_model(base, type(model))
     theirs = dense.state_dict()

@@ -322,9 +322,9 @@ def add_expert(
     """
     if not isinstance(mixture, MPOEModelMixin):
         raise TypeError(f"mixture must be an MPOE model (see compose); got {type(mixture).__name__}")
-    _check_alike(base, [fine_tune])
     if converted_class(base) is not type(mixture):
         raise ValueError(f"base must be of the class that mixture was; got {type(base).__name__}")
+    _check_alike(base, [fine_tune])
     old = mixture.mpoe_config.num_experts
     config = _checked_config(mixture.mpoe_config, base, old + 1)
     _check_router(router, steps, ridge, None if examples is None else [examples], 1)

@@ -137,7 +137,7 @@ class TopKRouter(FromInitialValues):
             second = torch.rand_like(share) * self.config.second_threshold < share
         else:
             second = torch.full_like(share, policy == "all", dtype=torch.bool)
-        kept = torch.stack([torch.ones_like(second), second], dim=-1)
+        kept = torch.stack([torch.ones_like(second), second], dim=1)
         weights = weights * kept
         if not self.config.is_scale_prob:
             total = weights.sum(-1, keepdim=True)

@@ -44,7 +44,7 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
     for path in files:
         _sync(path)
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps(record, indent=1))
+    manifest.write_text(json.dumps(record))
     _sync(manifest)
     for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
         _sync(folder)

@@ -163,6 +163,7 @@ def fold(
             "central must be the index of the central core, or None; got an MPOShape, which goes by name:"
             " fold(cores, shape=shape)"
         )
+    refuse_jit_trace("fold")
     if central is None:
         central = shape.central if shape is not None else len(cores) // 2
     _check_cores(cores, central)

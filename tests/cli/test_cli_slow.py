@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from mpoe.training import find_last_checkpoint, read_metrics
 
-pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CASES = [("train_t5_movie_sentiment.yaml", "movie_sentiment"), ("train_gpt2_austen.yaml", "austen")]
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 def mpoe(*arguments: object) -> list[str]:
@@ -32,7 +32,9 @@ def complete(*arguments: object) -> str:
     return answer.stdout
 
 
-@pytest.mark.parametrize(("config", "data"), CASES)
+@pytest.mark.parametrize(
+    ("config", "data"), [pytest.param(*CASES[0], marks=slow), pytest.param(*CASES[1], marks=exhaustive)]
+)
 def test_real_data_killed_and_resumed_to_the_same_weights(
     shared_data: Path, tmp_path: Path, config: str, data: str
 ) -> None:
@@ -70,6 +72,7 @@ def test_real_data_killed_and_resumed_to_the_same_weights(
     assert first == second
 
 
+@exhaustive
 def test_t5_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     flags = ["train", EXAMPLES / CASES[0][0], "--data_dir", shared_data / "movie_sentiment", "--max_steps", 250]
     complete(
@@ -84,7 +87,10 @@ def test_t5_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     assert score["accuracy"] > 0.55
 
 
-@pytest.mark.parametrize(("task", "margin"), [("movie_sentiment", 0.06), ("doc_kind", 0.1)])
+@pytest.mark.parametrize(
+    ("task", "margin"),
+    [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_kind", 0.1, marks=slow)],
+)
 def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, task: str, margin: float) -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
@@ -103,7 +109,7 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, t
     assert not results["remarks"]
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+@pytest.mark.parametrize("kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)])
 def test_demo(tmp_path: Path, kind: str) -> None:
     ready = os.environ.get("MPOE_T5_DEMO")  # CI has run the README's
     folder = Path(ready) if kind == "t5" and ready else tmp_path / "demo"

@@ -237,6 +237,12 @@ def test_modes(name: str) -> None:
         first.sum().backward()
 
 
+def test_tracing_a_fold_is_refused_in_words() -> None:
+    cores = (torch.ones(2, 1, 3, 3, 2), torch.ones(2, 2, 2, 1))
+    with pytest.raises(NotImplementedError, match=r"fold does not support torch\.jit\.trace"), pytest.warns():
+        torch.jit.trace(lambda core: fold([core, cores[1]], central=1).left, (cores[0],))
+
+
 def test_words_instead_of_an_error_from_inside() -> None:
     x, one = torch.ones(3, 6), fold(CORES, 1)
     routing, gates = route(torch.zeros(3, 1).long(), 1), torch.ones(3, 1)

@@ -164,6 +164,8 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
         save_mpoe_only(model, tmp_path / "parts", "absent")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
         save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))
+    with pytest.raises(TypeError, match="path must be a folder's path; got int"):
+        save_mpoe_only(model, 7, dense_model("gpt2"))
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))

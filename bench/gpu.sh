@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything there is to do on a GPU, in one command and ten minutes: correctness first, then times.
-#   bench/gpu.sh                   results in bench/results/<card>-<date>
-#   bench/gpu.sh --minutes 5       what does not fit is left out and named
-#   bench/gpu.sh --device cpu      the same steps on tiny sizes and no GPU, to try the script
+# One visit to a GPU: correctness first, which ends it if something is wrong, then every candidate, every product alone,
+# host time, and all cases beside their peers. Called again it goes on where it stopped.
+#   bench/gpu.sh                   results in bench/results/<card>-<date>, and in one archive beside that folder
+#   bench/gpu.sh --minutes 5       what does not fit is left for the next call
+#   bench/gpu.sh --plan            what would be done, and how long each part takes
+#   bench/gpu.sh --device cpu      the same parts on tiny sizes and no GPU, to try the script
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m mpoe_bench.gpu "$@"
+exec "${PYTHON:-python3}" -m mpoe_bench.visit "$@"

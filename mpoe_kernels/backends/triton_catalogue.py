@@ -93,7 +93,7 @@ def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, p
 
 
 def _common(
-    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, candidate: str, activation: str
+    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, candidate: str, activation: str, indexed: bool
 ) -> dict[str, Any]:
     """What forward and backward calls have in common."""
     left, central, right = _blocks(dims, experts, dtype)
@@ -104,7 +104,7 @@ def _common(
         "right": right,
         "expert_offsets": _integers(experts + 1, dtype=torch.int32),
         "bias": _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
-        "row_index": _integers(tokens),
+        "row_index": _integers(tokens) if indexed else None,
         "in_features": dims.in_features,
         "out_features": dims.out_features,
         "activation": activation,
@@ -119,10 +119,16 @@ def _on_chip(dims: BlockDims, dtype: torch.dtype, candidate: str) -> bool:
 
 
 def run_forward(
-    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, activation: str = "none"
+    dims: BlockDims,
+    experts: int,
+    tokens: int,
+    dtype: torch.dtype,
+    strategy: str,
+    activation: str = "none",
+    indexed: bool = True,
 ) -> None:
-    """The grouped product of ``tokens`` gathered rows, as a layer that trains calls it."""
-    call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation), save=True)
+    """The grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it."""
+    call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=True)
     if _on_chip(dims, dtype, strategy):
         linear.forward_on_chip(call, half=strategy == ON_CHIP_FROM_HALF)
     else:
@@ -137,9 +143,10 @@ def run_backward(
     strategy: str,
     activation: str = "none",
     mask_central: bool = False,
+    indexed: bool = True,
 ) -> None:
     """Its gradients."""
-    common = _common(dims, experts, tokens, dtype, strategy, activation)
+    common = _common(dims, experts, tokens, dtype, strategy, activation, indexed)
     grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
     h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
     need = [True, True, not mask_central, True, activation != "none"]

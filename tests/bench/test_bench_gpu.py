@@ -1,78 +1,164 @@
-"""The script for a GPU, tried on the CPU: its steps, its limits, its report."""
+"""The script for a GPU, tried on the CPU: its parts, its limits, its report."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mpoe_bench import gpu, run, section
+from mpoe_bench import run, section
 from mpoe_bench.contender import Contender
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import Setup
 from mpoe_bench.suites import SCALES, sections_of
 from mpoe_bench.suites.gpu import NamedSection
 from mpoe_bench.targets import GPU_TARGETS, check_targets
+from mpoe_bench.visit import __main__ as gpu
+from mpoe_bench.visit import candidates, parts
+from mpoe_bench.visit.lines import Lines
+from mpoe_bench.visit.parts import Part
 
+import mpoe_kernels.measured as measured
 from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = ("build", "card", "twins", "memory")  # without a GPU
 
 
 @pytest.mark.slow
-def test_the_script_tries_every_step_without_a_gpu(tmp_path: Path, capsys) -> None:
+def test_the_script_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
     """With a few of the tests of the device: all of them run on the CPU as tests of their own."""
-    words = ["--device", "cpu", "--minutes", "60", "--out", str(tmp_path / "trial")]
-    command = [str(ROOT / "bench" / "gpu.sh"), *words]
+    command = [str(ROOT / "bench" / "gpu.sh"), "--device", "cpu", "--minutes", "60", "--out", str(tmp_path / "trial")]
     environment = {**os.environ, "PYTHON": sys.executable, "PYTEST_ADDOPTS": "-k 'no_tokens or two_runs'"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = {each["name"]: each for each in json.loads((tmp_path / "trial" / "steps.json").read_text())}
-    assert list(outcomes) == ["build", "machine", "card", "twins", "results", "graphs", "times"]
-    for name in ("machine", "results", "graphs", "times"):
+    outcomes = {each["name"]: each for each in json.loads((tmp_path / "trial" / "parts.json").read_text())}
+    needs_gpu = ["build", "twins", "memory"]
+    assert [name for name, each in outcomes.items() if each["detail"] == "it needs a GPU"] == needs_gpu
+    ran = [name for name in outcomes if name not in (*needs_gpu, "card")]
+    assert ran == ["machine", "results", "graphs", "candidates", "products", "host", "times"]
+    for name in ran:
         assert outcomes[name]["result"] == "passed", outcomes[name]
         assert (tmp_path / "trial" / f"{name}.log").stat().st_size > 0
     assert " passed" in outcomes["results"]["detail"]
-    for name in ("build", "twins"):
-        assert outcomes[name]["result"] == "skipped"
-    text = (tmp_path / "trial" / "report.md").read_text()
-    assert "| results | every backend on the device | passed |" in text
+    for name in ("candidates", "products", "host"):
+        assert re.fullmatch(rf"{name}: [1-9]\d* measured, 0 from before, 0 left, 0 wrong", outcomes[name]["detail"])
+    (table,) = measured.read(tmp_path / "trial" / "measured.json").values()
+    assert {key.split()[0] for key in table} >= {"eager"}
+    products = [json.loads(line) for line in (tmp_path / "trial" / "products.jsonl").read_text().splitlines()]
+    rows = [row for each in products for row in each["products"]]
+    assert all("ours" in row["seconds"] and "reasons" not in row for row in rows)
+    assert {row["phase"] for row in rows if "library" in row["seconds"]} == {"forward", "backward"}
+    assert "| results | every backend on the device | passed |" in (tmp_path / "trial" / "report.md").read_text()
     results = json.loads((tmp_path / "trial" / "times" / "results.json").read_text())
-    assert results["suite"] == "gpu"
-    assert results["failures"] == []
-    assert results["skipped"] == []
-    assert gpu.main(words) == 2
-    assert "holds earlier results" in capsys.readouterr().err
+    assert (results["suite"], results["failures"], results["skipped"]) == ("gpu", [], [])
+    with tarfile.open(tmp_path / "trial.tar.gz") as archive:
+        assert {"trial/measured.json", "trial/host.jsonl", "trial/times/report.md"} <= set(archive.getnames())
+
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert again.returncode == 0
+    assert [line.split()[0] for line in again.stdout.splitlines()] == [
+        "build",
+        "card",
+        "twins",
+        "memory",
+        "trial.tar.gz",
+    ]
 
 
-def step(code: str, **options: object) -> gpu.Step:
-    return gpu.Step("one", "in words", [sys.executable, "-c", code], 1.0, **options)
+def part(code: str, name: str = "one", **options: Any) -> Part:
+    return Part(name, "in words", [sys.executable, "-c", code], 1.0, **options)
 
 
-def test_steps_pass_fail_and_run_out_of_time(tmp_path: Path) -> None:
-    passed = gpu.run_step(step("print('fine'); print('=== 3 passed ===')"), 60, tmp_path)
+def test_parts_pass_fail_and_run_out_of_time(tmp_path: Path) -> None:
+    passed = gpu.run_part(part("print('fine'); print('=== 3 passed ===')"), 60, tmp_path)
     assert (passed.result, passed.detail) == ("passed", "3 passed")
-    failed = gpu.run_step(step("print('/a/folder/of/ours/file.py: bad'); raise SystemExit(3)"), 60, tmp_path)
+    failed = gpu.run_part(part("print('/a/folder/of/ours/file.py: bad'); raise SystemExit(3)"), 60, tmp_path)
     assert (failed.result, failed.detail) == ("failed", "file.py: bad")
     assert (tmp_path / "one.log").read_text() == "file.py: bad\n"
-    late = gpu.run_step(step("print('begun', flush=True); import time; time.sleep(60)"), 2, tmp_path)
+    late = gpu.run_part(part("print('begun', flush=True); import time; time.sleep(60)"), 2, tmp_path)
     assert (late.result, late.detail) == ("out of time", "begun")
-    unable = gpu.run_step(step("print('no compiler'); raise SystemExit(2)", unable=2), 60, tmp_path)
+    unable = gpu.run_part(part("print('no compiler'); raise SystemExit(2)", unable=2), 60, tmp_path)
     assert (unable.result, unable.detail) == ("skipped", "no compiler")
-    assert gpu.run_step(step("", missing="no such thing"), 60, tmp_path).detail == "no such thing"
-    assert gpu.run_step(step(""), 0.0, tmp_path).result == "skipped"
-    text = gpu.report([passed, failed, late], "cpu", 3.0)
-    assert "| one | in words | out of time |" in text
+    assert gpu.run_part(part("", missing="no such thing"), 60, tmp_path).detail == "no such thing"
+    assert gpu.run_part(part(""), 0.0, tmp_path).result == "not begun"
+    ends = gpu.run_part(part("import sys; print(sys.argv[-2:])", knows_minutes=True), 90, tmp_path)
+    assert ends.detail == "['--minutes', '1.500']"
+    assert "| one | in words | out of time |" in gpu.report([passed, failed, late], "cpu")
 
 
-def test_a_failed_step_is_the_scripts_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "steps", lambda *_: [step("raise SystemExit(1)"), step("print('still done')")])
+def test_what_is_wrong_ends_the_visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    todo = [part("raise SystemExit(1)", "wrong", judges=True), part("print('never')", "times")]
+    monkeypatch.setattr(gpu, "parts", lambda *_: todo)
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 1
-    assert "still done" in capsys.readouterr().out
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["wrong", "failed"]
+    assert second.split() == ["times", "not", "begun", "0", "s", "wrong", "failed"]
+
+
+def test_a_later_call_does_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    measures = part("print('two: 3 measured, 0 from before, 4 left, 0 wrong')", "two", knows_minutes=True)
+    todo = [part("print('good')"), measures, part("raise SystemExit(1)", "three")]
+    monkeypatch.setattr(gpu, "parts", lambda *_: todo)
+    words = ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert gpu.main(words) == 1
+    todo[2] = part("print('mended')", "three")
+    capsys.readouterr()
+    assert gpu.main(words) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["two", "three", "out.tar.gz"]
+    found = {each["name"]: each["result"] for each in json.loads((tmp_path / "out" / "parts.json").read_text())}
+    assert found == {"one": "passed", "two": "passed", "three": "passed"}
+
+
+def test_time_is_shared_out() -> None:
+    judge, other = part("", "judge", judges=True), part("", "other", knows_minutes=True)
+    more = dataclasses.replace(other, name="more", minutes=3.0)
+    absent = part("", "absent", missing="no such thing")
+    assert gpu.shares([judge, other, more, absent], 600.0) == {"judge": 120.0, "other": 60.0, "more": 180.0}
+    assert gpu.shares([judge, other, more], 180.0) == {"judge": 120.0, "other": 30.0, "more": 90.0}
+    assert gpu.shares([judge, other], 30.0) == {"judge": 30.0, "other": 0.0}
+    text = gpu.plan([judge, other, absent], 10.0)
+    assert re.search(r"^judge +60 +120  in words$", text, re.MULTILINE)
+    assert "absent" in text
+    assert "(not here: no such thing)" in text
+
+
+def test_lines_survive_a_machine_that_goes_away(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "some.jsonl")
+    lines.add("one", {"x": 1})
+    with lines.path.open("a") as file:
+        file.write('{"key": "two", "x"')
+    again = Lines(lines.path)
+    assert again.rows == {"one": {"key": "one", "x": 1}}
+    again.add("two", {"x": 2})
+    assert Lines(lines.path).rows["two"] == {"key": "two", "x": 2}
+
+
+def test_a_wrong_candidate_is_named_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    real = candidates.candidates_for
+
+    def spoilt(backend, plan, table):
+        found, reasons = real(backend, plan, table)
+        if plan.strategy == "separable" and backend.name == "eager":
+            found = [each._replace(run=lambda call, run=each.run: [2 * t for t in run(call)]) for each in found]
+        return found, reasons
+
+    monkeypatch.setattr(candidates, "candidates_for", spoilt)
+    case = next(candidates.cases(True))
+    monkeypatch.setattr(candidates, "cases", lambda _: iter([case]))
+    assert candidates.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "wrong: separable 48x96 E4 N8 bfloat16 forward eager: separable: off by" in capsys.readouterr().out
+    (table,) = measured.read(tmp_path / "measured.json").values()
+    assert not any(key.startswith("eager separable forward") for key in table)
+    assert any(key.startswith("eager") for key in table)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -82,13 +168,14 @@ def test_without_a_device_it_says_so(capsys) -> None:
 
 
 def test_on_a_gpu_the_tests_and_times_are_those_of_the_device(tmp_path: Path) -> None:
-    steps = {each.name: each for each in gpu.steps("cuda", tmp_path)}
+    steps = {each.name: each for each in parts.parts("cuda", tmp_path)}
     for name in ("results", "graphs"):
         assert steps[name].environment["MPOE_TEST_DEVICE"] == "cuda"
     words = " ".join(steps["times"].command)
     assert "--suite gpu --device cuda" in words
     assert "tiny" not in words
-    assert sum(each.share for each in steps.values() if each.name != "times") < 0.8, "time is left for the times"
+    given = gpu.shares(list(steps.values()), 1500.0)
+    assert given["times"] > 120, "in 25 minutes time is left for the times"
 
 
 def test_the_cuda_kernels_are_built_first_and_then_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +185,14 @@ def test_the_cuda_kernels_are_built_first_and_then_required(tmp_path: Path, monk
     monkeypatch.setenv("CUDACXX", str(compiler))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    build, *others = gpu.steps("cuda", tmp_path)
+    build, *others = parts.parts("cuda", tmp_path)
     assert (build.name, build.missing) == ("build", "")
     assert list(build.command[1:]) == ["setup.py", "-q", "build_ext", "--inplace"], "pip would build in isolation"
     assert build.environment == {"MPOE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     tests = [each for each in others if each.name in ("results", "graphs")]
     assert [each.environment["MPOE_TEST_REQUIRED"] for each in tests] == ["eager triton cuda"] * 2
     monkeypatch.setenv("CUDACXX", str(tmp_path / "absent"))
-    steps = {each.name: each for each in gpu.steps("cuda", tmp_path)}
+    steps = {each.name: each for each in parts.parts("cuda", tmp_path)}
     assert steps["build"].missing == "no nvcc"
     assert steps["results"].environment["MPOE_TEST_REQUIRED"] == "eager triton"
 
@@ -115,8 +202,8 @@ def test_a_required_backend_that_is_absent_fails(tmp_path: Path) -> None:
     tests = [str(ROOT / "tests/device/test_device_ops.py"), "-k", "test_no_tokens and (cuda or eager)"]
     options = ["-p", "no:cacheprovider", "-q", "--confcutdir", str(ROOT / "tests/device")]
     command = [sys.executable, "-m", "pytest", *options, *tests]
-    one = gpu.Step("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda"})
-    outcome = gpu.run_step(one, 120, tmp_path)
+    one = Part("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda"})
+    outcome = gpu.run_part(one, 120, tmp_path)
     assert outcome.result == "failed"
     assert "1 passed" in outcome.detail
     assert "1 error" in outcome.detail

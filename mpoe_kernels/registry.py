@@ -27,6 +27,7 @@ from mpoe_kernels.planner import (
     may_round_to_tf32,
     planned_threads,
 )
+from mpoe_kernels.planner.machine import Constants, constants, is_wanted, measure_once
 from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
@@ -104,6 +105,8 @@ class Backend:
         candidates: the ways to compute a contraction: a strategy in one phase.
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
         same_on_any_threads: a candidate gives the same bits on any number of CPU threads.
+        measure: times this backend's products beside PyTorch's, for all backends' predictions on the CPU; called once,
+            before the first choice there.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Backend:
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
     same_on_any_threads: bool = False
+    measure: Callable[[], Constants] | None = None
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty when it can."""
@@ -236,32 +240,49 @@ def candidates_for(
     ], []
 
 
-@lru_cache(maxsize=8192)
-def _resolve(
-    op: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    need: Need,
-    keeps: bool,
-    backend_name: str,
-    strategy_name: str,
-    backends: tuple[Backend, ...],
-    deterministic: bool,
-    _threads: int,
-    _tf32: bool,
-) -> Candidate:
-    """See `resolve_contraction`; ``_threads`` and ``_tf32`` are read by the cost functions."""
-    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
-    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
+def _measurer() -> Callable[[], Constants] | None:
+    """Of the first backend that can measure the CPU; None where no choice depends on it."""
+    found = (backend for backend in _BACKENDS.values() if backend.measure is not None)
+    return next((backend.measure for backend in found if not backend.unavailable_reasons()), None)
+
+
+def measure_machine() -> None:
+    """Measure the CPU for the planner (see `planner.machine`), unless that is done, turned off or of no use here."""
+    measure = _measurer()
+    if measure is not None:
+        measure_once(measure)
+
+
+class _Problem(NamedTuple):
+    """The arguments of `resolve_contraction`, and the registered backends."""
+
+    op: str
+    dims: BlockDims
+    num_experts: int
+    slots: int
+    dtype: torch.dtype
+    device: str
+    need: Need
+    keeps: bool
+    backend_name: str
+    strategy_name: str
+    backends: tuple[Backend, ...]
+
+
+def _able(problem: _Problem) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """Every candidate, and by backend the reasons why it has none, or not all."""
+    op, device, dtype = problem.op, problem.device, problem.dtype
+    sizes = (problem.dims, problem.num_experts, problem.slots, dtype, CONTRACTIONS[op], problem.need, False, device)
+    if problem.strategy_name == AUTO:
+        plans = contractions(*sizes, problem.keeps)
+    else:
+        plans = (contraction(problem.strategy_name, *sizes, problem.keeps),)
     request = Request(op, device, dtype)
     table = measured.table_here(device)
     refused: dict[str, list[str]] = {}
     able: list[Candidate] = []
-    for backend in backends:
-        if backend_name not in (AUTO, backend.name):
+    for backend in problem.backends:
+        if problem.backend_name not in (AUTO, backend.name):
             continue
         refused[backend.name] = backend.unsupported_reasons(request)
         if refused[backend.name]:
@@ -270,15 +291,26 @@ def _resolve(
             found, reasons = candidates_for(backend, plan, table)
             able += found
             refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+    return able, refused
+
+
+@lru_cache(maxsize=8192)
+def _resolve(
+    problem: _Problem, deterministic: bool, _threads: int, _tf32: bool, _constants: Constants | None
+) -> Candidate:
+    """See `resolve_contraction`; the last three are read by the cost functions."""
+    able, refused = _able(problem)
     if deterministic:
-        same = {backend.name for backend in backends if backend.same_on_any_threads}
+        same = {backend.name for backend in problem.backends if backend.same_on_any_threads}
         able = [candidate for candidate in able if candidate.backend in same] or able
     if able:
         return min(able, key=lambda candidate: candidate.seconds)
-    if backend_name != AUTO:
-        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    name, op = problem.backend_name, problem.op
+    if name != AUTO:
+        raise BackendError(f"backend {name!r} cannot run {op}: {'; '.join(refused[name])}")
+    device = Request(op, problem.device, problem.dtype).device_type
     listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendError(f"no backend can run {op} on {request.device_type} {dtype}: {listing}")
+    raise BackendError(f"no backend can run {op} on {device} {problem.dtype}: {listing}")
 
 
 def resolve_contraction(
@@ -299,7 +331,8 @@ def resolve_contraction(
     first, and the plan does not depend on it either.
 
     What the choice depends on besides the arguments is part of the memory's key: the registered backends, whether it
-    must be deterministic, the number of CPU threads to plan for, and whether float32 products may round to TF32.
+    must be deterministic, the number of CPU threads to plan for, whether float32 products may round to TF32, and the
+    CPU's constants, which are measured before the first choice (see `planner.machine`).
 
     Args:
         op: one of `CONTRACTIONS`.
@@ -316,8 +349,12 @@ def resolve_contraction(
     Raises:
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
+    on_cpu = device == "cpu"
+    sizes = (dims, num_experts, slots, dtype, device, need, keeps)
+    problem = _Problem(op, *sizes, backend_name, strategy_name, tuple(_BACKENDS.values()))
+    if on_cpu and is_wanted() and _measurer() is not None and len(_able(problem)[0]) > 1:
+        measure_machine()
     return _resolve(
-        *(op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name),
-        *(tuple(_BACKENDS.values()), torch.are_deterministic_algorithms_enabled(), planned_threads()),
-        device.startswith("cuda") and may_round_to_tf32(dtype),
+        *(problem, torch.are_deterministic_algorithms_enabled(), planned_threads()),
+        *(device.startswith("cuda") and may_round_to_tf32(dtype), constants() if on_cpu else None),
     )

@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; more threads would only wait for one another. Subprocesses inherit it.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPOE_MEASURE"] = "0"  # plans of the hardware table: no test waits for a measurement or depends on one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))

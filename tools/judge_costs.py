@@ -6,7 +6,8 @@
 ``measure`` calls the kernels themselves, forward and backward apart, interleaved, and keeps the 10th percentiles, since
 what other processes do only adds, in FILE (what was measured before is replaced, or with --missing left alone): wall
 time, or with --threads 1 the CPU time of the thread. ``judge`` reads them, so that a model can be changed and judged
-again in seconds. `mpoe bench` judges the same through the public ops.
+again in seconds. Predictions use the constants measured here (``MPOE_MEASURE=0``: the table's). `mpoe bench` judges the
+same through the public ops.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mpoe_kernels import available_backends, route
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.kernels import linear_forward
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
-from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for
+from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for, measure_machine
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="seconds; --missing goes on from there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    measure_machine()
     backends = options.backends.split(",")
     if options.action == "measure":
         strategies = options.strategies.split(",")

@@ -5,6 +5,7 @@ from typing import Any
 
 from mpoe_kernels.linear.native.cost import predicted_seconds
 from mpoe_kernels.linear.native.kernels import contraction_reasons, linear_backward, linear_forward
+from mpoe_kernels.linear.native.measure import measure
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import Contraction
 from mpoe_kernels.registry import Backend, Candidate, Request
@@ -44,4 +45,5 @@ NATIVE = Backend(
     candidates=candidates,
     contraction_reasons=contraction_reasons,
     same_on_any_threads=True,
+    measure=measure,
 )

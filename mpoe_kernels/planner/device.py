@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from mpoe_kernels.planner.hardware import CPUS, HARDWARE, Hardware
+from mpoe_kernels.planner.machine import Constants, constants, with_constants
+from mpoe_kernels.planner.machine import forget as forget_machine
 from mpoe_kernels.planner.measured import calibrated, forget_file
 
 
@@ -36,8 +38,13 @@ def planned_threads() -> int:
 
 
 @lru_cache(maxsize=64)
-def _this_cpu(threads: int) -> Hardware:
-    return calibrated(CPUS[_cpu_name()](threads), "cpu", threads)
+def _this_cpu(threads: int, found: Constants | None) -> Hardware:
+    return calibrated(with_constants(CPUS[_cpu_name()](threads), found), "cpu", threads)
+
+
+def one_core() -> Hardware:
+    """Numbers of one core of this machine's CPU, without those of `planner.machine`."""
+    return _this_cpu(1, None)
 
 
 def may_round_to_tf32(dtype: torch.dtype) -> bool:
@@ -63,7 +70,8 @@ def hardware_of(device: str | torch.device) -> Hardware:
     Args:
         device: ``"cpu"`` (this machine, with `planned_threads` cores), ``"cuda"`` (the current GPU),
             ``"cuda:1"`` (looked up by its name, with TF32 where PyTorch may use it) or the same as ``torch.device``; or
-            a name of `HARDWARE`, which may be elsewhere. A calibration of this machine takes the place of the table.
+            a name of `HARDWARE`, which may be elsewhere. What was measured of a CPU (`planner.machine`), and a
+            calibration of this machine (`calibrate`), take the place of the table.
 
     Raises:
         TypeError: neither a string nor a device.
@@ -79,7 +87,7 @@ def hardware_of(device: str | torch.device) -> Hardware:
     except RuntimeError:
         raise ValueError(f"device must be one of {known}, or a device of this machine; got {device!r}") from None
     if found.type == "cpu":
-        return _this_cpu(planned_threads())
+        return _this_cpu(planned_threads(), constants())
     if found.type != "cuda":
         raise ValueError(f"device must be one of {known}, or a CPU or CUDA device of this machine; got {device!r}")
     if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
@@ -103,5 +111,6 @@ def hardware_here(device: str | torch.device) -> Hardware:
 def forget() -> None:
     """Read the kept measurements again when they are next needed."""
     forget_file()
+    forget_machine()
     _this_cpu.cache_clear()
     _this_gpu.cache_clear()

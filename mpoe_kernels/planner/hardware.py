@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 _MIB, _GIB = 2**20, 2**30
+# Of the compiled kernels on an EPYC with AVX512-BF16, see `Hardware`; `planner.machine` measures them elsewhere.
+TILE_RATE, STORE_SECONDS = 1.13, 65e-9
 
 
 class ByDtype(NamedTuple):
@@ -58,6 +60,10 @@ class Hardware:
         launch_seconds: overhead of a step.
         call_seconds: overhead of each GEMM of a grouped step where they are calls of their own (a CPU), by dtype; 0
             where one launch serves all experts.
+        tile_rate: FLOP/s at which the compiled CPU kernels' register tiles do their multiply-adds, over
+            `flops_per_second` (which includes what those kernels' model counts apart), by dtype; 0 of a GPU.
+        store_seconds: in which a core rounds a register tile of theirs and writes it where the next product reads it,
+            by dtype; 0 of a GPU.
         note: where the numbers come from.
     """
 
@@ -78,6 +84,8 @@ class Hardware:
     network_bandwidth: float
     launch_seconds: float
     call_seconds: ByDtype
+    tile_rate: ByDtype
+    store_seconds: ByDtype
     note: str
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
@@ -137,6 +145,8 @@ def _gpu(
         network_bandwidth=network,
         launch_seconds=4e-6,
         call_seconds=by_dtype(0.0, 0.0, 0.0),
+        tile_rate=by_dtype(0.0, 0.0, 0.0),
+        store_seconds=by_dtype(0.0, 0.0, 0.0),
         note=note,
     )
 
@@ -174,6 +184,8 @@ def _cpu(
         network_bandwidth=12.5e9,
         launch_seconds=2e-6,
         call_seconds=by_dtype(1.5e-6, 10e-6, 1.5e-6),
+        tile_rate=by_dtype(*[TILE_RATE] * 3),
+        store_seconds=by_dtype(*[STORE_SECONDS] * 3),
         note=note,
     )
 

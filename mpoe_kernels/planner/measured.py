@@ -40,14 +40,19 @@ def cache_file(name: str = "hardware.json") -> Path:
     return Path(home) / ".cache" / "mpoe" / name
 
 
-def _machine() -> str:
-    """What makes measurements foreign: another processor, host or PyTorch."""
+@lru_cache(maxsize=1)
+def processor_name() -> str:
+    """Model of this machine's processor, as the system names it; a virtual machine's may be short."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+        return next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
     except OSError:  # not Linux
-        model = platform.processor()
-    return f"{platform.node()} / {model} / torch {torch.__version__}"
+        return platform.processor()
+
+
+def _machine() -> str:
+    """What makes measurements foreign: another processor, host or PyTorch."""
+    return f"{platform.node()} / {processor_name()} / torch {torch.__version__}"
 
 
 def key(device: str, threads: int) -> str:

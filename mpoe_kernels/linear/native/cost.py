@@ -12,11 +12,6 @@ from mpoe_kernels.linear.native.work import tasks_of, work_of
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
 
-# While k runs, a register tile does its multiply-adds at this multiple of the library's rate for large GEMMs, which
-# includes what is counted apart here.
-TILE_RATE = 1.13
-# A core needs so long to round a tile and to write it where the next product reads it.
-STORE_SECONDS = 65e-9
 # Allocation, threads and the Python around a call.
 CALL_SECONDS = 30e-6
 
@@ -33,17 +28,21 @@ def _idle(tasks: int | None, cores: int) -> float:
     return 1.0 if tasks is None else math.ceil(tasks / cores) * cores / tasks
 
 
+def fixed_seconds(plan: Contraction, hardware: Hardware) -> float:
+    """Of a call, everything but its register tiles: copies, sums (of float32), the first use of memory, the call."""
+    work = work_of(plan)
+    copies = (2 * work.copied * plan.dtype.itemsize + 2 * work.summed * 4) / hardware.bandwidth
+    new = _new_bytes(plan) / hardware.new_memory_bandwidth
+    return CALL_SECONDS + copies * _idle(tasks_of(plan), hardware.units) + new
+
+
 def _seconds(plan: Contraction, hardware: Hardware) -> float:
     if not plan.steps:
         return CALL_SECONDS
     work = work_of(plan)
-    compute = work.flops / (TILE_RATE * hardware.flops_per_second(plan.dtype))
-    compute += work.tiles * STORE_SECONDS / hardware.units
-    copies = 2 * work.copied * plan.dtype.itemsize / hardware.bandwidth
-    # A sum is of float32.
-    sums = 2 * work.summed * 4 / hardware.bandwidth
-    new = _new_bytes(plan) / hardware.new_memory_bandwidth
-    return CALL_SECONDS + (compute + copies + sums) * _idle(tasks_of(plan), hardware.units) + new
+    tiles = work.flops / (hardware.tile_rate.of(plan.dtype) * hardware.flops_per_second(plan.dtype))
+    tiles += work.tiles * hardware.store_seconds.of(plan.dtype) / hardware.units
+    return fixed_seconds(plan, hardware) + tiles * _idle(tasks_of(plan), hardware.units)
 
 
 def predicted_seconds(plan: Contraction) -> float:

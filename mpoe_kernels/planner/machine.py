@@ -1,0 +1,267 @@
+"""What this processor's products take: constants of the cost model, measured once at first use.
+
+How fast PyTorch's products and the compiled kernels are beside each other differs from processor to processor, and
+decides between them. Before the first real choice on a CPU a few products of both are timed, in a third of a second.
+The result is kept in ``machine.json`` beside the calibrations of `planner.measured`, an entry for each processor,
+instruction set and version.
+
+One thread is measured: what a thread or a core does then holds for any number of them, and a measurement by several
+would be worthless on a busy machine, where they wait for one another.
+
+`using` gives a record instead: then nothing is measured. ``MPOE_MEASURE=0`` turns measuring off, and so does
+``torch.use_deterministic_algorithms(True)``, since plans must not depend on a measurement then: without a record the
+constants of the hardware table hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.planner.hardware import Hardware
+from mpoe_kernels.planner.measured import LARGEST, SMALLEST, cache_file, processor_name, read_json, write_json
+from mpoe_kernels.version import __version__
+
+SETTING, FILE, VERSION = "MPOE_MEASURE", "machine.json", 1
+MOST_ENTRIES = 256  # of the file; the oldest go first
+# What else decides how fast PyTorch's products are.
+LIBRARY_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+BUDGET_SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.25, 3, 20
+SAMPLE_SECONDS = 5e-4
+WARM_BYTES = 24 << 20
+logger = logging.getLogger("mpoe_kernels")
+
+
+class Pair(NamedTuple):
+    """A value for each dtype that is measured."""
+
+    float32: float
+    bfloat16: float
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Constants(NamedTuple):
+    """Of one processor.
+
+    Attributes:
+        flops: FLOP/s of PyTorch's large GEMMs on one thread.
+        half_size: rows at which they reach half of it, see `Hardware.half_size`.
+        tile_rate: FLOP/s of the compiled kernels' register tiles, over ``flops``.
+        store_seconds: seconds in which a core stores a register tile.
+    """
+
+    flops: Pair
+    half_size: Pair
+    tile_rate: Pair
+    store_seconds: Pair
+
+
+_lock = threading.Lock()
+_given: list[Constants | None] = []  # by `using`, the innermost last
+_known: list[Constants | None] = []  # of this process: nothing until it was looked for on file, or measured
+_is_settled = threading.Event()  # it was measured
+
+
+def is_on() -> bool:
+    """Whether this process may measure, and plan with what was measured."""
+    return os.environ.get(SETTING) != "0" and not torch.are_deterministic_algorithms_enabled()
+
+
+def constants() -> Constants | None:
+    """What plans for this machine's CPU reckon with: of a record, measured, or on file. None: the hardware table's."""
+    if _given:
+        return _given[-1]
+    if not is_on():
+        return None
+    if not _known:
+        _known.append(_entries(cache_file(FILE)).get(_key()))
+    return _known[-1]
+
+
+def is_wanted() -> bool:
+    """Whether a choice should be preceded by `measure_once`."""
+    if _given or _is_settled.is_set() or not is_on() or constants() is not None:
+        return False
+    # Not while a graph is traced, nor where tensors are fake.
+    return not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is torch.Tensor
+
+
+def measure_once(measure: Callable[[], Constants]) -> None:
+    """Call ``measure`` if that is wanted and keep what it returns, in this process and on file."""
+    with _lock:
+        if not is_wanted():
+            return
+        start = time.perf_counter()
+        _known.append(_kept(measure()))
+        _is_settled.set()
+    logger.info("measured %s in %.2f s", processor_name(), time.perf_counter() - start)
+
+
+def forget() -> None:
+    """Read the file again, or measure again, when it is next needed."""
+    _known.clear()
+    _is_settled.clear()
+
+
+# --------------------------------------------------------------- records
+
+
+def record() -> dict[str, Any]:
+    """What plans reckon with now, JSON-able; `using` takes it.
+
+    Returns:
+        ``processor``: its name. ``constants``: the fields of `Constants`, each a mapping of dtypes; None where the
+        hardware table's hold.
+    """
+    found = constants()
+    return {"processor": processor_name(), "constants": None if found is None else _as_json(found)}
+
+
+@contextmanager
+def using(given: Mapping[str, Any]) -> Iterator[None]:
+    """Plan with a record, whatever this processor is, and measure nothing; for all threads of the process.
+
+    Args:
+        given: as `record` returns it.
+
+    Raises:
+        ValueError: it is no record.
+    """
+    try:
+        found = given["constants"]
+        _given.append(None if found is None else _from_json(found))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"given must be the record of a machine; got {given!r} ({error!r})") from error
+    try:
+        yield
+    finally:
+        _given.pop()
+
+
+def _as_json(found: Constants) -> dict[str, dict[str, float]]:
+    return {name: pair._asdict() for name, pair in found._asdict().items()}
+
+
+def _from_json(entry: Any) -> Constants:
+    """Raises KeyError, TypeError or ValueError for anything else than `_as_json` gives."""
+    pairs = {name: Pair(*(float(entry[name][dtype]) for dtype in Pair._fields)) for name in Constants._fields}
+    for name, pair in pairs.items():
+        if not all(SMALLEST < value < LARGEST for value in pair):
+            raise ValueError(f"{name} must hold positive numbers; got {pair}")
+    return Constants(**pairs)
+
+
+# --------------------------------------------------------------- the file
+
+
+def _key() -> str:
+    """What a measurement depends on."""
+    parts = [processor_name(), f"native {NATIVE_LIBRARY.info.get('isa_used', 'none')}", f"mpoe {__version__}"]
+    parts += [f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"]
+    parts += [f"{name}={os.environ[name]}" for name in LIBRARY_SETTINGS if name in os.environ]
+    return " / ".join([*parts, " ".join(Pair._fields)])
+
+
+@lru_cache(maxsize=64)
+def _say(message: str) -> None:
+    """Once in a process."""
+    logger.warning(message)
+
+
+def _entries(path: Path) -> dict[str, Constants]:
+    """What the file holds, of other processors too; nothing of a file that cannot be used."""
+    try:
+        content = read_json(path)
+        if content is None:
+            return {}
+        if content["version"] != VERSION:
+            raise ValueError(f"it is not version {VERSION} of the format")
+        return {key: _from_json(entry) for key, entry in content["entries"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _say(f"{path} is ignored, the processor is measured again: {error!r}")
+        return {}
+
+
+def _kept(found: Constants) -> Constants:
+    """``found``, or what another process has put on file meanwhile, so that both plan alike."""
+    path = cache_file(FILE)
+    entries = _entries(path)
+    if _key() in entries:
+        return entries[_key()]
+    entries[_key()] = found
+    newest = list(entries.items())[-MOST_ENTRIES:]
+    try:
+        write_json(path, {"version": VERSION, "entries": {key: _as_json(entry) for key, entry in newest}})
+    except OSError as error:
+        _say(f"{path} cannot be written, every process measures the processor: {error}")
+    return found
+
+
+# --------------------------------------------------------------- measuring
+
+
+def with_constants(hardware: Hardware, found: Constants | None) -> Hardware:
+    """``hardware``, a CPU of so many cores, with what was measured in place of the table's numbers."""
+    if found is None:
+        return hardware
+
+    def replaced(name: str, values: Sequence[float]) -> dict[str, Any]:
+        return {name: getattr(hardware, name)._replace(**dict(zip(Pair._fields, values, strict=True)))}
+
+    return replace(
+        hardware,
+        **replaced("peak_flops", [rate * hardware.units for rate in found.flops]),
+        **replaced("gemm_fraction", (1.0, 1.0)),
+        **replaced("half_size", found.half_size),
+        **replaced("tile_rate", found.tile_rate),
+        **replaced("store_seconds", found.store_seconds),
+    )
+
+
+def seconds_of(functions: Sequence[Callable[[], object]], budget: float = BUDGET_SECONDS) -> list[float]:
+    """Seconds of one call of each function on one thread, in turns, so that what disturbs hits all of them alike.
+
+    The clock is the calling thread's own, so that other processes' turns on its core do not count; what disturbs it
+    still only adds: of the samples the lower quartile is taken.
+
+    Args:
+        functions: what to time; each is called twice before that.
+        budget: seconds after which no further round begins, once there are `LEAST_ROUNDS`.
+    """
+    threads, clock = torch.get_num_threads(), time.thread_time
+    torch.set_num_threads(1)
+    try:
+        # As in a process that has run for a while: the C library's heap keeps what such a block was freed from.
+        torch.empty(WARM_BYTES, dtype=torch.uint8, device="cpu")
+        repeats = []
+        for function in functions:
+            function()  # libraries prepare a product when they first meet its sizes
+            start = clock()
+            function()
+            repeats.append(max(1, math.ceil(SAMPLE_SECONDS / max(clock() - start, 1e-6))))
+        rounds: list[list[float]] = []
+        began = time.perf_counter()
+        while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.perf_counter() - began < budget):
+            rounds.append([])
+            for function, times in zip(functions, repeats, strict=True):
+                start = clock()
+                for _ in range(times):
+                    function()
+                rounds[-1].append((clock() - start) / times)
+    finally:
+        torch.set_num_threads(threads)
+    return [sorted(samples)[len(rounds) // 4] for samples in zip(*rounds, strict=True)]

@@ -18,6 +18,7 @@ from mpoe_kernels.mpo import (
     reconstruct,
 )
 from mpoe_kernels.planner import ContractionPlan, plan_contraction
+from mpoe_kernels.registry import measure_machine
 from mpoe_kernels.routing.op import Routing, combine, dispatch, route
 from mpoe_kernels.version import __version__
 
@@ -41,6 +42,7 @@ __all__ = [
     "fold",
     "grouped_mpo_linear",
     "hidden_experts",
+    "measure_machine",
     "mpo_embedding",
     "mpo_ffn",
     "mpo_linear",

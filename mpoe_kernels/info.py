@@ -18,10 +18,13 @@ import torch
 
 from mpoe_kernels.compiled import CompiledLibrary
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
+from mpoe_kernels.linear.native.work import LOAD_ROWS, TILE_ROWS
 from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.planner import machine
 from mpoe_kernels.registry import backend_reasons
 from mpoe_kernels.version import __version__
 
+SLOWER = 0.8  # below this part of PyTorch's rate, native kernels mostly lose; above it they save copies and calls
 PACKAGES = ("torch", "triton", "numpy")
 
 
@@ -61,7 +64,8 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     Returns:
         ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
         this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels; ``torch_isa``: the
-        instructions torch uses. ``native``, ``cuda``: what the compiled kernels were built from and which instructions
+        instructions torch uses. ``machine``: the CPU's constants, see `planner.machine.record`; ``measures``: whether
+        they may be measured. ``native``, ``cuda``: what the compiled kernels were built from and which instructions
         they use, see `CompiledLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here, an
         empty list if it can.
     """
@@ -77,6 +81,8 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "machine": machine.record(),
+        "measures": machine.is_on(),
         "native": _told(NATIVE_LIBRARY),
         "cuda": _told(CUDA_LIBRARY),
         "backends": backend_reasons(),
@@ -92,6 +98,22 @@ def native_summary(native: dict[str, str] | None) -> str:
         f"built by {native['compiler']} for {native['torch']} torch; instructions: "
         f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} compiled{lowered}"
     )
+
+
+def processor_summary(facts: dict[str, Any]) -> str:
+    """One line about the processor, and how fast the compiled kernels are there beside PyTorch."""
+    name, constants = facts["machine"]["processor"] or "unknown", facts["machine"]["constants"]
+    if facts["native"] is None:
+        return f"{name}; plans use built-in constants"
+    if constants is None:
+        when = "measured at first use" if facts["measures"] else f"not measured ({machine.SETTING}=0)"
+        return f"{name}; plans use built-in constants, {when}"
+    # A tile loads as long as it multiplies another row.
+    rates = {dtype: rate * TILE_ROWS / (TILE_ROWS + LOAD_ROWS) for dtype, rate in constants["tile_rate"].items()}
+    told = ", ".join(f"{rate:.2f} in {dtype}" for dtype, rate in rates.items())
+    slower = " and ".join(dtype for dtype, rate in rates.items() if rate < SLOWER)
+    more = f"; native is mostly the slower path in {slower}" if slower else ""
+    return f"{name}, measured: large native products run at {told} of PyTorch's rate{more}"
 
 
 def cuda_summary(cuda: dict[str, str] | None) -> str:
@@ -110,6 +132,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch built for", facts["torch_built_for"]),
         ("devices", ", ".join(facts["devices"])),
         ("cores", f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and {facts['torch_isa']}"),
+        ("processor", processor_summary(facts)),
         ("native kernels", native_summary(facts["native"])),
         ("CUDA kernels", cuda_summary(facts["cuda"])),
     ]

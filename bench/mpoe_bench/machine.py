@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from mpoe_bench.timing import Measure
-from mpoe_kernels import __version__, available_backends, backend_reasons
+from mpoe_kernels import __version__, available_backends, backend_reasons, measure_machine
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.planner.machine import record
 
 LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", "numpy")
 
@@ -118,6 +120,7 @@ def _version(package: str) -> str | None:
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
     """What a reader must know to compare results."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    measure_machine()
     return {
         **processor_facts(),
         "gpu": gpu,
@@ -125,12 +128,14 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "cores": len(usable_cores()),
         "threads": threads,
         "clock": clock,
+        "native_isa": NATIVE_LIBRARY.info.get("isa_used"),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "system": system_name(),
         "python": platform.python_version(),
         "mpoe": __version__,
         "revision": revision(),
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "constants": record()["constants"],
         "backends": list(available_backends()),
         "backends_missing": [name for name, reasons in backend_reasons().items() if reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -201,7 +201,8 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
         ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
         ["torch's GEMM", f"{roofs['float32'] / 1e9:.0f} GFLOP/s float32, {roofs['bfloat16'] / 1e9:.0f} bfloat16"],
         ["memory copy", f"{roofs['bandwidth'] / 1e9:.1f} GB/s, read and written"],
-        ["backends", ", ".join(machine["backends"])],
+        ["backends", ", ".join(machine["backends"]) + _instructions(machine)],
+        ["planner's constants", "measured here" if machine.get("constants") else "built-in"],
         ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
         ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
         ["python, system", f"{machine['python']}, {machine['system']}"],
@@ -210,6 +211,11 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     if machine["load_average"]:
         body.append(["load average at the start", ", ".join(f"{value:.2f}" for value in machine["load_average"])])
     return TextTable("machine", ["", "value"], body)
+
+
+def _instructions(machine: Mapping[str, Any]) -> str:
+    """Those of the native kernels, where a result tells them."""
+    return f"; native kernels with {machine['native_isa']}" if machine.get("native_isa") else ""
 
 
 def _processor(machine: Mapping[str, Any]) -> list[str]:

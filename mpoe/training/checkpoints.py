@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpoe_kernels.planner import machine
+
 MANIFEST = "mpoe_checkpoint.json"
 _FINAL = re.compile(r"checkpoint-(\d+)")
 _STAGING_PREFIX = ".incomplete-"
@@ -40,6 +42,7 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
         "step": step_of(staged),
         "files": {name: path.stat().st_size for name, path in names.items()},
         "crc32": {name: _crc32(path) for name, path in names.items()},
+        "machine": machine.record(),
     }
     for path in files:
         _sync(path)
@@ -74,6 +77,15 @@ def damaged_files(checkpoint: str | Path) -> list[str]:
     sums = record.get("crc32", {})
     # Only files whose size was checked: any other name could be of a device that never ends.
     return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
+
+
+def machine_of(checkpoint: str | Path) -> dict[str, Any] | None:
+    """What the run planned its products with (`mpoe_kernels.planner.machine.record`); None of a foreign checkpoint.
+
+    Manifests of before that was kept mean the hardware table's constants.
+    """
+    manifest = _manifest(Path(checkpoint))
+    return manifest.get("machine", machine.TABLE) if manifest else None
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

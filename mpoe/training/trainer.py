@@ -31,6 +31,7 @@ from mpoe.training.param_groups import build_param_groups
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume
 from mpoe.training.run_lock import hold
 from mpoe.training.run_log import RunLog, expert_load_of
+from mpoe.training.same_plans import same_plans
 from mpoe.training.statistics import ExpertLoad, core_grad_norms
 
 # Everything that models return beside the logits; none of it belongs into an evaluation's predictions.
@@ -71,7 +72,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * while it trains no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a run that diverges ends in a `DivergenceError` (see `mpoe.training.divergence`);
     * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
-      continues the last complete one, on the CPU to bit-identical weights.
+      continues the last complete one, on the CPU to bit-identical weights;
+    * products planned with the same constants of the CPU on all processes and after a resume (see
+      `mpoe.training.same_plans`).
 
     T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
 
@@ -150,7 +153,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             checkpoints.clean_leftovers(run_dir)
         self._load_watch.start(step)
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with same_plans(self.args, resume_from_checkpoint):
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_weights()
             return result
         except DivergenceError as error:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.measured import LARGEST, SMALLEST, cache_file, processor_name, read_json, write_json
 from mpoe_kernels.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 SETTING, FILE, VERSION = "MPOE_MEASURE", "machine.json", 1
 MOST_ENTRIES = 256  # of the file; the oldest go first
@@ -119,6 +125,9 @@ def forget() -> None:
 
 # --------------------------------------------------------------- records
 
+# The record of a process that plans with the constants of the hardware table.
+TABLE: Mapping[str, Any] = MappingProxyType({"processor": "", "constants": None})
+
 
 def record() -> dict[str, Any]:
     """What plans reckon with now, JSON-able; `using` takes it.
@@ -196,16 +205,37 @@ def _entries(path: Path) -> dict[str, Constants]:
         return {}
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among processes that use this; after a second without it all the same."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(100):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:  # another has it, or this file system has no locks
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _kept(found: Constants) -> Constants:
     """``found``, or what another process has put on file meanwhile, so that both plan alike."""
     path = cache_file(FILE)
-    entries = _entries(path)
-    if _key() in entries:
-        return entries[_key()]
-    entries[_key()] = found
-    newest = list(entries.items())[-MOST_ENTRIES:]
     try:
-        write_json(path, {"version": VERSION, "entries": {key: _as_json(entry) for key, entry in newest}})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent):
+            entries = _entries(path)
+            if _key() in entries:
+                return entries[_key()]
+            entries[_key()] = found
+            newest = list(entries.items())[-MOST_ENTRIES:]
+            write_json(path, {"version": VERSION, "entries": {key: _as_json(entry) for key, entry in newest}})
     except OSError as error:
         _say(f"{path} cannot be written, every process measures the processor: {error}")
     return found

@@ -118,7 +118,9 @@ def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: lis
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
     assert answer.code == 0, answer.err
-    run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["machine"] == machine.record()
+    run = written["config"]
     assert run["training"]["learning_rate"] == 1e-3
     assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
     assert run["command"].startswith("mpoe train --model t5 ")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.cost import fixed_seconds
@@ -35,16 +36,15 @@ def _library(m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[], object]
 
 def _compiled(plan: Contraction) -> Callable[[], object]:
     d, experts = plan.dims, plan.num_experts
-    shapes = (
-        (plan.slots, d.in_features),
-        (experts, d.iL, d.jL, d.a),
-        (d.a, d.iC, d.jC, d.b),
-        (experts, d.b, d.iR, d.jR),
-    )
-    tensors = [torch.ones(shape, dtype=plan.dtype, device="cpu") for shape in shapes]
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=plan.dtype, device="cpu")
+
+    x, central = ones(plan.slots, d.in_features), ones(d.a, d.iC, d.jC, d.b)
+    left, right = ones(experts, d.iL, d.jL, d.a), ones(experts, d.b, d.iR, d.jR)
     offsets = torch.tensor([plan.slots * e // experts for e in range(experts + 1)], device="cpu")
     sizes = (d.in_features, d.out_features, "none", plan.strategy, "native", False)
-    return partial(linear_forward, ForwardCall(*tensors, offsets, None, None, *sizes))
+    return partial(linear_forward, ForwardCall(x, left, central, right, offsets, None, None, *sizes))
 
 
 def tile_constants(

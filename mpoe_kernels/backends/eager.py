@@ -1,9 +1,13 @@
 """Pure PyTorch kernels: always there, on every device and dtype, and what other backends are measured against."""
 
+import torch
+
 from mpoe_kernels.embedding.eager import embedding_backward, embedding_forward
 from mpoe_kernels.linear.eager.cost import predicted_seconds
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
-from mpoe_kernels.planner import Contraction
+from mpoe_kernels.linear.gpu import grouped
+from mpoe_kernels.linear.gpu.cost import counting_reasons
+from mpoe_kernels.planner import Contraction, hardware_here
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.routing.eager import (
     combine_backward,
@@ -15,9 +19,14 @@ from mpoe_kernels.routing.eager import (
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """One way for every strategy."""
+    """Expert by expert; on a GPU, which would have to wait for the offsets, also by grouped GEMMs."""
     run = linear_forward if plan.phase == "forward" else linear_backward
-    return [Candidate("eager", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
+    found = [Candidate("eager", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
+    if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):
+        run = grouped.forward if plan.phase == "forward" else grouped.backward
+        seconds = grouped.seconds(plan, hardware_here(plan.device))
+        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, seconds, run))
+    return found
 
 
 EAGER = Backend(

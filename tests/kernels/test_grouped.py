@@ -1,0 +1,146 @@
+"""The products by PyTorch's grouped GEMMs, as a GPU would run them, beside the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import MPOBlocks
+from mpoe_kernels.backends.eager import candidates
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.gpu import grouped
+from mpoe_kernels.planner import ALL_GRADIENTS, HARDWARE, contraction
+from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.testing.assertions import relative_error
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+PARTS = ("left", "central", "right")
+CASES = [
+    (name, strategy)
+    for name in (
+        "paper",
+        "light",
+        "separable",
+        "separable_mirrored",
+        "padded",
+        "uneven_bonds",
+        "one_core",
+        "centre_last",
+    )
+    for strategy in ("rebuild", "half_left", "half_right", "chain", "separable")
+    if strategy != "separable" or name.startswith("separable")
+]
+
+
+class Problem:
+    """Six experts, two of them idle; some slots behind the last expert's."""
+
+    def __init__(self, name: str, dtype: torch.dtype, gather: bool, activation: str = "none") -> None:
+        torch.manual_seed(0)
+        shape, self.experts, self.activation = SMALL_SHAPES[name], 6, activation
+        self.offsets = torch.tensor([0, 4, 4, 7, 15, 15, 17], dtype=torch.int32)
+        self.blocks = random_blocks(shape, self.experts, dtype)
+        self.index = torch.randint(0, 9, (20,)) if gather else None
+        self.x = torch.randn(9 if gather else 20, shape.in_features).to(dtype)
+        self.bias = torch.randn(shape.out_features).to(dtype)
+        self.grad = torch.randn(20, shape.out_features).to(dtype)
+        self.grad[17:] = 0
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.x, *(getattr(self.blocks, name).detach() for name in PARTS), self.bias)
+
+    def truth(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, left, central, right, bias = (t.detach().double().requires_grad_() for t in self.tensors())
+        blocks = MPOBlocks(left, central, right, self.blocks.in_features, self.blocks.out_features)
+        activation = None if self.activation == "none" else self.activation
+        y = grouped_mpo_linear_reference(x, blocks, self.offsets, bias, row_index=self.index, activation=activation)
+        return y, torch.autograd.grad(y, (x, left, central, right, bias), self.grad.double())
+
+    def results(self, strategy: str, need: tuple[bool, ...] = (True,) * 5) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, left, central, right, bias = self.tensors()
+        for t in (left, right):  # what an idle expert holds is nobody's business
+            t[[1, 4]] = torch.nan
+        common = (
+            *(x, left, central, right, self.offsets, bias, self.index),
+            *(self.blocks.in_features, self.blocks.out_features, self.activation, strategy, "auto"),
+        )
+        y, h, z = grouped.forward(ForwardCall(*common, save=True))
+        saved = y if self.activation == "relu" else z
+        return y, grouped.backward(BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need)))
+
+
+def close(result: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    return relative_error(result.double(), truth) <= (0.05 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("experts_at_once", [None, 2])
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_results_and_gradients(name: str, strategy: str, experts_at_once: int | None, monkeypatch) -> None:
+    """Of all experts at once, and of two at a time."""
+    if experts_at_once is not None:
+        monkeypatch.setattr("mpoe_kernels.linear.gpu.products.experts_at_once", lambda *_: experts_at_once)
+    problem = Problem(name, torch.float32, gather=experts_at_once is not None)
+    y, gradients = problem.results(strategy)
+    truth, exact = problem.truth()
+    assert close(y, truth, torch.float32)
+    assert y[17:].eq(0).all()
+    for found, wanted in zip(gradients, exact, strict=True):
+        assert found.shape == wanted.shape
+        assert close(found, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations(activation: str, dtype: torch.dtype) -> None:
+    if activation == "relu" and dtype == torch.bfloat16:
+        activation = "none"  # in so few rows, one that rounds to the other side of zero is no small error
+    problem = Problem("paper", dtype, gather=True, activation=activation)
+    y, gradients = problem.results("half_left")
+    truth, exact = problem.truth()
+    assert close(y, truth, dtype)
+    for found, wanted in zip(gradients[1:], exact[1:], strict=True):
+        assert close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("alone", range(5))
+def test_each_gradient_alone(alone: int) -> None:
+    problem = Problem("light", torch.float32, gather=False, activation="relu")
+    need = tuple(place == alone for place in range(5))
+    _, gradients = problem.results("chain", need)
+    assert [g.numel() > 0 for g in gradients] == list(need)
+    assert close(gradients[alone], problem.truth()[1][alone], torch.float32)
+
+
+def test_no_slots() -> None:
+    problem = Problem("separable", torch.float32, gather=False)
+    problem.x, problem.grad = problem.x[:0], problem.grad[:0]
+    problem.offsets = torch.zeros(7, dtype=torch.int32)
+    y, gradients = problem.results("separable")
+    assert y.shape == (0, problem.blocks.out_features)
+    assert all(g.eq(0).all() for g in gradients)
+
+
+def test_the_same_bits_every_time() -> None:
+    first, second = (Problem("paper", torch.bfloat16, gather=True).results("rebuild") for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_on_a_gpu_eager_offers_them(phase: str, monkeypatch) -> None:
+    """Named apart; on a CPU nobody chooses among them."""
+    for module in ("mpoe_kernels.backends.eager", "mpoe_kernels.linear.eager.cost"):
+        monkeypatch.setattr(f"{module}.hardware_here", lambda _: HARDWARE["h100"])
+    dims = BlockDims.of_shape(SMALL_SHAPES["separable"])
+    sizes = (dims, 8, 64)
+    for strategy in ("separable", "rebuild"):
+        need, dtype = ALL_GRADIENTS, torch.bfloat16
+        plan = contraction(strategy, *sizes, dtype, phase, need, False, "cuda:0")
+        names = [candidate.name for candidate in candidates(plan)]
+        assert names == [strategy, f"{strategy} by grouped GEMMs"]
+        assert candidates(plan)[1].run is getattr(grouped, phase)
+        assert 0 < candidates(plan)[1].seconds < 1
+        assert len(candidates(contraction(strategy, *sizes, torch.float32, phase, need, False, "cuda:0"))) == 1
+        assert len(candidates(contraction(strategy, *sizes, dtype, phase))) == 1

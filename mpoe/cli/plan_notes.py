@@ -54,7 +54,7 @@ def suggestion_notes(suggestions: Sequence[Suggestion], inventory: Inventory) ->
     notes = [
         f"parameters: of the whole model (dense: {inventory.parameters:,}). per expert: auxiliary parameters over the "
         "dense layer's; expert capacity grows with it. time and x dense: of the feed-forward layers, as the planner "
-        "predicts them.",
+        "predicts them. lossless: a pretrained matrix is kept whole.",
         "separable L/R: --shape separable --separable_left L --separable_right R; light P: --shape light --light_p P; "
         "bond B: --max_bond B. Of each family those that no other one beats in both capacity and time; *: beaten by "
         "no lossless one listed. Left out: experts that own less than 0.1% of a dense layer, and chains with fewer "

@@ -230,11 +230,11 @@ def show_suggestions(
     config = suggestions[0].config
     within = " and ".join(bounds) if bounds else "no budget"
     table = new_table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
-    table.add_column("#", justify="right")
+    # All of it fits a terminal of 80 columns.
     table.add_column("shape", no_wrap=True)
-    for name in ("parameters", "per expert", "optimizer", "predicted\ntime", "predicted\nx dense"):
+    for name in ("para-\nmeters", "per\nexpert", "optim-\nizer", "predicted\ntime", "predicted\nx dense"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("pretrained", no_wrap=True)
+    table.add_column("lossless", no_wrap=True)
     best = {one.name for one in front([one for one in suggestions if one.lossless])}
     lossless = True
     for position, row in enumerate(values["suggestions"], start=1):
@@ -242,14 +242,13 @@ def show_suggestions(
             table.add_section()
         lossless = row["lossless"]
         table.add_row(
-            str(position),
             f"{row['name']} *" if row["name"] in best else row["name"],  # a pipe has no bold type
             count(row["parameters"]),
             f"{row['capacity']:.2%}",
             size(row["optimizer_bytes"]) if work.training else "-",
             duration(row["feed_forward_seconds"]),
             ratio(row["x_dense"]),
-            "lossless" if lossless else "truncated",
+            "yes" if lossless else "no",
             style="bold" if row["name"] in best else None,
         )
     out.print(table)

@@ -250,7 +250,7 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
 
 
 def test_suggestions(cli, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")  # narrower, and words of the table are cut
+    monkeypatch.setenv("COLUMNS", "80")
     flags = ["t5-base", "--max_parameters", "300M", "--max_time", 3, "--device", "h100"]
     values = plan(cli, tmp_path, *flags)
     assert values["kind"] == "suggestions"
@@ -260,6 +260,7 @@ def test_suggestions(cli, tmp_path, monkeypatch) -> None:
         assert one["x_dense"] <= 3
         assert one["optimizer_bytes"] == 8 * one["parameters"]
     answer = cli("plan", *flags)
+    assert "…" not in answer.out  # 80 columns hold it
     assert "".join(values["suggestions"][0]["options"].split()) in "".join(answer.out.split())
     assert "lose most of a pretrained matrix" in " ".join(answer.out.split())
     assert answer.out.count("predicted") >= 2

@@ -27,7 +27,7 @@ from mpoe_kernels.planner import (
     may_round_to_tf32,
     planned_threads,
 )
-from mpoe_kernels.planner.machine import Constants, constants, is_wanted, measure_once
+from mpoe_kernels.planner.machine import Constants, Source, is_wanted, measure_once, source
 from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
@@ -253,36 +253,28 @@ def measure_machine() -> None:
         measure_once(measure)
 
 
-class _Problem(NamedTuple):
-    """The arguments of `resolve_contraction`, and the registered backends."""
-
-    op: str
-    dims: BlockDims
-    num_experts: int
-    slots: int
-    dtype: torch.dtype
-    device: str
-    need: Need
-    keeps: bool
-    backend_name: str
-    strategy_name: str
-    backends: tuple[Backend, ...]
-
-
-def _able(problem: _Problem) -> tuple[list[Candidate], dict[str, list[str]]]:
+def _able(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need,
+    keeps: bool,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Every candidate, and by backend the reasons why it has none, or not all."""
-    op, device, dtype = problem.op, problem.device, problem.dtype
-    sizes = (problem.dims, problem.num_experts, problem.slots, dtype, CONTRACTIONS[op], problem.need, False, device)
-    if problem.strategy_name == AUTO:
-        plans = contractions(*sizes, problem.keeps)
-    else:
-        plans = (contraction(problem.strategy_name, *sizes, problem.keeps),)
+    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
+    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
     request = Request(op, device, dtype)
     table = measured.table_here(device)
     refused: dict[str, list[str]] = {}
     able: list[Candidate] = []
-    for backend in problem.backends:
-        if problem.backend_name not in (AUTO, backend.name):
+    for backend in backends:
+        if backend_name not in (AUTO, backend.name):
             continue
         refused[backend.name] = backend.unsupported_reasons(request)
         if refused[backend.name]:
@@ -296,21 +288,34 @@ def _able(problem: _Problem) -> tuple[list[Candidate], dict[str, list[str]]]:
 
 @lru_cache(maxsize=8192)
 def _resolve(
-    problem: _Problem, deterministic: bool, _threads: int, _tf32: bool, _constants: Constants | None
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need,
+    keeps: bool,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+    deterministic: bool,
+    _threads: int,
+    _tf32: bool,
+    _constants: Source | None,
 ) -> Candidate:
     """See `resolve_contraction`; the last three are read by the cost functions."""
-    able, refused = _able(problem)
+    sizes = (dims, num_experts, slots, dtype, device, need, keeps)
+    able, refused = _able(op, *sizes, backend_name, strategy_name, backends)
     if deterministic:
-        same = {backend.name for backend in problem.backends if backend.same_on_any_threads}
+        same = {backend.name for backend in backends if backend.same_on_any_threads}
         able = [candidate for candidate in able if candidate.backend in same] or able
     if able:
         return min(able, key=lambda candidate: candidate.seconds)
-    name, op = problem.backend_name, problem.op
-    if name != AUTO:
-        raise BackendError(f"backend {name!r} cannot run {op}: {'; '.join(refused[name])}")
-    device = Request(op, problem.device, problem.dtype).device_type
+    if backend_name != AUTO:
+        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
     listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendError(f"no backend can run {op} on {device} {problem.dtype}: {listing}")
+    raise BackendError(f"no backend can run {op} on {device.partition(':')[0]} {dtype}: {listing}")
 
 
 def resolve_contraction(
@@ -350,11 +355,11 @@ def resolve_contraction(
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
     on_cpu = device == "cpu"
-    sizes = (dims, num_experts, slots, dtype, device, need, keeps)
-    problem = _Problem(op, *sizes, backend_name, strategy_name, tuple(_BACKENDS.values()))
-    if on_cpu and is_wanted() and _measurer() is not None and len(_able(problem)[0]) > 1:
+    problem = (op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name)
+    backends = tuple(_BACKENDS.values())
+    if on_cpu and is_wanted() and _measurer() is not None and len(_able(*problem, backends)[0]) > 1:
         measure_machine()
     return _resolve(
-        *(problem, torch.are_deterministic_algorithms_enabled(), planned_threads()),
-        *(device.startswith("cuda") and may_round_to_tf32(dtype), constants() if on_cpu else None),
+        *(*problem, backends, torch.are_deterministic_algorithms_enabled(), planned_threads()),
+        *(device.startswith("cuda") and may_round_to_tf32(dtype), source() if on_cpu else None),
     )

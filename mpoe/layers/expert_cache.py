@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 from mpoe_kernels.planner import planned_threads
+from mpoe_kernels.planner.machine import Source, source
 
 # Full weights are used where the planner predicts this many times the work by the cores, with one row for each expert
 # or with more. Less does not pay for the memory; separable shapes never reach it. On two cores of an EPYC, paper shape
@@ -29,7 +30,9 @@ WORTH = 2.5
 
 
 @lru_cache(maxsize=4096)
-def _predicted_seconds(shape: MPOShape, experts: int, slots: int, dtype: torch.dtype, _threads: int) -> float:
+def _predicted_seconds(
+    shape: MPOShape, experts: int, slots: int, dtype: torch.dtype, _threads: int, _constants: Source
+) -> float:
     return plan_contraction(shape, experts, slots, dtype).seconds
 
 
@@ -42,13 +45,13 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
         slots: of all of them together.
         dtype: of activations and weights.
     """
-    threads = planned_threads()
+    here = planned_threads(), source()
     by_cores = by_weights = 0.0
     for shape in shapes:
         # To the planner, a full weight is an expert's own core beside a shared one of a single element.
         full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
-        by_cores += _predicted_seconds(shape, experts, slots, dtype, threads)
-        by_weights += _predicted_seconds(full, experts, slots, dtype, threads)
+        by_cores += _predicted_seconds(shape, experts, slots, dtype, *here)
+        by_weights += _predicted_seconds(full, experts, slots, dtype, *here)
     return by_cores > (WORTH_ONE_ROW if slots == experts else WORTH) * by_weights
 
 

@@ -8,9 +8,9 @@ instruction set and version.
 One thread is measured: what a thread or a core does then holds for any number of them, and a measurement by several
 would be worthless on a busy machine, where they wait for one another.
 
-`using` gives a record instead: then nothing is measured. ``MPOE_MEASURE=0`` turns measuring off, and so does
-``torch.use_deterministic_algorithms(True)``, since plans must not depend on a measurement then: without a record the
-constants of the hardware table hold.
+`using` gives a record instead: then nothing is measured. ``MPOE_MEASURE=0``, set before the first choice, turns
+measuring off, and so does ``torch.use_deterministic_algorithms(True)``, since plans must not depend on a measurement
+then: without a record the constants of the hardware table hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -76,31 +76,52 @@ class Constants(NamedTuple):
     store_seconds: Pair
 
 
-_lock = threading.Lock()
-_given: list[Constants | None] = []  # by `using`, the innermost last
-_known: list[Constants | None] = []  # of this process: nothing until it was looked for on file, or measured
-_is_settled = threading.Event()  # it was measured
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where plans have their constants from; None: the hardware table. Compared by identity, which is quick."""
+
+    constants: Constants | None
+
+
+@dataclass
+class _Process:
+    """What this process knows; ``is_settled``: it will measure nothing (more)."""
+
+    given: list[Source] = field(default_factory=list)  # by `using`, the innermost last
+    is_allowed: bool = True
+    known: Source | None = None
+    is_settled: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_FROM_TABLE = Source(None)
+_process = _Process()
 
 
 def is_on() -> bool:
     """Whether this process may measure, and plan with what was measured."""
-    return os.environ.get(SETTING) != "0" and not torch.are_deterministic_algorithms_enabled()
+    if _process.known is None:  # first of all
+        _process.is_allowed = os.environ.get(SETTING) != "0"
+        found = _entries(cache_file(FILE)).get(_key()) if _process.is_allowed else None
+        _process.known, _process.is_settled = Source(found), found is not None or not _process.is_allowed
+    return _process.is_allowed and not torch.are_deterministic_algorithms_enabled()
+
+
+def source() -> Source:
+    """Of the constants for this machine's CPU: a record, what was measured or is on file, or the hardware table."""
+    if _process.given:
+        return _process.given[-1]
+    return (_process.known or _FROM_TABLE) if is_on() else _FROM_TABLE
 
 
 def constants() -> Constants | None:
-    """What plans for this machine's CPU reckon with: of a record, measured, or on file. None: the hardware table's."""
-    if _given:
-        return _given[-1]
-    if not is_on():
-        return None
-    if not _known:
-        _known.append(_entries(cache_file(FILE)).get(_key()))
-    return _known[-1]
+    """Those of the `source`."""
+    return source().constants
 
 
 def is_wanted() -> bool:
     """Whether a choice should be preceded by `measure_once`."""
-    if _given or _is_settled.is_set() or not is_on() or constants() is not None:
+    if _process.is_settled or _process.given or not is_on() or _process.is_settled:
         return False
     # Not while a graph is traced, nor where tensors are fake.
     return not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is torch.Tensor
@@ -108,19 +129,17 @@ def is_wanted() -> bool:
 
 def measure_once(measure: Callable[[], Constants]) -> None:
     """Call ``measure`` if that is wanted and keep what it returns, in this process and on file."""
-    with _lock:
+    with _process.lock:
         if not is_wanted():
             return
         start = time.perf_counter()
-        _known.append(_kept(measure()))
-        _is_settled.set()
+        _process.known, _process.is_settled = Source(_kept(measure())), True
     logger.info("measured %s in %.2f s", processor_name(), time.perf_counter() - start)
 
 
 def forget() -> None:
-    """Read the file again, or measure again, when it is next needed."""
-    _known.clear()
-    _is_settled.clear()
+    """Read the setting and the file again, or measure again, when it is next needed."""
+    _process.known, _process.is_settled = None, False
 
 
 # --------------------------------------------------------------- records
@@ -152,13 +171,13 @@ def using(given: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         found = given["constants"]
-        _given.append(None if found is None else _from_json(found))
+        _process.given.append(Source(None if found is None else _from_json(found)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"given must be the record of a machine; got {given!r} ({error!r})") from error
     try:
         yield
     finally:
-        _given.pop()
+        _process.given.pop()
 
 
 def _as_json(found: Constants) -> dict[str, dict[str, float]]:

@@ -88,9 +88,12 @@ def test_off_by_the_setting_and_where_plans_must_not_depend_on_it(
 ) -> None:
     table = hardware_of("cpu")
     monkeypatch.setenv(machine.SETTING, "0")
+    forget()
     choose()
     assert not timed
+    assert machine.record()["constants"] is None
     monkeypatch.setenv(machine.SETTING, "1")
+    forget()
     torch.use_deterministic_algorithms(True)
     try:
         choose()
@@ -110,7 +113,8 @@ def test_off_by_the_setting_and_where_plans_must_not_depend_on_it(
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setenv(machine.SETTING, "0")
-    assert hardware_of("cpu") == table
+    forget()
+    assert hardware_of("cpu") == table, "nor what is on file"
 
 
 def test_nothing_is_measured_on_fake_tensors_or_where_no_kernel_is_compiled(

@@ -85,7 +85,7 @@ def machine_of(checkpoint: str | Path) -> dict[str, Any] | None:
     Manifests of before that was kept mean the hardware table's constants.
     """
     manifest = _manifest(Path(checkpoint))
-    return manifest.get("machine", machine.TABLE) if manifest else None
+    return manifest.get("machine", dict(machine.TABLE)) if manifest else None
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class _Process:
     is_allowed: bool = True
     known: Source | None = None
     is_settled: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # a measurement looks again whether it is wanted
 
 
 _FROM_TABLE = Source(None)
@@ -100,11 +100,20 @@ _process = _Process()
 
 def is_on() -> bool:
     """Whether this process may measure, and plan with what was measured."""
-    if _process.known is None:  # first of all
+    if _process.known is None:
+        _begin()
+    return _process.is_allowed and not torch.are_deterministic_algorithms_enabled()
+
+
+def _begin() -> None:
+    """Read the setting and the file."""
+    with _process.lock:
+        if _process.known is not None:  # another thread was first
+            return
         _process.is_allowed = os.environ.get(SETTING) != "0"
         found = _entries(cache_file(FILE)).get(_key()) if _process.is_allowed else None
-        _process.known, _process.is_settled = Source(found), found is not None or not _process.is_allowed
-    return _process.is_allowed and not torch.are_deterministic_algorithms_enabled()
+        _process.is_settled = found is not None or not _process.is_allowed
+        _process.known = Source(found)
 
 
 def source() -> Source:

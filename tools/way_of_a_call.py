@@ -26,7 +26,7 @@ from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 PACKAGE = Path(mpoe_kernels.__file__).parent
 # What starts a kernel: what happens inside is no longer the host's way.
-ENDS = {("triton/start.py", "start")}
+ENDS = {("triton/start.py", "start"), ("triton/start.py", "start_steps")}
 
 
 class Walk:

@@ -13,14 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import check_ids
+from mpoe_kernels.indices import check_ids, slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block
 from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
 from mpoe_kernels.linear.triton.launch import LAUNCHES, block_gradient, rows_times_block
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import weight_backward_program, weight_program
 from mpoe_kernels.routing.triton import dispatch_backward, dispatch_forward, route_forward
-from mpoe_kernels.triton.pointwise import sum_rows_by_token
+from mpoe_kernels.triton.pointwise import sum_rows
 
 
 def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
@@ -170,7 +170,8 @@ def embedding_backward(
     )
     dleft_rows = activations(grad.new_empty(slots, dims.jL * dims.a), ("jL", "a"), dims)
     rows_times_block(dhalf, gathered.central, dims, by_centre.offsets, slots, out=dleft_rows)
-    dleft = sum_rows_by_token(dleft_rows.data, gathered.left_digit[by_centre.token_of_slot], dims.iL)
+    by_digit = slots_by_token(gathered.left_digit[by_centre.token_of_slot], dims.iL)
+    dleft = sum_rows(dleft_rows.data, *by_digit)
     return dleft.view(left.shape), dcentral, dright
 
 
@@ -179,9 +180,9 @@ def _table_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the rows' gradients into a table's, and project that onto the blocks."""
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
-    padded[: dims.in_features, : dims.out_features] = sum_rows_by_token(grad, ids, dims.in_features)
-    grads = BlockGradients.begun(LAUNCHES, (left, central, right))
+    padded[: dims.in_features, : dims.out_features] = sum_rows(grad, *slots_by_token(ids, dims.in_features))
     program = weight_backward_program(dims)
+    grads = BlockGradients.begun(LAUNCHES, program, dims, (left, central, right))
     values = {"d W": padded.view(1, -1), **blocks_of(left, central, right), **grads.values()}
     LAUNCHES.compute(Pass(program, dims, _one_expert(left), 0, values))
     return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for

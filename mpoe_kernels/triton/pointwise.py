@@ -1,4 +1,4 @@
-"""Kernel family 4: the activation's gradient with the bias gradient, and sums of rows by token."""
+"""Kernel family 4: the activation's gradient with the bias gradient, sums of rows by token, and of partial results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.triton.device import activation_slope
 from mpoe_kernels.triton.start import start
 
@@ -63,6 +62,48 @@ def sum_rows_kernel(
     tl.store(out + token.to(tl.int64) * F + column, total.to(out.dtype.element_ty), mask=column < F)
 
 
+@triton.jit
+def sum_parts_kernel(
+    parts,  # [count, elements]
+    out,  # [elements]
+    count,
+    elements,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(blocks of elements,)``: the sum over ``parts`` in a fixed order; ADD: and over what ``out`` held."""
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), dtype=tl.float32)
+    if ADD:
+        total += tl.load(out + column, mask=column < elements, other=0.0).to(tl.float32)
+    for first in tl.range(0, count, BM):
+        row = first + tl.arange(0, BM)
+        inside = (row < count)[:, None] & (column < elements)[None, :]
+        at = row.to(tl.int64)[:, None] * elements + column[None, :]
+        total += tl.sum(tl.load(parts + at, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < elements)
+
+
+def sum_parts(parts: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """``out = sum of parts[p]``, dense ``[P, ...]`` and ``[...]``, in a fixed order; ``add``: ``out += ...``."""
+    elements = out.numel()
+    bm, bn = (16, 128) if parts.shape[0] > 1 else (1, 1024)
+    start(
+        sum_parts_kernel,
+        (triton.cdiv(elements, bn),),
+        parts=parts,
+        out=out,
+        count=parts.shape[0],
+        elements=elements,
+        ADD=add,
+        BM=bm,
+        BN=bn,
+        num_warps=4,
+    )
+    return out
+
+
 def activation_backward(
     grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -91,16 +132,13 @@ def activation_backward(
         BN=bn,
         num_warps=4,
     )
-    return dz, partial.sum(0).to(grad.dtype) if need_bias else None
+    return dz, sum_parts(partial, grad.new_empty(columns)) if need_bias else None
 
 
-def sum_rows_by_token(rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-    """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
+def sum_rows(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """``out[t]`` = sum of the rows of token t, ``[T, F]``; see `slots_by_token`. Deterministic, no atomics."""
+    tokens, bn = starts.shape[0] - 1, 256
     out = rows.new_empty(tokens, rows.shape[1])
-    if tokens == 0:
-        return out
-    order, starts = slots_by_token(row_index, tokens)
-    bn = 256
     start(
         sum_rows_kernel,
         (tokens, triton.cdiv(rows.shape[1], bn)),

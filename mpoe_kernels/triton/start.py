@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels.registry import BackendError
@@ -37,9 +38,10 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches for an architecture that need not be here."""
+    """Launches for a device, or for an architecture that need not be here."""
 
-    architecture: str
+    target: architecture.Target
+    device: torch.device | None = None
     tile: int | None = None
     launches: list[Launch] = field(default_factory=list)
 
@@ -48,14 +50,7 @@ _recording: ContextVar[Recording | None] = ContextVar("mpoe_triton_recording", d
 
 
 @contextmanager
-def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
-    """Record launches as they would be on ``name`` (see `ARCHITECTURES`); tensors may be ``meta`` ones.
-
-    ``tile``: take this entry of every kernel's table of tiles instead of the one that suits the problem.
-    """
-    if name not in architecture.ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {architecture.ARCHITECTURES}; got {name!r}")
-    recording = Recording(name, tile)
+def _into(recording: Recording) -> Iterator[list[Launch]]:
     token = _recording.set(recording)
     try:
         yield recording.launches
@@ -63,16 +58,47 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def recorded(name: str, tile: int | None = None) -> AbstractContextManager[list[Launch]]:
+    """Record launches as they would be on ``name`` (see `ARCHITECTURES`); tensors may be ``meta`` ones.
+
+    ``tile``: take this entry of every kernel's table of tiles instead of the one that suits the problem.
+    """
+    if name not in architecture.ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {architecture.ARCHITECTURES}; got {name!r}")
+    return _into(Recording(architecture.target_named(name), tile=tile))
+
+
+def recorded_for(device: torch.device) -> AbstractContextManager[list[Launch]]:
+    """Record launches as they would be on a device of this machine, while tensors are ``meta`` ones."""
+    return _into(Recording(architecture.target_of(device), device))
+
+
+def recording() -> bool:
+    """Whether launches are recorded instead of made."""
+    return _recording.get() is not None
+
+
+def planning() -> bool:
+    """Whether launches are recorded to be made on this machine."""
+    recording = _recording.get()
+    return recording is not None and recording.device is not None
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where a tensor is, or would be if launches were not recorded."""
+    recording = _recording.get()
+    return tensor.device if recording is None or recording.device is None else recording.device
+
+
 def architecture_of(device: torch.device) -> str:
     """Key of the configuration tables for tensors on ``device``, or the recorded architecture."""
-    recording = _recording.get()
-    return architecture.architecture_of(device) if recording is None else recording.architecture
+    return target_of(device).architecture
 
 
 def target_of(device: torch.device) -> architecture.Target:
-    """What kernels for tensors on ``device`` are made for, or the recorded architecture."""
+    """What kernels for tensors on ``device`` are made for, or the recorded target."""
     recording = _recording.get()
-    return architecture.target_of(device) if recording is None else architecture.target_named(recording.architecture)
+    return architecture.target_of(device) if recording is None else recording.target
 
 
 def recorded_tile() -> int | None:
@@ -119,19 +145,38 @@ class Handles:
                 parts.append(value)
         return tuple(parts)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[str, Any]) -> None:
-        """``kernel[grid](**arguments)``, by the handle of an earlier launch where there is one."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[str, Any]) -> Any:
+        """``kernel[grid](**arguments)``, by the handle of an earlier launch where there is one; returns the handle."""
         key = self._key(kernel, device, arguments)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
-            return
+            return compiled
         if len(self._compiled) >= self.MOST:
             self._compiled.clear()
-        self._compiled[key] = kernel[grid](**arguments)
+        self._compiled[key] = compiled = kernel[grid](**arguments)
+        return compiled
 
 
 _handles = Handles()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[str, Any]) -> Any:
+    """Start a kernel on a device that is the current one; returns its handle, in the interpreter None.
+
+    Raises:
+        BackendError: see `start`.
+    """
+    try:
+        if in_interpreter():
+            return kernel[grid](**arguments)
+        return _handles.launch(kernel, grid, device, arguments)
+    except OutOfResources as error:
+        blocks = {name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")}
+        raise BackendError(
+            f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs {error.required} of "
+            f"{error.name}; this device has {error.limit}"
+        ) from error
 
 
 def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -145,21 +190,60 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if 0 in grid:
         return
     recording = _recording.get()
-    if recording is None:
-        device = next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
-        try:
-            with _on_device(device):
-                if in_interpreter():
-                    kernel[grid](**arguments)
-                else:
-                    _handles.launch(kernel, grid, device, arguments)
-        except OutOfResources as error:
-            blocks = {
-                name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")
-            }
-            raise BackendError(
-                f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs {error.required} of "
-                f"{error.name}; this device has {error.limit}"
-            ) from error
-    else:
+    if recording is not None:
         recording.launches.append(Launch(kernel, grid, arguments))
+        return
+    device = next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
+    with _on_device(device):
+        _launch(kernel, grid, device, arguments)
+
+
+class Step:
+    """A launch that is started again and again, each time with other tensors.
+
+    Its first start finds the compiled kernel; the others hand it addresses, and Triton asks about nothing. So tensors
+    must keep what Triton may assume of them: dtype, and what remains of their addresses divided by 16.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        places: Mapping[str, tuple[int, int, torch.dtype]],
+    ) -> None:
+        """``places``: of the arguments that are tensors; number of the tensor, and the byte of it where they begin."""
+        self._kernel, self._grid, self._by_name, self._places = kernel, grid, arguments, places
+        self._arguments = [arguments[name] for name in kernel.arg_names]
+        self._addresses = [(kernel.arg_names.index(name), *place[:2]) for name, place in places.items()]
+        self._run: Callable[..., None] | None = None
+
+    def start(self, tensors: Sequence[Tensor], addresses: Sequence[int], device: int, stream: int | None) -> None:
+        """``addresses``: of the tensors. On a device that is the current one."""
+        if self._run is None:
+            views = {name: _view(tensors[number], *rest) for name, (number, *rest) in self._places.items()}
+            handle = _launch(self._kernel, self._grid, device, {**self._by_name, **views})
+            if handle is not None:
+                self._run = handle[(*self._grid, 1, 1)[:3]]
+            return
+        arguments = self._arguments.copy()
+        for position, number, first in self._addresses:
+            arguments[position] = addresses[number] + first
+        self._run(*arguments, stream=stream)
+
+
+def _view(tensor: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """What begins at a byte of a tensor, for a kernel that knows the shape."""
+    storage, place = tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize + first
+    size = int(place + dtype.itemsize <= storage.nbytes())  # an empty tensor has no address, a longer one gets memory
+    return torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, place // dtype.itemsize, (size,), (1,))
+
+
+def start_steps(steps: Sequence[Step], tensors: Sequence[Tensor]) -> None:
+    """Start launches one after the other, with these tensors, on their device and its current stream."""
+    device = tensors[0].get_device()
+    with _on_device(device):
+        stream = None if in_interpreter() else driver.active.get_current_stream(device)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        for step in steps:
+            step.start(tensors, addresses, device, stream)

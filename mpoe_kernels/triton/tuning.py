@@ -20,10 +20,15 @@ import torch
 from mpoe_kernels.planner.measured import cache_file, read_json, write_json
 from mpoe_kernels.registry import BackendError
 from mpoe_kernels.triton.architecture import in_interpreter
+from mpoe_kernels.triton.start import planning
 
 FILE_VERSION = 1
 Bench = Callable[[Callable[[], object]], float]  # milliseconds of a launch
 T = TypeVar("T")
+
+
+class UnmeasuredError(Exception):
+    """A launch plan needs a choice that was not measured yet; computing with real tensors measures it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ def autotuned(bench: Bench | None = None, path: Path | None = None) -> Iterator[
         _active = previous
 
 
+def active() -> object:
+    """What chooses tiles now; equal values choose alike."""
+    return _active
+
+
 def size_class(kernel: str, dtype: torch.dtype, sizes: tuple[float, ...]) -> str:
     """Launches that share a choice: the first size counts in powers of two, the others as they are."""
     rows = 1 << max(int(-(-sizes[0] // 1)) - 1, 0).bit_length()
@@ -69,6 +79,9 @@ def choose(
 
     Args:
         launch: starts the kernel with a candidate, any number of times; ``None``: it must not be repeated.
+
+    Raises:
+        UnmeasuredError: launches are recorded, and nothing was kept for these sizes.
     """
     if _active is None or launch is None or len(candidates) < 2:
         return candidates[0]
@@ -81,6 +94,8 @@ def choose(
     for candidate in candidates:
         if kept == list(astuple(candidate)):  # type: ignore[call-overload]
             return candidate
+    if planning():
+        raise UnmeasuredError(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return candidates[0]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # of the bench's events

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,14 @@ from mpoe_kernels.registry import Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Call = TypeVar("Call", ForwardCall, BackwardCall)
+READ = ("x", "left", "central", "right", *steps.DENSE)
 
 
-def _dense(call: Call) -> Call:
+def _prepared(call: steps.Call) -> steps.Call:
     """The kernels read dense tensors and count slots in 32 bits."""
-    changed: dict[str, Any] = {}
     if call.expert_offsets.dtype != torch.int32:
-        changed["expert_offsets"] = call.expert_offsets.to(torch.int32)
-    for name in ("x", "left", "central", "right", "expert_offsets", "bias", "row_index", "saved"):
-        tensor = changed.get(name, getattr(call, name, None))
-        if tensor is not None and not tensor.is_contiguous():
-            changed[name] = tensor.contiguous()
-    return replace(call, **changed) if changed else call
+        call = replace(call, expert_offsets=call.expert_offsets.to(torch.int32))
+    return steps.prepared(call, READ)
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class LinearKernels:
 
     def forward(self, call: ForwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, h, z)``, see `ForwardCall`. ``cut``: of the kernel that computes it in one launch; None: by steps."""
-        call = _dense(call)
+        call = _prepared(call)
         if cut is None:
             return steps.forward_by_steps(call, self.launches)
         x = call.x
@@ -78,18 +73,17 @@ class LinearKernels:
 
     def backward(self, call: BackwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: of the kernel that computes dx."""
-        return steps.backward(_dense(call), self.launches, partial(self._gradients, cut=cut))
+        call = _prepared(call)
+        return steps.backward(call, self.launches, partial(self._gradients, cut=cut), steps.slots_to_sum(call))
 
-    def _gradients(
-        self, call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None, cut: Panel | Few | None
-    ) -> steps.Gradients:
+    def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, cut: Panel | Few | None) -> steps.Gradients:
         need = call.need_of_plan
         if isinstance(cut, Panel) and dx is not None:
             self._panels(call, dz, dx, cut, transposed=True)
             need = (False, *need[1:])
         if not any(need):
             return steps.NO_GRADIENTS
-        return steps.gradients_by_steps(call, self.launches, dz, x, dx, need)
+        return steps.gradients_by_steps(call, self.launches, dz, dx, need)
 
     def _panels(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.cuda.plan import launch_plan
 from mpoe_kernels.linear.gpu.products import Pass
 from mpoe_kernels.planner import may_round_to_tf32
@@ -22,7 +22,6 @@ class CudaLaunches:
     """
 
     ops: Any
-    writes_idle_experts = True
 
     def compute(self, whole: Pass) -> None:
         """All tensors are dense, x is the first."""
@@ -42,5 +41,12 @@ class CudaLaunches:
         dz, dbias = self.ops.activation_backward(grad, saved, offsets, activation, need_bias)
         return grad if activation == "none" else dz, dbias if need_bias else None
 
-    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-        return self.ops.sum_rows(rows, *slots_by_token(row_index, tokens))
+    def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+        return self.ops.sum_rows(rows, order, starts)
+
+    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
+        """All products add in float32."""
+        return torch.zeros(block.shape, dtype=torch.float32, device=block.device)
+
+    def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.to(dtype)

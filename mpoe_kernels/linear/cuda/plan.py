@@ -7,7 +7,6 @@ memory every temporary lies, is the plan.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.linear.gpu.operands import Operand
+from mpoe_kernels.linear.gpu.plan import Memory, Piece
 from mpoe_kernels.linear.gpu.products import Pass, Primitives, walk
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import KEPT, Program, value_of
 
 SIZES = BlockDims._fields[:8]
-SCRATCH = -1  # instead of the number of a tensor
-ALIGNMENT = 256  # bytes
 
 
 class StepOperand(ctypes.Structure):
@@ -57,52 +55,22 @@ class LaunchPlan:
     launches: int
 
 
-class _Scratch:
-    """Places in one piece of memory, reused once nobody reads them any more; sizes and places in elements."""
-
-    def __init__(self, granule: int) -> None:
-        self.granule, self.size = granule, 0
-        self._taken: dict[int, int] = {}  # place -> size
-
-    def take(self, elements: int) -> int:
-        """The first gap that is large enough."""
-        size = max(1, -(-elements // self.granule)) * self.granule  # two of no elements are two all the same
-        place = 0
-        for taken in sorted(self._taken):
-            if taken - place >= size:
-                break
-            place = taken + self._taken[taken]
-        self._taken[place] = size
-        self.size = max(self.size, place + size)
-        return place
-
-    def release(self, place: int) -> None:
-        del self._taken[place]
-
-
 class _Recorder(Primitives):
     """Notes what it is told to launch."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.steps: list[Step] = []
-        self.scratch = _Scratch(ALIGNMENT // dtype.itemsize)
-        self._where: dict[int, tuple[int, int]] = {}  # storage -> tensor and first element
-
-    def know(self, tensor: Tensor, number: int, offset: int = 0) -> None:
-        self._where[tensor.untyped_storage()._cdata] = (number, offset)
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self._steps: list[Step] = []
+        self._uses: list[tuple[StepOperand, Piece]] = []
 
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        found = like.new_empty(rows, columns)
-        place = self.scratch.take(rows * columns)
-        self.know(found, SCRATCH, place)
-        weakref.finalize(found, self.scratch.release, place)
-        return found
+        return like.new_empty(rows, columns)
 
     def _operand(self, operand: Operand) -> StepOperand:
-        number, offset = self._where[operand.data.untyped_storage()._cdata]
+        data = operand.data
         # An axis of size 1 may have any stride, but 0 says that there is none.
         strides = [(operand.strides[axis] or 1) if axis in operand.strides else 0 for axis in SIZES]
-        return StepOperand(number, offset + operand.data.storage_offset(), operand.outer, operand.limit, *strides)
+        return StepOperand(0, data.storage_offset(), operand.outer, operand.limit, *strides)
 
     def _note(
         self,
@@ -113,10 +81,22 @@ class _Recorder(Primitives):
         epilogue: bool = False,
         tail: bool = False,
     ) -> Operand:
-        a, b, out = map(self._operand, operands)
         first, experts = offsets.storage_offset(), offsets.shape[0] - 1
-        self.steps.append(Step(kind, first, experts, gathers, epilogue, tail, a, b, out))
+        step = Step(kind, first, experts, gathers, epilogue, tail, *map(self._operand, operands))
+        for found, operand in zip((step.a, step.b, step.out), operands, strict=True):
+            self._uses.append((found, self.memory.use(operand.data, len(self._steps))))
+        self._steps.append(step)
         return operands[2]
+
+    def plan(self, itemsize: int) -> LaunchPlan:
+        """Of what was noted; ``itemsize``: bytes of an element of the temporaries."""
+        size = self.memory.lay_out()
+        for operand, piece in self._uses:
+            operand.tensor = piece.number
+            operand.offset += piece.place // itemsize
+        data = bytearray((Step * len(self._steps))(*self._steps))
+        steps = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return LaunchPlan(steps, size // itemsize, len(self._steps))
 
     def rows_times_block(
         self,
@@ -145,6 +125,7 @@ class _Recorder(Primitives):
         *,
         out: Operand,
         row_index: Tensor | None = None,
+        add: bool = False,
     ) -> Operand:
         return self._note(GRADIENT, offsets, (rows, grads, out), row_index is not None)
 
@@ -156,7 +137,9 @@ class _Recorder(Primitives):
         dims: BlockDims,
         offsets: Tensor,
         *,
-        accumulate: bool = False,
+        shared: bool = False,
+        add: bool = False,
+        clear: bool = False,
     ) -> Operand:
         return self._note(MERGE, offsets, (first, second, out))
 
@@ -188,16 +171,12 @@ def launch_plan(
         dtype: of x and the blocks.
         names: of the dense tensors that a call gives, in its order.
     """
-    recorder = _Recorder(dtype)
+    recorder = _Recorder()
     values = {}
-    for number, name in enumerate(names):
+    for name in names:
         values[name] = torch.empty(_shape(name, dims, experts, slots), dtype=dtype, device="meta")
-        recorder.know(values[name], number)
+        recorder.memory.give(values[name])
     offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta")
     some = torch.empty(0, device="meta")  # stands for an index and a bias that a call may have
     walk(Pass(program, dims, offsets, slots, values, row_index=some, bias=some), recorder)
-    steps = (Step * len(recorder.steps))(*recorder.steps)
-    data = (
-        torch.frombuffer(bytearray(steps), dtype=torch.uint8) if recorder.steps else torch.empty(0, dtype=torch.uint8)
-    )
-    return LaunchPlan(data, recorder.scratch.size, len(recorder.steps))
+    return recorder.plan(dtype.itemsize)

@@ -65,10 +65,11 @@ class Primitives(Protocol):
         *,
         out: Operand,
         row_index: Tensor | None = None,
+        add: bool = False,
     ) -> Operand:
         """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
 
-        An ``out`` that the experts share (outer 0) is float32: the sum over them is added to it.
+        An ``out`` that the experts share (outer 0) gets the sum over them; ``add``: it holds that over other experts.
         """
 
     def merge_blocks(
@@ -79,16 +80,30 @@ class Primitives(Protocol):
         dims: BlockDims,
         offsets: Tensor,
         *,
-        accumulate: bool = False,
+        shared: bool = False,
+        add: bool = False,
+        clear: bool = False,
     ) -> Operand:
-        """Contract two blocks of every busy expert; ``accumulate``: as of `block_gradient` with a shared ``out``."""
+        """Contract two blocks of every busy expert.
+
+        Args:
+            first, second: give the rows and the columns.
+            out: where to.
+            dims, offsets: as in `rows_times_block`.
+            shared: ``out`` gets the sum over the experts.
+            add: as in `block_gradient`.
+            clear: idle experts' part of ``out`` becomes zero; else it is undefined.
+        """
 
 
 class Launches(Protocol):
     """What a GPU backend supplies to `mpoe_kernels.linear.gpu.steps`."""
 
-    # Whether gradients of experts without slots are written, as zeros; else they must be zeros before.
-    writes_idle_experts: bool
+    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
+        """Memory for the gradient of a block that the experts share; ``alone``: one product makes it."""
+
+    def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """That memory, as the gradient's dtype."""
 
     def compute(self, whole: Pass) -> None:
         """All products of a program: by `walk`, or as an earlier walk of the same sizes did it."""
@@ -98,8 +113,13 @@ class Launches(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
 
-    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-        """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
+    def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+        """``out[t]`` = sum of the rows of token t, ``[T, F]``; see `slots_by_token`. Deterministic, no atomics."""
+
+
+def chunk_size(program: Program, dims: BlockDims, experts: int) -> int:
+    """Experts whose products are computed before the next experts' ones are."""
+    return experts_at_once(dims, program.built, experts) or max(experts, 1)
 
 
 @dataclass
@@ -143,7 +163,7 @@ class Pass:
 
     def chunks(self, primitives: Primitives) -> Iterator[GpuChunk]:
         """Ranges of experts whose built weights fit the budget of `experts_at_once`."""
-        size = experts_at_once(self.dims, self.program.built, self.experts) or max(self.experts, 1)
+        size = chunk_size(self.program, self.dims, self.experts)
         for first in range(0, self.experts, size):
             yield GpuChunk(self, primitives, first, min(first + size, self.experts))
 
@@ -201,15 +221,22 @@ class GpuChunk:
         whole, name = self.whole, value_of(product.result)
         out = self._target(product.result) or self._new(name, rows.data)
         index = whole.row_index if product.first == "x" else None
-        return self.primitives.block_gradient(rows, grads, name, whole.dims, self.offsets, row_index=index, out=out)
+        return self.primitives.block_gradient(
+            *(rows, grads, name, whole.dims, self.offsets), row_index=index, out=out, add=self.first > 0
+        )
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
         # The operand that holds the result's slowest axis gives the rows.
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
-        accumulate = product.result == "d C"
-        return self.primitives.merge_blocks(p, q, out, self.whole.dims, self.offsets, accumulate=accumulate)
+        shared = product.result == "d C"
+        return self.primitives.merge_blocks(
+            *(p, q, out, self.whole.dims, self.offsets),
+            shared=shared,
+            add=shared and self.first > 0,
+            clear=product.result in self.whole.values,
+        )
 
 
 def walk(whole: Pass, primitives: Primitives) -> None:
@@ -224,12 +251,9 @@ def blocks_of(left: Tensor, central: Tensor, right: Tensor) -> dict[str, Tensor]
 
 @dataclass
 class BlockGradients:
-    """Where a backward puts the gradients of the blocks that need one; None for the others.
+    """Where a backward puts the gradients of the blocks that need one; None for the others."""
 
-    The central one is a float32 sum over the experts, which begins as zeros. So do left and right ``[E, ...]`` where
-    the gradients of experts without slots are not written.
-    """
-
+    launches: Launches
     left: Tensor | None
     central: Tensor | None
     right: Tensor | None
@@ -238,21 +262,23 @@ class BlockGradients:
     def begun(
         cls,
         launches: Launches,
+        program: Program,
+        dims: BlockDims,
         blocks: tuple[Tensor, Tensor, Tensor],
         need: tuple[bool, bool, bool] = (True, True, True),
     ) -> BlockGradients:
         left, central, right = blocks
-        make = torch.empty if launches.writes_idle_experts else torch.zeros
+        alone = chunk_size(program, dims, left.shape[0]) >= left.shape[0]
         dleft, dright = (
-            make(t.shape, dtype=t.dtype, device=t.device) if needed else None
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
             for t, needed in ((left, need[0]), (right, need[2]))
         )
-        total = torch.zeros(central.shape, dtype=torch.float32, device=central.device) if need[1] else None
-        return cls(dleft, total, dright)
+        return cls(launches, dleft, launches.begin_sum(central, alone) if need[1] else None, dright)
 
     def values(self) -> dict[str, Tensor]:
         named = {"L": self.left, "C": self.central, "R": self.right}
         return {f"d {name}": data for name, data in named.items() if data is not None}
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.left, None if self.central is None else self.central.to(dtype), self.right
+        central = None if self.central is None else self.launches.end_sum(self.central, dtype)
+        return self.left, central, self.right

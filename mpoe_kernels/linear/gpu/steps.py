@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of
 from mpoe_kernels.planner import program_of
@@ -16,14 +19,32 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_GRADIENTS: Gradients = (None, None, None)
 
 
-def unit_columns(t: Tensor) -> Tensor:
-    """The kernels read rows of contiguous columns."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+Call = TypeVar("Call", ForwardCall, BackwardCall)
+# Tensors that kernels of every backend read by position alone.
+DENSE = ("expert_offsets", "bias", "row_index", "grad", "h", "saved")
+
+
+def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
+    """The call with dense tensors, as far as their names are in ``dense``, and rows of x with contiguous columns."""
+    changed: dict[str, Any] = {}
+    for name in dense:
+        tensor = getattr(call, name, None)
+        if tensor is not None and not tensor.is_contiguous():
+            changed[name] = tensor.contiguous()
+    if "x" not in changed and call.x.stride(1) != 1 and call.x.shape[1] != 1:
+        changed["x"] = call.x.contiguous()
+    return replace(call, **changed) if changed else call
+
+
+def slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
+    """`slots_by_token`, where the rows of a gradient of x are to be summed; nothing where slots are x's rows."""
+    gathered = call.row_index is not None and call.need[0]
+    return slots_by_token(call.row_index, call.x.shape[0]) if gathered else ()
 
 
 def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, h, z)``, see `ForwardCall`; every product of the program is a launch."""
-    x, dims, slots = unit_columns(call.x), call.dims, call.slots
+    """``(y, h, z)``, see `ForwardCall`, of a `prepared` call; every product of the program is a launch."""
+    x, dims, slots = call.x, call.dims, call.slots
     y = x.new_empty(slots, call.out_features)
     pre = torch.empty_like(y) if call.saves_z else None
     h = x.new_empty(slots * dims.jC, dims.b) if call.saves_h else None
@@ -39,35 +60,34 @@ def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Ten
 def backward(
     call: BackwardCall,
     launches: Launches,
-    gradients: Callable[[BackwardCall, Tensor, Tensor, Tensor | None], Gradients],
+    gradients: Callable[[BackwardCall, Tensor, Tensor | None], Gradients],
+    by_token: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`.
 
     Args:
-        call: of the op.
+        call: of the op, `prepared`.
         launches: of the backend.
-        gradients: from the call, dz, x and ``dx [N, I]`` (None: not needed), which it writes by slot, to those of the
+        gradients: from the call, dz and ``dx [N, I]`` (None: not needed), which it writes by slot, to those of the
             blocks.
+        by_token: `slots_to_sum`.
     """
-    grad, need = call.grad, call.need_of_plan
-    x, offsets = unit_columns(call.x), call.expert_offsets
-    dz, dbias = launches.activation_backward(grad.contiguous(), call.saved, offsets, call.activation, call.need[4])
+    grad, need, offsets = call.grad, call.need_of_plan, call.expert_offsets
+    dz, dbias = launches.activation_backward(grad, call.saved, offsets, call.activation, call.need[4])
     dx = grad.new_empty(call.slots, call.in_features) if need[0] else None
-    parts = gradients(call, dz, x, dx) if any(need) else NO_GRADIENTS
-    if dx is not None and call.row_index is not None:
-        dx = launches.sum_rows_by_token(dx, call.row_index, x.shape[0])
+    parts = gradients(call, dz, dx) if any(need) else NO_GRADIENTS
+    if dx is not None and by_token:
+        dx = launches.sum_rows(dx, *by_token)
     results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
 
 
-def gradients_by_steps(
-    call: BackwardCall, launches: Launches, dz: Tensor, x: Tensor, dx: Tensor | None, need: Need
-) -> Gradients:
+def gradients_by_steps(call: BackwardCall, launches: Launches, dz: Tensor, dx: Tensor | None, need: Need) -> Gradients:
     """Those of the blocks, and ``dx`` where ``need[0]``; every product of the program is a launch."""
     dims, h = call.dims, call.saved_h
     program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
-    grads = BlockGradients.begun(launches, call.blocks, need[1:])
-    values = {"x": x, "d y": dz, **blocks_of(*call.blocks), **grads.values()}
+    grads = BlockGradients.begun(launches, program, dims, call.blocks, need[1:])
+    values = {"x": call.x, "d y": dz, **blocks_of(*call.blocks), **grads.values()}
     if dx is not None:
         values["d x"] = dx
     if h is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, able_tiles, best_tile, fused_table
 from mpoe_kernels.triton import tuning
 from mpoe_kernels.triton.architecture import INTERPRETER, shared_memory_of
-from mpoe_kernels.triton.start import architecture_of, recorded_tile, target_of
+from mpoe_kernels.triton.start import architecture_of, device_of, recorded_tile, target_of
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ def tile_for(
 
     ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`.
     """
-    architecture = architecture_of(like.device)
-    limit = shared_memory_of(like.device)
+    device = device_of(like)
+    architecture, limit = architecture_of(device), shared_memory_of(device)
     entry = recorded_tile()
     if entry is not None:
         shipped = _that_fit(kernel, architecture, like.dtype, limit)
         return shipped[min(entry, len(shipped) - 1)].fitted(m, n, k)
     tiles = _fitted_tiles(kernel, architecture, like.dtype, limit, m, n, k)
-    return tuning.choose(kernel, like.device, like.dtype, (m, n, k), tiles, launch)
+    return tuning.choose(kernel, device, like.dtype, (m, n, k), tiles, launch)
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
@@ -145,7 +145,8 @@ def fused_choice(
     Raises:
         ValueError: no tile fits; `fused_cost.fused_reasons` says so beforehand.
     """
-    architecture, limit = target_of(like.device)
+    device = device_of(like)
+    architecture, limit = target_of(device)
     itemsize = like.dtype.itemsize
     tiles = fused_table(purpose)[architecture][itemsize] if tile is None else (tile,)
     if (entry := recorded_tile()) is not None and tile is None and tiles:
@@ -156,5 +157,5 @@ def fused_choice(
     able = dict(able_tiles(tiles, sides, itemsize, limit, purpose))
     sizes = (rows, *sides.k, *sides.n, sides.a, sides.b)
     ordered = list(dict.fromkeys((found[0], *able)))
-    chosen = tuning.choose(f"fused {purpose}", like.device, like.dtype, sizes, ordered, launch)
+    chosen = tuning.choose(f"fused {purpose}", device, like.dtype, sizes, ordered, launch)
     return chosen, able[chosen]

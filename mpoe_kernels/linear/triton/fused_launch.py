@@ -16,7 +16,8 @@ from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, righ
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
 from mpoe_kernels.linear.triton.launch import multiprocessors, precision
 from mpoe_kernels.planner.orders import BlockDims
-from mpoe_kernels.triton.start import cdiv, power_of_two, start
+from mpoe_kernels.triton.pointwise import sum_parts
+from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
 
 MOST_PARTS = 16  # partial results of a gradient
 
@@ -189,7 +190,7 @@ def block_gradients(
 
     dleft = dcentral = dright = None
     if need[0]:
-        parts = parts_for(x.device, rows_of_tiles * experts, pairs)
+        parts = parts_for(device_of(x), rows_of_tiles * experts, pairs)
         out = partial(blocks.left.shape, parts)
         start(
             left_gradient_kernel,
@@ -203,9 +204,9 @@ def block_gradients(
             OF_CENTRAL=False,
             **common,
         )
-        dleft = out.sum(0).to(x.dtype)
+        dleft = sum_parts(out, torch.empty_like(blocks.left, memory_format=torch.contiguous_format))
     if need[1]:
-        parts = parts_for(x.device, rows_of_tiles * pairs, experts)
+        parts = parts_for(device_of(x), rows_of_tiles * pairs, experts)
         out = partial(blocks.central.shape, parts * rows_of_tiles)
         _, a, k, n, b = out.stride()
         start(
@@ -220,9 +221,9 @@ def block_gradients(
             OF_CENTRAL=True,
             **common,
         )
-        dcentral = out.sum(0).to(x.dtype)
+        dcentral = sum_parts(out, torch.empty_like(blocks.central, memory_format=torch.contiguous_format))
     if need[2]:
-        parts = parts_for(x.device, columns_of_tiles * experts, pairs * rows_of_tiles)
+        parts = parts_for(device_of(x), columns_of_tiles * experts, pairs * rows_of_tiles)
         out = partial(blocks.right.shape, parts)
         _, expert, b, k, n = out.stride()
         start(
@@ -233,5 +234,5 @@ def block_gradients(
             OUT=(expert, k, n, b),
             **common,
         )
-        dright = out.sum(0).to(x.dtype)
+        dright = sum_parts(out, torch.empty_like(blocks.right, memory_format=torch.contiguous_format))
     return dleft, dcentral, dright

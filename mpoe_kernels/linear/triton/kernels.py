@@ -12,20 +12,44 @@ from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand, block, scratch
 from mpoe_kernels.linear.triton.fused_launch import Blocks, block_gradients, rows_times_weight
 from mpoe_kernels.linear.triton.launch import LAUNCHES, merge_blocks
+from mpoe_kernels.linear.triton.plan import planned
+
+Forward = tuple[Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def forward_by_steps(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def forward_by_steps(call: ForwardCall) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
-    return steps.forward_by_steps(call, LAUNCHES)
+    return planned(_forward_by_steps, steps.prepared(call))
 
 
-def forward_on_chip(call: ForwardCall, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     """The same with weights that never leave the multiprocessor.
 
     Args:
         half: make left · central of every expert in a launch of its own.
     """
-    x = steps.unit_columns(call.x)
+    return planned(_forward_on_chip, steps.prepared(call), half)
+
+
+def backward_by_steps(call: BackwardCall) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    call = steps.prepared(call)
+    return planned(_backward_by_steps, call, *steps.slots_to_sum(call))
+
+
+def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
+    """The same with weights and their gradients that never leave the multiprocessor; ``half`` as above."""
+    call = steps.prepared(call)
+    return planned(_backward_on_chip, call, half, *steps.slots_to_sum(call))
+
+
+def _forward_by_steps(call: ForwardCall) -> Forward:
+    return steps.forward_by_steps(call, LAUNCHES)
+
+
+def _forward_on_chip(call: ForwardCall, half: bool) -> Forward:
+    x = call.x
     y = x.new_empty(call.slots, call.out_features)
     pre = torch.empty_like(y) if call.saves_z else None
     rows_times_weight(
@@ -43,26 +67,23 @@ def forward_on_chip(call: ForwardCall, half: bool) -> tuple[Tensor, Tensor, Tens
     return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
 
-def backward_by_steps(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    return steps.backward(call, LAUNCHES, _gradients_by_steps)
+def _backward_by_steps(call: BackwardCall, *by_token: Tensor) -> Backward:
+    def gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradients:
+        return steps.gradients_by_steps(call, LAUNCHES, dz, dx, call.need_of_plan)
+
+    return steps.backward(call, LAUNCHES, gradients, by_token)
 
 
-def backward_on_chip(call: BackwardCall, half: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with weights and their gradients that never leave the multiprocessor; ``half`` as above."""
-    return steps.backward(call, LAUNCHES, partial(_gradients_on_chip, half=half))
+def _backward_on_chip(call: BackwardCall, half: bool, *by_token: Tensor) -> Backward:
+    return steps.backward(call, LAUNCHES, partial(_gradients_on_chip, half=half), by_token)
 
 
-def _gradients_by_steps(call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None) -> steps.Gradients:
-    return steps.gradients_by_steps(call, LAUNCHES, dz, x, dx, call.need_of_plan)
-
-
-def _gradients_on_chip(call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None, half: bool) -> steps.Gradients:
+def _gradients_on_chip(call: BackwardCall, dz: Tensor, dx: Tensor | None, half: bool) -> steps.Gradients:
     blocks, offsets, dims = Blocks(*call.blocks), call.expert_offsets, call.dims
     if dx is not None:
         built = _half_built(call) if half else None
         rows_times_weight(dz, blocks, offsets, dx, dims, transposed=True, half=built)
-    return block_gradients(x, dz, blocks, offsets, dims, call.need_of_plan[1:], row_index=call.row_index)
+    return block_gradients(call.x, dz, blocks, offsets, dims, call.need_of_plan[1:], row_index=call.row_index)
 
 
 def _half_built(call: ForwardCall | BackwardCall) -> Operand:

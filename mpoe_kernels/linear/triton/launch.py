@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gpu.operands import Operand, index_map, scratch
+from mpoe_kernels.linear.gpu.operands import Operand, index_map
 from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
@@ -16,8 +16,8 @@ from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.planner.orders import AXES, BlockDims
-from mpoe_kernels.triton.pointwise import activation_backward, sum_rows_by_token
-from mpoe_kernels.triton.start import cdiv, power_of_two, start
+from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
+from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -73,7 +73,7 @@ def rows_times_block(
     dummy = out.data
     start(
         rows_kernel,
-        (persistent_programs(rows.data.device, tiles),),
+        (persistent_programs(device_of(rows.data), tiles),),
         a=rows.data,
         b=operand.data,
         out=out.data,
@@ -122,39 +122,39 @@ def block_gradient(
     *,
     out: Operand,
     row_index: Tensor | None = None,
+    add: bool = False,
     tile: Tile | None = None,
 ) -> Operand:
-    """See `mpoe_kernels.linear.gpu.products.Primitives`."""
+    """See `mpoe_kernels.linear.gpu.products.Primitives`; an ``out`` that experts share is dense."""
     axes = frozenset(AXES[name])
     shared = rows.axes & grads.axes
     experts, grouped = offsets.shape[0] - 1, out.outer != 0
-    # A shared block's sum is split; its parts, and what they are added to, have the layout of blocks.
-    layout = out if grouped else scratch(name, 0, dims, rows.data)
     m, n, s = (
-        index_map(axes & rows.axes, dims, rows, layout),
-        index_map(axes & grads.axes, dims, grads, layout),
+        index_map(axes & rows.axes, dims, rows, out),
+        index_map(axes & grads.axes, dims, grads, out),
         index_map(shared, dims, grads, rows),
     )
 
     def again(tile: Tile) -> Operand:
-        to = out if grouped else replace(out, data=torch.empty_like(out.data))  # what is added must be added once
+        to = replace(out, data=torch.empty_like(out.data)) if add else out  # what is added must be added once
         return block_gradient(rows, grads, name, dims, offsets, row_index=row_index, out=to, tile=tile)
 
     tile = tile or tile_for("outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0], again)
     mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
-    splits = 1 if grouped else central_splits(rows.data.device, mn_tiles, grads.data.shape[0] * s.extent, tile)
-    found = out if grouped else scratch(name, splits, dims, out.data)
+    splits = 1 if grouped else central_splits(device_of(rows.data), mn_tiles, grads.data.shape[0] * s.extent, tile)
+    whole = grouped or (splits == 1 and not add)
+    found = out.data if whole else torch.empty(splits, *out.data.shape, dtype=torch.float32, device=out.data.device)
     start(
         outer_kernel,
         (mn_tiles, experts if grouped else splits),
         a=rows.data,
         g=grads.data,
-        out=found.data,
-        row_index=found.data if row_index is None else row_index,
+        out=found,
+        row_index=found if row_index is None else row_index,
         offsets=offsets,
         A_SLOT=rows.outer,
         G_SLOT=grads.outer,
-        OUT_EXPERT=found.outer,
+        OUT_EXPERT=out.outer if grouped else out.data.numel(),
         S=s.extent,
         M=m.extent,
         N=n.extent,
@@ -175,8 +175,8 @@ def block_gradient(
         PRECISION=precision(rows.data.dtype),
         **launch_options(tile),
     )
-    if not grouped:
-        out.data.add_(found.data.sum(0).view_as(out.data))
+    if not whole:
+        sum_parts(found, out.data, add)
     return out
 
 
@@ -192,20 +192,22 @@ def merge_blocks(
     dims: BlockDims,
     offsets: Tensor,
     *,
-    accumulate: bool = False,
+    shared: bool = False,
+    add: bool = False,
+    clear: bool = False,
     tile: Tile | None = None,
 ) -> Operand:
-    """See `mpoe_kernels.linear.gpu.products.Primitives`; idle experts keep what ``out`` held."""
+    """See `mpoe_kernels.linear.gpu.products.Primitives`."""
     m, n, k = (
         index_map(first.axes - second.axes, dims, out, first),
         index_map(second.axes - first.axes, dims, out, second),
         index_map(first.axes & second.axes, dims, second, first),
     )
     experts = offsets.shape[0] - 1
-    again = partial(merge_blocks, first, second, out, dims, offsets)
-    repeat = None if accumulate else lambda t: again(tile=t)  # what is added must be added once
+    again = partial(merge_blocks, first, second, out, dims, offsets, shared=shared, clear=clear)
+    repeat = None if add else lambda t: again(tile=t)  # what is added must be added once
     tile = tile or tile_for("blocks", first.data, m.extent, n.extent, k.extent, repeat)
-    grid = (cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n), 1 if accumulate else experts)
+    grid = (cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n), 1 if shared else experts)
     start(
         blocks_kernel,
         grid,
@@ -229,7 +231,9 @@ def merge_blocks(
         N_SIZES=n.sizes,
         N_OUT=n.strides[0],
         N_Q=n.strides[1],
-        SUM=accumulate,
+        SUM=shared,
+        ADD=add,
+        CLEAR=clear,
         PRECISION=precision(first.data.dtype),
         **launch_options(tile),
     )
@@ -243,8 +247,7 @@ class TritonLaunches:
     block_gradient = staticmethod(block_gradient)
     merge_blocks = staticmethod(merge_blocks)
     activation_backward = staticmethod(activation_backward)
-    sum_rows_by_token = staticmethod(sum_rows_by_token)
-    writes_idle_experts = False
+    sum_rows = staticmethod(sum_rows)
 
     def compute(self, whole: Pass) -> None:
         """Product after product."""
@@ -253,6 +256,13 @@ class TritonLaunches:
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """Memory from PyTorch."""
         return like.new_empty(rows, columns)
+
+    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
+        """The first product writes, the others add in float32."""
+        return torch.empty(block.shape, dtype=block.dtype if alone else torch.float32, device=block.device)
+
+    def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return total if total.dtype == dtype else sum_parts(total.unsqueeze(0), torch.empty_like(total, dtype=dtype))
 
 
 LAUNCHES = TritonLaunches()

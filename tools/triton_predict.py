@@ -29,7 +29,6 @@ CARD = HARDWARE["h100"]
 ARCHITECTURE = "sm_90"
 DTYPE = torch.bfloat16
 EXPERTS, TOKENS = (8, 64), (64, 4096, 32768)
-RUN = {"forward": catalogue.run_forward, "backward": catalogue.run_backward}
 ACTIVATIONS = {"up": "relu", "down": "none"}
 
 
@@ -111,7 +110,7 @@ def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
 def predictions(dims: BlockDims, experts: int, tokens: int, plan: Choice, activation: str) -> list[Prediction]:
     """Of every kernel that a choice starts, in the order of its first launch."""
     with recorded(ARCHITECTURE) as started:
-        RUN[plan.phase](dims, experts, tokens, DTYPE, plan.strategy, activation)
+        catalogue.run(plan.phase, dims, experts, tokens, DTYPE, plan.strategy, activation)
     found: dict[str, Prediction] = {}
     for launch in started:
         one = predict(launch, experts, tokens)

@@ -118,7 +118,7 @@ def _on_chip(dims: BlockDims, dtype: torch.dtype, candidate: str) -> bool:
     return candidate in ON_CHIP_NAMES and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
 
 
-def run_forward(
+def forward_work(
     dims: BlockDims,
     experts: int,
     tokens: int,
@@ -126,16 +126,15 @@ def run_forward(
     strategy: str,
     activation: str = "none",
     indexed: bool = True,
-) -> None:
-    """The grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it."""
+) -> Callable[[], object]:
+    """Computes the grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it."""
     call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=True)
     if _on_chip(dims, dtype, strategy):
-        linear.forward_on_chip(call, half=strategy == ON_CHIP_FROM_HALF)
-    else:
-        linear.forward_by_steps(call)
+        return partial(linear.forward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
+    return partial(linear.forward_by_steps, call)
 
 
-def run_backward(
+def backward_work(
     dims: BlockDims,
     experts: int,
     tokens: int,
@@ -144,17 +143,24 @@ def run_backward(
     activation: str = "none",
     mask_central: bool = False,
     indexed: bool = True,
-) -> None:
-    """Its gradients."""
+) -> Callable[[], object]:
+    """Computes its gradients."""
     common = _common(dims, experts, tokens, dtype, strategy, activation, indexed)
     grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
     h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
     need = [True, True, not mask_central, True, activation != "none"]
     call = BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
     if _on_chip(dims, dtype, strategy):
-        linear.backward_on_chip(call, half=strategy == ON_CHIP_FROM_HALF)
-    else:
-        linear.backward_by_steps(call)
+        return partial(linear.backward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
+    return partial(linear.backward_by_steps, call)
+
+
+WORK: dict[str, Callable[..., Callable[[], object]]] = {"forward": forward_work, "backward": backward_work}
+
+
+def run(phase: str, *problem: Any, **options: Any) -> None:
+    """Do the work of a phase."""
+    WORK[phase](*problem, **options)()
 
 
 def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
@@ -167,9 +173,9 @@ def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
             for experts, tokens in ((e, t) for e in EXPERTS[: 1 if few else None] for t in TOKENS):
                 label = f"{name} {direction} E={experts} T={tokens}"
                 sizes = (dims, experts, tokens, dtype)
-                for phase, run in (("forward", run_forward), ("backward", run_backward)):
+                for phase in PHASES:
                     for strategy in strategies(*sizes, phase):
-                        work = partial(run, *sizes, strategy, activation)
+                        work = partial(run, phase, *sizes, strategy, activation)
                         every_tile = not few and (experts, tokens) == (EXPERTS[0], TOKENS[0])
                         yield Problem(f"{label} {phase} {strategy}", work, every_tile)
 
@@ -181,9 +187,9 @@ def _activations(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
         strategy = "separable" if dims.is_separable else ON_CHIP
         sizes = (dims, EXPERTS[0], TOKENS[0], dtype, strategy)
         for activation in ("gelu", "gelu_tanh", "silu"):
-            yield Problem(f"{name} {activation} forward", partial(run_forward, *sizes, activation))
-            yield Problem(f"{name} {activation} backward", partial(run_backward, *sizes, activation))
-        yield Problem(f"{name} masked backward", partial(run_backward, *sizes, "relu", True))
+            yield Problem(f"{name} {activation} forward", partial(run, "forward", *sizes, activation))
+            yield Problem(f"{name} {activation} backward", partial(run, "backward", *sizes, activation))
+        yield Problem(f"{name} masked backward", partial(run, "backward", *sizes, "relu", True))
 
 
 def _routing(dtype: torch.dtype, few: bool) -> Iterator[Problem]:

@@ -109,8 +109,8 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
     slots, columns = grad.shape
-    if slots == 0 or (activation == "none" and not need_bias):
-        return grad, grad.new_zeros(columns) if need_bias else None
+    if activation == "none" and not need_bias:
+        return grad, None
     bm, bn = 32, 128
     dz = grad if activation == "none" else torch.empty_like(grad)
     blocks = triton.cdiv(slots, bm)

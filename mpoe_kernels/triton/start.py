@@ -46,16 +46,17 @@ class Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
-_recording: ContextVar[Recording | None] = ContextVar("mpoe_triton_recording", default=None)
+# Of the launches that are recorded instead of made.
+recording: ContextVar[Recording | None] = ContextVar("mpoe_triton_recording", default=None)
 
 
 @contextmanager
-def _into(recording: Recording) -> Iterator[list[Launch]]:
-    token = _recording.set(recording)
+def _into(found: Recording) -> Iterator[list[Launch]]:
+    token = recording.set(found)
     try:
-        yield recording.launches
+        yield found.launches
     finally:
-        _recording.reset(token)
+        recording.reset(token)
 
 
 def recorded(name: str, tile: int | None = None) -> AbstractContextManager[list[Launch]]:
@@ -73,21 +74,16 @@ def recorded_for(device: torch.device) -> AbstractContextManager[list[Launch]]:
     return _into(Recording(architecture.target_of(device), device))
 
 
-def recording() -> bool:
-    """Whether launches are recorded instead of made."""
-    return _recording.get() is not None
-
-
 def planning() -> bool:
     """Whether launches are recorded to be made on this machine."""
-    recording = _recording.get()
-    return recording is not None and recording.device is not None
+    current = recording.get()
+    return current is not None and current.device is not None
 
 
 def device_of(tensor: Tensor) -> torch.device:
     """Where a tensor is, or would be if launches were not recorded."""
-    recording = _recording.get()
-    return tensor.device if recording is None or recording.device is None else recording.device
+    current = recording.get()
+    return tensor.device if current is None or current.device is None else current.device
 
 
 def architecture_of(device: torch.device) -> str:
@@ -97,14 +93,14 @@ def architecture_of(device: torch.device) -> str:
 
 def target_of(device: torch.device) -> architecture.Target:
     """What kernels for tensors on ``device`` are made for, or the recorded target."""
-    recording = _recording.get()
-    return architecture.target_of(device) if recording is None else recording.target
+    current = recording.get()
+    return architecture.target_of(device) if current is None else current.target
 
 
 def recorded_tile() -> int | None:
     """Entry of the tables of tiles that a recording asks for."""
-    recording = _recording.get()
-    return None if recording is None else recording.tile
+    current = recording.get()
+    return None if current is None else current.tile
 
 
 def _on_device(index: int) -> AbstractContextManager[Any]:
@@ -189,9 +185,9 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """
     if 0 in grid:
         return
-    recording = _recording.get()
-    if recording is not None:
-        recording.launches.append(Launch(kernel, grid, arguments))
+    current = recording.get()
+    if current is not None:
+        current.launches.append(Launch(kernel, grid, arguments))
         return
     device = next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
     with _on_device(device):

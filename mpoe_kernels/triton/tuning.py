@@ -37,7 +37,8 @@ class _Tuning:
     path: Path
 
 
-_active: _Tuning | None = None  # of the process: backward runs in threads of its own
+# What chooses tiles now; of the process, as a backward runs in threads of its own.
+active: _Tuning | None = None
 
 
 @contextmanager
@@ -48,17 +49,12 @@ def autotuned(bench: Bench | None = None, path: Path | None = None) -> Iterator[
         bench: times a launch; by default Triton's own bench on a GPU. Without a GPU the choice stays the fixed one.
         path: file of the kept choices.
     """
-    global _active
-    previous, _active = _active, _Tuning(bench, path or cache_file("triton_tiles.json"))
+    global active
+    previous, active = active, _Tuning(bench, path or cache_file("triton_tiles.json"))
     try:
         yield
     finally:
-        _active = previous
-
-
-def active() -> object:
-    """What chooses tiles now; equal values choose alike."""
-    return _active
+        active = previous
 
 
 def size_class(kernel: str, dtype: torch.dtype, sizes: tuple[float, ...]) -> str:
@@ -83,14 +79,14 @@ def choose(
     Raises:
         UnmeasuredError: launches are recorded, and nothing was kept for these sizes.
     """
-    if _active is None or launch is None or len(candidates) < 2:
+    if active is None or launch is None or len(candidates) < 2:
         return candidates[0]
-    bench = _active.bench or _bench_of(device)
+    bench = active.bench or _bench_of(device)
     if bench is None:
         return candidates[0]
     name = f"{_device_name(device)} / triton {version('triton')}"
     key = size_class(kernel, dtype, sizes)
-    kept = _read(_active.path).get(name, {}).get(key)
+    kept = _read(active.path).get(name, {}).get(key)
     for candidate in candidates:
         if kept == list(astuple(candidate)):  # type: ignore[call-overload]
             return candidate
@@ -101,7 +97,7 @@ def choose(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # of the bench's events
         times = [_milliseconds(bench, partial(launch, candidate)) for candidate in candidates]
     winner = candidates[times.index(min(times))]
-    _keep(_active.path, name, key, list(astuple(winner)))  # type: ignore[call-overload]
+    _keep(active.path, name, key, list(astuple(winner)))  # type: ignore[call-overload]
     return winner
 
 

@@ -54,7 +54,7 @@ def test_every_kernel_is_found_on_every_architecture() -> None:
 def test_every_shipped_tile_is_compiled() -> None:
     dims = catalogue.dims_of(catalogue.shapes()["separable"][0])
     problem = catalogue.Problem(
-        "separable", lambda: catalogue.run_backward(dims, 1, 4096, torch.bfloat16, "separable"), every_tile=True
+        "separable", lambda: catalogue.run("backward", dims, 1, 4096, torch.bfloat16, "separable"), every_tile=True
     )
     started = catalogue.launches(problem, "sm_90")
     for kernel in ("rows", "outer"):

@@ -113,7 +113,7 @@ def planned(kernel: Callable[..., Any], call: Any, *more: Any) -> Any:
     Tensors among the arguments are read as they lie; other arguments belong to the problem. Launches that are recorded
     for a tool, or that must be measured first (see `tuning`), are made by the kernel itself.
     """
-    if recording() or call.slots == 0:
+    if recording.get() is not None:
         return kernel(call, *more)
     tensors, problem = [], []
     for value in (*(getattr(call, name) for name in call.__dataclass_fields__), *more):
@@ -123,7 +123,7 @@ def planned(kernel: Callable[..., Any], call: Any, *more: Any) -> Any:
             problem.append(_Layout(*layout))
         else:
             problem.append(tuple(value) if isinstance(value, list) else value)
-    conditions = may_round_to_tf32(call.x.dtype), tuning.active()
+    conditions = call.x.dtype == torch.float32 and may_round_to_tf32(call.x.dtype), tuning.active
     try:
         plan = launch_plan(kernel, type(call), tuple(problem), call.x.device, conditions)
     except tuning.UnmeasuredError:

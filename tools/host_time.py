@@ -1,0 +1,146 @@
+"""How long the host takes to start the Triton kernels of a feed-forward layer, with stand-ins for a GPU.
+
+    python tools/host_time.py [--experts 8] [--tokens 4096] [--doc]
+
+Tensors have no memory (device ``meta``), nothing is compiled, and what stands for the driver's launch does nothing: what
+remains is Python's part of a call. *Bare* is that of ``compiled[grid](*arguments)`` alone, Triton's own way to start a
+kernel that is compiled. Up and down projection together, each by the strategy that the backend would choose on an
+H100. ``--doc`` writes the table into bench/results/ahead-of-time/triton.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton_compile import DOC, write_between
+from triton_predict import ACTIVATIONS, ARCHITECTURE, DTYPE, choice
+
+from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.linear.triton import fused_launch, launch
+from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.triton import start
+from mpoe_kernels.triton.architecture import target_named
+
+MULTIPROCESSORS = 132
+
+
+class Driver:
+    """Stands for Triton's driver of a GPU."""
+
+    utils = SimpleNamespace(unload_module=lambda module: None)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled(CompiledKernel):  # type: ignore[misc]
+    """A compiled kernel whose launch does nothing."""
+
+    def __init__(self) -> None:
+        self.module, self.function, self.packed_metadata, self.name, self.src = None, 0, (), "", None
+        self._run = lambda *arguments: None
+
+    def _init_handles(self) -> None:
+        pass
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """A GPU that there is not: its driver, its compiler and its properties."""
+
+    def compiled(jit: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Compiled:
+        return jit.device_caches[device][0].setdefault(key, Compiled())
+
+    triton.runtime.driver.set_active(Driver())
+    many, target = (lambda _: MULTIPROCESSORS), (lambda _: target_named(ARCHITECTURE))
+    with (
+        patch.object(JITFunction, "_do_compile", compiled),
+        patch.object(launch, "multiprocessors", many),
+        patch.object(fused_launch, "multiprocessors", many),
+        patch.object(start.architecture, "target_of", target),
+    ):
+        yield
+
+
+def microseconds(run: Callable[[], object], repeats: int = 20, rounds: int = 7) -> float:
+    """Of the fastest round, for one run."""
+    run()
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        best = min(best, time.perf_counter() - begin)
+    return best / repeats * 1e6
+
+
+def bare(launches: list[start.Launch]) -> float:
+    """Microseconds of ``compiled[grid](*arguments)`` for all of them."""
+    handle = Compiled()
+    calls = [(one.grid, [one.arguments[name] for name in one.kernel.arg_names]) for one in launches]
+
+    def run() -> None:
+        for grid, arguments in calls:
+            handle[(*grid, 1, 1)[:3]](*arguments)
+
+    return microseconds(run)
+
+
+def table(experts: int, tokens: int) -> str:
+    """A row for every shape and phase."""
+    lines = ["| shape | | launches | us | us of a launch | bare us of a launch |", "|---|---|---|---|---|---|"]
+    for name, pair in catalogue.shapes().items():
+        for phase in PHASES:
+            works = []
+            for activation, shape in zip(ACTIVATIONS.values(), pair, strict=True):
+                problem = catalogue.dims_of(shape), experts, tokens
+                strategy = choice(*problem, phase).strategy
+                works.append(catalogue.WORK[phase](*problem, DTYPE, strategy, activation))
+
+            def run(works: list[Callable[[], object]] = works) -> None:
+                for work in works:
+                    work()
+
+            with start.recorded(ARCHITECTURE) as launches:
+                run()
+            total, least = microseconds(run), bare(launches) / len(launches)
+            cells = f"{len(launches)} | {total:.0f} | {total / len(launches):.1f} | {least:.1f}"
+            lines.append(f"| {name} | {phase} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
+    chosen = parser.parse_args(words)
+    with stand_ins():
+        found = table(chosen.experts, chosen.tokens)
+    if chosen.doc:
+        write_between(DOC, "host", found)
+    else:
+        print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
     python tools/host_time.py [--experts 8] [--tokens 4096] [--doc]
 
-Tensors have no memory (device ``meta``), nothing is compiled, and what stands for the driver's launch does nothing: what
-remains is Python's part of a call. *Bare* is that of ``compiled[grid](*arguments)`` alone, Triton's own way to start a
-kernel that is compiled. Up and down projection together, each by the strategy that the backend would choose on an
-H100. ``--doc`` writes the table into bench/results/ahead-of-time/triton.md.
+Tensors have no memory (device ``meta``), nothing is compiled, and what stands for the driver's launch does nothing:
+what remains is Python's part of a call. *Bare* is that of ``compiled[grid](*arguments)`` alone, Triton's own way to
+start a kernel that is compiled. Up and down projection together, each by the strategy that the backend would choose on
+an H100. ``--doc`` writes the table into bench/results/ahead-of-time/triton.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel

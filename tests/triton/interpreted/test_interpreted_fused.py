@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.triton import fused_launch
 from mpoe_kernels.linear.triton.fused_tiles import FusedTile, fused_table
-from mpoe_kernels.linear.triton.launch import TritonLaunches
-from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.triton import start
 
 from .linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
@@ -58,23 +53,3 @@ def test_many_small_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(fused_table(purpose), "interpreter", {4: tiles})
     monkeypatch.setattr(fused_launch, "multiprocessors", lambda _: 8)
     Case(UNEVEN, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)
-
-
-def test_rebuilding_step_by_step_holds_two_weights_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch memory that lives at once, however many experts there are."""
-    shape = SMALL_SHAPES["paper"]
-    dims = BlockDims.of_shape(shape)
-    alive: dict[int, int] = {}
-    most = 0
-
-    def empty(_: TritonLaunches, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-        nonlocal most
-        found = like.new_empty(rows, columns)
-        alive[id(found)] = found.numel()
-        weakref.finalize(found, alive.pop, id(found))
-        most = max(most, sum(alive.values()))
-        return found
-
-    monkeypatch.setattr(TritonLaunches, "empty", empty)
-    Case(shape, experts=6).run("rebuild")
-    assert dims.weight_elements < most <= 2 * dims.weight_elements

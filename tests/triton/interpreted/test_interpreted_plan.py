@@ -1,0 +1,199 @@
+"""Launch plans: the same bits as computing without one, one recording for each problem, and what a problem is."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import grouped_mpo_linear
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.gpu import steps
+from mpoe_kernels.linear.gpu.plan import ALIGNMENT
+from mpoe_kernels.linear.triton import configs, kernels, plan
+from mpoe_kernels.linear.triton.configs import Tile
+from mpoe_kernels.linear.triton.plan import MOST_PLANS, launch_plan, planned
+from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.triton.tuning import autotuned
+
+from .linear_runs import Case, strategies_of
+
+WALK = Path(__file__).resolve().parents[3] / "tools" / "way_of_a_call.py"
+
+
+def call_of(case: Case, strategy: str) -> ForwardCall:
+    return ForwardCall(*case._common(strategy), True)
+
+
+def recordings() -> int:
+    return launch_plan.cache_info().misses
+
+
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_the_same_bits_as_without_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(SMALL_SHAPES[name], tokens=5, experts=3, capacity=3)
+    for strategy in strategies_of(case.shape):
+        by_plan = [case.run(strategy) for _ in range(2)]
+        with monkeypatch.context() as without:
+            without.setattr(kernels, "planned", lambda kernel, *arguments: kernel(*arguments))
+            directly = case.run(strategy)
+        for found in by_plan:
+            assert all(torch.equal(p, q) for p, q in zip(found, directly, strict=True))
+
+
+def test_a_problem_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked = []
+    walk = steps.forward_by_steps
+    monkeypatch.setattr(steps, "forward_by_steps", lambda *arguments: walked.append(1) or walk(*arguments))
+    case = Case(SMALL_SHAPES["light"], tokens=5, experts=2)
+    for _ in range(3):
+        case.x = torch.randn_like(case.x)
+        y, _, _ = case.forward("chain")
+        torch.testing.assert_close(y, case.reference(torch.float32)[0], rtol=1e-4, atol=1e-4)
+    assert len(walked) == recordings() == 1
+    assert launch_plan.cache_info().maxsize == MOST_PLANS
+
+
+def changes(call: ForwardCall) -> dict[str, dict[str, Any]]:
+    """Calls that start something else than ``call`` does."""
+    x = call.x
+    assert call.row_index is not None
+    return {
+        "rows": {"x": torch.cat([x, x])},
+        "slots": {"row_index": torch.cat([call.row_index, call.row_index])},
+        "strides": {"x": torch.cat([x, x], 1)[:, : x.shape[1]]},
+        "address": {"x": torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)},
+        "dtype of offsets": {"expert_offsets": call.expert_offsets.long()},
+        "no bias": {"bias": None},
+        "no index": {"row_index": None, "x": x[call.row_index]},
+        "activation": {"activation": "silu"},
+        "nothing saved": {"save": False, "activation": "silu"},
+        "strategy": {"strategy": "rebuild"},
+        "order of a block": {"left": call.left.transpose(1, 2).contiguous().transpose(1, 2)},
+    }
+
+
+@pytest.mark.parametrize("changed", changes(call_of(Case(SMALL_SHAPES["light"]), "chain")))
+def test_what_launches_differently_is_another_problem(changed: str) -> None:
+    case = Case(SMALL_SHAPES["light"], tokens=5, experts=2, top_k=1, capacity=None, activation="relu")
+    call = call_of(case, "chain")
+    kernels.forward_by_steps(call)
+    other = replace(call, **changes(call)[changed])
+    for _ in range(2):
+        for found, wanted in zip(
+            kernels.forward_by_steps(other), kernels._forward_by_steps(steps.prepared(other)), strict=True
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert recordings() == 2
+    kernels.forward_by_steps(call)
+    assert recordings() == 2
+
+
+def test_each_set_of_gradients_is_a_problem() -> None:
+    case = Case(SMALL_SHAPES["light"], tokens=5, experts=2)
+    y, h, z = case.forward("chain")
+    before = recordings()
+    for need in ([True] * 5, [True, True, False, True, True], [True] * 5):
+        case.backward("chain", y, h, z, need)
+    assert recordings() == before + 2
+
+
+def test_temporaries_lie_in_one_piece_of_memory_of_two_weights_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many experts there are."""
+    case = Case(SMALL_SHAPES["paper"], experts=6)
+    pieces = []
+    empty = torch.empty
+
+    def counting(*size: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8:
+            pieces.append(size[0])
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", counting)
+    case.forward("rebuild")
+    (piece,) = pieces
+    weight = BlockDims.of_shape(case.shape).weight_elements * case.x.itemsize
+    assert weight < piece <= 2 * weight + 2 * ALIGNMENT
+
+
+def test_a_recording_refuses_what_it_would_not_repeat() -> None:
+    case = Case(SMALL_SHAPES["light"])
+    with pytest.raises(RuntimeError, match=r"a launch plan holds launches only; its recording met aten\.add"):
+        planned(lambda call: (call.x + 1,), call_of(case, "chain"))
+
+
+def test_no_slots() -> None:
+    case = Case(SMALL_SHAPES["light"], tokens=0, experts=2)
+    for strategy in strategies_of(case.shape):
+        _, dx, *blocks, dbias = case.run(strategy)
+        assert dx.shape == case.x.shape
+        assert not any(gradient.any() for gradient in (*blocks, dbias))
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
+@pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
+def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
+    """Every other element of a longer tensor, whose elements between would be another result."""
+    shape = SMALL_SHAPES["light"]
+    arguments = {
+        "bias": torch.randn(shape.out_features),
+        "row_index": torch.tensor([0, 2, 1, 4, 3]),
+        "expert_offsets": torch.tensor([0, 2, 5], dtype=torch.int32),
+    }
+    blocks, x = random_blocks(shape, 2, torch.float32), torch.randn(5, shape.in_features)
+
+    def run(**changed: Tensor) -> Tensor:
+        options = {"backend": "triton", "strategy": strategy, "activation": "gelu"}
+        return grouped_mpo_linear(x, blocks, **{**arguments, **changed}, **options)
+
+    apart = torch.stack([arguments[name], torch.zeros_like(arguments[name])], 1)[:, 0]
+    assert torch.equal(run(**{name: apart}), run())
+
+
+def test_tiles_are_measured_by_the_first_call_and_then_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiles = (Tile(64, 64, 64, 4, 1), Tile(16, 16, 16, 4, 1))
+    monkeypatch.setitem(configs.TILES, "interpreter", dict.fromkeys(("rows", "outer", "blocks"), tiles))
+    configs._fitted_tiles.cache_clear()
+    measured = []
+
+    def bench(run: Any) -> float:
+        measured.append(run.args[0])
+        run()
+        return 1.0 if run.args[0].m == 16 else 2.0
+
+    case = Case(SMALL_SHAPES["paper"], tokens=40, experts=2, capacity=None)
+    plain = case.run("rebuild")
+    with autotuned(bench, tmp_path / "tiles.json"):
+        first = case.run("rebuild")
+        count, before = len(measured), recordings()
+        assert count > 0
+        second = case.run("rebuild")
+        assert len(measured) == count
+        case.run("rebuild")
+        assert recordings() == before + 2, "forward and backward, recorded after they were measured"
+    configs._fitted_tiles.cache_clear()
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    for found, wanted in zip(first, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_way_of_a_call_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the backend's table to the first launch; a return is a call into a file that was left before."""
+    spec = importlib.util.spec_from_file_location("way_of_a_call", WALK)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(plan, "start_steps", lambda *_: None)
+    for strategy in ("separable", "rebuild"):
+        for walk in tool.walks("triton", strategy, cold=False).values():
+            own = walk.steps[walk.steps.index("backends/triton.py") : walk.steps.index("linear/triton/plan.py") + 1]
+            rest = [name for name in walk.steps[walk.steps.index("linear/triton/plan.py") :] if name not in own]
+            assert set(rest) <= {"planner/device.py", "linear/op.py"}
+            assert (len(own), len(set(own))) == (4, 4)

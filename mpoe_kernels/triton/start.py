@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -209,23 +209,25 @@ class Step:
         places: Mapping[str, tuple[int, int, torch.dtype]],
     ) -> None:
         """``places``: of the arguments that are tensors; number of the tensor, and the byte of it where they begin."""
-        self._kernel, self._grid, self._by_name, self._places = kernel, grid, arguments, places
         self._arguments = [arguments[name] for name in kernel.arg_names]
         self._addresses = [(kernel.arg_names.index(name), *place[:2]) for name, place in places.items()]
-        self._run: Callable[..., None] | None = None
+        self._run: Any = None
+        self._first: tuple[Any, ...] | None = kernel, grid, arguments, places  # what the handle makes needless
 
     def start(self, tensors: Sequence[Tensor], addresses: Sequence[int], device: int, stream: int | None) -> None:
         """``addresses``: of the tensors. On a device that is the current one."""
-        if self._run is None:
-            views = {name: _view(tensors[number], *rest) for name, (number, *rest) in self._places.items()}
-            handle = _launch(self._kernel, self._grid, device, {**self._by_name, **views})
+        first = self._first
+        if first is not None:
+            kernel, grid, arguments, places = first
+            views = {name: _view(tensors[number], begin, dtype) for name, (number, begin, dtype) in places.items()}
+            handle = _launch(kernel, grid, device, {**arguments, **views})
             if handle is not None:
-                self._run = handle[(*self._grid, 1, 1)[:3]]
+                self._run, self._first = handle[(*grid, 1, 1)[:3]], None
             return
-        arguments = self._arguments.copy()
-        for position, number, first in self._addresses:
-            arguments[position] = addresses[number] + first
-        self._run(*arguments, stream=stream)
+        values = self._arguments.copy()
+        for position, number, begin in self._addresses:
+            values[position] = addresses[number] + begin
+        self._run(*values, stream=stream)
 
 
 def _view(tensor: Tensor, first: int, dtype: torch.dtype) -> Tensor:

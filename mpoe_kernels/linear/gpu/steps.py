@@ -38,8 +38,7 @@ def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
 
 def slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
     """`slots_by_token`, where the rows of a gradient of x are to be summed; nothing where slots are x's rows."""
-    gathered = call.row_index is not None and call.need[0]
-    return slots_by_token(call.row_index, call.x.shape[0]) if gathered else ()
+    return () if call.row_index is None or not call.need[0] else slots_by_token(call.row_index, call.x.shape[0])
 
 
 def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:

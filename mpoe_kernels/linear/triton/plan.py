@@ -20,7 +20,7 @@ from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.triton import tuning
 from mpoe_kernels.triton.start import Step, recorded_for, recording, start_steps
 
-MOST_PLANS = 512
+MOST_PLANS = 2048  # of a few tens of kilobytes each
 
 
 class _Layout(NamedTuple):
@@ -53,8 +53,10 @@ class LaunchPlan:
         """Compute with these tensors."""
         device = tensors[0].device
         results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
-        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
-        start_steps(self.steps, [*tensors, *results, scratch])
+        found = [*tensors, *results]
+        if self.scratch:
+            found.append(torch.empty(self.scratch, dtype=torch.uint8, device=device))
+        start_steps(self.steps, found)
         return tuple(results)
 
 
@@ -70,7 +72,7 @@ class _OnlyLaunches(TorchDispatchMode):
 @lru_cache(maxsize=MOST_PLANS)
 def launch_plan(
     kernel: Callable[..., tuple[Tensor, ...]],
-    signature: type[Any],
+    signature: Any,
     problem: tuple[Any, ...],
     device: torch.device,
     conditions: tuple[Any, ...],
@@ -80,15 +82,15 @@ def launch_plan(
     Args:
         kernel: computes, with nothing but launches between views and new memory.
         signature: dataclass of its first argument.
-        problem: fields of that and further arguments; tensors by their layouts.
+        problem: fields of that and the further arguments; tensors by their layouts.
         device: where tensors are.
         conditions: whatever else the launches depend on.
     """
-    memory, arguments = Memory(), []
-    for value in problem:
-        arguments.append(value.stand_in() if isinstance(value, _Layout) else value)
-        if isinstance(value, _Layout):
-            memory.give(arguments[-1])
+    arguments = [value.stand_in() if isinstance(value, _Layout) else value for value in problem]
+    memory = Memory()
+    for value in arguments:
+        if isinstance(value, Tensor):
+            memory.give(value)
     count = len(signature.__dataclass_fields__)
     with recorded_for(device) as launches, _OnlyLaunches():
         results = kernel(signature(*arguments[:count]), *arguments[count:])
@@ -100,7 +102,7 @@ def launch_plan(
     steps = []
     for launch, named, where in zip(launches, tensors, pieces, strict=True):
         places = {
-            name: (where[name].number, where[name].place + tensor.storage_offset() * tensor.itemsize, tensor.dtype)
+            name: (where[name].number, where[name].place + int(tensor.storage_offset()) * tensor.itemsize, tensor.dtype)
             for name, tensor in named.items()
         }
         steps.append(Step(launch.kernel, launch.grid, {**launch.arguments, **dict.fromkeys(places)}, places))
@@ -115,17 +117,18 @@ def planned(kernel: Callable[..., Any], call: Any, *more: Any) -> Any:
     """
     if recording.get() is not None:
         return kernel(call, *more)
-    tensors, problem = [], []
+    tensors: list[Tensor] = []
+    problem: list[Any] = []
     for value in (*(getattr(call, name) for name in call.__dataclass_fields__), *more):
         if isinstance(value, Tensor):
             tensors.append(value)
-            layout = value.shape, value.stride(), value.dtype, value.data_ptr() % 16
-            problem.append(_Layout(*layout))
+            problem.append(_Layout(value.shape, value.stride(), value.dtype, value.data_ptr() % 16))
         else:
             problem.append(tuple(value) if isinstance(value, list) else value)
+    signature: Any = type(call)
     conditions = call.x.dtype == torch.float32 and may_round_to_tf32(call.x.dtype), tuning.active
     try:
-        plan = launch_plan(kernel, type(call), tuple(problem), call.x.device, conditions)
+        plan = launch_plan(kernel, signature, tuple(problem), call.x.device, conditions)
     except tuning.UnmeasuredError:
         return kernel(call, *more)
     return plan.run(tensors)

@@ -182,7 +182,7 @@ def _table_backward(
     padded = grad.new_zeros(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
     padded[: dims.in_features, : dims.out_features] = sum_rows(grad, *slots_by_token(ids, dims.in_features))
     program = weight_backward_program(dims)
-    grads = BlockGradients.begun(LAUNCHES, program, dims, (left, central, right))
+    grads = BlockGradients.begun(LAUNCHES, program, (left, central, right))
     values = {"d W": padded.view(1, -1), **blocks_of(left, central, right), **grads.values()}
     LAUNCHES.compute(Pass(program, dims, _one_expert(left), 0, values))
     return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for

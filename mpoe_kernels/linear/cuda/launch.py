@@ -44,7 +44,7 @@ class CudaLaunches:
     def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
         return self.ops.sum_rows(rows, order, starts)
 
-    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
+    def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
         """All products add in float32."""
         return torch.zeros(block.shape, dtype=torch.float32, device=block.device)
 

@@ -138,7 +138,6 @@ class _Recorder(Primitives):
         offsets: Tensor,
         *,
         shared: bool = False,
-        add: bool = False,
         clear: bool = False,
     ) -> Operand:
         return self._note(MERGE, offsets, (first, second, out))

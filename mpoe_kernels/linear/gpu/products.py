@@ -81,7 +81,6 @@ class Primitives(Protocol):
         offsets: Tensor,
         *,
         shared: bool = False,
-        add: bool = False,
         clear: bool = False,
     ) -> Operand:
         """Contract two blocks of every busy expert.
@@ -91,16 +90,16 @@ class Primitives(Protocol):
             out: where to.
             dims, offsets: as in `rows_times_block`.
             shared: ``out`` gets the sum over the experts.
-            add: as in `block_gradient`.
-            clear: idle experts' part of ``out`` becomes zero; else it is undefined.
+            clear: idle experts' part of ``out`` becomes zero, else it is undefined; what a shared ``out`` held counts
+                for nothing, else the sum is added to it.
         """
 
 
 class Launches(Protocol):
     """What a GPU backend supplies to `mpoe_kernels.linear.gpu.steps`."""
 
-    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
-        """Memory for the gradient of a block that the experts share; ``alone``: one product makes it."""
+    def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
+        """Memory for the gradient of a block that the experts share; ``grows``: not by one gradient of rows alone."""
 
     def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
         """That memory, as the gradient's dtype."""
@@ -115,11 +114,6 @@ class Launches(Protocol):
 
     def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
         """``out[t]`` = sum of the rows of token t, ``[T, F]``; see `slots_by_token`. Deterministic, no atomics."""
-
-
-def chunk_size(program: Program, dims: BlockDims, experts: int) -> int:
-    """Experts whose products are computed before the next experts' ones are."""
-    return experts_at_once(dims, program.built, experts) or max(experts, 1)
 
 
 @dataclass
@@ -163,7 +157,7 @@ class Pass:
 
     def chunks(self, primitives: Primitives) -> Iterator[GpuChunk]:
         """Ranges of experts whose built weights fit the budget of `experts_at_once`."""
-        size = chunk_size(self.program, self.dims, self.experts)
+        size = experts_at_once(self.dims, self.program.built, self.experts) or max(self.experts, 1)
         for first in range(0, self.experts, size):
             yield GpuChunk(self, primitives, first, min(first + size, self.experts))
 
@@ -231,12 +225,9 @@ class GpuChunk:
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
         shared = product.result == "d C"
-        return self.primitives.merge_blocks(
-            *(p, q, out, self.whole.dims, self.offsets),
-            shared=shared,
-            add=shared and self.first > 0,
-            clear=product.result in self.whole.values,
-        )
+        clear = product.result in self.whole.values and not (shared and self.first > 0)
+        dims, offsets = self.whole.dims, self.offsets
+        return self.primitives.merge_blocks(p, q, out, dims, offsets, shared=shared, clear=clear)
 
 
 def walk(whole: Pass, primitives: Primitives) -> None:
@@ -263,17 +254,15 @@ class BlockGradients:
         cls,
         launches: Launches,
         program: Program,
-        dims: BlockDims,
         blocks: tuple[Tensor, Tensor, Tensor],
         need: tuple[bool, bool, bool] = (True, True, True),
     ) -> BlockGradients:
         left, central, right = blocks
-        alone = chunk_size(program, dims, left.shape[0]) >= left.shape[0]
         dleft, dright = (
             torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
             for t, needed in ((left, need[0]), (right, need[2]))
         )
-        return cls(launches, dleft, launches.begin_sum(central, alone) if need[1] else None, dright)
+        return cls(launches, dleft, launches.begin_sum(central, bool(program.built)) if need[1] else None, dright)
 
     def values(self) -> dict[str, Tensor]:
         named = {"L": self.left, "C": self.central, "R": self.right}

@@ -85,7 +85,7 @@ def gradients_by_steps(call: BackwardCall, launches: Launches, dz: Tensor, dx: T
     """Those of the blocks, and ``dx`` where ``need[0]``; every product of the program is a launch."""
     dims, h = call.dims, call.saved_h
     program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
-    grads = BlockGradients.begun(launches, program, dims, call.blocks, need[1:])
+    grads = BlockGradients.begun(launches, program, call.blocks, need[1:])
     values = {"x": call.x, "d y": dz, **blocks_of(*call.blocks), **grads.values()}
     if dx is not None:
         values["d x"] = dx

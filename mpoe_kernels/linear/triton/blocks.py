@@ -36,7 +36,6 @@ def blocks_kernel(
     N_Q: tl.constexpr,
     N_OUT: tl.constexpr,
     SUM: tl.constexpr,
-    ADD: tl.constexpr,
     CLEAR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -46,7 +45,8 @@ def blocks_kernel(
 ):
     """Grid ``(tiles of [M, N], experts, or 1 with SUM)``.
 
-    ADD: a sum goes on from what ``out`` holds. CLEAR: idle experts get zeros; without it ``out`` keeps what it held.
+    CLEAR: what ``out`` held counts for nothing, and idle experts get zeros. Without it they keep what they had, and a
+    sum goes on from there. A sum grows in ``out``, which therefore is float32.
     """
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
@@ -57,12 +57,13 @@ def blocks_kernel(
     end = begin + 1
     if SUM:
         end = experts
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    at_out = place(m, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
     for position in tl.range(begin, end, num_stages=1):
         e = begin * 0 + position  # the interpreter counts in Python numbers
         busy = tl.load(offsets + e + 1) > tl.load(offsets + e)
         p_at = p + e.to(tl.int64) * P_EXPERT
         q_at = q + e.to(tl.int64) * Q_EXPERT
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k0 in tl.range(0, tl.where(busy, K, 0), BK, num_stages=STAGES):
             k = k0 + tl.arange(0, BK)
             pt = tl.load(
@@ -76,13 +77,15 @@ def blocks_kernel(
                 other=0.0,
             )
             acc = tl.dot(pt, qt, acc, input_precision=PRECISION)
-    o_at = out + place(m, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
-    out_mask = (m < M)[:, None] & (n < N)[None, :]
-    if not SUM:
-        o_at += begin.to(tl.int64) * OUT_EXPERT
-        if not CLEAR:
-            busy = tl.load(offsets + begin + 1) > tl.load(offsets + begin)
-            out_mask = (m < tl.where(busy, M, 0))[:, None] & (n < N)[None, :]
-    if ADD:
-        acc += tl.load(o_at, mask=out_mask, other=0.0)
-    tl.store(o_at, acc.to(out.dtype.element_ty), mask=out_mask)
+        written = tl.where(busy, M, 0)
+        held = M
+        if CLEAR:
+            written = tl.where(e == begin, M, written)
+            held = tl.where(e == begin, 0, M)
+        out_mask = (m < written)[:, None] & (n < N)[None, :]
+        o_at = out + at_out
+        if SUM:
+            acc += tl.load(o_at, mask=out_mask & (m < held)[:, None], other=0.0)
+        else:
+            o_at += e.to(tl.int64) * OUT_EXPERT
+        tl.store(o_at, acc.to(out.dtype.element_ty), mask=out_mask)

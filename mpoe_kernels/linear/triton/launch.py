@@ -193,7 +193,6 @@ def merge_blocks(
     offsets: Tensor,
     *,
     shared: bool = False,
-    add: bool = False,
     clear: bool = False,
     tile: Tile | None = None,
 ) -> Operand:
@@ -205,7 +204,7 @@ def merge_blocks(
     )
     experts = offsets.shape[0] - 1
     again = partial(merge_blocks, first, second, out, dims, offsets, shared=shared, clear=clear)
-    repeat = None if add else lambda t: again(tile=t)  # what is added must be added once
+    repeat = None if shared and not clear else lambda t: again(tile=t)  # what is added must be added once
     tile = tile or tile_for("blocks", first.data, m.extent, n.extent, k.extent, repeat)
     grid = (cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n), 1 if shared else experts)
     start(
@@ -232,7 +231,6 @@ def merge_blocks(
         N_OUT=n.strides[0],
         N_Q=n.strides[1],
         SUM=shared,
-        ADD=add,
         CLEAR=clear,
         PRECISION=precision(first.data.dtype),
         **launch_options(tile),
@@ -257,9 +255,9 @@ class TritonLaunches:
         """Memory from PyTorch."""
         return like.new_empty(rows, columns)
 
-    def begin_sum(self, block: Tensor, alone: bool) -> Tensor:
-        """The first product writes, the others add in float32."""
-        return torch.empty(block.shape, dtype=block.dtype if alone else torch.float32, device=block.device)
+    def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
+        """The first product writes, the others add."""
+        return torch.empty(block.shape, dtype=torch.float32 if grows else block.dtype, device=block.device)
 
     def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
         return total if total.dtype == dtype else sum_parts(total.unsqueeze(0), torch.empty_like(total, dtype=dtype))

@@ -9,8 +9,10 @@ import torch
 from _pytest.mark.structures import ParameterSet
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
+from mpoe_kernels.linear.gpu.products import BlockGradients
 from mpoe_kernels.linear.triton import launch
 from mpoe_kernels.linear.triton.configs import Tile
+from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -85,6 +87,17 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
     Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
+
+
+def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:
+    """One that a single product makes needs no other memory than its own."""
+    dims = BlockDims.of_shape(SMALL_SHAPES["paper"])
+    blocks = random_blocks(SMALL_SHAPES["paper"], 2, torch.bfloat16)
+    tensors = (blocks.left, blocks.central, blocks.right)
+    for strategy, dtype in (("rebuild", torch.float32), ("chain", torch.bfloat16)):
+        grads = BlockGradients.begun(launch.LAUNCHES, program_of(dims, strategy, "backward"), tensors)
+        assert grads.central is not None
+        assert grads.central.dtype == dtype
 
 
 def test_the_same_bits_every_time() -> None:

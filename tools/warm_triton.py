@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,11 @@ def launches(architecture: str) -> Iterator[Launch]:
     for case in cases(tiny=False):
         dims, masked = catalogue.dims_of(shape_of(case)), case.need == MASKED
         sizes = (dims, case.experts, case.slots, DTYPE)
-        runs = [partial(catalogue.run_backward, mask_central=masked)] + ([] if masked else [catalogue.run_forward])
-        for run, phase in zip(runs, ("backward", "forward"), strict=False):
+        options = {"backward": {"mask_central": masked}, **({} if masked else {"forward": {}})}
+        for phase, chosen in options.items():
             for strategy in catalogue.strategies(*sizes, phase):
                 with recorded(architecture) as found:
-                    run(*sizes, strategy, indexed=False)
+                    catalogue.run(phase, *sizes, strategy, indexed=False, **chosen)
                 yield from found
 
 

@@ -171,7 +171,7 @@ def measure(case: Case, strategy: str, device: str, primitives: Any) -> list[dic
             if strategy == "separable":
                 h = values[KEPT] = y.new_empty(case.slots, operands.dims.jC * operands.dims.b)
         else:
-            gradients = BlockGradients.begun(primitives, tuple(operands.blocks))  # type: ignore[arg-type]
+            gradients = BlockGradients.begun(primitives, plan.program, tuple(operands.blocks))  # type: ignore[arg-type]
             values |= {"d y": operands.grad, "d x": torch.empty_like(operands.x), **gradients.values()}
             values |= {} if h is None else {KEPT: h}
         first = len(timed.rows)

@@ -73,8 +73,7 @@ class LinearKernels:
 
     def backward(self, call: BackwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: of the kernel that computes dx."""
-        call = _prepared(call)
-        return steps.backward(call, self.launches, partial(self._gradients, cut=cut), steps.slots_to_sum(call))
+        return steps.backward(_prepared(call), self.launches, partial(self._gradients, cut=cut))
 
     def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, cut: Panel | Few | None) -> steps.Gradients:
         need = call.need_of_plan

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.cuda.plan import launch_plan
 from mpoe_kernels.linear.gpu.products import Pass
 from mpoe_kernels.planner import may_round_to_tf32
@@ -41,8 +42,8 @@ class CudaLaunches:
         dz, dbias = self.ops.activation_backward(grad, saved, offsets, activation, need_bias)
         return grad if activation == "none" else dz, dbias if need_bias else None
 
-    def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        return self.ops.sum_rows(rows, order, starts)
+    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
+        return self.ops.sum_rows(rows, *slots_by_token(row_index, tokens))
 
     def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
         """All products add in float32."""

@@ -37,16 +37,16 @@ def seconds(plan: Contraction, hardware: Hardware) -> float:
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
-    return steps.forward_by_steps(call, LIBRARY)
+    return steps.forward_by_steps(steps.prepared(call), LIBRARY)
 
 
 def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    return steps.backward(call, LIBRARY, _gradients)
+    return steps.backward(steps.prepared(call), LIBRARY, _gradients)
 
 
-def _gradients(call: BackwardCall, dz: Tensor, x: Tensor, dx: Tensor | None) -> steps.Gradients:
-    return steps.gradients_by_steps(call, LIBRARY, dz, x, dx, call.need_of_plan)
+def _gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradients:
+    return steps.gradients_by_steps(call, LIBRARY, dz, dx, call.need_of_plan)
 
 
 class _Slots:
@@ -144,7 +144,12 @@ def _float32_mm(first: Tensor, second: Tensor) -> Tensor:
 class GroupedLaunches:
     """See `mpoe_kernels.linear.gpu.products`: both the primitives and what surrounds them."""
 
-    writes_idle_experts = True
+    def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
+        """All products add in float32."""
+        return torch.zeros(block.shape, dtype=torch.float32, device=block.device)
+
+    def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.to(dtype)
 
     def compute(self, whole: Pass) -> None:
         """Product after product."""
@@ -199,6 +204,7 @@ class GroupedLaunches:
         *,
         out: Operand,
         row_index: Tensor | None = None,
+        add: bool = False,
     ) -> Operand:
         """See `mpoe_kernels.linear.gpu.products.Primitives`."""
         shared, slots = _ordered(rows.axes & grads.axes, rows), grads.data.shape[0]
@@ -226,7 +232,8 @@ class GroupedLaunches:
         dims: BlockDims,
         offsets: Tensor,
         *,
-        accumulate: bool = False,
+        shared: bool = False,
+        clear: bool = False,
     ) -> Operand:
         """See `mpoe_kernels.linear.gpu.products.Primitives`; of idle experts it gives zeros."""
         m, n = _ordered(first.axes - second.axes, out), _ordered(second.axes - first.axes, out)
@@ -237,7 +244,7 @@ class GroupedLaunches:
         p = torch.where(busy, p, 0) if first.outer else p
         q = torch.where(busy, q, 0) if second.outer else q
         view = _as_axes(out, (*m, *n), dims)
-        if accumulate:
+        if shared:
             total = _float32_mm(p.transpose(0, 1).reshape(p.shape[1], -1), q.reshape(-1, q.shape[2]))
             view += total.view(view.shape)
         else:

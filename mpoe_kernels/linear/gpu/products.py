@@ -112,8 +112,8 @@ class Launches(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
 
-    def sum_rows(self, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        """``out[t]`` = sum of the rows of token t, ``[T, F]``; see `slots_by_token`. Deterministic, no atomics."""
+    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
+        """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of
 from mpoe_kernels.planner import program_of
@@ -36,11 +35,6 @@ def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
     return replace(call, **changed) if changed else call
 
 
-def slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
-    """`slots_by_token`, where the rows of a gradient of x are to be summed; nothing where slots are x's rows."""
-    return () if call.row_index is None or not call.need[0] else slots_by_token(call.row_index, call.x.shape[0])
-
-
 def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`, of a `prepared` call; every product of the program is a launch."""
     x, dims, slots = call.x, call.dims, call.slots
@@ -60,7 +54,6 @@ def backward(
     call: BackwardCall,
     launches: Launches,
     gradients: Callable[[BackwardCall, Tensor, Tensor | None], Gradients],
-    by_token: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`.
 
@@ -69,14 +62,13 @@ def backward(
         launches: of the backend.
         gradients: from the call, dz and ``dx [N, I]`` (None: not needed), which it writes by slot, to those of the
             blocks.
-        by_token: `slots_to_sum`.
     """
     grad, need, offsets = call.grad, call.need_of_plan, call.expert_offsets
     dz, dbias = launches.activation_backward(grad, call.saved, offsets, call.activation, call.need[4])
     dx = grad.new_empty(call.slots, call.in_features) if need[0] else None
     parts = gradients(call, dz, dx) if any(need) else NO_GRADIENTS
-    if dx is not None and by_token:
-        dx = launches.sum_rows(dx, *by_token)
+    if dx is not None and call.row_index is not None:
+        dx = launches.sum_rows_by_token(dx, call.row_index, call.x.shape[0])
     results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
 

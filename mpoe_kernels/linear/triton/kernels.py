@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand, block, scratch
 from mpoe_kernels.linear.triton.fused_launch import Blocks, block_gradients, rows_times_weight
-from mpoe_kernels.linear.triton.launch import LAUNCHES, merge_blocks
+from mpoe_kernels.linear.triton.launch import LAUNCHES, TritonLaunches, merge_blocks
 from mpoe_kernels.linear.triton.plan import planned
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -34,14 +35,17 @@ def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
 
 def backward_by_steps(call: BackwardCall) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    call = steps.prepared(call)
-    return planned(_backward_by_steps, call, *steps.slots_to_sum(call))
+    return planned(_backward_by_steps, steps.prepared(call), *_slots_to_sum(call))
 
 
 def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
     """The same with weights and their gradients that never leave the multiprocessor; ``half`` as above."""
-    call = steps.prepared(call)
-    return planned(_backward_on_chip, call, half, *steps.slots_to_sum(call))
+    return planned(_backward_on_chip, steps.prepared(call), half, *_slots_to_sum(call))
+
+
+def _slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
+    """`slots_by_token`, where the rows of a gradient of x are to be summed."""
+    return () if call.row_index is None or not call.need[0] else slots_by_token(call.row_index, call.x.shape[0])
 
 
 def _forward_by_steps(call: ForwardCall) -> Forward:
@@ -71,11 +75,11 @@ def _backward_by_steps(call: BackwardCall, *by_token: Tensor) -> Backward:
     def gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradients:
         return steps.gradients_by_steps(call, LAUNCHES, dz, dx, call.need_of_plan)
 
-    return steps.backward(call, LAUNCHES, gradients, by_token)
+    return steps.backward(call, TritonLaunches(by_token), gradients)
 
 
 def _backward_on_chip(call: BackwardCall, half: bool, *by_token: Tensor) -> Backward:
-    return steps.backward(call, LAUNCHES, partial(_gradients_on_chip, half=half), by_token)
+    return steps.backward(call, TritonLaunches(by_token), partial(_gradients_on_chip, half=half))
 
 
 def _gradients_on_chip(call: BackwardCall, dz: Tensor, dx: Tensor | None, half: bool) -> steps.Gradients:

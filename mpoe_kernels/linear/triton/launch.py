@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, index_map
 from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
@@ -238,14 +239,24 @@ def merge_blocks(
     return out
 
 
+@dataclass(frozen=True)
 class TritonLaunches:
-    """See `mpoe_kernels.linear.gpu.products`: both the primitives and what surrounds them."""
+    """See `mpoe_kernels.linear.gpu.products`: both the primitives and what surrounds them.
+
+    Attributes:
+        by_token: `slots_by_token` of the rows to sum, which a launch plan cannot sort.
+    """
+
+    by_token: tuple[Tensor, ...] = ()
 
     rows_times_block = staticmethod(rows_times_block)
     block_gradient = staticmethod(block_gradient)
     merge_blocks = staticmethod(merge_blocks)
     activation_backward = staticmethod(activation_backward)
-    sum_rows = staticmethod(sum_rows)
+
+    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
+        """See `mpoe_kernels.linear.gpu.products.Launches`."""
+        return sum_rows(rows, *(self.by_token or slots_by_token(row_index, tokens)))
 
     def compute(self, whole: Pass) -> None:
         """Product after product."""

@@ -82,6 +82,13 @@ def test_looking_at_an_empty_tensor_gives_it_no_memory() -> None:
     assert empty.untyped_storage().nbytes() == 0
 
 
+def test_the_last_element_has_an_address() -> None:
+    jit, x = Jit(), torch.empty(4, dtype=BFLOAT16)
+    start.start_steps([step(jit)], [x, torch.empty(516, dtype=torch.uint8)])
+    assert jit.bound[0]["x"].data_ptr() == x.data_ptr() + 6
+    assert jit.bound[0]["out"].data_ptr() != 0
+
+
 def test_threads_do_not_mix_their_tensors() -> None:
     jit = Jit()
     steps = [step(jit) for _ in range(5)]

@@ -234,7 +234,7 @@ def _view(tensor: Tensor, first: int, dtype: torch.dtype) -> Tensor:
     """What begins at a byte of a tensor, for a kernel that knows the shape."""
     storage, place = tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize + first
     size = int(place + dtype.itemsize <= storage.nbytes())  # an empty tensor has no address, a longer one gets memory
-    return torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, place // dtype.itemsize, (size,))
+    return torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, place // dtype.itemsize, (size,), ())
 
 
 def start_steps(steps: Sequence[Step], tensors: Sequence[Tensor]) -> None:

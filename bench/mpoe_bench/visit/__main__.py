@@ -24,6 +24,7 @@ from mpoe_bench.section import FOLDERS
 from mpoe_bench.visit.parts import ROOT, Part, parts
 
 RESERVE = 15.0  # seconds kept for the report
+LEAST = 120.0  # seconds that a part which must end may take, however short it is predicted to be
 GRACE = 20.0  # seconds that a part which ends by itself may take after its minutes
 
 
@@ -44,15 +45,15 @@ class Outcome:
 def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
     """Seconds of each part that can run.
 
-    What must end to be of use may take twice what is predicted; parts that end by themselves share what the others are
-    predicted to leave.
+    What must end to be of use may take twice what is predicted, and two minutes in any case; parts that end by
+    themselves share what the others are predicted to leave.
     """
     able = {part.name: part for part in todo if not part.missing}
     own = {name: 60 * part.minutes for name, part in able.items()}
     rest = max(0.0, seconds - sum(own[name] for name, part in able.items() if not part.knows_minutes))
     wanted = sum(own[name] for name, part in able.items() if part.knows_minutes)
     fraction = min(1.0, rest / wanted) if wanted else 0.0
-    return {n: fraction * own[n] if part.knows_minutes else min(seconds, 2 * own[n]) for n, part in able.items()}
+    return {n: fraction * own[n] if part.knows_minutes else min(seconds, max(LEAST, 2 * own[n])) for n, part in able.items()}
 
 
 def plan(todo: Sequence[Part], minutes: float) -> str:

@@ -53,7 +53,9 @@ def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
     rest = max(0.0, seconds - sum(own[name] for name, part in able.items() if not part.knows_minutes))
     wanted = sum(own[name] for name, part in able.items() if part.knows_minutes)
     fraction = min(1.0, rest / wanted) if wanted else 0.0
-    return {n: fraction * own[n] if part.knows_minutes else min(seconds, max(LEAST, 2 * own[n])) for n, part in able.items()}
+    return {
+        n: fraction * own[n] if part.knows_minutes else min(seconds, max(LEAST, 2 * own[n])) for n, part in able.items()
+    }
 
 
 def plan(todo: Sequence[Part], minutes: float) -> str:

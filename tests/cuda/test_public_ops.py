@@ -22,7 +22,14 @@ ALL = ("linear", "routing", "ffn", "embedding")
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        *((name, FEWER if name == "linear" else "") for name in ALL),
+        *(
+            pytest.param(
+                *(name, FEWER if name == "linear" else ""),
+                # Their own emulated tests are in the default suite.
+                marks=pytest.mark.slow if name in ("linear", "embedding") else (),
+            )
+            for name in ALL
+        ),
         pytest.param("linear", "", marks=pytest.mark.exhaustive),
     ],
     ids=[*ALL, "linear, every case"],

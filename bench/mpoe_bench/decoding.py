@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.config import MPOEConfig
+from mpoe.models import convert_to_mpoe
 
 SHAPES = {"separable": {}, "light": {"light_p": 64}, "paper": {}}
 BOUNDS = ("nothing kept", "as dense", "room for all")

@@ -229,6 +229,7 @@ NOT_CALLED = {
     "__version__",
     "available_backends",
     "backend_reasons",
+    "measure_machine",
 }
 
 

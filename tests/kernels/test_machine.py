@@ -227,6 +227,7 @@ def test_a_record_is_given_back_and_wins(cache: Path, timed: list[Constants]) ->
         {"constants": 3},
         {"constants": {"flops": {}}},
         {"constants": {**given["constants"], "flops": 1}},
+        {"constants": {**given["constants"], "flops": dict.fromkeys(given["constants"]["flops"], -1.0)}},
     ):
         with pytest.raises(ValueError, match="given must be the record of a machine"), machine.using(bad):
             raise AssertionError

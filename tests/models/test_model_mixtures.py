@@ -64,7 +64,11 @@ def test_experts_stay_or_become_mpos_and_come_back(model_type, auto, name, tmp_p
             getattr(transformers, auto).from_pretrained(tmp_path / str(place)),
         ):
             assert type(again) is type(one)
-            assert torch.equal(result(again, inputs), result(one, inputs))
+            own, other = one.state_dict(), again.state_dict()
+            assert list(own) == list(other)
+            assert all(torch.equal(own[key], other[key]) for key in own)
+            # Weights that lie elsewhere in memory: short products of the library may end in other bits.
+            assert close(result(again, inputs), result(one, inputs), 1e-6)
     stock = merge_experts(changed, as_=model_type)
     assert type(stock) is type(model)
     assert close(result(stock, inputs), result(changed, inputs))

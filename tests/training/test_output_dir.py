@@ -140,6 +140,35 @@ def test_publishing_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert checkpoints.is_complete(make_checkpoint(tmp_path, 5))
 
 
+def test_nothing_is_deleted_while_there_is_room(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    for limit in (3, 5):
+        checkpoints.rotate(tmp_path, limit)
+        assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files, the manifest and the folder before the new name, which the run's folder then gets to keep."""
+    told: list[tuple[str, bool]] = []
+    final = tmp_path / "checkpoint-5"
+    monkeypatch.setattr(checkpoints, "_sync", lambda path: told.append((path.name, final.exists())))
+    make_checkpoint(tmp_path, 5)
+    assert told[-1] == (tmp_path.name, True)
+    before = [name for name, published in told if not published]
+    assert len(before) == len(told) - 1
+    assert checkpoints.MANIFEST in before
+    assert before[-1] == final.name
+    assert {path.name for path in final.iterdir()} <= set(before)
+
+
+@pytest.mark.parametrize("record", [[], 5, {"files": []}, {"files": {}, "crc32": "none"}])
+def test_a_manifest_of_another_form_is_no_checkpoint(tmp_path: Path, record: object) -> None:
+    checkpoint = make_checkpoint(tmp_path, 5)
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(record))
+    assert not checkpoints.is_complete(checkpoint)
+
+
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path)
     for step in (1, 2, 3):

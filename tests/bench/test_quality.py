@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,20 @@ def test_the_report_shows_every_arm(folder: Path, field: LanguageField) -> None:
         assert f"| {arm_of(key).name} |" in text
     assert "Gain over dense" in text
     assert "| one seed |" not in text
+    assert "Named before" not in text
+
+
+def test_the_report_tests_what_the_plan_named(folder: Path, field: LanguageField, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    one, other = PLAN.arms[:2]
+    file = copy / "plan.json"
+    known = json.loads(file.read_text())
+    known["plan"]["comparisons"] = [[one, other], [one, "absent"]]
+    file.write_text(json.dumps(known))
+    lines = write_report(copy, field).split("Named before the first run:")[1].splitlines()
+    rows = [line for line in lines[:8] if line.startswith(f"| {arm_of(one).name} | {arm_of(other).name} |")]
+    assert len(rows) == 1
+    assert rows[0].split(" | ")[-1].strip(" |") in {"better", "worse", "not significant"}
 
 
 def test_every_plan_knows_its_arms() -> None:

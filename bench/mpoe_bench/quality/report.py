@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpoe_bench.quality.files import write_text
 from mpoe_bench.quality.plots import draw
-from mpoe_bench.quality.runs import by_arm, load_records
+from mpoe_bench.quality.runs import PLAN_FILE, by_arm, load_records
 from mpoe_bench.quality.statistics import Spread, gain, verdict
 
 REPORT_FILE = "report.md"
@@ -31,6 +32,7 @@ def write_report(folder: Path, field: Any) -> str:
             "",
             *result_table(records, field),
             "",
+            *comparison_table(records, folder, field),
             *cost_table(records),
             "",
             *(f"![{file.stem}]({file.name})" for file in drawn),
@@ -68,6 +70,22 @@ def result_table(records: Records, field: Any) -> list[str]:
     if switch is not None and verdict(switch) != "better":
         lines += ["", "Switch's gain is itself not significant here, so that there are no shares of it."]
     return lines
+
+
+def comparison_table(records: Records, folder: Path, field: Any) -> list[str]:
+    """The differences that the plan named before any run, as far as their arms have a seed in common."""
+    file, arms = folder / PLAN_FILE, dict(by_arm(records))
+    pairs = json.loads(file.read_text(encoding="utf-8"))["plan"].get("comparisons", []) if file.exists() else []
+    rows = []
+    for one, other in pairs:
+        seeds = [{record["budget"]["seed"] for record in arms.get(arm, [])} for arm in (one, other)]
+        if seeds[0] & seeds[1]:
+            found = gain(arms[one], arms[other], field.lower_is_better)
+            names = f"{arms[one][0]['name']} | {arms[other][0]['name']}"
+            rows.append(f"| {names} | {found.count} | {found.text(4, sign=True)} | {verdict(found)} |")
+    if not rows:
+        return []
+    return ["Named before the first run:", "", "| arm | beside | seeds | gain | |", "|---|---|---|---|---|", *rows, ""]
 
 
 def _gain(own: Records, base: Records, switch: Spread | None, lower_is_better: bool, digits: int) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ with torch.inference_mode():
 
 # %%
 for name, shape in (
-    ("separable (default)", MPOShape.separable(768, 3072)),
+    ("separable", MPOShape.separable(768, 3072)),
     ("separable 128 / 32", MPOShape.separable(768, 3072, left=128, right=32)),
     ("light", MPOShape.light(768, 3072)),
     ("paper", MPOShape.paper(768, 3072)),

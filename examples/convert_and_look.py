@@ -1,7 +1,9 @@
 # %% [markdown]
 # # Convert a model and look inside
 #
-# The embedded T5 becomes a mixture of eight experts. We check that nothing changed, see what every weight is made of,
+# The embedded T5 becomes a mixture of eight experts, in the shape `separable`: every weight becomes a chain of cores,
+# which is what there is to look at. (The default shape, `hidden`, leaves the weights as they are and puts blocks
+# between them.) We check that nothing changed, see what every weight is made of,
 # follow a sentence through the routers, and compare sizes. Runs offline in seconds. The notebook of the same name shows
 # the output; the script runs whole, or cell by cell in an editor that knows such cells. The pictures need matplotlib
 # (`pip install "mpoe[report]"`).
@@ -21,7 +23,7 @@ from mpoe.models import mpo_modules
 
 torch.manual_seed(0)
 dense, tokenizer = load_stand_in("t5")
-model = convert_to_mpoe(dense, MPOEConfig(num_experts=8))
+model = convert_to_mpoe(dense, MPOEConfig(num_experts=8, shape="separable"))
 
 # %% [markdown]
 # At full bonds, the default, the conversion is exact: the logits differ by rounding only. Routers are random, but all

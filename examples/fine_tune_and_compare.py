@@ -32,14 +32,15 @@ items = encode_text_to_text(task.train(), tokenizer, max_source_length=48)
 random.Random(0).shuffle(items)
 
 # %% [markdown]
-# The arms. Each has a learning rate of its own, as it should in a fair comparison: the rates of MPO cores are scaled by
-# the trainer, those of dense experts, which see few tokens each, are lowered.
+# The arms. MPO experts are of the default shape, with blocks that suit a model as narrow as this one; a token meets two
+# of them. Each arm has a learning rate of its own, as it should in a fair comparison: those of dense experts, which see
+# few tokens each, are lowered.
 
 # %%
 arms = {
     "dense": (None, {"learning_rate": 1e-3}),
     "8 dense experts": (MPOEConfig(expert_type="dense"), {"learning_rate": 1e-3, "dense_expert_lr_scale": 0.3}),
-    "8 MPO experts": (MPOEConfig(), {"learning_rate": 1e-3, "gradient_mask_prob": 0.3}),
+    "8 MPO experts": (MPOEConfig(block_size=16), {"learning_rate": 1e-3, "gradient_mask_prob": 0.3}),
 }
 
 # %% [markdown]

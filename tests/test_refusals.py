@@ -284,7 +284,7 @@ def test_refused(case: str) -> None:
 
 
 def test_nothing_left_to_train() -> None:
-    model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
+    model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2, shape="separable"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rsplit(".", 1)[-1] == "central")
     with pytest.raises(ValueError, match="together leave nothing to train"):

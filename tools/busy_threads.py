@@ -41,7 +41,7 @@ def train(contender: str, threads: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     model, _ = load_stand_in("t5")
     if contender != "plain torch":
-        model = convert_to_mpoe(model, MPOEConfig(num_experts=8, backend=contender))
+        model = convert_to_mpoe(model, MPOEConfig(num_experts=8, shape="separable", backend=contender))
     rows = Rows("t5", rows=32).rows
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)

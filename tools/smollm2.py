@@ -50,7 +50,7 @@ def mixture(folder: Path, dense: Any, to: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router=RouterConfig(top_k=2))).eval()
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, shape="separable", router=RouterConfig(top_k=2))).eval()
     print(f"converted: logits differ by {relative(model(ids).logits, dense(ids).logits):.1e} of the largest")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

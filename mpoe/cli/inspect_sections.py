@@ -69,7 +69,7 @@ class Inspection:
         self.layers = [short_name(layer) for layer, _ in routed_layers(model)]
         self.load = expert_load(model, items, tokenizer.pad_token_id) if self.layers else []
         self.routes = [(text, route_text(model, tokenizer, text)) for text in texts] if self.layers else []
-        self.weights = summarize(model, num_tokens, self.config.router.top_k)
+        self.weights = summarize(model, num_tokens, self.config.top_k)
         self.spectra = self._spectra()
         self.growth = parameter_growth(model) if "ffn" in self.config.targets else None
 
@@ -105,7 +105,7 @@ class Inspection:
         report = self.model.parameter_report()
         config = self.config
         shape = config.shape if isinstance(config.shape, str) else "given"
-        experts = f"{config.num_experts} {config.expert_type} experts, top-{config.router.top_k}"
+        experts = f"{config.num_experts} {config.expert_type} experts, top-{config.top_k}"
         parts = [
             f"{key} {report[key]:,}" for key in ("central", "auxiliary", "expert", "router", "rest") if report[key]
         ]

@@ -13,6 +13,7 @@ from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.mixture import MOE_TYPES
+from mpoe.config.shapes import SEPARABLE
 
 # the original's names of components -> target_modules
 MPO_LAYERS = {"word_embed": "embedding", "mlp": "ffn", "attention": "attention", "pooler": "pooler"}
@@ -32,7 +33,9 @@ class ModelOptions:
 
 # Fields of the configurations whose option is of another kind: JSON, a list, or None for "as the moe_type says".
 _OPTIONS: dict[str, tuple[Any, Any]] = {
-    "shape": (str, "separable"),
+    "shape": (str | None, None),
+    "gauge": (str | None, None),
+    "light_p": (int | None, None),
     "shape_pattern": (str | None, None),
     "target_modules": (list[str], []),
     "exclude_modules": (list[str], []),
@@ -84,7 +87,8 @@ _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of
 class ExpertOptions(_Fields):  # type: ignore[misc]
     """How the feed-forward layers become experts: the fields of `MPOEConfig` and `RouterConfig`, and `mpo_layers`.
 
-    Options left at None are as the moe_type says. ``shape`` may also be JSON (kind -> MPOShape), as ``shape_pattern``.
+    Options left at None are as the moe_type and the shape say. ``shape`` may also be JSON (kind ->
+    MPOShape), as ``shape_pattern``.
     """
 
     _argument_group_name = "experts"
@@ -95,8 +99,11 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         "mlp the experts are dense",
     )
 
-    def build(self) -> MPOEConfig | None:
+    def build(self, as_saved: bool = False) -> MPOEConfig | None:
         """The `MPOEConfig`, checked, or None where everything stays dense.
+
+        Args:
+            as_saved: what is not given means what it means in a saved configuration (`MPOEConfig.from_dict`).
 
         Raises:
             ValueError, TypeError: a field that does not fit, named.
@@ -116,13 +123,15 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         values = {f.name: given[f.name] for f in fields(MPOEConfig) if f.name in given}
         values |= {"expert_type": expert_type, "target_modules": targets if len(targets) > 1 else targets[0]}
         values |= {"router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}}
-        if self.shape.lstrip().startswith("{"):
+        if self.shape is not None and self.shape.lstrip().startswith("{"):
             values["shape"] = _json("shape", self.shape)
+        elif self.shape is None and self.mpo_layers:
+            values["shape"] = SEPARABLE  # "in MPO form"
         if self.shape_pattern is not None:
             values["shape_pattern"] = _json("shape_pattern", self.shape_pattern)
         if self.backend == "auto":
             values["backend"] = None
-        return MPOEConfig(**values)
+        return MPOEConfig.from_dict(values) if as_saved else MPOEConfig(**values)
 
     def _targets(self) -> tuple[list[str], str]:
         """`MPOEConfig`'s target_modules and expert_type; no targets = the model stays as it is."""

@@ -33,8 +33,10 @@ class PlanOptions:
     _argument_group_name = "plan"
 
     experts: int = option(8, "experts per layer", "num_experts")
-    shape: str = option(
-        "separable", "separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family"
+    shape: str | None = option(
+        None,
+        "hidden, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; default: hidden, "
+        "or separable where a bond or cores are given",
     )
     bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
     separable_left: int | None = option(None, "left core of a separable up projection")
@@ -42,7 +44,7 @@ class PlanOptions:
     light_p: int = option(64, "product i * j of a light shape's outer cores")
     exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
     layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    top_k: int = option(1, "experts per token")
+    top_k: int | None = option(None, "experts per token; default: 2 of hidden, 1 of other shapes")
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
     device: str = option("cpu", "cpu (this machine) or a name of the planner's hardware table, e.g. h100")
@@ -138,7 +140,7 @@ def run(
     from mpoe.estimation.costs import model_costs
 
     inventory = _inventory(model, options)
-    config = _config(inventory, options, given)
+    config = _config(inventory, options, given, suggesting)
     work = _workload(inventory, options)
     clusters = _clusters(work, cluster_options, given)
     if suggesting:
@@ -147,7 +149,7 @@ def run(
 
         if budget.x_dense is not None and not any(work.tokens.values()):
             raise CommandError("max_time needs tokens; got 0")
-        families = (options.shape,) if "shape" in given else NAMED_SHAPES
+        families = NAMED_SHAPES if options.shape is None else (options.shape,)
         suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by, families)
         values = plan_json.suggestion_values(suggestions, inventory, work, budget)
         plan_tables.show_suggestions(values, suggestions, inventory, work, suggest_options.rank_by)
@@ -208,7 +210,7 @@ def _check_suggest(options: PlanOptions, given: set[str]) -> None:
         if name in given:
             why = "is what suggestions choose" if name in chosen else "concerns the plan of one shape"
             raise CommandError(f"{name} {why}; it cannot be given with --suggest or a budget")
-    if "shape" in given and options.shape.lstrip().startswith("{"):
+    if options.shape is not None and options.shape.lstrip().startswith("{"):
         raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
 
 
@@ -232,21 +234,23 @@ def _inventory(model: str, options: PlanOptions) -> Inventory:
     return take_inventory(model, options.exclude_modules, options.layers_to_transform or None)
 
 
-def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOEConfig:
+def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggesting: bool) -> MPOEConfig:
     """The mixture asked for; of a converted model, its own where no flag says otherwise."""
     from mpoe.cli.options import ExpertOptions
     from mpoe.config import MPOEConfig
+    from mpoe.config.shapes import SEPARABLE
 
     asked = ExpertOptions(
         num_experts=options.experts,
-        shape=options.shape,
+        shape=SEPARABLE if options.shape is None and suggesting else options.shape,
         max_bond=options.bond,
         separable_left=options.separable_left,
         separable_right=options.separable_right,
-        light_p=options.light_p,
+        light_p=options.light_p if "light_p" in given else None,
         top_k=options.top_k,
     ).build()
     assert asked is not None  # only what stays dense has no configuration
+    asked = asked if inventory.blocks_fit else asked.with_cores()
     if inventory.mpoe is None:
         return asked
     own = inventory.mpoe

@@ -120,7 +120,7 @@ def show_plan(values: Mapping[str, Any], costs: ModelCosts, per_layer: bool = Fa
         explain: say why the other strategies lost.
     """
     out = console()
-    experts, top_k = costs.config.num_experts, costs.config.router.top_k
+    experts, top_k = costs.config.num_experts, costs.config.top_k
     out.print(_head(costs.inventory, costs.workload), highlight=False)
     shape = costs.config.shape if isinstance(costs.config.shape, str) else "given"
     out.print(f"{experts:,} experts, top-{top_k}, shape {shape}\n", highlight=False)
@@ -229,7 +229,7 @@ def show_suggestions(
     ]
     config = suggestions[0].config
     within = " and ".join(bounds) if bounds else "no budget"
-    table = new_table(f"{config.num_experts:,} experts, top-{config.router.top_k}; {within}; ranked by {rank_by}")
+    table = new_table(f"{config.num_experts:,} experts, top-{config.top_k}; {within}; ranked by {rank_by}")
     # All of it fits a terminal of 80 columns.
     table.add_column("shape", no_wrap=True)
     for name in ("para-\nmeters", "per\nexpert", "optim-\nizer", "predicted\ntime", "predicted\nx dense"):

@@ -82,7 +82,7 @@ def mixture_of(model: Any) -> str:
         experts = "dense experts"
     else:
         experts = f"MPO experts, shape {config.shape if isinstance(config.shape, str) else 'own'}"
-    return f"{config.num_experts} {experts}, top-{config.router.top_k}"
+    return f"{config.num_experts} {experts}, top-{config.top_k}"
 
 
 def made_with(device: Any) -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.starting_shape import saved_config
 
 if TYPE_CHECKING:
     from mpoe.cli.pretrained import Source
@@ -61,10 +61,8 @@ def _recommended(source: Source, config: Any, regime: str) -> tuple[float, str]:
 
 def _rate_of_run(folder: Path) -> tuple[float, str] | None:
     """The rate that the run in ``folder`` was started with, and where it came from."""
-    from mpoe.training.output_dir import RUN_FILE
-
+    saved = saved_config(folder) or {}
     try:
-        saved = json.loads((folder / RUN_FILE).read_text())["config"]
         return float(saved["training"]["learning_rate"]), str(saved.get("learning_rate_from", "as the run began"))
-    except (OSError, ValueError, LookupError, TypeError):
-        return None  # what cannot be resumed is refused, with its reason, when the folder is checked
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -20,6 +20,7 @@ from mpoe.cli.parsing import option, read_command
 from mpoe.cli.progress import going_on, show_progress
 from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
 from mpoe.cli.starting_rate import settle_rate
+from mpoe.cli.starting_shape import settle_experts
 from mpoe.cli.tasks import DataOptions
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
     arguments = plan.arguments
     folder = _output_folder(plan)
-    config = plan.experts.build()
+    config = settle_experts(plan)
     source = find(start_of(plan.experiment, plan.model.model, "model" in plan.given))
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")

@@ -54,7 +54,10 @@ def check_flag(name: str, value: object) -> None:
 
 
 def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
-    """A dataclass whose constructor answers an unknown field with the closest known ones (TypeError)."""
+    """A dataclass whose constructor answers an unknown field with the closest known ones (TypeError).
+
+    Its instances keep the names of the fields that they were given, other than None, in ``_given``.
+    """
     construct = cls.__init__
 
     @functools.wraps(construct)
@@ -63,6 +66,8 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
         for name in named:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")
+        given = {**dict(zip(known, values, strict=False)), **named}
+        self._given = frozenset(name for name, value in given.items() if value is not None)
         construct(self, *values, **named)
 
     setattr(cls, "__init__", __init__)  # noqa: B010

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.config.checks import (
     check_choice,
@@ -15,10 +15,11 @@ from mpoe.config.checks import (
     check_number,
     refuse_unknown_fields,
 )
-from mpoe.config.router import GSHARD, RouterConfig
+from mpoe.config.router import GSHARD, ONE_EXPERT, RouterConfig
 from mpoe.config.shapes import (
     HIDDEN,
     KINDS,
+    SEPARABLE,
     check_sizes,
     checked_patterns,
     checked_shape,
@@ -37,6 +38,9 @@ EXPERT_TYPES = ("mpo", "dense")
 EXISTING_EXPERTS = ("keep", "mpo")
 GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
+# Fields that mean something for MPO cores alone.
+OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
+_OTHER = " (shape='separable' takes it)"
 
 
 @refuse_unknown_fields
@@ -50,10 +54,15 @@ class MPOEConfig:
             feed-forward network then is merely in MPO form.
         num_experts: experts of a layer, E.
         expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
-        shape: ``"separable"`` (cheapest to run), ``"paper"`` (the original's factors), ``"light"`` (smallest
-            auxiliary cores), or a mapping from ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s
-            (or their dicts). Shape of the experts. ``"hidden"``: experts own blocks on the hidden side alone, between
-            the dense projections, which stay what they are: several experts per token cost little more than one.
+        shape: of the experts. ``"hidden"``: experts own blocks on the hidden side alone, between the dense
+            projections, which stay what they are: several experts per token cost little more than one.
+            ``"separable"`` (MPO cores that are cheap to run), ``"paper"`` (the original's factors), ``"light"``
+            (smallest auxiliary cores), or a mapping from ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to
+            `MPOShape`s (or their dicts). ``None`` = ``"hidden"``, the shape that gained most in our trials
+            (docs/evidence.md), with two experts per token, as there; but ``"separable"`` where something is asked for
+            that other shapes have alone: ``max_bond``, ``separable_left``, ``separable_right``, ``light_p``,
+            ``gauge``, a capacity, a bond in ``shape_pattern``, another ``moe_type`` than ``"switch"``, dense experts,
+            ``existing_experts="mpo"``. The attribute holds the name that was chosen.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
             is at most 64.
         block_per_group: each of the F / b groups of hidden units has blocks of its own; otherwise all groups share
@@ -94,7 +103,7 @@ class MPOEConfig:
     moe_type: str = "switch"
     num_experts: int = 8
     expert_type: str = "mpo"
-    shape: Any = "separable"
+    shape: Any = None
     shape_pattern: dict[str, Any] = field(default_factory=dict)
     max_bond: int | None = None
     separable_left: int | None = None
@@ -117,12 +126,14 @@ class MPOEConfig:
     expert_bias: bool = False
     existing_experts: str = "keep"
     expert_output_bias: bool = False
+    _given: ClassVar[frozenset[str]] = frozenset()  # of each instance: the fields that it was given
 
     def __post_init__(self) -> None:
         check_choice("moe_type", self.moe_type, MOE_TYPES)
         check_integer("num_experts", self.num_experts, 1)
         check_choice("expert_type", self.expert_type, EXPERT_TYPES)
-        self.shape = checked_shape(self.shape)
+        if self.shape is not None:
+            self.shape = checked_shape(self.shape)
         check_integer("block_size", self.block_size, 1, optional=True)
         check_flag("block_per_group", self.block_per_group)
         check_flag("expert_bias", self.expert_bias)
@@ -161,8 +172,36 @@ class MPOEConfig:
             raise ValueError(
                 f"moe_type {self.moe_type!r} needs a router with {wanted}; got {self.router.second_policy!r}"
             )
-        if self.router.top_k > self.num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.router.top_k}")
+        if self.shape is None:
+            self.shape = SEPARABLE if self._needs_cores() else HIDDEN
+        self._top_k_is_default = self.router.top_k is None
+        if self.router.top_k is None:
+            self.router = dataclasses.replace(self.router, top_k=min(2, self.num_experts) if self.is_hidden else 1)
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.top_k}")
+
+    def _needs_cores(self) -> bool:
+        """Whether something is asked for that experts of the shape "hidden" have no use for."""
+        return bool(
+            (self.moe_type, self.expert_type, self.existing_experts) != ("switch", "mpo", "keep")
+            or self._given & OF_CORES
+            or any(isinstance(value, int) for value in self.shape_pattern.values())
+            or (self.router.capacity_factor, self.router.eval_capacity_factor) != (None, None)
+        )
+
+    def with_cores(self) -> MPOEConfig:
+        """This configuration; where its shape is "hidden" by default, one of separable experts: for networks around
+        which hidden-side blocks cannot stand."""
+        if not self.is_hidden or "shape" in self._given:
+            return self
+        router = dataclasses.replace(self.router, top_k=None) if self._top_k_is_default else self.router
+        return dataclasses.replace(self, shape=SEPARABLE, router=router)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        assert self.router.top_k is not None  # settled at construction
+        return self.router.top_k
 
     @property
     def is_hidden(self) -> bool:
@@ -171,11 +210,13 @@ class MPOEConfig:
 
     def _check_hidden(self) -> None:
         if self.moe_type == "moe":
-            raise ValueError(f"shape 'hidden' needs moe_type 'switch' or 'none'; got {self.moe_type!r}")
+            raise ValueError(f"shape 'hidden' needs moe_type 'switch' or 'none'; got {self.moe_type!r}{_OTHER}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self.router, name)
             if value is not None:
-                raise ValueError(f"shape 'hidden' needs router.{name} None: no expert is ever full; got {value}")
+                raise ValueError(
+                    f"shape 'hidden' needs router.{name} None: no expert is ever full; got {value}{_OTHER}"
+                )
 
     def hidden_block(self, hidden_features: int) -> int:
         """Size of the hidden-side blocks in a hidden layer of this size.
@@ -296,9 +337,16 @@ class MPOEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MPOEConfig:
-        """Inverse of `to_dict`; unknown fields are refused with the closest known ones."""
+        """Inverse of `to_dict`; unknown fields are refused with the closest known ones.
+
+        What a saved configuration leaves out means what it meant when it was written: without ``shape`` its experts
+        are separable, without ``top_k`` a token meets one of them.
+        """
         check_fields(cls, values, "MPOEConfig")
-        return cls(**values)
+        router = values.get("router")
+        if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):
+            values = {**values, "router": {**ONE_EXPERT, **(router or {})}}
+        return cls(**{"shape": SEPARABLE, **values})
 
 
 def _checked_ratios(ratios: Any) -> dict[str, list[float]]:

@@ -26,6 +26,7 @@ GSHARD = {
     "eval_capacity_factor": 2.0,
     "min_capacity": 4,
 }
+ONE_EXPERT = {"top_k": 1}  # what a saved router means that does not say it
 
 
 @refuse_unknown_fields
@@ -34,7 +35,9 @@ class RouterConfig:
     """How tokens find their experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
 
     Attributes:
-        top_k: experts per token.
+        top_k: experts per token. ``None`` = as many as the experts' shape has evidence for: an `MPOEConfig` makes it 2
+            where they are of the shape ``"hidden"`` (but not more than there are) and 1 elsewhere, and keeps the
+            number; a router of its own takes 1.
         is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
             p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
@@ -57,7 +60,7 @@ class RouterConfig:
         init_scale: router weights start from a truncated normal of variance ``init_scale / in_features``.
     """
 
-    top_k: int = 1
+    top_k: int | None = None
     is_scale_prob: bool = False
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -72,7 +75,7 @@ class RouterConfig:
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        check_integer("top_k", self.top_k, 1)
+        check_integer("top_k", self.top_k, 1, optional=True)
         check_flag("is_scale_prob", self.is_scale_prob)
         for name in ("capacity_factor", "eval_capacity_factor"):
             if getattr(self, name) is not None:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
 
 KINDS = ("up", "gate_proj", "down")
-NAMED_SHAPES = ("separable", "paper", "light")
+SEPARABLE = "separable"
+NAMED_SHAPES = (SEPARABLE, "paper", "light")
 HIDDEN = "hidden"  # experts own blocks on the hidden side alone; the projections stay dense
 LARGEST_BLOCK = 64
 _SHAPE_FIELDS = {"in_factors", "out_factors"}

@@ -156,7 +156,7 @@ def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
 
 def place_switch(costs: ModelCosts, cluster: Cluster, replicated: bool = False) -> Placement:
     """Dense experts, spread over ``gcd(E, G)`` devices, or all of them on every device."""
-    work, experts, top_k = costs.workload, costs.config.num_experts, costs.config.router.top_k
+    work, experts, top_k = costs.workload, costs.config.num_experts, costs.config.top_k
     group = 1 if replicated else math.gcd(experts, cluster.devices)
     local = experts // group
     expert_parameters = sum(m.matrix.elements for layer in costs.layers for m in layer.matrices * layer.count) * local

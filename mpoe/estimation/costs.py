@@ -178,7 +178,7 @@ class ModelCosts:
 
 def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Usage, tokens: int) -> MatrixCosts:
     """Costs of one projection on ``tokens`` tokens."""
-    experts, top_k = config.num_experts, config.router.top_k
+    experts, top_k = config.num_experts, config.top_k
     slots = tokens * top_k
     dense, switch = 2 * tokens * matrix.elements, 2 * slots * matrix.elements
     plan = None
@@ -250,9 +250,7 @@ def _layer_costs(names: list[Layer], config: MPOEConfig, work: Usage, tokens: in
     matrices = tuple(
         matrix_costs(m, config.shape_for(m.kind, m.rows, m.columns), config, work, tokens) for m in first.matrices
     )
-    routing = routing_cost(
-        first.model_size, config.num_experts, config.router.top_k, tokens, work, not config.is_hidden
-    )
+    routing = routing_cost(first.model_size, config.num_experts, config.top_k, tokens, work, not config.is_hidden)
     streams = tuple(dict.fromkeys(layer.stream for layer in names))
     return LayerCosts(tuple(layer.name for layer in names), streams, tokens, matrices, routing)
 

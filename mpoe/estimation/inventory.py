@@ -62,6 +62,7 @@ class Inventory:
         rest: matrix maps that stay dense (attention projections, language-model head), as
             ``(stream, rows, columns) -> how many``. BERT's pooler, one row per sequence, is left out.
         mpoe: the configuration of an already converted model, or None.
+        blocks_fit: whether experts of the shape "hidden" can stand between its projections.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Inventory:
     layers: tuple[Layer, ...]
     rest: Mapping[tuple[str, int, int], int]
     mpoe: MPOEConfig | None
+    blocks_fit: bool = True
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -209,6 +211,7 @@ def take_inventory(
 
     from mpoe.models.families import family_of
     from mpoe.models.find import find_sites
+    from mpoe.models.hidden import HiddenSite
     from mpoe.models.sites import FFNSite
 
     values, source = read_values(name)
@@ -219,7 +222,9 @@ def take_inventory(
             model: Any = getattr(transformers, class_name)(config)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError, KeyError) as error:
         raise ValueError(f"model: the configuration of {name!r} builds no {class_name}: {error}") from error
-    chosen = MPOEConfig(exclude_modules=exclude_modules or [], layers_to_transform=layers_to_transform)
+    chosen = MPOEConfig(
+        shape="separable", exclude_modules=exclude_modules or [], layers_to_transform=layers_to_transform
+    )
     sites = [site for site in find_sites(model, family, config, chosen) if isinstance(site, FFNSite)]
     layers = []
     converted: set[int] = set()
@@ -227,6 +232,7 @@ def take_inventory(
         kinds = [kind for kind in ("up", "gate_proj", "down") if kind in site.dense]
         layers.append(Layer(site.name, site.stream, tuple(Matrix(k, *site.weight(k).shape) for k in kinds)))
         converted |= {id(module) for module in site.dense.values()}
+    blocks_fit = not any(HiddenSite.of(site).obstacle for site in sites)
     rest: dict[tuple[str, int, int], int] = {}
     for module_name, module in model.named_modules():
         if id(module) in converted or not isinstance(module, (nn.Linear, Conv1D)) or "pooler" in module_name:
@@ -235,4 +241,4 @@ def take_inventory(
         key = (_stream(module_name) if TABLE[config.model_type].style == SEQ2SEQ else "main", rows, columns)
         rest[key] = rest.get(key, 0) + 1
     parameters = sum(p.numel() for p in model.parameters()) + _head_of_its_own(model, values)
-    return Inventory(name, source, class_name, parameters, tuple(layers), rest, mpoe)
+    return Inventory(name, source, class_name, parameters, tuple(layers), rest, mpoe, blocks_fit)

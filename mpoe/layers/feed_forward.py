@@ -97,7 +97,8 @@ class MPOEFeedForward(RoutedFeedForward):
     Args:
         in_features: model size I.
         hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`: experts, shapes, router.
+        config: `MPOEConfig`: experts, shapes, router. Where it names no shape, experts are separable: hidden-side
+            blocks stand between projections that are there already (`HiddenFeedForward`).
         activation: name of the activation.
         gated: whether the experts are ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
@@ -124,6 +125,8 @@ class MPOEFeedForward(RoutedFeedForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = MPOEConfig() if config is None else config
+        if isinstance(config, MPOEConfig):
+            config = config.with_cores()
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
         kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
         if gated:

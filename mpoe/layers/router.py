@@ -68,9 +68,10 @@ class TopKRouter(FromInitialValues):
             raise TypeError(f"config must be a RouterConfig; got {type(config).__name__} {config!r}")
         check_placement(device, dtype)
         self.config = RouterConfig() if config is None else config
-        if self.config.top_k > num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.config.top_k}")
-        self.in_features, self.num_experts, self.top_k = in_features, num_experts, self.config.top_k
+        self.top_k = 1 if self.config.top_k is None else self.config.top_k
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.top_k}")
+        self.in_features, self.num_experts = in_features, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 

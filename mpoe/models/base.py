@@ -316,7 +316,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         Raises:
             TypeError, ValueError: ``num_tokens`` that is no count; a model without MPO weights.
         """
-        rows = summarize(self, num_tokens, self.mpoe_config.router.top_k)
+        rows = summarize(self, num_tokens, self.mpoe_config.top_k)
         if not rows:
             raise ValueError(f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none")
         print_summary(rows, num_tokens)

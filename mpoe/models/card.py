@@ -32,7 +32,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     """
     config, report = model.mpoe_config, parameter_report(model)
     base = base_name(model)
-    experts = f"{config.num_experts}, top-{config.router.top_k}" if config.moe_type != "none" else "1, no router"
+    experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no router"
     has_mpo = bool(report["central"])
     shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
     kind = "matrix product operators" if config.expert_type == "mpo" and has_mpo else "full matrices"

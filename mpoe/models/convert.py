@@ -23,7 +23,7 @@ from mpoe.models.export import as_stock
 from mpoe.models.families import family_for
 from mpoe.models.families.given import checked_sites
 from mpoe.models.find import find_sites
-from mpoe.models.hidden import fill_merged, hidden_modules, merged_config
+from mpoe.models.hidden import HiddenSite, fill_merged, hidden_modules, merged_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
@@ -155,10 +155,13 @@ def convert_to_mpoe(
 ) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
-    Every feed-forward network is decomposed once and copied to all experts, which share its central core; a router
-    is added (see ``moe_type``). A model that is a mixture already keeps its experts and its router, or its experts
-    become MPOs around a shared centre, as near as that goes (``existing_experts``). Attention projections, the
-    embedding with its tied head and BERT's pooler become MPOs where ``target_modules`` says so. Nothing else changes.
+    Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
+    (``shape="hidden"``, the default), or its matrices are decomposed once and copied to all experts, which share the
+    central core. Networks around which blocks cannot stand (Phi-3 and ModernBERT keep two projections in one matrix,
+    BART and OPT have no module of their own for the network) get separable experts where no shape is named. A model
+    that is a mixture already keeps its experts and its router, or its experts become MPOs around a shared centre, as
+    near as that goes (``existing_experts``). Attention projections, the embedding with its tied head and BERT's pooler
+    become MPOs where ``target_modules`` says so. Nothing else changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
@@ -190,6 +193,9 @@ def convert_to_mpoe(
     family = family_for(SimpleNamespace(mpoe_sites=given), cls.mpoe_family)
     config = checked_for(model, family, config)
     found = find_sites(model, family, model.config, config)
+    if any(isinstance(site, HiddenSite) and site.obstacle for site in found):
+        config = config.with_cores()
+        found = find_sites(model, family, model.config, config)
     tied = _check_sites(model, found, config)
     _check_backend(config.backend)
     _check_finite(model)

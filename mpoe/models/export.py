@@ -97,7 +97,7 @@ def _target_config(model: Any, to: str) -> Any:
     values |= {
         target.experts: mpoe.num_experts,
         target.inner: config.intermediate_size,
-        "num_experts_per_tok": mpoe.router.top_k,
+        "num_experts_per_tok": mpoe.top_k,
         "head_dim": head,
         "router_aux_loss_coef": mpoe.router.balance_loss_weight,
         "sliding_window": getattr(config, "sliding_window", None),

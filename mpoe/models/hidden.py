@@ -35,14 +35,19 @@ class HiddenSite(FFNSite):
         start = f"{self.name}."
         return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why blocks cannot stand between these projections, if so."""
+        if self.columns:
+            return "a projection each; up and gate_proj share one matrix"
+        missing = [kind for kind in self.dense if kind != "down" and "." in self.inside.get(kind, ".")]
+        return f"its {missing[0]} projection inside the module" if missing else None
+
     def check(self, config: MPOEConfig) -> None:
         """Refuse projections that are built in another way, or of sizes that do not fit."""
-        own, names = config.for_experts(self.name), self.inside
-        if self.columns:
-            raise ValueError(f"{self.name}: shape 'hidden' needs a projection each; up and gate_proj share one matrix")
-        missing = [kind for kind in self.dense if kind != "down" and "." in names.get(kind, ".")]
-        if missing:
-            raise ValueError(f"{self.name}: shape 'hidden' needs its {missing[0]} projection inside the module")
+        own = config.for_experts(self.name)
+        if self.obstacle is not None:
+            raise ValueError(f"{self.name}: shape 'hidden' needs {self.obstacle} (shape='separable' takes it as it is)")
         rows, columns = self.weight("up").shape
         for kind, (i, f) in {"up": (rows, columns), "gate_proj": (rows, columns), "down": (columns, rows)}.items():
             if kind in self.dense and tuple(self.weight(kind).shape) != (i, f):

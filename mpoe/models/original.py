@@ -189,7 +189,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
         raise ValueError(
             "source must be a checkpoint of the original implementation; it holds no MPO cores and no experts"
         )
-    every = MPOEConfig(target_modules=targets)
+    every = MPOEConfig(shape="separable", target_modules=targets)
     patterns: dict[str, Any] = {}
     for site in find_sites(base, family_of("t5"), base.config, every):
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in checkpoint.dense:
@@ -204,6 +204,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
     return MPOEConfig(
         moe_type=checkpoint.moe_type,
         num_experts=checkpoint.num_experts(),
+        shape="separable",
         shape_pattern=patterns,
         target_modules=targets,
         expert_type="dense" if checkpoint.dense else "mpo",

@@ -159,7 +159,8 @@ def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOECon
     experts: Any = next((module for _, module in expert_modules(model)), None)
     if experts is None:
         raise ValueError(f"{type(model).__name__} must have layers with experts; this one has none")
-    default, number = MPOEConfig(), int(experts.down_proj.shape[0])
+    config = config.with_cores()
+    default, number = MPOEConfig(shape=config.shape), int(experts.down_proj.shape[0])
     given = {
         "moe_type": (config.moe_type, (default.moe_type,)),
         "num_experts": (config.num_experts, (default.num_experts, number)),

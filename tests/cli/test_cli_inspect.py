@@ -24,7 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders t5, gpt2 (paper shapes) and dense (experts) of converted stand-ins."""
     root = tmp_path_factory.mktemp("models")
     for name, kind, values in (
-        ("t5", "t5", {}),
+        ("t5", "t5", {"shape": "separable"}),
         ("gpt2", "gpt2", {"shape": "paper", "target_modules": ["ffn", "attention"], "router": {"top_k": 2}}),
         ("dense", "gpt2", {"expert_type": "dense"}),
         ("none", "gpt2", {"moe_type": "none"}),

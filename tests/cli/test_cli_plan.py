@@ -46,7 +46,8 @@ def test_parameters_of_the_reference_table(cli, tmp_path, model, experts, dense,
 
 
 def test_json_has_every_number(cli, tmp_path) -> None:
-    values = plan(cli, tmp_path, "t5-base", "--decoder_tokens", 512, "--device", "h100", "--nodes", 2)
+    flags = ("--shape", "separable", "--decoder_tokens", 512, "--device", "h100", "--nodes", 2)
+    values = plan(cli, tmp_path, "t5-base", *flags)
     assert values["schema"] == 1
     assert values["kind"] == "plan"
     assert values["model"]["parameters"] == 222_903_552
@@ -306,3 +307,11 @@ def test_calibrate_says_where(cli, monkeypatch, tmp_path: Path) -> None:
     assert asked == ["cpu"]
     assert str(tmp_path / "mpoe" / "hardware.json") in "".join(answer.out.split("\n"))
     assert "GFLOP/s" in answer.out
+
+
+def test_without_a_shape_it_plans_what_conversion_makes(cli, tmp_path) -> None:
+    values = plan(cli, tmp_path, "t5-base")
+    assert (values["config"]["shape"], values["config"]["router"]["top_k"]) == ("hidden", 2)
+    assert values["totals"]["whole"]["mpoe"]["parameters"] == 298_548_480
+    capped = plan(cli, tmp_path, "t5-base", "--max_bond", 64)
+    assert (capped["config"]["shape"], capped["config"]["router"]["top_k"]) == ("separable", 1)

@@ -94,7 +94,7 @@ def test_published_sizes(name: str, parameters: int) -> None:
 
 
 def test_one_dense_expert_costs_what_the_dense_layer_does() -> None:
-    costs = model_costs(take_inventory("gpt2"), MPOEConfig(num_experts=1), work())
+    costs = model_costs(take_inventory("gpt2"), MPOEConfig(num_experts=1, shape="separable"), work())
     for layer in costs.layers:
         for matrix in layer.matrices:
             assert matrix.costs["switch"] == matrix.costs["dense"]
@@ -119,8 +119,8 @@ def test_time_of_many_experts_with_few_rows_is_reading_them() -> None:
 
 def test_masked_steps_cost_less() -> None:
     inventory = take_inventory("t5-base")
-    plain = model_costs(inventory, MPOEConfig(), work())
-    masked = model_costs(inventory, MPOEConfig(), work(mask_central=True))
+    plain = model_costs(inventory, MPOEConfig(shape="separable"), work())
+    masked = model_costs(inventory, MPOEConfig(shape="separable"), work(mask_central=True))
     assert masked.experts("mpoe").flops < plain.experts("mpoe").flops
     assert masked.experts("switch") == plain.experts("switch")
 
@@ -138,7 +138,7 @@ def test_temporary_weights_stay_under_two_experts() -> None:
 @pytest.mark.parametrize("rank_by", ["capacity", "time", "parameters"])
 def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_by: str) -> None:
     inventory, load = take_inventory("t5-base"), work(8192)
-    found = suggest(inventory, MPOEConfig(), load, Limits(parameters, x_dense), rank_by)
+    found = suggest(inventory, MPOEConfig(shape="separable"), load, Limits(parameters, x_dense), rank_by)
     assert found
     for one in found:
         assert one.parameters <= (parameters or math.inf)
@@ -154,7 +154,7 @@ def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_
 
 
 def test_suggestions_own_something_and_can_hold_a_matrix() -> None:
-    inventory, config = take_inventory("t5-base"), MPOEConfig(num_experts=64)
+    inventory, config = take_inventory("t5-base"), MPOEConfig(num_experts=64, shape="separable")
     found = suggest(inventory, config, work(), Limits())
     assert all(one.capacity >= 0.001 for one in found)
     assert all(one.lossless or one.held >= 0.5 for one in found)
@@ -165,7 +165,7 @@ def test_suggestions_own_something_and_can_hold_a_matrix() -> None:
 
 def test_options_of_a_suggestion_choose_its_shape() -> None:
     inventory = take_inventory("t5-base")
-    for one in suggest(inventory, MPOEConfig(), work(), Limits()):
+    for one in suggest(inventory, MPOEConfig(shape="separable"), work(), Limits()):
         (options,), _ = parse([PlanOptions], shlex.split(one.options))
         config = MPOEConfig(
             shape=options.shape,
@@ -178,7 +178,7 @@ def test_options_of_a_suggestion_choose_its_shape() -> None:
 
 
 def test_all_families_are_suggested_when_the_budget_allows() -> None:
-    found = suggest(take_inventory("t5-base"), MPOEConfig(), work(), Limits(400_000_000))
+    found = suggest(take_inventory("t5-base"), MPOEConfig(shape="separable"), work(), Limits(400_000_000))
     assert {one.config.shape for one in found} == {"separable", "light", "paper"}
     assert {one.lossless for one in found} == {True, False}
 
@@ -186,9 +186,9 @@ def test_all_families_are_suggested_when_the_budget_allows() -> None:
 def test_impossible_budgets_name_the_nearest() -> None:
     inventory = take_inventory("t5-base")
     with pytest.raises(ValueError, match=r"no shape meets max_parameters 1,000 .*nearest lossless: separable 8/8"):
-        suggest(inventory, MPOEConfig(), work(), Limits(1000))
+        suggest(inventory, MPOEConfig(shape="separable"), work(), Limits(1000))
     with pytest.raises(ValueError, match=r"max_parameters 230,000,000 and max_time 0.001 x dense .*truncated"):
-        suggest(inventory, MPOEConfig(), work(), Limits(230_000_000, 0.001))
+        suggest(inventory, MPOEConfig(shape="separable"), work(), Limits(230_000_000, 0.001))
 
 
 # ---------------------------------------------------------------------------------------------------- clusters
@@ -219,7 +219,7 @@ def test_all_reduce_by_hand() -> None:
 
 
 def test_replicated_experts_against_expert_parallel() -> None:
-    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=64), work())
+    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=64, shape="separable"), work())
     cluster = Cluster(nodes=4, gpus_per_node=8, network_bandwidth=50e9, link_bandwidth=450e9)
     mpoe, switch = place_mpoe(costs, cluster), place_switch(costs, cluster)
     assert (mpoe.expert_group, switch.expert_group) == (1, 32)
@@ -247,14 +247,14 @@ def test_break_even_makes_both_send_the_same() -> None:
     assert times is not None
     mpoe, switch, _ = placements(model_costs(inventory, config, work(round(1024 * times))), cluster)
     assert switch.traffic.link == pytest.approx(mpoe.traffic.link, rel=1e-3)
-    inside = model_costs(inventory, MPOEConfig(num_experts=8), work())
+    inside = model_costs(inventory, MPOEConfig(num_experts=8, shape="separable"), work())
     assert break_even(placements(inside, cluster), cluster) is None
 
 
 def test_masked_central_cores_are_neither_reduced_nor_updated() -> None:
     inventory, cluster = take_inventory("t5-base"), Cluster(4, 1, 50e9, 450e9)
-    plain = place_mpoe(model_costs(inventory, MPOEConfig(), work()), cluster)
-    masked = place_mpoe(model_costs(inventory, MPOEConfig(), work(mask_central=True)), cluster)
+    plain = place_mpoe(model_costs(inventory, MPOEConfig(shape="separable"), work()), cluster)
+    masked = place_mpoe(model_costs(inventory, MPOEConfig(shape="separable"), work(mask_central=True)), cluster)
     central = 48 * 768 * 3072
     assert plain.all_reduce.link - masked.all_reduce.link == pytest.approx(2 * 3 / 4 * 4 * central)
     assert masked.memory_bytes == plain.memory_bytes
@@ -262,7 +262,7 @@ def test_masked_central_cores_are_neither_reduced_nor_updated() -> None:
 
 
 def test_experts_inside_a_node_keep_tokens_off_the_network() -> None:
-    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=8), work())
+    costs = model_costs(take_inventory("t5-base"), MPOEConfig(num_experts=8, shape="separable"), work())
     switch = place_switch(costs, Cluster(4, 8, 50e9, 450e9))
     assert switch.all_to_all.link == 0
     experts = 24 * 2 * 768 * 3072  # one expert per layer on each device, four replicas of it, one in each node
@@ -272,12 +272,12 @@ def test_experts_inside_a_node_keep_tokens_off_the_network() -> None:
 
 def test_inference_and_single_devices_send_no_gradients() -> None:
     inventory = take_inventory("t5-base")
-    inference = model_costs(inventory, MPOEConfig(num_experts=64), work(training=False))
+    inference = model_costs(inventory, MPOEConfig(num_experts=64, shape="separable"), work(training=False))
     for placement in placements(inference, Cluster(2, 2, 50e9, 450e9)):
         assert placement.all_reduce.calls == 0
         assert placement.optimizer_seconds == 0
         assert placement.memory_bytes == 2 * placement.parameters
-    alone = placements(model_costs(inventory, MPOEConfig(), work()), Cluster(1, 1, 50e9, 450e9))
+    alone = placements(model_costs(inventory, MPOEConfig(shape="separable"), work()), Cluster(1, 1, 50e9, 450e9))
     assert [placement.traffic.calls for placement in alone] == [0, 0]
     with pytest.raises(ValueError, match="nodes must be at least 1; got 0"):
         Cluster(0, 1, 1.0, 1.0)

@@ -44,6 +44,27 @@ def test_saved_models_are_what_they_were(family: str, kind: str, tmp_path: Path)
         assert (model(**inputs).logits - logits).abs().max() > 1e-4
 
 
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_that_names_no_shape_is_of_separable_experts(family: str, tmp_path: Path) -> None:
+    """As one written before there was a choice: neither shape nor number of experts per token."""
+    folder = tmp_path / "model"
+    shutil.copytree(EARLIER / f"{family}_separable", folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["mpoe"] = _without(values["mpoe"], "shape", "gauge", "light_p", "max_bond")
+    values["mpoe"]["router"] = _without(values["mpoe"]["router"], "top_k")
+    (folder / "config.json").write_text(json.dumps(values))
+    tensors = load_file(EARLIER / f"{family}.safetensors")
+    model = load_mpoe(folder)
+    assert (model.mpoe_config.shape, model.mpoe_config.top_k) == ("separable", 1)
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in tensors.items() if not name.startswith("logits")}).logits
+    torch.testing.assert_close(logits, tensors["logits_separable"], rtol=1e-5, atol=1e-5)
+
+
 def test_convert_makes_the_same_configuration(tmp_path: Path) -> None:
     flags = json.loads((EARLIER / "converted.flags.json").read_text())
     with pytest.raises(SystemExit) as done:
@@ -68,10 +89,17 @@ def _flags() -> list[str]:
     return list(runpy.run_path(str(EARLIER / "make.py"))["TRAIN"])
 
 
-def test_a_run_killed_halfway_goes_on_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names_shape", [True, False])
+def test_a_run_killed_halfway_goes_on_to_its_end(
+    names_shape: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("data", "dense_gpt2", "killed"):
         shutil.copytree(EARLIER / name, tmp_path / name)
     run = tmp_path / "killed" / "run.json"
+    if not names_shape:
+        record = json.loads(run.read_text())
+        record["config"]["experts"] = _without(record["config"]["experts"], "shape", "top_k")
+        run.write_text(json.dumps(record))
     started_by = json.loads((EARLIER / "dense_gpt2" / "config.json").read_text())["transformers_version"]
     if transformers.__version__ != started_by:
         # Another release has other training arguments, which a resumed run may not change. What they are is not ours.

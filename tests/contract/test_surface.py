@@ -13,7 +13,28 @@ from .surface import missing, names, options
 
 EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface_e1aa197.json").read_text())
 # Changed on purpose: what `missing` says of it -> why.
-DELIBERATE: dict[str, str] = {}
+_SHAPE = "a new configuration that names no shape is hidden; what other shapes have alone still selects separable"
+_TOP_K = "two experts per token of hidden, one elsewhere; the number is settled and saved"
+_NAME = "POSITIONAL_OR_KEYWORD"
+DELIBERATE = {
+    **{
+        f"{module}.{name} was {was!r}, is '{_NAME} None'": why
+        for module in ("mpoe", "mpoe.config")
+        for name, was, why in (
+            ("MPOEConfig: parameters: shape", f"{_NAME} 'separable'", _SHAPE),
+            ("RouterConfig: parameters: top_k", f"{_NAME} 1", _TOP_K),
+        )
+    },
+    **{
+        f"{command}: --{option}: default was {was!r}, is None": why
+        for command, option, was, why in (
+            *((command, "shape", "separable", _SHAPE) for command in ("train", "convert", "plan")),
+            *((command, "gauge", "symmetric", _SHAPE) for command in ("train", "convert")),
+            *((command, name, 64, _SHAPE) for command in ("train", "convert") for name in ("light_p", "light-p")),
+            *(("plan", name, 1, _TOP_K) for name in ("top_k", "top-k")),
+        )
+    },
+}
 
 
 @pytest.mark.parametrize(("kind", "today"), [("names", names), ("options", options)])

@@ -107,7 +107,7 @@ def _fill(cache: Path, name: str, kind: str) -> None:
     torch.manual_seed(0)
     model = cls(cls.config_class(**sizes)).eval()
     if kind == "mpoe":
-        model = convert_to_mpoe(model, MPOEConfig(num_experts=4, backend="eager"))
+        model = convert_to_mpoe(model, MPOEConfig(num_experts=4, backend="eager", shape="separable"))
     folder = cache / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(REVISION)

@@ -22,7 +22,7 @@ from mpoe.models.table import TABLE
 # folder of the checkout, where it is not the family's name
 FOLDERS = {"gemma3_text": "gemma3", "deberta-v2": "deberta_v2"}
 OTHERS = ("Integration", "Generation", "Embeddings", "Vision", "EncoderOnly", "Standalone")
-SETTINGS = {"num_experts": 4, "backend": "eager"}
+SETTINGS = {"num_experts": 4, "shape": "separable", "backend": "eager"}
 
 
 def _dense_test(module: Any) -> type[unittest.TestCase]:

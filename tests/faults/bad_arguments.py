@@ -81,7 +81,7 @@ def within(manager: Callable[..., Any], **options: Any) -> None:
 
 
 def config(**options: Any) -> Any:
-    return mpoe.MPOEConfig(**{"num_experts": 2, **options})
+    return mpoe.MPOEConfig(**{"num_experts": 2, "shape": "separable", **options})
 
 
 Start = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]

@@ -43,7 +43,7 @@ def make_models(folder: Path) -> list[str]:
     torch.save(base.state_dict(), folder / "base.pt")
     from mpoe import MPOEConfig, convert_to_mpoe
 
-    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2)), folder / "only", base)
+    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base)
     model = mpoe_model("t5", num_experts=2)
     model.save_pretrained(folder / "whole")
     model.save_pretrained(folder / "shards", max_shard_size="20KB")

@@ -79,7 +79,7 @@ def prepare(folder: Path) -> Path:
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(TABLES[".jsonl"])
     dense = AutoModelForSeq2SeqLM.from_pretrained(stand_in_path("t5"))
-    convert_to_mpoe(dense, MPOEConfig(num_experts=2)).save_pretrained(inside / "mixture")
+    convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).save_pretrained(inside / "mixture")
     AutoTokenizer.from_pretrained(stand_in_path("t5")).save_pretrained(inside / "mixture")
     return inside
 

@@ -81,7 +81,7 @@ def test_damaged_mpoe_only_saves(tmp_path: Path, change: str) -> None:
     base = dense_model("gpt2")
     from mpoe import MPOEConfig, convert_to_mpoe
 
-    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2)), tmp_path, base)
+    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), tmp_path, base)
     files = {"cut": "mpoe_only.safetensors", "record": "mpoe_base.json"}
     file = files.get(change, "config.json")
     text = (tmp_path / file).read_bytes()

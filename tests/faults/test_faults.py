@@ -92,11 +92,15 @@ def in_threads(count: int, work) -> list:
 def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
     dense, model = dense_model("gpt2"), mpoe_model("t5")
     model.save_pretrained(tmp_path)
-    expected = [model.state_dict(), convert_to_mpoe(dense, MPOEConfig(num_experts=2)).state_dict()]
+    expected = [model.state_dict(), convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).state_dict()]
 
     def work(number: int) -> dict[str, torch.Tensor]:
         for _ in range(3):
-            made = load_mpoe(tmp_path) if number % 2 == 0 else convert_to_mpoe(dense, MPOEConfig(num_experts=2))
+            made = (
+                load_mpoe(tmp_path)
+                if number % 2 == 0
+                else convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable"))
+            )
         return made.state_dict()
 
     for number, got in enumerate(in_threads(6, work)):

@@ -82,7 +82,7 @@ def test_a_chain_of_one_core_has_no_bonds() -> None:
 @pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
 def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
     dense, tokenizer = load_stand_in(kind)
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": top_k}))
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": top_k}, shape="separable"))
     text = "return the number of items in the list."
     routes = route_text(model, tokenizer, text, max_new_tokens=5)
     layers = routed_layers(model)
@@ -104,7 +104,7 @@ def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
 
 def test_a_text_without_tokens_is_refused() -> None:
     dense, tokenizer = load_stand_in("gpt2")
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2))
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable"))
     with pytest.raises(ValueError, match="text must hold at least one token; got ''"):
         route_text(model, tokenizer, "")
 
@@ -114,7 +114,9 @@ def test_totals_are_those_of_converted_models(expert_type: str) -> None:
     dense = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=24, n_layer=2, n_head=2, n_positions=8))
 
     def converted(experts: int, kind: str):
-        config = MPOEConfig(num_experts=experts, expert_type=kind, target_modules=["ffn", "attention"])
+        config = MPOEConfig(
+            num_experts=experts, expert_type=kind, target_modules=["ffn", "attention"], shape="separable"
+        )
         return convert_to_mpoe(dense, config)
 
     def totals(kind: str, field: str) -> list[int]:

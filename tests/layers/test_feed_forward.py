@@ -119,13 +119,13 @@ def test_capacity_drops_the_last_tokens_of_a_full_expert():
 
 
 def test_expert_dropout_replaces_the_familys_rate_in_training_only():
-    config = MPOEConfig(num_experts=2, router=RouterConfig(expert_dropout=0.5))
+    config = MPOEConfig(num_experts=2, router=RouterConfig(expert_dropout=0.5), shape="separable")
     ffn = MPOEFeedForward(24, 48, config, dropout=0.0)
     x = torch.randn(8, 24)
     assert not torch.equal(ffn(x), ffn(x))
     ffn.eval()
     assert torch.equal(ffn(x), ffn(x))
-    assert MPOEFeedForward(24, 48, MPOEConfig(), dropout=0.1).expert_dropout == 0.1
+    assert MPOEFeedForward(24, 48, MPOEConfig(shape="separable"), dropout=0.1).expert_dropout == 0.1
 
 
 def test_central_mask_stops_its_gradient_only():
@@ -235,7 +235,7 @@ def test_activation_table_is_what_torch_computes():
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
 def test_no_tokens_have_gradients_too(expert_type: str) -> None:
-    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type)).train()
+    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type, shape="separable")).train()
     x = torch.zeros(2, 0, 12, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None
@@ -244,7 +244,7 @@ def test_no_tokens_have_gradients_too(expert_type: str) -> None:
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
 def test_nan_in_padding_reaches_nothing(expert_type: str) -> None:
-    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type)).train()
+    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type, shape="separable")).train()
     x = torch.randn(1, 4, 12)
     x[0, 3] = float("nan")
     y = layer(x, torch.tensor([[True, True, True, False]]))
@@ -256,7 +256,7 @@ def test_nan_in_padding_reaches_nothing(expert_type: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
-    layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2)).eval()
+    layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable")).eval()
     x = torch.randn(3, 8).to(dtype)
     found = layer(x)
     assert found.dtype == torch.float32  # as the documentation says

@@ -44,4 +44,4 @@ def test_what_fits_still_does() -> None:
         is torch.bfloat16
     )
     assert MPOEmbedding(SHAPE, -1, device="meta").padding_idx == 7
-    assert MPOEFeedForward(8, 16, MPOEConfig(num_experts=2))(torch.randn(3, 8)).shape == (3, 8)
+    assert MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable"))(torch.randn(3, 8)).shape == (3, 8)

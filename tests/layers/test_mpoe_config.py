@@ -73,6 +73,7 @@ def test_unknown_fields_offer_close_matches():
     "config",
     [
         MPOEConfig(),
+        MPOEConfig(shape="separable"),
         MPOEConfig(
             num_experts=3,
             shape={"up": MPOShape.paper(48, 96), "down": MPOShape.paper(96, 48)},
@@ -90,10 +91,10 @@ def test_json_round_trip(config):
 
 
 def test_shapes_by_name():
-    up = MPOEConfig().shape_for("up", 768, 3072)
+    up = MPOEConfig(shape="separable").shape_for("up", 768, 3072)
     assert up == MPOShape.separable(768, 3072)
-    assert MPOEConfig().shape_for("down", 3072, 768) == up.mirrored()
-    assert MPOEConfig().shape_for("gate_proj", 768, 3072) == up
+    assert MPOEConfig(shape="separable").shape_for("down", 3072, 768) == up.mirrored()
+    assert MPOEConfig(shape="separable").shape_for("gate_proj", 768, 3072) == up
     left = MPOEConfig(separable_left=128, separable_right=32).shape_for("up", 768, 3072)
     assert (left.in_factors[0], left.out_factors[-1]) == (128, 32)
     assert MPOEConfig(shape="paper", max_bond=9).shape_for("up", 768, 3072) == MPOShape.paper(768, 3072, max_bond=9)

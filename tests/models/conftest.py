@@ -14,6 +14,6 @@ def converted():
     """Factory: a converted model of a family, see `small_models.FAMILIES`."""
 
     def make(family, **config):
-        return convert_to_mpoe(dense_model(family), MPOEConfig(**{"num_experts": 4, **config}))
+        return convert_to_mpoe(dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config}))
 
     return make

@@ -23,7 +23,7 @@ NAMES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": 
 def mixture(model_type="llama", **config):
     """A mixture whose experts and routers differ."""
     torch.manual_seed(4)
-    config = {"num_experts": 4, "router": RouterConfig(top_k=2), **config}
+    config = {"num_experts": 4, "shape": "separable", "router": RouterConfig(top_k=2), **config}
     model = convert_to_mpoe(tiny_model(model_type, NAMES[model_type]), MPOEConfig(**config)).eval()
     for name, parameter in model.named_parameters():
         if ".router." in name:

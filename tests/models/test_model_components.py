@@ -29,7 +29,7 @@ def targets(family):
 @torch.no_grad()
 def test_every_component_at_once_changes_nothing_and_reloads(family, tmp_path):
     model, inputs = dense_model(family), batch(family)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=targets(family)))
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=targets(family), shape="separable"))
     after = converted(**inputs)
     assert relative_difference(family, model(**inputs), after, inputs) <= 2e-5
     assert isinstance(converted.get_input_embeddings(), MPOEmbedding)
@@ -45,7 +45,9 @@ def test_every_component_at_once_changes_nothing_and_reloads(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama", "bert_mlm"])
 def test_tied_head_and_table_learn_together(family):
-    model = convert_to_mpoe(dense_model(family), MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"]))
+    model = convert_to_mpoe(
+        dense_model(family), MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
+    )
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(head, TiedHead)
     x = torch.randn(3, table.embedding_dim)
@@ -61,7 +63,9 @@ def test_tied_head_and_table_learn_together(family):
 def test_heads_of_their_own_stay_dense(tmp_path):
     model, inputs = dense_model("t5"), batch("t5")
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"]))
+    converted = convert_to_mpoe(
+        model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
+    )
     assert type(converted.lm_head) is nn.Linear
     assert relative_difference("t5", model(**inputs), converted(**inputs), inputs) <= 1e-5
     converted.save_pretrained(tmp_path)
@@ -72,14 +76,16 @@ def test_tables_that_are_not_shared_are_refused():
     model = dense_model("t5")
     model.decoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens must share the table of shared"):
-        convert_to_mpoe(model, MPOEConfig(target_modules=["embedding"]))
+        convert_to_mpoe(model, MPOEConfig(target_modules=["embedding"], shape="separable"))
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
 @torch.no_grad()
 def test_generation_with_an_mpo_embedding(family):
     model, inputs = dense_model(family), batch(family, labels=False)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"]))
+    converted = convert_to_mpoe(
+        model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
+    )
     options = {"max_new_tokens": 5, "do_sample": False}
     prompt = {"input_ids": inputs["input_ids"][:1]}
     assert torch.equal(converted.generate(**prompt, **options), model.generate(**prompt, **options))
@@ -101,7 +107,7 @@ def test_caps_of_each_component():
 def test_vocabularies_are_padded_and_unknown_ids_refused():
     model = dense_model("gpt2")
     shape = MPOShape((4, 4, 4), (2, 4, 3), None, None, 60, 24)
-    config = MPOEConfig(target_modules=["embedding"], shape_pattern={"wte": shape})
+    config = MPOEConfig(target_modules=["embedding"], shape_pattern={"wte": shape}, shape="separable")
     converted = convert_to_mpoe(model, config)
     table = converted.get_input_embeddings()
     assert (table.cores.shape.padded_in, table.num_embeddings) == (64, 60)
@@ -120,7 +126,7 @@ def test_shapes_by_pattern(tmp_path):
         r"attn\.c_attn": 5,
     }
     model, inputs = dense_model("gpt2"), batch("gpt2")
-    config = MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern)
+    config = MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern, shape="separable")
     converted = convert_to_mpoe(model, config)
     shapes = {name: cores.shape for name, cores in mpo_modules(converted)}
     assert shapes["transformer.h.0.mlp.experts.up"] == MPOShape.paper(24, 96)
@@ -142,7 +148,7 @@ def test_shapes_by_pattern(tmp_path):
     ],
 )
 def test_patterns_that_do_not_fit(pattern, words):
-    config = MPOEConfig(target_modules=["ffn", "embedding"], shape_pattern=pattern)
+    config = MPOEConfig(target_modules=["ffn", "embedding"], shape_pattern=pattern, shape="separable")
     with pytest.raises(ValueError) as caught:
         convert_to_mpoe(dense_model("gpt2"), config)
     assert words in str(caught.value)
@@ -182,7 +188,7 @@ def test_llama_gates_with_biases_are_refused():
 @torch.no_grad()
 def test_mpoe_only_saves_hold_the_embedding(family, tmp_path):
     dense, inputs = dense_model(family), batch(family)
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"]))
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable"))
     model.get_input_embeddings().cores.central.mul_(1.1)
     save_mpoe_only(model, tmp_path, base=dense)
     again = load_mpoe(tmp_path, base=dense)

@@ -118,7 +118,7 @@ def test_mpo_experts_are_fitted_and_the_error_is_told():
 def test_a_ridge_router_sends_domains_to_their_experts(top_k):
     base = dense("llama").eval()
     fine_tunes = [tuned(base, seed) for seed in (1, 2, 3)]
-    config = MPOEConfig(expert_type="dense", router=RouterConfig(top_k=top_k))
+    config = MPOEConfig(expert_type="dense", router=RouterConfig(top_k=top_k), shape="separable")
     mixture = compose(base, fine_tunes, [batches(d) for d in range(3)], config)
     for domain in range(3):
         load = mixture(**batches(domain, 1)[0]).router_logits

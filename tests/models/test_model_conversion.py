@@ -44,7 +44,10 @@ def test_full_bonds_change_nothing(family, shape, gauge):
 @torch.no_grad()
 def test_top2_and_dense_experts_change_nothing_either(family):
     model, inputs = dense_model(family), batch(family)
-    for config in (MPOEConfig(num_experts=4, router=RouterConfig(top_k=2)), MPOEConfig(expert_type="dense")):
+    for config in (
+        MPOEConfig(num_experts=4, router=RouterConfig(top_k=2), shape="separable"),
+        MPOEConfig(expert_type="dense"),
+    ):
         converted = convert_to_mpoe(model, config)
         assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
 
@@ -53,7 +56,7 @@ def test_top2_and_dense_experts_change_nothing_either(family):
 def test_the_input_is_left_alone(family):
     model = dense_model(family)
     state, kind = copy.deepcopy(model.state_dict()), type(model)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"))
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(1.0)
@@ -76,7 +79,7 @@ def test_inplace_returns_the_same_object():
 def test_ties_dtype_and_attention_are_kept():
     model = dense_model("t5").to(torch.bfloat16)
     model.set_attn_implementation("eager")
-    converted = convert_to_mpoe(model)
+    converted = convert_to_mpoe(model, MPOEConfig(shape="separable"))
     assert converted.lm_head.weight is converted.shared.weight
     assert converted.config._attn_implementation == "eager"
     assert converted.encoder.block[0].layer[1].DenseReluDense.experts.up.central.dtype == torch.bfloat16
@@ -92,8 +95,8 @@ def test_ties_dtype_and_attention_are_kept():
 @torch.no_grad()
 def test_other_dtypes(family, dtype):
     model, inputs = dense_model(family).to(dtype), batch(family)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
-    exact = convert_to_mpoe(model.float(), MPOEConfig(num_experts=2))
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"))
+    exact = convert_to_mpoe(model.float(), MPOEConfig(num_experts=2, shape="separable"))
     a, b = (valid_rows(family, result(m(**inputs)).float(), inputs) for m in (converted, exact))
     assert result(converted(**inputs)).dtype == dtype
     assert (a - b).abs().max() / b.abs().max() < (1e-5 if dtype == torch.float64 else 0.1)
@@ -120,32 +123,36 @@ def test_each_matrix_is_decomposed_once(monkeypatch):
     calls = []
     original = module.decompose_with_errors
     monkeypatch.setattr(module, "decompose_with_errors", lambda *args: calls.append(1) or original(*args))
-    convert_to_mpoe(dense_model("gpt2"), MPOEConfig(num_experts=8))
+    convert_to_mpoe(dense_model("gpt2"), MPOEConfig(num_experts=8, shape="separable"))
     assert len(calls) == 4
 
 
 def test_layers_and_exclusions():
     model = dense_model("t5")
-    converted = convert_to_mpoe(model, MPOEConfig(layers_to_transform=[1]))
+    converted = convert_to_mpoe(model, MPOEConfig(layers_to_transform=[1], shape="separable"))
     names = [n for n, m in converted.named_modules() if isinstance(m, MPOEFeedForward)]
     assert names == ["encoder.block.1.layer.1.DenseReluDense"]
-    converted = convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"]))
+    converted = convert_to_mpoe(
+        model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"], shape="separable")
+    )
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
     with pytest.raises(ValueError, match=r"close matches: .*DenseReluDense"):
-        convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"]))
+        convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"))
     with pytest.raises(ValueError, match=r"layer indices 0\.\.1; got 7"):
-        convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7]))
+        convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
 @torch.no_grad()
 def test_attention_projections(family):
     model, inputs = dense_model(family), batch(family)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, target_modules=["ffn", "attention"]))
+    converted = convert_to_mpoe(
+        model, MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape="separable")
+    )
     count = {"t5": 2 * 4 + 8, "gpt2": 2 * 2, "bert": 2 * 4}[family]
     assert len([m for m in converted.modules() if isinstance(m, MPOLinear)]) == count
     assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
-    only = convert_to_mpoe(model, MPOEConfig(target_modules="attention"))
+    only = convert_to_mpoe(model, MPOEConfig(target_modules="attention", shape="separable"))
     out = only(**inputs)
     assert relative_difference(family, model(**inputs), out, inputs) <= 1e-5
     assert "aux_loss" not in out

@@ -13,7 +13,7 @@ from .small_models import FAMILIES
 def pair(family: str, **options):
     torch.manual_seed(0)
     dense = FAMILIES[family]().eval()
-    return dense, convert_to_mpoe(dense, MPOEConfig(num_experts=3, **options))
+    return dense, convert_to_mpoe(dense, MPOEConfig(**{"num_experts": 3, "shape": "separable", **options}))
 
 
 def test_ignored_labels_inside_a_target_are_not_padding() -> None:
@@ -75,7 +75,7 @@ def test_refused_before_any_work(options: dict, message: str) -> None:
 
 def test_float16_t5_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="Prefer bfloat16"):
-        convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2))
+        convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2, shape="separable"))
 
 
 def test_a_model_without_weights_and_a_path_that_is_none_are_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_a_model_without_weights_and_a_path_that_is_none_are_refused(tmp_path):
 
 def test_saves_of_parameters_alone_refuse_what_is_no_folder(tmp_path):
     dense = FAMILIES["gpt2"]()
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2))
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable"))
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "dangling"):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
-from mpoe.layers import MPOEFeedForward
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward
 from mpoe.models.table import DENSE, TABLE
 
 from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
@@ -24,6 +24,32 @@ def slice_of(cases):
             usual = case[0] in FIRST.values() or case[1] in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
             default = usual and number == place % len(SHAPES)
             yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
+
+
+# Around whose projections blocks cannot stand: two share a matrix, or there is no module of the network's own.
+WITHOUT_BLOCKS = ("modernbert", "phi3", "bart", "opt")
+ONE_OF_EACH = {case[0]: case[2] for case in reversed(GENERATED)}
+
+
+@pytest.mark.parametrize("model_type", ONE_OF_EACH)
+@torch.no_grad()
+def test_converts_by_default(model_type, tmp_path):
+    """Where no shape is named: hidden-side experts, two per token, or else separable ones."""
+    model = tiny_model(model_type, ONE_OF_EACH[model_type])
+    inputs = tiny_batch(model, model_type)
+    expected = text_rows(first_result(model(**inputs)), inputs)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=3))
+    without = model_type in WITHOUT_BLOCKS
+    kind = MPOEFeedForward if without else HiddenFeedForward
+    assert any(isinstance(module, kind) for module in converted.modules())
+    config = converted.mpoe_config
+    assert (config.shape, config.top_k) == (("separable", 1) if without else ("hidden", 2))
+    output = converted(**inputs)
+    assert (text_rows(first_result(output), inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    converted.save_pretrained(tmp_path)
+    again = load_mpoe(tmp_path)
+    assert again.mpoe_config == config
+    assert torch.equal(first_result(again(**inputs)), first_result(output))
 
 
 @pytest.mark.parametrize(("model_type", "auto", "name", "shape"), list(slice_of(GENERATED)))

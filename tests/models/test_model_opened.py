@@ -150,7 +150,7 @@ def test_feed_forward_chunks_give_the_same(model_type):
     name = {"bert": "BertModel", "deberta-v2": "DebertaV2Model"}[model_type]
     model = tiny_model(model_type, name, chunk_size_feed_forward=3)
     inputs = tiny_batch(model, model_type)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2))
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"))
     expected, found = (text_rows(first_result(m(**inputs)), inputs) for m in (model, converted))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert type(converted)(converted.config).config.chunk_size_feed_forward == 3
@@ -177,7 +177,7 @@ def outsider():
 def test_sites_convert_a_model_outside_the_table(tmp_path):
     model = outsider()
     inputs = batch("llama")
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2), sites=LLAMA_SITES)
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES)
     expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
@@ -208,7 +208,9 @@ def test_sites_with_fused_projections_and_parts_left_empty():
         holder = "layers.*.mlp" if model_type == "phi3" else "decoder.layers.*"
         model = tiny_model(model_type, name)
         inputs = tiny_batch(model, model_type)
-        converted = convert_to_mpoe(model, MPOEConfig(num_experts=2), sites={"holder": holder, **sites})
+        converted = convert_to_mpoe(
+            model, MPOEConfig(num_experts=2, shape="separable"), sites={"holder": holder, **sites}
+        )
         expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -228,7 +230,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
 )
 def test_sites_that_do_not_fit(sites, kind, words):
     with pytest.raises(kind) as caught:
-        convert_to_mpoe(outsider(), MPOEConfig(num_experts=2), sites=sites)
+        convert_to_mpoe(outsider(), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
     assert words in str(caught.value)
 
 
@@ -240,7 +242,10 @@ def test_classes_of_a_known_family_without_a_usual_head_are_refused():
 
 def test_tables_that_scale_their_rows_are_refused():
     with pytest.raises(ValueError, match=r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look"):
-        convert_to_mpoe(tiny_model("gemma3_text", "Gemma3ForCausalLM"), MPOEConfig(target_modules=["ffn", "embedding"]))
+        convert_to_mpoe(
+            tiny_model("gemma3_text", "Gemma3ForCausalLM"),
+            MPOEConfig(target_modules=["ffn", "embedding"], shape="separable"),
+        )
 
 
 def test_unknown_names_are_no_attributes():

@@ -51,7 +51,7 @@ class CpuBudget(TrainerCallback):
 @pytest.mark.slow
 def test_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     steps, batch = 60, 32
-    model = convert_to_mpoe(classifier(), MPOEConfig())
+    model = convert_to_mpoe(classifier(), MPOEConfig(shape="separable"))
     train, test = sentiment(shared_data, "train", steps * batch), sentiment(shared_data, "test")
     trainer = sentiment_trainer(model, tmp_path, train, test, steps, batch, callbacks=[CpuBudget(CPU_SECONDS)])
     trainer.train()

@@ -147,7 +147,7 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.DenseReluDense = MPOEFeedForward(32, 64, MPOEConfig(num_experts=2), bias=True)
+        self.DenseReluDense = MPOEFeedForward(32, 64, MPOEConfig(num_experts=2, shape="separable"), bias=True)
         self.SelfAttention = nn.Module()
         shape = MPOShape((2, 2, 2, 2, 2), (2, 2, 2, 2, 2))
         self.SelfAttention.q = MPOLinear(shape)

@@ -40,7 +40,7 @@ def test_an_unknown_family_gets_the_lower_rate_and_is_told() -> None:
 
 def test_kinds() -> None:
     assert kind_of(None) == kind_of(MPOEConfig(target_modules=["attention"], moe_type="none")) == "dense"
-    assert kind_of(MPOEConfig(expert_type="dense")) == "switch"
+    assert kind_of(MPOEConfig(expert_type="dense", shape="separable")) == "switch"
     assert kind_of(MPOEConfig(shape="paper")) == "paper"
 
 

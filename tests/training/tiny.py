@@ -74,7 +74,7 @@ def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
 def mpoe_model(family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int = 0, **config: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     router = RouterConfig(jitter=jitter, balance_loss_weight=0.05, z_loss_weight=0.01)
-    options = {"num_experts": 4, "router": router, **config}
+    options = {"num_experts": 4, "shape": "separable", "router": router, **config}
     return convert_to_mpoe(dense_model(family, dropout), MPOEConfig(**options))
 
 

@@ -34,7 +34,10 @@ def predictions(experts: int) -> Sizes:
     inventory = take_inventory("t5-large")
     streams = (*inventory.streams, *(stream for stream, _, _ in inventory.rest))
     work = Usage(dict.fromkeys(streams, TOKENS), Device("h100", torch.bfloat16), training=True)
-    costs, hardware = model_costs(inventory, MPOEConfig(num_experts=experts), work), work.device.hardware
+    costs, hardware = (
+        model_costs(inventory, MPOEConfig(num_experts=experts, shape="separable"), work),
+        work.device.hardware,
+    )
     clusters = [Cluster(nodes, GPUS, hardware.network_bandwidth, hardware.link_bandwidth) for nodes in NODES]
     return {cluster.devices: placements(costs, cluster) for cluster in clusters}
 

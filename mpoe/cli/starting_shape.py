@@ -1,0 +1,56 @@
+"""The experts' shape in a run that was told none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpoe.config import MPOEConfig
+from mpoe.config.shapes import SEPARABLE
+
+_OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that MPO cores alone have
+
+if TYPE_CHECKING:
+    from mpoe.cli.train import Plan
+
+
+def saved_config(folder: Path) -> dict[str, Any] | None:
+    """What the run in ``folder`` was started with; None where there is no readable record of one."""
+    from mpoe.training.output_dir import RUN_FILE
+
+    try:
+        saved = json.loads((folder / RUN_FILE).read_text())["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # what cannot be resumed is refused, with its reason, when the folder is checked
+    return saved if isinstance(saved, dict) else None
+
+
+def settle_experts(plan: Plan) -> MPOEConfig | None:
+    """The `MPOEConfig` of the run, None where everything stays dense; says in one line what shape no option named.
+
+    A resumed run keeps the shape that it was started with. A configuration file without a shape gets separable experts,
+    one per token, as it always has. All others get `MPOEConfig`'s default. Afterwards ``plan.experts`` holds what was
+    chosen, as the record of the run does.
+    """
+    experts, defaults = plan.experts, {"gauge": MPOEConfig.gauge, "light_p": MPOEConfig.light_p}
+    record = saved_config(Path(str(plan.arguments.output_dir))) if plan.run.resume else None
+    kept = (record or {}).get("experts")
+    as_saved = plan.from_file or isinstance(kept, dict)
+    if isinstance(kept, dict):
+        for name in {"shape", "top_k"} - plan.given:
+            setattr(experts, name, kept.get(name))
+    if experts.shape is None and plan.given & _OF_CORES:
+        experts.shape = SEPARABLE
+    config = experts.build(as_saved)
+    if experts.shape is None and not isinstance(kept, dict):
+        experts.shape = SEPARABLE if config is None else str(config.shape)
+        if config is not None and config.expert_type == "mpo" and plan.arguments.process_index == 0:
+            why = "as the file names none" if plan.from_file else "what gained most in our trials"
+            why = why if config.is_hidden or plan.from_file else "what the other options are for"
+            print(f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: {why} (--shape)")
+    if config is not None and config.is_hidden and not as_saved:
+        experts.top_k = config.top_k
+    for name, value in defaults.items():
+        setattr(experts, name, getattr(experts, name) or value)
+    return config

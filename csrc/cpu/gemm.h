@@ -39,12 +39,12 @@ struct GemmKernels {
   std::int64_t best_rows;   // rows of a tile that use the registers best, <= kMaxRows
   std::int64_t longest_sum;  // units to sum in one go (linear_common.h)
 
-  // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows <= best_rows, c < 32. Strides of `a` in units,
-  // tile_stride in floats. Row r of A starts at a + r * a_stride.
+  // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. Strides of `a` in units, tile_stride in floats.
+  // Row r of A starts at a + r * a_stride. Taken in tiles of at most best_rows.
   void (*multiply_rows)(
       std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,
       std::int64_t tile_stride, bool accumulate);
-  // The same with A(r, u) at a[u * 32 + r]: rows that are columns of a packed panel.
+  // The same with A(r, u) at a[u * 32 + r], at most best_rows: rows that are columns of a packed panel.
   void (*multiply_columns)(
       std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile, std::int64_t tile_stride,
       bool accumulate);
@@ -97,6 +97,16 @@ const GemmKernels& gemm_kernels(Dtype dtype);
 
 inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_divide(a, b) * b; }
+
+// Cuts `count` rows into equal tiles of at most `most`.
+template <class F>
+inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
+  const std::int64_t parts = ceil_divide(count, most);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    const std::int64_t first = count * p / parts;
+    f(first, count * (p + 1) / parts - first);
+  }
+}
 
 // Elements from row to row of a left operand with `k` elements per row, for scratch memory that multiply_rows reads:
 // an odd number of cache lines. Rows a multiple of 4 KiB apart share one set of the first-level cache, and a tile's 14

@@ -36,7 +36,7 @@ struct alignas(64) TileShapes {
   std::uint8_t rows[16] = {};
 };
 
-// Tiles 0..3: C, two by two; 4 and 5: A; 6 and 7: B. All become zero.
+// Tiles 0..3: C, two by two; 4 and 5: A; 6 and 7: B.
 void shape_tiles(int64_t rows) {
   TileShapes shapes;
   const auto set = [&](int tile, int64_t tile_rows, int64_t bytes) {
@@ -69,6 +69,13 @@ void multiply_tiles(
     if (both) {
       _tile_loadd(2, below, bytes);
       _tile_loadd(3, below + kSide, bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+      _tile_zero(2);
+      _tile_zero(3);
     }
   }
   const char* a_below = a + kSide * a_row;
@@ -112,15 +119,20 @@ void amx_multiply_rows(
   const char* const right = static_cast<const char*>(panel);
   const int64_t whole = tile_units(units);
   if (whole > 0) {
-    shape_tiles(rows);
-    multiply_shaped(rows, whole / kSide, left, a_stride * 4, right, tile, tile_stride, accumulate);
+    // Whole tiles first, and not equal ones: another shape takes as long as a tile's sum.
+    for (int64_t first = 0; first < rows; first += kMaxRows) {
+      const int64_t count = std::min(kMaxRows, rows - first);
+      if (first == 0 || count < kMaxRows) shape_tiles(count);
+      multiply_shaped(
+          count, whole / kSide, left + first * a_stride * 4, a_stride * 4, right, tile + first * tile_stride, tile_stride,
+          accumulate);
+    }
     _tile_release();
   }
   if (whole == units) return;
-  for (int64_t r = 0; r < rows; r += vectors.best_rows)
-    vectors.multiply_rows(
-        std::min(vectors.best_rows, rows - r), units - whole, left + (r * a_stride + whole) * 4, a_stride,
-        right + whole * kPanelRow, tile + r * tile_stride, tile_stride, accumulate || whole > 0);
+  vectors.multiply_rows(
+      rows, units - whole, left + whole * 4, a_stride, right + whole * kPanelRow, tile, tile_stride,
+      accumulate || whole > 0);
 }
 
 void amx_multiply_columns(
@@ -137,7 +149,7 @@ void amx_multiply_columns(
     for (int64_t r = 0; r < rows; r += kSide)
       for (int64_t u = 0; u < count; u += kSide)
         transpose_units(left + (first + u) * kPanelRow + r * 4, kPanelRow, turned + r * kRow + u * 4, kRow);
-    if (first == 0) shape_tiles(rows);  // later pieces load what they add to
+    if (first == 0) shape_tiles(rows);
     multiply_shaped(
         rows, count / kSide, turned, kRow, right + first * kPanelRow, tile, tile_stride, accumulate || first > 0);
   }

@@ -21,8 +21,15 @@ constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 template <int rows>
 struct RowOffsets {
   int64_t odd[(rows + 1) / 2];
+  // By additions in registers. Compilers would multiply in vectors and take the parts from the stack, and a load that one
+  // store alone cannot serve waits until all earlier stores are done: the previous tile's results, on their way to memory.
   explicit RowOffsets(int64_t stride) {
-    for (int i = 0; i < (rows + 1) / 2; ++i) odd[i] = (2 * i + 1) * stride;
+    odd[0] = stride;
+#pragma GCC unroll 8
+    for (int i = 1; i < (rows + 1) / 2; ++i) {
+      odd[i] = odd[i - 1] + 2 * stride;
+      asm("" : "+r"(odd[i]));
+    }
   }
   // Once per turn of a loop: multiples are not to be taken out of it.
   void renew() {
@@ -61,8 +68,9 @@ inline void multiply_step(Floats (&acc)[rows][kTileVectors], const char* a, cons
 // One register tile: `rows` x (kTileVectors * kWidth) columns. All of it lives in registers while k runs.
 template <class T, int rows, class Offsets>
 inline void register_tile(
-    int64_t units, const char* a, Offsets offset, int64_t a_unit, const char* panel, float* tile,
-    int64_t tile_stride, bool accumulate) {
+    int64_t units, const char* a, int64_t a_row, int64_t a_unit, const char* panel, float* tile, int64_t tile_stride,
+    bool accumulate) {
+  Offsets offset(a_row);
   Floats acc[rows][kTileVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -95,10 +103,9 @@ template <class T, bool by_columns, int rows>
 void tile_of(
     int64_t units, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride, bool accumulate) {
   constexpr int64_t kColumns = kTileVectors * kWidth;
-  const std::conditional_t<by_columns, UnitOffsets, RowOffsets<rows>> offset(a_row);
   for (int64_t c = 0; c < kPanel; c += kColumns)
-    register_tile<T, rows>(
-        units, a, offset, by_columns ? kPanelBytes : kUnitBytes, panel + c * kUnitBytes, tile + c, tile_stride,
+    register_tile<T, rows, std::conditional_t<by_columns, UnitOffsets, RowOffsets<rows>>>(
+        units, a, a_row, by_columns ? kPanelBytes : kUnitBytes, panel + c * kUnitBytes, tile + c, tile_stride,
         accumulate);
 }
 
@@ -114,9 +121,11 @@ template <class T>
 void multiply_rows(
     int64_t rows, int64_t units, const void* a, int64_t a_stride, const void* panel, float* tile, int64_t tile_stride,
     bool accumulate) {
-  pick_tile<T, false>(rows, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
-      units, static_cast<const char*>(a), a_stride * kUnitBytes, static_cast<const char*>(panel), tile, tile_stride,
-      accumulate);
+  for_each_tile(rows, UnitProduct<T>::kRows, [&](int64_t first, int64_t count) {
+    pick_tile<T, false>(count, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
+        units, static_cast<const char*>(a) + first * a_stride * kUnitBytes, a_stride * kUnitBytes,
+        static_cast<const char*>(panel), tile + first * tile_stride, tile_stride, accumulate);
+  });
 }
 
 template <class T>
@@ -274,7 +283,7 @@ constexpr GemmKernels table() {
   return {
       .unit = kUnitBytes / static_cast<int64_t>(sizeof(T)),
       .best_rows = UnitProduct<T>::kRows,
-      .longest_sum = 128,
+      .longest_sum = 384,
       .multiply_rows = multiply_rows<T>,
       .multiply_columns = multiply_columns<T>,
       .store = store<T>,

@@ -73,25 +73,16 @@ struct Span {
   std::int64_t first, last;
 };
 
-// Cuts `count` rows into equal tiles of at most `most`.
-template <class F>
-inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
-  const std::int64_t parts = ceil_divide(count, most);
-  for (std::int64_t p = 0; p < parts; ++p) {
-    const std::int64_t first = count * p / parts;
-    f(first, count * (p + 1) / parts - first);
-  }
-}
-
 // Sums are sums of sums of sums, which round less than one long sum: its error grows with the square root of its length,
 // theirs with that of the three lengths added up. The innermost have gemm.longest_sum units of k, the next this many of
 // those.
 constexpr std::int64_t kSumsOfSums = 8;
 
 // tile (accumulate: +)= the sum of pieces of `units`, each made by piece(first, count, tile, stride, accumulate).
-template <class F>
+template <std::int64_t most_rows = kMaxRows, class F>
 inline void sum_of_sums(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, float* tile, std::int64_t tile_stride, bool accumulate, const F& piece) {
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, float* tile, std::int64_t tile_stride,
+    bool accumulate, const F& piece) {
   const std::int64_t longest = gemm.longest_sum;
   for_each_tile(units, longest * kSumsOfSums, [&](std::int64_t first, std::int64_t count) {
     const bool adds = accumulate || first > 0;
@@ -101,7 +92,7 @@ inline void sum_of_sums(
       });
       return;
     }
-    alignas(64) float part[kMaxRows * kPanel];
+    alignas(64) float part[most_rows * kPanel];
     for_each_tile(count, longest, [&](std::int64_t start, std::int64_t length) {
       piece(first + start, length, part, kPanel, start > 0);
     });

@@ -132,7 +132,9 @@ struct OutputStep {
   void right_product(
       Span slots, Span part, const T* h, std::int64_t h_row, const T* panels, std::int64_t right_k) const {
     const BlockDims& d = in.dims;
-    const std::int64_t width = part.last - part.first;
+    const std::int64_t width = part.last - part.first, total = (slots.last - slots.first) * width;
+    // About a strip further.
+    const std::int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
     T* y = static_cast<T*>(in.y);
     Finish finish{};
     finish.activation = in.activation;
@@ -140,13 +142,24 @@ struct OutputStep {
     // Where the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
     multiply_all(
-        gemm, (slots.last - slots.first) * width, right_k, h, h_row, panels, d.jR,
+        gemm, total, right_k, h, h_row, panels, d.jR,
         [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
           std::int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
+          const std::int64_t slot = slots.first + first / width;
+          std::int64_t start = slot * d.out_features, j = part.first + first % width;
           for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t s = slots.first + (first + r) / width, j = part.first + (first + r) % width;
-            row_offset[r] = s * d.out_features + j * d.jR;
+            row_offset[r] = start + j * d.jR;
             bias_offset[r] = j * bias.row;
+            // A write waits for its cache line, and the writes after it wait too: the next strip's are fetched by now.
+            if (first + r + kStripRows < total) {
+              const T* later = y + row_offset[r] + later_rows + c;
+              for (std::int64_t i = 0; i < kPanel * static_cast<std::int64_t>(sizeof(T)); i += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(later) + i, 1, 2);
+            }
+            if (++j == part.last) {
+              j = part.first;
+              start += d.out_features;
+            }
           }
           finish.bias = bias.values ? bias.values.get() + c : nullptr;
           finish.bias_offset = bias_offset;

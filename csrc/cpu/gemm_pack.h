@@ -226,6 +226,18 @@ void transpose(
         transpose_units(
             reinterpret_cast<const char*>(from + r * in_stride + c), in_stride * 4,
             reinterpret_cast<char*>(to + c * out_stride + r), out_stride * 4);
+#elif defined(__SSE2__)
+    whole_rows = rows / 4 * 4;
+    whole_columns = whole_rows == 0 ? 0 : columns / 4 * 4;
+    for (std::int64_t r = 0; r < whole_rows; r += 4)
+      for (std::int64_t c = 0; c < whole_columns; c += 4) {
+        __m128 row[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(from + (r + i) * in_stride + c);
+        _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * out_stride + r, row[i]);
+      }
 #endif
   }
   for (std::int64_t c = 0; c < columns; ++c)

@@ -127,6 +127,34 @@ inline void multiply_columns(
       });
 }
 
+// Rows whose sums wait in the first-level cache, beside a piece of a panel.
+constexpr std::int64_t kStripRows = 112;
+
+// Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile). A piece of a panel, as long as
+// sums in one go are, meets a strip of rows before the next one does: then it comes from the first-level cache, and only
+// the rows from the second. Summed as by multiply_rows.
+template <class T, class F>
+void multiply_all(
+    const GemmKernels& gemm, std::int64_t count, std::int64_t k, const T* a, std::int64_t stride, const T* panels,
+    std::int64_t columns, const F& f) {
+  alignas(64) float sums[kStripRows * kPanel];
+  const std::int64_t units = k / gemm.unit;
+  for (std::int64_t c = 0; c < columns; c += kPanel)
+    for_each_tile(count, kStripRows, [&](std::int64_t strip, std::int64_t strip_rows) {
+      const T* rows_of_strip = a + strip * stride;
+      sum_of_sums<kStripRows>(
+          gemm, strip_rows, units, sums, kPanel, false,
+          [&](std::int64_t first, std::int64_t length, float* out, std::int64_t out_stride, bool adds) {
+            gemm.multiply_rows(
+                strip_rows, length, rows_of_strip + first * gemm.unit, stride / gemm.unit,
+                panels + c * k + first * kPanel * gemm.unit, out, out_stride, adds);
+          });
+      for_each_tile(strip_rows, gemm.best_rows, [&](std::int64_t row, std::int64_t rows) {
+        f(strip + row, rows, c, sums + row * kPanel);
+      });
+    });
+}
+
 // Tiles of at most `most` slots that cover every expert's slots.
 inline std::vector<SlotTile> slot_tiles(const LinearInputs& in, std::int64_t most) {
   std::vector<SlotTile> tiles;

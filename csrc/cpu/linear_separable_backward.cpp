@@ -187,24 +187,27 @@ class Backward {
   void central_gradient() {
     constexpr std::int64_t kRows = 1024;  // slots whose rows are packed at a time
     const std::int64_t m = sizes_.t_k, n = dh_k_, stride = round_up(n, kPanel), unit = gemm_.unit;
-    const std::int64_t most = round_up(std::min(kRows, filled_), unit);
-    Buffer<T> a(round_up(m, kPanel) * most), b(stride * most);
+    const std::int64_t most = round_up(std::min(kRows, filled_), unit), a_stride = row_stride(gemm_, most);
+    Buffer<T> a(m * a_stride), b(stride * most);
     Buffer<float> sum(m * stride);
-    constexpr std::int64_t kGroup = 4;  // panels that one task packs together
-    const auto pack = [&](T* panels, const T* rows, std::int64_t row, std::int64_t count, std::int64_t columns) {
-      const std::int64_t units = ceil_divide(count, unit);
-      parallel_for(0, ceil_divide(columns, kGroup * kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-        const std::int64_t first = begin * kGroup * kPanel, last = std::min(columns, end * kGroup * kPanel);
-        gemm_.pack(panels + first * units * unit, units, rows + first, row, count, last - first);
+    constexpr std::int64_t kColumns = 4 * kPanel;  // that one task turns or packs together
+    const auto in_parts = [](std::int64_t columns, const auto& part) {
+      parallel_for(0, ceil_divide(columns, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
+        part(begin * kColumns, std::min(columns, end * kColumns) - begin * kColumns);
       });
     };
     for (std::int64_t first = 0; first < filled_; first += kRows) {
-      const std::int64_t count = std::min(kRows, filled_ - first);
-      pack(a.get(), t_.get() + first * sizes_.t_row, sizes_.t_row, count, m);
-      pack(b.get(), dh_.get() + first * dh_row_, dh_row_, count, n);
+      const std::int64_t count = std::min(kRows, filled_ - first), k = padded_k(gemm_, count);
+      in_parts(m, [&](std::int64_t start, std::int64_t columns) {
+        turn_rows(
+            gemm_, t_.get() + first * sizes_.t_row + start, sizes_.t_row, count, columns, a.get() + start * a_stride,
+            a_stride);
+      });
+      in_parts(n, [&](std::int64_t start, std::int64_t columns) {
+        gemm_.pack(b.get() + start * k, k / unit, dh_.get() + first * dh_row_ + start, dh_row_, count, columns);
+      });
       parallel_for(0, stride / kPanel, 1, [&](std::int64_t begin, std::int64_t end) {
-        multiply_outer(
-            gemm_, ceil_divide(count, unit), m, a.get(), {begin, end}, b.get(), sum.get(), stride, first > 0);
+        multiply_outer(gemm_, k, m, a.get(), a_stride, {begin, end}, b.get(), sum.get(), stride, first > 0);
       });
     }
     T* out = static_cast<T*>(in_.dcentral);

@@ -54,15 +54,16 @@ class MPOEConfig:
             feed-forward network then is merely in MPO form.
         num_experts: experts of a layer, E.
         expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
-        shape: of the experts. ``"hidden"``: experts own blocks on the hidden side alone, between the dense
-            projections, which stay what they are: several experts per token cost little more than one.
-            ``"separable"`` (MPO cores that are cheap to run), ``"paper"`` (the original's factors), ``"light"``
-            (smallest auxiliary cores), or a mapping from ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to
-            `MPOShape`s (or their dicts). ``None`` = ``"hidden"``, the shape that gained most in our trials
-            (docs/evidence.md), with two experts per token, as there; but ``"separable"`` where something is asked for
-            that other shapes have alone: ``max_bond``, ``separable_left``, ``separable_right``, ``light_p``,
-            ``gauge``, a capacity, a bond in ``shape_pattern``, another ``moe_type`` than ``"switch"``, dense experts,
-            ``existing_experts="mpo"``. The attribute holds the name that was chosen.
+        shape: of the experts: ``"hidden"``, ``"separable"``, ``"paper"``, ``"light"``, or a mapping from ``"up"``,
+            ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s (or their dicts); ``None`` = ``"hidden"``, or
+            ``"separable"`` where something is asked for that other shapes have alone. Hidden: experts own blocks on
+            the hidden side alone, between the dense projections, which stay what they are, so that several experts
+            per token cost little more than one. Separable: MPO cores that are cheap to run; paper: the original's
+            factors; light: smallest auxiliary cores. ``None`` takes the shape that gained most in our trials
+            (docs/evidence.md), with two experts per token, as there. What other shapes have alone: ``max_bond``,
+            ``separable_left``, ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``,
+            another ``moe_type`` than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the
+            name that was chosen.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
             is at most 64.
         block_per_group: each of the F / b groups of hidden units has blocks of its own; otherwise all groups share

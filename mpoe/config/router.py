@@ -35,9 +35,9 @@ class RouterConfig:
     """How tokens find their experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
 
     Attributes:
-        top_k: experts per token. ``None`` = as many as the experts' shape has evidence for: an `MPOEConfig` makes it 2
-            where they are of the shape ``"hidden"`` (but not more than there are) and 1 elsewhere, and keeps the
-            number; a router of its own takes 1.
+        top_k: experts per token; ``None`` = 2 of the shape ``"hidden"``, 1 of others. That is as many as there is
+            evidence for; an `MPOEConfig` settles the number, at most the number of experts, and keeps it. A
+            router of its own takes 1.
         is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
             p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.

@@ -255,7 +255,8 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         """Keep folded blocks and full weights of experts for inference, in ``max_bytes`` for the whole model.
 
         Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
-        passes that need gradients run as ever. See `mpoe.layers.MPOExperts.cache_experts`.
+        passes that need gradients run as ever. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts have
+        nothing to rebuild, and the cache stays empty.
 
         Args:
             max_bytes: bound; ``None`` or 0 turns the cache off. Any value starts with an empty one.
@@ -267,7 +268,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             TypeError, ValueError: ``max_bytes`` that is no integer, or negative; a model without MPO experts.
         """
         layers = [module for module in self.modules() if isinstance(module, MPOExperts)]
-        if not layers:
+        if not layers and not hidden_modules(self):  # hidden-side blocks are never rebuilt: there is nothing to keep
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         cache = ExpertCache.of(max_bytes)
         for layer in layers:

@@ -281,6 +281,16 @@ def test_reports(family: str, capsys: pytest.CaptureFixture) -> None:
     assert [name for name, _ in routed_layers(model)] == list(layers)
 
 
+def test_a_cache_of_experts_has_nothing_to_keep() -> None:
+    model = convert_to_mpoe(dense("gpt2"), config())
+    want = logits(model, "gpt2")
+    cache = model.cache_experts(1 << 20)
+    assert cache is not None
+    assert torch.equal(logits(model, "gpt2"), want)
+    assert cache.report().bytes == 0
+    assert model.cache_experts(None) is None
+
+
 def test_rates_of_the_blocks() -> None:
     model = convert_to_mpoe(dense("gpt2"), config())
     arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1.0, auxiliary_lr_scale=0.5, report_to=[])

@@ -164,6 +164,7 @@ class HiddenFeedForward(RoutedFeedForward):
         hidden_features: F.
         config: `MPOEConfig` with ``shape="hidden"``.
         names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down`` unless it lies elsewhere.
+        columns: where two kinds share one projection, which of its outputs belong to each.
         activation, dropout, output_dropout, stream: as in `MPOEFeedForward`.
 
     Attributes:
@@ -177,6 +178,7 @@ class HiddenFeedForward(RoutedFeedForward):
         config: MPOEConfig,
         *,
         names: Mapping[str, str],
+        columns: Mapping[str, slice] | None = None,
         activation: str = "relu",
         dropout: float = 0.0,
         output_dropout: float = 0.0,
@@ -185,7 +187,7 @@ class HiddenFeedForward(RoutedFeedForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
-        self.names = dict(names)
+        self.names, self.columns = dict(names), dict(columns or {})
         self.experts = HiddenExperts(
             hidden_features,
             config.num_experts,
@@ -238,9 +240,7 @@ class HiddenFeedForward(RoutedFeedForward):
             index = index.masked_fill(~token_mask[:, None], -1)
         # In the shape in which the dense model multiplies, so that its bits are the same.
         x = x.view(hidden_states.shape)
-        u = getattr(self, self.names["up"])(x)
-        gate = self.names.get("gate_proj")
-        u_gate = None if gate is None else getattr(self, gate)(x)
+        u, u_gate = self._hidden(x)
         o = self._between(u, gates, index, u_gate)
         if "down" not in self.names:
             return self.dropout(o)
@@ -252,6 +252,17 @@ class HiddenFeedForward(RoutedFeedForward):
         if token_mask is not None:
             y = y.masked_fill(~token_mask.view(y.shape[:-1])[..., None], 0.0)
         return self.dropout(y)
+
+    def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``u [..., F]`` and, if gated, that of the gate."""
+        up, gate = self.names["up"], self.names.get("gate_proj")
+        u = getattr(self, up)(x)
+        if gate is None:
+            return u, None
+        if gate != up:
+            return u, getattr(self, gate)(x)
+        both = (u[..., self.columns[kind]].contiguous() for kind in ("up", "gate_proj"))
+        return next(both), next(both)
 
     def _between(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None) -> Tensor:
         """``u [..., F]`` through the experts and the dropout between the projections."""
@@ -266,8 +277,16 @@ class HiddenFeedForward(RoutedFeedForward):
     # ------------------------------------------------------------- the centre
 
     def central_parameters(self) -> dict[str, nn.Parameter]:
-        """Weights of the projections by kind: what all experts share."""
-        return {kind: module.weight for kind, module in self.projections().items()}  # type: ignore[misc]
+        """Weights of the projections by kind: what all experts share. One of two kinds stands under the first."""
+        found: dict[str, nn.Parameter] = {}
+        for kind, module in self.projections().items():
+            if not any(module.weight is weight for weight in found.values()):
+                found[kind] = module.weight  # type: ignore[assignment]
+        return found
+
+    def central_weight(self, kind: str) -> Tensor:
+        """What all experts share of one kind of projection, ``[in, out]``."""
+        return linear_weight(self.projections()[kind])[:, self.columns.get(kind, slice(None))]
 
     @property
     def central_masked(self) -> bool:
@@ -298,7 +317,7 @@ class HiddenFeedForward(RoutedFeedForward):
     def expert_weights(self, kind: str) -> Tensor:
         """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``): for export and inspection."""
         core = self.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]]
-        weight = linear_weight(self.projections()[kind]).to(core.dtype)
+        weight = self.central_weight(kind).to(core.dtype)
         groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
         own = core.expand(-1, groups, -1, -1)
         if kind == "down":

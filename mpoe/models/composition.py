@@ -20,7 +20,6 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
-from mpoe.layers.mpo_linear import linear_weight
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import convert_to_mpoe, converted_class
 from mpoe.models.domains import collect, solve_routers, train_routers
@@ -133,7 +132,7 @@ def _fit_hidden(layer: HiddenFeedForward, expert: int, site: FFNSite) -> None:
     for kind, name in (("up", "right"), ("gate_proj", "right_gate"), ("down", "left")):
         if kind not in projections:
             continue
-        centre, goal = linear_weight(projections[kind]).double(), site.weight(kind).double()
+        centre, goal = layer.central_weight(kind).double(), site.weight(kind).double()
         if kind == "down":  # rows are the hidden units
             a = centre.view(groups, size, -1).mT
             b = goal.view(groups, size, -1).mT

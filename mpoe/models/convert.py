@@ -157,11 +157,11 @@ def convert_to_mpoe(
 
     Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
     (``shape="hidden"``, the default), or its matrices are decomposed once and copied to all experts, which share the
-    central core. Networks around which blocks cannot stand (Phi-3 and ModernBERT keep two projections in one matrix,
-    BART and OPT have no module of their own for the network) get separable experts where no shape is named. A model
-    that is a mixture already keeps its experts and its router, or its experts become MPOs around a shared centre, as
-    near as that goes (``existing_experts``). Attention projections, the embedding with its tied head and BERT's pooler
-    become MPOs where ``target_modules`` says so. Nothing else changes.
+    central core. Networks without a module of their own, between whose projections no blocks can stand (BART, OPT), get
+    separable experts where no shape is named. A model that is a mixture already keeps its experts and its router, or
+    its experts become MPOs around a shared centre, as near as that goes (``existing_experts``). Attention projections,
+    the embedding with its tied head and BERT's pooler become MPOs where ``target_modules`` says so. Nothing else
+    changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or

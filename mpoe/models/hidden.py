@@ -38,8 +38,6 @@ class HiddenSite(FFNSite):
     @property
     def obstacle(self) -> str | None:
         """Why blocks cannot stand between these projections, if so."""
-        if self.columns:
-            return "a projection each; up and gate_proj share one matrix"
         missing = [kind for kind in self.dense if kind != "down" and "." in self.inside.get(kind, ".")]
         return f"its {missing[0]} projection inside the module" if missing else None
 
@@ -68,6 +66,7 @@ class HiddenSite(FFNSite):
             columns,
             config.for_experts(self.name),
             names=self.inside,
+            columns=self.columns,
             stream=self.stream,
             device="meta",
             dtype=up.dtype,

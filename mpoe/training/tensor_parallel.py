@@ -34,7 +34,7 @@ def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
 
     Raises:
         ValueError: a mesh of several dimensions; no such network; groups that the ranks do not divide; a projection
-            that is no ``nn.Linear``, which PyTorch's styles need. Nothing has been changed then.
+            for two kinds, or that is no ``nn.Linear``, which PyTorch's styles need. Nothing has been changed then.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh must be one-dimensional; got {mesh.ndim} dimensions")
@@ -45,6 +45,8 @@ def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
         groups = layer.hidden_features // layer.experts.block_size
         if groups % mesh.size():
             raise ValueError(f"{name} has {groups} groups of hidden units, which {mesh.size()} ranks do not divide")
+        if layer.columns:
+            raise ValueError(f"{name}: up and gate_proj share one projection, whose halves the ranks would mix")
         for kind, module in layer.projections().items():
             if not isinstance(module, nn.Linear):
                 raise ValueError(f"{name}: its {kind} projection must be an nn.Linear; got {type(module).__name__}")

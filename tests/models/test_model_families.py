@@ -26,8 +26,8 @@ def slice_of(cases):
             yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
 
 
-# Around whose projections blocks cannot stand: two share a matrix, or there is no module of the network's own.
-WITHOUT_BLOCKS = ("modernbert", "phi3", "bart", "opt")
+# Between whose projections blocks cannot stand: there is no module of the network's own.
+WITHOUT_BLOCKS = ("bart", "opt")
 ONE_OF_EACH = {case[0]: case[2] for case in reversed(GENERATED)}
 
 

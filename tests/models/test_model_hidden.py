@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     T5Config,
@@ -43,6 +45,7 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "bert": lambda: BertForMaskedLM(BertConfig(**LLAMA)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**LLAMA, num_key_value_heads=2, pad_token_id=0)),  # gate and up in one
 }
 every_family = pytest.mark.parametrize("family", MODELS)
 
@@ -350,11 +353,23 @@ def test_projections_that_lie_elsewhere_are_refused() -> None:
         site.check(config())
 
 
-def test_a_fused_projection_is_refused() -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    fused = Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
-    with pytest.raises(ValueError, match="needs a projection each; up and gate_proj share one matrix"):
-        convert_to_mpoe(Phi3ForCausalLM(fused), config())
+def test_a_fused_projection_is_one_centre_of_two_halves() -> None:
+    converted = convert_to_mpoe(dense("phi3"), config())
+    (layer,) = hidden_modules(converted).values()
+    assert {kind: weight.shape for kind, weight in layer.central_parameters().items()} == {
+        "up": (48, 16),
+        "down": (16, 24),
+    }
+    both = layer.gate_up_proj.weight.T
+    assert torch.equal(layer.central_weight("gate_proj"), both[:, :24])
+    assert torch.equal(layer.central_weight("up"), both[:, 24:])
+
+
+def test_projections_outside_a_module_are_refused() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, pad_token_id=0))
+    with pytest.raises(ValueError, match=r"needs its up projection inside the module \(shape='separable' takes it"):
+        convert_to_mpoe(model, config())
 
 
 def test_dropout_and_padding() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from transformers import Phi3Config, Phi3ForCausalLM
 
+from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.training import split_hidden_experts
 
 from .ranks import HIDDEN, torchrun
@@ -36,3 +38,7 @@ def test_refusals() -> None:
         split_hidden_experts(mpoe_model("t5", **HIDDEN), Mesh(7))
     with pytest.raises(ValueError, match=r"its up projection must be an nn\.Linear; got Conv1D"):
         split_hidden_experts(mpoe_model("gpt2", **HIDDEN), Mesh(1))
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    joined = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+    with pytest.raises(ValueError, match="up and gate_proj share one projection, whose halves the ranks would mix"):
+        split_hidden_experts(convert_to_mpoe(joined, MPOEConfig(num_experts=2)), Mesh(1))

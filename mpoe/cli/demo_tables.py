@@ -79,17 +79,18 @@ def comparison_table(arms: Sequence[dict[str, Any]], settings: Settings) -> tupl
 def what_holds(arms: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
     """The reasons to use it that this run shows, a sentence each."""
     by_key = {arm["key"]: arm for arm in arms}
-    switch, mpoe, hidden = by_key["switch"], by_key[settings.main_arm], by_key["hidden"]
+    switch, mpoe, separable = by_key["switch"], by_key[settings.main_arm], by_key["separable"]
     changed = max(arm["conversion_difference"] for arm in arms if arm["conversion_difference"] is not None)
     large = LARGE_NAMES[settings.large]
     millions = {arm["key"]: f"{arm['large']['parameters'] / 1e6:,.0f} million" for arm in arms}
     return [
         f"Conversion is exact: no logit changed by more than {changed:.0e} of the largest.",
-        f"Size: a {large} with {NUM_EXPERTS} experts per layer has {millions[settings.main_arm]} parameters; with "
-        f"Switch's dense experts {millions['switch']}, without experts {millions['dense']}.",
-        f"Price: one of its layers trains in {mpoe['large']['training']:.2f} times the dense layer's time (Switch "
-        f"{switch['large']['training']:.2f}). In the shape hidden a token meets "
-        f"{settings.arm('hidden').experts_per_token} experts for {hidden['large']['training']:.2f} times.",
+        f"Size: a {large} with {NUM_EXPERTS} experts per layer has {millions[settings.main_arm]} parameters (in the "
+        f"shape separable {millions['separable']}); with Switch's dense experts {millions['switch']}, without experts "
+        f"{millions['dense']}.",
+        f"Price: one of its layers, where a token meets {settings.arm(settings.main_arm).experts_per_token} experts, "
+        f"trains in {mpoe['large']['training']:.2f} times the dense layer's time (one of Switch's dense experts: "
+        f"{switch['large']['training']:.2f}, one separable expert: {separable['large']['training']:.2f}).",
     ]
 
 

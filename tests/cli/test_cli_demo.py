@@ -30,7 +30,7 @@ def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[d
     metric = "perplexity" if kind == "gpt2" else "accuracy"
     arms = []
     for arm in SETTINGS[kind].arms:
-        value = {"switch": switch, "separable": mpoe}.get(arm.key, mpoe)
+        value = {"switch": switch, "hidden": mpoe}.get(arm.key, mpoe)
         count = {"total": 2000, "experts": 1000, "central": 0, "auxiliary": 0}
         if arm.key in ("hidden", "separable"):
             count = {"total": 1400, "experts": experts, "central": experts // 2, "auxiliary": experts - experts // 2}
@@ -103,7 +103,7 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     header, rows = comparison_table(arms, settings)
     assert len(rows) == 6
     assert rows[0][:6] == ["dense", "-", "1.00", "223", "1.25", "71.0"]
-    assert rows[4][:5] == ["MPOE hidden", "2", "0.40", "250", "1.25"]
+    assert rows[3][:5] == ["MPOE", "2", "0.40", "250", "1.25"]
     assert rows[-1] == ["baseline", "-", "-", "-", "-", "25.0", "25.0"]
     assert all(len(row) == len(header) for row in rows)
     results = results_of(arms, settings)
@@ -154,8 +154,9 @@ def test_costs_of_the_large_model() -> None:
     millions = {key: round(cost["parameters"] / 1e6, 1) for key, cost in costs.items()}
     assert millions["dense"] == 222.9
     assert millions["separable"] == 249.8
+    assert millions["hidden"] == 298.5
     assert millions["switch"] == 1015.8
-    assert abs(millions["wider"] - millions["separable"]) < 0.3
+    assert abs(millions["wider"] - millions["hidden"]) < 0.3
     assert costs["dense"]["training"] == 1.0
     assert all(cost["forward"] > 0 for cost in costs.values())
 

@@ -29,10 +29,10 @@ template <class T>
 void rows_times_panels(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panels,
     std::int64_t panel_units, std::int64_t count, float* sums, std::int64_t sum_rows, bool accumulate) {
-  for_each_tile(rows, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+  for_each_tile(rows, kStripRows, [&](std::int64_t first, std::int64_t strip_rows) {
     for (std::int64_t p = 0; p < count; ++p)
       multiply_rows(
-          gemm, tile_rows, units, a + first * stride, stride, panels + p * panel_units * kPanel * gemm.unit,
+          gemm, strip_rows, units, a + first * stride, stride, panels + p * panel_units * kPanel * gemm.unit,
           sums + (p * sum_rows + first) * kPanel, accumulate);
   });
 }

@@ -101,12 +101,15 @@ inline void sum_of_sums(
   });
 }
 
-// multiply_rows and multiply_columns of gemm.h for any number of units.
+// Rows whose sums wait in the first-level cache, beside a piece of a panel.
+constexpr std::int64_t kStripRows = 112;
+
+// multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows.
 template <class T>
 inline void multiply_rows(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panel,
     float* tile, bool accumulate) {
-  sum_of_sums(
+  sum_of_sums<kStripRows>(
       gemm, rows, units, tile, kPanel, accumulate,
       [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
         gemm.multiply_rows(
@@ -127,9 +130,6 @@ inline void multiply_columns(
       });
 }
 
-// Rows whose sums wait in the first-level cache, beside a piece of a panel.
-constexpr std::int64_t kStripRows = 112;
-
 // Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile). A piece of a panel, as long as
 // sums in one go are, meets a strip of rows before the next one does: then it comes from the first-level cache, and only
 // the rows from the second. Summed as by multiply_rows.
@@ -141,14 +141,7 @@ void multiply_all(
   const std::int64_t units = k / gemm.unit;
   for (std::int64_t c = 0; c < columns; c += kPanel)
     for_each_tile(count, kStripRows, [&](std::int64_t strip, std::int64_t strip_rows) {
-      const T* rows_of_strip = a + strip * stride;
-      sum_of_sums<kStripRows>(
-          gemm, strip_rows, units, sums, kPanel, false,
-          [&](std::int64_t first, std::int64_t length, float* out, std::int64_t out_stride, bool adds) {
-            gemm.multiply_rows(
-                strip_rows, length, rows_of_strip + first * gemm.unit, stride / gemm.unit,
-                panels + c * k + first * kPanel * gemm.unit, out, out_stride, adds);
-          });
+      multiply_rows(gemm, strip_rows, units, a + strip * stride, stride, panels + c * k, sums, false);
       for_each_tile(strip_rows, gemm.best_rows, [&](std::int64_t row, std::int64_t rows) {
         f(strip + row, rows, c, sums + row * kPanel);
       });

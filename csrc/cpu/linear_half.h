@@ -146,17 +146,15 @@ class HalfFirst {
 
   // u [t, (jL jC), (iR b)]
   void meet_half(std::int64_t rows, std::int64_t count) {
-    alignas(64) float tile[kMaxRows * kPanel];
-    for_each_tile(rows * d_.iR, gemm_.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
-      for (std::int64_t c = 0; c < count; ++c)
-        for (std::int64_t p = 0; p < plan_.central_panels; ++p) {
-          multiply_rows(
-              gemm_, tile_rows, k_units_, x_.get() + first * x_stride_, x_stride_,
-              slab_.get() + (c * plan_.central_panels + p) * k_units_ * kPanel * gemm_.unit, tile, false);
-          gemm_.finish(
-              tile, tile_rows, u_.get() + c * d_.jC * u_stride_, u_row_.data() + first, 0, u_columns_[p], Finish{});
-        }
-    });
+    const std::int64_t k = k_units_ * gemm_.unit, columns = plan_.central_panels * kPanel;
+    for (std::int64_t c = 0; c < count; ++c)
+      multiply_all(
+          gemm_, rows * d_.iR, k, x_.get(), x_stride_, slab_.get() + c * columns * k, columns,
+          [&](std::int64_t first, std::int64_t tile_rows, std::int64_t column, const float* tile) {
+            gemm_.finish(
+                tile, tile_rows, u_.get() + c * d_.jC * u_stride_, u_row_.data() + first, 0, u_columns_[column / kPanel],
+                Finish{});
+          });
   }
 
   void meet_right(std::int64_t first, std::int64_t rows, std::int64_t j, std::int64_t count) {
@@ -289,48 +287,39 @@ class RightFirst {
 
   // half [(jL jC), (iL iC b)] for the iL of a chunk
   void build(std::int64_t i, std::int64_t lefts) {
-    alignas(64) float tile[kMaxRows * kPanel];
+    const std::int64_t k = plan_.a_units * gemm_.unit, columns = plan_.central_panels * kPanel;
     for (std::int64_t c = 0; c < d_.iC; ++c)
-      for (std::int64_t p = 0; p < plan_.central_panels; ++p) {
-        const T* columns = central_ + (c * plan_.central_panels + p) * plan_.a_units * kPanel * gemm_.unit;
-        for_each_tile(lefts * d_.jL, gemm_.best_rows, [&](std::int64_t first, std::int64_t rows) {
-          multiply_rows(
-              gemm_, rows, plan_.a_units, left_.get() + (i * d_.jL + first) * left_stride_, left_stride_, columns, tile,
-              false);
-          gemm_.finish(
-              tile, rows, half_.get() + c * plan_.b, half_row_.data() + first, 0, half_columns_[p], Finish{});
-        });
-      }
+      multiply_all(
+          gemm_, lefts * d_.jL, k, left_.get() + i * d_.jL * left_stride_, left_stride_, central_ + c * columns * k,
+          columns, [&](std::int64_t first, std::int64_t rows, std::int64_t column, const float* tile) {
+            gemm_.finish(
+                tile, rows, half_.get() + c * plan_.b, half_row_.data() + first, 0, half_columns_[column / kPanel],
+                Finish{});
+          });
   }
 
   // s [(iL iC b) in units, (t jR)] as panels
   void meet_right(std::int64_t t, std::int64_t rows, std::int64_t i, std::int64_t lefts) {
-    alignas(64) float tile[kMaxRows * kPanel];
-    const std::int64_t per_panel = columns_.per_panel, units = x_stride_ / gemm_.unit;
+    const std::int64_t per_panel = columns_.per_panel;
     for (std::int64_t k = 0; k < rows; ++k) {
       const T* x = x_.get() + ((t + k) * d_.iL + i) * d_.iC * x_stride_;
       const std::int32_t* places = s_place_.data() + k * chunk_ * d_.iC * granules_;
-      for_each_tile(lefts * d_.iC, gemm_.best_rows, [&](std::int64_t first, std::int64_t count) {
-        for (std::int64_t p = 0; p < columns_.panels; ++p) {
-          multiply_rows(
-              gemm_, count, units, x + first * x_stride_, x_stride_, right_.get() + p * x_stride_ * kPanel, tile, false);
-          gemm_.store_units(
-              tile, count, s_.get(), places + first * granules_, granules_, columns_.which.data() + p * per_panel,
-              columns_.unit_offset.data() + p * per_panel);
-        }
-      });
+      multiply_all(
+          gemm_, lefts * d_.iC, x_stride_, x, x_stride_, right_.get(), columns_.panels * kPanel,
+          [&](std::int64_t first, std::int64_t count, std::int64_t column, const float* tile) {
+            const std::int64_t granule = column / kPanel * per_panel;
+            gemm_.store_units(
+                tile, count, s_.get(), places + first * granules_, granules_, columns_.which.data() + granule,
+                columns_.unit_offset.data() + granule);
+          });
     }
   }
 
   // sums [panel of (t jR), (jL jC), 32] (+)= half s
   void meet_half(std::int64_t rows, std::int64_t lefts, float* sums, bool accumulate) {
     const std::int64_t units = lefts * d_.iC * plan_.b / gemm_.unit, height = d_.jL * d_.jC;
-    for_each_tile(height, gemm_.best_rows, [&](std::int64_t first, std::int64_t count) {
-      for (std::int64_t p = 0; p < panels(rows); ++p)
-        multiply_rows(
-            gemm_, count, units, half_.get() + first * half_stride_, half_stride_,
-            s_.get() + p * units_ * kPanel * gemm_.unit, sums + (p * height + first) * kPanel, accumulate);
-    });
+    rows_times_panels(
+        gemm_, height, units, half_.get(), half_stride_, s_.get(), units_, panels(rows), sums, height, accumulate);
   }
 
   void finish(std::int64_t slot, std::int64_t rows, float* sums) {

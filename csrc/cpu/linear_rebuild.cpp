@@ -98,16 +98,12 @@ template <class T>
 void build_half(
     const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, Span n_left, const T* central,
     T* half) {
-  alignas(64) float tile[kMaxRows * kPanel];
   const T* left = blocks.left.get() + n_left.first * plan.k.L * blocks.left_row;
-  for_each_tile((n_left.last - n_left.first) * plan.k.L, gemm.best_rows, [&](std::int64_t first, std::int64_t count) {
-    for (std::int64_t p = 0; p < plan.b_panels; ++p) {
-      multiply_rows(
-          gemm, count, plan.a_units, left + first * blocks.left_row, blocks.left_row,
-          central + p * plan.a_units * kPanel * gemm.unit, tile, false);
-      gemm.store(tile, count, kPanel, half + first * plan.half_row + p * kPanel, plan.half_row);
-    }
-  });
+  multiply_all(
+      gemm, (n_left.last - n_left.first) * plan.k.L, plan.a_units * gemm.unit, left, blocks.left_row, central,
+      plan.b_panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+        gemm.store(tile, count, kPanel, half + first * plan.half_row + c, plan.half_row);
+      });
 }
 
 template <class T>
@@ -117,17 +113,14 @@ void build_slab(
   const std::int64_t per_panel = plan.right.per_panel;
   T* target = slab + kc * plan.k_units * kPanel * gemm.unit;
   const std::int32_t* places = plan.row_unit.data() + nc * plan.n_left * plan.k.L * plan.granules;
-  alignas(64) float tile[kMaxRows * kPanel];
-  for_each_tile(n_lefts * plan.k.L, gemm.best_rows, [&](std::int64_t first, std::int64_t count) {
-    for (std::int64_t p = 0; p < plan.right.panels; ++p) {
-      multiply_rows(
-          gemm, count, plan.b_units, half + first * plan.half_row, plan.half_row,
-          blocks.right.get() + p * plan.b_units * kPanel * gemm.unit, tile, false);
-      gemm.store_units(
-          tile, count, target, places + first * plan.granules, plan.granules, plan.right.which.data() + p * per_panel,
-          plan.right.unit_offset.data() + p * per_panel);
-    }
-  });
+  multiply_all(
+      gemm, n_lefts * plan.k.L, plan.b_units * gemm.unit, half, plan.half_row, blocks.right.get(),
+      plan.right.panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+        const std::int64_t granule = c / kPanel * per_panel;
+        gemm.store_units(
+            tile, count, target, places + first * plan.granules, plan.granules, plan.right.which.data() + granule,
+            plan.right.unit_offset.data() + granule);
+      });
 }
 
 #define MPOE_REBUILD(T)                                                                                                \

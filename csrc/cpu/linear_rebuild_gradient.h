@@ -143,16 +143,13 @@ class GradientWorker {
 
   // dhalf [(iL jL), (pairs b)]: dLC = dW right^T of the q-th pair
   void half_gradient(std::int64_t q) {
-    alignas(64) float tile[kMaxRows * kPanel];
-    for_each_tile(plan_.left_rows, gemm_.best_rows, [&](std::int64_t first, std::int64_t count) {
-      T* out = dhalf_.get() + first * sizes_.dhalf_row + q * sizes_.b;
-      for (std::int64_t p = 0; p < plan_.b_panels; ++p) {
-        multiply_rows(
-            gemm_, count, sizes_.right_units, weight_.get() + first * sizes_.weight_row, sizes_.weight_row,
-            rows_.right_turned.get() + p * sizes_.right_units * kPanel * gemm_.unit, tile, false);
-        gemm_.store(tile, count, std::min(kPanel, sizes_.b - p * kPanel), out + p * kPanel, sizes_.dhalf_row);
-      }
-    });
+    multiply_all(
+        gemm_, plan_.left_rows, sizes_.right_units * gemm_.unit, weight_.get(), sizes_.weight_row,
+        rows_.right_turned.get(), plan_.b_panels * kPanel,
+        [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+          T* out = dhalf_.get() + first * sizes_.dhalf_row + q * sizes_.b + c;
+          gemm_.store(tile, count, std::min(kPanel, sizes_.b - c), out, sizes_.dhalf_row);
+        });
   }
 
   // dleft = dLC central^T

@@ -18,7 +18,7 @@ import torch
 
 from mpoe_kernels.compiled import CompiledLibrary
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
-from mpoe_kernels.linear.native.work import LOAD_ROWS, TILE_ROWS
+from mpoe_kernels.linear.native.work import tiles_of
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import machine
 from mpoe_kernels.registry import backend_reasons
@@ -108,8 +108,10 @@ def processor_summary(facts: dict[str, Any]) -> str:
     if constants is None:
         when = "measured at first use" if facts["measures"] else f"not measured ({machine.SETTING}=0)"
         return f"{name}; plans use built-in constants, {when}"
-    # A tile loads as long as it multiplies another row.
-    rates = {dtype: rate * TILE_ROWS / (TILE_ROWS + LOAD_ROWS) for dtype, rate in constants["tile_rate"].items()}
+    rates = {}
+    for dtype, rate in constants["tile_rate"].items():
+        kind = tiles_of(facts["native"]["isa_used"], getattr(torch, dtype))
+        rates[dtype] = rate * kind.rows / (kind.rows + kind.load_rows)
     told = ", ".join(f"{rate:.2f} in {dtype}" for dtype, rate in rates.items())
     slower = " and ".join(dtype for dtype, rate in rates.items() if rate < SLOWER)
     more = f"; native is mostly the slower path in {slower}" if slower else ""

@@ -29,6 +29,9 @@ def new_bytes(size: float) -> float:
     return size if size >= _MAPPED_BYTES else _GIVEN_BACK * size
 
 
+Sizes = tuple[float, float, float]  # m, n, k of a GEMM
+
+
 class StepTime(NamedTuple):
     """Seconds of a step.
 
@@ -54,6 +57,21 @@ def _shortness(m: float, n: float, k: float) -> float:
 def half_size(m: float, n: float, k: float, efficiency: float) -> float:
     """`Hardware.half_size` of a device on which one GEMM reaches ``efficiency``, the part of the large-GEMM rate."""
     return max(0.5, (1 / efficiency - 1) / _shortness(m, n, k))
+
+
+def rate_and_half_size(large: Sizes, large_rate: float, short: Sizes, short_rate: float) -> tuple[float, float]:
+    """FLOP/s of GEMMs without end, and `Hardware.half_size`, of a device on which two reach these rates.
+
+    The larger one need not be so large that it reaches the first: `gemm_efficiency` gives both rates back. Where the
+    short one is as fast as if its sizes did not count, or so slow that no rate would do, the larger one's is taken.
+    """
+    sizes = [_shortness(*large), _shortness(*short)]
+    lost = short_rate * sizes[1] - large_rate * sizes[0]
+    half = (large_rate - short_rate) / lost if lost > 0 else math.inf
+    # More than twice the rate that was seen is no extrapolation any more.
+    if not 0.5 <= half <= 1 / sizes[0]:
+        return large_rate, half_size(*short, min(1.0, short_rate / large_rate))
+    return large_rate * (1 + half * sizes[0]), half
 
 
 def gemm_efficiency(m: float, n: float, k: float, batch: int, dtype: torch.dtype, hardware: Hardware) -> float:

@@ -40,7 +40,7 @@ try:
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
-SETTING, FILE, VERSION = "MPOE_MEASURE", "machine.json", 1
+SETTING, FILE, VERSION = "MPOE_MEASURE", "machine.json", 2
 MOST_ENTRIES = 256  # of the file; the oldest go first
 # What else decides how fast PyTorch's products are.
 LIBRARY_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")

@@ -275,7 +275,13 @@ def test_measuring_here(cache: Path) -> None:
 
 def test_info_says_what_is_known() -> None:
     facts = info.collect()
-    native = {"compiler": "gcc", "torch": "any", "isa_compiled": "avx2", "isa_detected": "avx2", "isa_used": "avx2"}
+    native = {
+        "compiler": "gcc",
+        "torch": "any",
+        "isa_compiled": "avx512",
+        "isa_detected": "avx512",
+        "isa_used": "avx512",
+    }
     facts |= {"native": native, "measures": False, "machine": {"processor": "Z80", "constants": None}}
     assert info.processor_summary(facts) == "Z80; plans use built-in constants, not measured (MPOE_MEASURE=0)"
     assert info.processor_summary(facts | {"measures": True}).endswith("built-in constants, measured at first use")

@@ -32,7 +32,8 @@ def plan_of(strategy: str, phase: str, dims: BlockDims = EVEN, slots: int = SLOT
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("strategy", ["rebuild", "separable"])
 def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LOAD_ROWS", 0.0)
+    monkeypatch.setattr(work, "instructions", lambda: "avx512")
+    monkeypatch.setattr(work, "WIDE", work.WIDE._replace(load_rows=0.0))
     plan = plan_of(strategy, phase, SEPARABLE if strategy == "separable" else EVEN)
     assert work.work_of(plan).flops == plan.flops
 
@@ -40,7 +41,8 @@ def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypa
 @pytest.mark.parametrize("strategy", ["half_left", "half_right"])
 def test_half_builds_twice_for_a_backward(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows before x's gradient, and the half-built weight, are computed apart for x and for the blocks."""
-    monkeypatch.setattr(work, "LOAD_ROWS", 0.0)
+    monkeypatch.setattr(work, "instructions", lambda: "avx512")
+    monkeypatch.setattr(work, "WIDE", work.WIDE._replace(load_rows=0.0))
     forward, backward = (plan_of(strategy, phase) for phase in PHASES)
     assert work.work_of(forward).flops == forward.flops
     again = {step.name: step.flops for step in backward.steps if step.name in ("LC = L C", "CR = C R")}
@@ -50,13 +52,36 @@ def test_half_builds_twice_for_a_backward(strategy: str, monkeypatch: pytest.Mon
 
 
 def test_panels_are_paid_whole_and_tiles_for_their_loads() -> None:
-    counted = work.Work(plan_of("rebuild", "forward"))
-    counted.multiply(3, rows=15, columns=33, k=257)
-    assert counted.flops == 2 * 3 * (15 + 2 * work.LOAD_ROWS) * 64 * 257
+    counted = work.Work(plan_of("rebuild", "forward"), isa="avx512bf16")
+    counted.multiply(3, rows=15, columns=33, k=385)
+    assert counted.flops == 2 * 3 * (15 + 2) * 64 * 385
     assert counted.tiles == 3 * 2 * 2 * 2
-    half = work.Work(plan_of("rebuild", "forward", dtype=torch.bfloat16))
+    half = work.Work(plan_of("rebuild", "forward", dtype=torch.bfloat16), isa="avx512bf16")
     half.multiply(1, rows=1, columns=32, k=3)
-    assert half.flops == 2 * (1 + work.LOAD_ROWS) * 32 * 4, "an odd k of bfloat16 is padded"
+    assert half.flops == 2 * (1 + 1) * 32 * 4, "an odd k of bfloat16 is padded"
+
+
+def test_narrow_registers_have_fewer_rows() -> None:
+    counted = work.Work(plan_of("rebuild", "forward"), isa="avx2")
+    counted.multiply(1, rows=15, columns=32, k=8)
+    assert counted.tiles == 3
+    assert counted.flops == 2 * (15 + 3) * 32 * 8
+
+
+def test_amx_leaves_short_sums_and_rests_to_vectors() -> None:
+    plan = plan_of("rebuild", "forward", dtype=torch.bfloat16)
+
+    def flops(k: int, isa: str = "amx") -> float:
+        counted = work.Work(plan, isa=isa)
+        counted.multiply(1, rows=32, columns=32, k=k)
+        return counted.flops
+
+    assert flops(62) == work.VECTOR_WEIGHT * flops(62, "avx512bf16"), "31 units"
+    assert flops(64) == 2 * (32 + work.AMX.load_rows) * 32 * 64
+    assert flops(64 + 2) - flops(64) == work.VECTOR_WEIGHT * flops(2, "avx512bf16")
+    single = work.Work(plan_of("rebuild", "forward"), isa="amx")
+    single.multiply(1, rows=32, columns=32, k=64)
+    assert single.flops == 2 * (32 + 3) * 32 * 64, "float32 has none"
 
 
 @pytest.mark.parametrize("strategy", ["rebuild", "half_left", "half_right"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import types
 import warnings
@@ -15,7 +16,7 @@ import torch
 from mpoe_kernels import MPOShape, plan_contraction
 from mpoe_kernels.planner import HARDWARE, Hardware, Step, calibrate, hardware_here, hardware_of
 from mpoe_kernels.planner import calibrate as calibrate_function
-from mpoe_kernels.planner.cost import gemm_efficiency, step_time
+from mpoe_kernels.planner.cost import gemm_efficiency, rate_and_half_size, step_time
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.planner.hardware import ByDtype
 from mpoe_kernels.planner.measured import cache_file
@@ -276,3 +277,19 @@ def test_small_gemms_are_slower_per_flop() -> None:
     one_by_one = step_time(grouped, torch.float32, HARDWARE["cpu-generic"]).overhead
     assert one_by_one > 64 * HARDWARE["cpu-generic"].call_seconds.float32
     assert step_time(grouped, torch.float32, HARDWARE["h100"]).overhead == HARDWARE["h100"].launch_seconds
+
+
+@pytest.mark.parametrize(("rate", "half"), [(2e11, 11.0), (2e12, 120.0)])
+def test_two_gemms_give_the_rate_and_the_price_of_shortness(rate: float, half: float) -> None:
+    hardware = dataclasses.replace(HARDWARE["cpu-generic"], half_size=ByDtype(*4 * [half]))
+    sizes = (256, 768, 768), (16, 768, 768)
+    rates = [rate * gemm_efficiency(*mnk, 1, torch.float32, hardware) for mnk in sizes]
+    found = rate_and_half_size(sizes[0], rates[0], sizes[1], rates[1])
+    assert found == pytest.approx((rate, half))
+
+
+@pytest.mark.parametrize("short", [1e9, 2e11])
+def test_rates_that_no_shortness_explains_are_taken_as_they_are(short: float) -> None:
+    rate, half = rate_and_half_size((256, 768, 768), 1e11, (16, 768, 768), short)
+    assert rate == 1e11
+    assert 0.5 <= half < math.inf

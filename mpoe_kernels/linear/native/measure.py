@@ -14,7 +14,7 @@ from mpoe_kernels.linear.native.cost import fixed_seconds
 from mpoe_kernels.linear.native.kernels import linear_forward
 from mpoe_kernels.linear.native.work import work_of
 from mpoe_kernels.planner import BlockDims, Contraction, Hardware, contraction
-from mpoe_kernels.planner.cost import half_size
+from mpoe_kernels.planner.cost import rate_and_half_size
 from mpoe_kernels.planner.device import one_core
 from mpoe_kernels.planner.machine import DTYPES, Constants, Pair, seconds_of
 
@@ -22,7 +22,7 @@ EXPERTS = 4
 # m, n, k of PyTorch's.
 LARGE, SHORT = (256, 768, 768), (16, 768, 768)
 # Of the compiled kernels': long sums over many rows, and sums of 16 that leave a tile as soon as it was begun.
-LONG_SUMS = BlockDims(iL=32, jL=1, a=32, iC=16, jC=16, b=32, iR=1, jR=32, in_features=512, out_features=512)
+LONG_SUMS = BlockDims(iL=64, jL=1, a=64, iC=8, jC=8, b=64, iR=1, jR=64, in_features=512, out_features=512)
 SHORT_SUMS = BlockDims(iL=16, jL=16, a=16, iC=4, jC=4, b=16, iR=8, jR=8, in_features=512, out_features=512)
 LONG_SLOTS, SHORT_SLOTS = 256, 16
 # How far from the table's a tile's store is believed to be, either way.
@@ -90,9 +90,8 @@ def measure() -> Constants:
     rows = []
     for dtype in DTYPES:
         large, short, *compiled = (next(times) for _ in range(4))
-        rate = 2 * math.prod(LARGE) / large
         short = max(short - hardware.call_seconds.of(dtype), short / 4)
-        half = half_size(*SHORT, 2 * math.prod(SHORT) / short / rate)
+        rate, half = rate_and_half_size(LARGE, 2 * math.prod(LARGE) / large, SHORT, 2 * math.prod(SHORT) / short)
         tiles, store = tile_constants(plans[dtype], compiled, hardware)
         rows.append((rate, half, tiles / rate, store))
     return Constants(*(Pair(*values) for values in zip(*rows, strict=True)))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
+
+from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import BlockDims, Contraction
 from mpoe_kernels.planner.orders import applications
 
-# csrc/cpu/gemm.h: rows of a register tile, columns of a packed panel, columns that stay together; units of k in a sum.
-TILE_ROWS, PANEL, GRANULE, LONGEST_SUM = 14, 32, 8, 256
+# csrc/cpu/gemm.h: columns of a packed panel, columns that stay together.
+PANEL, GRANULE = 32, 8
 # csrc/cpu/linear_half.h: bytes of a half-built weight worked on at a time.
 CHUNK_BYTES = 256 * 1024
 # csrc/cpu/linear_rebuild.cpp: blocks of iC of a backward, with sums of their own.
@@ -22,8 +26,39 @@ MOST_BLOCKS = 16
 MOST_GROUPS = 8
 # csrc/cpu/linear_chain.cpp: bytes of the states of a block of slots.
 BLOCK_BYTES = 512 * 1024
-# A tile loads a row of its panel for every unit of k, which takes as long as the multiply-adds of another row.
-LOAD_ROWS = 1.0
+
+
+class Tiles(NamedTuple):
+    """How the register tiles of an instruction set multiply.
+
+    Attributes:
+        rows: of a tile, at most.
+        longest_sum: units of k in one go.
+        load_rows: a tile loads a row of its panel for every unit of k, which takes as long as the multiply-adds of so
+            many rows more.
+    """
+
+    rows: int
+    longest_sum: int
+    load_rows: float
+
+
+# csrc/cpu/gemm_body.h, and gemm_amx.cpp, which multiplies bfloat16 sixteen units at a time and leaves sums below
+# `AMX_UNITS`, and what is left of others, to vectors: a multiply-add of theirs takes as long as so many of AMX's.
+NARROW, WIDE, AMX = Tiles(6, 384, 1.0), Tiles(14, 384, 1.0), Tiles(32, 1024, 4.0)
+AMX_UNITS, AMX_STEP, VECTOR_WEIGHT = 32, 16, 4.0
+
+
+def instructions() -> str:
+    """The instruction set that the compiled kernels use; without them that of the table's constants."""
+    return NATIVE_LIBRARY.info.get("isa_used", "avx512bf16")
+
+
+def tiles_of(isa: str, dtype: torch.dtype) -> Tiles:
+    """Those of long sums."""
+    if isa == "amx" and dtype == torch.bfloat16:
+        return AMX
+    return WIDE if isa.startswith(("avx512", "amx")) else NARROW
 
 
 def round_up(count: float, step: int) -> int:
@@ -37,7 +72,7 @@ class Work:
 
     Attributes:
         plan: what is computed.
-        flops: of all tiles, whole panels and their loads included.
+        flops: of all tiles, whole panels and their loads included; beside AMX, what vectors take as long as.
         tiles: stored.
         copied: elements that copies read and write.
         summed: elements of sums over experts, in memory, that products read and write.
@@ -48,6 +83,7 @@ class Work:
     tiles: float = 0.0
     copied: float = 0.0
     summed: float = 0.0
+    isa: str = field(default_factory=instructions)
 
     @property
     def unit(self) -> int:
@@ -56,9 +92,18 @@ class Work:
 
     def multiply(self, count: float, rows: float, columns: float, k: float) -> None:
         """``count`` products [rows, k] [k, columns], the columns in packed panels."""
-        tiles, panels, units = math.ceil(rows / TILE_ROWS), math.ceil(columns / PANEL), math.ceil(k / self.unit)
-        self.flops += 2 * count * (rows + LOAD_ROWS * tiles) * panels * PANEL * units * self.unit
-        self.tiles += count * tiles * panels * math.ceil(units / LONGEST_SUM)
+        panels, units = math.ceil(columns / PANEL), math.ceil(k / self.unit)
+        kind = tiles_of(self.isa, self.plan.dtype)
+        if kind is AMX:
+            by_amx = units // AMX_STEP * AMX_STEP if units >= AMX_UNITS else 0
+            self._add(WIDE, count, rows, panels, units - by_amx, VECTOR_WEIGHT)
+            units = by_amx
+        self._add(kind, count, rows, panels, units)
+
+    def _add(self, kind: Tiles, count: float, rows: float, panels: int, units: int, weight: float = 1.0) -> None:
+        tiles = math.ceil(rows / kind.rows)
+        self.flops += weight * 2 * count * (rows + kind.load_rows * tiles) * panels * PANEL * units * self.unit
+        self.tiles += count * tiles * panels * math.ceil(units / kind.longest_sum)
 
     def copy(self, elements: float) -> None:
         """A copy into another order."""

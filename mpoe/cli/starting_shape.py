@@ -12,6 +12,7 @@ from mpoe.config.shapes import SEPARABLE
 _OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that MPO cores alone have
 
 if TYPE_CHECKING:
+    from mpoe.cli.pretrained import Source
     from mpoe.cli.train import Plan
 
 
@@ -26,13 +27,15 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else None
 
 
-def settle_experts(plan: Plan) -> MPOEConfig | None:
+def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     """The `MPOEConfig` of the run, None where everything stays dense; says in one line what shape no option named.
 
     A resumed run keeps the shape that it was started with. A configuration file without a shape gets separable experts,
-    one per token, as it always has. All others get `MPOEConfig`'s default. Afterwards ``plan.experts`` holds what was
-    chosen, as the record of the run does.
+    one per token, as it always has. All others get `MPOEConfig`'s default, as far as the model takes it. Afterwards
+    ``plan.experts`` holds what was chosen, as the record of the run does.
     """
+    from mpoe.models.families import family_of
+
     experts, defaults = plan.experts, {"gauge": MPOEConfig.gauge, "light_p": MPOEConfig.light_p}
     record = saved_config(Path(str(plan.arguments.output_dir))) if plan.run.resume else None
     kept = (record or {}).get("experts")
@@ -43,11 +46,16 @@ def settle_experts(plan: Plan) -> MPOEConfig | None:
     if experts.shape is None and plan.given & _OF_CORES:
         experts.shape = SEPARABLE
     config = experts.build(as_saved)
+    if source.is_mpoe:
+        config = None if config is None else MPOEConfig.from_dict({})  # the model's own counts
+    elif config is not None and not family_of(source.model_type).takes_blocks:
+        config = config.with_cores()
     if experts.shape is None and not isinstance(kept, dict):
         experts.shape = SEPARABLE if config is None else str(config.shape)
-        if config is not None and config.expert_type == "mpo" and plan.arguments.process_index == 0:
+        has_shape = config is not None and config.expert_type == "mpo" and not source.is_mpoe
+        if config is not None and has_shape and plan.arguments.process_index == 0:
             why = "as the file names none" if plan.from_file else "what gained most in our trials"
-            why = why if config.is_hidden or plan.from_file else "what the other options are for"
+            why = why if config.is_hidden or plan.from_file else "what the model or other options need"
             print(f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: {why} (--shape)")
     if config is not None and config.is_hidden and not as_saved:
         experts.top_k = config.top_k

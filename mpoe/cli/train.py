@@ -91,8 +91,8 @@ def run(plan: Plan) -> dict[str, Any]:
 
     arguments = plan.arguments
     folder = _output_folder(plan)
-    config = settle_experts(plan)
     source = find(start_of(plan.experiment, plan.model.model, "model" in plan.given))
+    config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
     if source.style == ENCODER:

@@ -79,12 +79,12 @@ def test_a_configuration_that_cannot_be_read(settle, tmp_path: Path) -> None:
 
 def test_a_new_run_is_of_hidden_experts(planned, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned("--model", "t5", "--block_size", "16")
-    config = settle_experts(plan)
+    config = settle_experts(plan, find(plan.model.model))
     assert config is not None
     assert (config.shape, config.top_k, config.block_size) == ("hidden", 2, 16)
     assert (plan.experts.shape, plan.experts.top_k) == ("hidden", 2)  # as it is recorded
     assert "shape hidden, 2 of 8 experts per token: what gained most in our trials" in capsys.readouterr().out
-    again = settle_experts(plan)
+    again = settle_experts(plan, find(plan.model.model))
     assert again == config
 
 
@@ -94,7 +94,7 @@ def test_a_new_run_is_of_hidden_experts(planned, capsys: pytest.CaptureFixture[s
 )
 def test_what_other_shapes_have_alone_still_selects_separable(planned, flag: str) -> None:
     plan = planned(flag)
-    config = settle_experts(plan)
+    config = settle_experts(plan, find(plan.model.model))
     assert config is not None
     assert (config.shape, config.top_k) == ("separable", 1)
     assert (plan.experts.shape, plan.experts.top_k, plan.experts.light_p) == ("separable", None, 64)
@@ -103,7 +103,7 @@ def test_what_other_shapes_have_alone_still_selects_separable(planned, flag: str
 def test_dense_models_and_dense_experts_have_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--mpo_layers", "nompo", "--moe_type", "none"], ["--expert_type", "dense"]):
         plan = planned(*flags)
-        settle_experts(plan)
+        settle_experts(plan, find(plan.model.model))
         assert plan.experts.shape == "separable"  # as it was always recorded
     assert "shape" not in capsys.readouterr().out
 
@@ -112,7 +112,7 @@ def test_a_file_and_a_resumed_run_keep_their_shape(planned, tmp_path: Path, caps
     file = tmp_path / "old.yaml"
     for text, shape, top_k in (("model: t5\n", "separable", 1), ("shape: hidden\n", "hidden", 1)):
         file.write_text(text)
-        config = settle_experts(planned(str(file)))
+        config = settle_experts(planned(str(file)), find("t5"))
         assert config is not None
         assert (config.shape, config.top_k) == (shape, top_k)
     assert "shape separable, 1 of 8 experts per token: as the file names none" in capsys.readouterr().out
@@ -125,7 +125,21 @@ def test_a_file_and_a_resumed_run_keep_their_shape(planned, tmp_path: Path, caps
     ):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"experts": kept}}))
         plan = planned("--resume")
-        config = settle_experts(plan)
+        config = settle_experts(plan, find(plan.model.model))
         assert config is not None
         assert (config.shape, config.top_k) == (shape, top_k)
         assert (plan.experts.shape, plan.experts.top_k) == (kept.get("shape"), kept.get("top_k"))
+
+
+def test_the_model_decides_where_it_must(planned, capsys: pytest.CaptureFixture[str]) -> None:
+    """No blocks where there is no module for them; of a converted model its own mixture counts."""
+    for kind, shape in (("opt", "separable"), ("mixtral", "separable"), ("phi3", "hidden"), ("bert", "hidden")):
+        plan = planned()
+        config = settle_experts(plan, Source("somewhere", kind))
+        assert config is not None
+        assert config.shape == plan.experts.shape == shape
+    assert "shape separable, 1 of 8 experts per token: what the model or other options need" in capsys.readouterr().out
+    plan = planned()
+    settle_experts(plan, Source("somewhere", "mpoe_t5"))
+    assert (plan.experts.shape, plan.experts.top_k) == ("separable", None)
+    assert "shape" not in capsys.readouterr().out

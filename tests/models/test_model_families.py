@@ -8,6 +8,7 @@ import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
+from mpoe.models.families import family_of
 from mpoe.models.table import DENSE, TABLE
 
 from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
@@ -40,6 +41,7 @@ def test_converts_by_default(model_type, tmp_path):
     expected = text_rows(first_result(model(**inputs)), inputs)
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=3))
     without = model_type in WITHOUT_BLOCKS
+    assert family_of(model_type).takes_blocks is not without
     kind = MPOEFeedForward if without else HiddenFeedForward
     assert any(isinstance(module, kind) for module in converted.modules())
     config = converted.mpoe_config

@@ -81,6 +81,11 @@ class Family:
         """Whether its models are mixtures already: there is no dense network to convert."""
         return not self.ffn
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether experts of the shape "hidden" can stand between the projections of its models."""
+        return bool(self.ffn) and all(not ffn.place or ffn.up.startswith(f"{ffn.place}.") for ffn in self.ffn)
+
 
 def family_of(model_type: str) -> Family:
     """The family of a dense model's ``model_type``, which must be in `TABLE`."""

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mpoe_kernels import mpo_embedding
+from mpoe_kernels import MPOShape, mpo_embedding
+from mpoe_kernels.embedding import eager
+from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -52,3 +54,26 @@ def test_opcheck(backend: str) -> None:
     opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, backend))
     detached = tuple(t.detach() for t in (left, central, right))
     opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (torch.randn(4, 12), ids, *detached, 12, 12, backend))
+
+
+@pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])
+@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_every_eager_way(way: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_way", lambda *_: way)
+    shape = SMALL_SHAPES[name]
+    blocks = random_blocks(shape, 1, requires_grad=True)
+    ids = torch.randint(0, shape.in_features, (rows,))
+    with poisoned_memory():
+        got = mpo_embedding(ids, blocks, backend="eager")
+        grad = torch.randn(got.shape, dtype=torch.float64)
+        grads = torch.autograd.grad(got, leaves(blocks), grad)
+    want = mpo_embedding_reference(ids, blocks)
+    assert torch.allclose(got, want)
+    for a, b in zip(grads, torch.autograd.grad(want, leaves(blocks), grad), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_rows_decide_the_eager_way() -> None:
+    dims = BlockDims.of_shape(MPOShape.paper(32128, 768, max_bond=64))
+    assert [eager._way(dims, rows) for rows in (512, 4096, 2**20)] == ["gather", "pairs", "rebuild"]

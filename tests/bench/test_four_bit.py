@@ -50,11 +50,12 @@ def test_both_arms_are_kept_with_their_numbers(
     assert capsys.readouterr().out.count("nats per token") == 3
 
 
-def test_the_pages_show_what_was_kept() -> None:
+@pytest.mark.parametrize(("file", "mark"), [("results", "four bits"), ("shared", "four bits, shared")])
+def test_the_pages_show_what_was_kept(file: str, mark: str) -> None:
     folder = ROOT / "bench" / "results" / "four-bit-2026-11-27"
-    shown = four_bit.table(json.loads((folder / "results.json").read_text()))
+    shown = four_bit.table(json.loads((folder / f"{file}.json").read_text()))
     for page in (folder / "README.md", ROOT / "docs" / "evidence.md"):
-        assert f"<!-- four bits -->\n{shown}\n\n" in page.read_text(), page
+        assert f"<!-- {mark} -->\n{shown}\n" in page.read_text(), page
 
 
 def test_gradients_pass_a_quantised_layer(arguments, dense: LlamaForCausalLM) -> None:

@@ -95,7 +95,9 @@ def define_op_of(
         autocast: fields that autocast brings to its dtype.
     """
     declared = fields(signature)
-    arguments = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in declared)
+    arguments = ", ".join(
+        f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{'=None' if field.default is None else ''}" for field in declared
+    )
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
     names = [field.name for field in declared]
 

@@ -105,6 +105,7 @@ def _common(
         "expert_offsets": _integers(experts + 1, dtype=torch.int32),
         "bias": _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
         "row_index": _integers(tokens) if indexed else None,
+        "slot_of_token": _integers(tokens, 1) if indexed else None,
         "in_features": dims.in_features,
         "out_features": dims.out_features,
         "activation": activation,

@@ -69,9 +69,11 @@ class ForwardCall(LinearCall):
 
     Attributes:
         save: whether a backward may follow.
+        slot_of_token: for that backward.
     """
 
     save: bool
+    slot_of_token: Tensor | None = None
 
     @property
     def saves_h(self) -> bool:
@@ -96,12 +98,14 @@ class BackwardCall(LinearCall):
         h: of the forward.
         saved: y for relu, z for the rest.
         need: which of the results.
+        slot_of_token: int64 ``[T, K]`` or None, the slots that read each row of x; -1: none.
     """
 
     grad: Tensor
     h: Tensor
     saved: Tensor
     need: list[bool]
+    slot_of_token: Tensor | None = None
 
     @property
     def need_of_plan(self) -> tuple[bool, bool, bool, bool]:

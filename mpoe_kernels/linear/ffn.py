@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -51,12 +53,14 @@ def mpo_ffn(
         raise TypeError(f"dropout must be a number; got {describe(dropout)}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
-    offsets, rows = routing.expert_offsets, routing.token_of_slot
+    offsets = routing.expert_offsets
+    gathered = partial(
+        grouped_mpo_linear, row_index=routing.token_of_slot, slot_of_token=routing.slot_of_token, backend=backend
+    )
     if gate_proj is None:
-        hidden = grouped_mpo_linear(x, up, offsets, up_bias, row_index=rows, activation=activation, backend=backend)
+        hidden = gathered(x, up, offsets, up_bias, activation=activation)
     else:
-        gate = grouped_mpo_linear(x, gate_proj, offsets, row_index=rows, activation=activation, backend=backend)
-        hidden = gate * grouped_mpo_linear(x, up, offsets, up_bias, row_index=rows, backend=backend)
+        hidden = gathered(x, gate_proj, offsets, activation=activation) * gathered(x, up, offsets, up_bias)
     if dropout > 0.0:
         hidden = torch.nn.functional.dropout(hidden, dropout)
     y = grouped_mpo_linear(hidden, down, offsets, down_bias, backend=backend)

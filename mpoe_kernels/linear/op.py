@@ -80,7 +80,7 @@ def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.settings, activation = inputs[:7], inputs[7:12], inputs[9]
+    tensors, ctx.settings, activation = (*inputs[:7], inputs[13]), inputs[7:12], inputs[9]
     y, h, z = output
     ctx.set_materialize_grads(False)
     # relu's backward reads the output, other activations the pre-activation, none needs neither.
@@ -89,13 +89,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     needs = ctx.needs_input_grad
     need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
-    *tensors, h, saved = ctx.saved_tensors
-    grads = _backward(*tensors, *ctx.settings, grad.contiguous(), h, saved, need)
+    *tensors, slot_of_token, h, saved = ctx.saved_tensors
+    grads = _backward(*tensors, *ctx.settings, grad.contiguous(), h, saved, need, slot_of_token)
     dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
-    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 7
+    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 8
 
 
 _backward = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
@@ -111,7 +111,14 @@ _forward = define_op_of(
 )
 
 
-def _check(x: Tensor, blocks: MPOBlocks, expert_offsets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    blocks: MPOBlocks,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    slot_of_token: Tensor | None,
+) -> None:
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
     check_tensor("x", x, ("T", "I"))
@@ -129,8 +136,13 @@ def _check(x: Tensor, blocks: MPOBlocks, expert_offsets: Tensor, bias: Tensor | 
             raise ValueError(f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}")
     if row_index is not None:
         check_index("row_index", row_index, ("N",))
+    if slot_of_token is not None:
+        check_index("slot_of_token", slot_of_token, ("T", "K"))
+        if row_index is None or slot_of_token.shape[0] != x.shape[0]:
+            expected = f"be [T, K] with T = {x.shape[0]}" if row_index is not None else "be None without row_index"
+            raise ValueError(f"slot_of_token must {expected}; got {describe(slot_of_token)}")
     check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
-    check_device("x", x, expert_offsets=expert_offsets, row_index=row_index)
+    check_device("x", x, expert_offsets=expert_offsets, row_index=row_index, slot_of_token=slot_of_token)
 
 
 def grouped_mpo_linear(
@@ -140,6 +152,7 @@ def grouped_mpo_linear(
     bias: Tensor | None = None,
     *,
     row_index: Tensor | None = None,
+    slot_of_token: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
     strategy: str | None = None,
@@ -156,6 +169,9 @@ def grouped_mpo_linear(
             would wait for the device: with other values the result is undefined there.
         bias: ``[F]``, shared by the experts.
         row_index: int ``[N]``, row of x that each slot reads.
+        slot_of_token: int ``[T, K]``, the inverse of ``row_index`` as `route` gives it: the slots that read each row of
+            x, -1 for none, where slots from ``expert_offsets[-1]`` on may be left out. With it a GPU sums gradients of
+            x without sorting ``row_index``; nothing else reads it.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
         backend: name of a backend; default what `use_backend` set, else the registry's choice.
         strategy: force one of the planner's strategies, forward and backward, instead of its own choice of each:
@@ -169,7 +185,7 @@ def grouped_mpo_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
         BackendError: no backend, or not the named one, can run this; with reasons.
     """
-    _check(x, blocks, expert_offsets, bias, row_index)
+    _check(x, blocks, expert_offsets, bias, row_index, slot_of_token)
     activation = "none" if activation is None else activation
     check_choice("activation", activation, ACTIVATIONS)
     strategy = "auto" if strategy is None else strategy
@@ -192,6 +208,7 @@ def grouped_mpo_linear(
         strategy,
         requested_backend(backend),
         save,
+        None if slot_of_token is None else slot_of_token.long(),
     )
     return y
 

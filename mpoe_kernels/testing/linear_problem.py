@@ -70,6 +70,11 @@ class LinearProblem:
         return self.routing.token_of_slot if self.gathered else None
 
     @property
+    def slot_of_token(self) -> Tensor | None:
+        """Its inverse."""
+        return self.routing.slot_of_token if self.gathered else None
+
+    @property
     def filled(self) -> int:
         """Slots that an expert owns."""
         return int(self.routing.expert_offsets[-1])

@@ -31,4 +31,4 @@ class Case(LinearProblem):
         """Gradients that are not needed are None."""
         y, h, z = self.linear.forward(strategy)
         saved = y if self.activation == "relu" else z
-        return [y, *self.linear.backward(backward_strategy or strategy, self.grad, h, saved, need)]
+        return [y, *self.linear.backward(backward_strategy or strategy, self.grad, h, saved, need, self.slot_of_token)]

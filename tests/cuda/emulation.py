@@ -155,12 +155,20 @@ class Linear:
             y, h, z = KERNELS.forward(call, cut)
         return y, h if call.saves_h else None, z if call.saves_z else None
 
-    def backward(self, way: Way, grad: Tensor, h: Tensor | None, saved: Tensor | None, need: list[bool]):
+    def backward(
+        self,
+        way: Way,
+        grad: Tensor,
+        h: Tensor | None,
+        saved: Tensor | None,
+        need: list[bool],
+        slot_of_token: Tensor | None = None,
+    ):
         """``(dx [T, I], dleft, dcentral, dright, dbias)``, None where not needed."""
         strategy, cut = self._strategy(way)
         nothing = self.x.new_empty(0)
         kept = (nothing if h is None else h, nothing if saved is None else saved)
-        call = BackwardCall(*self.common, strategy, "emulated", grad, *kept, need)
+        call = BackwardCall(*self.common, strategy, "emulated", grad, *kept, need, slot_of_token)
         with poisoned_memory(), tf32_allowed(self.tf32):
             found = KERNELS.backward(call, cut)
         return [result if needed else None for result, needed in zip(found, need, strict=True)]

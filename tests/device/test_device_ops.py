@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,9 +40,11 @@ def check_linear(
     x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
     bias = torch.randn(shape.out_features, device=device).to(dtype)
 
-    def run(function, kind: torch.dtype, grad: Tensor | None, activation: str | None, **more: str) -> list[Tensor]:
+    def run(function, kind: torch.dtype, grad: Tensor | None, activation: str | None, **more: Any) -> list[Tensor]:
         leaves = [t.detach().to(kind).requires_grad_() for t in (x, blocks.left, blocks.central, blocks.right, bias)]
         mine = MPOBlocks(*leaves[1:4], shape.in_features, shape.out_features)
+        if function is grouped_mpo_linear and options.get("inverse", True):
+            more["slot_of_token"] = routing.slot_of_token
         rows = routing.token_of_slot
         y = function(leaves[0], mine, routing.expert_offsets, leaves[4], row_index=rows, activation=activation, **more)
         if grad is None or not y.requires_grad:  # the reference of no rows is a constant

@@ -96,7 +96,8 @@ def of_kernels() -> dict[str, Start]:
         return {"x": rows(), "blocks": blocks(), "bias": torch.zeros(OUT), "activation": "relu", "backend": None}
 
     def grouped() -> dict[str, Any]:
-        return {**linear(), "expert_offsets": offsets(), "row_index": torch.arange(TOKENS, dtype=torch.int32)}
+        rows = {"row_index": torch.arange(TOKENS, dtype=torch.int32), "slot_of_token": torch.arange(TOKENS)[:, None]}
+        return {**linear(), "expert_offsets": offsets(), **rows}
 
     def ffn() -> dict[str, Any]:
         both = {"up": blocks(), "down": down_blocks(), "dropout": 0.0}

@@ -156,6 +156,9 @@ def test_tensors_on_two_devices() -> None:
     calls: dict[str, Callable[[], object]] = {
         "expert_offsets": lambda: grouped_mpo_linear(x, blocks, where.to("meta")),
         "row_index": lambda: grouped_mpo_linear(x, blocks, where, row_index=rows.to("meta")),
+        "slot_of_token": lambda: grouped_mpo_linear(
+            x, blocks, where, row_index=rows, slot_of_token=rows[:, None].to("meta")
+        ),
         "ids": lambda: mpo_embedding(rows.to("meta"), one),
         "token_mask": lambda: route(rows[:, None], 3, token_mask=torch.ones(3, dtype=torch.bool, device="meta")),
         "routing": lambda: dispatch(x, elsewhere),

@@ -37,6 +37,8 @@ CASES = [
 class Problem:
     """Six experts, two of them idle; some slots behind the last expert's."""
 
+    slots: Tensor | None = None
+
     def __init__(self, name: str, dtype: torch.dtype, gather: bool, activation: str = "none") -> None:
         torch.manual_seed(0)
         shape, self.experts, self.activation = SMALL_SHAPES[name], 6, activation
@@ -68,11 +70,32 @@ class Problem:
         )
         y, h, z = grouped.forward(ForwardCall(*common, save=True))
         saved = y if self.activation == "relu" else z
-        return y, grouped.backward(BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need)))
+        return y, grouped.backward(
+            BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need), slot_of_token=self.slots)
+        )
+
+
+def inverse(index: Tensor, tokens: int) -> Tensor:
+    """The slots that read each row, as many columns as the most read one has."""
+    lists = [(index == token).nonzero()[:, 0].tolist() for token in range(tokens)]
+    most = max(map(len, lists))
+    return torch.tensor([found + [-1] * (most - len(found)) for found in lists])
 
 
 def close(result: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
     return relative_error(result.double(), truth) <= (0.05 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_slots_of_tokens_give_the_same_gradient_of_x() -> None:
+    problem = Problem("light", torch.float32, gather=True)
+    _, gradients = problem.results("chain")
+    problem.slots = inverse(problem.index, 9)
+    assert problem.slots.shape[1] > 1
+    assert close(problem.results("chain")[1][0], gradients[0].double(), torch.float32)
+    problem.index = torch.arange(20).roll(3)
+    problem.x = torch.randn(20, problem.x.shape[1])
+    problem.slots = problem.index.argsort()[:, None]
+    assert close(problem.results("chain")[1][0], problem.truth()[1][0], torch.float32)
 
 
 @pytest.mark.parametrize("experts_at_once", [None, 2])

@@ -112,6 +112,12 @@ def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head
         ({"bias": torch.ones(3)}, ValueError, r"bias must be \[F\] with F = 12; got float32 \[3\]"),
         ({"bias": torch.ones(12).double()}, TypeError, "bias must have the dtype of x"),
         ({"row_index": torch.ones(5)}, TypeError, "row_index must be int32 or int64"),
+        ({"slot_of_token": torch.ones(5, 1).long()}, ValueError, r"slot_of_token must be None without row_index; got"),
+        (
+            {"row_index": torch.arange(5), "slot_of_token": torch.ones(4, 1).long()},
+            ValueError,
+            r"slot_of_token must be \[T, K\] with T = 5; got int64 \[4, 1\]",
+        ),
         ({"activation": "relo"}, ValueError, r"activation must be one of .*did you mean 'relu'"),
         ({"strategy": "fast"}, ValueError, "strategy must be one of"),
         ({"strategy": "separable"}, ValueError, "strategy 'separable' needs blocks with jL = iR = 1"),

@@ -45,6 +45,9 @@ class CudaLaunches:
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         return self.ops.sum_rows(rows, *slots_by_token(row_index, tokens))
 
+    def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
+        return self.ops.combine(rows, slot_of_token, None)
+
     def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
         """All products add in float32."""
         return torch.zeros(block.shape, dtype=torch.float32, device=block.device)

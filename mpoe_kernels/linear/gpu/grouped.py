@@ -266,6 +266,12 @@ class GroupedLaunches:
         """See `mpoe_kernels.linear.gpu.products.Launches`; by sorting, as atomics would add in any order."""
         return rows.new_zeros(tokens, rows.shape[1]).index_put_((row_index,), rows, accumulate=True)
 
+    def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
+        """See `mpoe_kernels.linear.gpu.products.Launches`."""
+        found = rows.index_select(0, slot_of_token.clamp_min(0).flatten()).view(*slot_of_token.shape, rows.shape[1])
+        found = torch.where(slot_of_token[:, :, None] >= 0, found, 0)
+        return found[:, 0] if found.shape[1] == 1 else found.sum(1, dtype=torch.float32).to(rows.dtype)
+
 
 def _repeat(here: _Slots, times: int) -> Tensor:
     """Which rows count, of several rows a slot."""

@@ -115,6 +115,9 @@ class Launches(Protocol):
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
 
+    def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
+        """``out[t] = sum over k of rows[slot_of_token[t, k]]``, ``[T, F]``, of those that are not -1; likewise."""
+
 
 @dataclass
 class Pass:

@@ -20,7 +20,7 @@ NO_GRADIENTS: Gradients = (None, None, None)
 
 Call = TypeVar("Call", ForwardCall, BackwardCall)
 # Tensors that kernels of every backend read by position alone.
-DENSE = ("expert_offsets", "bias", "row_index", "grad", "h", "saved")
+DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "grad", "h", "saved")
 
 
 def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
@@ -68,7 +68,10 @@ def backward(
     dx = grad.new_empty(call.slots, call.in_features) if need[0] else None
     parts = gradients(call, dz, dx) if any(need) else NO_GRADIENTS
     if dx is not None and call.row_index is not None:
-        dx = launches.sum_rows_by_token(dx, call.row_index, call.x.shape[0])
+        if call.slot_of_token is None:
+            dx = launches.sum_rows_by_token(dx, call.row_index, call.x.shape[0])
+        else:
+            dx = launches.collect_rows(dx, call.slot_of_token)
     results = [grad.new_empty(0) if part is None else part for part in (dx, *parts, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
 

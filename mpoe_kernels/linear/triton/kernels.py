@@ -44,8 +44,10 @@ def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
 
 
 def _slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
-    """`slots_by_token`, where the rows of a gradient of x are to be summed."""
-    return () if call.row_index is None or not call.need[0] else slots_by_token(call.row_index, call.x.shape[0])
+    """`slots_by_token`, where the rows of a gradient of x are to be summed and their slots are not given."""
+    if call.row_index is None or call.slot_of_token is not None or not call.need[0]:
+        return ()
+    return slots_by_token(call.row_index, call.x.shape[0])
 
 
 def _forward_by_steps(call: ForwardCall) -> Forward:

@@ -17,6 +17,7 @@ from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.planner.orders import AXES, BlockDims
+from mpoe_kernels.routing.triton import dispatch_backward
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
 from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
 
@@ -253,6 +254,7 @@ class TritonLaunches:
     block_gradient = staticmethod(block_gradient)
     merge_blocks = staticmethod(merge_blocks)
     activation_backward = staticmethod(activation_backward)
+    collect_rows = staticmethod(dispatch_backward)
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         """See `mpoe_kernels.linear.gpu.products.Launches`."""

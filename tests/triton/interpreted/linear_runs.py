@@ -38,10 +38,15 @@ class Case(LinearProblem):
             call = ForwardCall(*self._common(strategy), save)
             return forward_on_chip(call, strategy == ON_CHIP_FROM_HALF) if strategy in CHIP else forward_by_steps(call)
 
-    def backward(self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool]) -> tuple[Tensor, ...]:
+    def backward(
+        self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool], inverse: bool = True
+    ) -> tuple[Tensor, ...]:
+        """``inverse``: the call brings the inverse of ``row_index``."""
         saved = y if self.activation == "relu" else z
         with poisoned_memory():
-            call = BackwardCall(*self._common(strategy), self.grad, h, saved, need)
+            call = BackwardCall(
+                *self._common(strategy), self.grad, h, saved, need, self.slot_of_token if inverse else None
+            )
             half = strategy == ON_CHIP_FROM_HALF
             return backward_on_chip(call, half) if strategy in CHIP else backward_by_steps(call)
 

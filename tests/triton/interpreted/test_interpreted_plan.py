@@ -103,6 +103,19 @@ def test_each_set_of_gradients_is_a_problem() -> None:
     assert recordings() == before + 2
 
 
+def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two choices of each token, some of them dropped."""
+    case = Case(SMALL_SHAPES["separable"], tokens=7, experts=3, top_k=2, capacity=3)
+    assert (case.routing.slot_of_token < 0).any()
+    y, h, z = case.forward("separable")
+    sorted_rows = case.backward("separable", y, h, z, [True] * 5, inverse=False)
+    monkeypatch.setattr(kernels, "slots_by_token", lambda *_: pytest.fail("sorts"))
+    monkeypatch.setattr(torch, "sort", lambda *_, **__: pytest.fail("sorts"))
+    collected = case.backward("separable", y, h, z, [True] * 5)
+    for found, wanted in zip(collected, sorted_rows, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_temporaries_lie_in_one_piece_of_memory_of_two_weights_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many experts there are."""
     case = Case(SMALL_SHAPES["paper"], experts=6)

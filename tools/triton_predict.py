@@ -11,24 +11,28 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
 from triton_compile import DOC, write_between
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.linear.gpu.work import Work, rate, weight_work
 from mpoe_kernels.linear.triton.cost import ways
 from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
 from mpoe_kernels.planner.contraction import expected_busy_experts
 from mpoe_kernels.planner.cost import step_time
 from mpoe_kernels.planner.program import PHASES
-from mpoe_kernels.triton.architecture import target_named
+from mpoe_kernels.triton.architecture import HARDWARE_NAMES, target_named
 from mpoe_kernels.triton.start import Launch, recorded
 
 CARD = HARDWARE["h100"]
 ARCHITECTURE = "sm_90"
 DTYPE = torch.bfloat16
 EXPERTS, TOKENS = (8, 64), (64, 4096, 32768)
+# Kernels that compute products of a program tile by tile.
+STEPS = ("rows_kernel", "outer_kernel", "blocks_kernel", "weights_kernel")
 ACTIVATIONS = {"up": "relu", "down": "none"}
 
 
@@ -40,8 +44,9 @@ class Prediction:
         kernel: name.
         launches: how many.
         flops: executed, padding of tiles and repeated work included.
-        bytes: every tensor is moved once, of those with an expert axis only busy experts' part.
-        seconds: by the planner's model.
+        bytes: every tensor is moved once, of those with an expert axis only busy experts' part, of rows those of the
+            launch's experts.
+        seconds: by the backend's model of tiles (`mpoe_kernels.linear.gpu.work`); of other kernels the planner's.
         roofline: seconds of the product's own FLOPs at the data sheet's peak rates, launches free.
     """
 
@@ -69,20 +74,35 @@ def predict(launch: Launch, experts: int, slots: int) -> Prediction:
     name, arguments = launch.kernel.fn.__name__, launch.arguments
     busy = expected_busy_experts(experts, slots)
     tensors = {id(value): value for value in arguments.values() if isinstance(value, torch.Tensor)}
+    together = arguments["offsets"].shape[0] - 1 if "offsets" in arguments else experts
     moved = 0.0
     for tensor in tensors.values():
-        idle = busy / experts if tensor.dim() > 1 and tensor.shape[0] == experts else 1.0
-        moved += tensor.numel() * tensor.element_size() * idle
+        part = 1.0
+        if tensor.dim() > 1 and tensor.shape[0] == together:
+            part = busy / experts
+        elif tensor.dim() > 1 and tensor.shape[0] == slots:  # rows of other experts are other launches' business
+            part = together / experts
+        moved += tensor.numel() * tensor.element_size() * part
     step, useful = Step(name, "copy", 0, 0, 0, 1, round(moved), 0), 0.0
     if name in catalogue.PRODUCTS:
         m, n, k, batch = catalogue.PRODUCTS[name](arguments, slots / busy)
         alive = max(1, round(batch * busy / experts)) if batch > 1 else 1
         useful = 2.0 * m * n * k * alive
-        if name in catalogue.FLOP_OVERHEAD:  # as if the rows were as many more
-            m *= catalogue.FLOP_OVERHEAD[name](arguments)
-        step = Step(name, "grouped_gemm" if batch > 1 else "gemm", m, n, k, alive, round(moved), 0)
+        overhead = catalogue.FLOP_OVERHEAD[name](arguments) if name in catalogue.FLOP_OVERHEAD else 1.0
+        # As if the rows were as many more.
+        step = Step(name, "grouped_gemm" if batch > 1 else "gemm", m * overhead, n, k, alive, round(moved), 0)
     roofline = max(useful / CARD.peak_flops.of(DTYPE), moved / CARD.bandwidth)
-    return Prediction(name, 1, step.flops, moved, step_time(step, DTYPE, CARD).total, roofline)
+    seconds = step_time(step, DTYPE, CARD).total
+    if name in STEPS:
+        tile = arguments["BM"], arguments["BN"], arguments["BK"]
+        shared = step.batch > 1 and name == "blocks_kernel" and arguments["SUM"]
+        work = Work(ceil(m), n, k * step.batch if shared else k, 1 if shared else step.batch, 0, DTYPE)
+        if name == "weights_kernel":
+            sizes = (arguments[size] for size in ("M", "CELLS", "K", "S", "N"))
+            work = weight_work(*sizes, step.batch, tile[1], DTYPE)
+        computing = work.computing(tile, arguments.get("SPLITS", 1), CARD)
+        seconds = max(computing, moved / CARD.bandwidth) + CARD.launch_seconds
+    return Prediction(name, 1, step.flops, moved, seconds, roofline)
 
 
 class Choice(NamedTuple):
@@ -105,6 +125,24 @@ def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
     for plan in contractions(dims, experts, tokens, DTYPE, phase):
         found += [Choice(phase, *way) for way in ways(plan, target_named(ARCHITECTURE), CARD).items()]
     return min(found, key=lambda each: each.seconds)
+
+
+def layer(name: str, experts: int, tokens: int, phase: str) -> tuple[list[str], list[Launch]]:
+    """Strategies that the backend chooses for the two projections of a layer, and what they start together.
+
+    Only the first projection gathers its rows.
+    """
+    strategies, found = [], []
+    for (direction, activation), shape in zip(ACTIVATIONS.items(), catalogue.shapes()[name], strict=True):
+        dims = catalogue.dims_of(shape)
+        strategies.append(choice(dims, experts, tokens, phase).strategy)
+        with recorded(ARCHITECTURE) as started:
+            work = catalogue.WORK[phase](
+                *(dims, experts, tokens, DTYPE, strategies[-1], activation), indexed=direction == "up"
+            )
+            work()
+        found += started
+    return strategies, found
 
 
 def predictions(dims: BlockDims, experts: int, tokens: int, plan: Choice, activation: str) -> list[Prediction]:
@@ -217,6 +255,21 @@ def hidden_table() -> str:
     return "\n".join(lines)
 
 
+def bounds_table() -> str:
+    """Percent of a card's 16-bit peak that tiles can reach, by their matrix instructions."""
+    tiles = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
+    lines = [
+        f"| card | instruction of a | {' | '.join(f'{m} x {n}' for m, n in tiles)} |",
+        "|---" * (len(tiles) + 2) + "|",
+    ]
+    for name in HARDWARE_NAMES.values():
+        card = HARDWARE[name]
+        for unit in dict.fromkeys(("warp", card.matrix_unit)):
+            reached = [rate((m, n, 32), DTYPE, card, unit) / card.peak_flops.of(DTYPE) for m, n in tiles]
+            lines.append(f"| {name} | {unit} | {' | '.join(f'{100 * part:.0f}' for part in reached)} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
 def main(words: list[str] | None = None) -> int:
     names = list(catalogue.shapes())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -231,6 +284,7 @@ def main(words: list[str] | None = None) -> int:
     if chosen.doc:
         write_between(DOC, "predictions", summary_table(names))
         write_between(DOC, "hidden", hidden_table())
+        write_between(DOC, "bounds", bounds_table())
     else:
         print(kernel_table([chosen.shape] if chosen.shape else names, chosen.experts, chosen.tokens))
         print(hidden_table())

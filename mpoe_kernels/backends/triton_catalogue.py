@@ -307,6 +307,7 @@ FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rows_kernel": partial(_padded, K="BK", N="BN"),
     "outer_kernel": partial(_padded, M="BM", N="BN"),
     "blocks_kernel": partial(_padded, M="BM", N="BN", K="BK"),
+    "weights_kernel": partial(_padded, M="BM"),
     "fused_kernel": _fused,
     "hidden_forward_kernel": _hidden_rows,
     "hidden_rows_kernel": _hidden_rows,
@@ -334,6 +335,11 @@ def _outer_product(a: Mapping[str, Any], rows: float) -> Product:
 
 def _blocks_product(a: Mapping[str, Any], _: float) -> Product:
     return Product(a["M"], a["N"], a["K"], a["experts"])
+
+
+def _weights_product(a: Mapping[str, Any], _: float) -> Product:
+    """The half, as if it were as wide as the weight, and the weight."""
+    return Product(a["M"] * a["CELLS"], a["N"], a["S"] * (1 + a["K"] / a["N"]), a["offsets"].shape[0] - 1)
 
 
 def _fused_product(a: Mapping[str, Any], rows: float) -> Product:
@@ -366,6 +372,7 @@ PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "rows_kernel": _rows_product,
     "outer_kernel": _outer_product,
     "blocks_kernel": _blocks_product,
+    "weights_kernel": _weights_product,
     "fused_kernel": _fused_product,
     "left_gradient_kernel": _gradient_product,
     "right_gradient_kernel": _gradient_product,

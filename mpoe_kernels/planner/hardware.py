@@ -53,6 +53,9 @@ class Hardware:
         cache_bytes: last-level cache.
         cache_bandwidth: bytes/s to and from it.
         sram_bytes: fast memory of one core: a CPU's L2, a GPU's shared memory per multiprocessor.
+        sram_bandwidth: bytes/s to and from the shared memory of all of a GPU's multiprocessors; 0 of a CPU.
+        matrix_unit: what the best matrix instruction of a GPU belongs to: a ``warp``, a ``warpgroup`` or the
+            ``multiprocessor``; empty of a CPU.
         units: cores or multiprocessors that a GEMM must be spread over.
         memory_bytes: capacity.
         link_bandwidth: bytes/s that one device sends to others of its node.
@@ -78,6 +81,8 @@ class Hardware:
     cache_bytes: int
     cache_bandwidth: float
     sram_bytes: int
+    sram_bandwidth: float
+    matrix_unit: str
     units: int
     memory_bytes: int
     link_bandwidth: float
@@ -122,11 +127,13 @@ def _gpu(
     cache_bandwidth: float,
     sram_kib: int,
     units: int,
+    matrix: tuple[str, int],
     memory: float,
     link: float,
     note: str,
     network: float = 50e9,
 ) -> Hardware:
+    """``matrix``: `Hardware.matrix_unit`, and 16-bit FLOPs of a multiprocessor in a clock, beside 128 bytes shared."""
     return Hardware(
         name=name,
         kind="gpu",
@@ -139,6 +146,8 @@ def _gpu(
         cache_bytes=cache_mib * _MIB,
         cache_bandwidth=cache_bandwidth * 1e12,
         sram_bytes=sram_kib * 1024,
+        sram_bandwidth=128 * teraflops[1] * 1e12 / matrix[1],
+        matrix_unit=matrix[0],
         units=units,
         memory_bytes=round(memory * 1e9),
         link_bandwidth=link * 1e9,
@@ -178,6 +187,8 @@ def _cpu(
         cache_bytes=cache_mib * _MIB,
         cache_bandwidth=90e9 * cores,
         sram_bytes=sram_mib * _MIB,
+        sram_bandwidth=0.0,
+        matrix_unit="",
         units=cores,
         memory_bytes=memory_gib * _GIB,
         link_bandwidth=12.5e9,
@@ -240,6 +251,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=4.0,
             sram_kib=164,
             units=108,
+            matrix=("warp", 2048),
             memory=80,
             link=300,
             network=25e9,
@@ -254,6 +266,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=5.5,
             sram_kib=228,
             units=132,
+            matrix=("warpgroup", 4096),
             memory=80,
             link=450,
             note="NVIDIA H100 SXM data sheet; float64 by tensor cores; NVLink 4; one 400 Gb/s adapter per GPU",
@@ -267,6 +280,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=4.5,
             sram_kib=228,
             units=114,
+            matrix=("warpgroup", 4096),
             memory=80,
             link=300,
             note="NVIDIA H100 PCIe data sheet; float64 by tensor cores; NVLink bridge between two cards; one 400 Gb/s "
@@ -281,6 +295,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=5.5,
             sram_kib=228,
             units=132,
+            matrix=("warpgroup", 4096),
             memory=94,
             link=300,
             note="NVIDIA H100 NVL data sheet, per GPU; float64 by tensor cores; NVLink bridge between two cards; one "
@@ -295,6 +310,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=5.5,
             sram_kib=228,
             units=132,
+            matrix=("warpgroup", 4096),
             memory=141,
             link=450,
             note="NVIDIA H200 SXM data sheet; float64 by tensor cores; NVLink 4; one 400 Gb/s adapter per GPU",
@@ -308,6 +324,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=10.0,
             sram_kib=228,
             units=148,
+            matrix=("multiprocessor", 8192),
             memory=180,
             link=900,
             note="NVIDIA HGX B200 data sheet, per GPU; NVLink 5; one 400 Gb/s adapter per GPU",
@@ -321,6 +338,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             cache_bandwidth=17.2,
             sram_kib=64,
             units=304,
+            matrix=("warp", 2048),
             memory=192,
             link=448,
             note="AMD Instinct MI300X data sheet, matrix rates; Infinity Fabric; one 400 Gb/s adapter per GPU",

@@ -8,7 +8,7 @@ import torch
 from mpoe_kernels.linear.cuda.cost import Way, ways
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.linear.gpu.cost import gpu_seconds
+from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
 from mpoe_kernels.planner import BlockDims, Contraction, contraction
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.testing.cases import workload_shape
@@ -60,7 +60,7 @@ def test_the_faster_form_is_launched(gpu: str, phase: str) -> None:
         for experts, slots in ((8, 64), (64, 64), (8, 32768)):
             asked = plan("light_64", experts, slots, phase, up)
             way = way_of(asked, hardware)
-            assert 0 < way.seconds <= gpu_seconds(asked, hardware)
+            assert 0 < way.seconds <= gpu_seconds(asked, hardware, CUDA)
             cuts.add(type(way.cut))
     assert cuts == {Panel, type(None)}
 

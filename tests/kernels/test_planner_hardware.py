@@ -67,8 +67,11 @@ def test_table(name: str) -> None:
     assert pickle.loads(pickle.dumps(hardware)) == hardware
     for field in dataclasses.fields(Hardware):
         value = getattr(hardware, field.name)
-        if isinstance(value, int | float) and field.name != "tf32_flops":
+        if isinstance(value, int | float) and field.name not in ("tf32_flops", "sram_bandwidth"):
             assert value > 0, field.name
+    assert (
+        (hardware.sram_bandwidth > hardware.cache_bandwidth) == (hardware.kind == "gpu") == bool(hardware.matrix_unit)
+    )
     assert hardware.note
     assert all(0 < fraction <= 1 for fraction in hardware.gemm_fraction)
     assert hardware.cache_bandwidth > hardware.bandwidth or hardware.kind == "cpu"

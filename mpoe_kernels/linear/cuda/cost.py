@@ -15,7 +15,8 @@ import torch
 
 from mpoe_kernels.linear.cuda.few import Few, best_few
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
-from mpoe_kernels.linear.gpu.cost import gpu_seconds
+from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
+from mpoe_kernels.linear.gpu.work import rate
 from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
 from mpoe_kernels.registry import Request
 
@@ -39,9 +40,9 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
     backward = plan.phase == "backward"
     if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
         return None
-    rate = hardware.flops_per_second(plan.dtype)
+    reached = rate(CUDA.tiles[0], plan.dtype, hardware, CUDA.matrix_unit)
     sizes = (plan.dtype.itemsize, plan.busy_experts, plan.slots)
-    panel = best_panel(plan.dims, backward, *sizes, rate, hardware)
+    panel = best_panel(plan.dims, backward, *sizes, reached, hardware)
     if panel is None:
         return None
     # Every expert's own blocks, the rows and the result cross from and to memory, however the panels are cut.
@@ -51,7 +52,7 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
     if any(plan.need[1:]) and backward:
         sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
         others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
-        seconds += gpu_seconds(others, hardware)
+        seconds += gpu_seconds(others, hardware, CUDA)
     return Way("rebuild in panels", panel, seconds)
 
 
@@ -66,7 +67,7 @@ def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
 @lru_cache(maxsize=4096)
 def ways(plan: Contraction, hardware: Hardware) -> tuple[Way, ...]:
     """Every way to compute a contraction: step by step, and whatever else its strategy and phase have."""
-    by_steps = Way(plan.strategy, None, gpu_seconds(plan, hardware))
+    by_steps = Way(plan.strategy, None, gpu_seconds(plan, hardware, CUDA))
     others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
     return (by_steps, *(form for form in others if form is not None))
 

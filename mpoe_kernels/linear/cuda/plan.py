@@ -126,8 +126,21 @@ class _Recorder(Primitives):
         out: Operand,
         row_index: Tensor | None = None,
         add: bool = False,
+        room: int | None = None,
     ) -> Operand:
         return self._note(GRADIENT, offsets, (rows, grads, out), row_index is not None)
+
+    def weight_of_blocks(
+        self,
+        outer: Operand,
+        core: Operand,
+        half: Operand,
+        other: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+    ) -> bool:
+        return False
 
     def merge_blocks(
         self,
@@ -139,6 +152,7 @@ class _Recorder(Primitives):
         *,
         shared: bool = False,
         clear: bool = False,
+        room: int | None = None,
     ) -> Operand:
         return self._note(MERGE, offsets, (first, second, out))
 

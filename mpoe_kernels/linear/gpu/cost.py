@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from mpoe_kernels.planner import Contraction, Hardware
-from mpoe_kernels.planner.orders import INDICES, BlockDims, applications, recipe
+from collections.abc import Collection
+from math import ceil
+from typing import NamedTuple
+
+from mpoe_kernels.linear.gpu.work import TileSize, Work, fitted_tile
+from mpoe_kernels.planner import Contraction, Hardware, Step
+from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
+from mpoe_kernels.planner.program import COMPOSITES, MERGE, ROWS, Product, value_of
 
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
 
@@ -11,8 +17,8 @@ LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses 
 def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> int:
     """Experts whose weights are built at the same time; 0: nothing is built.
 
-    What is alive at once, two composites of each of them, takes a quarter of what dense experts would take, or two
-    whole weights where that is more. An operand's gradient counts for nothing: its value is not read any more by then.
+    What is alive at once, two composites of each of them, stays within the `budget`. An operand's gradient counts for
+    nothing: its value is not read any more by then.
     """
     if not built:
         return 0
@@ -20,6 +26,31 @@ def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> in
     fit_two_weights = dims.weight_elements // sizes[0]
     fit_a_quarter = experts * dims.weight_elements // 4 // sum(sizes[:2])
     return max(1, fit_two_weights, fit_a_quarter)
+
+
+def budget(dims: BlockDims, experts: int) -> int:
+    """Elements that temporary weights take at most: a quarter of dense experts, or two weights where that is more."""
+    return max(2 * dims.weight_elements, experts * dims.weight_elements // 4)
+
+
+def room(dims: BlockDims, product: Product, built: tuple[str, ...], at_once: int, experts: int) -> int:
+    """Elements of the `budget` that are free while a product is computed, an eighth of a weight at least.
+
+    Partial sums may take them.
+
+    Args:
+        dims: sizes of the blocks.
+        product: one of a program's.
+        built: the program's composites.
+        at_once: experts whose composites are alive.
+        experts: E.
+    """
+    alive: Collection[str] = built
+    if product.kind == MERGE and value_of(product.result) not in COMPOSITES:  # the others' last readers have run
+        alive = {value_of(product.first), value_of(product.second)} & set(COMPOSITES)
+    return max(
+        dims.weight_elements // 8, budget(dims, experts) - at_once * sum(dims.elements(INDICES[name]) for name in alive)
+    )
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
@@ -33,13 +64,66 @@ def counting_reasons(plan: Contraction) -> list[str]:
     return reasons
 
 
-def launches(plan: Contraction) -> int:
+class Family(NamedTuple):
+    """How a backend computes products step by step.
+
+    Attributes:
+        tiles: rows, columns and inner size of a step, the widest first.
+        matrix_unit: of its matrix instructions, see `mpoe_kernels.linear.gpu.work.rate`; None: the card's best.
+        cuts: it cuts products without a full grid smaller, or splits their inner size.
+        builds_at_once: a whole weight and its half take one launch.
+    """
+
+    tiles: tuple[TileSize, ...]
+    matrix_unit: str | None
+    cuts: bool
+    builds_at_once: bool
+
+
+_WIDE, _NARROW = (128, 128, 64), ((64, 64, 64), (32, 64, 64), (16, 64, 64))
+TRITON = Family((_WIDE, *_NARROW), None, cuts=True, builds_at_once=True)
+CUDA = Family((_WIDE, _NARROW[0]), "warp", cuts=False, builds_at_once=False)
+LIBRARY = Family((_WIDE,), None, cuts=False, builds_at_once=False)
+
+
+def groups_of(plan: Contraction) -> tuple[int, int]:
+    """How many experts' weights are built at once (1: none are), and how often the program is walked."""
+    at_once = experts_at_once(plan.dims, plan.program.built, plan.num_experts)
+    return (min(at_once, plan.num_experts), -(-plan.num_experts // at_once)) if at_once else (1, 1)
+
+
+def launches(plan: Contraction, family: Family) -> int:
     """Kernel launches: every step once for each group of experts whose built weights fit."""
-    merges, _ = recipe(plan.dims, plan.strategy)
-    group = experts_at_once(plan.dims, tuple(result for result, _, _ in merges), plan.num_experts)
-    return len(plan.steps) * (-(-plan.num_experts // group) if group else 1)
+    together = family.builds_at_once and any(product.result == "W" for product in plan.program.products)
+    return (len(plan.steps) - together) * groups_of(plan)[1]
 
 
-def gpu_seconds(plan: Contraction, hardware: Hardware) -> float:
-    """The planner's roofline, which launches every step once, and the launches beyond that."""
-    return plan.seconds(hardware) + (launches(plan) - len(plan.steps)) * hardware.launch_seconds
+def _work(product: Product, step: Step, plan: Contraction, family: Family) -> Work:
+    """What one launch of a step computes."""
+    _, groups = groups_of(plan)
+    batch, inner = max(1, round(step.batch / groups)), step.k
+    if product.result == "d C":  # the experts belong to the sum
+        batch, inner = 1, inner * batch
+    m, n = ceil(step.m), ceil(step.n)
+    return Work(m, n, inner, batch, batch * m * n, plan.dtype, family.matrix_unit)
+
+
+def step_seconds(product: Product, step: Step, plan: Contraction, hardware: Hardware, family: Family) -> float:
+    """Predicted time of a step's launches, without what launching costs: whatever bounds them hides the rest."""
+    work = _work(product, step, plan, family)
+    able = [tile for tile in family.tiles if tile[0] <= work.m] or family.tiles[-1:]
+    fitted = [fitted_tile(tile, work) for tile in able]
+    splits, tile = 1, fitted[0]
+    if family.cuts and product.kind != ROWS:
+        tile = work.best_tile(fitted, hardware)
+        splits = work.best_splits(tile, hardware)
+    at_once, groups = groups_of(plan)
+    memory = step.memory_bytes(hardware.cache_bytes / at_once) / hardware.bandwidth
+    return max(groups * work.seconds(tile, splits, hardware), memory)
+
+
+def gpu_seconds(plan: Contraction, hardware: Hardware, family: Family) -> float:
+    """Predicted time of the launches of a program."""
+    products = zip(plan.program.products, plan.steps, strict=bool(plan.steps))
+    computing = sum(step_seconds(product, step, plan, hardware, family) for product, step in products)
+    return computing + launches(plan, family) * hardware.launch_seconds

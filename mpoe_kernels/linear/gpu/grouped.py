@@ -17,6 +17,7 @@ from torch import Tensor
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 from mpoe_kernels.linear.gpu import steps
+from mpoe_kernels.linear.gpu.cost import LIBRARY as FAMILY
 from mpoe_kernels.linear.gpu.cost import gpu_seconds, launches
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.products import Pass, walk
@@ -31,8 +32,8 @@ COPIED = 2.0
 
 def seconds(plan: Contraction, hardware: Hardware) -> float:
     """Predicted time on a GPU; nothing was measured yet."""
-    more = (LAUNCHES_EACH - 1) * launches(plan) * hardware.launch_seconds
-    return gpu_seconds(plan, hardware) + more + COPIED * plan.bytes / hardware.bandwidth
+    more = (LAUNCHES_EACH - 1) * launches(plan, FAMILY) * hardware.launch_seconds
+    return gpu_seconds(plan, hardware, FAMILY) + more + COPIED * plan.bytes / hardware.bandwidth
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +206,7 @@ class GroupedLaunches:
         out: Operand,
         row_index: Tensor | None = None,
         add: bool = False,
+        room: int | None = None,
     ) -> Operand:
         """See `mpoe_kernels.linear.gpu.products.Primitives`."""
         shared, slots = _ordered(rows.axes & grads.axes, rows), grads.data.shape[0]
@@ -224,6 +226,19 @@ class GroupedLaunches:
             view += _float32_mm(a.T, g).view(1, *sizes)
         return out
 
+    def weight_of_blocks(
+        self,
+        outer: Operand,
+        core: Operand,
+        half: Operand,
+        other: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+    ) -> bool:
+        """See `mpoe_kernels.linear.gpu.products.Primitives`."""
+        return False
+
     def merge_blocks(
         self,
         first: Operand,
@@ -234,6 +249,7 @@ class GroupedLaunches:
         *,
         shared: bool = False,
         clear: bool = False,
+        room: int | None = None,
     ) -> Operand:
         """See `mpoe_kernels.linear.gpu.products.Primitives`; of idle experts it gives zeros."""
         m, n = _ordered(first.axes - second.axes, out), _ordered(second.axes - first.axes, out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.engine.driver import run
-from mpoe_kernels.linear.gpu.cost import experts_at_once
+from mpoe_kernels.linear.gpu.cost import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
 from mpoe_kernels.planner.orders import AXES, BlockDims
 from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block, value_of
@@ -66,10 +66,12 @@ class Primitives(Protocol):
         out: Operand,
         row_index: Tensor | None = None,
         add: bool = False,
+        room: int | None = None,
     ) -> Operand:
         """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
 
         An ``out`` that the experts share (outer 0) gets the sum over them; ``add``: it holds that over other experts.
+        ``room``: bytes that partial sums may take; None: any number.
         """
 
     def merge_blocks(
@@ -82,6 +84,7 @@ class Primitives(Protocol):
         *,
         shared: bool = False,
         clear: bool = False,
+        room: int | None = None,
     ) -> Operand:
         """Contract two blocks of every busy expert.
 
@@ -92,6 +95,28 @@ class Primitives(Protocol):
             shared: ``out`` gets the sum over the experts.
             clear: idle experts' part of ``out`` becomes zero, else it is undefined; what a shared ``out`` held counts
                 for nothing, else the sum is added to it.
+            room: bytes that partial sums may take; None: any number.
+        """
+
+    def weight_of_blocks(
+        self,
+        outer: Operand,
+        core: Operand,
+        half: Operand,
+        other: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+    ) -> bool:
+        """Build every busy expert's whole weight in one launch; what idle experts get is undefined.
+
+        Args:
+            outer, core: make ``half``.
+            half, other: make ``out``, the weight.
+            out, dims, offsets: as in `merge_blocks`.
+
+        Returns:
+            False: nothing was launched, as it takes two launches here.
         """
 
 
@@ -174,11 +199,18 @@ class GpuChunk:
     first: int
     last: int
     offsets: Tensor = field(init=False)
+    # A half that is to be built together with the weight: its product and operands.
+    waiting: tuple[Product, Operand, Operand] | None = None
 
     def __post_init__(self) -> None:
         offsets = self.whole.offsets
         all_experts = (self.first, self.last) == (0, self.whole.experts)
         self.offsets = offsets if all_experts else offsets[self.first : self.last + 1]
+
+    def _room(self, product: Product) -> int:
+        """Bytes that partial sums may take."""
+        whole, at_once = self.whole, self.last - self.first
+        return whole.values["C"].itemsize * room(whole.dims, product, whole.program.built, at_once, whole.experts)
 
     def given(self, name: str) -> Operand:
         operand = self.whole.operand(name)
@@ -219,18 +251,42 @@ class GpuChunk:
         out = self._target(product.result) or self._new(name, rows.data)
         index = whole.row_index if product.first == "x" else None
         return self.primitives.block_gradient(
-            *(rows, grads, name, whole.dims, self.offsets), row_index=index, out=out, add=self.first > 0
+            *(rows, grads, name, whole.dims, self.offsets),
+            row_index=index,
+            out=out,
+            add=self.first > 0,
+            room=self._room(product),
         )
+
+    def _next(self, product: Product) -> Product | None:
+        products = self.whole.program.products
+        after = products.index(product) + 1
+        return products[after] if after < len(products) else None
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
+        after, waiting = self._next(product), self.waiting
+        if after is not None and after.result == "W" and "W" not in self.whole.values:
+            self.waiting = product, first, second
+            return out
+        if waiting is not None:
+            self.waiting = None
+            outer, core = waiting[1:] if waiting[0].second == "C" else reversed(waiting[1:])
+            half, other = (first, second) if product.first == waiting[0].result else (second, first)
+            if self.primitives.weight_of_blocks(outer, core, half, other, out, self.whole.dims, self.offsets):
+                return out
+            self._merge(*waiting, half)
+        return self._merge(product, first, second, out)
+
+    def _merge(self, product: Product, first: Operand, second: Operand, out: Operand) -> Operand:
         # The operand that holds the result's slowest axis gives the rows.
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
         shared = product.result == "d C"
         clear = product.result in self.whole.values and not (shared and self.first > 0)
         dims, offsets = self.whole.dims, self.offsets
-        return self.primitives.merge_blocks(p, q, out, dims, offsets, shared=shared, clear=clear)
+        free = self._room(product)
+        return self.primitives.merge_blocks(p, q, out, dims, offsets, shared=shared, clear=clear, room=free)
 
 
 def walk(whole: Pass, primitives: Primitives) -> None:

@@ -2,7 +2,8 @@
 
 ``out[e, m, n] = sum_k p[e, m, k] * q[e, k, n]`` rebuilds left·central, central·right or a whole weight, and projects
 the gradient of such a product back onto its factors. With ``SUM`` the experts are part of the sum: that is the central
-core's gradient, without atomics. Experts without slots cost nothing.
+core's gradient, without atomics. Experts without slots cost nothing. With SPLITS the inner size, or the experts of a
+sum, are split, and another launch adds the partial results in a fixed order.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def blocks_kernel(
     N_Q: tl.constexpr,
     N_OUT: tl.constexpr,
     SUM: tl.constexpr,
+    SPLITS: tl.constexpr,
     CLEAR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -43,7 +45,7 @@ def blocks_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid ``(tiles of [M, N], experts, or 1 with SUM)``.
+    """Grid ``(tiles of [M, N], SPLITS times experts, or SPLITS with SUM)``; ``out`` is ``[SPLITS, E, ...]``.
 
     CLEAR: what ``out`` held counts for nothing, and idle experts get zeros. Without it they keep what they had, and a
     sum goes on from there. A sum grows in ``out``, which therefore is float32.
@@ -53,10 +55,22 @@ def blocks_kernel(
     n = (tl.program_id(0) % n_tiles) * BN + tl.arange(0, BN)
     p_rows = place(m, M_SIZES, M_P)
     q_columns = place(n, N_SIZES, N_Q)
-    begin = tl.program_id(1)
+    split = tl.program_id(1) % SPLITS
+    begin = tl.program_id(1) // SPLITS
     end = begin + 1
+    first = begin * 0
+    last = first + K
     if SUM:
-        end = experts
+        share = tl.cdiv(experts, SPLITS)
+        begin = split * share
+        end = tl.minimum(begin + share, experts)
+    elif SPLITS > 1:  # whole steps, so that only the last one needs a mask
+        steps: tl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK)
+        first = split * (steps * BK)
+        last = tl.minimum(first + steps * BK, K)
+    if SPLITS > 1:
+        part = split.to(tl.int64) * OUT_EXPERT
+        out += part if SUM else part * experts
     at_out = place(m, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
     for position in tl.range(begin, end, num_stages=1):
         e = begin * 0 + position  # the interpreter counts in Python numbers
@@ -64,7 +78,7 @@ def blocks_kernel(
         p_at = p + e.to(tl.int64) * P_EXPERT
         q_at = q + e.to(tl.int64) * Q_EXPERT
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k0 in tl.range(0, tl.where(busy, K, 0), BK, num_stages=STAGES):
+        for k0 in tl.range(first, tl.where(busy, last, first), BK, num_stages=STAGES):
             k = k0 + tl.arange(0, BK)
             pt = tl.load(
                 p_at + p_rows[:, None] + place(k, K_SIZES, K_P)[None, :],

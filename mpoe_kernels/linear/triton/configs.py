@@ -48,9 +48,12 @@ _NVIDIA: dict[str, tuple[Tile, ...]] = {
     "rows": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
     "outer": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
     "blocks": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+    "weights": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
 }
 _AMD: dict[str, tuple[Tile, ...]] = {
-    name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles) for name, tiles in _NVIDIA.items()
+    name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles)
+    for name, tiles in _NVIDIA.items()
+    if name != "weights"  # see `mpoe_kernels.linear.triton.weights_launch`
 }
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
 # Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
@@ -100,11 +103,18 @@ def least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
 
 
 def tile_for(
-    kernel: str, like: Tensor, m: float, n: float, k: float, launch: Callable[[Tile], object] | None = None
+    kernel: str,
+    like: Tensor,
+    m: float,
+    n: float,
+    k: float,
+    launch: Callable[[Tile], object] | None = None,
+    best: Callable[[tuple[Tile, ...]], Tile] | None = None,
 ) -> Tile:
     """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: the fixed choice, or a measured one.
 
-    ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`.
+    ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`. ``best``
+    makes the fixed choice among the tiles that fit; by default it is the first one.
     """
     device = device_of(like)
     architecture, limit = architecture_of(device), shared_memory_of(device)
@@ -113,6 +123,8 @@ def tile_for(
         shipped = _that_fit(kernel, architecture, like.dtype, limit)
         return shipped[min(entry, len(shipped) - 1)].fitted(m, n, k)
     tiles = _fitted_tiles(kernel, architecture, like.dtype, limit, m, n, k)
+    if best is not None:
+        tiles = tuple(dict.fromkeys((best(tiles), *tiles)))
     return tuning.choose(kernel, device, like.dtype, (m, n, k), tiles, launch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.linear.gpu.cost import counting_reasons, gpu_seconds
+from mpoe_kernels.linear.gpu.cost import TRITON, counting_reasons, gpu_seconds
 from mpoe_kernels.linear.triton.fused_cost import fused_seconds
 from mpoe_kernels.planner import HARDWARE, Contraction, Hardware, hardware_here
 from mpoe_kernels.registry import Request
@@ -28,7 +28,7 @@ ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
 
 def ways(plan: Contraction, target: Target, hardware: Hardware) -> dict[str, float]:
     """Predicted seconds of every way to compute a contraction on a GPU, by name."""
-    found = {plan.strategy: gpu_seconds(plan, hardware)}
+    found = {plan.strategy: gpu_seconds(plan, hardware, TRITON)}
     for name, half in ((ON_CHIP, False), (ON_CHIP_FROM_HALF, True)):
         if (seconds := fused_seconds(plan, target, hardware, half)) < float("inf"):
             found[name] = seconds

@@ -14,8 +14,8 @@ from mpoe_kernels.linear.triton.configs import fused_choice
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
-from mpoe_kernels.linear.triton.launch import multiprocessors, precision
 from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.triton.card import multiprocessors, precision
 from mpoe_kernels.triton.pointwise import sum_parts
 from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,26 +12,17 @@ from torch import Tensor
 from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, index_map
 from mpoe_kernels.linear.gpu.products import Pass, walk
+from mpoe_kernels.linear.gpu.work import MOST_SPLITS, Work
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
-from mpoe_kernels.planner import may_round_to_tf32
+from mpoe_kernels.linear.triton.weights_launch import weight_of_blocks
 from mpoe_kernels.planner.orders import AXES, BlockDims
 from mpoe_kernels.routing.triton import dispatch_backward
+from mpoe_kernels.triton.card import card, multiprocessors, precision
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
 from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch is told to."""
-    return "tf32" if may_round_to_tf32(dtype) else "ieee"
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 in the interpreter, whose programs run one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def persistent_programs(device: torch.device, tiles: int) -> int:
@@ -125,6 +117,7 @@ def block_gradient(
     out: Operand,
     row_index: Tensor | None = None,
     add: bool = False,
+    room: int | None = None,
     tile: Tile | None = None,
 ) -> Operand:
     """See `mpoe_kernels.linear.gpu.products.Primitives`; an ``out`` that experts share is dense."""
@@ -139,16 +132,17 @@ def block_gradient(
 
     def again(tile: Tile) -> Operand:
         to = replace(out, data=torch.empty_like(out.data)) if add else out  # what is added must be added once
-        return block_gradient(rows, grads, name, dims, offsets, row_index=row_index, out=to, tile=tile)
+        return block_gradient(rows, grads, name, dims, offsets, row_index=row_index, out=to, room=room, tile=tile)
 
-    tile = tile or tile_for("outer", rows.data, m.extent, n.extent, s.extent * grads.data.shape[0], again)
-    mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
-    splits = 1 if grouped else central_splits(device_of(rows.data), mn_tiles, grads.data.shape[0] * s.extent, tile)
-    whole = grouped or (splits == 1 and not add)
-    found = out.data if whole else torch.empty(splits, *out.data.shape, dtype=torch.float32, device=out.data.device)
+    groups, inner = experts if grouped else 1, grads.data.shape[0] * s.extent
+    work = Work(m.extent, n.extent, inner / groups, groups, out.data.numel(), rows.data.dtype)
+    tile, splits = _cut("outer", rows.data, work, inner, out, room, again, tile)
+    mn_tiles = work.programs((tile.m, tile.n, tile.k)) // groups
+    whole = splits == 1 and (grouped or not add)
+    found = out.data if whole else _partial(out, splits)
     start(
         outer_kernel,
-        (mn_tiles, experts if grouped else splits),
+        (mn_tiles, groups * splits),
         a=rows.data,
         g=grads.data,
         out=found,
@@ -156,7 +150,7 @@ def block_gradient(
         offsets=offsets,
         A_SLOT=rows.outer,
         G_SLOT=grads.outer,
-        OUT_EXPERT=out.outer if grouped else out.data.numel(),
+        OUT_EXPERT=out.outer or out.data.numel(),
         S=s.extent,
         M=m.extent,
         N=n.extent,
@@ -173,18 +167,48 @@ def block_gradient(
         G_LIMIT=grads.limit,
         EXPERTS=experts,
         GROUPED=grouped,
+        SPLITS=splits,
         HAS_INDEX=row_index is not None,
         PRECISION=precision(rows.data.dtype),
         **launch_options(tile),
     )
     if not whole:
-        sum_parts(found, out.data, add)
+        sum_parts(found, out.data, add and not grouped)
     return out
 
 
-def central_splits(device: torch.device, tiles: int, rows: int, tile: Tile) -> int:
-    """Into how many partial sums the shared block's gradient is split: enough for all multiprocessors, at most 16."""
-    return max(1, min(16, cdiv(2 * multiprocessors(device), tiles), rows // (4 * tile.k)))
+def _cut(
+    kernel: str,
+    like: Tensor,
+    work: Work,
+    inner: float,
+    out: Operand,
+    room: int | None,
+    launch: Callable[[Tile], object] | None,
+    tile: Tile | None,
+) -> tuple[Tile, int]:
+    """Tile of a kernel that can split its inner size, and into how many parts it does.
+
+    Partial sums stay within ``room`` bytes; a result that does not lie together cannot be summed. ``inner``: size by
+    which a measured tile is kept. ``tile``: take this one.
+    """
+    hardware, most = card(device_of(like)), MOST_SPLITS
+    if room is not None:
+        most = room // (4 * max(work.elements, 1))
+    if not out.data.is_contiguous():
+        most = 1
+
+    def best(tiles: tuple[Tile, ...]) -> Tile:
+        sizes = [(tile.m, tile.n, tile.k) for tile in tiles]
+        return tiles[sizes.index(work.best_tile(sizes, hardware, most))]
+
+    tile = tile or tile_for(kernel, like, work.m, work.n, inner, launch, best)
+    return tile, work.best_splits((tile.m, tile.n, tile.k), hardware, most)
+
+
+def _partial(out: Operand, splits: int) -> Tensor:
+    """Memory for results of every part."""
+    return torch.empty(splits, *out.data.shape, dtype=torch.float32, device=out.data.device)
 
 
 def merge_blocks(
@@ -196,6 +220,7 @@ def merge_blocks(
     *,
     shared: bool = False,
     clear: bool = False,
+    room: int | None = None,
     tile: Tile | None = None,
 ) -> Operand:
     """See `mpoe_kernels.linear.gpu.products.Primitives`."""
@@ -205,21 +230,26 @@ def merge_blocks(
         index_map(first.axes & second.axes, dims, second, first),
     )
     experts = offsets.shape[0] - 1
-    again = partial(merge_blocks, first, second, out, dims, offsets, shared=shared, clear=clear)
+    again = partial(merge_blocks, first, second, out, dims, offsets, shared=shared, clear=clear, room=room)
     repeat = None if shared and not clear else lambda t: again(tile=t)  # what is added must be added once
-    tile = tile or tile_for("blocks", first.data, m.extent, n.extent, k.extent, repeat)
-    grid = (cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n), 1 if shared else experts)
+    groups, inner = (1, k.extent * experts) if shared else (experts, k.extent)
+    work = Work(m.extent, n.extent, inner, groups, out.data.numel(), first.data.dtype)
+    tile, splits = _cut("blocks", first.data, work, k.extent, out, room, repeat, tile)
+    mn_tiles = work.programs((tile.m, tile.n, tile.k)) // groups
+    if shared:  # no part without an expert
+        splits = cdiv(experts, cdiv(experts, splits))
+    found = out.data if splits == 1 else _partial(out, splits)
     start(
         blocks_kernel,
-        grid,
+        (mn_tiles, groups * splits),
         p=first.data,
         q=second.data,
-        out=out.data,
+        out=found,
         offsets=offsets,
         experts=experts,
         P_EXPERT=first.outer,
         Q_EXPERT=second.outer,
-        OUT_EXPERT=out.outer,
+        OUT_EXPERT=out.outer or out.data.numel(),
         M=m.extent,
         K=k.extent,
         N=n.extent,
@@ -233,10 +263,13 @@ def merge_blocks(
         N_OUT=n.strides[0],
         N_Q=n.strides[1],
         SUM=shared,
-        CLEAR=clear,
+        SPLITS=splits,
+        CLEAR=clear or splits > 1,
         PRECISION=precision(first.data.dtype),
         **launch_options(tile),
     )
+    if splits > 1:
+        sum_parts(found, out.data, shared and not clear)
     return out
 
 
@@ -253,6 +286,7 @@ class TritonLaunches:
     rows_times_block = staticmethod(rows_times_block)
     block_gradient = staticmethod(block_gradient)
     merge_blocks = staticmethod(merge_blocks)
+    weight_of_blocks = staticmethod(weight_of_blocks)
     activation_backward = staticmethod(activation_backward)
     collect_rows = staticmethod(dispatch_backward)
 

@@ -10,8 +10,9 @@ from _pytest.mark.structures import ParameterSet
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
 from mpoe_kernels.linear.gpu.products import BlockGradients
-from mpoe_kernels.linear.triton import launch
+from mpoe_kernels.linear.triton import launch, weights_launch
 from mpoe_kernels.linear.triton.configs import Tile
+from mpoe_kernels.linear.triton.plan import launch_plan
 from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
@@ -87,6 +88,44 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
     Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "splits"),
+    [
+        ("light", "rebuild", 2),
+        ("light", "chain", 5),
+        ("separable", "separable", 2),
+        pytest.param("padded", "half_right", 2, marks=pytest.mark.exhaustive),
+        pytest.param("paper", "rebuild", 5, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts than some experts have rows and a sum has experts; idle experts; the same bits every time."""
+    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
+    monkeypatch.setattr(launch.Work, "best_splits", lambda *_: splits)
+    case = Case(SMALL_SHAPES[name], tokens=5, experts=3, capacity=3)
+    case.check(strategy)
+    for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["light", "uneven_bonds", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("paper", "one_core"))]
+)
+def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left or right first: the same bits as by two launches, whose inner sums have the same steps."""
+    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
+    monkeypatch.setattr(weights_launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, kind="zipf", capacity=3)
+    case.check("rebuild")
+    together = case.run("rebuild")
+    built = []
+    monkeypatch.setattr(launch.TritonLaunches, "weight_of_blocks", lambda *_: bool(built.append(1)))
+    launch_plan.cache_clear()
+    for found, wanted in zip(together, case.run("rebuild"), strict=True):
+        assert torch.equal(found, wanted)
+    assert built
 
 
 def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:

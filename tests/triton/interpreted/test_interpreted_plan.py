@@ -170,7 +170,7 @@ def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
 
 def test_tiles_are_measured_by_the_first_call_and_then_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiles = (Tile(64, 64, 64, 4, 1), Tile(16, 16, 16, 4, 1))
-    monkeypatch.setitem(configs.TILES, "interpreter", dict.fromkeys(("rows", "outer", "blocks"), tiles))
+    monkeypatch.setitem(configs.TILES, "interpreter", dict.fromkeys(("rows", "outer", "blocks", "weights"), tiles))
     configs._fitted_tiles.cache_clear()
     measured = []
 

@@ -1,0 +1,116 @@
+"""What a feed-forward layer costs on an H100 before and after its launches were planned: launches, grids, host, bytes.
+
+    python tools/layer_table.py [--doc]
+
+T5-base's layer by every shape of the catalogue, 4,096 tokens, bfloat16, both projections, forward and backward.
+Launches are recorded, bytes and times predicted by the model of `tools/triton_predict.py`, host time is that of
+`tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine,
+predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. ``--doc`` writes the
+table into bench/results/ahead-of-time/layers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import host_time
+from documents import write_between
+from triton_predict import ACTIVATIONS, DTYPE, layer, predict
+
+from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.triton.start import Launch
+
+FOLDER = Path(__file__).resolve().parents[1] / "bench" / "results" / "ahead-of-time"
+BEFORE, PAGE = FOLDER / "layers_e1aa197.json", FOLDER / "layers.md"
+EXPERTS, TOKENS = (8, 64), 4096
+
+
+class Row(NamedTuple):
+    """One layer in one phase.
+
+    Attributes:
+        launches: how many.
+        programs: of the smallest grid among the launches that multiply.
+        host: microseconds of the processor.
+        megabytes: moved.
+        microseconds: predicted on the GPU.
+    """
+
+    launches: int
+    programs: int
+    host: float
+    megabytes: float
+    microseconds: float
+
+
+def row(launches: list[Launch], experts: int, host: float) -> Row:
+    """Of what was recorded."""
+    found = [predict(launch, experts, TOKENS) for launch in launches]
+    grids = [math.prod(one.grid) for one in launches if one.kernel.fn.__name__ in catalogue.PRODUCTS]
+    moved, seconds = sum(one.bytes for one in found), sum(one.seconds for one in found)
+    return Row(len(found), min(grids), host, moved / 1e6, seconds * 1e6)
+
+
+def cases() -> Iterator[tuple[int, str, str]]:
+    """Experts, shape, phase."""
+    for experts in EXPERTS:
+        for name in catalogue.shapes():
+            for phase in PHASES:
+                yield experts, name, phase
+
+
+def key(experts: int, name: str, phase: str) -> str:
+    """Of a case, in the file of rows."""
+    return f"{name}, {experts} experts, {phase}"
+
+
+def now(experts: int, name: str, phase: str) -> Row:
+    """As the tree is."""
+    strategies, launches = layer(name, experts, TOKENS, phase)
+    works = [
+        catalogue.WORK[phase](
+            *(catalogue.dims_of(shape), experts, TOKENS, DTYPE, strategy, activation), indexed=direction == "up"
+        )
+        for (direction, activation), shape, strategy in zip(
+            ACTIVATIONS.items(), catalogue.shapes()[name], strategies, strict=True
+        )
+    ]
+    with host_time.stand_ins():
+        host = host_time.microseconds(lambda: [work() for work in works], repeats=20 if experts == 8 else 10)
+    return row(launches, experts, host)
+
+
+def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
+    """Markdown: before, arrow, after."""
+    lines = [
+        "| experts | shape | | launches | programs of the smallest grid | host us | MB | predicted us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (experts, name, phase), before, after in rows:
+        pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(before, after, strict=True)]
+        lines.append(f"| {experts} | {name} | {phase} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
+    chosen = parser.parse_args(words)
+    before = {name: Row(*values) for name, values in json.loads(BEFORE.read_text()).items()}
+    found = table((case, before[key(*case)], now(*case)) for case in cases())
+    if chosen.doc:
+        write_between(PAGE, "layers", found)
+    else:
+        print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -48,7 +48,8 @@ def test_every_kernel_is_found_on_every_architecture() -> None:
     jobs = triton_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
     assert len(kernels_of_the_backend()) >= 14
     for architecture in ARCHITECTURES:
-        assert {job.name for job in jobs if job.architecture == architecture} == kernels_of_the_backend()
+        wanted = kernels_of_the_backend() - ({"weights_kernel"} if architecture == "gfx942" else set())
+        assert {job.name for job in jobs if job.architecture == architecture} == wanted
 
 
 def test_every_shipped_tile_is_compiled() -> None:

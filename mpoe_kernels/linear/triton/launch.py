@@ -234,6 +234,8 @@ def merge_blocks(
     repeat = None if shared and not clear else lambda t: again(tile=t)  # what is added must be added once
     groups, inner = (1, k.extent * experts) if shared else (experts, k.extent)
     work = Work(m.extent, n.extent, inner, groups, out.data.numel(), first.data.dtype)
+    if shared and first.data.dtype == torch.float32:
+        room = 0  # a split sum would spill registers on sm_80
     tile, splits = _cut("blocks", first.data, work, k.extent, out, room, repeat, tile)
     mn_tiles = work.programs((tile.m, tile.n, tile.k)) // groups
     if shared:  # no part without an expert

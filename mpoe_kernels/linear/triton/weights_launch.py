@@ -41,7 +41,8 @@ def weight_of_blocks(
     def best(tiles: tuple[Tile, ...]) -> Tile:
         return min(tiles, key=seconds)
 
-    columns, inner = max(s.extent, n.extent), max(k.extent, s.extent)
+    # Steps of 16 would spill registers on sm_100.
+    columns, inner = max(s.extent, n.extent), max(k.extent, s.extent, 32)
     tile = tile_for("weights", outer.data, m.extent, columns, inner, None, best)
     separate = (
         Work(m.extent, cells.extent * s.extent, k.extent, experts, half.data.numel(), dtype),

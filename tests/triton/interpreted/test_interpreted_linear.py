@@ -104,7 +104,7 @@ def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.M
     """More parts than some experts have rows and a sum has experts; idle experts; the same bits every time."""
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch.Work, "best_splits", lambda *_: splits)
-    case = Case(SMALL_SHAPES[name], tokens=5, experts=3, capacity=3)
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ def _conversion_error(model: Any, name: str) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
+LINE = 100  # characters of the legend's lines
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
 
 
@@ -169,4 +171,4 @@ def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int
     console = Console()
     # Where nothing tells the width, as in a pipe, rows stay whole.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
-    print(LEGEND)
+    print(textwrap.fill(LEGEND, LINE))

@@ -192,7 +192,7 @@ def show_comparison(
     for line in results["comparison"]:
         console.print(Text(line, style="dim"))
     title = f"mpoe demo: {results['model']}, {results['steps']} steps per arm, seed {results['seed']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

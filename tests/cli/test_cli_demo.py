@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from mpoe import plotting
 from mpoe.cli.demo_arms import SETTINGS, Settings, count_parameters, training_items, with_steps
@@ -20,6 +22,7 @@ from mpoe.cli.demo_tables import (
     seed_facts,
     seed_lines,
     seed_means,
+    show_comparison,
     what_holds,
 )
 from mpoe.cli.report import write_demo_report
@@ -93,6 +96,7 @@ def results_of(arms: list[dict], settings: Settings) -> dict:
         "large": "T5-base",
         "examples": [{"prompt": "<b>", "expected": "x", "generated": "y"}],
         "stages": {"train": 1.0},
+        "reloaded_equal": True,
         "versions": {"mpoe": "0"},
     }
 
@@ -118,6 +122,17 @@ def test_table_and_report_show_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(plotting, "have_matplotlib", lambda: False)
     write_demo_report(tmp_path / "report.html", results, header, rows)
     assert "mpoe[report]" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_the_table_fits_eighty_columns(kind: str) -> None:
+    settings, arms = SETTINGS[kind], arms_of(kind, 0.7, 0.71)
+    header, rows = comparison_table(arms, settings)
+    rows = [[cell if cell != "223" else "1,016" for cell in row] for row in rows]
+    printed = io.StringIO()
+    show_comparison(Console(width=80, file=printed), results_of(arms, settings), header, rows)
+    assert "MPOE separable" in printed.getvalue()
+    assert "…" not in printed.getvalue()
 
 
 def test_parameters_count_weights_of_experts_alone() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -10,6 +10,12 @@ import pytest
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
+
+
+def halved(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of which every second one is left to the exhaustive suite."""
+    marks = ([], [pytest.mark.exhaustive])
+    return [pytest.param(*case, marks=marks[number % 2]) for number, case in enumerate(cases)]
 
 
 class LinearScenarios:
@@ -23,15 +29,26 @@ class LinearScenarios:
     problem: Callable[..., Any]
     strategies: Callable[[MPOShape], list[str]] = staticmethod(planned_strategies)
 
-    @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-    @pytest.mark.parametrize("gathered", [False, True])
+    @pytest.mark.parametrize(
+        ("activation", "gathered"),
+        halved((a, g) for g in (False, True) for a in ("none", "relu", "gelu", "gelu_tanh", "silu")),
+    )
     def test_activations_with_and_without_gather(self, activation: str, gathered: bool) -> None:
         self.problem(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
         light = self.problem(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False)
         light.check("rebuild")
 
-    @pytest.mark.parametrize("name", ["light", "separable"])
-    @pytest.mark.parametrize("kind", ["all_to_one", "some_idle"])
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        halved(
+            [
+                ("light", "all_to_one"),
+                ("light", "some_idle"),
+                ("separable", "some_idle"),
+                ("separable", "all_to_one"),
+            ]
+        ),
+    )
     def test_distributions(self, name: str, kind: str) -> None:
         shape = SMALL_SHAPES[name]
         for strategy in self.strategies(shape):

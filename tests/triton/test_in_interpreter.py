@@ -11,8 +11,13 @@ import pytest
 
 from mpoe_kernels.triton.architecture import in_interpreter
 
-SLOW = "pytest.mark.slow"
+SLOW, EXHAUSTIVE = "pytest.mark.slow", "pytest.mark.exhaustive"
 FOLDER = Path(__file__).parent / "interpreted"
+
+
+def marked(mark: str) -> list[Path]:
+    """Files in which a test has the mark."""
+    return [path for path in sorted(FOLDER.glob("test_*.py")) if mark in path.read_text()]
 
 
 def run(path: Path, *options: str) -> None:
@@ -33,15 +38,14 @@ def test_in_a_process_of_its_own(path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
 @pytest.mark.usefixtures("with_triton")
-def test_every_shape_and_strategy() -> None:
-    run(FOLDER / "test_interpreted_linear.py", "-m", "exhaustive")
+@pytest.mark.parametrize("path", marked(EXHAUSTIVE), ids=lambda path: path.stem)
+def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
+    run(path, "-m", "exhaustive")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
 @pytest.mark.usefixtures("with_triton")
-@pytest.mark.parametrize(
-    "path", [path for path in sorted(FOLDER.glob("test_*.py")) if SLOW in path.read_text()], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", marked(SLOW), ids=lambda path: path.stem)
 def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
     run(path, "-m", "slow")

@@ -93,7 +93,7 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "strategy", "splits"),
     [
-        ("light", "rebuild", 2),
+        pytest.param("light", "rebuild", 2, marks=pytest.mark.exhaustive),
         ("light", "chain", 5),
         ("separable", "separable", 2),
         pytest.param("padded", "half_right", 2, marks=pytest.mark.exhaustive),

@@ -35,7 +35,7 @@ def recordings() -> int:
     return launch_plan.cache_info().misses
 
 
-@pytest.mark.parametrize("name", ["light", "separable"])
+@pytest.mark.parametrize("name", [pytest.param("light", marks=pytest.mark.exhaustive), "separable"])
 def test_the_same_bits_as_without_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(SMALL_SHAPES[name], tokens=4, experts=2, capacity=3)
     for strategy in strategies_of(case.shape):

@@ -33,7 +33,7 @@ def plan_of(strategy: str, phase: str, dims: BlockDims = EVEN, slots: int = SLOT
 @pytest.mark.parametrize("strategy", ["rebuild", "separable"])
 def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "instructions", lambda: "avx512")
-    monkeypatch.setattr(work, "WIDE", work.WIDE._replace(load_rows=0.0))
+    monkeypatch.setattr(work, "VECTORS", work.VECTORS._replace(load_rows=0.0))
     plan = plan_of(strategy, phase, SEPARABLE if strategy == "separable" else EVEN)
     assert work.work_of(plan).flops == plan.flops
 
@@ -42,7 +42,7 @@ def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypa
 def test_half_builds_twice_for_a_backward(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows before x's gradient, and the half-built weight, are computed apart for x and for the blocks."""
     monkeypatch.setattr(work, "instructions", lambda: "avx512")
-    monkeypatch.setattr(work, "WIDE", work.WIDE._replace(load_rows=0.0))
+    monkeypatch.setattr(work, "VECTORS", work.VECTORS._replace(load_rows=0.0))
     forward, backward = (plan_of(strategy, phase) for phase in PHASES)
     assert work.work_of(forward).flops == forward.flops
     again = {step.name: step.flops for step in backward.steps if step.name in ("LC = L C", "CR = C R")}
@@ -59,13 +59,6 @@ def test_panels_are_paid_whole_and_tiles_for_their_loads() -> None:
     half = work.Work(plan_of("rebuild", "forward", dtype=torch.bfloat16), isa="avx512bf16")
     half.multiply(1, rows=1, columns=32, k=3)
     assert half.flops == 2 * (1 + 1) * 32 * 4, "an odd k of bfloat16 is padded"
-
-
-def test_narrow_registers_have_fewer_rows() -> None:
-    counted = work.Work(plan_of("rebuild", "forward"), isa="avx2")
-    counted.multiply(1, rows=15, columns=32, k=8)
-    assert counted.tiles == 3
-    assert counted.flops == 2 * (15 + 3) * 32 * 8
 
 
 def test_amx_leaves_short_sums_and_rests_to_vectors() -> None:

@@ -45,7 +45,8 @@ class Tiles(NamedTuple):
 
 # csrc/cpu/gemm_body.h, and gemm_amx.cpp, which multiplies bfloat16 sixteen units at a time and leaves sums below
 # `AMX_UNITS`, and what is left of others, to vectors: a multiply-add of theirs takes as long as so many of AMX's.
-NARROW, WIDE, AMX = Tiles(6, 384, 1.0), Tiles(14, 384, 1.0), Tiles(32, 1024, 4.0)
+# AVX2's tiles have 6 rows, and its measured constants make up for it.
+VECTORS, AMX = Tiles(14, 384, 1.0), Tiles(32, 1024, 4.0)
 AMX_UNITS, AMX_STEP, VECTOR_WEIGHT = 32, 16, 4.0
 
 
@@ -56,9 +57,7 @@ def instructions() -> str:
 
 def tiles_of(isa: str, dtype: torch.dtype) -> Tiles:
     """Those of long sums."""
-    if isa == "amx" and dtype == torch.bfloat16:
-        return AMX
-    return WIDE if isa.startswith(("avx512", "amx")) else NARROW
+    return AMX if isa == "amx" and dtype == torch.bfloat16 else VECTORS
 
 
 def round_up(count: float, step: int) -> int:
@@ -83,7 +82,7 @@ class Work:
     tiles: float = 0.0
     copied: float = 0.0
     summed: float = 0.0
-    isa: str = field(default_factory=instructions)
+    isa: str = field(default_factory=lambda: instructions())
 
     @property
     def unit(self) -> int:
@@ -96,7 +95,7 @@ class Work:
         kind = tiles_of(self.isa, self.plan.dtype)
         if kind is AMX:
             by_amx = units // AMX_STEP * AMX_STEP if units >= AMX_UNITS else 0
-            self._add(WIDE, count, rows, panels, units - by_amx, VECTOR_WEIGHT)
+            self._add(VECTORS, count, rows, panels, units - by_amx, VECTOR_WEIGHT)
             units = by_amx
         self._add(kind, count, rows, panels, units)
 

@@ -68,7 +68,7 @@ def test_fine_tune_and_compare(tmp_path: Path) -> None:
     assert [" ".join(row[:-5]) for row in rows] == ["dense", "8 dense experts", "8 MPO experts"]
     for row in rows:
         assert float(row[-4]) < float(row[-5])  # the loss fell
-    assert float(rows[2][-2]) < float(rows[1][-2]) / 3  # parameters in millions
+    assert float(rows[2][-2]) < float(rows[1][-2]) / 2  # parameters in millions
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)

@@ -115,7 +115,7 @@ def test_demo(tmp_path: Path, kind: str) -> None:
     folder = Path(ready) if kind == "t5" and ready else tmp_path / "demo"
     out = "" if folder.is_dir() else complete("demo", "--output_dir", folder, "--model", kind)
     results = json.loads((folder / "results.json").read_text())
-    assert [arm["key"] for arm in results["arms"]] == ["dense", "wider", "switch", "separable", "hidden"]
+    assert [arm["key"] for arm in results["arms"]] == ["dense", "wider", "switch", "hidden", "separable"]
     assert all(
         arm["conversion_difference"] <= 1e-5 for arm in results["arms"] if arm["conversion_difference"] is not None
     )

@@ -98,14 +98,35 @@ class Timed:
             *(lambda: torch.bmm(a, b), lambda: self.inner.merge_blocks(first, second, out, dims, offsets, **options)),
         )
 
+    def weight_of_blocks(
+        self,
+        outer: Operand,
+        core: Operand,
+        half: Operand,
+        other: Operand,
+        out: Operand,
+        dims: BlockDims,
+        offsets: Tensor,
+    ) -> bool:
+        def build() -> bool:
+            return self.inner.weight_of_blocks(outer, core, half, other, out, dims, offsets)
+
+        if not build():
+            return False  # two launches, which come as merges
+        experts = offsets.shape[0] - 1
+        products = (_extents(a.axes, b.axes, dims) for a, b in ((outer, core), (half, other)))
+        flops = sum(2 * experts * math.prod(sizes) for sizes in products)
+        self._time(f"{experts} weights in one launch", flops, (outer, core, other, out), None, build)
+        return True
+
     def _time(
         self,
         what: str,
         flops: int,
         operands: tuple[Operand, ...],
         library: Callable[[], object] | None,
-        function: Callable[[], Operand],
-    ) -> Operand:
+        function: Callable[[], Any],
+    ) -> Any:
         found = function()
         functions: dict[str, Callable[[], object]] = {"ours": function}
         if library is not None:

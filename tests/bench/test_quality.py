@@ -6,17 +6,22 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mpoe_bench.quality.arms import ARMS, Arm
 from mpoe_bench.quality.evaluation import RouterCounts, expert_distance
+from mpoe_bench.quality.hidden import hidden
 from mpoe_bench.quality.language import LanguageField
 from mpoe_bench.quality.plans import PLANS, Plan
 from mpoe_bench.quality.report import write_report
 from mpoe_bench.quality.runs import arm_of, run_plan
 from mpoe_bench.quality.statistics import Spread, gain, verdict
 from mpoe_bench.quality.training import Budget, convert, hidden_as_large_as, prepare, run_arm, schedule
+
+from mpoe.layers.hidden import HiddenExperts
+from mpoe.layers.router import TopKRouter
 
 PLAN = Plan("language", ("dense", "switch8", "separable8"), 3, seeds=(0, 1), tuning=1, rates=(1e-3, 4e-3))
 
@@ -169,6 +174,32 @@ def test_schedule_and_distance(field: LanguageField) -> None:
     arm = next(arm for arm in ARMS if arm.key == "switch8")
     model = convert(field, arm, prepare(field, arm, 0), 0)
     assert expert_distance(model) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"noise": 0.3}, {"restart": 0.5}, {"all_gates": True}, {"frozen": ("left",)}])
+def test_what_the_search_changes(field: LanguageField, change: dict[str, Any]) -> None:
+    """Noise and restarts change the model at once; gates of all experts change gradients alone; frozen blocks stay."""
+    plain, changed = (hidden("x", 4, 8, True, **options) for options in ({}, change))
+    models = [convert(field, arm, prepare(field, arm, 0), 0) for arm in (plain, changed)]
+    batch = next(iter(field.batches(0, 1)))
+    losses = [field.loss(model, batch) for model in models]
+    assert (losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)) == (
+        "noise" not in change and "restart" not in change
+    )
+    for loss in losses:
+        loss.backward()
+    routers = [next(m for m in model.modules() if isinstance(m, TopKRouter)).weight.grad for model in models]
+    assert torch.equal(*routers) == ("frozen" in change)
+    blocks = next(m for m in models[1].modules() if isinstance(m, HiddenExperts)).auxiliary
+    assert (blocks["left"].grad is None) == ("frozen" in change)
+    assert blocks["right"].grad is not None
+
+
+def test_a_search_leaves_the_test_split_alone(field: LanguageField, tmp_path: Path) -> None:
+    plan = Plan("language", ("dense", "group_base"), 2, seeds=(10,), validate_only=True)
+    records = run_plan(plan, field, tmp_path)
+    assert all("test" not in record and record["parts"] for record in records)
+    assert "validation loss" in write_report(tmp_path, field)
 
 
 def test_the_arms_of_the_hidden_study(field: LanguageField) -> None:

@@ -28,7 +28,12 @@ class Arm:
         own_biases: every expert has biases of its own instead of the shared ones.
         shared_weight: a control: the experts share one dense weight and own nothing but their biases.
         independent: experts start from random values of their own instead of equal copies.
-        decay_to_start: decoupled decay of the auxiliary cores towards the values they started from, times the rate.
+        noise: Gaussian noise on the experts' blocks after conversion, relative to their RMS.
+        restart: share of every block's outputs that start again from random numbers, other ones in every expert.
+        frozen: names of the experts' blocks that keep their start (``right``, ``left``).
+        all_gates: a token's gates of all experts have a gradient, though only the chosen ones have a value.
+        decay_to_start: decoupled decay of the auxiliary cores towards the values they started from, times the rate;
+            0 = the field's decay towards 0. A very small one is no decay at all.
         auxiliary_warmup, router_warmup: shares of all steps over which that group's rate rises from 0.
         upcycled: share of all steps that the dense model is trained before it is converted.
         router: fields of its `RouterConfig` that differ from the field's.
@@ -48,6 +53,10 @@ class Arm:
     own_biases: bool = False
     shared_weight: bool = False
     independent: bool = False
+    noise: float = 0.0
+    restart: float = 0.0
+    frozen: tuple[str, ...] = ()
+    all_gates: bool = False
     decay_to_start: float = 0.0
     auxiliary_warmup: float = 0.0
     router_warmup: float = 0.0

@@ -27,15 +27,30 @@ def switch(experts: int, two: bool = False) -> Arm:
     )
 
 
-def hidden(key: str, experts: int, block: int, per_group: bool, top_k: int = 2, **options: Any) -> Arm:
-    """Experts of hidden-side blocks, converted after a quarter of the steps; their cores at the rate of the rest."""
+def hidden(
+    key: str,
+    experts: int,
+    block: int,
+    per_group: bool,
+    top_k: int = 2,
+    *,
+    change: str = "",
+    own_biases: bool = False,
+    router: dict[str, Any] | None = None,
+    **options: Any,
+) -> Arm:
+    """Experts of hidden-side blocks, converted after a quarter of the steps; their cores at the rate of the rest.
+
+    ``change`` ends the name, ``router`` and the other options are fields of `Arm`; own biases are the layer's own.
+    """
+    sizes = {"num_experts": experts, "shape": "hidden", "block_size": block, "block_per_group": per_group}
+    name = f"hidden {experts}, blocks of {block} {'per group' if per_group else 'shared'}, {top_k} per token"
     return Arm(
         key,
-        f"hidden {experts}, blocks of {block} {'per group' if per_group else 'shared'}, {top_k} per token",
-        {"num_experts": experts, "shape": "hidden", "block_size": block, "block_per_group": per_group},
-        router={"top_k": top_k},
-        scales=(1.0, 1.0),
-        **{**QUARTER, **options},
+        f"{name}, {change}" if change else name,
+        {**sizes, "expert_bias": True} if own_biases else sizes,
+        router={"top_k": top_k, **(router or {})},
+        **{"scales": (1.0, 1.0), **QUARTER, **options},
     )
 
 
@@ -71,4 +86,16 @@ COMPARISONS = (
     (SHARED, "dense_restart"),
     (SHARED, "flops_shared"),
     (SHARED, "large_shared"),
+)
+
+# Twice the width and four times the steps, for the arms that decide; blocks grow with the model.
+LARGER = (
+    hidden("larger_group", 32, 16, True),
+    hidden("larger_shared", 64, 32, False),
+)
+LARGER_PLAN = ("dense", "switch8_quarter", "larger_group", "larger_shared", "large_shared")
+LARGER_COMPARISONS = (
+    ("larger_group", "switch8_quarter"),
+    ("larger_shared", "switch8_quarter"),
+    ("larger_shared", "large_shared"),
 )

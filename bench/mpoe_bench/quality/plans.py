@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS
-from mpoe_bench.quality.hidden import COMPARISONS, HIDDEN
+from mpoe_bench.quality.hidden import COMPARISONS, HIDDEN, LARGER_COMPARISONS, LARGER_PLAN
+from mpoe_bench.quality.hidden_search import SEARCH
 from mpoe_bench.quality.search import TRIALS
 
 
@@ -24,6 +25,7 @@ class Plan:
         rates: base learning rates.
         tuning_seed: of those runs; not among ``seeds``.
         settings: attributes of the field that differ from its defaults.
+        validate_only: runs are judged on the validation split and do not read the test split.
         comparisons: pairs of arms whose difference is tested, stated before any run: plan.json holds them.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     rates: tuple[float, ...] = (4e-3,)
     tuning_seed: int = 100
     settings: dict[str, Any] = field(default_factory=dict)
+    validate_only: bool = False
     comparisons: tuple[tuple[str, str], ...] = ()
 
 
@@ -53,5 +56,16 @@ PLANS = {
     "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 30, tuning=10, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "hidden": Plan("language", tuple(arm.key for arm in HIDDEN), 1600, rates=(16e-3,), comparisons=COMPARISONS),
+    "hidden_larger": Plan(
+        "language", LARGER_PLAN, 6400, rates=(8e-3,), settings={"model": 96}, comparisons=LARGER_COMPARISONS
+    ),
+    "hidden_search": Plan(
+        "language",
+        ("dense", "switch8_quarter", "switch8_quarter_two", *(arm.key for arm in SEARCH)),
+        1600,
+        seeds=(10, 11),
+        rates=(16e-3,),
+        validate_only=True,
+    ),
     "search": Plan("language", (*COMPARED, *(arm.key for arm in TRIALS)), 1600, seeds=(0,), rates=(8e-3,)),
 }

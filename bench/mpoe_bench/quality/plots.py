@@ -10,7 +10,7 @@ from typing import Any
 from mpoe.plotting import COLOURS, legend_beside, plain_ticks, save
 from mpoe_bench.plots import have_matplotlib
 from mpoe_bench.quality.runs import arm_of, by_arm
-from mpoe_bench.quality.statistics import Spread
+from mpoe_bench.quality.statistics import Spread, score_of
 
 Records = Sequence[Mapping[str, Any]]
 MASKED = ("paper8", "mask25", "mask50", "mask75")
@@ -39,7 +39,7 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
     seen: set[str] = set()
     names: dict[float, list[tuple[float, str]]] = {}
     for _, own in by_arm(records):
-        spread, kind = Spread.of([r["test"] for r in own]), _kind(own[0]["name"])
+        spread, kind = Spread.of([score_of(r) for r in own]), _kind(own[0]["name"])
         at = own[0]["of_dense"]
         label = None if kind in seen else kind
         seen.add(kind)
@@ -75,7 +75,7 @@ def _write_names(axes: Any, names: Mapping[float, list[tuple[float, str]]]) -> N
 
 
 def _paint_mask(axes: Any, masked: Sequence[tuple[float, Records]], field: Any) -> None:
-    spreads = [Spread.of([r["test"] for r in own]) for _, own in sorted(masked, key=lambda pair: pair[0])]
+    spreads = [Spread.of([score_of(r) for r in own]) for _, own in sorted(masked, key=lambda pair: pair[0])]
     at = sorted(p for p, _ in masked)
     axes.errorbar(at, [s.mean for s in spreads], [s.deviation or 0.0 for s in spreads], marker="D", capsize=3)
     plain_ticks(axes.xaxis, at)

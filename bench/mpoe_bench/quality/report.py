@@ -10,7 +10,7 @@ from typing import Any
 from mpoe_bench.quality.files import write_text
 from mpoe_bench.quality.plots import draw
 from mpoe_bench.quality.runs import PLAN_FILE, by_arm, load_records
-from mpoe_bench.quality.statistics import Spread, gain, verdict
+from mpoe_bench.quality.statistics import Spread, gain, score_of, verdict
 
 REPORT_FILE = "report.md"
 Records = Sequence[Mapping[str, Any]]
@@ -26,11 +26,12 @@ def write_report(folder: Path, field: Any) -> str:
     if not records:
         raise ValueError(f"out {folder} must hold finished runs; it holds none")
     drawn = draw(records, folder, field)
+    measure = field.measure if "test" in records[0] else field.measure.replace("test", "validation")
     text = "\n".join(
         [
-            f"# Field {field.name}: {field.measure}",
+            f"# Field {field.name}: {measure}",
             "",
-            *result_table(records, field),
+            *result_table(records, field, measure),
             "",
             *comparison_table(records, folder, field),
             *cost_table(records),
@@ -43,7 +44,7 @@ def write_report(folder: Path, field: Any) -> str:
     return text
 
 
-def result_table(records: Records, field: Any) -> list[str]:
+def result_table(records: Records, field: Any, measure: str) -> list[str]:
     """One row for every arm: rate, size, score, and the gain over the arm `field.reference`, paired by seed."""
     arms = dict(by_arm(records))
     base = arms.get(field.reference, [])
@@ -51,7 +52,7 @@ def result_table(records: Records, field: Any) -> list[str]:
     of_base = f" over {base[0]['name']}" if base else ""
     better = "lower is better" if field.lower_is_better else "higher is better"
     lines = [
-        f"Score: {field.measure} ({better}), mean ± standard deviation over seeds. Gain{of_base}: within each seed"
+        f"Score: {measure} ({better}), mean ± standard deviation over seeds. Gain{of_base}: within each seed"
         " (same start, same data), positive = better; the word is the verdict of a paired t-test at 95%.",
         "",
         "| arm | seeds | rate | FFN weights, x dense | of Switch's | score | gain | | share of Switch's gain |",
@@ -61,7 +62,7 @@ def result_table(records: Records, field: Any) -> list[str]:
     for own in arms.values():
         lines.append(
             f"| {own[0]['name']} | {len(own)} | {own[0]['budget']['rate']:g} | {own[0]['of_dense']:.2f} | "
-            f"{100 * own[0]['of_switch']:.0f}% | {Spread.of([r['test'] for r in own]).text(digits)} | "
+            f"{100 * own[0]['of_switch']:.0f}% | {Spread.of([score_of(r) for r in own]).text(digits)} | "
             f"{' | '.join(_gain(own, base, switch, field.lower_is_better, digits))} |"
         )
     if any(record.get("before") is not None for record in records):

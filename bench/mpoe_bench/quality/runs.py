@@ -10,15 +10,17 @@ from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS, Arm
 from mpoe_bench.quality.files import write_json, write_text
-from mpoe_bench.quality.hidden import HIDDEN
+from mpoe_bench.quality.hidden import HIDDEN, LARGER
+from mpoe_bench.quality.hidden_search import SEARCH
 from mpoe_bench.quality.plans import Plan
 from mpoe_bench.quality.search import TRIALS
+from mpoe_bench.quality.statistics import score_of
 from mpoe_bench.quality.training import Budget, run_arm
 
 RESULTS_FILE = "results.jsonl"
 PLAN_FILE = "plan.json"
 RUNS, TUNING = "runs", "tuning"
-EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS, *(arm for arm in HIDDEN if arm.key != "dense"))
+EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS, *(arm for arm in HIDDEN if arm.key != "dense"), *LARGER, *SEARCH)
 BEYOND = 2  # rates beyond a plan's that tuning may try
 
 
@@ -71,9 +73,9 @@ def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = 
     for seed in plan.seeds:
         for arm in arms:
             budget = Budget(plan.steps, rates[arm.key], seed)
-            record = _run(field, arm, budget, folder / RUNS / f"{arm.key}-{seed}.json")
+            record = _run(field, arm, budget, folder / RUNS / f"{arm.key}-{seed}.json", plan.validate_only)
             log(
-                f"{arm.key}, seed {seed}: {field.measure} {record['test']:.4f}, rate {budget.rate:g}, "
+                f"{arm.key}, seed {seed}: {field.measure} {score_of(record):.4f}, rate {budget.rate:g}, "
                 f"{record['cpu_seconds']:.0f} CPU seconds"
             )
     records = load_records(folder)

@@ -38,18 +38,23 @@ class Spread:
         return number if self.deviation is None else f"{number} ± {self.deviation:.{digits}f}"
 
 
+def score_of(record: Mapping[str, Any]) -> float:
+    """On the test split; on the validation split where the run was not to read the other."""
+    return record["test"] if "test" in record else record["validation"]
+
+
 def gain(records: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], lower_is_better: bool) -> Spread:
     """How much better than ``base``, seed by seed (positive = better), over the seeds that both have.
 
     Raises:
         ValueError: they have none in common.
     """
-    reference = {record["budget"]["seed"]: record["test"] for record in base}
+    reference = {record["budget"]["seed"]: score_of(record) for record in base}
     sign = -1.0 if lower_is_better else 1.0
     common = [r for r in records if r["budget"]["seed"] in reference]
     if not common:
         raise ValueError("records must share a seed with those they are compared with; they share none")
-    return Spread.of([sign * (r["test"] - reference[r["budget"]["seed"]]) for r in common])
+    return Spread.of([sign * (score_of(r) - reference[r["budget"]["seed"]]) for r in common])
 
 
 def verdict(difference: Spread) -> str:

@@ -123,7 +123,7 @@ def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
 
 
 def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[str, Any]:
-    """Train and evaluate, with ``tuning`` on the validation split alone; returns one JSON-able record.
+    """Train and evaluate, with ``tuning`` on the validation split alone (no ``test``); returns one JSON-able record.
 
     ``cpu_seconds`` is the process's CPU time of the training alone; ``peak_memory`` how far its resident memory grew,
     in bytes (``None`` where the system does not tell).
@@ -135,10 +135,8 @@ def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[
     model, history = trained.pop()
     model.eval()
     validation = field.evaluate(model, "validation")
+    found = validation if tuning else field.evaluate(model, "test")
     head = {"field": field.name, "arm": arm.key, "name": arm.name, "budget": asdict(budget), "loss": history}
-    if tuning:
-        return {**head, "validation": validation.score}
-    test = field.evaluate(model, "test")
     weights = feed_forward_parameters(model)
     if arm.experts is None:
         weights = {"shared": field.feed_forward_weights(hidden_size(field, arm)), "own": 0}
@@ -148,10 +146,10 @@ def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[
     return {
         **head,
         "validation": validation.score,
-        "test": test.score,
+        **({} if tuning else {"test": found.score}),
         "before": getattr(field, "before", None),
-        "parts": test.parts,
-        "router": test.router,
+        "parts": found.parts,
+        "router": found.router,
         "distance": expert_distance(model),
         "weights": weights,
         "of_switch": sum(weights.values()) / (experts * field.feed_forward_weights()),

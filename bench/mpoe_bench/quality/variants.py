@@ -14,7 +14,7 @@ from mpoe.layers.activations import ACTIVATIONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import MPOExperts
-from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_bench.quality.arms import Arm
 from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear
@@ -76,6 +76,10 @@ def apply_variant(model: nn.Module, arm: Arm) -> None:
             module.experts = OwnBiases(module.experts)
         if isinstance(module, TopKRouter) and arm.even_gate:
             module.register_forward_hook(_times_experts)
+        if isinstance(module, HiddenFeedForward) and arm.all_gates:
+            _use_all_gates(module)
+        if isinstance(module, HiddenExperts):
+            _change_blocks(module, arm)
     if arm.adapter:
         model.requires_grad_(False)
         for module in model.modules():
@@ -87,6 +91,34 @@ def apply_variant(model: nn.Module, arm: Arm) -> None:
 
 def _times_experts(router: TopKRouter, _: Any, output: RouterOutput) -> RouterOutput:
     return dataclasses.replace(output, top_k_weights=output.top_k_weights * router.num_experts)
+
+
+def _use_all_gates(network: HiddenFeedForward) -> None:
+    """Experts that are not chosen get a gate of 0 with the gradient of their probability.
+
+    The router's own decision stays as it is, and with it the balancing loss.
+    """
+    decisions: list[RouterOutput] = []
+
+    def all_gates(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        u, gates, index, *rest = arguments
+        p = torch.softmax(decisions.pop().logits, dim=-1)
+        every = torch.arange(p.shape[-1], device=p.device).expand(p.shape)
+        return u, (p - p.detach()).scatter(-1, index, gates), every, *rest
+
+    network.router.register_forward_hook(lambda _, __, decision: decisions.append(decision))
+    network.experts.register_forward_pre_hook(all_gates)
+
+
+def _change_blocks(experts: HiddenExperts, arm: Arm) -> None:
+    """Noise, restarted outputs and frozen blocks of hidden-side experts, as an arm has them."""
+    if arm.noise:
+        experts.add_noise_(arm.noise)
+    for name, core in experts.auxiliary.items():
+        if arm.restart:
+            fresh = torch.rand(*core.shape[:2], 1, core.shape[-1]) < arm.restart
+            core.copy_(torch.where(fresh, torch.randn_like(core) / core.shape[-2] ** 0.5, core))
+        core.requires_grad_(name not in arm.frozen)
 
 
 def with_lora(model: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mpoe_kernels.indices import check_ids, slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block
+from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
-from mpoe_kernels.linear.triton.launch import LAUNCHES, block_gradient, rows_times_block
+from mpoe_kernels.linear.triton.launch import LAUNCHES
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import weight_backward_program, weight_program
 from mpoe_kernels.routing.triton import dispatch_backward, dispatch_forward, route_forward
@@ -77,9 +78,8 @@ class _Gathered:
             ("jL", "jC", "b"),
             self.dims,
         )
-        return rows_times_block(
-            self.left_rows, self.central, self.dims, self.by_centre.offsets, slots, row_index=rows, out=out
-        )
+        LAUNCHES.rows(Rows(self.left_rows, self.central, out, self.dims, self.by_centre.offsets, rows))
+        return out
 
     def half_row_of_slot(self) -> Tensor:
         """Row of `half` that each slot in the order of the right digit reads."""
@@ -104,15 +104,9 @@ def embedding_forward(
         return dispatch_forward(table, filled, ids, ids)[:, :embedding_dim].contiguous()
     gathered = _Gathered.of(ids, left, central, right, dims)
     y = left.new_empty(ids.shape[0], embedding_dim)
-    rows_times_block(
-        gathered.half(),
-        gathered.right,
-        dims,
-        gathered.by_right.offsets,
-        ids.shape[0],
-        row_index=gathered.half_row_of_slot(),
-        out=activations(y, ("jL", "jC", "jR"), dims, embedding_dim),
-    )
+    out = activations(y, ("jL", "jC", "jR"), dims, embedding_dim)
+    where = gathered.by_right.offsets, gathered.half_row_of_slot()
+    LAUNCHES.rows(Rows(gathered.half(), gathered.right, out, dims, *where))
     return dispatch_backward(y, gathered.by_right.slot_of_token)
 
 
@@ -143,34 +137,21 @@ def embedding_backward(
     by_centre, by_right, slots = gathered.by_centre, gathered.by_right, ids.shape[0]
     rows = dispatch_forward(grad, by_right.offsets, by_right.token_of_slot, by_right.slot_of_token)
     drows = activations(rows, ("jL", "jC", "jR"), dims, embedding_dim)
-    block_gradient(
-        gathered.half(),
-        drows,
-        "R",
-        dims,
-        by_right.offsets,
-        row_index=gathered.half_row_of_slot(),
-        out=_slices(block(dright, "R"), "iR"),
-    )
+    out = _slices(block(dright, "R"), "iR")
+    LAUNCHES.gradient(Sum(gathered.half(), drows, out, dims, by_right.offsets, gathered.half_row_of_slot()))
     width = dims.jL * dims.jC * dims.b
     half_axes = ("jL", "jC", "b")
     dhalf = activations(grad.new_empty(slots, width), half_axes, dims)
-    rows_times_block(drows, gathered.right, dims, by_right.offsets, slots, out=dhalf)
+    LAUNCHES.rows(Rows(drows, gathered.right, dhalf, dims, by_right.offsets))
     # From the order of the right digit to that of the centre's.
     turned = by_right.slot_of_token[by_centre.token_of_slot, 0]
     dhalf = activations(dispatch_forward(dhalf.data, by_centre.offsets, turned, turned), half_axes, dims)
-    block_gradient(
-        gathered.left_rows,
-        dhalf,
-        "C",
-        dims,
-        by_centre.offsets,
-        row_index=gathered.left_digit[by_centre.token_of_slot],
-        out=_slices(block(dcentral, "C"), "iC"),
-    )
+    out = _slices(block(dcentral, "C"), "iC")
+    left_row = gathered.left_digit[by_centre.token_of_slot]
+    LAUNCHES.gradient(Sum(gathered.left_rows, dhalf, out, dims, by_centre.offsets, left_row))
     dleft_rows = activations(grad.new_empty(slots, dims.jL * dims.a), ("jL", "a"), dims)
-    rows_times_block(dhalf, gathered.central, dims, by_centre.offsets, slots, out=dleft_rows)
-    by_digit = slots_by_token(gathered.left_digit[by_centre.token_of_slot], dims.iL)
+    LAUNCHES.rows(Rows(dhalf, gathered.central, dleft_rows, dims, by_centre.offsets))
+    by_digit = slots_by_token(left_row, dims.iL)
     dleft = sum_rows(dleft_rows.data, *by_digit)
     return dleft.view(left.shape), dcentral, dright
 

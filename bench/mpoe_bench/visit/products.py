@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from mpoe_bench.timing import Budget, cpu_measure, cuda_measure, interleave
 from mpoe_bench.visit.candidates import Case, Operands, plans
 from mpoe_bench.visit.lines import Deadline, Lines, finish, parse
 from mpoe_kernels.linear.gpu.operands import Operand
+from mpoe_kernels.linear.gpu.primitives import Pair, Rows, Sum
 from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of, walk
-from mpoe_kernels.planner.orders import AXES, BlockDims
 from mpoe_kernels.planner.program import KEPT
 from mpoe_kernels.registry import backend_reasons
 from mpoe_kernels.testing.graphs import CaptureError, graphed
@@ -52,71 +53,44 @@ class Timed:
     Attributes:
         inner: computes.
         device: of the tensors.
-        rows: what was measured.
+        measured: a line for each product.
     """
 
     inner: Any
     device: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)
 
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
         return like.new_empty(rows, columns)
 
-    def rows_times_block(
-        self, rows: Operand, operand: Operand, dims: BlockDims, offsets: Tensor, slots: int, **options: Any
-    ) -> Operand:
-        m, k, n = _extents(rows.axes, operand.axes, dims)
-        library = (
-            _grouped(rows.data, slots * m, k, n, offsets, m) if operand.outer else _dense(rows.data, slots * m, k, n)
-        )
-        what = f"rows {slots * m}x{k} by {'E x ' if operand.outer else ''}{k}x{n}"
-        return self._time(
-            *(what, 2 * slots * m * k * n, (rows, operand, options["out"]), library),
-            lambda: self.inner.rows_times_block(rows, operand, dims, offsets, slots, **options),
-        )
+    def rows(self, product: Rows) -> None:
+        (m, k, n), slots, like = _extents(product), product.slots, product.first.data
+        grouped = product.second.outer != 0
+        library = _grouped(like, slots * m, k, n, product.offsets, m) if grouped else _dense(like, slots * m, k, n)
+        what = f"rows {slots * m}x{k} by {'E x ' if grouped else ''}{k}x{n}"
+        self._time(what, 2 * slots * m * k * n, _operands(product), library, partial(self.inner.rows, product))
 
-    def block_gradient(
-        self, rows: Operand, grads: Operand, name: str, dims: BlockDims, offsets: Tensor, **options: Any
-    ) -> Operand:
-        axes = frozenset(AXES[name])
-        shared = dims.elements(rows.axes & grads.axes)
-        m, n, slots = dims.elements(axes & rows.axes), dims.elements(axes & grads.axes), grads.data.shape[0]
-        what, library = f"gradient {m}x{n} over {slots * shared} rows", _dense(rows.data, m, slots * shared, n)
-        return self._time(
-            *(what, 2 * slots * shared * m * n, (rows, grads, options["out"]), library),
-            lambda: self.inner.block_gradient(rows, grads, name, dims, offsets, **options),
-        )
+    def gradient(self, product: Sum) -> None:
+        out, dims, slots = product.out, product.dims, product.second.data.shape[0]
+        rows = slots * dims.elements(product.summed)
+        m, n = (dims.elements(out.axes & operand.axes) for operand in (product.first, product.second))
+        what, library = f"gradient {m}x{n} over {rows} rows", _dense(product.first.data, m, rows, n)
+        self._time(what, 2 * rows * m * n, _operands(product), library, partial(self.inner.gradient, product))
 
-    def merge_blocks(
-        self, first: Operand, second: Operand, out: Operand, dims: BlockDims, offsets: Tensor, **options: Any
-    ) -> Operand:
-        m, k, n = _extents(first.axes, second.axes, dims)
-        experts = offsets.shape[0] - 1
-        a, b = first.data.new_ones(experts, m, k), first.data.new_ones(experts, k, n)
-        return self._time(
-            *(f"merge {experts} x {m}x{k} by {k}x{n}", 2 * experts * m * k * n, (first, second, out)),
-            *(lambda: torch.bmm(a, b), lambda: self.inner.merge_blocks(first, second, out, dims, offsets, **options)),
-        )
+    def merge(self, product: Sum) -> None:
+        (m, k, n), experts, like = _extents(product), product.experts, product.first.data
+        a, b = like.new_ones(experts, m, k), like.new_ones(experts, k, n)
+        what = f"merge {experts} x {m}x{k} by {k}x{n}"
+        compute = partial(torch.bmm, a, b), partial(self.inner.merge, product)
+        self._time(what, 2 * experts * m * k * n, _operands(product), *compute)
 
-    def weight_of_blocks(
-        self,
-        outer: Operand,
-        core: Operand,
-        half: Operand,
-        other: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-    ) -> bool:
-        def build() -> bool:
-            return self.inner.weight_of_blocks(outer, core, half, other, out, dims, offsets)
-
+    def weight(self, half: Sum, whole: Sum) -> bool:
+        build = partial(self.inner.weight, half, whole)
         if not build():
             return False  # two launches, which come as merges
-        experts = offsets.shape[0] - 1
-        products = (_extents(a.axes, b.axes, dims) for a, b in ((outer, core), (half, other)))
-        flops = sum(2 * experts * math.prod(sizes) for sizes in products)
-        self._time(f"{experts} weights in one launch", flops, (outer, core, other, out), None, build)
+        flops = sum(2 * product.experts * math.prod(_extents(product)) for product in (half, whole))
+        operands = (*half.centre_last(), whole.centre_last()[0], whole.out)
+        self._time(f"{whole.experts} weights in one launch", flops, operands, None, build)
         return True
 
     def _time(
@@ -125,9 +99,9 @@ class Timed:
         flops: int,
         operands: tuple[Operand, ...],
         library: Callable[[], object] | None,
-        function: Callable[[], Any],
-    ) -> Any:
-        found = function()
+        function: Callable[[], object],
+    ) -> None:
+        function()
         functions: dict[str, Callable[[], object]] = {"ours": function}
         if library is not None:
             functions["library"] = library
@@ -145,13 +119,17 @@ class Timed:
             seconds = timings["ours"].seconds
             moved = sum(operand.data.numel() * operand.data.element_size() for operand in operands)
             row |= {"tflops": flops / seconds / 1e12, "gbytes": moved / seconds / 1e9}
-        self.rows.append(row | ({"reasons": reasons} if reasons else {}))
-        return found
+        self.measured.append(row | ({"reasons": reasons} if reasons else {}))
 
 
-def _extents(one: frozenset[str], other: frozenset[str], dims: BlockDims) -> tuple[int, int, int]:
-    """``m, k, n`` of a contraction of two operands."""
-    m, k, n = (dims.elements(axes) for axes in (one - other, one & other, other - one))
+def _operands(product: Pair) -> tuple[Operand, ...]:
+    return product.first, product.second, product.out
+
+
+def _extents(product: Pair) -> tuple[int, int, int]:
+    """``m, k, n``."""
+    axes = product.first_alone, product.summed, product.second_alone
+    m, k, n = (product.dims.elements(each) for each in axes)
     return m, k, n
 
 
@@ -195,11 +173,11 @@ def measure(case: Case, strategy: str, device: str, primitives: Any) -> list[dic
             gradients = BlockGradients.begun(primitives, plan.program, tuple(operands.blocks))  # type: ignore[arg-type]
             values |= {"d y": operands.grad, "d x": torch.empty_like(operands.x), **gradients.values()}
             values |= {} if h is None else {KEPT: h}
-        first = len(timed.rows)
+        first = len(timed.measured)
         walk(Pass(plan.program, operands.dims, operands.offsets, case.slots, values), timed)
-        for row in timed.rows[first:]:
+        for row in timed.measured[first:]:
             row["phase"] = phase
-    return timed.rows
+    return timed.measured
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from mpoe_kernels.planner import may_round_to_tf32
 
 @dataclass(frozen=True)
 class CudaLaunches:
-    """What surrounds the contractions, and those as launch plans; see `mpoe_kernels.linear.gpu.products.Launches`.
+    """What surrounds the contractions, and those as launch plans; see `mpoe_kernels.linear.gpu.primitives.Surrounding`.
 
     Attributes:
         ops: namespace of the compiled ops.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.plan import Memory, Piece
-from mpoe_kernels.linear.gpu.products import Pass, Primitives, walk
+from mpoe_kernels.linear.gpu.primitives import Pair, Primitives, Rows, Sum
+from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import KEPT, Program, value_of
 
@@ -72,21 +73,13 @@ class _Recorder(Primitives):
         strides = [(operand.strides[axis] or 1) if axis in operand.strides else 0 for axis in SIZES]
         return StepOperand(0, data.storage_offset(), operand.outer, operand.limit, *strides)
 
-    def _note(
-        self,
-        kind: int,
-        offsets: Tensor,
-        operands: tuple[Operand, Operand, Operand],
-        gathers: bool = False,
-        epilogue: bool = False,
-        tail: bool = False,
-    ) -> Operand:
-        first, experts = offsets.storage_offset(), offsets.shape[0] - 1
-        step = Step(kind, first, experts, gathers, epilogue, tail, *map(self._operand, operands))
+    def _note(self, kind: int, product: Pair, epilogue: bool = False, tail: bool = False) -> None:
+        operands, gathers = (product.first, product.second, product.out), product.row_index is not None
+        numbers = kind, product.offsets.storage_offset(), product.experts, gathers, epilogue, tail
+        step = Step(*numbers, *map(self._operand, operands))
         for found, operand in zip((step.a, step.b, step.out), operands, strict=True):
             self._uses.append((found, self.memory.use(operand.data, len(self._steps))))
         self._steps.append(step)
-        return operands[2]
 
     def plan(self, itemsize: int) -> LaunchPlan:
         """Of what was noted; ``itemsize``: bytes of an element of the temporaries."""
@@ -98,63 +91,17 @@ class _Recorder(Primitives):
         steps = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return LaunchPlan(steps, size // itemsize, len(self._steps))
 
-    def rows_times_block(
-        self,
-        rows: Operand,
-        operand: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        slots: int,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        pre: Tensor | None = None,
-        tail: bool = True,
-    ) -> Operand:
-        return self._note(ROWS, offsets, (rows, operand, out), row_index is not None, bias is not None, tail)
+    def rows(self, product: Rows) -> None:
+        self._note(ROWS, product, product.bias is not None, product.tail)
 
-    def block_gradient(
-        self,
-        rows: Operand,
-        grads: Operand,
-        name: str,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        add: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        return self._note(GRADIENT, offsets, (rows, grads, out), row_index is not None)
+    def gradient(self, product: Sum) -> None:
+        self._note(GRADIENT, product)
 
-    def weight_of_blocks(
-        self,
-        outer: Operand,
-        core: Operand,
-        half: Operand,
-        other: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-    ) -> bool:
+    def merge(self, product: Sum) -> None:
+        self._note(MERGE, product)
+
+    def weight(self, half: Sum, whole: Sum) -> bool:
         return False
-
-    def merge_blocks(
-        self,
-        first: Operand,
-        second: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        shared: bool = False,
-        clear: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        return self._note(MERGE, offsets, (first, second, out))
 
 
 def _shape(name: str, dims: BlockDims, experts: int, slots: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.cost import LIBRARY as FAMILY
 from mpoe_kernels.linear.gpu.cost import gpu_seconds, launches
 from mpoe_kernels.linear.gpu.operands import Operand
+from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.planner import Contraction, Hardware
 from mpoe_kernels.planner.orders import BlockDims
@@ -143,7 +144,7 @@ def _float32_mm(first: Tensor, second: Tensor) -> Tensor:
 
 
 class GroupedLaunches:
-    """See `mpoe_kernels.linear.gpu.products`: both the primitives and what surrounds them."""
+    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and what surrounds them."""
 
     def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
         """All products add in float32."""
@@ -160,117 +161,71 @@ class GroupedLaunches:
         """Memory from PyTorch."""
         return like.new_empty(rows, columns)
 
-    def rows_times_block(
-        self,
-        rows: Operand,
-        operand: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        slots: int,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        pre: Tensor | None = None,
-        tail: bool = True,
-    ) -> Operand:
-        """See `mpoe_kernels.linear.gpu.products.Primitives`; slots past the last offset become zero in any case."""
-        kept, new = _ordered(rows.axes - operand.axes, rows), _ordered(operand.axes - rows.axes, out)
-        shared = _ordered(rows.axes & operand.axes, operand)
-        here = _Slots(offsets, slots)
-        a = _rows(here.front(rows.data, row_index), rows, kept, shared, dims)
-        b = _block(operand, shared, new, dims)
-        if operand.outer:
+    def rows(self, product: Rows) -> None:
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; slots past the last offset become zero in any case."""
+        rows, block, out, dims, slots = product.first, product.second, product.out, product.dims, product.slots
+        kept, new = _ordered(product.first_alone, rows), _ordered(product.second_alone, out)
+        shared = _ordered(product.summed, block)
+        here = _Slots(product.offsets, slots)
+        a = _rows(here.front(rows.data, product.row_index), rows, kept, shared, dims)
+        b = _block(block, shared, new, dims)
+        if block.outer:
             factor, columns = math.prod(_sizes(kept, dims)), b.shape[2]
             found = F.grouped_mm(_multiple(a, 1), _multiple(b, 1, 2), offs=here.ends * factor)[:, :columns]
         else:
             found = a @ b[0]
         found = found.reshape(slots, *_sizes((*kept, *new), dims))
         z = here.back(_columns(found, (*kept, *new), out, dims))
-        if bias is not None:
-            z = z + bias
-        if pre is not None:
-            here.write(z, pre)
-        here.write(apply_activation_(activation, z), out.data)
-        return out
+        if product.bias is not None:
+            z = z + product.bias
+        if product.pre is not None:
+            here.write(z, product.pre)
+        here.write(apply_activation_(product.activation, z), out.data)
 
-    def block_gradient(
-        self,
-        rows: Operand,
-        grads: Operand,
-        name: str,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        add: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        """See `mpoe_kernels.linear.gpu.products.Primitives`."""
-        shared, slots = _ordered(rows.axes & grads.axes, rows), grads.data.shape[0]
+    def gradient(self, product: Sum) -> None:
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
+        rows, grads, out, dims = product.first, product.second, product.out, product.dims
+        shared, slots = _ordered(product.summed, rows), grads.data.shape[0]
         m, n = _ordered(out.axes & rows.axes, out), _ordered(out.axes & grads.axes, out)
-        here = _Slots(offsets, slots)
-        a = _rows(here.front(rows.data, row_index), rows, shared, m, dims)
+        here = _Slots(product.offsets, slots)
+        a = _rows(here.front(rows.data, product.row_index), rows, shared, m, dims)
         front = here.front(grads.data, None)
         sizes = _sizes((*m, *n), dims)
         view = _as_axes(out, (*m, *n), dims)
-        if out.outer:
-            g, ends = _rows(front, grads, shared, n, dims), here.ends * math.prod(_sizes(shared, dims))
-            found = F.grouped_mm(_multiple(a, 1).T, _multiple(g, 1), offs=ends)[:, : a.shape[1], : g.shape[1]]
-            view.copy_(torch.where(here.busy[:, None, None], found, 0).reshape(-1, *sizes))
-        else:  # rows behind the last expert's must not count, whatever they hold
+        if product.shared:  # rows behind the last expert's must not count, whatever they hold
             g = _rows(here.only(front), grads, shared, n, dims)
             a = torch.where(_repeat(here, a.shape[0] // max(slots, 1))[:, None], a, 0)
             view += _float32_mm(a.T, g).view(1, *sizes)
-        return out
+        else:
+            g, ends = _rows(front, grads, shared, n, dims), here.ends * math.prod(_sizes(shared, dims))
+            found = F.grouped_mm(_multiple(a, 1).T, _multiple(g, 1), offs=ends)[:, : a.shape[1], : g.shape[1]]
+            view.copy_(torch.where(here.busy[:, None, None], found, 0).reshape(-1, *sizes))
 
-    def weight_of_blocks(
-        self,
-        outer: Operand,
-        core: Operand,
-        half: Operand,
-        other: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-    ) -> bool:
-        """See `mpoe_kernels.linear.gpu.products.Primitives`."""
+    def weight(self, half: Sum, whole: Sum) -> bool:
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
         return False
 
-    def merge_blocks(
-        self,
-        first: Operand,
-        second: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        shared: bool = False,
-        clear: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        """See `mpoe_kernels.linear.gpu.products.Primitives`; of idle experts it gives zeros."""
-        m, n = _ordered(first.axes - second.axes, out), _ordered(second.axes - first.axes, out)
-        k = _ordered(first.axes & second.axes, second)
+    def merge(self, product: Sum) -> None:
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; of idle experts it gives zeros."""
+        first, second, out, dims, offsets = product.first, product.second, product.out, product.dims, product.offsets
+        m, n = _ordered(product.first_alone, out), _ordered(product.second_alone, out)
+        k = _ordered(product.summed, second)
         busy = (offsets[1:] > offsets[:-1])[:, None, None]
         p, q = _block(first, m, k, dims), _block(second, k, n, dims)
         # What an idle expert holds may be anything: zeros times that need not be zero.
         p = torch.where(busy, p, 0) if first.outer else p
         q = torch.where(busy, q, 0) if second.outer else q
         view = _as_axes(out, (*m, *n), dims)
-        if shared:
+        if product.shared:
             total = _float32_mm(p.transpose(0, 1).reshape(p.shape[1], -1), q.reshape(-1, q.shape[2]))
             view += total.view(view.shape)
         else:
             view.copy_((p @ q).view(view.shape))
-        return out
 
     def activation_backward(
         self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """See `mpoe_kernels.linear.gpu.products.Launches`."""
+        """See `mpoe_kernels.linear.gpu.primitives.Surrounding`."""
         dz = activation_backward(activation, grad, saved)
         if not need_bias:
             return dz, None
@@ -279,11 +234,11 @@ class GroupedLaunches:
         return dz, total.to(grad.dtype)
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-        """See `mpoe_kernels.linear.gpu.products.Launches`; by sorting, as atomics would add in any order."""
+        """See `mpoe_kernels.linear.gpu.primitives.Surrounding`; by sorting, as atomics would add in any order."""
         return rows.new_zeros(tokens, rows.shape[1]).index_put_((row_index,), rows, accumulate=True)
 
     def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
-        """See `mpoe_kernels.linear.gpu.products.Launches`."""
+        """See `mpoe_kernels.linear.gpu.primitives.Surrounding`."""
         found = rows.index_select(0, slot_of_token.clamp_min(0).flatten()).view(*slot_of_token.shape, rows.shape[1])
         found = torch.where(slot_of_token[:, :, None] >= 0, found, 0)
         return found[:, 0] if found.shape[1] == 1 else found.sum(1, dtype=torch.float32).to(rows.dtype)

@@ -12,136 +12,16 @@ from torch import Tensor
 from mpoe_kernels.engine.driver import run
 from mpoe_kernels.linear.gpu.cost import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
+from mpoe_kernels.linear.gpu.primitives import Primitives, Rows, Sum, Surrounding
 from mpoe_kernels.planner.orders import AXES, BlockDims
 from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block, value_of
 
 
-class Primitives(Protocol):
-    """One launch for each product of a program, and the memory between them."""
-
-    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Memory ``[rows, columns]`` for what is built, or for rows between two operands."""
-
-    def rows_times_block(
-        self,
-        rows: Operand,
-        operand: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        slots: int,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        pre: Tensor | None = None,
-        tail: bool = True,
-    ) -> Operand:
-        """Contract rows with every expert's block, or with the one block they share.
-
-        Args:
-            rows: activations; with ``row_index`` slot s reads row ``row_index[s]``.
-            operand: block; its expert axis matches ``offsets``.
-            dims: sizes of the axes.
-            offsets: ``[E + 1]`` slots of the experts, or the part of it that belongs to ``operand``'s experts.
-            slots: N.
-            out: where to: activations whose axes are those that only one operand has.
-            row_index: see ``rows``.
-            bias, activation: epilogue; ``pre`` receives the pre-activation.
-            pre: see ``bias``.
-            tail: clear the slots past the last offset.
-
-        Returns:
-            ``out``.
-        """
-
-    def block_gradient(
-        self,
-        rows: Operand,
-        grads: Operand,
-        name: str,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        out: Operand,
-        row_index: Tensor | None = None,
-        add: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        """Gradient of the block ``name`` from the rows before it and the gradient of the rows after it.
-
-        An ``out`` that the experts share (outer 0) gets the sum over them; ``add``: it holds that over other experts.
-        ``room``: bytes that partial sums may take; None: any number.
-        """
-
-    def merge_blocks(
-        self,
-        first: Operand,
-        second: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-        *,
-        shared: bool = False,
-        clear: bool = False,
-        room: int | None = None,
-    ) -> Operand:
-        """Contract two blocks of every busy expert.
-
-        Args:
-            first, second: give the rows and the columns.
-            out: where to.
-            dims, offsets: as in `rows_times_block`.
-            shared: ``out`` gets the sum over the experts.
-            clear: idle experts' part of ``out`` becomes zero, else it is undefined; what a shared ``out`` held counts
-                for nothing, else the sum is added to it.
-            room: bytes that partial sums may take; None: any number.
-        """
-
-    def weight_of_blocks(
-        self,
-        outer: Operand,
-        core: Operand,
-        half: Operand,
-        other: Operand,
-        out: Operand,
-        dims: BlockDims,
-        offsets: Tensor,
-    ) -> bool:
-        """Build every busy expert's whole weight in one launch; what idle experts get is undefined.
-
-        Args:
-            outer, core: make ``half``.
-            half, other: make ``out``, the weight.
-            out, dims, offsets: as in `merge_blocks`.
-
-        Returns:
-            False: nothing was launched, as it takes two launches here.
-        """
-
-
-class Launches(Protocol):
+class Launches(Surrounding, Protocol):
     """What a GPU backend supplies to `mpoe_kernels.linear.gpu.steps`."""
-
-    def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
-        """Memory for the gradient of a block that the experts share; ``grows``: not by one gradient of rows alone."""
-
-    def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        """That memory, as the gradient's dtype."""
 
     def compute(self, whole: Pass) -> None:
         """All products of a program: by `walk`, or as an earlier walk of the same sizes did it."""
-
-    def activation_backward(
-        self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
-
-    def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-        """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
-
-    def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
-        """``out[t] = sum over k of rows[slot_of_token[t, k]]``, ``[T, F]``, of those that are not -1; likewise."""
 
 
 @dataclass
@@ -199,8 +79,7 @@ class GpuChunk:
     first: int
     last: int
     offsets: Tensor = field(init=False)
-    # A half that is to be built together with the weight: its product and operands.
-    waiting: tuple[Product, Operand, Operand] | None = None
+    waiting: Sum | None = None  # makes a half that is to be built together with the weight
 
     def __post_init__(self) -> None:
         offsets = self.whole.offsets
@@ -225,20 +104,20 @@ class GpuChunk:
         return Operand(self.primitives.empty(self.last - self.first, size, like), strides, size)
 
     def rows(self, product: Product, rows: Operand, operand: Operand) -> Operand:
+        found = self.rows_of(product, rows, operand)
+        self.primitives.rows(found)
+        return found.out
+
+    def rows_of(self, product: Product, rows: Operand, operand: Operand) -> Rows:
+        """What `rows` launches."""
         whole, out = self.whole, self._target(product.result)
         if out is None:
             axes = whole.program.axes[product.result]
             data = self.primitives.empty(whole.slots, whole.dims.elements(frozenset(axes)), rows.data)
             out = activations(data, axes, whole.dims)
         last = product.result == "y"
-        return self.primitives.rows_times_block(
-            rows,
-            operand,
-            whole.dims,
-            self.offsets,
-            whole.slots,
-            out=out,
-            row_index=whole.row_index if product.first == "x" else None,
+        return Rows(
+            *(rows, operand, out, whole.dims, self.offsets, self._index(product)),
             bias=whole.bias if last else None,
             activation=whole.activation if last else "none",
             pre=whole.pre if last else None,
@@ -246,17 +125,14 @@ class GpuChunk:
             tail=self.last == whole.experts and product.result in whole.values,
         )
 
+    def _index(self, product: Product) -> Tensor | None:
+        return self.whole.row_index if product.first == "x" else None
+
     def gradient(self, product: Product, rows: Operand, grads: Operand) -> Operand:
-        whole, name = self.whole, value_of(product.result)
-        out = self._target(product.result) or self._new(name, rows.data)
-        index = whole.row_index if product.first == "x" else None
-        return self.primitives.block_gradient(
-            *(rows, grads, name, whole.dims, self.offsets),
-            row_index=index,
-            out=out,
-            add=self.first > 0,
-            room=self._room(product),
-        )
+        out = self._target(product.result) or self._new(value_of(product.result), rows.data)
+        sizes = out, self.whole.dims, self.offsets, self._index(product)
+        self.primitives.gradient(Sum(rows, grads, *sizes, add=self.first > 0, room=self._room(product)))
+        return out
 
     def _next(self, product: Product) -> Product | None:
         products = self.whole.program.products
@@ -265,28 +141,23 @@ class GpuChunk:
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
-        after, waiting = self._next(product), self.waiting
-        if after is not None and after.result == "W" and "W" not in self.whole.values:
-            self.waiting = product, first, second
-            return out
-        if waiting is not None:
-            self.waiting = None
-            outer, core = waiting[1:] if waiting[0].second == "C" else reversed(waiting[1:])
-            half, other = (first, second) if product.first == waiting[0].result else (second, first)
-            if self.primitives.weight_of_blocks(outer, core, half, other, out, self.whole.dims, self.offsets):
-                return out
-            self._merge(*waiting, half)
-        return self._merge(product, first, second, out)
-
-    def _merge(self, product: Product, first: Operand, second: Operand, out: Operand) -> Operand:
         # The operand that holds the result's slowest axis gives the rows.
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
-        shared = product.result == "d C"
-        clear = product.result in self.whole.values and not (shared and self.first > 0)
-        dims, offsets = self.whole.dims, self.offsets
-        free = self._room(product)
-        return self.primitives.merge_blocks(p, q, out, dims, offsets, shared=shared, clear=clear, room=free)
+        wanted = product.result in self.whole.values
+        sizes = self.whole.dims, self.offsets
+        made = Sum(p, q, out, *sizes, add=self.first > 0, clear=wanted, room=self._room(product))
+        after, waiting = self._next(product), self.waiting
+        if after is not None and after.result == "W" and "W" not in self.whole.values:
+            self.waiting = made
+            return out
+        if waiting is not None:
+            self.waiting = None
+            if self.primitives.weight(waiting, made):
+                return out
+            self.primitives.merge(waiting)
+        self.primitives.merge(made)
+        return out
 
 
 def walk(whole: Pass, primitives: Primitives) -> None:

@@ -11,8 +11,9 @@ from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand, block, scratch
+from mpoe_kernels.linear.gpu.primitives import Sum
 from mpoe_kernels.linear.triton.fused_launch import Blocks, block_gradients, rows_times_weight
-from mpoe_kernels.linear.triton.launch import LAUNCHES, TritonLaunches, merge_blocks
+from mpoe_kernels.linear.triton.launch import LAUNCHES, TritonLaunches, merge
 from mpoe_kernels.linear.triton.plan import planned
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -95,4 +96,5 @@ def _gradients_on_chip(call: BackwardCall, dz: Tensor, dx: Tensor | None, half: 
 def _half_built(call: ForwardCall | BackwardCall) -> Operand:
     """left · central of every expert."""
     out = scratch("LC", call.num_experts, call.dims, call.x)
-    return merge_blocks(block(call.left, "L"), block(call.central, "C"), out, call.dims, call.expert_offsets)
+    merge(Sum(block(call.left, "L"), block(call.central, "C"), out, call.dims, call.expert_offsets))
+    return out

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from mpoe_kernels.linear.gpu.operands import Operand, index_map
+from mpoe_kernels.linear.gpu.operands import index_map
+from mpoe_kernels.linear.gpu.primitives import Sum
 from mpoe_kernels.linear.gpu.work import WORTH, Work, weight_work
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
 from mpoe_kernels.linear.triton.weights import weights_kernel
-from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.triton.card import card, precision
 from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, start
 
 
-def weight_of_blocks(
-    outer: Operand, core: Operand, half: Operand, other: Operand, out: Operand, dims: BlockDims, offsets: Tensor
-) -> bool:
-    """See `mpoe_kernels.linear.gpu.products.Primitives`; in two launches where those are predicted to be much faster.
+def weight(made: Sum, whole: Sum) -> bool:
+    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; in two launches where those are predicted to be much faster.
 
     And on AMD: its barrier inside a program waits for shared memory alone, and the half goes through the cache.
     """
+    outer, core = made.centre_last()
+    other, half = whole.centre_last()
+    out, dims, offsets = whole.out, whole.dims, whole.offsets
     device = device_of(outer.data)
     if architecture_of(device).startswith("gfx"):
         return False
@@ -32,7 +31,7 @@ def weight_of_blocks(
         index_map(half.axes & other.axes, dims, core, half, other),
         index_map(other.axes - half.axes, dims, out, other),
     )
-    experts, dtype, hardware = offsets.shape[0] - 1, outer.data.dtype, card(device)
+    experts, dtype, hardware = whole.experts, outer.data.dtype, card(device)
     sizes = m.extent, cells.extent, k.extent, s.extent, n.extent, experts
 
     def seconds(tile: Tile) -> float:

@@ -121,7 +121,7 @@ def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPa
     case.check("rebuild")
     together = case.run("rebuild")
     built = []
-    monkeypatch.setattr(launch.TritonLaunches, "weight_of_blocks", lambda *_: bool(built.append(1)))
+    monkeypatch.setattr(launch.TritonLaunches, "weight", lambda *_: bool(built.append(1)))
     launch_plan.cache_clear()
     for found, wanted in zip(together, case.run("rebuild"), strict=True):
         assert torch.equal(found, wanted)

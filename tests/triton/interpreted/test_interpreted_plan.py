@@ -175,9 +175,9 @@ def test_tiles_are_measured_by_the_first_call_and_then_planned(monkeypatch: pyte
     measured = []
 
     def bench(run: Any) -> float:
-        measured.append(run.args[0])
+        measured.append(run.args[-1])
         run()
-        return 1.0 if run.args[0].m == 16 else 2.0
+        return 1.0 if run.args[-1].m == 16 else 2.0
 
     case = Case(SMALL_SHAPES["paper"], tokens=40, experts=2, capacity=None)
     plain = case.run("rebuild")

@@ -236,6 +236,10 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
             lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, token_mask=torch.ones(2).bool()),
             "token_mask must be bool",
         ),
+        (
+            lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, token_mask=torch.ones(3, 1).bool()),
+            r"token_mask must be \[T\]; got",
+        ),
         (lambda: dispatch(torch.zeros(4, 2), example_routing()[0]), r"x must be \[T, I\] with T = 9"),
         (
             lambda: combine(torch.zeros(4, 2), example_routing()[0], torch.ones(9, 2)),
@@ -250,6 +254,12 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
 def test_refusals(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("slot", [3, -2])
+def test_eager_gradients_refuse_slots_that_are_not_there(slot: int) -> None:
+    with pytest.raises(ValueError, match=f"slot_of_token must lie in -1..2; got {slot}"):
+        torch.ops.mpoe.dispatch_backward(torch.ones(3, 2), torch.tensor([[slot]], dtype=torch.int32), "eager")
 
 
 def test_type_refusals() -> None:

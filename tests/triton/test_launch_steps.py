@@ -47,9 +47,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "_handles", start.Handles())
 
 
-def step(jit: Jit) -> start.Step:
+def step(jit: Jit, grid: tuple[int, ...] = (7, 2)) -> start.Step:
     arguments = {"SIZE": 8, "rows": 100, "x": None, "out": None, "num_warps": 4}
-    return start.Step(jit, (7, 2), arguments, {"x": (0, 6, BFLOAT16), "out": (1, 512, torch.float32)})
+    return start.Step(jit, grid, arguments, {"x": (0, 6, BFLOAT16), "out": (1, 512, torch.float32)})
 
 
 def test_the_first_start_is_tritons_and_the_others_hand_over_addresses() -> None:
@@ -66,6 +66,15 @@ def test_the_first_start_is_tritons_and_the_others_hand_over_addresses() -> None
     start.start_steps([one], [other, memory])
     assert len(jit.bound) == 1
     assert jit.launched == [((7, 2, 1), (other.data_ptr() + 6, 100, 8, memory.data_ptr() + 512), 77)]
+
+
+@pytest.mark.parametrize("grid", [(7,), (7, 2), (7, 2, 3)])
+def test_a_grid_has_three_sizes_when_it_is_started_again(grid: tuple[int, ...]) -> None:
+    jit, tensors = Jit(), [torch.empty(4, 8, dtype=BFLOAT16), torch.empty(1024, dtype=torch.uint8)]
+    one = step(jit, grid)
+    for _ in range(2):
+        start.start_steps([one], tensors)
+    assert jit.launched[0][0] == {1: (7, 1, 1), 2: (7, 2, 1), 3: (7, 2, 3)}[len(grid)]
 
 
 def test_a_view_begins_where_its_tensor_does() -> None:

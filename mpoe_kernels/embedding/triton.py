@@ -1,8 +1,9 @@
 """Rows of an MPO table, from the kernels of the grouped product.
 
 Row number = (iL, iC, iR). The rows of left are gathered by iL; the slice of the central block that a row needs is its
-"expert" iC, and the slice of right its expert iR: two grouped products, each after a counting sort by that digit. For
-many rows rebuilding the whole table costs less.
+"expert" iC, and the slice of right its expert iR: two grouped products, each after a counting sort by that digit, as
+is the sum of left's gradients. For many rows rebuilding the whole table costs less. Gradients of its rows are summed
+after PyTorch's sort, as a vocabulary has too many ids to count.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def embedding_backward(
     LAUNCHES.gradient(Sum(gathered.left_rows, dhalf, out, dims, by_centre.offsets, left_row))
     dleft_rows = activations(grad.new_empty(slots, dims.jL * dims.a), ("jL", "a"), dims)
     LAUNCHES.rows(Rows(dhalf, gathered.central, dleft_rows, dims, by_centre.offsets))
-    by_digit = slots_by_token(left_row, dims.iL)
-    dleft = sum_rows(dleft_rows.data, *by_digit)
+    by_left = _Sorted.by(left_row, dims.iL)
+    dleft = sum_rows(dleft_rows.data, by_left.token_of_slot, by_left.offsets)
     return dleft.view(left.shape), dcentral, dright
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, mpo_embedding
 from mpoe_kernels.embedding import triton as embedding
@@ -42,3 +45,28 @@ def test_ids_outside_the_table(bad: int) -> None:
     blocks = random_blocks(SMALL_SHAPES["padded"], 1, torch.float32)
     with pytest.raises(IndexError, match=r"ids must lie in 0\.\.10; got"):
         mpo_embedding(torch.tensor([0, bad]), blocks, backend="triton")
+
+
+def test_few_rows_are_counted_and_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every order of them is by a digit."""
+    monkeypatch.setattr(embedding, "gather_is_cheaper", lambda *_: True)
+    shape = SMALL_SHAPES["padded"]
+    blocks = random_blocks(shape, 1, torch.float32)
+    ids, grad = torch.randint(0, shape.in_features, (9,)), torch.randn(9, shape.out_features)
+    tensors = ids, blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features
+
+    class Operations(TorchDispatchMode):
+        """Notes what PyTorch computes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Operations() as operations:
+        embedding.embedding_backward(grad, *tensors)
+    assert "index" in operations.seen
+    assert not operations.seen & {"sort", "searchsorted"}

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpoe_kernels.hidden_experts.triton.blocks import hidden_blocks_kernel, hidden_sums_kernel
 from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
-from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, fitted, shipped_tiles
+from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, compiler_options, fitted, shipped_tiles
 from mpoe_kernels.planner import HARDWARE
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES
 from mpoe_kernels.triton.card import multiprocessors, precision
@@ -66,7 +66,7 @@ def units_of(device: torch.device) -> int:
 def _row_tile(kernel: str, common: dict[str, Any]) -> Tile:
     """Tile of the kernel ``forward`` or ``rows``."""
     u = common["u"]
-    tiles = shipped_tiles(kernel, architecture_of(u.device), u.dtype)
+    tiles = shipped_tiles(kernel, architecture_of(u.device), u.dtype, common["B"])
     if (entry := recorded_tile()) is not None:
         return tiles[min(entry, len(tiles) - 1)]
     return best_row_tile(
@@ -86,8 +86,8 @@ def _row_options(tile: Tile, common: dict[str, Any]) -> dict[str, Any]:
         "BT": tile.tokens,
         "BM": tile.rows,
         **fitted(tile, common["B"]),
+        **compiler_options(tile),
         "KP": power_of_two(common["TOP_K"]),
-        "num_warps": tile.warps,
     }
 
 
@@ -209,7 +209,7 @@ class _Backward:
         """Gradients, or of shared blocks those of every share of the groups, and the number of shares."""
         common = self.common
         u = common["u"]
-        (tile,) = shipped_tiles("blocks", architecture_of(u.device), u.dtype)
+        (tile,) = shipped_tiles("blocks", architecture_of(u.device), u.dtype, common["B"])
         blocks, experts, size = fitted(tile, common["B"]), common["EXPERTS"], common["B"]
         parts = cdiv(size, blocks["BN"]) ** 2
         share = 1
@@ -232,7 +232,7 @@ class _Backward:
             offsets=self.offsets,
             share=share,
             BM=tile.rows,
-            num_warps=tile.warps,
+            **compiler_options(tile),
             **blocks,
             **common,
             **{n: self.needs[n] for n in ("NEED_RIGHT", "NEED_RIGHT_GATE", "NEED_LEFT", "NEED_BIAS")},

@@ -25,6 +25,7 @@ class Tile(NamedTuple):
         units: of a group, that a program computes.
         inner: units that a product sums over at once; those between two products come in as many.
         warps: of a program.
+        registers: of a thread, that NVIDIA's compiler may take before it spills; 0: it decides.
     """
 
     tokens: int
@@ -32,6 +33,7 @@ class Tile(NamedTuple):
     units: int
     inner: int
     warps: int
+    registers: int = 0
 
     @property
     def collects(self) -> bool:
@@ -77,7 +79,32 @@ _INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
     "rows": dict.fromkeys((2, 4), _FEW_ROWS),
     "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
 }
+# Of blocks of more than 64 units: a thread also holds what it makes anew for every part of one.
+_NVIDIA_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {
+        2: (Tile(64, 64, 32, 64, 4), Tile(16, 16, 32, 32, 4), Tile(128, 16, 32, 32, 4), Tile(256, 16, 32, 32, 8)),
+        4: _NVIDIA["forward"][4],
+    },
+    "rows": {
+        2: (Tile(32, 32, 32, 64, 4, 255), Tile(16, 16, 32, 32, 4), Tile(64, 16, 32, 32, 8, 255)),
+        4: (Tile(64, 16, 32, 16, 8),),
+    },
+    "blocks": {2: (Tile(32, 32, 32, 64, 8),), 4: (Tile(16, 16, 16, 16, 8),)},
+}
+_AMPERE_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {
+        2: (Tile(64, 64, 32, 64, 4), Tile(16, 16, 32, 64, 4), Tile(256, 16, 64, 32, 8)),
+        4: (Tile(64, 64, 32, 16, 8),),
+    },
+    "rows": {
+        2: (Tile(32, 32, 32, 64, 4), Tile(16, 16, 64, 32, 4, 255), Tile(128, 16, 64, 32, 8)),
+        4: (Tile(32, 16, 32, 16, 8),),
+    },
+    "blocks": {2: (Tile(32, 32, 32, 64, 4, 255),), 4: _AMPERE["blocks"][4]},
+}
 TILES = {"sm_80": _AMPERE, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD, INTERPRETER: _INTERPRETED}
+LARGE_TILES = TILES | {"sm_80": _AMPERE_LARGE, "sm_90": _NVIDIA_LARGE, "sm_100": _NVIDIA_LARGE}
+LARGEST_BLOCK = 64  # of the first table
 
 
 def busy_experts(experts: int, top_k: int, tokens: int) -> float:
@@ -101,9 +128,15 @@ def row_cost(tile: Tile, experts: int, top_k: int, block: int, products: int) ->
     return rows_per_token(tile, experts, top_k) * (2 * block * products + ACTIVATION_FLOPS + moving) + reading
 
 
-def shipped_tiles(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+def shipped_tiles(kernel: str, architecture: str, dtype: torch.dtype, block: int) -> tuple[Tile, ...]:
     """Of the kernel ``forward``, ``rows`` or ``blocks``; of the last, ``rows`` are slots taken at once."""
-    return TILES[architecture][kernel][dtype.itemsize]
+    table = TILES if block <= LARGEST_BLOCK else LARGE_TILES
+    return table[architecture][kernel][dtype.itemsize]
+
+
+def compiler_options(tile: Tile) -> dict[str, int]:
+    """Keyword arguments of a launch."""
+    return {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {})}
 
 
 def best_row_tile(

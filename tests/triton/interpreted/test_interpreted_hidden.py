@@ -142,7 +142,7 @@ def test_no_token_is_no_launch() -> None:
 
 def chosen(tokens: int, experts: int, top_k: int) -> Tile:
     sizes = {"groups": 48, "block": 64, "products": 2}
-    tiles = shipped_tiles("forward", "sm_90", torch.bfloat16)
+    tiles = shipped_tiles("forward", "sm_90", torch.bfloat16, 64)
     return best_row_tile(tiles, 132, tokens=tokens, experts=experts, top_k=top_k, **sizes)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulated"
-SANITIZERS = {"": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
-FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = {"": [], "address": ["-g1", "-fsanitize=address,undefined"], "thread": ["-g1", "-fsanitize=thread"]}
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 DEFINES = ["-DMPOE_CUDA_EMULATED"]
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 EMULATOR = CSRC / "emu" / "emulator.cpp"

@@ -1,11 +1,18 @@
-"""Repairs, for tests only, of the interpreter's bfloat16: import before any kernel.
+"""Repairs, for tests only, of Triton's interpreter: its bfloat16, and half of its time. Import before any kernel.
 
 Triton's interpreter keeps bfloat16 as the 16-bit patterns of its numbers; `tl.dot` then multiplies the patterns as
 integers, and rounding from float32 cuts the low bits off. Both are made what a GPU does: products of the numbers,
 accumulated in float32, and rounding to nearest even.
+
+Half of the time goes into asserting that no sum of integers overflows (done in the slow tests alone) and into patching
+`triton.language` again for every call of a function inside a kernel, which the launch has patched already.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -27,10 +34,42 @@ def to_bits(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+class _Scope:
+    """Of patches: undone by `restore`, as the interpreter does after a launch."""
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self.restore = restore
+
+
+def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``patch`` for a launch, and within it for functions that see a module of the language not yet patched."""
+    patched: set[int] = set()
+
+    def patch_lang(function: Any) -> Any:
+        seen = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if patched and seen <= patched:
+            return _Scope(lambda: None)
+        is_launch = not patched
+        scope = patch(function)
+        patched.update(seen)
+
+        def restore() -> None:
+            scope.restore()
+            if is_launch:
+                patched.clear()
+
+        return _Scope(restore)
+
+    return patch_lang
+
+
 def repair() -> None:
     """Patch the interpreter of this process; a second call changes nothing."""
     if getattr(_Builder, "_mpoe_repaired", False):
         return
+    if not os.environ.get("MPOE_INTERPRETER_CHECKS_OVERFLOW"):
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     dot, cast, convert = _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp
 
     def widened(handle):  # type: ignore[no-untyped-def]

@@ -30,8 +30,17 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _lay_out(figure: Any) -> None:
+    """Give everything its place, once: the layout's engine would draw the figure before every file just for that."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def png(figure: Any) -> bytes:
     """The figure as a PNG file."""
+    _lay_out(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -41,6 +50,7 @@ def svg(figure: Any) -> str:
     """The figure as an ``<svg>`` element; its text stays text, in the font of the page."""
     from matplotlib import rc_context
 
+    _lay_out(figure)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg")
@@ -52,6 +62,7 @@ def save(file: Path, paint: Callable[[Any], None], size: tuple[float, float] = (
     """One figure with one pair of axes, painted and written as PNG."""
     figure, axes = new_figure(*size)
     paint(axes[0, 0])
+    _lay_out(figure)
     figure.savefig(file)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPOE_MEASURE"] = "0"  # plans of the hardware table: no test waits for a measurement or depends on one
+os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -29,6 +31,23 @@ SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long starts first: at the end, the other workers would wait for it."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Imports stay out of garbage collections: Accelerate makes one after every training, half a second long."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_a_module_leaves_stays() -> Iterator[None]:
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def skip_or_fail(reason: str) -> None:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.router import RouterOutput, TopKRouter
 
-# A regression's outputs are about 0 and 1 as logits; this makes a sure one sure in the softmax too.
-SHARPNESS = 10.0
 LEARNING_RATE = 1e-3
 
 
@@ -112,14 +110,16 @@ def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: f
     """Set every router to the ridge regression of the domain on its input, every domain counting alike.
 
     Without a constant term, which routers do not have: targets are centred, as a softmax ignores what is added to all.
+    The regression's outputs t are probabilities less 1/E. The logits are E t, whose softmax agrees with them to first
+    order: where an input tells little of the domain, the gates of several experts stay near their mean.
     """
     for name, layer in routed_layers(mixture).items():
-        outer, mean = statistics[f"{name}.outer"], statistics[f"{name}.mean"]
+        means = statistics[f"{name}.mean"]
+        outer = statistics[f"{name}.outer"] / len(means)
         amount = ridge * outer.diagonal().mean()
         eye = torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
-        weight = torch.linalg.solve(outer + amount * eye, (mean - mean.mean(0)).mT).mT
         assert layer.router is not None
-        layer.router.weight.copy_(SHARPNESS * weight)
+        layer.router.weight.copy_(torch.linalg.solve(outer + amount * eye, (means - means.mean(0)).mT).mT)
 
 
 def train_routers(

@@ -126,6 +126,22 @@ def test_a_ridge_router_sends_domains_to_their_experts(top_k):
         assert right > 0.7
 
 
+def test_a_ridge_router_gives_probabilities():
+    """Tokens that are normal around their domain's mean, and overlap."""
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    generator = torch.Generator().manual_seed(0)
+    means = 3 + 0.1 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
+    x = means[:, None] + torch.randn(2, 5000, 24, generator=generator, dtype=torch.float64)
+    layers = mpoe.models.domains.routed_layers(mixture)
+    known = {"outer": torch.einsum("eti,etj->ij", x, x) / 5000, "mean": x.mean(1)}
+    mpoe.models.domains.solve_routers(mixture, {f"{n}.{key}": v for n in layers for key, v in known.items()}, 1e-6)
+    wanted = (x @ means.mT - means.square().sum(1) / 2).softmax(-1)
+    for layer in layers.values():
+        found = layer.router(x.flatten(0, 1).float()).logits.softmax(-1).view_as(wanted)
+        assert (found - wanted).abs().mean() < 0.08 < (wanted - 0.5).abs().mean()
+
+
 def test_training_changes_the_routers_alone():
     base = dense("llama").eval()
     fine_tunes = [tuned(base, seed) for seed in (1, 2)]

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Runs other people's tests on our classes. Their code is read where it lies or in a temporary folder, never copied here.
 #
-#   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' own model tests, then PEFT's
+#   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' model tests and example scripts, then PEFT's suite;
+#                                                    of named families (or "scripts", the examples), theirs alone
 #   tools/external_suites.sh peft [PYTEST ARGUMENT ...]   PEFT's alone, by what pip installs
 #
-# SNAPSHOT: a checkout of Transformers with its folders src and tests (tried: 5.16.0.dev0, decba1d2). Its dependencies must
-# be importable in the versions that it asks for: EXTERNAL_SITE names a folder with those that are to come first. Besides:
-# pip install pytest parameterized psutil datasets peft. FAMILY: model types of mpoe.models.table; default: those below.
-# SELECT: an expression for pytest -k. RESULTS: folder of the results (default: external_results), which
-# tools/external_table.py reads. Only PEFT's sdist is downloaded.
+# SNAPSHOT: a checkout of Transformers with src, tests, utils, examples (tried: 5.16.0.dev0, decba1d2). Its dependencies
+# must be importable in the versions that it asks for: EXTERNAL_SITE names a folder with those that are to come first.
+# Besides: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
+# default: those below. SELECT: an expression for pytest -k; RUN_SLOW=1: slow tests too (torch.export among them).
+# RESULTS: folder of the results (default: external_results), which tools/external_table.py reads; SUFFIX: of the
+# files' names, for a second part. Only PEFT's sdist is downloaded.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,13p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,15p' "$0" >&2; exit 2; }
 ours=$(cd "$(dirname "$0")/.." && pwd)
 results=${RESULTS:-external_results}
 mkdir -p "$results"
@@ -26,24 +28,26 @@ run() { # a failed test is a result, anything else that pytest says an error
 }
 
 models() {
-    local snapshot family
+    local snapshot family adapter
     snapshot=$(cd "$1" && pwd)
     [ -d "$snapshot/src/transformers" ] && [ -d "$snapshot/tests/models" ] || {
         echo "SNAPSHOT must be a checkout of Transformers; $snapshot has no src/transformers or no tests/models" >&2
         exit 2
     }
     shift
-    cp "$ours/tests/external/transformers_models.py" "$scratch/test_models.py"
-    for family in "${@:-t5 gpt2 bert llama vit bart roberta opt mistral qwen3}"; do
-        for family in $family; do
-            echo "=== Transformers: $family"
-            (
-                cd "$scratch"
-                export MPOE_FAMILIES=$family EXTERNAL_RESULTS=$results/transformers-$family.json
-                export PYTHONPATH=${EXTERNAL_SITE:+$EXTERNAL_SITE:}$snapshot/src:$snapshot:$ours/tests/external:$ours
-                run -p conftest --rootdir="$scratch" ${SELECT:+-k "$SELECT"} test_models.py
-            )
-        done
+    [ $# -gt 0 ] || set -- t5 gpt2 bert llama vit bart roberta opt mistral qwen3 scripts
+    for family in "$@"; do
+        echo "=== Transformers: $family"
+        adapter=transformers_models
+        [ "$family" != scripts ] || adapter=example_scripts
+        cp "$ours/tests/external/$adapter.py" "$scratch/test_models.py"
+        (
+            cd "$scratch"
+            export MPOE_FAMILIES=$family EXTERNAL_RESULTS=$results/transformers-$family${SUFFIX:+-$SUFFIX}.json
+            export EXAMPLES=$snapshot/examples/pytorch/language-modeling
+            export PYTHONPATH=${EXTERNAL_SITE:+$EXTERNAL_SITE:}$snapshot/src:$snapshot:$ours/tests/external:$ours
+            run -p conftest --rootdir="$scratch" ${SELECT:+-k "$SELECT"} test_models.py
+        )
     done
 }
 
@@ -75,7 +79,7 @@ if [ "$1" = peft ]; then
     peft "$@"
 else
     models "$@"
-    peft tests/test_decoder_models.py tests/test_encoder_decoder_models.py tests/test_feature_extraction_models.py \
+    [ $# -gt 1 ] || peft tests/test_decoder_models.py tests/test_encoder_decoder_models.py tests/test_feature_extraction_models.py \
         -k "$PEFT_MODELS"
 fi
 python "$ours/tools/external_table.py" "$results"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -44,8 +44,10 @@ class RoutedConfigMixin(MPOEConfigMixin):
 
     ``output_router_logits`` is Transformers' option of that name: ``None`` (as ever) and ``True`` return what the
     routers did, ``False`` leaves the fields of `mpoe.models.outputs.RoutingFields` out; the loss contains the auxiliary
-    losses in every case.
+    losses in every case. The plan of expert parallelism is empty: experts and routers are whole on every rank.
     """
+
+    base_model_ep_plan: ClassVar[Any] = {}
 
     @property
     def router_aux_loss_coef(self) -> float:

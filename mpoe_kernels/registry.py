@@ -200,6 +200,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
+def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
+    """A backend's own kernel of an op that others compose of other ops; None: it does so too."""
+    return _BACKENDS[backend].kernels.get(op)
+
+
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
     """Kernel of the named backend, or of the one with the lowest predicted cost.
 

@@ -5,8 +5,9 @@
 T5-base's layer by every shape of the catalogue, 4,096 tokens, bfloat16, both projections, forward and backward.
 Launches are recorded, bytes and times predicted by the model of `tools/triton_predict.py`, host time is that of
 `tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine,
-predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. ``--doc`` writes the
-table into bench/results/ahead-of-time/layers.md.
+predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. A second table is of
+gated networks: both projections of the same rows, each alone and then PyTorch's product of the two, or together.
+``--doc`` writes the tables into bench/results/ahead-of-time/layers.md.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import host_time
 from documents import write_between
-from triton_predict import ACTIVATIONS, DTYPE, layer, predict
+from triton_predict import ACTIVATIONS, ARCHITECTURE, CARD, DTYPE, choice, layer, predict
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.backends.triton_work import PRODUCTS
+from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.planner.program import PHASES
-from mpoe_kernels.triton.start import Launch
+from mpoe_kernels.triton.start import Launch, recorded
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench" / "results" / "ahead-of-time"
 BEFORE, PAGE = FOLDER / "layers_e1aa197.json", FOLDER / "layers.md"
@@ -53,7 +56,7 @@ class Row(NamedTuple):
 def row(launches: list[Launch], experts: int, host: float) -> Row:
     """Of what was recorded."""
     found = [predict(launch, experts, TOKENS) for launch in launches]
-    grids = [math.prod(one.grid) for one in launches if one.kernel.fn.__name__ in catalogue.PRODUCTS]
+    grids = [math.prod(one.grid) for one in launches if one.kernel.fn.__name__ in PRODUCTS]
     moved, seconds = sum(one.bytes for one in found), sum(one.seconds for one in found)
     return Row(len(found), min(grids), host, moved / 1e6, seconds * 1e6)
 
@@ -82,9 +85,51 @@ def now(experts: int, name: str, phase: str) -> Row:
             ACTIVATIONS.items(), catalogue.shapes()[name], strategies, strict=True
         )
     ]
+    return row(launches, experts, host(works, experts))
+
+
+def host(works: list[Callable[[], object]], experts: int) -> float:
+    """Microseconds of the processor."""
     with host_time.stand_ins():
-        host = host_time.microseconds(lambda: [work() for work in works], repeats=20 if experts == 8 else 10)
-    return row(launches, experts, host)
+        return host_time.microseconds(lambda: [work() for work in works], repeats=20 if experts == 8 else 10)
+
+
+def gated(experts: int, name: str) -> tuple[str, Row, Row]:
+    """Strategy of both projections of a gated network forward; each alone, and together where the backend does that."""
+    dims = catalogue.dims_of(catalogue.shapes()[name][0])
+    strategy = choice(dims, experts, TOKENS, "forward").strategy
+    sizes = dims, experts, TOKENS, DTYPE, strategy
+    found = []
+    for together in (False, True):
+        if together and strategy in STRATEGIES:
+            works = [catalogue.gated_work(*sizes)]
+        else:
+            works = [catalogue.forward_work(*sizes, activation) for activation in ("silu", "none")]
+        with recorded(ARCHITECTURE) as launches:
+            for work in works:
+                work()
+        one = row(launches, experts, host(works, experts))
+        if len(works) == 2:  # PyTorch multiplies
+            moved = 3 * TOKENS * dims.out_features * DTYPE.itemsize
+            seconds = CARD.launch_seconds + moved / CARD.bandwidth
+            one = one._replace(launches=one.launches + 1, megabytes=one.megabytes + moved / 1e6)
+            one = one._replace(microseconds=one.microseconds + seconds * 1e6)
+        found.append(one)
+    return strategy, found[0], found[1]
+
+
+def gated_table() -> str:
+    """Markdown: alone, arrow, together; the host's time of PyTorch's product is not part of it."""
+    lines = [
+        "| experts | shape | strategy | launches | programs of the smallest grid | host us | MB | predicted us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for experts in EXPERTS:
+        for name in catalogue.shapes():
+            strategy, apart, together = gated(experts, name)
+            pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, together, strict=True)]
+            lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
 
 
 def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
@@ -107,8 +152,9 @@ def main(words: list[str] | None = None) -> int:
     found = table((case, before[key(*case)], now(*case)) for case in cases())
     if chosen.doc:
         write_between(PAGE, "layers", found)
+        write_between(PAGE, "gated", gated_table())
     else:
-        print(found)
+        print(found, gated_table(), sep="\n\n")
     return 0
 
 

@@ -24,6 +24,7 @@ from documents import write_between
 from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.backends.triton_work import FLOP_OVERHEAD
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = ROOT / "bench" / "results" / "ahead-of-time" / "triton.md"
@@ -61,7 +62,7 @@ def shipped_jobs(
                     job = job_of(launch, architecture)
                     group = (job.name, architecture, *(() if quick else (dtype, job.configuration)))
                     use = groups.setdefault(group, {}).setdefault(job, Use(f"{problem.name}, {dtype}"))
-                    overhead = catalogue.FLOP_OVERHEAD.get(job.name)
+                    overhead = FLOP_OVERHEAD.get(job.name)
                     if overhead is not None:
                         use.overheads.add(overhead(launch.arguments))
     found = {}

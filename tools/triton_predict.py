@@ -18,6 +18,7 @@ import torch
 from triton_compile import DOC, write_between
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.backends.triton_work import FLOP_OVERHEAD, PRODUCTS
 from mpoe_kernels.linear.gpu.work import Work, rate, weight_work
 from mpoe_kernels.linear.triton.cost import ways
 from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
@@ -32,7 +33,7 @@ ARCHITECTURE = "sm_90"
 DTYPE = torch.bfloat16
 EXPERTS, TOKENS = (8, 64), (64, 4096, 32768)
 # Kernels that compute products of a program tile by tile.
-STEPS = ("rows_kernel", "outer_kernel", "blocks_kernel", "weights_kernel")
+STEPS = ("rows_kernel", "pairs_kernel", "outer_kernel", "blocks_kernel", "weights_kernel")
 ACTIVATIONS = {"up": "relu", "down": "none"}
 
 
@@ -84,17 +85,17 @@ def predict(launch: Launch, experts: int, slots: int) -> Prediction:
             part = together / experts
         moved += tensor.numel() * tensor.element_size() * part
     step, useful = Step(name, "copy", 0, 0, 0, 1, round(moved), 0), 0.0
-    if name in catalogue.PRODUCTS:
-        m, n, k, batch = catalogue.PRODUCTS[name](arguments, slots / busy)
+    if name in PRODUCTS:
+        m, n, k, batch = PRODUCTS[name](arguments, slots / busy)
         alive = max(1, round(batch * busy / experts)) if batch > 1 else 1
         useful = 2.0 * m * n * k * alive
-        overhead = catalogue.FLOP_OVERHEAD[name](arguments) if name in catalogue.FLOP_OVERHEAD else 1.0
+        overhead = FLOP_OVERHEAD[name](arguments) if name in FLOP_OVERHEAD else 1.0
         # As if the rows were as many more.
         step = Step(name, "grouped_gemm" if batch > 1 else "gemm", m * overhead, n, k, alive, round(moved), 0)
     roofline = max(useful / CARD.peak_flops.of(DTYPE), moved / CARD.bandwidth)
     seconds = step_time(step, DTYPE, CARD).total
     if name in STEPS:
-        tile = arguments["BM"], arguments["BN"], arguments["BK"]
+        tile = arguments["BM"], arguments["BN"] * (2 if name == "pairs_kernel" else 1), arguments["BK"]
         shared = step.batch > 1 and name == "blocks_kernel" and arguments["SUM"]
         work = Work(ceil(m), n, k * step.batch if shared else k, 1 if shared else step.batch, 0, DTYPE)
         if name == "weights_kernel":

@@ -15,6 +15,7 @@ import torch
 from mpoe_kernels.linear.triton.cost import (
     ON_CHIP,
     ON_CHIP_FROM_HALF,
+    WIDE,
     contraction_reasons,
     predicted_cost,
     ways_here,
@@ -39,6 +40,7 @@ _KERNELS = {
     "dispatch_backward": ("routing.triton", "dispatch_backward"),
     "combine": ("routing.triton", "combine_forward"),
     "combine_backward": ("routing.triton", "combine_backward"),
+    "gated_mpo_linear": ("linear.triton.gated", "forward"),
     "hidden_experts": ("hidden_experts.triton.launch", "forward"),
     "hidden_experts_backward": ("hidden_experts.triton.launch", "backward"),
     "mpo_embedding": ("embedding.triton", "embedding_forward"),
@@ -52,6 +54,7 @@ def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
 
 # Way to compute a contraction -> function of the module ``linear`` and its options.
 _WAYS: dict[str, tuple[str, dict[str, bool]]] = {
+    WIDE: ("by_steps", {"wide": True}),
     ON_CHIP: ("on_chip", {"half": False}),
     ON_CHIP_FROM_HALF: ("on_chip", {"half": True}),
 }

@@ -6,8 +6,7 @@ op starts on these sizes is found by itself; one that starts on others only need
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from mpoe_kernels.embedding import triton as embedding
 from mpoe_kernels.hidden_experts.triton import launch as hidden
-from mpoe_kernels.hidden_experts.triton.tiles import Tile, rows_per_token
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall, GatedCall
 from mpoe_kernels.linear.triton import kernels as linear
 from mpoe_kernels.linear.triton.configs import most_tiles
-from mpoe_kernels.linear.triton.cost import MOST_EXPERTS, ON_CHIP, ON_CHIP_FROM_HALF
+from mpoe_kernels.linear.triton.cost import MOST_EXPERTS, ON_CHIP, ON_CHIP_FROM_HALF, WIDE, WIDE_ARCHITECTURES
 from mpoe_kernels.linear.triton.fused_cost import fused_reasons, half_fits
-from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Cut, Sides, rebuild_work
+from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND
+from mpoe_kernels.linear.triton.gated import forward as gated_forward
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
 from mpoe_kernels.planner.program import PHASES
@@ -87,6 +86,8 @@ def _blocks(dims: BlockDims, experts: int, dtype: torch.dtype) -> tuple[Tensor, 
 def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:
     """Names of the candidates: what the planner may choose, and the fused kernels."""
     found = [plan.strategy for plan in contractions(dims, experts, tokens, dtype, phase)]
+    if dtype.itemsize == 2:
+        found.append(WIDE)
     if max(dims.a, dims.b) > MOST_BOND or dims.is_separable:
         return found
     return [*found, ON_CHIP, *([ON_CHIP_FROM_HALF] if half_fits(dims, experts) else [])]
@@ -109,7 +110,7 @@ def _common(
         "in_features": dims.in_features,
         "out_features": dims.out_features,
         "activation": activation,
-        "strategy": "rebuild" if candidate in ON_CHIP_NAMES else candidate,
+        "strategy": "rebuild" if candidate in (WIDE, *ON_CHIP_NAMES) else candidate,
         "backend": "triton",
     }
 
@@ -117,6 +118,11 @@ def _common(
 def _on_chip(dims: BlockDims, dtype: torch.dtype, candidate: str) -> bool:
     """Whether the candidate keeps weights on chip, and the device can; by steps otherwise."""
     return candidate in ON_CHIP_NAMES and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
+
+
+def _wide(candidate: str) -> bool:
+    """Whether the candidate takes wide tiles, and the device can."""
+    return candidate == WIDE and target_of(torch.device("meta")).architecture in WIDE_ARCHITECTURES
 
 
 def forward_work(
@@ -132,7 +138,7 @@ def forward_work(
     call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=True)
     if _on_chip(dims, dtype, strategy):
         return partial(linear.forward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
-    return partial(linear.forward_by_steps, call)
+    return partial(linear.forward_by_steps, call, wide=_wide(strategy))
 
 
 def backward_work(
@@ -153,7 +159,17 @@ def backward_work(
     call = BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
     if _on_chip(dims, dtype, strategy):
         return partial(linear.backward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
-    return partial(linear.backward_by_steps, call)
+    return partial(linear.backward_by_steps, call, wide=_wide(strategy))
+
+
+def gated_work(
+    dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, save: bool = True
+) -> Callable[[], object]:
+    """Computes both projections of a gated network together, from gathered rows, as a layer that trains calls it."""
+    common = _common(dims, experts, tokens, dtype, strategy, "silu", True)
+    left, central, right = _blocks(dims, experts, dtype)
+    call = GatedCall(**common, gate_left=left, gate_central=central, gate_right=right, save=save)
+    return partial(gated_forward, call)
 
 
 WORK: dict[str, Callable[..., Callable[[], object]]] = {"forward": forward_work, "backward": backward_work}
@@ -191,6 +207,17 @@ def _activations(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
             yield Problem(f"{name} {activation} forward", partial(run, "forward", *sizes, activation))
             yield Problem(f"{name} {activation} backward", partial(run, "backward", *sizes, activation))
         yield Problem(f"{name} masked backward", partial(run, "backward", *sizes, "relu", True))
+
+
+def _gated(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+    """Both projections of gated networks."""
+    for name in ("separable",) if few else ("separable", "paper 32", "paper full"):
+        dims = dims_of(shapes()[name][0])
+        for tokens in TOKENS:
+            sizes = (dims, EXPERTS[0], tokens, dtype)
+            for plan in contractions(*sizes, "forward"):
+                work = gated_work(*sizes, plan.strategy)
+                yield Problem(f"{name} gated T={tokens} {plan.strategy}", work, not few and tokens == TOKENS[0])
 
 
 def _routing(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
@@ -273,113 +300,8 @@ def _hidden(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
 
 def problems(dtype: torch.dtype, few: bool = False) -> Iterator[Problem]:
     """Everything that is shipped, in one dtype; ``few``: enough of it to start every kernel."""
-    for family in (_linear, _activations, _routing, _embedding, _hidden):
+    for family in (_linear, _activations, _gated, _routing, _embedding, _hidden):
         yield from family(dtype, few)
-
-
-def _padded(arguments: Mapping[str, Any], **tiles: str) -> float:
-    """FLOPs of whole tiles over those of the product: ``size="tile"`` names a dimension and its block size."""
-    sizes = [(arguments[size], arguments[tile]) for size, tile in tiles.items()]
-    return math.prod(-(-size // tile) * tile / size for size, tile in sizes)
-
-
-def _fused(arguments: Mapping[str, Any]) -> float:
-    """Whole tiles of W, and what making them adds to multiplying with them."""
-    sides = Sides(arguments["K_SIZES"], arguments["N_SIZES"], arguments["A"], arguments["B"])
-    cut = Cut(*(arguments[name] for name in ("KL", "NL", "KR", "NR")))
-    tiles = math.prod(cut.tiles(sides)) * cut.k * cut.n / math.prod(sides.k + sides.n)
-    return tiles * (1 + rebuild_work(sides, cut, arguments["BUILT"]) / arguments["BM"])
-
-
-def _hidden_rows(arguments: Mapping[str, Any]) -> float:
-    """Rows of whole tiles, whole units of blocks, and, for every part of a block's results, what comes before them."""
-    tile = Tile(*(arguments[name] for name in ("BT", "BM", "BN", "BK", "num_warps")))
-    experts, top_k, products = arguments["EXPERTS"], arguments["TOP_K"], _hidden_products(arguments)
-    parts, results = -(-arguments["B"] // tile.units), 2 if "grad" in arguments and arguments["GATED"] else 1
-    again = (results + parts * (products - results)) / products
-    units = (parts * tile.units / arguments["B"]) ** 2
-    return rows_per_token(tile, experts, top_k) / top_k * units * again
-
-
-# FLOPs of a launch over those of the product it computes: what fills tiles, and what is built anew for every tile. The
-# last rows of every expert come on top: half a tile each, on average.
-FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "rows_kernel": partial(_padded, K="BK", N="BN"),
-    "outer_kernel": partial(_padded, M="BM", N="BN"),
-    "blocks_kernel": partial(_padded, M="BM", N="BN", K="BK"),
-    "weights_kernel": partial(_padded, M="BM"),
-    "fused_kernel": _fused,
-    "hidden_forward_kernel": _hidden_rows,
-    "hidden_rows_kernel": _hidden_rows,
-}
-
-
-class Product(NamedTuple):
-    """GEMMs of one size that a launch computes: ``[m, k] x [k, n]``, one for each of ``batch`` experts (1: for all)."""
-
-    m: float
-    n: int
-    k: float
-    batch: int
-
-
-def _rows_product(a: Mapping[str, Any], rows: float) -> Product:
-    grouped = a["GROUPED"]
-    return Product((rows if grouped else a["slots"]) * a["M"], a["N"], a["K"], a["EXPERTS"] if grouped else 1)
-
-
-def _outer_product(a: Mapping[str, Any], rows: float) -> Product:
-    grouped = a["GROUPED"]
-    return Product(a["M"], a["N"], (rows if grouped else a["g"].shape[0]) * a["S"], a["EXPERTS"] if grouped else 1)
-
-
-def _blocks_product(a: Mapping[str, Any], _: float) -> Product:
-    return Product(a["M"], a["N"], a["K"], a["experts"])
-
-
-def _weights_product(a: Mapping[str, Any], _: float) -> Product:
-    """The half, as if it were as wide as the weight, and the weight."""
-    return Product(a["M"] * a["CELLS"], a["N"], a["S"] * (1 + a["K"] / a["N"]), a["offsets"].shape[0] - 1)
-
-
-def _fused_product(a: Mapping[str, Any], rows: float) -> Product:
-    return Product(rows, math.prod(a["N_SIZES"]), math.prod(a["K_SIZES"]), a["EXPERTS"])
-
-
-def _gradient_product(a: Mapping[str, Any], rows: float) -> Product:
-    return Product(math.prod(a["K_SIZES"]), math.prod(a["N_SIZES"]), rows, a["offsets"].shape[0] - 1)
-
-
-def _hidden_products(a: Mapping[str, Any]) -> int:
-    return hidden.PRODUCTS["rows" if "grad" in a else "forward", a["GATED"]]
-
-
-def _hidden_product(a: Mapping[str, Any], _: float) -> Product:
-    """Rows of chosen experts times the blocks of every group, those of one row after the other."""
-    rows = a["index"].numel() * a["F"] // a["B"]
-    return Product(rows, a["B"], a["B"] * _hidden_products(a), 1)
-
-
-def _hidden_blocks_product(a: Mapping[str, Any], _: float) -> Product:
-    """Slots through blocks and back, as in the rows' gradients, and their products with one another."""
-    gradients = 3 if a["GATED"] else 2
-    through = hidden.PRODUCTS["forward", a["GATED"]]
-    return Product(a["B"], a["B"] * (gradients + through), a["pair_of_slot"].numel() * a["F"] // a["B"], 1)
-
-
-# What a launch computes, from its arguments and the rows of one expert; kernels that are not here multiply nothing.
-PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
-    "rows_kernel": _rows_product,
-    "outer_kernel": _outer_product,
-    "blocks_kernel": _blocks_product,
-    "weights_kernel": _weights_product,
-    "fused_kernel": _fused_product,
-    "left_gradient_kernel": _gradient_product,
-    "right_gradient_kernel": _gradient_product,
-    "hidden_forward_kernel": _hidden_product,
-    "hidden_rows_kernel": _hidden_product,
-    "hidden_blocks_kernel": _hidden_blocks_product,
-}
 
 
 def launches(problem: Problem, architecture: str) -> list[Launch]:

@@ -90,6 +90,47 @@ class ForwardCall(LinearCall):
 
 
 @dataclass(frozen=True)
+class GatedCall(LinearCall):
+    """A forward pass of two projections of the same rows: ``y = activation(x W_gate) * (x W + bias)``.
+
+    Its kernel returns ``(y, z, value [N, F], h, gate_h)``: what the activation is applied to (or, of relu, its result),
+    the other factor, and h of both as in `ForwardCall`; all but y are empty unless a backward will need them.
+
+    Attributes:
+        gate_left, gate_central, gate_right: blocks of ``W_gate``, likewise; ``left``, ... are those of the other one.
+        save, slot_of_token: as in `ForwardCall`.
+    """
+
+    gate_left: Tensor
+    gate_central: Tensor
+    gate_right: Tensor
+    save: bool
+    slot_of_token: Tensor | None = None
+
+    @cached_property
+    def up(self) -> ForwardCall:
+        """The projection without an activation, alone."""
+        return self._alone(self.blocks, self.bias, "none")
+
+    @cached_property
+    def gate(self) -> ForwardCall:
+        """The projection with the activation, alone."""
+        return self._alone((self.gate_left, self.gate_central, self.gate_right), None, self.activation)
+
+    def _alone(self, blocks: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, activation: str) -> ForwardCall:
+        return ForwardCall(
+            *(self.x, *blocks, self.expert_offsets, bias, self.row_index),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            activation=activation,
+            strategy=self.strategy,
+            backend=self.backend,
+            save=self.save,
+            slot_of_token=self.slot_of_token,
+        )
+
+
+@dataclass(frozen=True)
 class BackwardCall(LinearCall):
     """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; what is not needed is empty.
 

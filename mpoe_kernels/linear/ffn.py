@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
+from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.linear.op import grouped_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import Routing, check_routing, combine
@@ -54,13 +55,14 @@ def mpo_ffn(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
     offsets = routing.expert_offsets
-    gathered = partial(
-        grouped_mpo_linear, row_index=routing.token_of_slot, slot_of_token=routing.slot_of_token, backend=backend
+    product = grouped_mpo_linear if gate_proj is None else partial(gated_mpo_linear, gate_proj=gate_proj)
+    hidden = product(
+        *(x, up, offsets, up_bias),
+        row_index=routing.token_of_slot,
+        slot_of_token=routing.slot_of_token,
+        activation=activation,
+        backend=backend,
     )
-    if gate_proj is None:
-        hidden = gathered(x, up, offsets, up_bias, activation=activation)
-    else:
-        hidden = gathered(x, gate_proj, offsets, activation=activation) * gathered(x, up, offsets, up_bias)
     if dropout > 0.0:
         hidden = torch.nn.functional.dropout(hidden, dropout)
     y = grouped_mpo_linear(hidden, down, offsets, down_bias, backend=backend)

@@ -22,7 +22,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.planner.program import Need
-from mpoe_kernels.registry import requested_backend, resolve_contraction
+from mpoe_kernels.registry import Candidate, requested_backend, resolve_contraction
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {
@@ -63,8 +63,14 @@ def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
-    """Run the candidate that the registry chooses. A forward that keeps rows for its backward is ``separable``."""
-    candidate = resolve_contraction(
+    """Run the `candidate_of` a call."""
+    candidate = candidate_of(op, call, need, keeps)
+    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
+
+
+def candidate_of(op: str, call: LinearCall, need: Need, keeps: bool) -> Candidate:
+    """What the registry chooses. A forward that keeps rows for its backward is ``separable``."""
+    return resolve_contraction(
         op,
         call.dims,
         num_experts=call.num_experts,
@@ -76,7 +82,6 @@ def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
         backend_name=call.backend,
         strategy_name="separable" if keeps else call.strategy,
     )
-    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -93,12 +98,12 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tupl
     needs = ctx.needs_input_grad
     need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
     *tensors, slot_of_token, h, saved = ctx.saved_tensors
-    grads = _backward(*tensors, *ctx.settings, grad.contiguous(), h, saved, need, slot_of_token)
+    grads = backward_op(*tensors, *ctx.settings, grad.contiguous(), h, saved, need, slot_of_token)
     dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     return dx, dleft, dcentral, dright, None, dbias, *(None,) * 8
 
 
-_backward = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
+backward_op = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
 _forward = define_op_of(
     "grouped_mpo_linear",
     ForwardCall,
@@ -111,7 +116,7 @@ _forward = define_op_of(
 )
 
 
-def _check(
+def check_call(
     x: Tensor,
     blocks: MPOBlocks,
     expert_offsets: Tensor,
@@ -119,6 +124,7 @@ def _check(
     row_index: Tensor | None,
     slot_of_token: Tensor | None,
 ) -> None:
+    """Refuse tensors of `grouped_mpo_linear` that do not go together."""
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
     check_tensor("x", x, ("T", "I"))
@@ -185,7 +191,7 @@ def grouped_mpo_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
         BackendError: no backend, or not the named one, can run this; with reasons.
     """
-    _check(x, blocks, expert_offsets, bias, row_index, slot_of_token)
+    check_call(x, blocks, expert_offsets, bias, row_index, slot_of_token)
     activation = "none" if activation is None else activation
     check_choice("activation", activation, ACTIVATIONS)
     strategy = "auto" if strategy is None else strategy

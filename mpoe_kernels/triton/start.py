@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
@@ -157,6 +159,17 @@ class Handles:
 _handles = Handles()
 
 
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """What a kernel's descriptors lie in while it runs, on the current device; PyTorch's memory is aligned by 512."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_memory(run: Callable[..., Any], *values: Any, stream: int | None) -> Any:
+    """Start a kernel that has descriptors; in every thread, as Triton keeps the allocator in a context."""
+    triton.set_allocator(_memory)
+    return run(*values, stream=stream)
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[str, Any]) -> Any:
     """Start a kernel on a device that is the current one; returns its handle, in the interpreter None.
 
@@ -166,6 +179,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[
     try:
         if in_interpreter():
             return kernel[grid](**arguments)
+        if arguments.get("BY_DESCRIPTOR"):
+            triton.set_allocator(_memory)
         return _handles.launch(kernel, grid, device, arguments)
     except OutOfResources as error:
         blocks = {name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")}
@@ -222,7 +237,9 @@ class Step:
             views = {name: _view(tensors[number], begin, dtype) for name, (number, begin, dtype) in places.items()}
             handle = _launch(kernel, grid, device, {**arguments, **views})
             if handle is not None:
-                self._run, self._first = handle[(*grid, 1, 1)[:3]], None
+                run = handle[(*grid, 1, 1)[:3]]
+                self._run = partial(_with_memory, run) if arguments.get("BY_DESCRIPTOR") else run
+                self._first = None
             return
         values = self._arguments.copy()
         for position, number, begin in self._addresses:

@@ -123,3 +123,17 @@ def test_steps_are_started_on_the_gpu_of_their_tensors(monkeypatch: pytest.Monke
     monkeypatch.setattr(start, "_on_device", lambda index: seen.append(index) or start.nullcontext())
     start.start_steps([], [torch.empty(1)])
     assert seen == [-1]
+
+
+@pytest.mark.parametrize("descriptor", ["kn", ""])
+def test_descriptors_get_memory_at_every_start(descriptor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread starts them; a kernel without any asks for nothing."""
+    allocators: list[object] = []
+    monkeypatch.setattr(start.triton, "set_allocator", allocators.append)
+    jit, tensors = Jit(), [torch.empty(4, 8, dtype=BFLOAT16), torch.empty(1024, dtype=torch.uint8)]
+    arguments = {"SIZE": 8, "rows": 100, "x": None, "out": None, "BY_DESCRIPTOR": descriptor}
+    one = start.Step(jit, (7, 2), arguments, {"x": (0, 0, BFLOAT16), "out": (1, 0, torch.float32)})
+    for count in range(1, 4):
+        start.start_steps([one], tensors)
+        assert len(allocators) == (count if descriptor else 0)
+    assert [stream for _, _, stream in jit.launched] == [77, 77]

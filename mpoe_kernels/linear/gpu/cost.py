@@ -72,16 +72,19 @@ class Family(NamedTuple):
         matrix_unit: of its matrix instructions, see `mpoe_kernels.linear.gpu.work.rate`; None: the card's best.
         cuts: it cuts products without a full grid smaller, or splits their inner size.
         builds_at_once: a whole weight and its half take one launch.
+        with_weights: tiles of rows that meet whole weights, if others.
     """
 
     tiles: tuple[TileSize, ...]
     matrix_unit: str | None
     cuts: bool
     builds_at_once: bool
+    with_weights: tuple[TileSize, ...] = ()
 
 
 _WIDE, _NARROW = (128, 128, 64), ((64, 64, 64), (32, 64, 64), (16, 64, 64))
 TRITON = Family((_WIDE, *_NARROW), None, cuts=True, builds_at_once=True)
+TRITON_WIDE = TRITON._replace(with_weights=((128, 256, 64), *TRITON.tiles[1:]))
 CUDA = Family((_WIDE, _NARROW[0]), "warp", cuts=False, builds_at_once=False)
 LIBRARY = Family((_WIDE,), None, cuts=False, builds_at_once=False)
 
@@ -111,7 +114,8 @@ def _work(product: Product, step: Step, plan: Contraction, family: Family) -> Wo
 def step_seconds(product: Product, step: Step, plan: Contraction, hardware: Hardware, family: Family) -> float:
     """Predicted time of a step's launches, without what launching costs: whatever bounds them hides the rest."""
     work = _work(product, step, plan, family)
-    able = [tile for tile in family.tiles if tile[0] <= work.m] or family.tiles[-1:]
+    tiles = (product.kind == ROWS and product.second == "W" and family.with_weights) or family.tiles
+    able = [tile for tile in tiles if tile[0] <= work.m] or tiles[-1:]
     fitted = [fitted_tile(tile, work) for tile in able]
     splits, tile = 1, fitted[0]
     if family.cuts and product.kind != ROWS:

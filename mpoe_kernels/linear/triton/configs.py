@@ -50,27 +50,32 @@ _NVIDIA: dict[str, tuple[Tile, ...]] = {
     "blocks": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
     "weights": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
 }
+_NVIDIA["pairs"] = _NVIDIA["weights"]  # columns are those of both products, of which each may have rows of its own
 _AMD: dict[str, tuple[Tile, ...]] = {
     name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles)
     for name, tiles in _NVIDIA.items()
     if name != "weights"  # see `mpoe_kernels.linear.triton.weights_launch`
 }
-TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
+# Of products with whole weights, which descriptors read: no thread keeps their addresses.
+_HOPPER = _NVIDIA | {"wide rows": (Tile(128, 256, 64, 8, 3), *_NVIDIA["rows"][1:])}
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _AMD}
 # Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
-TILES[INTERPRETER] = {name: (Tile(64, 64, 64, 4, 1),) for name in _NVIDIA}
+TILES[INTERPRETER] = {name: (Tile(64, 64, 64, 4, 1),) for name in _HOPPER}
 
 
-def for_float32(tile: Tile) -> Tile:
+def for_float32(tile: Tile, kernel: str) -> Tile:
     """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
-    wide = tile.m >= 64
-    return replace(tile, m=min(tile.m, 64), n=min(tile.n, 64), k=max(16, tile.k // 4), warps=8 if wide else tile.warps)
+    wide = tile.m >= 64 and kernel != "pairs"  # whose registers are spilled where there are few for a thread
+    return replace(
+        tile, m=min(tile.m, 64), n=min(tile.n, 64), k=max(16, tile.k // 4), warps=8 if wide else min(tile.warps, 4)
+    )
 
 
 def candidates(kernel: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Shipped tiles of a kernel, in the order of preference."""
     tiles = TILES[architecture][kernel]
     smaller = dtype == torch.float32 and architecture != INTERPRETER
-    return tuple(for_float32(tile) for tile in tiles) if smaller else tiles
+    return tuple(for_float32(tile, kernel) for tile in tiles) if smaller else tiles
 
 
 def most_tiles(architecture: str) -> int:
@@ -81,7 +86,8 @@ def most_tiles(architecture: str) -> int:
 def _that_fit(kernel: str, architecture: str, dtype: torch.dtype, limit: int) -> tuple[Tile, ...]:
     """Tiles that a smaller relative of the architecture has shared memory for; the smallest one if none."""
     tiles = candidates(kernel, architecture, dtype)
-    return tuple(tile for tile in tiles if tile.shared_bytes(dtype) <= limit) or tiles[-1:]
+    products = 2 if kernel == "pairs" else 1
+    return tuple(tile for tile in tiles if products * tile.shared_bytes(dtype) <= limit) or tiles[-1:]
 
 
 @lru_cache(maxsize=16384)

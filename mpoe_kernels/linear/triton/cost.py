@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.linear.gpu.cost import TRITON, counting_reasons, gpu_seconds
+from mpoe_kernels.linear.gpu.cost import TRITON, TRITON_WIDE, counting_reasons, gpu_seconds
 from mpoe_kernels.linear.triton.fused_cost import fused_seconds
 from mpoe_kernels.planner import HARDWARE, Contraction, Hardware, hardware_here
 from mpoe_kernels.registry import Request
-from mpoe_kernels.triton.architecture import HARDWARE_NAMES, Target, in_interpreter, target_of
+from mpoe_kernels.triton.architecture import HARDWARE_NAMES, INTERPRETER, Target, in_interpreter, target_of
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
 INTERPRETER_SECONDS = 1e6  # the interpreter is for tests: never chosen unless named
@@ -22,6 +22,31 @@ def contraction_reasons(plan: Contraction) -> list[str]:
     return [*reasons, *counting_reasons(plan)]
 
 
+# A way to compute ``rebuild``: weights are read by descriptors of the card's copy engine (TMA), in wide tiles.
+WIDE = "rebuild by wide tiles"
+WIDE_ARCHITECTURES = ("sm_90", "sm_100", INTERPRETER)
+
+
+def by_descriptor(line_bytes: int) -> bool:
+    """Whether a descriptor may have lines of so many bytes; all else that it asks for holds of every built weight."""
+    return line_bytes % 16 == 0
+
+
+def wide_reasons(plan: Contraction, target: Target) -> list[str]:
+    """Why rows do not meet rebuilt weights by wide tiles."""
+    reasons = []
+    if plan.strategy != "rebuild":
+        reasons.append(f"strategy {plan.strategy!r} builds no whole weights")
+    if target.architecture not in WIDE_ARCHITECTURES:
+        reasons.append(f"{target.architecture} has no descriptors; {', '.join(WIDE_ARCHITECTURES[:2])} have")
+    if plan.dtype.itemsize != 2:
+        reasons.append("the tiles are for elements of 2 bytes")
+    columns = plan.dims.jL * plan.dims.jC * plan.dims.jR
+    if not by_descriptor(columns * plan.dtype.itemsize):
+        reasons.append(f"a line of {columns} elements is no multiple of 16 bytes")
+    return reasons
+
+
 # Ways to compute ``rebuild`` whose weights never leave the multiprocessor; the second makes left · central beforehand.
 ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
 
@@ -29,6 +54,8 @@ ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
 def ways(plan: Contraction, target: Target, hardware: Hardware) -> dict[str, float]:
     """Predicted seconds of every way to compute a contraction on a GPU, by name."""
     found = {plan.strategy: gpu_seconds(plan, hardware, TRITON)}
+    if not wide_reasons(plan, target):
+        found[WIDE] = gpu_seconds(plan, hardware, TRITON_WIDE)
     for name, half in ((ON_CHIP, False), (ON_CHIP_FROM_HALF, True)):
         if (seconds := fused_seconds(plan, target, hardware, half)) < float("inf"):
             found[name] = seconds

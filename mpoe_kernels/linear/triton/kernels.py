@@ -13,16 +13,20 @@ from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand, block, scratch
 from mpoe_kernels.linear.gpu.primitives import Sum
 from mpoe_kernels.linear.triton.fused_launch import Blocks, block_gradients, rows_times_weight
-from mpoe_kernels.linear.triton.launch import LAUNCHES, TritonLaunches, merge
+from mpoe_kernels.linear.triton.launch import TritonLaunches, merge
 from mpoe_kernels.linear.triton.plan import planned
 
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def forward_by_steps(call: ForwardCall) -> Forward:
-    """``(y, h, z)``, see `ForwardCall`."""
-    return planned(_forward_by_steps, steps.prepared(call))
+def forward_by_steps(call: ForwardCall, wide: bool = False) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`.
+
+    Args:
+        wide: rows meet whole weights by wide tiles and descriptors.
+    """
+    return planned(_forward_by_steps, steps.prepared(call), wide)
 
 
 def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
@@ -34,9 +38,9 @@ def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     return planned(_forward_on_chip, steps.prepared(call), half)
 
 
-def backward_by_steps(call: BackwardCall) -> Backward:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    return planned(_backward_by_steps, steps.prepared(call), *_slots_to_sum(call))
+def backward_by_steps(call: BackwardCall, wide: bool = False) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``wide`` as above."""
+    return planned(_backward_by_steps, steps.prepared(call), wide, *_slots_to_sum(call))
 
 
 def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
@@ -51,8 +55,8 @@ def _slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
     return slots_by_token(call.row_index, call.x.shape[0])
 
 
-def _forward_by_steps(call: ForwardCall) -> Forward:
-    return steps.forward_by_steps(call, LAUNCHES)
+def _forward_by_steps(call: ForwardCall, wide: bool) -> Forward:
+    return steps.forward_by_steps(call, TritonLaunches(wide=wide))
 
 
 def _forward_on_chip(call: ForwardCall, half: bool) -> Forward:
@@ -74,11 +78,13 @@ def _forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
 
-def _backward_by_steps(call: BackwardCall, *by_token: Tensor) -> Backward:
-    def gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradients:
-        return steps.gradients_by_steps(call, LAUNCHES, dz, dx, call.need_of_plan)
+def _backward_by_steps(call: BackwardCall, wide: bool, *by_token: Tensor) -> Backward:
+    launches = TritonLaunches(by_token, wide)
 
-    return steps.backward(call, TritonLaunches(by_token), gradients)
+    def gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradients:
+        return steps.gradients_by_steps(call, launches, dz, dx, call.need_of_plan)
+
+    return steps.backward(call, launches, gradients)
 
 
 def _backward_on_chip(call: BackwardCall, half: bool, *by_token: Tensor) -> Backward:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.indices import slots_by_token
-from mpoe_kernels.linear.gpu.operands import Operand, index_map
+from mpoe_kernels.linear.gpu.operands import IndexMap, Operand, index_map
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.linear.gpu.work import MOST_SPLITS, Work
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
+from mpoe_kernels.linear.triton.cost import by_descriptor
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.linear.triton.weights_launch import weight
+from mpoe_kernels.planner.orders import INDICES
 from mpoe_kernels.routing.triton import dispatch_backward
 from mpoe_kernels.triton.card import card, multiprocessors, precision
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
@@ -30,8 +32,21 @@ def persistent_programs(device: torch.device, tiles: int) -> int:
     return max(1, min(tiles, 2 * multiprocessors(device)))
 
 
-def rows(product: Rows, tile: Tile | None = None) -> None:
-    """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
+def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
+    """How the card's copy engine can read the operand, see the kernel: ``"kn"``, ``"nk"``, or not at all, ``""``.
+
+    A whole weight, as it is always built by us: at a multiple of 16 bytes, and dense.
+    """
+    weight, itemsize = product.second, product.second.data.itemsize
+    (k_line, *_), (n_line, *_) = k.strides[1], n.strides[1]
+    plain = k.sizes[0] == k.extent and n.sizes[0] == n.extent and min(k_line, n_line) == 1
+    if not plain or weight.axes != INDICES["W"] or not by_descriptor(max(k_line, n_line) * itemsize):
+        return ""
+    return "kn" if n_line == 1 else "nk"
+
+
+def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
+    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; ``wide``: by wide tiles and a descriptor, where it can."""
     a, b, out, dims, slots = product.first, product.second, product.out, product.dims, product.slots
     m, k, n = (
         index_map(product.first_alone, dims, a, out),
@@ -42,7 +57,10 @@ def rows(product: Rows, tile: Tile | None = None) -> None:
     if slots == 0:
         return
     rows_of_one = slots * m.extent / (experts if grouped else 1)
-    tile = tile or tile_for("rows", a.data, rows_of_one, n.extent, k.extent, partial(rows, product))
+    descriptor = descriptor_of(product, k, n) if wide else ""
+    again = partial(rows, product, wide=wide)
+    kernel = "wide rows" if descriptor else "rows"
+    tile = tile or tile_for(kernel, a.data, rows_of_one, n.extent, k.extent, lambda t: again(tile=t))
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy, bias, pre, row_index = out.data, product.bias, product.pre, product.row_index
@@ -82,6 +100,7 @@ def rows(product: Rows, tile: Tile | None = None) -> None:
         HAS_BIAS=bias is not None,
         ACTIVATION=product.activation,
         SAVE_PRE=pre is not None,
+        BY_DESCRIPTOR=descriptor,
         PRECISION=precision(a.data.dtype),
         **launch_options(tile),
     )
@@ -234,11 +253,16 @@ class TritonLaunches:
 
     Attributes:
         by_token: `slots_by_token` of the rows to sum, which a launch plan cannot sort.
+        wide: rows meet whole weights by wide tiles and descriptors.
     """
 
     by_token: tuple[Tensor, ...] = ()
+    wide: bool = False
 
-    rows = staticmethod(rows)
+    def rows(self, product: Rows) -> None:
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
+        rows(product, wide=self.wide)
+
     gradient = staticmethod(gradient)
     merge = staticmethod(merge)
     weight = staticmethod(weight)

@@ -3,6 +3,9 @@
 ``out[slot, m, n] = sum_k a[row(slot), m, k] * b[expert(slot), k, n]`` where m, k and n are groups of axes. The grid is
 persistent and finds its tiles from the offsets on the device, so no launch depends on a number that only the device
 knows and a CUDA graph can hold it.
+
+BY_DESCRIPTOR: the blocks are matrices whose tiles the card's copy engine fetches (TMA), so that no thread computes an
+address of theirs: ``"kn"`` or ``"nk"``, as the matrix lies. Rows are always read by addresses, since they are gathered.
 """
 
 from __future__ import annotations
@@ -11,6 +14,44 @@ import triton
 import triton.language as tl
 
 from mpoe_kernels.triton.device import activate, pick, place, segments
+
+
+@triton.jit
+def write(
+    acc,  # [rows, columns]
+    n,
+    inner,
+    slot,
+    inside,
+    empty,
+    bias,
+    pre,
+    out,
+    N: tl.constexpr,
+    M_SIZES: tl.constexpr,
+    M_OUT: tl.constexpr,
+    N_SIZES: tl.constexpr,
+    N_OUT: tl.constexpr,
+    OUT_SLOT: tl.constexpr,
+    OUT_LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+):
+    """Epilogue of some columns ``n`` of a tile: bias, activation, and where it goes. ``empty``: slots of no expert."""
+    column = place(inner, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
+    mask = inside[:, None] & (n < N)[None, :]
+    if OUT_LIMIT > 0:
+        mask = mask & (column < OUT_LIMIT)
+    if HAS_BIAS:
+        acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    at_out = slot[:, None] * OUT_SLOT + column
+    if SAVE_PRE:
+        tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
+    acc = activate(acc, ACTIVATION)
+    if HAS_BIAS:
+        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, bias or not
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -48,6 +89,7 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -57,6 +99,10 @@ def rows_kernel(
     """M rows of the product per slot. Limits crop padded columns of ``a`` and ``out`` (0: none)."""
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     tail: tl.constexpr = EXPERTS if GROUPED else 1
+    if BY_DESCRIPTOR == "kn":
+        matrices = tl.make_tensor_descriptor(b, [EXPERTS, K, N], [B_EXPERT, K_B[0], 1], [1, BK, BN])
+    if BY_DESCRIPTOR == "nk":
+        matrices = tl.make_tensor_descriptor(b, [EXPERTS, N, K], [B_EXPERT, N_B[0], 1], [1, BN, BK])
     segment = tl.arange(0, SCAN)
     start, stop = segments(offsets, slots, EXPERTS, GROUPED, SCAN)
     wanted = segment < (tail + 1 if TAIL else tail)  # TAIL: this launch clears the empty slots
@@ -85,23 +131,31 @@ def rows_kernel(
                 a_mask = a_mask & (k < K)[None, :]
             if A_LIMIT > 0:
                 a_mask = a_mask & (a_column < A_LIMIT)
-            b_at = b_columns[None, :] + place(k, K_SIZES, K_B)[:, None]
             at = tl.load(a_rows[:, None] + a_column, mask=a_mask, other=0.0)
-            if K % BK == 0 and N % BN == 0:
-                bt = tl.load(b_at)
+            if BY_DESCRIPTOR == "kn":
+                bt = tl.reshape(matrices.load([e, k0, (tile % n_tiles) * BN]), (BK, BN))
+            elif BY_DESCRIPTOR == "nk":
+                bt = tl.trans(tl.reshape(matrices.load([e, (tile % n_tiles) * BN, k0]), (BN, BK)))
             else:
-                bt = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+                b_at = b_columns[None, :] + place(k, K_SIZES, K_B)[:, None]
+                if K % BK == 0 and N % BN == 0:
+                    bt = tl.load(b_at)
+                else:
+                    bt = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
             acc = tl.dot(at, bt, acc, input_precision=PRECISION)
-        column = place(inner, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
-        mask = inside[:, None] & (n < N)[None, :]
-        if OUT_LIMIT > 0:
-            mask = mask & (column < OUT_LIMIT)
-        if HAS_BIAS:
-            acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-        at_out = slot[:, None] * OUT_SLOT + column
-        if SAVE_PRE:
-            tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
-        acc = activate(acc, ACTIVATION)
-        if HAS_BIAS:
-            acc = tl.where(e == tail, 0.0, acc)  # empty slots are zero, bias or not
-        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
+        if BN > 128:  # by halves: a thread cannot hold all columns beside what it makes of them
+            first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            half = (tile % n_tiles) * BN + tl.arange(0, BN // 2)
+            write(
+                first, half, inner, slot, inside, e == tail, bias, pre, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+            )  # fmt: skip
+            write(
+                second, half + BN // 2, inner, slot, inside, e == tail, bias, pre, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+            )  # fmt: skip
+        else:
+            write(
+                acc, n, inner, slot, inside, e == tail, bias, pre, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+            )  # fmt: skip

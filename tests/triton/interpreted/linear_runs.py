@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton.cost import ON_CHIP, ON_CHIP_FROM_HALF
+from mpoe_kernels.linear.triton.cost import ON_CHIP, ON_CHIP_FROM_HALF, WIDE
 from mpoe_kernels.linear.triton.kernels import (
     backward_by_steps,
     backward_on_chip,
@@ -31,12 +31,14 @@ class Case(LinearProblem):
 
     def _common(self, strategy: str) -> tuple[Any, ...]:
         tensors = (self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index)
-        return *tensors, *self.sizes, self.activation, "rebuild" if strategy in CHIP else strategy, "triton"
+        return *tensors, *self.sizes, self.activation, "rebuild" if strategy in (WIDE, *CHIP) else strategy, "triton"
 
     def forward(self, strategy: str, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         with poisoned_memory():
             call = ForwardCall(*self._common(strategy), save)
-            return forward_on_chip(call, strategy == ON_CHIP_FROM_HALF) if strategy in CHIP else forward_by_steps(call)
+            if strategy in CHIP:
+                return forward_on_chip(call, strategy == ON_CHIP_FROM_HALF)
+            return forward_by_steps(call, strategy == WIDE)
 
     def backward(
         self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool], inverse: bool = True
@@ -48,7 +50,7 @@ class Case(LinearProblem):
                 *self._common(strategy), self.grad, h, saved, need, self.slot_of_token if inverse else None
             )
             half = strategy == ON_CHIP_FROM_HALF
-            return backward_on_chip(call, half) if strategy in CHIP else backward_by_steps(call)
+            return backward_on_chip(call, half) if strategy in CHIP else backward_by_steps(call, strategy == WIDE)
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
         y, h, z = self.forward(strategy)

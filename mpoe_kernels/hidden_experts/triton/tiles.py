@@ -79,31 +79,42 @@ _INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
     "rows": dict.fromkeys((2, 4), _FEW_ROWS),
     "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
 }
-# Of blocks of more than 64 units: a thread also holds what it makes anew for every part of one.
-_NVIDIA_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
+# Of blocks of more than 64 units: more warps where a thread could not hold what it makes anew for every part of one.
+_HOPPER_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        2: (Tile(64, 64, 32, 64, 4), Tile(16, 16, 32, 32, 4), Tile(128, 16, 32, 32, 4), Tile(256, 16, 32, 32, 8)),
+        2: (Tile(64, 64, 64, 64, 8), Tile(16, 16, 64, 64, 4, 255), Tile(128, 16, 64, 32, 8)),
         4: _NVIDIA["forward"][4],
     },
     "rows": {
-        2: (Tile(32, 32, 32, 64, 4, 255), Tile(16, 16, 32, 32, 4), Tile(64, 16, 32, 32, 8, 255)),
+        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 32, 32, 4), Tile(64, 16, 32, 32, 8, 255)),
         4: (Tile(64, 16, 32, 16, 8),),
     },
     "blocks": {2: (Tile(32, 32, 32, 64, 8),), 4: (Tile(16, 16, 16, 16, 8),)},
 }
+_BLACKWELL_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
+    **_HOPPER_LARGE,
+    "forward": {
+        2: (Tile(64, 64, 64, 64, 8), Tile(16, 16, 64, 64, 4, 255), Tile(128, 16, 64, 32, 8, 255)),
+        4: _NVIDIA["forward"][4],
+    },
+    "rows": {
+        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 64, 64, 4), Tile(64, 16, 32, 32, 8, 255)),
+        4: _HOPPER_LARGE["rows"][4],
+    },
+}
 _AMPERE_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        2: (Tile(64, 64, 32, 64, 4), Tile(16, 16, 32, 64, 4), Tile(256, 16, 64, 32, 8)),
+        2: (Tile(64, 64, 64, 64, 8), Tile(16, 16, 64, 64, 4), Tile(256, 16, 64, 32, 8)),
         4: (Tile(64, 64, 32, 16, 8),),
     },
     "rows": {
-        2: (Tile(32, 32, 32, 64, 4), Tile(16, 16, 64, 32, 4, 255), Tile(128, 16, 64, 32, 8)),
+        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 64, 32, 4, 255), Tile(128, 16, 64, 32, 8)),
         4: (Tile(32, 16, 32, 16, 8),),
     },
     "blocks": {2: (Tile(32, 32, 32, 64, 4, 255),), 4: _AMPERE["blocks"][4]},
 }
 TILES = {"sm_80": _AMPERE, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD, INTERPRETER: _INTERPRETED}
-LARGE_TILES = TILES | {"sm_80": _AMPERE_LARGE, "sm_90": _NVIDIA_LARGE, "sm_100": _NVIDIA_LARGE}
+LARGE_TILES = TILES | {"sm_80": _AMPERE_LARGE, "sm_90": _HOPPER_LARGE, "sm_100": _BLACKWELL_LARGE}
 LARGEST_BLOCK = 64  # of the first table
 
 
@@ -125,7 +136,9 @@ def row_cost(tile: Tile, experts: int, top_k: int, block: int, products: int) ->
     """FLOPs of a hidden unit of a token: ``products``, activations, adding results back, reading blocks."""
     moving = 2 * tile.tokens if tile.collects else 0
     reading = LOAD_FLOPS * products * block * busy_experts(experts, top_k, tile.tokens) / tile.tokens
-    return rows_per_token(tile, experts, top_k) * (2 * block * products + ACTIVATION_FLOPS + moving) + reading
+    parts = max(1, -(-block // tile.units))
+    multiplying = 2 * block * (1 + parts * (products - 1))  # all but the last one anew for every part
+    return rows_per_token(tile, experts, top_k) * (multiplying + ACTIVATION_FLOPS + moving) + reading
 
 
 def shipped_tiles(kernel: str, architecture: str, dtype: torch.dtype, block: int) -> tuple[Tile, ...]:

@@ -24,12 +24,12 @@ std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, k
 
 // A counting sort per tile of tokens.
 struct Sorted {
-  Buffer<std::int64_t> slots, offsets;
+  Buffer<std::int64_t> slots, owners, offsets;
   HiddenSlots view;
 
   explicit Sorted(const HiddenExperts& in)
-      : slots(in.tokens * in.top_k), offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
-    view = {tile_of(in), ceil_divide(in.tokens, tile_of(in)), slots.get(), offsets.get()};
+      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
+    view = {tile_of(in), ceil_divide(in.tokens, tile_of(in)), slots.get(), owners.get(), offsets.get()};
     std::int64_t filled = 0;
     std::vector<std::int64_t> next(in.experts);
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
@@ -47,6 +47,7 @@ struct Sorted {
       offset[in.experts] = filled;
       for (std::int64_t s = first; s < last; ++s)
         if (in.index[s] >= 0) slots.get()[next[in.index[s]]++] = s;
+      for (std::int64_t p = offset[0]; p < filled; ++p) owners.get()[p] = slots.get()[p] / in.top_k;
     }
   }
 

@@ -45,12 +45,13 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 // ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
 
 constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
-constexpr std::int64_t kChunk = 56;            // rows that are worked on at once
+constexpr std::int64_t kChunk = 64;            // rows that are worked on at once, at most
 
 // Slots sorted by tile, expert and token.
 struct HiddenSlots {
   std::int64_t tile_tokens, tiles;
   const std::int64_t* slots;    // t * K + k
+  const std::int64_t* owners;   // t of each of them
   const std::int64_t* offsets;  // [tiles, E + 1]
 };
 

@@ -18,9 +18,11 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Sizes of one block and its operands. `wide`: columns of float tiles; `stride`: elements from row to row of operands.
 struct Sizes {
   int64_t block, wide, unit, units, stride;
+  int64_t chunk;  // rows at once: whole tiles
 
   Sizes(const GemmKernels& gemm, int64_t b)
-      : block(b), wide((b + kPanel - 1) / kPanel * kPanel), unit(gemm.unit), units((b + unit - 1) / unit) {
+      : block(b), wide((b + kPanel - 1) / kPanel * kPanel), unit(gemm.unit), units((b + unit - 1) / unit),
+        chunk(kChunk / gemm.best_rows * gemm.best_rows) {
     const int64_t line = 16 * unit;
     stride = (((wide + line - 1) / line) | 1) * line;
   }
@@ -43,7 +45,8 @@ struct Scratch {
 // tile [rows, wide] = a [rows, b] times packed panels.
 template <class T>
 void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, const float* panels, float* tile) {
-  const int64_t parts = (rows + gemm.best_rows - 1) / gemm.best_rows;
+  // Equal tiles, but for AMX, which takes long to begin and has whole tiles.
+  const int64_t parts = gemm.best_rows == kMaxRows ? 1 : (rows + gemm.best_rows - 1) / gemm.best_rows;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t first = rows * p / parts, count = rows * (p + 1) / parts - first;
     for (int64_t c = 0; c < s.wide; c += kPanel)
@@ -78,23 +81,32 @@ void product_of_few(const Sizes& s, const T* a, int64_t rows, const T* block, fl
   }
 }
 
+// Slots of one expert, at most `Sizes::chunk`.
+struct Chunk {
+  const int64_t *slots, *owners;
+  int64_t rows;
+};
+
 // Rows of the slots' tokens, units [group * b, (group + 1) * b) of them.
 template <class T>
-void gather(
-    const HiddenExperts& in, const Sizes& s, const void* from, int64_t group, const int64_t* slots, int64_t rows,
-    T* out) {
+void gather(const HiddenExperts& in, const Sizes& s, const void* from, int64_t group, const Chunk& chunk, T* out) {
+  constexpr int64_t kAhead = 8, kLine = 64;  // each row lies in a page of its own, and no hardware knows which is next
   const T* source = static_cast<const T*>(from) + group * s.block;
-  for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(out + r * s.stride, source + slots[r] / in.top_k * in.features, s.block * sizeof(T));
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    if (r + kAhead < chunk.rows) {
+      const char* next = reinterpret_cast<const char*>(source + chunk.owners[r + kAhead] * in.features);
+      for (int64_t c = 0; c < s.block * static_cast<int64_t>(sizeof(T)); c += kLine) __builtin_prefetch(next + c);
+    }
+    std::memcpy(out + r * s.stride, source + chunk.owners[r] * in.features, s.block * sizeof(T));
+  }
 }
 
 // sum[token][.] += factor * row
 void add_rows(
-    const HiddenExperts& in, const Sizes& s, int64_t first_token, const int64_t* slots, int64_t rows, const float* tile,
-    const float* gates, float* sum) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* target = sum + (slots[r] / in.top_k - first_token) * s.wide;
-    const Floats gate = splat(gates == nullptr ? 1.0f : gates[slots[r]]);
+    const Sizes& s, int64_t first_token, const Chunk& chunk, const float* tile, const float* gates, float* sum) {
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    float* target = sum + (chunk.owners[r] - first_token) * s.wide;
+    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
     for (int64_t c = 0; c < s.wide; c += kWidth)
       store_floats(target + c, multiply_add(gate, load_floats(tile + r * s.wide + c), load_floats(target + c)));
   }
@@ -167,16 +179,16 @@ void add_bias(const HiddenExperts& in, const Sizes& s, int64_t expert, int64_t g
     for (int64_t c = 0; c < s.block; ++c) z[r * s.wide + c] += load(bias[c]);
 }
 
-// Calls f(expert, slots, rows, first of this expert) for chunks of a tile's slots, expert after expert.
+// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
+// expert: whole ones, and what is left.
 template <class F>
-void for_each_chunk(const HiddenExperts& in, const HiddenSlots& sorted, int64_t tile, const F& f) {
+void for_each_chunk(const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, int64_t tile, const F& f) {
   const int64_t* offsets = sorted.offsets + tile * (in.experts + 1);
   for (int64_t e = 0; e < in.experts; ++e) {
-    const int64_t count = offsets[e + 1] - offsets[e], chunks = (count + kChunk - 1) / kChunk;
-    for (int64_t p = 0; p < chunks; ++p) {
-      const int64_t first = count * p / chunks, last = count * (p + 1) / chunks;
-      f(e, sorted.slots + offsets[e] + first, last - first, p == 0, count);
-    }
+    const int64_t count = offsets[e + 1] - offsets[e];
+    for (int64_t first = 0; first < count; first += s.chunk)
+      f(e, Chunk{sorted.slots + offsets[e] + first, sorted.owners + offsets[e] + first, least(s.chunk, count - first)},
+        first == 0, count);
   }
 }
 
@@ -200,7 +212,8 @@ void forward(
   for (int64_t group = part.first; group < part.last; ++group)
     for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
       const int64_t first_token = tile * sorted.tile_tokens, tokens = least(tile_tokens, in.tokens - first_token);
-      for_each_chunk(in, sorted, tile, [&](int64_t e, const int64_t* slots, int64_t rows, bool first, int64_t all) {
+      for_each_chunk(in, s, sorted, tile, [&](int64_t e, const Chunk& chunk, bool first, int64_t all) {
+        const int64_t rows = chunk.rows;
         const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
         const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
         const bool few = all <= kFewRows;
@@ -209,10 +222,10 @@ void forward(
           gemm.pack(left, s.units, l, s.block, s.block, s.block);
           if (gated) gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
         }
-        gather(in, s, in.u, group, slots, rows, rows_u);
+        gather(in, s, in.u, group, chunk, rows_u);
         times(rows_u, rows, few, right, r, gated ? value : z);
         if (gated) {
-          gather(in, s, in.u_gate, group, slots, rows, rows_u);
+          gather(in, s, in.u_gate, group, chunk, rows_u);
           times(rows_u, rows, few, right_gate, rg, z);
         }
         add_bias<T>(in, s, e, group, rows, z);
@@ -220,7 +233,7 @@ void forward(
           activate_rows<decltype(kind)::value>(s, rows, z, gated ? value : nullptr, h);
         });
         times(h, rows, few, left, l, z);
-        add_rows(in, s, first_token, slots, rows, z, in.gates, sum);
+        add_rows(s, first_token, chunk, z, in.gates, sum);
       });
       store_sums<T>(in, s, group, first_token, tokens, sum, out);
     }
@@ -284,7 +297,9 @@ void backward(
   for (int64_t group = part.first; group < part.last; ++group) {
     for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
       const int64_t first_token = tile * sorted.tile_tokens, tokens = least(tile_tokens, in.tokens - first_token);
-      for_each_chunk(in, sorted, tile, [&](int64_t e, const int64_t* slots, int64_t rows, bool first, int64_t) {
+      for_each_chunk(in, s, sorted, tile, [&](int64_t e, const Chunk& chunk, bool first, int64_t) {
+        const int64_t rows = chunk.rows;
+        const int64_t* const slots = chunk.slots;
         float* cores = part.cores + e * kinds * square;
         if (first) {
           const T* r = block_of<T>(in, in.right, e, group);
@@ -297,11 +312,11 @@ void backward(
             if (out.du_gate != nullptr) gemm.pack_transposed(back_gate, s.units, rg, s.block, s.block, s.block);
           }
         }
-        gather(in, s, in.u, group, slots, rows, rows_u);
-        gather(in, s, grad, group, slots, rows, rows_do);
+        gather(in, s, in.u, group, chunk, rows_u);
+        gather(in, s, grad, group, chunk, rows_do);
         product(gemm, s, rows_u, rows, right, gated ? value : z);
         if (gated) {
-          gather(in, s, in.u_gate, group, slots, rows, rows_gate);
+          gather(in, s, in.u_gate, group, chunk, rows_gate);
           product(gemm, s, rows_gate, rows, right_gate, z);
         }
         add_bias<T>(in, s, e, group, rows, z);
@@ -351,7 +366,7 @@ void backward(
         if (out.dright != nullptr) add_outer(gemm, s, rows_u, operand, rows, panels_a, panels_d, odd, cores);
         if (out.du != nullptr) {
           product(gemm, s, operand, rows, back, value);
-          add_rows(in, s, first_token, slots, rows, value, nullptr, du);
+          add_rows(s, first_token, chunk, value, nullptr, du);
         }
         if (!gated) return;
         round_rows<T>(s, rows, z, nullptr, slots, operand);
@@ -359,7 +374,7 @@ void backward(
           add_outer(gemm, s, rows_gate, operand, rows, panels_a, panels_d, odd, cores + 2 * square);
         if (out.du_gate != nullptr) {
           product(gemm, s, operand, rows, back_gate, value);
-          add_rows(in, s, first_token, slots, rows, value, nullptr, du_gate);
+          add_rows(s, first_token, chunk, value, nullptr, du_gate);
         }
       });
       if (out.du != nullptr) store_sums<T>(in, s, group, first_token, tokens, du, out.du);

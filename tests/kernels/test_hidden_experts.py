@@ -28,6 +28,7 @@ SHAPES = [
     {"tokens": 40, "top_k": 8, "experts": 9, "groups": 5, "block": 3},
     {"tokens": 19, "top_k": 2, "experts": 3, "groups": 7, "block": 1},
     {"tokens": 130, "top_k": 2, "experts": 6, "groups": 2, "block": 64, "none_share": 0.5},
+    {"tokens": 210, "top_k": 2, "experts": 3, "groups": 1, "block": 64},  # more rows than are worked on at once
     {"tokens": 9, "none_share": 1.0},
 ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import Request, select
+from mpoe_kernels.registry import Request, call_kernel, select
 
 NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
@@ -23,17 +23,6 @@ def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: An
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
     request = Request(op, str(like.device), like.dtype, sizes)
     return call_kernel(select(request, backend), *arguments)
-
-
-def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a kernel; what a compiled one refuses (csrc/cuda/binding.h) is a ValueError as everywhere."""
-    try:
-        return kernel(*arguments)
-    except RuntimeError as error:
-        _, refused, reason = str(error).partition("mpoe refuses: ")
-        if refused:
-            raise ValueError(reason) from None
-        raise
 
 
 def define_op(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import mpoe_kernels.measured as measured
+import mpoe_kernels.planner.machine as machine
 from mpoe_kernels.planner import (
     ALL_GRADIENTS,
     BlockDims,
@@ -27,7 +28,7 @@ from mpoe_kernels.planner import (
     may_round_to_tf32,
     planned_threads,
 )
-from mpoe_kernels.planner.machine import Constants, Source, is_wanted, measure_once, source
+from mpoe_kernels.planner.machine import Constants, Source
 from mpoe_kernels.planner.program import Need
 
 AUTO = "auto"
@@ -255,7 +256,7 @@ def measure_machine() -> None:
     """Measure the CPU for the planner (see `planner.machine`), unless that is done, turned off or of no use here."""
     measure = _measurer()
     if measure is not None:
-        measure_once(measure)
+        machine.measure_once(measure)
 
 
 def _able(
@@ -289,6 +290,50 @@ def _able(
             able += found
             refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
     return able, refused
+
+
+def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a kernel; what a compiled one refuses (csrc/cuda/binding.h) is a ValueError as everywhere."""
+    try:
+        return kernel(*arguments)
+    except RuntimeError as error:
+        _, refused, reason = str(error).partition("mpoe refuses: ")
+        if refused:
+            raise ValueError(reason) from None
+        raise
+
+
+# The candidates chosen for calls, by all that they depend on, so that a call alike finds its own in one step.
+_CHOSEN: dict[tuple[Any, ...], Candidate] = {}
+_MOST_CHOSEN = 8192
+machine.on_change.append(_CHOSEN.clear)
+
+
+def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
+    """What `resolve_contraction` answers to a call of the linear op (`mpoe_kernels.linear.call.LinearCall`).
+
+    A forward that keeps rows for its backward is ``separable``.
+    """
+    x, left, central, right = call.x, call.left, call.central, call.right
+    slots = (x if call.row_index is None else call.row_index).shape[0]
+    on_gpu = x.device.type == "cuda"
+    key = (
+        *(op, left.shape, central.shape, right.shape, call.in_features, call.out_features, slots, x.dtype, x.device),
+        *(need, keeps, call.backend, call.strategy, *_BACKENDS.values()),
+        *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
+        on_gpu and torch.backends.cuda.matmul.fp32_precision,
+    )
+    found = _CHOSEN.get(key)
+    if found is not None:
+        return found
+    strategy = "separable" if keeps else call.strategy
+    sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
+    found = resolve_contraction(op, *sizes, need, keeps, call.backend, strategy)
+    if len(_CHOSEN) >= _MOST_CHOSEN:
+        _CHOSEN.clear()
+    if machine.is_settled() or x.device.type != "cpu":  # until then the same call may be answered by a measurement
+        _CHOSEN[key] = found
+    return found
 
 
 @lru_cache(maxsize=8192)
@@ -362,9 +407,9 @@ def resolve_contraction(
     on_cpu = device == "cpu"
     problem = (op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name)
     backends = tuple(_BACKENDS.values())
-    if on_cpu and is_wanted() and _measurer() is not None and len(_able(*problem, backends)[0]) > 1:
+    if on_cpu and machine.is_wanted() and _measurer() is not None and len(_able(*problem, backends)[0]) > 1:
         measure_machine()
     return _resolve(
         *(*problem, backends, torch.are_deterministic_algorithms_enabled(), planned_threads()),
-        *(device.startswith("cuda") and may_round_to_tf32(dtype), source() if on_cpu else None),
+        *(device.startswith("cuda") and may_round_to_tf32(dtype), machine.source() if on_cpu else None),
     )

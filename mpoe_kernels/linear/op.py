@@ -17,12 +17,11 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.define import call_kernel, define_op_of
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.define import define_op_of
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
-from mpoe_kernels.planner.program import Need
-from mpoe_kernels.registry import Candidate, requested_backend, resolve_contraction
+from mpoe_kernels.registry import call_kernel, chosen_for, requested_backend
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {
@@ -40,7 +39,8 @@ CHOICES = (*STRATEGIES, "auto")
 
 
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    return _run("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
+    candidate = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
+    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
 
 
 def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +51,8 @@ def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run("grouped_mpo_linear_backward", call, call.need_of_plan, False)
+    candidate = chosen_for("grouped_mpo_linear_backward", call, call.need_of_plan, False)
+    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
 
 
 def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -60,28 +61,6 @@ def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
     )
     return dx, dleft, dcentral, dright, dbias
-
-
-def _run(op: str, call: LinearCall, need: Need, keeps: bool) -> Any:
-    """Run the `candidate_of` a call."""
-    candidate = candidate_of(op, call, need, keeps)
-    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
-
-
-def candidate_of(op: str, call: LinearCall, need: Need, keeps: bool) -> Candidate:
-    """What the registry chooses. A forward that keeps rows for its backward is ``separable``."""
-    return resolve_contraction(
-        op,
-        call.dims,
-        num_experts=call.num_experts,
-        slots=call.slots,
-        dtype=call.x.dtype,
-        device=str(call.x.device),
-        need=need,
-        keeps=keeps,
-        backend_name=call.backend,
-        strategy_name="separable" if keeps else call.strategy,
-    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -132,10 +111,9 @@ def check_call(
     if x.shape[1] != blocks.in_features:
         raise ValueError(f"x must be [T, I] with I = {blocks.in_features}; got {describe(x)}")
     check_index("expert_offsets", expert_offsets, ("E + 1",))
-    if expert_offsets.shape[0] != blocks.num_experts + 1:
-        raise ValueError(
-            f"expert_offsets must be [E + 1] with E = {blocks.num_experts}; got {describe(expert_offsets)}"
-        )
+    num_experts = blocks.left.shape[0]
+    if expert_offsets.shape[0] != num_experts + 1:
+        raise ValueError(f"expert_offsets must be [E + 1] with E = {num_experts}; got {describe(expert_offsets)}")
     if bias is not None:
         check_tensor("bias", bias, ("F",))
         if bias.shape[0] != blocks.out_features:
@@ -198,13 +176,14 @@ def grouped_mpo_linear(
     check_choice("strategy", strategy, CHOICES)
     if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
         raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
-    tensors = (x, blocks.left, blocks.central, blocks.right, bias)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    left, central, right = blocks.left, blocks.central, blocks.right
+    has_gradient = x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
+    save = torch.is_grad_enabled() and (has_gradient or (bias is not None and bias.requires_grad))
     y, _, _ = _forward(
         x,
-        blocks.left,
-        blocks.central,
-        blocks.right,
+        left,
+        central,
+        right,
         expert_offsets,
         bias,
         None if row_index is None else row_index.long(),

@@ -96,6 +96,13 @@ class _Process:
 
 _FROM_TABLE = Source(None)
 _process = _Process()
+# Called whenever the `source` may have become another one: whoever remembers what followed from it forgets it.
+on_change: list[Callable[[], object]] = []
+
+
+def _changed() -> None:
+    for forget_what_followed in on_change:
+        forget_what_followed()
 
 
 def is_on() -> bool:
@@ -114,6 +121,7 @@ def _begin() -> None:
         found = _entries(cache_file(FILE)).get(_key()) if _process.is_allowed else None
         _process.is_settled = found is not None or not _process.is_allowed
         _process.known = Source(found)
+        _changed()
 
 
 def source() -> Source:
@@ -126,6 +134,11 @@ def source() -> Source:
 def constants() -> Constants | None:
     """Those of the `source`."""
     return source().constants
+
+
+def is_settled() -> bool:
+    """Whether nothing will be measured any more, as far as is known."""
+    return _process.is_settled or bool(_process.given) or not is_on()
 
 
 def is_wanted() -> bool:
@@ -143,12 +156,14 @@ def measure_once(measure: Callable[[], Constants]) -> None:
             return
         start = time.perf_counter()
         _process.known, _process.is_settled = Source(_kept(measure())), True
+        _changed()
     logger.info("measured %s in %.2f s", processor_name(), time.perf_counter() - start)
 
 
 def forget() -> None:
     """Read the setting and the file again, or measure again, when it is next needed."""
     _process.known, _process.is_settled = None, False
+    _changed()
 
 
 # --------------------------------------------------------------- records
@@ -183,10 +198,12 @@ def using(given: Mapping[str, Any]) -> Iterator[None]:
         _process.given.append(Source(None if found is None else _from_json(found)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"given must be the record of a machine; got {given!r} ({error!r})") from error
+    _changed()
     try:
         yield
     finally:
         _process.given.pop()
+        _changed()
 
 
 def _as_json(found: Constants) -> dict[str, dict[str, float]]:

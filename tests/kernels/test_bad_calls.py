@@ -34,11 +34,11 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.define import call_kernel
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_forward
 from mpoe_kernels.planner.device import forget, hardware_of
 from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
+from mpoe_kernels.registry import call_kernel
 from mpoe_kernels.routing.native import route_forward
 
 SHAPE = MPOShape((2, 3), (3, 2))

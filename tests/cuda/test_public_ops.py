@@ -25,8 +25,7 @@ ALL = ("linear", "routing", "ffn", "embedding")
         *(
             pytest.param(
                 *(name, FEWER if name == "linear" else ""),
-                # Their own emulated tests are in the default suite.
-                marks=pytest.mark.slow if name in ("linear", "embedding") else (),
+                marks=pytest.mark.slow,  # their own emulated tests are in the default suite
             )
             for name in ALL
         ),

@@ -86,7 +86,7 @@ _HOPPER_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
         4: _NVIDIA["forward"][4],
     },
     "rows": {
-        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 32, 32, 4), Tile(64, 16, 32, 32, 8, 255)),
+        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 32, 32, 4), Tile(64, 16, 64, 32, 8, 255)),
         4: (Tile(64, 16, 32, 16, 8),),
     },
     "blocks": {2: (Tile(32, 32, 32, 64, 8),), 4: (Tile(16, 16, 16, 16, 8),)},
@@ -98,7 +98,7 @@ _BLACKWELL_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
         4: _NVIDIA["forward"][4],
     },
     "rows": {
-        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 64, 64, 4), Tile(64, 16, 32, 32, 8, 255)),
+        2: (Tile(32, 32, 64, 64, 8), Tile(16, 16, 64, 64, 4), Tile(64, 16, 64, 32, 8, 255)),
         4: _HOPPER_LARGE["rows"][4],
     },
 }

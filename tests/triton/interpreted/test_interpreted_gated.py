@@ -10,6 +10,7 @@ from mpoe_kernels import MPOBlocks, mpo_ffn, route
 from mpoe_kernels.linear.call import GatedCall
 from mpoe_kernels.linear.triton import gated
 from mpoe_kernels.linear.triton.configs import Tile
+from mpoe_kernels.planner import program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
@@ -137,3 +138,13 @@ def test_a_network_with_its_gradients() -> None:
     truth, same = results(torch.float64, mpo_ffn_reference), results(torch.float32, mpo_ffn_reference)
     for number, (f, t, s) in enumerate(zip(found, truth, same, strict=True)):
         assert_calibrated(f, t, s, f"result {number}", 4)
+
+
+def test_gradients_are_those_of_two_products() -> None:
+    """Their program would ask for a gradient of both at once."""
+    case = Twins("light")
+    call = case.call("chain", "silu")
+    product = next(p for p in program_of(call.up.dims, "chain", "backward").products if p.kind == "gradient")
+    nothing = (None, None)
+    with pytest.raises(TypeError, match=f"no gradient {product.result} together"):
+        gated._Twins(*nothing).gradient(product, nothing, nothing)  # type: ignore[arg-type]

@@ -25,10 +25,11 @@ import torch
 from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
+from mpoe_kernels.choice import candidates_for, measure_machine
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.kernels import linear_forward
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
-from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for, measure_machine
+from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out

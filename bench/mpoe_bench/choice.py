@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels import BackendError, MPOShape, available_backends, backend_reasons
+from mpoe_kernels.choice import resolve_contraction
 from mpoe_kernels.planner import Contraction, contraction, plan_contraction
-from mpoe_kernels.registry import AUTO, CONTRACTIONS, Candidate, Request, resolve_contraction, select
+from mpoe_kernels.registry import AUTO, CONTRACTIONS, Candidate, Request, select
 
 ALL = "all"
 EAGER = "eager"

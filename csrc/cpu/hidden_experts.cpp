@@ -28,7 +28,8 @@ struct Sorted {
   HiddenSlots view;
 
   explicit Sorted(const HiddenExperts& in)
-      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
+      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k),
+        offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
     view = {tile_of(in), ceil_divide(in.tokens, tile_of(in)), slots.get(), owners.get(), offsets.get()};
     std::int64_t filled = 0;
     std::vector<std::int64_t> next(in.experts);

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_choice
+from mpoe_kernels.choice import chosen_for
 from mpoe_kernels.define import define_op_of
 from mpoe_kernels.linear.call import ForwardCall, GatedCall
 from mpoe_kernels.linear.eager.activation import apply_activation_
 from mpoe_kernels.linear.op import ACTIVATIONS, backward_op, check_call, grouped_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS
-from mpoe_kernels.registry import Candidate, call_kernel, chosen_for, kernel_of, requested_backend
+from mpoe_kernels.registry import Candidate, call_kernel, kernel_of, requested_backend
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

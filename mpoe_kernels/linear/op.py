@@ -17,11 +17,12 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
+from mpoe_kernels.choice import chosen_for
 from mpoe_kernels.define import define_op_of
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
-from mpoe_kernels.registry import call_kernel, chosen_for, requested_backend
+from mpoe_kernels.registry import call_kernel, requested_backend
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
+from mpoe_kernels.choice import resolve_contraction
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.registry import (
     _BACKENDS,
@@ -17,7 +18,6 @@ from mpoe_kernels.registry import (
     Backend,
     Candidate,
     Request,
-    resolve_contraction,
 )
 from mpoe_kernels.testing.cases import random_cores
 

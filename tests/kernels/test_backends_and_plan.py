@@ -18,6 +18,7 @@ from mpoe_kernels import (
     MPOShape,
     available_backends,
     backend_reasons,
+    choice,
     grouped_mpo_linear,
     plan_contraction,
     registry,
@@ -128,7 +129,7 @@ def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 def test_choosing_costs_little_on_repeated_sizes() -> None:
     arguments = ("grouped_mpo_linear", BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072), 8, 64, torch.float32)
-    choose = functools.partial(registry.resolve_contraction, *arguments, "cpu")
+    choose = functools.partial(choice.resolve_contraction, *arguments, "cpu")
     first = choose()
     samples = []
     for _ in range(5):
@@ -279,3 +280,15 @@ def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     results = sum(g.nbytes for g in grads)
     one_expert = sum(g[0].nbytes for g in (grads[1], grads[3])) + 2 * grads[2].nbytes
     assert backward.peak <= results + one_expert + y.nbytes + 2 * weight_bytes + 4096
+
+
+def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
+    """PyTorch makes a RuntimeError of it, with the path of a source file in front."""
+
+    def kernel(message: str) -> None:
+        raise RuntimeError(message)
+
+    with pytest.raises(ValueError, match=r"^x must be dense$"):
+        registry.call_kernel(kernel, "somewhere.cpp:12: mpoe refuses: x must be dense")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        registry.call_kernel(kernel, "out of memory")

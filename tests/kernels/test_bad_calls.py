@@ -38,7 +38,6 @@ from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_forward
 from mpoe_kernels.planner.device import forget, hardware_of
 from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
-from mpoe_kernels.registry import call_kernel
 from mpoe_kernels.routing.native import route_forward
 
 SHAPE = MPOShape((2, 3), (3, 2))
@@ -388,15 +387,3 @@ def test_blocks_of_another_kind_and_layout() -> None:
         expert_weights(replace(blocks, central=blocks.central.to("meta")))
     with pytest.raises(ValueError, match=r"weight must be a dense tensor; got one of the layout torch\.sparse_coo"):
         decompose(torch.eye(8).to_sparse(), MPOShape((2, 4), (2, 4)))
-
-
-def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
-    """PyTorch makes a RuntimeError of it, with the path of a source file in front."""
-
-    def kernel(message: str) -> None:
-        raise RuntimeError(message)
-
-    with pytest.raises(ValueError, match=r"^x must be dense$"):
-        call_kernel(kernel, "somewhere.cpp:12: mpoe refuses: x must be dense")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        call_kernel(kernel, "out of memory")

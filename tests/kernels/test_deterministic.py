@@ -11,7 +11,7 @@ import torch
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward
-from mpoe_kernels import registry
+from mpoe_kernels import choice, registry
 from mpoe_kernels.planner import BlockDims, hardware_of, planned_threads
 from mpoe_kernels.planner.device import DETERMINISTIC_THREADS
 from mpoe_kernels.testing.assertions import torch_threads
@@ -51,7 +51,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
         names = []
         for threads in (1, 2):
             with torch_threads(threads):
-                names.append(registry.resolve_contraction(*SIZES, "cpu").backend)
+                names.append(choice.resolve_contraction(*SIZES, "cpu").backend)
         return names
 
     assert chosen() == ["few", "many"]
@@ -70,10 +70,10 @@ def test_tf32_is_part_of_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     full = candidate_backend("full", run, lambda _: 1.0)
     rounding = candidate_backend("rounding", run, lambda _: 0.5 if allowed else 2.0)
     monkeypatch.setattr(registry, "_BACKENDS", {"full": full, "rounding": rounding})
-    monkeypatch.setattr(registry, "may_round_to_tf32", lambda dtype: allowed and dtype == torch.float32)
+    monkeypatch.setattr(choice, "may_round_to_tf32", lambda dtype: allowed and dtype == torch.float32)
 
     def chosen(device: str) -> str:
-        return registry.resolve_contraction(*SIZES, device).backend
+        return choice.resolve_contraction(*SIZES, device).backend
 
     assert chosen("cuda:0") == chosen("cpu") == "full"
     allowed = True

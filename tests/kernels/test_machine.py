@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mpoe_kernels.choice as choice
 import mpoe_kernels.registry as registry
 from mpoe_kernels import available_backends, info, measure_machine
+from mpoe_kernels.choice import resolve_contraction
 from mpoe_kernels.linear.native import cost
 from mpoe_kernels.linear.native import measure as measuring
 from mpoe_kernels.planner import BlockDims, contraction, hardware_of, machine
 from mpoe_kernels.planner.device import forget, one_core
 from mpoe_kernels.planner.machine import Constants, Pair
 from mpoe_kernels.planner.measured import cache_file
-from mpoe_kernels.registry import resolve_contraction
 from mpoe_kernels.testing.cases import workload_shape
 
 DIMS = BlockDims.of_shape(workload_shape("paper_16", 96, 128))
@@ -54,7 +55,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Constants]:
         found.append(constants(flops=(len(found) + 1) * 1e10))
         return found[-1]
 
-    monkeypatch.setattr(registry, "_measurer", lambda: measure)
+    monkeypatch.setattr(choice, "_measurer", lambda: measure)
     return found
 
 
@@ -123,7 +124,7 @@ def test_nothing_is_measured_on_fake_tensors_or_where_no_kernel_is_compiled(
     with FakeTensorMode():
         choose()
     assert not timed
-    monkeypatch.setattr(registry, "_measurer", lambda: None)
+    monkeypatch.setattr(choice, "_measurer", lambda: None)
     choose()
     measure_machine()
     assert machine.constants() is None

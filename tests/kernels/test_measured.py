@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoe_kernels import BackendError, measured, registry
+from mpoe_kernels import BackendError, choice, measured, registry
 from mpoe_kernels.planner import BlockDims, contraction
 
 from .backend_cases import candidate_backend
@@ -61,7 +61,7 @@ def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def chosen(slots: int, backend: str = "auto") -> str:
         arguments = ("grouped_mpo_linear", DIMS, 8, slots, torch.bfloat16, "cuda")
-        return registry.resolve_contraction(*arguments, backend_name=backend, strategy_name="rebuild").backend
+        return choice.resolve_contraction(*arguments, backend_name=backend, strategy_name="rebuild").backend
 
     assert chosen(64) == "quick"
     table = {measured.key("quick", "rebuild", plan(1)): [(1, 5e-3), (4096, 5e-3)]}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-import mpoe_kernels.registry as registry
+import mpoe_kernels.choice as choice
 from mpoe.training import checkpoints, prepare_output_dir
 from mpoe_kernels.planner import machine
 from mpoe_kernels.planner.device import forget
@@ -42,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[machi
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(machine.SETTING, "1")
     found = [OURS]
-    monkeypatch.setattr(registry, "_measurer", lambda: lambda: found[-1])
+    monkeypatch.setattr(choice, "_measurer", lambda: lambda: found[-1])
     forget()
     yield found
     monkeypatch.undo()

@@ -21,11 +21,12 @@ from mpoe_bench.section import failure_text
 from mpoe_bench.timing import Budget, cpu_measure, cuda_measure, interleave
 from mpoe_bench.visit.lines import Deadline, Lines, finish, parse
 from mpoe_kernels import MPOShape
+from mpoe_kernels.choice import candidates_for
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.planner import ALL_GRADIENTS, Contraction, contractions
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import Need
-from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request, candidates_for
+from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import expert_choice, random_blocks, workload_shape
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from mpoe_kernels.engine.driver import run
 from mpoe_kernels.linear.call import ForwardCall, GatedCall
 from mpoe_kernels.linear.gpu import steps
-from mpoe_kernels.linear.gpu.operands import Operand, index_map
+from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.primitives import Rows
 from mpoe_kernels.linear.gpu.products import GpuChunk, Pass, blocks_of
 from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
-from mpoe_kernels.linear.triton.launch import LAUNCHES, persistent_programs
+from mpoe_kernels.linear.triton.launch import LAUNCHES, axes_of, persistent_programs
 from mpoe_kernels.linear.triton.pairs import pairs_kernel
 from mpoe_kernels.linear.triton.plan import planned
 from mpoe_kernels.planner import program_of
@@ -22,7 +22,7 @@ from mpoe_kernels.planner.program import KEPT, Product
 from mpoe_kernels.triton.card import precision
 from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, power_of_two, start
 
-Pair = tuple[Operand, Operand]
+Both = tuple[Operand, Operand]  # of the gate and of the other projection
 # The kernel reads both projections' blocks by the same strides.
 DENSE = (*steps.DENSE, "left", "central", "right", "gate_left", "gate_central", "gate_right")
 
@@ -58,20 +58,20 @@ class _Twins:
     gate: GpuChunk
     up: GpuChunk
 
-    def given(self, name: str) -> Pair:
+    def given(self, name: str) -> Both:
         return self.gate.given(name), self.up.given(name)
 
-    def rows(self, product: Product, rows: Pair, operand: Pair) -> Pair:
+    def rows(self, product: Product, rows: Both, operand: Both) -> Both:
         gate, up = (
             chunk.rows_of(product, *each) for chunk, *each in zip((self.gate, self.up), rows, operand, strict=True)
         )
         launch(gate, up, product.result == "y")
         return gate.out, up.out
 
-    def merge(self, product: Product, first: Pair, second: Pair) -> Pair:
+    def merge(self, product: Product, first: Both, second: Both) -> Both:
         return self.gate.merge(product, first[0], second[0]), self.up.merge(product, first[1], second[1])
 
-    def gradient(self, product: Product, rows: Pair, grads: Pair) -> Pair:
+    def gradient(self, product: Product, rows: Both, grads: Both) -> Both:
         raise TypeError(f"two projections have no gradient {product.result} together")
 
 
@@ -83,14 +83,10 @@ def launch(gate: Rows, up: Rows, final: bool, tile: Tile | None = None) -> None:
         final: ``gate.out`` gets both factors' product instead of the first.
         tile: take this one; its columns are those of both.
     """
-    a, b, out, dims, slots = gate.first, gate.second, gate.out, gate.dims, gate.slots
+    a, b, out, slots = gate.first, gate.second, gate.out, gate.slots
     if slots == 0:
         return
-    m, k, n = (
-        index_map(gate.first_alone, dims, a, out),
-        index_map(gate.summed, dims, a, b),
-        index_map(gate.second_alone, dims, out, b),
-    )
+    m, k, n, operands = axes_of(gate)
     experts, grouped = gate.experts, b.outer != 0
     rows_of_one, device = slots * m.extent / (experts if grouped else 1), device_of(a.data)
 
@@ -118,23 +114,7 @@ def launch(gate: Rows, up: Rows, final: bool, tile: Tile | None = None) -> None:
         row_index=out.data if row_index is None else row_index,
         offsets=gate.offsets,
         slots=slots,
-        A_SLOT=a.outer,
-        B_EXPERT=b.outer,
-        OUT_SLOT=out.outer,
-        M=m.extent,
-        K=k.extent,
-        N=n.extent,
-        M_SIZES=m.sizes,
-        M_A=m.strides[0],
-        M_OUT=m.strides[1],
-        K_SIZES=k.sizes,
-        K_A=k.strides[0],
-        K_B=k.strides[1],
-        N_SIZES=n.sizes,
-        N_OUT=n.strides[0],
-        N_B=n.strides[1],
-        A_LIMIT=a.limit,
-        OUT_LIMIT=out.limit,
+        **operands,
         EXPERTS=experts,
         GROUPED=grouped,
         SCAN=power_of_two(segments),

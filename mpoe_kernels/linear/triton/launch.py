@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ def persistent_programs(device: torch.device, tiles: int) -> int:
     return max(1, min(tiles, 2 * multiprocessors(device)))
 
 
+def axes_of(product: Rows) -> tuple[IndexMap, IndexMap, IndexMap, dict[str, Any]]:
+    """Axes of the rows, the sum and the columns of a product, and what a kernel knows of its operands by them."""
+    a, b, out, dims = product.first, product.second, product.out, product.dims
+    m, k, n = (
+        index_map(product.first_alone, dims, a, out),
+        index_map(product.summed, dims, a, b),
+        index_map(product.second_alone, dims, out, b),
+    )
+    where = {"A_SLOT": a.outer, "B_EXPERT": b.outer, "OUT_SLOT": out.outer, "A_LIMIT": a.limit, "OUT_LIMIT": out.limit}
+    rows = {"M": m.extent, "M_SIZES": m.sizes, "M_A": m.strides[0], "M_OUT": m.strides[1]}
+    summed = {"K": k.extent, "K_SIZES": k.sizes, "K_A": k.strides[0], "K_B": k.strides[1]}
+    columns = {"N": n.extent, "N_SIZES": n.sizes, "N_OUT": n.strides[0], "N_B": n.strides[1]}
+    return m, k, n, {**where, **rows, **summed, **columns}
+
+
 def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
     """How the card's copy engine can read the operand, see the kernel: ``"kn"``, ``"nk"``, or not at all, ``""``.
 
@@ -47,12 +63,8 @@ def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
 
 def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
     """See `mpoe_kernels.linear.gpu.primitives.Primitives`; ``wide``: by wide tiles and a descriptor, where it can."""
-    a, b, out, dims, slots = product.first, product.second, product.out, product.dims, product.slots
-    m, k, n = (
-        index_map(product.first_alone, dims, a, out),
-        index_map(product.summed, dims, a, b),
-        index_map(product.second_alone, dims, out, b),
-    )
+    a, b, out, slots = product.first, product.second, product.out, product.slots
+    m, k, n, operands = axes_of(product)
     experts, grouped = product.experts, b.outer != 0
     if slots == 0:
         return
@@ -75,23 +87,7 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
         row_index=dummy if row_index is None else row_index,
         offsets=product.offsets,
         slots=slots,
-        A_SLOT=a.outer,
-        B_EXPERT=b.outer,
-        OUT_SLOT=out.outer,
-        M=m.extent,
-        K=k.extent,
-        N=n.extent,
-        M_SIZES=m.sizes,
-        M_A=m.strides[0],
-        M_OUT=m.strides[1],
-        K_SIZES=k.sizes,
-        K_A=k.strides[0],
-        K_B=k.strides[1],
-        N_SIZES=n.sizes,
-        N_OUT=n.strides[0],
-        N_B=n.strides[1],
-        A_LIMIT=a.limit,
-        OUT_LIMIT=out.limit,
+        **operands,
         EXPERTS=experts,
         GROUPED=grouped,
         SCAN=power_of_two(segments),

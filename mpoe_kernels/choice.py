@@ -1,0 +1,201 @@
+"""How a contraction is computed: the choice among the candidates that backends offer.
+
+The cheapest one is taken, kept for the next problem alike, and exactly that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+import mpoe_kernels.measured as measured
+import mpoe_kernels.planner.machine as machine
+from mpoe_kernels.planner import (
+    ALL_GRADIENTS,
+    BlockDims,
+    Contraction,
+    contraction,
+    contractions,
+    may_round_to_tf32,
+    planned_threads,
+)
+from mpoe_kernels.planner.machine import Constants, Source
+from mpoe_kernels.planner.program import Need
+from mpoe_kernels.registry import AUTO, CONTRACTIONS, Backend, BackendError, Candidate, Request, registered_backends
+
+
+def candidates_for(
+    backend: Backend, plan: Contraction, table: measured.Table | None = None
+) -> tuple[list[Candidate], list[str]]:
+    """What a backend offers for a contraction, with measured times where there are some; or why it has nothing."""
+    own = backend.contraction_reasons(plan)
+    if own:
+        return [], own
+    table = measured.table_here(plan.device) if table is None else table
+    return [
+        found._replace(seconds=measured.seconds_of(table, backend.name, found.name, plan) or found.seconds)
+        for found in backend.candidates(plan)
+    ], []
+
+
+def _measurer() -> Callable[[], Constants] | None:
+    """Of the first backend that can measure the CPU; None where no choice depends on it."""
+    found = (backend for backend in registered_backends() if backend.measure is not None)
+    return next((backend.measure for backend in found if not backend.unavailable_reasons()), None)
+
+
+def measure_machine() -> None:
+    """Measure the CPU for the planner (see `planner.machine`), unless that is done, turned off or of no use here."""
+    measure = _measurer()
+    if measure is not None:
+        machine.measure_once(measure)
+
+
+def _able(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need,
+    keeps: bool,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """Every candidate, and by backend the reasons why it has none, or not all."""
+    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
+    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
+    request = Request(op, device, dtype)
+    table = measured.table_here(device)
+    refused: dict[str, list[str]] = {}
+    able: list[Candidate] = []
+    for backend in backends:
+        if backend_name not in (AUTO, backend.name):
+            continue
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if refused[backend.name]:
+            continue
+        for plan in plans:
+            found, reasons = candidates_for(backend, plan, table)
+            able += found
+            refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+    return able, refused
+
+
+# The candidates chosen for calls, by all that they depend on, so that a call alike finds its own in one step.
+_CHOSEN: dict[tuple[Any, ...], Candidate] = {}
+_MOST_CHOSEN = 8192
+machine.on_change.append(_CHOSEN.clear)
+
+
+def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
+    """What `resolve_contraction` answers to a call of the linear op (`mpoe_kernels.linear.call.LinearCall`).
+
+    A forward that keeps rows for its backward is ``separable``.
+    """
+    x, left, central, right = call.x, call.left, call.central, call.right
+    slots = (x if call.row_index is None else call.row_index).shape[0]
+    on_gpu = x.device.type == "cuda"
+    key = (
+        *(op, left.shape, central.shape, right.shape, call.in_features, call.out_features, slots, x.dtype, x.device),
+        *(need, keeps, call.backend, call.strategy, registered_backends()),
+        *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
+        on_gpu and torch.backends.cuda.matmul.fp32_precision,
+    )
+    found = _CHOSEN.get(key)
+    if found is not None:
+        return found
+    constants = machine.source()
+    strategy = "separable" if keeps else call.strategy
+    sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
+    found = resolve_contraction(op, *sizes, need, keeps, call.backend, strategy)
+    if len(_CHOSEN) >= _MOST_CHOSEN:
+        _CHOSEN.clear()
+    # What a measurement, made for this call or by another thread meanwhile, has overtaken is not kept.
+    if x.device.type != "cpu" or (machine.is_settled() and machine.source() is constants):
+        _CHOSEN[key] = found
+    return found
+
+
+@lru_cache(maxsize=8192)
+def _resolve(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need,
+    keeps: bool,
+    backend_name: str,
+    strategy_name: str,
+    backends: tuple[Backend, ...],
+    deterministic: bool,
+    _threads: int,
+    _tf32: bool,
+    _constants: Source | None,
+) -> Candidate:
+    """See `resolve_contraction`; the last three are read by the cost functions."""
+    sizes = (dims, num_experts, slots, dtype, device, need, keeps)
+    able, refused = _able(op, *sizes, backend_name, strategy_name, backends)
+    if deterministic:
+        same = {backend.name for backend in backends if backend.same_on_any_threads}
+        able = [candidate for candidate in able if candidate.backend in same] or able
+    if able:
+        return min(able, key=lambda candidate: candidate.seconds)
+    if backend_name != AUTO:
+        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise BackendError(f"no backend can run {op} on {device.partition(':')[0]} {dtype}: {listing}")
+
+
+def resolve_contraction(
+    op: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    need: Need = ALL_GRADIENTS,
+    keeps: bool = False,
+    backend_name: str = AUTO,
+    strategy_name: str = AUTO,
+) -> Candidate:
+    """The able candidate with the lowest predicted time, remembered for the next problem alike.
+
+    After ``torch.use_deterministic_algorithms(True)`` backends whose bits do not depend on the number of CPU threads go
+    first, and the plan does not depend on it either.
+
+    What the choice depends on besides the arguments is part of the memory's key: the registered backends, whether it
+    must be deterministic, the number of CPU threads to plan for, whether float32 products may round to TF32, and the
+    CPU's constants, which are measured before the first choice (see `planner.machine`).
+
+    Args:
+        op: one of `CONTRACTIONS`.
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of the activations.
+        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
+        need: which gradients a backward computes: x, left, central, right.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
+        backend_name: only this backend.
+        strategy_name: only this strategy.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    """
+    on_cpu = device == "cpu"
+    problem = (op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name)
+    backends = registered_backends()
+    if on_cpu and machine.is_wanted() and _measurer() is not None and len(_able(*problem, backends)[0]) > 1:
+        measure_machine()
+    return _resolve(
+        *(*problem, backends, torch.are_deterministic_algorithms_enabled(), planned_threads()),
+        *(device.startswith("cuda") and may_round_to_tf32(dtype), machine.source() if on_cpu else None),
+    )

@@ -12,7 +12,7 @@ for sanitizers in address,undefined thread; do
     cmake -S csrc/tests -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
     cmake --build "$build"
     for isa in generic avx2 avx512 avx512bf16 amx; do
-        for program in routing gemm linear; do
+        for program in routing gemm linear hidden; do
             # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
             status=0
             MPOE_CPU_ISA=$isa setarch -R "$build/$program" || status=$?

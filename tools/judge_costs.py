@@ -1,7 +1,7 @@
-"""Judge the backends' cost models: measure every strategy of the 48 judged workloads, then ask what they would choose.
+"""Judge the backends' cost models: measure every strategy of a set of workloads, then ask what they would choose.
 
-    python tools/judge_costs.py measure FILE [--only TEXT] [--backends eager,native] [--seconds .5] [--missing]
-    python tools/judge_costs.py judge FILE [--only TEXT] [--backends eager]
+    python tools/judge_costs.py measure FILE [--fitted] [--only TEXT] [--backends eager,native] [--missing]
+    python tools/judge_costs.py judge FILE [--fitted] [--only TEXT] [--backends eager]
 
 ``measure`` calls the kernels themselves, forward and backward apart, interleaved, and keeps the 10th percentiles, since
 what other processes do only adds, in FILE (what was measured before is replaced, or with --missing left alone): wall
@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.kernels import linear_forward
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
 from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
+from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out
 TOLERANCE = 1.15
@@ -90,15 +90,19 @@ def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callabl
 
 
 def measure(
-    file: Path, only: str, backends: list[str], strategies: list[str], seconds: float, missing: bool, stop_after: float
+    cases: Sequence[Workload],
+    file: Path,
+    backends: list[str],
+    strategies: list[str],
+    seconds: float,
+    missing: bool,
+    stop_after: float,
 ) -> None:
     start = time.perf_counter()
     kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     budget = Budget(seconds_each=seconds, min_rounds=3, max_rounds=15)
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for number, case in enumerate(JUDGED_WORKLOADS):
-        if only not in case.name:
-            continue
+    for number, case in enumerate(cases):
         for phase, functions in calls_of(case, backends).items():
             if time.perf_counter() - start > stop_after:
                 return
@@ -113,14 +117,14 @@ def measure(
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
             os.replace(partial, file)
-        print(f"{number + 1}/{len(JUDGED_WORKLOADS)} {case.name}", flush=True)
+        print(f"{number + 1}/{len(cases)} {case.name}", flush=True)
 
 
-def judge(file: Path, only: str, backends: list[str]) -> None:
+def judge(cases: Sequence[Workload], file: Path, backends: list[str]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8"))
     within = total = 0
-    for case in JUDGED_WORKLOADS:
-        if case.name not in kept or only not in case.name:
+    for case in cases:
+        if case.name not in kept:
             continue
         chosen = best = 0.0
         lines = []
@@ -150,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("measure", "judge"))
     parser.add_argument("file", type=Path)
+    parser.add_argument("--fitted", action="store_true", help="the workloads that models were fitted to")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backends", default=",".join(available_backends()))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
@@ -161,12 +166,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     measure_machine()
     backends = options.backends.split(",")
+    every = FITTED_WORKLOADS if options.fitted else JUDGED_WORKLOADS
+    cases = [case for case in every if options.only in case.name]
     if options.action == "measure":
         strategies = options.strategies.split(",")
         rest = (options.seconds, options.missing, options.stop_after)
-        measure(options.file, options.only, backends, strategies, *rest)
+        measure(cases, options.file, backends, strategies, *rest)
     else:
-        judge(options.file, options.only, backends)
+        judge(cases, options.file, backends)
 
 
 if __name__ == "__main__":

@@ -64,13 +64,17 @@ def chosen_contractions(
     training: bool,
     device: str = "cpu",
     backend: str = AUTO,
+    mask_central: bool = False,
 ) -> dict[str, tuple[Contraction, Candidate]]:
     """What an unforced call runs: by phase, the contraction and the candidate that computes it.
+
+    With ``mask_central`` no backward computes the central gradient.
 
     Raises:
         BackendError: no backend can run it.
     """
-    plan = plan_contraction(shape, experts, tokens, dtype, device, training=training)
+    plan = plan_contraction(shape, experts, tokens, dtype, device, training=training, mask_central=mask_central)
+    need = (True, True, not mask_central, True)
     found = {}
     for phase in plan.phases:
         op = OPS[phase.phase]
@@ -78,8 +82,8 @@ def chosen_contractions(
         # A forward for training keeps what the separable backward reads.
         keeps = training and shape.is_separable and phase.phase == "forward"
         strategy = "separable" if keeps else AUTO
-        choice = resolve_contraction(op, *sizes, device, keeps=keeps, backend_name=backend, strategy_name=strategy)
-        found[phase.phase] = (contraction(choice.strategy, *sizes, phase.phase, device=device), choice)
+        choice = resolve_contraction(op, *sizes, device, need, keeps, backend, strategy)
+        found[phase.phase] = (contraction(choice.strategy, *sizes, phase.phase, need, device=device), choice)
     return found
 
 

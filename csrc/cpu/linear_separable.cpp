@@ -186,7 +186,7 @@ void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t
   // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows
   // of central at a time, so that these are read nearly in the order of memory.
   constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
-  const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 8, kFewSlots);
+  const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 32, kFewSlots);
   const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
   parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t last = std::min(n, end * kPanel), stride = std::min(most_columns, round_up(last, kPanel));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ class Workload:
         return f"{self.shape_name}-{sizes}-{dtype}-{phase}{load}"
 
 
-# The planner is judged on these: its choice against the best measured strategy on a CPU.
-JUDGED_WORKLOADS: tuple[Workload, ...] = tuple(
+# The cost models of the CPU backends were fitted to these.
+FITTED_WORKLOADS: tuple[Workload, ...] = tuple(
     Workload(shape, 768, 3072, experts, tokens, dtype, training)
     for shape, experts, (tokens, dtype, training) in product(
         ("paper_full", "paper_64", "paper_32", "paper_16", "light_64", "separable"),
@@ -107,6 +107,22 @@ JUDGED_WORKLOADS: tuple[Workload, ...] = tuple(
         ),
     )
 )
+
+
+def _held_out() -> tuple[Workload, ...]:
+    """Every 37th of 1,800 combinations, so that every size, shape, number, dtype and phase meets the others."""
+    sizes = ((512, 2048), (2048, 512), (1024, 4096), (4096, 1024), (3072, 768))
+    shapes = ("paper_full", "paper_48", "paper_24", "light_32", "separable")
+    phases = ((False, False), (True, False), (True, True))
+    combinations = product(shapes, (4, 16, 48), (torch.float32, torch.bfloat16), (1, 24, 256, 1024), phases, sizes)
+    return tuple(
+        Workload(shape, *size, experts, tokens, dtype, *phase)
+        for shape, experts, dtype, tokens, phase, size in islice(combinations, 0, None, 37)
+    )
+
+
+# The planner is judged on these, none of which a model was fitted to: its choice against the best measured on a CPU.
+JUDGED_WORKLOADS: tuple[Workload, ...] = _held_out()
 
 
 @lru_cache(maxsize=1)

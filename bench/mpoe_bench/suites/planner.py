@@ -64,12 +64,15 @@ class _Call:
         return y.detach()
 
     def leaves(self) -> dict[str, Tensor]:
-        return {"x": self.x} | {name: getattr(self.blocks, name) for name in PARTS}
+        """What gets a gradient."""
+        tensors = {"x": self.x} | {name: getattr(self.blocks, name) for name in PARTS}
+        return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
 
 def _make_call(case: Workload) -> _Call:
     torch.manual_seed(8)
     blocks = random_blocks(case.shape, case.num_experts, case.dtype, requires_grad=case.training)
+    blocks.central.requires_grad_(case.training and not case.mask_central)
     x = torch.randn(case.num_tokens, case.in_features).to(case.dtype).requires_grad_(case.training)
     routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
     grad_y = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
@@ -87,7 +90,7 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
     """What is wrong with one choice's result and gradients.
 
     y is compared as it is. y is linear in x and in every block, so by Euler's theorem each gradient's inner product
-    with its own tensor is ``<grad_y, y>``: that checks all four without a second reference.
+    with its own tensor is ``<grad_y, y>``: that checks every one without a second reference.
     """
     try:
         y = call.train(backend, strategy) if call.training else call.forward(backend, strategy)
@@ -118,7 +121,8 @@ def strategies_to_time(plan: ContractionPlan, chosen: Mapping[str, str]) -> dict
     found = {}
     for phase in plan.phases:
         sizes = (phase.dims, plan.num_experts, phase.slots, plan.dtype, phase.phase)
-        seconds = {c.strategy: c.seconds(plan.hardware) for c in contractions(*sizes)}
+        every = contractions(*sizes, mask_central=plan.mask_central)
+        seconds = {c.strategy: c.seconds(plan.hardware) for c in every}
         base = max(seconds[chosen[phase.phase]], 1e-12)
         found[phase.phase] = {s: value / base for s, value in seconds.items() if value / base <= SLOWEST_TIMED}
     return found
@@ -154,8 +158,8 @@ def judge(case: Workload, setup: Setup, backend: str = AUTO) -> dict[str, Any]:
         choice over that of the fastest forward and the fastest backward, whoever computes them.
     """
     sizes = (case.shape, case.num_experts, case.num_tokens, case.dtype)
-    plan = plan_contraction(*sizes, training=case.training)
-    found = chosen_contractions(*sizes, case.training, backend=backend)
+    plan = plan_contraction(*sizes, training=case.training, mask_central=case.mask_central)
+    found = chosen_contractions(*sizes, case.training, backend=backend, mask_central=case.mask_central)
     chosen = {phase: contraction.strategy for phase, (contraction, _) in found.items()}
     timed = strategies_to_time(plan, chosen)
     call = _make_call(case)

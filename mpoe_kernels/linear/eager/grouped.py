@@ -78,8 +78,11 @@ def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tens
     """
     if out is None:
         out = rows.new_empty(rows.shape[0], weights[0].shape[1])
+    if len(counts) == 1:
+        return torch.mm(rows, weights[0], out=out)
     sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
-    for part, weight, result in zip(rows.split(sizes), weights, out.split(sizes), strict=True):
+    parts, results = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(out, sizes)
+    for part, weight, result in zip(parts, weights, results, strict=True):
         torch.mm(part, weight, out=result)
     return out
 
@@ -95,7 +98,8 @@ def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int], targets: Itera
     sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
     # With few columns MKL adds up the long sum one by one; transposed, the rounding error is several times smaller.
     narrow = grads.shape[1] < 16 < rows.shape[1]
-    for part, grad, target in zip(rows.split(sizes), grads.split(sizes), targets, strict=True):
+    parts, of_parts = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(grads, sizes)
+    for part, grad, target in zip(parts, of_parts, targets, strict=True):
         if narrow:
             target.copy_((grad.T @ part).T.reshape(target.shape))
         elif target.is_contiguous():

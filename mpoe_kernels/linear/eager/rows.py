@@ -43,17 +43,34 @@ class Named:
 
     def __init__(self, data: Tensor, axes: tuple[str, ...]) -> None:
         self.data, self.axes = data, axes
-        self._last: tuple[tuple[int, ...], int, Tensor] | None = None
+        self._last: tuple[tuple[Sequence[str], Sequence[str], bool], Tensor] | None = None
 
     def matrices(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
         """``[n, first, second]``, each group of axes as one; a view where that is possible. The last one is kept."""
-        order = tuple(1 + self.axes.index(axis) for axis in (*first, *second))
-        if self._last is None or self._last[:2] != (order, len(first)):
-            arranged = self.data.permute(0, *order)
-            sizes = arranged.shape[1:]
-            shape = (math.prod(sizes[: len(first)]), math.prod(sizes[len(first) :]))
-            self._last = (order, len(first), arranged.reshape(arranged.shape[0], *shape))
-        return self._last[2]
+        return self._reshaped(first, second, False)
+
+    def matrix(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """``[n first, second]``, likewise."""
+        return self._reshaped(first, second, True)
+
+    def _reshaped(self, first: Sequence[str], second: Sequence[str], is_flat: bool) -> Tensor:
+        key = (first, second, is_flat)
+        if self._last is None or self._last[0] != key:
+            arranged = self.arranged((*first, *second))
+            sizes, split = arranged.shape, 1 + len(first)
+            rows, columns = math.prod(sizes[1:split]), math.prod(sizes[split:])
+            shape = (sizes[0] * rows, columns) if is_flat else (sizes[0], rows, columns)
+            self._last = (key, arranged.reshape(shape))
+        return self._last[1]
+
+    def arranged(self, axes: tuple[str, ...]) -> Tensor:
+        """A view ``[n, axes...]`` in another order."""
+        return self.data.permute(_order(self.axes, axes))
+
+    def factors(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """`matrices` for a GEMM that reads them either way: what must be copied is copied in runs as they lie."""
+        is_transposed = self.axes[-1] in first
+        return self.matrices(second, first).mT if is_transposed else self.matrices(first, second)
 
 
 @lru_cache(maxsize=1024)
@@ -67,6 +84,13 @@ def _wide(dims: BlockDims, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if getattr(dims, axis) > 1)
 
 
+@lru_cache(maxsize=1024)
+def _order(axes: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
+    """The permutation that brings a tensor ``[n, axes...]`` into another order of its axes."""
+    return (0, *(1 + axes.index(axis) for axis in wanted))
+
+
+@lru_cache(maxsize=1024)
 def _split(axes: tuple[str, ...], other: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Axes that ``other`` lacks, and those that it has."""
     return tuple(a for a in axes if a not in other), tuple(a for a in axes if a in other)
@@ -177,9 +201,9 @@ class EagerChunk:
     def rows(self, product: Product, rows: Named, operand: Named) -> Named:
         kept, met = _split(rows.axes, operand.axes)
         # In the order that the program gives them, which is the one in which the next product wants them.
-        new = tuple(a for a in self.whole.program.axes[product.result] if a in operand.axes)
-        matrix = rows.matrices(kept, met).flatten(0, 1)
-        factors = operand.matrices(met, new)
+        new = _split(self.whole.program.axes[product.result], operand.axes)[1]
+        matrix = rows.matrix(kept, met)
+        factors = operand.factors(met, new)
         axes = (*kept, *new)
         out = self._direct(product.result, axes)
         shape = (matrix.shape[0], factors.shape[2])
@@ -201,8 +225,7 @@ class EagerChunk:
         return target if target.shape[1] == math.prod(_sizes(self.dims, axes)) and target.is_contiguous() else None
 
     def _copy(self, name: str, found: Named) -> None:
-        axes = self.whole.program.axes[name]
-        target, result = self._target(name), found.data.permute(0, *(1 + found.axes.index(a) for a in axes))
+        target, result = self._target(name), found.arranged(self.whole.program.axes[name])
         if target.shape[1] == math.prod(result.shape[1:]):
             target.view(result.shape).copy_(result)
         else:  # crop what pads the true columns
@@ -211,11 +234,16 @@ class EagerChunk:
     def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
         axes = self.whole.program.axes[product.result]
         shared, m = _split(rows.axes, axes)
-        n = tuple(a for a in grads.axes if a in axes)
-        before, after = rows.matrices(shared, m).flatten(0, 1), grads.matrices(shared, n).flatten(0, 1)
+        n = _split(grads.axes, axes)[1]
+        if product.result == "d C":  # fewer rows than the block has elements are quicker to rearrange
+            inside, outside = _split(axes, m)[1], _split(axes, n)[1]
+            moved = (m != inside) * rows.data.numel() + (n != outside) * grads.data.numel()
+            if moved < math.prod(_sizes(self.dims, axes)):
+                m, n = inside, outside
+        before, after = rows.matrix(shared, m), grads.matrix(shared, n)
         if product.result == "d C":
             part = Named((before.T @ after).view(1, *_sizes(self.dims, (*m, *n))), (*m, *n))
-            self.whole.add_central(part.data.permute(0, *(1 + part.axes.index(a) for a in axes))[0])
+            self.whole.add_central(part.arranged(axes)[0])
             return part
         block = value_of(product.result)
         if block in self.whole.aux:
@@ -223,20 +251,19 @@ class EagerChunk:
         else:
             stacked = grads.data.new_empty(len(self.experts), *_sizes(self.dims, axes))
             experts = list(range(len(self.experts)))
-        targets = stacked.permute(0, *(1 + axes.index(a) for a in (*m, *n))).unbind(0)
+        targets = stacked.permute(_order(axes, (*m, *n))).unbind(0)
         grouped_outer(before, after, self.counts, [targets[e] for e in experts])
         return Named(stacked, axes)
 
     def merge(self, product: Product, first: Named, second: Named) -> Named:
         axes = self.whole.program.axes[product.result]
-        k = tuple(a for a in first.axes if a in second.axes)
-        m, n = tuple(a for a in axes if a in first.axes), tuple(a for a in axes if a in second.axes)
+        k, m, n = _split(first.axes, second.axes)[1], _split(axes, first.axes)[1], _split(axes, second.axes)[1]
         if product.result == "d C":
             return self._merge_central(first.matrices(k, m), second.matrices(k, n))
         p, q = first.matrices(m, k), second.matrices(k, n)
         # `torch.bmm`, whose way of computing, unlike `torch.matmul`'s, never depends on ``requires_grad``.
         found = p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
-        merged = found.view(-1, *_sizes(self.dims, (*m, *n))).permute(0, *(1 + (*m, *n).index(a) for a in axes))
+        merged = found.view(-1, *_sizes(self.dims, (*m, *n))).permute(_order((*m, *n), axes))
         target = self.whole.aux.get(value_of(product.result)) if product.result != value_of(product.result) else None
         if target is not None:
             store(target, self.experts, merged)
@@ -277,8 +304,9 @@ def rows_forward(
     if save and program.strategy == "separable":
         whole.rows[KEPT] = x.new_empty(slots, dims.jC * dims.b)
     run(program, whole.chunks(offsets))
-    for rows in whole.rows.values():
-        rows[offsets[-1] :] = 0
+    if offsets[-1] < slots:
+        for rows in whole.rows.values():
+            rows[offsets[-1] :] = 0
     h = whole.rows.get(KEPT)
     return whole.rows["y"][:, : dims.out_features], None if h is None else h.view(-1, dims.b)
 
@@ -313,7 +341,8 @@ def rows_backward(
         clear_idle(stacked, offsets)
     dx = dcentral = None
     if need[0]:
-        whole.rows["d x"][offsets[-1] :] = 0
+        if offsets[-1] < upstream.slots:
+            whole.rows["d x"][offsets[-1] :] = 0
         dx = whole.rows["d x"][:, : dims.in_features]
     if need[2]:
         dcentral = torch.zeros_like(central) if whole.central is None else whole.central.to(central.dtype)

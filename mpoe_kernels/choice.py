@@ -93,6 +93,41 @@ _MOST_CHOSEN = 8192
 machine.on_change.append(_CHOSEN.clear)
 
 
+@lru_cache(maxsize=8192)
+def strategy_together(
+    alone: Candidate,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    keeps: bool = False,
+    strategy_name: str = AUTO,
+) -> str | None:
+    """Strategy by which a backend should compute both projections of a gated network at once; None: each alone.
+
+    A measured time of a strategy's steps stands for that of their pairs too: by as much as they were mispredicted.
+
+    Args:
+        alone: what was chosen for each projection; its backend is asked.
+        dims, num_experts, slots, dtype, device, keeps, strategy_name: as in `resolve_contraction`.
+    """
+    backend = next(each for each in registered_backends() if each.name == alone.backend)
+    if backend.gated_price is None:
+        return None
+    sizes = (dims, num_experts, slots, dtype, "forward", ALL_GRADIENTS, False, device, keeps)
+    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
+    able = [plan for plan in plans if not backend.contraction_reasons(plan)]
+    table, found = measured.table_here(device), {}
+    for plan in able:
+        (predicted,) = (each.seconds for each in backend.candidates(plan) if each.name == plan.strategy)
+        price = backend.gated_price(plan)
+        times = measured.seconds_of(table, backend.name, plan.strategy, plan) or predicted
+        found[plan.strategy] = price.together * times / predicted - price.multiplying
+    best = min(found, key=found.__getitem__, default=None)
+    return best if best is not None and found[best] < 2 * alone.seconds else None
+
+
 def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
     """What `resolve_contraction` answers to a call of the linear op (`mpoe_kernels.linear.call.LinearCall`).
 

@@ -77,6 +77,18 @@ class Candidate(NamedTuple):
     run: Callable[[Any], Any]
 
 
+class GatedPrice(NamedTuple):
+    """Predicted seconds of both projections of a gated network, see `mpoe_kernels.linear.gated`.
+
+    Attributes:
+        together: by a backend's kernel for both, their product included.
+        multiplying: PyTorch's product of two results, which each projection alone needs.
+    """
+
+    together: float
+    multiplying: float
+
+
 def _no_candidates(_: Contraction) -> list[Candidate]:
     return []
 
@@ -94,6 +106,7 @@ class Backend:
         predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without candidates.
         candidates: the ways to compute a contraction: a strategy in one phase.
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
+        gated_price: of a contraction's steps by its kernel ``gated_mpo_linear``, if it has one.
         same_on_any_threads: a candidate gives the same bits on any number of CPU threads.
         measure: times this backend's products beside PyTorch's, for all backends' predictions on the CPU; called once,
             before the first choice there.
@@ -107,6 +120,7 @@ class Backend:
     predicted_cost: Callable[[Request], float] = lambda _: 1.0
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
+    gated_price: Callable[[Contraction], GatedPrice] | None = None
     same_on_any_threads: bool = False
     measure: Callable[[], Constants] | None = None
 

@@ -26,7 +26,8 @@ from triton_predict import ACTIVATIONS, ARCHITECTURE, CARD, DTYPE, choice, layer
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.backends.triton_work import PRODUCTS
-from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels.linear.gpu.cost import TRITON, gated_seconds, multiply_seconds
+from mpoe_kernels.planner import BlockDims, contractions
 from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.triton.start import Launch, recorded
 
@@ -94,17 +95,27 @@ def host(works: list[Callable[[], object]], experts: int) -> float:
         return host_time.microseconds(lambda: [work() for work in works], repeats=20 if experts == 8 else 10)
 
 
-def gated(experts: int, name: str) -> tuple[str, Row, Row]:
-    """Strategy of both projections of a gated network forward; each alone, and together where the backend does that."""
+def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None:
+    """As `mpoe_kernels.choice.strategy_together` decides on the card, where each projection takes ``alone`` seconds."""
+    prices = {
+        plan.strategy: gated_seconds(plan, CARD, TRITON) - multiply_seconds(plan, CARD)
+        for plan in contractions(dims, experts, TOKENS, DTYPE, "forward")
+    }
+    best = min(prices, key=prices.__getitem__)
+    return best if prices[best] < 2 * alone else None
+
+
+def gated(experts: int, name: str) -> tuple[str, Row, str, Row]:
+    """Both projections of a gated network forward: each alone, and as the backend does it; with the strategies."""
     dims = catalogue.dims_of(catalogue.shapes()[name][0])
-    strategy = choice(dims, experts, TOKENS, "forward").strategy
-    sizes = dims, experts, TOKENS, DTYPE, strategy
-    found = []
-    for together in (False, True):
-        if together and strategy in STRATEGIES:
-            works = [catalogue.gated_work(*sizes)]
+    alone = choice(dims, experts, TOKENS, "forward")
+    sizes = dims, experts, TOKENS, DTYPE
+    found: list[str | Row] = []
+    for together in (None, strategy_together(dims, experts, alone.seconds)):
+        if together is not None:
+            works = [catalogue.gated_work(*sizes, together)]
         else:
-            works = [catalogue.forward_work(*sizes, activation) for activation in ("silu", "none")]
+            works = [catalogue.forward_work(*sizes, alone.strategy, activation) for activation in ("silu", "none")]
         with recorded(ARCHITECTURE) as launches:
             for work in works:
                 work()
@@ -114,21 +125,24 @@ def gated(experts: int, name: str) -> tuple[str, Row, Row]:
             seconds = CARD.launch_seconds + moved / CARD.bandwidth
             one = one._replace(launches=one.launches + 1, megabytes=one.megabytes + moved / 1e6)
             one = one._replace(microseconds=one.microseconds + seconds * 1e6)
-        found.append(one)
-    return strategy, found[0], found[1]
+        found += [together or alone.strategy, one]
+    return tuple(found)  # type: ignore[return-value]
 
 
 def gated_table() -> str:
-    """Markdown: alone, arrow, together; the host's time of PyTorch's product is not part of it."""
+    """Markdown: alone, arrow, as it is done; the host's time of PyTorch's product is not part of it."""
     lines = [
-        "| experts | shape | strategy | launches | programs of the smallest grid | host us | MB | predicted us |",
+        "| experts | shape | strategies | launches | programs of the smallest grid | host us | MB | predicted us |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for experts in EXPERTS:
         for name in catalogue.shapes():
-            strategy, apart, together = gated(experts, name)
-            pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, together, strict=True)]
-            lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(pairs)} |")
+            strategy, apart, other, done = gated(experts, name)
+            if apart.launches == done.launches:  # each alone
+                lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(f'{b:,.0f}' for b in apart)} |")
+                continue
+            pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, done, strict=True)]
+            lines.append(f"| {experts} | {name} | {strategy} → {other} together | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
 

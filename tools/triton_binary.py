@@ -152,8 +152,8 @@ class Binary:
         return found
 
 
-def compile_job(job: Job) -> Binary:
-    """Compile; whatever the compiler raises is passed on.
+def _function_of(job: Job) -> triton.runtime.jit.JITFunction:
+    """The kernel.
 
     Raises:
         RuntimeError: Triton's interpreter has replaced the compiler in this process.
@@ -162,6 +162,21 @@ def compile_job(job: Job) -> Binary:
     function = getattr(importlib.import_module(module), name)
     if not isinstance(function, triton.runtime.jit.JITFunction):
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1")
+    return function
+
+
+def identity(job: Job) -> str:
+    """All that a job's machine code depends on: the specialisation, the source with what it calls, Triton."""
+    return f"{job!r} {_function_of(job).cache_key} {triton.__version__}"
+
+
+def compile_job(job: Job) -> Binary:
+    """Compile; whatever the compiler raises is passed on.
+
+    Raises:
+        RuntimeError: Triton's interpreter has replaced the compiler in this process.
+    """
+    function = _function_of(job)
     position = {parameter: index for index, parameter in enumerate(function.arg_names)}
     source = ASTSource(
         function,

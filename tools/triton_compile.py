@@ -1,14 +1,17 @@
 """Compiles every Triton kernel that the ops start, ahead of time and without a GPU, and checks the machine code.
 
 No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
-tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped.
-``--doc`` writes the tables of bench/results/ahead-of-time/triton.md. What is shipped:
-mpoe_kernels/backends/triton_catalogue.py.
+tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped, on
+T5-base's sizes or, with ``--large``, on those of a wider layer and of many experts. ``--doc`` writes the table of
+bench/results/ahead-of-time/triton.md. ``--keep FILE`` notes every result there as it comes, and takes from it those of
+the same kernel source, specialisation and Triton. What is shipped: mpoe_kernels/backends/triton_catalogue.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import sys
@@ -16,12 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 from documents import write_between
-from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, job_of
+from triton_binary import BLOCK_SIZES, TARGETS, Binary, Job, compile_job, identity, job_of
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.backends.triton_work import FLOP_OVERHEAD
@@ -48,20 +52,25 @@ def _difficulty(job: Job) -> tuple[int, int, int]:
 
 
 def shipped_jobs(
-    architectures: Iterable[str], dtypes: Iterable[str], quick: bool = False, each: int = 1
+    architectures: Iterable[str],
+    dtypes: Iterable[str],
+    quick: bool = False,
+    each: int = 1,
+    sizes: Iterable[catalogue.Sizes] = (catalogue.T5_BASE,),
 ) -> dict[Job, Use]:
-    """Of every kernel, architecture, dtype and configuration of the catalogue, the ``each`` most difficult jobs.
+    """Of every kernel, architecture, dtype, configuration and sizes, the ``each`` most difficult jobs.
 
     With ``quick`` one of every kernel and architecture.
     """
     groups: dict[tuple[str, ...], dict[Job, Use]] = {}
-    for dtype in dtypes:
-        for problem in catalogue.problems(catalogue.DTYPES[dtype], few=quick):
+    for size, dtype in product(sizes, dtypes):
+        for problem in catalogue.problems(catalogue.DTYPES[dtype], quick, size):
             for architecture in architectures:
                 for launch in catalogue.launches(problem, architecture):
                     job = job_of(launch, architecture)
-                    group = (job.name, architecture, *(() if quick else (dtype, job.configuration)))
-                    use = groups.setdefault(group, {}).setdefault(job, Use(f"{problem.name}, {dtype}"))
+                    group = (job.name, architecture, *(() if quick else (dtype, job.configuration, size.name)))
+                    where = ", ".join(filter(None, (problem.name, dtype, size.name)))
+                    use = groups.setdefault(group, {}).setdefault(job, Use(where))
                     overhead = FLOP_OVERHEAD.get(job.name)
                     if overhead is not None:
                         use.overheads.add(overhead(launch.arguments))
@@ -73,24 +82,53 @@ def shipped_jobs(
     return found
 
 
+class Kept:
+    """Results in a file, a line each, under what they depend on; without a file it keeps none."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self._found: dict[str, Binary] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                entry = json.loads(line)
+                self._found[entry["of"]] = Binary(**entry["binary"])
+
+    @staticmethod
+    def _key(job: Job) -> str:
+        return hashlib.sha256(identity(job).encode()).hexdigest()
+
+    def get(self, job: Job) -> Binary | None:
+        return self._found.get(self._key(job)) if self.file is not None else None
+
+    def add(self, job: Job, binary: Binary) -> None:
+        if self.file is not None:
+            line = json.dumps({"of": self._key(job), "name": job.name, "binary": asdict(binary)})
+            with self.file.open("a") as file:
+                file.write(line + "\n")
+
+
 def compile_all(
-    jobs: Iterable[Job], processes: int, log: Callable[[str], None] = lambda _: None
+    jobs: Iterable[Job], processes: int, log: Callable[[str], None] = lambda _: None, kept: Kept | None = None
 ) -> dict[Job, Binary | str]:
-    """Compile in processes of their own; a job that fails gets its error's text."""
-    results: dict[Job, Binary | str] = {}
-    waiting, began = list(jobs), time.monotonic()
+    """Compile in processes of their own what is not kept; a job that fails gets its error's text."""
+    wanted, began, kept = list(jobs), time.monotonic(), kept or Kept(None)
+    results: dict[Job, Binary | str] = {job: found for job in wanted if (found := kept.get(job)) is not None}
+    waiting = [job for job in wanted if job not in results]
+    log(f"{len(results)} of {len(wanted)} were kept")
     with ProcessPoolExecutor(max(1, min(processes, len(waiting))), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_job, job): job for job in waiting}
         for future in as_completed(futures):
             try:
-                results[futures[future]] = future.result()
+                binary = future.result()
+                kept.add(futures[future], binary)
+                results[futures[future]] = binary
             except BrokenProcessPool:
                 results[futures[future]] = "the compiler's process died, over this kernel or one beside it"
             except Exception as error:  # a compiler fails in many ways; the others are compiled and all are reported
                 results[futures[future]] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if len(results) % 100 == 0:
-                log(f"{len(results)} of {len(waiting)} compiled, {time.monotonic() - began:.0f} s")
-    return {job: results[job] for job in waiting}
+                log(f"{len(results)} of {len(wanted)} compiled, {time.monotonic() - began:.0f} s")
+    return {job: results[job] for job in wanted}
 
 
 def failures(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use]) -> list[str]:
@@ -133,14 +171,22 @@ def resource_table(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use])
     return "\n".join(lines)
 
 
+def _names(sizes: Iterable[catalogue.Sizes]) -> str:
+    return " and ".join(size.name for size in sizes)
+
+
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one configuration of every kernel")
+    parser.add_argument("--large", action="store_true", help=f"on other sizes: {_names(catalogue.LARGE_SIZES)}")
     parser.add_argument("--each", type=int, default=1, help="problems of every configuration, the most difficult first")
     parser.add_argument("--arch", default=",".join(TARGETS), help="names with commas; default all")
     parser.add_argument("--dtype", default=None, help=f"default all; --quick: {','.join(QUICK_DTYPES)}")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument(
+        "--keep", type=Path, default=None, metavar="FILE", help="results that a later run need not repeat"
+    )
     parser.add_argument("--doc", action="store_true", help="write the tables into bench/results")
     chosen = parser.parse_args(words)
     chosen.arch = chosen.arch.split(",")
@@ -156,13 +202,14 @@ def _options(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     chosen = _options(words)
-    uses = shipped_jobs(chosen.arch, chosen.dtype, chosen.quick, chosen.each)
+    sizes = catalogue.LARGE_SIZES if chosen.large else (catalogue.T5_BASE,)
+    uses = shipped_jobs(chosen.arch, chosen.dtype, chosen.quick, chosen.each, sizes)
     jobs = [job for job in uses if chosen.only in job.name]
     print(f"{len(jobs)} configurations to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
-    results = compile_all(jobs, chosen.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    results = compile_all(jobs, chosen.jobs, lambda line: print(line, file=sys.stderr, flush=True), Kept(chosen.keep))
     table, wrong = resource_table(results, uses), failures(results, uses)
     if chosen.doc:
-        write_between(DOC, "resources", table)
+        write_between(DOC, "large" if chosen.large else "resources", table)
     else:
         print(table)
     for line in wrong:

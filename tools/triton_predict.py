@@ -95,7 +95,8 @@ def predict(launch: Launch, experts: int, slots: int) -> Prediction:
     roofline = max(useful / CARD.peak_flops.of(DTYPE), moved / CARD.bandwidth)
     seconds = step_time(step, DTYPE, CARD).total
     if name in STEPS:
-        tile = arguments["BM"], arguments["BN"] * (2 if name == "pairs_kernel" else 1), arguments["BK"]
+        columns = 2 if name == "pairs_kernel" and arguments["SHARED"] else 1  # else each product reads rows of its own
+        tile = arguments["BM"], arguments["BN"] * columns, arguments["BK"]
         shared = step.batch > 1 and name == "blocks_kernel" and arguments["SUM"]
         work = Work(ceil(m), n, k * step.batch if shared else k, 1 if shared else step.batch, 0, DTYPE)
         if name == "weights_kernel":

@@ -17,6 +17,7 @@ from mpoe_kernels.linear.triton.cost import (
     ON_CHIP_FROM_HALF,
     WIDE,
     contraction_reasons,
+    gated_price,
     predicted_cost,
     ways_here,
 )
@@ -115,4 +116,5 @@ TRITON = Backend(
     predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,
+    gated_price=gated_price,
 )

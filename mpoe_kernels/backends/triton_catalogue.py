@@ -1,5 +1,7 @@
 """What is shipped, as problems: what the ops start on the sizes of a T5-base feed-forward layer and of its table.
 
+`LARGE_SIZES` are those of wider layers and of more experts, see `Sizes`.
+
 Problems run on ``meta`` tensors while launches are recorded, so neither a GPU nor memory is needed. A kernel that some
 op starts on these sizes is found by itself; one that starts on others only needs a problem of its own in `problems`.
 """
@@ -7,7 +9,7 @@ op starts on these sizes is found by itself; one that starts on others only need
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +31,29 @@ from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.triton.start import Launch, recorded, target_of
 
-MODEL, HIDDEN, VOCABULARY = 768, 3072, 32128
-EXPERTS = (8, 64)
+
+class Sizes(NamedTuple):
+    """Of a model.
+
+    Attributes:
+        name: in words; empty: T5-base, on which every shipped tile is tried.
+        model, hidden: widths of a feed-forward layer.
+        vocabulary: rows of the embedding.
+        experts: how many, the first of them where one number is enough.
+    """
+
+    name: str
+    model: int
+    hidden: int
+    vocabulary: int
+    experts: tuple[int, ...]
+
+
+T5_BASE = Sizes("", 768, 3072, 32128, (8, 64))
+WIDE_LAYER = Sizes("d = 4,096", 4096, 14336, 128256, (8, 64))
+MANY_EXPERTS = T5_BASE._replace(name="E = 1,024", experts=(1024,))
+LARGE_SIZES = (WIDE_LAYER, MANY_EXPERTS)
+_, MODEL, HIDDEN, VOCABULARY, EXPERTS = T5_BASE
 ON_CHIP_NAMES = (ON_CHIP, ON_CHIP_FROM_HALF)
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 FEW_SHAPES = ("paper 64", "separable")  # on which every kernel of the products is started
@@ -52,13 +75,14 @@ class Problem:
     every_tile: bool = False
 
 
-def shapes() -> dict[str, tuple[MPOShape, MPOShape]]:
+def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
     """Shapes of the up and the down projection by name."""
-    found = {"separable": (up := MPOShape.separable(MODEL, HIDDEN), up.mirrored())}
+    model, hidden = sizes.model, sizes.hidden
+    found = {"separable": (up := MPOShape.separable(model, hidden), up.mirrored())}
     for bond in (16, 32, 64, 128, None):
-        pair = (MPOShape.paper(*sizes, max_bond=bond) for sizes in ((MODEL, HIDDEN), (HIDDEN, MODEL)))
+        pair = (MPOShape.paper(*widths, max_bond=bond) for widths in ((model, hidden), (hidden, model)))
         found[f"paper {bond or 'full'}"] = (next(pair), next(pair))
-    found["light 64"] = (MPOShape.light(MODEL, HIDDEN, 64), MPOShape.light(HIDDEN, MODEL, 64))
+    found["light 64"] = (MPOShape.light(model, hidden, 64), MPOShape.light(hidden, model, 64))
     return found
 
 
@@ -180,55 +204,55 @@ def run(phase: str, *problem: Any, **options: Any) -> None:
     WORK[phase](*problem, **options)()
 
 
-def _linear(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Every strategy that the planner may choose, up (with ReLU and bias) and down (without)."""
-    for name, pair in shapes().items():
+    for name, pair in shapes(sizes).items():
         if few and name not in FEW_SHAPES:
             continue
         for direction, activation, shape in zip(("up", "down"), ("relu", "none"), pair, strict=True):
             dims = dims_of(shape)
-            for experts, tokens in ((e, t) for e in EXPERTS[: 1 if few else None] for t in TOKENS):
+            for experts, tokens in ((e, t) for e in sizes.experts[: 1 if few else None] for t in TOKENS):
                 label = f"{name} {direction} E={experts} T={tokens}"
-                sizes = (dims, experts, tokens, dtype)
+                problem = (dims, experts, tokens, dtype)
                 for phase in PHASES:
-                    for strategy in strategies(*sizes, phase):
-                        work = partial(run, phase, *sizes, strategy, activation)
-                        every_tile = not few and (experts, tokens) == (EXPERTS[0], TOKENS[0])
+                    for strategy in strategies(*problem, phase):
+                        work = partial(run, phase, *problem, strategy, activation)
+                        every_tile = not few and (experts, tokens) == (sizes.experts[0], TOKENS[0])
                         yield Problem(f"{label} {phase} {strategy}", work, every_tile)
 
 
-def _activations(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+def _activations(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """The other activations, and a masked central gradient, on one shape each."""
     for name in () if few else ("separable", "paper 32"):
-        dims = dims_of(shapes()[name][0])
+        dims = dims_of(shapes(sizes)[name][0])
         strategy = "separable" if dims.is_separable else ON_CHIP
-        sizes = (dims, EXPERTS[0], TOKENS[0], dtype, strategy)
+        problem = (dims, sizes.experts[0], TOKENS[0], dtype, strategy)
         for activation in ("gelu", "gelu_tanh", "silu"):
-            yield Problem(f"{name} {activation} forward", partial(run, "forward", *sizes, activation))
-            yield Problem(f"{name} {activation} backward", partial(run, "backward", *sizes, activation))
-        yield Problem(f"{name} masked backward", partial(run, "backward", *sizes, "relu", True))
+            yield Problem(f"{name} {activation} forward", partial(run, "forward", *problem, activation))
+            yield Problem(f"{name} {activation} backward", partial(run, "backward", *problem, activation))
+        yield Problem(f"{name} masked backward", partial(run, "backward", *problem, "relu", True))
 
 
-def _gated(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+def _gated(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Both projections of gated networks."""
     for name in ("separable",) if few else ("separable", "paper 32", "paper full"):
-        dims = dims_of(shapes()[name][0])
+        dims = dims_of(shapes(sizes)[name][0])
         for tokens in TOKENS:
-            sizes = (dims, EXPERTS[0], tokens, dtype)
-            for plan in contractions(*sizes, "forward"):
-                work = gated_work(*sizes, plan.strategy)
+            problem = (dims, sizes.experts[0], tokens, dtype)
+            for plan in contractions(*problem, "forward"):
+                work = gated_work(*problem, plan.strategy)
                 yield Problem(f"{name} gated T={tokens} {plan.strategy}", work, not few and tokens == TOKENS[0])
 
 
-def _routing(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
-    loads = EXPERTS[:1] if few else EXPERTS
+def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
+    loads, model = sizes.experts[:1] if few else sizes.experts, sizes.model
     for experts, tokens, top_k in ((e, t, k) for e in (*loads, MOST_EXPERTS) for t in TOKENS for k in (1, 2)):
         label, slots = f"routing E={experts} T={tokens} K={top_k}", tokens * top_k
         index, offsets = _integers(tokens, top_k), _integers(experts + 1, dtype=torch.int32)
         token_of_slot, slot_of_token = _integers(slots), _integers(tokens, top_k)
         mask = _empty(tokens, dtype=torch.bool)
-        rows, gates = _empty(tokens, MODEL, dtype=dtype), _empty(tokens, top_k, dtype=torch.float32)
-        sorted_rows = _empty(slots, MODEL, dtype=dtype)
+        rows, gates = _empty(tokens, model, dtype=dtype), _empty(tokens, top_k, dtype=torch.float32)
+        sorted_rows = _empty(slots, model, dtype=dtype)
         for capacity, token_mask in ((None, None), (slots // experts + 1, mask)):
             yield Problem(f"{label} route", partial(routing.route_forward, index, experts, capacity, token_mask))
         where = (offsets, token_of_slot, slot_of_token)
@@ -239,24 +263,32 @@ def _routing(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
         yield Problem(f"{label} combine backward", work)
 
 
-def _embedding(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+def _embedding(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """A few rows are gathered, many are read from a rebuilt table."""
-    shape = MPOShape.paper(VOCABULARY, MODEL, max_bond=64)
-    blocks = _blocks(dims_of(shape), 1, dtype)
+    table = sizes.vocabulary, sizes.model
+    blocks = _blocks(dims_of(MPOShape.paper(*table, max_bond=64)), 1, dtype)
     for ids in (_integers(TOKENS[-1]), _integers(TOKENS[0])):
-        tokens, sizes = ids.shape[0], (VOCABULARY, MODEL)
-        yield Problem(f"embedding T={tokens}", partial(embedding.embedding_forward, ids, *blocks, *sizes), not few)
-        work = partial(embedding.embedding_backward, _empty(tokens, MODEL, dtype=dtype), ids, *blocks, *sizes)
+        tokens = ids.shape[0]
+        yield Problem(f"embedding T={tokens}", partial(embedding.embedding_forward, ids, *blocks, *table), not few)
+        work = partial(embedding.embedding_backward, _empty(tokens, sizes.model, dtype=dtype), ids, *blocks, *table)
         yield Problem(f"embedding T={tokens} backward", work, not few)
 
 
 class HiddenSize(NamedTuple):
-    """Experts on the hidden side: how many, of how many each token takes, and whether groups own their blocks."""
+    """Experts on the hidden side.
+
+    Attributes:
+        experts, top_k: how many there are, and how many of them a token takes.
+        per_group: whether groups own their blocks.
+        block: side of a block.
+        hidden: units.
+    """
 
     experts: int
     top_k: int
     per_group: bool
     block: int = 64
+    hidden: int = HIDDEN
 
 
 HIDDEN_SIZES = (HiddenSize(8, 2, True), HiddenSize(64, 2, False), HiddenSize(8, 4, True, 128), HiddenSize(64, 8, True))
@@ -264,15 +296,15 @@ HIDDEN_SIZES = (HiddenSize(8, 2, True), HiddenSize(64, 2, False), HiddenSize(8, 
 
 def hidden_inputs(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
     """Arguments of `hidden_experts` by name, with biases."""
-    blocks = (size.experts, HIDDEN // size.block if size.per_group else 1, size.block, size.block)
+    blocks = (size.experts, size.hidden // size.block if size.per_group else 1, size.block, size.block)
     return {
-        "u": _empty(tokens, HIDDEN, dtype=dtype),
+        "u": _empty(tokens, size.hidden, dtype=dtype),
         "gates": _empty(tokens, size.top_k, dtype=torch.float32),
         "top_k_index": _integers(tokens, size.top_k),
         "right": _empty(*blocks, dtype=dtype),
         "left": _empty(*blocks, dtype=dtype),
-        "bias": _empty(size.experts, HIDDEN, dtype=dtype),
-        "u_gate": _empty(tokens, HIDDEN, dtype=dtype) if gated else None,
+        "bias": _empty(size.experts, size.hidden, dtype=dtype),
+        "u_gate": _empty(tokens, size.hidden, dtype=dtype) if gated else None,
         "right_gate": _empty(*blocks, dtype=dtype) if gated else None,
     }
 
@@ -284,12 +316,20 @@ def run_hidden(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool, a
         hidden.forward(**inputs, activation=activation)
     else:
         need = [name != "top_k_index" for name in inputs if name != "top_k_index"]
-        hidden.backward(_empty(tokens, HIDDEN, dtype=dtype), **inputs, activation=activation, need=need)
+        hidden.backward(_empty(tokens, size.hidden, dtype=dtype), **inputs, activation=activation, need=need)
 
 
-def _hidden(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
+def hidden_sizes(sizes: Sizes) -> tuple[HiddenSize, ...]:
+    """The cases of `HIDDEN_SIZES` on other sizes; of many experts with groups' own blocks and with shared ones."""
+    found = tuple(size._replace(hidden=sizes.hidden) for size in HIDDEN_SIZES)
+    if sizes.experts == EXPERTS:
+        return found
+    return tuple(size._replace(experts=experts) for experts in sizes.experts for size in found)
+
+
+def _hidden(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Gated and not, on every tile."""
-    for size in HIDDEN_SIZES[: 2 if few else None]:
+    for size in hidden_sizes(sizes)[: 2 if few else None]:
         for gated, activation in ((False, "gelu"), (True, "silu")):
             for phase in PHASES:
                 label = f"hidden {size.block} E={size.experts} {'gated ' if gated else ''}{phase}"
@@ -298,10 +338,14 @@ def _hidden(dtype: torch.dtype, few: bool) -> Iterator[Problem]:
                     yield Problem(f"{label} T={tokens}", work, not few and tokens == TOKENS[0])
 
 
-def problems(dtype: torch.dtype, few: bool = False) -> Iterator[Problem]:
-    """Everything that is shipped, in one dtype; ``few``: enough of it to start every kernel."""
+def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> Iterator[Problem]:
+    """Everything that is shipped, in one dtype; ``few``: enough of it to start every kernel.
+
+    Every tile is tried on T5-base's sizes alone, on others those that suit them.
+    """
     for family in (_linear, _activations, _gated, _routing, _embedding, _hidden):
-        yield from family(dtype, few)
+        for problem in family(dtype, few, sizes):
+            yield problem if sizes is T5_BASE else replace(problem, every_tile=False)
 
 
 def launches(problem: Problem, architecture: str) -> list[Launch]:

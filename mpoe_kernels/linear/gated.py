@@ -1,7 +1,7 @@
 """Two projections of the same rows, one with an activation, multiplied: the first half of a gated network.
 
 On a GPU it is an op of its own, so that a backend may compute both projections together. Elsewhere, and where a backend
-has no kernel for pairs or would compute the two differently, it is two grouped products and their product.
+has no kernel for pairs or another way is cheaper for each of the two, it is two grouped products and their product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_choice
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.choice import chosen_for, strategy_together
 from mpoe_kernels.define import define_op_of
 from mpoe_kernels.linear.call import ForwardCall, GatedCall
 from mpoe_kernels.linear.eager.activation import apply_activation_
@@ -29,13 +29,21 @@ def _choice(call: ForwardCall) -> Candidate:
     return chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
 
 
+def _strategy_together(call: GatedCall, alone: Candidate) -> str | None:
+    """Of both projections at once; None: each alone, as their blocks differ in sizes or that is cheaper."""
+    gate, x = call.gate, call.x
+    if gate.dims != call.up.dims:
+        return None
+    keeps = gate.saves_h
+    strategy = "separable" if keeps else call.strategy
+    return strategy_together(alone, gate.dims, call.num_experts, call.slots, x.dtype, str(x.device), keeps, strategy)
+
+
 def _kernel(call: GatedCall) -> Results:
     chosen = _choice(call.gate), _choice(call.up)
-    names = {(candidate.backend, candidate.name) for candidate in chosen}
     together = kernel_of(chosen[0].backend, "gated_mpo_linear")
-    # Both by the same steps: what a candidate's name adds to its strategy is a kernel for one projection.
-    if together and len(names) == 1 and chosen[0].name == chosen[0].strategy and call.gate.dims == call.up.dims:
-        found: Results = call_kernel(together, replace(call, strategy=chosen[0].strategy))
+    if together and chosen[0].backend == chosen[1].backend and (strategy := _strategy_together(call, chosen[0])):
+        found: Results = call_kernel(together, replace(call, strategy=strategy))
         return found
     (gate, gate_h, z), (value, h, _) = (
         call_kernel(candidate.run, replace(part, strategy=candidate.strategy))

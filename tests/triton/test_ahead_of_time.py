@@ -69,6 +69,25 @@ def test_every_shipped_tile_is_compiled() -> None:
         assert wanted <= tiles
 
 
+@pytest.mark.parametrize("sizes", catalogue.LARGE_SIZES, ids=lambda sizes: sizes.name)
+def test_other_sizes_start_the_same_kernels(sizes: catalogue.Sizes) -> None:
+    problems = list(catalogue.problems(torch.bfloat16, few=True, sizes=sizes))
+    assert not any(problem.every_tile for problem in problems)
+    started = [launch for problem in problems for launch in catalogue.launches(problem, "sm_90")]
+    assert {launch.kernel.fn.__name__ for launch in started} == kernels_of_the_backend()
+    rows = [launch.arguments for launch in started if launch.kernel.fn.__name__ == "rows_kernel"]
+    assert sizes.experts[0] in {a["EXPERTS"] for a in rows}
+    assert {sizes.model, sizes.hidden} <= {a["a"].shape[1] for a in rows}
+
+
+def test_large_sizes_are_groups_of_their_own() -> None:
+    found = {}
+    for sizes in ((catalogue.MANY_EXPERTS,), catalogue.LARGE_SIZES):
+        uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), sizes=sizes)
+        found[len(sizes)] = {(job.name, use.problem.rpartition(", ")[2]) for job, use in uses.items()}
+    assert ("rows_kernel", "E = 1,024") in found[1] < found[2]
+
+
 def test_jobs_are_what_triton_would_specialise() -> None:
     x = torch.empty(64, dtype=torch.bfloat16, device="meta")
     arguments = {"a": x, "b": x[1:], "out": x[8:], "SIZE": 32, "STAGES": 1, "num_warps": 4}
@@ -139,6 +158,34 @@ def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_prob
     assert triton_compile.failures({job: GOOD}, uses) == []
     table = triton_compile.resource_table({job: GOOD}, uses)
     assert "| product_kernel | 16-bit | 4 warps, 2 stages | - | 128, 64 |" in table
+
+
+def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made up results, so that a compilation would be seen."""
+    file, job, other = tmp_path / "kept", planted(64, 4, 2), planted(64, 8, 2)
+    triton_compile.Kept(file).add(job, GOOD)
+    kept = triton_compile.Kept(file)
+    assert triton_compile.compile_all([job], 1, kept=kept) == {job: GOOD}
+    assert kept.get(other) is None
+    assert triton_compile.Kept(None).get(job) is None
+    found = triton_compile.identity(job)
+    for part in (repr(job), planted_kernels.product_kernel.cache_key, triton.__version__):
+        assert part in found
+    monkeypatch.setattr(triton_compile, "identity", lambda _: "of another source")
+    assert kept.get(job) is None
+
+
+def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    job = planted(16, 4, 1)
+    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
+    words = ["--quick", "--jobs", "1", "--keep", str(tmp_path / "kept")]
+    assert triton_compile.main(words) == 0
+    first = capsys.readouterr()
+    assert triton_compile.main(words) == 0
+    second = capsys.readouterr()
+    assert "0 of 1 were kept" in first.err
+    assert "1 of 1 were kept" in second.err
+    assert first.out == second.out
 
 
 def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

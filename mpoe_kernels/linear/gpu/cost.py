@@ -85,6 +85,8 @@ class Family(NamedTuple):
 _WIDE, _NARROW = (128, 128, 64), ((64, 64, 64), (32, 64, 64), (16, 64, 64))
 TRITON = Family((_WIDE, *_NARROW), None, cuts=True, builds_at_once=True)
 TRITON_WIDE = TRITON._replace(with_weights=((128, 256, 64), *TRITON.tiles[1:]))
+# Of the launches of pairs: columns of both products where these read the same rows; else each has half of them.
+PAIRS = ((128, 128, 32), (64, 128, 32), (32, 64, 32), (16, 64, 32))
 CUDA = Family((_WIDE, _NARROW[0]), "warp", cuts=False, builds_at_once=False)
 LIBRARY = Family((_WIDE,), None, cuts=False, builds_at_once=False)
 
@@ -131,3 +133,36 @@ def gpu_seconds(plan: Contraction, hardware: Hardware, family: Family) -> float:
     products = zip(plan.program.products, plan.steps, strict=bool(plan.steps))
     computing = sum(step_seconds(product, step, plan, hardware, family) for product, step in products)
     return computing + launches(plan, family) * hardware.launch_seconds
+
+
+def _pair_seconds(step: Step, plan: Contraction, hardware: Hardware, shared: bool) -> float:
+    """Predicted time of a launch of pairs: a step of both projections; ``shared``: from the same rows."""
+    m, n = ceil(step.m), ceil(step.n)
+    batch, columns = (step.batch, 2 * n) if shared else (2 * step.batch, n)
+    work = Work(m, columns, step.k, batch, batch * m * columns, plan.dtype)
+    tile = next((tile for tile in PAIRS if tile[0] <= m), PAIRS[-1])
+    own = tile if shared else (tile[0], tile[1] // 2, tile[2])
+    rows = plan.slots * plan.dims.in_features * plan.dtype.itemsize if shared else 0
+    memory = (2 * step.memory_bytes(hardware.cache_bytes / 2) - rows) / hardware.bandwidth
+    return max(work.seconds(fitted_tile(own, work), 1, hardware), memory)
+
+
+def gated_seconds(plan: Contraction, hardware: Hardware, family: Family) -> float:
+    """Predicted time of both projections of a gated network: a launch for each product of rows, two for all others.
+
+    Their product with each other is part of the last launch.
+    """
+    groups, found = groups_of(plan)[1], 0.0
+    for product, step in zip(plan.program.products, plan.steps, strict=bool(plan.steps)):
+        if product.kind == ROWS:
+            found += _pair_seconds(step, plan, hardware, product.first == "x")
+        else:
+            found += 2 * step_seconds(product, step, plan, hardware, family)
+    rows = sum(product.kind == ROWS for product in plan.program.products) if plan.steps else 0
+    return found + (2 * launches(plan, family) - rows * groups) * hardware.launch_seconds
+
+
+def multiply_seconds(plan: Contraction, hardware: Hardware) -> float:
+    """Predicted time of PyTorch's product of two results of a forward."""
+    moved = 3 * plan.slots * plan.dims.out_features * plan.dtype.itemsize
+    return moved / hardware.bandwidth + hardware.launch_seconds

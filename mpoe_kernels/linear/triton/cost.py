@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.linear.gpu.cost import TRITON, TRITON_WIDE, counting_reasons, gpu_seconds
+from mpoe_kernels.linear.gpu.cost import (
+    TRITON,
+    TRITON_WIDE,
+    counting_reasons,
+    gated_seconds,
+    gpu_seconds,
+    multiply_seconds,
+)
 from mpoe_kernels.linear.triton.fused_cost import fused_seconds
 from mpoe_kernels.planner import HARDWARE, Contraction, Hardware, hardware_here
-from mpoe_kernels.registry import Request
+from mpoe_kernels.registry import GatedPrice, Request
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES, INTERPRETER, Target, in_interpreter, target_of
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
@@ -62,14 +69,24 @@ def ways(plan: Contraction, target: Target, hardware: Hardware) -> dict[str, flo
     return found
 
 
+def _here(plan: Contraction) -> tuple[Target, Hardware, float]:
+    """The plan's device and what each of its projections costs more; in the interpreter the GPU that stands for it."""
+    target = target_of(torch.device(plan.device))
+    if plan.device_type == "cuda" and not in_interpreter():
+        return target, hardware_here(plan.device), 0.0
+    return target, HARDWARE[HARDWARE_NAMES[target.architecture]], INTERPRETER_SECONDS
+
+
 def ways_here(plan: Contraction) -> dict[str, float]:
     """`ways` on the plan's device; in the interpreter as on the GPU that stands for it, but never cheap."""
-    device = torch.device(plan.device)
-    target = target_of(device)
-    if plan.device_type == "cuda" and not in_interpreter():
-        return ways(plan, target, hardware_here(plan.device))
-    found = ways(plan, target, HARDWARE[HARDWARE_NAMES[target.architecture]])
-    return {name: INTERPRETER_SECONDS + seconds for name, seconds in found.items()}
+    target, hardware, more = _here(plan)
+    return {name: more + seconds for name, seconds in ways(plan, target, hardware).items()}
+
+
+def gated_price(plan: Contraction) -> GatedPrice:
+    """Of both projections of a gated network by the plan's steps, in launches of pairs."""
+    _, hardware, more = _here(plan)
+    return GatedPrice(2 * more + gated_seconds(plan, hardware, TRITON), multiply_seconds(plan, hardware))
 
 
 def predicted_cost(request: Request) -> float:

@@ -33,6 +33,12 @@ def test_one_screen_and_a_half() -> None:
     assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
 
 
+def test_it_says_so_until_a_gpu_was_measured() -> None:
+    """`bench/gpu.sh` leaves a list of its parts beside its report."""
+    visits = list((ROOT / "bench" / "results").glob("*/parts.json"))
+    assert ("nothing was measured on a GPU yet" in " ".join(README.split())) == (not visits)
+
+
 def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     run_python(README)

@@ -3,6 +3,9 @@
 Everything is computed on the device, offsets included; a budget's worth of weights is built at a time, see
 `mpoe_kernels.linear.gpu.cost.experts_at_once`. Operands are brought into the order that a GEMM wants, which a kernel of
 ours would not need; in return these are the vendor's GEMMs. It runs on CPUs too, in tests.
+
+quack's grouped GEMMs (``quack.gemm_interface.gemm`` with ``cu_seqlens_m``, quack-kernels 0.6.5) take the same operands,
+but run on GPUs alone: until one has compared them with the reference, they are no candidate.
 """
 
 from __future__ import annotations

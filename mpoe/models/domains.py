@@ -32,15 +32,19 @@ def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
 
 
 class _Forced(TopKRouter):
-    """Sends every token to one expert, and sums what it reads."""
+    """Sends every token to one expert, whatever its capacity, and sums what it reads."""
 
     def __init__(self, router: TopKRouter, expert: int) -> None:
         super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
         self.expert = expert
+        self.top_k = 1  # more would compute the same expert again
         options: dict[str, Any] = {"dtype": torch.float64, "device": router.weight.device}
         self.outer = torch.zeros(router.in_features, router.in_features, **options)
         self.sum = torch.zeros(router.in_features, **options)
         self.tokens = torch.zeros((), **options)
+
+    def capacity(self, num_tokens: int) -> None:
+        """None: every token is its own expert's."""
 
     def forward(self, x: Tensor) -> RouterOutput:
         value = x.double()
@@ -48,9 +52,8 @@ class _Forced(TopKRouter):
         self.sum += value.sum(0)
         self.tokens += value.ne(0).any(-1).sum()  # padding reads as zeros
         logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.float32)
-        index = torch.full((x.shape[0], self.top_k), self.expert, dtype=torch.int64, device=x.device)
-        weights = torch.full_like(index, 1.0, dtype=torch.float32) / self.top_k
-        return RouterOutput(logits, index, weights)
+        index = torch.full((x.shape[0], 1), self.expert, dtype=torch.int64, device=x.device)
+        return RouterOutput(logits, index, torch.ones_like(index, dtype=torch.float32))
 
 
 @contextmanager

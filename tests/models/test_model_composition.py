@@ -142,6 +142,19 @@ def test_a_ridge_router_gives_probabilities():
         assert (found - wanted).abs().mean() < 0.08 < (wanted - 0.5).abs().mean()
 
 
+def test_a_capacity_keeps_no_token_from_the_regression():
+    """All tokens of a domain go to one expert, which by its capacity could take few of them."""
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    routers = [RouterConfig(), RouterConfig(eval_capacity_factor=0.5)]
+    free, bound = (
+        compose(base, fine_tunes, [batches(d) for d in range(2)], MPOEConfig(expert_type="dense", router=router))
+        for router in routers
+    )
+    for key, value in free.router_statistics.items():
+        assert torch.equal(bound.router_statistics[key], value), key
+
+
 def test_training_changes_the_routers_alone():
     base = dense("llama").eval()
     fine_tunes = [tuned(base, seed) for seed in (1, 2)]

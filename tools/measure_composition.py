@@ -114,8 +114,10 @@ MIXTURES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def measure(trial: Trial, what: str, mixtures: dict[str, tuple[dict[str, Any], tuple[int, ...]]]) -> dict[str, Any]:
-    """Losses by model and domain."""
+def measure(
+    trial: Trial, what: str, mixtures: dict[str, tuple[dict[str, Any], tuple[int, ...]]], top_k: list[int]
+) -> dict[str, Any]:
+    """Losses by model and domain; of mixtures with those numbers of experts per token that are in ``top_k``."""
     base, tokenizer = load_model(find(trial.base)), load_tokenizer(find(trial.base))
     names = [text.stem for text in trial.texts]
     held = {text.stem: trial.rows(tokenizer, trial.halves(text)[1])[: trial.held_out] for text in trial.texts}
@@ -128,7 +130,10 @@ def measure(trial: Trial, what: str, mixtures: dict[str, tuple[dict[str, Any], t
     found["mean of the fine-tunes"] = {name: trial.loss_of(mean, held[name]) for name in names}
     print(found, flush=True)
     del base, tunes, mean
-    for title, (settings, numbers) in mixtures.items():
+    for title, (settings, possible) in mixtures.items():
+        numbers = [number for number in possible if number in top_k]
+        if not numbers:
+            continue
         options = ComposeOptions(
             output_dir=str(trial.output_dir / "mixture"),
             texts=[str(trial.output_dir / text.name) for text in trial.texts],
@@ -141,10 +146,10 @@ def measure(trial: Trial, what: str, mixtures: dict[str, tuple[dict[str, Any], t
         start = time.perf_counter()
         mixture = run(find(trial.base).path, [str(trial.output_dir / what / n) for n in names], options)
         took = time.perf_counter() - start
-        for top_k in numbers:
+        for number in numbers:
             for layer in routed_layers(mixture).values():
-                layer.router.top_k = top_k
-            key = f"{title}, top-{top_k}"
+                layer.router.top_k = number
+            key = f"{title}, top-{number}"
             found[key] = {name: trial.loss_of(mixture, held[name]) for name in names}
             (trial.output_dir / f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             worst = max(found[key][n] / found["own fine-tune"][n] - 1 for n in names)
@@ -165,12 +170,13 @@ def main() -> None:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--trained", nargs="+", choices=["ffn", "all"], default=["ffn", "all"])
     parser.add_argument("--mixtures", nargs="+", choices=list(MIXTURES), default=list(MIXTURES))
+    parser.add_argument("--top_k", nargs="+", type=int, choices=[1, 2, 3], default=[1, 2, 3])
     options = vars(parser.parse_args())
-    trained, mixtures = options.pop("trained"), options.pop("mixtures")
+    trained, mixtures, top_k = (options.pop(name) for name in ("trained", "mixtures", "top_k"))
     trial = Trial(**options)
     trial.output_dir.mkdir(parents=True, exist_ok=True)
     for what in trained:
-        measure(trial, what, {title: MIXTURES[title] for title in mixtures})
+        measure(trial, what, {title: MIXTURES[title] for title in mixtures}, top_k)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ _DYNAMIC = dict.fromkeys(
     (
         *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
         *("sum_columns_kernel", "sum_rows_kernel", "convert_kernel", "digits_kernel", "compose_kernel"),
+        "hidden_sums_kernel",
     ),
     0,
 )
@@ -117,7 +118,8 @@ def stages_bytes(name: str) -> int:
 
 def is_product(name: str) -> bool:
     """Whether a kernel, by its readable name, is a matrix product on tensor cores."""
-    return name.startswith(("contract_kernel", "panel_kernel")) and any(kind in name for kind in ON_TENSOR_CORES)
+    products = ("contract_kernel", "panel_kernel", "hidden_forward_kernel", "hidden_rows_kernel", "hidden_cores_kernel")
+    return name.startswith(products) and any(kind in name for kind in ON_TENSOR_CORES)
 
 
 def find(program: str) -> str | None:

@@ -40,6 +40,10 @@ SWEEPS = {
         *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
     ],
     "routing": [CSRC / "cuda" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],
+    "hidden": [
+        *(CSRC / "cuda" / f"{name}.cu" for name in ("hidden", "hidden_bfloat16")),
+        *(*_COMMON, CSRC / "emu" / "sweep_hidden.cpp"),
+    ],
 }
 
 

@@ -9,7 +9,7 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_erro
 
 lane() {
     local part program order copies
-    for part in linear routing; do
+    for part in linear routing hidden; do
         program=$(python -c "import sys; sys.path.insert(0, 'tools'); import cuda_emulate
 print(cuda_emulate.sweep('$part', '$1'))")
         for order in ascending descending; do

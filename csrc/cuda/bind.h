@@ -7,7 +7,9 @@
 
 #include <initializer_list>
 #include <limits>
+#include <string>
 
+#include "cuda/activation.cuh"
 #include "cuda/named.h"
 
 #if defined(MPOE_CUDA_EMULATED)
@@ -64,6 +66,15 @@ inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
   const Dtype dtype = dtype_of(tensor, name);
   MPOE_CHECK(dtype != Dtype::kFloat64, name, " must be float32, bfloat16 or float16");
   return dtype;
+}
+
+inline int activation_of(const std::string& name) {
+  if (name == "none") return kNone;
+  if (name == "relu") return kRelu;
+  if (name == "gelu") return kGelu;
+  if (name == "gelu_tanh") return kGeluTanh;
+  if (name == "silu") return kSilu;
+  MPOE_CHECK(false, "unknown activation ", name);
 }
 
 // The kernels count rows and columns in 32 bits.

@@ -7,7 +7,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/activation.cuh"
 #include "cuda/few.h"
 #include "cuda/panel.h"
 #include "cuda/pointwise.h"
@@ -17,15 +16,6 @@ namespace mpoe::cuda {
 namespace {
 
 using Integers = std::vector<int64_t>;
-
-int activation_of(const std::string& name) {
-  if (name == "none") return kNone;
-  if (name == "relu") return kRelu;
-  if (name == "gelu") return kGelu;
-  if (name == "gelu_tanh") return kGeluTanh;
-  if (name == "silu") return kSilu;
-  MPOE_CHECK(false, "unknown activation ", name);
-}
 
 // A bias, or what is kept of a result: of the dtype of the rows.
 const void* data_of(const std::optional<Tensor>& tensor, const Tensor& like) {

@@ -23,6 +23,7 @@ from mpoe_kernels.checks import (
 )
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import eager, native
+from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.registry import add_kernel, requested_backend
 
 # Names of Hugging Face configs -> what kernels call them.
@@ -39,9 +40,17 @@ ACTIVATIONS = {
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
 
-for _backend, _module in (("eager", eager), ("native", native)):
-    add_kernel(_backend, "hidden_experts", _module.forward, getattr(_module, "reasons", None))
-    add_kernel(_backend, "hidden_experts_backward", _module.backward, getattr(_module, "reasons", None))
+
+def add_kernels(backend: str, kernels: Any) -> None:
+    """Give a backend the op's kernels: the functions ``forward`` and ``backward``, and ``reasons`` if there are any."""
+    reasons = getattr(kernels, "reasons", None)
+    add_kernel(backend, "hidden_experts", kernels.forward, reasons)
+    add_kernel(backend, "hidden_experts_backward", kernels.backward, reasons)
+
+
+# Triton's are in the table of mpoe_kernels/backends/triton.py, which imports them when they first run.
+for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", HiddenKernels(torch.ops.mpoe_cuda))):
+    add_kernels(_backend, _kernels)
 
 
 def _body(
@@ -60,9 +69,8 @@ def _body(
         low, high = map(int, torch.aminmax(top_k_index))
         if low < -1 or high >= right.shape[0]:
             raise ValueError(f"top_k_index must lie in -1..{right.shape[0] - 1}; got {low if low < -1 else high}")
-    return run_kernel(
-        "hidden_experts", backend, u, u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation
-    )
+    inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
+    return run_kernel("hidden_experts", backend, u, *inputs, activation, block=right.shape[-1])
 
 
 def _fake(
@@ -95,7 +103,8 @@ def _backward_body(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-    return run_kernel("hidden_experts_backward", backend, u, grad, *inputs, activation, need)
+    arguments = (grad, *inputs, activation, need)
+    return run_kernel("hidden_experts_backward", backend, u, *arguments, block=right.shape[-1])
 
 
 def _backward_fake(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
+from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
@@ -78,6 +79,7 @@ EMULATED = backend_of(
     predicted_cost=lambda _: NEVER_CHOSEN,
     least_seconds=NEVER_CHOSEN,
 )
+HIDDEN = HiddenKernels(OPS)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class Bug:
         what: is wrong, in words.
         file: in csrc.
         before, after: text that occurs once in the file, and what takes its place.
-        part: sweep that runs the kernel, ``linear`` or ``routing``.
+        part: sweep that runs the kernel, ``linear``, ``routing`` or ``hidden``.
         found_by: lanes that must detect it. ``values``: wrong results on every schedule; ``values: ...``: on the
             schedules whose name holds one of these words; ``error: ...``: the emulator stops with this message;
             ``address``, ``thread``: the sanitizer reports; ``banks``: bank conflicts are counted.
@@ -245,6 +245,51 @@ BUGS = (
         "w <= kRouteWarps; ++w) total += partial[w];",
         "routing",
         ("address",),
+    ),
+    Bug(
+        "hidden_not_whole",
+        "hidden activations are multiplied before all warps have stored theirs",
+        "cuda/hidden_rows.cuh",
+        "    __syncthreads();  // h is whole\n",
+        "",
+        "hidden",
+        ("values", "thread"),
+    ),
+    Bug(
+        "run_overwritten",
+        "an expert's rows are loaded while other warps still read those of the expert before",
+        "cuda/hidden_rows.cuh",
+        "    __syncthreads();  // nobody reads the tiles of the run before\n",
+        "",
+        "hidden",
+        ("thread",),
+    ),
+    Bug(
+        "neighbour_expert",
+        "a run of rows goes on into those of the next expert",
+        "cuda/hidden_rows.cuh",
+        "end < begin + kHiddenRows && s.expert[end] == expert) ++end;",
+        "end < begin + kHiddenRows) ++end;",
+        "hidden",
+        ("values",),
+    ),
+    Bug(
+        "past_the_tokens",
+        "the last tile stores rows of tokens that there are not",
+        "cuda/hidden_rows.cuh",
+        "t < p.tile_tokens && first_token + t < p.tokens; t += kHiddenWarps",
+        "t < p.tile_tokens; t += kHiddenWarps",
+        "hidden",
+        ("address",),
+    ),
+    Bug(
+        "share_forgotten",
+        "the gradients of the last share of the groups are not added",
+        "cuda/hidden_cores.cuh",
+        "for (int j = 0; j < p.count; ++j) sum",
+        "for (int j = 0; j + 1 < p.count; ++j) sum",
+        "hidden",
+        ("values",),
     ),
 )
 

@@ -1,0 +1,257 @@
+"""Experts on the hidden side by the emulated CUDA kernels, forward and backward, against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpoe_kernels.hidden_experts.cuda import LARGEST_BLOCK, HiddenKernels
+from mpoe_kernels.registry import Request
+from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem
+
+from .emulation import DTYPES, HIDDEN, OPS, REFUSED, SCHEDULES, Schedule, library, limits, schedule, stats, tf32_allowed
+
+ALL = [True] * len(NAMES)
+
+
+@pytest.fixture(autouse=True)
+def _loaded() -> None:
+    library()
+
+
+def inputs_of(problem: HiddenProblem) -> tuple[Any, ...]:
+    x = problem.inputs
+    head = (x["u"], x["gates"], problem.index, x["right"], x["left"])
+    return (*head, x["bias"], x["u_gate"], x["right_gate"], problem.activation)
+
+
+def run(problem: HiddenProblem, need: list[bool] = ALL) -> dict[str, Tensor]:
+    """``o`` and every gradient; results begin as NaN."""
+    with poisoned_memory():
+        out = HIDDEN.forward(*inputs_of(problem))
+        grads = HIDDEN.backward(problem.grad, *inputs_of(problem), need)
+    given_inputs = {name for name, value in problem.inputs.items() if value is not None}
+    return {"o": out, **{f"d{n}": g for n, g in zip(NAMES, grads, strict=True) if n in given_inputs}}
+
+
+def check(problem: HiddenProblem, factor: float = 2) -> None:
+    problem.check_results(run(problem), "emulated", factor)
+
+
+# Blocks of 16 and 64 units are copied 16 bytes at a time, others element by element.
+CASES: dict[str, dict[str, Any]] = {
+    "top-1": {"tokens": 33, "top_k": 1, "experts": 3, "groups": 2, "block": 16, "gated": True},
+    "top-2": {"tokens": 21, "experts": 5, "groups": 3, "block": 5, "per_group": True, "with_bias": True},
+    "top-4": {"tokens": 19, "top_k": 4, "experts": 4, "groups": 1, "block": 64, "gated": True, "with_bias": True},
+    "parts of a tile": {"tokens": 37, "experts": 2, "groups": 2, "block": 40, "per_group": True, "gated": True},
+    "many experts": {"tokens": 9, "top_k": 8, "experts": 64, "groups": 5, "block": 8, "with_bias": True},
+    "one token": {"tokens": 1, "top_k": 2, "experts": 8, "groups": 2, "block": 16, "none_share": 0.0},
+    "one unit": {"tokens": 5, "experts": 2, "groups": 3, "block": 1, "per_group": True},
+    "no expert": {"tokens": 4, "none_share": 1.0, "with_bias": True, "groups": 1},
+    "no token": {"tokens": 0, "gated": True, "with_bias": True},
+}
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    check(HiddenProblem(**CASES[name], dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_every_form(name: str, per_group: bool, gated: bool, dtype: torch.dtype) -> None:
+    case = {**CASES[name], "gated": gated, "per_group": per_group, "with_bias": True}
+    check(HiddenProblem(**case, dtype=dtype, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_more_tokens_than_a_tile_holds(dtype: torch.dtype) -> None:
+    """And more slots of an expert than are computed at once; on a device whose multiprocessors all have a tile."""
+    sizes: dict[str, Any] = {"tokens": 150, "experts": 3, "groups": 2, "block": 32, "gated": True, "with_bias": True}
+    with limits(multiprocessors=1):
+        check(HiddenProblem(**sizes, dtype=dtype))
+        check(HiddenProblem(**sizes, per_group=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 100])
+def test_shares_of_the_groups(multiprocessors: int) -> None:
+    """Blocks that the groups share: one share writes its sums itself, several are added up."""
+    with limits(multiprocessors=multiprocessors):
+        check(HiddenProblem(tokens=11, experts=4, groups=9, block=4, gated=True, with_bias=True, dtype=torch.float32))
+
+
+def test_all_tokens_to_one_expert() -> None:
+    problem = HiddenProblem(tokens=71, top_k=1, experts=5, groups=1, block=16, dtype=torch.bfloat16)
+    problem.index[:] = 3
+    check(problem)
+    found = run(problem)
+    for name in ("dright", "dleft"):
+        assert not found[name][:3].any()
+        assert not found[name][4].any()
+
+
+@pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
+def test_schedules(timing: Schedule) -> None:
+    problem = HiddenProblem(
+        tokens=40, experts=3, groups=2, block=24, gated=True, with_bias=True, dtype=torch.bfloat16, per_group=True
+    )
+    usual = run(problem)
+    with schedule(*timing):
+        check(problem)
+        for name, value in run(problem).items():
+            assert torch.equal(value, usual[name]), name
+
+
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("relu", False), ("gelu_new", True), ("gelu_tanh", False), ("none", False), ("silu", True)]
+)
+def test_every_activation(activation: str, gated: bool) -> None:
+    problem = HiddenProblem(tokens=9, experts=2, groups=1, gated=gated, activation=activation, dtype=torch.float32)
+    if activation == "relu":  # few powers of two: rounding must not decide the side of zero
+        problem.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in problem.inputs.items()}
+    check(problem)
+
+
+def test_tf32() -> None:
+    """Coarser than float32, and as good as its 11 bits allow."""
+    problem = HiddenProblem(tokens=20, experts=3, groups=2, block=32, gated=True, with_bias=True, dtype=torch.float32)
+    exact = run(problem)
+    with tf32_allowed(True):
+        rounded = run(problem)
+    for name, value in rounded.items():
+        error = float((value - exact[name]).norm() / exact[name].norm())
+        assert 1e-6 < error < 4e-3, (name, error)
+
+
+def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
+    problem = HiddenProblem(tokens=17, experts=2, groups=1, dtype=torch.float32, none_share=0.0, with_bias=True)
+    problem.index[:, 1] = problem.index[:, 0]
+    problem.index[3:6] = -1
+    check(problem)
+    clean = run(problem)
+    for name in ("u", "gates"):
+        problem.inputs[name][3:6] = float("nan")  # type: ignore[index]
+    for name, value in run(problem).items():
+        assert torch.equal(value, clean[name]), name
+
+
+def test_indices_out_of_range_are_no_expert() -> None:
+    """The op does not check them on a GPU, as that would wait for the device; memory must stay intact."""
+    problem = HiddenProblem(tokens=13, experts=3, groups=2, dtype=torch.float32, none_share=0.4)
+    expected = run(problem)
+    none = problem.index < 0
+    problem.index[none] = torch.where(torch.arange(int(none.sum())) % 2 == 0, 3 << 40, -7)
+    for name, value in run(problem).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_each_gradient_alone() -> None:
+    problem = HiddenProblem(tokens=5, experts=2, groups=3, gated=True, with_bias=True, dtype=torch.float32)
+    everything = run(problem)
+    for needed in NAMES:
+        alone = run(problem, [name == needed for name in NAMES])
+        for name in NAMES:
+            value = alone[f"d{name}"]
+            assert torch.equal(value, everything[f"d{name}"]) if name == needed else value.numel() == 0
+
+
+def test_launches() -> None:
+    problem = HiddenProblem(tokens=40, experts=3, groups=4, gated=True, with_bias=True, dtype=torch.float32)
+    whole = HiddenProblem(tokens=40, experts=3, groups=4, per_group=True, dtype=torch.float32)
+
+    def launches(of: HiddenProblem, need: list[bool]) -> int:
+        stats()
+        HIDDEN.backward(of.grad, *inputs_of(of), need)
+        return stats()["launches"]
+
+    stats()
+    HIDDEN.forward(*inputs_of(problem))
+    assert stats()["launches"] == 1
+    assert launches(problem, ALL) == 3
+    assert launches(whole, [True, False, True, True, True, True, True]) == 2  # nothing to add up
+    assert launches(problem, [True, False, False, False, False, True, False]) == 1
+    assert launches(problem, [False] * len(NAMES)) == 0
+
+
+def test_half_precision_runs_on_tensor_cores() -> None:
+    problem = HiddenProblem(tokens=8, experts=2, groups=1, block=16, dtype=torch.bfloat16)
+    stats()
+    run(problem)
+    assert stats()["mma"] > 0
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_random_problems(data: st.DataObject) -> None:
+    check(
+        HiddenProblem(
+            tokens=data.draw(st.integers(0, 20)),
+            experts=data.draw(st.integers(1, 20)),
+            top_k=data.draw(st.integers(1, 4)),
+            groups=data.draw(st.integers(1, 3)),
+            block=data.draw(st.integers(1, 20)),
+            per_group=data.draw(st.booleans()),
+            gated=data.draw(st.booleans()),
+            with_bias=data.draw(st.booleans()),
+            activation=data.draw(st.sampled_from(["gelu", "silu", "gelu_new"])),
+            dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+            none_share=data.draw(st.sampled_from([0.0, 0.3, 1.0])),
+            seed=data.draw(st.integers(0, 5)),
+        ),
+        3,
+    )
+
+
+# ------------------------------------------------------------------ what cannot be computed
+
+
+def test_larger_blocks_are_a_reason_and_refused_by_the_kernels() -> None:
+    reason = HIDDEN.reasons(Request("hidden_experts", "cuda", torch.float32, {"block": LARGEST_BLOCK + 1}))
+    assert reason == ["it computes hidden_experts with blocks of at most 64 hidden units, not of 65"]
+    assert HiddenKernels(OPS).reasons(Request("hidden_experts", "cuda", torch.float32, {"block": LARGEST_BLOCK})) == []
+    problem = HiddenProblem(tokens=2, groups=1, block=65, dtype=torch.float32)
+    with pytest.raises(REFUSED, match="at most 64; got 65"):
+        HIDDEN.forward(*inputs_of(problem))
+
+
+def test_a_device_with_too_little_shared_memory() -> None:
+    problem = HiddenProblem(tokens=40, groups=1, block=64, gated=True, dtype=torch.float32)
+    with limits(shared_bytes=48 << 10), pytest.raises(REFUSED, match="64 hidden units needs .* bytes of shared memory"):
+        HIDDEN.forward(*inputs_of(problem))
+    with limits(shared_bytes=99 << 10):  # tiles of fewer tokens fit
+        out = HIDDEN.forward(*inputs_of(problem))
+    assert torch.equal(out, HIDDEN.forward(*inputs_of(problem)))
+
+
+def test_more_experts_per_token_than_a_tile_sorts() -> None:
+    problem = HiddenProblem(tokens=1, experts=2, top_k=513, groups=1, dtype=torch.float32)
+    with pytest.raises(REFUSED, match="at most 512 experts per token; got 513"):
+        HIDDEN.forward(*inputs_of(problem))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("left", torch.ones(5, 1, 4, 5), "left must have the shape of right"),
+        ("right", torch.ones(5, 2, 4, 4), "right must be"),
+        ("bias", torch.ones(5, 11), r"bias must be \[5, 12\]"),
+        ("gates", torch.ones(7, 3), r"gates and top_k_index must be \[7, K\]"),
+        ("u_gate", torch.ones(7, 12), "right_gate must be given with u_gate"),
+    ],
+)
+def test_wrong_sizes_are_refused(name: str, value: Tensor, message: str) -> None:
+    problem = HiddenProblem(dtype=torch.float32)
+    problem.inputs[name] = value
+    with pytest.raises(REFUSED, match=message):
+        HIDDEN.forward(*inputs_of(problem))

@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_rows_kernel(const __
   const int group = block / p.tiles, first_token = block % p.tiles * p.tile_tokens;
   const bool computes = warp * 16 < p.padded;
   const int warps = p.padded / 16;  // that compute
-  float* const gate_parts = p.gate_parts + int64_t(group) * p.tokens * p.top_k;
+  float* const gate_parts = p.gate_parts ? p.gate_parts + int64_t(group) * p.tokens * p.top_k : nullptr;
   clear_sums(p, s.sums);
   if (p.gated()) clear_sums(p, s.sums_gate);
   const int count = sort_tile(p, s, first_token);
-  for (int i = threadIdx.x; p.gate_parts && i < p.entries(); i += kHiddenThreads) {
+  for (int i = threadIdx.x; gate_parts && i < p.entries(); i += kHiddenThreads) {
     const int64_t pair = int64_t(first_token) * p.top_k + i;
     if (pair >= int64_t(p.tokens) * p.top_k) break;
     if (p.index[pair] < 0 || p.index[pair] >= p.experts) gate_parts[pair] = 0.f;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_rows_kernel(const __
       }
     }
     __syncthreads();  // the tiles and columns are whole
-    if (p.gate_parts && static_cast<int>(threadIdx.x) < rows) {
+    if (gate_parts && static_cast<int>(threadIdx.x) < rows) {
       float sum = 0.f;
       for (int w = 0; w < warps; ++w) sum += s.columns[w * kHiddenRows + threadIdx.x];
       const int64_t pair = int64_t(first_token + s.token[begin + threadIdx.x]) * p.top_k;

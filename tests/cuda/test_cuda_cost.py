@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mpoe_kernels.backends.cuda import CUDA as CUDA_BACKEND
+from mpoe_kernels.backends.triton import TRITON
 from mpoe_kernels.linear.cuda.cost import Way, ways
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
 from mpoe_kernels.planner import BlockDims, Contraction, contraction
 from mpoe_kernels.planner.hardware import HARDWARE, Hardware
+from mpoe_kernels.registry import Request, registered_backends
 from mpoe_kernels.testing.cases import workload_shape
 
 H100 = HARDWARE["h100"]
@@ -86,3 +89,13 @@ def test_central_rows_kept_for_backward_take_several_launches() -> None:
 def test_nothing_to_do() -> None:
     asked = plan("paper_64", 8, 0)
     assert way_of(asked, H100).cut is None
+
+
+def test_hidden_experts_cost_what_tritons_do() -> None:
+    """A tie, so that Triton's kernels, registered first, run where they can; routing takes fewer launches here."""
+    names = [backend.name for backend in registered_backends()]
+    assert names.index("triton") < names.index("cuda")
+    for op in ("hidden_experts", "hidden_experts_backward"):
+        request = Request(op, "cuda", torch.bfloat16, {"block": 64})
+        assert CUDA_BACKEND.predicted_cost(request) == TRITON.predicted_cost(request)
+    assert CUDA_BACKEND.predicted_cost(Request("route", "cuda", torch.int64)) < TRITON.predicted_cost(request)

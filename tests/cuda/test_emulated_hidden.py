@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpoe_kernels import BackendError
 from mpoe_kernels.hidden_experts.cuda import LARGEST_BLOCK, HiddenKernels
 from mpoe_kernels.registry import Request
 from mpoe_kernels.testing.assertions import poisoned_memory
@@ -113,9 +114,8 @@ def test_schedules(timing: Schedule) -> None:
             assert torch.equal(value, usual[name]), name
 
 
-@pytest.mark.parametrize(
-    ("activation", "gated"), [("relu", False), ("gelu_new", True), ("gelu_tanh", False), ("none", False), ("silu", True)]
-)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu_tanh", "none", "silu"])
 def test_every_activation(activation: str, gated: bool) -> None:
     problem = HiddenProblem(tokens=9, experts=2, groups=1, gated=gated, activation=activation, dtype=torch.float32)
     if activation == "relu":  # few powers of two: rounding must not decide the side of zero
@@ -223,11 +223,19 @@ def test_larger_blocks_are_a_reason_and_refused_by_the_kernels() -> None:
     problem = HiddenProblem(tokens=2, groups=1, block=65, dtype=torch.float32)
     with pytest.raises(REFUSED, match="at most 64; got 65"):
         HIDDEN.forward(*inputs_of(problem))
+    call = (*inputs_of(problem), "cuda")
+    backward = (problem.grad, *inputs_of(problem), ALL, "cuda")
+    for op, arguments in ((torch.ops.mpoe.hidden_experts, call), (torch.ops.mpoe.hidden_experts_backward, backward)):
+        with pytest.raises(BackendError, match="at most 64 hidden units, not of 65"):
+            op(*arguments)
 
 
 def test_a_device_with_too_little_shared_memory() -> None:
     problem = HiddenProblem(tokens=40, groups=1, block=64, gated=True, dtype=torch.float32)
-    with limits(shared_bytes=48 << 10), pytest.raises(REFUSED, match="64 hidden units needs .* bytes of shared memory"):
+    with (
+        limits(shared_bytes=48 << 10),
+        pytest.raises(REFUSED, match=r"64 hidden units needs \d+ bytes of shared memory"),
+    ):
         HIDDEN.forward(*inputs_of(problem))
     with limits(shared_bytes=99 << 10):  # tiles of fewer tokens fit
         out = HIDDEN.forward(*inputs_of(problem))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import Request, call_kernel, select
+from mpoe_kernels.registry import call_kernel, kernel_for
 
 NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
@@ -19,10 +19,9 @@ AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), stri
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: Any) -> Any:
+def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any) -> Any:
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
-    request = Request(op, str(like.device), like.dtype, sizes)
-    return call_kernel(select(request, backend), *arguments)
+    return call_kernel(kernel_for(op, like.device, like.dtype, backend), *arguments)
 
 
 def define_op(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -212,6 +213,18 @@ def use_backend(name: str) -> Iterator[None]:
 def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
     """A backend's own kernel of an op that others compose of other ops; None: it does so too."""
     return _BACKENDS[backend].kernels.get(op)
+
+
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Callable[..., Any]:
+    """What `select` answers for an op whose kernel does not depend on sizes, remembered for the next call."""
+    return _selected(op, device, dtype, name, registered_backends())
+
+
+@lru_cache(maxsize=1024)
+def _selected(
+    op: str, device: torch.device, dtype: torch.dtype, name: str, _backends: tuple[Backend, ...]
+) -> Callable[..., Any]:
+    return select(Request(op, str(device), dtype), name)
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:

@@ -58,9 +58,10 @@ struct Sorted {
 };
 
 // Sums of a tile, rows of a chunk, packed blocks of one expert: more than the bodies carve out of it.
-std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted) {
-  const std::int64_t wide = padded_block(in) + kPanel, rows = std::min(sorted.tile_tokens, in.tokens);
-  return 2 * rows * wide + 24 * kChunk * wide + 16 * wide * wide + in.experts * wide + 4096;
+std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
+  const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
+  const std::int64_t blocks = packs ? 16 * wide * wide : 0;
+  return 2 * tokens * wide + 24 * rows_at_once(in, sorted) * wide + blocks + in.experts * wide + 4096;
 }
 
 // Runs body(first group, last group, part) over parts that do not depend on the number of threads.
@@ -79,7 +80,7 @@ void hidden_experts(const HiddenExperts& in, void* out) {
   if (in.tokens == 0 || in.features == 0) return;
   const HiddenKernels& kernels = hidden_kernels(in.dtype);
   const Sorted sorted(in);
-  const std::int64_t size = scratch_floats(in, sorted.view);
+  const std::int64_t size = scratch_floats(in, sorted.view, rows_at_once(in, sorted.view) > kFewRows);
   for_each_part(in.groups(), std::min<std::int64_t>(in.groups(), 2 * num_threads()), [&](auto first, auto last, auto) {
     Buffer<float> scratch = zeros<float>(size);
     kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
@@ -91,7 +92,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
   const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
   const Sorted sorted(in);
-  const std::int64_t size = scratch_floats(in, sorted.view);
+  const std::int64_t size = scratch_floats(in, sorted.view, true);
   const bool shared = in.own_groups == 1;
   const std::int64_t parts = shared ? std::min(groups, kParts) : std::min<std::int64_t>(groups, 2 * num_threads());
   Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);

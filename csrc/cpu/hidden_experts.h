@@ -46,6 +46,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 
 constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
 constexpr std::int64_t kChunk = 64;            // rows that are worked on at once, at most
+constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
 
 // Slots sorted by tile, expert and token.
 struct HiddenSlots {
@@ -54,6 +55,12 @@ struct HiddenSlots {
   const std::int64_t* owners;   // t of each of them
   const std::int64_t* offsets;  // [tiles, E + 1]
 };
+
+// The most rows that a chunk can have.
+static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlots& sorted) {
+  const std::int64_t tokens = sorted.tile_tokens < in.tokens ? sorted.tile_tokens : in.tokens;
+  return kChunk / in.top_k < tokens ? kChunk : tokens * in.top_k;
+}
 
 // Groups [first, last) of one part; sums of the experts' own cores end in `cores`.
 struct HiddenPart {

@@ -5,9 +5,6 @@
 namespace mpoe {
 namespace {
 
-// Rows so few that packing a block costs more than reading it once per row.
-constexpr int64_t kFewRows = 3;
-
 // Consecutive pieces of a part's scratch memory, which is zero at first.
 struct Scratch {
   float* next;
@@ -116,11 +113,12 @@ void forward(
   const Sizes s(gemm, in.block);
   const bool gated = in.u_gate != nullptr;
   Scratch scratch{part.scratch};
-  const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), panel = s.units * s.wide;
+  const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), most = rows_at_once(in, sorted);
+  const int64_t panel = most > kFewRows ? s.units * s.wide : 0;
   float* sum = scratch.floats(tile_tokens * s.wide);
-  float *z = scratch.floats(kChunk * s.wide), *value = scratch.floats(kChunk * s.wide);
+  float *z = scratch.floats(most * s.wide), *value = scratch.floats(most * s.wide);
   float *right = scratch.floats(panel), *left = scratch.floats(panel), *right_gate = scratch.floats(panel);
-  T *rows_u = scratch.elements<T>(kChunk * s.stride), *h = scratch.elements<T>(kChunk * s.stride);
+  T *rows_u = scratch.elements<T>(most * s.stride), *h = scratch.elements<T>(most * s.stride);
   const auto times = [&](const T* a, int64_t rows, bool few, const float* panels, const T* block, float* tile) {
     if (few)
       product_of_few(s, a, rows, block, tile);
@@ -201,7 +199,7 @@ void backward(
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), panel = s.units * s.wide;
   float *du = scratch.floats(tile_tokens * s.wide), *du_gate = scratch.floats(gated ? tile_tokens * s.wide : 0);
-  const int64_t tile_size = kChunk * s.wide, rows_size = kChunk * s.stride;
+  const int64_t tile_size = rows_at_once(in, sorted) * s.wide, rows_size = rows_at_once(in, sorted) * s.stride;
   float *z = scratch.floats(tile_size), *value = scratch.floats(tile_size), *act = scratch.floats(tile_size);
   float *dh = scratch.floats(tile_size), *product_tile = scratch.floats(tile_size);
   float *right = scratch.floats(panel), *left = scratch.floats(panel), *back = scratch.floats(panel);

@@ -9,6 +9,7 @@ from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer
 from mpoe.layers.context import RouterRecord, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 
@@ -79,10 +80,15 @@ class RoutedFeedForward(nn.Module):
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
 
-    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_load: Tensor) -> None:
-        """Leave what the router decided with the model call in progress; ``expert_load``: slots of every expert."""
+    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_load: Tensor | None = None) -> None:
+        """Leave what the router decided with the model call in progress.
+
+        ``expert_load``: slots of every expert; default: how many chose it.
+        """
         call = current_routing()
         if call is not None and call.records is not None:
+            if expert_load is None:
+                expert_load = count_choices(decision.top_k_index, self.num_experts, token_mask).int()
             # The balancing loss of GShard's gating counts first choices.
             counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
             call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))

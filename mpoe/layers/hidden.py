@@ -12,7 +12,6 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.losses import count_choices
 from mpoe.layers.mpo_linear import linear_weight
 from mpoe_kernels import hidden_experts
 
@@ -235,7 +234,7 @@ class HiddenFeedForward(RoutedFeedForward):
         else:
             decision = self.router(x)
             gates, index = decision.top_k_weights, decision.top_k_index
-            self.record(decision, token_mask, count_choices(index, self.num_experts, token_mask).int())
+            self.record(decision, token_mask)
         if token_mask is not None:
             index = index.masked_fill(~token_mask[:, None], -1)
         # In the shape in which the dense model multiplies, so that its bits are the same.

@@ -116,8 +116,9 @@ class TopKRouter(FromInitialValues):
             raise TypeError(f"x must be a tensor [T, I]; got {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
-        # The device meta has no autocast to turn off.
-        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        # The device meta has no autocast to turn off, and entering one that is off costs as much as a small product.
+        is_lowered = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if is_lowered else contextlib.nullcontext():
             x = x.float()
             if self.training and self.config.jitter:
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)

@@ -19,9 +19,9 @@ AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), stri
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any) -> Any:
+def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: int) -> Any:
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
-    return call_kernel(kernel_for(op, like.device, like.dtype, backend), *arguments)
+    return call_kernel(kernel_for(op, like.device, like.dtype, backend, **sizes), *arguments)
 
 
 def define_op(

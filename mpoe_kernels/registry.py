@@ -215,16 +215,21 @@ def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
     return _BACKENDS[backend].kernels.get(op)
 
 
-def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Callable[..., Any]:
-    """What `select` answers for an op whose kernel does not depend on sizes, remembered for the next call."""
-    return _selected(op, device, dtype, name, registered_backends())
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
+    """What `select` answers to a `Request`, remembered for the next one alike."""
+    return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())
 
 
 @lru_cache(maxsize=1024)
 def _selected(
-    op: str, device: torch.device, dtype: torch.dtype, name: str, _backends: tuple[Backend, ...]
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    sizes: tuple[tuple[str, int], ...],
+    _backends: tuple[Backend, ...],
 ) -> Callable[..., Any]:
-    return select(Request(op, str(device), dtype), name)
+    return select(Request(op, str(device), dtype, dict(sizes)), name)
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,28 +54,57 @@ def measure_machine() -> None:
         machine.measure_once(measure)
 
 
-def _able(
-    op: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    need: Need,
-    keeps: bool,
-    backend_name: str,
-    strategy_name: str,
-    backends: tuple[Backend, ...],
-) -> tuple[list[Candidate], dict[str, list[str]]]:
+class Problem(NamedTuple):
+    """What a choice is made for.
+
+    Attributes:
+        op: one of `CONTRACTIONS`.
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of the activations.
+        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
+        need: which gradients a backward computes: x, left, central, right.
+        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
+        backend, strategy: only this one.
+    """
+
+    op: str
+    dims: BlockDims
+    num_experts: int
+    slots: int
+    dtype: torch.dtype
+    device: str
+    need: Need = ALL_GRADIENTS
+    keeps: bool = False
+    backend: str = AUTO
+    strategy: str = AUTO
+
+    def plans(self) -> tuple[Contraction, ...]:
+        """Every contraction that solves it."""
+        phase = CONTRACTIONS[self.op]
+        sizes = (self.dims, self.num_experts, self.slots, self.dtype, phase, self.need, False, self.device, self.keeps)
+        return contractions(*sizes) if self.strategy == AUTO else (contraction(self.strategy, *sizes),)
+
+
+class _Circumstances(NamedTuple):
+    """What else a choice depends on; cost functions read the last three themselves."""
+
+    backends: tuple[Backend, ...]
+    deterministic: bool
+    threads: int
+    tf32: bool
+    constants: Source | None
+
+
+def _able(problem: Problem, backends: tuple[Backend, ...]) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Every candidate, and by backend the reasons why it has none, or not all."""
-    sizes = (dims, num_experts, slots, dtype, CONTRACTIONS[op], need, False, device, keeps)
-    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
-    request = Request(op, device, dtype)
-    table = measured.table_here(device)
+    plans, request = problem.plans(), Request(problem.op, problem.device, problem.dtype)
+    table = measured.table_here(problem.device)
     refused: dict[str, list[str]] = {}
     able: list[Candidate] = []
     for backend in backends:
-        if backend_name not in (AUTO, backend.name):
+        if problem.backend not in (AUTO, backend.name):
             continue
         refused[backend.name] = backend.unsupported_reasons(request)
         if refused[backend.name]:
@@ -110,7 +139,7 @@ def strategy_together(
 
     Args:
         alone: what was chosen for each projection; its backend is asked.
-        dims, num_experts, slots, dtype, device, keeps, strategy_name: as in `resolve_contraction`.
+        dims, num_experts, slots, dtype, device, keeps, strategy_name: as in `Problem`.
     """
     backend = next(each for each in registered_backends() if each.name == alone.backend)
     if backend.gated_price is None:
@@ -148,7 +177,7 @@ def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
     constants = machine.source()
     strategy = "separable" if keeps else call.strategy
     sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
-    found = resolve_contraction(op, *sizes, need, keeps, call.backend, strategy)
+    found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, strategy))
     if len(_CHOSEN) >= _MOST_CHOSEN:
         _CHOSEN.clear()
     # What a measurement, made for this call or by another thread meanwhile, has overtaken is not kept.
@@ -158,79 +187,42 @@ def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
 
 
 @lru_cache(maxsize=8192)
-def _resolve(
-    op: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    need: Need,
-    keeps: bool,
-    backend_name: str,
-    strategy_name: str,
-    backends: tuple[Backend, ...],
-    deterministic: bool,
-    _threads: int,
-    _tf32: bool,
-    _constants: Source | None,
-) -> Candidate:
-    """See `resolve_contraction`; the last three are read by the cost functions."""
-    sizes = (dims, num_experts, slots, dtype, device, need, keeps)
-    able, refused = _able(op, *sizes, backend_name, strategy_name, backends)
-    if deterministic:
+def _resolve(problem: Problem, circumstances: _Circumstances) -> Candidate:
+    """See `resolve_contraction`."""
+    op, backends = problem.op, circumstances.backends
+    able, refused = _able(problem, backends)
+    if circumstances.deterministic:
         same = {backend.name for backend in backends if backend.same_on_any_threads}
         able = [candidate for candidate in able if candidate.backend in same] or able
     if able:
         return min(able, key=lambda candidate: candidate.seconds)
-    if backend_name != AUTO:
-        raise BackendError(f"backend {backend_name!r} cannot run {op}: {'; '.join(refused[backend_name])}")
+    if problem.backend != AUTO:
+        raise BackendError(f"backend {problem.backend!r} cannot run {op}: {'; '.join(refused[problem.backend])}")
     listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendError(f"no backend can run {op} on {device.partition(':')[0]} {dtype}: {listing}")
+    raise BackendError(f"no backend can run {op} on {problem.device.partition(':')[0]} {problem.dtype}: {listing}")
 
 
-def resolve_contraction(
-    op: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    need: Need = ALL_GRADIENTS,
-    keeps: bool = False,
-    backend_name: str = AUTO,
-    strategy_name: str = AUTO,
-) -> Candidate:
+def resolve_contraction(problem: Problem) -> Candidate:
     """The able candidate with the lowest predicted time, remembered for the next problem alike.
 
     After ``torch.use_deterministic_algorithms(True)`` backends whose bits do not depend on the number of CPU threads go
     first, and the plan does not depend on it either.
 
-    What the choice depends on besides the arguments is part of the memory's key: the registered backends, whether it
+    What the choice depends on besides the problem is part of the memory's key: the registered backends, whether it
     must be deterministic, the number of CPU threads to plan for, whether float32 products may round to TF32, and the
     CPU's constants, which are measured before the first choice (see `planner.machine`).
-
-    Args:
-        op: one of `CONTRACTIONS`.
-        dims: sizes of the blocks.
-        num_experts: E.
-        slots: rows N.
-        dtype: of the activations.
-        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
-        need: which gradients a backward computes: x, left, central, right.
-        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
-        backend_name: only this backend.
-        strategy_name: only this strategy.
 
     Raises:
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
-    on_cpu = device == "cpu"
-    problem = (op, dims, num_experts, slots, dtype, device, need, keeps, backend_name, strategy_name)
-    backends = registered_backends()
-    if on_cpu and machine.is_wanted() and _measurer() is not None and len(_able(*problem, backends)[0]) > 1:
+    on_cpu, backends = problem.device == "cpu", registered_backends()
+    if on_cpu and machine.is_wanted() and _measurer() is not None and len(_able(problem, backends)[0]) > 1:
         measure_machine()
-    return _resolve(
-        *(*problem, backends, torch.are_deterministic_algorithms_enabled(), planned_threads()),
-        *(device.startswith("cuda") and may_round_to_tf32(dtype), machine.source() if on_cpu else None),
+    circumstances = _Circumstances(
+        backends,
+        torch.are_deterministic_algorithms_enabled(),
+        planned_threads(),
+        problem.device.startswith("cuda") and may_round_to_tf32(problem.dtype),
+        machine.source() if on_cpu else None,
     )
+    return _resolve(problem, circumstances)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels import BackendError, MPOShape, available_backends, backend_reasons
-from mpoe_kernels.choice import resolve_contraction
+from mpoe_kernels.choice import Problem, resolve_contraction
 from mpoe_kernels.planner import Contraction, contraction, plan_contraction
 from mpoe_kernels.registry import AUTO, CONTRACTIONS, Candidate, Request, select
 
@@ -82,7 +82,7 @@ def chosen_contractions(
         # A forward for training keeps what the separable backward reads.
         keeps = training and shape.is_separable and phase.phase == "forward"
         strategy = "separable" if keeps else AUTO
-        choice = resolve_contraction(op, *sizes, device, need, keeps, backend, strategy)
+        choice = resolve_contraction(Problem(op, *sizes, device, need, keeps, backend, strategy))
         found[phase.phase] = (contraction(choice.strategy, *sizes, phase.phase, need, device=device), choice)
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
-from mpoe_kernels.choice import resolve_contraction
+from mpoe_kernels.choice import Problem, resolve_contraction
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.registry import (
     _BACKENDS,
@@ -80,7 +80,7 @@ def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: t
     dims = BlockDims.of_blocks(blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features)
     op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
     try:
-        resolve_contraction(op, dims, 2, 8, dtype, "cpu", backend_name=backend, strategy_name=strategy)
+        resolve_contraction(Problem(op, dims, 2, 8, dtype, "cpu", backend=backend, strategy=strategy))
     except BackendError:
         return False
     return True

@@ -129,7 +129,7 @@ def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 def test_choosing_costs_little_on_repeated_sizes() -> None:
     arguments = ("grouped_mpo_linear", BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072), 8, 64, torch.float32)
-    choose = functools.partial(choice.resolve_contraction, *arguments, "cpu")
+    choose = functools.partial(choice.resolve_contraction, choice.Problem(*arguments, "cpu"))
     first = choose()
     samples = []
     for _ in range(5):

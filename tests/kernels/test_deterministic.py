@@ -51,7 +51,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
         names = []
         for threads in (1, 2):
             with torch_threads(threads):
-                names.append(choice.resolve_contraction(*SIZES, "cpu").backend)
+                names.append(choice.resolve_contraction(choice.Problem(*SIZES, "cpu")).backend)
         return names
 
     assert chosen() == ["few", "many"]
@@ -73,7 +73,7 @@ def test_tf32_is_part_of_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(choice, "may_round_to_tf32", lambda dtype: allowed and dtype == torch.float32)
 
     def chosen(device: str) -> str:
-        return choice.resolve_contraction(*SIZES, device).backend
+        return choice.resolve_contraction(choice.Problem(*SIZES, device)).backend
 
     assert chosen("cuda:0") == chosen("cpu") == "full"
     allowed = True

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mpoe_kernels.choice as choice
 import mpoe_kernels.registry as registry
 from mpoe_kernels import available_backends, info, measure_machine
-from mpoe_kernels.choice import resolve_contraction
+from mpoe_kernels.choice import Problem, resolve_contraction
 from mpoe_kernels.linear.native import cost
 from mpoe_kernels.linear.native import measure as measuring
 from mpoe_kernels.planner import BlockDims, contraction, hardware_of, machine
@@ -60,11 +60,11 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Constants]:
 
 
 def choose(dtype: torch.dtype = torch.float32, **how: str) -> registry.Candidate:
-    return resolve_contraction("grouped_mpo_linear", DIMS, 4, 64, dtype, "cpu", **how)
+    return resolve_contraction(Problem("grouped_mpo_linear", DIMS, 4, 64, dtype, "cpu", **how))
 
 
 def test_the_first_choice_measures_and_later_ones_do_not(cache: Path, timed: list[Constants]) -> None:
-    choose(backend_name="eager", strategy_name="rebuild")
+    choose(backend="eager", strategy="rebuild")
     assert not timed, "there was nothing to choose"
     assert hardware_of("cpu") == hardware_of("cpu")
     assert not timed, "printing a plan measures nothing"
@@ -241,7 +241,7 @@ def test_auto_takes_the_backend_that_is_faster_on_the_machine(dtype: torch.dtype
     for tile_rate, expected in ((1.1, "native"), (0.3, "eager")):
         with machine.using({"constants": machine._as_json(constants(tile_rate))}):
             for op in registry.CONTRACTIONS:
-                assert resolve_contraction(op, dims, 8, 2048, dtype, "cpu").backend == expected
+                assert resolve_contraction(Problem(op, dims, 8, 2048, dtype, "cpu")).backend == expected
 
 
 @NATIVE

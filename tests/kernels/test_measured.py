@@ -61,7 +61,7 @@ def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def chosen(slots: int, backend: str = "auto") -> str:
         arguments = ("grouped_mpo_linear", DIMS, 8, slots, torch.bfloat16, "cuda")
-        return choice.resolve_contraction(*arguments, backend_name=backend, strategy_name="rebuild").backend
+        return choice.resolve_contraction(choice.Problem(*arguments, backend=backend, strategy="rebuild")).backend
 
     assert chosen(64) == "quick"
     table = {measured.key("quick", "rebuild", plan(1)): [(1, 5e-3), (4096, 5e-3)]}

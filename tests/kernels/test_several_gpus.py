@@ -96,8 +96,8 @@ def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pyte
     second = candidate_backend("second", kernels, lambda _: 2.0)
     monkeypatch.setattr(registry, "_BACKENDS", {"first": first, "second": second})
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
-    assert choice.resolve_contraction(*arguments, "cuda:0").backend == "first"
-    assert choice.resolve_contraction(*arguments, "cuda:1").backend == "second"
+    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:0")).backend == "first"
+    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:1")).backend == "second"
 
 
 class OnSecondGpu(torch.Tensor):

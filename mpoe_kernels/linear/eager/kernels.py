@@ -10,23 +10,19 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import Upstream, apply_activation_
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.linear.eager.rows import rows_backward, rows_forward
-from mpoe_kernels.planner import program_of
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
-    x, offsets, dims = call.x, call.expert_offsets.tolist(), call.dims
+    x, offsets = call.x, call.expert_offsets.tolist()
     check_offsets(offsets, call.slots)
     if call.row_index is not None:
         check_range("row_index", call.row_index, 0, x.shape[0] - 1)
     h, saved = x.new_empty(0), x.new_empty(0)
     if call.strategy == "rebuild":
-        z = rebuild_forward(x, *call.blocks, offsets, call.row_index, dims)
+        z = rebuild_forward(call, offsets)
     else:
-        z, central_step = rows_forward(
-            *(x, *call.blocks, offsets, call.row_index, dims),
-            *(program_of(dims, call.strategy, "forward"), call.save),
-        )
+        z, central_step = rows_forward(call, offsets)
         if central_step is not None:
             h = central_step
     last = offsets[-1]
@@ -41,21 +37,20 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    x, row_index, dims, needs = call.x, call.row_index, call.dims, call.need_of_plan
     offsets = call.expert_offsets.tolist()
     check_offsets(offsets, call.slots)
     upstream = Upstream(call.grad, call.activation, call.saved, call.need[4])
     parts: tuple[Tensor | None, ...] = (None,) * 4
-    if not any(needs):
+    if not any(call.need_of_plan):
         upstream.rows(0, offsets[-1])
     elif call.strategy == "rebuild":
-        parts = rebuild_backward(upstream, x, *call.blocks, offsets, row_index, dims, *needs)
+        parts = rebuild_backward(call, upstream, offsets)
     else:
-        parts = rows_backward(upstream, x, *call.blocks, offsets, row_index, call.saved_h, dims, call.strategy, needs)
+        parts = rows_backward(call, upstream, offsets)
     dbias = None if upstream.bias is None else upstream.bias.to(call.grad.dtype)
     dx = parts[0]
-    if dx is not None and row_index is not None:
-        dx = torch.zeros_like(x).index_add_(0, row_index, dx)
+    if dx is not None and call.row_index is not None:
+        dx = torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
     empty = call.grad.new_empty(0)
     results = [empty.clone() if part is None else part.contiguous() for part in (dx, *parts[1:], dbias)]
     return results[0], results[1], results[2], results[3], results[4]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import Upstream
 from mpoe_kernels.linear.eager.grouped import accumulate_mm, accumulator, clear_idle, select_experts, store
 from mpoe_kernels.linear.eager.weight import CHUNK, WeightBuilder, in_natural_order
-from mpoe_kernels.planner import BlockDims
 
 
 def _rows(x: Tensor, row_index: Tensor | None, start: int, stop: int) -> Tensor:
@@ -22,19 +22,11 @@ def _pad_columns(rows: Tensor, columns: int) -> Tensor:
     return rows if rows.shape[1] == columns else torch.nn.functional.pad(rows, (0, columns - rows.shape[1]))
 
 
-def rebuild_forward(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    offsets: list[int],
-    row_index: Tensor | None,
-    dims: BlockDims,
-) -> Tensor:
+def rebuild_forward(call: ForwardCall, offsets: list[int]) -> Tensor:
     """Pre-activation without bias, ``[N, F]``; rows past the last offset are zero."""
-    slots = x.shape[0] if row_index is None else row_index.shape[0]
-    z = x.new_empty(slots, dims.out_features)
-    builder = WeightBuilder(left, central, right, dims)
+    x, row_index, dims = call.x, call.row_index, call.dims
+    z = x.new_empty(call.slots, dims.out_features)
+    builder = WeightBuilder(*call.blocks, dims)
     memory, scratch = x.new_empty(dims.weight_elements), x.new_empty(builder.slab_elements)
     weight = memory.view(builder.padded_in, builder.padded_out)
     if builder.left_first and builder.half_elements > CHUNK * dims.weight_elements:
@@ -66,39 +58,28 @@ class _Gradients:
 
 
 def rebuild_backward(
-    upstream: Upstream,
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    offsets: list[int],
-    row_index: Tensor | None,
-    dims: BlockDims,
-    need_x: bool,
-    need_left: bool,
-    need_central: bool,
-    need_right: bool,
+    call: BackwardCall, upstream: Upstream, offsets: list[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
 
     The weight is rebuilt again rather than saved; the half it is built from also gives the right gradient. Sums over
     slabs and experts are kept in at least float32.
     """
-    builder = WeightBuilder(left, central, right, dims)
-    found = _Gradients(builder, upstream.slots, (need_x, need_left, need_central, need_right))
+    builder = WeightBuilder(*call.blocks, call.dims)
+    found = _Gradients(builder, upstream.slots, call.need_of_plan)
     one_expert = _left_first_gradients if builder.left_first else _right_first_gradients
-    one_expert(builder, found, upstream, x, offsets, row_index)
+    one_expert(builder, found, upstream, call.x, offsets, call.row_index)
     for stacked in (found.left, found.right):
         if stacked is not None:
             clear_idle(stacked, offsets)
     dx = dcentral = None
     if found.x is not None:
         found.x[offsets[-1] :] = 0
-        dx = found.x[:, : dims.in_features]
+        dx = found.x[:, : call.in_features]
     if found.central is not None:
-        dcentral = found.central.to(central.dtype).view(central.shape)
-    dleft = None if found.left is None else found.left.view(left.shape)
-    dright = None if found.right is None else found.right.view(right.shape)
+        dcentral = found.central.to(call.central.dtype).view(call.central.shape)
+    dleft = None if found.left is None else found.left.view(call.left.shape)
+    dright = None if found.right is None else found.right.view(call.right.shape)
     return dx, dleft, dcentral, dright
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.engine.driver import run
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.activation import Upstream
 from mpoe_kernels.linear.eager.grouped import (
     Group,
@@ -29,7 +30,7 @@ from mpoe_kernels.linear.eager.grouped import (
     store,
 )
 from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
-from mpoe_kernels.planner.program import KEPT, Need, Product, Program, program_of, value_of
+from mpoe_kernels.planner.program import KEPT, Product, Program, program_of, value_of
 
 # Half-built weights of a chunk of experts: this part of a weight. They exist up to twice (the rows may need another
 # layout than the one they are built in), and so do their gradients.
@@ -109,17 +110,10 @@ class Pass:
         aux: gradients of L and R, to be written.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        dims: BlockDims,
-        blocks: dict[str, Tensor],
-        x: Tensor,
-        row_index: Tensor | None,
-        upstream: Upstream | None = None,
-    ) -> None:
-        self.program, self.dims, self.blocks = program, dims, blocks
-        self.x, self.row_index, self.upstream = x, row_index, upstream
+    def __init__(self, program: Program, call: LinearCall, upstream: Upstream | None = None) -> None:
+        self.program, self.dims, self.upstream = program, call.dims, upstream
+        self.x, self.row_index = call.x, call.row_index
+        self.blocks = {"L": call.left, "C": call.central, "R": call.right}
         self.rows: dict[str, Tensor] = {}
         self.aux: dict[str, Tensor] = {}
         self.central: Tensor | None = None  # once there are several parts, their sum in at least float32
@@ -281,27 +275,18 @@ class EagerChunk:
         return Named(total.unsqueeze(0), self.whole.program.axes["C"])
 
 
-def rows_forward(
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    offsets: list[int],
-    row_index: Tensor | None,
-    dims: BlockDims,
-    program: Program,
-    save: bool,
-) -> tuple[Tensor, Tensor | None]:
+def rows_forward(call: ForwardCall, offsets: list[int]) -> tuple[Tensor, Tensor | None]:
     """``(z [N, F], h)``: pre-activation without bias, zero past the last offset.
 
     h is what separable saves if asked to, the central step's result ``[N jC, b]``; else ``None``.
     """
-    slots = x.shape[0] if row_index is None else row_index.shape[0]
-    whole = Pass(program, dims, {"L": left, "C": central, "R": right}, x, row_index)
+    x, dims, slots = call.x, call.dims, call.slots
+    program = program_of(dims, call.strategy, "forward")
+    whole = Pass(program, call)
     # A separable shape's last rows are padded in memory: they can be written where they belong.
     padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
     whole.rows["y"] = x.new_empty(slots, padded)
-    if save and program.strategy == "separable":
+    if call.save and program.strategy == "separable":
         whole.rows[KEPT] = x.new_empty(slots, dims.jC * dims.b)
     run(program, whole.chunks(offsets))
     if offsets[-1] < slots:
@@ -312,25 +297,15 @@ def rows_forward(
 
 
 def rows_backward(
-    upstream: Upstream,
-    x: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    offsets: list[int],
-    row_index: Tensor | None,
-    h: Tensor | None,
-    dims: BlockDims,
-    strategy: str,
-    need: Need,
+    call: BackwardCall, upstream: Upstream, offsets: list[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
 
-    Args:
-        h: what the forward pass of separable saved; other rows are computed again, as far as they are read.
+    Rows other than the h that the forward pass of separable saved are computed again, as far as they are read.
     """
-    program = program_of(dims, strategy, "backward", need, kept=h is not None)
-    whole = Pass(program, dims, {"L": left, "C": central, "R": right}, x, row_index, upstream)
+    x, dims, need, h = call.x, call.dims, call.need_of_plan, call.saved_h
+    program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
+    whole = Pass(program, call, upstream)
     if need[0]:
         whole.rows["d x"] = x.new_empty(upstream.slots, dims.iL * dims.iC * dims.iR)
     if h is not None:
@@ -345,5 +320,6 @@ def rows_backward(
             whole.rows["d x"][offsets[-1] :] = 0
         dx = whole.rows["d x"][:, : dims.in_features]
     if need[2]:
-        dcentral = torch.zeros_like(central) if whole.central is None else whole.central.to(central.dtype)
+        like = call.central
+        dcentral = torch.zeros_like(like) if whole.central is None else whole.central.to(like.dtype)
     return dx, whole.aux.get("L"), dcentral, whole.aux.get("R")

@@ -168,9 +168,12 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
 def show_report(report: dict[str, Any], names: Sequence[str]) -> None:
     """Print what the mixture lost of every fine-tune, per layer and in what the experts share."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layer", *names, title="Error, relative to what the fine-tune changed (largest of the projections)")
+    short = [Path(name).name for name in names]
+    shown = short if len(set(short)) == len(names) else names
+    headings = [Column(name, overflow="fold") for name in ("layer", *shown)]
+    table = Table(*headings, title="Error, relative to what the fine-tune changed (largest of the projections)")
     for layer, kinds in report["experts"].items():
         numbers = next(iter(kinds.values()))
         table.add_row(layer, *(f"{max(errors[n] for errors in kinds.values()):.2e}" for n in numbers))

@@ -44,7 +44,11 @@ def paths(folder, kind, numbers):
 def test_two_fine_tunes_then_an_adapter_more(folder, capsys):
     texts = ["--texts", *paths(folder, "t{}.txt", (0, 1))]
     command.command([BASE, *paths(folder, "ft{}", (0, 1)), "--output_dir", str(folder / "two"), *texts, *SMALL])
-    assert "outside the experts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "outside the experts" in printed
+    # The folders' own names, however long the way there.
+    assert "ft0" in printed
+    assert "ft1" in printed
     two = load_mpoe(folder / "two")
     assert two.mpoe_config.num_experts == 2
     add = ["--add", str(folder / "two"), "--output_dir", str(folder / "three"), "--texts", str(folder / "t2.txt")]

@@ -2,7 +2,7 @@
 
 No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
 tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped, on
-T5-base's sizes or, with ``--large``, on those of a wider layer and of many experts. ``--doc`` writes the table of
+T5-base's sizes or, with ``--large``, the hardest of a wider layer and of many experts. ``--doc`` writes the table of
 bench/results/ahead-of-time/triton.md. ``--keep FILE`` notes every result there as it comes, and takes from it those of
 the same kernel source, specialisation and Triton. What is shipped: mpoe_kernels/backends/triton_catalogue.py.
 """
@@ -58,9 +58,10 @@ def shipped_jobs(
     each: int = 1,
     sizes: Iterable[catalogue.Sizes] = (catalogue.T5_BASE,),
 ) -> dict[Job, Use]:
-    """Of every kernel, architecture, dtype, configuration and sizes, the ``each`` most difficult jobs.
+    """Of every kernel, architecture, dtype and configuration, the ``each`` most difficult jobs.
 
-    With ``quick`` one of every kernel and architecture.
+    Of other sizes than T5-base's the most difficult ones of all configurations. With ``quick`` one of every kernel and
+    architecture.
     """
     groups: dict[tuple[str, ...], dict[Job, Use]] = {}
     for size, dtype in product(sizes, dtypes):
@@ -68,7 +69,7 @@ def shipped_jobs(
             for architecture in architectures:
                 for launch in catalogue.launches(problem, architecture):
                     job = job_of(launch, architecture)
-                    group = (job.name, architecture, *(() if quick else (dtype, job.configuration, size.name)))
+                    group = (job.name, architecture, *(() if quick else (dtype, size.name or job.configuration)))
                     where = ", ".join(filter(None, (problem.name, dtype, size.name)))
                     use = groups.setdefault(group, {}).setdefault(job, Use(where))
                     overhead = FLOP_OVERHEAD.get(job.name)

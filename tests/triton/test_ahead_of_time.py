@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -80,12 +81,12 @@ def test_other_sizes_start_the_same_kernels(sizes: catalogue.Sizes) -> None:
     assert {sizes.model, sizes.hidden} <= {a["a"].shape[1] for a in rows}
 
 
-def test_large_sizes_are_groups_of_their_own() -> None:
-    found = {}
-    for sizes in ((catalogue.MANY_EXPERTS,), catalogue.LARGE_SIZES):
-        uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), sizes=sizes)
-        found[len(sizes)] = {(job.name, use.problem.rpartition(", ")[2]) for job, use in uses.items()}
-    assert ("rows_kernel", "E = 1,024") in found[1] < found[2]
+def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
+    uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=catalogue.LARGE_SIZES)
+    found = Counter((job.name, use.problem.rpartition(", float16, ")[2]) for job, use in uses.items())
+    assert found["rows_kernel", "d = 4,096"] == found["rows_kernel", "E = 1,024"] == 2
+    widest = configs.TILES["gfx942"]["rows"][0].m
+    assert {dict(job.constants)["BM"] for job in uses if job.name == "rows_kernel"} == {widest}
 
 
 def test_jobs_are_what_triton_would_specialise() -> None:

@@ -44,6 +44,15 @@ def test_every_kernel_and_tile_is_listed() -> None:
     assert {job.name for job in jobs} == {row[0] for row in rows}
 
 
+def test_other_sizes_are_listed() -> None:
+    rows = table("large")
+    assert not any("fails" in row for row in rows)
+    jobs = triton_compile.shipped_jobs(ARCHITECTURES, ["bfloat16"], True, sizes=catalogue.LARGE_SIZES)
+    for column, architecture in enumerate(triton_compile.TARGETS, start=4):
+        listed = {row[0] for row in rows if row[column] != "-"}
+        assert listed == {job.name for job in jobs if job.architecture == architecture}
+
+
 def test_every_case_is_predicted() -> None:
     rows = table("predictions")
     wanted = {

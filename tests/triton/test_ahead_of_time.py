@@ -127,6 +127,15 @@ def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
     assert [compile_job(job).problems("sm_90") for job in counted] == [[], []]
 
 
+def test_pairs_of_a_thousand_experts_do_not_spill() -> None:
+    dims = catalogue.dims_of(catalogue.shapes()["paper 32"][0])
+    work = catalogue.gated_work(dims, 1024, 4096, torch.float32, "half_left")
+    jobs = {job_of(launch, "sm_90") for launch in catalogue.launches(catalogue.Problem("gated", work), "sm_90")}
+    pairs = [job for job in jobs if job.name == "pairs_kernel" and dict(job.constants)["GROUPED"]]
+    assert pairs
+    assert [compile_job(job).problems("sm_90") for job in pairs] == [[]] * len(pairs)
+
+
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
 def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
     (problem,) = compile_job(planted(128, warps, 1, architecture=architecture)).problems(architecture)

@@ -95,9 +95,11 @@ def launch(gate: Rows, up: Rows, final: bool, tile: Tile | None = None) -> None:
 
     tile = tile or tile_for("pairs", a.data, rows_of_one, 2 * n.extent, k.extent, again)
     options = launch_options(tile) | {"BN": max(16, tile.n // 2)}
-    if architecture_of(device) == "sm_100" and a.data.itemsize == 2:  # else the compiler would rather spill a few
-        options["maxnreg"] = 255
     segments = (experts if grouped else 1) + 1
+    architecture, itemsize = architecture_of(device), a.data.itemsize
+    # Else the compiler would rather spill a few; every program holds the offsets of all experts.
+    if (architecture, itemsize) == ("sm_100", 2) or ((architecture, itemsize) == ("sm_90", 4) and segments > 256):
+        options["maxnreg"] = 255
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, options["BN"])
     pre, bias, row_index = gate.pre, up.bias, gate.row_index
     start(

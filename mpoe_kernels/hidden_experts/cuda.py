@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.registry import Request
 
 LARGEST_BLOCK = 64  # kLargestHiddenBlock
-
-
-def _named(activation: str) -> str:
-    return "gelu_tanh" if activation == "gelu_new" else activation
 
 
 @dataclass(frozen=True)
@@ -27,40 +24,14 @@ class HiddenKernels:
 
     ops: Any
 
-    def forward(
-        self,
-        u: Tensor,
-        gates: Tensor,
-        top_k_index: Tensor,
-        right: Tensor,
-        left: Tensor,
-        bias: Tensor | None,
-        u_gate: Tensor | None,
-        right_gate: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        """See `hidden_experts`; blocks ``[E, G', b, b]``. An index outside ``0..E-1`` is no expert."""
-        inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-        return self.ops.hidden_experts(*inputs, _named(activation), may_round_to_tf32(u.dtype))
+    def forward(self, call: HiddenCall) -> Tensor:
+        """See `hidden_experts`. An index outside ``0..E-1`` is no expert."""
+        return self.ops.hidden_experts(*call.tensors, call.kernel_activation, may_round_to_tf32(call.u.dtype))
 
-    def backward(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        gates: Tensor,
-        top_k_index: Tensor,
-        right: Tensor,
-        left: Tensor,
-        bias: Tensor | None,
-        u_gate: Tensor | None,
-        right_gate: Tensor | None,
-        activation: str,
-        need: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As `eager.backward`."""
-        inputs = (grad, u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-        tf32 = may_round_to_tf32(u.dtype)
-        return self.ops.hidden_experts_backward(*inputs, _named(activation), [int(wanted) for wanted in need], tf32)
+    def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+        """See `HiddenBackwardCall`."""
+        need, tf32 = [int(wanted) for wanted in call.need], may_round_to_tf32(call.u.dtype)
+        return self.ops.hidden_experts_backward(call.grad, *call.tensors, call.kernel_activation, need, tf32)
 
     @staticmethod
     def reasons(request: Request) -> list[str]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 
 # Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
@@ -101,19 +102,11 @@ def _total(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def forward(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """See `hidden_experts`; blocks ``[E, G', b, b]``."""
-    u, u_gate = _rows_in_use(top_k_index, u, u_gate)
+def forward(call: HiddenCall) -> Tensor:
+    """See `hidden_experts`."""
+    gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
+    right_gate, activation = call.right_gate, call.activation
+    u, u_gate = _rows_in_use(top_k_index, call.u, call.u_gate)
     out = _total(u)
     for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
         e = share.expert
@@ -130,23 +123,12 @@ def _with_bias(z: Tensor, bias: Tensor | None, expert: int) -> Tensor:
     return z if bias is None else z.add_(bias[expert])
 
 
-def backward(
-    grad: Tensor,
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, gates, right, left, bias, u_gate, right_gate; an empty tensor for those not in ``need``."""
-    u, u_gate = _rows_in_use(top_k_index, u, u_gate)
-    inputs = (u, gates, right, left, bias, u_gate, right_gate)
-    wanted = [wants and value is not None for wants, value in zip(need, inputs, strict=True)]
+def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+    """See `HiddenBackwardCall`."""
+    gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
+    right_gate, activation, grad = call.right_gate, call.activation, call.grad
+    u, u_gate = _rows_in_use(top_k_index, call.u, call.u_gate)
+    inputs, wanted = call.differentiable, call.wanted
     du, dgates, dright, dleft, dbias, du_gate, dright_gate = (
         u.new_empty(0) if value is None or not wants else _total(value)
         for value, wants in zip(inputs, wanted, strict=True)
@@ -186,6 +168,4 @@ def backward(
         if need_bias:
             dbias[e] = dz.sum(0)
     sums = (du, dgates, dright, dleft, dbias, du_gate, dright_gate)
-    return tuple(  # type: ignore[return-value]
-        total.to(u.dtype if value is None else value.dtype) for total, value in zip(sums, inputs, strict=True)
-    )
+    return tuple(total.to(u.dtype if value is None else value.dtype) for total, value in zip(sums, inputs, strict=True))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.native_interface import DTYPES, HiddenArguments, dense, dense_index, dense_like
 from mpoe_kernels.native_library import call_native
 from mpoe_kernels.registry import Request
@@ -21,41 +22,31 @@ def reasons(request: Request) -> list[str]:
     return [f"it computes hidden_experts in float32 and bfloat16, not in {request.dtype}"]
 
 
-def _inputs(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-) -> tuple[HiddenArguments, tuple[Tensor | None, ...]]:
+def _inputs(call: HiddenCall) -> tuple[HiddenArguments, tuple[Tensor | None, ...]]:
     """What both passes are called with, and the tensors behind it, which the caller keeps until the call returns."""
-    u = dense("u", u)
+    u, right, right_gate = dense("u", call.u), call.right, call.right_gate
     if u.dim() != 2 or right.dim() != 4:
         raise ValueError(f"u must have 2 axes and right 4; got {describe(u)}, {describe(right)}")
-    if (u_gate is None) != (right_gate is None):
+    if (call.u_gate is None) != (right_gate is None):
         raise ValueError("right_gate must be given with u_gate")
     (tokens, features), (experts, groups, block, _) = u.shape, right.shape
     dtype, blocks = u.dtype, (experts, groups, block, block)
-    index = dense_index("top_k_index", top_k_index, 2)
-    if index.shape[0] != tokens or gates.shape != index.shape:
-        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(gates)}")
+    index = dense_index("top_k_index", call.top_k_index, 2)
+    if index.shape[0] != tokens or call.gates.shape != index.shape:
+        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(call.gates)}")
     kept = (
         u,
-        None if u_gate is None else dense_like("u_gate", u_gate, u.shape, dtype),
-        dense("gates", gates.float()),
+        None if call.u_gate is None else dense_like("u_gate", call.u_gate, u.shape, dtype),
+        dense("gates", call.gates.float()),
         index,
         dense_like("right", right, blocks, dtype),
-        dense_like("left", left, blocks, dtype),
+        dense_like("left", call.left, blocks, dtype),
         None if right_gate is None else dense_like("right_gate", right_gate, blocks, dtype),
-        None if bias is None else dense_like("bias", bias, (experts, features), dtype),
+        None if call.bias is None else dense_like("bias", call.bias, (experts, features), dtype),
     )
     arguments = HiddenArguments(
         dtype=DTYPES.get(dtype, str(dtype).encode()),
-        activation=activation.encode(),
+        activation=call.activation.encode(),
         tokens=tokens,
         features=features,
         block=block,
@@ -70,41 +61,20 @@ def _inputs(
     return arguments, kept
 
 
-def forward(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """See `hidden_experts`; blocks ``[E, G', b, b]``."""
-    arguments, _kept = _inputs(u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation)
-    out = u.new_empty(u.shape)
+def forward(call: HiddenCall) -> Tensor:
+    """See `hidden_experts`."""
+    arguments, _kept = _inputs(call)
+    out = call.u.new_empty(call.u.shape)
     arguments.out = out.data_ptr()
     call_native("mpoe_hidden_experts", arguments)
     return out
 
 
-def backward(
-    grad: Tensor,
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.backward`."""
-    arguments, kept = _inputs(u, gates, top_k_index, right, left, bias, u_gate, right_gate, activation)
-    rows = dense_like("grad", grad, u.shape, u.dtype)
+def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+    """See `HiddenBackwardCall`."""
+    u, need = call.u, call.need
+    arguments, kept = _inputs(call)
+    rows = dense_like("grad", call.grad, u.shape, u.dtype)
     arguments.grad = rows.data_ptr()
     _, own_gate, own_gates, _, *cores, own_bias = kept
     likes = (u, own_gates, cores[0], cores[1], own_bias, own_gate, cores[2])
@@ -115,5 +85,5 @@ def backward(
         if result.numel():
             setattr(arguments, name, result.data_ptr())
     call_native("mpoe_hidden_experts_backward", arguments)
-    results[1] = results[1].to(gates.dtype if need[1] else u.dtype)
-    return tuple(results)  # type: ignore[return-value]
+    results[1] = results[1].to(call.gates.dtype if need[1] else u.dtype)
+    return tuple(results)

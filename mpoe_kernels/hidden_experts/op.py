@@ -21,8 +21,9 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.define import define_op_of, run_kernel
 from mpoe_kernels.hidden_experts import eager, native
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.registry import add_kernel, requested_backend
 
@@ -53,80 +54,28 @@ for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", Hidden
     add_kernels(_backend, _kernels)
 
 
-def _body(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    backend: str,
-) -> Tensor:
-    if top_k_index.device.type == "cpu" and top_k_index.numel():  # looking costs no waiting there
-        low, high = map(int, torch.aminmax(top_k_index))
-        if low < -1 or high >= right.shape[0]:
-            raise ValueError(f"top_k_index must lie in -1..{right.shape[0] - 1}; got {low if low < -1 else high}")
-    inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-    return run_kernel("hidden_experts", backend, u, *inputs, activation, block=right.shape[-1])
+def _run(call: HiddenCall) -> Tensor:
+    index = call.top_k_index
+    if index.device.type == "cpu" and index.numel():  # looking costs no waiting there
+        low, high = map(int, torch.aminmax(index))
+        if low < -1 or high >= call.num_experts:
+            raise ValueError(f"top_k_index must lie in -1..{call.num_experts - 1}; got {low if low < -1 else high}")
+    return run_kernel("hidden_experts", call.backend, call.u, call, block=call.block)
 
 
-def _fake(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    backend: str,
-) -> Tensor:
-    return u.new_empty(u.shape)
+def _run_backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+    return run_kernel("hidden_experts_backward", call.backend, call.u, call, block=call.block)
 
 
-def _backward_body(
-    grad: Tensor,
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    need: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (u, gates, top_k_index, right, left, bias, u_gate, right_gate)
-    arguments = (grad, *inputs, activation, need)
-    return run_kernel("hidden_experts_backward", backend, u, *arguments, block=right.shape[-1])
+def _fake(call: HiddenCall) -> Tensor:
+    return call.u.new_empty(call.u.shape)
 
 
-def _backward_fake(
-    grad: Tensor,
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    need: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (u, gates, right, left, bias, u_gate, right_gate)
-    grads = [
-        u.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)
-        for value, wanted in zip(inputs, need, strict=True)
-    ]
-    return tuple(grads)  # type: ignore[return-value]
+def _backward_fake(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+    return tuple(
+        value.new_empty(value.shape) if wants and value is not None else call.u.new_empty(0)
+        for value, wants in zip(call.differentiable, call.wanted, strict=True)
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,15 +85,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE]
-    grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, need, ctx.backend)
+    grads = _backward(*ctx.saved_tensors, ctx.activation, ctx.backend, grad.contiguous(), need)
     found = {p: g for p, g, wanted in zip(DIFFERENTIABLE, grads, need, strict=True) if wanted}
     return tuple(found.get(position) for position in range(10))
 
 
-_body.__name__, _backward_body.__name__ = "hidden_experts", "hidden_experts_backward"
-_backward = define_op(_backward_body, _backward_fake)
-# Gates keep the router's float32.
-_forward = define_op(_body, _fake, setup_context=_setup, backward=_autograd, autocast_arguments=(0, 3, 4, 5, 6, 7))
+_backward = define_op_of("hidden_experts_backward", HiddenBackwardCall, 7, _run_backward, _backward_fake)
+_forward = define_op_of(
+    "hidden_experts",
+    HiddenCall,
+    1,
+    _run,
+    _fake,
+    setup_context=_setup,
+    backward=_autograd,
+    autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
+)
 
 
 def hidden_experts(

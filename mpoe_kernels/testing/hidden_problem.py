@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.hidden_experts import hidden_experts
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 
 NAMES = ("u", "gates", "right", "left", "bias", "u_gate", "right_gate")
+
+
+def arguments_of(call: HiddenCall) -> tuple[Any, ...]:
+    """As the op takes them."""
+    return tuple(getattr(call, each.name) for each in fields(call))
 
 
 @dataclass
@@ -60,6 +66,16 @@ class HiddenProblem:
             "right_gate": random(*blocks, scale=scale) if self.gated else None,
         }
         self.grad = random(self.tokens, features)
+
+    def call(self, backend: str = "auto") -> HiddenCall:
+        """What its forward kernels are called with."""
+        own = self.inputs
+        head = (own["u"], own["gates"], self.index, own["right"], own["left"])
+        return HiddenCall(*head, own["bias"], own["u_gate"], own["right_gate"], self.activation, backend)  # type: ignore[arg-type]
+
+    def backward_call(self, need: list[bool], backend: str = "auto") -> HiddenBackwardCall:
+        """What its backward kernels are called with."""
+        return HiddenBackwardCall(**vars(self.call(backend)), grad=self.grad, need=need)
 
     def run(self, op: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
         """``o`` and every gradient, by ``op`` in ``dtype``; gates and their gradient in float32 at least."""

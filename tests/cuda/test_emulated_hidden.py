@@ -14,7 +14,7 @@ from mpoe_kernels import BackendError
 from mpoe_kernels.hidden_experts.cuda import LARGEST_BLOCK, HiddenKernels
 from mpoe_kernels.registry import Request
 from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem
+from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 
 from .emulation import DTYPES, HIDDEN, OPS, REFUSED, SCHEDULES, Schedule, library, limits, schedule, stats, tf32_allowed
 
@@ -26,17 +26,11 @@ def _loaded() -> None:
     library()
 
 
-def inputs_of(problem: HiddenProblem) -> tuple[Any, ...]:
-    x = problem.inputs
-    head = (x["u"], x["gates"], problem.index, x["right"], x["left"])
-    return (*head, x["bias"], x["u_gate"], x["right_gate"], problem.activation)
-
-
 def run(problem: HiddenProblem, need: list[bool] = ALL) -> dict[str, Tensor]:
     """``o`` and every gradient; results begin as NaN."""
     with poisoned_memory():
-        out = HIDDEN.forward(*inputs_of(problem))
-        grads = HIDDEN.backward(problem.grad, *inputs_of(problem), need)
+        out = HIDDEN.forward(problem.call())
+        grads = HIDDEN.backward(problem.backward_call(need))
     given_inputs = {name for name, value in problem.inputs.items() if value is not None}
     return {"o": out, **{f"d{n}": g for n, g in zip(NAMES, grads, strict=True) if n in given_inputs}}
 
@@ -172,11 +166,11 @@ def test_launches() -> None:
 
     def launches(of: HiddenProblem, need: list[bool]) -> int:
         stats()
-        HIDDEN.backward(of.grad, *inputs_of(of), need)
+        HIDDEN.backward(of.backward_call(need))
         return stats()["launches"]
 
     stats()
-    HIDDEN.forward(*inputs_of(problem))
+    HIDDEN.forward(problem.call())
     assert stats()["launches"] == 1
     assert launches(problem, ALL) == 3
     assert launches(whole, [True, False, True, True, True, True, True]) == 2  # nothing to add up
@@ -222,9 +216,8 @@ def test_larger_blocks_are_a_reason_and_refused_by_the_kernels() -> None:
     assert HiddenKernels(OPS).reasons(Request("hidden_experts", "cuda", torch.float32, {"block": LARGEST_BLOCK})) == []
     problem = HiddenProblem(tokens=2, groups=1, block=65, dtype=torch.float32)
     with pytest.raises(REFUSED, match="at most 64; got 65"):
-        HIDDEN.forward(*inputs_of(problem))
-    call = (*inputs_of(problem), "cuda")
-    backward = (problem.grad, *inputs_of(problem), ALL, "cuda")
+        HIDDEN.forward(problem.call())
+    call, backward = (arguments_of(each) for each in (problem.call("cuda"), problem.backward_call(ALL, "cuda")))
     for op, arguments in ((torch.ops.mpoe.hidden_experts, call), (torch.ops.mpoe.hidden_experts_backward, backward)):
         with pytest.raises(BackendError, match="at most 64 hidden units, not of 65"):
             op(*arguments)
@@ -236,16 +229,16 @@ def test_a_device_with_too_little_shared_memory() -> None:
         limits(shared_bytes=48 << 10),
         pytest.raises(REFUSED, match=r"64 hidden units needs \d+ bytes of shared memory"),
     ):
-        HIDDEN.forward(*inputs_of(problem))
+        HIDDEN.forward(problem.call())
     with limits(shared_bytes=99 << 10):  # tiles of fewer tokens fit
-        out = HIDDEN.forward(*inputs_of(problem))
-    assert torch.equal(out, HIDDEN.forward(*inputs_of(problem)))
+        out = HIDDEN.forward(problem.call())
+    assert torch.equal(out, HIDDEN.forward(problem.call()))
 
 
 def test_more_experts_per_token_than_a_tile_sorts() -> None:
     problem = HiddenProblem(tokens=1, experts=2, top_k=513, groups=1, dtype=torch.float32)
     with pytest.raises(REFUSED, match="at most 512 experts per token; got 513"):
-        HIDDEN.forward(*inputs_of(problem))
+        HIDDEN.forward(problem.call())
 
 
 @pytest.mark.parametrize(
@@ -262,4 +255,4 @@ def test_wrong_sizes_are_refused(name: str, value: Tensor, message: str) -> None
     problem = HiddenProblem(dtype=torch.float32)
     problem.inputs[name] = value
     with pytest.raises(REFUSED, match=message):
-        HIDDEN.forward(*inputs_of(problem))
+        HIDDEN.forward(problem.call())

@@ -95,7 +95,7 @@ def test_opcheck(backend: str, gated: bool) -> None:
     opcheck(torch.ops.mpoe.hidden_experts.default, arguments(problem, backend))
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments(problem, backend)]
     for need in ([True] * 7, [False, True, False, True, False, False, True]):
-        call = (problem.grad, *detached[:-1], need, backend)
+        call = (*detached, problem.grad, need)
         opcheck(torch.ops.mpoe.hidden_experts_backward.default, call)
 
 
@@ -124,7 +124,7 @@ def test_one_gradient_alone(backend: str, needed: str) -> None:
     everything = problem.run(hidden_experts, torch.float32, backend=backend)
     values = [x.detach() if isinstance(x, Tensor) else x for x in arguments(problem, backend)]
     need = [name == needed for name in NAMES]
-    grads = torch.ops.mpoe.hidden_experts_backward(problem.grad, *values[:-1], need, backend)
+    grads = torch.ops.mpoe.hidden_experts_backward(*values, problem.grad, need)
     for name, grad in zip(NAMES, grads, strict=True):
         if name == needed:
             assert torch.equal(grad, everything[f"d{name}"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton.blocks import hidden_blocks_kernel, hidden_sums_kernel
 from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
@@ -23,17 +24,10 @@ PRODUCTS = {("forward", False): 2, ("forward", True): 3, ("rows", False): 3, ("r
 NEEDS = ("NEED_U", "NEED_GATES", "NEED_RIGHT", "NEED_LEFT", "NEED_BIAS", "NEED_U_GATE", "NEED_RIGHT_GATE")
 
 
-def _common(
-    u: Tensor,
-    gates: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-) -> dict[str, Any]:
+def _common(call: HiddenCall) -> dict[str, Any]:
     """Arguments of every kernel. What is not given is stood in for and never read."""
+    u, gates, right, left, bias, u_gate, right_gate = call.u, call.gates, call.right, *call.differentiable[3:]
+    assert left is not None
     experts, own, block, _ = right.shape
     right = right.contiguous()
     return {
@@ -49,7 +43,7 @@ def _common(
         "OWN": own,
         "TOP_K": gates.shape[1],
         "B": block,
-        "ACTIVATION": "gelu_tanh" if activation == "gelu_new" else activation,
+        "ACTIVATION": call.kernel_activation,
         "GATED": u_gate is not None,
         "HAS_BIAS": bias is not None,
         "PRECISION": precision(u.dtype),
@@ -91,28 +85,19 @@ def _row_options(tile: Tile, common: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def forward(
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """See `hidden_experts`; blocks ``[E, G', b, b]``."""
-    if top_k_index.numel() == 0:
+def forward(call: HiddenCall) -> Tensor:
+    """See `hidden_experts`."""
+    u, index = call.u, call.top_k_index
+    if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
-    common = _common(u, gates, right, left, bias, u_gate, right_gate, activation)
+    common = _common(call)
     out = u.new_empty(u.shape)
     options = _row_options(_row_tile("forward", common), common)
     groups = u.shape[1] // common["B"]
     start(
         hidden_forward_kernel,
         (cdiv(u.shape[0], options["BT"]), groups, cdiv(common["B"], options["BN"])),
-        index=top_k_index.contiguous(),
+        index=index.contiguous(),
         out=out,
         tokens=u.shape[0],
         **common,
@@ -121,33 +106,20 @@ def forward(
     return out
 
 
-def backward(
-    grad: Tensor,
-    u: Tensor,
-    gates: Tensor,
-    top_k_index: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    u_gate: Tensor | None,
-    right_gate: Tensor | None,
-    activation: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.backward`."""
-    inputs = (u, gates, right, left, bias, u_gate, right_gate)
-    wanted = [value is not None and wants for value, wants in zip(inputs, need, strict=True)]
-    if top_k_index.numel() == 0:
-        return tuple(  # type: ignore[return-value]
-            torch.zeros_like(value, memory_format=torch.contiguous_format) if wants else u.new_empty(0)  # type: ignore[arg-type]
-            for value, wants in zip(inputs, wanted, strict=True)
-        )
-    results = [value.new_empty(value.shape) if w else u.new_empty(0) for value, w in zip(inputs, wanted, strict=True)]  # type: ignore[union-attr]
+def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
+    """See `HiddenBackwardCall`."""
+    u, index, wanted = call.u, call.top_k_index, call.wanted
+    empty = torch.zeros if index.numel() == 0 else torch.empty
+    results = [
+        empty(value.shape, dtype=value.dtype, device=value.device) if wants and value is not None else u.new_empty(0)
+        for value, wants in zip(call.differentiable, wanted, strict=True)
+    ]
+    if index.numel() == 0:
+        return tuple(results)
     needs = dict(zip(NEEDS, wanted, strict=True))
-    common = _common(u, gates, right, left, bias, u_gate, right_gate, activation)
-    common["grad"] = grad.contiguous()
-    _Backward(common, top_k_index.contiguous(), needs, results).run()
-    return tuple(results)  # type: ignore[return-value]
+    common = {**_common(call), "grad": call.grad.contiguous()}
+    _Backward(common, index.contiguous(), needs, results).run()
+    return tuple(results)
 
 
 class _Backward:

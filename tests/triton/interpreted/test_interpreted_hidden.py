@@ -11,7 +11,7 @@ from torch.library import opcheck
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts.triton import launch
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, row_cost, shipped_tiles
-from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem
+from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 from mpoe_kernels.triton import start
 
 TILES = {"all rows": Tile(16, 16, 16, 16, 4), "collected": Tile(32, 16, 32, 16, 4)}
@@ -81,17 +81,11 @@ def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
         assert torch.equal(value, clean[name]), name
 
 
-def given(problem: HiddenProblem) -> tuple[Any, ...]:
-    x = problem.inputs
-    head = (x["u"], x["gates"], problem.index, x["right"], x["left"])
-    return (*head, x["bias"], x["u_gate"], x["right_gate"], problem.activation)
-
-
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=3, experts=2, groups=1, gated=True, with_bias=True, dtype=torch.float32)
-    everything = launch.backward(problem.grad, *given(problem), [True] * 7)
+    everything = launch.backward(problem.backward_call([True] * 7))
     for needed in NAMES:
-        alone = launch.backward(problem.grad, *given(problem), [name == needed for name in NAMES])
+        alone = launch.backward(problem.backward_call([n == needed for n in NAMES]))
         for name, value, whole in zip(NAMES, alone, everything, strict=True):
             assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
@@ -99,24 +93,24 @@ def test_each_gradient_alone() -> None:
 def test_opcheck() -> None:
     problem = HiddenProblem(tokens=2, experts=2, top_k=1, groups=1, gated=True, with_bias=True, dtype=torch.float32)
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(torch.ops.mpoe.hidden_experts.default, (*given(problem), "triton"), test_utils=quick)
-    call = (problem.grad, *given(problem), [True, False, True, True, True, False, True], "triton")
+    opcheck(torch.ops.mpoe.hidden_experts.default, arguments_of(problem.call("triton")), test_utils=quick)
+    call = arguments_of(problem.backward_call([True, False, True, True, True, False, True], "triton"))
     opcheck(torch.ops.mpoe.hidden_experts_backward.default, call, test_utils=quick)
 
 
 @pytest.mark.slow
 def test_opcheck_of_everything() -> None:
     problem = HiddenProblem(tokens=3, groups=1, gated=True, with_bias=True, dtype=torch.float32)
-    opcheck(torch.ops.mpoe.hidden_experts.default, (*given(problem), "triton"))
+    opcheck(torch.ops.mpoe.hidden_experts.default, arguments_of(problem.call("triton")))
 
 
 def names(problem: HiddenProblem, need: list[bool] | None) -> list[str]:
     """Kernels that a call starts on a GPU: forward, or the gradients that are needed."""
     with start.recorded("sm_90") as started:
         if need is None:
-            launch.forward(*given(problem))
+            launch.forward(problem.call())
         else:
-            launch.backward(problem.grad, *given(problem), need)
+            launch.backward(problem.backward_call(need))
     return [one.kernel.__name__ for one in started]
 
 

@@ -136,6 +136,15 @@ def test_pairs_of_a_thousand_experts_do_not_spill() -> None:
     assert [compile_job(job).problems("sm_90") for job in pairs] == [[]] * len(pairs)
 
 
+def test_float32_weights_do_not_spill() -> None:
+    dims = catalogue.dims_of(catalogue.shapes()["paper 128"][0])
+    work = catalogue.forward_work(dims, 1024, 4096, torch.float32, "rebuild", "relu")
+    jobs = {job_of(launch, "sm_80") for launch in catalogue.launches(catalogue.Problem("weights", work), "sm_80")}
+    weights = [job for job in jobs if job.name == "weights_kernel" and dict(job.options)["num_warps"] == 8]
+    assert weights
+    assert [compile_job(job).problems("sm_80") for job in weights] == [[]] * len(weights)
+
+
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
 def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
     (problem,) = compile_job(planted(128, warps, 1, architecture=architecture)).problems(architecture)

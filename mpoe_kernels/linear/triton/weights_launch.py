@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpoe_kernels.linear.gpu.operands import index_map
 from mpoe_kernels.linear.gpu.primitives import Sum
 from mpoe_kernels.linear.gpu.work import WORTH, Work, weight_work
@@ -52,6 +54,9 @@ def weight(made: Sum, whole: Sum) -> bool:
     alone = sum(map(max, computing, moving)) + hardware.launch_seconds
     if hardware.units > 1 and alone < WORTH * max(seconds(tile), moving[1]):
         return False
+    options = launch_options(tile)
+    if architecture_of(device) == "sm_80" and dtype == torch.float32 and tile.warps == 8:
+        options["maxnreg"] = 128  # the same limit as by itself, but so told the compiler spills none
     start(
         weights_kernel,
         (cdiv(m.extent, tile.m) * cells.extent, experts),
@@ -89,6 +94,6 @@ def weight(made: Sum, whole: Sum) -> bool:
         CELL_CORE=cells.strides[1],
         CELL_HALF=cells.strides[2],
         PRECISION=precision(outer.data.dtype),
-        **launch_options(tile),
+        **options,
     )
     return True

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.embedding import triton as embedding
+from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton import launch as hidden
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, GatedCall
 from mpoe_kernels.linear.triton import kernels as linear
@@ -311,12 +312,12 @@ def hidden_inputs(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool
 
 def run_hidden(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool, activation: str, phase: str) -> None:
     """`hidden_experts` between the products of the layer, or all its gradients."""
-    inputs = hidden_inputs(size, tokens, dtype, gated)
+    inputs = {**hidden_inputs(size, tokens, dtype, gated), "activation": activation, "backend": "triton"}
     if phase == "forward":
-        hidden.forward(**inputs, activation=activation)
+        hidden.forward(HiddenCall(**inputs))
     else:
-        need = [name != "top_k_index" for name in inputs if name != "top_k_index"]
-        hidden.backward(_empty(tokens, size.hidden, dtype=dtype), **inputs, activation=activation, need=need)
+        grad, need = _empty(tokens, size.hidden, dtype=dtype), [True] * 7
+        hidden.backward(HiddenBackwardCall(**inputs, grad=grad, need=need))
 
 
 def hidden_sizes(sizes: Sizes) -> tuple[HiddenSize, ...]:

@@ -19,6 +19,7 @@ from mpoe_kernels import MPOShape, route
 from mpoe_kernels import native_interface as interface
 from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import load_library
+from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
@@ -310,7 +311,7 @@ U, GATES, EXPERT, CORE = (
 )
 def test_hidden_experts_are_refused_plainly(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        hidden_forward(*arguments)
+        hidden_forward(HiddenCall(*arguments, "native"))
     plain(error)
 
 

@@ -75,7 +75,9 @@ peft() {
 PEFT_MODELS="LlamaForCausalLM or GPT2LMHeadModel or OPTForCausalLM or qwen2 or T5For or BartFor or BertModel"
 if [ "$1" = peft ]; then
     shift
-    [ $# -gt 0 ] || set -- tests/test_decoder_models.py -k "LlamaForCausalLM and LoraConfig and not AdaLora"
+    # LoRA on one family of each kind: a decoder, an encoder with a decoder, an encoder.
+    [ $# -gt 0 ] || set -- tests/test_decoder_models.py tests/test_encoder_decoder_models.py \
+        tests/test_feature_extraction_models.py -k "(LlamaForCausalLM or T5For or BertModel) and LoraConfig and not AdaLora"
     peft "$@"
 else
     models "$@"

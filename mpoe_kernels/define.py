@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -153,7 +154,9 @@ def _register_autograd(op: Any, name: str, setup_context: Callable[..., None], b
             return function.apply(*arguments, keyset)
         return run_below(keyset, arguments)
 
-    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    with warnings.catch_warnings():  # PyTorch 2.11 has put its own kernel there by now, and says that it is replaced
+        warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
+        _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -123,31 +123,20 @@ machine.on_change.append(_CHOSEN.clear)
 
 
 @lru_cache(maxsize=8192)
-def strategy_together(
-    alone: Candidate,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    keeps: bool = False,
-    strategy_name: str = AUTO,
-) -> str | None:
+def strategy_together(alone: Candidate, problem: Problem) -> str | None:
     """Strategy by which a backend should compute both projections of a gated network at once; None: each alone.
 
     A measured time of a strategy's steps stands for that of their pairs too: by as much as they were mispredicted.
 
     Args:
         alone: what was chosen for each projection; its backend is asked.
-        dims, num_experts, slots, dtype, device, keeps, strategy_name: as in `Problem`.
+        problem: of one projection.
     """
     backend = next(each for each in registered_backends() if each.name == alone.backend)
     if backend.gated_price is None:
         return None
-    sizes = (dims, num_experts, slots, dtype, "forward", ALL_GRADIENTS, False, device, keeps)
-    plans = contractions(*sizes) if strategy_name == AUTO else (contraction(strategy_name, *sizes),)
-    able = [plan for plan in plans if not backend.contraction_reasons(plan)]
-    table, found = measured.table_here(device), {}
+    able = [plan for plan in problem.plans() if not backend.contraction_reasons(plan)]
+    table, found = measured.table_here(problem.device), {}
     for plan in able:
         (predicted,) = (each.seconds for each in backend.candidates(plan) if each.name == plan.strategy)
         price = backend.gated_price(plan)

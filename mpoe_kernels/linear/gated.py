@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_choice
-from mpoe_kernels.choice import chosen_for, strategy_together
+from mpoe_kernels.choice import Problem, chosen_for, strategy_together
 from mpoe_kernels.define import define_op_of
 from mpoe_kernels.linear.call import ForwardCall, GatedCall
 from mpoe_kernels.linear.eager.activation import apply_activation_
@@ -36,7 +36,8 @@ def _strategy_together(call: GatedCall, alone: Candidate) -> str | None:
         return None
     keeps = gate.saves_h
     strategy = "separable" if keeps else call.strategy
-    return strategy_together(alone, gate.dims, call.num_experts, call.slots, x.dtype, str(x.device), keeps, strategy)
+    sizes = (gate.dims, call.num_experts, call.slots, x.dtype, str(x.device))
+    return strategy_together(alone, Problem("grouped_mpo_linear", *sizes, keeps=keeps, strategy=strategy))
 
 
 def _kernel(call: GatedCall) -> Results:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape, choice, registry
-from mpoe_kernels.choice import strategy_together
+from mpoe_kernels.choice import Problem, strategy_together
 from mpoe_kernels.linear.gpu.cost import TRITON, gated_seconds, gpu_seconds, multiply_seconds
 from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction
 from mpoe_kernels.registry import Backend, Candidate, GatedPrice
@@ -16,7 +16,7 @@ from mpoe_kernels.registry import Backend, Candidate, GatedPrice
 CARD = HARDWARE["h100"]
 DIMS = BlockDims.of_shape(MPOShape.paper(768, 3072, max_bond=32))
 SEPARABLE = BlockDims.of_shape(MPOShape.separable(768, 3072))
-SIZES = (DIMS, 8, 4096, torch.bfloat16, "cuda")
+PROBLEM = Problem("grouped_mpo_linear", DIMS, 8, 4096, torch.bfloat16, "cuda")
 # Strategy -> seconds of one projection and of both at once.
 PRICES = {"rebuild": (3.0, 4.0), "half_left": (2.0, 3.5), "half_right": (9.0, 9.5), "chain": (8.0, 9.0)}
 
@@ -53,22 +53,24 @@ def alone(seconds: float) -> Candidate:
 
 def test_the_cheapest_strategy_that_beats_each_alone(backend: Callable[..., Backend]) -> None:
     backend()
-    assert strategy_together(alone(1.8), *SIZES) == "half_left"
-    assert strategy_together(alone(1.7), *SIZES) is None
-    assert strategy_together(alone(2.1), *SIZES, False, "rebuild") == "rebuild", "only the one that was asked for"
-    assert strategy_together(alone(1.9), *SIZES, False, "rebuild") is None
+    assert strategy_together(alone(1.8), PROBLEM) == "half_left"
+    assert strategy_together(alone(1.7), PROBLEM) is None
+    assert strategy_together(alone(2.1), PROBLEM._replace(strategy="rebuild")) == "rebuild", (
+        "only the one that was asked for"
+    )
+    assert strategy_together(alone(1.9), PROBLEM._replace(strategy="rebuild")) is None
 
 
 def test_together_needs_no_multiplication(backend: Callable[..., Backend]) -> None:
     backend(multiplying=0.2)
-    assert strategy_together(alone(1.7), *SIZES) == "half_left"
+    assert strategy_together(alone(1.7), PROBLEM) == "half_left"
 
 
 def test_what_the_backend_cannot_compute_is_no_choice(backend: Callable[..., Backend]) -> None:
     backend(refuses="half_left")
-    assert strategy_together(alone(2.1), *SIZES) == "rebuild"
+    assert strategy_together(alone(2.1), PROBLEM) == "rebuild"
     backend(gated=False)
-    assert strategy_together(alone(100.0), *SIZES) is None
+    assert strategy_together(alone(100.0), PROBLEM) is None
 
 
 def test_a_measured_time_of_the_steps_scales_their_pairs(
@@ -82,8 +84,8 @@ def test_a_measured_time_of_the_steps_scales_their_pairs(
         return slower.get(candidate)
 
     monkeypatch.setattr(choice.measured, "seconds_of", seconds_of)
-    assert strategy_together(alone(2.1), *SIZES) == "rebuild", "pairs by half_left are expected to take 7"
-    assert strategy_together(alone(1.9), *SIZES) is None
+    assert strategy_together(alone(2.1), PROBLEM) == "rebuild", "pairs by half_left are expected to take 7"
+    assert strategy_together(alone(1.9), PROBLEM) is None
 
 
 def price(dims: BlockDims, strategy: str, tokens: int, experts: int = 8) -> tuple[float, float]:

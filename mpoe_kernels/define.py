@@ -125,9 +125,9 @@ def _register(
 
 
 def _register_autograd(op: Any, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """As ``op.register_autograd`` does, which needs 70 microseconds a call to look up the defaults of 14 arguments."""
+    """As ``op.register_autograd`` does, which at every call looks up the defaults of all arguments anew."""
     overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
-    if below is None:  # a PyTorch that is built otherwise
+    if below is None:  # a PyTorch whose inner names are others
         op.register_autograd(backward, setup_context=setup_context)
         return
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)

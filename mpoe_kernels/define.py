@@ -47,7 +47,7 @@ def define_op(
     """
     name = body.__name__
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=())
-    return _register(op, name, fake, setup_context, backward, tuple(autocast_arguments))
+    return _register(op, body, name, fake, setup_context, backward, tuple(autocast_arguments))
 
 
 # Types of a signature's fields, as annotated -> as a schema writes them.
@@ -95,11 +95,12 @@ def define_op_of(
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=schema)
     positions = tuple(names.index(field) for field in autocast)
-    return _register(op, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
+    return _register(op, body, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
 
 
 def _register(
     op: Any,
+    body: Callable[..., Any],
     name: str,
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None,
@@ -108,7 +109,7 @@ def _register(
 ) -> Any:
     op.register_fake(_on_one_device(fake, name))
     if backward is not None and setup_context is not None:
-        _register_autograd(op, name, setup_context, backward)
+        _register_autograd(op, body, name, setup_context, backward)
     else:
         _refuse_autograd(op, name)
     op.register_vmap(_refuse_vmap(name))
@@ -119,12 +120,42 @@ def _register(
     def call(*arguments: Any) -> Any:
         if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
             _refuse_other_modes(name, arguments)
-        return op(*arguments)
+        return body(*arguments) if _is_plain_call(arguments) else op(*arguments)
 
     return call
 
 
-def _register_autograd(op: Any, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+def _is_plain_call(arguments: tuple[Any, ...]) -> bool:
+    """Whether all that the dispatcher would do is to call the kernel, which for one token costs it as much as that.
+
+    Not where a gradient, a mode, a transform, a subclass of tensors, a compiler or a profiler has a part in the call.
+    """
+    if torch.compiler.is_dynamo_compiling() or _others_see_calls():
+        return False
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+        return False
+    device_type = tensors[0].device.type
+    on_devices = device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
+    return on_devices and all([type(value) in _PLAIN for value in tensors])
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _others_see_calls() -> bool:
+    """Modes, transforms (`torch.func`) and the profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _register_autograd(
+    op: Any, body: Callable[..., Any], name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
     """As ``op.register_autograd`` does, which at every call looks up the defaults of all arguments anew."""
     overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
     if below is None:  # a PyTorch whose inner names are others
@@ -138,7 +169,7 @@ def _register_autograd(op: Any, name: str, setup_context: Callable[..., None], b
 
     def forward(ctx: Any, *given: Any) -> Any:  # the key set comes last: ``needs_input_grad`` counts from the first
         *arguments, keyset = given
-        output = run_below(keyset, arguments)
+        output = body(*arguments) if _is_plain_call(arguments) else run_below(keyset, arguments)
         setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
         return output
 

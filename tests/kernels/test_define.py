@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.define import define_op
+from mpoe_kernels.define import _is_plain_call, define_op
 
 
 def scaled(name: str) -> Any:
@@ -45,3 +47,46 @@ def test_gradients(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert op(x.detach(), 2.5).grad_fn is None
     with torch.no_grad():
         assert op(x, 2.5).grad_fn is None
+
+
+class Subclass(Tensor):
+    """A tensor that PyTorch has to be asked about."""
+
+
+def test_a_plain_call_skips_the_dispatcher() -> None:
+    op = scaled("scaled_plainly")
+    dispatched: list[str] = []
+    real = torch.ops.mpoe.scaled_plainly.default
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is real:
+                dispatched.append("mode")
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Seen():
+        assert torch.equal(op(x, 2.0), 2 * x)
+    assert dispatched == ["mode"]
+    for plain, value in ((True, x), (True, nn.Parameter(x, requires_grad=False)), (False, x.as_subclass(Subclass))):
+        assert _is_plain_call((value, 2.0)) == plain
+    assert not _is_plain_call((x.clone().requires_grad_(), 2.0))
+    assert not _is_plain_call((x.to("meta"), 2.0))
+    with torch.no_grad():
+        assert _is_plain_call((x.clone().requires_grad_(), 2.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not _is_plain_call((x, 2.0))
+    assert torch.equal(torch.compile(lambda y: op(y, 2.0), fullgraph=True, backend="aot_eager")(x), 2 * x)
+    with torch.profiler.profile() as profile:
+        op(x, 2.0)
+    assert any(event.key == "mpoe::scaled_plainly" for event in profile.key_averages())
+
+
+def test_a_plain_call_never_hides_from_transforms() -> None:
+    op = scaled("scaled_in_transforms")
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda x: op(x, 2.0))(torch.ones(2, 3))
+    functional = torch.func.functionalize(lambda x: op(x, 2.0))
+    assert torch.equal(functional(torch.ones(3)), torch.full((3,), 2.0))
+    graph = make_fx(lambda x: op(x, 2.0))(torch.ones(3))
+    assert "mpoe.scaled_in_transforms" in graph.code

@@ -2,6 +2,7 @@
 
 Ratios of interleaved calls in one process, one thread; medians. The clock is the thread's CPU time, so that other
 processes on the machine disturb less. A row is checked against the dense network (identity blocks) before it is timed.
+Few tokens go through one layer, whose weights stay in the processor's caches, and through a dozen, as in a model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, HiddenFeedForward
+
+LAYERS = 12  # of a model of this width, as its tokens meet them one after another
 
 
 class Dense(nn.Module):
@@ -41,21 +44,22 @@ def mixture(dense: Dense, config: MPOEConfig, activation: str) -> HiddenFeedForw
     return layer
 
 
-def seconds(module: nn.Module, x: Tensor, training: bool) -> float:
+def seconds(modules: list[Any], x: Tensor, training: bool) -> float:
+    """Of one of the modules, one after another on the same tokens."""
     start = time.thread_time()
-    if training:
-        module(x).sum().backward()
-    else:
-        with torch.no_grad():
-            module(x)
-    return time.thread_time() - start
+    with torch.set_grad_enabled(training):
+        for module in modules:
+            y = module(x)
+            if training:
+                y.sum().backward()
+    return (time.thread_time() - start) / len(modules)
 
 
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     """One row: ratios forward and forward + backward."""
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
-    dense = Dense(case["model"], case["hidden"], case["activation"], dtype)
+    networks = [Dense(case["model"], case["hidden"], case["activation"], dtype) for _ in range(case["layers"])]
     config = MPOEConfig(
         shape="hidden",
         num_experts=case["experts"],
@@ -64,34 +68,36 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         router=RouterConfig(top_k=case["top_k"], init_scale=1.0),
         backend=case["backend"],
     )
-    layer = mixture(dense, config, case["activation"])
+    mixtures = [mixture(dense, config, case["activation"]) for dense in networks]
     x = torch.randn(case["tokens"], case["model"]).to(dtype).requires_grad_()
     with torch.no_grad():
-        want, got = dense(x).double(), layer(x).double()
+        want, got = networks[0](x).double(), mixtures[0](x).double()
     error = float((got - want).abs().max() / want.abs().max())
     if error > (1e-5 if dtype == torch.float32 else 3e-2):
         raise ValueError(f"{case}: the result is off by {error:.1e} of its largest value")
     row = {**case, "error": error, "flops": 1 + case["top_k"] * case["block"] / case["model"]}
     for name, training in (("forward", False), ("training", True)):
         times: dict[str, list[float]] = {"dense": [], "hidden": []}
-        repeats = max(1, 256 // case["tokens"])
+        repeats = max(1, 256 // case["tokens"] // case["layers"])
         for _ in range(rounds):
-            times["dense"].append(sum(seconds(dense, x, training) for _ in range(repeats)))
-            times["hidden"].append(sum(seconds(layer, x, training) for _ in range(repeats)))
+            times["dense"].append(sum(seconds(networks, x, training) for _ in range(repeats)))
+            times["hidden"].append(sum(seconds(mixtures, x, training) for _ in range(repeats)))
         row[name] = median(h / d for d, h in zip(times["dense"], times["hidden"], strict=True))
         row[f"{name}_dense_ms"] = 1e3 * median(times["dense"]) / repeats
     return row
 
 
 def cases(backend: str | None, quick: bool) -> list[dict[str, Any]]:
-    base = {"model": 768, "hidden": 3072, "block": 64, "activation": "relu", "backend": backend}
+    base = {"model": 768, "hidden": 3072, "block": 64, "activation": "relu", "backend": backend, "layers": 1}
     rows = []
     for dtype in ("float32", "bfloat16"):
         for experts, per_group in ((8, True), (64, False), (64, True)):
             own = {"dtype": dtype, "experts": experts, "per_group": per_group}
             rows += [{**base, **own, "tokens": 2048, "top_k": k} for k in ((2,) if quick else (1, 2, 4))]
-            rows += [] if quick else [{**base, **own, "tokens": t, "top_k": 2} for t in (64, 1)]
-        rows.append({**base, **rows[-1], "dtype": dtype, "experts": 8, "tokens": 2048, "activation": "gelu"})
+            few = [{"tokens": tokens, "layers": layers} for tokens in (64, 1) for layers in (1, LAYERS)]
+            rows += [] if quick else [{**base, **own, **each, "top_k": 2} for each in few]
+        gelu = {"experts": 8, "per_group": True, "tokens": 2048, "top_k": 2, "activation": "gelu"}
+        rows.append({**base, "dtype": dtype, **gelu})
         if not quick:
             large = {"model": 2048, "hidden": 8192, "dtype": dtype, "experts": 8, "per_group": True}
             rows.append({**base, **large, "tokens": 2048, "top_k": 4})
@@ -104,13 +110,17 @@ def main() -> None:
     parser.add_argument("--backend", help="default: chosen")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two experts per token, 2,048 tokens")
+    parser.add_argument("--few", action="store_true", help="1 and 64 tokens alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for case in cases(arguments.backend, arguments.quick):
+        if arguments.few and case["tokens"] > 64:
+            continue
         row = measure(case, arguments.rounds)
         print(
             f"{row['dtype']:9} {row['model']}/{row['hidden']} E={row['experts']:2} "
-            f"{'own' if row['per_group'] else 'shared':6} k={row['top_k']} T={row['tokens']:4} {row['activation']}: "
+            f"{'own' if row['per_group'] else 'shared':6} k={row['top_k']} T={row['tokens']:4} {row['activation']} "
+            f"{row['layers']:2} layers: "
             f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (FLOPs {row['flops']:.2f}; "
             f"dense {row['forward_dense_ms']:.2f} / {row['training_dense_ms']:.2f} ms)",
             flush=True,

@@ -27,10 +27,11 @@ struct Sorted {
   Buffer<std::int64_t> slots, owners, offsets;
   HiddenSlots view;
 
-  explicit Sorted(const HiddenExperts& in)
-      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k),
-        offsets(ceil_divide(in.tokens, tile_of(in)) * (in.experts + 1)) {
-    view = {tile_of(in), ceil_divide(in.tokens, tile_of(in)), slots.get(), owners.get(), offsets.get()};
+  // `parts`: of the groups.
+  Sorted(const HiddenExperts& in, std::int64_t parts)
+      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)) {
+    const std::int64_t size = tile_of(in, parts);
+    view = {size, tiles_of(in, parts), slots.get(), owners.get(), offsets.get(), together(in, parts)};
     std::int64_t filled = 0;
     std::vector<std::int64_t> next(in.experts);
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
@@ -52,16 +53,24 @@ struct Sorted {
     }
   }
 
-  static std::int64_t tile_of(const HiddenExperts& in) {
-    return std::max<std::int64_t>(kChunk, kTileFloats / padded_block(in));
+  static std::int64_t together(const HiddenExperts& in, std::int64_t parts) {
+    return in.own_groups == 1 ? ceil_divide(in.groups(), parts) : 1;
+  }
+  static std::int64_t tile_of(const HiddenExperts& in, std::int64_t parts) {
+    return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in) * together(in, parts)));
+  }
+  // One without tokens too: gradients that are zero.
+  static std::int64_t tiles_of(const HiddenExperts& in, std::int64_t parts) {
+    return std::max<std::int64_t>(1, ceil_divide(in.tokens, tile_of(in, parts)));
   }
 };
 
 // Sums of a tile, rows of a chunk, packed blocks of one expert: more than the bodies carve out of it.
 std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
   const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
-  const std::int64_t blocks = packs ? 16 * wide * wide : 0;
-  return 2 * tokens * wide + 24 * rows_at_once(in, sorted) * wide + blocks + in.experts * wide + 4096;
+  const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
+  const std::int64_t biases = in.bias == nullptr ? 0 : in.experts * of_groups;
+  return 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide + blocks + biases + 4096;
 }
 
 // Runs body(first group, last group, part) over parts that do not depend on the number of threads.
@@ -79,9 +88,10 @@ constexpr std::int64_t kParts = 8;  // of the groups, where sums over all groups
 void hidden_experts(const HiddenExperts& in, void* out) {
   if (in.tokens == 0 || in.features == 0) return;
   const HiddenKernels& kernels = hidden_kernels(in.dtype);
-  const Sorted sorted(in);
+  const std::int64_t parts = std::min<std::int64_t>(in.groups(), 2 * num_threads());
+  const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, rows_at_once(in, sorted.view) > kFewRows);
-  for_each_part(in.groups(), std::min<std::int64_t>(in.groups(), 2 * num_threads()), [&](auto first, auto last, auto) {
+  for_each_part(in.groups(), parts, [&](auto first, auto last, auto) {
     Buffer<float> scratch = zeros<float>(size);
     kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
   });
@@ -91,10 +101,10 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const HiddenKernels& kernels = hidden_kernels(in.dtype);
   const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
   const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
-  const Sorted sorted(in);
-  const std::int64_t size = scratch_floats(in, sorted.view, true);
   const bool shared = in.own_groups == 1;
   const std::int64_t parts = shared ? std::min(groups, kParts) : std::min<std::int64_t>(groups, 2 * num_threads());
+  const Sorted sorted(in, parts);
+  const std::int64_t size = scratch_floats(in, sorted.view, true);
   Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
   for_each_part(groups, parts, [&](auto first, auto last, auto part) {

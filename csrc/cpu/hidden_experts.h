@@ -1,9 +1,10 @@
 // o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its gradients, on raw pointers.
 //
-// Everything is local to a group g of `block` hidden units. Tokens are taken in tiles of `kTileFloats / block`; a tile's
-// slots are sorted by expert once, for all groups. Per (group, tile, expert) rows are gathered, multiplied with the
-// packed blocks and added to float32 sums of the tile, expert after expert: the order of every sum is fixed, whatever
-// the number of threads. Nothing of size T x K x F is stored.
+// Everything is local to a group g of `block` hidden units. Tokens are taken in tiles, whose sums have at most
+// `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert) rows are gathered,
+// multiplied with the packed blocks and added to float32 sums of the tile, expert after expert: the order of every sum
+// is fixed, whatever the number of threads. Groups that share their blocks are taken together: each group of a token is
+// a row. Nothing of size T x K x F is stored.
 #pragma once
 
 #include <cstdint>
@@ -54,12 +55,13 @@ struct HiddenSlots {
   const std::int64_t* slots;    // t * K + k
   const std::int64_t* owners;   // t of each of them
   const std::int64_t* offsets;  // [tiles, E + 1]
+  std::int64_t together;        // the most groups that are taken together
 };
 
 // The most rows that a chunk can have.
 static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlots& sorted) {
   const std::int64_t tokens = sorted.tile_tokens < in.tokens ? sorted.tile_tokens : in.tokens;
-  return kChunk / in.top_k < tokens ? kChunk : tokens * in.top_k;
+  return kChunk / (in.top_k * sorted.together) < tokens ? kChunk : tokens * in.top_k * sorted.together;
 }
 
 // Groups [first, last) of one part; sums of the experts' own cores end in `cores`.

@@ -98,13 +98,14 @@ void with_activation(Activation activation, const F& f) {
   }
 }
 
-// z += the expert's bias for this group
+// z += the expert's bias for each row's group
 template <class T>
-void add_bias(const HiddenExperts& in, const Sizes& s, int64_t expert, int64_t group, int64_t rows, float* z) {
+void add_bias(const HiddenExperts& in, const Sizes& s, int64_t expert, const Chunk& chunk, float* z) {
   if (in.bias == nullptr) return;
-  const T* bias = static_cast<const T*>(in.bias) + expert * in.features + group * s.block;
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const T* bias = static_cast<const T*>(in.bias) + expert * in.features + chunk.groups[r] * s.block;
     for (int64_t c = 0; c < s.block; ++c) z[r * s.wide + c] += load(bias[c]);
+  }
 }
 
 template <class T>
@@ -115,7 +116,7 @@ void forward(
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), most = rows_at_once(in, sorted);
   const int64_t panel = most > kFewRows ? s.units * s.wide : 0;
-  float* sum = scratch.floats(tile_tokens * s.wide);
+  float* sum = scratch.floats(sorted.together * tile_tokens * s.wide);
   float *z = scratch.floats(most * s.wide), *value = scratch.floats(most * s.wide);
   float *right = scratch.floats(panel), *left = scratch.floats(panel), *right_gate = scratch.floats(panel);
   T *rows_u = scratch.elements<T>(most * s.stride), *h = scratch.elements<T>(most * s.stride);
@@ -125,34 +126,32 @@ void forward(
     else
       product(gemm, s, a, rows, panels, tile);
   };
-  for (int64_t group = part.first; group < part.last; ++group)
-    for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
-      const int64_t first_token = tile * sorted.tile_tokens, tokens = least(tile_tokens, in.tokens - first_token);
-      for_each_chunk(in, s, sorted, tile, [&](int64_t e, const Chunk& chunk, bool first, int64_t all) {
-        const int64_t rows = chunk.rows;
-        const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
-        const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
-        const bool few = all <= kFewRows;
-        if (first && !few) {
-          gemm.pack(right, s.units, r, s.block, s.block, s.block);
-          gemm.pack(left, s.units, l, s.block, s.block, s.block);
-          if (gated) gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
-        }
-        gather(in, s, in.u, group, chunk, rows_u);
-        times(rows_u, rows, few, right, r, gated ? value : z);
-        if (gated) {
-          gather(in, s, in.u_gate, group, chunk, rows_u);
-          times(rows_u, rows, few, right_gate, rg, z);
-        }
-        add_bias<T>(in, s, e, group, rows, z);
-        with_activation(in.activation, [&](auto kind) {
-          activate_rows<decltype(kind)::value>(s, rows, z, gated ? value : nullptr, h);
-        });
-        times(h, rows, few, left, l, z);
-        add_rows(s, first_token, chunk, z, in.gates, sum);
+  for_each_tile(in, sorted, part, [&](const Tile& tile, int64_t number) {
+    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk, bool first, int64_t all) {
+      const int64_t rows = chunk.rows, group = tile.first_group;
+      const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
+      const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
+      const bool few = all <= kFewRows;
+      if (first && !few) {
+        gemm.pack(right, s.units, r, s.block, s.block, s.block);
+        gemm.pack(left, s.units, l, s.block, s.block, s.block);
+        if (gated) gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
+      }
+      gather(in, s, in.u, chunk, rows_u);
+      times(rows_u, rows, few, right, r, gated ? value : z);
+      if (gated) {
+        gather(in, s, in.u_gate, chunk, rows_u);
+        times(rows_u, rows, few, right_gate, rg, z);
+      }
+      add_bias<T>(in, s, e, chunk, z);
+      with_activation(in.activation, [&](auto kind) {
+        activate_rows<decltype(kind)::value>(s, rows, z, gated ? value : nullptr, h);
       });
-      store_sums<T>(in, s, group, first_token, tokens, sum, out);
-    }
+      times(h, rows, few, left, l, z);
+      add_rows(s, tile, chunk, z, in.gates, sum);
+    });
+    store_sums<T>(in, s, tile, sum, out);
+  });
 }
 
 // core [b, b] += a^T d over rows, both operands [rows, b].
@@ -181,9 +180,9 @@ void add_outer(
 }
 
 template <class T>
-void round_rows(const Sizes& s, int64_t rows, const float* from, const float* gates, const int64_t* slots, T* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Floats gate = splat(gates == nullptr ? 1.0f : gates[slots[r]]);
+void round_rows(const Sizes& s, const Chunk& chunk, const float* from, const float* gates, T* out) {
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
     for (int64_t c = 0; c < s.wide; c += kWidth)
       store_floats(out + r * s.stride + c, gate * load_floats(from + r * s.wide + c));
   }
@@ -198,7 +197,8 @@ void backward(
   const int64_t square = s.block * s.block, kinds = gated ? 3 : 2, pairs = in.tokens * in.top_k;
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), panel = s.units * s.wide;
-  float *du = scratch.floats(tile_tokens * s.wide), *du_gate = scratch.floats(gated ? tile_tokens * s.wide : 0);
+  const int64_t sums = sorted.together * tile_tokens * s.wide;
+  float *du = scratch.floats(sums), *du_gate = scratch.floats(gated ? sums : 0);
   const int64_t tile_size = rows_at_once(in, sorted) * s.wide, rows_size = rows_at_once(in, sorted) * s.stride;
   float *z = scratch.floats(tile_size), *value = scratch.floats(tile_size), *act = scratch.floats(tile_size);
   float *dh = scratch.floats(tile_size), *product_tile = scratch.floats(tile_size);
@@ -208,99 +208,102 @@ void backward(
   float* odd = scratch.floats(kMaxRows * kPanel);
   T *rows_u = scratch.elements<T>(rows_size), *rows_gate = scratch.elements<T>(rows_size);
   T *rows_do = scratch.elements<T>(rows_size), *operand = scratch.elements<T>(rows_size);
-  float* dbias = scratch.floats(out.dbias == nullptr ? 0 : in.experts * s.wide);
+  // [E, groups together, wide]
+  float* dbias = scratch.floats(out.dbias == nullptr ? 0 : in.experts * sorted.together * s.wide);
 
-  for (int64_t group = part.first; group < part.last; ++group) {
-    for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
-      const int64_t first_token = tile * sorted.tile_tokens, tokens = least(tile_tokens, in.tokens - first_token);
-      for_each_chunk(in, s, sorted, tile, [&](int64_t e, const Chunk& chunk, bool first, int64_t) {
-        const int64_t rows = chunk.rows;
-        const int64_t* const slots = chunk.slots;
-        float* cores = part.cores + e * kinds * square;
-        if (first) {
-          const T* r = block_of<T>(in, in.right, e, group);
-          gemm.pack(right, s.units, r, s.block, s.block, s.block);
-          if (out.du != nullptr) gemm.pack_transposed(back, s.units, r, s.block, s.block, s.block);
-          gemm.pack_transposed(left, s.units, block_of<T>(in, in.left, e, group), s.block, s.block, s.block);
-          if (gated) {
-            const T* rg = block_of<T>(in, in.right_gate, e, group);
-            gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
-            if (out.du_gate != nullptr) gemm.pack_transposed(back_gate, s.units, rg, s.block, s.block, s.block);
-          }
-        }
-        gather(in, s, in.u, group, chunk, rows_u);
-        gather(in, s, grad, group, chunk, rows_do);
-        product(gemm, s, rows_u, rows, right, gated ? value : z);
+  for_each_tile(in, sorted, part, [&](const Tile& tile, int64_t number) {
+    const int64_t group = tile.first_group, together = tile.last_group - group;
+    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk, bool first, int64_t) {
+      const int64_t rows = chunk.rows;
+      float* cores = part.cores + e * kinds * square;
+      if (first) {
+        const T* r = block_of<T>(in, in.right, e, group);
+        gemm.pack(right, s.units, r, s.block, s.block, s.block);
+        if (out.du != nullptr) gemm.pack_transposed(back, s.units, r, s.block, s.block, s.block);
+        gemm.pack_transposed(left, s.units, block_of<T>(in, in.left, e, group), s.block, s.block, s.block);
         if (gated) {
-          gather(in, s, in.u_gate, group, chunk, rows_gate);
-          product(gemm, s, rows_gate, rows, right_gate, z);
+          const T* rg = block_of<T>(in, in.right_gate, e, group);
+          gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
+          if (out.du_gate != nullptr) gemm.pack_transposed(back_gate, s.units, rg, s.block, s.block, s.block);
         }
-        add_bias<T>(in, s, e, group, rows, z);
-        product(gemm, s, rows_do, rows, left, dh);  // before the gate
-        with_activation(in.activation, [&](auto kind) {
-          for (int64_t c = 0; c < rows * s.wide; c += kWidth)
-            store_floats(act + c, activate<decltype(kind)::value>(load_floats(z + c)));
-        });
-        float* h = act;
-        if (gated) {
-          h = product_tile;
-          for (int64_t c = 0; c < rows * s.wide; c += kWidth)
-            store_floats(h + c, load_floats(act + c) * load_floats(value + c));
-        }
-        if (part.slot_gates != nullptr) {
-          for (int64_t r = 0; r < rows; ++r) {
-            Floats sums = {};
-            for (int64_t c = 0; c < s.wide; c += kWidth)
-              sums = multiply_add(load_floats(h + r * s.wide + c), load_floats(dh + r * s.wide + c), sums);
-            float total = 0;
-            for (int i = 0; i < kWidth; ++i) total += sums[i];
-            part.slot_gates[group * pairs + slots[r]] = total;
-          }
-        }
-        if (out.dleft != nullptr) {
-          round_rows(s, rows, h, in.gates, slots, operand);
-          add_outer(gemm, s, operand, rows_do, rows, panels_a, panels_d, odd, cores + square);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          const Floats gate = splat(in.gates[slots[r]]);
-          for (int64_t c = r * s.wide; c < (r + 1) * s.wide; c += kWidth) {
-            const Floats gated_dh = gate * load_floats(dh + c);
-            if (gated) {  // act becomes the gradient of u R, dh that of the activation
-              const Floats factor = load_floats(value + c);
-              store_floats(act + c, gated_dh * load_floats(act + c));
-              store_floats(dh + c, gated_dh * factor);
-            } else {
-              store_floats(dh + c, gated_dh);
-            }
-          }
-        }
-        with_activation(in.activation, [&](auto kind) { deactivate_rows<decltype(kind)::value>(s, rows, dh, z); });
-        if (out.dbias != nullptr)
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < s.wide; ++c) dbias[e * s.wide + c] += z[r * s.wide + c];
-        round_rows<T>(s, rows, gated ? act : z, nullptr, slots, operand);
-        if (out.dright != nullptr) add_outer(gemm, s, rows_u, operand, rows, panels_a, panels_d, odd, cores);
-        if (out.du != nullptr) {
-          product(gemm, s, operand, rows, back, value);
-          add_rows(s, first_token, chunk, value, nullptr, du);
-        }
-        if (!gated) return;
-        round_rows<T>(s, rows, z, nullptr, slots, operand);
-        if (out.dright_gate != nullptr)
-          add_outer(gemm, s, rows_gate, operand, rows, panels_a, panels_d, odd, cores + 2 * square);
-        if (out.du_gate != nullptr) {
-          product(gemm, s, operand, rows, back_gate, value);
-          add_rows(s, first_token, chunk, value, nullptr, du_gate);
-        }
+      }
+      gather(in, s, in.u, chunk, rows_u);
+      gather(in, s, grad, chunk, rows_do);
+      product(gemm, s, rows_u, rows, right, gated ? value : z);
+      if (gated) {
+        gather(in, s, in.u_gate, chunk, rows_gate);
+        product(gemm, s, rows_gate, rows, right_gate, z);
+      }
+      add_bias<T>(in, s, e, chunk, z);
+      product(gemm, s, rows_do, rows, left, dh);  // before the gate
+      with_activation(in.activation, [&](auto kind) {
+        for (int64_t c = 0; c < rows * s.wide; c += kWidth)
+          store_floats(act + c, activate<decltype(kind)::value>(load_floats(z + c)));
       });
-      if (out.du != nullptr) store_sums<T>(in, s, group, first_token, tokens, du, out.du);
-      if (out.du_gate != nullptr) store_sums<T>(in, s, group, first_token, tokens, du_gate, out.du_gate);
-    }
-    for (int64_t e = 0; out.dbias != nullptr && e < in.experts; ++e) {
-      store_row(dbias + e * s.wide, static_cast<T*>(out.dbias) + e * in.features + group * s.block, s.block);
-      std::memset(dbias + e * s.wide, 0, s.wide * sizeof(float));
-    }
-    if (in.own_groups == 1) continue;
+      float* h = act;
+      if (gated) {
+        h = product_tile;
+        for (int64_t c = 0; c < rows * s.wide; c += kWidth)
+          store_floats(h + c, load_floats(act + c) * load_floats(value + c));
+      }
+      if (part.slot_gates != nullptr) {
+        for (int64_t r = 0; r < rows; ++r) {
+          Floats sums = {};
+          for (int64_t c = 0; c < s.wide; c += kWidth)
+            sums = multiply_add(load_floats(h + r * s.wide + c), load_floats(dh + r * s.wide + c), sums);
+          float total = 0;
+          for (int i = 0; i < kWidth; ++i) total += sums[i];
+          part.slot_gates[chunk.groups[r] * pairs + chunk.slots[r]] = total;
+        }
+      }
+      if (out.dleft != nullptr) {
+        round_rows(s, chunk, h, in.gates, operand);
+        add_outer(gemm, s, operand, rows_do, rows, panels_a, panels_d, odd, cores + square);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const Floats gate = splat(in.gates[chunk.slots[r]]);
+        for (int64_t c = r * s.wide; c < (r + 1) * s.wide; c += kWidth) {
+          const Floats gated_dh = gate * load_floats(dh + c);
+          if (gated) {  // act becomes the gradient of u R, dh that of the activation
+            const Floats factor = load_floats(value + c);
+            store_floats(act + c, gated_dh * load_floats(act + c));
+            store_floats(dh + c, gated_dh * factor);
+          } else {
+            store_floats(dh + c, gated_dh);
+          }
+        }
+      }
+      with_activation(in.activation, [&](auto kind) { deactivate_rows<decltype(kind)::value>(s, rows, dh, z); });
+      if (out.dbias != nullptr)
+        for (int64_t r = 0; r < rows; ++r) {
+          float* target = dbias + (e * together + chunk.groups[r] - group) * s.wide;
+          for (int64_t c = 0; c < s.wide; ++c) target[c] += z[r * s.wide + c];
+        }
+      round_rows<T>(s, chunk, gated ? act : z, nullptr, operand);
+      if (out.dright != nullptr) add_outer(gemm, s, rows_u, operand, rows, panels_a, panels_d, odd, cores);
+      if (out.du != nullptr) {
+        product(gemm, s, operand, rows, back, value);
+        add_rows(s, tile, chunk, value, nullptr, du);
+      }
+      if (!gated) return;
+      round_rows<T>(s, chunk, z, nullptr, operand);
+      if (out.dright_gate != nullptr)
+        add_outer(gemm, s, rows_gate, operand, rows, panels_a, panels_d, odd, cores + 2 * square);
+      if (out.du_gate != nullptr) {
+        product(gemm, s, operand, rows, back_gate, value);
+        add_rows(s, tile, chunk, value, nullptr, du_gate);
+      }
+    });
+    if (out.du != nullptr) store_sums<T>(in, s, tile, du, out.du);
+    if (out.du_gate != nullptr) store_sums<T>(in, s, tile, du_gate, out.du_gate);
+    if (number + 1 < sorted.tiles) return;
+    for (int64_t e = 0; out.dbias != nullptr && e < in.experts; ++e)
+      for (int64_t g = 0; g < together; ++g) {
+        float* own = dbias + (e * together + g) * s.wide;
+        store_row(own, static_cast<T*>(out.dbias) + e * in.features + (group + g) * s.block, s.block);
+        std::memset(own, 0, s.wide * sizeof(float));
+      }
+    if (in.own_groups == 1) return;
     void* const results[] = {out.dright, out.dleft, out.dright_gate};
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t kind = 0; kind < kinds; ++kind) {
@@ -309,7 +312,7 @@ void backward(
           store_row(core, static_cast<T*>(results[kind]) + (e * in.own_groups + group) * square, square);
         std::memset(core, 0, square * sizeof(float));
       }
-  }
+  });
 }
 
 template <class T>

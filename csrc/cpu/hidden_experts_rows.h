@@ -27,34 +27,42 @@ struct Sizes {
   }
 };
 
-// Slots of one expert, at most `Sizes::chunk`.
-struct Chunk {
-  const int64_t *slots, *owners;
-  int64_t rows;
+// Groups [first, last) that are taken together, and the tokens of one tile.
+struct Tile {
+  int64_t first_group, last_group, first_token, tokens;
 };
 
-// Rows of the slots' tokens, units [group * b, (group + 1) * b) of them.
+// Slots of one expert, each in a group: at most `Sizes::chunk`.
+struct Chunk {
+  int64_t rows;
+  int64_t slots[kChunk], owners[kChunk], groups[kChunk];
+};
+
+// The group's units of the slots' tokens.
 template <class T>
-void gather(const HiddenExperts& in, const Sizes& s, const void* from, int64_t group, const Chunk& chunk, T* out) {
-  constexpr int64_t kAhead = 8, kLine = 64;  // each row lies in a page of its own, and no hardware knows which is next
-  const T* source = static_cast<const T*>(from) + group * s.block;
+void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, T* out) {
+  constexpr int64_t kAhead = 8, kLine = 64;  // rows lie in pages of their own, and no hardware knows which is next
+  const auto source = [&](int64_t r) {
+    return static_cast<const T*>(from) + chunk.owners[r] * in.features + chunk.groups[r] * s.block;
+  };
   for (int64_t r = 0; r < chunk.rows; ++r) {
     if (r + kAhead < chunk.rows) {
-      const char* next = reinterpret_cast<const char*>(source + chunk.owners[r + kAhead] * in.features);
+      const char* next = reinterpret_cast<const char*>(source(r + kAhead));
       for (int64_t c = 0; c < s.block * static_cast<int64_t>(sizeof(T)); c += kLine) __builtin_prefetch(next + c);
     }
-    std::memcpy(out + r * s.stride, source + chunk.owners[r] * in.features, s.block * sizeof(T));
+    std::memcpy(out + r * s.stride, source(r), s.block * sizeof(T));
   }
 }
 
-// sum[token][.] += factor * row
+// sum[group][token][.] += factor * row
 void add_rows(
-    const Sizes& s, int64_t first_token, const Chunk& chunk, const float* tile, const float* gates, float* sum) {
+    const Sizes& s, const Tile& tile, const Chunk& chunk, const float* rows, const float* gates, float* sum) {
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    float* target = sum + (chunk.owners[r] - first_token) * s.wide;
+    const int64_t group = chunk.groups[r] - tile.first_group, token = chunk.owners[r] - tile.first_token;
+    float* target = sum + (group * tile.tokens + token) * s.wide;
     const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
     for (int64_t c = 0; c < s.wide; c += kWidth)
-      store_floats(target + c, multiply_add(gate, load_floats(tile + r * s.wide + c), load_floats(target + c)));
+      store_floats(target + c, multiply_add(gate, load_floats(rows + r * s.wide + c), load_floats(target + c)));
   }
 }
 
@@ -67,25 +75,50 @@ void store_row(const float* from, T* out, int64_t count) {
 
 // Rounded sums of a tile of tokens -> columns of the result; the sums become zero again.
 template <class T>
-void store_sums(
-    const HiddenExperts& in, const Sizes& s, int64_t group, int64_t first, int64_t tokens, float* sum, void* out) {
-  T* target = static_cast<T*>(out) + first * in.features + group * s.block;
-  for (int64_t t = 0; t < tokens; ++t) {
-    store_row(sum + t * s.wide, target + t * in.features, s.block);
-    std::memset(sum + t * s.wide, 0, s.wide * sizeof(float));
+void store_sums(const HiddenExperts& in, const Sizes& s, const Tile& tile, float* sum, void* out) {
+  for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
+    T* target = static_cast<T*>(out) + tile.first_token * in.features + group * s.block;
+    for (int64_t t = 0; t < tile.tokens; ++t, sum += s.wide) {
+      store_row(sum, target + t * in.features, s.block);
+      std::memset(sum, 0, s.wide * sizeof(float));
+    }
   }
 }
 
-// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
-// expert: whole ones, and what is left.
+// Calls f(tile, number of the tile) for the groups of a part that are taken together, and the tiles of each.
 template <class F>
-void for_each_chunk(const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, int64_t tile, const F& f) {
-  const int64_t* offsets = sorted.offsets + tile * (in.experts + 1);
+void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const HiddenPart& part, const F& f) {
+  const int64_t together = in.own_groups == 1 ? part.last - part.first : 1;
+  for (int64_t group = part.first; group < part.last; group += together)
+    for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
+      const int64_t first = tile * sorted.tile_tokens;
+      f(Tile{group, group + together, first, least(sorted.tile_tokens, in.tokens - first)}, tile);
+    }
+}
+
+// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
+// expert: whole ones, and what is left. The groups of a slot come after another.
+template <class F>
+void for_each_chunk(
+    const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {
+  const int64_t* offsets = sorted.offsets + number * (in.experts + 1);
+  Chunk chunk;
   for (int64_t e = 0; e < in.experts; ++e) {
-    const int64_t count = offsets[e + 1] - offsets[e];
-    for (int64_t first = 0; first < count; first += s.chunk)
-      f(e, Chunk{sorted.slots + offsets[e] + first, sorted.owners + offsets[e] + first, least(s.chunk, count - first)},
-        first == 0, count);
+    const int64_t all = (offsets[e + 1] - offsets[e]) * (tile.last_group - tile.first_group);
+    int64_t slot = offsets[e], group = tile.first_group;
+    for (int64_t first = 0; first < all; first += s.chunk) {
+      chunk.rows = least(s.chunk, all - first);
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        chunk.slots[r] = sorted.slots[slot];
+        chunk.owners[r] = sorted.owners[slot];
+        chunk.groups[r] = group;
+        if (++group == tile.last_group) {
+          group = tile.first_group;
+          ++slot;
+        }
+      }
+      f(e, chunk, first == 0, all);
+    }
   }
 }
 

@@ -133,11 +133,11 @@ def _is_plain_call(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         return False
     device_type = tensors[0].device.type
     on_devices = device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
-    return on_devices and all([type(value) in _PLAIN for value in tensors])
+    return on_devices and all(type(value) in _PLAIN for value in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
 from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
+from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
@@ -119,10 +119,10 @@ class TopKRouter(FromInitialValues):
         # The device meta has no autocast to turn off, and entering one that is off costs as much as a small product.
         is_lowered = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if is_lowered else contextlib.nullcontext():
-            x = x.float()
             if self.training and self.config.jitter:
+                x = x.float()
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
-            logits = F.linear(x, self.weight.float())
+            logits = float32_logits(x, self.weight)
             weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)

@@ -1,0 +1,68 @@
+"""Logits of a router in float32, without a float32 copy of the tokens where a device can do without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def float32_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
+
+    The backward keeps x as it came instead of a float32 copy of it. On a GPU the forward makes no copy either: products
+    of two numbers of 16 bits are exact in float32, in which tensor cores add them.
+    """
+    if x.dtype == torch.float32:
+        return F.linear(x, weight.float())
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        logits: Tensor = _Logits.apply(x, weight)
+        return logits
+    return _logits(x, weight)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    logits = logits_of_low_precision(x, weight) if x.device.type == "cuda" else None
+    return F.linear(x.float(), weight.float()) if logits is None else logits
+
+
+def logits_of_low_precision(x: Tensor, weight: Tensor) -> Tensor | None:
+    """The same by products of 16-bit numbers, which PyTorch has on GPUs; None for dtypes that have none as exact."""
+    if x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    if (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32):
+        parts = torch.mm(x, bfloat16_parts(weight).flatten(0, 1).t(), out_dtype=torch.float32)
+        return parts.view(x.shape[0], 3, weight.shape[0]).sum(1)
+    return None  # of a float32 weight, float16 has no room for the last digits
+
+
+def bfloat16_parts(weight: Tensor) -> Tensor:
+    """Three bfloat16 numbers ``[3, E, I]`` whose sum is the float32 one: each holds 8 of its 24 bits."""
+    first = weight.bfloat16()
+    rest = weight - first
+    second = rest.bfloat16()
+    return torch.stack([first, second, (rest - second).bfloat16()])
+
+
+class _Logits(torch.autograd.Function):
+    """The copies that gradients need are made when they are computed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return _logits(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        dx = (grad @ weight.float()).to(x.dtype) if need_x else None
+        dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
+        return dx, dweight

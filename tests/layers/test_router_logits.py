@@ -1,0 +1,112 @@
+"""The router's product: float32 arithmetic without a float32 copy of the tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpoe.layers import TopKRouter
+from mpoe.layers.logits import bfloat16_parts, float32_logits, logits_of_low_precision
+
+LOW = [torch.bfloat16, torch.float16]
+TOKENS, FEATURES, EXPERTS = 20, 64, 6
+
+
+def problem(dtype, weight_dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, FEATURES, generator=generator).to(dtype)
+    weight = torch.randn(EXPERTS, FEATURES, generator=generator).to(weight_dtype)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("weight_dtype", [*LOW, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_bits_and_gradients_of_float32_copies(dtype, weight_dtype):
+    grad = torch.randn(TOKENS, EXPERTS)
+    results = []
+    for product in (float32_logits, lambda x, weight: F.linear(x.float(), weight.float())):
+        x, weight = problem(dtype, weight_dtype)
+        logits = product(x, weight)
+        results.append((logits, *torch.autograd.grad(logits, (x, weight), grad)))
+    for got, wanted in zip(*results, strict=True):
+        assert got.dtype == wanted.dtype
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-2, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(float32_logits(*problem(dtype, weight_dtype)), results[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivatives_and_transforms(dtype):
+    x, weight = problem(dtype, dtype)
+    first = torch.autograd.grad(float32_logits(x, weight).square().sum(), x, create_graph=True)[0]
+    assert torch.autograd.grad(first.float().square().sum(), weight)[0].isfinite().all()
+    each = torch.func.vmap(lambda rows: float32_logits(rows, weight))(torch.stack([x, x]))
+    torch.testing.assert_close(each[1], float32_logits(x, weight))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_backward_keeps_no_float32_copy_of_the_tokens(dtype):
+    router = TopKRouter(FEATURES, EXPERTS).to(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        router(problem(dtype, dtype)[0])
+    assert [t.dtype for t in kept if t.shape == (TOKENS, FEATURES)] == [dtype]
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operations, and dtypes of results as large as the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.copies = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append(str(func))
+        if isinstance(out, torch.Tensor) and out.shape == (TOKENS, FEATURES):
+            self.copies.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "copies"),
+    [
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float32, True),  # float16 has no room for what remains of a float32 weight
+    ],
+    ids=str,
+)
+def test_no_copy_of_the_tokens_on_a_gpu(dtype, weight_dtype, copies, grad):
+    router = TopKRouter(FEATURES, EXPERTS, device="meta")
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        router.weight = torch.nn.Parameter(torch.empty(EXPERTS, FEATURES, device="cuda", dtype=weight_dtype))
+        x = torch.empty(TOKENS, FEATURES, device="cuda", dtype=dtype)
+        with Recorded() as recorded:
+            out = router(x)
+    assert (out.logits.dtype, out.logits.shape) == (torch.float32, (TOKENS, EXPERTS))
+    assert ("aten.mm.dtype" in recorded.operations) != copies
+    assert recorded.copies == ([torch.float32] if copies else [])
+
+
+def test_three_parts_are_the_weight():
+    weight = torch.randn(EXPERTS, FEATURES) * torch.logspace(-6, 3, FEATURES)
+    parts = bfloat16_parts(weight)
+    assert (parts.dtype, parts.shape) == (torch.bfloat16, (3, EXPERTS, FEATURES))
+    assert torch.equal(parts.double().sum(0), weight.double())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
+    """Its product of bfloat16 into float32 is played by the CPU."""
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    x, weight = (t.detach() for t in problem(torch.bfloat16, weight_dtype))
+    torch.testing.assert_close(
+        logits_of_low_precision(x, weight).double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5
+    )

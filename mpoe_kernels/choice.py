@@ -5,7 +5,7 @@ The cheapest one is taken, kept for the next problem alike, and exactly that run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -142,8 +142,18 @@ def strategy_together(alone: Candidate, problem: Problem) -> str | None:
         price = backend.gated_price(plan)
         times = measured.seconds_of(table, backend.name, plan.strategy, plan) or predicted
         found[plan.strategy] = price.together * times / predicted - price.multiplying
-    best = min(found, key=found.__getitem__, default=None)
-    return best if best is not None and found[best] < 2 * alone.seconds else None
+    return cheaper_together(found, alone.seconds)
+
+
+def cheaper_together(prices: Mapping[str, float], alone: float) -> str | None:
+    """The strategy of the lowest price, if that is below twice ``alone``.
+
+    Args:
+        prices: by strategy, seconds of both projections at once, less those of a product of two results.
+        alone: seconds of each projection by itself.
+    """
+    best = min(prices, key=prices.__getitem__, default=None)
+    return best if best is not None and prices[best] < 2 * alone else None
 
 
 def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:

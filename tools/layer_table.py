@@ -26,7 +26,8 @@ from triton_predict import ACTIVATIONS, ARCHITECTURE, CARD, DTYPE, choice, layer
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.backends.triton_work import PRODUCTS
-from mpoe_kernels.linear.gpu.cost import TRITON, gated_seconds, multiply_seconds
+from mpoe_kernels.choice import cheaper_together
+from mpoe_kernels.linear.triton.cost import gated_price_on
 from mpoe_kernels.planner import BlockDims, contractions
 from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.triton.start import Launch, recorded
@@ -96,13 +97,11 @@ def host(works: list[Callable[[], object]], experts: int) -> float:
 
 
 def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None:
-    """As `mpoe_kernels.choice.strategy_together` decides on the card, where each projection takes ``alone`` seconds."""
+    """What `mpoe_kernels.choice` decides on the card, where each projection takes ``alone`` seconds."""
     prices = {
-        plan.strategy: gated_seconds(plan, CARD, TRITON) - multiply_seconds(plan, CARD)
-        for plan in contractions(dims, experts, TOKENS, DTYPE, "forward")
+        plan.strategy: gated_price_on(plan, CARD) for plan in contractions(dims, experts, TOKENS, DTYPE, "forward")
     }
-    best = min(prices, key=prices.__getitem__)
-    return best if prices[best] < 2 * alone else None
+    return cheaper_together({name: price.together - price.multiplying for name, price in prices.items()}, alone)
 
 
 def gated(experts: int, name: str) -> tuple[str, Row, str, Row]:

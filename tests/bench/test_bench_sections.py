@@ -13,6 +13,7 @@ from mpoe_bench.run import failures
 from mpoe_bench.section import NOT_HERE, Comparison, Setup, run_section
 from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
 from mpoe_bench.suites.ffn import ffn_comparison
+from mpoe_bench.suites.scale import GPU_PEERS
 from mpoe_bench.tables import table_of
 from mpoe_bench.timing import Budget, cpu_measure
 
@@ -134,7 +135,7 @@ def test_a_wrong_baseline_is_no_baseline() -> None:
 
 
 # What runs on a CPU; tensorly-torch where it is installed.
-CPU_PEERS = tuple(name for name in PEERS if name not in ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels"))
+CPU_PEERS = tuple(name for name in PEERS if name not in GPU_PEERS)
 
 
 @pytest.mark.parametrize("shape", ["separable", "paper_4", "paper_full", "light_8"])
@@ -154,13 +155,6 @@ def test_every_peer_computes_the_truth(shape: str, load: str) -> None:
             assert row["reason"] is None
             assert row["errors"].keys() >= {"y", "dx"}
             assert len(row["errors"]) > 3  # and the weights' gradients
-
-
-def test_gpu_peers_say_why_they_are_absent() -> None:
-    comparison = ffn_comparison(CASE, ("separable",), ("eager",), peers=("ScatterMoE", "triton_kernels"))
-    rows = {row["name"]: row for row in run_section(comparison, SETUP)["rows"]}
-    assert rows["ScatterMoE"]["reason"] == f"{NOT_HERE}: scattermoe runs on CUDA devices only"
-    assert rows["triton_kernels"]["reason"] == f"{NOT_HERE}: triton_kernels runs on CUDA devices only"
 
 
 def test_an_unknown_peer_is_refused() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape, choice, registry
-from mpoe_kernels.choice import Problem, strategy_together
+from mpoe_kernels.choice import Problem, cheaper_together, strategy_together
 from mpoe_kernels.linear.gpu.cost import TRITON, gated_seconds, gpu_seconds, multiply_seconds
+from mpoe_kernels.linear.triton import cost
 from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction
 from mpoe_kernels.registry import Backend, Candidate, GatedPrice
 
@@ -86,6 +87,19 @@ def test_a_measured_time_of_the_steps_scales_their_pairs(
     monkeypatch.setattr(choice.measured, "seconds_of", seconds_of)
     assert strategy_together(alone(2.1), PROBLEM) == "rebuild", "pairs by half_left are expected to take 7"
     assert strategy_together(alone(1.9), PROBLEM) is None
+
+
+def test_at_twice_the_seconds_each_stays_alone() -> None:
+    assert cheaper_together({"a": 2.0, "b": 3.0}, 1.0) is None
+    assert cheaper_together({"a": 3.0, "b": 1.9}, 1.0) == "b"
+    assert cheaper_together({}, 1.0) is None
+
+
+def test_a_card_that_is_not_here_has_the_price_of_one_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_here", lambda plan: (None, CARD, 0.0))
+    for strategy in ("rebuild", "half_left"):
+        plan = contraction(strategy, DIMS, 8, 4096, torch.bfloat16, "forward")
+        assert cost.gated_price(plan) == cost.gated_price_on(plan, CARD)
 
 
 def price(dims: BlockDims, strategy: str, tokens: int, experts: int = 8) -> tuple[float, float]:

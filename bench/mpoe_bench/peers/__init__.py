@@ -24,6 +24,9 @@ PEERS: dict[str, Callable[[Problem], Contender]] = {
     "ScatterMoE": gpu.scattermoe,
     "MegaBlocks grouped GEMM": gpu.megablocks,
     "triton_kernels": gpu.triton_kernels,
+    "SonicMoE": gpu.sonicmoe,
+    "QuACK grouped GEMM": gpu.quack,
+    "Liger SwiGLU as ReLU, 1.5x FLOPs": gpu.liger,
 }
 # Peers that work on the cores, so that their speed depends on the kind of shape; the others' does not.
 OF_CORES = ("original: rebuild all", "einsum of the cores", "tltorch factorized", "tltorch reconstructed")

@@ -60,8 +60,9 @@ def gpu_sections(scale: Scale, setup: Setup) -> Iterator[NamedSection]:
     yield ffn(many, middle)
     yield ffn(few, large, ("separable", "paper_full", paper))
     yield ffn(many, large, ("separable", paper))
+    decode = ("dense experts, grouped_mm", *(("triton_kernels", "SonicMoE") if setup.device == "cuda" else ()))
     for tokens in (1, 8):
-        yield ffn(many, tokens, train=False, peers=("dense experts, grouped_mm", *GPU_PEERS[-1:]), key="decode")
+        yield ffn(many, tokens, train=False, peers=decode, key="decode")
     yield ffn(few, small, train=False)
     yield ffn(few, middle, ("separable", paper), dtype=torch.float32, peers=("dense experts, loop",))
     for top_k in (1, 2):

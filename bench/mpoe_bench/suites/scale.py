@@ -10,7 +10,10 @@ DENSE_PEERS = (
     "dense experts, one-hot einsum",
     "transformers Switch",
 )
-GPU_PEERS = ("ScatterMoE", "MegaBlocks grouped GEMM", "triton_kernels")
+GPU_PEERS = (
+    *("ScatterMoE", "SonicMoE", "QuACK grouped GEMM", "MegaBlocks grouped GEMM", "triton_kernels"),
+    "Liger SwiGLU as ReLU, 1.5x FLOPs",
+)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,13 @@ def ways_here(plan: Contraction) -> dict[str, float]:
 def gated_price(plan: Contraction) -> GatedPrice:
     """Of both projections of a gated network by the plan's steps, in launches of pairs."""
     _, hardware, more = _here(plan)
-    return GatedPrice(2 * more + gated_seconds(plan, hardware, TRITON), multiply_seconds(plan, hardware))
+    price = gated_price_on(plan, hardware)
+    return price._replace(together=2 * more + price.together)
+
+
+def gated_price_on(plan: Contraction, hardware: Hardware) -> GatedPrice:
+    """The same on any card."""
+    return GatedPrice(gated_seconds(plan, hardware, TRITON), multiply_seconds(plan, hardware))
 
 
 def predicted_cost(request: Request) -> float:

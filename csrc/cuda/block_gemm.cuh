@@ -139,6 +139,49 @@ struct Accumulator {
       }
     }
   }
+  static constexpr int kLanesPerRow = TileT::kWarpN / 2;
+  // Rows are apart by 8 of 32 banks: the stores of half a warp, 8 bytes each in four rows, meet no conflict.
+  static constexpr int kStripStride = TileT::kWarpN + 8;
+  static constexpr int kStripFloats = 8 * kStripStride;  // of a warp
+  static_assert(32 % kLanesPerRow == 0 && kStripStride % 32 == 8);
+
+  // Columns own_column() and the next one are this thread's in for_each_row.
+  static __device__ __forceinline__ int own_column() {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    return warp % TileT::kWarpsN * TileT::kWarpN + lane % kLanesPerRow * 2;
+  }
+  // Calls f(row, value, value of the next column) until this thread's columns have met every row of its warp's part of the
+  // tile. Lanes side by side have columns side by side, and the loop is not unrolled: f exists once, whatever it does.
+  // strips: kStripFloats of every warp in shared memory, which nobody else uses.
+  template <class F>
+  __device__ __forceinline__ void for_each_row(float* strips, F&& f) const {
+    struct alignas(8) Pair {
+      float x, y;
+    };
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    float* const strip = strips + warp * kStripFloats;
+    const int first_row = warp / TileT::kWarpsN * TileT::kWarpM;
+    ROLLED
+    for (int part = 0; part < 2 * TileT::kRowTiles; ++part) {  // 8 rows each
+      UNROLL
+      for (int held = 0; held < 2 * TileT::kRowTiles; ++held) {  // registers have no run-time index
+        if (held != part) continue;
+        UNROLL
+        for (int j = 0; j < TileT::kColumnTiles; ++j) {
+          const float(&four)[4] = v[held / 2][j];
+          *reinterpret_cast<Pair*>(strip + (lane >> 2) * kStripStride + j * 8 + (lane & 3) * 2) = {
+              four[held % 2 * 2], four[held % 2 * 2 + 1]};
+        }
+      }
+      __syncwarp();
+      ROLLED
+      for (int row = lane / kLanesPerRow; row < 8; row += 32 / kLanesPerRow) {
+        const Pair pair = *reinterpret_cast<const Pair*>(strip + row * kStripStride + lane % kLanesPerRow * 2);
+        f(first_row + part * 8 + row, pair.x, pair.y);
+      }
+      __syncwarp();  // the strip is free
+    }
+  }
   // Calls f(row, column, value, value at column + 1) for every pair of the tile that this thread holds.
   template <class F>
   __device__ __forceinline__ void for_each_pair(F&& f) const {
@@ -157,6 +200,12 @@ struct Accumulator {
     }
   }
 };
+
+// What for_each_row takes of shared memory for a whole block.
+template <class TileT>
+constexpr std::size_t strip_bytes() {
+  return sizeof(float) * Accumulator<TileT>::kStripFloats * (TileT::kThreads / 32);
+}
 
 // acc += A B over inner indices [k_begin, k_end). Every thread of the block calls it; rows and columns of the tile at or
 // past `rows`, `columns` are not computed (whole warps at a time). `stages` holds kStages tiles of both operands.

@@ -7,31 +7,44 @@
 
 namespace mpoe::cuda {
 
-// Stores columns n, n + 1 of row m, with bias and activation. `shift`: offset inside a row at which columns begin.
-// `valid` is false for rows that no expert owns: zeros.
+// Offsets inside a row of columns n and n + 1 of the result; `shift`: where columns begin.
+struct ColumnPair {
+  int at[2];
+  bool inside[2];
+
+  __device__ __forceinline__ ColumnPair(const Output& out, int shift, int n, int n_end) {
+    UNROLL
+    for (int e = 0; e < 2; ++e) {
+      inside[e] = n + e < n_end;
+      at[e] = shift + (inside[e] ? out.n.at(n + e).inner : 0);
+    }
+  }
+};
+
+// Stores two columns of a row, with bias and activation. `row`: elements before the row; `inner`: the row's own offset
+// inside what bias and limit count. `valid` is false for rows that no expert owns: zeros.
 template <class T>
-__device__ __forceinline__ void store_pair(const Output& out, int64_t base, Position row, int64_t row_offset, int shift,
-                                           int n, int n_end, float v0, float v1, bool valid) {
-  float v[2] = {v0, v1};
+__device__ __forceinline__ void store_pair(const Output& out, int64_t row, int inner, const ColumnPair& columns, float v0,
+                                           float v1, bool valid) {
+  float v[2] = {v0, v1}, z[2];
   int64_t at[2];
   bool inside[2];
-  float z[2];
   UNROLL
   for (int e = 0; e < 2; ++e) {
-    inside[e] = n + e < n_end;
-    const int inner = row.inner + shift + (inside[e] ? out.n.at(n + e).inner : 0);
-    inside[e] = inside[e] && inner < out.limit;
-    at[e] = base + row_offset + inner;
-    if (!inside[e]) continue;
-    if (out.bias && valid) v[e] += dev::to_float(static_cast<const T*>(out.bias)[inner]);
+    const int column = inner + columns.at[e];
+    inside[e] = columns.inside[e] && column < out.limit;
+    at[e] = row + column;
+    if (out.bias && valid && inside[e]) v[e] += dev::to_float(static_cast<const T*>(out.bias)[column]);
     z[e] = v[e];
-    if (valid) v[e] = activate(out.activation, v[e]);
-    if (out.as_float && out.accumulate) v[e] += static_cast<const float*>(out.data)[at[e]];
+  }
+  if (out.activation != kNone && valid) {
+    UNROLL
+    for (int e = 0; e < 2; ++e) v[e] = activate(out.activation, v[e]);
   }
   struct alignas(2 * sizeof(T)) Pair {
     T x, y;
   };
-  if (out.pair && !out.as_float && inside[0] && inside[1]) {
+  if (out.pair && inside[0] && inside[1]) {
     *reinterpret_cast<Pair*>(static_cast<T*>(out.data) + at[0]) = {dev::from_float<T>(v[0]), dev::from_float<T>(v[1])};
     if (out.pre_activation) {
       *reinterpret_cast<Pair*>(static_cast<T*>(out.pre_activation) + at[0]) = {dev::from_float<T>(z[0]),
@@ -43,12 +56,35 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t base, Posi
   for (int e = 0; e < 2; ++e) {
     if (!inside[e]) continue;
     if (out.as_float) {
-      static_cast<float*>(out.data)[at[e]] = v[e];
+      float* const to = static_cast<float*>(out.data) + at[e];
+      *to = out.accumulate ? *to + v[e] : v[e];
     } else {
       static_cast<T*>(out.data)[at[e]] = dev::from_float<T>(v[e]);
     }
     if (out.pre_activation) static_cast<T*>(out.pre_activation)[at[e]] = dev::from_float<T>(z[e]);
   }
+}
+
+// The group of a tile; `tile` becomes its number inside the group. `count`: a tile past the last group's. All lanes of a
+// warp call it: each looks at one group of 32.
+template <class Tiles>
+__device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles_of_group) {
+  const int lane = threadIdx.x & 31;
+  ROLLED
+  for (int first = 0; first < count; first += 32) {
+    const int own = first + lane < count ? tiles_of_group(first + lane) : 0;
+    int sum = own;  // of this group and those before it
+    UNROLL
+    for (int step = 1; step < 32; step <<= 1) {
+      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
+      if (lane >= step) sum += left;
+    }
+    const int before = __popc(__ballot_sync(dev::kFullWarp, sum <= tile));  // groups that end before the tile
+    const int skipped = __shfl_sync(dev::kFullWarp, before < 32 ? sum - own : sum, before < 32 ? before : 31);
+    tile -= skipped;
+    if (before < 32) return first + before;
+  }
+  return count;
 }
 
 // Grid: (tiles of m over all groups, tiles of n, groups unless they are in m).
@@ -63,11 +99,9 @@ __global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __gr
   bool valid = true;
   const auto offset = [&](int g) { return groups.offsets[g * groups.step] * groups.per_slot; };
   if (p.slot_axis == kSlotsInRows) {
-    for (group = 0; group < groups.count; ++group) {
-      const int tiles = (offset(group + 1) - offset(group) + TileT::kM - 1) / TileT::kM;
-      if (tile < tiles) break;
-      tile -= tiles;
-    }
+    group = group_of_tile(tile, groups.count, [&](int g) {
+      return (offset(g + 1) - offset(g) + TileT::kM - 1) / TileT::kM;
+    });
     valid = group < groups.count;
     if (!valid && !groups.zero_tail) return;
     m_begin = offset(group);
@@ -90,16 +124,14 @@ __global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __gr
     const B b(p.b, p.b.expert_stride * group, n_begin, p.n, k_end);
     block_gemm<T, TileT, kMajorA, kMajorB>(acc, a, b, k_begin, k_end, rows, columns, stages);
   }
-  const int64_t base = p.out.expert_stride * group;
-  const bool slots_out = p.slot_axis == kSlotsInRows;
-  int known_row = -1;
-  Position position;
-  acc.for_each_pair([&](int row, int column, float v0, float v1) {
-    if (row >= rows || column >= columns) return;
-    if (row != known_row) position = p.out.m.at(m_begin + row);
-    known_row = row;
+  __syncthreads();  // nobody reads the stages
+  const ColumnPair own(p.out, 0, n_begin + acc.own_column(), p.n);
+  const int64_t base = p.slot_axis == kSlotsInRows ? 0 : p.out.expert_stride * group;
+  acc.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
+    if (row >= rows) return;
+    const Position position = p.out.m.at(m_begin + row);
     const int64_t row_offset = p.out.m.slot_first ? position.slot * p.out.slot_stride : 0;
-    store_pair<T>(p.out, slots_out ? 0 : base, position, row_offset, 0, n_begin + column, p.n, v0, v1, valid);
+    store_pair<T>(p.out, base + row_offset, position.inner, own, v0, v1, valid);
   });
 }
 

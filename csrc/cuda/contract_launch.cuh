@@ -18,7 +18,8 @@ void launch_tiles(const ContractArguments& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles_m), static_cast<unsigned>(tiles_of(p.n, TileT::kN)),
                   in_rows ? 1u : static_cast<unsigned>(p.groups.count));
   if (m == 0 || p.n == 0) return;
-  const std::size_t shared = sizeof(T) * kStages * (A::kElements + B::kElements);
+  constexpr std::size_t shared = sizeof(T) * kStages * (A::kElements + B::kElements);
+  static_assert(shared >= strip_bytes<TileT>());
   const auto kernel = contract_kernel<T, TileT, kMajorA, kMajorB>;
   LAUNCH(kernel, grid, dim3(TileT::kThreads), shared, stream, p);
   check_launch("contract");

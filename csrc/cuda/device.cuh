@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define DYN_SHARED(T, name)                                 \
   extern __shared__ __align__(128) unsigned char raw_##name[]; \
   T* name = reinterpret_cast<T*>(raw_##name)

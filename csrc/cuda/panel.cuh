@@ -88,11 +88,15 @@ __device__ __forceinline__ void rebuild_panel(const PanelArguments& p, int group
         const Resident<T, true> a{half + m * p.half_stride, p.half_stride};
         acc.clear();
         block_gemm<T, RebuildT, true, !kLeftFirst>(acc, a, b, 0, p.inner_second, p.p - m, p.q - n, stages);
-        acc.for_each_pair([&](int row, int column, float v0, float v1) {
+        const int column = n + acc.own_column();
+        const int at_column[2] = {column < p.q ? p.q_at.at(column).inner : 0,
+                                  column + 1 < p.q ? p.q_at.at(column + 1).inner : 0};
+        __syncthreads();  // nobody reads the stages
+        acc.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
           if (m + row >= p.p) return;
           const int at_row = panel_base + p.p_at.at(m + row).inner;
-          if (n + column < p.q) panel[at_row + p.q_at.at(n + column).inner] = dev::from_float<T>(v0);
-          if (n + column + 1 < p.q) panel[at_row + p.q_at.at(n + column + 1).inner] = dev::from_float<T>(v1);
+          if (column < p.q) panel[at_row + at_column[0]] = dev::from_float<T>(v0);
+          if (column + 1 < p.q) panel[at_row + at_column[1]] = dev::from_float<T>(v1);
         });
       }
     }
@@ -131,6 +135,7 @@ __global__ void __launch_bounds__(StreamT::kThreads, 1) panel_kernel(const __gri
     rebuild_panel<T, RebuildT, kLeftFirst>(p, group, at, panel, half, stages);
   }
   const Resident<T, false> weight{panel, p.panel_stride};
+  const ColumnPair own(p.out, at.out, Accumulator<StreamT>::own_column(), p.width);
   for (int m = range.begin; m < range.end; m += StreamT::kM) {
     const int rows = range.end - m;
     Accumulator<StreamT> acc;
@@ -139,10 +144,11 @@ __global__ void __launch_bounds__(StreamT::kThreads, 1) panel_kernel(const __gri
       const Rows x(p.rows, 0, m, range.end, p.depth);
       block_gemm<T, StreamT, true, false>(acc, x, weight, 0, p.depth, rows, p.width, stages);
     }
-    acc.for_each_pair([&](int row, int column, float v0, float v1) {
-      if (row >= rows || column >= p.width) return;
+    __syncthreads();  // nobody reads the stages
+    acc.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
+      if (row >= rows) return;
       const Position position = p.out.m.at(m + row);
-      store_pair<T>(p.out, 0, position, position.slot * p.out.slot_stride, at.out, column, p.width, v0, v1, owned);
+      store_pair<T>(p.out, position.slot * p.out.slot_stride, position.inner, own, v0, v1, owned);
     });
   }
 }

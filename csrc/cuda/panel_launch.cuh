@@ -31,7 +31,9 @@ constexpr PanelTiles tiles_of_panel() {
   constexpr int second = std::max(Staged<T, RebuildT, RebuildT::kN, true>::kElements,
                                   Staged<T, RebuildT, RebuildT::kN, false>::kElements);
   constexpr int rows = Staged<T, StreamT, StreamT::kM, true>::kElements;
-  return {StreamT::kM, StreamT::kN, StreamT::kK, RebuildT::kWarpM, kStages * std::max(first + second, rows)};
+  constexpr int stages = kStages * std::max(first + second, rows);
+  static_assert(stages * sizeof(T) >= std::max(strip_bytes<StreamT>(), strip_bytes<RebuildT>()));
+  return {StreamT::kM, StreamT::kN, StreamT::kK, RebuildT::kWarpM, stages};
 }
 template <class T>
 constexpr PanelTiles tiles_of_panel(bool wide) {

@@ -75,6 +75,15 @@ def test_random_schedule() -> None:
             Case(SMALL_SHAPES["light"], torch.bfloat16).check("half_right")
 
 
+@pytest.mark.parametrize("experts", [32, 33, 70])
+@pytest.mark.parametrize("capacity", [None, 1])
+def test_tiles_find_their_expert_among_many(experts: int, capacity: int | None) -> None:
+    """A warp looks at 32 experts at a time; some have no slot, and with a capacity slots are left that none owns."""
+    case = Case(SMALL_SHAPES["separable"], torch.bfloat16, tokens=60, experts=experts, capacity=capacity)
+    for strategy in ("separable", "rebuild"):
+        case.check(strategy)
+
+
 def test_large_tiles() -> None:
     """128 x 128 results by one block."""
     shape = MPOShape((16, 16), (16, 16), max_bond=32, central=1)

@@ -85,8 +85,14 @@ def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name: str) -> No
     assert file.stat().st_size < 300_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", notebooks.NAMES)
+# The cells of the others are run as scripts.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n == "convert_and_look" else pytest.mark.exhaustive)
+        for n in notebooks.NAMES
+    ],
+)
 def test_notebooks_run(name: str, lacks, tmp_path: Path) -> None:
     if importlib.util.find_spec("nbclient") is None or importlib.util.find_spec("ipykernel") is None:
         lacks('pip install ".[docs]"')

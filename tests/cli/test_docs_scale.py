@@ -51,28 +51,36 @@ def test_the_picture_is_drawn_from_the_planner(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_launch_lines_run(sentiment: Path, tmp_path: Path) -> None:
-    """As they stand on the page, with few steps and small batches."""
-    sentiment.rename(tmp_path / "my_folder")
+def launch(folder: Path, example: bool) -> str:
+    """Run a launch line as it stands on the page, with few steps and small batches; returns what it printed."""
     launches = [line for line in LINES if line.startswith(LAUNCH)]
-    assert len(launches) == 2
-    for line in launches:
-        arguments = shlex.split(line)[1:]
-        if "--max_steps" in arguments:
-            arguments[arguments.index("--max_steps") + 1] = "2"
-            arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
-        else:
-            arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments] + ["3"]
-        answer = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert answer.returncode == 0, answer.stderr
-        folder = tmp_path / next(a for a in arguments if a.startswith("runs/"))
-        assert type(load_mpoe(folder)).__name__ == "MPOET5ForConditionalGeneration"
-    assert len(re.findall(r"step \d: loss \d", answer.stdout)) == 2
+    assert sorted("examples/" in line for line in launches) == [False, True]
+    arguments = next(shlex.split(line)[1:] for line in launches if ("examples/" in line) == example)
+    if example:
+        arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments] + ["3"]
+    else:
+        arguments[arguments.index("--max_steps") + 1] = "2"
+        arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    saved = folder / next(a for a in arguments if a.startswith("runs/"))
+    assert type(load_mpoe(saved)).__name__ == "MPOET5ForConditionalGeneration"
+    return answer.stdout
+
+
+@pytest.mark.slow
+def test_the_launch_line_runs(sentiment: Path, tmp_path: Path) -> None:
+    sentiment.rename(tmp_path / "my_folder")
+    launch(tmp_path, example=False)
     assert (tmp_path / "runs" / "two" / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_launch_line_of_the_sharded_loop_runs(tmp_path: Path) -> None:
+    assert len(re.findall(r"step \d: loss \d", launch(tmp_path, example=True))) == 2

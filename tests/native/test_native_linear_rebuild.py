@@ -224,8 +224,10 @@ def test_no_slots_and_idle_experts() -> None:
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS)
+# The same kernels with every instruction set are run under sanitizers too, by tools/native_sanitizers.sh.
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive) for isa in ISAS]
+)
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     best = NATIVE_LIBRARY.info["isa_detected"]  # what the tests use anyway
     if ISAS.index(isa) >= ISAS.index(best):

@@ -113,8 +113,13 @@ def test_long_sums_are_as_accurate_as_the_library(tokens: int) -> None:
     check(MPOShape((64, 256, 1), (1, 3, 8)), torch.float32, tokens, "uniform", None)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param("generic", marks=pytest.mark.slow),
+        *(pytest.param(isa, marks=pytest.mark.exhaustive) for isa in ("avx2", "avx512", "avx512bf16", "amx")),
+    ],
+)
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     info = "from mpoe_kernels.native_library import NATIVE_LIBRARY as n; i = n.info"
     info += "; print(i['isa_used'], i['isa_detected'])"

@@ -7,6 +7,7 @@ sentence, which shows within ten steps as a loss stuck at ln 2 and an accuracy o
 from __future__ import annotations
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ def fine_tune(shared_data: Path, tmp_path: Path, shape: str, gauge: str, **optio
     return metrics
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
-@pytest.mark.parametrize("shape", ["separable", "light", "paper"])
+# One case of each gauge is slow; the others are what `pytest -m exhaustive` adds.
+IN_CI = (("separable", "symmetric"), ("light", "orthogonal"))
+CASES = [
+    pytest.param(*case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.exhaustive)
+    for case in product(("separable", "light", "paper"), ("symmetric", "orthogonal"))
+]
+
+
+@pytest.mark.parametrize(("shape", "gauge"), CASES)
 def test_default_rates_do_not_collapse(shared_data: Path, tmp_path: Path, shape: str, gauge: str) -> None:
     metrics = fine_tune(shared_data, tmp_path, shape, gauge)
     assert metrics["eval_accuracy"] >= 0.68

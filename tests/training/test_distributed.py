@@ -93,7 +93,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     assert ranks[0]["own router losses"]["aux_losses"][0] > one[FIRST]["aux_losses"][0] * (1 + 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_runs_of_two_ranks_equal_one_process(tmp_path: Path) -> None:
     do_both(MORE_RUNS, tmp_path)
 

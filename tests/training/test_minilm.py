@@ -48,7 +48,7 @@ class CpuBudget(TrainerCallback):
         control.should_training_stop = time.process_time() - self.start > self.seconds
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_collapse.py has a shorter run of the same model among its slow tests
 def test_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
     steps, batch = 60, 32
     model = convert_to_mpoe(classifier(), MPOEConfig(shape="separable"))

@@ -140,8 +140,13 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kill_at", "last"), [("t5", "step-8", 6), ("gpt2", "save-6", 3)])
+@pytest.mark.parametrize(
+    ("family", "kill_at", "last"),
+    [
+        pytest.param("t5", "step-8", 6, marks=pytest.mark.exhaustive),
+        pytest.param("gpt2", "save-6", 3, marks=pytest.mark.slow),  # in the middle of writing: the harder one
+    ],
+)
 def test_kill_9_and_resume(tmp_path: Path, family: str, kill_at: str, last: int) -> None:
     """Killed after a step, and in the middle of writing a checkpoint."""
     straight = run(tmp_path / "straight", family, 12, "never")

@@ -81,7 +81,12 @@ void for_each_part(std::int64_t groups, std::int64_t parts, const F& body) {
   });
 }
 
-constexpr std::int64_t kParts = 8;  // of the groups, where sums over all groups are needed
+// Parts of the groups where sums over all groups are needed. Every part begins and ends with sums of all experts' cores,
+// so each has at least 32 rows for each expert.
+std::int64_t parts_of_sums(const HiddenExperts& in) {
+  const std::int64_t rows = in.tokens * in.top_k * in.groups();
+  return std::clamp<std::int64_t>(rows / (32 * in.experts), 1, std::min<std::int64_t>(in.groups(), 8));
+}
 
 }  // namespace
 
@@ -102,7 +107,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
   const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
   const bool shared = in.own_groups == 1;
-  const std::int64_t parts = shared ? std::min(groups, kParts) : std::min<std::int64_t>(groups, 2 * num_threads());
+  const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, true);
   Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);

@@ -19,6 +19,8 @@ from mpoe_kernels.registry import BackendError
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import in_interpreter
 
+INTERPRETED = in_interpreter()  # decided for good when Triton was imported
+
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -177,7 +179,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[
         BackendError: see `start`.
     """
     try:
-        if in_interpreter():
+        if INTERPRETED:
             return kernel[grid](**arguments)
         if arguments.get("BY_DESCRIPTOR"):
             triton.set_allocator(_memory)
@@ -254,11 +256,10 @@ def _view(tensor: Tensor, first: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, place // dtype.itemsize, (size,), ())
 
 
-def start_steps(steps: Sequence[Step], tensors: Sequence[Tensor]) -> None:
-    """Start launches one after the other, with these tensors, on their device and its current stream."""
+def start_steps(steps: Sequence[Step], tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    """Start launches one after the other, with tensors that lie there, on their device and its current stream."""
     device = tensors[0].get_device()
     with _on_device(device):
-        stream = None if in_interpreter() else driver.active.get_current_stream(device)
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        stream = None if INTERPRETED else driver.active.get_current_stream(device)
         for step in steps:
             step.start(tensors, addresses, device, stream)

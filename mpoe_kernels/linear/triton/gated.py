@@ -29,7 +29,7 @@ DENSE = (*steps.DENSE, "left", "central", "right", "gate_left", "gate_central", 
 
 def forward(call: GatedCall) -> tuple[Tensor, ...]:
     """``(y, z, value, h, gate_h)``, see `GatedCall`."""
-    return planned(_forward, steps.prepared(call, DENSE))
+    return planned(_forward, call, dense=DENSE)
 
 
 def _forward(call: GatedCall) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def forward_by_steps(call: ForwardCall, wide: bool = False) -> Forward:
     Args:
         wide: rows meet whole weights by wide tiles and descriptors.
     """
-    return planned(_forward_by_steps, steps.prepared(call), wide)
+    return planned(_forward_by_steps, call, wide)
 
 
 def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
@@ -35,17 +35,17 @@ def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     Args:
         half: make left · central of every expert in a launch of its own.
     """
-    return planned(_forward_on_chip, steps.prepared(call), half)
+    return planned(_forward_on_chip, call, half)
 
 
 def backward_by_steps(call: BackwardCall, wide: bool = False) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``wide`` as above."""
-    return planned(_backward_by_steps, steps.prepared(call), wide, *_slots_to_sum(call))
+    return planned(_backward_by_steps, call, wide, *_slots_to_sum(call))
 
 
 def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
     """The same with weights and their gradients that never leave the multiprocessor; ``half`` as above."""
-    return planned(_backward_on_chip, steps.prepared(call), half, *_slots_to_sum(call))
+    return planned(_backward_on_chip, call, half, *_slots_to_sum(call))
 
 
 def _slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:

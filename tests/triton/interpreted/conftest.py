@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpoe_kernels.linear.triton.plan import launch_plan
+from mpoe_kernels.linear.triton.plan import forget_plans
 
 from . import interpreter_repair
 
@@ -12,4 +12,4 @@ interpreter_repair.repair()
 @pytest.fixture(autouse=True)
 def no_plans_of_other_tests() -> None:
     """A test may change what a plan is made from, such as tiles."""
-    launch_plan.cache_clear()
+    forget_plans()

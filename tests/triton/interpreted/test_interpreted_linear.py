@@ -12,7 +12,7 @@ from mpoe_kernels import MPOBlocks, grouped_mpo_linear
 from mpoe_kernels.linear.gpu.products import BlockGradients
 from mpoe_kernels.linear.triton import launch, weights_launch
 from mpoe_kernels.linear.triton.configs import Tile
-from mpoe_kernels.linear.triton.plan import launch_plan
+from mpoe_kernels.linear.triton.plan import forget_plans
 from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
@@ -122,7 +122,7 @@ def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPa
     together = case.run("rebuild")
     built = []
     monkeypatch.setattr(launch.TritonLaunches, "weight", lambda *_: bool(built.append(1)))
-    launch_plan.cache_clear()
+    forget_plans()
     for found, wanted in zip(together, case.run("rebuild"), strict=True):
         assert torch.equal(found, wanted)
     assert built

@@ -59,6 +59,30 @@ def test_a_problem_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_plan.cache_info().maxsize == MOST_PLANS
 
 
+def test_how_tensors_lie_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of dense tensors finds its plan at once; one that must be made dense does so every time."""
+    call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "chain")
+    asked, prepared = [], steps.prepared
+    monkeypatch.setattr(steps, "prepared", lambda *arguments: asked.append(1) or prepared(*arguments))
+    first = kernels.forward_by_steps(call)
+    assert asked
+    asked.clear()
+    assert torch.equal(kernels.forward_by_steps(call)[0], first[0])
+    assert not asked
+    apart = replace(call, x=torch.stack([call.x, call.x], 2)[:, :, 0])
+    for _ in range(2):
+        assert torch.equal(kernels.forward_by_steps(apart)[0], first[0])
+    assert recordings() == 1
+
+
+def test_plans_that_are_kept_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MOST_PLANS", 2)
+    call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "chain")
+    for strategy in ("chain", "rebuild", "half_left", "half_right"):
+        kernels.forward_by_steps(replace(call, strategy=strategy))
+        assert len(plan._FOUND) <= 2
+
+
 def changes(call: ForwardCall) -> dict[str, dict[str, Any]]:
     """Calls that start something else than ``call`` does."""
     x = call.x

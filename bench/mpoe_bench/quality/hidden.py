@@ -88,6 +88,25 @@ COMPARISONS = (
     (SHARED, "large_shared"),
 )
 
+# What the search (hidden_search) found: more experts, and nothing else; beside as many weights in one other form.
+BEST = (
+    hidden("best_group", 64, 8, True),
+    hidden("best_shared", 128, 16, False),
+    switch(12),
+    switch(5),
+    wide("large_best_group", "as large as 64 experts per group", 35 / 3),
+    wide("large_best_shared", "as large as 128 shared experts", 41 / 9),
+)
+BEST_PLAN = ("dense", GROUP, SHARED, *(arm.key for arm in BEST))
+BEST_COMPARISONS = (
+    ("best_group", GROUP),
+    ("best_group", "switch12_quarter"),
+    ("best_group", "large_best_group"),
+    ("best_shared", SHARED),
+    ("best_shared", "switch5_quarter"),
+    ("best_shared", "large_best_shared"),
+)
+
 # Twice the width and four times the steps, for the arms that decide; blocks grow with the model.
 LARGER = (
     hidden("larger_group", 32, 16, True),

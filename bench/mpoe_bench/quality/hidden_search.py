@@ -41,6 +41,7 @@ SEARCH = (
     group("e64", experts=64),
     shared("e16", experts=16),
     shared("e128", experts=128),
+    shared("e256", experts=256),
     # When to convert.
     group("start", "from the start", upcycled=0.0),
     group("eighth", "after an eighth", upcycled=0.125),

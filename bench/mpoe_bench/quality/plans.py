@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS
-from mpoe_bench.quality.hidden import COMPARISONS, HIDDEN, LARGER_COMPARISONS, LARGER_PLAN
+from mpoe_bench.quality.hidden import (
+    BEST_COMPARISONS,
+    BEST_PLAN,
+    COMPARISONS,
+    HIDDEN,
+    LARGER_COMPARISONS,
+    LARGER_PLAN,
+)
 from mpoe_bench.quality.hidden_search import SEARCH
 from mpoe_bench.quality.search import TRIALS
 
@@ -56,6 +63,7 @@ PLANS = {
     "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 30, tuning=10, rates=(1e-3, 2e-3)),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "hidden": Plan("language", tuple(arm.key for arm in HIDDEN), 1600, rates=(16e-3,), comparisons=COMPARISONS),
+    "hidden_best": Plan("language", BEST_PLAN, 1600, rates=(16e-3,), comparisons=BEST_COMPARISONS),
     "hidden_larger": Plan(
         "language", LARGER_PLAN, 6400, rates=(8e-3,), settings={"model": 96}, comparisons=LARGER_COMPARISONS
     ),

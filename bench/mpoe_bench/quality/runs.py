@@ -10,7 +10,7 @@ from typing import Any
 
 from mpoe_bench.quality.arms import ADAPTERS, ARMS, Arm
 from mpoe_bench.quality.files import write_json, write_text
-from mpoe_bench.quality.hidden import HIDDEN, LARGER
+from mpoe_bench.quality.hidden import BEST, HIDDEN, LARGER
 from mpoe_bench.quality.hidden_search import SEARCH
 from mpoe_bench.quality.plans import Plan
 from mpoe_bench.quality.search import TRIALS
@@ -20,7 +20,7 @@ from mpoe_bench.quality.training import Budget, run_arm
 RESULTS_FILE = "results.jsonl"
 PLAN_FILE = "plan.json"
 RUNS, TUNING = "runs", "tuning"
-EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS, *(arm for arm in HIDDEN if arm.key != "dense"), *LARGER, *SEARCH)
+EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS, *(arm for arm in HIDDEN if arm.key != "dense"), *BEST, *LARGER, *SEARCH)
 BEYOND = 2  # rates beyond a plan's that tuning may try
 
 

@@ -10,5 +10,7 @@ library=$(realpath -m "${MPOE_GUARD_LIBRARY:-build/guard_pages.so}")
 mkdir -p "$(dirname "$library")"
 "${CXX:-c++}" -std=c++20 -O2 -Wall -Wextra -shared -fPIC -o "$library" csrc/tests/guard_pages.cpp -ldl
 [ $# -gt 0 ] || set -- tests/native tests/kernels -k "not eager"
+# Threads that wait would keep a core busy, most of the time of these small cases.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 # A process may have 65,530 pieces of memory, and every tensor is one: oneDNN keeps no thousand products.
 ONEDNN_PRIMITIVE_CACHE_CAPACITY=${ONEDNN_PRIMITIVE_CACHE_CAPACITY:-16} LD_PRELOAD=$library exec "${PYTHON:-python}" -X faulthandler -m pytest -q -p no:xdist "$@"

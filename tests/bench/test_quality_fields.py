@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from mpoe_bench.quality.mixture_of_lora import balance_losses
 from mpoe_bench.quality.novels import NovelsField
 from mpoe_bench.quality.plans import Plan
 from mpoe_bench.quality.report import write_report
@@ -64,14 +66,22 @@ def test_t5_learns_spans(data: Path, key: str) -> None:
     assert field.feed_forward_weights() == 2 * 2 * 16 * 64
 
 
-@pytest.mark.parametrize("key", ["lora16", "adapter8"])
+TRAINED = {
+    "lora16": {"default"},
+    "adapter8": {"auxiliary", "router"},
+    "adapter_hidden": {"auxiliary", "router"},
+    "mixlora8": {"first", "second", "router"},
+}
+
+
+@pytest.mark.parametrize("key", TRAINED)
 def test_adapters_train_and_leave_the_rest(novels: NovelsField, key: str) -> None:
-    if arm_of(key).lora:
+    if key == "lora16":
         pytest.importorskip("peft")
     arm = arm_of(key)
     model = convert(novels, arm, prepare(novels, arm, 0), 0)
     trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == ({"default"} if arm.lora else {"auxiliary", "router"})
+    assert trained == TRAINED[key]
     record = run_arm(novels, arm, Budget(8, 2e-2, 0))
     assert record["test"] < record["before"]
     assert record["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -83,6 +93,42 @@ def test_adapters_are_compared_with_lora(novels: NovelsField, tmp_path: Path) ->
     text = write_report(tmp_path, novels)
     assert "Gain over LoRA, rank 16" in text
     assert f"Before training: {novels.before:.3f}" in text
+
+
+def test_a_mixture_of_lora_starts_as_the_model_and_is_the_sum_of_its_experts(novels: NovelsField) -> None:
+    dense = novels.dense_model(0)
+    batch = next(novels.batches(0, 1))
+    model = convert(novels, arm_of("mixlora8"), novels.dense_model(0), 0)
+    torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)
+    mixture = model.model.layers[0].mlp
+    for second in mixture.second.values():
+        torch.nn.init.normal_(second)
+    x = torch.randn(7, 32)
+    decision = mixture.router(x)
+    network = {name: getattr(mixture.network, name).weight for name in mixture.first}
+
+    def expert(e: int, row: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (w + 2.0 * (mixture.first[n][e] @ mixture.second[n][e]).T for n, w in network.items())
+        return down @ (torch.nn.functional.silu(gate @ row) * (up @ row))
+
+    for row, y, gates, chosen in zip(x, mixture(x), decision.top_k_weights, decision.top_k_index, strict=True):
+        expected = sum(gate * expert(int(e), row) for gate, e in zip(gates, chosen, strict=True))
+        torch.testing.assert_close(y, expected)
+    assert float(balance_losses(model).detach()) == pytest.approx(float(mixture.balance_loss.detach()))
+    assert float(balance_losses(model).detach()) > 0.0
+
+
+def test_domains_share_every_batch(novels: NovelsField, data: Path) -> None:
+    (data / "sms_spam").mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        rows = "".join(f"CALL NOW {i} AND WIN\tspam\n" for i in range(40))
+        (data / "sms_spam" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    field = dataclasses.replace(novels, domains=("novels", "messages"), batch=4)
+    capitals = [(batch["input_ids"] < ord("a")).float().mean(1) > 0.9 for batch in field.batches(0, 3)]
+    assert [int(batch.sum()) for batch in capitals] == [2, 2, 2]
+    found = field.evaluate(field.dense_model(0), "test")
+    assert found.parts.keys() == {"novels", "messages"}
+    assert found.score == pytest.approx(sum(found.parts.values()) / 2)
 
 
 def test_a_pretrained_model_is_not_widened(novels: NovelsField) -> None:

@@ -40,6 +40,7 @@ class Arm:
         even_gate: gates are multiplied by the number of experts, so that an undecided router changes nothing.
         adapter: only the experts' own cores and the routers train.
         lora: rank of LoRA on the dense feed-forward layers; nothing else trains. 0 = none.
+        lora_experts: adapters of that rank for each layer, a mixture of which every token meets two; 0 = one for all.
     """
 
     key: str
@@ -65,6 +66,7 @@ class Arm:
     even_gate: bool = False
     adapter: bool = False
     lora: int = 0
+    lora_experts: int = 0
 
 
 def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[int, int]) -> dict[str, MPOShape]:
@@ -111,9 +113,12 @@ ARMS = (
     Arm("larger_wide", "dense, as large as MPOE 8 wide", as_large_as="wide8"),
 )
 
+MIXTURE_OF_LORA = Arm("mixlora8", "mixture of 8 LoRAs, rank 2, two per token", lora=2, lora_experts=8)
+
 # Fine-tuning a model as large as SmolLM2: what trains is a small part of it.
 ADAPTERS = (
     Arm("lora16", "LoRA, rank 16", lora=16),
+    Arm("lora48", "LoRA, rank 48", lora=48),  # the FLOPs of two hidden-side blocks of 32
     Arm("lora128", "LoRA, rank 128", lora=128),
     mpoe("adapter8", "MPOE 8 separable, shared weights frozen", "separable", adapter=True),
 )

@@ -118,3 +118,14 @@ LARGER_COMPARISONS = (
     ("larger_shared", "switch8_quarter"),
     ("larger_shared", "large_shared"),
 )
+
+# Adapters of a pretrained model: what it has stays frozen, and as many numbers train as a LoRA of rank 16 has.
+ADAPTER_OPTIONS: dict[str, Any] = {"upcycled": 0.0, "rate_of": None, "scales": None}
+HIDDEN_ADAPTERS = (
+    hidden("adapter_hidden", 32, 32, False, change="shared weights frozen", adapter=True, **ADAPTER_OPTIONS),
+    hidden("full_hidden", 8, 32, False, **ADAPTER_OPTIONS),
+    hidden("full_hidden_mask", 8, 32, False, change="p_b .5", mask=0.5, **ADAPTER_OPTIONS),
+)
+ADAPTER_COMPARISONS = (("adapter_hidden", "lora16"), ("adapter_hidden", "lora48"), ("adapter_hidden", "mixlora8"))
+MASK_COMPARISONS = (("full_hidden", "dense"), ("full_hidden_mask", "dense"), ("full_hidden_mask", "full_hidden"))
+SPANS_COMPARISONS = ((GROUP, "switch8_quarter"), (SHARED, "switch8_quarter"))

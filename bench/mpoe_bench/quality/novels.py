@@ -1,9 +1,10 @@
-"""Field "novels": SmolLM2-135M learns novels with a small part of its parameters."""
+"""Field "novels": SmolLM2-135M learns novels, or a mixture of domains, with a small part of its parameters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +18,20 @@ from mpoe.data.encode import encode_language_modeling
 from mpoe.models import convert_to_mpoe
 from mpoe_bench.quality.evaluation import Evaluation, RouterCounts
 from mpoe_bench.quality.language import domain_texts
+from mpoe_bench.quality.mixture_of_lora import balance_losses
 from mpoe_bench.quality.smollm import load
 
 
 @dataclass
 class NovelsField:
-    """Language modelling of novels from a pretrained model; what is compared are ways to adapt it.
+    """Language modelling from a pretrained model; what is compared are ways to adapt it.
 
     Attributes:
-        data_dir: folder with ``austen``.
+        data_dir: folder with the sets of `domains`.
         block: tokens of a block.
         batch: blocks of a step.
-        held_out: blocks to validate on, and to test on.
+        held_out: blocks of every domain to validate on, and to test on.
+        domains: a selection of those of the field "language". A batch has as many blocks of each as of any other.
         given: (model, tokenizer) instead of SmolLM2, for tests.
     """
 
@@ -36,6 +39,7 @@ class NovelsField:
     block: int = 128
     batch: int = 4
     held_out: int = 16
+    domains: Sequence[str] = ("novels",)
     given: tuple[Any, Any] | None = None
 
     name = "novels"
@@ -62,13 +66,16 @@ class NovelsField:
         return self.source[0].config.intermediate_size
 
     @cached_property
-    def blocks(self) -> dict[str, Tensor]:
-        """split -> token ids ``[N, block]``."""
-        result = {}
+    def blocks(self) -> dict[str, dict[str, Tensor]]:
+        """split -> domain -> token ids ``[N, block]``."""
+        result: dict[str, dict[str, Tensor]] = {}
         for split in ("train", "validation", "test"):
-            rows = encode_language_modeling(domain_texts(self.data_dir, "novels", split), self.source[1], self.block)
-            ids = torch.tensor([row["input_ids"] for row in rows])
-            result[split] = ids if split == "train" else ids[: self.held_out]
+            result[split] = {}
+            for domain in self.domains:
+                texts = domain_texts(self.data_dir, domain, split)
+                rows = encode_language_modeling(texts, self.source[1], self.block)
+                ids = torch.tensor([row["input_ids"] for row in rows])
+                result[split][domain] = ids if split == "train" else ids[: self.held_out]
         return result
 
     @cached_property
@@ -90,26 +97,31 @@ class NovelsField:
         return 3 * self.model * (hidden or self.hidden) * self.source[0].config.num_hidden_layers
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
-        """``steps`` batches ``[batch, block]`` from shuffled passes, the same for every arm."""
+        """``steps`` batches ``[batch, block]`` from shuffled passes over every domain, the same for every arm."""
         generator = torch.Generator().manual_seed(10_000 + seed)
-        train, queue = self.blocks["train"], torch.empty(0, dtype=torch.long)
+        passes = [_passes(part, generator) for part in self.blocks["train"].values()]
+        turn = itertools.cycle(passes)
         for _ in range(steps):
-            while len(queue) < self.batch:
-                queue = torch.cat([queue, torch.randperm(len(train), generator=generator)])
-            ids, queue = train[queue[: self.batch]], queue[self.batch :]
+            ids = torch.stack([next(next(turn)) for _ in range(self.batch)])
             yield {"input_ids": ids, "labels": ids}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return model(**batch).loss
+        return model(**batch).loss + balance_losses(model)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> Evaluation:
-        """Mean loss per token, without the routers' loss."""
-        total, counts = 0.0, RouterCounts()
-        blocks = self.blocks[split]
-        for part in blocks.split(self.batch):
-            output = model(input_ids=part, labels=part)
-            task = output.get("task_loss")
-            total += float(output.loss if task is None else task) * len(part)
-            counts.add("novels", output.get("expert_load"))
-        return Evaluation(total / len(blocks), {"novels": total / len(blocks)}, counts.summary())
+        """Mean loss per token, without the routers' loss; every domain weighs the same."""
+        parts, counts = dict.fromkeys(self.domains, 0.0), RouterCounts()
+        for domain, blocks in self.blocks[split].items():
+            for part in blocks.split(self.batch):
+                output = model(input_ids=part, labels=part)
+                task = output.get("task_loss")
+                parts[domain] += float(output.loss if task is None else task) * len(part) / len(blocks)
+                counts.add(domain, output.get("expert_load"))
+        return Evaluation(sum(parts.values()) / len(parts), parts, counts.summary())
+
+
+def _passes(blocks: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """One block after another, in a new order in every pass."""
+    while True:
+        yield from blocks[torch.randperm(len(blocks), generator=generator)]

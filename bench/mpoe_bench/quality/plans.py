@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpoe_bench.quality.arms import ADAPTERS, ARMS
+from mpoe_bench.quality.arms import ARMS
 from mpoe_bench.quality.hidden import (
+    ADAPTER_COMPARISONS,
     BEST_COMPARISONS,
     BEST_PLAN,
     COMPARISONS,
+    GROUP,
     HIDDEN,
     LARGER_COMPARISONS,
     LARGER_PLAN,
+    MASK_COMPARISONS,
+    SHARED,
+    SPANS_COMPARISONS,
 )
 from mpoe_bench.quality.hidden_search import SEARCH
+from mpoe_bench.quality.language import DOMAINS
 from mpoe_bench.quality.search import TRIALS
 
 
@@ -53,6 +59,7 @@ BRIEF = ("dense", "switch8", "larger_wide", "wide8", "larger_paper", "paper8", "
 MAIN = ("dense", "switch8", "paper8", "larger_paper", "upcycled_paper_raw", "switch8_upcycled")
 SHORT = ("dense", "switch8", "paper8", "separable8")
 SUBSETS = {"held_out": 400, "for_validation": 200}  # of every task
+MIXED = {"domains": tuple(DOMAINS), "batch": 5, "held_out": 8}  # every step has a block of each domain
 COMPARED = ("dense", "switch8", "wide8", "paper8")  # what trials are compared with
 
 PLANS = {
@@ -60,7 +67,28 @@ PLANS = {
     "sentences": Plan("sentences", EVERY_ARM, 600, tuning=100, rates=(2e-4, 5e-4, 1e-3)),
     "language": Plan("language", EVERY_ARM, 1600, tuning=800, rates=(8e-3, 16e-3)),
     "t5": Plan("spans", MAIN, 1600, tuning=800, rates=(8e-3, 16e-3)),
-    "smollm": Plan("novels", tuple(arm.key for arm in ADAPTERS), 30, tuning=10, rates=(1e-3, 2e-3)),
+    "t5_hidden": Plan(
+        "spans", ("dense", "switch8_quarter", GROUP, SHARED), 1600, rates=(16e-3,), comparisons=SPANS_COMPARISONS
+    ),
+    "smollm": Plan("novels", ("lora16", "lora128", "adapter8"), 30, tuning=10, rates=(1e-3, 2e-3)),
+    "smollm_domains": Plan(
+        "novels",
+        ("lora16", "lora48", "mixlora8", "adapter_hidden"),
+        80,
+        tuning=25,
+        rates=(1e-3, 2e-3),
+        settings=MIXED,
+        comparisons=ADAPTER_COMPARISONS,
+    ),
+    "smollm_mask": Plan(
+        "novels",
+        ("dense", "full_hidden", "full_hidden_mask"),
+        80,
+        tuning=25,
+        rates=(1e-4, 2e-4),
+        settings=MIXED,
+        comparisons=MASK_COMPARISONS,
+    ),
     "language_brief": Plan("language", BRIEF, 1600, seeds=(0, 1), rates=(8e-3,)),
     "hidden": Plan("language", tuple(arm.key for arm in HIDDEN), 1600, rates=(16e-3,), comparisons=COMPARISONS),
     "hidden_best": Plan("language", BEST_PLAN, 1600, rates=(16e-3,), comparisons=BEST_COMPARISONS),

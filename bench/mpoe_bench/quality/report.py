@@ -45,9 +45,9 @@ def write_report(folder: Path, field: Any) -> str:
 
 
 def result_table(records: Records, field: Any, measure: str) -> list[str]:
-    """One row for every arm: rate, size, score, and the gain over the arm `field.reference`, paired by seed."""
+    """One row for every arm: rate, size, score, the gain over `field.reference` (or the first arm), paired by seed."""
     arms = dict(by_arm(records))
-    base = arms.get(field.reference, [])
+    base = arms.get(field.reference) or next(iter(arms.values()), [])
     switch = gain(arms["switch8"], base, field.lower_is_better) if base and "switch8" in arms else None
     of_base = f" over {base[0]['name']}" if base else ""
     better = "lower is better" if field.lower_is_better else "higher is better"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe_bench.quality.arms import ADAPTERS, ARMS, Arm
+from mpoe_bench.quality.arms import ADAPTERS, ARMS, MIXTURE_OF_LORA, Arm
 from mpoe_bench.quality.files import write_json, write_text
-from mpoe_bench.quality.hidden import BEST, HIDDEN, LARGER
+from mpoe_bench.quality.hidden import BEST, HIDDEN, HIDDEN_ADAPTERS, LARGER
 from mpoe_bench.quality.hidden_search import SEARCH
 from mpoe_bench.quality.plans import Plan
 from mpoe_bench.quality.search import TRIALS
@@ -20,7 +20,10 @@ from mpoe_bench.quality.training import Budget, run_arm
 RESULTS_FILE = "results.jsonl"
 PLAN_FILE = "plan.json"
 RUNS, TUNING = "runs", "tuning"
-EVERY_ARM = (*ARMS, *TRIALS, *ADAPTERS, *(arm for arm in HIDDEN if arm.key != "dense"), *BEST, *LARGER, *SEARCH)
+EVERY_ARM = (
+    *(*ARMS, *TRIALS, *ADAPTERS, MIXTURE_OF_LORA, *HIDDEN_ADAPTERS),
+    *(*(arm for arm in HIDDEN if arm.key != "dense"), *BEST, *LARGER, *SEARCH),
+)
 BEYOND = 2  # rates beyond a plan's that tuning may try
 
 

@@ -17,6 +17,7 @@ from mpoe.training import GradientMask, MPOETrainingArguments, build_param_group
 from mpoe_bench.memory import resident_peak
 from mpoe_bench.quality.arms import ARMS, Arm, resolved_shape
 from mpoe_bench.quality.evaluation import expert_distance
+from mpoe_bench.quality.mixture_of_lora import with_mixture_of_lora
 from mpoe_bench.quality.variants import apply_variant, feed_forward_parameters, with_lora
 
 WARMUP = 0.05
@@ -113,6 +114,8 @@ def prepare(field: Any, arm: Arm, seed: int) -> nn.Module:
 def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
     """``model`` as the mixture that ``arm`` describes; itself if that is none."""
     torch.manual_seed(20_000 + seed)
+    if arm.lora_experts:
+        return with_mixture_of_lora(model, arm.lora_experts, arm.lora, 2)
     if arm.lora:
         return with_lora(model, arm.lora, field.lora_targets)
     if arm.experts is None:

@@ -85,7 +85,7 @@ def apply_variant(model: nn.Module, arm: Arm) -> None:
         for module in model.modules():
             if isinstance(module, MPOCores):
                 module.auxiliary.requires_grad_(True)
-            elif isinstance(module, TopKRouter):
+            elif isinstance(module, TopKRouter | HiddenExperts):
                 module.requires_grad_(True)
 
 

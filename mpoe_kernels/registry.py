@@ -108,6 +108,7 @@ class Backend:
         candidates: the ways to compute a contraction: a strategy in one phase.
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
         gated_price: of a contraction's steps by its kernel ``gated_mpo_linear``, if it has one.
+        places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
         same_on_any_threads: a candidate gives the same bits on any number of CPU threads.
         measure: times this backend's products beside PyTorch's, for all backends' predictions on the CPU; called once,
             before the first choice there.
@@ -122,6 +123,7 @@ class Backend:
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
     gated_price: Callable[[Contraction], GatedPrice] | None = None
+    places_rows: bool = False
     same_on_any_threads: bool = False
     measure: Callable[[], Constants] | None = None
 
@@ -208,6 +210,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested.name = previous
+
+
+def places_rows(backend: str) -> bool:
+    """Whether a backend's products put every row where `combine` would, times its gate; not known of ``"auto"``."""
+    return backend != AUTO and _BACKENDS[backend].places_rows
 
 
 def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:

@@ -6,8 +6,9 @@ T5-base's layer by every shape of the catalogue, 4,096 tokens, bfloat16, both pr
 Launches are recorded, bytes and times predicted by the model of `tools/triton_predict.py`, host time is that of
 `tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine,
 predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. A second table is of
-gated networks: both projections of the same rows, each alone and then PyTorch's product of the two, or together.
-``--doc`` writes the tables into bench/results/ahead-of-time/layers.md.
+gated networks: both projections of the same rows, each alone and then PyTorch's product of the two, or together. A
+third is of the last product where nothing trains. ``--doc`` writes the tables into bench/results/ahead-of-
+time/layers.md, ``--doc placed`` the third alone: it holds no time of the host, which asks for an idle machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,6 +147,29 @@ def gated_table() -> str:
     return "\n".join(lines)
 
 
+def placed_table() -> str:
+    """Markdown: the last product and `combine`, arrow, both in the product's launches."""
+    lines = ["| experts | shape | strategy | launches | MB | predicted us |", "|---|---|---|---|---|---|"]
+    for experts in EXPERTS:
+        for name, (_, down) in catalogue.shapes().items():
+            sizes = catalogue.dims_of(down), experts, TOKENS, DTYPE
+            strategy = choice(*sizes[:3], "forward").strategy
+            product = partial(catalogue.forward_work, *sizes, strategy, indexed=False)
+            found = []
+            for works in ((product(), catalogue.combine_work(*sizes)), (product(placed=True),)):
+                with recorded(ARCHITECTURE) as launches:
+                    for work in works:
+                        work()
+                found.append(row(launches, experts, 0.0))
+            apart, placed = found
+            pairs = [
+                f"{getattr(apart, column):,.0f} → {getattr(placed, column):,.0f}"
+                for column in ("launches", "megabytes", "microseconds")
+            ]
+            lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
 def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
     """Markdown: before, arrow, after."""
     lines = [
@@ -159,15 +184,21 @@ def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
+    parser.add_argument(
+        "--doc", nargs="?", choices=("all", "placed"), const="all", help="write the tables, or one, into bench/results"
+    )
     chosen = parser.parse_args(words)
+    if chosen.doc == "placed":
+        write_between(PAGE, "placed", placed_table())
+        return 0
     before = {name: Row(*values) for name, values in json.loads(BEFORE.read_text()).items()}
     found = table((case, before[key(*case)], now(*case)) for case in cases())
     if chosen.doc:
         write_between(PAGE, "layers", found)
         write_between(PAGE, "gated", gated_table())
+        write_between(PAGE, "placed", placed_table())
     else:
-        print(found, gated_table(), sep="\n\n")
+        print(found, gated_table(), placed_table(), sep="\n\n")
     return 0
 
 

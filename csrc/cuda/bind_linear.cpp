@@ -37,9 +37,25 @@ const int* offsets_of(const Tensor& offsets, const Tensor& like) {
       "expert_offsets must be dense int32 [E + 1]");
   return offsets.const_data_ptr<int>();
 }
+// Where rows of the result go, and what they are multiplied by; both by slots that an `out_index` names once each.
+struct Placed {
+  const std::optional<Tensor>& out_index;
+  const std::optional<Tensor>& gates;
+};
 Epilogue epilogue_of(const std::optional<Tensor>& bias, const std::string& activation, const std::optional<Tensor>& pre,
-                     const Tensor& like) {
-  return {data_of(bias, like), activation_of(activation), const_cast<void*>(data_of(pre, like))};
+                     const Placed& placed, int64_t slots, const Tensor& like) {
+  Epilogue found{data_of(bias, like), activation_of(activation), const_cast<void*>(data_of(pre, like)),
+                 index_of(placed.out_index, like), nullptr};
+  MPOE_CHECK(!placed.out_index.has_value() || placed.out_index->size(0) == slots, "out_index must be [", slots, "]");
+  if (placed.gates.has_value()) {
+    const Tensor& gates = *placed.gates;
+    check_same_device({&like, &gates});
+    MPOE_CHECK(gates.dim() == 1 && gates.size(0) == slots && gates.is_contiguous() &&
+                   gates.scalar_type() == ScalarType::Float,
+               "gates must be dense float32 [", slots, "]");
+    found.gates = gates.const_data_ptr<float>();
+  }
+  return found;
 }
 
 // What a step reads or writes, in numbers of 64 bits; StepOperand of mpoe_kernels/linear/cuda/plan.py.
@@ -65,7 +81,7 @@ enum StepKind : int64_t { kRows = 0, kGradient = 1, kMerge = 2 };
 void contract_steps_op(std::vector<Tensor> tensors, const Tensor& scratch, const Tensor& steps, Integers sizes,
                        const Tensor& offsets, int64_t slots, const std::optional<Tensor>& row_index,
                        const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
-                       bool tf32) {
+                       bool tf32, const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
   const OnDevice device(scratch);
   MPOE_CHECK(sizes.size() == kAxes, "there are ", int(kAxes), " axes; got ", sizes.size());
   MPOE_CHECK(
@@ -82,7 +98,7 @@ void contract_steps_op(std::vector<Tensor> tensors, const Tensor& scratch, const
   context.stream = device.stream();
   const int* const first_offset = offsets_of(offsets, scratch);
   const int64_t* const rows_of_slots = index_of(row_index, scratch);
-  const Epilogue epilogue = epilogue_of(bias, activation, pre, scratch);
+  const Epilogue epilogue = epilogue_of(bias, activation, pre, {out_index, gates}, slots, scratch);
   for (const Tensor& tensor : tensors) check_same_device({&scratch, &tensor});
 
   const auto operand = [&](const StepOperand& from, bool as_float) {
@@ -152,7 +168,7 @@ void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& cent
                       const Tensor& out, const Tensor& offsets, const std::optional<Tensor>& row_index,
                       const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
                       int64_t in_features, int64_t out_features, bool transposed, Integers panel, bool left_first,
-                      bool tf32) {
+                      bool tf32, const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
   const OnDevice device(rows);
   const Blocks blocks(left, central, right, rows);
   MPOE_CHECK(panel.size() == 3, "a panel has 3 sizes; got ", panel.size());
@@ -173,7 +189,7 @@ void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& cent
   product.offsets = offsets_of(offsets, rows);
   product.row_index = index_of(row_index, rows);
   product.out = out.mutable_data_ptr();
-  product.epilogue = epilogue_of(bias, activation, pre, rows);
+  product.epilogue = epilogue_of(bias, activation, pre, {out_index, gates}, product.slots, rows);
   panel_product(product, device.stream());
 }
 
@@ -182,7 +198,8 @@ void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& cent
 void few_product_op(const Tensor& x, const Tensor& left, const Tensor& central, const Tensor& right, const Tensor& out,
                     const std::optional<Tensor>& offsets, const std::optional<Tensor>& expert_of_slot,
                     const std::optional<Tensor>& row_index, const std::optional<Tensor>& bias, std::string activation,
-                    const std::optional<Tensor>& pre, int64_t in_features, int64_t out_features, Integers few) {
+                    const std::optional<Tensor>& pre, int64_t in_features, int64_t out_features, Integers few,
+                    const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
   const OnDevice device(x);
   const Blocks blocks(left, central, right, x);
   MPOE_CHECK(few.size() == 4, "a block of few rows has 4 sizes; got ", few.size());
@@ -205,7 +222,7 @@ void few_product_op(const Tensor& x, const Tensor& left, const Tensor& central, 
   product.expert_of_slot = index_of(expert_of_slot, x);
   product.row_index = index_of(row_index, x);
   product.y = out.mutable_data_ptr();
-  product.epilogue = epilogue_of(bias, activation, pre, x);
+  product.epilogue = epilogue_of(bias, activation, pre, {out_index, gates}, product.slots, x);
   few_product(product, device.stream());
 }
 
@@ -252,15 +269,16 @@ Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
   m.def(
       "contract_steps(Tensor(a!)[] tensors, Tensor(b!) scratch, Tensor steps, int[] sizes, Tensor offsets, int slots, "
-      "Tensor? row_index, Tensor? bias, str activation, Tensor(c!)? pre, bool tf32) -> ()");
+      "Tensor? row_index, Tensor? bias, str activation, Tensor(c!)? pre, bool tf32, Tensor? out_index=None, "
+      "Tensor? gates=None) -> ()");
   m.def(
       "panel_product(Tensor rows, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor offsets, "
       "Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, int out_features, "
-      "bool transposed, int[] panel, bool left_first, bool tf32) -> ()");
+      "bool transposed, int[] panel, bool left_first, bool tf32, Tensor? out_index=None, Tensor? gates=None) -> ()");
   m.def(
       "few_product(Tensor x, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor? offsets, "
       "Tensor? expert_of_slot, Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, "
-      "int out_features, int[] few) -> ()");
+      "int out_features, int[] few, Tensor? out_index=None, Tensor? gates=None) -> ()");
   m.def(
       "activation_backward(Tensor grad, Tensor? saved, Tensor offsets, str activation, bool need_bias) "
       "-> (Tensor, Tensor)");

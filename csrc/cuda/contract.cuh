@@ -21,11 +21,11 @@ struct ColumnPair {
   }
 };
 
-// Stores two columns of a row, with bias and activation. `row`: elements before the row; `inner`: the row's own offset
-// inside what bias and limit count. `valid` is false for rows that no expert owns: zeros.
+// Stores two columns of a row, with bias, activation and gate. `row`: elements before the row; `inner`: the row's own
+// offset inside what bias and limit count. `valid` is false for rows that no expert owns: zeros.
 template <class T>
 __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int inner, const ColumnPair& columns, float v0,
-                                           float v1, bool valid) {
+                                           float v1, bool valid, float gate) {
   float v[2] = {v0, v1}, z[2];
   int64_t at[2];
   bool inside[2];
@@ -40,6 +40,10 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int i
   if (out.activation != kNone && valid) {
     UNROLL
     for (int e = 0; e < 2; ++e) v[e] = activate(out.activation, v[e]);
+  }
+  if (out.gates && valid) {
+    UNROLL
+    for (int e = 0; e < 2; ++e) v[e] = gate * dev::to_float(dev::from_float<T>(v[e]));
   }
   struct alignas(2 * sizeof(T)) Pair {
     T x, y;
@@ -130,8 +134,9 @@ __global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __gr
   acc.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
     if (row >= rows) return;
     const Position position = p.out.m.at(m_begin + row);
-    const int64_t row_offset = p.out.m.slot_first ? position.slot * p.out.slot_stride : 0;
-    store_pair<T>(p.out, base + row_offset, position.inner, own, v0, v1, valid);
+    const int64_t to = p.out.m.slot_first ? p.out.row_of(position.slot) : 0;
+    const float gate = p.out.gates ? p.out.gates[to] : 1.f;
+    store_pair<T>(p.out, base + to * p.out.slot_stride, position.inner, own, v0, v1, valid, gate);
   });
 }
 

@@ -53,6 +53,8 @@ void few_product(const FewProduct& product, cudaStream_t stream) {
   p.offsets = product.offsets;
   p.expert_of_slot = product.expert_of_slot;
   p.row_index = product.row_index;
+  p.out_index = product.epilogue.rows;
+  p.gates = product.epilogue.gates;
   p.experts = product.experts;
   p.slots = product.slots;
   p.rows = shape.rows;

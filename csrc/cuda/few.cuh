@@ -19,6 +19,8 @@ struct FewArguments {
   const int* offsets = nullptr;           // [E + 1], or
   const int64_t* expert_of_slot = nullptr;  // [N], negative: none
   const int64_t* row_index = nullptr;     // [N] or null
+  const int64_t* out_index = nullptr;     // [N], row of y of every slot; or null
+  const float* gates = nullptr;           // by row of y; or null
   int experts = 0, slots = 0, rows = 0;   // rows: of a block
   int in_features = 0, out_features = 0, activation = 0;
   int iL = 0, jL = 0, a = 0, iC = 0, jC = 0, b = 0, iR = 0, jR = 0;
@@ -177,10 +179,13 @@ __global__ void __launch_bounds__(kFewThreads) few_kernel(const __grid_constant_
     const auto write = [&](int m, int n, float sum, bool owned) {
       const int column = (left + m / p.kept_centre) * p.jC * p.jR + (centre + m % p.kept_centre) * p.jR + right + n;
       if (column >= p.out_features) return;
-      const int64_t at = int64_t(first + row) * p.out_features + column;
+      const int64_t to = p.out_index ? p.out_index[first + row] : first + row;
+      const int64_t at = to * p.out_features + column;
       if (owned && bias) sum += dev::to_float(bias[column]);
       if (p.pre_activation) static_cast<T*>(p.pre_activation)[at] = dev::from_float<T>(sum);
-      static_cast<T*>(p.y)[at] = dev::from_float<T>(owned ? activate(p.activation, sum) : 0.f);
+      T result = dev::from_float<T>(owned ? activate(p.activation, sum) : 0.f);
+      if (p.gates && owned) result = dev::from_float<T>(p.gates[to] * dev::to_float(result));
+      static_cast<T*>(p.y)[at] = result;
     };
     if (expert < 0) {
       for (int i = threadIdx.x; i < p.kept_left * p.kept_centre * p.kept_right; i += kFewThreads) {

@@ -76,7 +76,11 @@ struct Output {
   bool accumulate = false;  // add to what is there (never two blocks to one element)
   int activation = 0;       // see activation.cuh
   const void* bias = nullptr;            // by offset inside a row
-  void* pre_activation = nullptr;        // same layout as data
+  void* pre_activation = nullptr;        // same layout as data, but for `rows`
+  const int64_t* rows = nullptr;         // row of every slot; null: the slot itself
+  const float* gates = nullptr;          // what every row is multiplied by, once it is rounded; null: nothing
+
+  __device__ __forceinline__ int64_t row_of(int slot) const { return rows ? rows[slot] : slot; }
 };
 
 // Which rows (or inner indices) belong to which expert. Group g holds the slots of experts [g step, (g + 1) step).

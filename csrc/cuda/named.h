@@ -169,6 +169,8 @@ struct Epilogue {
   const void* bias = nullptr;
   int activation = 0;
   void* pre_activation = nullptr;  // as the result, or null
+  const int64_t* rows = nullptr;   // where every slot's row goes; null: to the slot's own place
+  const float* gates = nullptr;    // by row; null: 1
 };
 
 inline Output output_of(const Named& out, const IndexMap& m, const IndexMap& n, bool slots, bool as_float, Dtype dtype,
@@ -183,6 +185,8 @@ inline Output output_of(const Named& out, const IndexMap& m, const IndexMap& n, 
   output.bias = epilogue.bias;
   output.activation = epilogue.activation;
   output.pre_activation = epilogue.pre_activation;
+  output.rows = epilogue.rows;
+  output.gates = epilogue.gates;
   const int last = n.digits - 1;
   const auto addresses = reinterpret_cast<std::uintptr_t>(out.data) |
                          reinterpret_cast<std::uintptr_t>(epilogue.pre_activation);

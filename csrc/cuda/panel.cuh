@@ -148,7 +148,9 @@ __global__ void __launch_bounds__(StreamT::kThreads, 1) panel_kernel(const __gri
     acc.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
       if (row >= rows) return;
       const Position position = p.out.m.at(m + row);
-      store_pair<T>(p.out, position.slot * p.out.slot_stride, position.inner, own, v0, v1, owned);
+      const int64_t to = p.out.row_of(position.slot);
+      const float gate = p.out.gates ? p.out.gates[to] : 1.f;
+      store_pair<T>(p.out, to * p.out.slot_stride, position.inner, own, v0, v1, owned, gate);
     });
   }
 }

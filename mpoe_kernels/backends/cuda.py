@@ -63,6 +63,7 @@ def backend_of(
         predicted_cost=predicted_cost,
         candidates=candidates,
         contraction_reasons=counting_reasons,
+        places_rows=True,
     )
 
 

@@ -117,4 +117,5 @@ TRITON = Backend(
     candidates=candidates,
     contraction_reasons=contraction_reasons,
     gated_price=gated_price,
+    places_rows=True,
 )

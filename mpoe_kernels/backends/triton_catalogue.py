@@ -158,9 +158,16 @@ def forward_work(
     strategy: str,
     activation: str = "none",
     indexed: bool = True,
+    placed: bool = False,
 ) -> Callable[[], object]:
-    """Computes the grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it."""
-    call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=True)
+    """Computes the grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it.
+
+    ``placed``: as a layer that does not train calls its last product, which puts rows where their tokens are.
+    """
+    call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=not placed)
+    if placed:
+        places, gates = _integers(tokens), _empty(tokens, dtype=torch.float32)
+        call = replace(call, slot_of_token=_integers(tokens, 1), out_index=places, gates=gates)
     if _on_chip(dims, dtype, strategy):
         return partial(linear.forward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
     return partial(linear.forward_by_steps, call, wide=_wide(strategy))
@@ -185,6 +192,13 @@ def backward_work(
     if _on_chip(dims, dtype, strategy):
         return partial(linear.backward_on_chip, call, half=strategy == ON_CHIP_FROM_HALF)
     return partial(linear.backward_by_steps, call, wide=_wide(strategy))
+
+
+def combine_work(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Brings the rows of a last product to their tokens, one expert each."""
+    rows, gates = _empty(tokens, dims.out_features, dtype=dtype), _empty(tokens, 1, dtype=torch.float32)
+    where = _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
+    return partial(routing.combine_forward, rows, *where, gates)
 
 
 def gated_work(
@@ -220,6 +234,17 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
                         work = partial(run, phase, *problem, strategy, activation)
                         every_tile = not few and (experts, tokens) == (sizes.experts[0], TOKENS[0])
                         yield Problem(f"{label} {phase} {strategy}", work, every_tile)
+
+
+def _placed(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
+    """Every strategy of the last product where nothing trains, on two shapes."""
+    for name in FEW_SHAPES:
+        dims = dims_of(shapes(sizes)[name][1])
+        for tokens in TOKENS:
+            problem = (dims, sizes.experts[0], tokens, dtype)
+            for strategy in strategies(*problem, "forward"):
+                work = partial(run, "forward", *problem, strategy, indexed=False, placed=True)
+                yield Problem(f"{name} placed T={tokens} {strategy}", work, not few and tokens == TOKENS[0])
 
 
 def _activations(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
@@ -344,7 +369,7 @@ def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> I
 
     Every tile is tried on T5-base's sizes alone, on others those that suit them.
     """
-    for family in (_linear, _activations, _gated, _routing, _embedding, _hidden):
+    for family in (_linear, _placed, _activations, _gated, _routing, _embedding, _hidden):
         for problem in family(dtype, few, sizes):
             yield problem if sizes is T5_BASE else replace(problem, every_tile=False)
 

@@ -69,11 +69,16 @@ class ForwardCall(LinearCall):
 
     Attributes:
         save: whether a backward may follow.
-        slot_of_token: for that backward.
+        slot_of_token: for that backward, or with ``out_index``.
+        out_index: int64 ``[N]``, a permutation: the row of y that each slot gives, times its gate; empty slots give
+            zeros. Never with ``save``, and only for kernels of backends that place rows.
+        gates: float32 ``[N]`` by row of y, with ``out_index``.
     """
 
     save: bool
     slot_of_token: Tensor | None = None
+    out_index: Tensor | None = None
+    gates: Tensor | None = None
 
     @property
     def saves_h(self) -> bool:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.linear.gated import gated_mpo_linear
-from mpoe_kernels.linear.op import grouped_mpo_linear
+from mpoe_kernels.linear.op import grouped_mpo_linear, placed_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.op import Routing, check_routing, combine
 
 
@@ -65,5 +66,23 @@ def mpo_ffn(
     )
     if dropout > 0.0:
         hidden = torch.nn.functional.dropout(hidden, dropout)
+    if _may_place(hidden, down, down_bias, routing, top_k_weights, backend):
+        return placed_mpo_linear(hidden, down, offsets, down_bias, routing, top_k_weights, backend)
     y = grouped_mpo_linear(hidden, down, offsets, down_bias, backend=backend)
     return combine(y, routing, top_k_weights, backend=backend)
+
+
+def _may_place(
+    hidden: Tensor, down: MPOBlocks, bias: Tensor | None, routing: Routing, gates: Tensor, backend: str | None
+) -> bool:
+    """Whether the last product may be asked to put its rows in the order of tokens, times their gates.
+
+    That is so where a token has one slot, nothing needs a gradient (that of a gate needs the rows as they were), and
+    kernels may be a GPU's.
+    """
+    if routing.slot_of_token.shape[1] != 1:
+        return False
+    if hidden.device.type == "cpu" and not places_rows(requested_backend(backend)):
+        return False
+    tensors = (hidden, down.left, down.central, down.right, bias, gates)
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

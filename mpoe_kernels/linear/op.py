@@ -18,11 +18,12 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.choice import chosen_for
-from mpoe_kernels.define import define_op_of
+from mpoe_kernels.define import define_op_of, run_kernel
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
-from mpoe_kernels.registry import call_kernel, requested_backend
+from mpoe_kernels.registry import call_kernel, places_rows, requested_backend
+from mpoe_kernels.routing.op import Routing, check_gates
 
 # Names as users and Hugging Face configs write them -> the formula.
 ACTIVATIONS = {
@@ -41,7 +42,13 @@ CHOICES = (*STRATEGIES, "auto")
 
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     candidate = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
-    return call_kernel(candidate.run, replace(call, strategy=candidate.strategy))
+    call = replace(call, strategy=candidate.strategy)
+    if call.out_index is None or places_rows(candidate.backend):
+        return call_kernel(candidate.run, call)
+    assert call.gates is not None, "out_index comes with gates"
+    y, h, z = call_kernel(candidate.run, replace(call, out_index=None, gates=None))
+    pairs = call.expert_offsets, call.out_index, call.slot_of_token, call.gates[:, None]
+    return run_kernel("combine", call.backend, y, y, *pairs), h, z
 
 
 def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,17 +81,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 16
     needs = ctx.needs_input_grad
     need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
     *tensors, slot_of_token, h, saved = ctx.saved_tensors
     grads = backward_op(*tensors, *ctx.settings, grad.contiguous(), h, saved, need, slot_of_token)
     dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
-    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 8
+    return dx, dleft, dcentral, dright, None, dbias, *(None,) * 10
 
 
 backward_op = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
-_forward = define_op_of(
+forward_op = define_op_of(
     "grouped_mpo_linear",
     ForwardCall,
     3,
@@ -180,7 +187,7 @@ def grouped_mpo_linear(
     left, central, right = blocks.left, blocks.central, blocks.right
     has_gradient = x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
     save = torch.is_grad_enabled() and (has_gradient or (bias is not None and bias.requires_grad))
-    y, _, _ = _forward(
+    y, _, _ = forward_op(
         x,
         left,
         central,
@@ -195,6 +202,42 @@ def grouped_mpo_linear(
         requested_backend(backend),
         save,
         None if slot_of_token is None else slot_of_token.long(),
+    )
+    return y
+
+
+def placed_mpo_linear(
+    x: Tensor,
+    blocks: MPOBlocks,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    routing: Routing,
+    top_k_weights: Tensor,
+    backend: str | None,
+    strategy: str = "auto",
+) -> Tensor:
+    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` of one expert per token, a launch less on a GPU.
+
+    The same bits, and no gradient: x and the gates must need none.
+
+    Args:
+        x: ``[N, I]`` in slot order.
+        blocks, expert_offsets, bias, backend, strategy: as in `grouped_mpo_linear`.
+        routing: as `route` makes it: its ``token_of_slot`` names every token once.
+        top_k_weights: ``[T, 1]``.
+
+    Returns:
+        ``[T, F]``.
+    """
+    check_call(x, blocks, expert_offsets, bias, None, None)
+    check_gates(top_k_weights, routing)
+    check_device("x", x, top_k_weights=top_k_weights, routing=routing.slot_of_token)
+    if x.shape[0] != routing.token_of_slot.shape[0]:
+        raise ValueError(f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}")
+    y, _, _ = forward_op(
+        *(x, blocks.left, blocks.central, blocks.right, expert_offsets, bias, None),
+        *(blocks.in_features, blocks.out_features, "none", strategy, requested_backend(backend), False),
+        *(routing.slot_of_token.long(), routing.token_of_slot.long(), top_k_weights.float().flatten()),
     )
     return y
 

@@ -34,7 +34,7 @@ class Routing:
     Attributes:
         expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
         token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or
-            masked pairs sort there).
+            masked pairs sort there, so with K = 1 every token has one slot, and GPUs rely on that).
         slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
 
     Raises:
@@ -180,6 +180,16 @@ def check_routing(routing: Routing) -> None:
         raise TypeError(f"routing must be a Routing (see route); got {type(routing).__name__}")
 
 
+def check_gates(top_k_weights: Tensor, routing: Routing) -> None:
+    """Refuse gates that are not floating ``[T, K]``."""
+    check_tensor("top_k_weights", top_k_weights, ("T", "K"))
+    check_floating("top_k_weights", top_k_weights)
+    if top_k_weights.shape != routing.slot_of_token.shape:
+        raise ValueError(
+            f"top_k_weights must be [T, K] = {list(routing.slot_of_token.shape)}; got {describe(top_k_weights)}"
+        )
+
+
 def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tensor:
     """Copy rows into slot order: ``x_sorted[s] = x[token_of_slot[s]]``, zero in empty slots. Differentiable in x.
 
@@ -289,16 +299,11 @@ def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backen
     """
     check_tensor("y_sorted", y_sorted, ("N", "F"))
     check_floating("y_sorted", y_sorted)
-    check_tensor("top_k_weights", top_k_weights, ("T", "K"))
-    check_floating("top_k_weights", top_k_weights)
     check_routing(routing)
+    check_gates(top_k_weights, routing)
     check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
     if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
         raise ValueError(f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got {describe(y_sorted)}")
-    if top_k_weights.shape != routing.slot_of_token.shape:
-        raise ValueError(
-            f"top_k_weights must be [T, K] = {list(routing.slot_of_token.shape)}; got {describe(top_k_weights)}"
-        )
     return _combine(
         y_sorted,
         routing.expert_offsets,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Of the linear op alone what its own emulated tests do not show.
 FEWER = "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
-ALL = ("linear", "routing", "ffn", "embedding", "hidden_experts")
+ALL = ("linear", "routing", "ffn", "placed", "embedding", "hidden_experts")
 
 
 @pytest.mark.parametrize(

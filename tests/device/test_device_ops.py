@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
+from mpoe_kernels.linear.op import placed_mpo_linear
 from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
@@ -113,6 +114,22 @@ def test_dispatch_and_combine(able: str, device: torch.device) -> None:
     truth, same = run("eager", torch.float64), run("eager", torch.float32)
     for name, found, exact, plain in zip(("y", "dx", "dgates"), run(able, torch.float32), truth, same, strict=True):
         assert_calibrated(found, exact, plain, name)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", *LARGE])
+def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """The last product of a network without gradients: the bits of `combine`."""
+    shape = LARGE[name] if name in LARGE else SMALL_SHAPES[name]
+    routing = make_routing(300, 7, "zipf", device, capacity=50)
+    blocks, gates = make_blocks(shape, 7, dtype, device), torch.rand(300, 1, device=device)
+    x, bias = torch.randn(300, shape.in_features, device=device).to(dtype), torch.randn(shape.out_features).to(device)
+    rows = x, blocks, routing.expert_offsets, bias.to(dtype)
+    for strategy in STRATEGIES:
+        if strategy != ("chain" if shape.is_separable else "separable"):
+            y = grouped_mpo_linear(*rows, backend=able, strategy=strategy)
+            wanted = combine(y, routing, gates, backend=able)
+            assert torch.equal(placed_mpo_linear(*rows, routing, gates, able, strategy), wanted), strategy
 
 
 @pytest.mark.op("mpo_embedding")

@@ -123,7 +123,7 @@ def parts(device: str, out: Path) -> list[Part]:
         Part(
             "results",
             "every backend on the device",
-            [*pytest, *workers, f"{folder}/test_device_ops.py", f"{folder}/test_device_gated.py"],
+            [*pytest, *workers, *(f"{folder}/test_device_{name}.py" for name in ("ops", "gated", "router"))],
             3,
             on_device,
             no_pytest,

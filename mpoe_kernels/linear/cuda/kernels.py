@@ -63,11 +63,12 @@ class LinearKernels:
         y = x.new_empty(call.slots, call.out_features)
         pre = torch.empty_like(y) if call.saves_z else None
         if isinstance(cut, Panel):
-            self._panels(call, x, y, cut, call.row_index, call.bias, call.activation, pre)
+            placed = call.out_index, call.gates
+            self._panels(call, x, y, cut, call.row_index, call.bias, call.activation, pre, placed=placed)
         else:
             self.ops.few_product(
                 *(x, *call.blocks, y, call.expert_offsets, None, call.row_index, call.bias, call.activation, pre),
-                *(call.in_features, call.out_features, cut.sizes),
+                *(call.in_features, call.out_features, cut.sizes, call.out_index, call.gates),
             )
         return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
@@ -95,6 +96,7 @@ class LinearKernels:
         activation: str = "none",
         pre: Tensor | None = None,
         transposed: bool = False,
+        placed: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         """Rows through W, or its transpose, of which so many columns at a time are rebuilt in shared memory."""
         self.ops.panel_product(
@@ -106,5 +108,6 @@ class LinearKernels:
                 cut.sizes,
                 cut.left_first,
                 may_round_to_tf32(rows.dtype),
+                *placed,
             ),
         )

@@ -32,6 +32,7 @@ class CudaLaunches:
         self.ops.contract_steps(
             *(list(values.values()), x.new_empty(plan.scratch), plan.steps, whole.dims[:8], whole.offsets, whole.slots),
             *(whole.row_index, whole.bias, whole.activation, whole.pre, may_round_to_tf32(x.dtype)),
+            *(whole.out_index, whole.gates),
         )
 
     def activation_backward(

@@ -66,12 +66,16 @@ class Rows(Pair):
         bias, activation: epilogue; ``pre`` receives the pre-activation.
         pre: see ``bias``.
         tail: clear the slots past the last offset.
+        out_index: ``[N]``, row of ``out`` that each slot gives; None: its own.
+        gates: ``[N]``, factors of the rows of ``out``, with ``out_index``; they take what is rounded already.
     """
 
     bias: Tensor | None = None
     activation: str = "none"
     pre: Tensor | None = None
     tail: bool = True
+    out_index: Tensor | None = None
+    gates: Tensor | None = None
 
     @property
     def slots(self) -> int:

@@ -36,6 +36,7 @@ class Pass:
         values: what is given, and where results go that a caller wants, see `BlockGradients`.
         row_index: row of x that each slot reads.
         bias, activation, pre: epilogue of y; ``pre`` receives the pre-activation.
+        out_index, gates: see `mpoe_kernels.linear.call.ForwardCall`.
     """
 
     program: Program
@@ -47,6 +48,8 @@ class Pass:
     bias: Tensor | None = None
     activation: str = "none"
     pre: Tensor | None = None
+    out_index: Tensor | None = None
+    gates: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -121,6 +124,8 @@ class GpuChunk:
             bias=whole.bias if last else None,
             activation=whole.activation if last else "none",
             pre=whole.pre if last else None,
+            out_index=whole.out_index if last else None,
+            gates=whole.gates if last else None,
             # Nobody reads what lies there in rows between two operands.
             tail=self.last == whole.experts and product.result in whole.values,
         )

@@ -20,7 +20,7 @@ NO_GRADIENTS: Gradients = (None, None, None)
 
 Call = TypeVar("Call", ForwardCall, GatedCall, BackwardCall)
 # Tensors that kernels of every backend read by position alone.
-DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "grad", "h", "saved")
+DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
 
 
 def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
@@ -46,7 +46,7 @@ def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Ten
     if h is not None:
         values[KEPT] = h.view(slots, dims.jC * dims.b)
     sizes = (program, dims, call.expert_offsets, slots)
-    launches.compute(Pass(*sizes, values, call.row_index, call.bias, call.activation, pre))
+    launches.compute(Pass(*sizes, values, call.row_index, call.bias, call.activation, pre, call.out_index, call.gates))
     return y, x.new_empty(0) if h is None else h, x.new_empty(0) if pre is None else pre
 
 

@@ -62,6 +62,8 @@ def fused_kernel(
     bias,  # [N]
     pre,  # pre-activation, as out
     row_index,  # row of ``x`` that a slot reads
+    out_index,  # row of ``out`` that a slot gives, if PLACED
+    gates,  # [slots], factors of the rows of ``out``, if PLACED
     offsets,  # [EXPERTS + 1]
     slots,
     X_SLOT: tl.constexpr,
@@ -82,6 +84,7 @@ def fused_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    PLACED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     KL: tl.constexpr,  # extents of a tile: of the left and right digit of k and n
@@ -168,10 +171,16 @@ def fused_kernel(
     mask = inside[:, None] & n_inside[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=n_inside, other=0.0).to(tl.float32)[None, :]
-    at_out = slot[:, None] * OUT_SLOT + column[None, :]
+    to = slot
+    if PLACED:
+        to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
+    at_out = to[:, None] * OUT_SLOT + column[None, :]
     if SAVE_PRE:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
-    if HAS_BIAS:
-        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, bias or not
+    if PLACED:  # the gate takes what is rounded, as `combine` would
+        gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
+        acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
+    if HAS_BIAS or PLACED:
+        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, whatever the bias and the gate
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)

@@ -85,6 +85,8 @@ def rows_times_weight(
     bias: Tensor | None = None,
     activation: str = "none",
     pre: Tensor | None = None,
+    out_index: Tensor | None = None,
+    gates: Tensor | None = None,
     tile: FusedTile | None = None,
 ) -> None:
     """``out[s] = activation(x[row_index[s]] W_e + bias)``, or ``W_e^T`` if ``transposed``; one launch.
@@ -93,6 +95,7 @@ def rows_times_weight(
         x, out: rows ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
         half: left · central of every expert; without it the kernel makes that too.
         pre: receives the pre-activation.
+        out_index, gates: see `mpoe_kernels.linear.call.ForwardCall`.
     """
     slots, experts = out.shape[0], offsets.shape[0] - 1
     if slots == 0:
@@ -101,7 +104,7 @@ def rows_times_weight(
     purpose = "rows" if half is None else "half"
     again = partial(
         rows_times_weight, x, blocks, offsets, out, dims, transposed=transposed, half=half, row_index=row_index,
-        bias=bias, activation=activation, pre=pre,
+        bias=bias, activation=activation, pre=pre, out_index=out_index, gates=gates,
     )  # fmt: skip
     tile, extents = fused_choice(x, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
     row_tiles = cdiv(slots, tile.m) + experts + 1
@@ -119,6 +122,8 @@ def rows_times_weight(
         bias=out if bias is None else bias,
         pre=out if pre is None else pre,
         row_index=out if row_index is None else row_index,
+        out_index=out if out_index is None else out_index,
+        gates=out if gates is None else gates,
         offsets=offsets,
         slots=slots,
         X_SLOT=x.stride(0),
@@ -132,6 +137,7 @@ def rows_times_weight(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         SAVE_PRE=pre is not None,
+        PLACED=out_index is not None,
         BM=tile.m,
         **_strides(blocks, transposed, half),
         **_options(tile, extents, sides, x.dtype),

@@ -74,6 +74,8 @@ def _forward_on_chip(call: ForwardCall, half: bool) -> Forward:
         bias=call.bias,
         activation=call.activation,
         pre=pre,
+        out_index=call.out_index,
+        gates=call.gates,
     )
     return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 

@@ -76,6 +76,7 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy, bias, pre, row_index = out.data, product.bias, product.pre, product.row_index
+    out_index, gates = product.out_index, product.gates
     start(
         rows_kernel,
         (persistent_programs(device_of(a.data), tiles),),
@@ -85,6 +86,8 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
         bias=dummy if bias is None else bias,
         pre=dummy if pre is None else pre,
         row_index=dummy if row_index is None else row_index,
+        out_index=dummy if out_index is None else out_index,
+        gates=dummy if gates is None else gates,
         offsets=product.offsets,
         slots=slots,
         **operands,
@@ -96,6 +99,7 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
         HAS_BIAS=bias is not None,
         ACTIVATION=product.activation,
         SAVE_PRE=pre is not None,
+        PLACED=out_index is not None,
         BY_DESCRIPTOR=descriptor,
         PRECISION=precision(a.data.dtype),
         **launch_options(tile),

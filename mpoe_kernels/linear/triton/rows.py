@@ -26,6 +26,8 @@ def write(
     empty,
     bias,
     pre,
+    out_index,
+    gates,
     out,
     N: tl.constexpr,
     M_SIZES: tl.constexpr,
@@ -37,20 +39,30 @@ def write(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    PLACED: tl.constexpr,
 ):
-    """Epilogue of some columns ``n`` of a tile: bias, activation, and where it goes. ``empty``: slots of no expert."""
+    """Epilogue of some columns ``n`` of a tile: bias, activation, gate, and where it goes.
+
+    ``empty``: slots of no expert.
+    """
     column = place(inner, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
     mask = inside[:, None] & (n < N)[None, :]
     if OUT_LIMIT > 0:
         mask = mask & (column < OUT_LIMIT)
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    at_out = slot[:, None] * OUT_SLOT + column
+    to = slot
+    if PLACED:
+        to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
+    at_out = to[:, None] * OUT_SLOT + column
     if SAVE_PRE:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
-    if HAS_BIAS:
-        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, bias or not
+    if PLACED:  # the gate takes what is rounded, as `combine` would
+        gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
+        acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
+    if HAS_BIAS or PLACED:
+        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, whatever the bias and the gate
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -62,6 +74,8 @@ def rows_kernel(
     bias,  # [F]
     pre,  # pre-activation, as out
     row_index,  # row of ``a`` that a slot reads
+    out_index,  # row of ``out`` that a slot gives, if PLACED
+    gates,  # [slots], factors of the rows of ``out``, if PLACED
     offsets,  # [EXPERTS + 1]
     slots,
     A_SLOT: tl.constexpr,
@@ -89,6 +103,7 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    PLACED: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -147,15 +162,15 @@ def rows_kernel(
             first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
             half = (tile % n_tiles) * BN + tl.arange(0, BN // 2)
             write(
-                first, half, inner, slot, inside, e == tail, bias, pre, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+                first, half, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
             )  # fmt: skip
             write(
-                second, half + BN // 2, inner, slot, inside, e == tail, bias, pre, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+                second, half + BN // 2, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
             )  # fmt: skip
         else:
             write(
-                acc, n, inner, slot, inside, e == tail, bias, pre, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE,
+                acc, n, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
+                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
             )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Rows of the result put in other places, times their gates, by every kernel that may compute the last product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.cuda.few import Few
+from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.cases import SMALL_SHAPES
+
+from .emulated_linear import Case
+from .emulation import KERNELS, REFUSED
+
+WAYS = {
+    "rebuild": ("rebuild", None),
+    "half_left": ("half_left", None),
+    "chain": ("chain", None),
+    "panels": ("rebuild", Panel(1, 1, 1, True, 0, 0.0)),
+    "few": ("chain", Few(1, 1, 1, 3, 0, 0.0)),
+}
+
+
+def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Case:
+    return Case(
+        SMALL_SHAPES["light"], dtype, tokens=13, experts=3, top_k=1, capacity=3, kind="zipf", activation=activation
+    )
+
+
+def forward(case: Case, way: str, out_index: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+    strategy, cut = WAYS[way]
+    call = ForwardCall(*case.linear.common, strategy, "emulated", False, case.slot_of_token, out_index, gates)
+    with poisoned_memory():
+        return KERNELS.forward(call, cut)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
+    """The gate multiplies what is rounded; rows of slots that no expert owns are zero whatever their gates are."""
+    case = case_of(dtype)
+    y = forward(case, way)
+    filled = int(case.routing.expert_offsets[-1])
+    assert 0 < filled < 13
+    out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
+    gates[out_index[filled:]] = float("nan")
+    placed = forward(case, way, out_index, gates)
+    wanted = (y.float() * gates[out_index][:, None]).to(dtype)
+    wanted[filled:] = 0
+    assert torch.equal(placed[out_index], wanted)
+
+
+@pytest.mark.parametrize("way", ["chain", "panels", "few"])
+def test_what_is_no_place_or_no_gate_is_refused(way: str) -> None:
+    case, places, gates = case_of(), torch.arange(13), torch.ones(13)
+    for bad in ((places[1:], gates), (places, gates[1:]), (places, gates.double()), (places.int(), gates)):
+        with pytest.raises(REFUSED, match=r"out_index must be \[13\]|gates must be dense float32 \[13\]|dense int64"):
+            forward(case, way, *bad)

@@ -1,0 +1,106 @@
+"""The last product of a network puts rows where their tokens are, times their gates: the same bits as `combine`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import Routing, combine, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels.linear import ffn
+from mpoe_kernels.linear.op import placed_mpo_linear
+from mpoe_kernels.registry import places_rows
+from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+
+from .backend_cases import on_every_backend, require, require_strategies
+
+TOKENS, EXPERTS = 13, 4
+MASK = torch.arange(TOKENS) % 5 != 1
+
+
+def routing_of(capacity: int | None = 3) -> Routing:
+    """Some tokens are masked, some dropped, an expert is idle."""
+    return route(expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK)
+
+
+def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    gates = torch.rand(TOKENS, 1)
+    gates[~MASK] = float("nan")  # of tokens without a slot, whose rows are zero all the same
+    return gates.to(dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("capacity", [None, 1, 3])
+def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
+    """What rows are placed by: masked and dropped tokens too, in the empty slots."""
+    require(backend)
+    index = expert_choice("zipf", TOKENS, EXPERTS, 1)
+    routing = route(index, EXPERTS, capacity=capacity, token_mask=MASK, backend=backend)
+    assert torch.equal(routing.token_of_slot.sort().values, torch.arange(TOKENS))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["separable", "padded", "paper"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_bits_of_combine(name: str, backend: str, dtype: torch.dtype, biased: bool) -> None:
+    shape = SMALL_SHAPES[name]
+    able = require_strategies(backend, shape, dtype)
+    blocks, routing, gates = random_blocks(shape, EXPERTS, dtype), routing_of(), gates_of()
+    x, bias = torch.randn(TOKENS, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
+    rows = x, blocks, routing.expert_offsets, bias if biased else None
+    for strategy in able:
+        with poisoned_memory():
+            placed = placed_mpo_linear(*rows, routing, gates, backend, strategy)
+        y = grouped_mpo_linear(*rows, backend=backend, strategy=strategy)
+        assert torch.equal(placed, combine(y, routing, gates, backend=backend))
+        assert not placed[routing.slot_of_token[:, 0] < 0].any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_network_without_gradients_places_its_rows(
+    backend: str, gate_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SMALL_SHAPES["separable"]
+    require_strategies(backend, shape, torch.float32)
+    up, down = (random_blocks(s, EXPERTS, torch.float32) for s in (shape, shape.mirrored()))
+    routing, gates, x = routing_of(), gates_of(gate_dtype), torch.randn(TOKENS, shape.in_features)
+    placed: list[int] = []
+    once = ffn.placed_mpo_linear
+    monkeypatch.setattr(ffn, "placed_mpo_linear", lambda *arguments: placed.append(1) or once(*arguments))
+    y = mpo_ffn(x, routing, gates, up, down, backend=backend)
+    assert len(placed) == places_rows(backend)
+    monkeypatch.setattr(ffn, "places_rows", lambda _: False)
+    assert torch.equal(y, mpo_ffn(x, routing, gates, up, down, backend=backend))
+
+
+@pytest.mark.parametrize("case", ["two slots", "gate", "block", "another device"])
+def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of two slots is a sum, and gradients of gates need the rows as they were."""
+    monkeypatch.setattr(ffn, "places_rows", lambda _: case != "another device")
+    top_k = 2 if case == "two slots" else 1
+    routing = route(torch.zeros(3, top_k, dtype=torch.int64), 2)
+    hidden, gates = torch.randn(3 * top_k, 12), torch.ones(3, top_k, requires_grad=case == "gate")
+    down = random_blocks(SMALL_SHAPES["separable"], 2, torch.float32, requires_grad=case == "block")
+    assert not ffn._may_place(hidden, down, None, routing, gates, None)
+    with torch.no_grad():
+        assert ffn._may_place(hidden, down, None, routing, gates, None) == (case in ("gate", "block"))
+
+
+def test_bad_gates_are_refused_in_the_words_of_combine() -> None:
+    shape = SMALL_SHAPES["separable"]
+    blocks, routing, x = random_blocks(shape, EXPERTS, torch.float32), routing_of(), torch.randn(TOKENS, 12)
+    rows = x, blocks, routing.expert_offsets, None, routing
+    for gates, error, message in (
+        (torch.ones(TOKENS, 2), ValueError, r"top_k_weights must be \[T, K\] = \[13, 1\]"),
+        (torch.ones(TOKENS, 1, dtype=torch.int64), TypeError, "top_k_weights must have a floating dtype"),
+        (torch.ones(TOKENS), ValueError, "top_k_weights must be"),
+    ):
+        with pytest.raises(error, match=message):
+            placed_mpo_linear(*rows, gates, None)
+        with pytest.raises(error, match=message):
+            combine(x, routing, gates)
+    with pytest.raises(ValueError, match=r"x must be \[N, I\] with N = 13"):
+        placed_mpo_linear(x[1:], *rows[1:], gates_of(), None)

@@ -1,0 +1,56 @@
+"""Rows of the result put in other places, times their gates, by every kernel that may compute the last product."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.triton import kernels
+from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.triton.start import recorded
+
+from .linear_runs import Case
+
+WAYS = {
+    "chain": ("chain", lambda call: kernels.forward_by_steps(call)),
+    "half_left": ("half_left", lambda call: kernels.forward_by_steps(call)),
+    "rebuild": ("rebuild", lambda call: kernels.forward_by_steps(call)),
+    "rebuild by wide tiles": ("rebuild", lambda call: kernels.forward_by_steps(call, wide=True)),
+    "rebuild on chip": ("rebuild", lambda call: kernels.forward_on_chip(call, half=False)),
+    "rebuild on chip from LC": ("rebuild", lambda call: kernels.forward_on_chip(call, half=True)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
+    """The gate multiplies what is rounded; rows of slots that no expert owns are zero whatever their gates are."""
+    shape = SMALL_SHAPES["light"]
+    case = Case(shape, dtype, tokens=13, experts=3, top_k=1, capacity=3, kind="zipf", activation="gelu")
+    strategy, forward = WAYS[way]
+    call = ForwardCall(*case._common(strategy), False)
+    filled, y = int(case.routing.expert_offsets[-1]), forward(call)[0]
+    assert 0 < filled < 13
+    out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
+    gates[out_index[filled:]] = float("nan")
+    wanted = (y.float() * gates[out_index][:, None]).to(dtype)
+    wanted[filled:] = 0
+    for _ in range(2):  # the second one by its plan
+        placed = forward(replace(call, out_index=out_index, gates=gates))[0]
+        assert torch.equal(placed[out_index], wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_no_launch_more(way: str) -> None:
+    case = Case(SMALL_SHAPES["light"], torch.bfloat16, tokens=13, experts=3, top_k=1)
+    strategy, forward = WAYS[way]
+    call = ForwardCall(*case._common(strategy), False)
+    with recorded("sm_90") as plain:
+        forward(call)
+    with recorded("sm_90") as placing:
+        forward(replace(call, out_index=torch.arange(13), gates=torch.ones(13)))
+    assert len(plain) == len(placing)
+    assert [one.arguments.get("PLACED") for one in placing if "PLACED" in one.arguments][-1] is True

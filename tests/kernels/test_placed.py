@@ -96,7 +96,8 @@ def test_bad_gates_are_refused_in_the_words_of_combine() -> None:
     for gates, error, message in (
         (torch.ones(TOKENS, 2), ValueError, r"top_k_weights must be \[T, K\] = \[13, 1\]"),
         (torch.ones(TOKENS, 1, dtype=torch.int64), TypeError, "top_k_weights must have a floating dtype"),
-        (torch.ones(TOKENS), ValueError, "top_k_weights must be"),
+        (torch.ones(TOKENS), ValueError, r"top_k_weights must be \[T, K\]; got"),
+        ([1.0] * TOKENS, (TypeError, ValueError), "top_k_weights must be a tensor"),
     ):
         with pytest.raises(error, match=message):
             placed_mpo_linear(*rows, gates, None)

@@ -48,12 +48,13 @@ def test_second_derivatives_and_transforms(dtype):
     torch.testing.assert_close(each[1], float32_logits(x, weight))
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "tokens"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_the_backward_keeps_no_float32_copy_of_the_tokens(dtype):
+def test_the_backward_keeps_no_float32_copy_of_the_tokens(dtype, frozen):
     router = TopKRouter(FEATURES, EXPERTS).to(dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        router(problem(dtype, dtype)[0])
+        router(problem(dtype, dtype)[0].detach().requires_grad_(frozen != "tokens"))
     assert [t.dtype for t in kept if t.shape == (TOKENS, FEATURES)] == [dtype]
 
 

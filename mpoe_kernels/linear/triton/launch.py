@@ -25,7 +25,7 @@ from mpoe_kernels.planner.orders import INDICES
 from mpoe_kernels.routing.triton import dispatch_backward
 from mpoe_kernels.triton.card import card, multiprocessors, precision
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
-from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
+from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, power_of_two, start
 
 
 def persistent_programs(device: torch.device, tiles: int) -> int:
@@ -76,7 +76,9 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy, bias, pre, row_index = out.data, product.bias, product.pre, product.row_index
-    out_index, gates = product.out_index, product.gates
+    out_index, gates, options = product.out_index, product.gates, launch_options(tile)
+    if out_index is not None and architecture_of(device_of(a.data)).startswith("sm_"):
+        options["maxnreg"] = 255  # or the compiler spills a few, to have one program more on a multiprocessor
     start(
         rows_kernel,
         (persistent_programs(device_of(a.data), tiles),),
@@ -102,7 +104,7 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
         PLACED=out_index is not None,
         BY_DESCRIPTOR=descriptor,
         PRECISION=precision(a.data.dtype),
-        **launch_options(tile),
+        **options,
     )
 
 

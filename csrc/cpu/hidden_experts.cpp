@@ -25,15 +25,17 @@ std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, k
 // A counting sort per tile of tokens.
 struct Sorted {
   Buffer<std::int64_t> slots, owners, offsets;
+  Buffer<std::uint8_t> marks;
   HiddenSlots view;
 
   // `parts`: of the groups.
   Sorted(const HiddenExperts& in, std::int64_t parts)
-      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)) {
+      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)),
+        marks(in.tokens * in.top_k) {
     const std::int64_t size = tile_of(in, parts);
-    view = {size, tiles_of(in, parts), slots.get(), owners.get(), offsets.get(), together(in, parts)};
+    view = {size, tiles_of(in, parts), slots.get(), owners.get(), marks.get(), true, offsets.get(), together(in, parts)};
     std::int64_t filled = 0;
-    std::vector<std::int64_t> next(in.experts);
+    std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's slot so far
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
       const std::int64_t first = tile * view.tile_tokens * in.top_k;
       const std::int64_t last = std::min(in.tokens, (tile + 1) * view.tile_tokens) * in.top_k;
@@ -49,7 +51,18 @@ struct Sorted {
       offset[in.experts] = filled;
       for (std::int64_t s = first; s < last; ++s)
         if (in.index[s] >= 0) slots.get()[next[in.index[s]]++] = s;
-      for (std::int64_t p = offset[0]; p < filled; ++p) owners.get()[p] = slots.get()[p] / in.top_k;
+      for (std::int64_t p = offset[0]; p < filled; ++p) {
+        const std::int64_t token = slots.get()[p] / in.top_k;
+        owners.get()[p] = token;
+        marks.get()[p] = latest[token] < 0 ? kFirst : 0;
+        latest[token] = p;
+      }
+    }
+    for (const std::int64_t p : latest) {
+      if (p < 0)
+        view.complete = false;
+      else
+        marks.get()[p] |= kLast;
     }
   }
 

@@ -3,7 +3,7 @@
 // Everything is local to a group g of `block` hidden units. Tokens are taken in tiles, whose sums have at most
 // `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert) rows are gathered,
 // multiplied with the packed blocks and added to float32 sums of the tile, expert after expert: the order of every sum
-// is fixed, whatever the number of threads. Groups that share their blocks are taken together: each group of a token is
+// is fixed, whatever the number of threads. A token's last slot brings its sum to the result. Groups that share their blocks are taken together: each group of a token is
 // a row. Nothing of size T x K x F is stored.
 #pragma once
 
@@ -49,11 +49,16 @@ constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens
 constexpr std::int64_t kChunk = 64;            // rows that are worked on at once, at most
 constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
 
+// What a slot is among those of its token, in their order.
+constexpr std::uint8_t kFirst = 1, kLast = 2;
+
 // Slots sorted by tile, expert and token.
 struct HiddenSlots {
   std::int64_t tile_tokens, tiles;
   const std::int64_t* slots;    // t * K + k
   const std::int64_t* owners;   // t of each of them
+  const std::uint8_t* marks;    // kFirst and kLast of each of them
+  bool complete;                // every token has a slot
   const std::int64_t* offsets;  // [tiles, E + 1]
   std::int64_t together;        // the most groups that are taken together
 };

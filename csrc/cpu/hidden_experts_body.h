@@ -148,9 +148,9 @@ void forward(
         activate_rows<decltype(kind)::value>(s, rows, z, gated ? value : nullptr, h);
       });
       times(h, rows, few, left, l, z);
-      add_rows(s, tile, chunk, z, in.gates, sum);
+      add_rows<T>(in, s, tile, chunk, z, in.gates, sum, out);
     });
-    store_sums<T>(in, s, tile, sum, out);
+    store_missing<T>(in, s, sorted, tile, out);
   });
 }
 
@@ -283,7 +283,7 @@ void backward(
       if (out.dright != nullptr) add_outer(gemm, s, rows_u, operand, rows, panels_a, panels_d, odd, cores);
       if (out.du != nullptr) {
         product(gemm, s, operand, rows, back, value);
-        add_rows(s, tile, chunk, value, nullptr, du);
+        add_rows<T>(in, s, tile, chunk, value, nullptr, du, out.du);
       }
       if (!gated) return;
       round_rows<T>(s, chunk, z, nullptr, operand);
@@ -291,11 +291,11 @@ void backward(
         add_outer(gemm, s, rows_gate, operand, rows, panels_a, panels_d, odd, cores + 2 * square);
       if (out.du_gate != nullptr) {
         product(gemm, s, operand, rows, back_gate, value);
-        add_rows(s, tile, chunk, value, nullptr, du_gate);
+        add_rows<T>(in, s, tile, chunk, value, nullptr, du_gate, out.du_gate);
       }
     });
-    if (out.du != nullptr) store_sums<T>(in, s, tile, du, out.du);
-    if (out.du_gate != nullptr) store_sums<T>(in, s, tile, du_gate, out.du_gate);
+    if (out.du != nullptr) store_missing<T>(in, s, sorted, tile, out.du);
+    if (out.du_gate != nullptr) store_missing<T>(in, s, sorted, tile, out.du_gate);
     if (number + 1 < sorted.tiles) return;
     for (int64_t e = 0; out.dbias != nullptr && e < in.experts; ++e)
       for (int64_t g = 0; g < together; ++g) {

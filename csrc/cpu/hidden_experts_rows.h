@@ -36,6 +36,7 @@ struct Tile {
 struct Chunk {
   int64_t rows;
   int64_t slots[kChunk], owners[kChunk], groups[kChunk];
+  std::uint8_t marks[kChunk];
 };
 
 // The group's units of the slots' tokens.
@@ -54,18 +55,6 @@ void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chu
   }
 }
 
-// sum[group][token][.] += factor * row
-void add_rows(
-    const Sizes& s, const Tile& tile, const Chunk& chunk, const float* rows, const float* gates, float* sum) {
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const int64_t group = chunk.groups[r] - tile.first_group, token = chunk.owners[r] - tile.first_token;
-    float* target = sum + (group * tile.tokens + token) * s.wide;
-    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
-    for (int64_t c = 0; c < s.wide; c += kWidth)
-      store_floats(target + c, multiply_add(gate, load_floats(rows + r * s.wide + c), load_floats(target + c)));
-  }
-}
-
 template <class T>
 void store_row(const float* from, T* out, int64_t count) {
   int64_t c = 0;
@@ -73,15 +62,43 @@ void store_row(const float* from, T* out, int64_t count) {
   for (; c < count; ++c) store(out[c], from[c]);
 }
 
-// Rounded sums of a tile of tokens -> columns of the result; the sums become zero again.
+// sum[group][token][.] += factor * row, begun by the token's first slot and rounded into the result by its last.
 template <class T>
-void store_sums(const HiddenExperts& in, const Sizes& s, const Tile& tile, float* sum, void* out) {
-  for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
-    T* target = static_cast<T*>(out) + tile.first_token * in.features + group * s.block;
-    for (int64_t t = 0; t < tile.tokens; ++t, sum += s.wide) {
-      store_row(sum, target + t * in.features, s.block);
-      std::memset(sum, 0, s.wide * sizeof(float));
+void add_rows(
+    const HiddenExperts& in, const Sizes& s, const Tile& tile, const Chunk& chunk, const float* rows,
+    const float* gates, float* sum, void* out) {
+  for (int64_t r = 0; r < chunk.rows; ++r, rows += s.wide) {
+    const int64_t group = chunk.groups[r], token = chunk.owners[r];
+    float* const target = sum + ((group - tile.first_group) * tile.tokens + token - tile.first_token) * s.wide;
+    const bool begins = (chunk.marks[r] & kFirst) != 0;
+    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
+    const auto value = [&](int64_t c) {
+      return multiply_add(gate, load_floats(rows + c), begins ? Floats{} : load_floats(target + c));
+    };
+    int64_t c = 0;
+    if ((chunk.marks[r] & kLast) == 0) {
+      for (; c < s.wide; c += kWidth) store_floats(target + c, value(c));
+      continue;
     }
+    T* const result = static_cast<T*>(out) + token * in.features + group * s.block;
+    for (; c + kWidth <= s.block; c += kWidth) store_floats(result + c, value(c));
+    if (c == s.block) continue;
+    float rest[kWidth];
+    store_floats(rest, value(c));
+    store_row(rest, result + c, s.block - c);
+  }
+}
+
+// Zeros for the tokens that have no expert.
+template <class T>
+void store_missing(const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, void* out) {
+  for (int64_t t = tile.first_token; !sorted.complete && t < tile.first_token + tile.tokens; ++t) {
+    bool missing = true;
+    for (int64_t k = 0; k < in.top_k; ++k) missing = missing && in.index[t * in.top_k + k] < 0;
+    T* const row = static_cast<T*>(out) + t * in.features;
+    if (missing)
+      std::memset(
+          row + tile.first_group * s.block, 0, (tile.last_group - tile.first_group) * s.block * sizeof(T));
   }
 }
 
@@ -111,6 +128,7 @@ void for_each_chunk(
       for (int64_t r = 0; r < chunk.rows; ++r) {
         chunk.slots[r] = sorted.slots[slot];
         chunk.owners[r] = sorted.owners[slot];
+        chunk.marks[r] = sorted.marks[slot];
         chunk.groups[r] = group;
         if (++group == tile.last_group) {
           group = tile.first_group;

@@ -25,15 +25,18 @@ std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, k
 // A counting sort per tile of tokens.
 struct Sorted {
   Buffer<std::int64_t> slots, owners, offsets;
-  Buffer<std::uint8_t> marks;
+  Buffer<std::uint8_t> marks, used;
   HiddenSlots view;
 
   // `parts`: of the groups.
   Sorted(const HiddenExperts& in, std::int64_t parts)
       : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)),
-        marks(in.tokens * in.top_k) {
+        marks(in.tokens * in.top_k), used(in.experts) {
     const std::int64_t size = tile_of(in, parts);
-    view = {size, tiles_of(in, parts), slots.get(), owners.get(), marks.get(), true, offsets.get(), together(in, parts)};
+    view = {
+        size,       tiles_of(in, parts), slots.get(),   owners.get(),       marks.get(),
+        used.get(), true,                offsets.get(), together(in, parts)};
+    std::fill_n(used.get(), in.experts, std::uint8_t{0});
     std::int64_t filled = 0;
     std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's slot so far
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
@@ -46,6 +49,7 @@ struct Sorted {
       for (std::int64_t e = 0; e < in.experts; ++e) {
         offset[e] = filled;
         filled += next[e];
+        used.get()[e] |= next[e] > 0;
         next[e] = offset[e];
       }
       offset[in.experts] = filled;
@@ -143,7 +147,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   for (std::int64_t kind = 0; kind < kinds; ++kind)
     for (std::int64_t e = 0; results[kind] != nullptr && e < in.experts; ++e)
       kernels.sum_parts(
-          sums.get() + (e * kinds + kind) * square, parts, cores,
+          sums.get() + (e * kinds + kind) * square, sorted.view.used[e] ? parts : 0, cores,
           static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
 }
 

@@ -58,6 +58,7 @@ struct HiddenSlots {
   const std::int64_t* slots;    // t * K + k
   const std::int64_t* owners;   // t of each of them
   const std::uint8_t* marks;    // kFirst and kLast of each of them
+  const std::uint8_t* used;     // [E]: whether an expert has a slot
   bool complete;                // every token has a slot
   const std::int64_t* offsets;  // [tiles, E + 1]
   std::int64_t together;        // the most groups that are taken together

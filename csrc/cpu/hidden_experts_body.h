@@ -307,9 +307,15 @@ void backward(
     void* const results[] = {out.dright, out.dleft, out.dright_gate};
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t kind = 0; kind < kinds; ++kind) {
+        T* const result = static_cast<T*>(results[kind]);
+        if (result == nullptr) continue;
+        T* const own = result + (e * in.own_groups + group) * square;
+        if (!sorted.used[e]) {
+          std::memset(own, 0, square * sizeof(T));
+          continue;
+        }
         float* core = part.cores + (e * kinds + kind) * square;
-        if (results[kind] != nullptr)
-          store_row(core, static_cast<T*>(results[kind]) + (e * in.own_groups + group) * square, square);
+        store_row(core, own, square);
         std::memset(core, 0, square * sizeof(float));
       }
   });

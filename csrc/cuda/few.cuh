@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kFewThreads) few_kernel(const __grid_constant_
   float* const u = sums + kFewThreads * kFewRows * WeightRows<T>::kChunk;  // [a, iC, row, jL, iR]
   float* const v = u + p.a * p.iC * own_rows;                               // [row, b, iR, jL, jC]
   const int v_row = p.b * p.iR * p.kept_left * p.kept_centre;
-  const T* const bias = static_cast<const T*>(p.bias);
 
   if (static_cast<int>(threadIdx.x) < count) experts[threadIdx.x] = expert_of(p, first + threadIdx.x);
   __syncthreads();
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(kFewThreads) few_kernel(const __grid_constant_
       if (column >= p.out_features) return;
       const int64_t to = p.out_index ? p.out_index[first + row] : first + row;
       const int64_t at = to * p.out_features + column;
-      if (owned && bias) sum += dev::to_float(bias[column]);
+      if (owned && p.bias) sum += dev::to_float(static_cast<const T*>(p.bias)[column]);
       if (p.pre_activation) static_cast<T*>(p.pre_activation)[at] = dev::from_float<T>(sum);
       T result = dev::from_float<T>(owned ? activate(p.activation, sum) : 0.f);
       if (p.gates && owned) result = dev::from_float<T>(p.gates[to] * dev::to_float(result));

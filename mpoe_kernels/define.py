@@ -125,7 +125,7 @@ def _register(
     return call
 
 
-def _is_plain_call(arguments: tuple[Any, ...]) -> bool:
+def _is_plain_call(arguments: Sequence[Any]) -> bool:
     """Whether all that the dispatcher would do is to call the kernel, which for one token costs it as much as that.
 
     Not where a gradient, a mode, a transform, a subclass of tensors, a compiler or a profiler has a part in the call.
@@ -149,7 +149,7 @@ def _others_see_calls() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     )
 
 

@@ -138,7 +138,8 @@ def forward_call(**changes: Any) -> ForwardCall:
 
 
 def backward_call(**changes: Any) -> BackwardCall:
-    given = {name: getattr(forward_call(), name) for name in ForwardCall.__dataclass_fields__ if name != "save"}
+    shared = ForwardCall.__dataclass_fields__.keys() & BackwardCall.__dataclass_fields__.keys()
+    given = {name: getattr(forward_call(), name) for name in shared}
     slots, bond = 3, given["right"].shape[1]
     rows = torch.randn(slots, SHAPE.out_features)
     own = {"grad": rows, "h": torch.randn(slots * 5, bond), "saved": rows, "need": [True] * 4 + [False]}

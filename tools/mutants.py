@@ -2,7 +2,7 @@
 
     python tools/mutants.py                     # some of every area; goes on where an earlier run ended
     python tools/mutants.py --areas ops mask    # of these alone
-    python tools/mutants.py --slice 12          # what CI runs
+    python tools/mutants.py --slice 8           # what CI runs
     python tools/mutants.py --list              # which changes, without running anything
 
 Which functions, which tests, and survivors that are no bug, with the reason: tools/mutants.toml and

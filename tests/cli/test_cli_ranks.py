@@ -32,7 +32,7 @@ def stopped(run: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_distributed.py's slow tests do the same without the command line
 def test_a_run_goes_on_with_another_number_of_processes(cli, sentiment: Path, tmp_path: Path) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--num_experts", 2, "--gradient_mask_prob", 0.5]
     flags += ["--max_steps", STEPS, "--save_steps", SAVED, "--save_total_limit", 9, "--eval_steps", STEPS]

@@ -136,9 +136,9 @@ def run_arm(dense: Any, field: NovelsField, group: int | None, arguments: argpar
     model = mixture(dense, arguments, seed)
     if group is not None:
         quantise_centre(model, group)
-    test = field.blocks["test"]
+    test = field.blocks["test"]["novels"]
     before = loss_of(model.eval(), test)
-    seconds = train(model, field.blocks["train"], arguments, seed)
+    seconds = train(model, field.blocks["train"]["novels"], arguments, seed)
     for layer in hidden_modules(model).values():
         layer.experts.to(torch.bfloat16)
     return {
@@ -180,8 +180,8 @@ def run(arguments: argparse.Namespace, given: tuple[Any, Any] | None = None) -> 
         "settings": settings,
         "torchao": version("torchao"),
         "machine": describe("cpu", arguments.threads, "cpu"),
-        "tested_tokens": field.blocks["test"].numel(),
-        "dense": {"bytes": bytes_of(dense), "loss": loss_of(dense, field.blocks["test"])},
+        "tested_tokens": field.blocks["test"]["novels"].numel(),
+        "dense": {"bytes": bytes_of(dense), "loss": loss_of(dense, field.blocks["test"]["novels"])},
         "arms": [],
     }
     megabytes = results["dense"]["bytes"] / 1e6

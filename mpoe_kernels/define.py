@@ -126,9 +126,10 @@ def _register(
 
 
 def _is_plain_call(arguments: Sequence[Any]) -> bool:
-    """Whether all that the dispatcher would do is to call the kernel, which for one token costs it as much as that.
+    """Whether the dispatcher would do nothing but call the kernel; for one token it takes as long as that.
 
-    Not where a gradient, a mode, a transform, a subclass of tensors, a compiler or a profiler has a part in the call.
+    Not where a gradient, a mode, a transform, a subclass of tensors, a compiler or a profiler has a part in the call,
+    nor where a meta tensor beside others brings PyTorch to the fake.
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
@@ -137,7 +138,7 @@ def _is_plain_call(arguments: Sequence[Any]) -> bool:
         return False
     device_type = tensors[0].device.type
     on_devices = device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
-    return on_devices and all(type(value) in _PLAIN for value in tensors)
+    return on_devices and all(type(value) in _PLAIN and not value.is_meta for value in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -72,6 +72,9 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
         assert _is_plain_call((value, 2.0)) == plain
     assert not _is_plain_call((x.clone().requires_grad_(), 2.0))
     assert not _is_plain_call((x.to("meta"), 2.0))
+    assert not _is_plain_call((x, 2.0, x.to("meta")))
+    with pytest.raises(ValueError, match="needs its tensors on one device"):
+        op(x, 2.0, x.to("meta"))
     with torch.no_grad():
         assert _is_plain_call((x.clone().requires_grad_(), 2.0))
     with torch.autocast("cpu", dtype=torch.bfloat16):

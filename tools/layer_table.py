@@ -7,8 +7,9 @@ Launches are recorded, bytes and times predicted by the model of `tools/triton_p
 `tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine,
 predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. A second table is of
 gated networks: both projections of the same rows, each alone and then PyTorch's product of the two, or together. A
-third is of the last product where nothing trains. ``--doc`` writes the tables into bench/results/ahead-of-
-time/layers.md, ``--doc placed`` the third alone: it holds no time of the host, which asks for an idle machine.
+third is of the last product where nothing trains. ``--doc`` writes the tables into layers.md in
+bench/results/ahead-of-time, ``--doc placed`` the third alone: it holds no time of the host, which asks for an idle
+machine.
 """
 
 from __future__ import annotations

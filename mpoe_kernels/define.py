@@ -108,8 +108,9 @@ def _register(
     autocast_positions: tuple[int, ...],
 ) -> Any:
     op.register_fake(_on_one_device(fake, name))
+    recorded = None
     if backward is not None and setup_context is not None:
-        _register_autograd(op, body, name, setup_context, backward)
+        recorded = _register_autograd(op, body, name, setup_context, backward)
     else:
         _refuse_autograd(op, name)
     op.register_vmap(_refuse_vmap(name))
@@ -120,22 +121,28 @@ def _register(
     def call(*arguments: Any) -> Any:
         if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
             _refuse_other_modes(name, arguments)
-        return body(*arguments) if _is_plain_call(arguments) else op(*arguments)
+        if not _is_plain_call(arguments):
+            return op(*arguments)
+        if not _needs_gradients(arguments):
+            return body(*arguments)
+        return (op if recorded is None or _is_below_autograd() else recorded)(*arguments)
 
     return call
 
 
-def _is_plain_call(arguments: Sequence[Any]) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel; for one token it takes as long as that.
+def _needs_gradients(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
 
-    Not where a gradient, a mode, a transform, a subclass of tensors, a compiler or a profiler has a part in the call,
-    nor where a meta tensor beside others brings PyTorch to the fake.
+
+def _is_plain_call(arguments: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel, recorded for a gradient if one is needed.
+
+    It takes as long as the kernel of a token. Not where a mode, a transform, a subclass of tensors, a compiler or a
+    profiler has a part in the call, nor where a meta tensor beside others brings PyTorch to the fake.
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        return False
     device_type = tensors[0].device.type
     on_devices = device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
     return on_devices and all(type(value) in _PLAIN and not value.is_meta for value in tensors)
@@ -154,23 +161,34 @@ def _others_see_calls() -> bool:
     )
 
 
+def _is_below_autograd() -> bool:
+    """Inside another op's kernel, where PyTorch records nothing."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
 def _register_autograd(
     op: Any, body: Callable[..., Any], name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    """As ``op.register_autograd`` does, which at every call looks up the defaults of all arguments anew."""
+) -> Callable[..., Any] | None:
+    """As ``op.register_autograd`` does, which at every call looks up the defaults of all arguments anew.
+
+    Returns:
+        What records a plain call for its gradient and computes it; None where PyTorch alone does.
+    """
     overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
     if below is None:  # a PyTorch whose inner names are others
         op.register_autograd(backward, setup_context=setup_context)
-        return
+        return None
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
     def run_below(keyset: Any, arguments: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & below, *arguments)
 
-    def forward(ctx: Any, *given: Any) -> Any:  # the key set comes last: ``needs_input_grad`` counts from the first
+    # The key set, None of a plain call, comes last: ``needs_input_grad`` counts from the first.
+    def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
-        output = body(*arguments) if _is_plain_call(arguments) else run_below(keyset, arguments)
+        is_plain = keyset is None or _is_plain_call(arguments)
+        output = body(*arguments) if is_plain else run_below(keyset, arguments)
         setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
         return output
 
@@ -180,15 +198,17 @@ def _register_autograd(
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     function: Any = type(f"Backward_{NAMESPACE}_{name}", (torch.autograd.Function,), members)
 
+    def recorded(*arguments: Any) -> Any:
+        return function.apply(*arguments, *defaults[len(arguments) :], None)
+
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops what equals its default
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return function.apply(*arguments, keyset)
-        return run_below(keyset, arguments)
+        return function.apply(*arguments, keyset) if _needs_gradients(arguments) else run_below(keyset, arguments)
 
     with warnings.catch_warnings():  # PyTorch 2.11 has put its own kernel there by now, and says that it is replaced
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
+    return recorded
 
 
 def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:

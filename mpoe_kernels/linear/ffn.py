@@ -77,10 +77,10 @@ def _may_place(
 ) -> bool:
     """Whether the last product may be asked to put its rows in the order of tokens, times their gates.
 
-    That is so where a token has one slot, nothing needs a gradient (that of a gate needs the rows as they were), and
-    kernels may be a GPU's.
+    That is so where a token has one slot, as `route` gives it, nothing needs a gradient (that of a gate needs the rows
+    as they were), and kernels may be a GPU's.
     """
-    if routing.slot_of_token.shape[1] != 1:
+    if not routing.is_routed or routing.slot_of_token.shape[1] != 1:
         return False
     if hidden.device.type == "cpu" and not places_rows(requested_backend(backend)):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +34,10 @@ class Routing:
     Attributes:
         expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
         token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or
-            masked pairs sort there, so with K = 1 every token has one slot, and GPUs rely on that).
+            masked pairs sort there).
         slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
+        is_routed: whether `route` made it, so that with K = 1 ``token_of_slot`` names every token once. A product may
+            then write its rows to their tokens; by another one it might leave rows unwritten.
 
     Raises:
         TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several devices.
@@ -44,9 +46,12 @@ class Routing:
     expert_offsets: Tensor
     token_of_slot: Tensor
     slot_of_token: Tensor
+    by_route: InitVar[bool] = False  # which `dataclasses.replace` does not hand on
+    is_routed: bool = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, by_route: bool) -> None:
         refuse_jit_trace("Routing")
+        object.__setattr__(self, "is_routed", by_route)
         offsets = check_index("expert_offsets", self.expert_offsets, ("E + 1",))
         slots = check_index("token_of_slot", self.token_of_slot, ("N",))
         pairs = check_index("slot_of_token", self.slot_of_token, ("T", "K"))
@@ -132,7 +137,8 @@ def route(
         check_device("top_k_index", index, token_mask=token_mask)
         if token_mask.dtype != torch.bool or token_mask.shape[0] != index.shape[0]:
             raise ValueError(f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}")
-    return Routing(*_route(index, num_experts, capacity, token_mask, requested_backend(backend)))
+    offsets, token_of_slot, slot_of_token = _route(index, num_experts, capacity, token_mask, requested_backend(backend))
+    return Routing(offsets, token_of_slot, slot_of_token, by_route=True)
 
 
 # --------------------------------------------------------------- dispatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,17 +78,38 @@ def test_a_network_without_gradients_places_its_rows(
     assert torch.equal(y, mpo_ffn(x, routing, gates, up, down, backend=backend))
 
 
-@pytest.mark.parametrize("case", ["two slots", "gate", "block", "another device"])
+@pytest.mark.parametrize("case", ["two slots", "by hand", "gate", "block", "another device"])
 def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token of two slots is a sum, and gradients of gates need the rows as they were."""
     monkeypatch.setattr(ffn, "places_rows", lambda _: case != "another device")
     top_k = 2 if case == "two slots" else 1
     routing = route(torch.zeros(3, top_k, dtype=torch.int64), 2)
+    routing = replace(routing) if case == "by hand" else routing
     hidden, gates = torch.randn(3 * top_k, 12), torch.ones(3, top_k, requires_grad=case == "gate")
     down = random_blocks(SMALL_SHAPES["separable"], 2, torch.float32, requires_grad=case == "block")
     assert not ffn._may_place(hidden, down, None, routing, gates, None)
     with torch.no_grad():
         assert ffn._may_place(hidden, down, None, routing, gates, None) == (case in ("gate", "block"))
+
+
+@on_every_backend
+@pytest.mark.parametrize("how", ["anew", "by replacing"])
+def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
+    """One that names token 0 for every slot would leave the other tokens' rows unwritten if rows were placed."""
+    shape = SMALL_SHAPES["separable"]
+    require_strategies(backend, shape, torch.float32)
+    made, rows = routing_of(), torch.zeros(TOKENS, dtype=torch.int64)
+    if how == "anew":
+        routing = Routing(made.expert_offsets, rows, made.slot_of_token)
+    else:
+        routing = replace(made, token_of_slot=rows)
+    assert (made.is_routed, routing.is_routed) == (True, False)
+    up, x = random_blocks(shape, EXPERTS, torch.float32), torch.randn(TOKENS, shape.in_features)
+    down, gates, offsets = random_blocks(shape.mirrored(), EXPERTS, torch.float32), gates_of(), routing.expert_offsets
+    with poisoned_memory():
+        y = mpo_ffn(x, routing, gates, up, down, backend=backend)
+    hidden = grouped_mpo_linear(x, up, offsets, row_index=rows, activation="relu", backend=backend)
+    assert torch.equal(y, combine(grouped_mpo_linear(hidden, down, offsets, backend=backend), routing, gates))
 
 
 def test_bad_gates_are_refused_in_the_words_of_combine() -> None:

@@ -5,28 +5,43 @@
 Tensors have no memory (device ``meta``), nothing is compiled, and what stands for the driver's launch does nothing:
 what remains is Python's part of a call. *Bare* is that of ``compiled[grid](*arguments)`` alone, Triton's own way to
 start a kernel that is compiled. Up and down projection together, each by the strategy that the backend would choose on
-an H100. ``--doc`` writes the table into bench/results/ahead-of-time/triton.md.
+an H100.
+
+A second table is of whole calls of the op, up projection alone: choice, checks and autograd too. There tensors are on
+the CPU, as PyTorch has another way with ``meta`` ones, and nobody reads them. ``--doc`` writes both tables into
+bench/results/ahead-of-time/triton.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton_compile import DOC, write_between
-from triton_predict import ACTIVATIONS, ARCHITECTURE, DTYPE, choice
+from triton_predict import ACTIVATIONS, ARCHITECTURE, CARD, DTYPE, choice
 
+from mpoe_kernels import grouped_mpo_linear, registry
 from mpoe_kernels.backends import triton_catalogue as catalogue
+from mpoe_kernels.backends.triton import TRITON
+from mpoe_kernels.linear import op
+from mpoe_kernels.linear.triton import cost, plan
+from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.planner import machine
 from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.architecture import target_named
@@ -73,7 +88,7 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def microseconds(run: Callable[[], object], repeats: int = 20, rounds: int = 7) -> float:
+def microseconds(run: Callable[[], object], repeats: int = 20, rounds: int = 25) -> float:
     """Processor time of the fastest round, for one run."""
     run()
     best = float("inf")
@@ -120,6 +135,68 @@ def table(experts: int, tokens: int) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def card_of_the_cpu() -> Iterator[None]:
+    """Tensors of the CPU go where those of the card would."""
+    able = replace(TRITON, unavailable_reasons=list, request_reasons=lambda _: [])
+    with (
+        stand_ins(),
+        patch.dict(registry._BACKENDS, triton=able),
+        patch.object(cost, "_here", lambda _: (target_named(ARCHITECTURE), CARD, 0.0)),
+        machine.using(machine.TABLE),
+    ):
+        yield
+
+
+def launches_of(run: Callable[[], object]) -> int:
+    """How many one run makes."""
+    with patch.object(plan, "start_steps", wraps=plan.start_steps) as started:
+        run()
+    return sum(len(call.args[0]) for call in started.call_args_list)
+
+
+def op_row(name: str, experts: int, tokens: int) -> str:
+    """Forward without and with a gradient to come, and backward without and with PyTorch's engine."""
+    dims = catalogue.dims_of(catalogue.shapes()[name][0])
+    left, central, right = (torch.empty(block.shape, dtype=DTYPE) for block in catalogue._blocks(dims, experts, DTYPE))
+    x, bias = torch.empty(tokens, dims.in_features, dtype=DTYPE), torch.empty(dims.out_features, dtype=DTYPE)
+    blocks, rows = MPOBlocks(left, central, right, dims.in_features, dims.out_features), torch.arange(tokens)
+    offsets = torch.arange(experts + 1, dtype=torch.int32) * (tokens // experts)
+    slots, leaves = rows[:, None].contiguous(), (x, left, central, right, bias)
+
+    def forward() -> Tensor:
+        return grouped_mpo_linear(
+            x, blocks, offsets, bias, row_index=rows, slot_of_token=slots, activation="relu", backend="triton"
+        )
+
+    found = [launches_of(forward), microseconds(forward)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = forward()
+    gradients = partial(torch.autograd.grad, y, leaves, torch.empty_like(y), retain_graph=True)
+    with patch.object(op, "backward_op", wraps=op.backward_op) as called:
+        gradients()
+    backward = torch.no_grad()(partial(op.backward_op, *called.call_args.args))
+    found += [microseconds(forward), launches_of(backward), microseconds(backward), microseconds(gradients)]
+    return f"| {name} | " + " | ".join(f"{number:.0f}" for number in found) + " |"
+
+
+def op_table(experts: int, tokens: int) -> str:
+    """A row for every shape."""
+    lines = [
+        "| shape | launches | us | us, gradients to come | launches of the backward | us | us with PyTorch's engine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    with card_of_the_cpu():
+        return "\n".join(lines + [op_row(name, experts, tokens) for name in catalogue.shapes()])
+
+
+def made_on() -> str:
+    """What the times are of, for a table's last line."""
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, Triton {triton.__version__}"
+    return f"\nHost: one core of {machine.processor_name()}; {versions}."
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
@@ -128,10 +205,12 @@ def main(words: list[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     with stand_ins():
         found = table(chosen.experts, chosen.tokens)
+    of_ops = op_table(chosen.experts, chosen.tokens)
     if chosen.doc:
-        write_between(DOC, "host", found)
+        write_between(DOC, "host", f"{found}\n{made_on()}")
+        write_between(DOC, "ops", of_ops)
     else:
-        print(found)
+        print(found, of_ops, made_on(), sep="\n\n")
     return 0
 
 

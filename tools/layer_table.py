@@ -195,7 +195,7 @@ def main(words: list[str] | None = None) -> int:
     before = {name: Row(*values) for name, values in json.loads(BEFORE.read_text()).items()}
     found = table((case, before[key(*case)], now(*case)) for case in cases())
     if chosen.doc:
-        write_between(PAGE, "layers", found)
+        write_between(PAGE, "layers", f"{found}\n{host_time.made_on()}")
         write_between(PAGE, "gated", gated_table())
         write_between(PAGE, "placed", placed_table())
     else:

@@ -40,6 +40,16 @@ def test_memory_is_used_again_once_nobody_reads_it() -> None:
     assert {first.number, second.number, third.number} == {SCRATCH}
 
 
+def test_a_gap_that_just_suffices_is_filled() -> None:
+    memory, lasting = Memory(), meta(256)
+    memory.use(meta(256), 0)
+    kept = memory.use(lasting, 0)
+    filling = memory.use(meta(256), 1)
+    memory.use(lasting, 2)
+    assert memory.lay_out() == 512
+    assert (filling.place, kept.place) == (0, 256)
+
+
 def test_what_a_call_brings_takes_no_scratch_memory() -> None:
     memory, given_ = Memory(), [meta(256), meta(256)]
     for tensor in given_:

@@ -82,6 +82,11 @@ def test_plans_that_are_kept_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
         assert 0 < recordings() <= 2
 
 
+def wider(x: Tensor, times: int) -> Tensor:
+    """The same rows, further apart."""
+    return torch.cat([x] * times, 1)[:, : x.shape[1]]
+
+
 def changes(call: ForwardCall) -> dict[str, dict[str, Any]]:
     """Calls that start something else than ``call`` does."""
     x = call.x
@@ -89,7 +94,7 @@ def changes(call: ForwardCall) -> dict[str, dict[str, Any]]:
     return {
         "rows": {"x": torch.cat([x, x])},
         "slots": {"row_index": torch.cat([call.row_index, call.row_index])},
-        "strides": {"x": torch.cat([x, x], 1)[:, : x.shape[1]]},
+        "strides": {"x": wider(x, 2)},
         "address": {"x": torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)},
         "dtype of offsets": {"expert_offsets": call.expert_offsets.long()},
         "no bias": {"bias": None},
@@ -115,6 +120,35 @@ def test_what_launches_differently_is_another_problem(changed: str) -> None:
     assert recordings() == 2
     kernels.forward_by_steps(call)
     assert recordings() == 2
+
+
+def test_rows_at_other_distances_are_another_problem() -> None:
+    """Where elements lie together, strides say nothing more: those of an axis of one element do not matter."""
+    call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "chain")
+    wanted = kernels.forward_by_steps(call)[0]
+    for times in (2, 3, 2):
+        assert torch.equal(kernels.forward_by_steps(replace(call, x=wider(call.x, times)))[0], wanted)
+    assert recordings() == 3
+    assert call.row_index is not None
+    one = replace(call, x=call.x[:1].clone(), row_index=torch.zeros_like(call.row_index))
+    wanted = kernels.forward_by_steps(one)[0]
+    assert torch.equal(kernels.forward_by_steps(replace(one, x=wider(one.x, 2)))[0], wanted)
+    assert recordings() == 4
+
+
+def test_launches_get_the_addresses_of_all_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the call's tensors, the results and the scratch memory, as the interpreter never asks for."""
+    seen: list[tuple[list[Tensor], list[int]]] = []
+    monkeypatch.setattr(plan, "start_steps", lambda steps, tensors, addresses: seen.append((tensors, addresses)))
+    call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "rebuild")
+    results = kernels.forward_by_steps(call)
+    ((tensors, addresses),) = seen
+    assert addresses == [tensor.data_ptr() for tensor in tensors]
+    given = [value for value in vars(call).values() if isinstance(value, Tensor)]
+    assert [id(tensor) for tensor in tensors[:-1]] == [id(tensor) for tensor in (*given, *results)]
+    (kept,) = plan._PLANS.values()
+    assert (tensors[-1].dtype, tensors[-1].shape) == (torch.uint8, (kept.scratch,))
+    assert tensors[-1].untyped_storage().nbytes() == kept.scratch
 
 
 def test_each_set_of_gradients_is_a_problem() -> None:

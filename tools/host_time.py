@@ -18,12 +18,12 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -88,20 +88,22 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def microseconds(run: Callable[[], object], repeats: int = 20, rounds: int = 25) -> float:
-    """Processor time of the fastest round, for one run."""
-    run()
-    best = float("inf")
+def microseconds(runs: Sequence[Callable[[], object]], repeats: int = 20, rounds: int = 25) -> list[float]:
+    """Processor time of each in its fastest round. All have their turn in every round: a machine is slow for a while."""
+    for run in runs:
+        run()
+    best = [float("inf")] * len(runs)
     for _ in range(rounds):
-        begin = time.thread_time()
-        for _ in range(repeats):
-            run()
-        best = min(best, time.thread_time() - begin)
-    return best / repeats * 1e6
+        for k, run in enumerate(runs):
+            begin = time.thread_time()
+            for _ in range(repeats):
+                run()
+            best[k] = min(best[k], time.thread_time() - begin)
+    return [seconds / repeats * 1e6 for seconds in best]
 
 
-def bare(launches: list[start.Launch]) -> float:
-    """Microseconds of ``compiled[grid](*arguments)`` for all of them."""
+def bare(launches: list[start.Launch]) -> Callable[[], None]:
+    """Does ``compiled[grid](*arguments)`` for all of them."""
     handle = Compiled()
     calls = [(one.grid, [one.arguments[name] for name in one.kernel.arg_names]) for one in launches]
 
@@ -109,12 +111,24 @@ def bare(launches: list[start.Launch]) -> float:
         for grid, arguments in calls:
             handle[(*grid, 1, 1)[:3]](*arguments)
 
-    return microseconds(run)
+    return run
+
+
+def together(works: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """One run of all."""
+
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
 
 
 def table(experts: int, tokens: int) -> str:
     """A row for every shape and phase."""
-    lines = ["| shape | | launches | us | us of a launch | bare us of a launch |", "|---|---|---|---|---|---|"]
+    names: list[str] = []
+    counts: list[int] = []
+    runs: list[Callable[[], None]] = []
     for name, pair in catalogue.shapes().items():
         for phase in PHASES:
             works = []
@@ -122,16 +136,16 @@ def table(experts: int, tokens: int) -> str:
                 problem = catalogue.dims_of(shape), experts, tokens
                 strategy = choice(*problem, phase).strategy
                 works.append(catalogue.WORK[phase](*problem, DTYPE, strategy, activation))
-
-            def run(works: list[Callable[[], object]] = works) -> None:
-                for work in works:
-                    work()
-
+            run = together(works)
             with start.recorded(ARCHITECTURE) as launches:
                 run()
-            total, least = microseconds(run), bare(launches) / len(launches)
-            cells = f"{len(launches)} | {total:.0f} | {total / len(launches):.1f} | {least:.1f}"
-            lines.append(f"| {name} | {phase} | {cells} |")
+            names.append(f"{name} | {phase}")
+            counts.append(len(launches))
+            runs += run, bare(launches)
+    times = microseconds(runs)
+    lines = ["| shape | | launches | us | us of a launch | bare us of a launch |", "|---|---|---|---|---|---|"]
+    for name, count, total, least in zip(names, counts, times[::2], times[1::2], strict=True):
+        lines.append(f"| {name} | {count} | {total:.0f} | {total / count:.1f} | {least / count:.1f} |")
     return "\n".join(lines)
 
 
@@ -155,30 +169,39 @@ def launches_of(run: Callable[[], object]) -> int:
     return sum(len(call.args[0]) for call in started.call_args_list)
 
 
-def op_row(name: str, experts: int, tokens: int) -> str:
-    """Forward without and with a gradient to come, and backward without and with PyTorch's engine."""
+class OpCalls(NamedTuple):
+    """Whole calls of the op for one shape: what they start, and four of them to time.
+
+    Attributes:
+        launches: of a forward and of a backward.
+        runs: forward where nothing trains, and where gradients are to come; backward without and with PyTorch's engine.
+    """
+
+    launches: tuple[int, int]
+    runs: tuple[Callable[[], object], ...]
+
+
+def op_calls(name: str, experts: int, tokens: int) -> OpCalls:
+    """Of an up projection."""
     dims = catalogue.dims_of(catalogue.shapes()[name][0])
     left, central, right = (torch.empty(block.shape, dtype=DTYPE) for block in catalogue._blocks(dims, experts, DTYPE))
     x, bias = torch.empty(tokens, dims.in_features, dtype=DTYPE), torch.empty(dims.out_features, dtype=DTYPE)
     blocks, rows = MPOBlocks(left, central, right, dims.in_features, dims.out_features), torch.arange(tokens)
     offsets = torch.arange(experts + 1, dtype=torch.int32) * (tokens // experts)
-    slots, leaves = rows[:, None].contiguous(), (x, left, central, right, bias)
+    slots, leaves = rows[:, None].contiguous(), [leaf.requires_grad_() for leaf in (x, left, central, right, bias)]
 
     def forward() -> Tensor:
         return grouped_mpo_linear(
             x, blocks, offsets, bias, row_index=rows, slot_of_token=slots, activation="relu", backend="triton"
         )
 
-    found = [launches_of(forward), microseconds(forward)]
-    for leaf in leaves:
-        leaf.requires_grad_()
     y = forward()
     gradients = partial(torch.autograd.grad, y, leaves, torch.empty_like(y), retain_graph=True)
     with patch.object(op, "backward_op", wraps=op.backward_op) as called:
         gradients()
     backward = torch.no_grad()(partial(op.backward_op, *called.call_args.args))
-    found += [microseconds(forward), launches_of(backward), microseconds(backward), microseconds(gradients)]
-    return f"| {name} | " + " | ".join(f"{number:.0f}" for number in found) + " |"
+    runs = torch.no_grad()(forward), forward, backward, gradients
+    return OpCalls((launches_of(forward), launches_of(backward)), runs)
 
 
 def op_table(experts: int, tokens: int) -> str:
@@ -188,7 +211,13 @@ def op_table(experts: int, tokens: int) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     with card_of_the_cpu():
-        return "\n".join(lines + [op_row(name, experts, tokens) for name in catalogue.shapes()])
+        found = {name: op_calls(name, experts, tokens) for name in catalogue.shapes()}
+        times = iter(microseconds([run for calls in found.values() for run in calls.runs]))
+    for name, calls in found.items():
+        alone, recorded, backward, with_engine = (f"{next(times):.0f}" for _ in calls.runs)
+        forwards, backwards = calls.launches
+        lines.append(f"| {name} | {forwards} | {alone} | {recorded} | {backwards} | {backward} | {with_engine} |")
+    return "\n".join(lines)
 
 
 def made_on() -> str:

@@ -79,10 +79,13 @@ def key(experts: int, name: str, phase: str) -> str:
     return f"{name}, {experts} experts, {phase}"
 
 
-def now(experts: int, name: str, phase: str) -> Row:
-    """As the tree is."""
+Works = list[Callable[[], object]]
+
+
+def works_of(experts: int, name: str, phase: str) -> tuple[list[Launch], Works]:
+    """As the tree is: what a case starts, and what starts it."""
     strategies, launches = layer(name, experts, TOKENS, phase)
-    works = [
+    return launches, [
         catalogue.WORK[phase](
             *(catalogue.dims_of(shape), experts, TOKENS, DTYPE, strategy, activation), indexed=direction == "up"
         )
@@ -90,13 +93,19 @@ def now(experts: int, name: str, phase: str) -> Row:
             ACTIVATIONS.items(), catalogue.shapes()[name], strategies, strict=True
         )
     ]
-    return row(launches, experts, host(works, experts))
 
 
-def host(works: list[Callable[[], object]], experts: int) -> float:
-    """Microseconds of the processor."""
+def hosts(works: Iterable[Works]) -> list[float]:
+    """Microseconds of the processor, of each case."""
     with host_time.stand_ins():
-        return host_time.microseconds(lambda: [work() for work in works], repeats=20 if experts == 8 else 10)
+        return host_time.microseconds([host_time.together(each) for each in works])
+
+
+def now() -> list[Row]:
+    """Of all cases, as the tree is."""
+    found = [works_of(*case) for case in cases()]
+    times = hosts(works for _, works in found)
+    return [row(launches, case[0], time) for case, (launches, _), time in zip(cases(), found, times, strict=True)]
 
 
 def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None:
@@ -107,28 +116,42 @@ def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None
     return cheaper_together({name: price.together - price.multiplying for name, price in prices.items()}, alone)
 
 
-def gated(experts: int, name: str) -> tuple[str, Row, str, Row]:
-    """Both projections of a gated network forward: each alone, and as the backend does it; with the strategies."""
+class Way(NamedTuple):
+    """To compute both projections of a gated network.
+
+    Attributes:
+        strategy: its name.
+        row: but for the host's time.
+        works: what starts it.
+    """
+
+    strategy: str
+    row: Row
+    works: Works
+
+
+def gated(experts: int, name: str) -> tuple[Way, Way]:
+    """Both projections of a gated network forward: each alone, and as the backend does it."""
     dims = catalogue.dims_of(catalogue.shapes()[name][0])
     alone = choice(dims, experts, TOKENS, "forward")
     sizes = dims, experts, TOKENS, DTYPE
-    found: list[str | Row] = []
+    found = []
     for together in (None, strategy_together(dims, experts, alone.seconds)):
         if together is not None:
-            works = [catalogue.gated_work(*sizes, together)]
+            works: Works = [catalogue.gated_work(*sizes, together)]
         else:
             works = [catalogue.forward_work(*sizes, alone.strategy, activation) for activation in ("silu", "none")]
         with recorded(ARCHITECTURE) as launches:
             for work in works:
                 work()
-        one = row(launches, experts, host(works, experts))
+        one = row(launches, experts, math.nan)
         if len(works) == 2:  # PyTorch multiplies
             moved = 3 * TOKENS * dims.out_features * DTYPE.itemsize
             seconds = CARD.launch_seconds + moved / CARD.bandwidth
             one = one._replace(launches=one.launches + 1, megabytes=one.megabytes + moved / 1e6)
             one = one._replace(microseconds=one.microseconds + seconds * 1e6)
-        found += [together or alone.strategy, one]
-    return tuple(found)  # type: ignore[return-value]
+        found.append(Way(together or alone.strategy, one, works))
+    return found[0], found[1]
 
 
 def gated_table() -> str:
@@ -137,14 +160,16 @@ def gated_table() -> str:
         "| experts | shape | strategies | launches | programs of the smallest grid | host us | MB | predicted us |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for experts in EXPERTS:
-        for name in catalogue.shapes():
-            strategy, apart, other, done = gated(experts, name)
-            if apart.launches == done.launches:  # each alone
-                lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(f'{b:,.0f}' for b in apart)} |")
-                continue
-            pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, done, strict=True)]
-            lines.append(f"| {experts} | {name} | {strategy} → {other} together | {' | '.join(pairs)} |")
+    found = [(experts, name, *gated(experts, name)) for experts in EXPERTS for name in catalogue.shapes()]
+    times = iter(hosts(way.works for _, _, *ways in found for way in ways))
+    for experts, name, *ways in found:
+        apart, done = (way.row._replace(host=next(times)) for way in ways)
+        strategy, other = (way.strategy for way in ways)
+        if apart.launches == done.launches:  # each alone
+            lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(f'{b:,.0f}' for b in apart)} |")
+            continue
+        pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, done, strict=True)]
+        lines.append(f"| {experts} | {name} | {strategy} → {other} together | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +218,7 @@ def main(words: list[str] | None = None) -> int:
         write_between(PAGE, "placed", placed_table())
         return 0
     before = {name: Row(*values) for name, values in json.loads(BEFORE.read_text()).items()}
-    found = table((case, before[key(*case)], now(*case)) for case in cases())
+    found = table(zip(cases(), [before[key(*case)] for case in cases()], now(), strict=True))
     if chosen.doc:
         write_between(PAGE, "layers", f"{found}\n{host_time.made_on()}")
         write_between(PAGE, "gated", gated_table())

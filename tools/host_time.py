@@ -46,6 +46,9 @@ from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.architecture import target_named
 
+ROUNDS, REPEATS = 60, 20
+CALL_TOKENS = 1024  # the CPU gets memory of larger results from the system every time; of a GPU's, PyTorch keeps it
+
 
 class Driver:
     """Stands for Triton's driver of a GPU."""
@@ -88,18 +91,18 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def microseconds(runs: Sequence[Callable[[], object]], repeats: int = 20, rounds: int = 25) -> list[float]:
-    """Processor time of each in its fastest round. All have their turn in every round: a machine is slow for a while."""
+def microseconds(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+    """Processor time of each in its fastest round; all have their turn in every one, as a machine is slow at times."""
     for run in runs:
         run()
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
         for k, run in enumerate(runs):
             begin = time.thread_time()
-            for _ in range(repeats):
+            for _ in range(REPEATS):
                 run()
             best[k] = min(best[k], time.thread_time() - begin)
-    return [seconds / repeats * 1e6 for seconds in best]
+    return [seconds / REPEATS * 1e6 for seconds in best]
 
 
 def bare(launches: list[start.Launch]) -> Callable[[], None]:
@@ -124,7 +127,7 @@ def together(works: Sequence[Callable[[], object]]) -> Callable[[], None]:
     return run
 
 
-def table(experts: int, tokens: int) -> str:
+def table(experts: int, tokens: int, rounds: int) -> str:
     """A row for every shape and phase."""
     names: list[str] = []
     counts: list[int] = []
@@ -142,7 +145,7 @@ def table(experts: int, tokens: int) -> str:
             names.append(f"{name} | {phase}")
             counts.append(len(launches))
             runs += run, bare(launches)
-    times = microseconds(runs)
+    times = microseconds(runs, rounds)
     lines = ["| shape | | launches | us | us of a launch | bare us of a launch |", "|---|---|---|---|---|---|"]
     for name, count, total, least in zip(names, counts, times[::2], times[1::2], strict=True):
         lines.append(f"| {name} | {count} | {total:.0f} | {total / count:.1f} | {least / count:.1f} |")
@@ -204,7 +207,7 @@ def op_calls(name: str, experts: int, tokens: int) -> OpCalls:
     return OpCalls((launches_of(forward), launches_of(backward)), runs)
 
 
-def op_table(experts: int, tokens: int) -> str:
+def op_table(experts: int, tokens: int, rounds: int) -> str:
     """A row for every shape."""
     lines = [
         "| shape | launches | us | us, gradients to come | launches of the backward | us | us with PyTorch's engine |",
@@ -212,7 +215,7 @@ def op_table(experts: int, tokens: int) -> str:
     ]
     with card_of_the_cpu():
         found = {name: op_calls(name, experts, tokens) for name in catalogue.shapes()}
-        times = iter(microseconds([run for calls in found.values() for run in calls.runs]))
+        times = iter(microseconds([run for calls in found.values() for run in calls.runs], rounds))
     for name, calls in found.items():
         alone, recorded, backward, with_engine = (f"{next(times):.0f}" for _ in calls.runs)
         forwards, backwards = calls.launches
@@ -230,11 +233,12 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the fastest counts")
     parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
     chosen = parser.parse_args(words)
     with stand_ins():
-        found = table(chosen.experts, chosen.tokens)
-    of_ops = op_table(chosen.experts, chosen.tokens)
+        found = table(chosen.experts, chosen.tokens, chosen.rounds)
+    of_ops = op_table(chosen.experts, min(chosen.tokens, CALL_TOKENS), chosen.rounds)
     if chosen.doc:
         write_between(DOC, "host", f"{found}\n{made_on()}")
         write_between(DOC, "ops", of_ops)

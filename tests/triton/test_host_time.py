@@ -26,8 +26,9 @@ def launches_of(name: str, phase: str) -> int:
 
 
 def test_whole_calls_start_what_the_card_would() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "host_time.py"), f"--experts={EXPERTS}", f"--tokens={TOKENS}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [sys.executable, str(ROOT / "tools" / "host_time.py"), "--rounds=2"]
+    sizes = f"--experts={EXPERTS}", f"--tokens={TOKENS}"
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     launches, ops, made_on = done.stdout.split("\n\n", 2)
     rows, calls = (

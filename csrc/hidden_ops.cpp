@@ -1,5 +1,6 @@
 // mpoe_hidden_experts and its gradient: checks, and the kernels of cpu/hidden_experts.h.
 #include "cpu/hidden_experts.h"
+#include "cpu/routing.h"
 
 #include "refusal.h"
 
@@ -20,10 +21,11 @@ HiddenExperts checked_inputs(const MpoeHidden& call) {
   require(in.block > 0 && in.features % in.block == 0, "right must have blocks that divide ", in.features);
   require(in.own_groups == 1 || in.own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
   require_range(call.index, in.tokens * in.top_k, -1, in.experts - 1, "top_k_index");
-  require((call.u_gate == nullptr) == (call.right_gate == nullptr), "right_gate must be given with u_gate");
+  // An empty tensor has no address: no row of another one is read either.
+  in.u_gate = call.tokens == 0 ? call.right_gate : call.u_gate;
+  require((in.u_gate == nullptr) == (call.right_gate == nullptr), "right_gate must be given with u_gate");
   in.activation = activation_named(call.activation);
   in.u = call.u;
-  in.u_gate = call.u_gate;
   in.gates = call.gates;
   in.index = call.index;
   in.right = call.right;
@@ -39,6 +41,18 @@ extern "C" {
 
 int mpoe_hidden_experts(const MpoeHidden* call) {
   return answered([&] { hidden_experts(checked_inputs(*call), call->out); });
+}
+
+int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call) {
+  return answered([&] {
+    const Gating choice = checked_gating(*router);
+    require(
+        call->tokens == choice.tokens && call->top_k == choice.top_k && call->experts == choice.experts &&
+            call->gates == choice.gates && call->index == choice.index,
+        "the router's gates and index must be those of the experts");
+    gating(choice);
+    hidden_experts(checked_inputs(*call), call->out);
+  });
 }
 
 int mpoe_hidden_experts_backward(const MpoeHidden* call) {

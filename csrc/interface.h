@@ -42,6 +42,19 @@ struct MpoeLinear {
 int mpoe_linear_forward(const MpoeLinear* call);
 int mpoe_linear_backward(const MpoeLinear* call);
 
+// Logits, best experts and gates of few tokens; see cpu/routing.h.
+struct MpoeGating {
+  const char *dtype, *weight_dtype;  // float32, bfloat16, float16
+  std::int64_t tokens, features, experts, top_k;
+  std::int64_t raw;     // 1: gates are probabilities; 0: they sum to 1
+  const void* x;        // [tokens, features]
+  const void* weight;   // [experts, features], of weight_dtype
+  float* logits;        // [tokens, experts]
+  std::int64_t* index;  // [tokens, top_k]
+  float* gates;         // [tokens, top_k]
+};
+int mpoe_gating(const MpoeGating* call);
+
 // Slots of (token, choice) pairs, in the order of their experts; see cpu/routing.h.
 struct MpoeRoute {
   std::int64_t tokens, top_k, experts;
@@ -101,6 +114,8 @@ struct MpoeHidden {
   void *du, *dgates, *dright, *dleft, *dbias, *du_gate, *dright_gate;  // as their names; null where not wanted
 };
 int mpoe_hidden_experts(const MpoeHidden* call);
+// The experts that a router chooses: its results are the call's gates and index.
+int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call);
 int mpoe_hidden_experts_backward(const MpoeHidden* call);
 
 // The last refusal of this thread; never null.

@@ -27,7 +27,8 @@ std::string build_info() {
   text += "struct_bytes=";
   const char* space = "";
   for (const std::size_t bytes :
-       {sizeof(MpoeLinear), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine), sizeof(MpoeHidden)}) {
+       {sizeof(MpoeLinear), sizeof(MpoeGating), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine),
+        sizeof(MpoeHidden)}) {
     text += space + std::to_string(bytes);
     space = " ";
   }

@@ -10,6 +10,7 @@
 
 #include "common/types.h"
 #include "cpu/gemm.h"
+#include "cpu/routing.h"
 #include "interface.h"
 
 namespace mpoe {
@@ -47,6 +48,9 @@ int answered(Body&& body) {
     return kNoMemory;
   }
 }
+
+// A router's call; mpoe_routed_hidden_experts begins with one too.
+Gating checked_gating(const MpoeGating& call);
 
 Dtype dtype_named(const char* name);
 Activation activation_named(const char* name);

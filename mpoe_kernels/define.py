@@ -121,20 +121,21 @@ def _register(
     def call(*arguments: Any) -> Any:
         if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
             _refuse_other_modes(name, arguments)
-        if not _is_plain_call(arguments):
+        if not is_plain_call(arguments):
             return op(*arguments)
-        if not _needs_gradients(arguments):
+        if not needs_gradients(arguments):
             return body(*arguments)
         return (op if recorded is None or _is_below_autograd() else recorded)(*arguments)
 
     return call
 
 
-def _needs_gradients(arguments: Sequence[Any]) -> bool:
+def needs_gradients(arguments: Sequence[Any]) -> bool:
+    """Whether autograd has a part in a call of these arguments."""
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
 
 
-def _is_plain_call(arguments: Sequence[Any]) -> bool:
+def is_plain_call(arguments: Sequence[Any]) -> bool:
     """Whether the dispatcher would do nothing but call the kernel, recorded for a gradient if one is needed.
 
     It takes as long as the kernel of a token. Not where a mode, a transform, a subclass of tensors, a compiler or a
@@ -152,9 +153,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _others_see_calls() -> bool:
-    """Modes, transforms (`torch.func`) and the profiler."""
+    """Modes, transforms (`torch.func`), tracers, forward derivatives and the profiler."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
@@ -187,7 +190,7 @@ def _register_autograd(
     # The key set, None of a plain call, comes last: ``needs_input_grad`` counts from the first.
     def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
-        is_plain = keyset is None or _is_plain_call(arguments)
+        is_plain = keyset is None or is_plain_call(arguments)
         output = body(*arguments) if is_plain else run_below(keyset, arguments)
         setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
         return output
@@ -203,7 +206,7 @@ def _register_autograd(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops what equals its default
-        return function.apply(*arguments, keyset) if _needs_gradients(arguments) else run_below(keyset, arguments)
+        return function.apply(*arguments, keyset) if needs_gradients(arguments) else run_below(keyset, arguments)
 
     with warnings.catch_warnings():  # PyTorch 2.11 has put its own kernel there by now, and says that it is replaced
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")

@@ -28,6 +28,16 @@ class LinearArguments(ctypes.Structure):
     )
 
 
+class GatingArguments(ctypes.Structure):
+    """``MpoeGating``."""
+
+    _fields_ = _fields(
+        texts="dtype weight_dtype",
+        numbers="tokens features experts top_k raw",
+        pointers="x weight logits index gates",
+    )
+
+
 class RouteArguments(ctypes.Structure):
     """``MpoeRoute``."""
 
@@ -69,7 +79,7 @@ class HiddenArguments(ctypes.Structure):
 
 
 # In the order in which the library tells their sizes.
-STRUCTS = (LinearArguments, RouteArguments, DispatchArguments, CombineArguments, HiddenArguments)
+STRUCTS = (LinearArguments, GatingArguments, RouteArguments, DispatchArguments, CombineArguments, HiddenArguments)
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:

@@ -42,18 +42,18 @@ NATIVE_LIBRARY = load_library(
 ERRORS = {1: ValueError, 2: MemoryError}  # MpoeStatus of csrc/interface.h
 
 
-def call_native(function: str, arguments: ctypes.Structure) -> None:
+def call_native(function: str, *arguments: ctypes.Structure) -> None:
     """Call a function of the library.
 
     Args:
         function: its name.
-        arguments: the struct that it takes. What its pointers lead to must live until this returns.
+        arguments: the structs that it takes. What their pointers lead to must live until this returns.
 
     Raises:
         ValueError: the library refuses the arguments.
         MemoryError: it got no memory.
     """
     library = NATIVE_LIBRARY.functions
-    status = getattr(library, function)(ctypes.byref(arguments))
+    status = getattr(library, function)(*map(ctypes.byref, arguments))
     if status:
         raise ERRORS[status](library.mpoe_message().decode())

@@ -132,6 +132,15 @@ void forward(
       const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
       const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
       const bool few = all <= kFewRows;
+      if (first && !few && (e + 1 < in.experts || group + 1 < in.groups())) {
+        const int64_t next_expert = e + 1 < in.experts ? e + 1 : 0, next_group = e + 1 < in.experts ? group : group + 1;
+        const void* const sides[] = {in.right, in.left};
+        for (const void* blocks : sides) {
+          const char* next = reinterpret_cast<const char*>(block_of<T>(in, blocks, next_expert, next_group));
+          for (int64_t c = 0; c < s.block * s.block * static_cast<int64_t>(sizeof(T)); c += 64)
+            __builtin_prefetch(next + c, 0, 2);
+        }
+      }
       if (first && !few) {
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
         gemm.pack(left, s.units, l, s.block, s.block, s.block);

@@ -69,6 +69,10 @@ void add_rows(
     const float* gates, float* sum, void* out) {
   for (int64_t r = 0; r < chunk.rows; ++r, rows += s.wide) {
     const int64_t group = chunk.groups[r], token = chunk.owners[r];
+    if (r + 8 < chunk.rows && (chunk.marks[r + 8] & kLast) != 0) {
+      const char* next = reinterpret_cast<const char*>(static_cast<T*>(out) + chunk.owners[r + 8] * in.features + chunk.groups[r + 8] * s.block);
+      for (int64_t c = 0; c < s.block * static_cast<int64_t>(sizeof(T)); c += 64) __builtin_prefetch(next + c, 1);
+    }
     float* const target = sum + ((group - tile.first_group) * tile.tokens + token - tile.first_token) * s.wide;
     const bool begins = (chunk.marks[r] & kFirst) != 0;
     const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);

@@ -1,7 +1,9 @@
 #include "cpu/routing.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "common/cpu_features.h"
@@ -75,6 +77,62 @@ std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::
   for (std::int64_t i = 0; i < count; ++i) fine &= values[i] >= low && values[i] <= high;
   if (fine) return -1;
   return std::find_if(values, values + count, [=](std::int64_t v) { return v < low || v > high; }) - values;
+}
+
+namespace {
+
+// The best experts of one token, and their gates.
+void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  bool known = true;
+  for (std::int64_t e = 0; e < a.experts; ++e) known &= !std::isnan(logits[e]);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    // After the one before in the order by logit and number.
+    const auto comes_later = [&](std::int64_t e) {
+      if (k == 0) return true;
+      const float last = logits[index[k - 1]];
+      return logits[e] < last || (logits[e] == last && e > index[k - 1]);
+    };
+    std::int64_t best = -1;
+    for (std::int64_t e = 0; known && e < a.experts; ++e)
+      if (comes_later(e) && (best < 0 || logits[e] > logits[best])) best = e;
+    index[k] = known ? best : k;
+  }
+  const float most = logits[index[0]];
+  float sum = 0;
+  if (a.raw)
+    for (std::int64_t e = 0; e < a.experts; ++e) sum += std::exp(logits[e] - most);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
+    if (!a.raw) sum += gates[k];
+  }
+  for (std::int64_t k = 0; k < a.top_k; ++k) gates[k] /= sum;
+}
+
+// float rows, or the copies of others that `kept` holds.
+const float* floats_of(const void* rows, Dtype dtype, std::int64_t count, std::vector<float>& kept) {
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(rows);
+  kept.resize(static_cast<std::size_t>(count));
+  row_functions(dtype).widen(rows, kept.data(), count);
+  return kept.data();
+}
+
+}  // namespace
+
+void gating(const Gating& a) {
+  const RowFunctions& functions = row_functions(Dtype::kFloat32);
+  std::vector<float> of_weight;
+  const float* const weight = floats_of(a.weight, a.weight_dtype, a.experts * a.features, of_weight);
+  parallel_for(0, a.tokens, rows_per_thread(4 * a.experts * a.features), [&](std::int64_t first, std::int64_t last) {
+    std::vector<float> of_row;
+    for (std::int64_t t = first; t < last; ++t) {
+      const float* const row =
+          floats_of(at(a.x, t * a.features * size_of(a.x_dtype)), a.x_dtype, a.features, of_row);
+      float* const logits = a.logits + t * a.experts;
+      for (std::int64_t e = 0; e < a.experts; ++e) functions.dot(row, weight + e * a.features, logits + e, a.features);
+      choose(a, logits, a.index + t * a.top_k, a.gates + t * a.top_k);
+    }
+  });
 }
 
 void route(const Route& a) {

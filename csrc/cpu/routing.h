@@ -12,6 +12,19 @@ namespace mpoe {
 // Position of the first value outside [low, high], or -1.
 std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
 
+// Logits of tokens, their best experts and the gates of these. Few tokens: each logit is a dot product by itself.
+struct Gating {
+  Dtype x_dtype, weight_dtype;  // any but kFloat64
+  std::int64_t tokens, features, experts, top_k;
+  bool raw;            // gates are probabilities; otherwise these over their sum, of one choice 1
+  const void* x;       // [T, features]
+  const void* weight;  // [E, features]
+  float* logits;        // [T, E]
+  std::int64_t* index;  // [T, K], best first, of equal ones the first; where no probabilities exist, the first experts
+  float* gates;         // [T, K]; NaN where a logit is NaN or all, or one, are infinite
+};
+void gating(const Gating& arguments);
+
 struct Route {
   const std::int64_t* index;  // [T, K], each in 0..E-1
   std::int64_t tokens, top_k, experts;

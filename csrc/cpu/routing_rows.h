@@ -15,6 +15,8 @@ struct RowFunctions {
   void (*scale)(const void* row, const void* gate, void* out, std::int64_t n);
   // result = <a, b>
   void (*dot)(const void* a, const void* b, void* result, std::int64_t n);
+  // out = row
+  void (*widen)(const void* row, float* out, std::int64_t n);
 };
 
 // Indexed by Dtype.

@@ -63,13 +63,18 @@ void dot(const void* a, const void* b, void* result, std::int64_t n) {
   *static_cast<A*>(result) = partial[0];
 }
 
+template <class T>
+void widen(const void* row, float* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(load(static_cast<const T*>(row)[i]));
+}
+
 }  // namespace
 
 const RowFunctions MPOE_ROWS[4] = {
-    {weighted_sum<float>, scale<float>, dot<float>},
-    {weighted_sum<double>, scale<double>, dot<double>},
-    {weighted_sum<BFloat16>, scale<BFloat16>, dot<BFloat16>},
-    {weighted_sum<Float16>, scale<Float16>, dot<Float16>},
+    {weighted_sum<float>, scale<float>, dot<float>, widen<float>},
+    {weighted_sum<double>, scale<double>, dot<double>, widen<double>},
+    {weighted_sum<BFloat16>, scale<BFloat16>, dot<BFloat16>, widen<BFloat16>},
+    {weighted_sum<Float16>, scale<Float16>, dot<Float16>, widen<Float16>},
 };
 
 }  // namespace mpoe

@@ -47,7 +47,9 @@ class RoutedFeedForward(nn.Module):
         self.expert_dropout = dropout if override is None else override
         self.router: TopKRouter | None = None
         if config.moe_type != "none":
-            self.router = TopKRouter(in_features, config.num_experts, config.router, device=device)
+            self.router = TopKRouter(
+                in_features, config.num_experts, config.router, backend=config.backend, device=device
+            )
         self.dropout = nn.Dropout(output_dropout)
 
     def tokens(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -92,6 +94,11 @@ class RoutedFeedForward(nn.Module):
             # The balancing loss of GShard's gating counts first choices.
             counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
             call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
+
+    def dropped(self, y: Tensor) -> Tensor:
+        """``y`` after the dropout on results; while decoding, calling a module that does nothing takes its time too."""
+        dropout = self.dropout
+        return dropout(y) if dropout.training else y
 
     def extra_repr(self) -> str:
         return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"
@@ -178,7 +185,7 @@ class MPOEFeedForward(RoutedFeedForward):
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
         rate = self.expert_dropout if self.training else 0.0
-        return self.dropout(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
+        return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; leaves the router's record."""

@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.mpo_linear import linear_weight
+from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import hidden_experts
+from mpoe_kernels.hidden_experts.native import routed
+from mpoe_kernels.hidden_experts.op import ACTIVATIONS as OP_ACTIVATIONS
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether somebody looks at a module's calls, or has put another forward in place of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -148,6 +158,27 @@ class HiddenExperts(FromInitialValues):
             backend=self.backend,
         )
 
+    def routed(
+        self, router: nn.Module, x: Tensor, u: Tensor, u_gate: Tensor | None = None
+    ) -> tuple[Tensor, RouterOutput] | None:
+        """`forward` of the experts that a router chooses for few tokens ``x [T, I]``, and what it decided.
+
+        One native call takes the places of the router's forward and of this one's: not where somebody looks at either,
+        nor where a gradient, autocast, a mesh or another backend has a part (None then).
+        """
+        blocks: dict[str, Any] = self.auxiliary._parameters
+        if (
+            self._mesh is not None
+            or type(router) is not TopKRouter
+            or _is_observed(router)
+            or _is_observed(self)
+            or not router.is_for_few(x, *blocks.values(), self.bias)
+        ):
+            return None
+        raw, activation = router.config.is_scale_prob, OP_ACTIVATIONS[self.activation]
+        found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation)
+        return None if found is None else (found[0], RouterOutput(*found[1]))
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, block_size={self.block_size}, per_group={self.per_group}"
 
@@ -228,21 +259,16 @@ class HiddenFeedForward(RoutedFeedForward):
             ValueError: sizes that do not fit.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        if self.router is None:
-            gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
-            index = torch.zeros_like(gates, dtype=torch.int64)
+        # In the shape in which the dense model multiplies, so that its bits are the same. Nothing holds u while the
+        # next product runs: its memory is taken again.
+        shaped = x.view(hidden_states.shape)
+        if token_mask is None and not torch.is_grad_enabled() and not self._drops():
+            o = self._routed(x, *self._hidden(shaped))
         else:
-            decision = self.router(x)
-            gates, index = decision.top_k_weights, decision.top_k_index
-            self.record(decision, token_mask)
-        if token_mask is not None:
-            index = index.masked_fill(~token_mask[:, None], -1)
-        # In the shape in which the dense model multiplies, so that its bits are the same.
-        x = x.view(hidden_states.shape)
-        u, u_gate = self._hidden(x)
-        o = self._between(u, gates, index, u_gate)
+            gates, index = self._decision(x, token_mask)
+            o = self._between(*self._hidden(shaped), gates, index)
         if "down" not in self.names:
-            return self.dropout(o)
+            return self.dropped(o)
         down = getattr(self, self.names["down"])
         wanted = getattr(down, "weight", o).dtype  # Transformers keeps T5's `wo` in float32
         if wanted.is_floating_point and o.dtype != wanted and not torch.is_autocast_enabled(o.device.type):
@@ -250,7 +276,26 @@ class HiddenFeedForward(RoutedFeedForward):
         y = down(o)
         if token_mask is not None:
             y = y.masked_fill(~token_mask.view(y.shape[:-1])[..., None], 0.0)
-        return self.dropout(y)
+        return self.dropped(y)
+
+    def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; leaves the router's record."""
+        if self.router is None:
+            gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
+            index = torch.zeros_like(gates, dtype=torch.int64)
+        else:
+            decision = self.router(x)
+            gates, index = decision.top_k_weights, decision.top_k_index
+            self.record(decision, token_mask)
+        return gates, index if token_mask is None else index.masked_fill(~token_mask[:, None], -1)
+
+    def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
+        """As `_between`, of tokens ``x [T, I]`` that are still to be routed; without gradients."""
+        found = None if self.router is None else self.experts.routed(self.router, x, u, u_gate)
+        if found is None:
+            return self._between(u, u_gate, *self._decision(x, None))
+        self.record(found[1], None)
+        return found[0]
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``u [..., F]`` and, if gated, that of the gate."""
@@ -263,15 +308,18 @@ class HiddenFeedForward(RoutedFeedForward):
         both = (u[..., self.columns[kind]].contiguous() for kind in ("up", "gate_proj"))
         return next(both), next(both)
 
-    def _between(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None) -> Tensor:
+    def _between(self, u: Tensor, u_gate: Tensor | None, gates: Tensor, index: Tensor) -> Tensor:
         """``u [..., F]`` through the experts and the dropout between the projections."""
         if not torch.is_autocast_enabled(u.device.type):
             u, u_gate = u.to(self.experts.dtype), None if u_gate is None else u_gate.to(self.experts.dtype)
         flat = [None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)]
         assert flat[0] is not None
         o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
-        rate = self.expert_dropout if self.training else 0.0
-        return nn.functional.dropout(o, rate) if rate > 0.0 else o
+        return nn.functional.dropout(o, self.expert_dropout) if self._drops() else o
+
+    def _drops(self) -> bool:
+        """Whether there is a dropout between the projections now."""
+        return self.training and self.expert_dropout > 0.0
 
     # ------------------------------------------------------------- the centre
 

@@ -14,6 +14,7 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
+from mpoe_kernels.routing.gating import gating_of_few, is_for_few
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
@@ -47,6 +48,7 @@ class TopKRouter(FromInitialValues):
         in_features: size I of a token.
         num_experts: E.
         config: `RouterConfig`.
+        backend: name of a kernel backend, or ``None``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, sizes below 1, ``top_k`` larger than ``num_experts``.
@@ -58,6 +60,7 @@ class TopKRouter(FromInitialValues):
         num_experts: int,
         config: RouterConfig | None = None,
         *,
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,7 +74,7 @@ class TopKRouter(FromInitialValues):
         self.top_k = 1 if self.config.top_k is None else self.config.top_k
         if self.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.top_k}")
-        self.in_features, self.num_experts = in_features, num_experts
+        self.in_features, self.num_experts, self.backend = in_features, num_experts, backend
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -122,6 +125,8 @@ class TopKRouter(FromInitialValues):
             if self.training and self.config.jitter:
                 x = x.float()
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
+            elif self.is_for_few(x):
+                return RouterOutput(*gating_of_few(x, self.weight, self.top_k, self.config.is_scale_prob))
             logits = float32_logits(x, self.weight)
             weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
             if self.config.is_gshard:
@@ -129,6 +134,11 @@ class TopKRouter(FromInitialValues):
             if not self.config.is_scale_prob:
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
         return RouterOutput(logits, index, weights)
+
+    def is_for_few(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether one native call decides, see `mpoe_kernels.routing.gating`; ``others`` take part in it too."""
+        jitters = self.training and self.config.jitter
+        return not jitters and not self.config.is_gshard and is_for_few(x, self.weight, self.backend, *others)
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.indices import check_range
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 
 # Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
@@ -106,6 +107,7 @@ def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
     gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
     right_gate, activation = call.right_gate, call.activation
+    check_range("top_k_index", top_k_index, -1, call.num_experts - 1)
     u, u_gate = _rows_in_use(top_k_index, call.u, call.u_gate)
     out = _total(u)
     for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):

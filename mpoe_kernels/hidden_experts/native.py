@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,18 @@ from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.native_interface import DTYPES, HiddenArguments, dense, dense_index, dense_like
 from mpoe_kernels.native_library import call_native
 from mpoe_kernels.registry import Request
+from mpoe_kernels.routing.gating import Gating, arguments_of
 
 # Gradients as the library calls them, in the order of `backward`.
 RESULTS = ("du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate")
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def reasons(request: Request) -> list[str]:
     """Why the kernels cannot run a request (empty: they can)."""
-    if request.dtype in (torch.float32, torch.bfloat16):
+    if request.dtype in _DTYPES:
         return []
     return [f"it computes hidden_experts in float32 and bfloat16, not in {request.dtype}"]
 
@@ -44,21 +50,9 @@ def _inputs(call: HiddenCall) -> tuple[HiddenArguments, tuple[Tensor | None, ...
         None if right_gate is None else dense_like("right_gate", right_gate, blocks, dtype),
         None if call.bias is None else dense_like("bias", call.bias, (experts, features), dtype),
     )
-    arguments = HiddenArguments(
-        dtype=DTYPES.get(dtype, str(dtype).encode()),
-        activation=call.activation.encode(),
-        tokens=tokens,
-        features=features,
-        block=block,
-        experts=experts,
-        own_groups=groups,
-        top_k=index.shape[1],
-    )
-    for name, tensor in zip(
-        ("u", "u_gate", "gates", "index", "right", "left", "right_gate", "bias"), kept, strict=True
-    ):
-        setattr(arguments, name, None if tensor is None else tensor.data_ptr())
-    return arguments, kept
+    names = (DTYPES.get(dtype, str(dtype).encode()), call.activation.encode())
+    sizes = (tokens, features, block, experts, groups, index.shape[1])
+    return HiddenArguments(*names, *sizes, *(None if each is None else each.data_ptr() for each in kept)), kept
 
 
 def forward(call: HiddenCall) -> Tensor:
@@ -68,6 +62,69 @@ def forward(call: HiddenCall) -> Tensor:
     arguments.out = out.data_ptr()
     call_native("mpoe_hidden_experts", arguments)
     return out
+
+
+def routed(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    raw: bool,
+    u: Tensor,
+    blocks: Mapping[str, Tensor | None],
+    bias: Tensor | None,
+    u_gate: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Gating] | None:
+    """What a router decides on few tokens, and `forward` of the experts it chose, in one call.
+
+    While decoding, looking at every argument takes longer than computing: what does not fit is left to the op, which
+    says what is wrong with it.
+
+    Args:
+        x: the router's tokens ``[T, I]``, where `routing.gating.is_for_few` holds.
+        router_weight: ``[E, I]``.
+        top_k: K.
+        raw: as in `gating_of_few`.
+        u: ``[..., F]``, T rows, as dense as the rest.
+        blocks: ``right``, ``left`` and, if gated, ``right_gate``: ``[E, G', b, b]``.
+        bias: ``[E, F]`` or None.
+        u_gate: as ``u``, or None.
+        activation: as in `HiddenCall`.
+
+    Returns:
+        ``o [..., F]`` and what was decided; None where the op is to be called.
+    """
+    right, left, right_gate = blocks["right"], blocks["left"], blocks.get("right_gate")
+    if type(u) is not Tensor or right is None or left is None or (u_gate is None) != (right_gate is None):
+        return None
+    (experts, groups, block, _), features, tokens = right.shape, u.shape[-1], x.shape[0]
+    square = experts * groups * block * block
+    operands = (u, u_gate, right, left, right_gate, bias)
+    sizes = (tokens * features, tokens * features, square, square, square, experts * features)
+    fits = (
+        tokens > 0
+        and u.dtype in _DTYPES
+        and features % block == 0
+        and groups in (1, features // block)
+        and router_weight.shape[0] == experts
+        and x.is_contiguous()
+        and router_weight.is_contiguous()
+        and all(
+            each is None or (each.dtype == u.dtype and each.is_contiguous() and each.numel() == size and each.is_cpu)
+            for each, size in zip(operands, sizes, strict=True)
+        )
+    )
+    if not fits:
+        return None
+    router, found = arguments_of(x, router_weight, top_k, raw)
+    out = u.new_empty(u.shape)
+    order = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias, out)
+    arguments = HiddenArguments(
+        *(DTYPES[u.dtype], activation.encode(), tokens, features, block, experts, groups, top_k),
+        *(None if each is None else each.data_ptr() for each in order),
+    )
+    call_native("mpoe_routed_hidden_experts", router, arguments)
+    return out, found
 
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:

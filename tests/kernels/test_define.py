@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.define import _is_plain_call, define_op
+from mpoe_kernels.define import is_plain_call, define_op
 
 
 def scaled(name: str) -> Any:
@@ -69,13 +69,13 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
         assert torch.equal(op(x, 2.0), 2 * x)
     assert dispatched == ["mode"]
     for plain, value in ((True, x), (True, nn.Parameter(x, requires_grad=False)), (False, x.as_subclass(Subclass))):
-        assert _is_plain_call((value, 2.0)) == plain
-    assert not _is_plain_call((x.to("meta"), 2.0))
-    assert not _is_plain_call((x, 2.0, x.to("meta")))
+        assert is_plain_call((value, 2.0)) == plain
+    assert not is_plain_call((x.to("meta"), 2.0))
+    assert not is_plain_call((x, 2.0, x.to("meta")))
     with pytest.raises(ValueError, match="needs its tensors on one device"):
         op(x, 2.0, x.to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not _is_plain_call((x, 2.0))
+        assert not is_plain_call((x, 2.0))
     assert torch.equal(torch.compile(lambda y: op(y, 2.0), fullgraph=True, backend="aot_eager")(x), 2 * x)
     with torch.profiler.profile() as profile:
         op(x, 2.0)

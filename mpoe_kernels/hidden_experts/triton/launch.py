@@ -12,6 +12,7 @@ from mpoe_kernels.hidden_experts.triton.blocks import hidden_blocks_kernel, hidd
 from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, compiler_options, fitted, shipped_tiles
+from mpoe_kernels.indices import check_range
 from mpoe_kernels.planner import HARDWARE
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES
 from mpoe_kernels.triton.card import multiprocessors, precision
@@ -90,6 +91,7 @@ def forward(call: HiddenCall) -> Tensor:
     u, index = call.u, call.top_k_index
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
+    check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it looks at the CPU alone
     common = _common(call)
     out = u.new_empty(u.shape)
     options = _row_options(_row_tile("forward", common), common)

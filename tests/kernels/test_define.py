@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.define import is_plain_call, define_op
+from mpoe_kernels.define import define_op, is_plain_call
 
 
 def scaled(name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,7 +24,16 @@ from mpoe_kernels.planner import (
 )
 from mpoe_kernels.planner.machine import Constants, Source
 from mpoe_kernels.planner.program import Need
-from mpoe_kernels.registry import AUTO, CONTRACTIONS, Backend, BackendError, Candidate, Request, registered_backends
+from mpoe_kernels.registry import (
+    AUTO,
+    BACKENDS,
+    CONTRACTIONS,
+    Backend,
+    BackendError,
+    Candidate,
+    Request,
+    registered_backends,
+)
 
 
 def candidates_for(
@@ -156,31 +165,45 @@ def cheaper_together(prices: Mapping[str, float], alone: float) -> str | None:
     return best if best is not None and prices[best] < 2 * alone else None
 
 
-def chosen_for(op: str, call: Any, need: Need, keeps: bool) -> Candidate:
-    """What `resolve_contraction` answers to a call of the linear op (`mpoe_kernels.linear.call.LinearCall`).
+Call = TypeVar("Call")
 
-    A forward that keeps rows for its backward is ``separable``.
+
+def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate, Call]:
+    """What `resolve_contraction` answers to a call of the linear op, and the call with that strategy.
+
+    Args:
+        op: one of `CONTRACTIONS`.
+        call: a `mpoe_kernels.linear.call.LinearCall`.
+        need: which gradients a backward computes.
+        keeps: a forward keeps rows for its backward, so it is ``separable``.
     """
-    x, left, central, right = call.x, call.left, call.central, call.right
-    slots = (x if call.row_index is None else call.row_index).shape[0]
+    given: Any = call
+    x, left, central, right = given.x, given.left, given.central, given.right
+    slots = (x if given.row_index is None else given.row_index).shape[0]
     on_gpu = x.device.type == "cuda"
     key = (
-        *(op, left.shape, central.shape, right.shape, call.in_features, call.out_features, slots, x.dtype, x.device),
-        *(need, keeps, call.backend, call.strategy, registered_backends()),
+        *(op, left.shape, central.shape, right.shape, given.in_features, given.out_features, slots, x.dtype, x.device),
+        *(need, keeps, given.backend, given.strategy, tuple(BACKENDS.values())),
         *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
         on_gpu and torch.backends.cuda.matmul.fp32_precision,
     )
     found = _CHOSEN.get(key)
-    if found is not None:
-        return found
+    if found is None:
+        found = _newly_chosen(op, given, need, keeps, slots, key)
+    chosen = object.__new__(type(call))  # `dataclasses.replace` takes ten times as long
+    chosen.__dict__.update(given.__dict__, strategy=found.strategy)
+    return found, chosen
+
+
+def _newly_chosen(op: str, call: Any, need: Need, keeps: bool, slots: int, key: tuple[Any, ...]) -> Candidate:
     constants = machine.source()
     strategy = "separable" if keeps else call.strategy
-    sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
+    sizes = (call.dims, call.num_experts, slots, call.x.dtype, str(call.x.device))
     found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, strategy))
     if len(_CHOSEN) >= _MOST_CHOSEN:
         _CHOSEN.clear()
     # What a measurement, made for this call or by another thread meanwhile, has overtaken is not kept.
-    if x.device.type != "cpu" or (machine.is_settled() and machine.source() is constants):
+    if call.x.device.type != "cpu" or (machine.is_settled() and machine.source() is constants):
         _CHOSEN[key] = found
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -23,6 +25,29 @@ def _load() -> CompiledLibrary:
 
 
 CUDA_LIBRARY = _load()
+
+
+class RefusingOps:
+    """The ops of a namespace. What one refuses (csrc/cuda/binding.h) is a ValueError, as everywhere: PyTorch makes a
+    RuntimeError of it."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = getattr(self._ops, name)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return op(*arguments)
+            except RuntimeError as error:
+                _, refused, reason = str(error).partition("mpoe refuses: ")
+                if refused:
+                    raise ValueError(reason) from None
+                raise
+
+        setattr(self, name, call)
+        return call
 
 
 def runs_on(architectures: str, major: int, minor: int) -> bool:

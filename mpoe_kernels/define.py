@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import call_kernel, kernel_for
+from mpoe_kernels.registry import kernel_for
 
 NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
@@ -22,7 +22,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: int) -> Any:
     """Call the kernel of the backend that the registry selects for this op, device and dtype."""
-    return call_kernel(kernel_for(op, like.device, like.dtype, backend, **sizes), *arguments)
+    return kernel_for(op, like.device, like.dtype, backend, **sizes)(*arguments)
 
 
 def define_op(

@@ -142,44 +142,44 @@ class _Requested(threading.local):
     name: str = AUTO
 
 
-_BACKENDS: dict[str, Backend] = {}
+BACKENDS: dict[str, Backend] = {}
 _requested = _Requested()
 
 
 def register_backend(backend: Backend) -> None:
     """Add a backend; a name is taken once."""
-    if backend.name in _BACKENDS or backend.name == AUTO:
+    if backend.name in BACKENDS or backend.name == AUTO:
         raise ValueError(f"backend name {backend.name!r} is already taken")
-    _BACKENDS[backend.name] = backend
+    BACKENDS[backend.name] = backend
 
 
 def add_kernel(
     backend: str, op: str, kernel: Callable[..., Any], reasons: Callable[[Request], list[str]] | None = None
 ) -> None:
     """Give a backend its kernel of one more op; ``reasons``: why it cannot run a request of that op."""
-    _BACKENDS[backend].kernels[op] = kernel
-    _BACKENDS[backend].op_reasons[op] = reasons or _nothing
+    BACKENDS[backend].kernels[op] = kernel
+    BACKENDS[backend].op_reasons[op] = reasons or _nothing
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine."""
-    return tuple(name for name, backend in _BACKENDS.items() if not backend.unavailable_reasons())
+    return tuple(name for name, backend in BACKENDS.items() if not backend.unavailable_reasons())
 
 
 def registered_backends() -> tuple[Backend, ...]:
     """Every known backend, in the order of registration."""
-    return tuple(_BACKENDS.values())
+    return tuple(BACKENDS.values())
 
 
 def backend_reasons() -> dict[str, list[str]]:
     """Every known backend with the reasons why it cannot run here (empty list: it can)."""
-    return {name: backend.unavailable_reasons() for name, backend in _BACKENDS.items()}
+    return {name: backend.unavailable_reasons() for name, backend in BACKENDS.items()}
 
 
 def check_backend(name: str | None) -> None:
     """Refuse the name of an unknown backend; None stands for none."""
-    if name is not None and (not isinstance(name, str) or (name != AUTO and name not in _BACKENDS)):
-        raise ValueError(f"backend must be one of {[AUTO, *_BACKENDS]}; got {name!r}")
+    if name is not None and (not isinstance(name, str) or (name != AUTO and name not in BACKENDS)):
+        raise ValueError(f"backend must be one of {[AUTO, *BACKENDS]}; got {name!r}")
 
 
 def requested_backend(name: str | None) -> str:
@@ -202,7 +202,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise TypeError("name must be that of a backend; got None")
     check_backend(name)
     if name != AUTO:
-        reasons = _BACKENDS[name].unavailable_reasons()
+        reasons = BACKENDS[name].unavailable_reasons()
         if reasons:
             raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
     previous, _requested.name = _requested.name, name
@@ -214,12 +214,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 def places_rows(backend: str) -> bool:
     """Whether a backend's products put every row where `combine` would, times its gate; not known of ``"auto"``."""
-    return backend != AUTO and _BACKENDS[backend].places_rows
+    return backend != AUTO and BACKENDS[backend].places_rows
 
 
 def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
     """A backend's own kernel of an op that others compose of other ops; None: it does so too."""
-    return _BACKENDS[backend].kernels.get(op)
+    return BACKENDS[backend].kernels.get(op)
 
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
@@ -246,12 +246,12 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         BackendError: with all reasons, when the named backend or every backend cannot run the request.
     """
     if name != AUTO:
-        reasons = _BACKENDS[name].unsupported_reasons(request)
+        reasons = BACKENDS[name].unsupported_reasons(request)
         if reasons:
             raise BackendError(f"backend {name!r} cannot run {request.op}: {'; '.join(reasons)}")
-        return _BACKENDS[name].kernels[request.op]
+        return BACKENDS[name].kernels[request.op]
     refused, best = {}, None
-    for backend in _BACKENDS.values():
+    for backend in BACKENDS.values():
         reasons = backend.unsupported_reasons(request)
         if reasons:
             refused[backend.name] = reasons
@@ -263,14 +263,3 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
         raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
     return best[1].kernels[request.op]
-
-
-def call_kernel(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a kernel; what a compiled one refuses (csrc/cuda/binding.h) is a ValueError as everywhere."""
-    try:
-        return kernel(*arguments)
-    except RuntimeError as error:
-        _, refused, reason = str(error).partition("mpoe refuses: ")
-        if refused:
-            raise ValueError(reason) from None
-        raise

@@ -158,7 +158,7 @@ def card_of_the_cpu() -> Iterator[None]:
     able = replace(TRITON, unavailable_reasons=list, request_reasons=lambda _: [])
     with (
         stand_ins(),
-        patch.dict(registry._BACKENDS, triton=able),
+        patch.dict(registry.BACKENDS, triton=able),
         patch.object(cost, "_here", lambda _: (target_named(ARCHITECTURE), CARD, 0.0)),
         machine.using(machine.TABLE),
     ):

@@ -29,7 +29,7 @@ from mpoe_kernels.choice import candidates_for, measure_machine
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.kernels import linear_forward
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
-from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request
+from mpoe_kernels.registry import BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out
@@ -53,9 +53,9 @@ def candidates(case: Workload, phase: str, backends: list[str]) -> dict[str, Can
     return {
         f"{found.name} [{name}]": found
         for name in backends
-        if not _BACKENDS[name].unsupported_reasons(request)
+        if not BACKENDS[name].unsupported_reasons(request)
         for plan in plans_of(case, phase)
-        for found in candidates_for(_BACKENDS[name], plan)[0]
+        for found in candidates_for(BACKENDS[name], plan)[0]
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.cuda_library import unavailable_reasons
+from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
 from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
@@ -46,6 +46,7 @@ def backend_of(
             reasons.append(f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}")
         return reasons
 
+    ops = RefusingOps(ops)
     linear = LinearKernels(ops, hardware)
 
     def candidates(plan: Contraction) -> list[Candidate]:

@@ -21,6 +21,7 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
+from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.define import define_op_of, run_kernel
 from mpoe_kernels.hidden_experts import eager, native
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
@@ -50,7 +51,8 @@ def add_kernels(backend: str, kernels: Any) -> None:
 
 
 # Triton's are in the table of mpoe_kernels/backends/triton.py, which imports them when they first run.
-for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", HiddenKernels(torch.ops.mpoe_cuda))):
+_CUDA = HiddenKernels(RefusingOps(torch.ops.mpoe_cuda))
+for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", _CUDA)):
     add_kernels(_backend, _kernels)
 
 

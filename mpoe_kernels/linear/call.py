@@ -80,7 +80,7 @@ class ForwardCall(LinearCall):
     out_index: Tensor | None = None
     gates: Tensor | None = None
 
-    @property
+    @cached_property
     def saves_h(self) -> bool:
         """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is kept.
 

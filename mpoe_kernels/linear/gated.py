@@ -20,12 +20,12 @@ from mpoe_kernels.linear.eager.activation import apply_activation_
 from mpoe_kernels.linear.op import ACTIVATIONS, backward_op, check_call, grouped_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS
-from mpoe_kernels.registry import Candidate, call_kernel, kernel_of, requested_backend
+from mpoe_kernels.registry import Candidate, kernel_of, requested_backend
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _choice(call: ForwardCall) -> Candidate:
+def _choice(call: ForwardCall) -> tuple[Candidate, ForwardCall]:
     return chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
 
 
@@ -41,15 +41,12 @@ def _strategy_together(call: GatedCall, alone: Candidate) -> str | None:
 
 
 def _kernel(call: GatedCall) -> Results:
-    chosen = _choice(call.gate), _choice(call.up)
-    together = kernel_of(chosen[0].backend, "gated_mpo_linear")
-    if together and chosen[0].backend == chosen[1].backend and (strategy := _strategy_together(call, chosen[0])):
-        found: Results = call_kernel(together, replace(call, strategy=strategy))
+    (first, gate_call), (second, up_call) = _choice(call.gate), _choice(call.up)
+    together = kernel_of(first.backend, "gated_mpo_linear")
+    if together and first.backend == second.backend and (strategy := _strategy_together(call, first)):
+        found: Results = together(replace(call, strategy=strategy))
         return found
-    (gate, gate_h, z), (value, h, _) = (
-        call_kernel(candidate.run, replace(part, strategy=candidate.strategy))
-        for candidate, part in zip(chosen, (call.gate, call.up), strict=True)
-    )
+    (gate, gate_h, z), (value, h, _) = first.run(gate_call), second.run(up_call)
     y, nothing = gate * value, gate.new_empty(0)
     if not call.save:
         return y, nothing, nothing.clone(), h, gate_h

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mpoe_kernels.define import define_op_of, run_kernel
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
-from mpoe_kernels.registry import call_kernel, places_rows, requested_backend
+from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.op import Routing, check_gates
 
 # Names as users and Hugging Face configs write them -> the formula.
@@ -40,23 +40,12 @@ ACTIVATIONS = {
 CHOICES = (*STRATEGIES, "auto")
 
 
-Call = TypeVar("Call", ForwardCall, BackwardCall)
-
-
-def _by(strategy: str, call: Call) -> Call:
-    """The call with a strategy; `dataclasses.replace` takes ten times as long."""
-    found = object.__new__(type(call))
-    found.__dict__.update(call.__dict__, strategy=strategy)
-    return found
-
-
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    candidate = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
-    call = _by(candidate.strategy, call)
+    candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
     if call.out_index is None or places_rows(candidate.backend):
-        return call_kernel(candidate.run, call)
+        return candidate.run(call)
     assert call.gates is not None, "out_index comes with gates"
-    y, h, z = call_kernel(candidate.run, replace(call, out_index=None, gates=None))
+    y, h, z = candidate.run(replace(call, out_index=None, gates=None))
     pairs = call.expert_offsets, call.out_index, call.slot_of_token, call.gates[:, None]
     return run_kernel("combine", call.backend, y, y, *pairs), h, z
 
@@ -69,8 +58,8 @@ def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    candidate = chosen_for("grouped_mpo_linear_backward", call, call.need_of_plan, False)
-    return call_kernel(candidate.run, _by(candidate.strategy, call))
+    candidate, call = chosen_for("grouped_mpo_linear_backward", call, call.need_of_plan, False)
+    return candidate.run(call)
 
 
 def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

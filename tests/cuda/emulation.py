@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
+from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.few import Few
@@ -79,7 +80,7 @@ EMULATED = backend_of(
     predicted_cost=lambda _: NEVER_CHOSEN,
     least_seconds=NEVER_CHOSEN,
 )
-HIDDEN = HiddenKernels(OPS)
+HIDDEN = HiddenKernels(RefusingOps(OPS))
 
 
 @contextmanager

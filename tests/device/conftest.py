@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mpoe_kernels import backend_reasons
-from mpoe_kernels.registry import _BACKENDS, Request
+from mpoe_kernels.registry import BACKENDS, Request
 
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 # Names of backends that must be able to run there: their tests fail where they are not, instead of being skipped.
@@ -22,7 +22,7 @@ REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
 
 def reasons(backend: str, dtype: torch.dtype, op: str = "grouped_mpo_linear") -> list[str]:
     """Why a backend cannot run an op on the device."""
-    return _BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
+    return BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

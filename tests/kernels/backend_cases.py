@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold, registry
 from mpoe_kernels.choice import Problem, resolve_contraction
 from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.registry import (
-    _BACKENDS,
     CONTRACTIONS,
     Backend,
     Candidate,
@@ -32,7 +31,7 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether this backend has a CPU kernel of this op and dtype."""
-    return not _BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
+    return not registry.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
 
 
 def candidate_backend(

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from mpoe_kernels import (
     registry,
     use_backend,
 )
+from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
@@ -38,7 +40,7 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch) -> registry.Backend:
         unavailable_reasons=lambda: ["it needs a device that is not here"],
         request_reasons=lambda request: [f"it cannot take {request.dtype}"],
     )
-    monkeypatch.setitem(registry._BACKENDS, "broken", backend)
+    monkeypatch.setitem(registry.BACKENDS, "broken", backend)
     return backend
 
 
@@ -73,7 +75,7 @@ def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeyp
         return lambda *args: (calls.append(name), eager_kernel(name)(*args))[1]
 
     cheap = candidate_backend("cheap", {op: logged(op) for op in registry.CONTRACTIONS}, lambda _: 0.0)
-    monkeypatch.setitem(registry._BACKENDS, "cheap", cheap)
+    monkeypatch.setitem(registry.BACKENDS, "cheap", cheap)
     run()
     assert calls == ["grouped_mpo_linear"]
     calls.clear()
@@ -101,7 +103,7 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
         seconds=lambda plan: {"chain": -2.0, "rebuild": -1.0}.get(plan.strategy, 1.0),
         reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
     )
-    monkeypatch.setitem(registry._BACKENDS, "picky", picky)
+    monkeypatch.setitem(registry.BACKENDS, "picky", picky)
     blocks = random_blocks(SMALL_SHAPES["light"], 1, requires_grad=True)
     x = torch.ones(3, 12, dtype=torch.float64)
     y = grouped_mpo_linear(x, blocks, torch.tensor([0, 3]))
@@ -121,7 +123,7 @@ def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -
         {op: eager_kernel(op) for op in registry.CONTRACTIONS},
         reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
     )
-    monkeypatch.setitem(registry._BACKENDS, "limited", limited)
+    monkeypatch.setitem(registry.BACKENDS, "limited", limited)
     assert run(backend="limited").shape == (3, 12)
     with pytest.raises(BackendError, match="backend 'limited' cannot run grouped_mpo_linear: it cannot rebuild"):
         run(backend="limited", strategy="rebuild")
@@ -161,7 +163,7 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     kernel = eager_kernel("grouped_mpo_linear")
     kernels = {"grouped_mpo_linear": lambda *args: (calls.append("slow"), kernel(*args))[1]}
-    monkeypatch.setitem(registry._BACKENDS, "slow", candidate_backend("slow", kernels, lambda _: 1e9))
+    monkeypatch.setitem(registry.BACKENDS, "slow", candidate_backend("slow", kernels, lambda _: 1e9))
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
     x, offsets = torch.ones(3, 12, dtype=torch.float64), torch.tensor([0, 1, 3])
 
@@ -182,8 +184,8 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: registry.Backend) -> None:
     # A copy: an item that is deleted and set again would come last for every test after this one.
-    others = {name: backend for name, backend in registry._BACKENDS.items() if name != "eager"}
-    monkeypatch.setattr(registry, "_BACKENDS", others)
+    others = {name: backend for name, backend in registry.BACKENDS.items() if name != "eager"}
+    monkeypatch.setattr(registry, "BACKENDS", others)
     with pytest.raises(BackendError, match=r"no backend can run .*broken: it needs a device"):
         run()
 
@@ -288,7 +290,8 @@ def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
     def kernel(message: str) -> None:
         raise RuntimeError(message)
 
+    ops = RefusingOps(SimpleNamespace(kernel=kernel))
     with pytest.raises(ValueError, match=r"^x must be dense$"):
-        registry.call_kernel(kernel, "somewhere.cpp:12: mpoe refuses: x must be dense")
+        ops.kernel("somewhere.cpp:12: mpoe refuses: x must be dense")
     with pytest.raises(RuntimeError, match="out of memory"):
-        registry.call_kernel(kernel, "out of memory")
+        ops.kernel("out of memory")

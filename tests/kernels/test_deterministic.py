@@ -45,7 +45,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
     # Dearer per thread and cheaper to begin with, as a kernel that splits its work badly is.
     few = candidate_backend("few", run, lambda _: float(planned_threads()))
     many = candidate_backend("many", run, lambda _: 1.5)
-    monkeypatch.setattr(registry, "_BACKENDS", {"few": few, "many": many})
+    monkeypatch.setattr(registry, "BACKENDS", {"few": few, "many": many})
 
     def chosen() -> list[str]:
         names = []
@@ -58,7 +58,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
     with deterministic():
         assert chosen() == ["many", "many"]
     # Whose bits do not depend on it goes first.
-    monkeypatch.setattr(registry, "_BACKENDS", {"few": replace(few, same_on_any_threads=True), "many": many})
+    monkeypatch.setattr(registry, "BACKENDS", {"few": replace(few, same_on_any_threads=True), "many": many})
     with deterministic():
         assert chosen() == ["few", "few"]
     assert chosen() == ["few", "many"], "what is remembered is not mixed up"
@@ -69,7 +69,7 @@ def test_tf32_is_part_of_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     allowed = False
     full = candidate_backend("full", run, lambda _: 1.0)
     rounding = candidate_backend("rounding", run, lambda _: 0.5 if allowed else 2.0)
-    monkeypatch.setattr(registry, "_BACKENDS", {"full": full, "rounding": rounding})
+    monkeypatch.setattr(registry, "BACKENDS", {"full": full, "rounding": rounding})
     monkeypatch.setattr(choice, "may_round_to_tf32", lambda dtype: allowed and dtype == torch.float32)
 
     def chosen(device: str) -> str:

@@ -41,7 +41,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
             contraction_reasons=lambda plan: ["no"] if plan.strategy == refuses else [],
             gated_price=(lambda plan: GatedPrice(PRICES[plan.strategy][1], multiplying)) if gated else None,
         )
-        monkeypatch.setattr(registry, "_BACKENDS", {"made up": made})
+        monkeypatch.setattr(registry, "BACKENDS", {"made up": made})
         strategy_together.cache_clear()
         return made
 

@@ -57,7 +57,7 @@ def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {"grouped_mpo_linear": lambda: None}
     quick = candidate_backend("quick", kernels, lambda _: 1e-6)
     slow = candidate_backend("slow", kernels, lambda _: 1e-3)
-    monkeypatch.setattr(registry, "_BACKENDS", {"quick": quick, "slow": slow})
+    monkeypatch.setattr(registry, "BACKENDS", {"quick": quick, "slow": slow})
 
     def chosen(slots: int, backend: str = "auto") -> str:
         arguments = ("grouped_mpo_linear", DIMS, 8, slots, torch.bfloat16, "cuda")

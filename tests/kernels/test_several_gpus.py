@@ -94,7 +94,7 @@ def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pyte
     kernels = {"grouped_mpo_linear": lambda: None}
     first = candidate_backend("first", kernels, lambda plan: 1.0 if plan.device == "cuda:0" else 3.0)
     second = candidate_backend("second", kernels, lambda _: 2.0)
-    monkeypatch.setattr(registry, "_BACKENDS", {"first": first, "second": second})
+    monkeypatch.setattr(registry, "BACKENDS", {"first": first, "second": second})
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
     assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:0")).backend == "first"
     assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:1")).backend == "second"

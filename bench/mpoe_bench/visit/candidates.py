@@ -26,7 +26,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.planner import ALL_GRADIENTS, Contraction, contractions
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import Need
-from mpoe_kernels.registry import _BACKENDS, CONTRACTIONS, Candidate, Request
+from mpoe_kernels.registry import BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import expert_choice, random_blocks, workload_shape
 
@@ -132,13 +132,13 @@ def plans(operands: Operands, phase: str) -> tuple[Contraction, ...]:
 def _eager(operands: Operands, phase: str, strategy: str | None = None) -> Candidate:
     """What PyTorch alone offers, for a strategy or any."""
     able = [plan for plan in plans(operands, phase) if strategy in (None, plan.strategy)]
-    return next(candidate for plan in able for candidate in _BACKENDS["eager"].candidates(plan))
+    return next(candidate for plan in able for candidate in BACKENDS["eager"].candidates(plan))
 
 
 def offered(operands: Operands, phase: str) -> list[tuple[Contraction, Candidate]]:
     """What the backends of this machine offer, the fastest by prediction first."""
     request = Request(OPS[phase], operands.device, operands.case.dtype)
-    able = [backend for backend in _BACKENDS.values() if not backend.unsupported_reasons(request)]
+    able = [backend for backend in BACKENDS.values() if not backend.unsupported_reasons(request)]
     found = [
         (plan, candidate)
         for plan in plans(operands, phase)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.plan import Memory
-from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.triton import tuning
 from mpoe_kernels.triton.start import Step, recorded_for, recording, start_steps
 
@@ -130,7 +129,8 @@ def planned(kernel: Callable[..., Any], call: Any, *more: Any, dense: Collection
     signature: Any = type(call)
     tensors: list[Tensor] = []
     addresses: list[int] = []
-    problem: list[Any] = [kernel, signature, x.device, may_round_to_tf32(x.dtype), tuning.active]
+    precision = torch.backends.cuda.matmul.fp32_precision
+    problem: list[Any] = [kernel, signature, x.device, precision, tuning.active]
     for value in (*_fields_of(signature)(call), *more):
         kind = type(value)
         if kind in _CONSTANTS:

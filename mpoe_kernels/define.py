@@ -143,10 +143,15 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    device_type = tensors[0].device.type
-    on_devices = device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
-    return on_devices and all(type(value) in _PLAIN and not value.is_meta for value in tensors)
+    device_type = None
+    for value in arguments:
+        if type(value) in _PLAIN:
+            device_type = device_type or value.device.type
+            if value.is_meta:
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -98,7 +98,7 @@ class RoutedFeedForward(nn.Module):
     def dropped(self, y: Tensor) -> Tensor:
         """``y`` after the dropout on results; while decoding, calling a module that does nothing takes its time too."""
         dropout = self.dropout
-        return dropout(y) if dropout.training else y
+        return dropout(y) if dropout.training and dropout.p > 0.0 else y
 
     def extra_repr(self) -> str:
         return f"expert_dropout={self.expert_dropout}, stream={self.stream!r}"

@@ -22,8 +22,8 @@ from mpoe_kernels.hidden_experts.op import ACTIVATIONS as OP_ACTIVATIONS
 
 def _is_observed(module: nn.Module) -> bool:
     """Whether somebody looks at a module's calls, or has put another forward in place of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or _has_any_global_hook()
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -261,7 +261,7 @@ class HiddenFeedForward(RoutedFeedForward):
         x, token_mask = self.tokens(hidden_states, token_mask)
         # In the shape in which the dense model multiplies, so that its bits are the same. Nothing holds u while the
         # next product runs: its memory is taken again.
-        shaped = x.view(hidden_states.shape)
+        shaped = hidden_states if token_mask is None else x.view(hidden_states.shape)
         if token_mask is None and not torch.is_grad_enabled() and not self._drops():
             o = self._routed(x, *self._hidden(shaped))
         else:

@@ -99,9 +99,7 @@ def routed(
         return None
     (experts, groups, block, _), features, tokens = right.shape, u.shape[-1], x.shape[0]
     square = experts * groups * block * block
-    operands = (u, u_gate, right, left, right_gate, bias)
-    sizes = (tokens * features, tokens * features, square, square, square, experts * features)
-    fits = (
+    if not (
         tokens > 0
         and u.dtype in _DTYPES
         and features % block == 0
@@ -109,13 +107,22 @@ def routed(
         and router_weight.shape[0] == experts
         and x.is_contiguous()
         and router_weight.is_contiguous()
-        and all(
-            each is None or (each.dtype == u.dtype and each.is_contiguous() and each.numel() == size and each.is_cpu)
-            for each, size in zip(operands, sizes, strict=True)
-        )
-    )
-    if not fits:
+    ):
         return None
+    rows = tokens * features
+    sizes = (
+        (u, rows),
+        (u_gate, rows),
+        (right, square),
+        (left, square),
+        (right_gate, square),
+        (bias, experts * features),
+    )
+    for each, size in sizes:
+        if each is not None and not (
+            each.dtype == u.dtype and each.numel() == size and each.is_contiguous() and each.is_cpu
+        ):
+            return None
     router, found = arguments_of(x, router_weight, top_k, raw)
     out = u.new_empty(u.shape)
     order = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias, out)

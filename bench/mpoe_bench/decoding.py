@@ -1,7 +1,8 @@
 """`python -m mpoe_bench.decoding`: time per token of `generate`, a T5's beside the dense model's.
 
 Random weights of a T5 of base width with fewer layers; calls of both models in turn in one process, medians. Three
-columns, by what `model.cache_experts` may keep: nothing, as much as the dense feed-forward layers take, all experts.
+columns, by what is kept of experts: nothing (`model.cache_experts(0)`), what `generate` keeps by itself until it
+returns (at most as much as the dense feed-forward layers take), all experts, between calls too.
 One thread, and its CPU time, so that other processes disturb less.
 """
 
@@ -18,10 +19,12 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
+from mpoe.layers import MPOExperts
 from mpoe.models import convert_to_mpoe
+from mpoe.models.decoding import decoding_bytes
 
 SHAPES = {"separable": {}, "light": {"light_p": 64}, "paper": {}}
-BOUNDS = ("nothing kept", "as dense", "room for all")
+CHOICES = {"nothing kept": 0, "by itself": None, "room for all": 2**34}
 
 
 def dense_model(layers: int, dtype: torch.dtype) -> T5ForConditionalGeneration:
@@ -54,13 +57,15 @@ def measure(shape: str, batch: int, layers: int, dtype: torch.dtype, rounds: int
     }
     networks = [m.weight.nbytes for n, m in dense.named_modules() if n.endswith((".wi", ".wo"))]
     row["MB"]["dense layers"] = sum(networks) / 1e6
-    for name, bound in zip(BOUNDS, (0, sum(networks), 2**34), strict=True):
+    row["MB"]["by itself"] = decoding_bytes([m for m in model.modules() if isinstance(m, MPOExperts)]) / 1e6
+    for name, bound in CHOICES.items():
         cache = model.cache_experts(bound)
         for each in (dense, model):
             seconds_per_token(each, ids, tokens)
         pairs = [(seconds_per_token(model, ids, tokens), seconds_per_token(dense, ids, tokens)) for _ in range(rounds)]
         row["x"][name] = median(ours / theirs for ours, theirs in pairs)
-        row["MB"][name] = 0.0 if cache is None else cache.report().bytes / 1e6
+        if cache is not None:
+            row["MB"][name] = cache.report().bytes / 1e6
     return row
 
 
@@ -78,16 +83,16 @@ def main(words: list[str] | None = None) -> int:
     rows = []
     print(
         f"{'shape':<10}{'batch':>6}"
-        + "".join(f"{name:>14}" for name in BOUNDS)
-        + "   MB as dense, for all, dense layers"
+        + "".join(f"{name:>14}" for name in CHOICES)
+        + "   MB by itself (bound), for all, of dense layers"
     )
     for shape in chosen.shapes.split(","):
         for batch in map(int, chosen.batches.split(",")):
             dtype = getattr(torch, chosen.dtype)
             rows.append(row := measure(shape, batch, chosen.layers, dtype, chosen.rounds, chosen.tokens))
-            memory = ", ".join(f"{row['MB'][name]:.0f}" for name in ("as dense", "room for all", "dense layers"))
+            memory = ", ".join(f"{row['MB'][name]:.0f}" for name in ("by itself", "room for all", "dense layers"))
             print(
-                f"{shape:<10}{batch:>6}" + "".join(f"{row['x'][name]:>14.2f}" for name in BOUNDS) + f"   {memory}",
+                f"{shape:<10}{batch:>6}" + "".join(f"{row['x'][name]:>14.2f}" for name in CHOICES) + f"   {memory}",
                 flush=True,
             )
     if chosen.out is not None:

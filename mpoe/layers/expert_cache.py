@@ -2,7 +2,8 @@
 
 Off by default. It trades memory for time while decoding, where every call folds the cores of all experts and rebuilds
 the weights of the same few for a token or two. What is kept is no parameter, is never saved, and is checked against the
-cores at every use.
+cores at every use. A layer has full weights for all its experts or for none: a pass in two parts, some experts by full
+weights and the rest by the cores, takes longer than one by the cores.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class ExpertCacheReport:
         experts: whose full weights are held, of all layers together.
         hits: times that an expert's full weights were found.
         built: times that they were computed and kept.
-        refused: times that there was no room for them, so that the cores were used.
+        refused: passes of layers without room for all their experts, which ran by the cores.
     """
 
     max_bytes: int
@@ -107,7 +108,10 @@ class HeldLayer:
         cores: parameters it was computed from, aliased: while they live, nothing else can have their addresses.
         versions: of the cores then; every change in place counts.
         blocks: the folded chains, by kind of projection.
-        bytes: held, without what are views of the cores.
+        blocks_bytes: of these, without what are views of the cores.
+        experts: E.
+        kept: there was room for the blocks.
+        promised: bytes for full weights of all experts, by dtype; 0: no room.
         full: by expert and dtype, the weights ``[I, F]`` by kind of projection.
     """
 
@@ -115,7 +119,10 @@ class HeldLayer:
     cores: tuple[Tensor, ...]
     versions: tuple[int, ...]
     blocks: Mapping[str, MPOBlocks]
-    bytes: int
+    blocks_bytes: int
+    experts: int
+    kept: bool = True
+    promised: dict[torch.dtype, int] = field(default_factory=dict)
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
 
     def is_of(self, cores: Sequence[Tensor]) -> bool:
@@ -126,17 +133,47 @@ class HeldLayer:
             for now, then, version in zip(cores, self.cores, self.versions, strict=True)
         )
 
-    def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """An expert's weights ``[I, F]`` in ``dtype`` by kind of projection; ``None``: there is no room for them."""
+    def refuses(self, dtype: torch.dtype) -> bool:
+        """Whether it was decided that there is no room for full weights in ``dtype``."""
+        return self.cache._refuses(self, dtype)
+
+    def has_room(self, dtype: torch.dtype) -> bool:
+        """Whether all experts' full weights in ``dtype`` fit; decided at the first call, which reserves their room."""
+        return self.cache._has_room(self, dtype)
+
+    def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """An expert's weights ``[I, F]`` in ``dtype`` by kind of projection, built at the first call.
+
+        Raises:
+            RuntimeError: no room was reserved by `has_room`.
+        """
         return self.cache._weights(self, expert, dtype)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the full weights of one expert."""
+        return sum(chain.in_features * chain.out_features for chain in self.blocks.values())
+
+    @property
+    def bytes(self) -> int:
+        """Held now."""
+        return self.blocks_bytes + self.elements * sum(dtype.itemsize for _, dtype in self.full)
+
+    @property
+    def reserved(self) -> int:
+        """Held at most."""
+        return self.blocks_bytes + sum(self.promised.values())
 
 
 class ExpertCache:
     """Folded blocks and full expert weights of any number of layers, together at most ``max_bytes``.
 
     First come, first kept: the layers of a model run in a circle, so that evicting the least recently used would evict
-    what is needed next. Copies and pickles are empty. A change of a core is noticed by PyTorch's version counter or by
-    its memory; one in place through ``core.data`` leaves no trace: call `clear` after it.
+    what is needed next. Nothing is kept of a layer's first pass: an encoder, which runs once for a whole text, would
+    take the room from the decoder, which runs for every token. From the second on, room for the full weights of all
+    experts of a layer is reserved, if there is as much, and each is built when it is first needed; folded blocks are
+    kept of every layer where they fit. Copies and pickles are empty. A change of a core is noticed by PyTorch's version
+    counter or by its memory; one in place through ``core.data`` leaves no trace: call `clear` after it.
 
     Args:
         max_bytes: bound, at least 1.
@@ -152,6 +189,7 @@ class ExpertCache:
             raise ValueError(f"max_bytes must be at least 1 (0 or None: no cache); got {max_bytes}")
         self.max_bytes = max_bytes
         self._layers: WeakKeyDictionary[nn.Module, HeldLayer] = WeakKeyDictionary()
+        self._met: WeakSet[nn.Module] = WeakSet()
         self._hits = self._built = self._refused = 0
         self._lock = threading.Lock()
 
@@ -166,9 +204,10 @@ class ExpertCache:
         return ExpertCache, (self.max_bytes,)
 
     def layer(self, owner: nn.Module, projections: Mapping[str, MPOCores]) -> HeldLayer | None:
-        """What is held of a layer whose projections are these now; ``None``: there is no room for its blocks.
+        """What is held of a layer whose projections are these now; ``None``: it is met for the first time.
 
-        Cores made in inference mode have no version to check, and nothing is kept of them either.
+        Without room for the blocks, they are returned and not kept. Cores made in inference mode have no version to
+        check, and nothing is kept of them either: ``None``.
         """
         cores = [core for projection in projections.values() for core in projection.cores()]
         if any(core.is_inference() for core in cores):
@@ -178,26 +217,32 @@ class ExpertCache:
             if held is not None and held.is_of(cores):
                 return held
             self._layers.pop(owner, None)
+            if owner not in self._met:
+                self._met.add(owner)
+                return None
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 blocks = {kind: projection.blocks() for kind, projection in projections.items()}
                 aliases = tuple(core.detach() for core in cores)
             versions = tuple(core._version for core in cores)
-            held = HeldLayer(self, aliases, versions, blocks, _own_bytes(blocks, cores))
-            if self._bytes() + held.bytes > self.max_bytes:
-                return None
-            self._layers[owner] = held
+            experts = next(iter(projections.values())).num_experts
+            held = HeldLayer(self, aliases, versions, blocks, _own_bytes(blocks, cores), experts)
+            held.kept = self._reserved() + held.blocks_bytes <= self.max_bytes
+            if held.kept:
+                self._layers[owner] = held
             return held
 
     def drop(self, owner: nn.Module) -> None:
         """Forget one layer."""
         with self._lock:
             self._layers.pop(owner, None)
+            self._met.discard(owner)
 
     def clear(self) -> None:
         """Forget everything; the bound stays."""
         with self._lock:
             self._layers.clear()
+            self._met.clear()
 
     def report(self) -> ExpertCacheReport:
         """What is held, and how often it was of use."""
@@ -208,19 +253,34 @@ class ExpertCache:
     def _bytes(self) -> int:
         return sum(held.bytes for held in self._layers.values())
 
-    def _weights(self, held: HeldLayer, expert: int, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def _reserved(self) -> int:
+        return sum(held.reserved for held in self._layers.values())
+
+    def _refuses(self, held: HeldLayer, dtype: torch.dtype) -> bool:
+        with self._lock:
+            refused = not held.kept or held.promised.get(dtype) == 0
+            self._refused += refused
+            return refused
+
+    def _has_room(self, held: HeldLayer, dtype: torch.dtype) -> bool:
+        with self._lock:
+            if dtype not in held.promised:
+                wanted = held.experts * held.elements * dtype.itemsize
+                fits = held.kept and self._reserved() + wanted <= self.max_bytes
+                held.promised[dtype] = wanted if fits else 0
+                self._refused += not held.promised[dtype]
+            return held.promised[dtype] > 0
+
+    def _weights(self, held: HeldLayer, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
         key = (expert, dtype)
         with self._lock:
             if key in held.full:
                 self._hits += 1
                 return held.full[key]
-            elements = sum(chain.in_features * chain.out_features for chain in held.blocks.values())
-            if self._bytes() + elements * dtype.itemsize > self.max_bytes:
-                self._refused += 1
-                return None
+            if not held.promised.get(dtype):
+                raise RuntimeError(f"full weights in {dtype} need room that has_room reserved; there is none")
             self._built += 1
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 full = {kind: _full_weight(chain, expert, dtype) for kind, chain in held.blocks.items()}
             held.full[key] = full
-            held.bytes += elements * dtype.itemsize
             return full

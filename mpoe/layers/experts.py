@@ -87,7 +87,8 @@ class MPOExperts(nn.Module):
     def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
         """Keep folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
 
-        Full weights are used where they are predicted to be faster. Compiled graphs use the cores. See `ExpertCache`.
+        Full weights are used where they are predicted to be faster, from the second pass on, and only if those of all
+        experts fit. Compiled graphs use the cores. See `ExpertCache`.
 
         Args:
             max_bytes: of everything kept; ``None`` or 0 turns the cache off. Any value starts with an empty one.
@@ -101,6 +102,11 @@ class MPOExperts(nn.Module):
         self.expert_cache = ExpertCache.of(max_bytes)
         return self.expert_cache
 
+    def full_weights_may_pay(self) -> bool:
+        """Whether full weights are predicted to be much faster for a token alone, or for one token for each expert."""
+        shapes = [cores.shape for cores in self.projections().values()]
+        return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self.expert_cache is not None:
             self.expert_cache.drop(self)  # at once: `.to()` should not leave the old parameters in memory
@@ -108,12 +114,13 @@ class MPOExperts(nn.Module):
 
     def _held(self, *inputs: Tensor) -> HeldLayer | None:
         """What the cache holds, where it may be used."""
-        if self.expert_cache is None or torch.compiler.is_compiling():
+        cache = self.expert_cache  # another thread's `generate` may end and take it away
+        if cache is None or torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters())):
-            self.expert_cache.drop(self)  # cores that are trained are about to change, perhaps without a trace
+            cache.drop(self)  # cores that are trained are about to change, perhaps without a trace
             return None
-        return self.expert_cache.layer(self, self.projections())
+        return cache.layer(self, self.projections())
 
     # --------------------------------------------------------------- forward
 
@@ -127,7 +134,10 @@ class MPOExperts(nn.Module):
             blocks = {kind: cores.blocks() for kind, cores in self.projections().items()}
             return self._by_cores(blocks, x, routing, top_k_weights, dropout)
         if dropout == 0.0 and x.device.type == "cpu":
-            return self._by_full_weights(held, x, routing, top_k_weights)
+            autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+            if not held.refuses(dtype):
+                return self._by_full_weights(held, dtype, x, routing, top_k_weights)
         return self._by_cores(held.blocks, x, routing, top_k_weights, dropout)
 
     def _by_cores(
@@ -147,31 +157,20 @@ class MPOExperts(nn.Module):
             backend=self.backend,
         )
 
-    def _by_full_weights(self, held: HeldLayer, x: Tensor, routing: Routing, top_k_weights: Tensor) -> Tensor:
-        """Full weights for the experts that have them, if they pay; the cores for the rest."""
+    def _by_full_weights(
+        self, held: HeldLayer, dtype: torch.dtype, x: Tensor, routing: Routing, top_k_weights: Tensor
+    ) -> Tensor:
+        """Full weights, if they pay and there is room for those of all experts; else the cores."""
         offsets = routing.expert_offsets.tolist()
         spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
-        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         shapes = [cores.shape for cores in self.projections().values()]
-        full: dict[int, dict[str, Tensor]] = {}
-        if spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype):
-            found = ((expert, held.weights(expert, dtype)) for expert in spans)
-            full = {expert: weights for expert, weights in found if weights is not None}
-        if not full:
+        if not (spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype) and held.has_room(dtype)):
             return self._by_cores(held.blocks, x, routing, top_k_weights)
         tokens = routing.token_of_slot
         y = x.new_zeros(tokens.shape[0], self.down.out_features, dtype=dtype)
         with torch.autocast("cpu", enabled=False):
-            for expert, weights in full.items():
-                start, stop = spans[expert]
-                y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), weights)
-        rest = torch.tensor(
-            [0 if expert in full else stop - start for expert, (start, stop) in enumerate(pairwise(offsets))]
-        )
-        if rest.any():
-            slots = torch.repeat_interleave(rest > 0, routing.expert_load).nonzero()[:, 0]
-            y[slots] = self._by_cores(held.blocks, x[tokens[slots]], _in_slot_order(rest), x.new_ones(len(slots), 1))
+            for expert, (start, stop) in spans.items():
+                y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), held.weights(expert, dtype))
         return combine(y, routing, top_k_weights, backend=self.backend)
 
     def _expert(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -184,13 +183,6 @@ class MPOExperts(nn.Module):
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
-
-
-def _in_slot_order(counts: Tensor) -> Routing:
-    """Routing of rows that are sorted by expert already, ``counts[e]`` each."""
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    rows = torch.arange(int(offsets[-1]))
-    return Routing(offsets.int(), rows, rows[:, None])
 
 
 class DenseExperts(nn.Module):

@@ -94,6 +94,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - declared so by Transformers
     _forward_names: ClassVar[tuple[str, ...]] = ()
+    _cache_while_generating = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -254,12 +255,15 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
         """Keep folded blocks and full weights of experts for inference, in ``max_bytes`` for the whole model.
 
+        By itself, `generate` keeps them on the CPU in as much as the dense layers took, until it returns.
+
         Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
         passes that need gradients run as ever. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts have
         nothing to rebuild, and the cache stays empty.
 
         Args:
-            max_bytes: bound; ``None`` or 0 turns the cache off. Any value starts with an empty one.
+            max_bytes: bound; 0: no cache, in `generate` neither; ``None``: as in a new model. Any value starts with an
+                empty one.
 
         Returns:
             The cache that the layers share, with its `report` and `clear`, or ``None``.
@@ -273,6 +277,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         cache = ExpertCache.of(max_bytes)
         for layer in layers:
             layer.expert_cache = cache
+        self._cache_while_generating = max_bytes != 0
         return cache
 
     # -------------------------------------------------------- checkpointing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.configs import config_class_for
+from mpoe.models.decoding import kept_while_generating
 from mpoe.models.families import family_of
 from mpoe.models.outputs import output_of
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE
@@ -78,6 +80,10 @@ def make_class(
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(*args, **kwargs)
 
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with kept_while_generating(self) if self._cache_while_generating else nullcontext():
+            return super(made, self).generate(*args, **kwargs)
+
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
         "__module__": MODULE,
@@ -99,7 +105,10 @@ def make_class(
         # Transformers looks for it in the file of the class.
         "_can_set_attn_implementation": classmethod(lambda cls: dense._can_set_attn_implementation()),
     }
-    bases = (mixin, dense, *((GenerationMixin,) if issubclass(dense, GenerationMixin) else ()))
+    bases: tuple[type[Any], ...] = (mixin, dense)
+    if issubclass(dense, GenerationMixin):
+        bases = (*bases, GenerationMixin)
+        namespace["generate"] = functools.wraps(dense.generate)(generate)
     made: type[Any] = type(f"{CLASS_PREFIX}{dense.__name__}", bases, namespace)
     return made
 

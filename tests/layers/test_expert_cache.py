@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
-from mpoe.layers.expert_cache import full_weights_pay
+from mpoe.layers.expert_cache import ExpertCache, full_weights_pay
 from mpoe_kernels import MPOShape
 from mpoe_kernels.testing.assertions import relative_error
 
@@ -33,6 +33,13 @@ def feed_forward(shape: str = "paper", gated: bool = False, top_k: int = 1, **op
         if projection.bias is not None:
             torch.nn.init.normal_(projection.bias)
     return ffn
+
+
+def with_cache(ffn: MPOEFeedForward, max_bytes: int = PLENTY) -> ExpertCache:
+    """A cache that has met its layer: nothing is kept of a first pass."""
+    cache = ffn.experts.cache_experts(max_bytes)
+    assert cache.layer(ffn.experts, ffn.experts.projections()) is None
+    return cache
 
 
 @torch.no_grad()
@@ -55,7 +62,7 @@ def bytes_of_an_expert(ffn: MPOEFeedForward, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("shape", ["paper", "separable"])
 def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
     ffn = feed_forward(shape, gated, top_k=2).to(dtype)
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     x, mask = torch.randn(3, 7, 24, dtype=dtype), torch.rand(3, 7) > 0.3
     for _ in range(2):
         found, plain = both(ffn, x, mask)
@@ -74,33 +81,72 @@ def test_any_number_of_tokens_and_experts_without_any(tokens: int) -> None:
     torch.nn.init.zeros_(ffn.router.weight)
     with torch.no_grad():
         ffn.router.weight[3] = 1.0  # every token with a positive sum goes to expert 3
-    ffn.experts.cache_experts(PLENTY)
+    with_cache(ffn)
     found, plain = both(ffn, torch.rand(tokens, 24))
     torch.testing.assert_close(found, plain)
     assert ffn.experts.expert_cache.report().experts == min(tokens, 1)
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("room", [0, 1, 3])
-def test_the_bound_holds_and_the_rest_runs_by_the_cores(room: int) -> None:
-    """Both kinds of experts in one call; nothing is evicted."""
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) -> None:
+    """One byte too few: every pass runs by the cores alone, in one call, with the blocks that are kept."""
     ffn = feed_forward("paper", top_k=2)
-    ffn.experts.cache_experts(PLENTY)
-    cache = ffn.experts.expert_cache
-    blocks = cache.layer(ffn.experts, ffn.experts.projections()).bytes
-    cache = ffn.experts.cache_experts(blocks + room * bytes_of_an_expert(ffn) + 5)
+    with_cache(ffn)
+    blocks = ffn.experts.expert_cache.layer(ffn.experts, ffn.experts.projections()).bytes
+    cache = with_cache(ffn, blocks + 5 * bytes_of_an_expert(ffn) - short)
     for _ in range(3):
         found, plain = both(ffn, torch.randn(30, 24))
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
-        assert cache.report().bytes <= cache.max_bytes
+        assert torch.equal(found, plain) == bool(short)
     report = cache.report()
-    assert (report.experts, report.built) == (room, room)
-    assert report.refused == 3 * (5 - room)
+    assert (report.experts, report.built, report.refused) == ((0, 0, 3) if short else (5, 5, 0))
+    assert report.bytes == (blocks if short else cache.max_bytes)
+
+
+@pytest.mark.usefixtures("always")
+def test_room_is_reserved_for_experts_that_are_not_built_yet() -> None:
+    """A layer that met one expert keeps the room of all: the next one gets none of it, in another dtype neither."""
+    first, second = (feed_forward("light") for _ in range(2))
+    room = 5 * bytes_of_an_expert(first) + 2 * 10**4
+    cache = second.experts.expert_cache = with_cache(first, room)
+    cache.layer(second.experts, second.experts.projections())
+    with torch.no_grad():
+        first(torch.randn(1, 24))
+        assert cache.report().experts == 1
+        for ffn in (second, first):
+            for _ in range(2):
+                ffn(torch.randn(40, 24))
+                assert cache.report().bytes <= cache.max_bytes
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            first(torch.randn(40, 24))
+    report = cache.report()
+    assert (report.experts, report.refused) == (5, 3)
+    cache.drop(first.experts)
+    both(second, torch.randn(40, 24))
+    assert cache.report().experts == 0  # decided once
+
+
+@pytest.mark.usefixtures("always")
+def test_what_runs_once_takes_no_room_from_what_runs_again() -> None:
+    """An encoder, then a decoder for every token, with room for one of them."""
+    encoder, decoder = (feed_forward("light") for _ in range(2))
+    cache = decoder.experts.expert_cache = encoder.experts.cache_experts(5 * bytes_of_an_expert(encoder) + 2 * 10**4)
+    for ffn, experts, refused in ((encoder, 0, 0), (decoder, 0, 0), (decoder, 5, 0), (encoder, 5, 1)):
+        both(ffn, torch.randn(40, 24))
+        assert (cache.report().experts, cache.report().refused) == (experts, refused)
+
+
+def test_weights_without_room_are_refused() -> None:
+    ffn = feed_forward()
+    held = with_cache(ffn).layer(ffn.experts, ffn.experts.projections())
+    with pytest.raises(RuntimeError, match="need room that has_room reserved"):
+        held.weights(0, torch.float32)
 
 
 def test_without_room_for_the_blocks_nothing_is_held() -> None:
     ffn = feed_forward()
-    cache = ffn.experts.cache_experts(8)
+    cache = with_cache(ffn, 8)
     found, plain = both(ffn, torch.randn(6, 24))
     assert torch.equal(found, plain)
     assert (cache.report().bytes, cache.report().experts) == (0, 0)
@@ -156,7 +202,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_cores_is_noticed(change: str) -> None:
     ffn = feed_forward()
-    ffn.experts.cache_experts(PLENTY)
+    with_cache(ffn)
     x = torch.randn(9, 24)
     before, _ = both(ffn, x)
     CHANGES[change](ffn)
@@ -169,13 +215,15 @@ def test_a_change_of_the_cores_is_noticed(change: str) -> None:
 @pytest.mark.usefixtures("always")
 def test_moving_a_model_frees_at_once_and_a_change_through_data_needs_clear() -> None:
     ffn = feed_forward()
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     both(ffn, torch.randn(9, 24))
     assert cache.report().bytes > 0
     ffn.to(torch.float32)
     assert cache.report().bytes == 0
     x = torch.randn(9, 24)
     both(ffn, x)
+    both(ffn, x)
+    assert cache.report().experts > 0
     ffn.experts.up.central.data.mul_(2.0)
     cache.clear()
     torch.testing.assert_close(*both(ffn, x), rtol=1e-4, atol=1e-5)
@@ -189,7 +237,7 @@ def test_gradients_are_as_without_and_drop_what_was_held(frozen: bool) -> None:
     x = torch.randn(9, 24, requires_grad=True)
     leaves = [x, *(p for p in ffn.parameters() if p.requires_grad)]
     plain = torch.autograd.grad(ffn(x).square().sum(), leaves)
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     both(ffn, x)
     assert cache.report().experts > 0
     built = cache.report().built
@@ -200,7 +248,7 @@ def test_gradients_are_as_without_and_drop_what_was_held(frozen: bool) -> None:
 @pytest.mark.usefixtures("always")
 def test_dropout_runs_by_the_cores() -> None:
     ffn = feed_forward(dropout=0.5).train().requires_grad_(False)
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     x = torch.randn(9, 24)
     torch.manual_seed(3)
     found = ffn(x)
@@ -213,7 +261,7 @@ def test_dropout_runs_by_the_cores() -> None:
 @pytest.mark.usefixtures("always")
 def test_autocast_holds_its_own_dtype() -> None:
     ffn = feed_forward()
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     x = torch.randn(20, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, plain = both(ffn, x)
@@ -228,7 +276,7 @@ def test_autocast_holds_its_own_dtype() -> None:
 @pytest.mark.usefixtures("always")
 def test_inference_mode_and_other_passes_share_it() -> None:
     ffn = feed_forward()
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     x = torch.randn(9, 24)
     with torch.inference_mode():
         first = ffn(x)
@@ -242,7 +290,8 @@ def test_cores_without_a_version_are_not_held() -> None:
     with torch.inference_mode():
         ffn = feed_forward()
         cache = ffn.experts.cache_experts(PLENTY)
-        ffn(torch.randn(9, 24))
+        for _ in range(2):
+            ffn(torch.randn(9, 24))
     assert cache.report().bytes == 0
 
 
@@ -250,8 +299,9 @@ def test_cores_without_a_version_are_not_held() -> None:
 def test_it_is_no_part_of_the_state_and_copies_are_empty() -> None:
     ffn = feed_forward()
     names = set(ffn.state_dict())
-    ffn.experts.cache_experts(PLENTY)
+    with_cache(ffn)
     both(ffn, torch.randn(9, 24))
+    assert ffn.experts.expert_cache.report().bytes > 0
     assert set(ffn.state_dict()) == names
     for other in (copy.deepcopy(ffn), pickle.loads(pickle.dumps(ffn))):
         report = other.experts.expert_cache.report()
@@ -262,7 +312,7 @@ def test_it_is_no_part_of_the_state_and_copies_are_empty() -> None:
 @pytest.mark.usefixtures("always")
 def test_compiled_graphs_use_the_cores() -> None:
     ffn = feed_forward()
-    cache = ffn.experts.cache_experts(PLENTY)
+    cache = with_cache(ffn)
     x = torch.randn(9, 24)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch.compile about itself

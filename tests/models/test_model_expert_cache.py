@@ -31,6 +31,7 @@ def call(family: str) -> dict:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_generate_uses_it_and_gives_the_same_tokens(family, options, converted):
     model = converted(family, shape="paper", auxiliary_noise=0.3)
+    model.cache_experts(0)
     plain = model.generate(**call(family), **options)
     cache = model.cache_experts(PLENTY)
     assert torch.equal(model.generate(**call(family), **options), plain)
@@ -41,19 +42,27 @@ def test_generate_uses_it_and_gives_the_same_tokens(family, options, converted):
 
 
 def test_the_bound_is_the_models(converted):
+    """Room for the blocks of all layers and the experts of one: the decoder's, which runs again and again, in full."""
     model = converted("t5", shape="paper")
+    model.cache_experts(0)
     plain = model.generate(**call("t5"))
-    model.cache_experts(PLENTY)
-    model.generate(**call("t5"))
-    wanted = next(m for m in model.modules() if isinstance(m, MPOExperts)).expert_cache.report()
-    cache = model.cache_experts(wanted.bytes // 4)
-    assert torch.equal(model.generate(**call("t5")), plain)
-    report = cache.report()
-    assert 0 < report.bytes <= wanted.bytes // 4
-    assert 0 < report.experts < wanted.experts
+    layers = [m for m in model.modules() if isinstance(m, MPOExperts)]
+    caches = [layer.cache_experts(PLENTY) for layer in layers]
+    blocks = [
+        [cache.layer(layer, layer.projections()) for _ in range(2)][1].bytes
+        for cache, layer in zip(caches, layers, strict=True)
+    ]
+    cache = model.cache_experts(sum(blocks) + 4 * 24 * 48 * 2 * 4)
+    for _ in range(2):
+        assert torch.equal(model.generate(**call("t5")), plain)
+        report = cache.report()
+        assert 0 < report.experts <= 4
+        assert sum(blocks[-1:]) < report.bytes <= report.max_bytes
     assert report.refused > 0
+    assert cache.layer(layers[-1], layers[-1].projections()).full
+    assert not any(cache.layer(layer, layer.projections()).full for layer in layers[:-1])
     assert model.cache_experts(0) is None
-    assert all(m.expert_cache is None for m in model.modules() if isinstance(m, MPOExperts))
+    assert all(layer.expert_cache is None for layer in layers)
 
 
 def test_training_between_generations(converted):

@@ -1,0 +1,209 @@
+"""What `generate` keeps by itself: the same tokens, within its bound, nothing afterwards, none where it is useless."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import GenerationMixin
+from transformers.utils import logging as transformers_logging
+
+from mpoe.layers import ExpertCache, MPOExperts
+from mpoe.models.decoding import decoding_bytes, kept_while_generating
+
+from .small_models import GPT2, LLAMA, MASK, batch
+
+LOG = "mpoe.models.decoding"
+LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
+
+
+@pytest.fixture(autouse=True)
+def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough layers that the size of the dense ones is room for a layer of two experts."""
+    monkeypatch.setitem(GPT2, "n_layer", 4)
+    monkeypatch.setitem(LLAMA, "num_hidden_layers", 4)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full weights wherever they may be used: models as small as these never gain by them."""
+    monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
+    """The caches that `generate` made by itself."""
+    found: list[ExpertCache] = []
+
+    def make(bound: int) -> ExpertCache:
+        found.append(ExpertCache(bound))
+        return found[-1]
+
+    monkeypatch.setattr("mpoe.models.decoding.ExpertCache", make)
+    return found
+
+
+def call(family: str, **options) -> dict:
+    mask = MASK if family.startswith("t5") else MASK.flip(1)
+    ids = batch(family, labels=False)["input_ids"]
+    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **options}
+
+
+def experts(model) -> list[MPOExperts]:
+    return [module for module in model.modules() if isinstance(module, MPOExperts)]
+
+
+def plain_tokens(model, **options) -> torch.Tensor:
+    """As without a cache."""
+    model.cache_experts(0)
+    tokens = model.generate(**options)
+    model.cache_experts(None)
+    return tokens
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2", "llama"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_same_tokens(family, options, mode, converted, made):
+    model = converted(family, **LIGHT, auxiliary_noise=0.3)
+    with mode():
+        plain = plain_tokens(model, **call(family, **options))
+        assert made == []
+        found = model.generate(**call(family, **options))
+    assert torch.equal(found, plain)
+    (cache,) = made
+    report = cache.report()
+    assert report.hits > 0
+    assert 0 < report.bytes <= report.max_bytes == decoding_bytes(experts(model))
+    assert all(layer.expert_cache is None for layer in experts(model))  # freed with the call
+
+
+@pytest.mark.usefixtures("always")
+def test_weights_swapped_between_calls_are_noticed(converted):
+    """Averages of weights are often put in place through ``data``, which leaves no trace."""
+    model = converted("gpt2", **LIGHT, auxiliary_noise=0.3)
+    before = model.generate(**call("gpt2"))
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+    found = model.generate(**call("gpt2"))
+    assert torch.equal(found, plain_tokens(model, **call("gpt2")))
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.usefixtures("always")
+def test_training_finds_nothing_of_it(converted, made):
+    model, other = (converted("gpt2", **LIGHT, auxiliary_noise=0.1) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    model.generate(**call("gpt2"))
+    for trained in (model, other):
+        trained.train()
+        trained(**batch("gpt2")).loss.backward()
+    assert all(layer.expert_cache is None for layer in experts(model))
+    gradients = [[p.grad for p in each.parameters()] for each in (model, other)]
+    assert all(map(torch.equal, *gradients))
+    before = len(made)
+    model.generate(**call("gpt2"))  # with dropout: not for inference
+    assert len(made) == before == 1
+
+
+@pytest.mark.usefixtures("always")
+def test_zero_turns_it_off_and_none_on_again(converted, made):
+    model = converted("gpt2", **LIGHT)
+    assert model.cache_experts(0) is None
+    model.generate(**call("gpt2"))
+    copy.deepcopy(model).generate(**call("gpt2"))
+    assert made == []
+    assert model.cache_experts(None) is None
+    model.generate(**call("gpt2"))
+    assert len(made) == 1
+    with pytest.raises(TypeError, match="max_bytes must be an integer"):
+        model.cache_experts(False)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_cache_that_the_user_chose_is_the_only_one(converted, made):
+    model = converted("gpt2", **LIGHT)
+    cache = model.cache_experts(10**9)
+    model.generate(**call("gpt2"))
+    assert made == []
+    assert cache.report().experts > 0  # and it stays
+    model.cache_experts(None)
+    own = experts(model)[1].cache_experts(10**9)
+    model.generate(**call("gpt2"))
+    assert made == []
+    assert own.report().experts > 0
+
+
+@pytest.mark.usefixtures("always")
+def test_freed_where_generate_fails(converted, made):
+    model = converted("gpt2", **LIGHT)
+    with pytest.raises(ValueError, match="nonsense"):
+        model.generate(**call("gpt2"), nonsense=True)
+    assert len(made) == 1
+    assert all(layer.expert_cache is None for layer in experts(model))
+
+
+@pytest.mark.usefixtures("always")
+def test_said_once(converted, caplog):
+    transformers_logging.info_once.cache_clear()
+    model = converted("gpt2", **LIGHT)
+    with caplog.at_level(logging.INFO, LOG):
+        for _ in range(2):
+            model.generate(**call("gpt2"))
+    (record,) = [record for record in caplog.records if record.name == LOG]
+    assert f"up to {decoding_bytes(experts(model)) / 1e6:.1f} MB" in record.message
+    assert "cache_experts(0)" in record.message
+
+
+@pytest.mark.parametrize(
+    "config", [{"shape": "hidden"}, {"shape": "separable"}, LIGHT, {"expert_type": "dense"}], ids=str
+)
+def test_nothing_where_nothing_is_gained(config, converted, made, caplog):
+    """Hidden-side and separable experts, dense ones, and whatever is too small."""
+    transformers_logging.info_once.cache_clear()
+    model = converted("gpt2", **config)
+    with caplog.at_level(logging.INFO, LOG):
+        model.generate(**call("gpt2"))
+    assert made == []
+    assert [record for record in caplog.records if record.name == LOG] == []
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("change", ["meta", "parametrised", "inference"])
+def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
+    if change == "inference":
+        with torch.inference_mode():
+            model = converted("gpt2", **LIGHT).eval()
+            model.generate(**call("gpt2"))
+    else:
+        model = converted("gpt2", **LIGHT)
+        if change == "meta":
+            model.to("meta")
+        else:
+            for layer in experts(model):
+                torch.nn.utils.parametrize.register_parametrization(layer.up, "central", torch.nn.Identity())
+    with kept_while_generating(model) as cache:
+        assert cache is None
+    assert made == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_is_the_dense_layers_and_never_more_than_dense_experts(dtype, converted):
+    dense = 4 * 3 * 24 * 48 * dtype.itemsize
+    assert decoding_bytes(experts(converted("llama", **{**LIGHT, "num_experts": 8}).to(dtype))) == dense
+    for config, room in ((LIGHT, True), ({**LIGHT, "num_experts": 1}, False)):  # the cores alone take more than one
+        layers = experts(converted("llama", **config).to(dtype))
+        cores = sum(core.nbytes for layer in layers for p in layer.projections().values() for core in p.cores())
+        assert decoding_bytes(layers) == max(config["num_experts"] * dense - cores, 0) < dense
+        assert bool(decoding_bytes(layers)) == room
+
+
+def test_only_models_that_generate_have_it(converted):
+    assert not hasattr(converted("bert"), "generate")
+    made = type(converted("gpt2"))
+    assert made.generate is not GenerationMixin.generate
+    assert made.generate.__wrapped__ is GenerationMixin.generate

@@ -111,6 +111,7 @@ class HeldLayer:
         blocks_bytes: of these, without what are views of the cores.
         experts: E.
         kept: there was room for the blocks.
+        waited: passes that patience took.
         promised: bytes for full weights of all experts, by dtype; 0: no room.
         full: by expert and dtype, the weights ``[I, F]`` by kind of projection.
     """
@@ -122,6 +123,7 @@ class HeldLayer:
     blocks_bytes: int
     experts: int
     kept: bool = True
+    waited: int = 0
     promised: dict[torch.dtype, int] = field(default_factory=dict)
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ class HeldLayer:
         return self.cache._refuses(self, dtype)
 
     def has_room(self, dtype: torch.dtype) -> bool:
-        """Whether all experts' full weights in ``dtype`` fit; decided at the first call, which reserves their room."""
+        """Whether all experts' full weights in ``dtype`` fit; decided once, with room reserved, when patience ends."""
         return self.cache._has_room(self, dtype)
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -177,17 +179,19 @@ class ExpertCache:
 
     Args:
         max_bytes: bound, at least 1.
+        patience: passes in which a layer could have had full weights before room for them is reserved. Building them
+            takes as long as several passes, which a short answer would not earn back.
 
     Raises:
         TypeError, ValueError: ``max_bytes`` that is no positive integer.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, patience: int = 0) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
             raise TypeError(f"max_bytes must be an integer or None; got {type(max_bytes).__name__} {max_bytes!r}")
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1 (0 or None: no cache); got {max_bytes}")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.patience = max_bytes, patience
         self._layers: WeakKeyDictionary[nn.Module, HeldLayer] = WeakKeyDictionary()
         self._met: WeakSet[nn.Module] = WeakSet()
         self._hits = self._built = self._refused = 0
@@ -200,8 +204,8 @@ class ExpertCache:
             return None
         return cls(max_bytes)
 
-    def __reduce__(self) -> tuple[type[ExpertCache], tuple[int]]:
-        return ExpertCache, (self.max_bytes,)
+    def __reduce__(self) -> tuple[type[ExpertCache], tuple[int, int]]:
+        return ExpertCache, (self.max_bytes, self.patience)
 
     def layer(self, owner: nn.Module, projections: Mapping[str, MPOCores]) -> HeldLayer | None:
         """What is held of a layer whose projections are these now; ``None``: it is met for the first time.
@@ -264,6 +268,9 @@ class ExpertCache:
 
     def _has_room(self, held: HeldLayer, dtype: torch.dtype) -> bool:
         with self._lock:
+            if dtype not in held.promised and held.waited < self.patience:
+                held.waited += 1
+                return False
             if dtype not in held.promised:
                 wanted = held.experts * held.elements * dtype.itemsize
                 fits = held.kept and self._reserved() + wanted <= self.max_bytes

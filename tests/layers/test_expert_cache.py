@@ -137,6 +137,16 @@ def test_what_runs_once_takes_no_room_from_what_runs_again() -> None:
         assert (cache.report().experts, cache.report().refused) == (experts, refused)
 
 
+@pytest.mark.usefixtures("always")
+def test_patience_builds_nothing_in_the_first_passes() -> None:
+    ffn = feed_forward()
+    cache = ffn.experts.expert_cache = ExpertCache(PLENTY, patience=2)
+    for built in (0, 0, 0, 5):  # the first pass, two of patience
+        torch.testing.assert_close(*both(ffn, torch.randn(40, 24)), rtol=1e-4, atol=1e-5)
+        assert (cache.report().built, cache.report().refused) == (built, 0)
+    assert copy.deepcopy(cache).patience == 2
+
+
 def test_weights_without_room_are_refused() -> None:
     ffn = feed_forward()
     held = with_cache(ffn).layer(ffn.experts, ffn.experts.projections())

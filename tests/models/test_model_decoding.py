@@ -29,7 +29,8 @@ def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they may be used: models as small as these never gain by them."""
+    """Full weights wherever they may be used, and soon: models as small as these never gain by them."""
+    monkeypatch.setattr("mpoe.models.decoding.PATIENCE", 2)
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
@@ -38,8 +39,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
     """The caches that `generate` made by itself."""
     found: list[ExpertCache] = []
 
-    def make(bound: int) -> ExpertCache:
-        found.append(ExpertCache(bound))
+    def make(bound: int, patience: int) -> ExpertCache:
+        found.append(ExpertCache(bound, patience))
         return found[-1]
 
     monkeypatch.setattr("mpoe.models.decoding.ExpertCache", make)
@@ -80,6 +81,15 @@ def test_same_tokens(family, options, mode, converted, made):
     assert report.hits > 0
     assert 0 < report.bytes <= report.max_bytes == decoding_bytes(experts(model))
     assert all(layer.expert_cache is None for layer in experts(model))  # freed with the call
+
+
+@pytest.mark.parametrize(("tokens", "built"), [(15, False), (17, True)])
+def test_a_short_answer_builds_nothing(tokens, built, converted, made, monkeypatch):
+    """Folded blocks are kept at once; full weights take longer to build than a few tokens by the cores."""
+    monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
+    model = converted("gpt2", **LIGHT)
+    model.generate(**{**call("gpt2"), "max_new_tokens": tokens, "min_new_tokens": tokens})
+    assert (made[0].report().built > 0) == built
 
 
 @pytest.mark.usefixtures("always")

@@ -15,8 +15,9 @@ from mpoe.layers.experts import MPOExperts
 
 logger = logging.get_logger(__name__)
 
-# Tokens before full weights are built, which an answer should earn back: built at the second token they made one of
-# three tokens 8% longer, built at the eighth one of twelve 5% (shape light, one text).
+# Passes by folded blocks before full weights are built, which an answer should earn back: built at the second token
+# they seemed to make one of three tokens 8% longer, built at the eighth one of twelve 5% (shape light, one text; single
+# runs, noise 5%).
 PATIENCE = 14
 
 

@@ -134,12 +134,9 @@ void forward(
       const bool few = all <= kFewRows;
       if (first && !few && (e + 1 < in.experts || group + 1 < in.groups())) {
         const int64_t next_expert = e + 1 < in.experts ? e + 1 : 0, next_group = e + 1 < in.experts ? group : group + 1;
-        const void* const sides[] = {in.right, in.left};
-        for (const void* blocks : sides) {
-          const char* next = reinterpret_cast<const char*>(block_of<T>(in, blocks, next_expert, next_group));
-          for (int64_t c = 0; c < s.block * s.block * static_cast<int64_t>(sizeof(T)); c += 64)
-            __builtin_prefetch(next + c, 0, 2);
-        }
+        const int64_t bytes = s.block * s.block * static_cast<int64_t>(sizeof(T));
+        prefetch_to_read<2>(block_of<T>(in, in.right, next_expert, next_group), bytes);
+        prefetch_to_read<2>(block_of<T>(in, in.left, next_expert, next_group), bytes);
       }
       if (first && !few) {
         gemm.pack(right, s.units, r, s.block, s.block, s.block);

@@ -39,18 +39,25 @@ struct Chunk {
   std::uint8_t marks[kChunk];
 };
 
+constexpr int64_t kAhead = 8;  // rows: they lie in pages of their own, and no hardware knows which is next
+
+// locality: 3 into the first-level cache, 2 into the second.
+template <int locality>
+inline void prefetch_to_read(const void* address, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 0, locality);
+}
+inline void prefetch_to_write(const void* address, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 1);
+}
+
 // The group's units of the slots' tokens.
 template <class T>
 void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, T* out) {
-  constexpr int64_t kAhead = 8, kLine = 64;  // rows lie in pages of their own, and no hardware knows which is next
   const auto source = [&](int64_t r) {
     return static_cast<const T*>(from) + chunk.owners[r] * in.features + chunk.groups[r] * s.block;
   };
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    if (r + kAhead < chunk.rows) {
-      const char* next = reinterpret_cast<const char*>(source(r + kAhead));
-      for (int64_t c = 0; c < s.block * static_cast<int64_t>(sizeof(T)); c += kLine) __builtin_prefetch(next + c);
-    }
+    if (r + kAhead < chunk.rows) prefetch_to_read<3>(source(r + kAhead), s.block * static_cast<int64_t>(sizeof(T)));
     std::memcpy(out + r * s.stride, source(r), s.block * sizeof(T));
   }
 }
@@ -69,10 +76,11 @@ void add_rows(
     const float* gates, float* sum, void* out) {
   for (int64_t r = 0; r < chunk.rows; ++r, rows += s.wide) {
     const int64_t group = chunk.groups[r], token = chunk.owners[r];
-    if (r + 8 < chunk.rows && (chunk.marks[r + 8] & kLast) != 0) {
-      const char* next = reinterpret_cast<const char*>(static_cast<T*>(out) + chunk.owners[r + 8] * in.features + chunk.groups[r + 8] * s.block);
-      for (int64_t c = 0; c < s.block * static_cast<int64_t>(sizeof(T)); c += 64) __builtin_prefetch(next + c, 1);
-    }
+    const int64_t later = r + kAhead;
+    if (later < chunk.rows && (chunk.marks[later] & kLast) != 0)
+      prefetch_to_write(
+          static_cast<T*>(out) + chunk.owners[later] * in.features + chunk.groups[later] * s.block,
+          s.block * static_cast<int64_t>(sizeof(T)));
     float* const target = sum + ((group - tile.first_group) * tile.tokens + token - tile.first_token) * s.wide;
     const bool begins = (chunk.marks[r] & kFirst) != 0;
     const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);

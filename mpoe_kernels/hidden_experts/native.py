@@ -97,10 +97,12 @@ def routed(
     right, left, right_gate = blocks["right"], blocks["left"], blocks.get("right_gate")
     if type(u) is not Tensor or right is None or left is None or (u_gate is None) != (right_gate is None):
         return None
+    if right.dim() != 4 or right.shape[2] != right.shape[3]:
+        return None
     (experts, groups, block, _), features, tokens = right.shape, u.shape[-1], x.shape[0]
-    square = experts * groups * block * block
     if not (
         tokens > 0
+        and u.numel() == tokens * features
         and u.dtype in _DTYPES
         and features % block == 0
         and groups in (1, features // block)
@@ -109,18 +111,13 @@ def routed(
         and router_weight.is_contiguous()
     ):
         return None
-    rows = tokens * features
-    sizes = (
-        (u, rows),
-        (u_gate, rows),
-        (right, square),
-        (left, square),
-        (right_gate, square),
-        (bias, experts * features),
+    shapes = (
+        *((u, u.shape), (u_gate, u.shape), (right, right.shape), (left, right.shape), (right_gate, right.shape)),
+        (bias, (experts, features)),
     )
-    for each, size in sizes:
+    for each, shape in shapes:
         if each is not None and not (
-            each.dtype == u.dtype and each.numel() == size and each.is_contiguous() and each.is_cpu
+            each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
         ):
             return None
     router, found = arguments_of(x, router_weight, top_k, raw)

@@ -44,10 +44,13 @@ def is_for_few(x: Tensor, weight: Tensor, backend: str | None = None, *others: T
     return (
         not torch.compiler.is_dynamo_compiling()
         and NATIVE_LIBRARY.functions is not None
+        and x.dim() == weight.dim() == 2
+        and x.shape[1] == weight.shape[1]
         and x.shape[0] * weight.shape[0] <= MOST_LOGITS
         and x.dtype in _DTYPES
         and weight.dtype in _DTYPES
         and x.is_cpu
+        and weight.is_cpu
         and requested_backend(backend) in (AUTO, "native")
         and is_plain_call((x, weight, *others))
         and not needs_gradients((x, weight, *others))

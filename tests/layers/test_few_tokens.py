@@ -212,7 +212,19 @@ def test_what_does_not_fit_is_refused_by_the_op(calls) -> None:
     layer.up = nn.Linear(12, 24)
     with torch.no_grad(), pytest.raises(ValueError, match="right must be"):
         layer(x)
-    assert calls == [False, False, False]
+    layer = feed_forward()
+    layer.router.weight = nn.Parameter(torch.zeros(5, 7))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(x)
+    layer = feed_forward()  # as many numbers, in blocks of another form
+    layer.experts.auxiliary["left"] = nn.Parameter(torch.zeros(5, 1, 16, 16))
+    with torch.no_grad(), pytest.raises(ValueError, match="left must be"):
+        layer(x)
+    layer.experts.auxiliary["right"] = nn.Parameter(torch.zeros(20, 8, 8))
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match="left must be"):
+        layer(x)
+    assert not any(calls)
+    assert len(calls) == 6
 
 
 def test_compiled_without_a_break(calls) -> None:

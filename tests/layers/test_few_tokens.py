@@ -100,6 +100,9 @@ def test_who_else_has_a_part_in_a_call_sees_pytorch_ops() -> None:
     with torch.no_grad():
         assert router.is_for_few(x)
         assert not router.is_for_few(torch.randn(gating.MOST_LOGITS // 4 + 1, 6))
+        many = TopKRouter(6, 64)
+        assert many.is_for_few(torch.randn(4, 6))
+        assert not many.is_for_few(torch.randn(5, 6))
         assert not router.is_for_few(x.double())
         assert not router.is_for_few(x.to("meta"))
         with use_backend("eager"):

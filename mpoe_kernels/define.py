@@ -20,34 +20,9 @@ AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), stri
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def run_kernel(op: str, backend: str, like: Tensor, *arguments: Any, **sizes: int) -> Any:
-    """Call the kernel of the backend that the registry selects for this op, device and dtype."""
-    return kernel_for(op, like.device, like.dtype, backend, **sizes)(*arguments)
-
-
-def define_op(
-    body: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    autocast_arguments: Sequence[int] = (),
-) -> Any:
-    """Register ``mpoe::<body.__name__>``.
-
-    Args:
-        body: annotated function; its annotations are the schema. It calls `run_kernel`.
-        fake: shapes and dtypes of the results.
-        setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how
-            double backward is refused).
-        autocast_arguments: positions of the tensors that autocast brings to its dtype.
-
-    Returns:
-        A function that calls the op.
-    """
-    name = body.__name__
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=())
-    return _register(op, body, name, fake, setup_context, backward, tuple(autocast_arguments))
+def run_kernel(op: str, call: Any, like: Tensor, **sizes: int) -> Any:
+    """Call the kernel of the backend that the registry selects for this op, and the device and dtype of ``like``."""
+    return kernel_for(op, like.device, like.dtype, call.backend, **sizes)(call)
 
 
 # Types of a signature's fields, as annotated -> as a schema writes them.
@@ -55,6 +30,7 @@ _SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
     "int": "SymInt",
+    "int | None": "SymInt?",
     "float": "float",
     "bool": "bool",
     "str": "str",
@@ -62,7 +38,7 @@ _SCHEMA_TYPES = {
 }
 
 
-def define_op_of(
+def define_op(
     name: str,
     signature: type[Any],
     results: int,
@@ -77,11 +53,16 @@ def define_op_of(
 
     Args:
         name: of the op.
-        signature: dataclass; kernels, fake and schema know the arguments by its fields.
+        signature: dataclass; kernels, fake and schema know the arguments by its fields. A frozen one would take 2 us
+            more of a call to make.
         results: how many tensors it returns.
-        kernel, fake: take an instance of ``signature``.
-        setup_context, backward: as in `define_op`.
+        kernel, fake: take an instance of ``signature``; the fake gives shapes and dtypes of the results.
+        setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how
+            double backward is refused).
         autocast: fields that autocast brings to its dtype.
+
+    Returns:
+        A function that calls the op.
     """
     declared = fields(signature)
     arguments = ", ".join(

@@ -1,8 +1,9 @@
 """Who computes: the registry of backends.
 
-A backend is a table of kernels, one per op, that share the op's argument list. For a contraction, which can be
-computed in several ways, it offers candidates, see `mpoe_kernels.choice`. A backend answers with *reasons* when it
-cannot run a request; the error for a named backend lists them all, and nothing falls back silently.
+A backend is a table of kernels, one per op; each takes a call of that op, see ``call.py`` of its folder. For a
+contraction, which can be computed in several ways, it offers candidates, see `mpoe_kernels.choice`. A backend answers
+with *reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls back
+silently.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Backend:
 
     Attributes:
         name: as users write it in ``backend=``.
-        kernels: op name -> function with the op's arguments.
+        kernels: op name -> function of a call of that op.
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
         op_reasons: the same for single ops.

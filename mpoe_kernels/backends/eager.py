@@ -2,20 +2,14 @@
 
 import torch
 
-from mpoe_kernels.embedding.eager import embedding_backward, embedding_forward
+from mpoe_kernels.embedding import eager as embedding
 from mpoe_kernels.linear.eager.cost import predicted_seconds
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 from mpoe_kernels.linear.gpu import grouped
 from mpoe_kernels.linear.gpu.cost import counting_reasons
 from mpoe_kernels.planner import Contraction, hardware_here
 from mpoe_kernels.registry import Backend, Candidate
-from mpoe_kernels.routing.eager import (
-    combine_backward,
-    combine_forward,
-    dispatch_backward,
-    dispatch_forward,
-    route_forward,
-)
+from mpoe_kernels.routing import eager as routing
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
@@ -32,13 +26,13 @@ def candidates(plan: Contraction) -> list[Candidate]:
 EAGER = Backend(
     name="eager",
     kernels={
-        "route": route_forward,
-        "dispatch": dispatch_forward,
-        "dispatch_backward": dispatch_backward,
-        "combine": combine_forward,
-        "combine_backward": combine_backward,
-        "mpo_embedding": embedding_forward,
-        "mpo_embedding_backward": embedding_backward,
+        "route": routing.route,
+        "dispatch": routing.dispatch,
+        "dispatch_backward": routing.dispatch_backward,
+        "combine": routing.combine,
+        "combine_backward": routing.combine_backward,
+        "mpo_embedding": embedding.forward,
+        "mpo_embedding_backward": embedding.backward,
     },
     candidates=candidates,
 )

@@ -36,16 +36,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # op -> module and function
 _KERNELS = {
-    "route": ("routing.triton", "route_forward"),
-    "dispatch": ("routing.triton", "dispatch_forward"),
+    "route": ("routing.triton", "route"),
+    "dispatch": ("routing.triton", "dispatch"),
     "dispatch_backward": ("routing.triton", "dispatch_backward"),
-    "combine": ("routing.triton", "combine_forward"),
+    "combine": ("routing.triton", "combine"),
     "combine_backward": ("routing.triton", "combine_backward"),
     "gated_mpo_linear": ("linear.triton.gated", "forward"),
     "hidden_experts": ("hidden_experts.triton.launch", "forward"),
     "hidden_experts_backward": ("hidden_experts.triton.launch", "backward"),
-    "mpo_embedding": ("embedding.triton", "embedding_forward"),
-    "mpo_embedding_backward": ("embedding.triton", "embedding_backward"),
+    "mpo_embedding": ("embedding.triton", "forward"),
+    "mpo_embedding_backward": ("embedding.triton", "backward"),
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.embedding import triton as embedding
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton import launch as hidden
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, GatedCall
@@ -30,6 +31,7 @@ from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.planner import BlockDims, contractions
 from mpoe_kernels.planner.program import PHASES
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.triton.start import Launch, recorded, target_of
 
 
@@ -198,7 +200,7 @@ def combine_work(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype)
     """Brings the rows of a last product to their tokens, one expert each."""
     rows, gates = _empty(tokens, dims.out_features, dtype=dtype), _empty(tokens, 1, dtype=torch.float32)
     where = _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
-    return partial(routing.combine_forward, rows, *where, gates)
+    return partial(routing.combine, CombineCall(rows, *where, gates, "triton"))
 
 
 def gated_work(
@@ -279,14 +281,18 @@ def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
         mask = _empty(tokens, dtype=torch.bool)
         rows, gates = _empty(tokens, model, dtype=dtype), _empty(tokens, top_k, dtype=torch.float32)
         sorted_rows = _empty(slots, model, dtype=dtype)
-        for capacity, token_mask in ((None, None), (slots // experts + 1, mask)):
-            yield Problem(f"{label} route", partial(routing.route_forward, index, experts, capacity, token_mask))
         where = (offsets, token_of_slot, slot_of_token)
-        yield Problem(f"{label} dispatch", partial(routing.dispatch_forward, rows, *where))
-        yield Problem(f"{label} dispatch backward", partial(routing.dispatch_backward, sorted_rows, slot_of_token))
-        yield Problem(f"{label} combine", partial(routing.combine_forward, sorted_rows, *where, gates))
-        work = partial(routing.combine_backward, rows, sorted_rows, token_of_slot, slot_of_token, gates, True, True)
-        yield Problem(f"{label} combine backward", work)
+        for capacity, token_mask in ((None, None), (slots // experts + 1, mask)):
+            call: Any = RouteCall(index, experts, capacity, token_mask, "triton")
+            yield Problem(f"{label} route", partial(routing.route, call))
+        call = DispatchCall(rows, *where, "triton")
+        yield Problem(f"{label} dispatch", partial(routing.dispatch, call))
+        call = DispatchBackwardCall(sorted_rows, slot_of_token, "triton")
+        yield Problem(f"{label} dispatch backward", partial(routing.dispatch_backward, call))
+        call = CombineCall(sorted_rows, *where, gates, "triton")
+        yield Problem(f"{label} combine", partial(routing.combine, call))
+        call = CombineBackwardCall(rows, sorted_rows, token_of_slot, slot_of_token, gates, True, True, "triton")
+        yield Problem(f"{label} combine backward", partial(routing.combine_backward, call))
 
 
 def _embedding(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
@@ -295,8 +301,10 @@ def _embedding(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]
     blocks = _blocks(dims_of(MPOShape.paper(*table, max_bond=64)), 1, dtype)
     for ids in (_integers(TOKENS[-1]), _integers(TOKENS[0])):
         tokens = ids.shape[0]
-        yield Problem(f"embedding T={tokens}", partial(embedding.embedding_forward, ids, *blocks, *table), not few)
-        work = partial(embedding.embedding_backward, _empty(tokens, sizes.model, dtype=dtype), ids, *blocks, *table)
+        call = (ids, *blocks, *table, "triton")
+        yield Problem(f"embedding T={tokens}", partial(embedding.forward, EmbeddingCall(*call)), not few)
+        grad = _empty(tokens, sizes.model, dtype=dtype)
+        work = partial(embedding.backward, EmbeddingBackwardCall(*call, grad))
         yield Problem(f"embedding T={tokens} backward", work, not few)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a table kept as an MPO, by the kernels of csrc/cuda/embedding.h; arguments and results as the eager ones."""
+"""Rows of a table kept as an MPO, by the kernels of csrc/cuda/embedding.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids
 from mpoe_kernels.planner import may_round_to_tf32
 
@@ -22,27 +23,17 @@ class EmbeddingKernels:
 
     ops: Any
 
-    def forward(
-        self, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
-    ) -> Tensor:
-        """``[T] -> [T, embedding_dim]``; an id outside the table is an error, on a GPU by an assertion there."""
-        check_ids(ids, num_embeddings)
-        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central.dtype))
-        return self.ops.embedding_forward(ids, left, central, right, *sizes)
+    def forward(self, call: EmbeddingCall) -> Tensor:
+        """An id outside the table is an error, on a GPU by an assertion there."""
+        check_ids(call.ids, call.num_embeddings)
+        return self.ops.embedding_forward(call.ids, *call.blocks, *self._sizes(call))
 
-    def backward(
-        self,
-        grad: Tensor,
-        ids: Tensor,
-        left: Tensor,
-        central: Tensor,
-        right: Tensor,
-        num_embeddings: int,
-        embedding_dim: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of left, central and right."""
-        sizes = (num_embeddings, embedding_dim, may_round_to_tf32(central.dtype))
-        return self.ops.embedding_backward(grad, ids, left, central, right, *sizes)
+    def backward(self, call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ops.embedding_backward(call.grad, call.ids, *call.blocks, *self._sizes(call))
 
-    def table(self) -> dict[str, Callable[..., Any]]:
+    @staticmethod
+    def _sizes(call: EmbeddingCall) -> tuple[int, int, bool]:
+        return call.num_embeddings, call.embedding_dim, may_round_to_tf32(call.central.dtype)
+
+    def table(self) -> dict[str, Callable[[Any], Any]]:
         return {"mpo_embedding": self.forward, "mpo_embedding_backward": self.backward}

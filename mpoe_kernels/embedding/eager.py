@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids
 from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
 from mpoe_kernels.planner import BlockDims
@@ -108,37 +109,33 @@ def _central_step(rows_left: Tensor, central: Tensor, centre_digit: Tensor) -> T
     return out.view(n, columns * central.shape[2], central.shape[3])
 
 
-def embedding_forward(
-    ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
-) -> Tensor:
-    """``[T] -> [T, embedding_dim]``."""
-    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
+def forward(call: EmbeddingCall) -> Tensor:
+    """By the way that takes the fewest FLOPs."""
+    ids, (left, central, right), dims = call.ids, call.blocks, call.dims
     if ids.device.type == "cpu":  # elsewhere the check would wait for the device
-        check_ids(ids, num_embeddings)
+        check_ids(ids, call.num_embeddings)
     way = _way(dims, ids.numel())
     if way == "rebuild":
         return rebuild_weight(left[0], central, right[0], dims).index_select(0, ids)
     if way == "pairs":
-        return _pairs_forward(ids, left[0], central, right[0], dims)[:, :embedding_dim].contiguous()
+        return _pairs_forward(ids, left[0], central, right[0], dims)[:, : call.embedding_dim].contiguous()
     left_digit, centre_digit, right_digit = _digits(ids, dims)
     half = _central_step(left[0, left_digit], central, centre_digit)
     rows = torch.bmm(half, right[0].transpose(0, 1)[right_digit])
-    return rows.view(ids.numel(), dims.jL * dims.jC * dims.jR)[:, :embedding_dim].contiguous()
+    return rows.view(ids.numel(), dims.jL * dims.jC * dims.jR)[:, : call.embedding_dim].contiguous()
 
 
-def embedding_backward(
-    grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of left, central and right."""
-    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
+def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """By the forward's way."""
+    grad, ids, (left, central, right), dims = call.grad, call.ids, call.blocks, call.dims
     way = _way(dims, ids.numel())
     if way == "rebuild":
-        dtable = grad.new_zeros(num_embeddings, embedding_dim).index_add_(0, ids, grad)
+        dtable = grad.new_zeros(call.num_embeddings, call.embedding_dim).index_add_(0, ids, grad)
         ordered = block_order(dtable, dims)
         dleft, dcentral, dright = project_gradient(ordered, left[0], central, right[0], dims, need_central=True)
         assert dcentral is not None
         return dleft.unsqueeze(0), dcentral, dright.unsqueeze(0)
-    padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - embedding_dim))
+    padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - call.embedding_dim))
     if way == "pairs":
         dleft, dcentral, dright = _pairs_backward(padded, ids, left[0], central, right[0], dims)
         return dleft.unsqueeze(0), dcentral, dright.unsqueeze(0)

@@ -9,61 +9,17 @@ from torch import Tensor
 
 from mpoe_kernels.checks import check_device, check_same, describe
 from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.registry import requested_backend
 
 
-def mpo_embedding_body(
-    ids: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    backend: str,
-) -> Tensor:
-    return run_kernel("mpo_embedding", backend, central, ids, left, central, right, num_embeddings, embedding_dim)
+def _fake(call: EmbeddingCall) -> Tensor:
+    return call.central.new_empty(call.ids.shape[0], call.embedding_dim)
 
 
-def _fake(
-    ids: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    backend: str,
-) -> Tensor:
-    return central.new_empty(ids.shape[0], embedding_dim)
-
-
-def mpo_embedding_backward_body(
-    grad: Tensor,
-    ids: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_kernel(
-        "mpo_embedding_backward", backend, grad, grad, ids, left, central, right, num_embeddings, embedding_dim
-    )
-
-
-def _backward_fake(
-    grad: Tensor,
-    ids: Tensor,
-    left: Tensor,
-    central: Tensor,
-    right: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dleft, dcentral, dright = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (left, central, right))
-    return dleft, dcentral, dright
+def _backward_fake(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(block.shape, dtype=block.dtype, device=block.device) for block in call.blocks)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,15 +28,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    grads = _backward(*ctx.saved_tensors, *ctx.sizes, grad.contiguous())
     needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[1:4], strict=True))
     return None, *needed, None, None, None
 
 
-mpo_embedding_body.__name__ = "mpo_embedding"
-mpo_embedding_backward_body.__name__ = "mpo_embedding_backward"
-_backward = define_op(mpo_embedding_backward_body, _backward_fake)
-_forward = define_op(mpo_embedding_body, _fake, setup_context=_setup, backward=_autograd, autocast_arguments=(1, 2, 3))
+_backward = define_op(
+    "mpo_embedding_backward",
+    EmbeddingBackwardCall,
+    3,
+    lambda call: run_kernel("mpo_embedding_backward", call, call.central),
+    _backward_fake,
+)
+_forward = define_op(
+    "mpo_embedding",
+    EmbeddingCall,
+    1,
+    lambda call: run_kernel("mpo_embedding", call, call.central),
+    _fake,
+    setup_context=_setup,
+    backward=_autograd,
+    autocast=("left", "central", "right"),
+)
 
 
 def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids, slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
@@ -21,7 +22,7 @@ from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
 from mpoe_kernels.linear.triton.launch import LAUNCHES
 from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.planner.program import weight_backward_program, weight_program
-from mpoe_kernels.routing.triton import dispatch_backward, dispatch_forward, route_forward
+from mpoe_kernels.routing.triton import collect_rows, gather_rows, sort_pairs
 from mpoe_kernels.triton.pointwise import sum_rows
 
 
@@ -42,7 +43,7 @@ class _Sorted:
 
     @classmethod
     def by(cls, digit: Tensor, count: int) -> _Sorted:
-        return cls(*route_forward(digit.unsqueeze(1), count, None, None))
+        return cls(*sort_pairs(digit.unsqueeze(1), count))
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,20 @@ def _slices(operand: Operand, axis: str) -> Operand:
     return Operand(operand.data, strides, operand.strides[axis])
 
 
-def embedding_forward(
-    ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
-) -> Tensor:
-    """``[T] -> [T, embedding_dim]``."""
-    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
-    check_ids(ids, num_embeddings)
+def forward(call: EmbeddingCall) -> Tensor:
+    """Few rows are gathered, many are read from the rebuilt table."""
+    ids, (left, central, right), dims = call.ids, call.blocks, call.dims
+    check_ids(ids, call.num_embeddings)
     if not gather_is_cheaper(dims, ids.shape[0]):
         table = _table(left, central, right, dims)
         filled = torch.full((1,), ids.shape[0], dtype=torch.int32, device=ids.device)
-        return dispatch_forward(table, filled, ids, ids)[:, :embedding_dim].contiguous()
+        return gather_rows(table, filled, ids)[:, : call.embedding_dim].contiguous()
     gathered = _Gathered.of(ids, left, central, right, dims)
-    y = left.new_empty(ids.shape[0], embedding_dim)
-    out = activations(y, ("jL", "jC", "jR"), dims, embedding_dim)
+    y = left.new_empty(ids.shape[0], call.embedding_dim)
+    out = activations(y, ("jL", "jC", "jR"), dims, call.embedding_dim)
     where = gathered.by_right.offsets, gathered.half_row_of_slot()
     LAUNCHES.rows(Rows(gathered.half(), gathered.right, out, dims, *where))
-    return dispatch_backward(y, gathered.by_right.slot_of_token)
+    return collect_rows(y, gathered.by_right.slot_of_token)
 
 
 def _one_expert(like: Tensor) -> Tensor:
@@ -124,20 +123,18 @@ def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Ten
     return table.view(dims.iL * dims.iC * dims.iR, -1)
 
 
-def embedding_backward(
-    grad: Tensor, ids: Tensor, left: Tensor, central: Tensor, right: Tensor, num_embeddings: int, embedding_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of left, central and right."""
-    dims = BlockDims.of_blocks(left, central, right, num_embeddings, embedding_dim)
-    grad = grad.contiguous()
+def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """By the forward's way."""
+    ids, (left, central, right), dims = call.ids, call.blocks, call.dims
+    grad = call.grad.contiguous()
     if not gather_is_cheaper(dims, ids.shape[0]):
         return _table_backward(grad, ids, left, central, right, dims)
     dcentral = torch.zeros(central.shape, dtype=central.dtype, device=central.device)
     dright = torch.zeros(right.shape, dtype=right.dtype, device=right.device)
     gathered = _Gathered.of(ids, left, central, right, dims)
     by_centre, by_right, slots = gathered.by_centre, gathered.by_right, ids.shape[0]
-    rows = dispatch_forward(grad, by_right.offsets, by_right.token_of_slot, by_right.slot_of_token)
-    drows = activations(rows, ("jL", "jC", "jR"), dims, embedding_dim)
+    rows = gather_rows(grad, by_right.offsets, by_right.token_of_slot)
+    drows = activations(rows, ("jL", "jC", "jR"), dims, call.embedding_dim)
     out = _slices(block(dright, "R"), "iR")
     LAUNCHES.gradient(Sum(gathered.half(), drows, out, dims, by_right.offsets, gathered.half_row_of_slot()))
     width = dims.jL * dims.jC * dims.b
@@ -146,7 +143,7 @@ def embedding_backward(
     LAUNCHES.rows(Rows(drows, gathered.right, dhalf, dims, by_right.offsets))
     # From the order of the right digit to that of the centre's.
     turned = by_right.slot_of_token[by_centre.token_of_slot, 0]
-    dhalf = activations(dispatch_forward(dhalf.data, by_centre.offsets, turned, turned), half_axes, dims)
+    dhalf = activations(gather_rows(dhalf.data, by_centre.offsets, turned), half_axes, dims)
     out = _slices(block(dcentral, "C"), "iC")
     left_row = gathered.left_digit[by_centre.token_of_slot]
     LAUNCHES.gradient(Sum(gathered.left_rows, dhalf, out, dims, by_centre.offsets, left_row))

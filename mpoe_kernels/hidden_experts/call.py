@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class HiddenCall:
     """A forward pass of `mpoe_kernels.hidden_experts`. Its kernel returns ``o [T, F]``.
 
@@ -64,7 +64,7 @@ class HiddenCall:
         return "gelu_tanh" if self.activation == "gelu_new" else self.activation
 
 
-@dataclass(frozen=True)
+@dataclass
 class HiddenBackwardCall(HiddenCall):
     """A backward pass. Its kernel returns gradients in the order of `differentiable`; what is not needed is empty.
 

@@ -22,7 +22,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.cuda_library import RefusingOps
-from mpoe_kernels.define import define_op_of, run_kernel
+from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import eager, native
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
@@ -57,11 +57,11 @@ for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", _CUDA)
 
 
 def _run(call: HiddenCall) -> Tensor:
-    return run_kernel("hidden_experts", call.backend, call.u, call, block=call.block)
+    return run_kernel("hidden_experts", call, call.u, block=call.block)
 
 
 def _run_backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
-    return run_kernel("hidden_experts_backward", call.backend, call.u, call, block=call.block)
+    return run_kernel("hidden_experts_backward", call, call.u, block=call.block)
 
 
 def _fake(call: HiddenCall) -> Tensor:
@@ -87,8 +87,8 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(position) for position in range(10))
 
 
-_backward = define_op_of("hidden_experts_backward", HiddenBackwardCall, 7, _run_backward, _backward_fake)
-_forward = define_op_of(
+_backward = define_op("hidden_experts_backward", HiddenBackwardCall, 7, _run_backward, _backward_fake)
+_forward = define_op(
     "hidden_experts",
     HiddenCall,
     1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpoe_kernels.planner import BlockDims
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinearCall:
     """One call of `mpoe_kernels.grouped_mpo_linear`, forward or backward.
 
@@ -63,7 +63,7 @@ class LinearCall:
         return self.x.shape[0] if self.row_index is None else self.row_index.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardCall(LinearCall):
     """A forward pass. Its kernel returns ``(y [N, F], h, z)``; h and z are empty unless a backward will need them.
 
@@ -94,7 +94,7 @@ class ForwardCall(LinearCall):
         return self.save and self.activation not in ("none", "relu")
 
 
-@dataclass(frozen=True)
+@dataclass
 class GatedCall(LinearCall):
     """A forward pass of two projections of the same rows: ``y = activation(x W_gate) * (x W + bias)``.
 
@@ -135,7 +135,7 @@ class GatedCall(LinearCall):
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class BackwardCall(LinearCall):
     """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; what is not needed is empty.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpoe_kernels.checks import check_choice
 from mpoe_kernels.choice import Problem, chosen_for, strategy_together
-from mpoe_kernels.define import define_op_of
+from mpoe_kernels.define import define_op
 from mpoe_kernels.linear.call import ForwardCall, GatedCall
 from mpoe_kernels.linear.eager.activation import apply_activation_
 from mpoe_kernels.linear.op import ACTIVATIONS, backward_op, check_call, grouped_mpo_linear
@@ -94,7 +94,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_kept: Any) -> tuple[Tensor | None
     return tuple(found)
 
 
-_op = define_op_of(
+_op = define_op(
     "gated_mpo_linear",
     GatedCall,
     5,

@@ -18,11 +18,12 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.choice import chosen_for
-from mpoe_kernels.define import define_op_of, run_kernel
+from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.registry import places_rows, requested_backend
+from mpoe_kernels.routing.call import CombineCall
 from mpoe_kernels.routing.op import Routing, check_gates
 
 # Names as users and Hugging Face configs write them -> the formula.
@@ -45,9 +46,10 @@ def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.out_index is None or places_rows(candidate.backend):
         return candidate.run(call)
     assert call.gates is not None, "out_index comes with gates"
+    assert call.slot_of_token is not None, "and with the slots"
     y, h, z = candidate.run(replace(call, out_index=None, gates=None))
-    pairs = call.expert_offsets, call.out_index, call.slot_of_token, call.gates[:, None]
-    return run_kernel("combine", call.backend, y, y, *pairs), h, z
+    where = call.expert_offsets, call.out_index, call.slot_of_token
+    return run_kernel("combine", CombineCall(y, *where, call.gates[:, None], call.backend), y), h, z
 
 
 def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +91,8 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tupl
     return dx, dleft, dcentral, dright, None, dbias, *(None,) * 10
 
 
-backward_op = define_op_of("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
-forward_op = define_op_of(
+backward_op = define_op("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
+forward_op = define_op(
     "grouped_mpo_linear",
     ForwardCall,
     3,

@@ -1,4 +1,4 @@
-"""Routing by the kernels of csrc/cuda/routing.h; same arguments and results as the eager ones."""
+"""Routing by the kernels of csrc/cuda/routing.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 @dataclass(frozen=True)
@@ -19,47 +21,29 @@ class RoutingKernels:
 
     ops: Any
 
-    def route(
-        self, top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def route(self, call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking them would wait."""
-        return self.ops.route(top_k_index, num_experts, capacity, token_mask)
+        return self.ops.route(call.top_k_index, call.num_experts, call.capacity, call.token_mask)
 
-    def dispatch(self, x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
-        """``[T, I] -> [N, I]``; slots past the last offset are zero."""
-        return self.ops.dispatch(x, expert_offsets, token_of_slot)
+    def dispatch(self, call: DispatchCall) -> Tensor:
+        """Slots past the last offset are zero."""
+        return self.ops.dispatch(call.x, call.expert_offsets, call.token_of_slot)
 
-    def dispatch_backward(self, grad: Tensor, slot_of_token: Tensor) -> Tensor:
-        """``[N, I] -> [T, I]``, summed in float32."""
-        return self.ops.combine(grad, slot_of_token, None)
+    def dispatch_backward(self, call: DispatchBackwardCall) -> Tensor:
+        """Summed in float32."""
+        return self.ops.combine(call.grad, call.slot_of_token, None)
 
-    def combine(
-        self,
-        y_sorted: Tensor,
-        expert_offsets: Tensor,
-        token_of_slot: Tensor,
-        slot_of_token: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """``[N, F] -> [T, F]``, gated; the gates keep their float32, the sum is rounded once."""
-        return self.ops.combine(y_sorted, slot_of_token, top_k_weights)
+    def combine(self, call: CombineCall) -> Tensor:
+        """The gates keep their float32, the sum is rounded once."""
+        return self.ops.combine(call.y_sorted, call.slot_of_token, call.top_k_weights)
 
-    def combine_backward(
-        self,
-        grad: Tensor,
-        y_sorted: Tensor,
-        token_of_slot: Tensor,
-        slot_of_token: Tensor,
-        top_k_weights: Tensor,
-        need_y: bool,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``y_sorted`` and ``top_k_weights``; an empty tensor where none is needed."""
-        dy, dweights = self.ops.combine_backward(
-            grad, y_sorted, token_of_slot, slot_of_token, top_k_weights, need_y, need_weights
-        )
-        return dy if need_y else grad.new_empty(0), dweights if need_weights else grad.new_empty(0)
+    def combine_backward(self, call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+        """Gradients of rows and gates, each by a launch."""
+        where, need = (call.token_of_slot, call.slot_of_token), (call.need_y, call.need_weights)
+        dy, dweights = self.ops.combine_backward(call.grad, call.y_sorted, *where, call.top_k_weights, *need)
+        nothing = call.grad.new_empty(0)
+        return dy if call.need_y else nothing, dweights if call.need_weights else nothing
 
-    def table(self) -> dict[str, Callable[..., Any]]:
+    def table(self) -> dict[str, Callable[[Any], Any]]:
         ops = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
         return {name: getattr(self, name) for name in ops}

@@ -1,4 +1,4 @@
-"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size."""
+"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size. Calls: see `call`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.indices import check_range
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -16,10 +17,9 @@ def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, boundaries, out_int32=True)
 
 
-def route_forward(
-    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mpoe_kernels.routing.op.route`. Key E marks a pair that is masked or dropped."""
+def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Key E marks a pair that is masked or dropped."""
+    top_k_index, num_experts, capacity, token_mask = call.top_k_index, call.num_experts, call.capacity, call.token_mask
     tokens, top_k = top_k_index.shape
     if top_k < 1:
         raise ValueError(f"top_k_index must be [T, K] with K >= 1; got {describe(top_k_index)}")
@@ -48,62 +48,53 @@ def _filled(expert_offsets: Tensor, slots: int) -> Tensor:
     return (torch.arange(slots, device=expert_offsets.device) < expert_offsets[-1]).unsqueeze(1)
 
 
-def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
-    """``[T, I] -> [N, I]``; slots past the last offset are zero, whatever their token holds."""
-    check_range("token_of_slot", token_of_slot, 0, x.shape[0] - 1)
-    rows = x.index_select(0, token_of_slot)
-    return rows.masked_fill_(~_filled(expert_offsets, rows.shape[0]), 0)
+def dispatch(call: DispatchCall) -> Tensor:
+    """Slots past the last offset are zero, whatever their token holds."""
+    check_range("token_of_slot", call.token_of_slot, 0, call.x.shape[0] - 1)
+    rows = call.x.index_select(0, call.token_of_slot)
+    return rows.masked_fill_(~_filled(call.expert_offsets, rows.shape[0]), 0)
 
 
-def dispatch_backward(grad: Tensor, slot_of_token: Tensor) -> Tensor:
-    """``[N, I] -> [T, I]``: a gather over slots, so it is deterministic."""
-    check_range("slot_of_token", slot_of_token, -1, grad.shape[0] - 1)
-    tokens, top_k = slot_of_token.shape
-    rows = grad.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, grad.shape[1])
-    return rows.masked_fill_((slot_of_token < 0).unsqueeze(2), 0).sum(1)
+def _rows_of_pairs(rows: Tensor, slot_of_token: Tensor) -> Tensor:
+    """``[N, F] -> [T, K, F]``; a pair without a slot gets any row."""
+    check_range("slot_of_token", slot_of_token, -1, rows.shape[0] - 1)
+    return rows.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(*slot_of_token.shape, rows.shape[1])
 
 
-def combine_forward(
-    y_sorted: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """``[N, F] -> [T, F]``, gated; dropped pairs contribute nothing, even if their slot holds NaN."""
-    check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
-    tokens, top_k = slot_of_token.shape
-    dropped = (slot_of_token < 0).unsqueeze(2)
-    rows = y_sorted.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(tokens, top_k, y_sorted.shape[1])
+def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
+    """A gather over slots, so it is deterministic."""
+    rows = _rows_of_pairs(call.grad, call.slot_of_token)
+    return rows.masked_fill_((call.slot_of_token < 0).unsqueeze(2), 0).sum(1)
+
+
+def combine(call: CombineCall) -> Tensor:
+    """Dropped pairs contribute nothing, even if their slot holds NaN."""
+    rows = _rows_of_pairs(call.y_sorted, call.slot_of_token)
     # Masked last: neither the row nor the weight of a dropped pair may reach the sum, whatever they hold.
-    rows = rows.mul_(top_k_weights.to(rows.dtype).unsqueeze(2)).masked_fill_(dropped, 0)
-    return rows.squeeze(1) if top_k == 1 else rows.sum(1)
+    rows = rows.mul_(call.top_k_weights.to(rows.dtype).unsqueeze(2))
+    rows = rows.masked_fill_((call.slot_of_token < 0).unsqueeze(2), 0)
+    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
 
 
-def combine_backward(
-    grad: Tensor,
-    y_sorted: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    need_y: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``y_sorted`` and ``top_k_weights``; an empty tensor where none is needed."""
+def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+    """The gradient of the rows by slot, that of the gates by pair."""
+    grad, y_sorted, slot_of_token = call.grad, call.y_sorted, call.slot_of_token
     check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
-    tokens, top_k = slot_of_token.shape
     dropped = slot_of_token < 0
     dy = dweights = grad.new_empty(0)
-    safe = slot_of_token.clamp_min(0).reshape(-1)
-    if need_y:
+    if call.need_y:
         # Weight of every slot; slots that no pair kept stay at zero.
         slots = y_sorted.shape[0]
         weight_of_slot = torch.zeros(slots + 1, dtype=grad.dtype, device=grad.device)
         target = torch.where(dropped, slots, slot_of_token).reshape(-1)
-        weight_of_slot[target] = top_k_weights.to(grad.dtype).reshape(-1)
+        weight_of_slot[target] = call.top_k_weights.to(grad.dtype).reshape(-1)
         kept = torch.zeros(slots + 1, dtype=torch.bool, device=grad.device)
         kept[target] = True
-        dy = grad.index_select(0, token_of_slot).mul_(weight_of_slot[:slots, None])
+        dy = grad.index_select(0, call.token_of_slot).mul_(weight_of_slot[:slots, None])
         dy.masked_fill_(~kept[:slots, None], 0)
-    if need_weights:
-        rows = y_sorted.index_select(0, safe).view(tokens, top_k, y_sorted.shape[1])
+    if call.need_weights:
         accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        rows = _rows_of_pairs(y_sorted, slot_of_token)
         dots = (rows.to(accumulate) * grad.to(accumulate).unsqueeze(1)).sum(2)
-        dweights = dots.masked_fill_(dropped, 0).to(top_k_weights.dtype)
+        dweights = dots.masked_fill_(dropped, 0).to(call.top_k_weights.dtype)
     return dy, dweights

@@ -1,4 +1,4 @@
-"""Routing by the compiled kernels of csrc/cpu/routing.h; same arguments and results as the eager ones."""
+"""Routing by the compiled kernels of csrc/cpu/routing.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mpoe_kernels.native_interface import (
     dense_offsets,
 )
 from mpoe_kernels.native_library import call_native
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 def _name(name: str, tensor: Tensor) -> bytes:
@@ -40,25 +41,24 @@ def _gates(top_k_weights: Tensor, index: Tensor, like: Tensor) -> Tensor:
     return dense("top_k_weights", top_k_weights if top_k_weights.dtype == dtype else top_k_weights.to(dtype))
 
 
-def route_forward(
-    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mpoe_kernels.routing.op.route`. On the CPU looking at the entries costs no waiting, so they are checked."""
-    index = dense_index("top_k_index", top_k_index, 2)
+def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    """On the CPU looking at the entries costs no waiting, so they are checked."""
+    index = dense_index("top_k_index", call.top_k_index, 2)
     tokens, top_k = index.shape
     arguments = RouteArguments(
         tokens=tokens,
         top_k=top_k,
-        experts=num_experts,
-        capacity=-1 if capacity is None else capacity,
+        experts=call.num_experts,
+        capacity=-1 if call.capacity is None else call.capacity,
         index=index.data_ptr(),
     )
+    token_mask = call.token_mask
     if token_mask is not None:
         if token_mask.dtype != torch.bool or token_mask.shape != (tokens,):
             raise ValueError(f"token_mask must be bool [{tokens}]; got {describe(token_mask)}")
         mask = dense("token_mask", token_mask)
         arguments.token_mask = mask.data_ptr()
-    offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
+    offsets = index.new_empty(call.num_experts + 1, dtype=torch.int32)
     token_of_slot, slot_of_token = index.new_empty(tokens * top_k), index.new_empty((tokens, top_k))
     arguments.offsets = offsets.data_ptr()
     arguments.token_of_slot, arguments.slot_of_token = token_of_slot.data_ptr(), slot_of_token.data_ptr()
@@ -66,12 +66,13 @@ def route_forward(
     return offsets, token_of_slot, slot_of_token
 
 
-def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
-    """``[T, I] -> [N, I]``; slots past the last offset are zero."""
+def dispatch(call: DispatchCall) -> Tensor:
+    """Slots past the last offset are zero."""
+    x = call.x
     # Rows may lie apart, even overlap.
     apart = x.dim() == 2 and x.is_cpu and (x.stride(1) == 1 or x.shape[1] == 1)
     source = x if apart else _rows("x", x)
-    index, offsets = dense_index("token_of_slot", token_of_slot, 1), dense_offsets(expert_offsets)
+    index, offsets = dense_index("token_of_slot", call.token_of_slot, 1), dense_offsets(call.expert_offsets)
     (tokens, features), slots, element = source.shape, index.shape[0], source.element_size()
     out = source.new_empty((slots, features))
     call_native(
@@ -112,35 +113,26 @@ def _combined(rows: Tensor, index: Tensor, gates: Tensor | None, name: str) -> T
     return out
 
 
-def dispatch_backward(grad: Tensor, slot_of_token: Tensor) -> Tensor:
-    """``[N, I] -> [T, I]``, summed in float32 (float64 for float64)."""
-    return _combined(_rows("grad", grad), dense_index("slot_of_token", slot_of_token, 2), None, "grad")
+def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
+    """Summed in float32 (float64 for float64)."""
+    return _combined(_rows("grad", call.grad), dense_index("slot_of_token", call.slot_of_token, 2), None, "grad")
 
 
-def combine_forward(
-    y_sorted: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """``[N, F] -> [T, F]``, gated; the gates keep their float32, the sum is rounded once."""
-    rows, index = _rows("y_sorted", y_sorted), dense_index("slot_of_token", slot_of_token, 2)
-    return _combined(rows, index, _gates(top_k_weights, index, rows), "y_sorted")
+def combine(call: CombineCall) -> Tensor:
+    """The gates keep their float32, the sum is rounded once."""
+    rows, index = _rows("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token, 2)
+    return _combined(rows, index, _gates(call.top_k_weights, index, rows), "y_sorted")
 
 
-def combine_backward(
-    grad: Tensor,
-    y_sorted: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    need_y: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``y_sorted`` and ``top_k_weights``; an empty tensor where none is needed."""
-    rows, index = _rows("y_sorted", y_sorted), dense_index("slot_of_token", slot_of_token, 2)
+def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and gates in one pass."""
+    grad, need_y, need_weights = call.grad, call.need_y, call.need_weights
+    rows, index = _rows("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token, 2)
     (tokens, top_k), (slots, features) = index.shape, rows.shape
     if grad.shape != (tokens, features) or grad.dtype != rows.dtype:
         wanted = f"{str(rows.dtype).removeprefix('torch.')} {[tokens, features]}"
         raise ValueError(f"grad must be {wanted}; got {describe(grad)}")
-    outer, gates = dense("grad", grad), _gates(top_k_weights, index, rows)
+    outer, gates = dense("grad", grad), _gates(call.top_k_weights, index, rows)
     dy = rows.new_empty(rows.shape if need_y else 0)
     dweights = gates.new_empty(gates.shape if need_weights else 0)
     call_native(
@@ -159,13 +151,13 @@ def combine_backward(
             dgates=dweights.data_ptr() if need_weights else None,
         ),
     )
-    return dy, dweights if dweights.dtype == top_k_weights.dtype else dweights.to(top_k_weights.dtype)
+    return dy, dweights.to(call.top_k_weights.dtype)
 
 
-ROUTING_KERNELS: dict[str, Callable[..., Any]] = {
-    "route": route_forward,
-    "dispatch": dispatch_forward,
+ROUTING_KERNELS: dict[str, Callable[[Any], Any]] = {
+    "route": route,
+    "dispatch": dispatch,
     "dispatch_backward": dispatch_backward,
-    "combine": combine_forward,
+    "combine": combine,
     "combine_backward": combine_backward,
 }

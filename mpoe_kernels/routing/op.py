@@ -19,6 +19,7 @@ from mpoe_kernels.checks import (
 )
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.registry import requested_backend
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 # Offsets are int32; a table of counts for more experts than any model has would fill the memory.
 MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
@@ -77,25 +78,16 @@ class Routing:
 # ------------------------------------------------------------------ route
 
 
-def _route_body(
-    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_kernel("route", backend, top_k_index, top_k_index, num_experts, capacity, token_mask)
-
-
-def _route_fake(
-    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, top_k = top_k_index.shape
+def _route_fake(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    index = call.top_k_index
     return (
-        top_k_index.new_empty(num_experts + 1, dtype=torch.int32),
-        top_k_index.new_empty(tokens * top_k),
-        top_k_index.new_empty(tokens, top_k),
+        index.new_empty(call.num_experts + 1, dtype=torch.int32),
+        index.new_empty(index.shape[0] * index.shape[1]),
+        index.new_empty(index.shape),
     )
 
 
-_route_body.__name__ = "route"
-_route = define_op(_route_body, _route_fake)
+_route = define_op("route", RouteCall, 3, lambda call: run_kernel("route", call, call.top_k_index), _route_fake)
 
 
 def route(
@@ -144,24 +136,12 @@ def route(
 # --------------------------------------------------------------- dispatch
 
 
-def _dispatch_body(
-    x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, backend: str
-) -> Tensor:
-    return run_kernel("dispatch", backend, x, x, expert_offsets, token_of_slot, slot_of_token)
+def _dispatch_fake(call: DispatchCall) -> Tensor:
+    return call.x.new_empty(call.token_of_slot.shape[0], call.x.shape[1])
 
 
-def _dispatch_fake(
-    x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, backend: str
-) -> Tensor:
-    return x.new_empty(token_of_slot.shape[0], x.shape[1])
-
-
-def _dispatch_backward_body(grad: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
-    return run_kernel("dispatch_backward", backend, grad, grad, slot_of_token)
-
-
-def _dispatch_backward_fake(grad: Tensor, slot_of_token: Tensor, backend: str) -> Tensor:
-    return grad.new_empty(slot_of_token.shape[0], grad.shape[1])
+def _dispatch_backward_fake(call: DispatchBackwardCall) -> Tensor:
+    return call.grad.new_empty(call.slot_of_token.shape[0], call.grad.shape[1])
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,10 +155,22 @@ def _dispatch_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _dispatch_backward(grad.contiguous(), slot_of_token, ctx.backend), None, None, None, None
 
 
-_dispatch_body.__name__ = "dispatch"
-_dispatch_backward_body.__name__ = "dispatch_backward"
-_dispatch_backward = define_op(_dispatch_backward_body, _dispatch_backward_fake)
-_dispatch = define_op(_dispatch_body, _dispatch_fake, setup_context=_dispatch_setup, backward=_dispatch_autograd)
+_dispatch_backward = define_op(
+    "dispatch_backward",
+    DispatchBackwardCall,
+    1,
+    lambda call: run_kernel("dispatch_backward", call, call.grad),
+    _dispatch_backward_fake,
+)
+_dispatch = define_op(
+    "dispatch",
+    DispatchCall,
+    1,
+    lambda call: run_kernel("dispatch", call, call.x),
+    _dispatch_fake,
+    setup_context=_dispatch_setup,
+    backward=_dispatch_autograd,
+)
 
 
 def check_routing(routing: Routing) -> None:
@@ -220,58 +212,19 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
 # ---------------------------------------------------------------- combine
 
 
-def _combine_body(
-    y_sorted: Tensor,
-    expert_offsets: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    backend: str,
-) -> Tensor:
-    return run_kernel(
-        "combine", backend, y_sorted, y_sorted, expert_offsets, token_of_slot, slot_of_token, top_k_weights
-    )
+def _combine_fake(call: CombineCall) -> Tensor:
+    return call.y_sorted.new_empty(call.slot_of_token.shape[0], call.y_sorted.shape[1])
 
 
-def _combine_fake(
-    y_sorted: Tensor,
-    expert_offsets: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    backend: str,
-) -> Tensor:
-    return y_sorted.new_empty(slot_of_token.shape[0], y_sorted.shape[1])
-
-
-def _combine_backward_body(
-    grad: Tensor,
-    y_sorted: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    need_y: bool,
-    need_weights: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    arguments = (grad, y_sorted, token_of_slot, slot_of_token, top_k_weights, need_y, need_weights)
-    dy, dweights = run_kernel("combine_backward", backend, grad, *arguments)
+def _combine_backward_kernel(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+    dy, dweights = run_kernel("combine_backward", call, call.grad)
     # Outputs of an op must not share memory.
-    return dy, dweights if need_weights else dweights.clone()
+    return dy, dweights if call.need_weights else dweights.clone()
 
 
-def _combine_backward_fake(
-    grad: Tensor,
-    y_sorted: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    need_y: bool,
-    need_weights: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dy = torch.empty_like(y_sorted) if need_y else grad.new_empty(0)
-    return dy, torch.empty_like(top_k_weights) if need_weights else grad.new_empty(0)
+def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+    dy = torch.empty_like(call.y_sorted) if call.need_y else call.grad.new_empty(0)
+    return dy, torch.empty_like(call.top_k_weights) if call.need_weights else call.grad.new_empty(0)
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -286,10 +239,18 @@ def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dy if need_y else None, None, None, None, dweights if need_weights else None, None
 
 
-_combine_body.__name__ = "combine"
-_combine_backward_body.__name__ = "combine_backward"
-_combine_backward = define_op(_combine_backward_body, _combine_backward_fake)
-_combine = define_op(_combine_body, _combine_fake, setup_context=_combine_setup, backward=_combine_autograd)
+_combine_backward = define_op(
+    "combine_backward", CombineBackwardCall, 2, _combine_backward_kernel, _combine_backward_fake
+)
+_combine = define_op(
+    "combine",
+    CombineCall,
+    1,
+    lambda call: run_kernel("combine", call, call.y_sorted),
+    _combine_fake,
+    setup_context=_combine_setup,
+    backward=_combine_autograd,
+)
 
 
 def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backend: str | None = None) -> Tensor:

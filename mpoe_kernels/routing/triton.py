@@ -1,4 +1,4 @@
-"""`route`, `dispatch`, `combine` and their gradients on the kernels of `routing_kernels`."""
+"""`route`, `dispatch`, `combine` and their gradients on the kernels of `triton_kernels`. Calls: see `call`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.routing import triton_kernels as kernels
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
@@ -16,10 +17,10 @@ CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix ho
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 
 
-def route_forward(
-    top_k_index: Tensor, num_experts: int, capacity: int | None, token_mask: Tensor | None
+def sort_pairs(
+    top_k_index: Tensor, num_experts: int, capacity: int | None = None, token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mpoe_kernels.routing.op.route`."""
+    """What a `RouteCall` asks for."""
     tokens, top_k = top_k_index.shape
     pairs = tokens * top_k
     index = top_k_index.contiguous()
@@ -106,7 +107,7 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return cdiv(rows, ROWS["BM"]), cdiv(columns, ROWS["BN"])
 
 
-def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
+def gather_rows(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor) -> Tensor:
     """``[T, I] -> [N, I]``; slots past the last offset are zero, whatever their token holds."""
     slots, columns = token_of_slot.shape[0], x.shape[1]
     out = x.new_empty(slots, columns)
@@ -125,7 +126,8 @@ def dispatch_forward(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, s
     return out
 
 
-def _collect(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None) -> Tensor:
+def collect_rows(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``[N, F] -> [T, F]``: a gather over slots, so it is deterministic. Dropped pairs contribute nothing, even NaN."""
     tokens, top_k = slot_of_token.shape
     out = rows.new_empty(tokens, rows.shape[1])
     start(
@@ -144,33 +146,30 @@ def _collect(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None) -> Ten
     return out
 
 
-def dispatch_backward(grad: Tensor, slot_of_token: Tensor) -> Tensor:
-    """``[N, I] -> [T, I]``: a gather over slots, so it is deterministic."""
-    return _collect(grad, slot_of_token, None)
+def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    return sort_pairs(call.top_k_index, call.num_experts, call.capacity, call.token_mask)
 
 
-def combine_forward(
-    y_sorted: Tensor, expert_offsets: Tensor, token_of_slot: Tensor, slot_of_token: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """``[N, F] -> [T, F]``, gated; dropped pairs contribute nothing, even if their slot holds NaN."""
-    return _collect(y_sorted, slot_of_token, top_k_weights)
+def dispatch(call: DispatchCall) -> Tensor:
+    return gather_rows(call.x, call.expert_offsets, call.token_of_slot)
 
 
-def combine_backward(
-    grad: Tensor,
-    y_sorted: Tensor,
-    token_of_slot: Tensor,
-    slot_of_token: Tensor,
-    top_k_weights: Tensor,
-    need_y: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``y_sorted`` and ``top_k_weights``; an empty tensor where none is needed."""
+def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
+    return collect_rows(call.grad, call.slot_of_token)
+
+
+def combine(call: CombineCall) -> Tensor:
+    return collect_rows(call.y_sorted, call.slot_of_token, call.top_k_weights)
+
+
+def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and gates, each by a launch."""
+    y_sorted, token_of_slot, top_k_weights = call.y_sorted, call.token_of_slot, call.top_k_weights
+    grad, slot_of_token = call.grad.contiguous(), call.slot_of_token.contiguous()
     tokens, top_k = slot_of_token.shape
     slots, columns = y_sorted.shape
-    grad, slot_of_token = grad.contiguous(), slot_of_token.contiguous()
     dy, dweights = grad.new_empty(0), top_k_weights.new_empty(0)
-    if need_y:
+    if call.need_y:
         dy = grad.new_empty(slots, columns)
         start(
             kernels.spread_kernel,
@@ -185,7 +184,7 @@ def combine_backward(
             TOP_K=top_k,
             **ROWS,
         )
-    if need_weights:
+    if call.need_weights:
         dweights = top_k_weights.new_empty(tokens, top_k)
         start(
             kernels.weight_gradient_kernel,

@@ -38,7 +38,8 @@ from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_forward
 from mpoe_kernels.planner.device import forget, hardware_of
 from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
-from mpoe_kernels.routing.native import route_forward
+from mpoe_kernels.routing import native as native_routing
+from mpoe_kernels.routing.call import RouteCall
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
@@ -95,7 +96,7 @@ def test_native_refusals_have_no_path(native_library: None) -> None:
         grouped_mpo_linear(torch.ones(3, 6), blocks, offsets(0, 5), backend="native")
     for experts, index in ((0, torch.zeros(2, 1).long()), (2, torch.zeros(2, 0).long())):
         with pytest.raises(ValueError, match=r"^(num_experts|top_k_index) must be"):
-            route_forward(index, experts, None, None)
+            native_routing.route(RouteCall(index, experts, None, None, "native"))
 
 
 @pytest.mark.parametrize("values", [(1, 3, 5), (0, -1, 3), (0, 3, 2), (0, 2, 6), (-1, 2, 3)])

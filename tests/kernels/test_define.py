@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,11 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpoe_kernels.define import define_op, is_plain_call
 
 
+@dataclass(frozen=True)
+class ScaledCall:
+    x: Tensor
+    factor: float
+    of_nothing: Tensor | None = None
+
+
 def scaled(name: str) -> Any:
     """An op ``mpoe::<name>``: x times a factor, with the gradient of x."""
-
-    def body(x: Tensor, factor: float, of_nothing: Tensor | None = None) -> Tensor:
-        return x * factor
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert len(inputs) == 3, "defaults that the dispatcher drops are there again"
@@ -26,9 +31,14 @@ def scaled(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         return grad * ctx.factor if ctx.needs_input_grad[0] else None, None, None
 
-    body.__name__ = name
     return define_op(
-        body, lambda x, factor, of_nothing=None: torch.empty_like(x), setup_context=setup, backward=backward
+        name,
+        ScaledCall,
+        1,
+        lambda call: call.x * call.factor,
+        lambda call: torch.empty_like(call.x),
+        setup_context=setup,
+        backward=backward,
     )
 
 

@@ -53,7 +53,7 @@ def test_opcheck(backend: str) -> None:
     ids = torch.tensor([3, 0, 11, 3])
     opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, backend))
     detached = tuple(t.detach() for t in (left, central, right))
-    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (torch.randn(4, 12), ids, *detached, 12, 12, backend))
+    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (ids, *detached, 12, 12, backend, torch.randn(4, 12)))
 
 
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])

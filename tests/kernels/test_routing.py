@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
 from mpoe_kernels.testing.cases import expert_choice
 
@@ -218,12 +219,13 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
 
     with torch.device("meta"):
         index, mask = torch.zeros(9, 2, dtype=torch.int64), torch.ones(9, dtype=torch.bool)
-        offsets, token_of_slot, slot_of_token = kernels.route_forward(index, 4, 3, mask)
+        offsets, token_of_slot, slot_of_token = kernels.route(RouteCall(index, 4, 3, mask, "eager"))
         x, weights = torch.randn(9, 3), torch.rand(9, 2)
-        rows = kernels.dispatch_forward(x, offsets, token_of_slot, slot_of_token)
-        y = kernels.combine_forward(rows, offsets, token_of_slot, slot_of_token, weights)
-        kernels.combine_backward(y, rows, token_of_slot, slot_of_token, weights, True, True)
-        kernels.dispatch_backward(rows, slot_of_token)
+        rows = kernels.dispatch(DispatchCall(x, offsets, token_of_slot, slot_of_token, "eager"))
+        y = kernels.combine(CombineCall(rows, offsets, token_of_slot, slot_of_token, weights, "eager"))
+        where = token_of_slot, slot_of_token
+        kernels.combine_backward(CombineBackwardCall(y, rows, *where, weights, True, True, "eager"))
+        kernels.dispatch_backward(DispatchBackwardCall(rows, slot_of_token, "eager"))
 
 
 @pytest.mark.parametrize(

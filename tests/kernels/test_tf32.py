@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
@@ -116,6 +117,6 @@ def test_the_embedding_follows(allowed: bool, dtype: torch.dtype) -> None:
     made = random_blocks(SMALL_SHAPES["light"], 1)
     blocks = [t.to(dtype) for t in (made.left, made.central, made.right)]
     ids = torch.tensor([1, 0])
-    kernels.forward(ids, *blocks, 8, 8)
-    kernels.backward(torch.zeros(2, 8, dtype=dtype), ids, *blocks, 8, 8)
+    kernels.forward(EmbeddingCall(ids, *blocks, 8, 8, "cuda"))
+    kernels.backward(EmbeddingBackwardCall(ids, *blocks, 8, 8, "cuda", torch.zeros(2, 8, dtype=dtype)))
     assert told == [allowed and dtype == torch.float32] * 2

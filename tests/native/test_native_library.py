@@ -24,13 +24,8 @@ from mpoe_kernels.hidden_experts.native import forward as hidden_forward
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.routing.native import (
-    combine_backward,
-    combine_forward,
-    dispatch_backward,
-    dispatch_forward,
-    route_forward,
-)
+from mpoe_kernels.routing import native as routing
+from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.cases import random_blocks
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "interface.h"
@@ -259,28 +254,60 @@ GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "message"),
+    ("kernel", "call", "message"),
     [
-        (route_forward, (torch.zeros(3, dtype=torch.int64), 2, None, None), "top_k_index must have 2 axes"),
-        (route_forward, (torch.zeros(3, 0, dtype=torch.int64), 2, None, None), r"with K >= 1; got \[3, 0\]"),
         (
-            route_forward,
-            (torch.zeros(3, 1, dtype=torch.int64), 2, None, torch.ones(3)),
+            routing.route,
+            RouteCall(torch.zeros(3, dtype=torch.int64), 2, None, None, "native"),
+            "top_k_index must have 2 axes",
+        ),
+        (
+            routing.route,
+            RouteCall(torch.zeros(3, 0, dtype=torch.int64), 2, None, None, "native"),
+            r"with K >= 1; got \[3, 0\]",
+        ),
+        (
+            routing.route,
+            RouteCall(torch.zeros(3, 1, dtype=torch.int64), 2, None, torch.ones(3), "native"),
             r"token_mask must be bool \[3\]",
         ),
-        (dispatch_forward, (torch.zeros(3), *GIVEN), r"x must have 2 axes; got float32 \[3\]"),
-        (dispatch_forward, (META, *GIVEN), "x must be on the CPU"),
-        (dispatch_forward, (ROWS, torch.tensor([0, 4, 3]), *GIVEN[1:]), "expert_offsets must start at 0, not fall"),
-        (dispatch_backward, (torch.zeros(3), GIVEN[2]), r"grad must have 2 axes; got float32 \[3\]"),
-        (dispatch_backward, (ROWS.long(), GIVEN[2]), "grad must be float32, float64, bfloat16 or float16; got int64"),
-        (combine_forward, (ROWS, *GIVEN, torch.ones(3, 2)), r"top_k_weights must be \[3, 1\]; got float32 \[3, 2\]"),
-        (combine_backward, (ROWS[:2], ROWS, *GIVEN[1:], ONES, True, True), r"grad must be float32 \[3, 4\]; got"),
-        (combine_backward, (ROWS.double(), ROWS, *GIVEN[1:], ONES, True, True), r"grad must be float32 \[3, 4\]; got"),
+        (routing.dispatch, DispatchCall(torch.zeros(3), *GIVEN, "native"), r"x must have 2 axes; got float32 \[3\]"),
+        (routing.dispatch, DispatchCall(META, *GIVEN, "native"), "x must be on the CPU"),
+        (
+            routing.dispatch,
+            DispatchCall(ROWS, torch.tensor([0, 4, 3]), *GIVEN[1:], "native"),
+            "expert_offsets must start at 0, not fall",
+        ),
+        (
+            routing.dispatch_backward,
+            DispatchBackwardCall(torch.zeros(3), GIVEN[2], "native"),
+            r"grad must have 2 axes; got float32 \[3\]",
+        ),
+        (
+            routing.dispatch_backward,
+            DispatchBackwardCall(ROWS.long(), GIVEN[2], "native"),
+            "grad must be float32, float64, bfloat16 or float16; got int64",
+        ),
+        (
+            routing.combine,
+            CombineCall(ROWS, *GIVEN, torch.ones(3, 2), "native"),
+            r"top_k_weights must be \[3, 1\]; got float32 \[3, 2\]",
+        ),
+        (
+            routing.combine_backward,
+            CombineBackwardCall(ROWS[:2], ROWS, *GIVEN[1:], ONES, True, True, "native"),
+            r"grad must be float32 \[3, 4\]; got",
+        ),
+        (
+            routing.combine_backward,
+            CombineBackwardCall(ROWS.double(), ROWS, *GIVEN[1:], ONES, True, True, "native"),
+            r"grad must be float32 \[3, 4\]; got",
+        ),
     ],
 )
-def test_routing_is_refused_plainly(function: Any, arguments: tuple[Any, ...], message: str) -> None:
+def test_routing_is_refused_plainly(kernel: Any, call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        function(*arguments)
+        kernel(call)
     plain(error)
 
 

@@ -22,7 +22,7 @@ from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.linear.triton.weights_launch import weight
 from mpoe_kernels.planner.orders import INDICES
-from mpoe_kernels.routing.triton import dispatch_backward
+from mpoe_kernels.routing.triton import collect_rows
 from mpoe_kernels.triton.card import card, multiprocessors, precision
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
 from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, power_of_two, start
@@ -269,7 +269,7 @@ class TritonLaunches:
     merge = staticmethod(merge)
     weight = staticmethod(weight)
     activation_backward = staticmethod(activation_backward)
-    collect_rows = staticmethod(dispatch_backward)
+    collect_rows = staticmethod(collect_rows)
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         """See `mpoe_kernels.linear.gpu.primitives.Surrounding`."""

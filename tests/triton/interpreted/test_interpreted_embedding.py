@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, mpo_embedding
 from mpoe_kernels.embedding import triton as embedding
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -53,7 +54,7 @@ def test_few_rows_are_counted_and_not_sorted(monkeypatch: pytest.MonkeyPatch) ->
     shape = SMALL_SHAPES["padded"]
     blocks = random_blocks(shape, 1, torch.float32)
     ids, grad = torch.randint(0, shape.in_features, (9,)), torch.randn(9, shape.out_features)
-    tensors = ids, blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features
+    given = ids, blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features
 
     class Operations(TorchDispatchMode):
         """Notes what PyTorch computes."""
@@ -67,6 +68,6 @@ def test_few_rows_are_counted_and_not_sorted(monkeypatch: pytest.MonkeyPatch) ->
             return func(*args, **(kwargs or {}))
 
     with Operations() as operations:
-        embedding.embedding_backward(grad, *tensors)
+        embedding.backward(EmbeddingBackwardCall(*given, "triton", grad))
     assert "index" in operations.seen
     assert not operations.seen & {"sort", "searchsorted"}

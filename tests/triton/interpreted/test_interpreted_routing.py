@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.routing.call import CombineBackwardCall
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 
 CASES = [
@@ -90,9 +91,9 @@ def test_what_dropped_pairs_hold_stays_out() -> None:
 
 def test_only_needed_gradients() -> None:
     found = route(torch.randint(0, 3, (6, 1)), 3)
-    parts = SimpleNamespace(s=found.slot_of_token, t=found.token_of_slot)
     grad, y, weights = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 1)
-    dy, dweights = routing.combine_backward(grad, y, parts.t, parts.s, weights, True, False)
+    call = CombineBackwardCall(grad, y, found.token_of_slot, found.slot_of_token, weights, True, False, "triton")
+    dy, dweights = routing.combine_backward(call)
     assert (dy.shape, dweights.numel()) == ((6, 4), 0)
-    dy, dweights = routing.combine_backward(grad, y, parts.t, parts.s, weights, False, True)
+    dy, dweights = routing.combine_backward(replace(call, need_y=False, need_weights=True))
     assert (dy.numel(), dweights.shape) == (0, (6, 1))

@@ -15,9 +15,7 @@ from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.mpo_linear import linear_weight
 from mpoe.layers.router import RouterOutput, TopKRouter
-from mpoe_kernels import hidden_experts
-from mpoe_kernels.hidden_experts.native import routed
-from mpoe_kernels.hidden_experts.op import ACTIVATIONS as OP_ACTIVATIONS
+from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
 
 def _is_observed(module: nn.Module) -> bool:
@@ -172,10 +170,10 @@ class HiddenExperts(FromInitialValues):
             or type(router) is not TopKRouter
             or _is_observed(router)
             or _is_observed(self)
-            or not router.is_for_few(x, *blocks.values(), self.bias)
+            or not router.can_gate_natively(x, *blocks.values(), self.bias)
         ):
             return None
-        raw, activation = router.config.is_scale_prob, OP_ACTIVATIONS[self.activation]
+        raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
         found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation)
         return None if found is None else (found[0], RouterOutput(*found[1]))
 

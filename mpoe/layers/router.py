@@ -14,7 +14,7 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
-from mpoe_kernels.routing.gating import gating_of_few, is_for_few
+from mpoe_kernels.routing.gating import can_gate_natively, native_gating
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
@@ -125,8 +125,8 @@ class TopKRouter(FromInitialValues):
             if self.training and self.config.jitter:
                 x = x.float()
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
-            elif self.is_for_few(x):
-                return RouterOutput(*gating_of_few(x, self.weight, self.top_k, self.config.is_scale_prob))
+            elif self.can_gate_natively(x):
+                return RouterOutput(*native_gating(x, self.weight, self.top_k, self.config.is_scale_prob))
             logits = float32_logits(x, self.weight)
             weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
             if self.config.is_gshard:
@@ -135,10 +135,10 @@ class TopKRouter(FromInitialValues):
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
         return RouterOutput(logits, index, weights)
 
-    def is_for_few(self, x: Tensor, *others: Tensor | None) -> bool:
+    def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call decides, see `mpoe_kernels.routing.gating`; ``others`` take part in it too."""
         jitters = self.training and self.config.jitter
-        return not jitters and not self.config.is_gshard and is_for_few(x, self.weight, self.backend, *others)
+        return not jitters and not self.config.is_gshard and can_gate_natively(x, self.weight, self.backend, *others)
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

@@ -81,10 +81,10 @@ def routed(
     says what is wrong with it.
 
     Args:
-        x: the router's tokens ``[T, I]``, where `routing.gating.is_for_few` holds.
+        x: the router's tokens ``[T, I]``, where `routing.gating.can_gate_natively` holds.
         router_weight: ``[E, I]``.
         top_k: K.
-        raw: as in `gating_of_few`.
+        raw: as in `native_gating`.
         u: ``[..., F]``, T rows, as dense as the rest.
         blocks: ``right``, ``left`` and, if gated, ``right_gate``: ``[E, G', b, b]``.
         bias: ``[E, F]`` or None.

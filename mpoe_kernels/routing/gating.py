@@ -36,7 +36,7 @@ class Gating(NamedTuple):
     top_k_weights: Tensor
 
 
-def is_for_few(x: Tensor, weight: Tensor, backend: str | None = None, *others: Tensor | None) -> bool:
+def can_gate_natively(x: Tensor, weight: Tensor, backend: str | None = None, *others: Tensor | None) -> bool:
     """Whether the native kernel may decide on tokens ``x [T, I]`` by a router's weight ``[E, I]``.
 
     Not on other devices, for many tokens, for another backend (asked for here or by `use_backend`), nor where a
@@ -70,8 +70,8 @@ def arguments_of(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> tuple[Gati
     return GatingArguments(*names, *sizes, x.data_ptr(), weight.data_ptr(), *(each.data_ptr() for each in found)), found
 
 
-def gating_of_few(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
-    """Decide where `is_for_few`; ``raw``: gates are probabilities, otherwise they sum to 1."""
+def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
+    """Decide where `can_gate_natively`; ``raw``: gates are probabilities, otherwise they sum to 1."""
     x, weight = x.contiguous(), weight.contiguous()
     arguments, found = arguments_of(x, weight, top_k, raw)
     call_native("mpoe_gating", arguments)

@@ -52,7 +52,7 @@ def test_a_router_decides_as_pytorch_does(
     router = TopKRouter(features, experts, config, dtype=weight_dtype)
     x = torch.randn(tokens, features).to(x_dtype)
     with torch.no_grad():
-        assert router.is_for_few(x)
+        assert router.can_gate_natively(x)
         found = router(x)
     logits, index, gates = by_pytorch(router, x)
     torch.testing.assert_close(found.logits, logits, rtol=1e-5, atol=1e-5)
@@ -96,25 +96,25 @@ def test_an_infinitely_unlikely_expert_has_the_gate_zero() -> None:
 
 def test_who_else_has_a_part_in_a_call_sees_pytorch_ops() -> None:
     router, x = TopKRouter(6, 4), torch.randn(3, 6)
-    assert not router.is_for_few(x)  # its weight has a gradient
+    assert not router.can_gate_natively(x)  # its weight has a gradient
     with torch.no_grad():
-        assert router.is_for_few(x)
-        assert not router.is_for_few(torch.randn(gating.MOST_LOGITS // 4 + 1, 6))
+        assert router.can_gate_natively(x)
+        assert not router.can_gate_natively(torch.randn(gating.MOST_LOGITS // 4 + 1, 6))
         many = TopKRouter(6, 64)
-        assert many.is_for_few(torch.randn(4, 6))
-        assert not many.is_for_few(torch.randn(5, 6))
-        assert not router.is_for_few(x.double())
-        assert not router.is_for_few(x.to("meta"))
+        assert many.can_gate_natively(torch.randn(4, 6))
+        assert not many.can_gate_natively(torch.randn(5, 6))
+        assert not router.can_gate_natively(x.double())
+        assert not router.can_gate_natively(x.to("meta"))
         with use_backend("eager"):
-            assert not router.is_for_few(x)
-        assert not TopKRouter(6, 4, backend="eager").is_for_few(x)
-        assert TopKRouter(6, 4, backend="native").is_for_few(x)
-        assert not TopKRouter(6, 4, RouterConfig.gshard()).is_for_few(x)
+            assert not router.can_gate_natively(x)
+        assert not TopKRouter(6, 4, backend="eager").can_gate_natively(x)
+        assert TopKRouter(6, 4, backend="native").can_gate_natively(x)
+        assert not TopKRouter(6, 4, RouterConfig.gshard()).can_gate_natively(x)
         jittery = TopKRouter(6, 4, RouterConfig(jitter=0.1))
-        assert not jittery.is_for_few(x)
-        assert jittery.eval().is_for_few(x)
+        assert not jittery.can_gate_natively(x)
+        assert jittery.eval().can_gate_natively(x)
         with torch.profiler.profile():
-            assert not router.is_for_few(x)
+            assert not router.can_gate_natively(x)
 
 
 # ------------------------------------------------------------- experts with their router

@@ -20,11 +20,12 @@ def marked(mark: str) -> list[Path]:
     return [path for path in sorted(FOLDER.glob("test_*.py")) if mark in path.read_text()]
 
 
-def run(path: Path, *options: str) -> None:
+def run(paths: list[Path], *options: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they need none, and the import of some takes seconds
     if options:  # not in the default suite, where half of the time would go into it
         environment["MPOE_INTERPRETER_CHECKS_OVERFLOW"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", *options, str(path)]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *options, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -32,9 +33,9 @@ def run(path: Path, *options: str) -> None:
 @pytest.mark.first
 @pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
 @pytest.mark.usefixtures("with_triton")
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
-def test_in_a_process_of_its_own(path: Path) -> None:
-    run(path)
+def test_in_a_process_of_their_own() -> None:
+    """All in one, whose imports would take as long as the tests of a file."""
+    run([FOLDER])
 
 
 @pytest.mark.exhaustive
@@ -42,7 +43,7 @@ def test_in_a_process_of_its_own(path: Path) -> None:
 @pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", marked(EXHAUSTIVE), ids=lambda path: path.stem)
 def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
-    run(path, "-m", "exhaustive")
+    run([path], "-m", "exhaustive")
 
 
 @pytest.mark.slow
@@ -50,4 +51,4 @@ def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
 @pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", marked(SLOW), ids=lambda path: path.stem)
 def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
-    run(path, "-m", "slow")
+    run([path], "-m", "slow")

@@ -18,6 +18,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from . import interpreter_memory
+
 _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
@@ -69,6 +71,7 @@ def repair() -> None:
         return
     if not os.environ.get("MPOE_INTERPRETER_CHECKS_OVERFLOW"):
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter_memory.keep()
     interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     dot, cast, convert = _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp
 

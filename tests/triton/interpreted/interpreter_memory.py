@@ -1,0 +1,86 @@
+"""What Triton's interpreter works out again for every operation, kept: half of its time, for tests only.
+
+Every operation makes a tensor, whose type and shape are objects of many parts; a test has a few hundred different ones,
+and makes them a hundred thousand times. Nothing that a kernel computes goes through here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _keep_types_of_numbers() -> None:
+    plain = interpreter._get_np_dtype
+    kept: dict[str, Any] = {}
+
+    def get(type):  # type: ignore[no-untyped-def]
+        if type.name not in kept:
+            kept[type.name] = plain(type)
+        return kept[type.name]
+
+    interpreter._get_np_dtype = get
+
+
+def _keep_block_types() -> None:
+    plain = tl.block_type.__init__
+    kept: dict[tuple[Any, ...], tuple[tuple[int, ...], int, str]] = {}
+
+    def __init__(self, element_ty, shape):  # type: ignore[no-untyped-def]
+        key = (element_ty.name, *shape)
+        found = kept.get(key)
+        if found is None:
+            plain(self, element_ty, shape)  # refuses what is no shape
+            kept[key] = (self.shape, self.numel, self.name)
+        else:
+            self.element_ty = element_ty
+            self.shape, self.numel, self.name = found
+
+    tl.block_type.__init__ = __init__
+
+
+def _keep_shapes_of_tensors() -> None:
+    plain = tl.tensor.__init__
+    kept: dict[str, tuple[Any, Any]] = {}
+
+    def __init__(self, handle, type):  # type: ignore[no-untyped-def]
+        found = kept.get(type.name)
+        if found is None:
+            plain(self, handle, type)
+            kept[type.name] = (self.shape, self.numel)
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = found
+
+    tl.tensor.__init__ = __init__
+
+
+def _keep_names_of_builtins() -> None:
+    """Every launch looks through all members of the language for those that it replaces while it runs."""
+    plain = interpreter._patch_builtin
+    packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    names = {
+        id(package): [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        for package in packages
+    }
+
+    def patch(package, builder, *scope):  # type: ignore[no-untyped-def]
+        if id(package) not in names:
+            return plain(package, builder, *scope)
+        for name in names[id(package)]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    interpreter._patch_builtin = patch
+
+
+def keep() -> None:
+    """Patch the interpreter of this process, once and before any kernel is started."""
+    _keep_types_of_numbers()
+    _keep_block_types()
+    _keep_shapes_of_tensors()
+    _keep_names_of_builtins()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cuda_emulate
 import torch
@@ -50,24 +50,52 @@ def missing() -> list[str]:
         reasons.append("the emulator switches stacks on x86-64 only")
     if cuda_emulate.compiler() is None:
         reasons.append("no C++ compiler was found")
-    if importlib.util.find_spec("pybind11") is None:
-        reasons.append("the package pybind11 is not installed")
     return reasons
 
 
-@lru_cache(maxsize=1)
-def library() -> Any:
-    """The module of csrc/emu/module.cpp; the ops are there once it is loaded.
+class Emulator:
+    """Functions of csrc/emu/control.cpp in a built library; the ops are there once it is loaded.
 
-    ``MPOE_EMULATED`` names another build, such as one with a sanitizer.
+    Args:
+        path: of the library.
     """
-    path = os.environ.get("MPOE_EMULATED") or str(cuda_emulate.library())
-    spec = importlib.util.spec_from_file_location("mpoe_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+    ORDERS = ("ascending", "descending", "random")
+    COUNTERS = ("launches", "blocks", "mma", "ldmatrix", "wavefronts", "cp_async", "barriers")
+
+    def __init__(self, path: str) -> None:
+        self._library = ctypes.CDLL(path)
+        self._library.emu_panel_bytes.restype = self._library.emu_few_bytes.restype = ctypes.c_size_t
+
+    def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
+        """Which ready thread runs next (blocks in the same order); cp.async copies at the wait or at issue."""
+        lazy = ("eager", "lazy").index(copies)
+        self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
+
+    def limit(self, shared_bytes: int = 0, multiprocessors: int = 0) -> None:
+        """What the device has; 0: what it usually has."""
+        self._library.emu_limit(ctypes.c_size_t(shared_bytes), multiprocessors)
+
+    def counters(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        counts = (ctypes.c_uint64 * len(self.COUNTERS))()
+        self._library.emu_counters(counts)
+        return dict(zip(self.COUNTERS, counts, strict=True))
+
+    def block_bytes(self, kernel: str, dtype: int, sizes: Sequence[int], *rest: int | Sequence[int]) -> int:
+        """Shared memory of a block of the kernel ``panel`` or ``few``."""
+        words = [word if isinstance(word, int) else (ctypes.c_int * len(word))(*word) for word in (sizes, *rest)]
+        found = getattr(self._library, f"emu_{kernel}_bytes")(dtype, *words)
+        if not found:
+            raise ValueError(f"no shape of a block of the kernel {kernel}: {rest} for sizes {sizes}")
+        return found
+
+
+@lru_cache(maxsize=1)
+def library() -> Emulator:
+    """The emulated kernels, compiled where they are not yet; ``MPOE_EMULATED`` names another build, such as one with a
+    sanitizer."""
+    return Emulator(os.environ.get("MPOE_EMULATED") or str(cuda_emulate.library()))
 
 
 # The backend ``cuda`` on the emulated kernels, for CPU tensors and only where it is named.
@@ -109,12 +137,12 @@ def stats() -> dict[str, int]:
 
 def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Panel) -> int:
     """Shared memory that the kernel takes."""
-    return library().panel_bytes(DTYPES[dtype], list(dims), transposed, list(panel[:3]), panel.left_first)
+    return library().block_bytes("panel", DTYPES[dtype], list(dims), transposed, panel[:3], panel.left_first)
 
 
 def few_bytes(dims: BlockDims, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> int:
     """Shared memory that the kernel of few rows takes."""
-    return library().few_bytes(DTYPES[dtype], list(dims), list(shape))
+    return library().block_bytes("few", DTYPES[dtype], list(dims), shape)
 
 
 # How to compute a product: a strategy step by step, or the kernel of one launch that cuts it so.

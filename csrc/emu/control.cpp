@@ -1,0 +1,78 @@
+// The hold of tests/cuda/emulation.py on the emulator, by ctypes: schedules, limits of the device, counters, and the
+// memory that blocks need. The kernels themselves are the ops of bindings.cpp, compiled into the same library.
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/few.h"
+#include "cuda/panel.h"
+
+#define EMU_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace mpoe::cuda;
+
+// sizes: iL jL a iC jC b iR jR, in_features, out_features.
+Dims dims_of(const int* sizes) {
+  Dims dims;
+  std::copy_n(sizes, kAxes, dims.size);
+  dims.in_features = sizes[kAxes];
+  dims.out_features = sizes[kAxes + 1];
+  return dims;
+}
+
+template <typename Bytes>
+std::size_t or_zero(const Bytes& bytes) {
+  try {
+    return bytes();
+  } catch (const std::invalid_argument&) {  // must not leave for C
+    return 0;
+  }
+}
+
+}  // namespace
+
+// Which ready thread runs next (blocks in the same order), a value of emu::Order; cp.async copies at the wait or at issue.
+EMU_EXPORT void emu_configure(int order, int lazy_copies, std::uint64_t seed) {
+  auto& config = emu::config();
+  config.order = static_cast<emu::Order>(order);
+  config.blocks_descending = config.order == emu::Order::kDescending;
+  config.cp_async_lazy = lazy_copies;
+  config.seed = seed;
+}
+
+// What the device has; 0: what it usually has.
+EMU_EXPORT void emu_limit(std::size_t shared_bytes, int multiprocessors) {
+  const emu::Config usual;
+  emu::config().max_shared = shared_bytes ? shared_bytes : usual.max_shared;
+  emu::config().multiprocessors = multiprocessors ? multiprocessors : usual.multiprocessors;
+}
+
+// What was counted since the last call, in the order of emu::Stats.
+EMU_EXPORT void emu_counters(std::uint64_t* counts) {
+  auto& stats = emu::stats();
+  const std::uint64_t all[] = {stats.launches,           stats.blocks,   stats.mma,     stats.ldmatrix,
+                               stats.ldmatrix_wavefronts, stats.cp_async, stats.barriers};
+  std::copy(std::begin(all), std::end(all), counts);
+  stats = {};
+}
+
+// Shared memory of a block of the panel kernel; 0: no such shape. shape: left, centre, right.
+EMU_EXPORT std::size_t emu_panel_bytes(int dtype, const int* sizes, int transposed, const int* shape, int left_first) {
+  PanelProduct product;
+  product.dtype = static_cast<mpoe::Dtype>(dtype);
+  product.dims = dims_of(sizes);
+  product.transposed = transposed;
+  product.shape = {shape[0], shape[1], shape[2], left_first != 0};
+  return or_zero([&] { return panel_bytes(product); });
+}
+
+// The same of the kernel for few rows. shape: left, centre, right, rows.
+EMU_EXPORT std::size_t emu_few_bytes(int dtype, const int* sizes, const int* shape) {
+  FewProduct product;
+  product.dtype = static_cast<mpoe::Dtype>(dtype);
+  product.dims = dims_of(sizes);
+  product.shape = {shape[0], shape[1], shape[2], shape[3]};
+  return or_zero([&] { return few_bytes(product); });
+}

@@ -1,6 +1,6 @@
-// mpoe_hidden_experts and its gradient: checks, and the kernels of cpu/hidden_experts.h.
-#include "cpu/hidden_experts.h"
-#include "cpu/routing.h"
+// mpoe_hidden_experts and its gradient: checks, and the kernels of cpu/hidden_experts/hidden_experts.h.
+#include "cpu/hidden_experts/hidden_experts.h"
+#include "cpu/routing/routing.h"
 
 #include "refusal.h"
 

@@ -14,7 +14,7 @@ extern "C" {
 // What a function returns; unless it is kDone, mpoe_message() says why, in the thread that called.
 enum MpoeStatus : int { kDone = 0, kBadValue = 1, kNoMemory = 2 };
 
-// y[s] = activation(x[row_index[s]] W_e + bias), and its gradients; see cpu/linear.h.
+// y[s] = activation(x[row_index[s]] W_e + bias), and its gradients; see cpu/linear/linear.h.
 struct MpoeLinear {
   const char* dtype;       // float32, bfloat16
   const char* activation;  // none, relu, gelu, gelu_tanh, silu
@@ -42,7 +42,7 @@ struct MpoeLinear {
 int mpoe_linear_forward(const MpoeLinear* call);
 int mpoe_linear_backward(const MpoeLinear* call);
 
-// Logits, best experts and gates of few tokens; see cpu/routing.h.
+// Logits, best experts and gates of few tokens; see cpu/routing/routing.h.
 struct MpoeGating {
   const char *dtype, *weight_dtype;  // float32, bfloat16, float16
   std::int64_t tokens, features, experts, top_k;
@@ -55,7 +55,7 @@ struct MpoeGating {
 };
 int mpoe_gating(const MpoeGating* call);
 
-// Slots of (token, choice) pairs, in the order of their experts; see cpu/routing.h.
+// Slots of (token, choice) pairs, in the order of their experts; see cpu/routing/routing.h.
 struct MpoeRoute {
   std::int64_t tokens, top_k, experts;
   std::int64_t capacity;         // most slots of an expert; negative: no limit
@@ -95,7 +95,7 @@ struct MpoeCombine {
 int mpoe_combine(const MpoeCombine* call);
 int mpoe_combine_backward(const MpoeCombine* call);
 
-// o[t, g] = sum_k gates[t, k] act(u[t, g] right_e + bias_e) left_e, and its gradients; see cpu/hidden_experts.h.
+// o[t, g] = sum_k gates[t, k] act(u[t, g] right_e + bias_e) left_e, and its gradients; see cpu/hidden_experts.
 struct MpoeHidden {
   const char* dtype;       // float32, bfloat16
   const char* activation;  // as above

@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "common/cpu_features.h"
-#include "cpu/routing.h"
+#include "cpu/routing/routing.h"
 #include "refusal.h"
 
 namespace mpoe {

@@ -1,7 +1,7 @@
-// mpoe_linear_forward and mpoe_linear_backward: checks, and the kernels of cpu/linear.h.
+// mpoe_linear_forward and mpoe_linear_backward: checks, and the kernels of cpu/linear/linear.h.
 #include <cstring>
 
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 #include "refusal.h"
 
 namespace {

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "common/types.h"
-#include "cpu/gemm.h"
-#include "cpu/routing.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/routing/routing.h"
 #include "interface.h"
 
 namespace mpoe {

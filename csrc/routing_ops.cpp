@@ -1,6 +1,6 @@
-// mpoe_gating, mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of cpu/routing.h. The
+// mpoe_gating, mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of cpu/routing/routing.h. The
 // gradient of a dispatch is a combine without gates.
-#include "cpu/routing.h"
+#include "cpu/routing/routing.h"
 
 #include <limits>
 

@@ -125,7 +125,7 @@ def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path
 
 def keep_little(source: Path) -> None:
     """Leave csrc only what is needed to load and tell of itself: built in seconds."""
-    for path in [*(source / "csrc").glob("*_ops.cpp"), *(source / "csrc" / "cpu").glob("[ghl]*.cpp")]:
+    for path in [*(source / "csrc").glob("*_ops.cpp"), *(source / "csrc" / "cpu").glob("[ghl]*/*.cpp")]:
         path.unlink()
 
 

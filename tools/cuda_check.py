@@ -221,7 +221,7 @@ def main(words: list[str] | None = None) -> int:
     if nvcc is None:
         print("nvcc was not found: set CUDACXX or add it to PATH", file=sys.stderr)
         return 2
-    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if chosen.only in path.name]
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*/*.cu")) if chosen.only in str(path)]
     kernels: list[Kernel] = []
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -24,7 +24,8 @@ CACHE = ROOT / "build" / "emulated"
 SANITIZERS = {"": [], "address": ["-g1", "-fsanitize=address,undefined"], "thread": ["-g1", "-fsanitize=thread"]}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 DEFINES = ["-DMPOE_CUDA_EMULATED"]
-KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+CUDA = CSRC / "cuda"
+KERNELS = sorted(CUDA.glob("*/*.cu"))
 EMULATOR = CSRC / "emu" / "emulator.cpp"
 HEADER = CSRC / "emu" / "cuda_emulator.h"  # as the device layer includes it
 BINDINGS = CSRC / "emu" / "bindings.cpp"
@@ -34,13 +35,13 @@ PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
-        *(CSRC / "cuda" / f"{name}.cu" for name in ("steps", "pointwise")),
-        *(CSRC / "cuda" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16", "few")),
+        *(CUDA / "linear" / f"{name}.cu" for name in ("steps", "pointwise", "few")),
+        *(CUDA / "linear" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16")),
         *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
     ],
-    "routing": [CSRC / "cuda" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],
+    "routing": [CUDA / "routing" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],
     "hidden": [
-        *(CSRC / "cuda" / f"{name}.cu" for name in ("hidden", "hidden_bfloat16")),
+        *(CUDA / "hidden_experts" / f"{name}.cu" for name in ("hidden_experts", "bfloat16")),
         *(*_COMMON, CSRC / "emu" / "sweep_hidden.cpp"),
     ],
 }

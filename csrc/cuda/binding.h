@@ -1,4 +1,4 @@
-// Checks and conversions that the bindings to torch share. Only csrc/cuda/bind* include it: kernels know
+// Checks and conversions that the bindings to torch share. Only csrc/cuda/*/bind.cpp include it: kernels know
 // nothing of torch.
 #pragma once
 

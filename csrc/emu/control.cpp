@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "cuda/few.h"
-#include "cuda/panel.h"
+#include "cuda/linear/few.h"
+#include "cuda/linear/panel.h"
 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
 

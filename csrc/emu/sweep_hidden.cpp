@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "cuda/activation.cuh"
-#include "cuda/contract.h"
-#include "cuda/hidden.h"
-#include "cuda/hidden_launch.h"
+#include "cuda/linear/contract.h"
+#include "cuda/hidden_experts/hidden_experts.h"
+#include "cuda/hidden_experts/launch.h"
 #include "tests/hidden_truth.h"
 
 #undef threadIdx

@@ -6,12 +6,12 @@
 #include <string>
 #include <vector>
 
-#include "cuda/contract.h"
-#include "cuda/few.h"
-#include "cuda/panel.h"
-#include "cuda/panel_launch.cuh"
-#include "cuda/pointwise.h"
-#include "cuda/steps.h"
+#include "cuda/linear/contract.h"
+#include "cuda/linear/few.h"
+#include "cuda/linear/panel.h"
+#include "cuda/linear/panel_launch.cuh"
+#include "cuda/linear/pointwise.h"
+#include "cuda/linear/steps.h"
 #include "tests/truth.h"
 
 #undef threadIdx

@@ -1,8 +1,8 @@
 // The gate, the sort, dispatch, combine and their gradients. See sweep.h.
 #include "emu/sweep.h"
 
-#include "cuda/contract.h"
-#include "cuda/routing.h"
+#include "cuda/linear/contract.h"
+#include "cuda/routing/routing.h"
 #include "tests/sorted.h"
 
 #undef threadIdx

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "truth.h"
 
 namespace mpoe {

@@ -1,5 +1,5 @@
 // Hidden-side experts under sanitizers: results and all gradients against loops in double, with 1 and 3 threads.
-#include "cpu/hidden_experts.h"
+#include "cpu/hidden_experts/hidden_experts.h"
 #include "hidden_truth.h"
 
 namespace mpoe {

@@ -3,7 +3,7 @@
 #include <functional>
 
 #include "check.h"
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 #include "truth.h"
 
 namespace mpoe {

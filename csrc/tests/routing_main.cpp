@@ -1,6 +1,6 @@
 // Routing under sanitizers: sort, dispatch, combine and its gradients against loops, with 1 and 3 threads.
 #include "check.h"
-#include "cpu/routing.h"
+#include "cpu/routing/routing.h"
 #include "sorted.h"
 
 namespace mpoe {

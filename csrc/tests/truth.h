@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 
 namespace mpoe::truth {
 

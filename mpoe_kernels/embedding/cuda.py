@@ -1,4 +1,4 @@
-"""Rows of a table kept as an MPO, by the kernels of csrc/cuda/embedding.h. Calls and results: see `call`."""
+"""Rows of a table kept as an MPO, by the kernels of csrc/cuda/embedding/embedding.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 

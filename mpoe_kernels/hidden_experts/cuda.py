@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda/hidden.h: one launch forward, at most three backward; float32, bfloat16 and float16."""
+"""The kernels of csrc/cuda/hidden_experts: one launch forward, at most three backward; float32, bfloat16, float16."""
 
 from __future__ import annotations
 

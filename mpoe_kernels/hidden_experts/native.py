@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of csrc/cpu/hidden_experts.h: float32 and bfloat16."""
+"""The compiled CPU kernels of csrc/cpu/hidden_experts/hidden_experts.h: float32 and bfloat16."""
 
 from __future__ import annotations
 

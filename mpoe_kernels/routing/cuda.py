@@ -1,4 +1,4 @@
-"""Routing by the kernels of csrc/cuda/routing.h. Calls and results: see `call`."""
+"""Routing by the kernels of csrc/cuda/routing/routing.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 

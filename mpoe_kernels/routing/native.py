@@ -1,4 +1,4 @@
-"""Routing by the compiled kernels of csrc/cpu/routing.h. Calls and results: see `call`."""
+"""Routing by the compiled kernels of csrc/cpu/routing/routing.h. Calls and results: see `call`."""
 
 from __future__ import annotations
 

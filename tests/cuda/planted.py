@@ -103,7 +103,7 @@ BUGS = (
     Bug(
         "row_too_many",
         "a tile stores one row past its expert's",
-        "cuda/contract.cuh",
+        "cuda/linear/contract.cuh",
         "if (row >= rows) return;",
         "if (row > rows) return;",
         "linear",
@@ -112,7 +112,7 @@ BUGS = (
     Bug(
         "tail_not_cleared",
         "rows that no expert owns stay as they were",
-        "cuda/contract.cuh",
+        "cuda/linear/contract.cuh",
         "if (!valid && !groups.zero_tail) return;",
         "if (!valid) return;",
         "linear",
@@ -121,7 +121,7 @@ BUGS = (
     Bug(
         "sum_replaced",
         "a group of experts overwrites the central gradient of those before",
-        "cuda/contract.cuh",
+        "cuda/linear/contract.cuh",
         "*to = out.accumulate ? *to + v[e] : v[e];",
         "*to = v[e];",
         "linear",
@@ -130,7 +130,7 @@ BUGS = (
     Bug(
         "stages_overwritten",
         "results are laid out in shared memory while other warps still read the last stage",
-        "cuda/contract.cuh",
+        "cuda/linear/contract.cuh",
         "  __syncthreads();  // nobody reads the stages\n",
         "",
         "linear",
@@ -148,7 +148,7 @@ BUGS = (
     Bug(
         "group_before",
         "of 32 groups at a time, a tile is counted from the first one's begin",
-        "cuda/contract.cuh",
+        "cuda/linear/contract.cuh",
         "    tile -= skipped;\n    if (before < 32) return first + before;\n",
         "    if (before < 32) return first + before;\n    tile -= skipped;\n",
         "linear",
@@ -175,7 +175,7 @@ BUGS = (
     Bug(
         "panel_not_completed",
         "rows that complete the last step of a panel keep what shared memory held",
-        "cuda/panel.cuh",
+        "cuda/linear/panel.cuh",
         "for (int i = p.depth * p.panel_stride + threadIdx.x; i < p.panel_rows",
         "for (int i = p.panel_rows * p.panel_stride + threadIdx.x; i < p.panel_rows",
         "linear",
@@ -184,7 +184,7 @@ BUGS = (
     Bug(
         "sums_overwritten",
         "partial sums are added up before all threads have stored theirs",
-        "cuda/few.cuh",
+        "cuda/linear/few.cuh",
         "thread] = acc[m][c];\n      }\n      __syncthreads();\n",
         "thread] = acc[m][c];\n      }\n",
         "linear",
@@ -202,7 +202,7 @@ BUGS = (
     Bug(
         "divergent_barrier",
         "threads without a pair skip the barriers of the others",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "    const int slot = rank_of(bin, bins, seen, counts);\n",
         "    const int slot = pair < pairs ? rank_of(bin, bins, seen, counts) : 0;\n",
         "routing",
@@ -211,7 +211,7 @@ BUGS = (
     Bug(
         "exited_lanes",
         "lanes without an expert leave before the shuffles that name them",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "if (token >= p.tokens) return;  // whole warps",
         "if (token >= p.tokens || lane >= p.experts) return;",
         "routing",
@@ -220,7 +220,7 @@ BUGS = (
     Bug(
         "no_barrier_in_ranks",
         "counts of the warps are added before all have written theirs",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "counts[warp * bins + bin] = __popc(same);\n  __syncthreads();\n",
         "counts[warp * bins + bin] = __popc(same);\n",
         "routing",
@@ -229,7 +229,7 @@ BUGS = (
     Bug(
         "unstable_scatter",
         "later pairs of a warp come first",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "__popc(same & ((1u << lane) - 1u))",
         "__popc(same & ~((2u << lane) - 1u))",
         "routing",
@@ -238,7 +238,7 @@ BUGS = (
     Bug(
         "past_shared_memory",
         "the last key lies behind the block's shared memory",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "  int* keys = counts + kRouteWarps * bins;\n",
         "  int* keys = counts + kRouteWarps * bins + 1;\n",
         "routing",
@@ -247,7 +247,7 @@ BUGS = (
     Bug(
         "past_the_row",
         "one column too many is stored",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         """const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;""",
         """const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
@@ -258,7 +258,7 @@ BUGS = (
     Bug(
         "plain_increment",
         "a histogram in shared memory is not counted atomically",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "atomicAdd(seen + (p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)), 1);",
         "++seen[p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)];",
         "routing",
@@ -267,7 +267,7 @@ BUGS = (
     Bug(
         "past_the_sums",
         "one sum too many is read from the block's array of them",
-        "cuda/routing.cuh",
+        "cuda/routing/routing.cuh",
         "w < kRouteWarps; ++w) total += partial[w];",
         "w <= kRouteWarps; ++w) total += partial[w];",
         "routing",
@@ -276,7 +276,7 @@ BUGS = (
     Bug(
         "hidden_not_whole",
         "hidden activations are multiplied before all warps have stored theirs",
-        "cuda/hidden_rows.cuh",
+        "cuda/hidden_experts/rows.cuh",
         "    __syncthreads();  // h is whole\n",
         "",
         "hidden",
@@ -285,7 +285,7 @@ BUGS = (
     Bug(
         "run_overwritten",
         "an expert's rows are loaded while other warps still read those of the expert before",
-        "cuda/hidden_rows.cuh",
+        "cuda/hidden_experts/rows.cuh",
         "    __syncthreads();  // nobody reads the tiles of the run before\n",
         "",
         "hidden",
@@ -294,7 +294,7 @@ BUGS = (
     Bug(
         "neighbour_expert",
         "a run of rows goes on into those of the next expert",
-        "cuda/hidden_rows.cuh",
+        "cuda/hidden_experts/rows.cuh",
         "end < begin + kHiddenRows && s.expert[end] == expert) ++end;",
         "end < begin + kHiddenRows) ++end;",
         "hidden",
@@ -303,7 +303,7 @@ BUGS = (
     Bug(
         "past_the_tokens",
         "the last tile stores rows of tokens that there are not",
-        "cuda/hidden_rows.cuh",
+        "cuda/hidden_experts/rows.cuh",
         "t < p.tile_tokens && first_token + t < p.tokens; t += kHiddenWarps",
         "t < p.tile_tokens; t += kHiddenWarps",
         "hidden",
@@ -312,7 +312,7 @@ BUGS = (
     Bug(
         "share_forgotten",
         "the gradients of the last share of the groups are not added",
-        "cuda/hidden_cores.cuh",
+        "cuda/hidden_experts/cores.cuh",
         "for (int j = 0; j < p.count; ++j) sum",
         "for (int j = 0; j + 1 < p.count; ++j) sum",
         "hidden",

@@ -18,7 +18,7 @@ from mpoe_kernels.testing.cases import expert_choice, random_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
-FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear_separable.cpp: beyond it central is packed as a whole
+FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear/separable.cpp: beyond it central is packed as a whole
 # Several pieces of k and strips of columns, with remainders; odd bonds, which bfloat16 pads; missing rows and columns.
 SHAPES = {
     "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
@@ -94,7 +94,7 @@ def test_loads_and_activations(activation: str | None, kind: str, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_slots_than_central_sums_at_a_time(dtype: torch.dtype) -> None:
-    """kRows = 1,024 of csrc/cpu/linear_separable_backward.cpp: three parts, the last one small and odd."""
+    """kRows = 1,024 of csrc/cpu/linear/separable_backward.cpp: three parts, the last one small and odd."""
     check(MPOShape((5, 4, 1), (1, 3, 6), max_bond=(5, 6)), dtype, 2061, "uniform")
 
 

@@ -1,4 +1,4 @@
-"""Few rows in one launch: what a block of csrc/cuda/few.cuh computes, and how long the kernel takes.
+"""Few rows in one launch: what a block of csrc/cuda/linear/few.cuh computes, and how long the kernel takes.
 
 Every block contracts its rows with left, a part of the central core and a part of right. What blocks share they compute
 each for itself, so this pays for few rows and small bonds, where launches and the bytes of the cores set the pace.
@@ -14,7 +14,7 @@ from mpoe_kernels.linear.cuda.panels import RESERVED_BYTES
 from mpoe_kernels.planner import Hardware
 from mpoe_kernels.planner.orders import BlockDims
 
-# Constants of csrc/cuda/few.cuh.
+# Constants of csrc/cuda/linear/few.cuh.
 THREADS, ROWS_AT_ONCE = 128, 8
 MOST_ROWS = 16
 # Part of the vector units' peak that four warps of dependent sums reach.

@@ -1,4 +1,4 @@
-"""The contractions of csrc/cuda/steps.h, and what surrounds them."""
+"""The contractions of csrc/cuda/linear/steps.h, and what surrounds them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Panels of the weight-stationary CUDA kernel: how wide they are, and how long the kernel takes with them.
 
-A block of csrc/cuda/panel.cuh rebuilds some columns of one expert's weight in shared memory, then streams the expert's
-rows past them. Wide panels read the rows seldom; what fits depends on the shapes and on the device.
+A block of csrc/cuda/linear/panel.cuh rebuilds some columns of one expert's weight in shared memory, then streams the
+expert's rows past them. Wide panels read the rows seldom; what fits depends on the shapes and on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESERVED_BYTES = 1024
 
 
 class _Tiles(NamedTuple):
-    """The tiles of csrc/cuda/panel_launch.cuh.
+    """The tiles of csrc/cuda/linear/panel_launch.cuh.
 
     Attributes:
         rows, columns: of a block's result.

@@ -24,13 +24,13 @@ SIZES = BlockDims._fields[:8]
 
 
 class StepOperand(ctypes.Structure):
-    """``StepOperand`` of csrc/cuda/bind_linear.cpp."""
+    """``StepOperand`` of csrc/cuda/linear/bind.cpp."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "offset", "outer", "limit", *SIZES)]
 
 
 class Step(ctypes.Structure):
-    """``Step`` of csrc/cuda/bind_linear.cpp."""
+    """``Step`` of csrc/cuda/linear/bind.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "first", "experts", "gathers", "epilogue", "tail")),

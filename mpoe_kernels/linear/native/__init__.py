@@ -1,1 +1,1 @@
-"""The compiled CPU kernels of csrc/cpu/linear*."""
+"""The compiled CPU kernels of csrc/cpu/linear."""

@@ -1,4 +1,4 @@
-"""Grouped MPO linear by the compiled kernels of csrc/cpu/linear.h."""
+"""Grouped MPO linear by the compiled kernels of csrc/cpu/linear/linear.h."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the compiled CPU kernels do for a contraction.
 
-The products of csrc/cpu/linear_*.cpp as they are cut into register tiles, and the copies between them.
+The products of csrc/cpu/linear as they are cut into register tiles, and the copies between them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import BlockDims, Contraction
 from mpoe_kernels.planner.orders import applications
 
-# csrc/cpu/gemm.h: columns of a packed panel, columns that stay together.
+# csrc/cpu/gemm/gemm.h: columns of a packed panel, columns that stay together.
 PANEL, GRANULE = 32, 8
-# csrc/cpu/linear_half.h: bytes of a half-built weight worked on at a time.
+# csrc/cpu/linear/half.h: bytes of a half-built weight worked on at a time.
 CHUNK_BYTES = 256 * 1024
-# csrc/cpu/linear_rebuild.cpp: blocks of iC of a backward, with sums of their own.
+# csrc/cpu/linear/rebuild.cpp: blocks of iC of a backward, with sums of their own.
 MOST_BLOCKS = 16
-# csrc/cpu/linear_half_backward.cpp, linear_chain_backward.cpp: groups of experts or slots with sums of their own.
+# csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with sums of their own.
 MOST_GROUPS = 8
-# csrc/cpu/linear_chain.cpp: bytes of the states of a block of slots.
+# csrc/cpu/linear/chain.cpp: bytes of the states of a block of slots.
 BLOCK_BYTES = 512 * 1024
 
 
@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     load_rows: float
 
 
-# csrc/cpu/gemm_body.h, and gemm_amx.cpp, which multiplies bfloat16 sixteen units at a time and leaves sums below
+# csrc/cpu/gemm/body.h, and gemm_amx.cpp, which multiplies bfloat16 sixteen units at a time and leaves sums below
 # `AMX_UNITS`, and what is left of others, to vectors: a multiply-add of theirs takes as long as so many of AMX's.
 # AVX2's tiles have 6 rows, and its measured constants make up for it.
 VECTORS, AMX = Tiles(14, 384, 1.0), Tiles(32, 1024, 4.0)

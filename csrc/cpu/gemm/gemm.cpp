@@ -1,0 +1,41 @@
+#include "cpu/gemm/gemm.h"
+
+#include "common/cpu_features.h"
+#if defined(__x86_64__)
+#include "cpu/gemm/gemm_amx.h"
+#endif
+
+namespace mpoe {
+
+#if defined(__x86_64__)
+namespace {
+
+// Everything but the products is that of AVX512-BF16.
+GemmKernels amx_kernels() {
+  GemmKernels kernels = kGemmAvx512Bf16[1];
+  kernels.best_rows = kMaxRows;
+  kernels.longest_sum = 1024;  // bfloat16 rounds more than that, and starting tiles takes time
+  kernels.multiply_rows = amx_multiply_rows;
+  kernels.multiply_columns = amx_multiply_columns;
+  return kernels;
+}
+
+}  // namespace
+#endif
+
+const GemmKernels& gemm_kernels(Dtype dtype) {
+  const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
+#if defined(__x86_64__)
+  static const GemmKernels amx = amx_kernels();
+  switch (active_isa()) {
+    case Isa::kAmx: return index == 1 ? amx : kGemmAvx512Bf16[0];
+    case Isa::kAvx512Bf16: return kGemmAvx512Bf16[index];
+    case Isa::kAvx512: return kGemmAvx512[index];
+    case Isa::kAvx2: return kGemmAvx2[index];
+    case Isa::kGeneric: break;
+  }
+#endif
+  return kGemmGeneric[index];
+}
+
+}  // namespace mpoe

@@ -1,0 +1,2 @@
+#define MPOE_GEMM kGemmAvx2
+#include "cpu/gemm/body.h"

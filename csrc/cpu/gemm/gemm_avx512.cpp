@@ -1,0 +1,2 @@
+#define MPOE_GEMM kGemmAvx512
+#include "cpu/gemm/body.h"

@@ -1,0 +1,2 @@
+#define MPOE_GEMM kGemmGeneric
+#include "cpu/gemm/body.h"

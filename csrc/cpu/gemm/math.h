@@ -1,0 +1,92 @@
+// Activations and their derivatives on vectors of floats. Accurate to a few units of rounding of float32.
+#pragma once
+
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/vector.h"
+
+namespace mpoe {
+namespace {
+
+inline Floats select(Words mask, Floats yes, Floats no) { return (Floats)(((Words)yes & mask) | ((Words)no & ~mask)); }
+inline Floats maximum(Floats a, Floats b) { return select((Words)(a > b), a, b); }
+inline Floats minimum(Floats a, Floats b) { return select((Words)(a < b), a, b); }
+
+// e^x: x = n ln 2 + r, a Taylor polynomial of degree 7 in r, |r| <= ln 2 / 2 (error below 1e-8), times 2^n.
+inline Floats exponential(Floats x) {
+  const Floats bounded = minimum(maximum(x, splat(-87.0f)), splat(88.0f));
+  constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const Floats shifted = bounded * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = multiply_add(n, splat(1.90465421e-9f), multiply_add(n, splat(-0.693147182f), bounded));
+  Floats p = splat(1.0f / 5040);
+  p = multiply_add(p, r, splat(1.0f / 720));
+  p = multiply_add(p, r, splat(1.0f / 120));
+  p = multiply_add(p, r, splat(1.0f / 24));
+  p = multiply_add(p, r, splat(1.0f / 6));
+  p = multiply_add(p, r, splat(0.5f));
+  p = multiply_add(p, r, splat(1.0f));
+  p = multiply_add(p, r, splat(1.0f));
+  const Words exponent = (Words)shifted << 23;  // the integer sits in the low bits of the mantissa
+  const Floats result = (Floats)((Words)p + exponent);
+  return select((Words)(x != x), x, result);
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// erf by the rational approximation of degree 13 over 8 that Eigen and XLA use, |error| < 4e-7 relative.
+inline Floats error_function(Floats x) {
+  const Floats c = minimum(maximum(x, splat(-3.74392116f)), splat(3.74392116f));
+  const Floats s = c * c;
+  Floats p = splat(0.00022905065861350646f);
+  p = multiply_add(p, s, splat(0.0034082910107109506f));
+  p = multiply_add(p, s, splat(0.050955695062380861f));
+  p = multiply_add(p, s, splat(0.18520832239976145f));
+  p = multiply_add(p, s, splat(1.128379143519084f));
+  Floats q = splat(-1.1791602954361697e-7f);
+  q = multiply_add(q, s, splat(0.000023547966471313185f));
+  q = multiply_add(q, s, splat(0.0010179625278914885f));
+  q = multiply_add(q, s, splat(0.014070470171167667f));
+  q = multiply_add(q, s, splat(0.11098505178285362f));
+  q = multiply_add(q, s, splat(0.49746925110067538f));
+  q = multiply_add(q, s, splat(1.0f));
+  // From 3.833 on it rounds to 1, which a large pre-activation multiplies: there the sign itself.
+  const Floats sign = select((Words)(x < 0.0f), splat(-1.0f), splat(1.0f));
+  const Floats result = select((Words)(c * sign > 3.7439f), sign, c * p / q);
+  return select((Words)(x != x), x, result);
+}
+
+constexpr float kGeluTanhScale = 2 * 0.7978845608f;  // tanh(u) = 2 sigmoid(2 u) - 1
+
+template <Activation kind>
+inline Floats activate(Floats z) {
+  if constexpr (kind == Activation::kRelu) return select((Words)(z < 0.0f), Floats{}, z);  // NaN stays
+  if constexpr (kind == Activation::kGelu) return 0.5f * z * (1.0f + error_function(z * 0.70710678f));
+  if constexpr (kind == Activation::kGeluTanh) return z * sigmoid(kGeluTanhScale * (z + 0.044715f * z * z * z));
+  if constexpr (kind == Activation::kSilu) return z * sigmoid(z);
+  return z;
+}
+
+// grad * activation'(saved)
+template <Activation kind>
+inline Floats deactivate(Floats grad, Floats saved) {
+  if constexpr (kind == Activation::kRelu) return select((Words)(saved > 0.0f), grad, Floats{});
+  if constexpr (kind == Activation::kGelu) {
+    const Floats cdf = 0.5f * (1.0f + error_function(saved * 0.70710678f));
+    return grad * (cdf + saved * 0.39894228f * exponential(-0.5f * saved * saved));
+  }
+  if constexpr (kind == Activation::kGeluTanh) {
+    const Floats falling = exponential(-kGeluTanhScale * (saved + 0.044715f * saved * saved * saved));
+    const Floats s = 1.0f / (1.0f + falling);
+    const Floats slope = falling * s * s;  // s (1 - s), exact where s is near 1
+    return grad * (s + saved * slope * kGeluTanhScale * (1.0f + 3 * 0.044715f * saved * saved));
+  }
+  if constexpr (kind == Activation::kSilu) {
+    const Floats falling = exponential(-saved);
+    const Floats s = 1.0f / (1.0f + falling);
+    return grad * (s + saved * (falling * s * s));
+  }
+  return grad;
+}
+
+}  // namespace
+}  // namespace mpoe

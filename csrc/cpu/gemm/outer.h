@@ -1,0 +1,97 @@
+// Products A^T B summed over rows of both: gradients of weights. Some rows at a time, those of A are turned into rows of
+// A^T and those of B are packed into panels; the inner axis is the rows. Sums are float32.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/linear/common.h"
+
+namespace mpoe {
+
+// out[c] = column c of `rows` rows, in whole units.
+template <class T>
+void turn_rows(
+    const GemmKernels& gemm, const T* in, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* out,
+    std::int64_t out_stride) {
+  gemm.transpose(in, stride, rows, columns, out, out_stride);
+  for (std::int64_t k = rows; k < padded_k(gemm, rows); ++k)
+    for (std::int64_t c = 0; c < columns; ++c) out[c * out_stride + k] = T{};
+}
+
+// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B; `k` rows in
+// whole units. `a` holds A^T, its rows `a_stride` apart; `sum` has rows `stride` floats apart and whole panels of columns.
+template <class T>
+void multiply_outer(
+    const GemmKernels& gemm, std::int64_t k, std::int64_t m, const T* a, std::int64_t a_stride, Span columns,
+    const T* b_panels, float* sum, std::int64_t stride, bool accumulate) {
+  // Rows of A^T that stay in the second-level cache while panels of B pass.
+  const std::int64_t row_bytes = k * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t group = std::max<std::int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
+  for (std::int64_t start = 0; start < m; start += group)
+    multiply_all(
+        gemm, std::min(group, m - start), k, a + start * a_stride, a_stride, b_panels + columns.first * kPanel * k,
+        (columns.last - columns.first) * kPanel,
+        [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+          for (std::int64_t r = 0; r < rows; ++r) {
+            float* to = sum + (start + first + r) * stride + columns.first * kPanel + c;
+            const float* from = tile + r * kPanel;
+            for (std::int64_t i = 0; i < kPanel; ++i) to[i] = accumulate ? to[i] + from[i] : from[i];
+          }
+        });
+}
+
+// Small products A^T B by one thread, with its scratch memory.
+template <class T>
+class OuterSum {
+ public:
+  OuterSum(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
+      : gemm_(gemm), m_(m), n_(n), stride_(round_up(n, kPanel)),
+        most_units_(std::clamp<std::int64_t>(512 * 1024 / (4 * (m + n)), 64, 1024)),
+        a_stride_(row_stride(gemm, most_units_ * gemm.unit)), a_(m * a_stride_),
+        b_(most_units_ * gemm.unit * stride_) {}
+
+  // Floats from row to row of a sum.
+  std::int64_t stride() const { return stride_; }
+
+  // sum [m, stride] (+)= the product over `rows` rows of a [rows, m] and b [rows, n].
+  void operator()(
+      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* sum,
+      bool accumulate) {
+    const std::int64_t most = most_units_ * gemm_.unit;
+    for (std::int64_t first = 0; first < rows; first += most) {
+      const std::int64_t count = std::min(most, rows - first), k = padded_k(gemm_, count);
+      turn_rows(gemm_, a + first * a_stride, a_stride, count, m_, a_.get(), a_stride_);
+      gemm_.pack(b_.get(), k / gemm_.unit, b + first * b_stride, b_stride, count, n_);
+      multiply_outer(
+          gemm_, k, m_, a_.get(), a_stride_, {0, stride_ / kPanel}, b_.get(), sum, stride_, accumulate || first > 0);
+    }
+  }
+
+ private:
+  const GemmKernels& gemm_;
+  const std::int64_t m_, n_, stride_, most_units_, a_stride_;
+  Buffer<T> a_, b_;
+};
+
+// The same, rounded once.
+template <class T>
+class OuterProduct {
+ public:
+  OuterProduct(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
+      : gemm_(gemm), m_(m), n_(n), product_(gemm, m, n), sum_(m * product_.stride()) {}
+
+  // out [m, n]
+  void operator()(
+      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, T* out) {
+    product_(rows, a, a_stride, b, b_stride, sum_.get(), false);
+    for (std::int64_t i = 0; i < m_; ++i) gemm_.round_row(sum_.get() + i * product_.stride(), out + i * n_, n_);
+  }
+
+ private:
+  const GemmKernels& gemm_;
+  const std::int64_t m_, n_;
+  OuterSum<T> product_;
+  Buffer<float> sum_;
+};
+
+}  // namespace mpoe

@@ -1,2 +1,0 @@
-#define MPOE_GEMM kGemmGeneric
-#include "cpu/gemm_body.h"

@@ -1,0 +1,154 @@
+#include "cpu/hidden_experts/hidden_experts.h"
+
+#include "common/cpu_features.h"
+#include "cpu/linear/common.h"
+
+namespace mpoe {
+namespace {
+
+const HiddenKernels& hidden_kernels(Dtype dtype) {
+  const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
+#if defined(__x86_64__)
+  switch (active_isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512Bf16: return kHiddenAvx512Bf16[index];
+    case Isa::kAvx512: return kHiddenAvx512[index];
+    case Isa::kAvx2: return kHiddenAvx2[index];
+    case Isa::kGeneric: break;
+  }
+#endif
+  return kHiddenGeneric[index];
+}
+
+std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, kPanel); }
+
+// A counting sort per tile of tokens.
+struct Sorted {
+  Buffer<std::int64_t> slots, owners, offsets;
+  Buffer<std::uint8_t> marks, used;
+  HiddenSlots view;
+
+  // `parts`: of the groups.
+  Sorted(const HiddenExperts& in, std::int64_t parts)
+      : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)),
+        marks(in.tokens * in.top_k), used(in.experts) {
+    const std::int64_t size = tile_of(in, parts);
+    view = {
+        size,       tiles_of(in, parts), slots.get(),   owners.get(),       marks.get(),
+        used.get(), true,                offsets.get(), together(in, parts)};
+    std::fill_n(used.get(), in.experts, std::uint8_t{0});
+    std::int64_t filled = 0;
+    std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's slot so far
+    for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
+      const std::int64_t first = tile * view.tile_tokens * in.top_k;
+      const std::int64_t last = std::min(in.tokens, (tile + 1) * view.tile_tokens) * in.top_k;
+      std::int64_t* offset = offsets.get() + tile * (in.experts + 1);
+      std::fill(next.begin(), next.end(), 0);
+      for (std::int64_t s = first; s < last; ++s)
+        if (in.index[s] >= 0) ++next[in.index[s]];
+      for (std::int64_t e = 0; e < in.experts; ++e) {
+        offset[e] = filled;
+        filled += next[e];
+        used.get()[e] |= next[e] > 0;
+        next[e] = offset[e];
+      }
+      offset[in.experts] = filled;
+      for (std::int64_t s = first; s < last; ++s)
+        if (in.index[s] >= 0) slots.get()[next[in.index[s]]++] = s;
+      for (std::int64_t p = offset[0]; p < filled; ++p) {
+        const std::int64_t token = slots.get()[p] / in.top_k;
+        owners.get()[p] = token;
+        marks.get()[p] = latest[token] < 0 ? kFirst : 0;
+        latest[token] = p;
+      }
+    }
+    for (const std::int64_t p : latest) {
+      if (p < 0)
+        view.complete = false;
+      else
+        marks.get()[p] |= kLast;
+    }
+  }
+
+  static std::int64_t together(const HiddenExperts& in, std::int64_t parts) {
+    return in.own_groups == 1 ? ceil_divide(in.groups(), parts) : 1;
+  }
+  static std::int64_t tile_of(const HiddenExperts& in, std::int64_t parts) {
+    return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in) * together(in, parts)));
+  }
+  // One without tokens too: gradients that are zero.
+  static std::int64_t tiles_of(const HiddenExperts& in, std::int64_t parts) {
+    return std::max<std::int64_t>(1, ceil_divide(in.tokens, tile_of(in, parts)));
+  }
+};
+
+// Sums of a tile, rows of a chunk, packed blocks of one expert: more than the bodies carve out of it.
+std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
+  const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
+  const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
+  const std::int64_t biases = in.bias == nullptr ? 0 : in.experts * of_groups;
+  return 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide + blocks + biases + 4096;
+}
+
+// Runs body(first group, last group, part) over parts that do not depend on the number of threads.
+template <class F>
+void for_each_part(std::int64_t groups, std::int64_t parts, const F& body) {
+  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p) body(groups * p / parts, groups * (p + 1) / parts, p);
+  });
+}
+
+// Parts of the groups where sums over all groups are needed. Every part begins and ends with sums of all experts' cores,
+// so each has at least 32 rows for each expert.
+std::int64_t parts_of_sums(const HiddenExperts& in) {
+  const std::int64_t rows = in.tokens * in.top_k * in.groups();
+  return std::clamp<std::int64_t>(rows / (32 * in.experts), 1, std::min<std::int64_t>(in.groups(), 8));
+}
+
+}  // namespace
+
+void hidden_experts(const HiddenExperts& in, void* out) {
+  if (in.tokens == 0 || in.features == 0) return;
+  const HiddenKernels& kernels = hidden_kernels(in.dtype);
+  const std::int64_t parts = std::min<std::int64_t>(in.groups(), 2 * num_threads());
+  const Sorted sorted(in, parts);
+  const std::int64_t size = scratch_floats(in, sorted.view, rows_at_once(in, sorted.view) > kFewRows);
+  for_each_part(in.groups(), parts, [&](auto first, auto last, auto) {
+    Buffer<float> scratch = zeros<float>(size);
+    kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
+  });
+}
+
+void hidden_experts_backward(const HiddenExperts& in, const void* grad, const HiddenExpertsGradients& out) {
+  const HiddenKernels& kernels = hidden_kernels(in.dtype);
+  const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
+  const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
+  const bool shared = in.own_groups == 1;
+  const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
+  const Sorted sorted(in, parts);
+  const std::int64_t size = scratch_floats(in, sorted.view, true);
+  Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);
+  Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
+  for_each_part(groups, parts, [&](auto first, auto last, auto part) {
+    Buffer<float> scratch = zeros<float>(size), own = zeros<float>(shared ? 0 : cores);
+    float* mine = shared ? sums.get() + part * cores : own.get();
+    float* gates = out.dgates == nullptr ? nullptr : slot_gates.get();
+    kernels.backward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), mine, gates}, grad, out);
+  });
+  if (out.dgates != nullptr) {
+    for (std::int64_t s = 0; s < pairs; ++s) {
+      float sum = 0;
+      for (std::int64_t g = 0; g < groups; ++g) sum += slot_gates.get()[g * pairs + s];
+      out.dgates[s] = sum;
+    }
+  }
+  if (!shared) return;
+  void* const results[] = {out.dright, out.dleft, out.dright_gate};
+  for (std::int64_t kind = 0; kind < kinds; ++kind)
+    for (std::int64_t e = 0; results[kind] != nullptr && e < in.experts; ++e)
+      kernels.sum_parts(
+          sums.get() + (e * kinds + kind) * square, sorted.view.used[e] ? parts : 0, cores,
+          static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
+}
+
+}  // namespace mpoe

@@ -1,0 +1,96 @@
+// o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its gradients, on raw pointers.
+//
+// Everything is local to a group g of `block` hidden units. Tokens are taken in tiles, whose sums have at most
+// `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert) rows are gathered,
+// multiplied with the packed blocks and added to float32 sums of the tile, expert after expert: the order of every sum
+// is fixed, whatever the number of threads. A token's last slot brings its sum to the result. Groups that share their blocks are taken together: each group of a token is
+// a row. Nothing of size T x K x F is stored.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "cpu/gemm/gemm.h"
+
+namespace mpoe {
+
+struct HiddenExperts {
+  Dtype dtype;  // kFloat32 or kBFloat16: of everything but the gates
+  std::int64_t tokens, features, block, experts, own_groups, top_k;  // own_groups: features / block, or 1: shared
+  Activation activation;
+  const void* u;              // [T, F]
+  const void* u_gate;         // [T, F] or null
+  const float* gates;         // [T, K]
+  const std::int64_t* index;  // [T, K], each in -1..E-1
+  const void* right;          // [E, own_groups, b, b]
+  const void* left;
+  const void* right_gate;  // with u_gate
+  const void* bias;        // [E, F] or null
+
+  std::int64_t groups() const { return features / block; }
+};
+void hidden_experts(const HiddenExperts& in, void* out);
+
+// Gradients; null: not wanted.
+struct HiddenExpertsGradients {
+  void* du;
+  float* dgates;  // [T, K]
+  void* dright;
+  void* dleft;
+  void* dbias;
+  void* du_gate;
+  void* dright_gate;
+};
+void hidden_experts_backward(const HiddenExperts& in, const void* grad, const HiddenExpertsGradients& out);
+
+// ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
+
+constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
+constexpr std::int64_t kChunk = 64;            // rows that are worked on at once, at most
+constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
+
+// What a slot is among those of its token, in their order.
+constexpr std::uint8_t kFirst = 1, kLast = 2;
+
+// Slots sorted by tile, expert and token.
+struct HiddenSlots {
+  std::int64_t tile_tokens, tiles;
+  const std::int64_t* slots;    // t * K + k
+  const std::int64_t* owners;   // t of each of them
+  const std::uint8_t* marks;    // kFirst and kLast of each of them
+  const std::uint8_t* used;     // [E]: whether an expert has a slot
+  bool complete;                // every token has a slot
+  const std::int64_t* offsets;  // [tiles, E + 1]
+  std::int64_t together;        // the most groups that are taken together
+};
+
+// The most rows that a chunk can have.
+static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlots& sorted) {
+  const std::int64_t tokens = sorted.tile_tokens < in.tokens ? sorted.tile_tokens : in.tokens;
+  return kChunk / (in.top_k * sorted.together) < tokens ? kChunk : tokens * in.top_k * sorted.together;
+}
+
+// Groups [first, last) of one part; sums of the experts' own cores end in `cores`.
+struct HiddenPart {
+  std::int64_t first, last;
+  float* scratch;
+  float* cores;       // shared blocks: [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; else scratch
+  float* slot_gates;  // [groups, T * K]: gradients of gates, by group; null: not wanted
+};
+
+struct HiddenKernels {
+  void (*forward)(const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, void* out);
+  void (*backward)(
+      const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, const void* grad,
+      const HiddenExpertsGradients&);
+  // out = sum over p < count of parts[p], rounded
+  void (*sum_parts)(const float* parts, std::int64_t count, std::int64_t stride, void* out, std::int64_t size);
+};
+
+// Indexed by is_bfloat16.
+extern const HiddenKernels kHiddenGeneric[2];
+extern const HiddenKernels kHiddenAvx2[2];
+extern const HiddenKernels kHiddenAvx512[2];
+extern const HiddenKernels kHiddenAvx512Bf16[2];
+
+}  // namespace mpoe

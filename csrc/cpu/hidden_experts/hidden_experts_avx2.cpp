@@ -1,0 +1,2 @@
+#define MPOE_HIDDEN kHiddenAvx2
+#include "cpu/hidden_experts/body.h"

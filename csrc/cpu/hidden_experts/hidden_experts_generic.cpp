@@ -1,0 +1,2 @@
+#define MPOE_HIDDEN kHiddenGeneric
+#include "cpu/hidden_experts/body.h"

@@ -1,0 +1,156 @@
+// Rows of hidden_experts.h's tokens: how many come at once, where they are read, and where their sums go. Part of the
+// bodies of each instruction set; nothing here may use inline functions that other files share.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/gemm/math.h"
+#include "cpu/hidden_experts/hidden_experts.h"
+
+namespace mpoe {
+namespace {
+
+using std::int64_t;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Sizes of one block and its operands. `wide`: columns of float tiles; `stride`: elements from row to row of operands.
+struct Sizes {
+  int64_t block, wide, unit, units, stride;
+  int64_t chunk;  // rows at once: whole tiles
+
+  Sizes(const GemmKernels& gemm, int64_t b)
+      : block(b), wide((b + kPanel - 1) / kPanel * kPanel), unit(gemm.unit), units((b + unit - 1) / unit),
+        chunk(kChunk / gemm.best_rows * gemm.best_rows) {
+    const int64_t line = 16 * unit;
+    stride = (((wide + line - 1) / line) | 1) * line;
+  }
+};
+
+// Groups [first, last) that are taken together, and the tokens of one tile.
+struct Tile {
+  int64_t first_group, last_group, first_token, tokens;
+};
+
+// Slots of one expert, each in a group: at most `Sizes::chunk`.
+struct Chunk {
+  int64_t rows;
+  int64_t slots[kChunk], owners[kChunk], groups[kChunk];
+  std::uint8_t marks[kChunk];
+};
+
+constexpr int64_t kAhead = 8;  // rows: they lie in pages of their own, and no hardware knows which is next
+
+// locality: 3 into the first-level cache, 2 into the second.
+template <int locality>
+inline void prefetch_to_read(const void* address, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 0, locality);
+}
+inline void prefetch_to_write(const void* address, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 1);
+}
+
+// The group's units of the slots' tokens.
+template <class T>
+void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, T* out) {
+  const auto source = [&](int64_t r) {
+    return static_cast<const T*>(from) + chunk.owners[r] * in.features + chunk.groups[r] * s.block;
+  };
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    if (r + kAhead < chunk.rows) prefetch_to_read<3>(source(r + kAhead), s.block * static_cast<int64_t>(sizeof(T)));
+    std::memcpy(out + r * s.stride, source(r), s.block * sizeof(T));
+  }
+}
+
+template <class T>
+void store_row(const float* from, T* out, int64_t count) {
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) store_floats(out + c, load_floats(from + c));
+  for (; c < count; ++c) store(out[c], from[c]);
+}
+
+// sum[group][token][.] += factor * row, begun by the token's first slot and rounded into the result by its last.
+template <class T>
+void add_rows(
+    const HiddenExperts& in, const Sizes& s, const Tile& tile, const Chunk& chunk, const float* rows,
+    const float* gates, float* sum, void* out) {
+  for (int64_t r = 0; r < chunk.rows; ++r, rows += s.wide) {
+    const int64_t group = chunk.groups[r], token = chunk.owners[r];
+    const int64_t later = r + kAhead;
+    if (later < chunk.rows && (chunk.marks[later] & kLast) != 0)
+      prefetch_to_write(
+          static_cast<T*>(out) + chunk.owners[later] * in.features + chunk.groups[later] * s.block,
+          s.block * static_cast<int64_t>(sizeof(T)));
+    float* const target = sum + ((group - tile.first_group) * tile.tokens + token - tile.first_token) * s.wide;
+    const bool begins = (chunk.marks[r] & kFirst) != 0;
+    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
+    const auto value = [&](int64_t c) {
+      return multiply_add(gate, load_floats(rows + c), begins ? Floats{} : load_floats(target + c));
+    };
+    int64_t c = 0;
+    if ((chunk.marks[r] & kLast) == 0) {
+      for (; c < s.wide; c += kWidth) store_floats(target + c, value(c));
+      continue;
+    }
+    T* const result = static_cast<T*>(out) + token * in.features + group * s.block;
+    for (; c + kWidth <= s.block; c += kWidth) store_floats(result + c, value(c));
+    if (c == s.block) continue;
+    float rest[kWidth];
+    store_floats(rest, value(c));
+    store_row(rest, result + c, s.block - c);
+  }
+}
+
+// Zeros for the tokens that have no expert.
+template <class T>
+void store_missing(const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, void* out) {
+  for (int64_t t = tile.first_token; !sorted.complete && t < tile.first_token + tile.tokens; ++t) {
+    bool missing = true;
+    for (int64_t k = 0; k < in.top_k; ++k) missing = missing && in.index[t * in.top_k + k] < 0;
+    T* const row = static_cast<T*>(out) + t * in.features;
+    if (missing)
+      std::memset(
+          row + tile.first_group * s.block, 0, (tile.last_group - tile.first_group) * s.block * sizeof(T));
+  }
+}
+
+// Calls f(tile, number of the tile) for the groups of a part that are taken together, and the tiles of each.
+template <class F>
+void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const HiddenPart& part, const F& f) {
+  const int64_t together = in.own_groups == 1 ? part.last - part.first : 1;
+  for (int64_t group = part.first; group < part.last; group += together)
+    for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
+      const int64_t first = tile * sorted.tile_tokens;
+      f(Tile{group, group + together, first, least(sorted.tile_tokens, in.tokens - first)}, tile);
+    }
+}
+
+// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
+// expert: whole ones, and what is left. The groups of a slot come after another.
+template <class F>
+void for_each_chunk(
+    const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {
+  const int64_t* offsets = sorted.offsets + number * (in.experts + 1);
+  Chunk chunk;
+  for (int64_t e = 0; e < in.experts; ++e) {
+    const int64_t all = (offsets[e + 1] - offsets[e]) * (tile.last_group - tile.first_group);
+    int64_t slot = offsets[e], group = tile.first_group;
+    for (int64_t first = 0; first < all; first += s.chunk) {
+      chunk.rows = least(s.chunk, all - first);
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        chunk.slots[r] = sorted.slots[slot];
+        chunk.owners[r] = sorted.owners[slot];
+        chunk.marks[r] = sorted.marks[slot];
+        chunk.groups[r] = group;
+        if (++group == tile.last_group) {
+          group = tile.first_group;
+          ++slot;
+        }
+      }
+      f(e, chunk, first == 0, all);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mpoe

@@ -1,0 +1,76 @@
+// The indices of the blocks and of the rows that meet them, where an element with some indices lies, and copies that
+// bring a state of the rows from one order of its indices into another.
+#pragma once
+
+#include <array>
+
+#include "cpu/linear/common.h"
+
+namespace mpoe {
+
+enum Axis : int { kInLeft, kOutLeft, kBondLeft, kInCentral, kOutCentral, kBondRight, kInRight, kOutRight };
+constexpr int kAxes = 8;
+
+using Axes = std::vector<Axis>;                    // from the slowest to the fastest
+using AxisValues = std::array<std::int64_t, kAxes>;  // of every axis: its size, or its stride in elements
+
+inline AxisValues axis_sizes(const BlockDims& d) { return {d.iL, d.jL, d.a, d.iC, d.jC, d.b, d.iR, d.jR}; }
+
+inline std::int64_t product(const AxisValues& sizes, const Axes& axes) {
+  std::int64_t elements = 1;
+  for (const Axis axis : axes) elements *= sizes[axis];
+  return elements;
+}
+
+inline Axes operator+(Axes first, const Axes& second) {
+  first.insert(first.end(), second.begin(), second.end());
+  return first;
+}
+
+// A matrix [rows, columns] whose rows are `row_stride` elements apart; no row axes: a dense tensor.
+struct AxisMatrix {
+  Axes rows, columns;
+  std::int64_t row_stride;
+
+  AxisValues strides(const AxisValues& sizes) const {
+    AxisValues found{};
+    std::int64_t step = 1;
+    for (auto axis = columns.rbegin(); axis != columns.rend(); ++axis) found[*axis] = step, step *= sizes[*axis];
+    step = row_stride;
+    for (auto axis = rows.rbegin(); axis != rows.rend(); ++axis) found[*axis] = step, step *= sizes[*axis];
+    return found;
+  }
+};
+
+// Copies elements from one order of the same axes to another.
+class Permutation {
+ public:
+  Permutation() = default;
+  Permutation(const AxisValues& sizes, const AxisMatrix& from, const AxisMatrix& to);
+
+  // `count` tensors, `in_step` elements apart, into others `out_step` apart. `gemm` is that of the elements' dtype.
+  template <class T>
+  void run(
+      const GemmKernels& gemm, std::int64_t count, const T* in, std::int64_t in_step, T* out,
+      std::int64_t out_step) const {
+    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step)
+      for (const auto& [from, to] : places_) {
+        if (inner_.from == 1 && inner_.to == 1)
+          std::memcpy(static_cast<void*>(out + to), in + from, inner_.size * sizeof(T));
+        else if (across_.size > 1)
+          gemm.transpose(in + from, inner_.from, inner_.size, across_.size, out + to, across_.to);
+        else
+          for (std::int64_t i = 0; i < inner_.size; ++i) out[to + i * inner_.to] = in[from + i * inner_.from];
+      }
+  }
+
+ private:
+  struct Move {
+    std::int64_t size, from, to;  // of an axis: its strides in both orders
+  };
+  Move inner_{1, 1, 1};   // the fastest axis of the target
+  Move across_{1, 1, 1};  // the fastest one of the source, if it is another and `inner_` is dense
+  std::vector<std::pair<std::int64_t, std::int64_t>> places_;  // where the others lie in both
+};
+
+}  // namespace mpoe

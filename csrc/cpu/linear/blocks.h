@@ -1,0 +1,91 @@
+// What strategies that work on the sides (L, C, R) of the weight share: where columns lie, rows brought into another order,
+// and the products of gemm.h over whole operands.
+#pragma once
+
+#include "cpu/linear/common.h"
+
+namespace mpoe {
+
+// One side of the weight.
+struct Side {
+  std::int64_t L, C, R;
+  std::int64_t features;  // true size, <= L C R
+
+  std::int64_t offset(std::int64_t l, std::int64_t c, std::int64_t r) const { return (l * C + c) * R + r; }
+};
+
+inline Side in_side(const BlockDims& d) { return {d.iL, d.iC, d.iR, d.in_features}; }
+inline Side out_side(const BlockDims& d) { return {d.jL, d.jC, d.jR, d.out_features}; }
+
+// Where 32 columns of a panel whose granules run as (C in `c`, L in `l`, R in granules) lie in a row of `side`; columns past
+// the true size do not exist.
+ColumnMap side_columns(const Side& side, Span c, Span l, std::int64_t panel);
+inline ColumnMap side_columns(const Side& side, Span c, std::int64_t panel) {
+  return side_columns(side, c, {0, side.L}, panel);
+}
+
+// sums[p][row][32] (+)= A B for every panel p of B, where A's rows lie in memory.
+template <class T>
+void rows_times_panels(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panels,
+    std::int64_t panel_units, std::int64_t count, float* sums, std::int64_t sum_rows, bool accumulate) {
+  for_each_tile(rows, kStripRows, [&](std::int64_t first, std::int64_t strip_rows) {
+    for (std::int64_t p = 0; p < count; ++p)
+      multiply_rows(
+          gemm, strip_rows, units, a + first * stride, stride, panels + p * panel_units * kPanel * gemm.unit,
+          sums + (p * sum_rows + first) * kPanel, accumulate);
+  });
+}
+
+// f(columns, first, count, p) for every tile of A's rows, which are the columns of panels, and every panel p of B.
+template <class T, class F>
+void for_column_tiles(
+    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t panels, const F& f) {
+  for (std::int64_t q = 0; q * kPanel < rows; ++q)
+    for_each_tile(std::min(kPanel, rows - q * kPanel), gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+      const T* columns = a + (q * units * kPanel + first) * gemm.unit;
+      for (std::int64_t p = 0; p < panels; ++p) f(columns, q * kPanel + first, tile_rows, p);
+    });
+}
+
+// Panels of a B whose columns are pairs (inner, column): their products become units of a packed operand, in which
+// `inner` is contracted next (gemm.h, store_units).
+struct UnitColumns {
+  std::int64_t per_panel;                 // granules of units
+  std::int64_t panels;
+  std::vector<ColumnMap> map;             // of a panel: where its columns lie in a row of B
+  std::vector<std::int32_t> which;        // per granule of units: granule of the column
+  std::vector<std::int32_t> unit_offset;  // per granule of units: of the inner index
+
+  // Element (inner, column) of a row of B lies at inner * inner_stride + column.
+  UnitColumns(std::int64_t unit, std::int64_t inner, std::int64_t inner_stride, std::int64_t columns);
+};
+
+// Copies a run of elements, mostly some granules: too short for a call of memcpy each.
+template <class T>
+inline void copy_run(const T* from, std::int64_t count, T* to) {
+  for (; count >= kGranule; count -= kGranule, from += kGranule, to += kGranule)
+    std::memcpy(to, from, kGranule * sizeof(T));
+  for (std::int64_t k = 0; k < count; ++k) to[k] = from[k];
+}
+
+// rows[t, (kC kL kR)] of a block of kC from the rows of `source(t)`, zero where padded.
+template <class T, class Source>
+void arrange_rows(
+    const Side& side, std::int64_t unit, Span range, std::int64_t count, const Source& source, T* rows,
+    std::int64_t stride) {
+  const std::int64_t width = round_up(side.R, unit);
+  for (std::int64_t t = 0; t < count; ++t) {
+    const T* row = source(t);
+    T* out = rows + t * stride;
+    for (std::int64_t c = range.first; c < range.last; ++c)
+      for (std::int64_t l = 0; l < side.L; ++l, out += width) {
+        const std::int64_t from = side.offset(l, c, 0);
+        const std::int64_t valid = std::clamp<std::int64_t>(side.features - from, 0, side.R);
+        copy_run(row + from, valid, out);
+        std::fill(out + valid, out + width, T{});
+      }
+  }
+}
+
+}  // namespace mpoe

@@ -1,0 +1,225 @@
+#include "cpu/linear/chain.h"
+
+#include <limits>
+#include <type_traits>
+
+namespace mpoe {
+namespace {
+
+// Of the rows before and after a product: they share a second-level cache with the operand.
+constexpr std::int64_t kBlockBytes = 512 * 1024;
+constexpr std::int64_t kMostSlots = 256;
+
+bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes.end(), axis) != axes.end(); }
+
+Axes axes_of(Operand operand) { return natural(operand).columns; }
+
+std::array<ChainStep, kChainSteps> steps_of(const AxisValues& sizes, const std::array<Operand, kChainSteps>& order) {
+  std::array<ChainStep, kChainSteps> steps;
+  Axes state = {kInLeft, kInCentral, kInRight};
+  for (int s = 0; s < kChainSteps; ++s) {
+    ChainStep& step = steps[s];
+    step.operand = order[s];
+    const Axes axes = axes_of(order[s]);
+    for (const Axis axis : state) (contains(axes, axis) ? step.met : step.rest).push_back(axis);
+    for (const Axis axis : axes)
+      if (!contains(state, axis)) step.fresh.push_back(axis);
+    // What the next operand meets comes last, so that it is copied in long runs.
+    if (s + 1 < kChainSteps)
+      std::stable_partition(step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
+        return !contains(next, axis);
+      });
+    step.m = product(sizes, step.rest);
+    step.k = product(sizes, step.met);
+    step.n = product(sizes, step.fresh);
+    state = step.rest + step.fresh;
+  }
+  return steps;
+}
+
+}  // namespace
+
+AxisMatrix natural(Operand operand) {
+  switch (operand) {
+    case Operand::kLeft: return {{}, {kInLeft, kOutLeft, kBondLeft}, 0};
+    case Operand::kCentral: return {{}, {kBondLeft, kInCentral, kOutCentral, kBondRight}, 0};
+    case Operand::kRight: break;
+  }
+  return {{}, {kBondRight, kInRight, kOutRight}, 0};
+}
+
+std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims) {
+  constexpr Operand L = Operand::kLeft, C = Operand::kCentral, R = Operand::kRight;
+  constexpr std::array<Operand, kChainSteps> kOrders[] = {{L, C, R}, {L, R, C}, {C, L, R},
+                                                          {C, R, L}, {R, L, C}, {R, C, L}};
+  std::array<ChainStep, kChainSteps> best;
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (const auto& order : kOrders) {
+    const auto steps = steps_of(axis_sizes(dims), order);
+    std::int64_t cost = 0;
+    for (const ChainStep& step : steps) cost += step.m * step.k * step.n;
+    if (cost < least) least = cost, best = steps;
+  }
+  return best;
+}
+
+template <class T>
+Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
+    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims)) {
+  for (int s = 0; s < kChainSteps; ++s) {
+    const ChainStep& step = steps_[s];
+    operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});
+    enter_[s] = Permutation(sizes_, s == 0 ? rows_in() : steps_[s - 1].product(), state(s));
+    if (step.operand != Operand::kCentral) continue;
+    Buffer<T> matrix(step.k * step.n);
+    for (const Direction direction : {Direction::kForward, Direction::kBackward}) {
+      if (direction > last) break;
+      Buffer<T>& panels = central_[static_cast<int>(direction)];
+      panels = Buffer<T>(round_up(step.k, kPanel) * round_up(step.n, kPanel));
+      pack(s, direction, 0, matrix.get(), panels.get());
+    }
+  }
+}
+
+template <class T>
+std::int64_t Chain<T>::block_slots() const {
+  std::int64_t elements = 0;
+  for (int s = 0; s < kChainSteps; ++s)
+    elements = std::max(elements, steps_[s].m * (state(s).row_stride + gradient(s).row_stride));
+  return std::clamp<std::int64_t>(kBlockBytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, kMostSlots);
+}
+
+template <class T>
+ChainMemory<T> Chain<T>::memory(std::int64_t slots) const {
+  ChainMemory<T> memory;
+  std::int64_t product = in_.dims.padded_in(), matrix = 0, panels = 0;
+  for (int s = 0; s < kChainSteps; ++s) {
+    const ChainStep& step = steps_[s];
+    memory.states[s] = zeros<T>(slots * step.m * state(s).row_stride);  // rows end in a part of a unit
+    product = std::max(product, step.m * std::max(step.k, step.n));
+    matrix = std::max(matrix, step.k * step.n);
+    panels = std::max(panels, round_up(step.k, kPanel) * round_up(step.n, kPanel));
+  }
+  memory.product = Buffer<T>(slots * product);
+  memory.matrix = Buffer<T>(matrix);
+  memory.panels = Buffer<T>(panels);
+  return memory;
+}
+
+template <class T>
+void Chain<T>::compute_states(Span block, int last, ChainMemory<T>& memory) const {
+  const BlockDims& d = in_.dims;
+  const std::int64_t count = block.last - block.first;
+  T* product = memory.product.get();
+  pad_rows<T>(
+      count, d.in_features, d.padded_in(), [&](std::int64_t k) { return row_of<T>(in_, block.first + k); }, product);
+  std::int64_t width = d.padded_in();
+  for (int s = 0; s <= last; ++s) {
+    T* state_rows = memory.states[s].get();
+    enter_[s].run(gemm_, count, product, width, state_rows, steps_[s].m * state(s).row_stride);
+    if (s < last) multiply(s, Direction::kForward, block, state_rows, memory, product);
+    width = steps_[s].m * steps_[s].n;
+  }
+}
+
+template <class T>
+template <class Out>
+void Chain<T>::multiply(
+    int s, Direction direction, Span block, const T* a, ChainMemory<T>& memory, Out* out) const {
+  const ChainStep& step = steps_[s];
+  const bool forward = direction == Direction::kForward;
+  const std::int64_t k = forward ? step.k : step.n, columns = forward ? step.n : step.k;
+  const std::int64_t units = ceil_divide(k, gemm_.unit), stride = row_stride(gemm_, k);
+  const auto store = gemm_kernels(std::is_same_v<Out, float> ? Dtype::kFloat32 : in_.dtype).store;
+  const auto product = [&](Span slots, const T* panels) {
+    alignas(64) float tile[kMaxRows * kPanel];
+    const std::int64_t start = (slots.first - block.first) * step.m;
+    for (std::int64_t c = 0; c < columns; c += kPanel)
+      for_each_tile((slots.last - slots.first) * step.m, gemm_.best_rows, [&](std::int64_t first, std::int64_t rows) {
+        const std::int64_t row = start + first;
+        multiply_rows(gemm_, rows, units, a + row * stride, stride, panels + c * units * gemm_.unit, tile, false);
+        store(tile, rows, std::min(kPanel, columns - c), out + row * columns + c, columns);
+      });
+  };
+  if (step.operand == Operand::kCentral) return product(block, central_[static_cast<int>(direction)].get());
+  for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
+    pack(s, direction, expert, memory.matrix.get(), memory.panels.get());
+    product(slots, memory.panels.get());
+  });
+}
+
+template <class T>
+void Chain<T>::pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const {
+  const ChainStep& step = steps_[s];
+  const void* const blocks[] = {in_.left, in_.central, in_.right};
+  const T* block = static_cast<const T*>(blocks[static_cast<int>(step.operand)]) + expert * step.k * step.n;
+  operands_[s].run(gemm_, 1, block, 0, matrix, 0);
+  if (direction == Direction::kForward)
+    gemm_.pack(panels, ceil_divide(step.k, gemm_.unit), matrix, step.n, step.k, step.n);
+  else
+    gemm_.pack_transposed(panels, ceil_divide(step.n, gemm_.unit), matrix, step.n, step.n, step.k);
+}
+
+template class Chain<float>;
+template class Chain<BFloat16>;
+template void Chain<float>::multiply(int, Direction, Span, const float*, ChainMemory<float>&, float*) const;
+template void Chain<BFloat16>::multiply(int, Direction, Span, const BFloat16*, ChainMemory<BFloat16>&, float*) const;
+template void Chain<BFloat16>::multiply(int, Direction, Span, const BFloat16*, ChainMemory<BFloat16>&, BFloat16*) const;
+
+namespace {
+
+// y of a block from the float product of its last step, brought into the order of y.
+template <class T>
+void finish_rows(const GemmKernels& gemm, const LinearForward& in, Span block, const float* rows, const float* bias) {
+  const std::int64_t width = in.dims.out_features, whole = width / kPanel, tail = width % kPanel;
+  std::vector<std::int64_t> offset(whole);
+  for (std::int64_t p = 0; p < whole; ++p) offset[p] = p * kPanel;
+  for (std::int64_t s = block.first; s < block.last; ++s, rows += in.dims.padded_out()) {
+    T* y = static_cast<T*>(in.y) + s * width;
+    T* saved = in.saved == nullptr ? nullptr : static_cast<T*>(in.saved) + s * width;
+    Finish finish{.bias = bias, .activation = in.activation, .saved = saved, .bias_offset = offset.data()};
+    // A row is a tile whose rows lie one behind the other.
+    gemm.finish(rows, whole, y, offset.data(), 0, consecutive(0, kPanel), finish);
+    if (tail == 0) continue;
+    finish.bias = bias == nullptr ? nullptr : bias + whole * kPanel;
+    finish.bias_offset = nullptr;
+    if (saved != nullptr) finish.saved = saved + whole * kPanel;
+    gemm.finish(rows + whole * kPanel, 1, y + whole * kPanel, nullptr, 0, consecutive(0, tail), finish);
+  }
+}
+
+template <class T>
+void forward(const GemmKernels& gemm, const LinearForward& in) {
+  const BlockDims& d = in.dims;
+  const std::int64_t filled = in.filled(), width = d.padded_out();
+  zero_rows(in.y, filled, in.slots, d.out_features * sizeof(T));
+  zero_rows(in.saved, filled, in.slots, d.out_features * sizeof(T));
+  if (filled == 0) return;
+  const Chain<T> chain(gemm, in, Direction::kForward);
+  constexpr int last = kChainSteps - 1;
+  const Permutation leave(chain.sizes(), chain.step(last).product(), rows_out());
+  Buffer<float> bias(in.bias == nullptr ? 0 : width + kPanel);
+  if (in.bias != nullptr) load_bias<T>(in, 0, width + kPanel, bias.get());
+  const std::int64_t most = std::min(chain.block_slots(), ceil_divide(filled, num_threads()));
+  parallel_for(0, ceil_divide(filled, most), 1, [&](std::int64_t begin, std::int64_t end) {
+    ChainMemory<T> memory = chain.memory(most);
+    Buffer<float> product(most * width), rows(most * width + kPanel);
+    for (std::int64_t k = begin; k < end; ++k) {
+      const Span block{k * most, std::min(filled, (k + 1) * most)};
+      chain.compute_states(block, last, memory);
+      chain.multiply(last, Direction::kForward, block, memory.states[last].get(), memory, product.get());
+      leave.run(gemm_kernels(Dtype::kFloat32), block.last - block.first, product.get(), width, rows.get(), width);
+      finish_rows<T>(gemm, in, block, rows.get(), in.bias == nullptr ? nullptr : bias.get());
+    }
+  });
+}
+
+}  // namespace
+
+void chain_forward(const LinearForward& in) {
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    forward<decltype(element)>(gemm, in);
+  });
+}
+
+}  // namespace mpoe

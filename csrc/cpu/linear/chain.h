@@ -1,0 +1,90 @@
+// The strategy chain: rows meet L, C and R one after the other, in the order that costs least. What is left of a slot's
+// row is its state, a tensor of some axes; an operand contracts those that it shares with the state (`met`) and puts
+// its others (`fresh`) behind the remaining ones (`rest`):
+//   product[(slots rest), fresh] = state[(slots rest), met] operand[met, fresh]
+// Slots are taken in blocks whose states stay in cache. Within one, L and R are products per expert, C one for all.
+#pragma once
+
+#include "cpu/linear/axes.h"
+#include "cpu/linear/rebuild.h"
+
+namespace mpoe {
+
+enum class Operand { kLeft, kCentral, kRight };
+
+struct ChainStep {
+  Operand operand;
+  Axes rest, met, fresh;
+  std::int64_t m, k, n;  // elements of these
+
+  AxisMatrix product() const { return {rest, fresh, n}; }
+};
+
+constexpr int kChainSteps = 3;
+
+// The cheapest of the six orders; of LCR, LRC, CLR, CRL, RLC, RCL the first wins ties.
+std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims);
+
+// An operand as it lies: the axes of L, C or R.
+AxisMatrix natural(Operand operand);
+
+// Rows of x and of y.
+inline AxisMatrix rows_in() { return {{}, {kInLeft, kInCentral, kInRight}, 0}; }
+inline AxisMatrix rows_out() { return {{}, {kOutLeft, kOutCentral, kOutRight}, 0}; }
+
+// Forward: products with operands [met, fresh]. Backward: with their transposes, which turn the gradient of a product
+// into that of the state before.
+enum class Direction { kForward, kBackward };
+
+// Scratch memory of one thread for a block of slots.
+template <class T>
+struct ChainMemory {
+  std::array<Buffer<T>, kChainSteps> states;  // [(slots rest), met] before every step
+  Buffer<T> product;
+  Buffer<T> matrix, panels;  // an operand
+};
+
+// The steps and their operands.
+template <class T>
+class Chain {
+ public:
+  // `last` direction: backward implies forward.
+  Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last);
+
+  const ChainStep& step(int s) const { return steps_[s]; }
+  const AxisValues& sizes() const { return sizes_; }
+  // A state, and the gradient of a product, with rows far enough apart for the product that reads them.
+  AxisMatrix state(int s) const { return {steps_[s].rest, steps_[s].met, row_stride(gemm_, steps_[s].k)}; }
+  AxisMatrix gradient(int s) const { return {steps_[s].rest, steps_[s].fresh, row_stride(gemm_, steps_[s].n)}; }
+  // As many slots as leave what a block touches in cache.
+  std::int64_t block_slots() const;
+
+  ChainMemory<T> memory(std::int64_t slots) const;
+  // States of the slots of `block` before the steps 0..last.
+  void compute_states(Span block, int last, ChainMemory<T>& memory) const;
+  // Rows `a` of the slots of `block`, a state or a gradient, times the operand of a step: [(slots m), its columns].
+  template <class Out>
+  void multiply(int s, Direction direction, Span block, const T* a, ChainMemory<T>& memory, Out* out) const;
+
+ private:
+  void pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const;
+
+  const GemmKernels& gemm_;
+  const LinearInputs& in_;
+  const AxisValues sizes_;
+  const std::array<ChainStep, kChainSteps> steps_;
+  std::array<Permutation, kChainSteps> operands_;  // a block to [met, fresh]
+  std::array<Permutation, kChainSteps> enter_;     // x, or the product before, to the state
+  Buffer<T> central_[2];                           // panels by direction
+};
+
+// Copies `count` rows of `width` elements, with zeros behind them up to `whole`. in(k) is where row k lies.
+template <class T, class Source>
+void pad_rows(std::int64_t count, std::int64_t width, std::int64_t whole, const Source& in, T* out) {
+  for (std::int64_t k = 0; k < count; ++k, out += whole) {
+    std::memcpy(static_cast<void*>(out), in(k), width * sizeof(T));
+    std::fill(out + width, out + whole, T{});
+  }
+}
+
+}  // namespace mpoe

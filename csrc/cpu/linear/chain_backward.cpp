@@ -1,0 +1,192 @@
+// Backward of chain. States are computed again; then, from the last step to the first,
+//   d operand = state^T d product,   d state = d product operand^T.
+// Slots are cut into groups whose number does not depend on that of threads. A group sums the gradients of its experts'
+// blocks and of central from its first slot to its last; then groups are added in order.
+#include "cpu/gemm/outer.h"
+#include "cpu/linear/chain.h"
+#include "cpu/linear/gradient.h"
+
+namespace mpoe {
+namespace {
+
+constexpr std::int64_t kMostGroups = 8;
+
+template <class T>
+class Backward {
+ public:
+  Backward(const GemmKernels& gemm, const LinearBackward& in)
+      : gemm_(gemm), in_(in), d_(in.dims), chain_(gemm, in, Direction::kBackward), x_gradients_(in) {
+    plan_groups();
+    void* const gradients[] = {in.dleft, in.dcentral, in.dright};
+    for (int s = 0; s < kChainSteps; ++s) {
+      const ChainStep& step = chain_.step(s);
+      const AxisMatrix state{step.rest, step.met, step.k};
+      leave_[s] = Permutation(chain_.sizes(), state, s == 0 ? rows_in() : chain_.gradient(s - 1));
+      gradients_[s] = static_cast<T*>(gradients[static_cast<int>(step.operand)]);
+      sum_size_[s] = step.k * round_up(step.n, kPanel);
+      if (gradients_[s] == nullptr) continue;
+      last_wanted_ = s;
+      first_wanted_ = std::min(first_wanted_, s);
+      const std::size_t sums = is_central(s) ? groups_.size() : parts_.size();
+      sums_[s] = Buffer<float>(sum_size_[s] * static_cast<std::int64_t>(sums));
+    }
+    enter_ = Permutation(chain_.sizes(), rows_out(), chain_.gradient(kChainSteps - 1));
+  }
+
+  void run() {
+    const PreActivationGradient<T> dz(gemm_, in_);
+    bias_gradient(gemm_, in_, dz.get());
+    dz_ = dz.get();
+    const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
+    parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t g = begin; g < end; ++g) run_group(g);
+    });
+    for (int s = 0; s < kChainSteps; ++s) {
+      if (gradients_[s] == nullptr) continue;
+      if (is_central(s)) {
+        store_gradient(s, 0, {0, groups});
+        continue;
+      }
+      parallel_for(0, in_.experts, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t e = begin; e < end; ++e) store_gradient(s, e, expert_parts_[e]);
+      });
+    }
+    x_gradients_.finish(gemm_);
+  }
+
+ private:
+  // The slots of one expert in one group.
+  struct Part {
+    std::int64_t expert, first;
+  };
+
+  // As many groups as their sums of dcentral may take memory: two weights at most.
+  void plan_groups() {
+    const std::int64_t filled = in_.filled(), central_bytes = d_.a * d_.iC * d_.jC * d_.b * 4;
+    const std::int64_t weight_bytes = d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t room = std::clamp<std::int64_t>(2 * weight_bytes / central_bytes, 1, kMostGroups);
+    const std::int64_t count = std::min(room, filled);
+    expert_parts_.resize(in_.experts);
+    for (std::int64_t g = 0; g < count; ++g) {
+      groups_.push_back({filled * g / count, filled * (g + 1) / count});
+      group_parts_.push_back(static_cast<std::int64_t>(parts_.size()));
+      for_each_expert(in_, groups_[g], [&](std::int64_t expert, Span slots) {
+        const std::int64_t part = static_cast<std::int64_t>(parts_.size());
+        Span& parts = expert_parts_[expert];
+        parts = {parts.first == parts.last ? part : parts.first, part + 1};
+        parts_.push_back({expert, slots.first});
+      });
+    }
+  }
+
+  bool is_central(int s) const { return chain_.step(s).operand == Operand::kCentral; }
+
+  struct Memory {
+    ChainMemory<T> chain;
+    std::array<Buffer<T>, kChainSteps> gradients;  // [(slots rest), fresh] of the products
+    Buffer<T> rows;                                // of dz or dx, with their padding
+    std::vector<OuterSum<T>> outer;
+  };
+
+  void run_group(std::int64_t group) {
+    const Span slots = groups_[group];
+    const std::int64_t most = std::min(chain_.block_slots(), slots.last - slots.first);
+    Memory memory{.chain = chain_.memory(most), .gradients = {}, .rows = {}, .outer = {}};
+    for (int s = 0; s < kChainSteps; ++s) {
+      const ChainStep& step = chain_.step(s);
+      memory.gradients[s] = zeros<T>(most * step.m * chain_.gradient(s).row_stride);  // rows end in a part of a unit
+      memory.outer.emplace_back(gemm_, step.k, step.n);
+    }
+    memory.rows = Buffer<T>(most * std::max(d_.padded_in(), d_.padded_out()));
+    for (std::int64_t first = slots.first; first < slots.last; first += most)
+      run_block(group, {first, std::min(first + most, slots.last)}, memory);
+  }
+
+  void run_block(std::int64_t group, Span block, Memory& memory) {
+    const std::int64_t count = block.last - block.first, width = d_.out_features;
+    if (last_wanted_ >= 0) chain_.compute_states(block, last_wanted_, memory.chain);
+    T* rows = memory.rows.get();
+    pad_rows<T>(count, width, d_.padded_out(), [&](std::int64_t k) { return dz_ + (block.first + k) * width; }, rows);
+    int s = kChainSteps - 1;
+    enter_.run(gemm_, count, rows, d_.padded_out(), memory.gradients[s].get(), gradient_elements(s));
+    for (; s >= 0; --s) {
+      const T* gradient = memory.gradients[s].get();
+      if (gradients_[s] != nullptr) add_outer(s, group, block, memory);
+      if (in_.dx == nullptr && s <= first_wanted_) return;
+      T* product = memory.chain.product.get();
+      chain_.multiply(s, Direction::kBackward, block, gradient, memory.chain, product);
+      const std::int64_t step = chain_.step(s).m * chain_.step(s).k;
+      if (s > 0)
+        leave_[s].run(gemm_, count, product, step, memory.gradients[s - 1].get(), gradient_elements(s - 1));
+      else
+        leave_[s].run(gemm_, count, product, step, rows, step);
+    }
+    for (std::int64_t k = 0; k < count; ++k)
+      std::memcpy(
+          static_cast<void*>(x_gradients_.row(block.first + k)), rows + k * d_.padded_in(),
+          d_.in_features * sizeof(T));
+  }
+
+  std::int64_t gradient_elements(int s) const { return chain_.step(s).m * chain_.gradient(s).row_stride; }
+
+  // Adds state^T gradient to the sums of a step's operand.
+  void add_outer(int s, std::int64_t group, Span block, Memory& memory) {
+    const std::int64_t m = chain_.step(s).m;
+    const std::int64_t state_stride = chain_.state(s).row_stride, stride = chain_.gradient(s).row_stride;
+    const auto add = [&](Span slots, std::int64_t sum, bool accumulate) {
+      const std::int64_t row = (slots.first - block.first) * m;
+      memory.outer[s](
+          (slots.last - slots.first) * m, memory.chain.states[s].get() + row * state_stride, state_stride,
+          memory.gradients[s].get() + row * stride, stride, sums_[s].get() + sum * sum_size_[s], accumulate);
+    };
+    if (is_central(s)) return add(block, group, block.first > groups_[group].first);
+    std::int64_t part = group_parts_[group];
+    for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
+      while (parts_[part].expert != expert) ++part;
+      add(slots, part, slots.first > parts_[part].first);
+    });
+  }
+
+  // Gradient of an expert's block, the sum over `parts`.
+  void store_gradient(int s, std::int64_t expert, Span parts) {
+    const ChainStep& step = chain_.step(s);
+    const std::int64_t size = step.k * step.n;
+    if (parts.first == parts.last) return zero_rows(gradients_[s], expert, expert + 1, size * sizeof(T));
+    const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
+    float* total = sums_[s].get() + parts.first * sum_size_[s];
+    for (std::int64_t p = parts.first + 1; p < parts.last; ++p)
+      floats.add_row(sums_[s].get() + p * sum_size_[s], total, sum_size_[s]);
+    const Permutation arrange(
+        chain_.sizes(), {step.met, step.fresh, round_up(step.n, kPanel)}, natural(step.operand));
+    Buffer<float> block(size);
+    arrange.run(floats, 1, total, 0, block.get(), 0);
+    gemm_.round_row(block.get(), gradients_[s] + expert * size, size);
+  }
+
+  const GemmKernels& gemm_;
+  const LinearBackward& in_;
+  const BlockDims& d_;
+  const Chain<T> chain_;
+  RowGradients<T> x_gradients_;
+  std::array<Permutation, kChainSteps> leave_;  // gradient of a state to that of the product before, or to x
+  Permutation enter_;                           // dz to the gradient of the last product
+  std::array<T*, kChainSteps> gradients_;       // of the steps' operands; null where not wanted
+  int first_wanted_ = kChainSteps, last_wanted_ = -1;
+  std::vector<Span> groups_;                // of slots
+  std::vector<Part> parts_;                 // by group, then expert
+  std::vector<std::int64_t> group_parts_;   // the first of a group
+  std::vector<Span> expert_parts_;
+  std::array<Buffer<float>, kChainSteps> sums_;  // of every part, or for central of every group
+  std::array<std::int64_t, kChainSteps> sum_size_;
+  const T* dz_ = nullptr;
+};
+
+}  // namespace
+
+void chain_backward(const LinearBackward& in) {
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    Backward<decltype(element)>(gemm, in).run();
+  });
+}
+
+}  // namespace mpoe

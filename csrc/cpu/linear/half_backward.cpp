@@ -1,0 +1,270 @@
+// Backward of half_left, expert by expert. dx = dz W^T is the forward with the sides of the blocks exchanged (`OneExpert`). The
+// gradients of the blocks never build that of W: with u = x LC and du = dz right^T,
+//   dright = u^T dz,   dLC = x^T du,   dleft = dLC central^T,   dcentral += left^T dLC
+// in the order that meets LC first; for a shape where right comes first, those of the exchanged blocks.
+// Experts are cut into groups whose number does not depend on that of threads; dcentral and dbias are summed within a group
+// in the order of experts, then over groups.
+#include <memory>
+
+#include "cpu/linear/half_gradient.h"
+
+namespace mpoe {
+namespace {
+
+constexpr std::int64_t kMostGroups = 8;
+
+BlockDims exchanged(const BlockDims& d) {
+  return {d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features};
+}
+
+// central [a, jC, iC, b] of the exchanged blocks.
+template <class T>
+Buffer<T> exchange_central(const LinearInputs& in) {
+  const BlockDims& d = in.dims;
+  Buffer<T> out(d.a * d.iC * d.jC * d.b);
+  const T* from = static_cast<const T*>(in.central);
+  for (std::int64_t a = 0; a < d.a; ++a)
+    for (std::int64_t i = 0; i < d.iC; ++i)
+      for (std::int64_t j = 0; j < d.jC; ++j)
+        std::memcpy(
+            out.get() + ((a * d.jC + j) * d.iC + i) * d.b, from + ((a * d.iC + i) * d.jC + j) * d.b, d.b * sizeof(T));
+  return out;
+}
+
+// One expert of a problem, possibly with sides exchanged, as an argument of the forward's classes.
+template <class T>
+struct OneExpert {
+  LinearForward in{};
+  std::int64_t offsets[2] = {0, 0};
+  Buffer<T> left, right;  // exchanged copies
+
+  OneExpert(const LinearBackward& full, bool exchange, const T* central, bool copy) {
+    static_cast<LinearInputs&>(in) = full;
+    in.activation = Activation::kNone;
+    in.experts = 1;
+    in.offsets = offsets;
+    in.central = central;
+    if (!exchange) return;
+    in.dims = exchanged(full.dims);
+    in.row_index = nullptr;
+    if (copy) {
+      left = Buffer<T>(in.dims.iL * in.dims.jL * in.dims.a);
+      right = Buffer<T>(in.dims.b * in.dims.iR * in.dims.jR);
+      in.left = left.get();
+      in.right = right.get();
+    }
+  }
+
+  // Blocks of one expert in this problem's order.
+  void load(const GemmKernels& gemm, const LinearBackward& full, std::int64_t expert) {
+    const BlockDims& d = full.dims;
+    const T* from_left = static_cast<const T*>(full.left) + expert * d.iL * d.jL * d.a;
+    const T* from_right = static_cast<const T*>(full.right) + expert * d.b * d.iR * d.jR;
+    if (!left) {
+      in.left = from_left;
+      in.right = from_right;
+      return;
+    }
+    for (std::int64_t i = 0; i < d.iL; ++i)
+      for (std::int64_t j = 0; j < d.jL; ++j)
+        std::memcpy(left.get() + (j * d.iL + i) * d.a, from_left + (i * d.jL + j) * d.a, d.a * sizeof(T));
+    for (std::int64_t b = 0; b < d.b; ++b)
+      gemm.transpose(
+          from_right + b * d.iR * d.jR, d.jR, d.iR, d.jR, right.get() + b * d.iR * d.jR, d.iR);
+  }
+};
+
+// Panels of central^T: columns a, inner (iC jC b) with b in whole granules.
+template <class T>
+Buffer<T> turn_central(const GemmKernels& gemm, const BlockDims& d, const T* central, const HalfPlan& plan) {
+  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b;
+  Buffer<T> panels(round_up(d.a, kPanel) * inner);
+  if (plan.b == d.b) {
+    gemm.pack_transposed(panels.get(), inner / gemm.unit, central, inner, inner, d.a);
+    return panels;
+  }
+  Buffer<T> padded = zeros<T>(d.a * inner);
+  for (std::int64_t row = 0; row < d.a * pairs; ++row)
+    std::memcpy(padded.get() + row * plan.b, central + row * d.b, d.b * sizeof(T));
+  gemm.pack_transposed(panels.get(), inner / gemm.unit, padded.get(), inner, inner, d.a);
+  return panels;
+}
+
+// dcentral from sums [group, panels of (iC jC b), a, 32] of the possibly exchanged problem `d`.
+template <class T>
+void store_central(
+    const LinearBackward& in, const BlockDims& d, bool exchange, const HalfPlan& plan, std::int64_t groups, float* sums) {
+  const std::int64_t size = ceil_divide(d.iC * d.jC * plan.b, kPanel) * d.a * kPanel;
+  parallel_for(0, d.a, 8, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t a = begin; a < end; ++a)
+      for (std::int64_t i = 0; i < d.iC; ++i)
+        for (std::int64_t j = 0; j < d.jC; ++j) {
+          const std::int64_t pair = exchange ? j * d.iC + i : i * d.jC + j;
+          T* out = static_cast<T*>(in.dcentral) + (a * d.iC * d.jC + pair) * d.b;
+          for (std::int64_t b = 0; b < d.b; ++b) {
+            const std::int64_t column = (i * d.jC + j) * plan.b + b;
+            float sum = 0;
+            for (std::int64_t g = 0; g < groups; ++g)
+              sum += sums[g * size + (column / kPanel * d.a + a) * kPanel + column % kPanel];
+            store(out[b], sum);
+          }
+        }
+  });
+}
+
+// Everything that the groups of experts share and fill.
+template <class T>
+class Backward {
+ public:
+  Backward(const GemmKernels& gemm, const LinearBackward& in)
+      : gemm_(gemm), in_(in), d_(in.dims), plan_(gemm, in.dims), turned_plan_(gemm, exchanged(in.dims)),
+        wanted_(in), exchange_(!plan_.half_first),
+        weight_dims_(exchange_ ? exchanged(d_) : d_), weight_plan_(exchange_ ? turned_plan_ : plan_) {
+    for (std::int64_t e = 0; e < in.experts; ++e) most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
+    const T* central = static_cast<const T*>(in.central);
+    if (in.dx != nullptr || exchange_) {
+      turned_central_ = exchange_central<T>(in);
+      turned_panels_ = pack_central<T>(gemm, turned_inputs(), turned_plan_);
+    }
+    weight_central_ = exchange_ ? turned_central_.get() : central;
+    if (wanted_.weight() && !exchange_) own_panels_ = pack_central<T>(gemm, in, plan_);
+    if (wanted_.left) inverse_panels_ = turn_central<T>(gemm, weight_dims_, weight_central_, weight_plan_);
+    plan_groups();
+  }
+
+  void run() {
+    RowGradients<T> gradients(in_, true);
+    T* dx = in_.dx == nullptr ? nullptr : gradients.row(0);
+    const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
+    parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t g = begin; g < end; ++g) run_group(g, dx);
+    });
+    if (wanted_.central)
+      store_central<T>(in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
+    if (in_.dbias != nullptr) {
+      for (std::int64_t g = 1; g < groups; ++g)
+        for (std::int64_t c = 0; c < d_.out_features; ++c) bias_sums_[c] += bias_sums_[g * d_.out_features + c];
+      gemm_.round_row(bias_sums_.data(), in_.dbias, d_.out_features);
+    }
+    gradients.finish(gemm_);
+  }
+
+ private:
+  LinearInputs turned_inputs() const {
+    LinearInputs turned = in_;
+    turned.dims = exchanged(d_);
+    turned.central = turned_central_.get();
+    return turned;
+  }
+
+  // As many groups as their sums of dcentral may take memory: two weights at most.
+  void plan_groups() {
+    const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
+    const std::int64_t room = 2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);
+    const std::int64_t count = std::clamp<std::int64_t>(std::min(room, in_.experts), 1, kMostGroups);
+    for (std::int64_t g = 0; g < count; ++g) groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
+    if (wanted_.central) central_sums_ = zeros<float>(count * size);
+    central_size_ = size;
+    if (in_.dbias != nullptr) bias_sums_.assign(count * d_.out_features, 0.0f);
+  }
+
+  void run_group(std::int64_t group, T* dx) {
+    OneExpert<T> turned(in_, true, turned_central_.get(), true);
+    OneExpert<T> own(in_, exchange_, weight_central_, exchange_);
+    std::unique_ptr<HalfFirst<T>> x_half;
+    std::unique_ptr<RightFirst<T>> x_right;
+    std::unique_ptr<HalfGradient<T>> weights;
+    if (dx != nullptr && turned_plan_.half_first)
+      x_half = std::make_unique<HalfFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get());
+    else if (dx != nullptr)
+      x_right = std::make_unique<RightFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get(), most_);
+    if (wanted_.weight())
+      weights = std::make_unique<HalfGradient<T>>(
+          gemm_, own.in, weight_plan_, exchange_ ? turned_panels_.get() : own_panels_.get(), inverse_panels_.get(),
+          wanted_, wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
+    Buffer<T> gradient(in_.activation == Activation::kNone ? 0 : most_ * d_.out_features);
+    Buffer<T> gathered(exchange_ && in_.row_index != nullptr ? most_ * d_.in_features : 0);
+    for (std::int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
+      const std::int64_t first = in_.offsets[e], count = in_.offsets[e + 1] - first;
+      if (count == 0) {
+        zero_rows(in_.dleft, e, e + 1, d_.iL * d_.jL * d_.a * sizeof(T));
+        zero_rows(in_.dright, e, e + 1, d_.b * d_.iR * d_.jR * sizeof(T));
+        continue;
+      }
+      const T* dz = gradient_rows(first, count, gradient.get());
+      if (in_.dbias != nullptr)
+        for (std::int64_t t = 0; t < count; ++t)
+          gemm_.add_row(
+              dz + t * d_.out_features, bias_sums_.data() + group * d_.out_features,
+              d_.out_features);
+      if (dx != nullptr) {
+        turned.load(gemm_, in_, e);
+        turned.offsets[1] = count;
+        turned.in.x = dz;
+        turned.in.y = dx + first * d_.in_features;
+        if (x_half) x_half->run(0);
+        if (x_right) x_right->run(0);
+      }
+      if (!weights) continue;
+      own.load(gemm_, in_, e);
+      run_weights(*weights, own, e, first, count, dz, gathered.get());
+    }
+  }
+
+  const T* gradient_rows(std::int64_t first, std::int64_t count, T* out) const {
+    const std::int64_t width = d_.out_features;
+    const T* grad = static_cast<const T*>(in_.grad) + first * width;
+    if (in_.activation == Activation::kNone) return grad;
+    gemm_.activation_backward(
+        in_.activation, grad, static_cast<const T*>(in_.saved) + first * width, out, count * width);
+    return out;
+  }
+
+  void run_weights(
+      HalfGradient<T>& weights, OneExpert<T>& own, std::int64_t expert, std::int64_t first, std::int64_t count,
+      const T* dz, T* gathered) const {
+    T* left = static_cast<T*>(in_.dleft) + (wanted_.left ? expert * d_.iL * d_.jL * d_.a : 0);
+    T* right = static_cast<T*>(in_.dright) + (wanted_.right ? expert * d_.b * d_.iR * d_.jR : 0);
+    if (!exchange_) {
+      weights.run(
+          first, count, dz, [&](std::int64_t i, std::int64_t j) { return left + (i * d_.jL + j) * d_.a; },
+          [&](std::int64_t b, std::int64_t r) { return right + (b * d_.iR + r) * d_.jR; }, 1);
+      return;
+    }
+    const T* x = static_cast<const T*>(in_.x) + first * d_.in_features;
+    if (in_.row_index != nullptr) {
+      for (std::int64_t t = 0; t < count; ++t)
+        std::memcpy(gathered + t * d_.in_features, row_of<T>(in_, first + t), d_.in_features * sizeof(T));
+      x = gathered;
+    }
+    own.in.x = dz;
+    weights.run(
+        0, count, x, [&](std::int64_t j, std::int64_t i) { return left + (i * d_.jL + j) * d_.a; },
+        [&](std::int64_t b, std::int64_t c) { return right + b * d_.iR * d_.jR + c; }, d_.jR);
+  }
+
+  const GemmKernels& gemm_;
+  const LinearBackward& in_;
+  const BlockDims& d_;
+  HalfPlan plan_, turned_plan_;
+  Wanted wanted_;
+  bool exchange_;  // the gradients of blocks are those of the exchanged problem
+  BlockDims weight_dims_;
+  HalfPlan weight_plan_;
+  std::int64_t most_ = 0, central_size_ = 0;
+  Buffer<T> turned_central_, turned_panels_, own_panels_, inverse_panels_;
+  const T* weight_central_ = nullptr;
+  std::vector<Span> groups_;  // of experts
+  Buffer<float> central_sums_;
+  std::vector<float> bias_sums_;  // [group, F]
+};
+
+}  // namespace
+
+void half_left_backward(const LinearBackward& in) {
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    Backward<decltype(element)>(gemm, in).run();
+  });
+}
+
+}  // namespace mpoe

@@ -1,0 +1,75 @@
+// Grouped MPO linear on raw pointers: y[s] = activation(x[row_index[s]] W_e + bias) for the slots s of expert e, with
+// W_e[(iL iC iR), (jL jC jR)] = sum_ab left_e[iL, jL, a] central[a, iC, jC, b] right_e[b, iR, jR].
+// All arrays are dense, of `dtype` (float32 or bfloat16) unless said otherwise; products are summed in float32.
+// Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "cpu/gemm/gemm.h"
+
+namespace mpoe {
+
+struct BlockDims {
+  std::int64_t iL, jL, a, iC, jC, b, iR, jR;
+  std::int64_t in_features, out_features;  // true sizes; the products of the factors may exceed them
+
+  std::int64_t padded_in() const { return iL * iC * iR; }
+  std::int64_t padded_out() const { return jL * jC * jR; }
+};
+
+struct LinearInputs {
+  Dtype dtype;
+  BlockDims dims;
+  const void* x;           // [T, I]
+  std::int64_t tokens;     // T
+  const void* left;        // [E, iL, jL, a]
+  const void* central;     // [a, iC, jC, b]
+  const void* right;       // [E, b, iR, jR]
+  std::int64_t experts;    // E
+  const std::int64_t* offsets;    // [E + 1], non-decreasing, the last one <= slots
+  const std::int64_t* row_index;  // [N], each in 0..T-1; null: slot s reads row s
+  std::int64_t slots;             // N
+  Activation activation;
+
+  std::int64_t filled() const { return offsets[experts]; }
+};
+
+struct LinearForward : LinearInputs {
+  const void* bias;  // [F] or null
+  void* y;           // [N, F]; slots past the last offset become zero
+  void* h;           // [N * jC, b]: what the central step of a separable shape gives, or null
+  void* saved;       // [N, F]: pre-activation, or null
+};
+
+struct LinearBackward : LinearInputs {
+  const void* grad;   // [N, F]
+  const void* h;      // of the forward, or null (separable: required)
+  const void* saved;  // output for relu, pre-activation for the rest, null for none
+  // Results; null where not needed.
+  void* dx;        // [T, I]
+  void* dleft;     // as left
+  void* dcentral;  // as central
+  void* dright;    // as right
+  void* dbias;     // [F]
+};
+
+// One pair per strategy of the planner. linear_ops.cpp lists those that exist.
+//
+// Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per expert.
+void separable_forward(const LinearForward& in);
+void separable_backward(const LinearBackward& in);
+// One slab of one expert's weight at a time, written as the packed operand of the product that consumes it.
+void rebuild_forward(const LinearForward& in);
+void rebuild_backward(const LinearBackward& in);
+// left and central (central and right) contracted per expert, the third block applied to activations.
+void half_left_forward(const LinearForward& in);
+void half_left_backward(const LinearBackward& in);
+void half_right_forward(const LinearForward& in);
+void half_right_backward(const LinearBackward& in);
+// Only activations are contracted, block by block.
+void chain_forward(const LinearForward& in);
+void chain_backward(const LinearBackward& in);
+
+}  // namespace mpoe

@@ -1,0 +1,114 @@
+// Rebuilding an expert's weight block by block. A block is a range of the contracted side times a range of the other one:
+//   LC[pair, (iL jL), b] = left_e central   for every pair (iC, jC) (`build_half`)
+//   W[pair, (iL jL), (iR jR)] = LC right_e  (`build_slab`), stored as the packed operand that meets rows.
+// Rows meet W with the index that they are contracted over, k, first: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n is
+// the other. Inside a block k runs as (kC, kL, kR), kR in whole units; columns run as (nC, nL, nR), nR in whole granules.
+#pragma once
+
+#include "cpu/linear/blocks.h"
+
+namespace mpoe {
+
+// Columns of a block: a range of nC, all of it with the same range of nL.
+struct BlockColumns {
+  Span c, l;
+  std::int64_t cs() const { return c.last - c.first; }
+  std::int64_t ls() const { return l.last - l.first; }
+};
+
+// Sizes of blocks, their layout, and the tables that place the granules of rebuilt tiles.
+struct RebuildPlan {
+  Side k, n;
+  bool transposed;              // k is the output side
+  std::int64_t unit;            // of k
+  std::int64_t left_rows;       // iL jL
+  std::int64_t right_columns;   // iR jR
+  std::int64_t a_units, b_units;    // as inner sizes
+  std::int64_t b_panels;            // b as columns
+  std::int64_t half_row;            // elements from row to row of LC
+  std::int64_t n_block, n_left;     // nC and nL of a block, at most
+  std::int64_t k_block;             // kC of a block, at most
+  std::int64_t k_units;         // of one kC: kL times kR in units
+  std::int64_t granules;        // of one nL: nR in granules
+  std::int64_t x_row;           // elements from row to row of what meets a slab
+  UnitColumns right;            // columns [kR, nR] of right_e
+  std::vector<std::int32_t> row_unit;  // [n_block, n_left, kL, granules]: where a row's granules start in the slab
+
+  // For x W, in blocks of a few columns. For dz W^T (`transposed`), in at most kMostBlocks blocks of whole nC.
+  RebuildPlan(const GemmKernels& gemm, const BlockDims& dims, bool transposed, std::int64_t element_bytes);
+
+  std::int64_t central_size() const { return a_units * b_panels * kPanel * unit; }  // of a packed [a, b]
+  std::int64_t panel_units() const { return k_block * k_units; }
+  std::int64_t panels(std::int64_t n_cs, std::int64_t n_ls) const {
+    return ceil_divide(n_cs * n_ls * granules * kGranule, kPanel);
+  }
+  std::int64_t panels(const BlockColumns& columns) const { return panels(columns.cs(), columns.ls()); }
+  std::int64_t most_panels() const { return panels(n_block, n_left); }
+  std::int64_t slab_size() const { return most_panels() * panel_units() * kPanel * unit; }
+  std::int64_t k_blocks() const { return ceil_divide(k.C, k_block); }
+  std::int64_t n_blocks() const { return ceil_divide(n.C, n_block) * ceil_divide(n.L, n_left); }
+  Span k_span(std::int64_t block) const { return {block * k_block, std::min(k.C, (block + 1) * k_block)}; }
+  BlockColumns n_columns(std::int64_t block) const {
+    const std::int64_t c = block / ceil_divide(n.L, n_left) * n_block, l = block % ceil_divide(n.L, n_left) * n_left;
+    return {{c, std::min(n.C, c + n_block)}, {l, std::min(n.L, l + n_left)}};
+  }
+  // (iC, jC) in the order of central.
+  std::int64_t pair(std::int64_t kc, std::int64_t nc) const { return transposed ? nc * k.C + kc : kc * n.C + nc; }
+};
+
+// One expert's left and right blocks in the forms that the products want.
+template <class T>
+struct ExpertBlocks {
+  Buffer<T> left;          // [nL, kL, left_row]
+  Buffer<T> right;         // panels of the plan
+  Buffer<T> right_turned;  // right with jR before iR, for a transposed plan
+  std::int64_t left_row;
+
+  ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan);
+  void load(const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert);
+};
+
+// Panels of [a, b] of `count` pairs from `pair` on, one pair behind the other.
+template <class T>
+void pack_central(
+    const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t pair, std::int64_t count,
+    T* panels);
+
+// half [nL of the range, kL, half_row] of one pair; columns b.. up to whole panels are zero.
+template <class T>
+void build_half(
+    const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, Span n_left, const T* central,
+    T* half);
+
+// The part of one pair, the `kc`-th and `nc`-th of a block, of the slab: panels [k units][32], panel_units apart.
+template <class T>
+void build_slab(
+    const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, std::int64_t n_lefts,
+    std::int64_t kc, std::int64_t nc, const T* half, T* slab);
+
+// Sums of a block while k goes on: [tile of rows][panel][row of the tile][32], for all rows or for one tile.
+struct BlockSums {
+  float* data;
+  bool all;
+  float* tile(std::int64_t first, std::int64_t panels) const { return data + (all ? first * panels * kPanel : 0); }
+};
+
+// sums (+)= rows x slab. `done(first, count, tile)` gets every tile of rows while it is in the first-level cache.
+template <class T, class F>
+void multiply_slab(
+    const GemmKernels& gemm, const RebuildPlan& plan, std::int64_t kcs, std::int64_t panels, std::int64_t count,
+    const T* rows, const T* slab, const BlockSums& sums, bool accumulate, const F& done) {
+  for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+    float* tile = sums.tile(first, panels);
+    for_each_tile(kcs * plan.k_units, gemm.longest_sum, [&](std::int64_t start, std::int64_t units) {
+      for (std::int64_t p = 0; p < panels; ++p)
+        gemm.multiply_rows(
+            tile_rows, units, rows + first * plan.x_row + start * gemm.unit, plan.x_row / gemm.unit,
+            slab + (p * plan.panel_units() + start) * kPanel * gemm.unit, tile + p * tile_rows * kPanel, kPanel,
+            accumulate || start > 0);
+    });
+    done(first, tile_rows, tile);
+  });
+}
+
+}  // namespace mpoe

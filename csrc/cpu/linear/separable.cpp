@@ -1,0 +1,306 @@
+#include "cpu/linear/separable.h"
+
+namespace mpoe {
+
+template <class T>
+void transpose_rows(
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs) {
+  const BlockDims& d = in.dims;
+  std::vector<T> whole;  // a row with its padding, where there is any
+  if (d.padded_in() != d.in_features) whole.resize(d.padded_in());
+  for (std::int64_t s = slots.first; s < slots.last; ++s) {
+    const T* row = row_of<T>(in, s);
+    T* out = xs + (s - slots.first) * sizes.x_row;
+    if (!whole.empty()) {
+      std::memcpy(static_cast<void*>(whole.data()), row, d.in_features * sizeof(T));
+      row = whole.data();
+    }
+    if (sizes.left_k != d.iL) std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
+    gemm.transpose(row, d.iC, d.iL, d.iC, out, sizes.left_k);
+  }
+}
+
+template <class T>
+void left_step(
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t) {
+  const BlockDims& d = in.dims;
+  Buffer<T> panels(round_up(d.a, kPanel) * sizes.left_k);
+  Buffer<T> scratch(xs == nullptr ? (block.last - block.first) * sizes.x_row : 0);
+  for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
+    const std::int64_t offset = slots.first - block.first, count = slots.last - slots.first;
+    T* rows = (xs == nullptr ? scratch.get() : xs) + offset * sizes.x_row;
+    transpose_rows(gemm, in, sizes, slots, rows);
+    gemm.pack(
+        panels.get(), sizes.left_k / gemm.unit, static_cast<const T*>(in.left) + expert * d.iL * d.a, d.a, d.iL, d.a);
+    T* out = t + offset * sizes.t_row;
+    multiply_all(
+        gemm, count * d.iC, sizes.left_k, rows, sizes.left_k, panels.get(), sizes.a,
+        [&](std::int64_t first, std::int64_t tile_rows, std::int64_t c, const float* tile) {
+          std::int64_t row_offset[kMaxRows];
+          for (std::int64_t r = 0; r < tile_rows; ++r)
+            row_offset[r] = (first + r) / d.iC * sizes.t_row + (first + r) % d.iC * sizes.a;
+          // A padding column of zeros is written too.
+          gemm.finish(tile, tile_rows, out, row_offset, 0, consecutive(c, sizes.a), Finish{});
+        });
+  });
+}
+
+namespace {
+
+// Panels of central, b / 32 for every jC: rows of B are (iC, a), columns (jC, b).
+template <class T>
+void pack_central(const GemmKernels& gemm, const BlockDims& d, const SeparableSizes& sizes, const T* central, T* out) {
+  const bool together = sizes.b == d.b;  // then columns of several jC lie behind one another
+  const std::int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
+  parallel_for(0, ceil_divide(d.jC, group), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t j = begin * group; j < std::min(end * group, d.jC); j += group)
+      for (std::int64_t i = 0; i < d.iC; ++i)
+        gemm.pack(
+            out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel, sizes.t_k / gemm.unit,
+            central + (i * d.jC + j) * d.b, d.iC * d.jC * d.b, d.a, std::min(group, d.jC - j) * d.b);
+  });
+}
+
+// The bias as float32 [jC, row], row the columns jR in whole panels; nothing without a bias.
+template <class T>
+struct BiasRows {
+  std::int64_t row;
+  Buffer<float> values;
+
+  explicit BiasRows(const LinearForward& in) : row(round_up(in.dims.jR, kPanel)) {
+    const BlockDims& d = in.dims;
+    if (in.bias == nullptr) return;
+    values = Buffer<float>(d.jC * row);
+    std::fill_n(values.get(), d.jC * row, 0.0f);
+    for (std::int64_t f = 0; f < d.out_features; ++f)
+      values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
+  }
+};
+
+template <class T>
+struct OutputStep {
+  const GemmKernels& gemm;
+  const LinearForward& in;
+  const SeparableSizes& sizes;
+  const T* central_panels;
+  const BiasRows<T>& bias;
+
+  // Central and right steps of a block, columns of `columns` (of jC); t holds the block's rows.
+  void run(Span block, Span columns, const T* t) const {
+    const std::int64_t count = block.last - block.first;
+    // As many jC at a time as leave the central step's result in cache for the right step.
+    const std::int64_t row_bytes = count * sizes.b * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t group = std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
+    Buffer<T> h(count * group * sizes.b);
+    for (std::int64_t j = columns.first; j < columns.last; j += group) {
+      const Span part{j, std::min(j + group, columns.last)};
+      central_step(block, part, t, h.get());
+      right_step(block, part, h.get(), sizes.b);
+    }
+  }
+
+  // y of `block`, columns of `part`, from h [block, part, h_row].
+  void right_step(Span block, Span part, const T* h, std::int64_t h_row) const {
+    const BlockDims& d = in.dims;
+    const std::int64_t right_k = padded_k(gemm, d.b);
+    Buffer<T> panels(round_up(d.jR, kPanel) * right_k);
+    for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
+      gemm.pack(
+          panels.get(), right_k / gemm.unit, static_cast<const T*>(in.right) + expert * d.b * d.jR, d.jR, d.b, d.jR);
+      const std::int64_t first_row = (slots.first - block.first) * (part.last - part.first);
+      right_product(slots, part, h + first_row * h_row, h_row, panels.get(), right_k);
+    });
+  }
+
+ private:
+  // h [block, part, b]
+  void central_step(Span block, Span part, const T* t, T* h) const {
+    const BlockDims& d = in.dims;
+    const std::int64_t width = (part.last - part.first) * sizes.b;
+    multiply_all(
+        gemm, block.last - block.first, sizes.t_k, t, sizes.t_row, central_panels + part.first * sizes.b * sizes.t_k,
+        width, [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+          gemm.store(tile, rows, kPanel, h + first * width + c, width);
+          if (in.h == nullptr) return;
+          const std::int64_t j = part.first + c / sizes.b, column = c % sizes.b;
+          T* kept = static_cast<T*>(in.h) + ((block.first + first) * d.jC + j) * d.b + column;
+          gemm.store(tile, rows, std::min(kPanel, d.b - column), kept, d.jC * d.b);
+        });
+  }
+
+  // y of `slots`, all of one expert.
+  void right_product(
+      Span slots, Span part, const T* h, std::int64_t h_row, const T* panels, std::int64_t right_k) const {
+    const BlockDims& d = in.dims;
+    const std::int64_t width = part.last - part.first, total = (slots.last - slots.first) * width;
+    // About a strip further.
+    const std::int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
+    T* y = static_cast<T*>(in.y);
+    Finish finish{};
+    finish.activation = in.activation;
+    finish.saved = in.saved;
+    // Where the last columns do not exist, rows of different jC end differently.
+    const bool whole = d.padded_out() == d.out_features;
+    multiply_all(
+        gemm, total, right_k, h, h_row, panels, d.jR,
+        [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+          std::int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
+          const std::int64_t slot = slots.first + first / width;
+          std::int64_t start = slot * d.out_features, j = part.first + first % width;
+          for (std::int64_t r = 0; r < rows; ++r) {
+            row_offset[r] = start + j * d.jR;
+            bias_offset[r] = j * bias.row;
+            // A write waits for its cache line, and the writes after it wait too: the next strip's are fetched by now.
+            if (first + r + kStripRows < total) {
+              const T* later = y + row_offset[r] + later_rows + c;
+              for (std::int64_t i = 0; i < kPanel * static_cast<std::int64_t>(sizeof(T)); i += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(later) + i, 1, 2);
+            }
+            if (++j == part.last) {
+              j = part.first;
+              start += d.out_features;
+            }
+          }
+          finish.bias = bias.values ? bias.values.get() + c : nullptr;
+          finish.bias_offset = bias_offset;
+          if (whole) return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
+          for (std::int64_t r = 0; r < rows; ++r) {
+            const std::int64_t end = std::min(d.jR, d.out_features - (part.first + (first + r) % width) * d.jR);
+            finish.bias_offset = bias_offset + r;
+            gemm.finish(tile + r * kPanel, 1, y, row_offset + r, 0, consecutive(c, end), finish);
+          }
+        });
+  }
+};
+
+// Few slots: central is packed piece by piece, as it lies, and every piece is multiplied at once. Then central is read
+// from memory once and its panels are never written there: with one slot that is all the time there is.
+constexpr std::int64_t kFewSlots = 128;
+constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed apart from what precedes
+
+// h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
+template <class T>
+void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
+  const BlockDims& d = in.dims;
+  const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
+  // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows
+  // of central at a time, so that these are read nearly in the order of memory.
+  constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
+  const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 32, kFewSlots);
+  const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
+  parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t last = std::min(n, end * kPanel), stride = std::min(most_columns, round_up(last, kPanel));
+    Buffer<T> panels(kGroup * most_units * unit);
+    Buffer<float> sums(filled * stride), part(filled * stride);
+    for (std::int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
+      const std::int64_t columns = std::min(most_columns, last - strip);
+      for (std::int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
+        float* sum = first_k == 0 ? sums.get() : part.get();
+        const std::int64_t last_k = std::min(k, first_k + kFewSums * unit);
+        for (std::int64_t i = first_k; i < last_k; i += most_units * unit) {
+          const std::int64_t count = std::min(most_units * unit, last_k - i), units = ceil_divide(count, unit);
+          const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
+          for (std::int64_t c = 0; c < columns; c += kPanel) {
+            const std::int64_t place = c % kGroup;
+            if (place == 0)
+              gemm.pack(panels.get(), units, rows_of_central + c, n, count, std::min(kGroup, columns - c));
+            for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
+              gemm.multiply_rows(
+                  rows, units, t + first * row + i, row / unit, panels.get() + place * units * unit,
+                  sum + first * stride + c, stride, i > first_k);
+            });
+          }
+        }
+        if (first_k == 0) continue;
+        for (std::int64_t s = 0; s < filled; ++s)
+          for (std::int64_t c = 0; c < columns; ++c) sums.get()[s * stride + c] += part.get()[s * stride + c];
+      }
+      for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
+    }
+  });
+}
+
+template <class T>
+void forward_of_few(const GemmKernels& gemm, const LinearForward& in, const SeparableSizes& sizes) {
+  const BlockDims& d = in.dims;
+  const std::int64_t filled = in.filled(), h_row = d.jC * d.b, k = d.a * d.iC, t_row = row_stride(gemm, k);
+  Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * h_row : 0);
+  T* h = in.h == nullptr ? own_h.get() : static_cast<T*>(in.h);
+  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+    Buffer<T> rows((end - begin) * sizes.t_row);
+    left_step<T>(gemm, in, sizes, {begin, end}, nullptr, rows.get());
+    for (std::int64_t s = begin; s < end; ++s) {
+      T* out = t.get() + s * t_row;
+      gemm.transpose(rows.get() + (s - begin) * sizes.t_row, sizes.a, d.iC, d.a, out, d.iC);
+      if (k % gemm.unit != 0) out[k] = T{};
+    }
+  });
+  central_of_few(gemm, in, t.get(), t_row, h);
+  const BiasRows<T> bias(in);
+  const OutputStep<T> step{gemm, in, sizes, nullptr, bias};
+  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+    step.right_step({begin, end}, {0, d.jC}, h + begin * h_row, d.b);
+  });
+}
+
+template <class T>
+void forward(const GemmKernels& gemm, const LinearForward& in) {
+  const BlockDims& d = in.dims;
+  const SeparableSizes sizes(gemm, d);
+  const std::int64_t filled = in.filled();
+  const std::int64_t y_bytes = d.out_features * sizeof(T);
+  zero_rows(in.y, filled, in.slots, y_bytes);
+  zero_rows(in.saved, filled, in.slots, y_bytes);
+  zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
+  if (filled == 0) return;
+  // Rows of h [jC, b] must be whole units where they lie behind one another.
+  if (filled <= kFewSlots && d.b % gemm.unit == 0) return forward_of_few<T>(gemm, in, sizes);
+  Buffer<T> central_panels(sizes.h_k * sizes.t_k);
+  pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
+  const BiasRows<T> bias(in);
+  const OutputStep<T> step{gemm, in, sizes, central_panels.get(), bias};
+  const std::vector<Span> blocks = slot_blocks(filled, sizes.t_row * sizeof(T));
+  const std::int64_t count = static_cast<std::int64_t>(blocks.size());
+  if (num_threads() == 1 || count >= 4 * num_threads()) {
+    parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+      Buffer<T> t((blocks[0].last - blocks[0].first + 1) * sizes.t_row);
+      for (std::int64_t k = begin; k < end; ++k) {
+        left_step<T>(gemm, in, sizes, blocks[k], nullptr, t.get());
+        step.run(blocks[k], {0, d.jC}, t.get());
+      }
+    });
+    return;
+  }
+  // Few slots for the threads: cut them finer for the left step, and the columns of the others too.
+  Buffer<T> t(filled * sizes.t_row);
+  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+    left_step<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * sizes.t_row);
+  });
+  const std::int64_t parts = std::clamp<std::int64_t>(ceil_divide(4 * num_threads(), count), 1, d.jC);
+  parallel_for(0, count * parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t k = begin; k < end; ++k) {
+      const std::int64_t part = k % parts;
+      const Span block = blocks[k / parts];
+      step.run(block, {d.jC * part / parts, d.jC * (part + 1) / parts}, t.get() + block.first * sizes.t_row);
+    }
+  });
+}
+
+}  // namespace
+
+template void transpose_rows<float>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*);
+template void transpose_rows<BFloat16>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*);
+template void left_step<float>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*, float*);
+template void left_step<BFloat16>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*);
+
+void separable_forward(const LinearForward& in) {
+  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
+    forward<decltype(element)>(gemm, in);
+  });
+}
+
+}  // namespace mpoe

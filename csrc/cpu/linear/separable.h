@@ -1,0 +1,44 @@
+// Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC]; transposed,
+// [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product, whose result [jC, b] is jC rows
+// that right maps to [jC, jR]. So left and right are products with (rows of slots) x iC or jC short rows, and central
+// one product over all slots, whoever their experts.
+#pragma once
+
+#include "cpu/linear/common.h"
+
+namespace mpoe {
+
+// Sizes and strides, in elements, of the intermediate results per slot.
+struct SeparableSizes {
+  std::int64_t left_k;  // iL in whole units
+  std::int64_t x_row;   // [iC, left_k]: a row of x, transposed
+  std::int64_t a;       // a in whole units
+  std::int64_t t_k;     // [iC, a]: after left
+  std::int64_t t_row;   // the same with the gap that row_stride asks for
+  std::int64_t b;       // b in whole panels
+  std::int64_t h_k;     // [jC, b]: after central
+  SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
+      : left_k(padded_k(gemm, d.iL)), x_row(d.iC * left_k), a(padded_k(gemm, d.a)), t_k(d.iC * a),
+        t_row(row_stride(gemm, t_k)), b(round_up(d.b, kPanel)), h_k(d.jC * b) {}
+};
+
+// Runs of slots whose rows of `row_bytes` fill about half of a second-level cache; cut without regard to experts.
+inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes) {
+  const std::int64_t most = std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
+  std::vector<Span> blocks;
+  for_each_tile(slots, most, [&](std::int64_t first, std::int64_t count) { blocks.push_back({first, first + count}); });
+  return blocks;
+}
+
+// xs[s - slots.first] = x row of slot s as [iC, left_k], zero where padded.
+template <class T>
+void transpose_rows(
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs);
+
+// t[s - block.first] = left_e applied to the row of slot s, for the slots of `block`. Keeps the transposed rows in
+// xs [block, x_row] if that is given.
+template <class T>
+void left_step(
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t);
+
+}  // namespace mpoe

@@ -1,0 +1,234 @@
+#include "cpu/routing/routing.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "common/parallel.h"
+#include "cpu/routing/rows.h"
+
+namespace mpoe {
+namespace {
+
+// Pairs that one thread sorts at least, and bytes that one thread moves at least: less is not worth waking a thread.
+constexpr std::int64_t kPairsPerChunk = 1 << 14;
+constexpr std::int64_t kBytesPerThread = 1 << 16;
+
+const RowFunctions& row_functions(Dtype dtype) {
+#if defined(__x86_64__)
+  static const RowFunctions* const table = active_isa() >= Isa::kAvx512 ? kRowsAvx512
+                                           : active_isa() >= Isa::kAvx2 ? kRowsAvx2
+                                                                        : kRowsGeneric;
+#else
+  static const RowFunctions* const table = kRowsGeneric;
+#endif
+  return table[static_cast<int>(dtype)];
+}
+
+std::int64_t rows_per_thread(std::int64_t bytes_per_row) {
+  return std::max<std::int64_t>(1, kBytesPerThread / std::max<std::int64_t>(1, bytes_per_row));
+}
+
+std::int64_t gate_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+const void* at(const void* base, std::int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+void* at(void* base, std::int64_t bytes) { return static_cast<char*>(base) + bytes; }
+
+// Marks pairs beyond the capacity with key E. First choices are served before second ones: counts run over [K, T].
+void drop_beyond_capacity(const Route& a, std::int64_t chunks, std::int64_t chunk_tokens, std::int32_t* keys) {
+  std::vector<std::int64_t> counts(a.top_k * chunks * a.experts);  // [K, chunks, E]: pairs, then pairs before
+  const auto counts_of = [&](std::int64_t k, std::int64_t chunk) { return &counts[(k * chunks + chunk) * a.experts]; };
+  const auto each_chunk = [&](auto&& visit) {
+    parallel_for(0, chunks, 1, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t chunk = first; chunk < last; ++chunk) {
+        const std::int64_t stop = std::min(a.tokens, (chunk + 1) * chunk_tokens);
+        for (std::int64_t k = 0; k < a.top_k; ++k)
+          for (std::int64_t t = chunk * chunk_tokens; t < stop; ++t) {
+            std::int32_t& key = keys[t * a.top_k + k];
+            if (key < a.experts) visit(key, counts_of(k, chunk)[key]);
+          }
+      }
+    });
+  };
+  each_chunk([](std::int32_t&, std::int64_t& count) { ++count; });
+  for (std::int64_t e = 0; e < a.experts; ++e) {
+    std::int64_t before = 0;
+    for (std::int64_t k = 0; k < a.top_k; ++k)
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        std::int64_t& count = counts_of(k, chunk)[e];
+        const std::int64_t own = count;
+        count = before;
+        before += own;
+      }
+  }
+  const std::int32_t dropped = static_cast<std::int32_t>(a.experts);
+  each_chunk([&](std::int32_t& key, std::int64_t& rank) {
+    if (rank++ >= a.capacity) key = dropped;
+  });
+}
+
+}  // namespace
+
+std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high) {
+  bool fine = true;
+  for (std::int64_t i = 0; i < count; ++i) fine &= values[i] >= low && values[i] <= high;
+  if (fine) return -1;
+  return std::find_if(values, values + count, [=](std::int64_t v) { return v < low || v > high; }) - values;
+}
+
+namespace {
+
+// The best experts of one token, and their gates.
+void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  bool known = true;
+  for (std::int64_t e = 0; e < a.experts; ++e) known &= !std::isnan(logits[e]);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    // After the one before in the order by logit and number.
+    const auto comes_later = [&](std::int64_t e) {
+      if (k == 0) return true;
+      const float last = logits[index[k - 1]];
+      return logits[e] < last || (logits[e] == last && e > index[k - 1]);
+    };
+    std::int64_t best = -1;
+    for (std::int64_t e = 0; known && e < a.experts; ++e)
+      if (comes_later(e) && (best < 0 || logits[e] > logits[best])) best = e;
+    index[k] = known ? best : k;
+  }
+  const float most = logits[index[0]];
+  float sum = 0;
+  if (a.raw)
+    for (std::int64_t e = 0; e < a.experts; ++e) sum += std::exp(logits[e] - most);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
+    if (!a.raw) sum += gates[k];
+  }
+  for (std::int64_t k = 0; k < a.top_k; ++k) gates[k] /= sum;
+}
+
+// float rows, or the copies of others that `kept` holds.
+const float* floats_of(const void* rows, Dtype dtype, std::int64_t count, std::vector<float>& kept) {
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(rows);
+  kept.resize(static_cast<std::size_t>(count));
+  row_functions(dtype).widen(rows, kept.data(), count);
+  return kept.data();
+}
+
+}  // namespace
+
+void gating(const Gating& a) {
+  const RowFunctions& functions = row_functions(Dtype::kFloat32);
+  std::vector<float> of_weight;
+  const float* const weight = floats_of(a.weight, a.weight_dtype, a.experts * a.features, of_weight);
+  parallel_for(0, a.tokens, rows_per_thread(4 * a.experts * a.features), [&](std::int64_t first, std::int64_t last) {
+    std::vector<float> of_row;
+    for (std::int64_t t = first; t < last; ++t) {
+      const float* const row =
+          floats_of(at(a.x, t * a.features * size_of(a.x_dtype)), a.x_dtype, a.features, of_row);
+      float* const logits = a.logits + t * a.experts;
+      for (std::int64_t e = 0; e < a.experts; ++e) functions.dot(row, weight + e * a.features, logits + e, a.features);
+      choose(a, logits, a.index + t * a.top_k, a.gates + t * a.top_k);
+    }
+  });
+}
+
+void route(const Route& a) {
+  const std::int64_t pairs = a.tokens * a.top_k;
+  const std::int64_t chunk_tokens = std::max<std::int64_t>(1, kPairsPerChunk / a.top_k);
+  const std::int64_t chunks = std::max<std::int64_t>(1, (a.tokens + chunk_tokens - 1) / chunk_tokens);
+  const std::int64_t buckets = a.experts + 1;  // the last one takes what is masked or dropped
+  std::vector<std::int32_t> keys(pairs);
+  std::vector<std::int64_t> starts(chunks * buckets);  // [chunks, E + 1]: pairs of the chunk, then its next slot
+  const auto each_chunk = [&](auto&& visit) {
+    parallel_for(0, chunks, 1, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t chunk = first; chunk < last; ++chunk)
+        visit(chunk, chunk * chunk_tokens, std::min(a.tokens, (chunk + 1) * chunk_tokens));
+    });
+  };
+  each_chunk([&](std::int64_t, std::int64_t first, std::int64_t last) {
+    for (std::int64_t t = first; t < last; ++t) {
+      const bool routed = a.token_mask == nullptr || a.token_mask[t];
+      for (std::int64_t p = t * a.top_k; p < (t + 1) * a.top_k; ++p)
+        keys[p] = static_cast<std::int32_t>(routed ? a.index[p] : a.experts);
+    }
+  });
+  if (a.capacity >= 0) drop_beyond_capacity(a, chunks, chunk_tokens, keys.data());
+  each_chunk([&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
+    std::int64_t* counts = &starts[chunk * buckets];
+    for (std::int64_t p = first * a.top_k; p < last * a.top_k; ++p) ++counts[keys[p]];
+  });
+  std::int64_t slot = 0;
+  for (std::int64_t e = 0; e < buckets; ++e) {
+    a.expert_offsets[e] = static_cast<std::int32_t>(slot);
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const std::int64_t own = starts[chunk * buckets + e];
+      starts[chunk * buckets + e] = slot;
+      slot += own;
+    }
+  }
+  each_chunk([&](std::int64_t chunk, std::int64_t first, std::int64_t last) {
+    std::int64_t* next = &starts[chunk * buckets];
+    for (std::int64_t t = first; t < last; ++t)
+      for (std::int64_t p = t * a.top_k; p < (t + 1) * a.top_k; ++p) {
+        const std::int64_t target = next[keys[p]]++;
+        a.token_of_slot[target] = t;
+        a.slot_of_token[p] = keys[p] == a.experts ? -1 : target;
+      }
+  });
+}
+
+void dispatch(const Dispatch& a) {
+  parallel_for(0, a.slots, rows_per_thread(2 * a.width), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t s = first; s < last; ++s) {
+      if (s < a.filled)
+        std::memcpy(at(a.out, s * a.width), at(a.x, a.token_of_slot[s] * a.x_stride), a.width);
+      else
+        std::memset(at(a.out, s * a.width), 0, a.width);
+    }
+  });
+}
+
+void combine(const Combine& a, const void* rows, void* out) {
+  const RowFunctions& functions = row_functions(a.dtype);
+  const std::int64_t width = a.features * size_of(a.dtype);
+  const std::int64_t gates_width = a.top_k * gate_size(a.dtype);
+  parallel_for(0, a.tokens, rows_per_thread((a.top_k + 1) * width), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t t = first; t < last; ++t)
+      functions.weighted_sum(
+          rows, a.slot_of_token + t * a.top_k, a.gates == nullptr ? nullptr : at(a.gates, t * gates_width), a.top_k,
+          at(out, t * width), a.features);
+  });
+}
+
+void combine_backward(const Combine& a, const void* grad, const void* rows, void* drows, void* dgates) {
+  const RowFunctions& functions = row_functions(a.dtype);
+  const std::int64_t width = a.features * size_of(a.dtype);
+  const std::int64_t gate = gate_size(a.dtype);
+  if (drows != nullptr) {
+    std::vector<unsigned char> filled(a.slots);
+    for (std::int64_t p = 0; p < a.tokens * a.top_k; ++p)
+      if (a.slot_of_token[p] >= 0) filled[a.slot_of_token[p]] = 1;
+    parallel_for(0, a.slots, rows_per_thread(width), [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t s = first; s < last; ++s)
+        if (filled[s] == 0) std::memset(at(drows, s * width), 0, width);
+    });
+  }
+  parallel_for(0, a.tokens, rows_per_thread(3 * a.top_k * width), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t p = first * a.top_k; p < last * a.top_k; ++p) {
+      const std::int64_t slot = a.slot_of_token[p];
+      const void* grad_row = at(grad, p / a.top_k * width);
+      if (drows != nullptr && slot >= 0)
+        functions.scale(grad_row, at(a.gates, p * gate), at(drows, slot * width), a.features);
+      if (dgates == nullptr) continue;
+      if (slot >= 0)
+        functions.dot(at(rows, slot * width), grad_row, at(dgates, p * gate), a.features);
+      else
+        std::memset(at(dgates, p * gate), 0, gate);
+    }
+  });
+}
+
+}  // namespace mpoe

@@ -1,0 +1,2 @@
+#define MPOE_ROWS kRowsGeneric
+#include "cpu/routing/rows_body.h"

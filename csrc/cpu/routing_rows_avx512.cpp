@@ -1,2 +1,0 @@
-#define MPOE_ROWS kRowsAvx512
-#include "cpu/routing_rows_body.h"

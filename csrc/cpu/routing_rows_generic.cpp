@@ -1,2 +1,0 @@
-#define MPOE_ROWS kRowsGeneric
-#include "cpu/routing_rows_body.h"

@@ -1,0 +1,9 @@
+#include "cuda/linear/panel_launch.cuh"
+
+namespace mpoe::cuda {
+
+void launch_panel_bfloat16(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream) {
+  launch_panel<dev::bf16>(p, launch, stream);
+}
+
+}  // namespace mpoe::cuda

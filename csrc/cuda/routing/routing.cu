@@ -1,0 +1,134 @@
+#include "cuda/routing/routing.h"
+
+#include <initializer_list>
+#include <string>
+#include <type_traits>
+
+#include "cuda/linear/contract.h"
+#include "cuda/dispatch.h"
+#include "cuda/routing/routing.cuh"
+
+namespace mpoe::cuda {
+namespace {
+
+unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
+
+SortArguments sort_of(const Route& p, void* workspace) {
+  SortArguments s;
+  s.index = p.index;
+  s.mask = p.token_mask;
+  s.tokens = p.tokens;
+  s.top_k = p.top_k;
+  s.experts = p.experts;
+  s.capacity = p.capacity;
+  s.offsets = p.offsets;
+  s.token_of_slot = p.token_of_slot;
+  s.slot_of_token = p.slot_of_token;
+  s.counts = static_cast<int*>(workspace);
+  return s;
+}
+
+// Calls f(T{}, constant kPer): 16 bytes at a time where every row begins at a multiple of 16, else one element.
+template <class F>
+void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const void*> arrays, F&& f) {
+  with_type(dtype, [&](auto zero) {
+    constexpr int kPer = 16 / static_cast<int>(sizeof(zero));
+    bool wide = row_elements % kPer == 0;
+    for (const void* array : arrays) wide = wide && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
+    if (wide) {
+      f(zero, std::integral_constant<int, kPer>{});
+    } else {
+      f(zero, std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace
+
+void gate(Dtype dtype, const void* logits, float* probabilities, float* weights, int64_t* index, int tokens, int experts,
+          int top_k, bool renormalize, cudaStream_t stream) {
+  if (top_k > experts) throw std::invalid_argument("top_k must be at most the number of experts");
+  if (tokens == 0) return;
+  const GateArguments p{logits, probabilities, weights, index, tokens, experts, top_k, renormalize};
+  with_type(dtype, [&](auto zero) {
+    LAUNCH(gate_kernel<decltype(zero)>, dim3(blocks_of(tokens, kRouteWarps)), dim3(kRouteThreads), 0, stream, p);
+  });
+  check_launch("gate");
+}
+
+std::size_t route_workspace_bytes(const Route& p) {
+  const int64_t pairs = int64_t(p.tokens) * p.top_k;
+  if (pairs <= kFewPairs) return 0;
+  const int64_t counts = int64_t(blocks_of(pairs, kPairsPerBlock)) * (p.experts + 1);
+  return static_cast<std::size_t>(counts + (p.capacity >= 0 ? pairs : 0)) * sizeof(int);
+}
+
+void route(const Route& p, void* workspace, cudaStream_t stream) {
+  if (p.experts > kMostExperts) {
+    throw std::invalid_argument("routing takes at most " + std::to_string(kMostExperts) + " experts; got " +
+                                std::to_string(p.experts));
+  }
+  const int64_t pairs = int64_t(p.tokens) * p.top_k;
+  if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
+  SortArguments s = sort_of(p, workspace);
+  const std::size_t bins = static_cast<std::size_t>(p.experts) + 1, ranks = bins * (1 + kRouteWarps) * sizeof(int);
+  if (pairs <= kFewPairs) {
+    LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), ranks + static_cast<std::size_t>(pairs) * sizeof(int), stream,
+           s);
+    return check_launch("route");
+  }
+  const unsigned blocks = blocks_of(pairs, kPairsPerBlock);
+  const auto pass = [&](bool by_choice) {
+    s.by_choice = by_choice;
+    LAUNCH(histogram_kernel, dim3(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
+    LAUNCH(prefix_kernel, dim3(1), dim3(kRouteThreads), bins * sizeof(int), stream, s, static_cast<int>(blocks));
+    LAUNCH(scatter_kernel, dim3(blocks), dim3(kRouteThreads), ranks, stream, s);
+    check_launch("route");
+  };
+  if (p.capacity >= 0) {
+    s.keys = s.counts + int64_t(blocks) * static_cast<int64_t>(bins);
+    pass(true);
+  }
+  pass(false);
+}
+
+void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,
+              int slots, int columns, cudaStream_t stream) {
+  if (slots == 0 || columns == 0) return;
+  const int64_t both = x_stride | columns;  // a power of two divides both if it divides this
+  with_packs(dtype, both, {x, out}, [&](auto zero, auto per) {
+    using T = decltype(zero);
+    const auto kernel = dispatch_kernel<T, decltype(per)::value>;
+    LAUNCH(kernel, dim3(static_cast<unsigned>(slots), blocks_of(columns, kRouteThreads * per)), dim3(kRouteThreads), 0,
+           stream, static_cast<const T*>(x), x_stride, token_of_slot, filled, static_cast<T*>(out), columns);
+  });
+  check_launch("dispatch");
+}
+
+void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out, int tokens,
+             int top_k, int columns, cudaStream_t stream) {
+  if (tokens == 0 || columns == 0) return;
+  with_packs(dtype, columns, {rows, out}, [&](auto zero, auto per) {
+    using T = decltype(zero);
+    const auto kernel = combine_kernel<T, decltype(per)::value>;
+    LAUNCH(kernel, dim3(static_cast<unsigned>(tokens), blocks_of(columns, kRouteThreads * per)), dim3(kRouteThreads), 0,
+           stream, static_cast<const T*>(rows), slot_of_token, gates, static_cast<T*>(out), top_k, columns);
+  });
+  check_launch("combine");
+}
+
+void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
+                      int columns, cudaStream_t stream) {
+  if (slots == 0) return;
+  with_packs(dtype, columns, {grad, dgates ? rows : nullptr, drows}, [&](auto zero, auto per) {
+    using T = decltype(zero);
+    const auto kernel = combine_backward_kernel<T, decltype(per)::value>;
+    LAUNCH(kernel, dim3(static_cast<unsigned>(slots)), dim3(kRouteThreads), 0, stream, static_cast<const T*>(grad),
+           static_cast<const T*>(rows), token_of_slot, slot_of_token, gates, static_cast<T*>(drows), dgates, top_k,
+           columns);
+  });
+  check_launch("combine_backward");
+}
+
+}  // namespace mpoe::cuda

@@ -1,0 +1,44 @@
+// Launches of csrc/cuda/routing/routing.cuh on raw device pointers. T tokens, K choices, N = T K slots, E experts; dense arrays.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "common/types.h"
+#include "cuda/device.cuh"
+
+namespace mpoe::cuda {
+
+constexpr int kMostExperts = 4096;  // their counts must fit into shared memory
+
+// Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
+// weights [T, K] (renormalized: they sum to 1), probabilities [T, E] unless null.
+void gate(Dtype dtype, const void* logits, float* probabilities, float* weights, int64_t* index, int tokens, int experts,
+          int top_k, bool renormalize, cudaStream_t stream);
+
+struct Route {
+  const int64_t* index = nullptr;  // [T, K]; outside 0..E-1: like a masked token
+  const bool* token_mask = nullptr;  // [T] or null; false: neither routed nor counted
+  int tokens = 0, top_k = 0, experts = 0;
+  int capacity = -1;                 // most slots of one expert; negative: no limit
+  int* offsets = nullptr;            // [E + 1]
+  int64_t* token_of_slot = nullptr;  // [N]; masked and dropped pairs come last
+  int64_t* slot_of_token = nullptr;  // [T, K]; -1: masked or dropped
+};
+// Stable counting sort by expert; one launch for few pairs, else three, six with a capacity.
+std::size_t route_workspace_bytes(const Route& arguments);
+void route(const Route& arguments, void* workspace, cudaStream_t stream);
+
+// x [T, I] of rows `x_stride` elements apart, out [N, I]; slots from offsets[E] = *filled on become zero.
+void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,
+              int slots, int columns, cudaStream_t stream);
+
+// rows [N, F], gates [T, K] or null (all 1), out [T, F]. Without gates this is dispatch's gradient.
+void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out, int tokens,
+             int top_k, int columns, cudaStream_t stream);
+
+// grad [T, F], rows [N, F] (read for dgates alone), drows [N, F] or null, dgates [T, K] or null.
+void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
+                      int columns, cudaStream_t stream);
+
+}  // namespace mpoe::cuda

@@ -51,6 +51,19 @@ class Stages:
         self.console.print(f"[dim]{name}: {time.perf_counter() - start:.1f} s[/dim]", highlight=False)
 
 
+@dataclass(frozen=True)
+class Demo:
+    """What every stage of one demo reads. ``kind``: key of `SETTINGS`; ``start``: by the clock `time.perf_counter`."""
+
+    output_dir: Path
+    kind: str
+    settings: Settings
+    seed: int
+    start: float
+    console: Any
+    stages: Stages
+
+
 @dataclass
 class DemoOptions:
     """Options of the demo."""
@@ -101,9 +114,9 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     """The demo; returns what ``results.json`` holds."""
     from rich.console import Console
 
-    start = time.perf_counter()
-    console = Console()
+    start, console = time.perf_counter(), Console()
     stages = Stages(console)
+    demo = Demo(output_dir, kind, settings, seed, start, console, stages)
     console.print(f"[bold]mpoe demo[/bold]: {kind} stand-in, tasks {', '.join(settings.tasks)}, output in {output_dir}")
     with stages.stage("import torch and transformers"):
         import torch
@@ -156,7 +169,7 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     for arm in settings.arms:
         model = models[arm.key]
         set_seed(seed)
-        result = train_and_score(arm, model, tokenizer, tasks, items, settings, seed, output_dir, stages, console)
+        result = train_and_score(demo, arm, model, tokenizer, tasks, items)
         result["conversion_difference"] = differences.get(arm.key)
         if arm.experts is not None:
             result["parameters"] = count_parameters(model.parameter_report())
@@ -170,7 +183,7 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
         same, examples = save_and_reload(
             models[settings.main_arm], tokenizer, tasks, probe, output_dir / MODEL_FOLDER, settings
         )
-    return finish(output_dir, kind, settings, seed, arms, same, examples, stages, start, console)
+    return finish(demo, arms, same, examples)
 
 
 def logits_and_mask(model: Any, items: list[dict], pad_token_id: int) -> tuple[Any, Any]:
@@ -193,16 +206,7 @@ def largest_difference(dense: Any, converted: Any, items: list[dict], pad_token_
 
 
 def train_and_score(
-    arm: Any,
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    items: list[dict],
-    settings: Settings,
-    seed: int,
-    output_dir: Path,
-    stages: Stages,
-    console: Any,
+    demo: Demo, arm: Any, model: Any, tokenizer: Any, tasks: Sequence[Any], items: list[dict]
 ) -> dict[str, Any]:
     """Train one arm and score it on the held-out items."""
     import tempfile
@@ -212,20 +216,14 @@ def train_and_score(
     from mpoe.cli.scoring import encode_task, evaluate_tasks, expert_load
     from mpoe.data.tasks import average_score
 
-    with stages.stage(f"train: {arm.name}"):
-        with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
-            ticker = bar.add_task(f"train {arm.name}", total=len(items) // settings.batch)
+    with demo.stages.stage(f"train: {arm.name}"):
+        with tempfile.TemporaryDirectory() as scratch, Progress(console=demo.console, transient=True) as bar:
+            ticker = bar.add_task(f"train {arm.name}", total=len(items) // demo.settings.batch)
             result = train_arm(
-                model,
-                arm,
-                items,
-                settings,
-                tokenizer.pad_token_id,
-                Path(scratch),
-                seed,
+                *(model, arm, items, demo.settings, tokenizer.pad_token_id, Path(scratch), demo.seed),
                 lambda n: bar.advance(ticker, n),
             )
-    with stages.stage(f"evaluate: {arm.name}"):
+    with demo.stages.stage(f"evaluate: {arm.name}"):
         found = evaluate_tasks(model, tokenizer, tasks, "test")
         sample = [item for task in tasks for item in encode_task(task, "test", tokenizer, 128 // len(tasks))]
         load = expert_load(model, sample, tokenizer.pad_token_id)
@@ -269,27 +267,16 @@ def save_and_reload(
     return bool(torch.equal(first, second)), examples
 
 
-def finish(
-    output_dir: Path,
-    kind: str,
-    settings: Settings,
-    seed: int,
-    arms: list[dict[str, Any]],
-    same: bool,
-    examples: list[dict[str, str]],
-    stages: Stages,
-    start: float,
-    console: Any,
-) -> dict[str, Any]:
+def finish(demo: Demo, arms: list[dict[str, Any]], same: bool, examples: list[dict[str, str]]) -> dict[str, Any]:
     """Check the claim, write results and report, and show the table."""
     from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, write_json
     from mpoe.cli.info import collect
     from mpoe.cli.report import write_demo_report
 
-    facts = collect()
+    facts, settings, kind, output_dir = collect(), demo.settings, demo.kind, demo.output_dir
     results: dict[str, Any] = {
         "model": kind,
-        "seed": seed,
+        "seed": demo.seed,
         "steps": settings.steps,
         "batch": settings.batch,
         "num_experts": NUM_EXPERTS,
@@ -306,15 +293,15 @@ def finish(
         "versions": {"mpoe": facts["mpoe"], "python": facts["python"]}
         | {name: facts["packages"][name] for name in ("torch", "transformers", "numpy")},
         "threads": facts["torch_threads"],
-        "stages": stages.seconds,
+        "stages": demo.stages.seconds,
     }
     header, rows = comparison_table(arms, settings)
-    with stages.stage("write the report"):
+    with demo.stages.stage("write the report"):
         write_demo_report(output_dir / REPORT_FILE, results, header, rows)
-    results["seconds"] = time.perf_counter() - start
+    results["seconds"] = time.perf_counter() - demo.start
     write_json(output_dir / RESULTS_FILE, results)
-    show_comparison(console, results, header, rows)
-    console.print(
+    show_comparison(demo.console, results, header, rows)
+    demo.console.print(
         f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE} and the model in {output_dir / MODEL_FOLDER}"
     )
     return results

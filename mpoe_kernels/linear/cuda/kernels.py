@@ -63,8 +63,8 @@ class LinearKernels:
         y = x.new_empty(call.slots, call.out_features)
         pre = torch.empty_like(y) if call.saves_z else None
         if isinstance(cut, Panel):
-            placed = call.out_index, call.gates
-            self._panels(call, x, y, cut, call.row_index, call.bias, call.activation, pre, placed=placed)
+            around = call.row_index, call.bias, call.activation, pre
+            self._panels(call, x, y, cut, False, around, (call.out_index, call.gates))
         else:
             self.ops.few_product(
                 *(x, *call.blocks, y, call.expert_offsets, None, call.row_index, call.bias, call.activation, pre),
@@ -79,7 +79,7 @@ class LinearKernels:
     def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, cut: Panel | Few | None) -> steps.Gradients:
         need = call.need_of_plan
         if isinstance(cut, Panel) and dx is not None:
-            self._panels(call, dz, dx, cut, transposed=True)
+            self._panels(call, dz, dx, cut, True, (None, None, "none", None), (None, None))
             need = (False, *need[1:])
         if not any(need):
             return steps.NO_GRADIENTS
@@ -91,16 +91,16 @@ class LinearKernels:
         rows: Tensor,
         out: Tensor,
         cut: Panel,
-        row_index: Tensor | None = None,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        pre: Tensor | None = None,
-        transposed: bool = False,
-        placed: tuple[Tensor | None, Tensor | None] = (None, None),
+        transposed: bool,
+        around: tuple[Tensor | None, Tensor | None, str, Tensor | None],
+        placed: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        """Rows through W, or its transpose, of which so many columns at a time are rebuilt in shared memory."""
+        """Rows through W, or its transpose, of which so many columns at a time are rebuilt in shared memory.
+
+        ``around``: row_index, bias, activation and pre-activation; ``placed``: out_index and gates of a `ForwardCall`.
+        """
         self.ops.panel_product(
-            *(rows, *call.blocks, out, call.expert_offsets, row_index, bias, activation, pre),
+            *(rows, *call.blocks, out, call.expert_offsets, *around),
             *(
                 call.in_features,
                 call.out_features,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.triton.configs import fused_choice
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
-from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.triton.card import multiprocessors, precision
 from mpoe_kernels.triton.pointwise import sum_parts
 from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
@@ -73,40 +73,35 @@ def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
 
 
 def rows_times_weight(
-    x: Tensor,
-    blocks: Blocks,
-    offsets: Tensor,
+    call: ForwardCall | BackwardCall,
+    rows: Tensor,
     out: Tensor,
-    dims: BlockDims,
     *,
-    transposed: bool = False,
     half: Operand | None = None,
-    row_index: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str = "none",
     pre: Tensor | None = None,
-    out_index: Tensor | None = None,
-    gates: Tensor | None = None,
     tile: FusedTile | None = None,
 ) -> None:
-    """``out[s] = activation(x[row_index[s]] W_e + bias)``, or ``W_e^T`` if ``transposed``; one launch.
+    """Forward: ``out[s] = activation(rows[row_index[s]] W_e + bias)``; backward: ``out = rows W_e^T``. One launch.
 
     Args:
-        x, out: rows ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
+        call: whose weights they meet.
+        rows, out: ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
         half: left · central of every expert; without it the kernel makes that too.
         pre: receives the pre-activation.
-        out_index, gates: see `mpoe_kernels.linear.call.ForwardCall`.
     """
-    slots, experts = out.shape[0], offsets.shape[0] - 1
+    slots, experts, dims, blocks = out.shape[0], call.num_experts, call.dims, Blocks(*call.blocks)
     if slots == 0:
         return
+    transposed = isinstance(call, BackwardCall)
+    row_index, bias, activation, out_index, gates = (
+        (None, None, "none", None, None)
+        if isinstance(call, BackwardCall)
+        else (call.row_index, call.bias, call.activation, call.out_index, call.gates)
+    )
     sides = Sides.of(dims, transposed)
     purpose = "rows" if half is None else "half"
-    again = partial(
-        rows_times_weight, x, blocks, offsets, out, dims, transposed=transposed, half=half, row_index=row_index,
-        bias=bias, activation=activation, pre=pre, out_index=out_index, gates=gates,
-    )  # fmt: skip
-    tile, extents = fused_choice(x, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
+    again = partial(rows_times_weight, call, rows, out, half=half, pre=pre)
+    tile, extents = fused_choice(rows, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
     row_tiles = cdiv(slots, tile.m) + experts + 1
     _, n_tiles = extents.tiles(sides)
     columns = (dims.in_features, dims.out_features)
@@ -114,7 +109,7 @@ def rows_times_weight(
     start(
         fused_kernel,
         (row_tiles * n_tiles,),
-        x=x,
+        x=rows,
         left=blocks.left if half is None else half.data,
         central=blocks.central,
         right=blocks.right,
@@ -124,9 +119,9 @@ def rows_times_weight(
         row_index=out if row_index is None else row_index,
         out_index=out if out_index is None else out_index,
         gates=out if gates is None else gates,
-        offsets=offsets,
+        offsets=call.expert_offsets,
         slots=slots,
-        X_SLOT=x.stride(0),
+        X_SLOT=rows.stride(0),
         OUT_SLOT=out.stride(0),
         X_LIMIT=_limit(sides.k, x_columns),
         OUT_LIMIT=_limit(sides.n, out_columns),
@@ -140,7 +135,7 @@ def rows_times_weight(
         PLACED=out_index is not None,
         BM=tile.m,
         **_strides(blocks, transposed, half),
-        **_options(tile, extents, sides, x.dtype),
+        **_options(tile, extents, sides, rows.dtype),
     )
 
 
@@ -150,21 +145,14 @@ def parts_for(device: torch.device, programs: int, most: int) -> int:
 
 
 def block_gradients(
-    x: Tensor,
-    grad: Tensor,
-    blocks: Blocks,
-    offsets: Tensor,
-    dims: BlockDims,
-    need: tuple[bool, bool, bool],
-    *,
-    row_index: Tensor | None = None,
-    tile: FusedTile | None = None,
+    call: BackwardCall, grad: Tensor, tile: FusedTile | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of left, central and right (those in ``need``) from rows and the gradient of their products.
+    """Gradients of left, central and right, if needed, from rows and the gradient ``[N, F]`` of their products.
 
     One launch each; a masked central core starts nothing.
     """
-    experts = offsets.shape[0] - 1
+    x, dims, blocks, row_index, experts = call.x, call.dims, Blocks(*call.blocks), call.row_index, call.num_experts
+    _, need_left, need_central, need_right = call.need_of_plan
     sides = Sides.of(dims)
     tile, extents = fused_choice(x, sides, grad.shape[0] / experts, "gradient", tile)
     k_tiles, n_tiles = extents.tiles(sides)
@@ -179,7 +167,7 @@ def block_gradients(
         "left": blocks.left,
         "central": blocks.central,
         "row_index": grad if row_index is None else row_index,
-        "offsets": offsets,
+        "offsets": call.expert_offsets,
         "X_SLOT": x.stride(0),
         "GRAD_SLOT": grad.stride(0),
         "LEFT": (*left[:3], left[5]),
@@ -195,7 +183,7 @@ def block_gradients(
         return torch.empty(parts, *shape, dtype=torch.float32, device=x.device)
 
     dleft = dcentral = dright = None
-    if need[0]:
+    if need_left:
         parts = parts_for(device_of(x), rows_of_tiles * experts, pairs)
         out = partial(blocks.left.shape, parts)
         start(
@@ -211,7 +199,7 @@ def block_gradients(
             **common,
         )
         dleft = sum_parts(out, torch.empty_like(blocks.left, memory_format=torch.contiguous_format))
-    if need[1]:
+    if need_central:
         parts = parts_for(device_of(x), rows_of_tiles * pairs, experts)
         out = partial(blocks.central.shape, parts * rows_of_tiles)
         _, a, k, n, b = out.stride()
@@ -228,7 +216,7 @@ def block_gradients(
             **common,
         )
         dcentral = sum_parts(out, torch.empty_like(blocks.central, memory_format=torch.contiguous_format))
-    if need[2]:
+    if need_right:
         parts = parts_for(device_of(x), columns_of_tiles * experts, pairs * rows_of_tiles)
         out = partial(blocks.right.shape, parts)
         _, expert, b, k, n = out.stride()

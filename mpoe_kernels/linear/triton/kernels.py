@@ -12,7 +12,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand, block, scratch
 from mpoe_kernels.linear.gpu.primitives import Sum
-from mpoe_kernels.linear.triton.fused_launch import Blocks, block_gradients, rows_times_weight
+from mpoe_kernels.linear.triton.fused_launch import block_gradients, rows_times_weight
 from mpoe_kernels.linear.triton.launch import TritonLaunches, merge
 from mpoe_kernels.linear.triton.plan import planned
 
@@ -63,20 +63,7 @@ def _forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     x = call.x
     y = x.new_empty(call.slots, call.out_features)
     pre = torch.empty_like(y) if call.saves_z else None
-    rows_times_weight(
-        x,
-        Blocks(*call.blocks),
-        call.expert_offsets,
-        y,
-        call.dims,
-        half=_half_built(call) if half else None,
-        row_index=call.row_index,
-        bias=call.bias,
-        activation=call.activation,
-        pre=pre,
-        out_index=call.out_index,
-        gates=call.gates,
-    )
+    rows_times_weight(call, x, y, half=_half_built(call) if half else None, pre=pre)
     return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
 
@@ -94,11 +81,9 @@ def _backward_on_chip(call: BackwardCall, half: bool, *by_token: Tensor) -> Back
 
 
 def _gradients_on_chip(call: BackwardCall, dz: Tensor, dx: Tensor | None, half: bool) -> steps.Gradients:
-    blocks, offsets, dims = Blocks(*call.blocks), call.expert_offsets, call.dims
     if dx is not None:
-        built = _half_built(call) if half else None
-        rows_times_weight(dz, blocks, offsets, dx, dims, transposed=True, half=built)
-    return block_gradients(call.x, dz, blocks, offsets, dims, call.need_of_plan[1:], row_index=call.row_index)
+        rows_times_weight(call, dz, dx, half=_half_built(call) if half else None)
+    return block_gradients(call, dz)
 
 
 def _half_built(call: ForwardCall | BackwardCall) -> Operand:

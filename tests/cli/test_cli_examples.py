@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,9 +29,10 @@ def run_example(name: str, *arguments: object) -> str:
     return answer.stdout
 
 
-def test_drop_in(tmp_path: Path) -> None:
-    out = run_example("drop_in.py", tmp_path / "model")
-    assert "central:" in out
+def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", str(tmp_path / "model")])
+    runpy.run_path(str(EXAMPLES / "drop_in.py"), run_name="__main__")
+    assert "central:" in capsys.readouterr().out
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 

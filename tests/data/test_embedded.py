@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import random
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -55,6 +56,22 @@ def test_an_installation_without_it(tmp_path, monkeypatch):
         stand_in_path("t5")
 
 
+@pytest.mark.parametrize("kind", sorted(STAND_INS))
+def test_loads_without_network(kind, monkeypatch):
+    def refused(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "socket", refused)
+    model, tokenizer = load_stand_in(kind)
+    assert (model.dtype, model.training) == (torch.float32, False)
+    ids = tokenizer("Return the mean of 2 arrays.", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    if kind == "gpt2":
+        assert text.startswith("Return the mean of 2 arrays.")
+
+
+@pytest.mark.slow
 def test_loads_in_a_new_process_without_network(tmp_path):
     code = (
         "import os; os.environ['HF_HUB_OFFLINE'] = '1'; os.environ['HF_HOME'] = sys.argv[1]\n"

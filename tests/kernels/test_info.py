@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,14 +14,37 @@ import torch
 from mpoe_kernels import backend_reasons, info
 from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
 
+FORKS = """
+import os, runpy, sys
+import torch
+for before, words in {calls}:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        exec(before)
+        sys.argv = ["info", *words]
+        runpy.run_module("mpoe_kernels.info", run_name="__main__")
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed: {{before}} {{words}}")
+    print("{end}")
+"""
 
-def run_module(*arguments: str, before: str = "") -> str:
-    """Output of the command, after ``before`` ran in its process."""
-    code = f"{before}\nimport runpy, sys\nsys.argv = ['info', *{list(arguments)}]\n"
-    code += "runpy.run_module('mpoe_kernels.info', run_name='__main__')"
+
+def run_module(*calls: tuple[str, list[str]]) -> list[str]:
+    """Outputs of the command, each of a fork that ran some code before and got some words; torch is imported once."""
+    end = "=" * 20
+    code = FORKS.format(calls=list(calls), end=end)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.split(f"{end}\n")[:-1]
+
+
+@cache
+def outputs() -> list[str]:
+    """As JSON, as text, and as text without Triton."""
+    return run_module(("", ["--json"]), ("", []), ("sys.modules['triton'] = None", []))
 
 
 def test_facts_are_those_of_this_process() -> None:
@@ -56,10 +80,11 @@ def test_native_summary() -> None:
 
 
 def test_command_as_json_and_text() -> None:
-    facts = json.loads(run_module("--json"))
+    as_json, text, _ = outputs()
+    facts = json.loads(as_json)
     assert facts["mpoe"] == info.__version__
     assert set(facts["backends"]) == set(backend_reasons())
-    assert facts["mpoe"] in run_module()
+    assert facts["mpoe"] in text
 
 
 def lines_of(backend: str, text: str) -> tuple[str, str]:
@@ -70,24 +95,24 @@ def lines_of(backend: str, text: str) -> tuple[str, str]:
 
 
 def test_without_triton() -> None:
-    answer, reason = lines_of("triton", run_module(before="import sys; sys.modules['triton'] = None"))
+    answer, reason = lines_of("triton", outputs()[2])
     assert answer == "no"
     assert "triton" in reason.lower()
 
 
 def test_without_compiled_kernels(tmp_path: Path) -> None:
     package = Path(info.__file__).parent
-    shutil.copytree(
-        package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
-    )
-    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-    answer, reason = lines_of("native", run_module(before=before))
+    ignored = shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
+    for name in ("absent", "not_built", "broken"):
+        shutil.copytree(package, tmp_path / name / package.name, ignore=ignored)
+    (tmp_path / "not_built" / package.name / "_native_missing.txt").write_text("no compiler was found\n")
+    (tmp_path / "broken" / package.name / "_C.abi3.so").write_text("not a library")
+    folders = [str(tmp_path / name) for name in ("absent", "not_built", "broken")]
+    absent, not_built, broken = run_module(*((f"sys.path.insert(0, {folder!r})", []) for folder in folders))
+    answer, reason = lines_of("native", absent)
     assert answer == "no"
     assert reason.startswith("_C.abi3.so is not in")
-    (tmp_path / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    assert lines_of("native", run_module(before=before)) == ("no", "it was not built: no compiler was found")
-    (tmp_path / package.name / "_native_missing.txt").unlink()
-    (tmp_path / package.name / "_C.abi3.so").write_text("not a library")
-    answer, reason = lines_of("native", run_module(before=before))
+    assert lines_of("native", not_built) == ("no", "it was not built: no compiler was found")
+    answer, reason = lines_of("native", broken)
     assert answer == "no"
-    assert reason.startswith(f"{tmp_path}/")
+    assert reason.startswith(f"{folders[2]}/")

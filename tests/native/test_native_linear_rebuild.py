@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -78,6 +79,7 @@ class Case:
         # Of one sign, else the gradient of the bias may be a small difference of large numbers.
         self.grad = (torch.rand(slots, shape.out_features) + 0.5).to(dtype)
         self.last = int(self.routing.expert_offsets[-1])
+        self.found: dict[torch.dtype, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +101,11 @@ class Case:
         return linear_backward(BackwardCall(*self.common, strategy, "native", *own))
 
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if dtype not in self.found:
+            self.found[dtype] = self._exact(dtype)
+        return self.found[dtype]
+
+    def _exact(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, *self.parts)]
         bias = None if self.bias is None else self.bias.to(dtype).requires_grad_()
         blocks = MPOBlocks(*leaves[1:], self.shape.in_features, self.shape.out_features)
@@ -162,12 +169,18 @@ def test_any_factors(
     Case(MPOShape(rows, columns, max_bond=bond), dtype, tokens).check(strategy)
 
 
+@cache
+def rows_of_a_tile_and_more(name: str, dtype: torch.dtype) -> Case:
+    """One for all strategies: the float64 reference takes longer than any of them."""
+    torch.manual_seed(0)
+    return Case(LARGER_SHAPES[name], dtype, 70, activation="silu", kind="some_idle", experts=4)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LARGER_SHAPES)
 def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
-    torch.manual_seed(0)
-    Case(LARGER_SHAPES[name], dtype, 70, activation="silu", kind="some_idle", experts=4).check(strategy)
+    rows_of_a_tile_and_more(name, dtype).check(strategy)
     Case(LARGER_SHAPES[name], dtype, 7, activation="relu", gathered=False, with_bias=False).forward(strategy)
 
 
@@ -175,7 +188,7 @@ def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
 @pytest.mark.parametrize("name", ["many_blocks", "wide_right", "cropped"])
 def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    case = Case(LARGER_SHAPES[name], dtype, 150, experts=5, top_k=2)
+    case = Case(LARGER_SHAPES[name], dtype, 50, experts=5, top_k=2)
     for strategy in STRATEGIES:
         results = []
         for count in (1, 2, 3):

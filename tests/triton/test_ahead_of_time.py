@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,12 @@ def test_jobs_are_what_triton_would_specialise() -> None:
     assert job.options == (("num_warps", 4),)
     with pytest.raises(TypeError, match="a must be a tensor, an integer or a float; got str"):
         job_of(Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}), "sm_90")
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command compiles in forks of this process, which has imported what a new one would."""
+    monkeypatch.setattr(triton_compile, "get_context", lambda _: get_context("fork"))
 
 
 def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90") -> Job:
@@ -194,6 +201,7 @@ def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monk
     assert kept.get(job) is None
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     job = planted(16, 4, 1)
     monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
@@ -207,6 +215,7 @@ def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp
     assert first.out == second.out
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     job = planted(128, 2, 1, architecture="sm_80")
     monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
@@ -214,8 +223,18 @@ def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch,
     assert "product_kernel 2 warps, 1 stages on sm_80 (planted): spills" in capsys.readouterr().err
 
 
-def test_the_command_compiles_a_kernel_of_ours() -> None:
-    command = [sys.executable, "tools/triton_compile.py", "--quick", "--only", "dispatch_kernel", "--arch", "sm_90"]
+OURS = ["--quick", "--only", "dispatch_kernel", "--arch", "sm_90"]
+
+
+@pytest.mark.usefixtures("forks")
+def test_the_command_compiles_a_kernel_of_ours(capsys) -> None:
+    assert triton_compile.main(OURS) == 0
+    assert "1 kernels, 1 configurations, 0 failures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_does_so_in_processes_of_its_own() -> None:
+    command = [sys.executable, "tools/triton_compile.py", *OURS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr

@@ -9,22 +9,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import settings
-
-# The same examples on every run and machine: a red test can be repeated.
-settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
-settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; more threads would only wait for one another. Subprocesses inherit it.
-    torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPOE_MEASURE"] = "0"  # plans of the hardware table: no test waits for a measurement or depends on one
 os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", default=None):
+        return  # the workers run the tests; this process needs no import of theirs
+    import torch
+    from hypothesis import settings
+
+    # The same examples on every run and machine: a red test can be repeated.
+    settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+    settings.load_profile("repeatable")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(trylast=True)
@@ -65,6 +71,8 @@ def lacks() -> Callable[[str], None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -167,9 +167,12 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_kernels_import_neither_transformers_nor_mpoe() -> None:
-    code = "import sys, mpoe_kernels; print([m for m in ('transformers', 'mpoe', 'triton') if m in sys.modules])"
-    assert run_python(code) == "[]"
+def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers() -> None:
+    code = "import sys, mpoe_kernels; print([m for m in ('transformers', 'mpoe', 'triton') if m in sys.modules])\n"
+    code += "from mpoe.cli.info import collect, show; show(collect()); print('transformers' in sys.modules)"
+    kernels, *shown, info = run_python(code).splitlines()
+    assert (kernels, info) == ("[]", "False")
+    assert "eager" in "".join(shown)
 
 
 def test_command_line_starts_without_torch() -> None:

@@ -22,6 +22,11 @@ def hidden_experts_reference(
 ) -> Tensor:
     """See `mpoe_kernels.hidden_experts`; blocks are ``[E, G', b, b]``."""
     size, own_groups = right.shape[-1], right.shape[1]
+    # Views of all blocks are taken at once: the gradient of each taken alone would be as large as the whole.
+    blocks = [None if x is None else [own.unbind() for own in x.unbind()] for x in (right, left, right_gate)]
+    (rights, lefts, right_gates) = blocks
+    assert rights is not None
+    assert lefts is not None
     rows = []
     for t, choices in enumerate(top_k_index.tolist()):
         row = torch.zeros_like(u[t])
@@ -31,11 +36,11 @@ def hidden_experts_reference(
             parts = []
             for g in range(u.shape[1] // size):
                 units, own = slice(g * size, (g + 1) * size), g if own_groups > 1 else 0
-                value = u[t, units] @ right[e, own]
-                z = value if u_gate is None or right_gate is None else u_gate[t, units] @ right_gate[e, own]
+                value = u[t, units] @ rights[e][own]
+                z = value if u_gate is None or right_gates is None else u_gate[t, units] @ right_gates[e][own]
                 h = activation_reference(activation, z if bias is None else z + bias[e, units])
                 h = h if u_gate is None else h * value
-                parts.append(h @ left[e, own])
+                parts.append(h @ lefts[e][own])
             row = row + gates[t, k].to(u.dtype) * torch.cat(parts)
         rows.append(row)
     return torch.stack(rows) if rows else torch.zeros_like(u)

@@ -19,15 +19,6 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
         assert command in answer.stdout
 
 
-def test_info_does_not_import_transformers() -> None:
-    code = (
-        "import sys\nfrom mpoe.cli.info import collect, show\nshow(collect())\nassert 'transformers' not in sys.modules"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert "eager" in answer.stdout
-
-
 def test_version(cli) -> None:
     from mpoe_kernels.version import __version__
 

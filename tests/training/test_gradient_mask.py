@@ -168,6 +168,7 @@ def test_draws_are_a_pure_function_of_seed_and_step() -> None:
     assert mask_draw(0, 0) == 0.06080617801273447
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same() -> None:
     code = "from mpoe.training.gradient_mask import mask_draw; print([mask_draw(5, s) for s in range(20)])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Finds and loads a compiled library of ours, or says why that cannot be."""
+"""Finds and loads one of our compiled libraries, or says why it cannot be loaded."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def _is_below_autograd() -> bool:
 def _register_autograd(
     op: Any, body: Callable[..., Any], name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any] | None:
-    """As ``op.register_autograd`` does, which at every call looks up the defaults of all arguments anew.
+    """As ``op.register_autograd`` does, which looks up the defaults of all arguments at every call.
 
     Returns:
         What records a plain call for its gradient and computes it; None where PyTorch alone does.

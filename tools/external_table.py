@@ -25,7 +25,7 @@ EXPLAINED = {
     "ours have their own, and the dense class has no experts",
     "test_reverse_loading_mapping": "renames keys of older checkpoints, which mixtures never had",
 }
-# Likewise, of tests that are skipped; a failure of theirs would be open.
+# Likewise for skipped tests; a failure there would be open.
 SKIPPED = {
     "test_can_init_all_missing_weights": "runs for a list of Transformers' own model types",
     "test_fsdp2_*": "starts processes for a list of Transformers' own model types",

@@ -111,7 +111,7 @@ void free(void* pointer) {
   const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(header_of(pointer)), end = first + header.pages * kPage;
   for (std::uintptr_t at = start + header.bytes; at < end; ++at)
     if (*reinterpret_cast<const unsigned char*>(at) != kGap) fail("guard pages: written beyond the end of a tensor\n");
-  // Mapped anew, not only closed: the system then joins it with what is closed beside it. Pieces that were in use stay
+  // Mapped again, not only closed: the system then joins it with what is closed beside it. Pieces that were in use stay
   // apart, and a process may have 65,530 of them.
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(reinterpret_cast<void*>(first), end - first, PROT_NONE, kFlags, -1, 0) == MAP_FAILED)

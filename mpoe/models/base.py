@@ -167,7 +167,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     def initialize_weights(self) -> None:
         """Initialise MPOE parameters that no checkpoint filled, then everything else.
 
-        Nested stacks dispatch to their own ``_init_weights``, which knows nothing of ours, hence first and here.
+        Nested stacks dispatch to their own ``_init_weights``, which does not know our modules, hence first and here.
         """
         model: Any = self
         for module in model.modules():

@@ -307,7 +307,7 @@ def add_expert(
 ) -> Any:
     """A mixture with one expert more; the other experts, and what all share, stay as they are bit for bit.
 
-    With ``examples`` of the new domain and the mixture's ``router_statistics`` the routers are solved anew as if all
+    With ``examples`` of the new domain and the mixture's ``router_statistics`` the routers are solved again as if all
     domains had been there from the start, without the older ones' examples.
 
     Args:

@@ -54,7 +54,7 @@ _COPIES = re.compile(r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor
 _BIAS = re.compile(rf"{_FFN}\.moe_layer\.experts\.b[12]")
 _KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
 
-# module of ours -> index of core -> experts' cores, of ours in the order [E or nothing, d, in_k, out_k, d']
+# our module -> index of core -> experts' cores, ours in the order [E or nothing, d, in_k, out_k, d']
 Chains = dict[str, dict[int, Any]]
 
 

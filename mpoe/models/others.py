@@ -87,7 +87,7 @@ class OthersMixin(_Model):
         return True  # Transformers looks for it in the file of the class
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers, for the ways in which dense experts of ours are computed.
+        """As in Transformers, for the ways in which our dense experts are computed.
 
         Raises:
             ValueError: another way.

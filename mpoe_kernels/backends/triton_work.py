@@ -36,7 +36,7 @@ def _hidden_rows(arguments: Mapping[str, Any]) -> float:
     return rows_per_token(tile, experts, top_k) / top_k * units * again
 
 
-# FLOPs of a launch over those of the product it computes: what fills tiles, and what is built anew for every tile. The
+# FLOPs of a launch over those of the product it computes: what fills tiles, and what is rebuilt for every tile. The
 # last rows of every expert come on top: half a tile each, on average.
 FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rows_kernel": partial(_padded, K="BK", N="BN"),

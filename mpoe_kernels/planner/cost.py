@@ -14,7 +14,7 @@ import torch
 from mpoe_kernels.planner.hardware import Hardware
 from mpoe_kernels.planner.steps import Step
 
-# glibc maps arrays of the first size anew whenever they are allocated; smaller ones come from its heap, whose end it
+# glibc maps arrays of the first size every time they are allocated; smaller ones come from its heap, whose end it
 # gives back (about every second time, as measured); below the second size memory is used again.
 _MAPPED_BYTES, _REUSED_BYTES, _GIVEN_BACK = 32 << 20, 1 << 20, 0.5
 # A GPU cuts results into tiles of about this many rows and columns, one for a multiprocessor at a time.

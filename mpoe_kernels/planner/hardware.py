@@ -65,7 +65,7 @@ class Hardware:
             where one launch serves all experts.
         tile_rate: FLOP/s at which the compiled CPU kernels' register tiles do their multiply-adds, over
             `flops_per_second` (which includes what those kernels' model counts apart), by dtype; 0 of a GPU.
-        store_seconds: in which a core rounds a register tile of theirs and writes it where the next product reads it,
+        store_seconds: in which a core rounds one of their register tiles and writes it where the next product reads it,
             by dtype; 0 of a GPU.
         note: where the numbers come from.
     """

@@ -115,7 +115,7 @@ def _on_device(index: int) -> AbstractContextManager[Any]:
 class Handles:
     """Compiled kernels by everything that Triton compiles them for.
 
-    Triton binds and hashes every argument of a launch anew, which takes it longer than small kernels run.
+    Triton binds and hashes every argument at each launch, which takes longer than small kernels run.
     """
 
     MOST = 8192

@@ -215,6 +215,6 @@ def test_the_arms_of_the_hidden_study(field: LanguageField) -> None:
     assert record["distance"] > 0
     wide = run_arm(field, arm_of("flops_group"), Budget(2, 1e-3, 0), tuning=False)
     assert wide["of_dense"] == pytest.approx(4 / 3, abs=0.1)
-    anew = run_arm(field, arm_of("dense_restart"), Budget(8, 1e-3, 0))
-    assert anew["weights"] == {"shared": centre, "own": 0}
-    assert anew["test"] != run_arm(field, arm_of("dense"), Budget(8, 1e-3, 0))["test"]
+    restarted = run_arm(field, arm_of("dense_restart"), Budget(8, 1e-3, 0))
+    assert restarted["weights"] == {"shared": centre, "own": 0}
+    assert restarted["test"] != run_arm(field, arm_of("dense"), Budget(8, 1e-3, 0))["test"]

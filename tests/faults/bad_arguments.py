@@ -71,7 +71,7 @@ def of_blocks(blocks: Any, **changes: Any) -> Any:
 
 
 def forward(factory: Callable[..., torch.nn.Module], x: Any, **options: Any) -> Any:
-    """A layer of ours is called with ``x``."""
+    """One of our layers is called with ``x``."""
     return factory(**options)(x)
 
 

@@ -18,7 +18,7 @@ from .fuzz import Case, odd, spoil_bytes, spoil_values
 
 
 def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
-    """An endless stream; the good models lie in ``folder``, beside a copy that is spoilt anew for every case."""
+    """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for every case."""
     kinds = make_models(folder)
     base, work = dense_model("gpt2"), folder / "spoilt"
     base.load_state_dict(torch.load(folder / "base.pt"))

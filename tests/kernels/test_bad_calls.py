@@ -1,4 +1,4 @@
-"""Calls that must end in an error of ours: sizes, indices and devices that do not fit, and modes that ops lack."""
+"""Calls that must end in one of our own errors: sizes, indices and devices that do not fit, and modes that ops lack."""
 
 from __future__ import annotations
 

@@ -93,13 +93,13 @@ def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @on_every_backend
-@pytest.mark.parametrize("how", ["anew", "by replacing"])
+@pytest.mark.parametrize("how", ["by hand", "by replacing"])
 def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
     """One that names token 0 for every slot would leave the other tokens' rows unwritten if rows were placed."""
     shape = SMALL_SHAPES["separable"]
     require_strategies(backend, shape, torch.float32)
     made, rows = routing_of(), torch.zeros(TOKENS, dtype=torch.int64)
-    if how == "anew":
+    if how == "by hand":
         routing = Routing(made.expert_offsets, rows, made.slot_of_token)
     else:
         routing = replace(made, token_of_slot=rows)

@@ -220,7 +220,7 @@ def test_lora_on_the_projections_through_plain_peft(family: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_projections_quantised_by_torchao(bits: int) -> None:
-    """Whoever quantises `nn.Linear` needs no help of ours; the blocks and the router still train."""
+    """Quantising `nn.Linear` needs no help from us; the blocks and the router still train."""
     quantization = pytest.importorskip("torchao.quantization")
     kind: object = quantization.Int8WeightOnlyConfig()
     if bits == 4:

@@ -188,7 +188,7 @@ def _load_layer(folder: Path) -> None:
     take_layers(model, read(ExperimentOptions, "--load_experiment", folder, "--load_layer", "attention"))
     saved, before = dict(earlier.named_parameters()), dict(converted(*flags).named_parameters())
     for name, parameter in model.named_parameters():
-        loaded = ".cores." in name  # attention's; everything else is converted anew
+        loaded = ".cores." in name  # attention's; everything else is converted again
         assert torch.equal(parameter, (saved if loaded else before)[name]), name
     take_layers(model, read(ExperimentOptions, "--load_experiment", folder, "--load_layer", "mlp"))
     router = "encoder.block.0.layer.1.DenseReluDense.router.weight"

@@ -1,6 +1,6 @@
 """The study of experts that own blocks on the hidden side alone: its arms, and which differences are tested.
 
-Every mixture is converted after a quarter of the steps, at the same rate, with an optimiser that starts anew; so does
+Every mixture is converted after a quarter of the steps, at the same rate, with a restarted optimiser; so does
 `dense_restart`. Switch stands beside each hidden arm with as many weights, with as many experts as the usual 8, and
 with two experts per token; dense with as many weights and with as many FLOPs. FLOPs are those of this width: a hidden
 arm costs 1 + k b / I of the dense layer's.
@@ -67,7 +67,7 @@ HIDDEN = (
     switch(6),
     switch(3),
     switch(8, two=True),
-    Arm("dense_restart", "dense, optimiser anew after a quarter", **QUARTER),
+    Arm("dense_restart", "dense, optimiser restarted after a quarter", **QUARTER),
     wide("flops_group", "as many FLOPs as per group", 4 / 3),
     wide("flops_shared", "as many FLOPs as shared", 5 / 3),
     wide("large_shared", "as large as shared", 25 / 9),

@@ -48,7 +48,7 @@ TRIALS = (
     trial("wide_down", "wide down only", "wide_down"),
     trial("independent", "wide, independent experts", independent=True),
     # Trained densely for the first half of the steps. The optimiser then restarts, which is a change of its own.
-    Arm("dense_anew", "dense, optimiser anew at half the steps", upcycled=0.5, rate_of="dense"),
+    Arm("dense_anew", "dense, optimiser restarted at half the steps", upcycled=0.5, rate_of="dense"),
     Arm("biases8_upcycled", "control: own biases, after half dense", DENSE_EXPERTS, **SHARED, upcycled=0.5),
     trial("upcycled", "wide, after half dense", upcycled=0.5),
     trial("upcycled_fast", "wide, after half dense, auxiliary rate x 3", upcycled=0.5, scales=(1.0, 0.3)),

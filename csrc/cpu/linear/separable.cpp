@@ -50,7 +50,7 @@ namespace {
 // Panels of central, b / 32 for every jC: rows of B are (iC, a), columns (jC, b).
 template <class T>
 void pack_central(const GemmKernels& gemm, const BlockDims& d, const SeparableSizes& sizes, const T* central, T* out) {
-  const bool together = sizes.b == d.b;  // then columns of several jC lie behind one another
+  const bool together = sizes.b == d.b;  // then columns of several jC are contiguous
   const std::int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
   parallel_for(0, ceil_divide(d.jC, group), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t j = begin * group; j < std::min(end * group, d.jC); j += group)
@@ -253,7 +253,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.saved, filled, in.slots, y_bytes);
   zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
   if (filled == 0) return;
-  // Rows of h [jC, b] must be whole units where they lie behind one another.
+  // Rows of h [jC, b] must be whole units where they are contiguous.
   if (filled <= kFewSlots && d.b % gemm.unit == 0) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());

@@ -79,7 +79,7 @@ _INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
     "rows": dict.fromkeys((2, 4), _FEW_ROWS),
     "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
 }
-# Of blocks of more than 64 units: more warps where a thread could not hold what it makes anew for every part of one.
+# Of blocks of more than 64 units: more warps where a thread could not hold what it recomputes for every part of one.
 _HOPPER_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         2: (Tile(64, 64, 64, 64, 8), Tile(16, 16, 64, 64, 4, 255), Tile(128, 16, 64, 32, 8)),
@@ -137,7 +137,7 @@ def row_cost(tile: Tile, experts: int, top_k: int, block: int, products: int) ->
     moving = 2 * tile.tokens if tile.collects else 0
     reading = LOAD_FLOPS * products * block * busy_experts(experts, top_k, tile.tokens) / tile.tokens
     parts = max(1, -(-block // tile.units))
-    multiplying = 2 * block * (1 + parts * (products - 1))  # all but the last one anew for every part
+    multiplying = 2 * block * (1 + parts * (products - 1))  # all but the last one once for every part
     return rows_per_token(tile, experts, top_k) * (multiplying + ACTIVATION_FLOPS + moving) + reading
 
 

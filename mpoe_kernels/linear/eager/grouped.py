@@ -1,4 +1,4 @@
-"""GEMMs over groups of rows that lie behind one another, one weight per group."""
+"""GEMMs over groups of consecutive rows, one weight per group."""
 
 from __future__ import annotations
 

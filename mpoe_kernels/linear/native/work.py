@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 # csrc/cpu/gemm/body.h, and gemm_amx.cpp, which multiplies bfloat16 sixteen units at a time and leaves sums below
-# `AMX_UNITS`, and what is left of others, to vectors: a multiply-add of theirs takes as long as so many of AMX's.
+# `AMX_UNITS`, and remainders, to vectors, whose multiply-add takes as long as `VECTOR_WEIGHT` of AMX's.
 # AVX2's tiles have 6 rows, and its measured constants make up for it.
 VECTORS, AMX = Tiles(14, 384, 1.0), Tiles(32, 1024, 4.0)
 AMX_UNITS, AMX_STEP, VECTOR_WEIGHT = 32, 16, 4.0

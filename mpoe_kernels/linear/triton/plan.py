@@ -102,7 +102,7 @@ _PLANS: dict[tuple[Any, ...], LaunchPlan] = {}  # by their problems
 
 
 def forget_plans() -> None:
-    """Record every problem anew."""
+    """Record every problem again."""
     _PLANS.clear()
 
 

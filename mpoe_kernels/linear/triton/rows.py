@@ -4,8 +4,8 @@
 persistent and finds its tiles from the offsets on the device, so no launch depends on a number that only the device
 knows and a CUDA graph can hold it.
 
-BY_DESCRIPTOR: the blocks are matrices whose tiles the card's copy engine fetches (TMA), so that no thread computes an
-address of theirs: ``"kn"`` or ``"nk"``, as the matrix lies. Rows are always read by addresses, since they are gathered.
+BY_DESCRIPTOR: the blocks are matrices whose tiles the card's copy engine fetches (TMA), so that no thread computes
+their addresses: ``"kn"`` or ``"nk"``, as the matrix lies. Rows are always read by addresses, since they are gathered.
 """
 
 from __future__ import annotations

@@ -59,8 +59,10 @@ def test_opcheck(backend: str) -> None:
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])
 @pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
 @pytest.mark.parametrize("rows", [0, 1, 40])
-def test_every_eager_way(way: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elements", [1, 2**19], ids=["parts", "whole"])
+def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "_way", lambda *_: way)
+    monkeypatch.setattr(eager, "_ELEMENTS", elements)  # one group at a time, or all
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))

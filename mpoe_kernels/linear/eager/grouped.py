@@ -80,7 +80,8 @@ def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tens
         out = rows.new_empty(rows.shape[0], weights[0].shape[1])
     if len(counts) == 1:
         return torch.mm(rows, weights[0], out=out)
-    sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
+    each = rows.shape[0] // sum(counts)
+    sizes = [count * each for count in counts]
     parts, results = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(out, sizes)
     for part, weight, result in zip(parts, weights, results, strict=True):
         torch.mm(part, weight, out=result)
@@ -95,7 +96,8 @@ def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int], targets: Itera
         counts: slots of each group; all rows belong to one.
         targets: one for each group; any shape whose elements, in order, are those of ``[k, m]``, any strides.
     """
-    sizes = [count * (rows.shape[0] // sum(counts)) for count in counts]
+    each = rows.shape[0] // sum(counts)
+    sizes = [count * each for count in counts]
     # With few columns MKL adds up the long sum one by one; transposed, the rounding error is several times smaller.
     narrow = grads.shape[1] < 16 < rows.shape[1]
     parts, of_parts = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(grads, sizes)

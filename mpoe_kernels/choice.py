@@ -1,6 +1,6 @@
-"""How a contraction is computed: the choice among the candidates that backends offer.
+"""Chooses how a contraction is computed, among the candidates that backends offer.
 
-The cheapest one is taken, kept for the next problem alike, and exactly that runs.
+The cheapest candidate runs; the choice is cached for the next call with the same problem.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mpoe_kernels.registry import (
 def candidates_for(
     backend: Backend, plan: Contraction, table: measured.Table | None = None
 ) -> tuple[list[Candidate], list[str]]:
-    """What a backend offers for a contraction, with measured times where there are some; or why it has nothing."""
+    """A backend's candidates for a contraction, with measured times where available; or the reasons why it has none."""
     own = backend.contraction_reasons(plan)
     if own:
         return [], own
@@ -51,13 +51,14 @@ def candidates_for(
 
 
 def _measurer() -> Callable[[], Constants] | None:
-    """Of the first backend that can measure the CPU; None where no choice depends on it."""
+    """`measure` of the first backend that can measure the CPU; None if no choice depends on it."""
     found = (backend for backend in registered_backends() if backend.measure is not None)
     return next((backend.measure for backend in found if not backend.unavailable_reasons()), None)
 
 
 def measure_machine() -> None:
-    """Measure the CPU for the planner (see `planner.machine`), unless that is done, turned off or of no use here."""
+    """Measure the CPU for the planner (see `planner.machine`), unless this was already done, is turned off or would not
+    matter here."""
     measure = _measurer()
     if measure is not None:
         machine.measure_once(measure)
@@ -72,10 +73,10 @@ class Problem(NamedTuple):
         num_experts: E.
         slots: rows N.
         dtype: of the activations.
-        device: ``cpu``, ``cuda:1``, ...; costs are those of this very device.
+        device: ``cpu``, ``cuda:1``, ...; costs are predicted for exactly this device.
         need: which gradients a backward computes: x, left, central, right.
-        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
-        backend, strategy: only this one.
+        keeps: the forward of ``separable`` saves its central step's rows for the backward.
+        backend, strategy: if given, only this one is considered.
     """
 
     op: str
@@ -90,14 +91,14 @@ class Problem(NamedTuple):
     strategy: str = AUTO
 
     def plans(self) -> tuple[Contraction, ...]:
-        """Every contraction that solves it."""
+        """Every contraction that solves the problem."""
         phase = CONTRACTIONS[self.op]
         sizes = (self.dims, self.num_experts, self.slots, self.dtype, phase, self.need, False, self.device, self.keeps)
         return contractions(*sizes) if self.strategy == AUTO else (contraction(self.strategy, *sizes),)
 
 
 class _Circumstances(NamedTuple):
-    """What else a choice depends on; cost functions read the last three themselves."""
+    """What else a choice depends on, apart from the problem; cost functions read the last three themselves."""
 
     backends: tuple[Backend, ...]
     deterministic: bool
@@ -107,7 +108,7 @@ class _Circumstances(NamedTuple):
 
 
 def _able(problem: Problem, backends: tuple[Backend, ...]) -> tuple[list[Candidate], dict[str, list[str]]]:
-    """Every candidate, and by backend the reasons why it has none, or not all."""
+    """All candidates, and for each backend the reasons why it lacks some or all of them."""
     plans, request = problem.plans(), Request(problem.op, problem.device, problem.dtype)
     table = measured.table_here(problem.device)
     refused: dict[str, list[str]] = {}
@@ -125,7 +126,7 @@ def _able(problem: Problem, backends: tuple[Backend, ...]) -> tuple[list[Candida
     return able, refused
 
 
-# The candidates chosen for calls, by all that they depend on, so that a call alike finds its own in one step.
+# Cache of chosen candidates, keyed by everything the choice depends on, so that repeated calls need one lookup.
 _CHOSEN: dict[tuple[Any, ...], Candidate] = {}
 _MOST_CHOSEN = 8192
 machine.on_change.append(_CHOSEN.clear)
@@ -133,12 +134,12 @@ machine.on_change.append(_CHOSEN.clear)
 
 @lru_cache(maxsize=8192)
 def strategy_together(alone: Candidate, problem: Problem) -> str | None:
-    """Strategy by which a backend should compute both projections of a gated network at once; None: each alone.
+    """The strategy with which a backend should compute both projections of a gated network together; None: separately.
 
-    A measured time of a strategy's steps stands for that of their pairs too: by as much as they were mispredicted.
+    If a strategy's steps were measured, the predicted time of their pairs is scaled by the same prediction error.
 
     Args:
-        alone: what was chosen for each projection; its backend is asked.
+        alone: the candidate chosen for each single projection; its backend is asked.
         problem: of one projection.
     """
     backend = next(each for each in registered_backends() if each.name == alone.backend)
@@ -155,11 +156,11 @@ def strategy_together(alone: Candidate, problem: Problem) -> str | None:
 
 
 def cheaper_together(prices: Mapping[str, float], alone: float) -> str | None:
-    """The strategy of the lowest price, if that is below twice ``alone``.
+    """The strategy with the lowest price, if that is below twice ``alone``.
 
     Args:
-        prices: by strategy, seconds of both projections at once, less those of a product of two results.
-        alone: seconds of each projection by itself.
+        prices: by strategy, seconds for both projections together, minus those of multiplying two results.
+        alone: seconds for each projection computed separately.
     """
     best = min(prices, key=prices.__getitem__, default=None)
     return best if best is not None and prices[best] < 2 * alone else None
@@ -169,13 +170,13 @@ Call = TypeVar("Call")
 
 
 def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate, Call]:
-    """What `resolve_contraction` answers to a call of the linear op, and the call with that strategy.
+    """The result of `resolve_contraction` for a call of the linear op, and the call with that strategy set.
 
     Args:
         op: one of `CONTRACTIONS`.
         call: a `mpoe_kernels.linear.call.LinearCall`.
         need: which gradients a backward computes.
-        keeps: a forward keeps rows for its backward, so it is ``separable``.
+        keeps: the forward saves rows for its backward, so it is ``separable``.
     """
     given: Any = call
     x, left, central, right = given.x, given.left, given.central, given.right
@@ -202,7 +203,7 @@ def _newly_chosen(op: str, call: Any, need: Need, keeps: bool, slots: int, key: 
     found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, strategy))
     if len(_CHOSEN) >= _MOST_CHOSEN:
         _CHOSEN.clear()
-    # What a measurement, made for this call or by another thread meanwhile, has overtaken is not kept.
+    # Do not cache a choice if a measurement, by this call or another thread, has changed the constants meanwhile.
     if call.x.device.type != "cpu" or (machine.is_settled() and machine.source() is constants):
         _CHOSEN[key] = found
     return found
@@ -225,12 +226,12 @@ def _resolve(problem: Problem, circumstances: _Circumstances) -> Candidate:
 
 
 def resolve_contraction(problem: Problem) -> Candidate:
-    """The able candidate with the lowest predicted time, remembered for the next problem alike.
+    """The runnable candidate with the lowest predicted time; cached for the next call with the same problem.
 
-    After ``torch.use_deterministic_algorithms(True)`` backends whose bits do not depend on the number of CPU threads go
-    first, and the plan does not depend on it either.
+    After ``torch.use_deterministic_algorithms(True)`` backends whose results do not depend on the number of CPU threads
+    are preferred, and the plan does not depend on it either.
 
-    What the choice depends on besides the problem is part of the memory's key: the registered backends, whether it
+    Everything else that the choice depends on is part of the cache key: the registered backends, whether it
     must be deterministic, the number of CPU threads to plan for, whether float32 products may round to TF32, and the
     CPU's constants, which are measured before the first choice (see `planner.machine`).
 

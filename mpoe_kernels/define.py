@@ -1,4 +1,4 @@
-"""One helper that registers an op: custom_op + fake + autograd + autocast + refusals, with backends below it."""
+"""One helper that registers an op (custom_op, fake kernel, autograd, autocast, refusals) and dispatches to backends."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def run_kernel(op: str, call: Any, like: Tensor, **sizes: int) -> Any:
-    """Call the kernel of the backend that the registry selects for this op, and the device and dtype of ``like``."""
+    """Call the kernel of the backend that the registry selects for this op and for the device and dtype of ``like``."""
     return kernel_for(op, like.device, like.dtype, call.backend, **sizes)(call)
 
 
-# Types of a signature's fields, as annotated -> as a schema writes them.
+# Annotated types of a signature's fields -> types in the schema.
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -53,13 +53,13 @@ def define_op(
 
     Args:
         name: of the op.
-        signature: dataclass; kernels, fake and schema know the arguments by its fields. A frozen one would take 2 us
-            more of a call to make.
+        signature: dataclass whose fields are the arguments of kernels, fake and schema. Making a frozen one would take
+            2 us more per call.
         results: how many tensors it returns.
-        kernel, fake: take an instance of ``signature``; the fake gives shapes and dtypes of the results.
+        kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of the results.
         setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how
             double backward is refused).
-        autocast: fields that autocast brings to its dtype.
+        autocast: fields that autocast casts to its dtype.
 
     Returns:
         A function that calls the op.
@@ -112,15 +112,15 @@ def _register(
 
 
 def needs_gradients(arguments: Sequence[Any]) -> bool:
-    """Whether autograd has a part in a call of these arguments."""
+    """Whether autograd must record a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
 
 
 def is_plain_call(arguments: Sequence[Any]) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel, recorded for a gradient if one is needed.
+    """Whether the dispatcher would only call the kernel, and record it for a gradient if one is needed.
 
-    It takes as long as the kernel of a token. Not where a mode, a transform, a subclass of tensors, a compiler or a
-    profiler has a part in the call, nor where a meta tensor beside others brings PyTorch to the fake.
+    Dispatching takes as long as the kernel for one token. False if a mode, a transform, a tensor subclass, a compiler
+    or a profiler intercepts the call, or if a meta tensor among others makes PyTorch call the fake.
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
@@ -158,13 +158,13 @@ def _is_below_autograd() -> bool:
 def _register_autograd(
     op: Any, body: Callable[..., Any], name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any] | None:
-    """As ``op.register_autograd`` does, which looks up the defaults of all arguments at every call.
+    """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every call.
 
     Returns:
-        What records a plain call for its gradient and computes it; None where PyTorch alone does.
+        The function that runs a plain call and records it for its gradient; None where only PyTorch can do so.
     """
     overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
-    if below is None:  # a PyTorch whose inner names are others
+    if below is None:  # a PyTorch with other internal names
         op.register_autograd(backward, setup_context=setup_context)
         return None
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
@@ -173,7 +173,7 @@ def _register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & below, *arguments)
 
-    # The key set, None of a plain call, comes last: ``needs_input_grad`` counts from the first.
+    # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the first argument.
     def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
         is_plain = keyset is None or is_plain_call(arguments)
@@ -191,17 +191,17 @@ def _register_autograd(
         return function.apply(*arguments, *defaults[len(arguments) :], None)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops what equals its default
+        arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops default values
         return function.apply(*arguments, keyset) if needs_gradients(arguments) else run_below(keyset, arguments)
 
-    with warnings.catch_warnings():  # PyTorch 2.11 has put its own kernel there by now, and says that it is replaced
+    with warnings.catch_warnings():  # PyTorch 2.11 has registered its own kernel, and warns that it is replaced
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
     return recorded
 
 
 def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A meta tensor beside others brings PyTorch to the fake, whose results are memory that nobody wrote."""
+    """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised memory."""
 
     def checked(*arguments: Any) -> Any:
         tensors = [value for value in arguments if isinstance(value, Tensor)]
@@ -217,7 +217,7 @@ def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
-    """PyTorch drops the tangents of a custom op's arguments in silence."""
+    """PyTorch silently drops the tangents of a custom op's arguments."""
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
@@ -251,7 +251,7 @@ def _autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> C
         cast = list(arguments)
         for k in positions:
             value = cast[k]
-            # float64 stays: autocast never lowers it elsewhere in torch either.
+            # float64 is left alone: torch's autocast never lowers it elsewhere either.
             if isinstance(value, Tensor) and value.dtype in LOWERED:
                 cast[k] = value.to(dtype)
         with torch.autocast(device_type, enabled=False):

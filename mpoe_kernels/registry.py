@@ -1,9 +1,8 @@
-"""Who computes: the registry of backends.
+"""The registry of backends.
 
-A backend is a table of kernels, one per op; each takes a call of that op, see ``call.py`` of its folder. For a
-contraction, which can be computed in several ways, it offers candidates, see `mpoe_kernels.choice`. A backend answers
-with *reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls back
-silently.
+A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). For a
+contraction, which can be computed in several ways, it offers candidates (see `mpoe_kernels.choice`). A backend returns
+*reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": 
 
 
 class BackendError(RuntimeError):
-    """No backend can run a request, or the named one cannot; the message lists the reasons."""
+    """No backend, or not the named one, can run a request; the message lists the reasons."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ class Candidate(NamedTuple):
     """One way to compute a contraction.
 
     Attributes:
-        backend: whose it is.
-        name: the strategy, and what is special about this way: ``rebuild``, ``rebuild on chip``.
+        backend: the backend that offers it.
+        name: the strategy and, if there are several, the variant: ``rebuild``, ``rebuild on chip``.
         strategy: one of `mpoe_kernels.planner.STRATEGIES`.
-        seconds: predicted time, or the measured one where there is one (see `measured`).
+        seconds: predicted time, or the measured one if available (see `measured`).
         run: computes it; takes a `ForwardCall` or a `BackwardCall`.
     """
 
@@ -83,8 +82,8 @@ class GatedPrice(NamedTuple):
     """Predicted seconds of both projections of a gated network, see `mpoe_kernels.linear.gated`.
 
     Attributes:
-        together: by a backend's kernel for both, their product included.
-        multiplying: PyTorch's product of two results, which each projection alone needs.
+        together: with a backend's kernel for both, including the product of the two results.
+        multiplying: PyTorch's product of the two results, needed if the projections are computed separately.
     """
 
     together: float
@@ -101,18 +100,18 @@ class Backend:
 
     Attributes:
         name: as users write it in ``backend=``.
-        kernels: op name -> function of a call of that op.
+        kernels: op name -> function that takes a call of that op.
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
         op_reasons: the same for single ops.
-        predicted_cost: relative cost of a request; the cheapest backend is chosen. For ops without candidates.
-        candidates: the ways to compute a contraction: a strategy in one phase.
+        predicted_cost: relative cost of a request, for ops without candidates; the cheapest backend is chosen.
+        candidates: the ways to compute a contraction (a strategy in one phase).
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
-        gated_price: of a contraction's steps by its kernel ``gated_mpo_linear``, if it has one.
+        gated_price: price of a contraction's steps with the kernel ``gated_mpo_linear``, if it has one.
         places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
-        same_on_any_threads: a candidate gives the same bits on any number of CPU threads.
-        measure: times this backend's products beside PyTorch's, for all backends' predictions on the CPU; called once,
-            before the first choice there.
+        same_on_any_threads: results are bit-identical on any number of CPU threads.
+        measure: times this backend's products against PyTorch's, for all backends' predictions on the CPU; called once,
+            before the first choice on a CPU.
     """
 
     name: str
@@ -129,7 +128,7 @@ class Backend:
     measure: Callable[[], Constants] | None = None
 
     def unsupported_reasons(self, request: Request) -> list[str]:
-        """Every reason why this backend cannot run ``request``; empty when it can."""
+        """Every reason why this backend cannot run ``request``; empty if it can."""
         reasons = list(self.unavailable_reasons())
         if request.op not in self.kernels and (request.op not in CONTRACTIONS or self.candidates is _no_candidates):
             reasons.append(f"it has no kernel for {request.op}")
@@ -148,7 +147,7 @@ _requested = _Requested()
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend; a name is taken once."""
+    """Add a backend; its name must not be taken."""
     if backend.name in BACKENDS or backend.name == AUTO:
         raise ValueError(f"backend name {backend.name!r} is already taken")
     BACKENDS[backend.name] = backend
@@ -157,7 +156,7 @@ def register_backend(backend: Backend) -> None:
 def add_kernel(
     backend: str, op: str, kernel: Callable[..., Any], reasons: Callable[[Request], list[str]] | None = None
 ) -> None:
-    """Give a backend its kernel of one more op; ``reasons``: why it cannot run a request of that op."""
+    """Add the kernel of one more op to a backend; ``reasons``: why it cannot run a request of that op."""
     BACKENDS[backend].kernels[op] = kernel
     BACKENDS[backend].op_reasons[op] = reasons or _nothing
 
@@ -178,7 +177,7 @@ def backend_reasons() -> dict[str, list[str]]:
 
 
 def check_backend(name: str | None) -> None:
-    """Refuse the name of an unknown backend; None stands for none."""
+    """Refuse the name of an unknown backend; None means that none is named."""
     if name is not None and (not isinstance(name, str) or (name != AUTO and name not in BACKENDS)):
         raise ValueError(f"backend must be one of {[AUTO, *BACKENDS]}; got {name!r}")
 
@@ -191,9 +190,9 @@ def requested_backend(name: str | None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op of this context (and its backward) on one backend; ``"auto"`` restores the choice.
+    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the automatic choice.
 
-    It holds in the calling thread alone.
+    It applies only to the calling thread.
 
     Raises:
         TypeError, ValueError: None, an unknown name.
@@ -214,17 +213,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def places_rows(backend: str) -> bool:
-    """Whether a backend's products put every row where `combine` would, times its gate; not known of ``"auto"``."""
+    """Whether a backend's products can scatter every row like `combine`, times its gate; False for ``"auto"``."""
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
 def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
-    """A backend's own kernel of an op that others compose of other ops; None: it does so too."""
+    """A backend's own kernel of an op that other backends compose from other ops; None if it composes it too."""
     return BACKENDS[backend].kernels.get(op)
 
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
-    """What `select` answers to a `Request`, remembered for the next one alike."""
+    """Cached `select` for a `Request`."""
     return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())
 
 

@@ -1,6 +1,6 @@
-"""What the kernels of `mpo_embedding` are called with, on every backend.
+"""The arguments of the `mpo_embedding` kernels, the same for every backend.
 
-These classes are the ops' signatures: the schemas follow from their fields.
+These classes are the ops' signatures: the schemas are derived from their fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class EmbeddingCall:
         ids: int64 ``[T]``.
         left, central, right: folded blocks of one expert, ``[1, iL, jL, a]``, ``[a, iC, jC, b]``, ``[1, b, iR, jR]``.
         num_embeddings, embedding_dim: sizes of the table.
-        backend: the one that was asked for, or ``"auto"``.
+        backend: the requested backend, or ``"auto"``.
     """
 
     ids: Tensor

@@ -1,4 +1,5 @@
-"""Rows of a table kept as an MPO, by the kernels of csrc/cuda/embedding/embedding.h. Calls and results: see `call`."""
+"""Rows of a table stored as an MPO, by the kernels of csrc/cuda/embedding/embedding.h. Calls and results: see
+`call`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class EmbeddingKernels:
     ops: Any
 
     def forward(self, call: EmbeddingCall) -> Tensor:
-        """An id outside the table is an error, on a GPU by an assertion there."""
+        """An id outside the table is an error; on a GPU, a device-side assertion."""
         check_ids(call.ids, call.num_embeddings)
         return self.ops.embedding_forward(call.ids, *call.blocks, *self._sizes(call))
 

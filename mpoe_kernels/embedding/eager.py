@@ -1,8 +1,9 @@
 """Rows of an MPO table.
 
-Row number = (iL, iC, iR). Few rows meet the slice of the central block that iC names, then the slice of right that iR
-names. For more, central and right are multiplied for all of them together, and the rows of left that iL names meet the
-slice of (iC, iR), pair by pair. For very many the table is rebuilt.
+Row number = (iL, iC, iR). For few rows, the row of left selected by iL is multiplied by the slice of the central block
+selected by iC, then by the slice of right selected by iR. For more rows, central and right are multiplied once for all,
+and the rows of left are multiplied by the slices of that product, pair (iC, iR) by pair. For very many rows the table
+is rebuilt.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from mpoe_kernels.linear.eager.grouped import grouped_mm, grouped_outer
 from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
 from mpoe_kernels.planner import BlockDims
 
-# GEMMs of a pair are short, and their results must be sorted back.
+# The GEMM of one pair has few rows, and its results must be sorted back.
 _PRICE_OF_PAIRS = 2
-# Rows of left that are gathered at a time: what they take is soon used again, and the system clears no new pages.
+# Rows of left gathered at a time: their memory is reused soon, so the system need not clear new pages.
 _ELEMENTS = 2**19
 
 
 def _way(dims: BlockDims, rows: int) -> str:
-    """``gather``, ``pairs`` or ``rebuild``, the one with the fewest FLOPs."""
+    """``gather``, ``pairs`` or ``rebuild``, whichever has the fewest FLOPs."""
     d = dims
     flops = {
         "gather": 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR),
@@ -37,12 +38,12 @@ def _way(dims: BlockDims, rows: int) -> str:
 
 
 class _Part(NamedTuple):
-    """Tokens that meet the same slices, group by group.
+    """Tokens grouped by the slices that they use.
 
     Attributes:
-        tokens: ``[n]``, those of a group in a row.
-        groups: number of every group's slice.
-        counts: tokens of every group.
+        tokens: ``[n]``, those of one group consecutive.
+        groups: index of every group's slice.
+        counts: number of tokens in every group.
         left_digit, right_digit: iL and iR of the tokens.
     """
 
@@ -54,7 +55,7 @@ class _Part(NamedTuple):
 
 
 def _parts(ids: Tensor, dims: BlockDims, pairs: bool) -> Iterator[_Part]:
-    """The tokens by their digit iC, or by (iC, iR); so many whole groups at a time that their rows stay small."""
+    """The tokens grouped by their digit iC, or by (iC, iR); in parts of whole groups, so that their rows stay small."""
     d = dims
     group = ids % (d.iC * d.iR) if pairs else ids // d.iR % d.iC
     order = torch.argsort(group, stable=True)
@@ -81,7 +82,7 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
 
 
 def forward(call: EmbeddingCall) -> Tensor:
-    """By the way that takes the fewest FLOPs."""
+    """Computed in the way with the fewest FLOPs."""
     ids, (left, central, right), dims = call.ids, (call.left[0], call.central, call.right[0]), call.dims
     if ids.device.type == "cpu":  # elsewhere the check would wait for the device
         check_ids(ids, call.num_embeddings)
@@ -99,7 +100,7 @@ def forward(call: EmbeddingCall) -> Tensor:
 
 
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """By the forward's way."""
+    """Computed in the same way as the forward."""
     grad, ids, dims = call.grad, call.ids, call.dims
     left, central, right = call.left[0], call.central, call.right[0]
     way = _way(dims, ids.numel())
@@ -129,7 +130,7 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     if way == "gather":
         dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b).transpose(0, 1)
         return dleft.unsqueeze(0), dcentral.contiguous(), dright_by_digit.transpose(0, 1).unsqueeze(0).contiguous()
-    # [(a iC jC), (iR jR)], as the product of the two blocks was.
+    # [(a iC jC), (iR jR)], like the product of the two blocks.
     dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR).permute(2, 0, 3, 1, 4)
     dboth = dboth.reshape(-1, dims.iR * dims.jR)
     dcentral, dright = dboth @ right.reshape(dims.b, -1).T, central.reshape(-1, dims.b).T @ dboth

@@ -1,4 +1,4 @@
-"""`mpo_embedding`: rows of a table kept as an MPO."""
+"""`mpo_embedding`: lookup of rows in a table stored as an MPO."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Rows of an MPO table, from the kernels of the grouped product.
 
-Row number = (iL, iC, iR). The rows of left are gathered by iL; the slice of the central block that a row needs is its
-"expert" iC, and the slice of right its expert iR: two grouped products, each after a counting sort by that digit, as
-is the sum of left's gradients. For many rows rebuilding the whole table costs less. Gradients of its rows are summed
-after PyTorch's sort, as a vocabulary has too many ids to count.
+Row number = (iL, iC, iR). The rows of left are gathered by iL; the slices of the central block and of right act as
+"experts", selected by iC and iR: two grouped products, each after a counting sort by that digit. The sum of left's
+gradients also uses a counting sort. For many rows, rebuilding the whole table costs less; the gradients of its rows are
+summed after PyTorch's sort, because a vocabulary has too many ids for a counting sort.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpoe_kernels.triton.pointwise import sum_rows
 
 
 def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
-    """Whether contracting ``rows`` single rows takes fewer FLOPs than rebuilding the table."""
+    """Whether contracting ``rows`` individual rows takes fewer FLOPs than rebuilding the table."""
     central = dims.jL * dims.a * dims.jC * dims.b
     right = dims.jL * dims.jC * dims.b * dims.jR
     return rows * 2 * (central + right) <= dims.rebuild_flops
@@ -35,7 +35,7 @@ def gather_is_cheaper(dims: BlockDims, rows: int) -> bool:
 
 @dataclass(frozen=True)
 class _Sorted:
-    """Tokens in the order of one digit."""
+    """Tokens sorted by one digit."""
 
     offsets: Tensor
     token_of_slot: Tensor
@@ -84,18 +84,18 @@ class _Gathered:
         return out
 
     def half_row_of_slot(self) -> Tensor:
-        """Row of `half` that each slot in the order of the right digit reads."""
+        """The row of `half` that each slot, in the order of the right digit, reads."""
         return self.by_centre.slot_of_token[self.by_right.token_of_slot, 0]
 
 
 def _slices(operand: Operand, axis: str) -> Operand:
-    """A block whose slices along one axis play the experts."""
+    """A block whose slices along one axis act as the experts."""
     strides = {name: stride for name, stride in operand.strides.items() if name != axis}
     return Operand(operand.data, strides, operand.strides[axis])
 
 
 def forward(call: EmbeddingCall) -> Tensor:
-    """Few rows are gathered, many are read from the rebuilt table."""
+    """Few rows are gathered; many are read from the rebuilt table."""
     ids, (left, central, right), dims = call.ids, call.blocks, call.dims
     check_ids(ids, call.num_embeddings)
     if not gather_is_cheaper(dims, ids.shape[0]):
@@ -111,7 +111,7 @@ def forward(call: EmbeddingCall) -> Tensor:
 
 
 def _one_expert(like: Tensor) -> Tensor:
-    """Offsets that keep the only expert busy."""
+    """Offsets that give all slots to the only expert."""
     return torch.arange(2, dtype=torch.int32, device=like.device)
 
 
@@ -124,7 +124,7 @@ def _table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Ten
 
 
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """By the forward's way."""
+    """Computed in the same way as the forward."""
     ids, (left, central, right), dims = call.ids, call.blocks, call.dims
     grad = call.grad.contiguous()
     if not gather_is_cheaper(dims, ids.shape[0]):
@@ -141,7 +141,7 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     half_axes = ("jL", "jC", "b")
     dhalf = activations(grad.new_empty(slots, width), half_axes, dims)
     LAUNCHES.rows(Rows(drows, gathered.right, dhalf, dims, by_right.offsets))
-    # From the order of the right digit to that of the centre's.
+    # From the order of the right digit to the order of the centre's digit.
     turned = by_right.slot_of_token[by_centre.token_of_slot, 0]
     dhalf = activations(gather_rows(dhalf.data, by_centre.offsets, turned), half_axes, dims)
     out = _slices(block(dcentral, "C"), "iC")
@@ -164,4 +164,4 @@ def _table_backward(
     grads = BlockGradients.begun(LAUNCHES, program, (left, central, right))
     values = {"d W": padded.view(1, -1), **blocks_of(left, central, right), **grads.values()}
     LAUNCHES.compute(Pass(program, dims, _one_expert(left), 0, values))
-    return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were asked for
+    return cast(tuple[Tensor, Tensor, Tensor], grads.results(central.dtype))  # all were requested

@@ -1,8 +1,8 @@
 """`hidden_experts`: schema, fake, autograd, autocast, kernels and the public function.
 
-A feed-forward network is ``act(x C1) C2``. Experts that own blocks on the hidden side alone have the weights
-``C1 (1_G (x) R_e)`` and ``(1_G (x) L_e) C2``: both dense products run once per token, whatever the number of experts,
-and this op is what lies between them. Forward saves its inputs; backward recomputes the hidden activations from ``u``.
+A feed-forward network is ``act(x C1) C2``. Experts that own blocks only on the hidden side have the weights ``C1 (1_G
+(x) R_e)`` and ``(1_G (x) L_e) C2``: both dense products run once per token, whatever the number of experts, and this op
+computes the part between them. Forward saves its inputs; backward recomputes the hidden activations from ``u``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.registry import add_kernel, requested_backend
 
-# Names of Hugging Face configs -> what kernels call them.
+# Activation names in Hugging Face configs -> names in the kernels.
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -44,7 +44,8 @@ DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
 
 
 def add_kernels(backend: str, kernels: Any) -> None:
-    """Give a backend the op's kernels: the functions ``forward`` and ``backward``, and ``reasons`` if there are any."""
+    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
+    any."""
     reasons = getattr(kernels, "reasons", None)
     add_kernel(backend, "hidden_experts", kernels.forward, reasons)
     add_kernel(backend, "hidden_experts_backward", kernels.backward, reasons)
@@ -116,16 +117,16 @@ def hidden_experts(
     """``o[t, g, :] = sum_k gates[t, k] * act(u[t, g, :] R_e + bias_e) L_e`` with ``e = top_k_index[t, k]``.
 
     With ``u_gate`` the hidden activation is ``act(u_gate R^gate_e + bias_e) * (u R_e)``. F = G b hidden units form G
-    groups of b consecutive ones. Blocks with G' = 1 are shared by the groups: plain MPO cores. Blocks with G' = G are
-    each group's own: a block-diagonal core.
+    groups of b consecutive ones. Blocks with G' = 1 are shared by the groups: plain MPO cores. With G' = G each group
+    has its own: a block-diagonal core.
 
     Args:
         u: ``[T, F]``, floating: the first dense product, before the activation.
-        gates: ``[T, K]``, floating, taken as given.
+        gates: ``[T, K]``, floating, used as given.
         top_k_index: int32 or int64 ``[T, K]``, entries in ``-1..E-1``; -1 = no expert. Out of range entries are
             refused on the CPU.
-        right, left: ``[E, G', b, b]`` or, shared by the groups, ``[E, b, b]``; both have the same shape.
-        bias: ``[E, F]``, each expert's own, before the activation.
+        right, left: ``[E, G', b, b]`` or, if shared by the groups, ``[E, b, b]``; both have the same shape.
+        bias: ``[E, F]``, one per expert, added before the activation.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_new"``, ``"gelu_pytorch_tanh"``, ``"silu"``, ``"swish"`` or
             ``"none"``.
         u_gate: ``[T, F]``: the dense product of a gated network that goes through the activation.

@@ -1,4 +1,4 @@
-"""`grouped_mpo_linear`: every expert's MPO product on its slots; `mpo_linear` is its single-expert case."""
+"""`grouped_mpo_linear`: each expert's MPO product on its slots; `mpo_linear` is the single-expert case."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.call import CombineCall
 from mpoe_kernels.routing.op import Routing, check_gates
 
-# Names as users and Hugging Face configs write them -> the formula.
+# Activation names of users and Hugging Face configs -> the formula.
 ACTIVATIONS = {
     "none": "none",
     "linear": "none",
@@ -76,7 +76,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     tensors, ctx.settings, activation = (*inputs[:7], inputs[13]), inputs[7:12], inputs[9]
     y, h, z = output
     ctx.set_materialize_grads(False)
-    # relu's backward reads the output, other activations the pre-activation, none needs neither.
+    # relu's backward reads the output, other activations' the pre-activation; without an activation neither is needed.
     ctx.save_for_backward(*tensors, h, y if activation == "relu" else z)
 
 
@@ -112,7 +112,7 @@ def check_call(
     row_index: Tensor | None,
     slot_of_token: Tensor | None,
 ) -> None:
-    """Refuse tensors of `grouped_mpo_linear` that do not go together."""
+    """Refuse tensors of `grouped_mpo_linear` that do not match each other."""
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
     check_tensor("x", x, ("T", "I"))
@@ -158,25 +158,25 @@ def grouped_mpo_linear(
         x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.
         blocks: folded cores of E experts, dtype of x (any floating dtype under autocast).
         expert_offsets: int32 ``[E + 1]``, from 0 to N at most, non-decreasing; expert e owns slots ``[offsets[e],
-            offsets[e + 1])``. The CPU checks their values and those of ``row_index``; kernels on a GPU do not, as that
-            would wait for the device: with other values the result is undefined there.
+            offsets[e + 1])``. Values are checked on the CPU, also those of ``row_index``; GPU kernels do not check
+            them, because that would wait for the device: with invalid values the result is undefined.
         bias: ``[F]``, shared by the experts.
-        row_index: int ``[N]``, row of x that each slot reads.
-        slot_of_token: int ``[T, K]``, the inverse of ``row_index`` as `route` gives it: the slots that read each row of
-            x, -1 for none, where slots from ``expert_offsets[-1]`` on may be left out. With it a GPU sums gradients of
-            x without sorting ``row_index``; nothing else reads it.
+        row_index: int ``[N]``, the row of x that each slot reads.
+        slot_of_token: int ``[T, K]``, the inverse of ``row_index`` as returned by `route`: the slots that read each row
+            of x, -1 for none; slots from ``expert_offsets[-1]`` on may be left out. With it a GPU sums gradients of x
+            without sorting ``row_index``; it has no other use.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
-        backend: name of a backend; default what `use_backend` set, else the registry's choice.
-        strategy: force one of the planner's strategies, forward and backward, instead of its own choice of each:
+        backend: name of a backend; default: the one set by `use_backend`, else the registry's choice.
+        strategy: force one of the planner's strategies for forward and backward, instead of its own choices:
             ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 
     Returns:
-        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too. Differentiable in x, the blocks
-        and the bias; a block that needs no gradient costs none. Second derivatives and vmap are refused.
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, also in gradients. Differentiable in x, the blocks and
+        the bias; gradients that are not needed are not computed. Second derivatives and vmap are refused.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
-        BackendError: no backend, or not the named one, can run this; with reasons.
+        BackendError: the named backend, or every backend, cannot run this; with reasons.
     """
     check_call(x, blocks, expert_offsets, bias, row_index, slot_of_token)
     activation = "none" if activation is None else activation
@@ -217,14 +217,15 @@ def placed_mpo_linear(
     backend: str | None,
     strategy: str = "auto",
 ) -> Tensor:
-    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` of one expert per token, a launch less on a GPU.
+    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` for one expert per token, with one launch less on
+    a GPU.
 
-    The same bits, and no gradient: x and the gates must need none.
+    The result is bit-identical. There is no gradient: x and the gates must not require one.
 
     Args:
         x: ``[N, I]`` in slot order.
         blocks, expert_offsets, bias, backend, strategy: as in `grouped_mpo_linear`.
-        routing: as `route` makes it: its ``token_of_slot`` names every token once.
+        routing: from `route`: its ``token_of_slot`` names every token once.
         top_k_weights: ``[T, 1]``.
 
     Returns:

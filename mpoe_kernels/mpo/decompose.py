@@ -1,10 +1,10 @@
 """From a matrix to its cores.
 
 Method: tensor-train SVD of the interleaved matrix (Oseledets 2011; Gao et al., COLING 2022, section 3.1), swept
-from both ends towards the central core. Only the bonds beside the centre are large, so each step needs no full SVD:
-the orthonormal basis of a bond is found from the Gram matrix of the unfolding's short side, accumulated in float64.
-Every step is an orthogonal projection of what the previous ones left, hence the squared local errors add up to the
-squared error of the whole, and no truncation is worse than truncating all bonds at once in the symmetric gauge.
+from both ends towards the central core. Only the bonds next to the centre are large, so no step needs a full SVD: the
+orthonormal basis of a bond is found from the Gram matrix of the unfolding's short side, accumulated in float64. Every
+step is an orthogonal projection of the previous step's result, hence the squared local errors add up to the squared
+total error, and no truncation is worse than truncating all bonds at once in the symmetric gauge.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Decomposition:
 
     Attributes:
         cores: ``[d_{k-1}, i_k, j_k, d_k]`` in chain order.
-        shape: the shape they follow.
+        shape: the shape of the chain.
         local_errors: for each inner bond, the root of the sum of its dropped squared singular values.
         norm: Frobenius norm of the matrix.
     """
@@ -71,7 +71,7 @@ def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]
 
 
 def _gauge_scale(singular: Tensor, dtype: torch.dtype) -> Tensor:
-    """Square roots of the singular values, kept away from zero.
+    """Square roots of the singular values, bounded away from zero.
 
     Any positive scale is a valid gauge (it is divided out on the other side of the bond), so null directions of a
     rank-deficient or zero matrix get the floor instead of a division by zero.
@@ -93,7 +93,7 @@ def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
 
 
 def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
-    """Identities around the weight's own entries: every outer bond merely enumerates the factors beyond it."""
+    """Identity cores around the weight's own entries: every outer bond only enumerates the factors outside it."""
     cores = []
     for k, (before, i, j, after) in enumerate(shape.core_shapes):
         inner, product = (after, before * i * j) if k < shape.central else (before, i * j * after)
@@ -117,17 +117,17 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
     Args:
         weight: ``[in_features, out_features]``, floating; float16 and bfloat16 are computed in float32.
         shape: factors, bonds and central core; sizes beyond the true ones are padded with zeros.
-        gauge: ``"symmetric"`` puts the root of each bond's singular values on both its sides, as the original does;
-            ``"orthogonal"`` leaves auxiliary cores orthonormal and all scale in the central core; ``"identity"``
-            leaves auxiliary cores identities and the weight's own numbers in the central core.
+        gauge: ``"symmetric"`` puts the square root of each bond's singular values on both of its sides, as the original
+            does; ``"orthogonal"`` makes auxiliary cores orthonormal and puts all scale into the central core;
+            ``"identity"`` makes auxiliary cores identities and puts the weight's own entries into the central core.
 
     Returns:
         The cores in the weight's dtype and on its device, with local errors.
 
     Raises:
-        TypeError: a weight that is not a floating matrix, a shape that is no `MPOShape`.
+        TypeError: a weight that is not a floating matrix, a shape that is not an `MPOShape`.
         ValueError: sizes that differ from the shape's, NaN or Inf in the weight, a weight without values (on the meta
-            device) or so large that its cores pass the range of its dtype, an unknown gauge, or, for the gauge
+            device) or so large that its cores exceed the range of its dtype, an unknown gauge, or, for the gauge
             ``"identity"``, a bond below the product of the factors between it and the end of the chain.
     """
     check_tensor("weight", weight, ("I", "F"))
@@ -158,13 +158,13 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
 
 
 def _range_scale(work: Tensor) -> float:
-    """A power of 4 that brings a matrix near the end of its dtype's range to numbers whose sums stay inside; else 1."""
+    """A power of 4 that scales a matrix near the limit of its dtype's range so that sums stay in range; otherwise 1."""
     exponent = math.frexp(float(work.abs().max()))[1]
     return 4.0 ** ((exponent - RANGE_EXPONENT // 2) // 2) if exponent > RANGE_EXPONENT else 1.0
 
 
 def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
-    """Of a finite matrix, in its own dtype."""
+    """Decompose a finite matrix in its own dtype."""
     scale = _range_scale(work)
     if scale != 1.0:
         work = work / scale
@@ -192,14 +192,16 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
         remainder = unfolding @ basis
     cores[centre] = remainder
 
-    # Every bond's singular values are those of the scaled matrix: a side of a bond takes the scale's root.
+    # Every bond's singular values are those of the scaled matrix: each side of a bond takes the square root of the
+    # scale.
     root = math.sqrt(scale)
     finished = []
     for k, core in enumerate(cores):
         core = core.reshape(shape.core_shapes[k])
         if gauge == "symmetric":
-            # Orthonormal cores left of the centre carry no scale: they take the root of their right bond and hand
-            # back the root of their left one; right of the centre the other way round; the centre pays both.
+            # Orthonormal cores left of the centre carry no scale: they are multiplied by the root of their right bond
+            # and divided by that of their left one; right of the centre it is the other way round; the centre is
+            # divided by both.
             before = scales[k] if k > centre else 1 / scales[k]
             after = scales[k + 1] if k < centre else 1 / scales[k + 1]
             core = core * before.reshape(-1, 1, 1, 1) * after

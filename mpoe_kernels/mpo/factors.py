@@ -1,11 +1,11 @@
-"""Choosing factors: how many features each core of the chain owns."""
+"""Choosing factors: how many features each core of the chain gets."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
 
-# (in_features, out_features) -> (in_factors, out_factors) of the original's defaults, both orientations of each.
+# (in_features, out_features) -> (in_factors, out_factors): the original's defaults, both orientations of each.
 _PAPER: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
     (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
     (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
@@ -54,13 +54,13 @@ def _smooth(size: int) -> int:
 def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int, ...]:
     """``num_cores`` factors as equal as possible, the largest in the middle.
 
-    A size with a prime factor above 7 that is large (a vocabulary, a prime) is padded to the next number
-    without one, as long as that costs at most an eighth; otherwise its own factors are used.
+    A large size with a prime factor above 7 (a vocabulary, a prime) is padded to the next number without one, if that
+    costs at most an eighth; otherwise its own factors are used.
 
     Args:
         size: number of features.
         num_cores: number of factors.
-        name: how errors call the size.
+        name: the name of the size in error messages.
     """
     check_size(name, size)
     check_size("num_cores", num_cores)
@@ -73,7 +73,7 @@ def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int
     for prime in sorted(_prime_factors(padded), reverse=True):
         factors[factors.index(min(factors))] *= prime
     factors.sort()
-    # Largest in the middle: the central core, which is shared, should hold most.
+    # Largest in the middle: the shared central core should hold most of the weight.
     ordered: list[int] = []
     for k, factor in enumerate(factors):
         ordered.insert(len(ordered) // 2 if k % 2 else (len(ordered) + 1) // 2, factor)
@@ -81,7 +81,7 @@ def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int
 
 
 def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The original's factors where it has some; elsewhere five balanced factors, larger towards the middle."""
+    """The original's factors for its sizes; otherwise five balanced factors, larger towards the middle."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
     known = _PAPER.get((in_features, out_features))
@@ -91,7 +91,7 @@ def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...],
 
 
 def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int]:
-    """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``, then most alike."""
+    """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``; among ties, the most similar ones."""
     pairs = [(i, j) for i in divisors(in_features) for j in divisors(out_features) if i * j <= 4 * p]
     return min(pairs, key=lambda ij: (abs(math.log(ij[0] * ij[1] / p)), abs(math.log(ij[0] / ij[1]))))
 

@@ -24,7 +24,7 @@ class MPOBlocks:
         shape: the shape the blocks came from, if known.
 
     Raises:
-        TypeError, ValueError: sizes that are 0 or do not fit one another.
+        TypeError, ValueError: sizes that are 0 or do not match.
     """
 
     left: Tensor
@@ -146,10 +146,10 @@ def fold(
         cores: ``[d, i, j, d']`` each; auxiliary cores may be ``[E, d, i, j, d']``.
         central: index of the central core; default ``shape.central`` or the middle one.
         shape: gives the true sizes when the factors pad them.
-        num_experts: E, needed only where no core carries it (a chain without auxiliary cores).
+        num_experts: E, needed only if no core has an expert axis (a chain without auxiliary cores).
 
     Returns:
-        Blocks whose side is ones where there is no core; E = 1 without an expert axis. Differentiable.
+        The blocks; a side without cores is filled with ones, and E = 1 without an expert axis. Differentiable.
 
     Raises:
         TypeError, ValueError: cores that do not form a chain.

@@ -15,7 +15,7 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     """All experts' weights ``[E, I, F]``: for inspection and export, never on the fast path. Differentiable.
 
     Raises:
-        TypeError: ``blocks`` is no `MPOBlocks`.
+        TypeError: ``blocks`` is not an `MPOBlocks`.
         ValueError: its tensors are on several devices.
     """
     if not isinstance(blocks, MPOBlocks):

@@ -4,21 +4,21 @@ Glossary
 --------
 weight ``[I, F]``
     The matrix of ``y = x @ W``: I = in_features, F = out_features. ``nn.Linear.weight`` is its transpose,
-    GPT-2's ``Conv1D.weight`` is it.
+    GPT-2's ``Conv1D.weight`` is W itself.
 core k ``[d_{k-1}, i_k, j_k, d_k]``
     One tensor of the chain. ``i_k`` factors I, ``j_k`` factors F, and ``d_0 = d_n = 1``.
 bond dimension ``d_k``
     Size of the index that cores k and k+1 share. The *full* bond is the smaller of the products of ``i * j`` on
     its two sides; at full bonds the chain represents every matrix exactly.
 central core, auxiliary cores
-    The middle core, shared by all experts of a layer; all the others, of which every expert owns one set.
+    The middle core, shared by all experts of a layer; all other cores, of which every expert owns one set.
 blocks left, central, right
     The chain folded around its central core: ``left [E, iL, jL, a]``, ``central [a, iC, jC, b]``,
     ``right [E, b, iR, jR]``. Every kernel takes these three, whatever the number of cores.
 tokens T, experts E, top-k K, slots N
     N = T * K rows are dispatched, sorted by expert.
 plan, backend
-    What to compute (a function of shapes), and who computes it (a function of device, dtype and capability).
+    What to compute (a function of shapes); which kernels compute it (a function of device, dtype and capability).
 gate
     The router's weight of a (token, expert) pair. Only ``combine`` multiplies by it.
 """
@@ -158,8 +158,8 @@ class MPOShape:
     def bond_dims(self) -> tuple[int, ...]:
         """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps: ``min(max_bond_k, full_k)``, as in the original.
 
-        With different caps per bond a small one also bounds its neighbours: a bond never exceeds what the core
-        beside it can carry, ``d_{k-1} i_k j_k`` or ``i_{k+1} j_{k+1} d_{k+1}``.
+        With different caps per bond a small one also bounds its neighbours: a bond never exceeds what the neighbouring
+        core can carry, ``d_{k-1} i_k j_k`` or ``i_{k+1} j_{k+1} d_{k+1}``.
         """
         caps = self.max_bond
         inner = self.num_cores - 1
@@ -213,7 +213,7 @@ class MPOShape:
 
     @property
     def central_parameters(self) -> int:
-        """Elements of the central core, of which a layer has one."""
+        """Elements of the central core; a layer has one."""
         return math.prod(self.core_shapes[self.central])
 
     @property
@@ -229,7 +229,7 @@ class MPOShape:
 
     @property
     def compression_ratio(self) -> float:
-        """``sum_k d_{k-1} i_k j_k d_k / (I F)``: cores of one matrix over its elements."""
+        """``sum_k d_{k-1} i_k j_k d_k / (I F)``: elements of the cores of one matrix divided by its own elements."""
         return self.parameters() / (self.in_features * self.out_features)
 
     # --------------------------------------------------------- constructors
@@ -293,7 +293,7 @@ class MPOShape:
         return cls(in_factors, out_factors, max_bond, 1, in_features, out_features)
 
     def mirrored(self) -> MPOShape:
-        """The shape of the way back: a weight ``[out_features, in_features]``.
+        """The shape of the opposite projection: a weight ``[out_features, in_features]``.
 
         A separable shape stays separable: its left (input) factor becomes the new right (output) factor. Any
         other shape swaps the roles of its factors core by core.

@@ -1,9 +1,9 @@
 """From E matrices to E chains of cores around one centre: alternating least squares.
 
-Experts that share their central core cannot be any E matrices: the centre that fits all of them best is looked for,
-and the auxiliary cores that fit it best. Every step solves one core exactly while the others are held (as in the
-alternating scheme for tensor trains, Holtz, Rohwedder and Schneider 2012), so that the error never grows. What it ends
-at depends on the matrices; nothing is promised but the error that is told.
+Experts that share their central core cannot represent arbitrary E matrices, so the centre and the auxiliary cores that
+fit them best are searched for. Every step solves for one core exactly while the others are fixed (as in the alternating
+scheme for tensor trains, Holtz, Rohwedder and Schneider 2012), so the error never grows. The final error depends on the
+matrices; it is reported, and nothing is guaranteed about it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mpoe_kernels.checks import check_floating, check_integer, check_tensor, des
 from mpoe_kernels.mpo.decompose import _interleave, decompose_with_errors
 from mpoe_kernels.mpo.shape import MPOShape
 
-# A sweep that gains less than this share of the error ends the search, as does an error below float32's rounding.
+# The search ends when a sweep reduces the error by less than this share, or at an error below float32 rounding.
 LEAST_GAIN, ROUNDING = 1e-3, 1e-7
 _CENTRE_STEPS = 10  # of conjugate gradients; the centre is warm and its equations are well conditioned
 
 
 @dataclass(frozen=True)
 class SharedDecomposition:
-    """Cores of E matrices that share the central one, and how well they fit.
+    """Cores of E matrices that share the central core, and how well they fit.
 
     Attributes:
         cores: in chain order; the central one ``[d, i, j, d']``, auxiliary ones ``[E, d, i, j, d']``.
@@ -47,17 +47,17 @@ class SharedDecomposition:
 
     @property
     def error_bound(self) -> float:
-        """The error itself, under the name that a `Decomposition` has for its bound."""
+        """The error itself, under the name of the bound in `Decomposition`."""
         return self.error
 
     @property
     def relative_error_bound(self) -> float:
-        """The error over the norm; 0 for zero matrices."""
+        """The error divided by the norm; 0 for zero matrices."""
         return self.error / self.norm if self.norm else 0.0
 
 
 class _Chains:
-    """E chains ``[E, d, s, d']`` around one centre ``[d, s, d']`` (s = i j), and the matrices they are to be."""
+    """E chains ``[E, d, s, d']`` around one centre ``[d, s, d']`` (s = i j), and the matrices they approximate."""
 
     def __init__(self, targets: Tensor, start: Sequence[Tensor], shape: MPOShape) -> None:
         self.targets, self.centre, self.count = targets, shape.central, len(targets)
@@ -86,7 +86,8 @@ class _Chains:
         return product
 
     def _equations(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gram matrices ``[E, d, d]``, ``[E, d', d']`` of both sides of core k, and the right-hand side."""
+        """Gram matrices ``[E, d, d]`` and ``[E, d', d']`` of the two sides of core k, and the right-hand side of the
+        equations."""
         left, right = self.left(k), self.right(k)
         target = self.targets.reshape(self.count, left.shape[1], self.sizes[k], right.shape[2])
         projected = torch.einsum("epa,epsq->easq", left, target)
@@ -101,8 +102,8 @@ class _Chains:
     def fit_centre(self) -> None:
         """The best centre for all experts together, by conjugate gradients.
 
-        Both its bonds are brought to a gauge in which the experts' sides are orthonormal on average: the equations
-        are close to diagonal then.
+        Both of its bonds are put into a gauge in which the experts' sides are orthonormal on average, so the equations
+        are close to diagonal.
         """
         k = self.centre
         before, after, wanted = self._equations(k)
@@ -132,7 +133,7 @@ class _Chains:
         self.cores[k] = centre
 
     def squared_errors(self, counted: Tensor | None = None) -> Tensor:
-        """``||W_e - MPO_e||_F^2`` of every expert ``[E]``; ``counted`` leaves out what pads the matrices."""
+        """``||W_e - MPO_e||_F^2`` of every expert ``[E]``; ``counted`` leaves out the padding."""
         k = self.centre
         half = torch.einsum("epa,asb->epsb", self.left(k), self.cores[k])
         found = torch.einsum("epsb,ebq->epsq", half, self.right(k))
@@ -149,20 +150,20 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decompose_shared(weights: Tensor, shape: MPOShape, sweeps: int = 50) -> SharedDecomposition:
-    """Decompose E matrices into chains that share their central core, as well as that goes.
+    """Decompose E matrices, approximately, into chains that share their central core.
 
-    The search starts from the decomposition of the largest of them and is computed in float64.
+    The search starts from the decomposition of the largest matrix and is computed in float64.
 
     Args:
         weights: ``[E, in_features, out_features]``, floating.
         shape: of every chain.
-        sweeps: at most; fewer where a sweep gains less than a thousandth.
+        sweeps: maximum number of sweeps; the search ends earlier if a sweep gains less than a thousandth.
 
     Returns:
         The cores in the weights' dtype and on their device, with the error of every matrix.
 
     Raises:
-        TypeError: weights that are no floating tensor, a shape that is no `MPOShape`.
+        TypeError: weights that are not a floating tensor, a shape that is not an `MPOShape`.
         ValueError: sizes that differ from the shape's, NaN or Inf, weights without values, ``sweeps`` below 1.
     """
     check_tensor("weights", weights, ("E", "I", "F"))
@@ -186,7 +187,7 @@ def decompose_shared(weights: Tensor, shape: MPOShape, sweeps: int = 50) -> Shar
 
 def _search(work: Tensor, dtype: torch.dtype, shape: MPOShape, sweeps: int) -> SharedDecomposition:
     largest = float(work.abs().max()) or 1.0
-    work = work / largest  # squares of large numbers would pass float64's range for some float64 weights
+    work = work / largest  # for some float64 weights, squares of large numbers would exceed float64's range
     targets = torch.stack([_interleave(weight, shape).reshape(-1) for weight in work])
     norms = targets.square().sum(1)
     # The mean would do as well, unless it vanishes.

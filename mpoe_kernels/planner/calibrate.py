@@ -1,4 +1,4 @@
-"""Optional measurement of this machine: GEMM rates, the price of short GEMMs and of calls, bandwidths."""
+"""Optional measurement of this machine: GEMM rates, the cost of short GEMMs and of calls, bandwidths."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mpoe_kernels.planner.measured import cache_file, key, read, write
 def _seconds(function: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
     """Shortest of several samples of one call.
 
-    A CPU is timed by the calling thread's own time: it works in every parallel region, and other processes' turns on
-    its core do not count.
+    A CPU is timed by the calling thread's CPU time: that thread takes part in every parallel region, and time that
+    other processes spend on its core does not count.
     """
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.thread_time
@@ -52,10 +52,10 @@ def _measure(hardware: Hardware, device: torch.device) -> dict[str, Any]:
         dtype = getattr(torch, name)
         m, n, k = (4096, 4096, 4096) if hardware.kind == "gpu" else (512, 3072, 768)
         rates[name] = 2 * m * n * k / mm_seconds(m, n, k, dtype)
-        # Tinier ones skip the library that larger ones call.
+        # Smaller ones bypass the library that larger ones call.
         calls[name] = max(mm_seconds(32, 32, 32, dtype) - 2 * 32**3 / rates[name], 1e-7)
         halves[name] = hardware.half_size.of(dtype)
-        # A GPU's short GEMMs are bound by memory: what they show is not the price of few rows.
+        # A GPU's short GEMMs are memory-bound, so they do not show the cost of few rows.
         if hardware.kind == "cpu":
             m, n, k = 16, 384, 384
             short = mm_seconds(m, n, k, dtype) - calls[name]
@@ -85,11 +85,11 @@ def calibrate(device: str | torch.device = "cpu") -> Hardware:
         device: ``"cpu"``, ``"cuda"``, ...; a CPU is measured with the current number of PyTorch threads.
 
     Returns:
-        What `hardware_of` answers from now on, in this process and in later ones. Ops keep the choices they have
+        What `hardware_of` returns from now on, in this process and in later ones. Ops keep the choices that they have
         already made in this process.
 
     Raises:
-        ValueError: a name of the table rather than a device, or a device that is not here.
+        ValueError: a name from the hardware table rather than a device, or a device that this machine does not have.
         OSError: the cache folder cannot be written.
     """
     if isinstance(device, str) and device.lower() in HARDWARE:

@@ -29,13 +29,13 @@ from mpoe_kernels.planner.steps import Step
 
 @dataclass(frozen=True)
 class Contraction:
-    """One strategy in one phase, whoever computes it.
+    """One strategy in one phase, independent of the backend.
 
     Attributes:
         strategy: one of `STRATEGIES`.
         phase: ``forward`` or ``backward``.
-        order: what x meets, e.g. ``("W",)`` or ``("LC", "R")``.
-        program: the products, in order; a backward of ``separable`` is given what its forward keeps.
+        order: the operands that x is multiplied by, in order, e.g. ``("W",)`` or ``("LC", "R")``.
+        program: the products, in order; a backward of ``separable`` takes what its forward saved.
         dims: sizes of the blocks.
         num_experts, busy_experts: E, and how many of them get slots under uniform random routing.
         slots: rows N = T K.
@@ -45,10 +45,10 @@ class Contraction:
         steps: the GEMMs of the products, in order.
         flops: of all steps.
         bytes: read and written by all steps.
-        temporary_bytes: largest weight memory alive at once: built weights and their gradients.
-        activation_bytes: intermediate rows (neither x nor y), the largest neighbours alive at once.
+        temporary_bytes: peak memory of rebuilt weights and their gradients.
+        activation_bytes: peak memory of intermediate rows (neither x nor y).
         device: ``cpu``, ``cuda:1``, ...; for the cost functions of backends.
-        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
+        keeps: the forward of ``separable`` saves its central step's rows for a backward.
     """
 
     strategy: str
@@ -76,16 +76,16 @@ class Contraction:
         return self.device.partition(":")[0]
 
     def seconds(self, hardware: Hardware) -> float:
-        """Predicted time: of every step, one after the other."""
+        """Predicted time: the sum over all steps."""
         return sum(self.parts(hardware))
 
     def parts(self, hardware: Hardware) -> tuple[float, float, float]:
-        """`seconds` split into arithmetic, memory traffic that it does not hide, and overhead."""
+        """`seconds` split into arithmetic, memory traffic not hidden by it, and overhead."""
         times = [step_time(step, self.dtype, hardware) for step in self.steps]
         return sum(t.compute for t in times), sum(t.memory for t in times), sum(t.overhead for t in times)
 
     def memory_bytes(self, hardware: Hardware) -> int:
-        """The part of ``bytes`` that crosses to and from memory, not only the last-level cache."""
+        """The part of ``bytes`` that moves to or from memory rather than only the last-level cache."""
         return sum(step.memory_bytes(hardware.cache_bytes) for step in self.steps)
 
     @property
@@ -142,7 +142,8 @@ class _Pricing:
         return self.dims.elements(frozenset(self.program.axes[name]))
 
     def _step(self, product: Product, name: str) -> Step:
-        """Every operand is read or written once for each busy expert, but a product of the shared block alone once."""
+        """Every operand is read or written once for each busy expert; a product of the shared block alone, only
+        once."""
         kind, result, first, second, _ = product
         operands = [value_of(n) for n in (first, second, result) if is_block(n)]
         shared = all(operand == "C" for operand in operands)
@@ -169,7 +170,7 @@ class _Pricing:
 
 
 def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:
-    """Weights alive at once: W with the half it is built from; a half with its gradient."""
+    """Peak of weights: W together with the half that it is built from; a half together with its gradient."""
     if strategy == "rebuild":
         return dims.weight_elements + dims.elements(INDICES["LC" if dims.left_first else "CR"])
     if strategy in ("half_left", "half_right"):
@@ -179,7 +180,7 @@ def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) 
 
 
 def _activation_elements(dims: BlockDims, strategy: str) -> int:
-    """Intermediate rows per slot: the largest pair of neighbours of which one is computed from the other."""
+    """Intermediate rows per slot: the largest pair of consecutive ones, where one is computed from the other."""
     _, order = recipe(dims, strategy)
     between = [step.after for step in applications(dims, order)[:-1]]
     if not between:
@@ -261,8 +262,8 @@ def contractions(
         phase: ``forward`` or ``backward``.
         need: which gradients a backward computes: x, left, central, right.
         mask_central: the central gradient is not needed.
-        device: where, for the cost functions of backends.
-        keeps: the forward of ``separable`` keeps its central step's rows for a backward.
+        device: for the cost functions of backends.
+        keeps: the forward of ``separable`` saves its central step's rows for the backward.
     """
     found = (
         contraction(strategy, dims, num_experts, slots, dtype, phase, need, mask_central, device, keeps)

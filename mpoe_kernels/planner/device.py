@@ -1,4 +1,4 @@
-"""Whose numbers to plan with: a name of the hardware table, or a device of this machine."""
+"""Whose numbers to plan with: an entry of the hardware table, or a device of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe_kernels.planner.measured import calibrated, forget_file
 
 @lru_cache(maxsize=1)
 def _cpu_name() -> str:
-    """Entry of the table that this machine's processor resembles."""
+    """The table entry closest to this machine's processor."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux: no flags to read
@@ -23,15 +23,16 @@ def _cpu_name() -> str:
     return "cpu-avx512-bf16" if "avx512_bf16" in flags else "cpu-generic"
 
 
-# What plans are priced for when they must not depend on the number of threads. With 1 to 8 threads, the native kernels
-# then took 1.02 to 1.06 times as long as the best choice, and 1.2 times with 16 (predicted; means of 480 products).
+# The number that plans are priced for when they must not depend on the number of threads. With 1 to 8 threads, the
+# native kernels then took 1.02 to 1.06 times as long as the best choice, and 1.2 times with 16 (predicted; means of 480
+# products).
 DETERMINISTIC_THREADS = 4
 
 
 def planned_threads() -> int:
-    """Number of CPU threads that plans are priced for: PyTorch's, or a fixed one where it is told to be deterministic.
+    """Number of CPU threads that plans are priced for: PyTorch's, or a fixed one if PyTorch must be deterministic.
 
-    Which strategy is cheapest depends on that number, and bits depend on the strategy. After
+    The cheapest strategy depends on that number, and the rounding depends on the strategy. After
     ``torch.use_deterministic_algorithms(True)`` the choice is therefore the same on any number of threads.
     """
     return DETERMINISTIC_THREADS if torch.are_deterministic_algorithms_enabled() else torch.get_num_threads()
@@ -48,7 +49,7 @@ def one_core() -> Hardware:
 
 
 def may_round_to_tf32(dtype: torch.dtype) -> bool:
-    """Whether PyTorch may round the factors of a product to TF32 on a GPU, however it was told so.
+    """Whether PyTorch may round the factors of a product to TF32 on a GPU, whichever setting was used.
 
     ``torch.backends.cuda.matmul.allow_tf32`` would raise once a program has used PyTorch's newer settings.
     """
@@ -60,7 +61,7 @@ def _this_gpu(index: int) -> Hardware | None:
     name = torch.cuda.get_device_properties(index).name
     words = name.lower()
     found = [key for key in HARDWARE if HARDWARE[key].kind == "gpu" and all(part in words for part in key.split("-"))]
-    # "NVIDIA H100 PCIe" is an h100-pcie before it is an h100.
+    # "NVIDIA H100 PCIe" must match h100-pcie before h100.
     return calibrated(HARDWARE[max(found, key=len)], name, 1) if found else None
 
 
@@ -70,12 +71,12 @@ def hardware_of(device: str | torch.device) -> Hardware:
     Args:
         device: ``"cpu"`` (this machine, with `planned_threads` cores), ``"cuda"`` (the current GPU),
             ``"cuda:1"`` (looked up by its name, with TF32 where PyTorch may use it) or the same as ``torch.device``; or
-            a name of `HARDWARE`, which may be elsewhere. What was measured of a CPU (`planner.machine`), and a
-            calibration of this machine (`calibrate`), take the place of the table.
+            a name of `HARDWARE`, which may be another machine. Measurements of the CPU (`planner.machine`) and a
+            calibration of this machine (`calibrate`) override the table.
 
     Raises:
         TypeError: neither a string nor a device.
-        ValueError: a device that the table does not hold, or a GPU that is not here.
+        ValueError: a device that is not in the table, or a GPU that this machine does not have.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a string or a torch.device; got {type(device).__name__} {device!r}")
@@ -101,7 +102,7 @@ def hardware_of(device: str | torch.device) -> Hardware:
 
 
 def hardware_here(device: str | torch.device) -> Hardware:
-    """Numbers to compare strategies with on a device of this machine; the nearest entry where none is known."""
+    """Numbers to compare strategies with on a device of this machine; if it is unknown, those of the nearest entry."""
     try:
         return hardware_of(device)
     except ValueError:
@@ -109,7 +110,7 @@ def hardware_here(device: str | torch.device) -> Hardware:
 
 
 def forget() -> None:
-    """Read the kept measurements again when they are next needed."""
+    """Read the saved measurements again when they are next needed."""
     forget_file()
     forget_machine()
     _this_cpu.cache_clear()

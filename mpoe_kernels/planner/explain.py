@@ -1,4 +1,4 @@
-"""Why a strategy was chosen and the others were not, in words with numbers."""
+"""Explains in words and numbers why a strategy was chosen and the others were not."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Loss:
     """A strategy that was not chosen.
 
     Attributes:
-        contraction: what it would have been.
+        contraction: the contraction that was not chosen.
         seconds: its predicted time.
-        kind: what decided: more ``FLOPs``, smaller ``GEMM sizes`` (fewer FLOP/s), more ``bytes`` to move, more
-            ``overhead`` of calls, too much ``temporary memory``, ``saved for backward``: the chosen forward keeps what
-            the backward needs, ``equal``: a tie, which the order of `STRATEGIES` decides, or ``nothing to do``.
+        kind: the deciding reason: more ``FLOPs``, smaller ``GEMM sizes`` (fewer FLOP/s), more ``bytes`` to move, more
+            ``overhead`` of calls, too much ``temporary memory``, ``saved for backward`` (the chosen forward saves what
+            the backward needs), ``equal`` (a tie, decided by the order of `STRATEGIES`), or ``nothing to do``.
         text: the same in words, with numbers.
     """
 
@@ -69,7 +69,7 @@ def _rate(contraction: Contraction, seconds: float) -> str:
 
 
 def lost_on_time(loser: Contraction, winner: Contraction, hardware: Hardware) -> Loss:
-    """The part of the time in which the loser is furthest behind decides."""
+    """A loss on time; the reason is the component of the time in which the loser is furthest behind."""
     ours, theirs = winner.parts(hardware), loser.parts(hardware)
     seconds, best = sum(theirs), sum(ours)
     if not loser.steps:
@@ -96,14 +96,14 @@ def lost_on_time(loser: Contraction, winner: Contraction, hardware: Hardware) ->
 
 
 def lost_on_memory(loser: Contraction, hardware: Hardware) -> Loss:
-    """Its temporary weights exceed two experts' weights."""
+    """A loss because the temporary weights exceed two experts' weights."""
     one = loser.dims.weight_elements * loser.dtype.itemsize
     text = f"{format_bytes(loser.temporary_bytes)} of temporary weights, above two experts' {format_bytes(2 * one)}"
     return Loss(loser, loser.seconds(hardware), TEMPORARY, text)
 
 
 def lost_on_saving(loser: Contraction, winner: Contraction, hardware: Hardware) -> Loss:
-    """The forward of a separable shape keeps its central step's result whenever gradients are wanted."""
+    """A loss because the forward of a separable shape saves its central step's result whenever gradients are needed."""
     seconds = loser.seconds(hardware)
     text = f"{format_seconds(seconds)}: a {winner.strategy} forward keeps what every {winner.strategy} backward reads"
     return Loss(loser, seconds, SAVED, text)
@@ -127,7 +127,7 @@ def _cells(contraction: Contraction, hardware: Hardware, dense_flops: float, mar
 
 
 def describe_phase(chosen: Contraction, losses: Sequence[Loss], hardware: Hardware, dense_flops: float) -> list[str]:
-    """The choice and what bounds it, a table of all candidates, and one line for every loser."""
+    """Text with the choice and its bottleneck, a table of all candidates, and one line for every loser."""
     if chosen.steps:
         parts = zip(chosen.parts(hardware), ("arithmetic", "memory", "overhead of calls"), strict=True)
         lines = [f"{chosen.phase}: {chosen.strategy}, bound by {max(parts)[1]}"]

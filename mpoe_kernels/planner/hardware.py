@@ -1,7 +1,7 @@
 """What a machine can do: the numbers behind every predicted time.
 
 Accelerators: the vendors' data sheets, dense rates (no structured sparsity), the variant named in `Hardware.note`.
-Reachable fractions, cache bandwidths and overheads are what public benchmarks commonly show, not data-sheet numbers.
+Reachable fractions, cache bandwidths and overheads are typical of public benchmarks, not data-sheet numbers.
 """
 
 from __future__ import annotations
@@ -42,31 +42,32 @@ class Hardware:
     Attributes:
         name: key of `HARDWARE`.
         kind: ``cpu`` or ``gpu``.
-        peak_flops: FLOP/s of GEMMs by dtype, of the whole device (of a CPU: of ``threads`` cores). float32 is IEEE
-            float32, what PyTorch computes unless told otherwise; see `with_tf32`.
-        tf32_flops: FLOP/s of float32 GEMMs whose inputs are rounded to TF32; 0 where there is no such mode.
-        gemm_fraction: part of ``peak_flops`` that large GEMMs reach in practice, by dtype.
+        peak_flops: FLOP/s of GEMMs by dtype, of the whole device (for a CPU: of ``threads`` cores). float32 is IEEE
+            float32, PyTorch's default; see `with_tf32`.
+        tf32_flops: FLOP/s of float32 GEMMs whose inputs are rounded to TF32; 0 if there is no such mode.
+        gemm_fraction: fraction of ``peak_flops`` that large GEMMs reach in practice, by dtype.
         half_size: rows m at which a GEMM reaches half of that, by dtype; see `gemm_efficiency`.
         bandwidth: bytes/s to and from memory.
-        new_memory_bandwidth: bytes/s of the first writes to memory that an allocator has just got from the system, paid
-            in page faults by a CPU; infinite where allocators keep memory (a GPU).
+        new_memory_bandwidth: bytes/s of the first writes to memory that an allocator has just got from the system (page
+            faults on a CPU); infinite where allocators keep memory (a GPU).
         cache_bytes: last-level cache.
         cache_bandwidth: bytes/s to and from it.
         sram_bytes: fast memory of one core: a CPU's L2, a GPU's shared memory per multiprocessor.
-        sram_bandwidth: bytes/s to and from the shared memory of all of a GPU's multiprocessors; 0 of a CPU.
-        matrix_unit: what the best matrix instruction of a GPU belongs to: a ``warp``, a ``warpgroup`` or the
-            ``multiprocessor``; empty of a CPU.
+        sram_bandwidth: bytes/s to and from the shared memory of all of a GPU's multiprocessors; 0 for a CPU.
+        matrix_unit: the unit that executes a GPU's best matrix instruction: ``warp``, ``warpgroup`` or
+            ``multiprocessor``; empty for a CPU.
         units: cores or multiprocessors that a GEMM must be spread over.
         memory_bytes: capacity.
         link_bandwidth: bytes/s that one device sends to others of its node.
         network_bandwidth: bytes/s that one device sends to other nodes.
         launch_seconds: overhead of a step.
-        call_seconds: overhead of each GEMM of a grouped step where they are calls of their own (a CPU), by dtype; 0
-            where one launch serves all experts.
-        tile_rate: FLOP/s at which the compiled CPU kernels' register tiles do their multiply-adds, over
-            `flops_per_second` (which includes what those kernels' model counts apart), by dtype; 0 of a GPU.
-        store_seconds: in which a core rounds one of their register tiles and writes it where the next product reads it,
-            by dtype; 0 of a GPU.
+        call_seconds: overhead of each GEMM of a grouped step if each is a separate call (a CPU), by dtype; 0 if one
+            launch serves all experts.
+        tile_rate: FLOP/s of the multiply-adds in the compiled CPU kernels' register tiles, divided by
+            `flops_per_second` (which includes costs that those kernels' model counts separately), by dtype; 0 for a
+            GPU.
+        store_seconds: time in which a core rounds one of their register tiles and writes it where the next product
+            reads it, by dtype; 0 for a GPU.
         note: where the numbers come from.
     """
 
@@ -102,7 +103,7 @@ class Hardware:
         return self.peak_flops.of(dtype) * self.gemm_fraction.of(dtype)
 
     def ridge(self, dtype: torch.dtype) -> float:
-        """FLOPs per byte above which large GEMMs, not memory, set the pace."""
+        """FLOPs per byte above which large GEMMs are compute-bound rather than memory-bound."""
         return self.flops_per_second(dtype) / self.bandwidth
 
     def with_tf32(self) -> Hardware:
@@ -133,7 +134,8 @@ def _gpu(
     note: str,
     network: float = 50e9,
 ) -> Hardware:
-    """``matrix``: `Hardware.matrix_unit`, and 16-bit FLOPs of a multiprocessor in a clock, beside 128 bytes shared."""
+    """``matrix``: `Hardware.matrix_unit`, and a multiprocessor's 16-bit FLOPs per clock, against 128 bytes of shared
+    memory."""
     return Hardware(
         name=name,
         kind="gpu",
@@ -174,7 +176,7 @@ def _cpu(
     memory_gib: int,
     note: str,
 ) -> Hardware:
-    """``core_bandwidth``: what one core draws from memory; all of them together get ``bandwidth`` at most."""
+    """``core_bandwidth``: memory bandwidth of one core; all cores together get at most ``bandwidth``."""
     return Hardware(
         name=name,
         kind="cpu",

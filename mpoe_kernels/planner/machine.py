@@ -1,16 +1,16 @@
-"""What this processor's products take: constants of the cost model, measured once at first use.
+"""Constants of the cost model for this processor, measured once at first use.
 
-How fast PyTorch's products and the compiled kernels are beside each other differs from processor to processor, and
-decides between them. Before the first real choice on a CPU a few products of both are timed, in a third of a second.
-The result is kept in ``machine.json`` beside the calibrations of `planner.measured`, an entry for each processor,
-instruction set and version.
+The relative speed of PyTorch's products and the compiled kernels differs between processors and decides between them.
+Before the first real choice on a CPU a few products of both are timed, in a third of a second. The result is saved in
+``machine.json`` next to the calibrations of `planner.measured`, with an entry for each processor, instruction set and
+version.
 
-One thread is measured: what a thread or a core does then holds for any number of them, and a measurement by several
-would be worthless on a busy machine, where they wait for one another.
+One thread is measured: the result per thread or core is used for any number of them, and a measurement with several
+threads would be worthless on a busy machine, where they wait for one another.
 
-`using` gives a record instead: then nothing is measured. ``MPOE_MEASURE=0``, set before the first choice, turns
-measuring off, and so does ``torch.use_deterministic_algorithms(True)``, since plans must not depend on a measurement
-then: without a record the constants of the hardware table hold.
+`using` supplies a record instead, and nothing is measured. ``MPOE_MEASURE=0``, set before the first choice, turns
+measuring off, and so does ``torch.use_deterministic_algorithms(True)``, because plans must then not depend on a
+measurement: without a record the constants of the hardware table apply.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ except ImportError:  # not POSIX
 
 SETTING, FILE, VERSION = "MPOE_MEASURE", "machine.json", 2
 MOST_ENTRIES = 256  # of the file; the oldest go first
-# What else decides how fast PyTorch's products are.
+# Other settings that affect the speed of PyTorch's products.
 LIBRARY_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 BUDGET_SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.25, 3, 20
 SAMPLE_SECONDS = 5e-4
@@ -61,12 +61,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Constants(NamedTuple):
-    """Of one processor.
+    """Measured constants of one processor.
 
     Attributes:
         flops: FLOP/s of PyTorch's large GEMMs on one thread.
-        half_size: rows at which they reach half of it, see `Hardware.half_size`.
-        tile_rate: FLOP/s of the compiled kernels' register tiles, over ``flops``.
+        half_size: number of rows at which they reach half of that, see `Hardware.half_size`.
+        tile_rate: FLOP/s of the compiled kernels' register tiles, divided by ``flops``.
         store_seconds: seconds in which a core stores a register tile.
     """
 
@@ -78,25 +78,25 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where plans have their constants from; None: the hardware table. Compared by identity, which is quick."""
+    """Where plans take their constants from; None: the hardware table. Compared by identity, which is quick."""
 
     constants: Constants | None
 
 
 @dataclass
 class _Process:
-    """What this process knows; ``is_settled``: it will measure nothing (more)."""
+    """State of this process; ``is_settled``: it will not measure (again)."""
 
     given: list[Source] = field(default_factory=list)  # by `using`, the innermost last
     is_allowed: bool = True
     known: Source | None = None
     is_settled: bool = False
-    lock: threading.RLock = field(default_factory=threading.RLock)  # a measurement looks again whether it is wanted
+    lock: threading.RLock = field(default_factory=threading.RLock)  # a measurement checks again whether it is wanted
 
 
 _FROM_TABLE = Source(None)
 _process = _Process()
-# Called whenever the `source` may have become another one: whoever remembers what followed from it forgets it.
+# Called whenever the `source` may have changed, to clear caches that depend on it.
 on_change: list[Callable[[], object]] = []
 
 
@@ -106,7 +106,7 @@ def _changed() -> None:
 
 
 def is_on() -> bool:
-    """Whether this process may measure, and plan with what was measured."""
+    """Whether this process may measure, and plan with measured constants."""
     if _process.known is None:
         _begin()
     return _process.is_allowed and not torch.are_deterministic_algorithms_enabled()
@@ -115,7 +115,7 @@ def is_on() -> bool:
 def _begin() -> None:
     """Read the setting and the file."""
     with _process.lock:
-        if _process.known is not None:  # another thread was first
+        if _process.known is not None:  # another thread was faster
             return
         _process.is_allowed = os.environ.get(SETTING) != "0"
         found = _entries(cache_file(FILE)).get(_key()) if _process.is_allowed else None
@@ -125,7 +125,8 @@ def _begin() -> None:
 
 
 def source() -> Source:
-    """Of the constants for this machine's CPU: a record, what was measured or is on file, or the hardware table."""
+    """Source of the constants for this machine's CPU: a record, a measurement (new or on file), or the hardware
+    table."""
     if _process.given:
         return _process.given[-1]
     return (_process.known or _FROM_TABLE) if is_on() else _FROM_TABLE
@@ -137,20 +138,20 @@ def constants() -> Constants | None:
 
 
 def is_settled() -> bool:
-    """Whether nothing will be measured any more, as far as is known."""
+    """Whether no further measurement is expected."""
     return _process.is_settled or bool(_process.given) or not is_on()
 
 
 def is_wanted() -> bool:
-    """Whether a choice should be preceded by `measure_once`."""
+    """Whether `measure_once` should run before a choice."""
     if _process.is_settled or _process.given or not is_on() or _process.is_settled:
         return False
-    # Not while a graph is traced, nor where tensors are fake.
+    # Not while a graph is traced, and not with fake tensors.
     return not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is torch.Tensor
 
 
 def measure_once(measure: Callable[[], Constants]) -> None:
-    """Call ``measure`` if that is wanted and keep what it returns, in this process and on file."""
+    """Call ``measure`` if needed and keep the result, in this process and on file."""
     with _process.lock:
         if not is_wanted():
             return
@@ -173,11 +174,11 @@ TABLE: Mapping[str, Any] = MappingProxyType({"processor": "", "constants": None}
 
 
 def record() -> dict[str, Any]:
-    """What plans reckon with now, JSON-able; `using` takes it.
+    """The constants that plans use now, JSON-able; `using` takes this record.
 
     Returns:
-        ``processor``: its name. ``constants``: the fields of `Constants`, each a mapping of dtypes; None where the
-        hardware table's hold.
+        ``processor``: its name. ``constants``: the fields of `Constants`, each a mapping by dtype; None if the hardware
+            table is used.
     """
     found = constants()
     return {"processor": processor_name(), "constants": None if found is None else _as_json(found)}
@@ -185,13 +186,13 @@ def record() -> dict[str, Any]:
 
 @contextmanager
 def using(given: Mapping[str, Any]) -> Iterator[None]:
-    """Plan with a record, whatever this processor is, and measure nothing; for all threads of the process.
+    """Plan with a record, whatever this processor is, without measuring; applies to all threads of the process.
 
     Args:
         given: as `record` returns it.
 
     Raises:
-        ValueError: it is no record.
+        ValueError: it is not a record.
     """
     try:
         found = given["constants"]
@@ -211,7 +212,7 @@ def _as_json(found: Constants) -> dict[str, dict[str, float]]:
 
 
 def _from_json(entry: Any) -> Constants:
-    """Raises KeyError, TypeError or ValueError for anything else than `_as_json` gives."""
+    """Raises KeyError, TypeError or ValueError for anything that `_as_json` does not produce."""
     pairs = {name: Pair(*(float(entry[name][dtype]) for dtype in Pair._fields)) for name in Constants._fields}
     for name, pair in pairs.items():
         if not all(SMALLEST < value < LARGEST for value in pair):
@@ -223,7 +224,7 @@ def _from_json(entry: Any) -> Constants:
 
 
 def _key() -> str:
-    """What a measurement depends on."""
+    """Everything that a measurement depends on."""
     parts = [processor_name(), f"native {NATIVE_LIBRARY.info.get('isa_used', 'none')}", f"mpoe {__version__}"]
     parts += [f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"]
     parts += [f"{name}={os.environ[name]}" for name in LIBRARY_SETTINGS if name in os.environ]
@@ -232,12 +233,12 @@ def _key() -> str:
 
 @lru_cache(maxsize=64)
 def _say(message: str) -> None:
-    """Once in a process."""
+    """Log once per process."""
     logger.warning(message)
 
 
 def _entries(path: Path) -> dict[str, Constants]:
-    """What the file holds, of other processors too; nothing of a file that cannot be used."""
+    """All entries of the file, including other processors'; none if the file cannot be used."""
     try:
         content = read_json(path)
         if content is None:
@@ -252,7 +253,7 @@ def _entries(path: Path) -> dict[str, Constants]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among processes that use this; after a second without it all the same."""
+    """Hold an exclusive lock between processes; after waiting a second, continue without it."""
     if fcntl is None:
         yield
         return
@@ -270,7 +271,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _kept(found: Constants) -> Constants:
-    """``found``, or what another process has put on file meanwhile, so that both plan alike."""
+    """``found``, or what another process has saved meanwhile, so that both make the same plans."""
     path = cache_file(FILE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +291,7 @@ def _kept(found: Constants) -> Constants:
 
 
 def with_constants(hardware: Hardware, found: Constants | None) -> Hardware:
-    """``hardware``, a CPU of so many cores, with what was measured in place of the table's numbers."""
+    """``hardware``, a CPU with ``threads`` cores, with measured constants in place of the table's numbers."""
     if found is None:
         return hardware
 
@@ -308,23 +309,23 @@ def with_constants(hardware: Hardware, found: Constants | None) -> Hardware:
 
 
 def seconds_of(functions: Sequence[Callable[[], object]], budget: float = BUDGET_SECONDS) -> list[float]:
-    """Seconds of one call of each function on one thread, in turns, so that what disturbs hits all of them alike.
+    """Seconds of one call of each function on one thread, measured in turns, so that disturbances affect all equally.
 
-    The clock is the calling thread's own, so that other processes' turns on its core do not count; what disturbs it
-    still only adds: of the samples the lower quartile is taken.
+    The clock is the calling thread's CPU time, so other processes' time on its core does not count; the remaining
+    disturbances only add time, so the lower quartile of the samples is taken.
 
     Args:
-        functions: what to time; each is called twice before that.
-        budget: seconds after which no further round begins, once there are `LEAST_ROUNDS`.
+        functions: the functions to time; each is first called twice.
+        budget: seconds after which no further round starts, once there were `LEAST_ROUNDS`.
     """
     threads, clock = torch.get_num_threads(), time.thread_time
     torch.set_num_threads(1)
     try:
-        # As in a process that has run for a while: the C library's heap keeps what such a block was freed from.
+        # As in a process that has run for a while: the C library's heap then keeps the memory that such a block used.
         torch.empty(WARM_BYTES, dtype=torch.uint8, device="cpu")
         repeats = []
         for function in functions:
-            function()  # libraries prepare a product when they first meet its sizes
+            function()  # libraries prepare a product when they first see its sizes
             start = clock()
             function()
             repeats.append(max(1, math.ceil(SAMPLE_SECONDS / max(clock() - start, 1e-6))))

@@ -1,7 +1,7 @@
-"""Measurements of this machine on disk; `calibrate` makes them.
+"""Measurements of this machine on disk, made by `calibrate`.
 
-They take the place of the table's numbers for the device, thread count and processor they were measured on, and are
-kept in ``$XDG_CACHE_HOME/mpoe/hardware.json`` (default ``~/.cache``; without a home, the temporary folder).
+They replace the table's numbers for the device, thread count and processor that they were measured on, and are kept in
+``$XDG_CACHE_HOME/mpoe/hardware.json`` (default ``~/.cache``; without a home, the temporary folder).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mpoe_kernels.planner.hardware import ByDtype, Hardware
 
 VERSION = 3
 LARGEST_FILE = 2**24  # bytes; one device takes about a thousand
-SMALLEST, LARGEST = 1e-30, 1e30  # of a rate or a time; predictions multiply and divide by several
+SMALLEST, LARGEST = 1e-30, 1e30  # largest rate or time; predictions multiply and divide by several
 _SCALARS = ("bandwidth", "new_memory_bandwidth", "cache_bandwidth")
 _BY_DTYPE = ("flops", "half_size", "call_seconds")
 
 
 def cache_file(name: str = "hardware.json") -> Path:
-    """Where measurements are kept; below the temporary folder for a user who has no home."""
+    """Where measurements are kept; below the temporary folder for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification ignores relative paths.
     if os.path.isabs(base):
@@ -51,7 +51,7 @@ def processor_name() -> str:
 
 
 def _machine() -> str:
-    """What makes measurements foreign: another processor, host or PyTorch."""
+    """What measurements are valid for: processor, host and PyTorch."""
     return f"{platform.node()} / {processor_name()} / torch {torch.__version__}"
 
 
@@ -78,7 +78,7 @@ def _check_entry(entry: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Entries of this machine; a file that cannot be used is ignored with a warning."""
+    """Entries for this machine; an unusable file is ignored with a warning."""
     try:
         content = read_json(path)
         if content is None:
@@ -116,7 +116,7 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
         hardware,
         peak_flops=ByDtype(**entry["flops"]),
         gemm_fraction=ByDtype(1.0, 1.0, 1.0, 1.0),
-        tf32_flops=0.0,  # float32 was measured with or without it
+        tf32_flops=0.0,  # float32 was measured with or without TF32
         half_size=ByDtype(**entry["half_size"]),
         call_seconds=ByDtype(**entry["call_seconds"]),
         **{name: entry[name] for name in _SCALARS},
@@ -124,7 +124,7 @@ def _with_entry(hardware: Hardware, entry: dict[str, Any]) -> Hardware:
     )
     if hardware.kind == "cpu":
         return found
-    # One launch on a GPU serves all experts, and PyTorch keeps its memory: neither is part of the model there.
+    # On a GPU one launch serves all experts, and PyTorch keeps its memory: neither cost is modelled there.
     return replace(found, call_seconds=hardware.call_seconds, new_memory_bandwidth=hardware.new_memory_bandwidth)
 
 
@@ -133,7 +133,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: no regular file (reading a pipe would wait for a writer), a large one, or no JSON.
+        ValueError: not a regular file (reading a pipe would wait for a writer), too large, or not JSON.
     """
     try:
         found = path.stat()
@@ -153,7 +153,7 @@ def write(path: Path, devices: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:

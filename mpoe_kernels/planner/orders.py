@@ -2,9 +2,9 @@
 
 The blocks ``L [iL, jL, a]``, ``C [a, iC, jC, b]``, ``R [b, iR, jR]`` and the rows ``x [n, iL, iC, iR]`` form a
 network in which every index joins two tensors or is an index of the result ``y [n, jL, jC, jR]``. So contracting two
-tensors costs one multiply-add for each element of the union of their indices and leaves the symmetric difference (Smith
-and Gray, "opt_einsum", JOSS 2018, count the same way). Nothing here depends on the number of rows: all orders of a
-strategy scale alike with it.
+tensors costs one multiply-add for each element of the union of their indices, and the result has the symmetric
+difference (Smith and Gray, "opt_einsum", JOSS 2018, count the same way). Nothing here depends on the number of rows:
+all orders of a strategy scale with it in the same way.
 """
 
 from __future__ import annotations
@@ -80,22 +80,22 @@ class BlockDims(NamedTuple):
 
     @property
     def left_first(self) -> bool:
-        """Whether rebuilding contracts left with central before right (the cheaper order)."""
+        """Whether rebuilding should contract left with central before right (because that is cheaper)."""
         return _rebuild_flops(self, True) <= _rebuild_flops(self, False)
 
     @property
     def half_left_order(self) -> tuple[str, ...]:
-        """Order in which x meets ``LC`` and ``R``: ``("LC", "R")`` or ``("R", "LC")``."""
+        """Order in which x is multiplied by ``LC`` and ``R``: ``("LC", "R")`` or ``("R", "LC")``."""
         return _cheapest_order(self, ("LC", "R"))
 
     @property
     def half_right_order(self) -> tuple[str, ...]:
-        """Order in which x meets ``L`` and ``CR``: ``("L", "CR")`` or ``("CR", "L")``."""
+        """Order in which x is multiplied by ``L`` and ``CR``: ``("L", "CR")`` or ``("CR", "L")``."""
         return _cheapest_order(self, ("L", "CR"))
 
     @property
     def chain_order(self) -> tuple[str, ...]:
-        """Order in which x meets ``L``, ``C`` and ``R``, the cheapest of six."""
+        """Order in which x is multiplied by ``L``, ``C`` and ``R``: the cheapest of six."""
         return _cheapest_order(self, SEPARABLE_ORDER)
 
     @property
@@ -138,7 +138,7 @@ def merge_flops(dims: BlockDims, first: str, second: str) -> int:
 
 @lru_cache(maxsize=4096)
 def applications(dims: BlockDims, order: tuple[str, ...]) -> tuple[Application, ...]:
-    """What x meets, in ``order``; together the operands make the whole weight."""
+    """The products of x with the operands in ``order``; together the operands make the whole weight."""
     if order == ("W",):  # the whole weight is cropped to its true size before it is used
         i, f = dims.in_features, dims.out_features
         return (Application("W", i, f, 1, f, i),)
@@ -159,7 +159,7 @@ def order_flops(dims: BlockDims, order: tuple[str, ...]) -> int:
 
 @lru_cache(maxsize=4096)
 def _cheapest_order(dims: BlockDims, operands: tuple[str, ...]) -> tuple[str, ...]:
-    """Fewest FLOPs per row; the order as written wins ties."""
+    """The order with the fewest FLOPs per row; on ties the first one listed."""
     return min(permutations(operands), key=lambda order: order_flops(dims, order))
 
 
@@ -172,7 +172,8 @@ def _rebuild_flops(dims: BlockDims, left_first: bool) -> int:
 
 @lru_cache(maxsize=4096)
 def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x then meets.
+    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x is then
+    multiplied by.
 
     Raises:
         ValueError: an unknown strategy, or ``separable`` for a shape that is not.

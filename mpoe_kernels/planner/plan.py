@@ -1,6 +1,6 @@
 """What to compute: the strategy for contracting x with the blocks, forward and backward, from shapes alone.
 
-A pure function of sizes: it knows no backend, runs no tensor op and waits for no device.
+A pure function of sizes: it knows no backends, runs no tensor ops and waits for no device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContractionPlan:
     """A printable choice of strategy.
 
     Attributes:
-        shape, num_experts, num_tokens, top_k, dtype, training, mask_central: what was asked.
+        shape, num_experts, num_tokens, top_k, dtype, training, mask_central: the arguments.
         hardware: whose numbers predict the times.
         forward: the chosen contraction of the forward pass.
         backward: of the backward pass, chosen independently; ``None`` unless training.

@@ -21,7 +21,7 @@ from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.registry import requested_backend
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
-# Offsets are int32; a table of counts for more experts than any model has would fill the memory.
+# Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
 
 
@@ -29,16 +29,16 @@ MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
 class Routing:
     """Which token sits in which slot.
 
-    Sizes and dtypes are checked; values, where a routing is used, on the CPU alone: on a GPU that would wait for the
-    device, and one that `route` did not make has an undefined result if its indices lie outside.
+    Sizes and dtypes are checked here. Values are checked only on the CPU, where a routing is used: on a GPU that would
+    wait for the device, so a routing that `route` did not make gives undefined results if its indices are out of range.
 
     Attributes:
         expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
-        token_of_slot: int64 ``[N]``, N = T * K always; slots from ``expert_offsets[-1]`` on are empty (dropped or
-            masked pairs sort there).
+        token_of_slot: int64 ``[N]`` with N = T * K; slots from ``expert_offsets[-1]`` on are empty (dropped or masked
+            pairs are sorted there).
         slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
-        is_routed: whether `route` made it, so that with K = 1 ``token_of_slot`` names every token once. A product may
-            then write its rows to their tokens; by another one it might leave rows unwritten.
+        is_routed: whether `route` made it, so that with K = 1 ``token_of_slot`` names every token once. Only then may a
+            product scatter its rows to their tokens; otherwise some rows might stay unwritten.
 
     Raises:
         TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several devices.
@@ -47,7 +47,7 @@ class Routing:
     expert_offsets: Tensor
     token_of_slot: Tensor
     slot_of_token: Tensor
-    by_route: InitVar[bool] = False  # which `dataclasses.replace` does not hand on
+    by_route: InitVar[bool] = False  # which `dataclasses.replace` does not copy
     is_routed: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self, by_route: bool) -> None:
@@ -101,10 +101,10 @@ def route(
     """Stable counting sort of (token, choice) pairs by expert.
 
     Args:
-        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. The CPU checks them; a GPU does
-            not, as that would wait for the device.
+        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. Checked on the CPU, but not on a GPU,
+            because that would wait for the device.
         num_experts: E, at most 2^20.
-        capacity: most slots an expert may own; first choices are served before second ones, earlier tokens before
+        capacity: maximum number of slots per expert; first choices are served before second ones, earlier tokens before
             later ones. ``None``: dropless.
         token_mask: bool ``[T]``; ``False`` tokens (padding) are neither routed nor counted.
 
@@ -113,7 +113,7 @@ def route(
 
     Raises:
         TypeError, ValueError: wrong shapes, dtypes or devices, no choices, 2^31 pairs or more, ``num_experts`` or
-            ``capacity`` below 1 or no integer, an entry outside ``0..E-1`` (CPU).
+            ``capacity`` below 1 or not an integer, an entry outside ``0..E-1`` (CPU).
     """
     index = check_index("top_k_index", top_k_index, ("T", "K")).long()
     check_integer("num_experts", num_experts, 1, MOST_EXPERTS)

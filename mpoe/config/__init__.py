@@ -1,4 +1,4 @@
-"""`MPOEConfig` and `RouterConfig`: what decides how a converted model looks, checked at construction."""
+"""`MPOEConfig` and `RouterConfig`: all settings of a converted model, checked at construction."""
 
 from mpoe.config.mixture import MPOEConfig
 from mpoe.config.router import RouterConfig

@@ -1,4 +1,4 @@
-"""Refusals that name the field, what was expected and what came."""
+"""Checks whose errors name the field, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_integer(name: str, value: object, least: int, optional: bool = False) 
 
 
 def check_seed(name: str, value: object) -> None:
-    """What every random generator in use takes: NumPy's wants 32 bits."""
+    """A seed that every random generator in use accepts: NumPy's takes 32 bits."""
     check_integer(name, value, 0)
     if int(str(value)) >= 1 << 32:
         raise ValueError(f"{name} must be below 2**32; got {value}")
@@ -54,9 +54,9 @@ def check_flag(name: str, value: object) -> None:
 
 
 def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
-    """A dataclass whose constructor answers an unknown field with the closest known ones (TypeError).
+    """Decorator for a dataclass: an unknown field raises a TypeError that suggests the closest known ones.
 
-    Its instances keep the names of the fields that they were given, other than None, in ``_given``.
+    Instances keep the names of the fields that were given and are not None in ``_given``.
     """
     construct = cls.__init__
 

@@ -1,4 +1,4 @@
-"""`MPOEConfig`: what `convert_to_mpoe` makes of a model."""
+"""`MPOEConfig`: how `convert_to_mpoe` converts a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXPERT_TYPES = ("mpo", "dense")
 EXISTING_EXPERTS = ("keep", "mpo")
 GAUGES = ("symmetric", "orthogonal", "identity")
 TARGETS = ("ffn", "attention", "embedding", "pooler")
-# Fields that mean something for MPO cores alone.
+# Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
 _OTHER = " (shape='separable' takes it)"
 
@@ -46,59 +46,58 @@ _OTHER = " (shape='separable' takes it)"
 @refuse_unknown_fields
 @dataclass
 class MPOEConfig:
-    """What `convert_to_mpoe` makes of a model.
+    """How `convert_to_mpoe` converts a model.
 
     Attributes:
         moe_type: ``"switch"`` (every token goes to its ``router.top_k`` experts), ``"moe"`` (GShard's top-2 gating, see
-            `RouterConfig.gshard`), or ``"none"``: no router, and one expert, whatever ``num_experts`` says; the
-            feed-forward network then is merely in MPO form.
+            `RouterConfig.gshard`), or ``"none"``: no router and one expert, whatever ``num_experts`` is; the
+            feed-forward network is then only put into MPO form.
         num_experts: experts of a layer, E.
         expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
         shape: of the experts: ``"hidden"``, ``"separable"``, ``"paper"``, ``"light"``, or a mapping from ``"up"``,
             ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s (or their dicts); ``None`` = ``"hidden"``, or
-            ``"separable"`` where something is asked for that other shapes have alone. Hidden: experts own blocks on
-            the hidden side alone, between the dense projections, which stay what they are, so that several experts
-            per token cost little more than one. Separable: MPO cores that are cheap to run; paper: the original's
-            factors; light: smallest auxiliary cores. ``None`` takes the shape that gained most in our trials
-            (docs/evidence.md), with two experts per token, as there. What other shapes have alone: ``max_bond``,
-            ``separable_left``, ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``,
-            another ``moe_type`` than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the
-            name that was chosen.
+            ``"separable"`` if an option is set that only other shapes have. Hidden: experts own blocks only on the
+            hidden side, between the dense projections, which stay unchanged, so several experts per token cost little
+            more than one. Separable: MPO cores that are cheap to run; paper: the original's factors; light: smallest
+            auxiliary cores. ``None`` takes the shape that gained most in our trials (docs/evidence.md), also with two
+            experts per token. Options that only other shapes have: ``max_bond``, ``separable_left``,
+            ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``, a ``moe_type`` other
+            than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the chosen name.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
             is at most 64.
-        block_per_group: each of the F / b groups of hidden units has blocks of its own; otherwise all groups share
-            one, a plain MPO core.
-        expert_bias: hidden-side experts have biases of their own before the activation; they start at 0.
-        existing_experts: what becomes of the experts of a model that is a mixture already (Mixtral, OLMoE, ...):
-            ``"keep"``, they stay what they are, or ``"mpo"``, each projection of a layer's experts becomes MPOs around
-            one central core, as near to them as that goes. Their number, their router and their shared experts stay in
-            any case.
-        expert_output_bias: dense experts have biases of their own after the down projection, where the network has one.
-        shape_pattern: shapes of single modules, by regular expressions on their names or ends of names (the first
-            that matches counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections,
-            embedding, pooler), or a mapping as for ``shape`` (experts). As ``rank_pattern`` in PEFT.
+        block_per_group: each of the F / b groups of hidden units has its own blocks; otherwise all groups share one, a
+            plain MPO core.
+        expert_bias: hidden-side experts have their own biases before the activation, initialised to 0.
+        existing_experts: how to convert the experts of a model that is already a mixture (Mixtral, OLMoE, ...):
+            ``"keep"`` leaves them unchanged; with ``"mpo"`` each projection of a layer's experts becomes MPOs around
+            one central core, fitted as closely as possible. Their number, their router and their shared experts stay in
+            either case.
+        expert_output_bias: dense experts have their own biases after the down projection, if the network has one.
+        shape_pattern: shapes of individual modules, by regular expressions on their names or ends of names (the first
+            match counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections, embedding,
+            pooler), or a mapping as for ``shape`` (experts). Like ``rank_pattern`` in PEFT.
         max_bond: cap of every bond of the named shapes; ``None`` = full bonds, lossless.
         separable_left: size of the left core of a separable up projection; ``None`` = automatic.
         separable_right: of its right core.
         light_p: product ``i * j`` of a light shape's outer cores.
-        gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core then is the weight
-            itself and every expert starts from identities around it. See `mpoe_kernels.decompose_with_errors`.
-        auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = equal copies,
-            which keeps the conversion lossless.
-        router: a `RouterConfig`, or its dict, whose missing fields are those of ``moe_type``.
+        gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core is then the weight
+            itself, and every expert starts with identities around it. See `mpoe_kernels.decompose_with_errors`.
+        auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = identical copies, so
+            conversion stays lossless.
+        router: a `RouterConfig`, or its dict, whose missing fields take the defaults of ``moe_type``.
         target_modules: ``"ffn"``, ``"attention"`` (each projection becomes one `MPOLinear`), ``"embedding"`` (the table
             of the vocabulary becomes an `MPOEmbedding`; a tied head uses its transpose), ``"pooler"`` (BERT's), or a
             list of them.
         exclude_modules: names (or ends of names) of modules that stay dense.
-        layers_to_transform: indices of the layers to convert; ``None`` = all. T5 counts encoder and decoder alike.
-            Embedding and pooler belong to no layer: ``target_modules`` alone decides on them.
+        layers_to_transform: indices of the layers to convert; ``None`` = all. In a T5 they apply to both encoder and
+            decoder. Embedding and pooler belong to no layer: only ``target_modules`` decides about them.
         attention_max_bond: cap of the bonds of attention projections (shape ``paper``).
         embedding_max_bond: of the embedding.
         pooler_max_bond: of the pooler.
         backend: name of a kernel backend; ``None`` = chosen per call.
         rate_ratios: for every MPO module, RMS(core) / RMS(weight) in chain order, measured at conversion; per-core
-            learning rates are scaled by it. Filled in by `convert_to_mpoe`.
-        tied_head: whether the language-model head is the transpose of the MPO embedding. Filled in likewise.
+            learning rates are scaled by it. Set by `convert_to_mpoe`.
+        tied_head: whether the language-model head is the transpose of the MPO embedding. Set by `convert_to_mpoe`.
     """
 
     moe_type: str = "switch"
@@ -127,7 +126,7 @@ class MPOEConfig:
     expert_bias: bool = False
     existing_experts: str = "keep"
     expert_output_bias: bool = False
-    _given: ClassVar[frozenset[str]] = frozenset()  # of each instance: the fields that it was given
+    _given: ClassVar[frozenset[str]] = frozenset()  # per instance: the fields that were given
 
     def __post_init__(self) -> None:
         check_choice("moe_type", self.moe_type, MOE_TYPES)
@@ -182,7 +181,7 @@ class MPOEConfig:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.top_k}")
 
     def _needs_cores(self) -> bool:
-        """Whether something is asked for that experts of the shape "hidden" have no use for."""
+        """Whether an option is set that experts of the shape "hidden" cannot use."""
         return bool(
             (self.moe_type, self.expert_type, self.existing_experts) != ("switch", "mpo", "keep")
             or self._given & OF_CORES
@@ -191,8 +190,8 @@ class MPOEConfig:
         )
 
     def with_cores(self) -> MPOEConfig:
-        """This configuration; where its shape is "hidden" by default, one of separable experts: for networks around
-        which hidden-side blocks cannot stand."""
+        """This configuration, or one with separable experts if its shape is "hidden" by default: for networks that
+        hidden-side blocks do not support."""
         if not self.is_hidden or "shape" in self._given:
             return self
         router = dataclasses.replace(self.router, top_k=None) if self._top_k_is_default else self.router
@@ -206,7 +205,7 @@ class MPOEConfig:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether the experts own hidden-side blocks alone. Dense experts have no shape."""
+        """Whether the experts own only hidden-side blocks. Dense experts have no shape."""
         return self.shape == HIDDEN and self.expert_type == "mpo"
 
     def _check_hidden(self) -> None:
@@ -287,7 +286,7 @@ class MPOEConfig:
         """This configuration with the shape that ``shape_pattern`` gives the feed-forward network ``name``.
 
         Raises:
-            ValueError: the pattern gives one `MPOShape`, and not one for each projection.
+            ValueError: the pattern gives a single `MPOShape` instead of one for each projection.
         """
         pattern = self._pattern_for(name)
         if pattern is None:
@@ -300,7 +299,7 @@ class MPOEConfig:
         return dataclasses.replace(self, **change)
 
     def linear_shape(self, component: str, name: str, in_features: int, out_features: int) -> MPOShape:
-        """Shape of a module that is one matrix, so that nothing but truncation saves parameters.
+        """Shape of a module that is a single matrix, so only truncation saves parameters.
 
         Args:
             component: ``"attention"``, ``"embedding"`` or ``"pooler"``.
@@ -340,8 +339,8 @@ class MPOEConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> MPOEConfig:
         """Inverse of `to_dict`; unknown fields are refused with the closest known ones.
 
-        What a saved configuration leaves out means what it meant when it was written: without ``shape`` its experts
-        are separable, without ``top_k`` a token meets one of them.
+        Fields missing from a saved configuration have the meaning of the time when it was written: without ``shape``
+        its experts are separable, without ``top_k`` a token has one expert.
         """
         check_fields(cls, values, "MPOEConfig")
         router = values.get("router")

@@ -1,4 +1,4 @@
-"""`RouterConfig`: how tokens find their experts."""
+"""`RouterConfig`: how tokens are routed to experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpoe.config.checks import (
 )
 
 SECOND_POLICIES = ("all", "none", "threshold", "random")
-# GShard's gating with the original's numbers: what `moe_type="moe"` means where nothing else is said.
+# GShard's gating with the original's numbers: the defaults of `moe_type="moe"`.
 GSHARD = {
     "top_k": 2,
     "second_policy": "random",
@@ -26,32 +26,32 @@ GSHARD = {
     "eval_capacity_factor": 2.0,
     "min_capacity": 4,
 }
-ONE_EXPERT = {"top_k": 1}  # what a saved router means that does not say it
+ONE_EXPERT = {"top_k": 1}  # defaults of a saved router that leaves these out
 
 
 @refuse_unknown_fields
 @dataclass
 class RouterConfig:
-    """How tokens find their experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
+    """How tokens are routed to experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
 
     Attributes:
-        top_k: experts per token; ``None`` = 2 of the shape ``"hidden"``, 1 of others. That is as many as there is
-            evidence for; an `MPOEConfig` settles the number, at most the number of experts, and keeps it. A
-            router of its own takes 1.
+        top_k: experts per token; ``None`` = 2 for the shape ``"hidden"``, 1 for others, which is what we have evidence
+            for; an `MPOEConfig` sets the number, at most the number of experts, and keeps it. A router without an
+            `MPOEConfig` uses 1.
         is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
             p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
         eval_capacity_factor: the same in eval mode.
-        min_capacity: least slots of an expert where there is a capacity.
+        min_capacity: minimum number of slots of an expert if there is a capacity.
         second_policy: second choices that GShard's gating keeps in training: ``"all"``, ``"none"``, ``"threshold"`` or
             ``"random"``; ``None`` = no such gating, every token goes to its ``top_k`` experts. GShard's gating
             (Lepikhin et al. 2021, algorithm 1) needs ``top_k`` 2. ``"threshold"`` keeps second choices whose share of
             the two gates exceeds ``second_threshold``, ``"random"`` keeps them with probability share /
             ``second_threshold``, at most 1. A token's gates are renormalised over the choices that are kept, capacity
             is ``ceil(factor * T / E)``, and the balancing loss counts first choices.
-        eval_second_policy: the same in eval mode, where a random policy would make results unrepeatable.
+        eval_second_policy: the same in eval mode, where a random policy would make results irreproducible.
         second_threshold: share of the two gates that ``"threshold"`` and ``"random"`` compare with.
-        jitter: in training the router's input is multiplied by noise uniform in ``[1 - jitter, 1 + jitter]``
+        jitter: in training the router's input is multiplied by uniform noise in ``[1 - jitter, 1 + jitter]``
             (Switch Transformers, section 2.4).
         balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq. 4-6).
         z_loss_weight: weight of every layer's router z-loss (ST-MoE, eq. 5).

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 KINDS = ("up", "gate_proj", "down")
 SEPARABLE = "separable"
 NAMED_SHAPES = (SEPARABLE, "paper", "light")
-HIDDEN = "hidden"  # experts own blocks on the hidden side alone; the projections stay dense
+HIDDEN = "hidden"  # experts own blocks only on the hidden side; the projections stay dense
 LARGEST_BLOCK = 64
 _SHAPE_FIELDS = {"in_factors", "out_factors"}
 
@@ -28,7 +28,7 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     if isinstance(shape, str):
         check_choice(name, shape, (*NAMED_SHAPES, HIDDEN))
         return shape
-    from mpoe_kernels import MPOShape  # here: options are made of the configurations, and torch is slow to import
+    from mpoe_kernels import MPOShape  # here: the command line imports this, and torch is slow to import
 
     if not isinstance(shape, Mapping):
         raise TypeError(
@@ -53,7 +53,7 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
     """``shape_pattern``: regular expression -> bond cap, named shape, `MPOShape`, or a dict from kinds to them.
 
     Raises:
-        TypeError, ValueError: no such mapping.
+        TypeError, ValueError: anything else.
     """
     if not isinstance(patterns, Mapping):
         raise TypeError(f"shape_pattern must be a mapping from patterns to shapes; got {type(patterns).__name__}")
@@ -79,7 +79,7 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` describes the module ``name``, or its end after a dot (as PEFT's ``rank_pattern``)."""
+    """Whether ``pattern`` matches the module ``name``, or its end after a dot (like PEFT's ``rank_pattern``)."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
@@ -117,7 +117,8 @@ def hidden_block(hidden_features: int, block_size: int | None) -> int:
 
 
 def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> MPOShape:
-    """The plain MPO of hidden-side blocks that all groups share, centre first: its other core is the expert's own.
+    """The plain MPO of hidden-side blocks that all groups share: the central core comes first, the other core is the
+    expert's.
 
     Up: cores ``[1, I, G, b] [b, 1, b, 1]``; down: ``[1, G, I, b] [b, b, 1, 1]``.
     """
@@ -129,7 +130,7 @@ def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> 
 
 
 def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:
-    """``shape`` if it is for a weight of these sizes.
+    """Return ``shape`` if it is for a weight of these sizes.
 
     Raises:
         ValueError: it is for another.

@@ -1,4 +1,4 @@
-"""Layers: routers, experts and drop-in modules in MPO form. They need torch and mpoe_kernels, never transformers."""
+"""Layers: routers, experts and drop-in modules in MPO form. They need torch and mpoe_kernels, but not transformers."""
 
 from mpoe.layers.activations import ACTIVATIONS
 from mpoe.layers.context import (

@@ -13,7 +13,7 @@ def _gelu_tanh(z: Tensor) -> Tensor:
     return F.gelu(z, approximate="tanh")
 
 
-# Every name is also known to `mpoe_kernels.grouped_mpo_linear`, which fuses it.
+# `mpoe_kernels.grouped_mpo_linear` supports every name too, and fuses it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -28,7 +28,7 @@ def check_activation(name: object) -> str:
     """Return ``name`` if experts can compute it.
 
     Raises:
-        ValueError: an unknown activation, with the close matches.
+        ValueError: an unknown activation; the message suggests similar names.
     """
     if isinstance(name, str) and name in ACTIVATIONS:
         return name

@@ -1,7 +1,7 @@
 """The context of one model call: token masks travel down to the MPOE layers, router outputs travel up.
 
-Feed-forward modules of Hugging Face models receive hidden states only. The model that owns them opens a
-`RoutingContext` for the duration of its forward; every `MPOEFeedForward` under it reads its mask there and leaves its
+Feed-forward modules of Hugging Face models receive only hidden states. The model that owns them opens a
+`RoutingContext` for the duration of its forward; every `MPOEFeedForward` below it reads its mask there and stores its
 router's output. Contexts are per thread, and activation checkpointing restores them when it recomputes a layer.
 """
 
@@ -25,7 +25,7 @@ class RouterRecord:
         stream: ``"encoder"``, ``"decoder"`` or ``"main"``.
         logits: raw router logits, float32 ``[T, E]``.
         top_k_index: the chosen experts that the balancing loss counts, int64 ``[T, K]``.
-        expert_load: slots that every expert worked on, int32 ``[E]``: no padding, no dropped tokens.
+        expert_load: slots that every expert processed, int32 ``[E]``, without padding and dropped tokens.
         token_mask: bool ``[T]`` or ``None``.
     """
 
@@ -38,7 +38,7 @@ class RouterRecord:
 
 @dataclass
 class RoutingContext:
-    """Masks for the layers below, and the records they leave.
+    """Masks for the layers below, and the records that they store.
 
     Attributes:
         masks: for every stream, bool ``[B, S]`` (``False`` = padding) or ``None``.
@@ -52,7 +52,8 @@ class RoutingContext:
 
 
 class _Current(threading.local):
-    """One value per thread. torch.compile traces reads and writes of a ``threading.local``, not of a ``ContextVar``."""
+    """One value per thread. torch.compile can trace reads and writes of a ``threading.local``, but not of a
+    ``ContextVar``."""
 
     routing: RoutingContext | None = None
 
@@ -79,7 +80,7 @@ def leave_routing(previous: RoutingContext | None) -> None:
 
 @contextmanager
 def routing_context(masks: Mapping[str, Tensor | None] | None = None, record: bool = True) -> Iterator[RoutingContext]:
-    """Run MPOE layers with token masks and collect what their routers did.
+    """Run MPOE layers with token masks, and collect their routers' records.
 
     Example::
 
@@ -112,7 +113,7 @@ class _Restored(AbstractContextManager[None]):
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """``context_fn`` for `torch.utils.checkpoint.checkpoint` (non-reentrant).
 
-    Called in the forward pass; the recomputation, which autograd may run in a thread of its own, sees the same masks
-    and leaves no second record.
+    Called in the forward pass; the recomputation, which autograd may run in another thread, sees the same masks and
+    stores no second record.
     """
     return nullcontext(), _Restored(current_routing())

@@ -27,19 +27,19 @@ class MPOCores(FromInitialValues):
     """Cores of E weights ``[I, F]``: one central core for all, auxiliary cores for each expert.
 
     Args:
-        shape: how the weight is cut.
+        shape: how the weight is factorised.
         num_experts: E.
         bias: whether there is a bias ``[F]``; the experts share it.
-        init_std: standard deviation that a random weight gets.
+        init_std: standard deviation of a random weight.
 
     Attributes:
         central: ``[d, i, j, d']``.
         auxiliary: ``[E, d, i, j, d']`` each, in chain order without the central core.
         bias: ``[F]`` or ``None``.
-        central_masked: while True (the gradient mask), `blocks` hands out the central core detached, so that its
-            gradient is not even computed.
+        central_masked: while True (the gradient mask), `blocks` returns the central core detached, so its gradient is
+            not even computed.
         rate_ratios: RMS(core) / RMS(weight) for every core in chain order; per-core learning rates use it.
-        local_errors: for every inner bond, what truncation dropped when `load_weight_` last ran; empty before.
+        local_errors: for every inner bond, the truncation error of the last `load_weight_`; empty before.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MPOCores(FromInitialValues):
         return cores
 
     def central_parameters(self) -> dict[str, nn.Parameter]:
-        """What all experts share, by name."""
+        """The parameters that all experts share, by name."""
         return {"central": self.central}
 
     def core_names(self) -> list[str]:
@@ -121,12 +121,12 @@ class MPOCores(FromInitialValues):
         return tuple(ratios)
 
     def _central_std(self) -> float:
-        """Isometries on both sides preserve the norm, which the central core therefore holds alone."""
+        """Isometries on both sides preserve the norm, so the central core alone determines it."""
         padded = self.shape.padded_in * self.shape.padded_out
         return (self.init_std or 1.0) * math.sqrt(padded / self.shape.central_parameters)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Fresh random values by parameter name: isometric auxiliary cores, a Gaussian centre, zero bias.
+        """New random values by parameter name: isometric auxiliary cores, a Gaussian centre, zero bias.
 
         The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
         """
@@ -153,7 +153,7 @@ class MPOCores(FromInitialValues):
 
     @torch.no_grad()
     def load_weight_(self, weight: Tensor, gauge: str = "symmetric") -> Decomposition:
-        """Make every expert an equal copy of the decomposed ``weight [I, F]``.
+        """Set every expert to the decomposed ``weight [I, F]``.
 
         Returns:
             The `Decomposition`, with the error of every bond.
@@ -161,7 +161,7 @@ class MPOCores(FromInitialValues):
         Raises:
             TypeError, ValueError: see `mpoe_kernels.decompose_with_errors`.
         """
-        # Decomposed in float32 at least: half precision would lose the conversion's exactness twice.
+        # Decompose in at least float32: half precision would round twice and lose the conversion's exactness.
         work = weight.detach()
         work = work if work.dtype == torch.float64 else work.float()
         result = decompose_with_errors(work, self.shape, gauge)
@@ -172,7 +172,7 @@ class MPOCores(FromInitialValues):
 
     @torch.no_grad()
     def load_weights_(self, weights: Tensor) -> SharedDecomposition:
-        """Make the experts the nearest to ``weights [E, I, F]`` that is found with one central core for all.
+        """Fit the experts to ``weights [E, I, F]``, with one central core for all.
 
         Returns:
             The `SharedDecomposition`, with the error of every expert.
@@ -188,14 +188,14 @@ class MPOCores(FromInitialValues):
 
     @torch.no_grad()
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
-        """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one for each."""
+        """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one per expert."""
         for name, core in zip(self.core_names(), cores, strict=True):
             parameter = self.get_parameter(name)
             parameter.copy_(core if name == "central" else core.expand_as(parameter))
 
     @torch.no_grad()
     def add_noise_(self, relative: float) -> None:
-        """Gaussian noise on the auxiliary cores, ``relative`` to each core's RMS; makes experts differ."""
+        """Add Gaussian noise to the auxiliary cores, ``relative`` to each core's RMS, so that the experts differ."""
         for core in self.auxiliary:
             core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
 
@@ -204,6 +204,6 @@ class MPOCores(FromInitialValues):
 
 
 def _rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
-    """RMS of every core over that of the weight; 1 for a zero weight."""
+    """RMS of every core divided by that of the weight; 1 for a zero weight."""
     scale = float(weight.double().square().mean().sqrt())
     return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)

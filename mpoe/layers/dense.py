@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
-    """`torch.nn.functional.grouped_mm` wants float32 or half and rows aligned to 16 bytes."""
+    """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16 bytes."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
     aligned = 16 // x.element_size()
@@ -43,12 +43,12 @@ def grouped_dense_linear(
         weight: ``[E, I, F]``.
         expert_offsets: int32 ``[E + 1]``.
         bias: ``[F]``, shared by the experts, or ``[E, F]``.
-        implementation: ``"grouped_mm"`` or ``None``: one grouped product where torch has it for these sizes, else one
+        implementation: ``"grouped_mm"`` or ``None``: one grouped product if torch supports these sizes, else one
             product per expert; ``"eager"``: one per expert; ``"batched_mm"``: one batched product with a weight per
             slot, ``N I F`` numbers, for few tokens. The results are equal up to rounding.
 
     Returns:
-        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, in gradients too.
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, also in gradients.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -106,7 +106,7 @@ class ExpertWeights(FromInitialValues):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Fresh random values by parameter name."""
+        """New random values by parameter name."""
         options: dict[str, Any] = {"device": self.weight.device, "dtype": torch.float32}
         values = {"weight": torch.randn(self.weight.shape, **options) * self.init_std}
         if self.bias is not None:
@@ -115,7 +115,7 @@ class ExpertWeights(FromInitialValues):
 
     @torch.no_grad()
     def load_weight_(self, weight: Tensor) -> None:
-        """Make every expert a copy of ``weight [I, F]``, or take ``[E, I, F]`` as it is."""
+        """Set every expert to ``weight [I, F]``, or take ``[E, I, F]`` unchanged."""
         self.weight.copy_(weight)
 
     def dense_weights(self) -> Tensor:
@@ -123,8 +123,8 @@ class ExpertWeights(FromInitialValues):
         return self.weight
 
     def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``, as the call in progress says; adapters of the weight
-        (PEFT) work in here."""
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``, with the implementation of the call in progress; PEFT's
+        adapters of the weight act here."""
         call = current_routing()
         implementation = None if call is None else call.experts_implementation
         return grouped_dense_linear(x, self.weight, expert_offsets, self.bias, implementation)

@@ -1,9 +1,9 @@
-"""`ExpertCache`: what inference would compute again in every call, folded blocks and experts' full weights, kept.
+"""`ExpertCache`: caches what inference would recompute in every call: folded blocks and experts' full weights.
 
 Off by default. It trades memory for time while decoding, where every call folds the cores of all experts and rebuilds
-the weights of the same few for a token or two. What is kept is no parameter, is never saved, and is checked against the
-cores at every use. A layer has full weights for all its experts or for none: a pass in two parts, some experts by full
-weights and the rest by the cores, takes longer than one by the cores.
+the weights of the same few experts for a token or two. The contents are not parameters, are never saved, and are
+checked against the cores at every use. A layer caches full weights for all its experts or for none: a mixed pass, with
+full weights for some experts and cores for the rest, takes longer than one with only cores.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 from mpoe_kernels.planner import planned_threads
 from mpoe_kernels.planner.machine import Source, source
 
-# Full weights are used where the planner predicts this many times the work by the cores, with one row for each expert
-# or with more. Less does not pay for the memory; separable shapes never reach it. On two cores of an EPYC, paper shape
-# with bond 64: one row took 1/1.2 to 1/4 of the time by the cores (predicted 1/1.5), two to four rows in float32 up to
-# 1.4 times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than planned.
+# Full weights are used if the cores are predicted to take this many times as long, with one or more rows for each
+# expert. Less does not justify the memory; separable shapes never reach it. On two cores of an EPYC, paper shape with
+# bond 64: one row took 1/1.2 to 1/4 of the time with the cores (predicted 1/1.5), two to four rows in float32 up to 1.4
+# times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than predicted.
 WORTH_ONE_ROW = 1.25
 WORTH = 2.5
 
@@ -42,14 +42,14 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
 
     Args:
         shapes: of an expert's projections.
-        experts: how many have slots.
-        slots: of all of them together.
+        experts: number of experts that have slots.
+        slots: total number of their slots.
         dtype: of activations and weights.
     """
     here = planned_threads(), source()
     by_cores = by_weights = 0.0
     for shape in shapes:
-        # To the planner, a full weight is an expert's own core beside a shared one of a single element.
+        # For the planner, a full weight is an expert's own core next to a shared core with a single element.
         full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
         by_cores += _predicted_seconds(shape, experts, slots, dtype, *here)
         by_weights += _predicted_seconds(full, experts, slots, dtype, *here)
@@ -58,15 +58,15 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
 
 @dataclass(frozen=True)
 class ExpertCacheReport:
-    """What a cache holds and did.
+    """Contents and statistics of a cache.
 
     Attributes:
         max_bytes: the bound.
-        bytes: held now: full weights, and folded blocks unless they are views of the cores.
-        experts: whose full weights are held, of all layers together.
-        hits: times that an expert's full weights were found.
-        built: times that they were computed and kept.
-        refused: passes of layers without room for all their experts, which ran by the cores.
+        bytes: current size: full weights, and folded blocks unless they are views of the cores.
+        experts: number of experts whose full weights are cached, over all layers.
+        hits: how often an expert's full weights were found.
+        built: how often they were computed and cached.
+        refused: passes of layers without room for all their experts, which used the cores.
     """
 
     max_bytes: int
@@ -85,7 +85,7 @@ class ExpertCacheReport:
 
 def _full_weight(blocks: MPOBlocks, expert: int, dtype: torch.dtype) -> Tensor:
     """``W_e [I, F]``, contiguous, rounded to ``dtype`` once."""
-    # Half precision rebuilds in float32: an intermediate of its own would be rounded twice.
+    # Half precision rebuilds in float32: a half-precision intermediate would be rounded twice.
     work = torch.promote_types(blocks.central.dtype, torch.float32)
     left, central, right = (block.to(work) for block in (blocks.left[[expert]], blocks.central, blocks.right[[expert]]))
     own = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
@@ -101,19 +101,19 @@ def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
 
 @dataclass
 class HeldLayer:
-    """What is kept of one layer's experts.
+    """The cache of one layer's experts.
 
     Attributes:
-        cache: whose bound holds.
-        cores: parameters it was computed from, aliased: while they live, nothing else can have their addresses.
-        versions: of the cores then; every change in place counts.
+        cache: the `ExpertCache` whose bound applies.
+        cores: aliases of the source parameters: while they live, no other tensor can have their addresses.
+        versions: the cores' version counters at that time; every in-place change increases them.
         blocks: the folded chains, by kind of projection.
-        blocks_bytes: of these, without what are views of the cores.
+        blocks_bytes: their size, without views of the cores.
         experts: E.
-        kept: there was room for the blocks.
-        waited: passes that patience took.
-        promised: bytes for full weights of all experts, by dtype; 0: no room.
-        full: by expert and dtype, the weights ``[I, F]`` by kind of projection.
+        kept: whether there was room for the blocks.
+        waited: passes counted against ``patience`` so far.
+        promised: bytes reserved for full weights of all experts, by dtype; 0: no room.
+        full: for each expert and dtype, the weights ``[I, F]`` by kind of projection.
     """
 
     cache: ExpertCache
@@ -128,7 +128,7 @@ class HeldLayer:
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
 
     def is_of(self, cores: Sequence[Tensor]) -> bool:
-        """Whether these are the cores as they were: same memory, dtype and layout, and no change since."""
+        """Whether these are the same, unchanged cores: same memory, dtype and layout, and no change since."""
         return all(
             (now._version, now.data_ptr(), now.dtype, now.device, now.shape, now.stride())
             == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
@@ -136,11 +136,12 @@ class HeldLayer:
         )
 
     def refuses(self, dtype: torch.dtype) -> bool:
-        """Whether it was decided that there is no room for full weights in ``dtype``."""
+        """Whether there is already known to be no room for full weights in ``dtype``."""
         return self.cache._refuses(self, dtype)
 
     def has_room(self, dtype: torch.dtype) -> bool:
-        """Whether all experts' full weights in ``dtype`` fit; decided once, with room reserved, when patience ends."""
+        """Whether all experts' full weights in ``dtype`` fit; decided once, after ``patience`` passes, and then
+        reserved."""
         return self.cache._has_room(self, dtype)
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -170,20 +171,21 @@ class HeldLayer:
 class ExpertCache:
     """Folded blocks and full expert weights of any number of layers, together at most ``max_bytes``.
 
-    First come, first kept: the layers of a model run in a circle, so that evicting the least recently used would evict
-    what is needed next. Nothing is kept of a layer's first pass: an encoder, which runs once for a whole text, would
-    take the room from the decoder, which runs for every token. From the second on, room for the full weights of all
-    experts of a layer is reserved, if there is as much, and each is built when it is first needed; folded blocks are
-    kept of every layer where they fit. Copies and pickles are empty. A change of a core is noticed by PyTorch's version
-    counter or by its memory; one in place through ``core.data`` leaves no trace: call `clear` after it.
+    Layers that come first stay cached: the layers of a model run in a cycle, so evicting the least recently used layer
+    would evict the one needed next. Nothing is cached in a layer's first pass: an encoder, which runs once for a whole
+    text, would take the room from the decoder, which runs for every token. From the second pass on, room for the full
+    weights of all experts of a layer is reserved if available, and each is built when it is first needed; folded blocks
+    are cached for every layer where they fit. Copies and pickles are empty. A change of a core is detected by PyTorch's
+    version counter or by its memory address; an in-place change through ``core.data`` cannot be detected: call `clear`
+    after it.
 
     Args:
         max_bytes: bound, at least 1.
-        patience: passes in which a layer could have had full weights before room for them is reserved. Building them
-            takes as long as several passes, which a short answer would not earn back.
+        patience: number of passes in which full weights would have paid before room for them is reserved. Building them
+            takes as long as several passes, which a short answer would not amortise.
 
     Raises:
-        TypeError, ValueError: ``max_bytes`` that is no positive integer.
+        TypeError, ValueError: ``max_bytes`` is not a positive integer.
     """
 
     def __init__(self, max_bytes: int, patience: int = 0) -> None:
@@ -208,10 +210,10 @@ class ExpertCache:
         return ExpertCache, (self.max_bytes, self.patience)
 
     def layer(self, owner: nn.Module, projections: Mapping[str, MPOCores]) -> HeldLayer | None:
-        """What is held of a layer whose projections are these now; ``None``: it is met for the first time.
+        """The cache of the layer with these projections; ``None`` if this is its first pass.
 
-        Without room for the blocks, they are returned and not kept. Cores made in inference mode have no version to
-        check, and nothing is kept of them either: ``None``.
+        Without room for the blocks, they are returned but not cached. Cores made in inference mode have no version to
+        check, so nothing is cached for them: ``None``.
         """
         cores = [core for projection in projections.values() for core in projection.cores()]
         if any(core.is_inference() for core in cores):
@@ -249,7 +251,7 @@ class ExpertCache:
             self._met.clear()
 
     def report(self) -> ExpertCacheReport:
-        """What is held, and how often it was of use."""
+        """Contents and usage statistics."""
         with self._lock:
             experts = sum(len({expert for expert, _ in held.full}) for held in self._layers.values())
             return ExpertCacheReport(self.max_bytes, self._bytes(), experts, self._hits, self._built, self._refused)

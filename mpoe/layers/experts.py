@@ -30,7 +30,7 @@ class MPOExperts(nn.Module):
         backend: name of a kernel backend, or ``None``.
 
     Raises:
-        ValueError: an unknown activation, or shapes that do not chain.
+        ValueError: an unknown activation, or shapes that do not match.
     """
 
     def __init__(
@@ -85,25 +85,25 @@ class MPOExperts(nn.Module):
     # ----------------------------------------------------------------- cache
 
     def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
-        """Keep folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
+        """Cache folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
 
         Full weights are used where they are predicted to be faster, from the second pass on, and only if those of all
-        experts fit. Compiled graphs use the cores. See `ExpertCache`.
+        experts fit. Compiled graphs always use the cores. See `ExpertCache`.
 
         Args:
-            max_bytes: of everything kept; ``None`` or 0 turns the cache off. Any value starts with an empty one.
+            max_bytes: bound on the whole cache; ``None`` or 0 turns it off. Any call starts with an empty cache.
 
         Returns:
             The cache, with its `ExpertCache.report` and `ExpertCache.clear`, or ``None``.
 
         Raises:
-            TypeError, ValueError: ``max_bytes`` that is no integer, or negative.
+            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative.
         """
         self.expert_cache = ExpertCache.of(max_bytes)
         return self.expert_cache
 
     def full_weights_may_pay(self) -> bool:
-        """Whether full weights are predicted to be much faster for a token alone, or for one token for each expert."""
+        """Whether full weights are predicted to be much faster for a single token, or for one token per expert."""
         shapes = [cores.shape for cores in self.projections().values()]
         return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
 
@@ -113,12 +113,12 @@ class MPOExperts(nn.Module):
         return super()._apply(fn, recurse)
 
     def _held(self, *inputs: Tensor) -> HeldLayer | None:
-        """What the cache holds, where it may be used."""
+        """The cached layer, if it may be used."""
         cache = self.expert_cache  # another thread's `generate` may end and take it away
         if cache is None or torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters())):
-            cache.drop(self)  # cores that are trained are about to change, perhaps without a trace
+            cache.drop(self)  # trained cores will change, perhaps undetectably
             return None
         return cache.layer(self, self.projections())
 
@@ -160,7 +160,7 @@ class MPOExperts(nn.Module):
     def _by_full_weights(
         self, held: HeldLayer, dtype: torch.dtype, x: Tensor, routing: Routing, top_k_weights: Tensor
     ) -> Tensor:
-        """Full weights, if they pay and there is room for those of all experts; else the cores."""
+        """Compute with full weights if they pay and all experts' fit; otherwise with the cores."""
         offsets = routing.expert_offsets.tolist()
         spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
         shapes = [cores.shape for cores in self.projections().values()]
@@ -186,7 +186,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class DenseExperts(nn.Module):
-    """The same network with full weights ``[E, I, F]`` per expert: the Switch Transformer baseline."""
+    """The same network with full weights ``[E, I, F]``: the Switch Transformer baseline."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class DenseExperts(nn.Module):
             options: dict[str, Any] = {"own_bias": own, "device": device, "dtype": dtype}
             return ExpertWeights(rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options)
 
-        # Where experts have biases of their own, so has the projection before the activation.
+        # If experts have their own biases, so does the projection before the activation.
         own_up = own_bias and (bias or not gated)
         self.up = weights("up", in_features, hidden_features, bias, own_up)
         self.down = weights("down", hidden_features, in_features, bias, bias and own_output_bias)

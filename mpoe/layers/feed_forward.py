@@ -1,4 +1,4 @@
-"""`MPOEFeedForward`: experts, and the router before them, in the place of a dense feed-forward network."""
+"""`MPOEFeedForward`: a router and experts in place of a dense feed-forward network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe_kernels import Routing, route
 
 
 class RoutedFeedForward(nn.Module):
-    """What mixtures of every shape have in common: the router, the call's token mask, the router's record.
+    """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
     Args:
         in_features: model size I.
@@ -53,7 +53,7 @@ class RoutedFeedForward(nn.Module):
         self.dropout = nn.Dropout(output_dropout)
 
     def tokens(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument or the call's.
+        """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's or the call's.
 
         Raises:
             TypeError: what is no tensor of floating-point numbers.
@@ -69,7 +69,7 @@ class RoutedFeedForward(nn.Module):
         if token_mask is None and routing_call is not None:
             token_mask = routing_call.masks.get(self.stream)
             if token_mask is not None and hidden_states.dim() == 2:
-                token_mask = token_mask.reshape(-1)  # OPT's layers flatten what they hand on
+                token_mask = token_mask.reshape(-1)  # OPT's layers flatten what they pass on
         x = hidden_states.reshape(-1, self.in_features)
         if token_mask is not None:
             if token_mask.shape != hidden_states.shape[:-1]:
@@ -78,12 +78,12 @@ class RoutedFeedForward(nn.Module):
                     f"got {list(token_mask.shape)}"
                 )
             token_mask = token_mask.reshape(-1).bool()
-            # Padding may hold anything, NaN included, and the router reads every row.
+            # Padding may contain anything, including NaN, and the router reads every row.
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
 
     def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_load: Tensor | None = None) -> None:
-        """Leave what the router decided with the model call in progress.
+        """Store the router's decision in the context of the model call in progress.
 
         ``expert_load``: slots of every expert; default: how many chose it.
         """
@@ -96,7 +96,8 @@ class RoutedFeedForward(nn.Module):
             call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
 
     def dropped(self, y: Tensor) -> Tensor:
-        """``y`` after the dropout on results; while decoding, calling a module that does nothing takes its time too."""
+        """``y`` after the output dropout; a module that does nothing is not called, because that costs time while
+        decoding."""
         dropout = self.dropout
         return dropout(y) if dropout.training and dropout.p > 0.0 else y
 
@@ -110,8 +111,8 @@ class MPOEFeedForward(RoutedFeedForward):
     Args:
         in_features: model size I.
         hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`: experts, shapes, router. Where it names no shape, experts are separable: hidden-side
-            blocks stand between projections that are there already (`HiddenFeedForward`).
+        config: `MPOEConfig`: experts, shapes, router. If it names no shape, experts are separable: hidden-side blocks
+            need existing projections (`HiddenFeedForward`).
         activation: name of the activation.
         gated: whether the experts are ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
@@ -169,12 +170,12 @@ class MPOEFeedForward(RoutedFeedForward):
         """Route every token and compute its experts.
 
         Args:
-            hidden_states: ``[..., I]``, floating; brought to the experts' dtype unless autocast decides.
+            hidden_states: ``[..., I]``, floating; cast to the experts' dtype, or by autocast.
             token_mask: bool ``[...]``, ``False`` = padding, which is neither routed nor counted and yields zero.
                 ``None`` reads the mask of the model call in progress, if there is one.
 
         Returns:
-            ``[..., I]`` in the experts' dtype, also of tokens in another one; under autocast in autocast's.
+            ``[..., I]`` in the experts' dtype, also for tokens in another dtype; under autocast in autocast's.
 
         Raises:
             TypeError: what is no tensor of floating-point numbers.
@@ -188,7 +189,7 @@ class MPOEFeedForward(RoutedFeedForward):
         return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
-        """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; leaves the router's record."""
+        """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""
         if self.router is None:
             ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
             return route(torch.zeros_like(ones, dtype=torch.int64), 1, None, token_mask), ones

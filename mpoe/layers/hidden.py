@@ -1,4 +1,4 @@
-"""Experts that own blocks on the hidden side alone, inside a feed-forward network whose projections stay."""
+"""Experts that own blocks only on the hidden side of a feed-forward network, whose projections stay unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody looks at a module's calls, or has put another forward in place of its own."""
+    """Whether a module has hooks, or its forward was replaced."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
@@ -42,16 +42,16 @@ class _SumOfGradients(torch.autograd.Function):
 class HiddenExperts(FromInitialValues):
     """The blocks of E experts: ``o = sum_k gate_k act(u R_e + bias_e) L_e``, within groups of b hidden units.
 
-    They start as identities, which change nothing.
+    They start as identities, which do not change the result.
 
     Args:
         hidden_features: F.
         num_experts: E.
         block_size: b, a divisor of F.
-        per_group: each of the F / b groups has blocks of its own; otherwise all groups share one.
+        per_group: each of the F / b groups has its own blocks; otherwise all groups share one.
         activation: see `ACTIVATIONS`.
         gated: the network is ``act(u_gate R^gate_e) * (u R_e)``.
-        bias: every expert has a bias of its own before the activation.
+        bias: every expert has its own bias before the activation.
         backend: name of a kernel backend, or ``None``.
 
     Attributes:
@@ -109,14 +109,14 @@ class HiddenExperts(FromInitialValues):
 
     @torch.no_grad()
     def add_noise_(self, relative: float) -> None:
-        """Gaussian noise on the blocks, ``relative`` to their RMS; makes experts differ."""
+        """Add Gaussian noise to the blocks, ``relative`` to their RMS, so that the experts differ."""
         for core in self.auxiliary.values():
             core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
 
     def split(self, mesh: Any) -> None:
-        """Keep this rank's groups alone: own blocks and biases become DTensors with a part on every rank of a mesh.
+        """Keep only this rank's groups: blocks per group and biases become DTensors sharded over the ranks of a mesh.
 
-        Shared blocks become DTensors that are whole everywhere. From then on `forward` takes and returns
+        Shared blocks become replicated DTensors. From then on `forward` takes and returns
         ``[T, F / ranks]``.
         """
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -130,7 +130,7 @@ class HiddenExperts(FromInitialValues):
         self._mesh = mesh
 
     def _block(self, name: str) -> Tensor:
-        """A block as this rank computes with it."""
+        """The local tensor of a block, which this rank computes with."""
         core: Any = self.auxiliary[name]
         if self._mesh is None:
             return core
@@ -140,7 +140,7 @@ class HiddenExperts(FromInitialValues):
     def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
         bias: Any = self.bias
-        if self._mesh is not None:  # every rank has gradients from its own groups
+        if self._mesh is not None:  # every rank has gradients only from its own groups
             gates = _SumOfGradients.apply(gates, self._mesh.get_group())
             bias = None if bias is None else bias.to_local()
         return hidden_experts(
@@ -159,10 +159,10 @@ class HiddenExperts(FromInitialValues):
     def routed(
         self, router: nn.Module, x: Tensor, u: Tensor, u_gate: Tensor | None = None
     ) -> tuple[Tensor, RouterOutput] | None:
-        """`forward` of the experts that a router chooses for few tokens ``x [T, I]``, and what it decided.
+        """Route few tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
 
-        One native call takes the places of the router's forward and of this one's: not where somebody looks at either,
-        nor where a gradient, autocast, a mesh or another backend has a part (None then).
+        One native call replaces both forwards. Returns None if either module is observed, or with gradients, autocast,
+        a mesh or another backend.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
         if (
@@ -182,17 +182,18 @@ class HiddenExperts(FromInitialValues):
 
 
 class HiddenFeedForward(RoutedFeedForward):
-    """``down(experts(up x))`` in the place of a dense network, of whose modules it takes over the projections.
+    """``down(experts(up x))`` in place of a dense network, whose projections it takes over.
 
-    The projections keep their type, their names and their parameters; this module's forward alone is new. Where the
-    down projection lies elsewhere (BERT), the result is what it reads.
+    The projections keep their types, names and parameters; only this module's forward is new. If the down projection is
+    in another module (BERT), the result is that projection's input.
 
     Args:
         in_features: model size I.
         hidden_features: F.
         config: `MPOEConfig` with ``shape="hidden"``.
-        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down`` unless it lies elsewhere.
-        columns: where two kinds share one projection, which of its outputs belong to each.
+        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down`` unless it is in another
+            module.
+        columns: if two kinds share one projection, which of its outputs belong to each.
         activation, dropout, output_dropout, stream: as in `MPOEFeedForward`.
 
     Attributes:
@@ -232,14 +233,14 @@ class HiddenFeedForward(RoutedFeedForward):
         self._central_masked = False
 
     def adopt(self, projections: Mapping[str, nn.Module]) -> None:
-        """Take the dense projections over, by kind; those that `names` does not mention stay where they are."""
+        """Take over the dense projections, by kind; those that are not in `names` stay where they are."""
         for kind, name in self.names.items():
             self.add_module(name, projections[kind])
-        # A plain dict: modules in it that lie elsewhere are not registered here too.
+        # A plain dict, so that modules that live elsewhere are not registered here too.
         self._projections = {kind: module for kind, module in projections.items() if kind not in self.names}
 
     def projections(self) -> dict[str, nn.Module]:
-        """The dense projections by kind, also one that lies elsewhere."""
+        """The dense projections by kind, including one in another module."""
         own = {kind: getattr(self, name) for kind, name in self.names.items()}
         return {**own, **self._projections}
 
@@ -251,14 +252,14 @@ class HiddenFeedForward(RoutedFeedForward):
             token_mask: bool ``[...]``, ``False`` = padding, as in `MPOEFeedForward.forward`.
 
         Returns:
-            ``[..., I]``, or ``[..., F]`` where the down projection lies elsewhere.
+            ``[..., I]``, or ``[..., F]`` if the down projection is in another module.
 
         Raises:
             ValueError: sizes that do not fit.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        # In the shape in which the dense model multiplies, so that its bits are the same. Nothing holds u while the
-        # next product runs: its memory is taken again.
+        # Multiply in the same shape as the dense model, so that the result is bit-identical. Nothing holds u while the
+        # next product runs, so its memory is reused.
         shaped = hidden_states if token_mask is None else x.view(hidden_states.shape)
         if token_mask is None and not torch.is_grad_enabled() and not self._drops():
             o = self._routed(x, *self._hidden(shaped))
@@ -277,7 +278,7 @@ class HiddenFeedForward(RoutedFeedForward):
         return self.dropped(y)
 
     def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; leaves the router's record."""
+        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's record."""
         if self.router is None:
             gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
             index = torch.zeros_like(gates, dtype=torch.int64)
@@ -288,7 +289,7 @@ class HiddenFeedForward(RoutedFeedForward):
         return gates, index if token_mask is None else index.masked_fill(~token_mask[:, None], -1)
 
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
-        """As `_between`, of tokens ``x [T, I]`` that are still to be routed; without gradients."""
+        """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
         found = None if self.router is None else self.experts.routed(self.router, x, u, u_gate)
         if found is None:
             return self._between(u, u_gate, *self._decision(x, None))
@@ -296,7 +297,7 @@ class HiddenFeedForward(RoutedFeedForward):
         return found[0]
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``u [..., F]`` and, if gated, that of the gate."""
+        """``u [..., F]`` and, if gated, the gate's."""
         up, gate = self.names["up"], self.names.get("gate_proj")
         u = getattr(self, up)(x)
         if gate is None:
@@ -316,13 +317,14 @@ class HiddenFeedForward(RoutedFeedForward):
         return nn.functional.dropout(o, self.expert_dropout) if self._drops() else o
 
     def _drops(self) -> bool:
-        """Whether there is a dropout between the projections now."""
+        """Whether dropout between the projections is active."""
         return self.training and self.expert_dropout > 0.0
 
     # ------------------------------------------------------------- the centre
 
     def central_parameters(self) -> dict[str, nn.Parameter]:
-        """Weights of the projections by kind: what all experts share. One of two kinds stands under the first."""
+        """Weights of the projections by kind: what all experts share. A weight of two kinds is listed under the
+        first."""
         found: dict[str, nn.Parameter] = {}
         for kind, module in self.projections().items():
             if not any(module.weight is weight for weight in found.values()):
@@ -330,7 +332,7 @@ class HiddenFeedForward(RoutedFeedForward):
         return found
 
     def central_weight(self, kind: str) -> Tensor:
-        """What all experts share of one kind of projection, ``[in, out]``."""
+        """The shared weight of one kind of projection, ``[in, out]``."""
         return linear_weight(self.projections()[kind])[:, self.columns.get(kind, slice(None))]
 
     @property
@@ -345,7 +347,7 @@ class HiddenFeedForward(RoutedFeedForward):
                 weight.requires_grad_(not masked)
 
     def check_maskable(self, name: str) -> None:
-        """Refuse the gradient mask where a projection does not train.
+        """Refuse the gradient mask if a projection is not trained.
 
         Raises:
             ValueError: a frozen, quantised or adapted projection, by name.

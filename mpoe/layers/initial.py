@@ -1,4 +1,4 @@
-"""`FromInitialValues`: parameters that start, and start again, at values a module draws by name."""
+"""`FromInitialValues`: modules that initialise, and reset, their parameters by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def check_placement(device: object, dtype: object) -> None:
-    """Refuse a device that is not here, and a dtype that holds no floating-point numbers; None is the default's.
+    """Refuse a device that this machine does not have, and a dtype that is not floating-point; None means the default.
 
     Raises:
-        TypeError: neither a device nor its name; no `torch.dtype`.
+        TypeError: neither a device nor its name; not a `torch.dtype`.
         ValueError: no such device here, or a dtype of integers or complex numbers.
     """
     if device is not None and not isinstance(device, (str, torch.device)):
@@ -22,20 +22,20 @@ def check_placement(device: object, dtype: object) -> None:
     if device is not None:
         try:
             torch.empty(0, device=device)
-        except Exception as error:  # torch has several for what it does not know or has no driver for
+        except Exception as error:  # torch raises several kinds for unknown devices and missing drivers
             raise ValueError(f"device must be one that this machine has; got {str(device)!r}") from error
 
 
 class FromInitialValues(nn.Module):
-    """A module whose `initial_values` say where its parameters begin; `from_pretrained` uses them for missing ones."""
+    """A module that initialises its parameters from `initial_values`; `from_pretrained` uses them for missing ones."""
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Fresh values by parameter name."""
+        """New values by parameter name."""
         raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the parameters to fresh values; on the meta device there is nothing to set."""
+        """Set the parameters to new initial values; does nothing on the meta device."""
         if any(parameter.is_meta for parameter in self.parameters()):
             return
         for name, value in self.initial_values().items():

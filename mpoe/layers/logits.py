@@ -1,4 +1,4 @@
-"""Logits of a router in float32, without a float32 copy of the tokens where a device can do without."""
+"""Router logits in float32, without a float32 copy of the tokens where the device allows it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def float32_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
-    The backward keeps x as it came instead of a float32 copy of it. On a GPU the forward makes no copy either: products
-    of two numbers of 16 bits are exact in float32, in which tensor cores add them.
+    The backward saves x itself instead of a float32 copy. On a GPU the forward makes no copy either: products of two
+    16-bit numbers are exact in float32, in which tensor cores accumulate them.
     """
     if x.dtype == torch.float32:
         return F.linear(x, weight.float())
@@ -29,13 +29,14 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits_of_low_precision(x: Tensor, weight: Tensor) -> Tensor | None:
-    """The same by products of 16-bit numbers, which PyTorch has on GPUs; None for dtypes that have none as exact."""
+    """The same with 16-bit products, which PyTorch supports on GPUs; None for dtypes for which they are not as
+    exact."""
     if x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     if (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32):
         parts = torch.mm(x, bfloat16_parts(weight).flatten(0, 1).t(), out_dtype=torch.float32)
         return parts.view(x.shape[0], 3, weight.shape[0]).sum(1)
-    return None  # of a float32 weight, float16 has no room for the last digits
+    return None  # float16 cannot hold the last digits of a float32 weight
 
 
 def bfloat16_parts(weight: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def bfloat16_parts(weight: Tensor) -> Tensor:
 
 
 class _Logits(torch.autograd.Function):
-    """The copies that gradients need are made when they are computed."""
+    """The copies that gradients need are made in the backward."""
 
     generate_vmap_rule = True
 

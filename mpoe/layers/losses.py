@@ -14,13 +14,13 @@ def _checked(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor 
         raise ValueError(f"token_mask must be [T] with T = {logits.shape[-2]}; got {list(token_mask.shape)}")
     logits = logits.float()
     if token_mask is not None:
-        # Before the softmax: padding may hold NaN or Inf, and the gradient of what is masked later is 0 x NaN.
+        # Mask before the softmax: padding may contain NaN or Inf, and masking later would give gradients of 0 x NaN.
         logits = torch.where(token_mask[:, None], logits, logits.new_zeros(()))
     return logits, token_mask
 
 
 def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Mean over axis -2 of ``values [..., T, M]`` for valid tokens; 0 if there is none."""
+    """Mean over axis -2 of ``values [..., T, M]`` for valid tokens; 0 if there are none."""
     if token_mask is None:
         return values.sum(-2) / max(values.shape[-2], 1)
     weights = token_mask.to(values.dtype)
@@ -45,14 +45,15 @@ def load_balancing_loss(
     Args:
         logits: raw router logits ``[..., T, E]``; leading axes are layers, computed independently.
         top_k_index: chosen experts, int64 ``[..., T, K]``.
-        token_mask: bool ``[T]``; ``False`` tokens count nowhere.
-        choices: `count_choices` of the whole batch that these tokens are a part of, ``[..., E]``; default: their own.
+        token_mask: bool ``[T]``; ``False`` tokens are not counted.
+        choices: `count_choices` of the whole batch to which these tokens belong, ``[..., E]``; default: of these
+            tokens.
 
     Returns:
         ``[...]`` float32, one loss per layer.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: mismatched shapes.
     """
     logits, token_mask = _checked(logits, token_mask)
     if top_k_index.shape[:-1] != logits.shape[:-1]:

@@ -1,4 +1,4 @@
-"""`MixtureExperts`: experts of a mixture that Transformers has already, in MPO form, behind that model's own router."""
+"""`MixtureExperts`: experts of an existing Transformers mixture in MPO form, behind that model's own router."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpoe_kernels import route
 
 
 class MixtureExperts(MPOExperts):
-    """`MPOExperts` that are called as Transformers calls the experts of its mixtures."""
+    """`MPOExperts` with the call interface of the experts in Transformers' mixtures."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

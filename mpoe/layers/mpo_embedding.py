@@ -13,11 +13,11 @@ from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 class MPOEmbedding(nn.Module):
     """Rows of a table ``[num_embeddings, embedding_dim]`` in MPO form.
 
-    The factors may multiply to more than the vocabulary; the rows beyond its true size do not exist for the user.
+    The factors may multiply to more than the vocabulary; the rows beyond its true size are not visible to the user.
 
     Args:
         shape: `MPOShape` with ``in_features`` = vocabulary and ``out_features`` = embedding size.
-        padding_idx: as in `nn.Embedding`: this row gets no gradient through lookups.
+        padding_idx: as in `nn.Embedding`: lookups give this row no gradient.
         backend: name of a kernel backend, or ``None``.
     """
 
@@ -50,7 +50,7 @@ class MPOEmbedding(nn.Module):
         gauge: str = "symmetric",
         backend: str | None = None,
     ) -> MPOEmbedding:
-        """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, padding the vocabulary, lossless."""
+        """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, with a padded vocabulary, lossless."""
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding; got {type(embedding).__name__}")
         weight = embedding.weight
@@ -93,7 +93,7 @@ class SharedEmbedding(nn.Module):
 
     def __init__(self, embedding: MPOEmbedding) -> None:
         super().__init__()
-        # In a tuple, so that the cores belong to one module only and checkpoints hold them once.
+        # In a tuple, so that the cores belong to one module only and are saved once.
         self._owner = (embedding,)
 
     @property
@@ -109,7 +109,7 @@ class TiedHead(SharedEmbedding):
     """Language-model head ``[..., embedding_dim] -> [..., num_embeddings]``: the transposed table of an embedding.
 
     Args:
-        embedding: whose table it is.
+        embedding: the embedding that owns the table.
         bias: ``[num_embeddings]`` or ``None``; the head's own.
     """
 

@@ -14,14 +14,14 @@ from mpoe_kernels import MPOShape, mpo_linear
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Weight ``[in, out]`` of an `nn.Linear` (transposed view) or a `Conv1D` (as it is).
+    """Weight ``[in, out]`` of an `nn.Linear` (transposed view) or a `Conv1D` (unchanged).
 
     Raises:
         TypeError: a module that is neither.
     """
     if isinstance(module, nn.Linear):
         return module.weight.T
-    # transformers' Conv1D, known by its shape: layers do not import transformers.
+    # transformers' Conv1D, recognised by its attributes: layers do not import transformers.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -30,7 +30,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 class _Asked(NamedTuple):
-    """Arguments of an `MPOLinear`, however they were given."""
+    """Arguments of an `MPOLinear`, in whichever form they were given."""
 
     shape: MPOShape
     bias: bool
@@ -163,5 +163,5 @@ class MPOLinear(nn.Module):
         return mpo_linear(x, self.cores.blocks(), self.cores.bias, backend=self.backend)
 
 
-# What tools show: the first form.
+# The signature that tools show: the first form.
 MPOLinear.__signature__ = inspect.signature(_by_shape).replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`TopKRouter`: which experts a token goes to, and with what weight."""
+"""`TopKRouter`: which experts a token goes to, and with which weights."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class RouterOutput:
 
 
 class TopKRouter(FromInitialValues):
-    """Softmax router in float32, whatever autocast or the parameters' dtype.
+    """Softmax router in float32, regardless of autocast and the parameters' dtype.
 
-    Gate (ARCHITECTURE: a fresh conversion must change nothing): top-1 multiplies by ``p / stop_grad(p)``, whose value
+    Gate (a new conversion must not change outputs): top-1 multiplies by ``p / stop_grad(p)``, whose value
     is exactly 1 and whose gradient is that of log p; top-k weights are renormalised to sum 1; ``is_scale_prob`` uses
     the raw probabilities, as Switch Transformers does. With a second-expert policy (GShard) the gates of a token are
     renormalised over the choices that are kept; a lone one gets ``p / stop_grad(p)``.
@@ -51,7 +51,7 @@ class TopKRouter(FromInitialValues):
         backend: name of a kernel backend, or ``None``.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, sizes below 1, ``top_k`` larger than ``num_experts``.
+        TypeError, ValueError: an argument of the wrong type, sizes below 1, ``top_k`` larger than ``num_experts``.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TopKRouter(FromInitialValues):
         """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor * T / E)``; at
         least ``min_capacity`` and at most 2^31 - 1; ``None`` = no limit.
 
-        T counts every token of the batch, padding included: the bound is known without looking at the mask.
+        T counts every token of the batch, including padding, so the bound does not depend on the mask.
         """
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor is None:
@@ -102,12 +102,12 @@ class TopKRouter(FromInitialValues):
         return min(max(self.config.min_capacity, math.ceil(wanted)), _MOST_SLOTS)
 
     def route(self, decision: RouterOutput, token_mask: Tensor | None = None) -> Routing:
-        """Slots of the choices that are kept, within the capacity; ``token_mask`` as in `mpoe_kernels.route`."""
+        """Slots of the kept choices, within the capacity; ``token_mask`` as in `mpoe_kernels.route`."""
         index, kept = decision.top_k_index, decision.kept
         capacity = self.capacity(index.shape[0])
         if kept is None:
             return route(index, self.num_experts, capacity, token_mask)
-        # Dropped choices go to one expert more, whose slots come after all others and are then empty.
+        # Dropped choices go to an additional expert, whose slots come after all others and are then treated as empty.
         index = index.masked_fill(~kept, self.num_experts)
         routing = route(index, self.num_experts + 1, capacity, token_mask)
         slots = routing.slot_of_token.masked_fill(~kept, -1)
@@ -119,7 +119,8 @@ class TopKRouter(FromInitialValues):
             raise TypeError(f"x must be a tensor [T, I]; got {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
-        # The device meta has no autocast to turn off, and entering one that is off costs as much as a small product.
+        # The meta device has no autocast to turn off, and entering a disabled autocast costs as much as a small
+        # product.
         is_lowered = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if is_lowered else contextlib.nullcontext():
             if self.training and self.config.jitter:
@@ -136,7 +137,8 @@ class TopKRouter(FromInitialValues):
         return RouterOutput(logits, index, weights)
 
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether one native call decides, see `mpoe_kernels.routing.gating`; ``others`` take part in it too."""
+        """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other
+        tensors."""
         jitters = self.training and self.config.jitter
         return not jitters and not self.config.is_gshard and can_gate_natively(x, self.weight, self.backend, *others)
 

@@ -1,7 +1,7 @@
 """Hugging Face models with MPO experts.
 
-Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM``, ``MPOELlamaConfig``, ...) are made,
-and registered with Transformers' Auto classes, when one of them is used for the first time.
+Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM``, ``MPOELlamaConfig``, ...) are
+created, and registered with Transformers' Auto classes, when one of them is first used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mpoe.models.others import quantisable_parameters
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
 
-# The classes that have a name in the documentation; those of every other family are found in the same way.
+# The classes named in the documentation; those of all other families are found in the same way.
 _CLASSES = [
     "MPOEBertConfig",
     "MPOEBertForMaskedLM",

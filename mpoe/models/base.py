@@ -1,4 +1,4 @@
-"""`MPOEModelMixin`: what a Hugging Face model class needs to hold mixtures of experts. No modelling code is copied:
+"""`MPOEModelMixin`: the mixture-of-experts part of a Hugging Face model class. No modelling code is copied:
 subclasses call their dense parent's forward inside a routing context and add the auxiliary loss."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mpoe.models.summary import print_summary, summarize
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
     """Token mask ``[B, S]`` of the S tokens of this call from an attention mask ``[B, past + S]``.
 
-    Masks of other ranks (prepared 4-D ones) say who attends to whom, not which tokens are padding: ``None``.
+    Masks with other numbers of axes (prepared 4-D ones) describe attention, not padding: ``None``.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
@@ -54,8 +54,8 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
     """``sum over layers of balance_weight * balancing loss + z_weight * z-loss``, float32 scalar.
 
-    Layers of one stream share tokens and mask and are computed together, each on its own. In a `global_batch` the
-    average over the ranks is the loss of the tokens of all of them.
+    Layers of one stream share tokens and mask and are computed together, but independently. In a `global_batch` the
+    average over the ranks is the loss over the tokens of all ranks.
     """
     experts = records[0].logits.shape[-1]
     streams = dict.fromkeys(record.stream for record in records)
@@ -67,7 +67,7 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     for alike, index, mine, ours in zip(layers, indices, own, everyone.split([len(o) for o in own]), strict=True):
         logits = torch.stack([record.logits for record in alike])
         mask = alike[0].token_mask
-        # Means over this rank's tokens, with the weight of its tokens among those of an average rank: 1 for one rank.
+        # Means over this rank's tokens, weighted by its tokens relative to those of an average rank: 1 for one rank.
         weight = mine.sum(-1) * ranks / ours.sum(-1).clamp_min(1)
         if balance_weight:
             total = total + balance_weight * (weight * load_balancing_loss(logits, index, mask, ours)).sum()
@@ -76,7 +76,7 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     return total
 
 
-# To the type checker the mixin is a model; at run time it is a plain class before the dense one in the bases.
+# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
 if TYPE_CHECKING:
     _Model = PreTrainedModel
 else:
@@ -84,7 +84,7 @@ else:
 
 
 class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
-    """Mixture-of-experts side of a model; goes before the dense class in the bases."""
+    """Mixture-of-experts part of a model; put it before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.
     dense_class: ClassVar[type[PreTrainedModel]]
@@ -102,11 +102,11 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # Constructors that take their base from `AutoModel` must get the dense one: they see a dense configuration.
+        # Constructors that get their base from `AutoModel` must get the dense one, so they see a dense configuration.
         plain = copy.copy(config)
         plain.__class__ = self.dense_class.config_class
         asked = plain._experts_implementation
-        if not self.has_stock_experts:  # the dense modules inside know of no experts
+        if not self.has_stock_experts:  # the dense modules inside do not know about experts
             plain._experts_implementation_internal = None
         super().__init__(plain, *args, **kwargs)
         config.__dict__.update(plain.__dict__)
@@ -119,7 +119,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             elif type(own) is type(plain):
                 own.__class__ = type(config)  # T5's stacks have copies
         if self.accepts_loss_kwargs:
-            # Transformers knows a model's loss by the name of its class; a causal model has that of its kind.
+            # Transformers finds a model's loss by its class name; a causal model gets the causal loss.
             self.loss_type = "ForCausalLM"
         self.install_experts()
 
@@ -131,11 +131,11 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 
     @property
     def mpoe_config(self) -> MPOEConfig:
-        """The `MPOEConfig` this model was built from (a fresh object)."""
+        """The `MPOEConfig` that this model was built from (a new object)."""
         return MPOEConfig.from_dict(self.config.mpoe)
 
     def install_experts(self) -> None:
-        """Replace the dense modules that ``config.mpoe`` names by MPOE ones with random weights."""
+        """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random weights."""
         model: Any = self
         config = self.mpoe_config
         install_empty(model, find_sites(model, self.family(), model.config, config), config)
@@ -147,10 +147,10 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         model.init_weights()
 
     def forget_dense_names(self) -> None:
-        """Take what is dense no more out of what Transformers keeps by name: parallel plans, float32 modules.
+        """Remove converted modules from Transformers' lists of names: parallel plans, float32 modules.
 
-        What is not in the plan of tensor parallelism is whole on every rank, experts and MPO projections among it. Of
-        the projections of one block all or none are sharded.
+        Modules that are not in the tensor-parallel plan, including experts and MPO projections, are replicated on every
+        rank. The projections of one block are either all sharded or none.
         """
         model: Any = self
         names = {re.sub(r"\d+", "*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
@@ -167,7 +167,8 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     def initialize_weights(self) -> None:
         """Initialise MPOE parameters that no checkpoint filled, then everything else.
 
-        Nested stacks dispatch to their own ``_init_weights``, which does not know our modules, hence first and here.
+        This must come first, because nested stacks dispatch to their own ``_init_weights``, which does not know our
+        modules.
         """
         model: Any = self
         for module in model.modules():
@@ -202,7 +203,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
         """Token masks ``[B, S]`` by stream for a forward with these arguments: ``attention_mask``.
 
-        Labels say nothing here: a causal model's prompt carries -100 and still is text.
+        Labels are not used here: a causal model's prompt has labels of -100 but is not padding.
         """
         return {"main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")}
 
@@ -253,26 +254,26 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         return labels[..., 1:].ne(-100).sum() / items
 
     def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
-        """Keep folded blocks and full weights of experts for inference, in ``max_bytes`` for the whole model.
+        """Cache folded blocks and full weights of experts for inference, within ``max_bytes`` for the whole model.
 
-        By itself, `generate` keeps them on the CPU in as much as the dense layers took, until it returns.
+        On the CPU, `generate` does this by default, within the size of the dense layers, until it returns.
 
         Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
-        passes that need gradients run as ever. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts have
-        nothing to rebuild, and the cache stays empty.
+        passes that need gradients are not affected. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts
+        have nothing to rebuild, so the cache stays empty.
 
         Args:
-            max_bytes: bound; 0: no cache, in `generate` neither; ``None``: as in a new model. Any value starts with an
-                empty one.
+            max_bytes: bound; 0: no cache, also not in `generate`; ``None``: as in a new model. Any call starts with an
+                empty cache.
 
         Returns:
             The cache that the layers share, with its `report` and `clear`, or ``None``.
 
         Raises:
-            TypeError, ValueError: ``max_bytes`` that is no integer, or negative; a model without MPO experts.
+            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
         layers = [module for module in self.modules() if isinstance(module, MPOExperts)]
-        if not layers and not hidden_modules(self):  # hidden-side blocks are never rebuilt: there is nothing to keep
+        if not layers and not hidden_modules(self):  # hidden-side blocks are never rebuilt: nothing to cache
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         cache = ExpertCache.of(max_bytes)
         for layer in layers:
@@ -287,7 +288,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     ) -> None:
         """As in Transformers, always non-reentrant: recomputed layers must see the call's token masks again.
 
-        ``use_reentrant=True`` gives the same gradients this way, with a warning.
+        ``use_reentrant=True`` is replaced, with a warning; the gradients are the same.
         """
         checked = checkpoint_arguments(activation_checkpointing_kwargs)
         parent: Any = super()
@@ -296,7 +297,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         enable(checked, *args, **kwargs)
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-        # Older Transformers 5 calls this name alone; newer ones forward it, and an override would go in circles.
+        # Older versions of Transformers 5 call only this name; newer ones forward it, and an override would recurse.
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
         ) -> None:
@@ -317,10 +318,10 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         """Print a table with a row for every MPO weight: factors, bonds, parameters, conversion error, plan.
 
         Args:
-            num_tokens: tokens of a forward pass, which the plans are for.
+            num_tokens: tokens of the forward pass that the plans are made for.
 
         Raises:
-            TypeError, ValueError: ``num_tokens`` that is no count; a model without MPO weights.
+            TypeError, ValueError: ``num_tokens`` is not a count; a model without MPO weights.
         """
         rows = summarize(self, num_tokens, self.mpoe_config.top_k)
         if not rows:
@@ -331,7 +332,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     # -------------------------------------------------------------- freezing
 
     def freeze_central(self) -> None:
-        """Stop training the central cores: what all experts share stays as the dense model had it.
+        """Stop training the central cores, which all experts share.
 
         Raises:
             ValueError: a model without MPO weights.
@@ -339,11 +340,11 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         self._set_central(False)
 
     def unfreeze_central(self) -> None:
-        """Train the central cores again; as `freeze_central`."""
+        """Train the central cores again; raises the errors of `freeze_central`."""
         self._set_central(True)
 
     def freeze_router(self, frozen: bool = True) -> None:
-        """Stop training the routers: tokens keep the experts that they have; ``False`` trains them again.
+        """Stop training the routers; ``False`` trains them again.
 
         Raises:
             ValueError: a model without routers.
@@ -351,7 +352,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         self._set_parts("router", not frozen)
 
     def freeze_experts(self, frozen: bool = True) -> None:
-        """Stop training what the experts own (and, among MPO cores, share); ``False`` trains it again.
+        """Stop training the experts' own parameters (and shared MPO cores); ``False`` trains them again.
 
         Raises:
             ValueError: a model without experts.

@@ -1,7 +1,7 @@
-"""The model card: `README.md` beside a saved model, with what the mixture is and what it reached.
+"""The model card: `README.md` next to a saved model, which describes the mixture and its scores.
 
-A card that somebody wrote or edited is never replaced: a generated card ends with its own checksum, and only a file
-whose checksum still fits is replaced.
+A card that a user wrote or edited is never replaced: a generated card ends with its own checksum, and only a file whose
+checksum still matches is replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CARD_FILE = "README.md"
 _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
-_TEMPLATE = "This model card has been automatically generated."  # of Transformers, where a repository has none
+_TEMPLATE = "This model card has been automatically generated."  # Transformers' card for a repository without one
 
 
 def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
@@ -28,7 +28,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
 
     Args:
         model: an MPOE model.
-        metrics: name -> number; nested mappings get dotted names, everything else is left out.
+        metrics: name -> number; nested mappings get dotted names, other values are left out.
     """
     config, report = model.mpoe_config, parameter_report(model)
     base = base_name(model)
@@ -77,7 +77,7 @@ def may_write_card(file: Path) -> bool:
 
 
 def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> bool:
-    """Write `model_card` into ``folder``, unless somebody's own card is there; returns whether it was written."""
+    """Write `model_card` into ``folder``, unless a user's card is there; returns whether it was written."""
     file = Path(folder) / CARD_FILE
     if not may_write_card(file):
         return False
@@ -86,14 +86,14 @@ def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None
 
 
 def replace_template(model: Any, folder: str | Path) -> None:
-    """Put our card in the place of the one that Transformers makes for a repository without any."""
+    """Replace the card that Transformers creates for a repository without one by ours."""
     file = Path(folder) / CARD_FILE
     if file.is_file() and _TEMPLATE in file.read_text(encoding="utf-8"):
         _write(file, model_card(model))
 
 
 def base_name(model: Any) -> str:
-    """The hub name of the dense model that was converted; empty for a folder, whose path is nobody's business."""
+    """The hub name of the converted dense model; empty for a local folder, whose path is private."""
     name = str(getattr(model.config, "mpoe_base", None) or "")
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
 
@@ -102,7 +102,7 @@ _PARTS = ("central", "auxiliary", "expert", "router", "rest")
 
 
 def _write(file: Path, text: str) -> None:
-    """All of it or nothing, and never through a link."""
+    """Write a file atomically, and never through a link."""
     scratch = file.with_name(f".incomplete-{file.name}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)

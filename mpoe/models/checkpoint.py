@@ -1,4 +1,4 @@
-"""Loading and saving: `load_mpoe`, and saves that hold the MPOE parameters only."""
+"""Loading and saving: `load_mpoe`, and saves with only the MPOE parameters."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
 
 
 def _check_whole(folder: Path, values: dict[str, Any], cls: type[Any]) -> None:
-    """Refuse a folder whose weights are damaged or do not fit its configuration, before memory is taken."""
+    """Refuse a folder whose weights are damaged or do not match its configuration, before memory is allocated."""
     files = weight_files(folder)
     shapes = declared_shapes(files)
     check_repeats(values, shapes, folder / "config.json")
@@ -85,7 +85,7 @@ def _check_whole(folder: Path, values: dict[str, Any], cls: type[Any]) -> None:
 
 @contextlib.contextmanager
 def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
-    """Whatever Transformers' constructors make of fields that nobody has checked becomes a ValueError."""
+    """Turn any error that Transformers' constructors raise on unchecked fields into a ValueError."""
     try:
         yield
     except Exception as error:
@@ -107,9 +107,9 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         A model of the saved class, in eval mode.
 
     Raises:
-        TypeError: ``path`` is no path.
-        ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that
-            is missing or is not the one the save was made from.
+        TypeError: ``path`` is not a path.
+        ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that is
+            missing or not the one that the save was made from.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be the folder of a saved model; got {type(path).__name__} {path!r}")
@@ -167,7 +167,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
-    """Save routers and experts only, with the identity of the dense model that holds the rest.
+    """Save only routers and experts, with a hash that identifies the dense model that holds the rest.
 
     Args:
         model: an MPOE model whose other parameters are still the base's.
@@ -175,10 +175,10 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         base: the dense model, or its folder.
 
     Raises:
-        TypeError: a model that is no MPOE model, a path of another type.
+        TypeError: a model that is not an MPOE model, a path of another type.
         ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then),
             a folder that holds a whole model.
-        NotADirectoryError: ``path`` is a file, or a link that leads to no folder.
+        NotADirectoryError: ``path`` is a file, or a link that does not lead to a folder.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
@@ -207,7 +207,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     own = {n: value.contiguous().cpu() for n, value in _own(module).items()}
     identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved in place, the config last: a kill on the way leaves nothing that looks like a model.
+    # Written elsewhere and moved into place, the config last: an interrupted save leaves nothing that looks like a
+    # model.
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as aside:
         staged = Path(aside)
         save_file(own, staged / ONLY_FILE, metadata={"format": "pt"})
@@ -224,7 +225,7 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
             raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is no folder")
         try:
             return dense_class.from_pretrained(base, use_safetensors=True), str(base)
-        except Exception as error:  # Transformers has several for a folder that holds no model of this class
+        except Exception as error:  # Transformers raises several kinds for a folder that has no model of this class
             raise ValueError(f"base must be a {dense_class.__name__} or its folder; {base}: {error}") from error
     if type(base) is not dense_class:
         raise ValueError(f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}")
@@ -244,7 +245,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     dense, _ = _base_model(base, cls)
     with torch.device("meta"):
         skeleton = type(dense)(dense.config)
-    _install(skeleton, cls, parsed)  # without memory: a damaged config may ask for more than there is
+    _install(skeleton, cls, parsed)  # without memory: a damaged config may ask for more than is available
     shapes, expected = declared_shapes(files), {name: tuple(value.shape) for name, value in _own(skeleton).items()}
     if shapes != expected:
         odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[:5]

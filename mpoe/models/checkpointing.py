@@ -10,7 +10,7 @@ from mpoe.layers.context import checkpoint_contexts
 
 
 class _Joined(AbstractContextManager[None]):
-    """Enters several context managers in order."""
+    """Enters several context managers, in order."""
 
     def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
         self._contexts, self._stack = contexts, ExitStack()
@@ -24,7 +24,7 @@ class _Joined(AbstractContextManager[None]):
 
 
 def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """What `torch.utils.checkpoint.checkpoint` is called with: a user's arguments, and our contexts around theirs."""
+    """Arguments for `torch.utils.checkpoint.checkpoint`: the user's, with our contexts around the user's."""
     chosen = {"use_reentrant": False, **(kwargs or {})}
     if chosen["use_reentrant"]:
         # A reentrant checkpoint recomputes layers without the masks of the call, and its routers get no gradient.

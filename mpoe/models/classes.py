@@ -1,7 +1,7 @@
-"""Model classes made by a rule: a dense class, its family and its head decide everything.
+"""Model classes created by a rule from a dense class, its family and its head.
 
-Transformers' own tables say which class a family has for which head. They are read, and the classes made, when a
-family is used for the first time.
+Transformers' own tables list the class of each family for each head. They are read, and the classes created, when a
+family is first used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpoe.models.families import family_of
 from mpoe.models.outputs import output_of
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE
 
-# Auto class -> Transformers' table of the classes it gives
+# Auto class -> Transformers' table of its classes
 HEADS = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -60,14 +60,14 @@ def make_class(
     mixin: type[Any],
     autos: dict[str, str],
 ) -> type[Any]:
-    """The class of what a ``dense`` model becomes.
+    """The class of a converted ``dense`` model.
 
     Args:
-        dense: of Transformers, or a class like those.
-        config: of the converted model.
+        dense: a model class of Transformers, or a similar one.
+        config: configuration class of the converted model.
         model_type: its family in `TABLE`, or of the dense configuration.
         mixin: `MPOEModelMixin` or a class below it.
-        autos: Auto class -> name of the converted class, of the whole family.
+        autos: Auto class -> name of the converted class, for the whole family.
     """
     causal = "AutoModelForCausalLM" in autos and autos["AutoModelForCausalLM"] == f"{CLASS_PREFIX}{dense.__name__}"
     original = inspect.unwrap(dense.forward)
@@ -93,7 +93,7 @@ def make_class(
         "dense_class": dense,
         "mpoe_family": model_type,
         "mpoe_output": output_of(dense.forward),
-        # A causal head of today hands them to `loss_function`; older ones compute their loss themselves.
+        # Current causal heads pass them to `loss_function`; older ones compute their loss themselves.
         "accepts_loss_kwargs": causal and "loss_function" in original.__code__.co_names,
         "auto_classes": {
             auto: name for auto, name in autos.items() if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
@@ -102,7 +102,7 @@ def make_class(
             *(mixin._keep_in_fp32_modules_strict or ()),
             *(dense._keep_in_fp32_modules_strict or ()),
         },
-        # Transformers looks for it in the file of the class.
+        # Transformers looks for it in the file that defines the class.
         "_can_set_attn_implementation": classmethod(lambda cls: dense._can_set_attn_implementation()),
     }
     bases: tuple[type[Any], ...] = (mixin, dense)
@@ -147,7 +147,7 @@ def foreign_class(dense: Any) -> type[Any]:
 
 
 def default_class(model_type: str) -> str:
-    """Name of the dense class of a family when nothing says which head is wanted."""
+    """Name of a family's dense class if no head is specified."""
     return dense_names(model_type)[STYLE_HEADS[TABLE[model_type].style]]
 
 

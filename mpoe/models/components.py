@@ -6,8 +6,8 @@ import difflib
 
 COMPONENTS = ("word_embed", "mlp", "attention", "pooler")
 _ALIASES = {"ffn": "mlp", "embedding": "word_embed", "embeddings": "word_embed"}
-# Words inside a module's name that tell its component; the first component that matches wins (BERT's FFN
-# lies at `encoder.layer.0.…`, its attention's output at `…attention.output.dense`).
+# Words in a module's name that identify its component; the first component that matches wins (BERT's FFN is at
+# `encoder.layer.0.…`, its attention's output at `…attention.output.dense`).
 _WORDS = {
     "pooler": ("pooler",),
     "word_embed": ("shared", "embed", "wte", "lm_head"),

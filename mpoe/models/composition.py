@@ -1,8 +1,7 @@
 """`compose`: several fine-tunes of one model become the experts of one mixture.
 
-Feed-forward networks become experts, one per fine-tune; of everything else the mixture holds the mean over the
-fine-tunes (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816). Routers need no training: see
-`mpoe.models.domains`.
+Feed-forward networks become experts, one per fine-tune; all other parameters are the mean over the fine-tunes
+(Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816). Routers need no training: see `mpoe.models.domains`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mpoe.models.sites import FFNSite
 
 ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
-# Steps of L-BFGS that fit an MPO expert around a centre that is there.
+# L-BFGS steps to fit an MPO expert around an existing centre.
 FIT_STEPS = 100
 
 
@@ -51,7 +50,7 @@ def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
 
 
 def exact_config(base: Any, experts: int) -> MPOEConfig:
-    """Dense experts with all the biases that the networks of ``base`` have."""
+    """A configuration of dense experts with all biases of the networks of ``base``."""
     config = MPOEConfig(num_experts=experts, expert_type="dense")
     sites = _ffn_sites(base, config).values()
     config.expert_bias = any(site.bias("up") is not None for site in sites)
@@ -82,12 +81,12 @@ def _norm(tensors: Iterator[Tensor]) -> float:
 
 
 def _error(missed: float, changed: float, whole: float) -> float:
-    """What is missed of a change, or of the ``whole`` weight where nothing was changed."""
+    """Error relative to the change, or relative to the ``whole`` weight if nothing was changed."""
     return missed / (changed or whole or 1.0)
 
 
 def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
-    """The mean of the fine-tunes; what they have in common is kept bit for bit."""
+    """The mean of the fine-tunes; parameters that are equal in all stay bit-identical."""
     mean = copy.deepcopy(base)
     others = [dict(model.named_parameters()) for model in fine_tunes]
     for name, parameter in mean.named_parameters():
@@ -103,7 +102,7 @@ def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
 
 
 def _fit_cores(cores: MPOCores, expert: int, wanted: Tensor) -> None:
-    """Fit the auxiliary cores of one expert to a full weight ``[I, F]``, by L-BFGS on the squared error."""
+    """Fit one expert's auxiliary cores to a full weight ``[I, F]``, by L-BFGS on the squared error."""
     parameters = list(cores.auxiliary)
     was = [(p, p.requires_grad) for p in cores.parameters()]
     for p, _ in was:
@@ -141,7 +140,7 @@ def _fit_hidden(layer: HiddenFeedForward, expert: int, site: FFNSite) -> None:
             b = goal.view(-1, groups, size).transpose(0, 1)
         if not experts.per_group:
             a, b = a.reshape(1, -1, size), b.reshape(1, -1, size)
-        # The part along directions that the centre lacks stays an identity.
+        # Along directions that the centre lacks, the blocks stay identities.
         eye = torch.eye(size, dtype=a.dtype, device=a.device)
         block = eye + torch.linalg.pinv(a) @ (b - a)
         experts.auxiliary[name][expert] = (block.mT if kind == "down" else block).to(experts.dtype)
@@ -155,9 +154,9 @@ def _fit_hidden(layer: HiddenFeedForward, expert: int, site: FFNSite) -> None:
 
 
 def _set_experts(layer: RoutedFeedForward, sites: Mapping[int, FFNSite], is_new: bool) -> None:
-    """Give the experts of ``layer`` with these numbers the networks of their fine-tunes.
+    """Set the experts of ``layer`` with these indices to the networks of their fine-tunes.
 
-    ``is_new``: the layer has no other experts, so that what they share may follow too.
+    ``is_new``: the layer has no other experts, so the shared parameters may be set too.
     """
     if isinstance(layer, HiddenFeedForward):
         for number, site in sites.items():
@@ -189,7 +188,7 @@ def _weights(layer: RoutedFeedForward, kind: str) -> Tensor:
 
 
 def _told(mixture: Any, base: Any, numbered: Mapping[int, Any], config: MPOEConfig) -> dict[str, Any]:
-    """What the mixture holds of its fine-tunes, by number: relative errors of the experts, and of what they share."""
+    """Relative errors of the experts and of the shared parameters, for each fine-tune."""
     start = _ffn_sites(base, config)
     report: dict[str, dict[str, dict[int, float]]] = {}
     of = {number: _ffn_sites(model, config) for number, model in numbered.items()}
@@ -215,7 +214,7 @@ def _told(mixture: Any, base: Any, numbered: Mapping[int, Any], config: MPOEConf
 
 
 def _route(mixture: Any, examples: Batches, first: int, router: str, steps: int, ridge: float) -> None:
-    """Collect what tells the domains from ``first`` on apart, and set the routers."""
+    """Collect the statistics of the domains from ``first`` on, and set the routers."""
     statistics = getattr(mixture, "router_statistics", None)
     mixture.router_statistics = collect(mixture, examples, first, statistics)
     solve_routers(mixture, mixture.router_statistics, ridge)
@@ -245,32 +244,32 @@ def compose(
     steps: int = 200,
     ridge: float = 1e-3,
 ) -> Any:
-    """One mixture of several fine-tunes of one model: an expert each.
+    """Combine several fine-tunes of one model into a mixture with one expert each.
 
     Args:
-        base: the dense model that they began with, of a family in `mpoe.models.table`. It is left as it is.
+        base: the dense model that they started from, of a family in `mpoe.models.table`. It is not changed.
         fine_tunes: dense models of the class of ``base``; those trained with LoRA after ``merge_and_unload``.
         examples: for every fine-tune, batches of its domain as keyword arguments of the model (``input_ids``,
-            ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers at
+            ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers
             random: set them later, or train the mixture.
-        config: how experts are built; default: dense experts with biases of their own, which hold the feed-forward
-            networks exactly. Hidden-side experts are fitted by least squares, MPO experts by
-            alternating least squares (`mpoe_kernels.decompose_shared`).
-            ``num_experts`` is the number of fine-tunes, whatever it says.
-        router: ``"ridge"``: closed form, see `mpoe.models.domains.solve_routers`; ``"train"``: then trained alone.
+        config: how experts are built; default: dense experts with their own biases, which represent the feed-forward
+            networks exactly. Hidden-side experts are fitted by least squares, MPO experts by alternating least squares
+            (`mpoe_kernels.decompose_shared`). ``num_experts`` is always set to the number of fine-tunes.
+        router: ``"ridge"``: closed form, see `mpoe.models.domains.solve_routers`; ``"train"``: additionally trained,
+            with everything else frozen.
         steps: optimizer steps of ``"train"``.
-        ridge: of the regression, relative to the mean square of a feature.
+        ridge: penalty of the regression, relative to the mean square of a feature.
 
     Returns:
-        The mixture, in eval mode. Its ``composition_report`` tells the error per layer, kind and expert,
-        ``|W_mixture - W_fine_tune| / |W_fine_tune - W_base|`` (0 = exact; where nothing was changed, relative to the
-        weight), and the same for the parameters outside the experts under ``"shared"``. ``router_statistics`` is what
-        `add_expert` needs of today's examples.
+        The mixture, in eval mode. Its ``composition_report`` has the error per layer, kind and expert, ``|W_mixture -
+        W_fine_tune| / |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weight), and the
+        same for the parameters outside the experts under ``"shared"``. ``router_statistics`` holds what `add_expert`
+        needs from these examples.
 
     Raises:
         TypeError: ``config`` of another type.
-        ValueError: no fine-tunes, models that differ in more than values, examples that are not one per fine-tune,
-            a mixture as ``base``, a configuration without a router.
+        ValueError: no fine-tunes, models that differ in more than values, a number of examples other than one per
+            fine-tune, a mixture as ``base``, a configuration without a router.
     """
     if not fine_tunes:
         raise ValueError("fine_tunes must hold at least one model; got none")
@@ -305,18 +304,18 @@ def add_expert(
     steps: int = 200,
     ridge: float = 1e-3,
 ) -> Any:
-    """A mixture with one expert more; the other experts, and what all share, stay as they are bit for bit.
+    """Add one expert to a mixture; the other experts and all shared parameters stay bit-identical.
 
     With ``examples`` of the new domain and the mixture's ``router_statistics`` the routers are solved again as if all
-    domains had been there from the start, without the older ones' examples.
+    domains had been present from the start; the examples of earlier domains are not needed.
 
     Args:
-        mixture: made by `compose`; it is left as it is.
+        mixture: made by `compose`; it is not changed.
         base, fine_tune, router, steps, ridge: as in `compose`.
         examples: batches of the new domain; ``None``: the new expert gets a random row in every router.
 
     Raises:
-        TypeError: a mixture that is no MPOE model.
+        TypeError: a mixture that is not an MPOE model.
         ValueError: a model of another class or size, ``examples`` for a mixture without statistics.
     """
     if not isinstance(mixture, MPOEModelMixin):

@@ -1,4 +1,4 @@
-"""Configurations of converted models, made from those of the dense ones by a rule."""
+"""Configurations of converted models, derived from the dense ones by a rule."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class MPOEConfigMixin(_Config):
 
 
 class RoutedConfigMixin(MPOEConfigMixin):
-    """Configuration of a model whose routers are ours; mixtures of Transformers have these options of their own.
+    """Configuration of a model with our routers; Transformers' mixtures have these options already.
 
-    ``output_router_logits`` is Transformers' option of that name: ``None`` (as ever) and ``True`` return what the
-    routers did, ``False`` leaves the fields of `mpoe.models.outputs.RoutingFields` out; the loss contains the auxiliary
-    losses in every case. The plan of expert parallelism is empty: experts and routers are whole on every rank.
+    ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and ``True`` return the
+    routers' outputs, ``False`` leaves out the fields of `mpoe.models.outputs.RoutingFields`; the loss always contains
+    the auxiliary losses. The expert-parallel plan is empty: experts and routers are replicated on every rank.
     """
 
     base_model_ep_plan: ClassVar[Any] = {}
@@ -60,7 +60,7 @@ class RoutedConfigMixin(MPOEConfigMixin):
 
 
 def config_class_for(dense: type[PreTrainedConfig], module: str, routed: bool = True) -> type[PreTrainedConfig]:
-    """The configuration class of what ``dense`` models become, with our routers unless ``routed`` is False."""
+    """The configuration class of converted ``dense`` models, with our routers unless ``routed`` is False."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
         coefficient = kwargs.pop("router_aux_loss_coef", None) if routed else None

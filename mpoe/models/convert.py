@@ -1,4 +1,4 @@
-"""`convert_to_mpoe` and `merge_experts`: from a dense model to a mixture of MPO experts, and to dense experts."""
+"""`convert_to_mpoe` (dense model to MPO experts) and `merge_experts` (MPO experts to dense experts)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from mpoe.models.stock_experts import AnySite, checked_for
 from mpoe.models.table import TABLE
 from mpoe_kernels import SharedDecomposition, backend_reasons
 
-SMALL_ERROR = 1e-3  # of existing experts, below which nothing is said
+SMALL_ERROR = 1e-3  # error of existing experts below which there is no warning
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def converted_class(model: Any, sites: Any = None) -> type[Any]:
-    """The class that ``model`` gets."""
+    """The class of ``model`` after conversion."""
     if isinstance(model, MPOEModelMixin):
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
     if sites is not None:
@@ -81,7 +81,7 @@ def _check_backend(name: str | None) -> None:
 
 
 def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
-    """Deep copy of ``model`` that shares the parameters of the modules it is about to lose."""
+    """Deep copy of ``model`` that shares the parameters of the modules that will be replaced."""
     memo: dict[int, Any] = {id(p): p for module in shared for p in module.parameters()}
     return copy.deepcopy(model, memo)
 
@@ -92,7 +92,7 @@ def _mpoe_model_config(config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfi
         values.pop(key, None)
     converted: PreTrainedConfig = cls.config_class(**values, mpoe=mpoe)
     converted._attn_implementation = config._attn_implementation
-    if cls.has_stock_experts:  # Transformers' other models have no experts, and a value that means nothing
+    if cls.has_stock_experts:  # Transformers' other models have no experts, and a meaningless value here
         converted._experts_implementation = config._experts_implementation
     converted._name_or_path = converted.mpoe_base = config._name_or_path
     return converted
@@ -109,7 +109,7 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
                 mapped[id(config)] = _mpoe_model_config(config, cls, mpoe)
             module.config = mapped[id(config)]  # type: ignore[assignment]
     model.__class__ = cls
-    # A skeleton without memory shows what the constructor sets on an instance of the new class, and registers the
+    # A model on the meta device shows what the constructor sets on an instance of the new class, and registers the
     # class for output capturing.
     with torch.device("meta"):
         skeleton = cls(model.config)
@@ -130,7 +130,7 @@ def _warn_of_float16(model: Any, sites: Sequence[AnySite]) -> None:
 
 
 def _warn_of_errors(report: Report) -> None:
-    """Say how far MPO experts are from those of the mixture that they replace."""
+    """Warn of the error of MPO experts relative to the experts that they replace."""
     errors = [result.relative_error_bound for result in report.values() if isinstance(result, SharedDecomposition)]
     if errors and max(errors) > SMALL_ERROR:
         warnings.warn(
@@ -141,7 +141,7 @@ def _warn_of_errors(report: Report) -> None:
 
 
 def _check_sites(model: Any, sites: Sequence[AnySite], config: MPOEConfig) -> bool:
-    """Refuse shapes that do not fit; returns whether the head is tied to a table that becomes an MPO."""
+    """Refuse mismatched shapes; returns whether the head is tied to an embedding that becomes an MPO."""
     for site in sites:
         site.check(config)
     tables = [site for site in sites if isinstance(site, EmbeddingSite)]
@@ -155,13 +155,12 @@ def convert_to_mpoe(
 ) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
-    Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
+    Every feed-forward network gets a router (see ``moe_type``) and experts: either blocks between its own projections
     (``shape="hidden"``, the default), or its matrices are decomposed once and copied to all experts, which share the
-    central core. Networks without a module of their own, between whose projections no blocks can stand (BART, OPT), get
-    separable experts where no shape is named. A model that is a mixture already keeps its experts and its router, or
-    its experts become MPOs around a shared centre, as near as that goes (``existing_experts``). Attention projections,
-    the embedding with its tied head and BERT's pooler become MPOs where ``target_modules`` says so. Nothing else
-    changes.
+    central core. Networks that are not a module of their own (BART, OPT) do not support hidden-side blocks and get
+    separable experts if no shape is named. A model that is already a mixture keeps its experts and its router, or its
+    experts are approximated by MPOs around a shared centre (``existing_experts``). Attention projections, the embedding
+    with its tied head and BERT's pooler become MPOs if ``target_modules`` lists them. Nothing else changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
@@ -173,16 +172,16 @@ def convert_to_mpoe(
             "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the model.
 
     Returns:
-        The converted model, of a registered Hugging Face class, in the same training mode. Its attribute
+        The converted model, an instance of a registered Hugging Face class, in the same training mode. Its attribute
         ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
         ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
-        Of existing experts these are the errors themselves, and ``"expert_errors"`` has one for each.
+        For existing experts these are the errors themselves, and ``"expert_errors"`` has one for each expert.
 
     Raises:
-        ValueError: an unknown model class (with the known ones), NaN or Inf in a parameter (by name), parameters
-            on the device ``meta``, shapes, exclusions, layer indices or ``sites`` that do not fit; for a mixture,
-            another number of experts than it has, a router, or experts of a kind that MPOs cannot be; all before any
-            work.
+        ValueError: an unknown model class (the message lists the known ones), NaN or Inf in a parameter (by name),
+            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``; for a mixture, a
+            different number of experts, a router, or experts of a kind that MPOs cannot represent. All are raised
+            before any work.
         TypeError: ``config`` or ``sites`` of another type.
     """
     given = None if sites is None else checked_sites(sites)
@@ -230,21 +229,21 @@ def convert_to_mpoe(
 @one_at_a_time
 @torch.no_grad()
 def merge_experts(model: Any, as_: str | None = None) -> Any:
-    """A Switch-style model of the same class whose experts are full matrices, computing the same.
+    """A Switch-style model of the same class whose experts are full matrices and which computes the same.
 
-    A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as its own dense expert.
-    Everything else in MPO form stays as it is. What was a mixture before its conversion gets the experts of its own
-    class back.
+    A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as a separate dense expert.
+    Everything else in MPO form is unchanged. A model that was a mixture before its conversion gets the experts of its
+    original class back.
 
     Args:
-        model: an MPOE model with ``expert_type="mpo"``; it is left as it is.
-        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``: an instance of that class of Transformers, which every tool
-            opens that serves it (see `mpoe.models.export`); for what was a mixture before its conversion the name of
-            its own family. The model's experts may be dense already then.
+        model: an MPOE model with ``expert_type="mpo"``; it is not changed.
+        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``: returns an instance of that Transformers class, which every
+            tool that supports the class can open (see `mpoe.models.export`); for a model that was a mixture before its
+            conversion, the name of its own family. In this case the model's experts may already be dense.
 
     Raises:
-        TypeError: a model that is no MPOE model.
-        ValueError: experts that are dense already; a model that ``as_`` cannot be exactly, with the reasons.
+        TypeError: a model that is not an MPOE model.
+        ValueError: experts that are already dense; a model that ``as_`` cannot represent exactly, with the reasons.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
@@ -281,7 +280,7 @@ def _has_dense_experts(model: Any) -> bool:
 
 
 def _with_config(merged: Any, config: MPOEConfig) -> Any:
-    """``merged``, whose configurations say so."""
+    """``merged``, with its configurations updated."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
     for holder in merged.modules():
         if isinstance(getattr(holder, "config", None), type(merged.config)):

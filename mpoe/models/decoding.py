@@ -1,4 +1,4 @@
-"""What `generate` keeps by itself: folded blocks and rebuilt weights, in as much memory as the dense layers took."""
+"""The default cache of `generate`: folded blocks and rebuilt weights, in as much memory as the dense layers took."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mpoe.layers.experts import MPOExperts
 
 logger = logging.get_logger(__name__)
 
-# Passes by folded blocks before full weights are built, which an answer should earn back: built at the second token
-# they seemed to make one of three tokens 8% longer, built at the eighth one of twelve 5% (shape light, one text; single
-# runs, noise 5%).
+# Passes with folded blocks before full weights are built, so that an answer amortises them: built at the second token
+# they seemed to slow an answer of three tokens by 8%, built at the eighth one of twelve by 5% (shape light, one text;
+# single runs, noise 5%).
 PATIENCE = 14
 
 
 def _may_gain(layer: MPOExperts) -> bool:
-    """Whether a cache could be of use to a layer: on the CPU, with whole cores that nothing else adapts or shards."""
+    """Whether a cache could help a layer: on the CPU, with cores that are neither adapted nor sharded."""
     projections = layer.projections().values()
     plain = all(type(cores) is MPOCores for cores in projections)
     weights = [core for cores in projections for core in cores.cores()] if plain else []
@@ -31,7 +31,7 @@ def _may_gain(layer: MPOExperts) -> bool:
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of the cache that `generate` uses by itself.
+    """Bound of `generate`'s default cache.
 
     Returns:
         The size of one dense feed-forward network for each layer, in its dtype; less where cores and cache together
@@ -48,10 +48,10 @@ def decoding_bytes(layers: list[MPOExperts]) -> int:
 
 @contextmanager
 def kept_while_generating(model: nn.Module) -> Iterator[ExpertCache | None]:
-    """A cache for the experts of ``model``, freed at the end; ``None`` where it is of no use or the user chose.
+    """A cache for the experts of ``model``, freed at the end; ``None`` if it would not help or the user has set one.
 
-    It does not outlive the call: nothing would tell it of weights that are swapped through ``parameter.data``, as
-    averages of weights are for an evaluation.
+    It does not outlive the call, because it cannot detect weights that are swapped through ``parameter.data``, as
+    weight averaging does for an evaluation.
     """
     layers = [module for module in model.modules() if isinstance(module, MPOExperts)]
     chosen = any(layer.expert_cache is not None for layer in layers)

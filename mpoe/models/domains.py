@@ -1,8 +1,9 @@
-"""Routers that send a domain's tokens to its expert, by ridge regression in closed form, or trained after it.
+"""Routers that send a domain's tokens to its expert, by ridge regression in closed form, optionally followed by
+training.
 
-A layer's features are what its router reads while every token of a domain goes to the domain's own expert; the target
-is the domain, one-hot. What the regression needs of a domain is the mean outer product of its features and their mean
-(a linear discriminant with one covariance), so domains can join later without the earlier ones' texts.
+A layer's features are its router's inputs while every token of a domain goes to the domain's own expert; the target is
+the one-hot domain. For each domain the regression needs only the mean outer product of its features and their mean (a
+linear discriminant with one covariance), so domains can be added later without the earlier ones' texts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
 
 
 class _Forced(TopKRouter):
-    """Sends every token to one expert, whatever its capacity, and sums what it reads."""
+    """Sends every token to one expert, regardless of capacity, and accumulates statistics of its inputs."""
 
     def __init__(self, router: TopKRouter, expert: int) -> None:
         super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
@@ -44,7 +45,7 @@ class _Forced(TopKRouter):
         self.tokens = torch.zeros((), **options)
 
     def capacity(self, num_tokens: int) -> None:
-        """None: every token is its own expert's."""
+        """None: every token goes to its domain's expert."""
 
     def forward(self, x: Tensor) -> RouterOutput:
         value = x.double()
@@ -82,13 +83,13 @@ def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def collect(
     mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, known: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """What the regression needs, by layer: ``NAME.outer [I, I]``, the sum over domains of their mean outer product, and
-    ``NAME.mean [E, I]``, float64.
+    """Statistics for the regression, by layer: ``NAME.outer [I, I]``, the sum over domains of their mean outer product,
+    and ``NAME.mean [E, I]``, float64.
 
     Args:
         mixture: in eval mode.
         examples: batches of the domains of the experts ``first``, ``first + 1``, ...
-        known: the same of earlier domains, or ``None``.
+        known: the statistics of earlier domains, or ``None``.
 
     Raises:
         ValueError: a domain without a token.
@@ -110,11 +111,11 @@ def collect(
 
 @torch.no_grad()
 def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: float) -> None:
-    """Set every router to the ridge regression of the domain on its input, every domain counting alike.
+    """Set every router to the ridge regression of the domain on its input, with equal weight for every domain.
 
-    Without a constant term, which routers do not have: targets are centred, as a softmax ignores what is added to all.
-    The regression's outputs t are probabilities less 1/E. The logits are E t, whose softmax agrees with them to first
-    order: where an input tells little of the domain, the gates of several experts stay near their mean.
+    There is no constant term, because routers have none: targets are centred, since a softmax ignores a common offset.
+    The regression's outputs t are probabilities minus 1/E. The logits are E t, whose softmax agrees with them to first
+    order: if an input says little about the domain, the gates of several experts stay near their mean.
     """
     for name, layer in routed_layers(mixture).items():
         means = statistics[f"{name}.mean"]
@@ -128,11 +129,11 @@ def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: f
 def train_routers(
     mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, steps: int
 ) -> list[float]:
-    """Train the routers alone (AdamW, 1e-3): cross-entropy of the domain at every router, and the model's own loss
-    where batches hold labels. Everything else stays bit for bit.
+    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
+    loss if batches have labels. Everything else stays bit-identical.
 
     Returns:
-        The loss of every step, a batch of each domain.
+        The loss of every step; a step uses one batch of each domain.
     """
     routers = [layer.router for layer in routed_layers(mixture).values()]
     weights = [router.weight for router in routers if router is not None]

@@ -1,7 +1,8 @@
-"""Mixtures as classes that other tools serve: Transformers' Mixtral and Qwen3-MoE, with full matrices per expert.
+"""Export of mixtures to classes that other tools can serve: Transformers' Mixtral and Qwen3-MoE, with full matrices per
+expert.
 
 A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
-lie transposed. What would not be exact is refused.
+are transposed. Exports that would not be exact are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.mixtures import MixtureMixin, dense_config
 
-# Fields that a Llama, Mistral or Qwen3 and its mixture have in common.
+# Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
     *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
@@ -32,7 +33,7 @@ class Target:
     """A class of Transformers that a mixture can become.
 
     Attributes:
-        families: dense families whose mixture it is.
+        families: dense families of which it is the mixture.
         config, model: names of its classes.
         experts, inner: its configuration's fields for the number of experts and the size of their hidden layer.
         renormalises: whether the gates of a token always sum to 1.
@@ -55,7 +56,7 @@ TARGETS = {
     ),
     "olmoe": Target((), "OlmoeConfig", "OlmoeForCausalLM", "num_experts", "intermediate_size", False),
 }
-# Of max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
+# Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
 
@@ -127,12 +128,12 @@ def _stock_class(model: Any, to: str) -> Any:
 
 @torch.no_grad()
 def as_stock(merged: Any, to: str) -> Any:
-    """``merged``, a model with dense experts, as the class of Transformers that computes the same.
+    """``merged``, a model with dense experts, as the Transformers class that computes the same.
 
-    What was a mixture before its conversion becomes one of its own class again, with any head.
+    A model that was a mixture before its conversion becomes an instance of its original class again, with any head.
 
     Raises:
-        ValueError: an unknown class, or a model that it cannot be exactly, with every reason.
+        ValueError: an unknown class, or a model that it cannot represent exactly, with every reason.
     """
     known = (merged.mpoe_family,) if isinstance(merged, MixtureMixin) else TARGETS
     if to not in (*TARGETS, *known):
@@ -152,7 +153,7 @@ def as_stock(merged: Any, to: str) -> Any:
 
 @torch.no_grad()
 def check_export(model: Any, folder: Path, to: str) -> float:
-    """Open what was written with the stock class and compare logits with those of ``model``.
+    """Open the exported folder with the stock class and compare logits with those of ``model``.
 
     Returns:
         The largest difference, relative to the largest logit.

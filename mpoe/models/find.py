@@ -27,7 +27,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, str]:
-    """Names, inside ``holder``, of the projections by kind; empty if it is built in another way."""
+    """Names, inside ``holder``, of the projections by kind; empty if its structure is different."""
     kinds = {"up": ffn.up, "down": ffn.down}
     if ffn.gate_proj is not None:
         kinds["gate_proj"] = ffn.gate_proj
@@ -36,7 +36,7 @@ def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, str]:
 
 
 def _fused_columns(weight: Tensor, kinds: tuple[str, ...]) -> dict[str, slice]:
-    """Columns of ``weight [in, out]`` that belong to each of ``kinds``, side by side."""
+    """The columns of ``weight [in, out]`` that belong to each of ``kinds``, consecutively."""
     width = weight.shape[1] // max(len(kinds), 1)
     return {kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(kinds)}
 
@@ -149,7 +149,7 @@ def _feed_forward_sites(model: nn.Module, family: Family, model_config: Any, con
 
 
 def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> list[AnySite]:
-    """Dense modules of ``model`` that ``config`` converts; none where a mixture merely keeps its experts.
+    """Dense modules of ``model`` that ``config`` converts; none if a mixture only keeps its experts.
 
     Raises:
         ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or ``layers_to_transform`` that match

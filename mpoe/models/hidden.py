@@ -1,4 +1,4 @@
-"""Feed-forward networks whose projections stay: experts with hidden-side blocks move in between them."""
+"""Feed-forward networks that keep their projections: experts with hidden-side blocks are inserted between them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class HiddenSite(FFNSite):
 
     @property
     def inside(self) -> dict[str, str]:
-        """Attribute, in the module that is replaced, of each projection that lies in it."""
+        """Attribute name of each projection inside the replaced module."""
         start = f"{self.name}."
         return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
 
     @property
     def obstacle(self) -> str | None:
-        """Why blocks cannot stand between these projections, if so."""
+        """Why blocks cannot be inserted between these projections, if they cannot."""
         missing = [kind for kind in self.dense if kind != "down" and "." in self.inside.get(kind, ".")]
         return f"its {missing[0]} projection inside the module" if missing else None
 
     def check(self, config: MPOEConfig) -> None:
-        """Refuse projections that are built in another way, or of sizes that do not fit."""
+        """Refuse projections of another structure or with mismatched sizes."""
         own = config.for_experts(self.name)
         if self.obstacle is not None:
             raise ValueError(f"{self.name}: shape 'hidden' needs {self.obstacle} (shape='separable' takes it as it is)")
@@ -74,7 +74,7 @@ class HiddenSite(FFNSite):
         ).to_empty(device=up.device)
 
     def load(self, module: HiddenFeedForward, config: MPOEConfig) -> Report:  # type: ignore[override]
-        """A fresh router and identity blocks: nothing is decomposed."""
+        """A new router and identity blocks: nothing is decomposed."""
         if module.router is not None:
             module.router.reset_parameters()
         module.experts.reset_parameters()
@@ -97,7 +97,7 @@ def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
 def merged_config(config: MPOEConfig, layers: dict[str, HiddenFeedForward]) -> MPOEConfig:
     """Configuration of the dense experts that such layers merge into.
 
-    A bias before the activation passes an expert's block, so that every expert gets a bias of its own.
+    A bias before the activation passes through an expert's block, so every expert gets its own bias.
     """
     own = any(
         module.experts.bias is not None or getattr(module.projections()["up"], "bias", None) is not None
@@ -108,7 +108,7 @@ def merged_config(config: MPOEConfig, layers: dict[str, HiddenFeedForward]) -> M
 
 @torch.no_grad()
 def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
-    """Give dense experts the weights that the hidden-side blocks of ``layer`` amount to."""
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
     assert isinstance(merged.experts, DenseExperts)
     if merged.router is not None and layer.router is not None:
         merged.router.load_state_dict(layer.router.state_dict())

@@ -1,4 +1,4 @@
-"""`load_layers`: components of a model taken from an existing checkpoint instead of being decomposed again."""
+"""`load_layers`: take components of a model from an existing checkpoint instead of decomposing them again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
         Names of the modules that were loaded.
 
     Raises:
-        TypeError: a model that is no MPOE model.
+        TypeError: a model that is not an MPOE model.
         ValueError: no checkpoint there, a component that the model does not have in MPO form, parameters that are
             missing in the checkpoint or of another shape.
     """

@@ -1,8 +1,8 @@
-"""LoRA on MPO cores through PEFT, whose own layers know matrices and 3-D parameters only.
+"""LoRA on MPO cores through PEFT, whose own layers support only matrices and 3-D parameters.
 
 Every core, read as the matrix ``[d i, j d']`` (one per expert for auxiliary cores), gets a low-rank addition
-``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). That of the central core is shared by the experts like the core.
-Needs the extra ``peft``.
+``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). The central core's addition is shared by the experts, like the core
+itself. Needs the extra ``peft``.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ try:
 except ImportError as error:
     raise ImportError('LoRA on MPO cores needs PEFT: pip install "mpoe[peft]"') from error
 
-# Fields of LoraConfig whose variants mean something else than an added low-rank product.
+# Fields of LoraConfig that select something other than an added low-rank product.
 _UNSUPPORTED = ("use_dora", "lora_bias", "lora_dropout")
 
 
 def lora_on_cores(config: LoraConfig) -> LoraConfig:
-    """Let ``config`` adapt MPO weights, wherever its ``target_modules`` name them: ``up``, ``down``, ``gate_proj``
+    """Let ``config`` adapt the MPO weights that its ``target_modules`` name: ``up``, ``down``, ``gate_proj``
     of the experts, ``cores`` of MPO attention projections.
 
     Every `LoraConfig` that PEFT applies to MPO weights goes through here, so that a plain
-    ``PeftModel.from_pretrained(model, folder)`` loads an adapter. To call it first merely checks the options earlier.
+    ``PeftModel.from_pretrained(model, folder)`` loads an adapter. Calling it beforehand only checks the options
+    earlier.
 
     Returns:
         ``config`` itself.
 
     Raises:
-        TypeError: a config of another method.
+        TypeError: a config of a method other than LoRA.
         ValueError: an option that has no meaning on cores (DoRA, dropout, bias, another initialisation).
     """
     if not isinstance(config, LoraConfig):
@@ -59,9 +60,9 @@ def _rows_and_columns(core: Tensor) -> tuple[int, int]:
 
 
 class LoraCores(nn.Module, LoraLayer):
-    """`MPOCores` with low-rank additions to its cores; takes their place in the experts.
+    """`MPOCores` with low-rank additions to its cores; replaces the `MPOCores` in the experts.
 
-    The rank of a core's addition is ``r``, or less where the core itself has less.
+    The rank of a core's addition is ``r``, or less if the core's own rank is smaller.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class LoraCores(nn.Module, LoraLayer):
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter: A random, B zero, so that nothing changes yet."""
+        """Add an adapter with random A and zero B, so the output does not change yet."""
         if r <= 0:
             raise ValueError(f"r must be at least 1; got {r}")
         base: Any = self.get_base_layer()
@@ -119,7 +120,7 @@ class LoraCores(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delta(self, adapter_name: str, name: str) -> Tensor:
-        """What an adapter adds to the core called ``name``, in the core's shape."""
+        """The addition of an adapter to the core called ``name``, in the core's shape."""
         key, core = name.replace(".", "_"), self.get_base_layer().get_parameter(name)
         b, a = (cast(nn.ParameterDict, side[adapter_name])[key] for side in (self.lora_B, self.lora_A))
         return (self.scaling[adapter_name] * (b @ a)).view(core.shape).to(core.dtype)
@@ -160,7 +161,7 @@ class LoraCores(nn.Module, LoraLayer):
         """Add the adapters' products to the cores.
 
         Raises:
-            ValueError: with ``safe_merge``, an addition that is not finite; the cores are left as they were.
+            ValueError: with ``safe_merge``, an addition that is not finite; the cores are then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if safe_merge:
@@ -175,6 +176,6 @@ class LoraCores(nn.Module, LoraLayer):
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take the merged additions away again, up to rounding."""
+        """Subtract the merged additions again, up to rounding."""
         while self.merged_adapters:
             self._add(self.merged_adapters.pop(), -1.0)

@@ -1,4 +1,4 @@
-"""Models that are mixtures before any conversion: what differs from mixtures that we make, and the way back."""
+"""Models that are mixtures before conversion: how they differ from converted dense models, and how to restore them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class MixtureMixin(MPOEModelMixin):
         return bool(cls.dense_class._can_set_experts_implementation())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers: its experts know more ways than ours."""
+        """As in Transformers: its experts support more implementations than ours."""
         return str(PreTrainedModel.get_correct_experts_implementation(self, requested_experts))
 
     def forget_dense_names(self) -> None:
-        """As for every model; where experts are MPOs, plans leave experts and routers whole on every rank."""
+        """As for every model; if experts are MPOs, plans replicate experts and routers on every rank."""
         super().forget_dense_names()
         model: Any = self
         changed = [name for name, module in expert_modules(model) if isinstance(module, MixtureExperts)]
@@ -61,7 +61,7 @@ def dense_config(model: Any) -> Any:
 
 
 def with_stock_experts(model: Any) -> Any:
-    """``model``, changed in place: its MPO experts are rebuilt as the experts that its dense class has."""
+    """``model``, changed in place: its MPO experts are rebuilt as the experts of its dense class."""
     with torch.device("meta"):
         skeleton = model.dense_class(dense_config(model))
     for name, module in list(expert_modules(model)):

@@ -1,7 +1,7 @@
 """Models are built and loaded by one thread at a time.
 
-While Transformers loads a model it changes what is global: initialisers, the default dtype, the tying of weights. A
-model that another thread builds meanwhile would come out without values.
+While Transformers loads a model it changes global state: initialisers, the default dtype, the tying of weights. A model
+that another thread builds meanwhile would stay uninitialised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LOCK = threading.RLock()
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, which waits until no other thread is inside any function so marked."""
+    """Decorator: ``function`` waits until no other thread is inside any decorated function."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Reads checkpoints of the original implementation (RUCAIBox/MPOE, T5): its key names and order of cores.
+"""Reads checkpoints of the original implementation (RUCAIBox/MPOE, T5), with its key names and order of cores.
 
 There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, in_k, d']``, and the central core, index
 2 of 5, is saved once per expert although all share it::
@@ -49,7 +49,7 @@ _PLAIN = re.compile(rf"(?P<ffn>{_FFN})\.DenseReluDense\.(?P<kind>wi|wo)_mpo\.ten
 _ATTENTION = re.compile(rf"(?P<name>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])_mpo\.tensor_set\.(?P<core>\d+)")
 _EMBEDDING = re.compile(r"shared_mpo\.tensor_set\.(?P<core>\d+)")
 _ROUTER = re.compile(rf"(?P<ffn>{_FFN})\.(?:sffn\.switch\.(?P<part>weight|bias)|moe_layer\.gate\.w_gating)")
-# the same table again, under the names of what looks at it, and the biases of moe_type moe
+# the same table again, under the names of modules that share it, and the biases of moe_type moe
 _COPIES = re.compile(r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+")
 _BIAS = re.compile(rf"{_FFN}\.moe_layer\.experts\.b[12]")
 _KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
@@ -76,7 +76,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
         return read_tensors([path])
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many for what is no checkpoint, or holds more than tensors
+    except Exception as error:  # torch raises many kinds for files that are not checkpoints or hold more than tensors
         raise ValueError(f"source must hold tensors and nothing else; {path}: {first_line(error)}") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"source must map names to tensors; {path} holds something else")
@@ -88,10 +88,10 @@ def _expert_name(match: re.Match[str]) -> str:
 
 
 class _Checkpoint:
-    """Tensors of the original by what they are.
+    """Tensors of the original, by kind.
 
     ``chains``, ``dense`` (experts without MPO, [E, in, out]), ``routers`` [E, in] and ``biases`` by names of our
-    modules; ``rest``: what both call alike.
+    modules; ``rest``: parameters with the same name in both.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -139,7 +139,7 @@ class _Checkpoint:
         count = 1 + max((e for cores in experts.values() for parts in cores.values() for e in parts), default=0)
         for name, cores in experts.items():
             self.chains[name] = {k: self._joined(name, k, parts, count) for k, parts in cores.items()}
-        # Beside its cores the original may keep the matrix that they came from.
+        # Besides its cores the original may keep the matrix that they were computed from.
         self.dense = {name: weight for name, weight in self.dense.items() if name not in self.chains}
         for name, parts in full.items():
             if name not in self.chains:
@@ -168,7 +168,7 @@ class _Checkpoint:
         return 1
 
     def shape(self, name: str, in_features: int, out_features: int) -> MPOShape:
-        """Shape of a chain, its factors and bonds read off the cores."""
+        """Shape of a chain, with factors and bonds read from the cores."""
         chain = self.chains[name]
         if sorted(chain) != list(range(len(chain))):
             raise ValueError(f"the checkpoint must hold every core of {name}; it has {sorted(chain)}")
@@ -218,15 +218,15 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
 
     Args:
         source: the original's state dict, its ``pytorch_model.bin`` or ``model.safetensors``, or the folder of one.
-        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; gives the configuration, and what
-            the checkpoint does not hold.
+        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; provides the configuration and the
+            parameters that are not in the checkpoint.
 
     Returns:
-        The model, in eval mode. Matrices, routers and everything dense are the checkpoint's.
+        The model, in eval mode. Matrices, routers and all dense parameters are the checkpoint's.
 
     Raises:
-        TypeError: a base of another class, a source of another kind.
-        ValueError: no such checkpoint, cores that are missing, do not fit the base or differ where experts share
+        TypeError: a base of another class, a source of another type.
+        ValueError: no such checkpoint, cores that are missing, do not match the base or differ although experts share
             them, names that neither side knows.
 
     Warns:
@@ -263,7 +263,7 @@ def _rate_ratios(chain: list[Tensor], shape: MPOShape) -> tuple[float, ...]:
 
 
 def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
-    """Routers, and parameters that both sides call alike."""
+    """Load routers, and parameters with the same name on both sides."""
     own = dict(model.named_parameters(remove_duplicate=False))
     obsolete = model._keys_to_ignore_on_load_unexpected or []
     experts = {f"{name}.weight": weight for name, weight in checkpoint.dense.items()}

@@ -1,4 +1,5 @@
-"""What other tools do with a model, and do in silence: quantisers that reach linear layers alone, kernels."""
+"""Side effects of other tools on a model that would go unnoticed: quantisers that convert only linear layers,
+kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from mpoe.models.report import parameter_kind
 
 
 def quantisable_parameters(model: nn.Module) -> dict[str, int]:
-    """How much of a model a quantiser reaches that replaces linear layers, as bitsandbytes and torchao do.
+    """How much of a model is quantised by tools that replace linear layers, such as bitsandbytes and torchao.
 
     Args:
-        model: an MPOE model that no quantiser has changed yet.
+        model: an MPOE model that is not quantised yet.
 
     Returns:
-        Numbers of parameters: ``linear`` in `nn.Linear` and `Conv1D`, and of those elsewhere ``central``,
+        Numbers of parameters: ``linear`` in `nn.Linear` and `Conv1D`; and, for the others, ``central``,
         ``auxiliary``, ``expert``, ``router`` and ``rest`` (see `mpoe.models.parameter_kind`). Tied ones count once.
     """
     linear = {
@@ -38,7 +39,7 @@ def quantisable_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def warn_of_quantiser(model: Any, method: str) -> None:
-    """Say how much of ``model`` the quantiser ``method`` has left as it was."""
+    """Warn how much of ``model`` the quantiser ``method`` has left unquantised."""
     config = type(model.config).from_dict(
         {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     )
@@ -63,17 +64,17 @@ else:
 
 
 class OthersMixin(_Model):
-    """The side of an MPOE model that other tools reach for.
+    """The part of an MPOE model that other tools use.
 
     Attributes:
-        has_stock_experts: whether the dense class is a mixture with experts of its own.
+        has_stock_experts: whether the dense class is a mixture with its own experts.
     """
 
     has_stock_experts: ClassVar[bool] = False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; a quantiser that leaves MPO weights as they are is named in a warning."""
+        """As in Transformers; warns if a quantiser leaves MPO weights unquantised."""
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         quantiser = getattr(model, "hf_quantizer", None)
@@ -84,13 +85,12 @@ class OthersMixin(_Model):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # Transformers looks for it in the file of the class
+        return True  # Transformers looks for it in the file that defines the class
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers, for the ways in which our dense experts are computed.
+        """As in Transformers, for the implementations of our dense experts.
 
-        Raises:
-            ValueError: another way.
+        Raises: ValueError: another implementation.
         """
         if requested_experts is None:
             return "eager"  # while the dense model is built

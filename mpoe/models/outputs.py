@@ -1,4 +1,4 @@
-"""Model outputs with what the routers did."""
+"""Model outputs with router outputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MPOEMaskedLMOutput = output_with_routing(MaskedLMOutput)
 
 
 def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:
-    """What a dense model's ``forward`` returns, by its annotation, with `RoutingFields`."""
+    """The output class of a dense model's ``forward``, by its annotation, with `RoutingFields`."""
     annotation = get_type_hints(forward)["return"]
     found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     return output_with_routing(next(kind for kind in found if issubclass(kind, ModelOutput)))

@@ -1,8 +1,9 @@
-"""What PEFT is told about MPO weights as soon as both packages are imported.
+"""Makes PEFT support MPO weights as soon as both packages are imported.
 
-PEFT knows linear layers and parameters; it keeps no place where a model could name layers of its own for a
-configuration that was read from a file. Two of its functions are therefore wrapped (by `mpoe.registration`, when PEFT
-is imported): LoRA on `MPOCores` works without more ado; what knows no cores, or names none, says so.
+PEFT supports linear layers and parameters; a model cannot register its own layers for a configuration that was read
+from a file. Two of PEFT's functions are therefore wrapped (by `mpoe.registration`, when PEFT is imported): LoRA on
+`MPOCores` then works without further steps; methods that do not support cores, or configurations that name none, raise
+an error or warn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ADVICE = (
 
 
 def _cores(model: Any) -> list[str]:
-    """Names of the MPO weights of a model, without importing what no model has needed yet."""
+    """Names of a model's MPO weights, without importing modules that no model has needed yet."""
     layers = sys.modules.get("mpoe.layers.cores")
     if layers is None:
         return []
@@ -30,7 +31,7 @@ def _cores(model: Any) -> list[str]:
 
 
 def teach_lora(module: Any) -> None:
-    """LoRA (``peft.tuners.lora.model``) makes an adapter of its own for MPO weights, with any configuration."""
+    """Make LoRA (``peft.tuners.lora.model``) create our adapter for MPO weights, with any configuration."""
     known: Callable[..., Any] = module.LoraModel._create_new_module
 
     @functools.wraps(known)
@@ -44,10 +45,10 @@ def teach_lora(module: Any) -> None:
 
 
 def teach_tuners(module: Any) -> None:
-    """Every method (``peft.tuners.tuners_utils``) says what MPO weights take, where it does not reach them.
+    """Make every method (``peft.tuners.tuners_utils``) report MPO weights that it does not adapt.
 
-    A warning where an adapter leaves all MPO weights of a model alone; an error of PEFT's type where a method cannot
-    adapt them, or its targets are not there.
+    Warns if an adapter adapts no MPO weight of a model; raises an error of PEFT's type if a method cannot adapt them,
+    or its targets do not exist.
     """
     known: Callable[..., Any] = module.BaseTuner.inject_adapter
 
@@ -59,7 +60,7 @@ def teach_tuners(module: Any) -> None:
         config = self.peft_config[adapter_name]
         try:
             result = known(self, model, adapter_name, *args, **kwargs)
-        except (ValueError, TypeError) as error:  # methods differ in which of them they raise
+        except (ValueError, TypeError) as error:  # which of them is raised depends on the method
             text = str(error)
             absent, unknown = text.startswith("Target modules"), text.startswith("Target module") and "MPOCores" in text
             if absent or unknown:

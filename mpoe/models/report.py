@@ -32,13 +32,13 @@ def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
 
 
 def short_name(name: str) -> str:
-    """A module's name without the parts that all of its kind have."""
+    """A module's name without the parts that all modules of its kind have."""
     skipped = {"transformer", "model", "block", "layer", "experts", "DenseReluDense", "mlp", "cores"}
     return ".".join(part for part in name.split(".") if part not in skipped)
 
 
 def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
-    """What a module is called in a checkpoint of this model, of it with a head, and of its base."""
+    """A module's names in checkpoints of this model, of the model with a head, and of its base."""
     prefix = f"{model.base_model_prefix}."
     return name, prefix + name, name.removeprefix(prefix)
 
@@ -46,9 +46,8 @@ def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
 def parameter_kind(model: nn.Module) -> dict[str, str]:
     """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
 
-    The router of a model that was a mixture before its conversion belongs to the rest. The projections around
-    hidden-side experts are their centre. Biases, which the experts of a layer share, belong to the rest. Tied
-    parameters appear once.
+    The router of a model that was a mixture before its conversion counts as rest. The projections around hidden-side
+    experts count as central. Biases shared by the experts of a layer count as rest. Tied parameters appear once.
     """
     kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
     for name, module in model.named_modules():
@@ -105,7 +104,7 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
             elements = sum(parameter.numel() for parameter in module.parameters())
             dense, switch = dense + elements, switch + elements
     for name, cores in mpo_modules(model):
-        if name.removesuffix(".base_layer") not in in_feed_forward:  # so called where PEFT adapts them
+        if name.removesuffix(".base_layer") not in in_feed_forward:  # PEFT's name for adapted ones
             dense += cores.in_features * cores.out_features
             switch += cores.in_features * cores.out_features
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}

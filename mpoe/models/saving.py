@@ -1,4 +1,4 @@
-"""What a saved model holds besides its weights: rate ratios, a model card, and code by which others open it."""
+"""Files of a saved model besides its weights: rate ratios, a model card, and remote code to open it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ else:
 
 
 class SavingMixin(_Model):
-    """Saving side of an MPOE model."""
+    """The saving part of an MPOE model."""
 
     auto_classes: dict[str, str]
 
@@ -59,7 +59,7 @@ class SavingMixin(_Model):
         except SafetensorError as error:
             raise OSError(f"weights could not be written to {save_directory}: {error}") from error
         for name in (ONLY_FILE, BASE_FILE):
-            # An earlier MPOE-only save in this folder would otherwise be taken for what it holds.
+            # Otherwise an earlier MPOE-only save in this folder would be loaded instead.
             (Path(save_directory) / name).unlink(missing_ok=True)
         if kwargs.get("is_main_process", True):
             code = _REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
@@ -68,6 +68,6 @@ class SavingMixin(_Model):
         return result
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with our card where the repository has none of its own."""
+        """As in Transformers, with our card if the repository has none."""
         replace_template(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What encoder-decoder models need besides `MPOEModelMixin`: a token mask for each side."""
+"""Additions to `MPOEModelMixin` for encoder-decoder models: a token mask for each side."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mpoe.models.base import MPOEModelMixin, last_tokens
 
 
 class MPOESeq2SeqMixin(MPOEModelMixin):
-    """Mixture-of-experts side of T5, BART and their kin."""
+    """Mixture-of-experts part of T5, BART and similar models."""
 
     def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all up to the last label != -100.
+        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all tokens up to the last label !=
+        -100.
 
-        An ignored label in the middle of a target is not padding: its position is still attended to. Only the labels
-        of a language model are tokens. A model of one side alone knows ``attention_mask`` only.
+        An ignored label in the middle of a target is not padding: its position is still attended to. Only a language
+        model's labels are tokens. A model with only one side uses only ``attention_mask``.
         """
         main = last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
         if "decoder_input_ids" not in self._forward_names:
@@ -33,14 +34,14 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, which runs the encoder by itself: it too must see which tokens are padding."""
+        """As in Transformers, which runs the encoder separately: it must also see which tokens are padding."""
         mask = kwargs.get("attention_mask")
         if mask is None:
             ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
             pad, end = self.generation_config.pad_token_id, self.generation_config.eos_token_id
             pad = self.config.pad_token_id if pad is None else pad
             ends = end if isinstance(end, list) else [end]
-            # As Transformers: where padding and the end of text are one token, nothing can be told apart.
+            # As in Transformers: if padding and end of text are the same token, they cannot be told apart.
             if isinstance(ids, Tensor) and ids.dim() == 2 and pad is not None and pad not in ends:
                 mask = ids.ne(pad)
         main = last_tokens(mask, {}, "", "")

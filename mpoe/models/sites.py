@@ -1,4 +1,4 @@
-"""The dense modules of a model that become MPOE modules: what takes their place, and with which weights."""
+"""The dense modules of a model that become MPOE modules: their replacements and the initial weights."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class FFNSite:
     """A dense feed-forward network, which becomes an `MPOEFeedForward`.
 
     Attributes:
-        name: name that the `MPOEFeedForward` takes.
-        stream: whose token mask it reads.
+        name: name of the `MPOEFeedForward`.
+        stream: the stream whose token mask it reads.
         layer: index of its layer in the stream.
-        dense: its dense projections by kind, and their parameter names' prefixes in ``prefixes``.
+        dense: its dense projections by kind; ``prefixes`` has the prefixes of their parameter names.
         options: keyword arguments of `MPOEFeedForward`.
-        columns: for projections that share one matrix, which columns of it ``[in, out]`` a kind has.
+        columns: for projections that share one matrix ``[in, out]``, the columns of each kind.
         emptied: names of modules whose work the experts do.
-        zeroed: numbers that become 0, as ``(name of a module, name of its attribute)``.
+        zeroed: attributes that are set to 0, as ``(name of a module, name of its attribute)``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class FFNSite:
 
     @property
     def replaced(self) -> list[nn.Module]:
-        """Dense modules that lose their place."""
+        """Dense modules that are replaced."""
         return list(self.dense.values())
 
     def weight(self, kind: str) -> Tensor:
@@ -64,7 +64,7 @@ class FFNSite:
         return None if bias is None else bias[self.columns.get(kind, slice(None))]
 
     def check(self, config: MPOEConfig) -> None:
-        """Refuse shapes that do not fit."""
+        """Refuse mismatched shapes."""
         own = config.for_experts(self.name)
         for kind in self.dense if config.expert_type == "mpo" else ():
             try:
@@ -80,7 +80,7 @@ class FFNSite:
         return MPOEFeedForward(rows, columns, config.for_experts(self.name), **options).to_empty(device=up.device)
 
     def load(self, module: MPOEFeedForward, config: MPOEConfig) -> Report:
-        """Copy the dense weights into every expert, decomposing each matrix once; a fresh router."""
+        """Copy the dense weights into every expert, decomposing each matrix once, with a new router."""
         if module.router is not None:
             module.router.reset_parameters()
         report: Report = {}
@@ -97,7 +97,7 @@ class FFNSite:
         return report
 
     def install(self, model: nn.Module, module: MPOEFeedForward, config: MPOEConfig) -> None:
-        """Put ``module`` where the dense network is."""
+        """Put ``module`` in place of the dense network."""
         module.train(model.training)
         set_module(model, self.name, module)
         for name in self.emptied:
@@ -105,7 +105,7 @@ class FFNSite:
         self.zero(model)
 
     def zero(self, model: nn.Module) -> None:
-        """Set the numbers in `zeroed`."""
+        """Set the attributes in `zeroed` to 0."""
         for name, attribute in self.zeroed:
             setattr(model.get_submodule(name), attribute, 0)
 
@@ -155,7 +155,7 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class EmbeddingSite:
-    """The table of the vocabulary, which becomes an `MPOEmbedding`, with all that shares it.
+    """The vocabulary embedding, which becomes an `MPOEmbedding`, with all modules that share it.
 
     Attributes:
         name: of the table.
@@ -197,7 +197,7 @@ class EmbeddingSite:
         """Whether the head's weight is the table itself.
 
         Raises:
-            ValueError: another module that should look up this table has one of its own.
+            ValueError: another module that should share this table has its own.
         """
         for view in self.views:
             if model.get_submodule(view).weight is not self.dense.weight:
@@ -205,7 +205,7 @@ class EmbeddingSite:
         return self.head is None or model.get_submodule(self.head).weight is self.dense.weight
 
     def install(self, model: Any, module: MPOEmbedding, config: MPOEConfig) -> None:
-        """Put ``module`` and what looks at it in place; Transformers must no longer tie weights to the table."""
+        """Install ``module`` and the modules that share it; Transformers must no longer tie weights to the table."""
         module.train(model.training)
         set_module(model, self.name, module)
         for view in self.views:
@@ -222,7 +222,7 @@ Site = FFNSite | LinearSite | EmbeddingSite
 
 
 def install_empty(model: nn.Module, sites: Sequence[Any], config: MPOEConfig) -> None:
-    """Put MPOE modules in the place of the dense ones; the caller fills or initialises their weights."""
+    """Replace the dense modules by MPOE modules; the caller fills or initialises their weights."""
     for site in sites:
         module: Any = site.build(config)
         site.install(model, module, config)

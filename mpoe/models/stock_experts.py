@@ -1,7 +1,7 @@
-"""Experts that a model of Transformers has already: finding them, and turning them into MPO experts.
+"""Finds the existing experts of a Transformers model and turns them into MPO experts.
 
 Nearly every mixture of Transformers 5 holds the weights of a layer's experts in two parameters, ``gate_up_proj
-[E, 2F, I]`` and ``down_proj [E, I, F]``, and calls them with the router's choice: one adapter serves all of those.
+[E, 2F, I]`` and ``down_proj [E, I, F]``, and calls them with the router's choice: one adapter supports all of these.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ KINDS = ("up", "gate_proj", "down")
 
 
 def is_stock_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds experts as Transformers' mixtures do."""
+    """Whether ``module`` stores experts in the format of Transformers' mixtures."""
     held = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in held)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The experts of every layer of a mixture by name: Transformers' own, or what took their place."""
+    """The experts of every layer of a mixture, by name: Transformers' own, or their replacements."""
     for name, module in model.named_modules():
         if is_stock_experts(module) or isinstance(module, MixtureExperts):
             yield name, module
 
 
 def router_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What chooses the experts: the modules beside them that are called so."""
+    """The routers: sibling modules of the experts with a router's name."""
     for name, _ in expert_modules(model):
         block = model.get_submodule(name.rpartition(".")[0])
         yield from (child for key, child in block.named_children() if key in ("gate", "router"))
@@ -79,7 +79,7 @@ class ExpertsSite:
 
     @property
     def replaced(self) -> list[nn.Module]:
-        """Modules that lose their place."""
+        """Modules that are replaced."""
         return [self.dense]
 
     def weights(self, kind: str) -> Tensor:
@@ -90,7 +90,7 @@ class ExpertsSite:
         return (up if kind == "up" else gate).transpose(1, 2)
 
     def check(self, config: MPOEConfig) -> None:
-        """Refuse experts that are built in another way, or shapes that do not fit."""
+        """Refuse experts of another structure, or mismatched shapes."""
         reason = _why_not(self.dense)
         if reason is not None:
             raise ValueError(f"{self.name}: existing_experts must be 'keep' for these experts; {reason}")
@@ -113,14 +113,14 @@ class ExpertsSite:
         return MixtureExperts(shapes, down.shape[0], **options).to_empty(device=down.device)
 
     def load(self, module: MixtureExperts, config: MPOEConfig) -> Report:
-        """Fit the experts, and tell how far from them the fit is."""
+        """Fit the experts, and return the error of the fit."""
         return {
             f"{self.name}.{kind}": cores.load_weights_(self.weights(kind))
             for kind, cores in module.projections().items()
         }
 
     def install(self, model: nn.Module, module: MixtureExperts, config: MPOEConfig) -> None:
-        """Put ``module`` where the experts are."""
+        """Put ``module`` in place of the experts."""
         set_module(model, self.name, module.train(model.training))
 
 
@@ -144,11 +144,11 @@ def expert_sites(model: nn.Module, model_config: Any) -> Iterator[ExpertsSite]:
 
 
 def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOEConfig:
-    """``config`` for this model: a mixture decides itself on experts and router, and its numbers are filled in.
+    """``config`` for this model: a mixture determines experts and router itself, and its numbers are filled in.
 
     Raises:
-        ValueError: ``existing_experts`` for a model without any; for a mixture another number of experts than it has,
-            a router, or another kind of experts.
+        ValueError: ``existing_experts`` for a model without experts; for a mixture a different number of experts, a
+            router, or another kind of experts.
     """
     if not family.is_mixture:
         if config.existing_experts != "keep":
@@ -178,7 +178,7 @@ def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOECon
 
 
 def stock_weights(experts: MixtureExperts) -> dict[str, nn.Parameter]:
-    """The two parameters that Transformers' experts hold, of MPO experts."""
+    """The two parameters of Transformers' experts, computed from MPO experts."""
     weights = {kind: cores.dense_weights() for kind, cores in experts.projections().items()}
     joined = torch.cat([weights["gate_proj"], weights["up"]], -1).transpose(1, 2)
     values = {"gate_up_proj": joined, "down_proj": weights["down"].transpose(1, 2)}

@@ -21,9 +21,9 @@ class WeightSummary:
     """One weight in MPO form.
 
     Attributes:
-        name: of the module that holds the cores.
-        cores: those of `MPOCores`, with their shape.
-        error: relative error bound of the conversion; ``None`` where the model's config does not know it.
+        name: name of the module that holds the cores.
+        cores: the `MPOCores`, with their shape.
+        error: relative error bound of the conversion; ``None`` if it is not in the model's config.
         plan: how a forward pass contracts it.
     """
 
@@ -68,7 +68,7 @@ class HiddenSummary:
 
     @property
     def flops(self) -> float:
-        """Of a forward pass, times the dense network's: 1 + k b / I."""
+        """FLOPs of a forward pass relative to the dense network's: 1 + k b / I."""
         return 1 + self.top_k * self.layer.experts.block_size / self.layer.in_features
 
 
@@ -77,11 +77,11 @@ def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[W
 
     Args:
         model: an MPOE model.
-        num_tokens: tokens of a pass, which the plan is for.
+        num_tokens: tokens of the pass that the plan is made for.
         top_k: experts per token.
 
     Raises:
-        TypeError, ValueError: ``num_tokens`` that is no count.
+        TypeError, ValueError: ``num_tokens`` is not a count.
     """
     rows: list[WeightSummary | HiddenSummary] = []
     layers = hidden_modules(model)
@@ -105,7 +105,7 @@ def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[W
 
 
 def _conversion_error(model: Any, name: str) -> float | None:
-    """What the config of a converted model says of a weight; older checkpoints say nothing."""
+    """The conversion error of a weight from the model's config; older checkpoints have none."""
     errors = getattr(model.config, "conversion_errors", None)
     known = errors if isinstance(errors, dict) else {}
     found = next((known[key] for key in names_in_checkpoints(model, name) if key in known), None)
@@ -169,6 +169,6 @@ def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int
     for row in rows:
         table.add_row(*map(Text, table_row(row)))
     console = Console()
-    # Where nothing tells the width, as in a pipe, rows stay whole.
+    # If the width is unknown, as in a pipe, rows are not cut.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
     print(textwrap.fill(LEGEND, LINE))

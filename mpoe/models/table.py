@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
-MIXTURE = "mixture"  # file of the families that are mixtures already
+MIXTURE = "mixture"  # file of the families that are already mixtures
 
 
 class Row(NamedTuple):
     """A family.
 
     Attributes:
-        file: module of `mpoe.models.families` that says how it builds its layers.
+        file: module of `mpoe.models.families` that describes its layers.
         style: how the command line trains and evaluates it: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
     """
 
@@ -63,8 +63,8 @@ TABLE = {
     "minimax": Row(MIXTURE, CAUSAL),
     "phimoe": Row(MIXTURE, CAUSAL),
 }
-# of them, the families without experts of their own
+# the families among them without their own experts
 DENSE = tuple(model_type for model_type, row in TABLE.items() if not row.is_mixture)
-# of a converted model's `model_type`, and before the name of its class
+# prefix of a converted model's `model_type` and of its class name
 TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
 MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)

@@ -1,4 +1,4 @@
-"""What the safetensors files of a checkpoint declare, checked before any tensor is read or any memory is taken.
+"""Checks what a checkpoint's safetensors files declare, before any tensor is read or any memory is allocated.
 
 A checkpoint may come from anywhere. Only the files that its own folder names are opened, and the sizes they declare
 are compared with what its configuration describes before a model of that size is built.
@@ -28,8 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises:
-        ValueError: the file is not UTF-8, not JSON, or holds no object.
+    Raises: ValueError: the file is not UTF-8, not JSON, or does not hold an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages of advice that torch adds; its type where it says nothing."""
+    """The message of an error, without the long advice that torch adds; its type if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -61,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
     names = sorted(set(shards.values()))
     for name in names:
-        # "..", "a/b", "/etc/x", "C:\x": an index names files beside itself and nothing else
+        # "..", "a/b", "/etc/x", "C:\x": an index may only name files in its own folder
         if PurePosixPath(name).name != name or "\\" in name or ":" in name or name == "..":
             raise ValueError(f"{index} must name files of its own folder; got {name!r}")
         if not (folder / name).is_file():
@@ -83,7 +82,7 @@ def declared_shapes(files: Sequence[Path]) -> Shapes:
     """Shapes by name from the headers of safetensors files; no tensor is read.
 
     Raises:
-        ValueError: a file that is no safetensors file, is cut short, or whose header contradicts its length.
+        ValueError: a file that is not a safetensors file, is truncated, or whose header contradicts its length.
     """
     shapes: Shapes = {}
     for file in files:
@@ -96,7 +95,7 @@ def declared_shapes(files: Sequence[Path]) -> Shapes:
 
 
 def check_floating(model: Any, files: Sequence[Path]) -> None:
-    """Refuse files that declare integers where ``model`` has floating-point numbers: they would become weights.
+    """Refuse files that declare integers where ``model`` has floating-point parameters: they would become weights.
 
     Raises:
         ValueError: naming the tensor, its file and what the header says.

@@ -1,4 +1,4 @@
-"""What a user should hear while there is time: experts that take most tokens or none, rates far from what worked."""
+"""Early warnings for the user: experts that take most tokens or none, learning rates far from those that worked."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.rates import recommended_for
 
-FAR = 10.0  # times above or below
+FAR = 10.0  # factor above or below
 
-WINDOW = 100  # optimizer steps over which an expert's tokens are added up
-_TOKENS = 50  # per expert of a layer: with fewer in a window, none may be chance
+WINDOW = 100  # optimizer steps over which an expert's tokens are counted
+_TOKENS = 50  # per expert of a layer: with fewer tokens in a window, zero may be chance
 
 
 def rate_advice(model: Any, args: MPOETrainingArguments) -> list[str]:
-    """A sentence for every base rate that is more than `FAR` times away from what worked (`mpoe.training.rates`).
+    """A sentence for every base rate that differs by more than a factor of `FAR` from what worked
+    (`mpoe.training.rates`).
 
-    None when training from scratch, where good rates differ more, and for families of which none is known.
+    Empty when training from scratch, where good rates vary more, and for families without a known rate.
     """
     found = recommended_for(model, args.regime)
     if found is None or args.regime != "finetune":
@@ -42,10 +43,10 @@ def _times(ratio: float) -> str:
 
 
 class LoadWatch:
-    """Adds up the tokens of every expert over at least `WINDOW` steps, and says once per layer what is odd.
+    """Counts the tokens of every expert over at least `WINDOW` steps, and warns once per layer about unusual loads.
 
     Args:
-        names: of the layers; without them they are numbered.
+        names: names of the layers; without them layers are numbered.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
@@ -55,15 +56,15 @@ class LoadWatch:
         self._said: set[tuple[int, str]] = set()
 
     def start(self, step: int) -> None:
-        """Begin at the optimizer step ``step`` (that of the checkpoint, in a resumed run)."""
+        """Start at optimizer step ``step`` (the checkpoint's, in a resumed run)."""
         self._counts, self._start = None, step
 
     def add(self, counts: Tensor, step: int) -> list[str]:
-        """Take the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
+        """Add the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
 
         Returns:
-            Sentences, at the end of a window: of an expert that took most of its layer's tokens (more than half, and
-            half of the rest besides the even share: of 2 experts 75%, of 8 56%), and of experts that took none.
+            Sentences, at the end of a window, about an expert that took most of its layer's tokens (more than half plus
+            half of the even share: 75% of 2 experts, 56% of 8), and about experts that took none.
         """
         counts = counts.detach().cpu()
         self._counts = counts if self._counts is None else self._counts + counts

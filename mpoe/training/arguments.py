@@ -17,16 +17,16 @@ from mpoe.models.components import COMPONENTS, parse_components
 from mpoe.training.freezing import parse_core_indices
 from mpoe.training.gradient_mask import check_probability
 
-# (central, auxiliary): what worked in each regime, times base x RMS(core) / RMS(weight).
+# (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) / RMS(weight).
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
 
 
 @dataclass
 class MPOETrainingArguments(Seq2SeqTrainingArguments):
-    """Arguments of `MPOETrainer`; each field's `help` says what it does.
+    """Arguments of `MPOETrainer`; each field's `help` describes it.
 
     Raises:
-        TypeError, ValueError: on construction, naming the argument, what was expected and what came.
+        TypeError, ValueError: on construction, naming the argument, what was expected and what was given.
     """
 
     mpo_lr: float | None = field(
@@ -124,7 +124,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        # Own arguments first: a wrong one is refused before the Trainer sets up devices or processes.
+        # Check our own arguments first, before the Trainer sets up devices or processes.
         if self.regime not in LR_SCALES:
             raise ValueError(f"regime must be one of {sorted(LR_SCALES)}; got {self.regime!r}")
         for name in ("mpo_lr", "central_lr_scale", "auxiliary_lr_scale"):
@@ -158,14 +158,15 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
                 )
             self.ddp_find_unused_parameters = True
         if self.allow_non_finite:
-            self.logging_nan_inf_filter = False  # it would log a loss that is not finite as an earlier one, or as 0
+            self.logging_nan_inf_filter = False  # it would log a non-finite loss as an earlier one, or as 0
         if self.fsdp:
             _check_fsdp(self.use_cpu)
         super().__post_init__()
 
     @property
     def device(self) -> torch.device:
-        """As in Transformers; a CPU without the index that torch 2.11 cannot load a checkpoint to."""
+        """As in Transformers, but a CPU has no index, because torch 2.11 cannot load a checkpoint to one with an
+        index."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 

@@ -1,9 +1,9 @@
-"""Checkpoint folders that are either complete or not there, whenever the process dies.
+"""Checkpoint folders that are either complete or absent, whenever the process dies.
 
 A checkpoint is written under `.incomplete-checkpoints/`, every file is synced to disk, a manifest with the size and the
 CRC-32 of every file is added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it
-first. So a kill at any moment leaves complete folders, plus leftovers whose names nobody resumes from; and a run
-resumes from the newest checkpoint whose every byte is as it was written.
+first. So a kill at any moment leaves complete folders, plus leftovers under names that are never resumed from; a run
+resumes from the newest checkpoint whose contents are intact.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def freeze_cores(
     tensor_learn: bool = False,
     train_AT_index: str | None = None,
 ) -> dict[str, int]:
-    """Freeze cores in place (`requires_grad_(False)`); everything that is not a core is left as it is.
+    """Freeze cores in place (`requires_grad_(False)`); everything else is left unchanged.
 
     Args:
         update_mpo_layer: components whose cores train; the cores of all other components are frozen.
@@ -49,7 +49,7 @@ def freeze_cores(
         `{"frozen": tensors, "trained": tensors}` counted over all cores.
 
     Raises:
-        ValueError: a name or index is not valid, fits no module of this model, or nothing at all would be trained.
+        ValueError: a name or index is invalid or matches no module of this model, or nothing would be trained.
     """
     components = parse_components(update_mpo_layer)
     indices = parse_core_indices(train_AT_index)

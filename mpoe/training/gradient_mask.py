@@ -1,8 +1,8 @@
-"""The gradient mask: on some optimizer steps only the auxiliary cores learn.
+"""The gradient mask: in some optimizer steps only the auxiliary cores are trained.
 
 Source: Gao et al., *Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models*
 (arXiv 2203.01104), section "Optimization": each iteration draws P_m; if P_m < p_b the step updates only the auxiliary
-cores. The central core receives gradient from every expert and would otherwise be updated far more often than each
+cores. The central core receives gradients from every expert and would otherwise be updated far more often than each
 expert's auxiliary cores.
 
 "Masked" means *not updated at all*. A gradient of zeros would still move the core, through Adam's momentum and through
@@ -31,8 +31,8 @@ _WORD = (1 << 64) - 1
 def mask_draw(seed: int, step: int) -> float:
     """P_m of one optimizer step: uniform in [0, 1), a pure function of `(seed, step)`.
 
-    Counter-based (Philox 4x64), so that every rank, and a run resumed at any step, sees the same number without any
-    state to save. Only raw words of the bit generator are used: numpy promises that those never change.
+    Counter-based (Philox 4x64), so every rank, and a run resumed at any step, sees the same number without saved state.
+    Only raw words of the bit generator are used: numpy guarantees that those never change.
 
     Args:
         seed: any integer.
@@ -40,7 +40,7 @@ def mask_draw(seed: int, step: int) -> float:
     """
     if step < 0:
         raise ValueError(f"step must be >= 0; got {step}")
-    # As uint64 arrays: numpy would take a list that holds a large integer for floats and round it.
+    # As uint64 arrays: numpy would convert a list with a large integer to floats and round it.
     key = np.array([seed & _WORD, _STREAM], dtype=np.uint64)
     generator = np.random.Philox(key=key, counter=np.array([0, 0, 0, step], dtype=np.uint64))
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
@@ -59,8 +59,8 @@ def check_probability(value: object, name: str = "gradient_mask_prob") -> float:
 
 
 class GradientMask:
-    """Draws the mask once per optimizer step and holds it on every `MPOCores` of a model, and on the
-    projections around hidden-side experts.
+    """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to the projections
+    around hidden-side experts.
 
     In a plain PyTorch loop::
 
@@ -75,7 +75,7 @@ class GradientMask:
     Under the Hugging Face Trainer use `mpoe.training.callbacks.GradientMaskCallback` (`MPOETrainer` adds it).
 
     Args:
-        model: any module that contains `MPOCores`; may be None and given later by `bind`.
+        model: any module that contains `MPOCores`; may be None and set later with `bind`.
         probability: p_b in [0, 1]; 0 never masks, 1 always does.
         seed: seed of the stream; must be the same on all ranks.
 
@@ -96,11 +96,11 @@ class GradientMask:
             self.bind(model)
 
     def bind(self, model: nn.Module) -> None:
-        """Choose the model whose central cores are masked; forgets (and releases) an earlier one.
+        """Set the model whose central cores are masked, and release an earlier one.
 
         Raises:
-            ValueError: the mask is on, but the model has no MPO cores that it could act on, or a projection around
-                hidden-side experts does not train.
+            ValueError: the mask is on, but the model has no MPO cores to mask, or a projection around hidden-side
+                experts is not trained.
         """
         self.end_step()
         found = {name: m for name, m in model.named_modules() if isinstance(m, MPOCores | HiddenFeedForward)}
@@ -115,18 +115,19 @@ class GradientMask:
             )
 
     def is_masked(self, step: int) -> bool:
-        """Whether optimizer step `step` (steps taken before it) leaves the central cores alone: P_m < p_b."""
+        """Whether optimizer step `step` (the number of steps before it) skips the central cores: P_m < p_b."""
         return mask_draw(self.seed, step) < self.probability
 
     def begin_step(self, step: int) -> bool:
-        """Draw for optimizer step `step` and hold the answer until `end_step`. Call before the step's first forward."""
+        """Draw the mask for optimizer step `step` and apply it until `end_step`. Call before the step's first
+        forward."""
         self.active = self.is_masked(step)
         self._steps += 1
         self._masked_steps += self.active
         for cores in self._cores:
             cores.central_masked = self.active
             if self.active:
-                # A gradient left over by zero_grad(set_to_none=False) would let the optimizer move the core.
+                # With a gradient left by zero_grad(set_to_none=False) the optimizer would move the core.
                 for weight in cores.central_parameters().values():
                     weight.grad = None
         return self.active
@@ -146,7 +147,7 @@ class GradientMask:
             self.end_step()
 
     def pop_rate(self) -> float | None:
-        """Share of masked steps since the last call (None if there was no step): for logs."""
+        """Share of masked steps since the last call, for logs (None if there was no step)."""
         rate = self._masked_steps / self._steps if self._steps else None
         self._steps = self._masked_steps = 0
         return rate

@@ -1,9 +1,9 @@
 """Loss of one micro-batch and its share in the loss of a whole optimizer step.
 
 The loss of an optimizer step is the mean over *all* its target tokens, whatever the number of micro-batches, plus the
-mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would weigh tokens by the
-length of their neighbours; and T5 accepts `num_items_in_batch` but ignores it, so that leaving the scaling to the
-Trainer makes its loss and gradients grow with the number of micro-batches.
+mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would make a token's weight
+depend on the length of its micro-batch; and T5 accepts `num_items_in_batch` but ignores it, so with the Trainer's
+scaling its loss and gradients would grow with the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class LossParts:
 def split_loss(outputs: Any) -> LossParts:
     """Task and auxiliary loss of a model's outputs.
 
-    MPOE models report both (`task_loss`, `aux_loss`); of any other model the whole loss is the task's.
+    MPOE models return both (`task_loss`, `aux_loss`); for any other model the whole loss is the task loss.
 
     Raises:
-        ValueError: the outputs carry no loss (no labels were given).
+        ValueError: the outputs have no loss (no labels were given).
     """
     if not isinstance(outputs, dict):
         return LossParts(outputs[0].mean(), None)
@@ -52,7 +52,7 @@ def split_loss(outputs: Any) -> LossParts:
 
 
 def shifts_labels(model: Any) -> bool:
-    """Whether the model's loss predicts label i + 1 at position i, so that the first label of a row is no target."""
+    """Whether the model's loss predicts label i + 1 at position i, so the first label of a row is not a target."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return False
     name = type(model).__name__
@@ -67,9 +67,9 @@ def count_targets(labels: Tensor, shifted: bool) -> Tensor:
 
 
 def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_batches: int, ranks: int) -> LossParts:
-    """What a micro-batch contributes to its optimizer step, times `micro_batches`.
+    """A micro-batch's contribution to its optimizer step, times `micro_batches`.
 
-    The Trainer divides what it is given by `micro_batches`, and DDP averages over ranks; after both, the shares sum
+    The Trainer divides this by `micro_batches`, and DDP averages over ranks; after both, the shares sum
     to (sum over all targets of their losses) / (number of targets) and to the mean auxiliary loss.
 
     Args:
@@ -77,22 +77,22 @@ def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_ba
         step_targets: targets in the whole optimizer step, over all micro-batches and ranks (0-d).
         ranks: processes whose gradients will be averaged.
     """
-    # A step without any target has no task loss; its mean is NaN and must not spread.
+    # A step without targets has no task loss; its mean is NaN and must not propagate.
     weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
     task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
     return LossParts(task, parts.auxiliary)
 
 
 def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
-    """This rank's share of the loss of the batch of all ranks, for a plain loop: call ``backward`` on it.
+    """This rank's share of the loss of the global batch, for a plain loop: call ``backward`` on it.
 
-    The ranks' average, which DDP and FSDP take of gradients, is the mean over all targets of the global batch, however
-    they are spread, plus the mean auxiliary loss (open a `global_batch` to make that one the global batch's too).
+    The average over ranks, as DDP and FSDP average gradients, is the mean over all targets of the global batch, however
+    they are distributed, plus the mean auxiliary loss (use a `global_batch` to compute that over the global batch too).
 
     Args:
         outputs: of the model, given ``labels``.
-        labels: ``[B, S]`` or ``[B]``; -100 is no target.
-        model: to tell whether its labels are shifted; may be wrapped by DDP.
+        labels: ``[B, S]`` or ``[B]``; -100 is not a target.
+        model: determines whether labels are shifted; may be wrapped by DDP.
     """
     targets = count_targets(labels, shifts_labels(getattr(model, "module", model)))
     everyone, ranks = targets.clone(), 1

@@ -24,15 +24,15 @@ class MetricsFile:
         line = json.dumps(_clean({**record, "time": round(time.time(), 3)}))
         with self.path.open("ab") as file:
             if file.tell() and not _ends_with_newline(self.path):
-                file.write(b"\n")  # a killed process left half a line: keep it from swallowing this one
+                file.write(b"\n")  # a killed process left half a line: start a new line
             file.write(line.encode() + b"\n")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file (or of the folder that holds one), in order.
 
-    Half-written lines are skipped. Records that a resumed run has repeated (those after the step at which it resumed)
-    are dropped in favour of the repetition.
+    Half-written lines are skipped. If a resumed run repeated records (those after the step at which it resumed), only
+    the later ones are kept.
     """
     path = Path(path)
     if path.is_dir():

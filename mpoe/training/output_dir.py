@@ -1,4 +1,4 @@
-"""Guard of the output folder: one run per folder, and a run is only resumed with its own configuration."""
+"""Guards the output folder: one run per folder, and a run is resumed only with its own configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE = "run.json"
 
-# Differences in these do not change what a run computes, so a resumed run may change them.
+# These do not change what a run computes, so a resumed run may change them.
 NEUTRAL_KEYS = frozenset(
     {
         *(
@@ -28,7 +28,7 @@ NEUTRAL_KEYS = frozenset(
             "run_name",
             "report_to",
             *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-            "task_file",  # what it says is kept itself
+            "task_file",  # its contents are kept instead
             "command",
             "learning_rate_from",
         ),
@@ -39,13 +39,13 @@ NEUTRAL_KEYS = frozenset(
         *("allow_non_finite", "logging_nan_inf_filter"),
     }
 )
-# What a run writes at the top of its folder; `overwrite` deletes these and the checkpoints, and nothing else.
+# Files that a run writes at the top of its folder; `overwrite` deletes only these and the checkpoints.
 _RUN_FILES = (
     *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
     *("eval_results.json", "results.json", "report.html"),
 )
-# What `save_pretrained` and the commands leave where no run was; a run on top of it would be mixed with it.
+# Files that `save_pretrained` and other commands write; a run in the same folder would be mixed with them.
 _MODEL_FILES = ("config.json", "results.json")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -60,16 +60,17 @@ def prepare_output_dir(
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
-    Of several processes at once, one claims a folder. `MPOETrainer.train` holds it while it trains; who has more to do
-    there holds it from the claim on (`with mpoe.training.run_lock.hold(output_dir):`).
+    If several processes compete for a folder, one of them gets it. `MPOETrainer.train` locks it while it trains;
+    callers that do more work there should lock it themselves (`with mpoe.training.run_lock.hold(output_dir):`).
 
     Args:
-        output_dir: folder of the run; created if absent. Files in it that no run wrote are left alone.
+        output_dir: folder of the run; created if absent. Files in it that no run wrote are not touched.
         overwrite: delete an earlier run in this folder.
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
-        run_config: everything that decides what the run computes (JSON-able).
+        run_config: everything that determines what the run computes (JSON-able).
         neutral_keys: names whose values may differ on resume, at any depth.
-        machine: what a new run plans its products with (`mpoe_kernels.planner.machine.record`), for `MPOETrainer`.
+        machine: the constants with which a new run plans its products (`mpoe_kernels.planner.machine.record`), for
+            `MPOETrainer`.
 
     Returns:
         The last complete checkpoint when resuming (None if the run died before its first), else None.
@@ -77,15 +78,15 @@ def prepare_output_dir(
     Raises:
         ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
             resume; the configuration differs (the message lists the keys with both values).
-        FolderInUseError: another process works in the folder; a `ValueError` that says which.
-        NotADirectoryError: `output_dir` is a file, or a symbolic link that leads nowhere or in a circle.
-        PermissionError: `output_dir`, or the folder it would be made in, cannot be written.
+        FolderInUseError: another process uses the folder; a `ValueError` that says which.
+        NotADirectoryError: `output_dir` is a file, or a broken or circular symbolic link.
+        PermissionError: `output_dir`, or its parent folder, cannot be written.
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
     check_output_dir(folder, overwrite, resume, config, neutral_keys)
     with hold(folder):
-        check_output_dir(folder, overwrite, resume, config, neutral_keys)  # another may have come in between
+        check_output_dir(folder, overwrite, resume, config, neutral_keys)  # another may have claimed it meanwhile
         if resume:
             clean_leftovers(folder)
             return find_last_checkpoint(folder)
@@ -102,9 +103,9 @@ def check_output_dir(
     run_config: Mapping[str, Any] | None = None,
     neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> None:
-    """Refuse what `prepare_output_dir` would refuse, and write nothing.
+    """Refuse what `prepare_output_dir` would refuse, without writing anything.
 
-    Args and Raises as there, but `run_config=None` leaves the configurations uncompared, for use before it is known.
+    Args and Raises as there, but with `run_config=None` configurations are not compared, for use before it is known.
     """
     folder = Path(output_dir)
     if overwrite and resume:
@@ -128,11 +129,10 @@ def check_output_dir(
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
-    """``folder`` as a path, if it can be written or made.
+    """``folder`` as a path, if it can be written or created.
 
-    Raises:
-        NotADirectoryError: a file is in its way, or a symbolic link that leads nowhere or in a circle.
-        PermissionError: this process may not write it, or not make it.
+    Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link. PermissionError: this
+        process may not write or create it.
     """
     path = Path(folder)
     upward = (path, *path.absolute().parents)
@@ -156,7 +156,7 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def holds_model(folder: str | Path) -> bool:
-    """Whether `folder` holds what a conversion, `save_pretrained` or the end of a run leaves."""
+    """Whether `folder` holds the files of a conversion, `save_pretrained` or a finished run."""
     folder = Path(folder)
     return any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors"))
 
@@ -170,7 +170,7 @@ def fingerprint(run_config: Mapping[str, Any], neutral_keys: frozenset[str] = NE
 def differing_keys(
     saved: Mapping[str, Any], current: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved value, current value) of everything that differs and matters; absent values are None."""
+    """Dotted key -> (saved value, current value) of all relevant differences; absent values are None."""
     old, new = dict(flatten(_jsonable(dict(saved)))), dict(flatten(_jsonable(dict(current))))
     keys = [key for key in dict.fromkeys([*old, *new]) if not is_neutral(key, neutral_keys)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
@@ -210,14 +210,14 @@ def _write_run_file(folder: Path, config: dict[str, Any], machine: Mapping[str, 
         record["machine"] = dict(machine)
     staged = folder / f".{RUN_FILE}.incomplete"
     with staged.open("w") as file:
-        json.dump(record, file, indent=1)  # in its own order, which label words have a use for
+        json.dump(record, file, indent=1)  # in its own order, which matters for label words
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, folder / RUN_FILE)
 
 
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
-    # Through JSON and back, so that what is compared on resume is what a file can hold (tuples become lists).
+    # Through JSON and back, so that values compare equal to those from a file on resume (tuples become lists).
     return json.loads(json.dumps(config, default=str))
 
 
@@ -231,5 +231,5 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:
-    """Whether a dotted name holds one of ``neutral_keys``: such a setting does not change what a run computes."""
+    """Whether a dotted name contains one of ``neutral_keys``: such a setting does not change what a run computes."""
     return any(part in neutral_keys for part in dotted.split("."))

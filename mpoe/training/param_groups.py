@@ -1,7 +1,7 @@
-"""Optimizer parameter groups: every core gets a rate that fits its scale.
+"""Optimizer parameter groups: every core gets a learning rate that matches its scale.
 
 Why: in the symmetric gauge the central core's RMS is .16-.28 of the weight's and the auxiliary cores' 1.2-5.2. Adam
-moves every number by about its rate, so at one rate for all the central core changes 4-6 times too fast relative to
+changes every number by about its rate, so with a single rate the central core changes 4-6 times too fast relative to
 its size, and separable shapes collapse. The rate used here is
 
     rate(core) = (mpo_lr or learning_rate) x RMS(core) / RMS(weight) x (central_lr_scale | auxiliary_lr_scale)
@@ -107,7 +107,7 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
             ratio = ratio if args.scale_core_lr else 1.0
             rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
     for layer in hidden_modules(model).values():
-        # Blocks start as identities, whatever the scale of the weights around them.
+        # Blocks start as identities, regardless of the scale of the weights around them.
         for parameter in layer.experts.auxiliary.values():
             rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * auxiliary_scale)
     return rates

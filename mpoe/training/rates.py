@@ -1,4 +1,4 @@
-"""Learning rates that worked: the one table that `mpoe train`, the Trainer's warnings and docs/fine_tuning.md read."""
+"""Learning rates that worked: the table used by `mpoe train`, the Trainer's warnings and docs/fine_tuning.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Tried(NamedTuple):
     """Base rates (AdamW) that worked for one family.
 
     Attributes:
-        width: hidden size of the model that they were found with.
-        rate: of every kind of layer that ``other`` does not name.
+        width: hidden size of the model on which they were found.
+        rate: rate for every kind of layer that is not in ``other``.
         other: kind of layer (``dense``, ``switch`` = dense experts, or a shape) -> its rate.
         where: what was run.
     """
@@ -34,7 +34,7 @@ TRIED = {
     SCRATCH: Tried(48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"),
 }
 _SAME = {"mt5": "t5", "umt5": "t5", "roberta": "bert", "deberta-v2": "bert", "modernbert": "bert"}
-_ELSE = "gpt2"  # for families of which no rate is known: the lower one
+_ELSE = "gpt2"  # for families without a known rate: the lower one
 
 
 class Recommended(NamedTuple):
@@ -45,13 +45,13 @@ class Recommended(NamedTuple):
 
 
 def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> Recommended:
-    """The base learning rate to start from, with AdamW, where all of a model is trained.
+    """The base learning rate to start from, with AdamW, when the whole model is trained.
 
-    It is the one that worked for the family and the kind of layer. For a model wider than that one it falls as
-    1 / width, which is how Adam's best rate falls (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
+    It is the rate that worked for the family and the kind of layer. For wider models it falls as 1 / width, like Adam's
+    best rate (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
 
     Args:
-        model_type: Hugging Face's name of the family, also with ``mpoe_`` in front.
+        model_type: Hugging Face's name of the family, optionally prefixed with ``mpoe_``.
         width: hidden size of the model.
         regime: ``"finetune"`` or ``"scratch"``.
         kind: ``"dense"``, ``"switch"`` (dense experts) or the name of a shape.
@@ -70,7 +70,7 @@ def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> Rec
 
 
 def recommended_for(model: Any, regime: str) -> Recommended | None:
-    """`recommended_rate` of a model in memory; None where only a guess could be made from another family's."""
+    """`recommended_rate` for a model in memory; None if it would only be a guess from another family's."""
     config = getattr(model, "config", None)
     family = str(getattr(config, "model_type", "")).removeprefix(TYPE_PREFIX)
     width = getattr(config, "hidden_size", None)
@@ -80,7 +80,7 @@ def recommended_for(model: Any, regime: str) -> Recommended | None:
 
 
 def kind_of(config: Any) -> str:
-    """The kind of feed-forward layers that an `MPOEConfig` makes, in the words of `Tried`; None makes dense ones."""
+    """The kind of feed-forward layers of an `MPOEConfig`, in the terms of `Tried`; None means dense."""
     if config is None or "ffn" not in config.targets:
         return _DENSE
     if config.expert_type == "dense":
@@ -89,7 +89,7 @@ def kind_of(config: Any) -> str:
 
 
 def rate_table() -> str:
-    """`TRIED` as a table of Markdown, as it stands in docs/fine_tuning.md."""
+    """`TRIED` as a Markdown table, as in docs/fine_tuning.md."""
     rows = ["| family | `learning_rate` that worked | at width | where |", "|---|---|---|---|"]
     words = {"t5": "T5", "gpt2": "GPT-2", "bert": "BERT", SCRATCH: 'from scratch (`regime="scratch"`)'}
     for name, tried in TRIED.items():

@@ -1,4 +1,4 @@
-"""Writing and reading a run's checkpoints: whole or not at all; which one a run goes on from, what is refused."""
+"""Writes and reads a run's checkpoints atomically; chooses which one a run resumes from, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ else:
 
 
 def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
-    """The folder to resume from, checked; None for a fresh start.
+    """The checked folder to resume from; None for a new start.
 
     Args:
         asked: True for the last complete checkpoint of ``run_dir``, or a folder.
         model: the model that is to continue.
 
     Raises:
-        ValueError: there is none, or the given one is incomplete, damaged, or of another model.
+        ValueError: there is none, or the given one is incomplete, damaged or of another model.
     """
     if not asked:
         return None
@@ -52,7 +52,8 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
 
 @contextlib.contextmanager
 def reading(checkpoint: str | None) -> Iterator[None]:
-    """torch.load with weights_only refuses what could run code, and has many errors for what is no checkpoint."""
+    """torch.load with weights_only refuses files that could run code, and raises many kinds of errors for invalid
+    ones."""
     try:
         yield
     except Exception as error:
@@ -64,15 +65,15 @@ class CheckpointMixin(_Base):
 
     Raises:
         ValueError: on loading, a checkpoint that lacks weights, has too many, or cannot be read.
-        OSError: on saving, one that could not be written; the one before is still there.
+        OSError: on saving, a checkpoint that could not be written; the previous one is still there.
     """
 
     model: Any
     _staging: Path | None = None  # where a checkpoint is being assembled
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A checkpoint holds a tied weight under one of its names; the Trainer would call the others missing. What is
-        # missing under every name would go on from random numbers.
+        # A checkpoint stores a tied weight under one of its names; the Trainer would report the others as missing. A
+        # weight that is missing under every name would continue from random values.
         tensors = self.model.state_dict(keep_vars=True)
         missing = load_result.missing_keys
         loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
@@ -103,7 +104,7 @@ class CheckpointMixin(_Base):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library raises its own for a full disk
             raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
         finally:
             self._staging = None

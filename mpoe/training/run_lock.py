@@ -1,8 +1,7 @@
-"""One process at a time writes a run's folder: an operating-system lock, and a file that says who holds it.
+"""Only one process at a time writes to a run's folder: an operating-system lock, and a file that names the holder.
 
-The lock is `flock` on a file in the folder. The kernel gives it up when the process ends, however it ends, so a killed
-run never blocks the next one; the file that it leaves behind locks nothing. What holds on network file systems is in
-`docs/reliability.md`.
+The lock is `flock` on a file in the folder. The kernel releases it when the process ends, however it ends, so a killed
+run never blocks the next one; the leftover file locks nothing. `docs/reliability.md` covers network file systems.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ try:
 except ImportError:  # Windows has no flock: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = "_run.lock"  # the Trainer's uploads to a hub leave out names that begin so
+LOCK_FILE = "_run.lock"  # the Trainer does not upload names with this prefix to a hub
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_PATIENCE = 5.0  # seconds; only those who look whether a folder is free are waited for, and they take microseconds
+_PATIENCE = 5.0  # seconds; we wait only for processes that check whether a folder is free, which takes microseconds
 
 
 class FolderInUseError(ValueError):
@@ -55,12 +54,12 @@ _guard = threading.RLock()
 
 @contextlib.contextmanager
 def hold(folder: str | Path) -> Iterator[None]:
-    """Hold ``folder`` for this process, making it if needed; a process may hold what it holds already.
+    """Lock ``folder`` for this process, creating it if needed; a process may lock a folder more than once.
 
     Raises:
         FolderInUseError: another process holds it.
-        OSError: the folder cannot be made or written; it is named also where the work inside fails for such a reason,
-            on a full disk for example.
+        OSError: the folder cannot be created or written. Such errors from inside the block, for example on a full disk,
+            also name it.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def hold(folder: str | Path) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Refuse a folder that another process holds (`FolderInUseError`); writes nothing."""
+    """Refuse a folder that another process holds (`FolderInUseError`), without writing."""
     path = Path(folder)
     file = path.resolve() / LOCK_FILE
     if fcntl is None or path.resolve() in _held or not file.is_file():
@@ -99,7 +98,7 @@ def check_free(folder: str | Path) -> None:
 
 
 def _naming(error: OSError | SafetensorError, folder: Path) -> Exception:
-    """What the disk refuses, with the folder: writing to an open file, the system does not say where."""
+    """Add the folder to disk errors, because errors on writing to an open file do not name it."""
     if str(folder) in str(error) or (isinstance(error, OSError) and error.errno not in _OF_THE_DISK):
         return error
     said = f"output_dir {folder} could not be written: {error}"
@@ -113,7 +112,7 @@ def _acquire(folder: Path, file: Path) -> int | None:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # Who holds a lock and ends deletes the file: one that has been deleted meanwhile locks nothing.
+            # A holder deletes the file when it ends: a lock on a deleted file locks nothing.
             if _try(descriptor, fcntl.LOCK_EX):
                 if _is_at(descriptor, file):
                     _write_holder(descriptor)
@@ -167,18 +166,18 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _holder(file: Path) -> str:
-    """Who holds the lock, in words."""
+    """A description of the lock's holder."""
     for _ in range(5):
         try:
             record = json.loads(file.read_text())
             return f"process {record['pid']} on {record['host']}, since {record['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            time.sleep(0.01)  # it has the lock, and has not written who it is
+            time.sleep(0.01)  # it has the lock, but has not written its name yet
     return "another process"
 
 
 def _forget() -> None:
-    """In a forked child, which shares its parent's locks: they are the parent's, and end with it alone."""
+    """Called in a forked child: the locks belong to the parent and end only with it."""
     global _guard
     _guard = threading.RLock()
     for held in _held.values():

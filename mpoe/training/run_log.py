@@ -1,4 +1,4 @@
-"""What the steps of a run add up to between two log calls."""
+"""Accumulates a run's statistics between two log calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reduce = Callable[[Tensor, str], Tensor]
 class RunLog:
     """Task loss, auxiliary loss and expert load since the last `pop`.
 
-    Everything stays on the device until then: nothing here waits for it.
+    Everything stays on the device until then, without synchronisation.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,9 @@ class RunLog:
             self._load = load if self._load is None else self._load + load
 
     def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], Tensor | None]:
-        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then starts from zero.
+        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then resets.
 
-        With ``reduce``, over all processes: all must call it.
+        With ``reduce``, over all processes, which must all call it.
         """
         steps = self._sums.pop("steps", None)
         means = {}
@@ -57,5 +57,5 @@ class RunLog:
 
 
 def expert_load_of(outputs: Any) -> Tensor | None:
-    """Tokens per expert `[layers, E]` of a model's outputs; None of a dense model."""
+    """Tokens per expert `[layers, E]` of a model's outputs; None for a dense model."""
     return outputs.get("expert_load") if isinstance(outputs, Mapping) else None

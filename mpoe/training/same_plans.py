@@ -1,4 +1,4 @@
-"""One run plans its products with one set of constants: after it is resumed, and on all of its processes."""
+"""A run plans its products with one set of constants, also after it is resumed and on all of its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpoe_kernels.planner import machine
 
 
 def measured_record(arguments: TrainingArguments) -> dict[str, Any] | None:
-    """What a new run on this CPU plans with, measured now if it must be; None on other devices."""
+    """The constants for a new run on this CPU, measured now if necessary; None on other devices."""
     if arguments.device.type != "cpu":
         return None
     measure_machine()
@@ -26,7 +26,7 @@ def measured_record(arguments: TrainingArguments) -> dict[str, Any] | None:
 
 
 def _record(arguments: TrainingArguments, checkpoint: str | None) -> dict[str, Any] | None:
-    """Of the run that is resumed, of ``run.json``, or of a new run on several processes."""
+    """The record of the resumed run, of ``run.json``, or of a new run on several processes."""
     found = None if checkpoint is None else checkpoints.machine_of(checkpoint)
     run_file = Path(str(arguments.output_dir)) / RUN_FILE
     if found is None and run_file.is_file():
@@ -38,19 +38,19 @@ def _record(arguments: TrainingArguments, checkpoint: str | None) -> dict[str, A
 
 @contextmanager
 def same_plans(arguments: TrainingArguments, checkpoint: str | None) -> Iterator[None]:
-    """Plan with the constants that the run has begun with; the first process tells the others.
+    """Plan with the constants that the run started with; the first process sends them to the others.
 
     Args:
-        arguments: of the run.
-        checkpoint: what it is resumed from, if it is.
+        arguments: the run's arguments.
+        checkpoint: the checkpoint that it is resumed from, if any.
 
     Raises:
-        ValueError: what was kept is no record of a machine.
+        ValueError: the saved record is not a record of a machine.
     """
     found = [_record(arguments, checkpoint) if arguments.process_index == 0 else None]
     if arguments.world_size > 1:
         broadcast_object_list(found)
-    if found[0] is None:  # a new run on one process measures when it first has a choice
+    if found[0] is None:  # a new run on one process measures at its first choice
         yield
         return
     with machine.using(found[0]):

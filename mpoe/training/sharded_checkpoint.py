@@ -1,7 +1,8 @@
-"""Checkpoints of a sharded loop (FSDP2): whole weights and optimizer state, from which any number of ranks goes on.
+"""Checkpoints of a sharded loop (FSDP2): whole weights and optimizer state, from which any number of ranks can
+continue.
 
-Every parameter's state is gathered by itself and kept by the first rank alone; on loading every rank reads its own part
-of it. Tensors are safetensors, the rest is JSON.
+Parameters are gathered one at a time, and only the first rank keeps their state; on loading every rank reads its own
+shard. Tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def save_sharded_checkpoint(
     """Write ``folder/checkpoint-STEP``, complete or not at all; all ranks call it.
 
     `mpoe.training.find_last_checkpoint` finds it again, `load_mpoe` reads the weights and `load_sharded_optimizer` the
-    rest. What a loop draws at random is not kept: seed it by the step, as `GradientMask` does.
+    rest. The loop's random state is not saved: seed it by the step, as `GradientMask` does.
 
     Args:
         model: sharded by `shard_model`.
-        optimizer: over its parameters, outside of a step: gradients are not kept.
-        folder: of the run, which every rank can read.
+        optimizer: over its parameters, between steps: gradients are not saved.
+        folder: the run's folder, which every rank can read.
         step: number of optimizer steps taken.
         limit: how many checkpoints to keep; default: all.
 
@@ -46,9 +47,9 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is no integer; a setting of the optimizer that JSON cannot
+        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
             hold.
-        ValueError: a parameter of the optimizer that is none of the model's.
+        ValueError: an optimizer parameter that does not belong to the model.
     """
     check_sharded(model)
     check_integer("step", step, 0)
@@ -73,12 +74,12 @@ def save_sharded_checkpoint(
 
 
 def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpoint: str | Path) -> int:
-    """Give an optimizer the state it had in a checkpoint of `save_sharded_checkpoint`; all ranks call it.
+    """Load an optimizer's state from a checkpoint of `save_sharded_checkpoint`; all ranks call it.
 
     Args:
-        model: ``load_mpoe(checkpoint)``, then sharded by `shard_model`; over as many ranks as you like.
-        optimizer: new, over its parameters in the same groups.
-        checkpoint: its folder.
+        model: ``load_mpoe(checkpoint)``, then sharded by `shard_model`; over any number of ranks.
+        optimizer: a new one, over its parameters in the same groups.
+        checkpoint: the checkpoint's folder.
 
     Returns:
         Number of optimizer steps taken.
@@ -134,17 +135,17 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
 
 
 def _states(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
-    """Parameter, name and value of everything that the optimizer keeps, in an order that is every rank's."""
+    """Parameter, name and value of all optimizer state, in the same order on every rank."""
     names = [name for group in _names(model, optimizer) for name in group]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, parameter in zip(names, parameters, strict=True):
-        # One that has not been trained yet, such as a masked central core, has none.
+        # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             yield name, key, value
 
 
 def _gathered(states: Iterator[tuple[str, str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors, whole and on the CPU (only on the first rank), and what is no tensor."""
+    """Whole tensors on the CPU (only on the first rank), and values that are not tensors."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     first = dist.get_rank() == 0
@@ -165,14 +166,14 @@ def _as_number(value: Any) -> Any:
 
 
 def _setting(now: Any, saved: Any) -> Any:
-    """What JSON has kept, as the optimizer has it now: JSON knows neither tuples nor tensors."""
+    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
     if isinstance(now, Tensor):
         return torch.full_like(now, saved)
     return tuple(saved) if isinstance(saved, list) else saved
 
 
 def _like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` divided as its parameter is; a step count stays as it is."""
+    """``whole`` sharded like its parameter; a step count is unchanged."""
     if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
         return whole
     here = whole.to(parameter.device)

@@ -1,8 +1,8 @@
-"""FSDP2 in a plain loop: every device keeps a part of every parameter, gradient and optimizer state.
+"""FSDP2 in a plain loop: every device keeps a shard of every parameter, gradient and optimizer state.
 
-`torch.distributed.fsdp.fully_shard` makes a unit of every transformer block: its parameters are gathered just before
-it runs and freed after it. What is left (embeddings, last norm, head) is one unit more. Cores ``[E, d, i, j, d']`` are
-split over their first axis; kernels see whole cores, because they run inside a gathered block.
+`torch.distributed.fsdp.fully_shard` makes every transformer block a unit: its parameters are gathered just before it
+runs and freed after it. The rest (embeddings, last norm, head) is another unit. Cores ``[E, d, i, j, d']`` are sharded
+along their first axis; kernels see whole cores, because they run inside a gathered block.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from mpoe.models.base import MPOEModelMixin
 def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None) -> Any:
     """Shard an MPOE model in place over the ranks of a process group; every rank must call it.
 
-    Make the optimizer and bind a `GradientMask` afterwards: parameters are replaced. All ranks start from the first
-    one's weights, as under DDP. Gradients are averaged over the ranks.
+    Create the optimizer and bind a `GradientMask` afterwards, because parameters are replaced. All ranks start from the
+    first rank's weights, as under DDP. Gradients are averaged over the ranks.
 
     Args:
-        model: of `convert_to_mpoe` or `load_mpoe`, on its device, in the parameters' dtype (float32 to train).
+        model: from `convert_to_mpoe` or `load_mpoe`, on its device, in the parameters' dtype (float32 for training).
         mesh: one-dimensional; default: all ranks.
-        dtype: what parameters are gathered and computed in, e.g. bfloat16; gradients are reduced in float32, routers
-            stay as they are. Default: the parameters' own.
+        dtype: dtype in which parameters are gathered and computed, e.g. bfloat16; gradients are reduced in float32,
+            routers are unchanged. Default: the parameters' dtype.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: a model that is no MPOE model.
-        ValueError: one that is sharded already.
+        TypeError: a model that is not an MPOE model.
+        ValueError: a model that is already sharded.
         RuntimeError: there is no process group (start with torchrun and call `torch.distributed.init_process_group`).
     """
     if not isinstance(model, MPOEModelMixin):
@@ -71,7 +71,7 @@ def check_sharded(model: object) -> None:
 
 
 def _blocks(model: Any) -> Iterator[nn.Module]:
-    """The transformer blocks: what Transformers itself never splits, among the items of lists of modules."""
+    """The transformer blocks: modules in module lists that Transformers itself never splits."""
     names = set(model._no_split_modules)
     for holder in model.modules():
         if isinstance(holder, nn.ModuleList):
@@ -79,15 +79,15 @@ def _blocks(model: Any) -> Iterator[nn.Module]:
 
 
 def save_sharded(model: Any, folder: str | Path) -> None:
-    """Gather a sharded model in the first rank's memory and save it there; `load_mpoe` reads it. All ranks call it.
+    """Gather a sharded model in the first rank's memory and save it; `load_mpoe` reads it. All ranks call it.
 
-    Of a loop that is to go on, `mpoe.training.save_sharded_checkpoint` keeps the optimizer's state too.
+    To continue training later, use `mpoe.training.save_sharded_checkpoint`, which also saves the optimizer state.
 
     Raises:
         TypeError: a model that `shard_model` has not sharded.
     """
     check_sharded(model)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the other ranks get an empty one
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the other ranks get an empty state dict
     module: Any = model
     state = get_model_state_dict(module, options=options)
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Numbers worth watching while training a mixture: how the tokens spread over experts, how big the gradients are."""
+"""Statistics to watch while training a mixture: the distribution of tokens over experts, and gradient norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe.training.freezing import chain_parameters
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How evenly each layer's router spread its tokens.
+    """How evenly each layer's router distributed its tokens.
 
     All fields have one entry per layer; a layer that saw no token has None.
     """
@@ -70,7 +70,7 @@ class ExpertLoad:
 
 
 def core_grad_norms(model: nn.Module) -> dict[str, float]:
-    """L2 norms of the gradients of all central and of all auxiliary cores; kinds without any gradient are left out."""
+    """L2 norms of the gradients of all central and of all auxiliary cores; kinds without gradients are left out."""
     gradients: dict[str, list[Tensor]] = {"central": [], "auxiliary": []}
     for _, cores in mpo_modules(model):
         for index, parameter in enumerate(chain_parameters(cores)):

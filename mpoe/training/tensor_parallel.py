@@ -1,8 +1,8 @@
-"""Tensor parallelism of experts on the hidden side: every rank computes a part of the hidden units' groups.
+"""Tensor parallelism for experts on the hidden side: every rank computes some of the groups of hidden units.
 
-The dense projections are split by PyTorch's own styles, the up projections by columns and the down projection by rows;
-the blocks go with their groups. What a rank holds of a group needs nothing of the others, so that the layer's only
-traffic is that of the dense network, and in backward the sums of the gates' gradients and of shared blocks' gradients.
+The dense projections are split with PyTorch's own styles, up projections by columns and the down projection by rows;
+the blocks are split with their groups. Groups are independent, so the layer's only communication is that of the dense
+network and, in the backward, the sums of the gates' and shared blocks' gradients.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ _STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseP
 def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
     """Split every feed-forward network with experts on the hidden side over the ranks of a mesh, in place.
 
-    All ranks call it with the same weights, and give the model the same batches. Projections and blocks become
-    DTensors; routers, and what else the model has, stay whole on every rank. Make the optimizer afterwards; one that
-    takes both kinds at once needs ``foreach=False``.
+    All ranks must call it with the same weights and pass the same batches to the model. Projections and blocks become
+    DTensors; routers and all other parameters are replicated. Create the optimizer afterwards; one with both kinds of
+    parameters needs ``foreach=False``.
 
     Args:
-        model: of `convert_to_mpoe` or `load_mpoe`, with ``MPOEConfig(shape="hidden")``.
+        model: from `convert_to_mpoe` or `load_mpoe`, with ``MPOEConfig(shape="hidden")``.
         mesh: one-dimensional.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a mesh of several dimensions; no such network; groups that the ranks do not divide; a projection
-            for two kinds, or that is no ``nn.Linear``, which PyTorch's styles need. Nothing has been changed then.
+        ValueError: a mesh of several dimensions; no such network; a number of groups that is not divisible by the
+            number of ranks; a fused projection, or one that is not an ``nn.Linear``, which PyTorch's styles need. The
+            model is then unchanged.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh must be one-dimensional; got {mesh.ndim} dimensions")

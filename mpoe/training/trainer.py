@@ -1,4 +1,4 @@
-"""`MPOETrainer`: the Hugging Face Trainer with what a mixture of MPO experts needs."""
+"""`MPOETrainer`: the Hugging Face Trainer with additions for mixtures of MPO experts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mpoe.training.run_log import RunLog, expert_load_of
 from mpoe.training.same_plans import same_plans
 from mpoe.training.statistics import ExpertLoad, core_grad_norms
 
-# Everything that models return beside the logits; none of it belongs into an evaluation's predictions.
+# Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
     *(
         "task_loss",
@@ -61,19 +61,19 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     What it adds to the Trainer:
 
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
-    * a loss that does not depend on how a batch is cut into micro-batches (see `mpoe.training.loss`), and
+    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.loss`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings of experts that take most tokens or none for long, and of rates far from what worked (`training.advice`);
-    * logs of task and auxiliary loss, expert load, core gradient norms and the share of masked steps, also as
+    * warnings about experts that take most tokens or none for long, and about rates far from those that worked
+    * (`training.advice`); logs of task and auxiliary loss, expert load, core gradient norms and the share of masked
+    * steps, also as
       `metrics.jsonl` in the output folder;
-    * under torchrun (DDP), router losses over the tokens of all processes, so that a step is one process's with the
-      same global batch;
-    * while it trains no other process trains in the same folder (see `mpoe.training.run_lock`);
-    * a run that diverges ends in a `DivergenceError` (see `mpoe.training.divergence`);
-    * checkpoints that are complete or absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)`
-      continues the last complete one, on the CPU to bit-identical weights;
-    * products planned with the same constants of the CPU on all processes and after a resume (see
+    * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
+    * the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
+    * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or
+    * absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
+    * one, on the CPU to bit-identical weights; products planned with the same constants of the CPU on all processes and
+    * after a resume (see
       `mpoe.training.same_plans`).
 
     T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
@@ -83,7 +83,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     Raises:
         TypeError: `args` of another type.
-        ValueError: the arguments do not fit the model (mask or freezing without MPO cores, generation by a model
+        ValueError: the arguments do not match the model (mask or freezing without MPO cores, generation with a model
             that is not an encoder-decoder).
     """
 
@@ -132,10 +132,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             ValueError: there is none, or the given one is incomplete, damaged, of another model, or holds more than
                 tensors.
             FolderInUseError: another process trains in ``output_dir``; a `ValueError` that says which.
-            DivergenceError: loss, gradients or weights are not finite; no checkpoint holds them, and the model in
-                memory has the weights of the step before (unless these were not finite already).
+            DivergenceError: loss, gradients or weights are not finite; no checkpoint contains them, and the model in
+                memory has the weights of the previous step (unless these were already not finite).
         """
-        # Of several processes the first one writes the folder.
+        # With several processes, the first one writes the folder.
         with hold(str(self.args.output_dir)) if self.is_world_process_zero() else contextlib.nullcontext():
             return self._train_alone(resume_from_checkpoint, *args, **kwargs)
 
@@ -148,7 +148,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
             if self._metrics_file.path.exists() or step:
-                # Readers drop what an earlier attempt logged beyond this step.
+                # Readers drop records that an earlier attempt logged after this step.
                 self._metrics_file.write({"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
         self._load_watch.start(step)
@@ -162,12 +162,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 self._metrics_file.write({"event": "diverged", "step": error.step, "why": str(error)})
             raise
         finally:
-            # An error in the middle of a masked step must not leave the model masked.
+            # An error during a masked step must not leave the model masked.
             if self.gradient_mask is not None:
                 self.gradient_mask.end_step()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim` over `build_param_groups`, unless the caller brought its own groups."""
+        """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own groups."""
         if self.optimizer is None:
             module: Any = self.model if model is None else model
             given = self.optimizer_cls_and_kwargs
@@ -253,7 +253,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     ) -> tuple[Any, Tensor | None, Tensor | None]:
         ignore_keys = sorted({*_NOT_PREDICTIONS, *(ignore_keys or ())})
         if self.args.predict_with_generate and not prediction_loss_only:
-            # Seq2SeqTrainer calls the model for the loss alone, outside compute_loss.
+            # Seq2SeqTrainer calls the model only for the loss, outside compute_loss.
             model = partial(self._forward_with_task_loss, model)  # type: ignore[assignment]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
@@ -297,7 +297,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     # --------------------------------------------------------------- logging
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the mixture's own numbers, and into `metrics.jsonl`."""
+        """As `Trainer.log`, plus the mixture's own numbers, also written to `metrics.jsonl`."""
         details: dict[str, Any] = {}
         if "loss" in logs:
             details = self._training_details(logs)
@@ -306,7 +306,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             self._metrics_file.write({"step": self.state.global_step, **logs, **details})
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
-        """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks alike."""
+        """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
         means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
         logs.update(means)
         logs.update(self._core_norms)

@@ -12,9 +12,9 @@ from mpoe.models.table import TABLE
 
 
 def name_pattern(glob: str) -> re.Pattern[str]:
-    """Regular expression of module names, with or without what stands before them.
+    """Regular expression for module names, with or without a prefix.
 
-    The first ``*`` is the number of the layer (group ``layer``), a later one any number; ``{a,b}`` is a or b.
+    The first ``*`` is the layer's index (group ``layer``), later ones any number; ``{a,b}`` is a or b.
     """
     text = re.escape(glob).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
     text = text.replace(r"\*", r"(?P<layer>\d+)", 1).replace(r"\*", r"\d+")
@@ -23,17 +23,17 @@ def name_pattern(glob: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class FFN:
-    """One way of building a feed-forward network: names of its parts.
+    """One way to build a feed-forward network: names of its parts.
 
     Attributes:
         holder: names of the modules that hold one, for `name_pattern`.
         up, down, gate_proj: dense projections inside the holder. Orientation follows from their type: `nn.Linear`
             holds ``[out, in]``, `Conv1D` ``[in, out]``.
-        fused: kinds whose weights lie side by side in the outputs of ``up``, in order, e.g. ``("gate_proj", "up")``.
+        fused: kinds whose weights are concatenated along the outputs of ``up``, in order, e.g. ``("gate_proj", "up")``.
         place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty = the holder itself.
-        emptied: modules inside the holder whose work the experts do; they pass their input on.
-        zeroed: numbers of the holder that become 0: a dropout which the experts apply, a chunk size.
-        stream: whose tokens pass: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        emptied: modules inside the holder whose work the experts do; they become identities.
+        zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a chunk size.
+        stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
     """
 
     holder: str
@@ -60,7 +60,7 @@ class Family:
     """How a model family builds its layers.
 
     Attributes:
-        ffn: its feed-forward networks; of those that fit a module, the first counts.
+        ffn: its feed-forward networks; the first one that matches a module is used.
         attention: names of attention projections, for `name_pattern`.
         pooler: name of the pooler's projection, if there is one.
         activation, dropout, output_dropout, init_std: read the model's config; ``init_std`` gives up and down.
@@ -78,12 +78,12 @@ class Family:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether its models are mixtures already: there is no dense network to convert."""
+        """Whether its models are already mixtures, without dense networks to convert."""
         return not self.ffn
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether experts of the shape "hidden" can stand between the projections of its models."""
+        """Whether its models support experts of the shape "hidden" between their projections."""
         return bool(self.ffn) and all(not ffn.place or ffn.up.startswith(f"{ffn.place}.") for ffn in self.ffn)
 
 

@@ -13,7 +13,7 @@ from mpoe.models.families import FFN, Family
 
 @dataclasses.dataclass(frozen=True)
 class Sites(FFN):
-    """`FFN` with what the model's configuration would say for a known family.
+    """`FFN` plus the settings that a known family's model configuration provides.
 
     Attributes:
         activation: name of the activation between the projections, see `mpoe.layers.activations`.
@@ -30,7 +30,7 @@ def checked_sites(sites: Any) -> dict[str, Any]:
     """``sites`` as a JSON-able dict.
 
     Raises:
-        TypeError: no mapping, or fields of other types.
+        TypeError: not a mapping, or fields of other types.
         ValueError: an unknown field, a holder without ``*``, an activation that experts cannot compute.
     """
     if not isinstance(sites, Mapping):

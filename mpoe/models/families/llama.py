@@ -1,4 +1,4 @@
-"""Llama and the decoders that are built like it: gated networks without biases."""
+"""Llama and decoders of the same structure: gated networks without biases."""
 
 from dataclasses import replace
 

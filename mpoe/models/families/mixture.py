@@ -1,6 +1,6 @@
 """Mixtures of Transformers whose experts hold ``gate_up_proj [E, 2F, I]`` and ``down_proj [E, I, F]``.
 
-They keep their routers, shared experts and dense layers; `mpoe.models.stock_experts` says what becomes of the experts.
+They keep their routers, shared experts and dense layers; `mpoe.models.stock_experts` converts the experts.
 """
 
 from mpoe.models.families import Family

@@ -1,4 +1,4 @@
-"""Argument checks of the public face: every message names the argument, what was expected and what came."""
+"""Argument checks of the public functions: every message names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (int, torch.SymInt)
-# What autocast brings to its dtype, and where the ops follow it.
+# Dtypes that autocast casts, and devices on which the ops follow it.
 LOWERED = {torch.float32, torch.bfloat16, torch.float16}
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -43,7 +43,7 @@ def check_floating(name: str, value: Tensor) -> None:
 
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require ``others`` to be where ``reference`` is."""
+    """Require ``others`` to be on the device of ``reference``."""
     device = reference.device
     for name, other in others.items():
         if other is not None and other.device != device:
@@ -51,7 +51,7 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
 
 
 def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, as it will cast them."""
+    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, after its casts."""
     device, dtype = reference.device, reference.dtype
     for name, other in others.items():
         if other is None or (other.dtype == dtype and other.device == device):
@@ -69,7 +69,7 @@ def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) 
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None, what: str = "") -> int:
-    """Require an integer (bool is none) in ``low..high``; ``what`` says in the message what ``high`` is."""
+    """Require an integer (not a bool) in ``low..high``; ``what`` describes ``high`` in the message."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name} must be an integer; got {describe(value)}")
     if value < low or (high is not None and value > high):
@@ -79,13 +79,13 @@ def check_integer(name: str, value: object, low: int, high: int | None = None, w
 
 
 def refuse_jit_trace(what: str) -> None:
-    """torch.jit.trace would keep the sizes and routing of one call."""
+    """Refuse torch.jit.trace, which would record the sizes and routing of one call as constants."""
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(f"{what} does not support torch.jit.trace; use torch.compile or torch.export")
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products in their factors' own dtype, on devices that autocast knows and on others."""
+    """Disable autocast, on devices that support it and on others."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 

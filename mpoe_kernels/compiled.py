@@ -13,7 +13,7 @@ import torch
 
 import mpoe_kernels.version
 
-# Where setup.py puts the libraries, and the reasons why there is none.
+# Where setup.py puts the libraries, and the reasons if it built none.
 FOLDER = Path(mpoe_kernels.version.__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 BUILD_COMMAND = "python setup.py build_ext --inplace"
@@ -21,13 +21,13 @@ BUILD_COMMAND = "python setup.py build_ext --inplace"
 
 @dataclass(frozen=True)
 class CompiledLibrary:
-    """What loading gave.
+    """The result of loading a library.
 
     Attributes:
         path: where the library was looked for.
-        reasons: why it is not loaded (empty: it is).
-        info: what it tells of itself, such as ``version``. Empty unless loaded.
-        functions: what opening it gave, to call it by; None where its functions are ops of torch.
+        reasons: why it is not loaded (empty: it is loaded).
+        info: its own description, such as ``version``. Empty unless loaded.
+        functions: the opened library, for calls; None if its functions are torch ops.
     """
 
     path: Path
@@ -44,7 +44,7 @@ def _why_missing(path: Path, reason_file: str) -> str:
 
 
 def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
-    """How to open a library of ops of torch, for `load_library`: they appear as ``torch.ops.<namespace>``."""
+    """Opener of a library of torch ops for `load_library`: they appear as ``torch.ops.<namespace>``."""
 
     def opened(path: Path) -> tuple[str, None]:
         torch.ops.load_library(path)
@@ -63,11 +63,11 @@ def load_library(
     """Load a library. Never raises for a bad file.
 
     Args:
-        path: of the library.
-        opened: loads it; what the library tells of itself, as lines ``key=value``, and what to call it by.
-        reason_file: beside the library; setup.py writes it where it does not build.
-        info_keys: what the library must tell of itself; one that tells less was built from older sources.
-        layout: values that it must tell, so that it is called as it wants to be.
+        path: path of the library.
+        opened: loads it; returns its description, as lines ``key=value``, and its functions.
+        reason_file: file next to the library; setup.py writes it if it does not build.
+        info_keys: keys that the description must have; otherwise it was built from older sources.
+        layout: values that the description must have for the call interface to match.
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))

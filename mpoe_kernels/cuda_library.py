@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, `mpoe_kernels/_C_cuda.abi3.so`, loaded where this PyTorch has CUDA."""
+"""The compiled CUDA kernels, `mpoe_kernels/_C_cuda.abi3.so`, loaded if this PyTorch has CUDA."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from mpoe_kernels.compiled import FOLDER, CompiledLibrary, load_library, open_ops
 
 LIBRARY = "_C_cuda.abi3.so"
-# setup.py writes it where it does not build.
+# setup.py writes it if it does not build.
 REASON_FILE = "_cuda_missing.txt"
-# ``architectures``: names as CMake's, separated by spaces: 90a-real is machine code, 100-virtual is PTX.
+# ``architectures``: CMake's names, separated by spaces: 90a-real is machine code, 100-virtual is PTX.
 INFO_KEYS = {"version", "torch", "compiler", "architectures"}
 
 
@@ -28,8 +28,8 @@ CUDA_LIBRARY = _load()
 
 
 class RefusingOps:
-    """The ops of a namespace. What one refuses (csrc/cuda/binding.h) is a ValueError, as everywhere: PyTorch makes a
-    RuntimeError of it."""
+    """The ops of a namespace. Their refusals (csrc/cuda/binding.h), which PyTorch raises as RuntimeError, become
+    ValueErrors."""
 
     def __init__(self, ops: Any) -> None:
         self._ops = ops

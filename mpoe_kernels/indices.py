@@ -1,4 +1,4 @@
-"""What several backends do with indices: check those of a table, and put slots in the order of their tokens."""
+"""Index functions used by several backends: range checks, and sorting slots by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def slots_by_token(row_index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def check_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Refuse an entry outside ``low..high``, on the CPU alone: elsewhere looking would wait for the device."""
+    """Refuse an entry outside ``low..high``, only on the CPU: elsewhere the check would wait for the device."""
     if index.numel() == 0 or index.device.type != "cpu":
         return
     smallest, largest = (int(v) for v in index.aminmax())
@@ -31,7 +31,7 @@ def check_range(name: str, index: Tensor, low: int, high: int) -> None:
 
 
 def check_offsets(offsets: list[int], slots: int) -> None:
-    """Refuse offsets that do not start at 0, fall, or pass the slots."""
+    """Refuse offsets that do not start at 0, decrease, or exceed the slots."""
     if offsets[0] != 0 or offsets[-1] > slots or offsets != sorted(offsets):
         raise ValueError(f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}")
 

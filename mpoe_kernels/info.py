@@ -1,6 +1,6 @@
-"""What the kernels run on here: ``python -m mpoe_kernels.info`` prints it, ``--json`` as JSON.
+"""The environment of the kernels: ``python -m mpoe_kernels.info`` prints it, ``--json`` as JSON.
 
-Works whatever is missing: without compiled kernels, Triton or a GPU it says so, with the reason.
+It also works without compiled kernels, Triton or a GPU, and says why they are missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Everything that `show` prints, JSON-able.
 
     Args:
-        packages: distributions whose versions are wanted.
+        packages: distributions to report.
 
     Returns:
         ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
@@ -101,7 +101,7 @@ def native_summary(native: dict[str, str] | None) -> str:
 
 
 def processor_summary(facts: dict[str, Any]) -> str:
-    """One line about the processor, and how fast the compiled kernels are there beside PyTorch."""
+    """One line about the processor, and the speed of the compiled kernels relative to PyTorch."""
     name, constants = facts["machine"]["processor"] or "unknown", facts["machine"]["constants"]
     if facts["native"] is None:
         return f"{name}; plans use built-in constants"
@@ -127,7 +127,7 @@ def cuda_summary(cuda: dict[str, str] | None) -> str:
 
 
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts but for the backends, as (name, text)."""
+    """All facts except the backends, as (name, text)."""
     return [
         ("Python", f"{facts['python']} on {facts['platform']}"),
         *facts["packages"].items(),
@@ -146,7 +146,7 @@ def show(facts: dict[str, Any]) -> str:
     for name, reasons in facts["backends"].items():
         lines.append(f"  {name:<16}{'no' if reasons else 'yes'}")
         for reason in reasons:
-            # Paths stay whole, to be copied.
+            # Paths are not wrapped, so that they can be copied.
             wrapped = textwrap.wrap(reason, 80, break_long_words=False, break_on_hyphens=False)
             lines += [f"{'':<18}{line}" for line in wrapped]
     return "\n".join(lines)

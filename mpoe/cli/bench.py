@@ -14,11 +14,11 @@ from mpoe.cli.parsing import option, read_command
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
-PIPE_WIDTH = 100  # of tables, where the output is no terminal and has no width of its own
+PIPE_WIDTH = 100  # width of tables if the output is not a terminal
 
 
 def check_installed() -> None:
-    """Refuse where the benchmarks are not installed."""
+    """Refuse if the benchmarks are not installed."""
     if importlib.util.find_spec("mpoe_bench") is None:
         raise CommandError(
             "the benchmarks are not installed: no package mpoe_bench (in a checkout: pip install -e ., or its "
@@ -28,7 +28,7 @@ def check_installed() -> None:
 
 @dataclass
 class BenchOptions:
-    """What is measured, and how."""
+    """What to measure, and how."""
 
     _argument_group_name = "bench"
 
@@ -48,7 +48,7 @@ def command(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Run the command on its tokens; returns what ``results.json`` holds.
 
     Raises:
-        CommandError: an option that does not fit, an output folder that is taken, or results that are wrong.
+        CommandError: an invalid option, an output folder that is in use, or wrong results.
     """
     from mpoe.cli.files import RESULTS_FILE
     from mpoe.training.output_dir import check_folder

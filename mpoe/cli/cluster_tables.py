@@ -18,11 +18,11 @@ Values = Mapping[str, Any]
 
 
 def show_cluster(values: Values, work: Usage) -> None:
-    """Print one column per design of what a device holds, sends and waits for.
+    """Print what a device holds, sends and waits for, one column per design.
 
     Args:
-        values: as `mpoe.cli.plan_json.cluster_values` gives them.
-        work: what the devices do.
+        values: from `mpoe.cli.plan_json.cluster_values`.
+        work: a description of the devices' work.
     """
     out, designs = console(), values["designs"]
     hardware = escape(work.device.hardware.name)
@@ -72,7 +72,7 @@ def show_scale(found: Sequence[Values], clusters: Sequence[Cluster], work: Usage
         times, first = values["break_even"], values["designs"][0]
         even = "-" if times is None else f"{times * max(work.tokens.values()):,.0f}"
         slowest = "link_bytes" if values["nodes"] > 1 else "node_bytes"
-        for design in values["designs"][:2]:  # not Switch on every device: nobody would
+        for design in values["designs"][:2]:  # without Switch replicated on every device, which is unrealistic
             table.add_row(
                 f"{values['nodes'] * values['gpus_per_node']:,}" if design is first else "",
                 _name(design, short=True),

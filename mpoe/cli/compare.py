@@ -1,6 +1,6 @@
 """`mpoe compare RUN_DIR RUN_DIR ...`: training runs side by side, on the terminal and as a report.
 
-Parameters, the settings that differ, scores, curves and time. Runs that have not ended are shown as far as they are."""
+It shows parameters, the settings that differ, scores, curves and time. Unfinished runs are shown as far as they got."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBERS_FILE = "compare.json"
 
 @dataclass
 class CompareOptions:
-    """Options of `compare` alone."""
+    """Options that only `compare` has."""
 
     _argument_group_name = "comparison"
 
@@ -67,7 +67,7 @@ def _checked_folder(options: CompareOptions) -> Path:
 
 
 def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Names that tell the runs apart: those given, the folders' own, or the whole paths."""
+    """Unique names of the runs: the given ones, the folders' names, or the whole paths."""
     if names and len(names) != len(paths):
         raise CommandError(f"names must be one for each of the {len(paths)} runs; got {len(names)}")
     own = list(names) or [Path(path).resolve().name for path in paths]

@@ -14,14 +14,14 @@ from mpoe.cli.run_folder import RunFolder
 
 
 def show(tables: Sequence[Comparison]) -> None:
-    """Print the tables; the best value of a row is marked by a star, which a pipe keeps."""
+    """Print the tables; a star marks the best value of a row, because a pipe has no colours."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:  # nothing tells the width, so rows stay whole
+    if not console.is_terminal:  # the width is unknown, so rows are not cut
         console = Console(width=max(console.width, 120))
     for found in tables:
         drawn = Table(*map(escape, found.header), title=found.title)
@@ -39,9 +39,9 @@ def write_comparison(file: Path, runs: Sequence[RunFolder], tables: Sequence[Com
     """Write the report.
 
     Args:
-        file: where to.
-        runs: that are compared.
-        tables: of `mpoe.cli.comparison.compare`.
+        file: output file.
+        runs: the compared runs.
+        tables: from `mpoe.cli.comparison.compare`.
     """
     first, *others = tables
     parts = [f"<h1>{html.escape(' / '.join(run.name for run in runs))}</h1>", *_section(first)]

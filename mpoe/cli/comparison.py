@@ -1,4 +1,4 @@
-"""What `mpoe compare` finds: tables with a row for each fact and a column for each run."""
+"""The tables of `mpoe compare`, with a row for each fact and a column for each run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Comparison:
     """A table.
 
     Attributes:
-        title: above it.
+        title: heading.
         words: how to read it.
         header: names of the columns; the first one names the rows.
-        rows: a name, and a value of every run.
-        best: (row, column) of the best values, where one of them is better than another.
+        rows: a name, and one value for every run.
+        best: (row, column) of the best values, if the values differ.
     """
 
     title: str

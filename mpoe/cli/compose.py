@@ -1,7 +1,7 @@
 """`mpoe compose BASE FINE_TUNE ... --output_dir OUT`: several fine-tunes of one language model become one mixture.
 
-A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` the only FINE_TUNE joins a mixture that
-this command made."""
+A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` a single FINE_TUNE is added to a mixture
+that this command made."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def _check(names: Sequence[str], options: ComposeOptions) -> Path:
-    """Refuse options that do not fit; the output folder."""
+    """Refuse invalid options; returns the output folder."""
     from mpoe.training.output_dir import check_folder
 
     if options.output_dir is None:
@@ -77,7 +77,7 @@ def load_fine_tune(name: str, base: Any) -> Any:
     """A saved dense model, or ``base`` with a LoRA adapter merged into it.
 
     Raises:
-        CommandError: no model or adapter of that name; an adapter without PEFT installed.
+        CommandError: no model or adapter of that name; an adapter, but PEFT is not installed.
     """
     import copy
 
@@ -104,7 +104,7 @@ def pieces(file: Path, tokenizer: Any, options: ComposeOptions) -> list[dict[str
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CommandError(f"texts: {file} is not UTF-8: {error}") from error
-    # Ten characters are more than a token has on average: enough is read, whatever the file's size.
+    # A token has fewer than ten characters on average: this reads enough, without reading a large file completely.
     ids = tokenizer(text[: 10 * options.max_texts * options.max_length])["input_ids"]
     count = min(len(ids) // options.max_length, options.max_texts)
     if not count:
@@ -166,7 +166,7 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
 
 
 def show_report(report: dict[str, Any], names: Sequence[str]) -> None:
-    """Print what the mixture lost of every fine-tune, per layer and in what the experts share."""
+    """Print the error for every fine-tune, per layer and in the shared parameters."""
     from rich.console import Console
     from rich.table import Column, Table
 

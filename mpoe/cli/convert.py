@@ -1,6 +1,6 @@
-"""`mpoe convert IN OUT [flags]`: a dense checkpoint becomes a mixture; errors and parameters are shown.
+"""`mpoe convert IN OUT [flags]`: converts a dense checkpoint to a mixture; shows errors and parameters.
 
-With `--original_checkpoint` the weights are those of a run of the original implementation instead."""
+With `--original_checkpoint` the weights come from a run of the original implementation instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USAGE = "mpoe convert IN OUT [--flag value ...]"
 
 @dataclasses.dataclass
 class ConvertOptions:
-    """Options of `convert` alone."""
+    """Options that only `convert` has."""
 
     _argument_group_name = "run"
 
@@ -79,7 +79,7 @@ def run(
 
 
 def show_errors(model: Any) -> None:
-    """Print the decomposition error of every converted matrix; alike rows are joined."""
+    """Print the decomposition error of every converted matrix; equal rows are merged."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -91,7 +91,7 @@ def show_errors(model: Any) -> None:
     for name in model.conversion_report:
         groups.setdefault(shapes[name], []).append(name)
     if not groups:
-        return  # dense experts: copies, without any error
+        return  # dense experts are copies, without error
     table = Table("matrices", "cores", "relative error at most", title="Decomposition")
     for shape, names in groups.items():
         errors = [model.conversion_report[name]["relative_error_bound"] for name in names]

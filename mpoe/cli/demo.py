@@ -1,4 +1,5 @@
-"""`mpoe demo`: what a mixture gains, at what size and price; from conversion to reload, on data of every Python."""
+"""`mpoe demo`: the gain of a mixture, its size and its cost; from conversion to reload, on data that comes with
+Python."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ MODEL_FOLDER = "model"
 
 
 class Stages:
-    """Seconds of every stage, in order; the same name adds up."""
+    """Seconds of every stage, in order; times under the same name are added."""
 
     def __init__(self, console: Any) -> None:
         self.console = console
@@ -53,7 +54,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Demo:
-    """What every stage of one demo reads. ``kind``: key of `SETTINGS`; ``start``: by the clock `time.perf_counter`."""
+    """Shared state of a demo's stages. ``kind``: key of `SETTINGS`; ``start``: from `time.perf_counter`."""
 
     output_dir: Path
     kind: str
@@ -79,7 +80,7 @@ class DemoOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    # Threads that spin while they wait for each other cost minutes when the cores are shared; read when torch loads.
+    # Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     asked = read_command("mpoe demo [--flag value ...]", __doc__, [DemoOptions], arguments)
     if asked is None:
@@ -106,7 +107,7 @@ def command(arguments: Sequence[str]) -> None:
         )
     with hold(output_dir):
         for name in (RESULTS_FILE, REPORT_FILE):
-            (output_dir / name).unlink(missing_ok=True)  # they would not belong to the model of a demo that is killed
+            (output_dir / name).unlink(missing_ok=True)  # stale if this demo is killed
         run(output_dir, model, with_steps(SETTINGS[model], steps), seed)
 
 

@@ -1,4 +1,4 @@
-"""The arms the demo compares, and how one is trained: same items, same order, same steps, same seeds."""
+"""The arms that the demo compares, and their training: same items, same order, same steps, same seeds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DemoArm:
     as_large_as: str | None = None
 
     def config(self, large: bool = False) -> MPOEConfig:
-        """Of a mixture, here or in the large layer."""
+        """Configuration of a mixture, here or in the large layer."""
         from mpoe.config import MPOEConfig
 
         return MPOEConfig(num_experts=NUM_EXPERTS, **{**(self.experts or {}), **(self.large if large else {})})
@@ -48,9 +48,9 @@ class DemoArm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs for one kind of model. ``batch``: items per step; ``steps``: per arm; ``n_val``,
+    """Settings of the demo for one kind of model. ``batch``: items per step; ``steps``: per arm; ``n_val``,
     ``n_test``: random subsets of those splits (None: all of them); ``rates``: how the arms' learning rates were chosen;
-    ``large``: the known model that the stand-in stands for.
+    ``large``: the well-known model that the stand-in represents.
     """
 
     tasks: tuple[str, ...]
@@ -69,7 +69,7 @@ class Settings:
 
 
 def _arms(rate: float, mixtures: float) -> tuple[DemoArm, ...]:
-    """Of a rate for dense models and dense experts, and one for MPO experts."""
+    """The arms, with one rate for dense models and dense experts and one for MPO experts."""
     hidden = {"shape": "hidden", "block_size": 16, "router": {"top_k": 2}}
     return (
         DemoArm("dense", "dense", None, rate),
@@ -112,7 +112,8 @@ SETTINGS = {
 
 
 def demo_tasks(settings: Settings) -> list[Any]:
-    """The tasks, cut to the settings' subsets (seed 0 always: the held-out items do not depend on the run's seed)."""
+    """The tasks, reduced to the settings' subsets (always with seed 0, so held-out items do not depend on the run's
+    seed)."""
     from mpoe.data.splits import with_subsets
     from mpoe.data.tasks import get_task
 
@@ -123,7 +124,8 @@ def demo_tasks(settings: Settings) -> list[Any]:
 
 
 def training_items(settings: Settings, tasks: Sequence[Any], tokenizer: Any, steps: int, seed: int) -> list[dict]:
-    """The items of all steps in the order every arm sees them: one task per step, tasks by size, shuffled passes."""
+    """The items of all steps in the order that every arm sees: one task per step, tasks in proportion to size, shuffled
+    passes."""
     rng = random.Random(seed)
     pools = [encode_task(task, "train", tokenizer) for task in tasks]
     queues: list[list[dict]] = [[] for _ in pools]
@@ -194,16 +196,16 @@ def train_arm(
 
 
 def count_parameters(report: dict[str, int], dense: bool = False, grown: int = 0) -> dict[str, int]:
-    """What the comparison counts, from a converted model's `parameter_report`.
+    """The comparison's parameter counts, from a converted model's `parameter_report`.
 
     Args:
         report: of any conversion of the same dense model.
         dense: count the dense model itself instead of the converted one.
-        grown: weights that a wider dense model has beyond that one.
+        grown: additional weights of a wider dense model.
 
     Returns:
         ``total``, and ``experts``: the weights of the feed-forward layers (dense) or of their experts; of those
-        ``central`` and ``auxiliary``. Routers and biases are in ``total`` alone: like is counted with like.
+        ``central`` and ``auxiliary``. Routers and biases are only in ``total``, so that the counts are comparable.
     """
     if dense:
         experts = report["dense_total"] - report["rest"] + grown
@@ -218,5 +220,5 @@ def count_parameters(report: dict[str, int], dense: bool = False, grown: int = 0
 
 
 def with_steps(settings: Settings, steps: int | None) -> Settings:
-    """The settings with another number of steps per arm (None: as they are)."""
+    """The settings with another number of steps per arm (None: unchanged)."""
     return settings if steps is None else dataclasses.replace(settings, steps=steps)

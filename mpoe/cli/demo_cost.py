@@ -1,4 +1,4 @@
-"""What an arm of the demo costs: a wider dense model of the same size, parameters and time of a layer of T5-base."""
+"""The cost of the demo's arms: a wider dense model of the same size; parameters and time of a layer of T5-base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpoe.layers import HiddenFeedForward, MPOEFeedForward
 TOKENS = 512
 ROUNDS = 3
 _HIDDEN = {"t5": "d_ff", "gpt2": "n_inner"}  # fields of the configurations
-_INTO_HIDDEN = ("wi.weight", "c_fc.weight")  # their new columns draw random numbers; whatever else is new is 0
+_INTO_HIDDEN = ("wi.weight", "c_fc.weight")  # their new columns are random; all other new weights are 0
 
 
 def hidden_size(config: Any) -> int:
@@ -25,7 +25,7 @@ def hidden_size(config: Any) -> int:
 
 
 def widened(dense: Any, hidden: int) -> Any:
-    """A copy of a T5 or GPT-2 with more hidden units, which computes the same: new units write nothing yet.
+    """A copy of a T5 or GPT-2 with more hidden units that computes the same: the new units' output weights are 0.
 
     Args:
         dense: the model; its feed-forward networks are not gated.
@@ -69,7 +69,7 @@ def _layer(arm: DemoArm, features: int, hidden: int) -> nn.Module:
 
 
 def large_costs(settings: Settings, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """What every arm would cost in the model that the stand-in stands for.
+    """The cost of every arm in the large model that the stand-in represents.
 
     Returns:
         By arm: ``parameters`` of the whole model, and ``forward`` and ``training``, the CPU time of one feed-forward
@@ -91,13 +91,13 @@ def large_costs(settings: Settings, tokens: int = TOKENS, rounds: int = ROUNDS) 
     x = torch.randn(tokens, features)
     times: dict[str, dict[str, list[float]]] = {key: {"forward": [], "training": []} for key in layers}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # CPU time then hardly depends on what else runs
+    torch.set_num_threads(1)  # CPU time then hardly depends on other processes
     try:
         for turn in range(rounds + 1):
             for key, layer in layers.items():
                 for phase, seconds in times[key].items():
                     taken = _seconds(layer, x, phase == "training")
-                    if turn:  # the first warms up
+                    if turn:  # the first one is a warm-up
                         seconds.append(taken)
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What the demo says: the comparison it makes, the table, what holds, and in how many seeds."""
+"""The demo's output: the comparison, the table, the conclusions, and in how many seeds they hold."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mpoe.cli.demo_arms import NUM_EXPERTS, Settings
 ALLOWED_LOSS = 0.02
 ALLOWED_SHARE = 0.5
 SATURATED = 0.95
-# of perplexity, relative: there is no fraction to take points of
+# for perplexity, a relative difference, since it is not a fraction
 ALLOWED_PERPLEXITY = 0.02
 LARGE_NAMES = {"t5-base": "T5-base", "gpt2": "GPT-2"}
 SEEDS_FILE = Path(__file__).with_name("demo_seeds.json")  # written by tools/demo_seeds.py
-BASELINE = "baseline"  # one answer for all items, the most frequent; of perplexity, every token by its frequency
+BASELINE = "baseline"  # the most frequent answer for all items; for perplexity, every token by its frequency
 
 
 def comparison_lines(settings: Settings) -> list[str]:
-    """What is compared with what, in plain words."""
+    """A description of the comparison."""
     rates = ", ".join(f"{arm.name} {arm.learning_rate:g}" for arm in settings.arms)
     metric = (
         "perplexity per token of the stand-in's tokenizer (lower is better)"
@@ -52,7 +52,7 @@ def _value(task_scores: dict[str, float], causal: bool) -> str:
 
 
 def weights_ratio(arm: dict[str, Any], arms: Sequence[dict[str, Any]]) -> float:
-    """Feed-forward weights over those of the dense model."""
+    """Feed-forward weights relative to the dense model's."""
     (dense,) = (other for other in arms if other["key"] == "dense")
     return arm["parameters"]["experts"] / dense["parameters"]["experts"]
 
@@ -77,7 +77,7 @@ def comparison_table(arms: Sequence[dict[str, Any]], settings: Settings) -> tupl
 
 
 def what_holds(arms: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
-    """The reasons to use it that this run shows, a sentence each."""
+    """The benefits that this run shows, one sentence each."""
     by_key = {arm["key"]: arm for arm in arms}
     switch, mpoe, separable = by_key["switch"], by_key[settings.main_arm], by_key["separable"]
     changed = max(arm["conversion_difference"] for arm in arms if arm["conversion_difference"] is not None)
@@ -95,19 +95,19 @@ def what_holds(arms: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
 
 
 def fingerprint(settings: Settings) -> dict[str, Any]:
-    """What must not have changed for the facts of the seeds to hold: steps, batch, and each arm's experts and rate."""
+    """Everything that the saved results of the seeds depend on: steps, batch, and each arm's experts and rate."""
     arms = {arm.key: [arm.learning_rate, arm.experts, arm.training] for arm in settings.arms}
     return {"steps": settings.steps, "batch": settings.batch, "tasks": list(settings.tasks), "arms": arms}
 
 
 def seed_facts(kind: str, settings: Settings) -> dict[str, Any] | None:
-    """What ``python tools/demo_seeds.py`` found; None for settings it has not run, such as another number of steps."""
+    """The results of ``python tools/demo_seeds.py``; None for other settings, such as another number of steps."""
     facts: dict[str, Any] = json.loads(SEEDS_FILE.read_text(encoding="utf-8")).get(kind, {})
     return facts if facts.get("settings") == fingerprint(settings) else None
 
 
 def seed_means(kind: str, settings: Settings) -> dict[str, list[float]]:
-    """By arm, the mean score with every seed."""
+    """For each arm, the mean score of every seed."""
     facts = seed_facts(kind, settings)
     return (
         {arm.key: [run["means"][arm.key] for run in facts["runs"].values()] for arm in settings.arms} if facts else {}
@@ -138,7 +138,7 @@ def seed_lines(kind: str, settings: Settings) -> list[str]:
 
 
 def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Whether the claim holds for the main MPOE arm against Switch, with the numbers it rests on."""
+    """Whether the claim holds for the main MPOE arm against Switch, with the numbers behind it."""
     by_key = {arm["key"]: arm for arm in arms}
     switch, mpoe = by_key["switch"], by_key[settings.main_arm]
     share = mpoe["parameters"]["experts"] / switch["parameters"]["experts"]

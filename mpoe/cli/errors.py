@@ -1,4 +1,4 @@
-"""How the command line shows errors: one line for what the user can fix, a traceback for a defect."""
+"""How the command line shows errors: one line for errors that the user can fix, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import TracebackType
 USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
-# What the machine refuses, wherever it is noticed: no space, no permission, a failing disk, an impossible path.
+# Errors of the system, wherever they occur: no space, no permission, a failing disk, an impossible path.
 _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
     | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
@@ -21,7 +21,7 @@ _OF_THE_MACHINE = frozenset(
 
 
 class CommandError(ValueError):
-    """Something the user asked for that cannot be done; the message is all they need to see."""
+    """A request of the user that cannot be fulfilled; only its message is shown."""
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
@@ -40,11 +40,11 @@ def _raised_in(trace: TracebackType | None) -> str:
 
 
 def is_on_purpose(error: BaseException) -> bool:
-    """Whether the package raised ``error`` itself, to tell the user something.
+    """Whether the package raised ``error`` deliberately, as a message to the user.
 
-    A `CommandError` always is, and so is what the machine refuses (a full disk, no permission). Other errors are when
-    the innermost frame is in this package: an exception from inside torch or transformers is a defect, in it or here,
-    and keeps its traceback.
+    This is true for a `CommandError`, for errors of the system (a full disk, no permission), and for errors whose
+    innermost frame is in this package: an exception from inside torch or transformers is a bug, there or here, and
+    keeps its traceback.
     """
     if isinstance(error, CommandError):
         return True
@@ -54,7 +54,7 @@ def is_on_purpose(error: BaseException) -> bool:
 
 
 def show(error: BaseException, debug: bool = False) -> int:
-    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for defects."""
+    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for bugs."""
     if debug or not is_on_purpose(error):
         traceback.print_exception(error)
     if not is_on_purpose(error):

@@ -1,6 +1,6 @@
 """`mpoe evaluate MODEL_DIR`: scores of a saved model on a split.
 
-Of a run, what no option says is as it was in training.
+For a run, settings without an option are as in training.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
-SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that say which items
+SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
 
 
 @dataclass
 class EvaluateOptions:
-    """Options of `evaluate` alone."""
+    """Options that only `evaluate` has."""
 
     _argument_group_name = "evaluation"
 
@@ -69,7 +69,7 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     described = None if "task_file" in flags else _descriptions_of_run(run)
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
-        task.examples(options.split)  # a split that is not there is refused before the model is loaded
+        task.examples(options.split)  # a missing split is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
     from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.data.tasks import average_score
@@ -98,7 +98,8 @@ def _settings_of_run(model_dir: str) -> dict[str, Any]:
 
 
 def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> DataOptions:
-    """Options without a flag are as in training: lengths, columns, label words, and the items if no flag names any."""
+    """Set options without a flag as in training: lengths, columns, label words, and the items if no flag selects
+    any."""
     kept = run.get("data", {})
     names = {f.name for f in fields(DataOptions) if f.name not in flags} & set(kept)
     if flags & SOURCES:
@@ -111,7 +112,7 @@ def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> D
 
 
 def _descriptions_of_run(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
-    """The tasks that the run's ``task_file`` described then; None for a run that kept none."""
+    """The tasks of the run's ``task_file`` at that time; None if the run saved none."""
     from mpoe.data.spec import TaskSpec
 
     kept = run.get("described")
@@ -122,9 +123,9 @@ def _descriptions_of_run(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
 
 
 def _data_seed(run: dict[str, Any]) -> int:
-    """The seed that divided the run's data; 0 without one.
+    """The seed that split the run's data; 0 without one.
 
-    With another seed, split_validation_test would call items test that the run has seen as validation.
+    With another seed, split_validation_test would put items into the test split that the run used for validation.
     """
     training = run.get("training", {})
     seed = training.get("data_seed")

@@ -1,4 +1,4 @@
-"""`--load_experiment` and `--load_layer`: a run that starts from an earlier one, whole or in parts."""
+"""`--load_experiment` and `--load_layer`: start a run from an earlier one, in whole or in part."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option
 
-NOTHING = "noload"  # the original's scripts write it where nothing is loaded
+NOTHING = "noload"  # the original's scripts use it to load nothing
 
 
 @dataclass
 class ExperimentOptions:
-    """Options that name an earlier run."""
+    """Options that refer to an earlier run."""
 
     _argument_group_name = "earlier run"
 
@@ -37,10 +37,9 @@ class ExperimentOptions:
 
 
 def model_of_experiment(folder: str) -> str:
-    """The model that a run ended with, or its last complete checkpoint while it has not ended.
+    """The final model of a run, or its last complete checkpoint if the run has not finished.
 
-    Raises:
-        CommandError: no such folder, or neither in it.
+    Raises: CommandError: no such folder, or it has neither.
     """
     from mpoe.training import find_last_checkpoint
 
@@ -56,10 +55,10 @@ def model_of_experiment(folder: str) -> str:
 
 
 def start_of(options: ExperimentOptions, model: str, model_given: bool) -> str:
-    """What a run starts from: the earlier run's model, or ``model``.
+    """The starting point of a run: the earlier run's model, or ``model``.
 
     Raises:
-        CommandError: both are named.
+        CommandError: both are given.
     """
     if options.load_experiment is None or options.load_layer:
         return model
@@ -71,7 +70,7 @@ def start_of(options: ExperimentOptions, model: str, model_given: bool) -> str:
 
 
 def take_layers(model: Any, options: ExperimentOptions) -> None:
-    """Put the components of the earlier run into a freshly converted model."""
+    """Load components of the earlier run into a newly converted model."""
     if not options.load_layer:
         return
     assert options.load_experiment is not None  # checked at construction

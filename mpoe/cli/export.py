@@ -1,6 +1,7 @@
-"""`mpoe export IN OUT --to mixtral|qwen3_moe|olmoe`: a mixture as a class that other tools serve, with full matrices.
+"""`mpoe export IN OUT --to mixtral|qwen3_moe|olmoe`: exports a mixture to a class that other tools can serve, with full
+matrices.
 
-What was written is opened again with the stock class, and its logits are compared."""
+The exported model is opened again with the stock class, and its logits are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that commands write; a reader, or a kill, never sees half of one."""
+"""Atomic writing of the commands' files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STAGING = ".incomplete-model"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under another name, sync it to disk, then rename."""
+    """Write UTF-8 text under a temporary name, sync it to disk, then rename it."""
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -26,20 +26,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON as `write_text` does."""
+    """Write JSON with `write_text`."""
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def staging_folder(folder: Path) -> Path:
-    """The folder inside ``folder`` under which a model is assembled; `publish_model` moves its files out."""
+    """The folder inside ``folder`` in which a model is assembled; `publish_model` moves its files out."""
     return folder / _STAGING
 
 
 def publish_model(folder: Path) -> None:
     """Move a fully written model from the staging folder into ``folder``, replacing one that was there.
 
-    The old ``config.json`` goes first and the new one comes last, so a kill in between leaves nothing that loads. A
-    model card that somebody else wrote stays.
+    The old ``config.json`` is removed first and the new one is moved last, so a kill in between leaves nothing that can
+    be loaded. A user's own model card is kept.
     """
     from mpoe.models.card import CARD_FILE, may_write_card
 
@@ -56,7 +56,7 @@ def publish_model(folder: Path) -> None:
     for path in sorted(files, key=lambda path: path == staging / "config.json"):
         target = folder / path.relative_to(staging)
         if path.name == CARD_FILE and not may_write_card(target):
-            continue  # somebody's own
+            continue  # the user's own
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     shutil.rmtree(staging)
@@ -69,7 +69,7 @@ def model_folder(folder: Path) -> Iterator[Path]:
 
     with hold(folder):
         staging = staging_folder(folder)
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
         staging.mkdir(parents=True)
         try:
             yield staging
@@ -80,7 +80,7 @@ def model_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_writable_file(name: str, file: Path) -> Path:
-    """``file``, unless its folder is missing or a folder is in its way (ValueError)."""
+    """Return ``file``; ValueError if its folder is missing or a folder has its name."""
     if file.is_dir():
         raise ValueError(f"{name} must be a file; {file} is a folder")
     if not file.parent.is_dir():

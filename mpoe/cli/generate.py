@@ -13,7 +13,7 @@ from mpoe.cli.parsing import Asked, option, read_command
 
 @dataclass
 class GenerateOptions:
-    """What is generated, and how."""
+    """What to generate, and how."""
 
     _argument_group_name = "generation"
 
@@ -31,7 +31,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """Prompts given on the command line, then those of the file (one per non-empty line).
 
     Raises:
-        ValueError: no prompt at all, an empty one, no such file, or one that is not UTF-8.
+        ValueError: no prompts, an empty prompt, no such file, or a file that is not UTF-8.
     """
     from mpoe.data.mappings import read_utf8
 
@@ -84,7 +84,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def generate_one(model: Any, tokenizer: Any, prompt: str, **generation: Any) -> str:
-    """What the model writes for one prompt (a language model's answer includes the prompt)."""
+    """The model's output for one prompt (a language model's output includes the prompt)."""
     import torch
 
     batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(model.device)

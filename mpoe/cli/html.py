@@ -1,4 +1,4 @@
-"""The one look of all HTML reports: type, colours, tables, figures. A report is one file that needs nothing else."""
+"""The common style of all HTML reports: fonts, colours, tables, figures. A report is one self-contained file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpoe.plotting import COLOURS
 
 Rows = Iterable[Sequence[str]]
 
-# Tables and wide figures scroll inside their box, so that on a phone the page itself never does.
+# Tables and wide figures scroll inside their box, so the page itself never scrolls sideways on a phone.
 _STYLE = (
     f":root {{ --ink: #222; --soft: #555; --line: #ddd; --accent: {COLOURS[0]}; --held: #e3f4e6; --failed: #fbe5e1; }}"
     """
@@ -58,7 +58,7 @@ svg text { font-family: system-ui, sans-serif !important; }
 
 
 def table(header: Sequence[str], rows: Rows, kind: str = "", best: Iterable[tuple[int, int]] = ()) -> str:
-    """A table of texts; ``kind`` is its class, ``best`` holds (row, column) of cells that stand out."""
+    """A table of texts; ``kind`` is its class, ``best`` holds (row, column) of highlighted cells."""
     marked = set(best)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = [
@@ -78,12 +78,12 @@ def facts(rows: Rows) -> str:
 
 
 def note(text: str) -> str:
-    """A paragraph that explains what stands above it."""
+    """A paragraph that explains the part above it."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def image(name: str, png: bytes, alt: str) -> str:
-    """A PNG inside the page; on a phone it scrolls sideways instead of shrinking until nothing can be read."""
+    """A PNG inside the page; on a phone it scrolls sideways instead of shrinking until it is illegible."""
     data = base64.b64encode(png).decode()
     return (
         f'<figure class="wide"><img id="{name}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
@@ -91,14 +91,14 @@ def image(name: str, png: bytes, alt: str) -> str:
 
 
 def figures(draw: Callable[[], Iterable[str]]) -> str:
-    """The drawings side by side where there is room, or how to get them where matplotlib is not installed."""
+    """The drawings, side by side if there is room; or how to get them if matplotlib is not installed."""
     if not plotting.have_matplotlib():
         return '<p class="note">Plots need matplotlib: <code>pip install "mpoe[report]"</code>.</p>'
     return '<div class="panels">' + "".join(f"<figure>{svg}</figure>" for svg in draw()) + "</div>"
 
 
 def write_page(file: Path, title: str, parts: Iterable[str], style: str = "") -> None:
-    """Write a page of HTML ``parts``; ``style`` comes after what all reports share."""
+    """Write a page of HTML ``parts``; ``style`` comes after the common style."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     write_text(
         file,

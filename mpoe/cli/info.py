@@ -1,4 +1,4 @@
-"""`mpoe info`: versions, kernel backends and why the others cannot run here, devices and cores."""
+"""`mpoe info`: versions, available kernel backends, why the others cannot run here, devices and cores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetenso
 
 @dataclass
 class InfoOptions:
-    """How the facts are shown."""
+    """How to show the facts."""
 
     _argument_group_name = "output"
 

@@ -1,6 +1,6 @@
-"""`mpoe inspect MODEL`: where tokens go, what bonds carry, how parameters grow; as a report with plots.
+"""`mpoe inspect MODEL`: routes of tokens, singular values at the bonds, growth of parameters; as a report with plots.
 
-MODEL is a folder of a converted model, or of a training run, whose curves are drawn too."""
+MODEL is the folder of a converted model or of a training run, whose curves are drawn too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TOKENS = 60  # of the items that are shown when no text is given
 
 @dataclass
 class InspectOptions:
-    """Options of `inspect` alone."""
+    """Options that only `inspect` has."""
 
     _argument_group_name = "inspection"
 
@@ -95,7 +95,7 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
 
 
 def _items(source: Any, options: InspectOptions, data: DataOptions, tokenizer: Any) -> list[dict[str, Any]]:
-    """Encoded items to count the expert load on; an encoder reads the inputs alone."""
+    """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
     from mpoe.cli.scoring import encode_task
     from mpoe.cli.tasks import resolve
     from mpoe.models.table import ENCODER, SEQ2SEQ

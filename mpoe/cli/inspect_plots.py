@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # A spectrum per name of a weight, grouped by the projections' kind.
 Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
-_STEEP = 0.05  # spectra that fall below this share of the largest value are drawn on a logarithmic axis
+_STEEP = 0.05  # spectra that fall below this fraction of the largest value are drawn on a logarithmic axis
 
 
 def load_by_layer(load: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
@@ -65,7 +65,7 @@ def spectrum_lines(spectra: Spectra) -> bytes:
             axes.grid(alpha=0.25)
         row[0].set_ylabel("relative to the largest")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    if len(labels) > 8:  # first and last tell the direction of the colours
+    if len(labels) > 8:  # the first and last ones show the direction of the colours
         handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="layer")
     return png(figure)

@@ -1,4 +1,4 @@
-"""``report.html`` of `mpoe inspect`: one self-contained file that says what it shows."""
+"""``report.html`` of `mpoe inspect`: one self-contained file with explanations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GAP = 2
 
 
 def expert_colour(expert: int, num_experts: int) -> str:
-    """A light background for black text; neighbours in number are far apart in hue."""
+    """A light background for black text; consecutive experts have very different hues."""
     hue = (expert * 0.618034) % 1.0 if num_experts > 12 else expert / num_experts
     lightness = (0.78, 0.86)[expert % 2]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.75)
@@ -92,9 +92,9 @@ def write_inspection(
     """Write the report.
 
     Args:
-        file: where to.
-        title: of the page.
-        facts: what the model is, as names and values.
+        file: output file.
+        title: title of the page.
+        facts: names and values that describe the model.
         sections: heading, a paragraph on how to read it, plots by file name, further HTML.
         weights: header and rows of the table of MPO weights.
     """

@@ -1,4 +1,4 @@
-"""What `mpoe inspect` finds out about a model, and the sections of its report."""
+"""The data that `mpoe inspect` collects about a model, and the sections of its report."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _TRAINING = "From the run's metrics.jsonl; pale lines are the raw values, the ot
 
 
 class Inspection:
-    """What is found out about one model.
+    """The data about one model.
 
     Args:
-        name: what the user typed.
+        name: the name that the user typed.
         model: in eval mode.
         tokenizer: its tokenizer.
-        items: encoded, for the expert load.
-        records: of ``metrics.jsonl``, or none.
-        texts: whose tokens are followed.
-        num_tokens: tokens of the pass that plans are for.
+        items: encoded items for the expert load.
+        records: records of ``metrics.jsonl``, or none.
+        texts: texts whose tokens are traced.
+        num_tokens: tokens of the pass that plans are made for.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Inspection:
         write_inspection(folder / REPORT_FILE, f"mpoe inspect: {self.name}", self.facts(), sections, rows)
 
     def facts(self) -> list[tuple[str, str]]:
-        """What the model is, in a few lines."""
+        """A short description of the model."""
         report = self.model.parameter_report()
         config = self.config
         shape = config.shape if isinstance(config.shape, str) else "given"

@@ -28,7 +28,7 @@ def run(words: list[str]) -> None:
     """Run the command that ``words`` name.
 
     Raises:
-        CommandError: there is no such command, or what the command refuses.
+        CommandError: there is no such command, or the command refuses.
     """
     if not words or words[0] in ("-h", "--help"):
         from mpoe.cli.usage import show_commands
@@ -48,7 +48,7 @@ def run(words: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on ``arguments`` (default: the process's) and exit.
 
-    Exit codes: 0 done, 1 a defect (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
+    Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]

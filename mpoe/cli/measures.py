@@ -37,7 +37,7 @@ def parameters_of(model: Any) -> dict[str, int]:
 
 
 def peak_of_process() -> dict[str, Any]:
-    """Most bytes used so far: by torch on the GPU, or by the whole process on the CPU."""
+    """Peak memory so far in bytes: of torch on the GPU, or of the whole process on the CPU."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -51,7 +51,7 @@ def peak_of_process() -> dict[str, Any]:
 
 
 def measured(options: MeasureOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
-    """What was asked for, JSON-able, also printed."""
+    """The requested measurements, JSON-able; also prints them."""
     report: dict[str, Any] = {}
     if options.compute_time:
         per_step = seconds / max(steps, 1)

@@ -1,4 +1,4 @@
-"""Options of the commands beside the Trainer's own, as dataclasses, and what they build."""
+"""Options of the commands other than the Trainer's, as dataclasses, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_MPO = "nompo"
 
 @dataclass
 class ModelOptions:
-    """Which model a command starts from."""
+    """The model that a command starts from."""
 
     _argument_group_name = "model"
 
@@ -31,7 +31,7 @@ class ModelOptions:
     )
 
 
-# Fields of the configurations whose option is of another kind: JSON, a list, or None for "as the moe_type says".
+# Configuration fields whose option has a different type: JSON, a list, or None for the default of the moe_type.
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "shape": (str | None, None),
     "gauge": (str | None, None),
@@ -60,7 +60,7 @@ _ALIASES = {
 
 
 def _described(config: type) -> dict[str, str]:
-    """Field -> the first sentence of what the docstring of a configuration says about it."""
+    """Field -> the first sentence about it in the configuration's docstring."""
     text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]  # nothing with python -OO
     parts = re.split(r"^    (\w+): ", text, flags=re.M)[1:]
     about = (re.split(r"(?<!eq)(?<!al)\.\s", text.replace("`", ""))[0].split() for text in parts[1::2])
@@ -68,7 +68,7 @@ def _described(config: type) -> dict[str, str]:
 
 
 def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
-    """(name, type, field) of every option that a field of the configuration is."""
+    """(name, type, field) of every option that corresponds to a configuration field."""
     kinds, about = get_type_hints(config), _described(config)
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
@@ -87,7 +87,7 @@ _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of
 class ExpertOptions(_Fields):  # type: ignore[misc]
     """How the feed-forward layers become experts: the fields of `MPOEConfig` and `RouterConfig`, and `mpo_layers`.
 
-    Options left at None are as the moe_type and the shape say. ``shape`` may also be JSON (kind ->
+    Options left at None take the defaults of the moe_type and the shape. ``shape`` may also be JSON (kind ->
     MPOShape), as ``shape_pattern``.
     """
 
@@ -100,13 +100,13 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
     )
 
     def build(self, as_saved: bool = False) -> MPOEConfig | None:
-        """The `MPOEConfig`, checked, or None where everything stays dense.
+        """The checked `MPOEConfig`, or None if everything stays dense.
 
         Args:
-            as_saved: what is not given means what it means in a saved configuration (`MPOEConfig.from_dict`).
+            as_saved: options that are not given have their meaning in a saved configuration (`MPOEConfig.from_dict`).
 
         Raises:
-            ValueError, TypeError: a field that does not fit, named.
+            ValueError, TypeError: an invalid field, by name.
         """
         from mpoe_kernels import available_backends, backend_reasons
 
@@ -134,7 +134,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         return MPOEConfig.from_dict(values) if as_saved else MPOEConfig(**values)
 
     def _targets(self) -> tuple[list[str], str]:
-        """`MPOEConfig`'s target_modules and expert_type; no targets = the model stays as it is."""
+        """`MPOEConfig`'s target_modules and expert_type; no targets = the model is unchanged."""
         if not self.mpo_layers:
             targets, expert_type = self.target_modules or ["ffn"], self.expert_type
         else:
@@ -152,7 +152,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             expert_type = "mpo" if "mlp" in layers else "dense"
             targets = ["ffn", *(MPO_LAYERS[name] for name in layers if name not in (NO_MPO, "mlp"))]
         if self.moe_type == "none" and expert_type == "dense":
-            targets = [target for target in targets if target != "ffn"]  # one dense expert is what is there already
+            targets = [target for target in targets if target != "ffn"]  # one dense expert is the existing network
         return targets, expert_type
 
 

@@ -1,7 +1,7 @@
-"""One configuration file and flags, read into dataclasses: flags win over the file, unknown names are refused.
+"""Reads a configuration file and flags into dataclasses: flags override the file, unknown names are refused.
 
-Options are spelled ``--like_this`` or ``--like-this``, as everywhere in Hugging Face scripts; the values of the file
-go through the same conversion as flags, so ``5e-5`` means the same in both places.
+Options are spelled ``--like_this`` or ``--like-this``, as in all Hugging Face scripts; values from the file are
+converted like flags, so ``5e-5`` means the same in both places.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from mpoe.cli.errors import CommandError, close_matches
 
-# What dataclasses raise, in this package and in Transformers, where values do not fit.
+# Exceptions that dataclasses of this package and of Transformers raise for invalid values.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
 
-_ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # values of an option by its nargs
+_ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # number of values of an option, by its nargs
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
 
 
@@ -30,8 +30,8 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
     """A dataclass field that is an option.
 
     Args:
-        default: its value where it is not given; a list is copied.
-        text: what `--help` says.
+        default: its value if it is not given; a list is copied.
+        text: help text.
         aliases: other names, without dashes; each may be spelled with underscores or hyphens.
         argparse_arguments: further arguments of `argparse.ArgumentParser.add_argument`.
     """
@@ -43,7 +43,7 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON or YAML mapping of option names to values; refusals are those of `read_mapping`."""
+    """Read a JSON or YAML mapping of option names to values; raises the errors of `read_mapping`."""
     from mpoe.data.mappings import read_mapping
 
     try:
@@ -64,7 +64,7 @@ def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
     parser = Parser(kinds, allow_abbrev=False, add_help=False)
     for action in parser._actions:
         if isinstance(action, argparse._AppendAction):
-            action.nargs = None  # HfArgumentParser lets every list take several values; this one is given again
+            action.nargs = None  # HfArgumentParser lets every list take several values; this one is repeated instead
     return parser
 
 
@@ -78,7 +78,7 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
-    dashes = "--" if name.startswith("--") else ""  # a flag's matches are written as flags are
+    dashes = "--" if name.startswith("--") else ""  # suggestions for a flag are written as flags
     return CommandError(f"{kind} {name!r}{close_matches(dashes + _normal(name), [dashes + k for k in known])}")
 
 
@@ -105,7 +105,7 @@ def _tokens(file: str, values: Mapping[str, Any], known: Mapping[str, argparse.A
 
 
 def _nullable(dataclass_types: Sequence[type]) -> set[str]:
-    """Fields that may be None; an empty value of any other in a file means that it is not given."""
+    """Fields that may be None; for other fields, an empty value in a file means that the field is not given."""
     names = set()
     for kind in dataclass_types:
         hints = typing.get_type_hints(kind)
@@ -131,15 +131,15 @@ def parse(
     """Fill ``dataclass_types`` from a configuration file and flags.
 
     Args:
-        dataclass_types: whose fields are the known options; no two may share a field name.
-        flags: command-line tokens; they win over the file.
+        dataclass_types: dataclasses whose fields are the known options; field names must be unique.
+        flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
 
     Returns:
         The instances, and the names of the fields that the file or the flags set.
 
     Raises:
-        CommandError: unknown option (with close matches), a value of the wrong kind (naming file or flag), or a value
+        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), or a value
             that a dataclass refuses.
     """
     if not flags and config is None:  # without Transformers, whose import takes a second
@@ -171,7 +171,7 @@ def _parse(
             raise CommandError(f"{config}: {_stray(rest)}")
         for name in nulls:
             setattr(namespace, name, None)
-    # argparse keeps what the namespace already holds unless a flag sets it, so flags win
+    # argparse keeps values already in the namespace unless a flag sets them, so flags win
     namespace, rest = parser.parse_known_args(list(flags), namespace)
     if rest:
         raise _stray(rest)
@@ -189,7 +189,8 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
 
 
 def _naming(message: str, values: Mapping[str, Any]) -> str:
-    """Transformers' refusals may name no option: the one whose value they repeat, or else all that were given."""
+    """Transformers' errors may not name an option: find the one whose value they repeat, or else name all given
+    ones."""
     if any(name in message for name in values):
         return message
     repeated = [name for name, value in values.items() if repr(value) in message]
@@ -197,7 +198,7 @@ def _naming(message: str, values: Mapping[str, Any]) -> str:
 
 
 class Asked(NamedTuple):
-    """A command line that was read: its words that belong to no option, the filled dataclasses, the options given."""
+    """A parsed command line: positional words, the filled dataclasses, the given options."""
 
     words: list[str]
     options: tuple[Any, ...]
@@ -213,17 +214,17 @@ def read_command(
     config: bool = False,
     inherited: type | None = None,
 ) -> Asked | None:
-    """Read the tokens of a command; None where they ask for help, which then is printed.
+    """Parse the tokens of a command; None if they ask for help, which is then printed.
 
     Args:
         usage, about, inherited: see `mpoe.cli.usage.show_options`.
         groups: dataclasses whose fields are the options.
         arguments: the tokens.
-        words: at most so many may belong to no option, such as the name of a model.
-        config: the only word is a configuration file, and comes first.
+        words: maximum number of positional words, such as the name of a model.
+        config: the only positional word is a configuration file, which comes first.
 
     Raises:
-        CommandError: see `parse`; also for more words.
+        CommandError: see `parse`; also for too many words.
     """
     if any(token in ("-h", "--help") for token in arguments) or (words and not arguments):
         from mpoe.cli.usage import show_options
@@ -233,7 +234,7 @@ def read_command(
     if not arguments:
         return Asked([], *parse(groups, []))
     parser = make_parser(groups)
-    if config:  # only in front: behind a flag it would be taken for a value that does not fit
+    if config:  # only in front: after a flag it would be taken for an invalid value
         first = 0 if arguments[0].startswith("--") else 1
         found, flags = list(arguments[:first]), list(arguments[first:])
     else:
@@ -242,11 +243,11 @@ def read_command(
 
 
 def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> tuple[list[str], list[str]]:
-    """The words, at most ``most``, that belong to no option, and everything else."""
+    """The positional words, at most ``most``, and all other tokens."""
     _check_flags(tokens, known)
     words: list[str] = []
     flags: list[str] = []
-    action, room = None, 0.0  # the last option, and how many values it may still take
+    action, room = None, 0.0  # the last option, and how many more values it may take
     for token in tokens:
         if token.startswith("--"):
             action = known.get(_normal(token.split("=", 1)[0]))

@@ -1,6 +1,6 @@
-"""`mpoe plan MODEL_OR_CONFIG [flags]`: what a mixture of MPO experts costs, from the configuration alone.
+"""`mpoe plan MODEL_OR_CONFIG [flags]`: the cost of a mixture of MPO experts, computed only from the configuration.
 
-No weights are loaded or allocated, whatever the size.
+No weights are loaded or allocated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 @dataclass
 class PlanOptions:
-    """The mixture and the work it does."""
+    """The mixture and its workload."""
 
     _argument_group_name = "plan"
 
@@ -97,7 +97,7 @@ def parse_count(name: str, text: str) -> int:
     """``"300M"``, ``"1.2B"``, ``"300_000_000"`` -> the number (units k, M, B or G, T).
 
     Raises:
-        CommandError: no such number, or less than one.
+        CommandError: not such a number, or less than one.
     """
     match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgbt]?)", text.strip().lower())
     if match is None:
@@ -176,7 +176,7 @@ def run(
 
 
 def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: ClusterOptions) -> None:
-    """Refuse values that fit nothing, before anything heavy is imported."""
+    """Refuse invalid values before heavy imports."""
     if options.training and options.inference:
         raise CommandError("--training and --inference exclude each other")
     for name, value, least in (
@@ -204,7 +204,7 @@ def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: Clust
 
 
 def _check_suggest(options: PlanOptions, given: set[str]) -> None:
-    """Refuse what a search for shapes has no use for, rather than ignore it."""
+    """Refuse options that a search for shapes cannot use, rather than ignore them."""
     chosen = ("bond", "separable_left", "separable_right", "light_p")
     for name in (*chosen, "per_layer", "explain", "nodes", "gpus_per_node", "link_gbps", "node_link_gbps"):
         if name in given:
@@ -227,7 +227,7 @@ def _budget(options: SuggestOptions) -> Limits:
 def _inventory(model: str, options: PlanOptions) -> Inventory:
     from mpoe.estimation.inventory import take_inventory
 
-    if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, is a well-known size here
+    if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, means the well-known size here
         from mpoe.data.embedded import stand_in_path
 
         model = str(stand_in_path(model))
@@ -235,7 +235,7 @@ def _inventory(model: str, options: PlanOptions) -> Inventory:
 
 
 def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggesting: bool) -> MPOEConfig:
-    """The mixture asked for; of a converted model, its own where no flag says otherwise."""
+    """The requested mixture; for a converted model, its own unless flags override it."""
     from mpoe.cli.options import ExpertOptions
     from mpoe.config import MPOEConfig
     from mpoe.config.shapes import SEPARABLE
@@ -249,7 +249,7 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
         light_p=options.light_p if "light_p" in given else None,
         top_k=options.top_k,
     ).build()
-    assert asked is not None  # only what stays dense has no configuration
+    assert asked is not None  # only a dense model has no configuration
     asked = asked if inventory.blocks_fit else asked.with_cores()
     if inventory.mpoe is None:
         return asked
@@ -300,7 +300,7 @@ def _clusters(work: Usage, options: ClusterOptions, given: set[str]) -> list[Clu
 
 
 def _calibrate(device: str) -> None:
-    """Measure a device of this machine and say what came out and where it is kept."""
+    """Measure a device of this machine, and print the results and where they are saved."""
     import torch
 
     from mpoe.cli.plan_tables import show_hardware

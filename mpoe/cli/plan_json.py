@@ -47,7 +47,7 @@ def _matrix(matrix: MatrixCosts, training: bool) -> dict[str, Any]:
     plan = matrix.plan
     if plan is None:
         cost = matrix.costs["mpoe"]
-        # Of all phases together: there is one way.
+        # The same for all phases together.
         phases = {"step": {"strategy": "hidden", "flops": cost.flops, "seconds": cost.seconds}}
     else:
         phases = {
@@ -78,7 +78,7 @@ def _layer(layer: LayerCosts, training: bool) -> dict[str, Any]:
 
 
 def plan_values(costs: ModelCosts) -> dict[str, Any]:
-    """A plan; ``layers`` are groups of equal ones, their costs those of one layer."""
+    """A plan; ``layers`` are groups of equal layers, with the costs of one layer."""
     training = costs.workload.training
     adamw = {d: costs.optimizer_seconds(costs.updated(d)) for d in DESIGNS} if training else None
     return {

@@ -1,4 +1,4 @@
-"""What the numbers of `mpoe plan` assume, in lines for the terminal and for its JSON."""
+"""The assumptions of `mpoe plan`, as lines for the terminal and the JSON."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from mpoe_kernels.planner import Hardware
 
 NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
-_PLAIN_WIDTH = 110  # where nothing tells the width, as in a pipe
+_PLAIN_WIDTH = 110  # if the width is unknown, as in a pipe
 
 
 def console() -> Console:
-    """The terminal; wide enough for the tables where there is none."""
+    """The console; wide enough for the tables if there is no terminal."""
     plain = Console()
     return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=_PLAIN_WIDTH)
 
@@ -63,12 +63,12 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """``1.17``; a dash where there is nothing to divide by."""
+    """``1.17``; a dash if the denominator is missing."""
     return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _cost_cells(cost: Mapping[str, Any], training: bool) -> list[str]:
-    """Cells of a cost as it stands in the JSON."""
+    """Cells of a cost from the JSON."""
     return [
         count(cost["parameters"]),
         *([size(cost["optimizer_bytes"])] if training else []),
@@ -80,7 +80,7 @@ def _cost_cells(cost: Mapping[str, Any], training: bool) -> list[str]:
 
 
 def new_table(title: str) -> Table:
-    """An empty table, narrow between its columns."""
+    """An empty table with little space between columns."""
     style = {"title_justify": "left", "title_style": "bold", "box": box.HORIZONTALS}
     return Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **style)  # type: ignore[arg-type]
 
@@ -100,7 +100,7 @@ def _cost_table(title: str, first: str, training: bool, last: str | None = None)
 def _head(inventory: Inventory, work: Usage) -> str:
     hardware = work.device.hardware
     tokens = ", ".join(f"{number:,} {stream} tokens" for stream, number in work.tokens.items())
-    tokens = tokens.replace(" main tokens", " tokens")  # the only stream of GPT-2 and BERT has no name worth saying
+    tokens = tokens.replace(" main tokens", " tokens")  # the only stream of GPT-2 and BERT needs no name
     phase = "training" if work.training else "inference"
     masked = ", central cores masked" if work.mask_central else ""
     return (
@@ -114,8 +114,8 @@ def show_plan(values: Mapping[str, Any], costs: ModelCosts, per_layer: bool = Fa
     """Print a plan: the costs of every kind of layer, of the whole model, and what they assume.
 
     Args:
-        values: as `mpoe.cli.plan_json.plan_values` gives it.
-        costs: what it was made from; shapes and contraction plans are printed as they describe themselves.
+        values: from `mpoe.cli.plan_json.plan_values`.
+        costs: the costs that it was made from; shapes and contraction plans are printed with their own descriptions.
         per_layer: list every layer.
         explain: say why the other strategies lost.
     """
@@ -142,7 +142,7 @@ def _layer_title(layer: Mapping[str, Any]) -> str:
 def _add_designs(
     table: Table, label: str, costs: Mapping[str, Any], training: bool, last: Sequence[str] = (), bold: bool = True
 ) -> None:
-    """A row for each design; ``last``: a cell more for each of them."""
+    """Add a row for each design; ``last``: an additional cell for each."""
     for index, (design, name) in enumerate(NAMES.items()):
         style = "bold" if bold and design == "mpoe" else ""
         cells = _cost_cells(costs[design], training)

@@ -10,7 +10,7 @@ from typing import Any
 from mpoe.plotting import COLOURS, heat_map, new_figure, smooth, svg
 
 Paint = Callable[[Any], None]
-PANEL = (4.6, 3.1)  # inches of a plot that stands beside others, or alone on a phone
+PANEL = (4.6, 3.1)  # size in inches of a plot shown next to others, or alone on a phone
 
 
 def draw(paint: Paint, width: float = 7.0, height: float = 3.4) -> str:
@@ -35,7 +35,7 @@ def validation_losses(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tu
 
 
 def training_panels(records: Sequence[Mapping[str, Any]]) -> list[Paint]:
-    """What a run's ``metrics.jsonl`` has to show: task loss and, of a mixture, balancing loss and expert load."""
+    """The panels of a run's ``metrics.jsonl``: task loss and, for a mixture, balancing loss and expert load."""
 
     def curve(key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r]
@@ -108,10 +108,10 @@ def gain_size_price(
     """The demo in one row of panels: every arm's score, size and price.
 
     Args:
-        arms: as in the demo's results.
-        score: what ``arm["mean"]`` is, with its unit.
+        arms: from the demo's results.
+        score: description of ``arm["mean"]``, with its unit.
         large: name of the model whose parameters and layer times are shown.
-        seeds: by arm, ``mean`` of other seeds: dots over the bars.
+        seeds: for each arm, ``mean`` of other seeds, drawn as dots over the bars.
     """
     scale = 100.0 if all(arm["mean"] <= 1 for arm in arms) else 1.0
     dots = {arm["name"]: [scale * mean for mean in seeds.get(arm["key"], ())] for arm in arms}
@@ -124,7 +124,7 @@ def gain_size_price(
 
 
 def _bars(title: str, values: Mapping[str, float], form: str, dots: Mapping[str, Sequence[float]] | None = None) -> str:
-    """A bar with its number for each name; MPOE's stand out."""
+    """A bar with its number for each name; MPOE's are highlighted."""
 
     def paint(axes: Any) -> None:
         names = list(values)
@@ -189,7 +189,7 @@ def load_map(load: Sequence[Sequence[float]], title: str, names: Sequence[str] =
 
 
 def paint_load(axes: Any, load: Sequence[Sequence[float]], title: str, names: Sequence[str] = ()) -> None:
-    """The heat map of `load_map`, in per cent of the layer's tokens."""
+    """Draw the heat map of `load_map`, in per cent of the layer's tokens."""
     shares = [[100 * count / (sum(layer) or 1.0) for count in layer] for layer in load]
     experts = len(shares[0])
     rows = list(names) or list(map(str, range(len(shares))))

@@ -1,4 +1,4 @@
-"""Finding and loading models by what the user typed: a stand-in's name, a folder or a hub name."""
+"""Finds and loads models by the name that the user typed: a stand-in, a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STAND_INS = ("t5", "gpt2")
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is there, not yet loaded.
+    """A model that was found but not loaded yet.
 
-    ``path``: what ``from_pretrained`` takes; ``model_type``: of its configuration; ``style``: seq2seq, causal or
+    ``path``: argument for ``from_pretrained``; ``model_type``: from its configuration; ``style``: seq2seq, causal or
     encoder.
     """
 
@@ -36,7 +36,7 @@ def find(name: str) -> Source:
     """Locate a model and read its family from its configuration, without loading weights.
 
     Raises:
-        CommandError: nothing of that name, a folder without a model, or a family we do not know.
+        CommandError: nothing of that name, a folder without a model, or an unsupported family.
     """
     if name in STAND_INS:
         from mpoe.data.embedded import stand_in_path
@@ -87,7 +87,7 @@ def load_model(source: Source) -> Any:
     """The model in float32, in eval mode: dense models by their Auto class, converted ones by `load_mpoe`.
 
     Raises:
-        ValueError: weights that are absent, damaged, or do not fit the configuration beside them.
+        ValueError: weights that are missing, damaged, or do not match the configuration.
     """
     quiet_transformers()
     if source.is_mpoe:
@@ -103,7 +103,7 @@ def load_model(source: Source) -> Any:
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
     try:
         model = getattr(transformers, auto).from_pretrained(source.path, dtype="float32").eval()
-    except Exception as error:  # Transformers and the readers below it have no common one for files that are damaged
+    except Exception as error:  # Transformers and its file readers have no common exception for damaged files
         raise CommandError(f"model: the weights of {source.path} cannot be loaded: {error}") from error
     if Path(source.path).is_dir():
         check_weight_files(Path(source.path), model)
@@ -111,7 +111,7 @@ def load_model(source: Source) -> Any:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer saved beside the model; a decoder-only one without a padding token pads with its end token.
+    """The tokenizer saved with the model; for a decoder-only model without a padding token, padding uses the end token.
 
     Raises:
         CommandError: there is none.

@@ -1,4 +1,4 @@
-"""What `mpoe train` shows while it runs, and what it says when it is interrupted."""
+"""The output of `mpoe train` while it runs and when it is interrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def show_progress(trainer: Any) -> None:
-    """A line for each log call in the place of a dictionary; bars only where somebody sees them move."""
+    """Print a line for each log call instead of a dictionary; progress bars only on a terminal."""
     from tqdm.auto import tqdm
     from transformers import PrinterCallback, ProgressCallback
 
@@ -19,7 +19,7 @@ def show_progress(trainer: Any) -> None:
 
     class Bars(ProgressCallback):
         def on_log(self, *arguments: Any, **keywords: Any) -> None:
-            """Nothing: the line is written by `LogLineCallback`."""
+            """Do nothing: `LogLineCallback` writes the line."""
 
     bars = not trainer.args.disable_tqdm and sys.stderr.isatty()
     for shown in (ProgressCallback, PrinterCallback):
@@ -35,7 +35,7 @@ def _print_now(line: str) -> None:
 
 @contextlib.contextmanager
 def going_on(folder: Path, command: str) -> Iterator[None]:
-    """Within it, an interrupted run says how to go on."""
+    """Inside this context, an interrupted run prints how to continue."""
     from mpoe.training import find_last_checkpoint
 
     try:

@@ -1,4 +1,4 @@
-"""``report.html`` of the demo: one self-contained file that begins with a table and a picture."""
+"""``report.html`` of the demo: one self-contained file that starts with a table and a plot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_demo_report(file: Path, results: dict[str, Any], header: Sequence[str]
     Args:
         file: where to.
         results: the demo's results, as in ``results.json``.
-        header, rows: the comparison as it stands on the terminal.
+        header, rows: the comparison as shown on the terminal.
     """
     arms, check = results["arms"], results["check"]
     examples = [(e["prompt"], e["expected"], e["generated"]) for e in results["examples"]]

@@ -1,4 +1,4 @@
-"""A training run as its folder tells it: what was asked for, what was logged, what came out."""
+"""A training run read from its folder: settings, logs and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import RESULTS_FILE
 
-# Kinds of `model.parameter_report()` in the order of reports, and what they are.
+# Kinds of `model.parameter_report()` in the order of reports, and their descriptions.
 PARAMETERS = {
     "central": "central cores, shared by the experts of a layer",
     "auxiliary": "auxiliary cores of all experts",
@@ -29,10 +29,10 @@ class RunFolder:
     """One run.
 
     Attributes:
-        name: how it is called beside others.
-        settings: of ``run.json``, by dotted name.
-        results: of ``results.json``; empty while the run has not ended.
-        records: of ``metrics.jsonl``.
+        name: its name in comparisons.
+        settings: from ``run.json``, by dotted name.
+        results: from ``results.json``; empty until the run has finished.
+        records: from ``metrics.jsonl``.
     """
 
     name: str
@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def mixture(self) -> str:
-        """The feed-forward layers in a few words; empty where neither results nor settings know them."""
+        """A short description of the feed-forward layers; empty if neither results nor settings have it."""
         if "mixture" in self.results:
             return str(self.results["mixture"])
         count, shape = self.settings.get("experts.num_experts"), self.settings.get("experts.shape")
@@ -53,7 +53,7 @@ def read_run(path: str, name: str = "") -> RunFolder:
     """The run in folder ``path``.
 
     Raises:
-        CommandError: no folder of a run, or a file in it that cannot be read.
+        CommandError: not the folder of a run, or a file in it that cannot be read.
     """
     from mpoe.training.metrics_file import METRICS_FILE, read_metrics
     from mpoe.training.output_dir import RUN_FILE, flatten
@@ -72,7 +72,7 @@ def read_run(path: str, name: str = "") -> RunFolder:
 
 
 def mixture_of(model: Any) -> str:
-    """A model's feed-forward layers in a few words."""
+    """A short description of a model's feed-forward layers."""
     config = getattr(model, "mpoe_config", None)
     if config is None:
         return "dense"

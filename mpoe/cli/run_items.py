@@ -1,4 +1,4 @@
-"""The items of a run in their order, and when it logs, evaluates and saves."""
+"""The items of a run in order, and when it logs, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpoe.cli.errors import CommandError
 if TYPE_CHECKING:
     from mpoe.training import MPOETrainingArguments
 
-MOST_ITEMS = 200_000_000  # of a run; their order is drawn beforehand and kept in memory
+MOST_ITEMS = 200_000_000  # per run; their order is drawn beforehand and kept in memory
 
 
 class OrderedItems:
@@ -22,7 +22,7 @@ class OrderedItems:
 
     Args:
         pools: the items of every task.
-        order: indices into all of them, one task after the other.
+        order: indices into the concatenation of all pools.
     """
 
     def __init__(self, pools: Mapping[str, Sequence[Any]], order: Sequence[int]) -> None:
@@ -77,15 +77,15 @@ def order_items(
 
 
 def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: frozenset[str]) -> None:
-    """Logging, evaluation and saving where the user said nothing: every 10 steps or so, and four times in a run.
+    """Default intervals for logging (about every 10 steps), evaluation and saving (four times in a run).
 
-    The run is one long pass for the Trainer, so "epoch" is turned into steps here.
+    The run is one long pass for the Trainer, so "epoch" is converted to steps here.
     """
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
     quarter = max(1, math.ceil(arguments.max_steps / 4))
     if "dataloader_pin_memory" not in given and arguments.device.type == "cpu":
-        arguments.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        arguments.dataloader_pin_memory = False  # otherwise torch warns at every loader
     if not given & {"logging_steps", "logging_strategy"}:
         arguments.logging_steps = min(10, quarter)
     if not given & {"save_steps", "save_strategy"}:

@@ -1,4 +1,4 @@
-"""``report.html`` of a training run: what was asked for, what came out, and what every column means."""
+"""``report.html`` of a training run: settings, results, and the meaning of every column."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DATA = "Items, or blocks of tokens of language modelling. Seen: items of all op
 
 
 def parameter_rows(parameters: dict[str, int]) -> list[tuple[str, str, str]]:
-    """Kind, number and meaning of a parameter report, without the kinds that a model lacks."""
+    """Kind, number and meaning of each entry of a parameter report, without kinds that the model lacks."""
     return [(kind, f"{count:,}", PARAMETERS.get(kind, "")) for kind, count in parameters.items() if count]
 
 
@@ -44,12 +44,12 @@ def _load(run: RunFolder) -> list[str]:
     names = run.results.get("layers") or list(map(str, range(len(loads[-1]))))
     shown = [(name, layer) for name, layer in zip(names, loads[-1], strict=False) if layer]
     drawing = plots.load_map([layer for _, layer in shown], "Expert load", [name for name, _ in shown])
-    kind = "wide" if len(shown[0][1]) > 8 else ""  # few experts fit on a phone
+    kind = "wide" if len(shown[0][1]) > 8 else ""  # only few experts fit on a phone
     return ["<h2>Expert load</h2>", note(_LOAD), f'<figure class="{kind}">{drawing}</figure>']
 
 
 def _settings(run: RunFolder, given: frozenset[str]) -> list[str]:
-    """Those that were given, and all of them."""
+    """The given settings, and all settings."""
     above = ("command", "learning_rate_from")
     rows = [(name, _shown(value)) for name, value in sorted(run.settings.items()) if name not in above]
     own = [row for row in rows if row[0].rpartition(".")[2] in given]
@@ -84,8 +84,8 @@ def write_run_report(file: Path, run: RunFolder, header: Sequence[str], rows: Ro
 
     Args:
         file: where to.
-        run: a run that has ended.
-        header, rows: the scores as they stand on the terminal.
+        run: a finished run.
+        header, rows: the scores as shown on the terminal.
         given: names of the options that were set.
     """
     results = run.results

@@ -47,8 +47,8 @@ class TaskScores:
 
     Attributes:
         scores: by task; the first entry of each is the metric it is judged by, and ``items`` come last.
-        baselines: by task, the metrics of an answer that looks at nothing (`mpoe.data.baseline`).
-        remarks: what the numbers alone do not say, a sentence each.
+        baselines: by task, the metrics of an answer that ignores the input (`mpoe.data.baseline`).
+        remarks: comments on the numbers, one sentence each.
     """
 
     scores: dict[str, dict[str, float]]
@@ -57,7 +57,7 @@ class TaskScores:
 
 
 def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128) -> TaskScores:
-    """Scores of every task by name, beside their baselines."""
+    """Scores of every task by name, with their baselines."""
     from mpoe.data.predict import evaluate_beside_baseline
 
     results = TaskScores({}, {}, [])
@@ -84,7 +84,7 @@ SCORE_NOTE = (
 
 
 def score_rows(results: TaskScores) -> list[tuple[str, str, str, str, str]]:
-    """The scores of `evaluate_tasks` as rows, the average over tasks last where there are several."""
+    """The scores of `evaluate_tasks` as rows; with several tasks, their average comes last."""
     from mpoe.data.tasks import average_score
 
     rows = []

@@ -1,4 +1,4 @@
-"""The learning rate of a run that was told none."""
+"""The learning rate of a run for which none was given."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _GIVEN = "as given"
 
 
 def settle_rate(plan: Plan, source: Source, config: Any) -> str:
-    """Set ``plan.arguments.learning_rate`` where no option did; says so in one line, and returns the reason.
+    """Set ``plan.arguments.learning_rate`` if no option did; prints one line about it, and returns the reason.
 
     A resumed run keeps the rate that it was started with. A configuration file without a rate keeps the Trainer's own
-    default, at which it has always run. All others get the one that worked (`mpoe.training.rates`).
+    default, as it always has. All others get the rate that worked (`mpoe.training.rates`).
 
     Args:
-        plan: of the run.
+        plan: the run's plan.
         source: the model it starts from.
         config: the `MPOEConfig` of the conversion; None for a dense model.
     """
@@ -52,7 +52,7 @@ def _recommended(source: Source, config: Any, regime: str) -> tuple[float, str]:
 
     try:
         values = AutoConfig.from_pretrained(source.path)
-    except Exception as error:  # Transformers has no common one for values that do not fit
+    except Exception as error:  # Transformers has no common exception for invalid values
         raise CommandError(f"model: the configuration of {source.path} cannot be read: {error}") from error
     if source.is_mpoe:
         config = MPOEConfig.from_dict(values.mpoe)

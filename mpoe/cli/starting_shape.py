@@ -1,4 +1,4 @@
-"""The experts' shape in a run that was told none."""
+"""The experts' shape in a run for which none was given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
 
-_OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that MPO cores alone have
+_OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that only MPO cores have
 
 if TYPE_CHECKING:
     from mpoe.cli.pretrained import Source
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
-    """What the run in ``folder`` was started with; None where there is no readable record of one."""
+    """The configuration that the run in ``folder`` was started with; None if there is no readable record."""
     from mpoe.training.output_dir import RUN_FILE
 
     try:
         saved = json.loads((folder / RUN_FILE).read_text())["config"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # what cannot be resumed is refused, with its reason, when the folder is checked
+        return None  # runs that cannot be resumed are refused when the folder is checked
     return saved if isinstance(saved, dict) else None
 
 
 def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
-    """The `MPOEConfig` of the run, None where everything stays dense; says in one line what shape no option named.
+    """The `MPOEConfig` of the run, or None if everything stays dense; prints one line about a shape that no option
+    named.
 
     A resumed run keeps the shape that it was started with. A configuration file without a shape gets separable experts,
-    one per token, as it always has. All others get `MPOEConfig`'s default, as far as the model takes it. Afterwards
-    ``plan.experts`` holds what was chosen, as the record of the run does.
+    one per token, as it always has. All others get `MPOEConfig`'s default if the model supports it. Afterwards
+    ``plan.experts`` holds the choice, like the record of the run.
     """
     from mpoe.models.families import family_of
 

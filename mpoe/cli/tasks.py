@@ -1,4 +1,4 @@
-"""Which tasks a command works on: the user's own folders and files, or tasks by name."""
+"""The tasks of a command: the user's own folders and files, or tasks by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",)}
 
-# options that say how a folder's columns are read, in the place of a description
+# options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 @dataclass
 class DataOptions:
-    """Where the items come from."""
+    """The source of the items."""
 
     _argument_group_name = "data"
 
@@ -60,7 +60,7 @@ class DataOptions:
     n_test: int | None = option(None, "the same for test")
 
     def __post_init__(self) -> None:
-        # the lists may be written with commas too, as the original's configurations do
+        # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
@@ -91,7 +91,7 @@ def _label_words(text: str | None) -> dict[str, str] | None:
 
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
-    """The task in a folder whose columns nobody has described, divided and cut as was asked for."""
+    """The task in a folder without a description, split and subsampled as requested."""
     from mpoe.data.local import load_task_from_folder
 
     return load_task_from_folder(
@@ -109,7 +109,7 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
-    """The data set on the hub that ``data_dir`` names, in the place of a folder."""
+    """The data set on the hub that ``data_dir`` names instead of a folder."""
     from mpoe.data.hub import detect_hub_task
     from mpoe.data.local import task_name
 
@@ -119,7 +119,7 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
 
 
 def _detection(options: DataOptions) -> dict[str, Any]:
-    """What is known about the columns; None = to be detected."""
+    """The given settings of the columns; None = to be detected."""
     return {
         "kind": options.kind,
         "text_columns": options.text_columns or None,
@@ -135,7 +135,7 @@ def _lengths(options: DataOptions) -> dict[str, Any]:
 
 
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
-    """``task`` with the lengths, metrics, splits and sizes that were asked for."""
+    """``task`` with the requested lengths, metrics, splits and sizes."""
     from mpoe.data.splits import with_subsets, with_validation_test_split
 
     changes: dict[str, Any] = {**_lengths(options), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
@@ -148,8 +148,8 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 
 
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
-    """The task called ``name``: a folder of ``data_dir``, read as it is described or detected; else one by name. The
-    empty name is ``data_dir`` itself."""
+    """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
+    The empty name means ``data_dir`` itself."""
     from mpoe.data.local import task_name
     from mpoe.data.tasks import find_spec, get_task, load_task, task_names
 
@@ -175,7 +175,7 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
 
 
 def _folder_of(name: str, spec: TaskSpec | None, options: DataOptions) -> Path | None:
-    """Where a task's files lie in ``data_dir``: under its name, or under the usual name of its folder."""
+    """The folder of a task's files in ``data_dir``: its name, or the usual name of its folder."""
     if options.data_dir is None:
         return None
     names = [name, spec.folder] if spec is not None and spec.folder else [name]
@@ -210,11 +210,11 @@ def resolve(
     """The tasks of these names.
 
     Without names: the folder ``data_dir`` itself, or every task of ``task_file``, or the embedded ones of the model's
-    style. ``described``: what ``task_file`` says, where it has been read already.
+    style. ``described``: the contents of ``task_file``, if already read.
 
     Raises:
-        ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks of one
-            name, a kind of task that a model of this ``style`` does not do.
+        ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks with the
+            same name, a kind of task that a model of this ``style`` does not support.
     """
     if options.data_dir is not None and (names or options.task_file) and not Path(options.data_dir).is_dir():
         raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")

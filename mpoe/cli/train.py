@@ -1,4 +1,4 @@
-"""`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags win over the file."""
+"""`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags override the file."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run was asked for, checked.
+    """The checked settings of a run.
 
-    ``given`` names the options that were set, ``from_file`` says that a configuration file set some, and ``command`` is
-    what was typed.
+    ``given`` names the options that were set, ``from_file`` says whether a configuration file set some, and ``command``
+    is the command as typed.
     """
 
     run: RunOptions
@@ -82,7 +82,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """Train as planned; returns what ``results.json`` holds.
 
     Raises:
-        ValueError, TypeError: before anything is written, for whatever does not fit together.
+        ValueError, TypeError: settings that do not fit together, before anything is written.
     """
     from mpoe.cli.pretrained import find, load_tokenizer
     from mpoe.cli.tasks import read_descriptions, resolve
@@ -107,7 +107,7 @@ def run(plan: Plan) -> dict[str, Any]:
     eval_tasks = find_tasks(plan.data.eval_tasks) if plan.data.eval_tasks else tasks
     for split, owners in (("train", tasks), ("validation", eval_tasks)):
         for task in owners:
-            task.examples(split)  # a split that is not there is refused before the model is loaded
+            task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = load_tokenizer(source)
     items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
     rate_from = settle_rate(plan, source, config)
@@ -139,10 +139,10 @@ def _output_folder(plan: Plan) -> Path:
 
 
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder with another run or nothing to resume; with ``settings``, a run of other settings too."""
+    """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with other settings."""
     from mpoe.training.output_dir import check_output_dir
 
-    if plan.arguments.process_index == 0:  # a slower process may look when the first has claimed the folder already
+    if plan.arguments.process_index == 0:  # a slower process may check after the first one has claimed the folder
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
 
@@ -157,7 +157,7 @@ def _check_experts(source: Source, plan: Plan) -> None:
 
 
 def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
-    """The model to train: converted, unless it is already or stays dense."""
+    """The model to train: converted, unless it already is or stays dense."""
     from transformers import set_seed
 
     from mpoe.cli.pretrained import load_model
@@ -166,7 +166,7 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
     if config is not None and not source.is_mpoe:
         from mpoe.models import convert_to_mpoe
 
-        set_seed(plan.arguments.seed)  # of the routers
+        set_seed(plan.arguments.seed)  # for the routers
         model = convert_to_mpoe(model, config)
     take_layers(model, plan.experiment)
     return model
@@ -175,7 +175,7 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
 def _encode(
     tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
 ) -> tuple[OrderedItems, dict[str, list[Any]]]:
-    """Items to train on, in order, and validation items by task; settles the run's length and intervals."""
+    """Training items, in order, and validation items by task; sets the run's length and intervals."""
     from mpoe.cli.scoring import encode_task
 
     arguments = plan.arguments
@@ -215,12 +215,12 @@ def make_trainer(
 
 
 def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    """What decides the weights of a run, JSON-able: a resumed run must agree with it.
+    """Everything that determines the weights of a run, JSON-able: a resumed run must agree with it.
 
-    ``described``: the tasks of ``task_file``, which are kept themselves: the file may change.
+    ``described``: the tasks of ``task_file``, saved because the file may change.
     """
     training = plan.arguments.to_dict()
-    # A run may go on with another number of processes, if they share the same batch.
+    # A run may continue with another number of processes if the global batch stays the same.
     training["train_batch_size"] = training.pop("per_device_train_batch_size") * plan.arguments.world_size
     return {
         "model": plan.model.model,
@@ -233,7 +233,7 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
 
 
 def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | None:
-    """Make the folder this run's; returns the checkpoint to resume from, if any."""
+    """Claim the folder for this run; returns the checkpoint to resume from, if any."""
     from mpoe.training import find_last_checkpoint, prepare_output_dir
     from mpoe.training.same_plans import measured_record
 

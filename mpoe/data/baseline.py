@@ -1,6 +1,6 @@
-"""What an answer that looks at nothing would score, and whether a model's answers look like one.
+"""The scores of an answer that ignores the input, and whether a model's answers look like one.
 
-A score says little alone: where nine of ten labels are equal, 90% is what a constant reaches.
+A score alone says little: if nine of ten labels are equal, a constant answer reaches 90%.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Iterable, Sequence
 
 from mpoe.data.task import Task
 
-# A share of equal answers that means little thought, unless the expected ones are nearly as equal.
+# A share of equal answers that counts as collapsed, unless the targets are nearly as uniform.
 _MOST, _MORE = 0.95, 0.1
-_FEW = 5  # different answers to so many times as many different expected ones
+_FEW = 5  # ratio of distinct targets to distinct answers
 
 
 def constant_answer(task: Task, targets: Sequence[str]) -> str:
-    """The best text to write under every item: the most frequent target (the first of equals); of numbers their mean.
+    """The best constant answer for all items: the most frequent target (on ties the first); for numbers their mean.
 
     Args:
         targets: the expected texts ``[N]``, N >= 1.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no targets.
     """
     if not targets:
         raise ValueError(f"targets of task {task.name} must hold at least one text; got none")
@@ -33,7 +33,7 @@ def constant_answer(task: Task, targets: Sequence[str]) -> str:
 
 
 def baseline_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
-    """Every metric of a task for `constant_answer` under every item. Correlations of a constant are 0."""
+    """Every metric of a task with `constant_answer` for every item. Correlations of a constant are 0."""
     return task.score([constant_answer(task, targets)] * len(targets), targets)
 
 

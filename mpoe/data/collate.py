@@ -15,7 +15,7 @@ class PaddingCollator:
     """Pads items on the right to the longest of the batch.
 
     ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` with 0, ``labels`` with -100 (not counted in
-    the loss). Works for text-to-text and for language-modelling items alike; other keys are ignored.
+    the loss). Works for both text-to-text and language-modelling items; other keys are ignored.
     """
 
     pad_token_id: int

@@ -1,4 +1,4 @@
-"""What a table of the user's own is about, read off its first split: columns, kind of task, label words."""
+"""Detects columns, kind of task and label words of a user's table from its first split."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def detect_spec(
     metrics: Sequence[str] | None = None,
     **lengths: Any,
 ) -> TaskSpec:
-    """How to read the rows of ``path`` (the train file, or a data set on the hub) and of its sisters; see
+    """How to read the rows of ``path`` (the train file, or a data set on the hub) and of the other splits; see
     :func:`mpoe.data.local.load_task_from_folder`. The source text is the task's name and every text column's name and
-    value; in language modelling it is the values alone.
+    value; in language modelling it is only the values.
 
     Raises:
-        ValueError: no label or text column, or one label only; the message names file and line.
+        ValueError: no label or text column, or only one label; the message names file and line.
     """
     columns = list(rows[0].values)
     where = f"{path}, line {rows[0].line}"

@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "code": ("inspect", "ast", "typing", "dis", "tokenize", "symtable", "enum", "dataclasses", "pydoc", "xml"),
 }
 FAMILY_OF = {prefix: family for family, prefixes in FAMILIES.items() for prefix in prefixes}
-# Words that would give the family away without any reading.
+# Words that would reveal the family directly.
 TELLING = frozenset(
     ("numpy", "np", "tk", "tkinter", "tcl", "asyncio", "importlib", "unittest", "doctest", "multiprocessing", "logging")
 )
@@ -112,10 +112,10 @@ LIMITS = {"doc_module": MAX_PER_FAMILY, "doc_kind": MAX_PER_KIND, "doc_name": No
 
 @functools.lru_cache(maxsize=8)
 def task_items(name: str) -> dict[str, tuple[Example, ...]]:
-    """All items of an embedded text-to-text task by split, in an order that depends on the texts alone.
+    """All items of an embedded text-to-text task by split, in an order that depends only on the texts.
 
-    A source text that occurs in the training split is dropped from the others, and one that occurs twice in a split
-    is kept once; large classes are cut to a limit, so that answering the commonest label is worth little.
+    A source text that occurs in the training split is dropped from the others, and duplicates within a split are kept
+    once; large classes are cut to a limit, so that always answering the most common label scores low.
     """
     seen: set[str] = set()
     items: dict[str, tuple[Example, ...]] = {}

@@ -1,4 +1,4 @@
-"""English text that every Python installation carries: its own documentation.
+"""English text that comes with every Python installation: its own documentation.
 
 The docstrings of the standard library and of numpy, and the prose of ``pydoc_data.topics``, are read from the source
 files with :mod:`ast`; nothing is imported, downloaded or stored. The corpus therefore differs a little between Python
@@ -71,7 +71,7 @@ class Documentation:
         """Records of the train, validation or test split.
 
         Raises:
-            ValueError: ``name`` is none of these.
+            ValueError: ``name`` is not one of these.
         """
         check_split(name)
         return tuple(record for record in self.records if record.split == name)
@@ -138,7 +138,7 @@ def _read_everything() -> Iterator[DocRecord]:
 
 
 def deduplicate(records: Iterable[DocRecord]) -> tuple[DocRecord, ...]:
-    """One record per text (compared by its words) and per name; of equal texts the first by name stays."""
+    """One record per text (compared by its words) and per name; of equal texts, the first by name is kept."""
     texts: set[str] = set()
     names: set[str] = set()
     kept = []

@@ -1,4 +1,4 @@
-"""Reading of local data files; every refusal names the file and, where there is one, the line."""
+"""Reads local data files; every error names the file and, if possible, the line."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def is_text(path: Path) -> bool:
 def find_split_file(folder: Path, split: str) -> Path | None:
     """The file of a split in ``folder``: train, validation (or valid, val, dev) or test with a known suffix.
 
-    ``wiki.`` before the name is WikiText's and means nothing.
+    The prefix ``wiki.`` (WikiText) is ignored.
 
     Raises:
-        ValueError: several files fit.
+        ValueError: several files match.
     """
     found = []
     for path in sorted(folder.iterdir()):
@@ -114,7 +114,7 @@ def read_table(path: Path, column_names: Sequence[str] | None = None, skip_malfo
 
 
 def read_paragraphs(path: Path) -> list[str]:
-    """Paragraphs of a text file: separated by lines that are blank if it has any inside, else one a line."""
+    """Paragraphs of a text file: separated by blank lines if it has any, else one per line."""
     text = "\n".join(line.strip() for line in read_lines(path)).strip()
     if "\n\n" in text:
         return [" ".join(part.split("\n")).strip() for part in text.split("\n\n") if part.strip()]
@@ -129,7 +129,7 @@ def _json_rows(path: Path, lines: list[str]) -> Iterator[Row]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg} at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:  # a number too long, or brackets too deep
+        except (ValueError, RecursionError) as error:  # a number too long, or brackets nested too deeply
             raise ValueError(f"{path}, line {number}: malformed JSON: {error}") from error
         if not isinstance(values, dict):
             kind = type(values).__name__

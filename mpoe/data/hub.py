@@ -18,8 +18,8 @@ def load_hub_task(spec: TaskSpec) -> Task:
     """The task on the hub; nothing is read before an item is asked for.
 
     Raises:
-        ValueError: (on reading) ``datasets`` is not installed, the data set cannot be had, no such split, or a row that
-            does not fit.
+        ValueError: (on reading) ``datasets`` is not installed, the data set cannot be loaded, no such split, or an
+            invalid row.
     """
     hub = spec.hub_data
     if hub is None:
@@ -43,7 +43,7 @@ def load_hub_task(spec: TaskSpec) -> Task:
 
 
 def detect_hub_task(path: str, name: str, **detection: Any) -> Task:
-    """The task of a data set that nobody has described, called ``name``: columns and labels are detected from the train
+    """The task of a data set without a description, called ``name``: columns and labels are detected from the train
     split, with the options of :func:`mpoe.data.detect.detect_spec`.
 
     Raises:

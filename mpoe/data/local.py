@@ -28,8 +28,8 @@ from mpoe.data.task import KINDS, Example, Task
 
 @dataclass(frozen=True)
 class LocalTask(Task):
-    """A task read from files. ``folder``: where they lie; ``files``: the file of each split; ``spec``: how they are
-    read."""
+    """A task read from files. ``folder``: their folder; ``files``: the file of each split; ``spec``: how to read
+    them."""
 
     folder: Path = Path()
     files: Mapping[str, Path] = field(default_factory=dict, hash=False)
@@ -61,11 +61,11 @@ def load_task_from_folder(
 
     Args:
         data_dir: folder with a train file and at least one of validation (valid, val, dev) and test.
-        name: of the task (default: the folder's); it begins every source text.
+        name: name of the task (default: the folder's); every source text starts with it.
         kind: classification, regression, generation or language_modeling; default: .txt files are language modelling,
             fractions (or more than 50 different numbers) regression, up to 50 labels classification.
         text_columns, label_column: default: the label is the first column called label, target, score, ...; the texts
-            are the other columns that hold text, but for ids.
+            are the other columns that hold text, except ids.
         label_words: word the model writes for each label (default: the label itself).
         column_names: columns of csv/tsv files that have no header line.
         metrics: default by kind.
@@ -73,7 +73,7 @@ def load_task_from_folder(
         n_train, n_val, n_test, data_seed: sizes of random subsets.
 
     Returns:
-        a LocalTask, or an equivalent of it with smaller splits. Regression targets are rounded to the nearest 0.2 and
+        a LocalTask, or an equivalent task with smaller splits. Regression targets are rounded to the nearest 0.2 and
         written with one decimal, as T5 does for STS-B.
 
     Raises:
@@ -147,12 +147,12 @@ def _existing(data_dir: str | Path) -> Path:
 
 
 def task_name(text: str) -> str:
-    """A task's name made of a folder's: whatever is no letter, digit, ``_`` or ``-`` becomes ``_``."""
+    """A task's name made of a folder's: all characters other than letters, digits, ``_`` and ``-`` become ``_``."""
     return re.sub(r"[^\w-]+", "_", text)
 
 
 def find_files(folder: Path, needs_test: bool = True) -> dict[str, Path]:
-    """The file of each split that is there; ValueError without a train file, or without anything to evaluate on."""
+    """The file of each existing split; ValueError without a train file, or without anything to evaluate on."""
     files = {}
     for split in SPLITS:
         path = find_split_file(folder, split) if split != "test" or needs_test else None
@@ -160,7 +160,7 @@ def find_files(folder: Path, needs_test: bool = True) -> dict[str, Path]:
             files[split] = path
     wanted = "train" if "train" not in files else "validation" if "validation" not in files else ""
     if wanted == "validation" and "test" in files:
-        wanted = ""  # a final test alone will do
+        wanted = ""  # a test split alone is enough
     if wanted:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         names = " or ".join(SPLIT_STEMS[wanted])

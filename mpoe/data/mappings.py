@@ -1,4 +1,4 @@
-"""Reading of JSON and YAML files that hold one mapping; a refusal names the file and, where there is one, the line."""
+"""Reads JSON and YAML files that hold one mapping; an error names the file and, if possible, the line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_utf8(name: str, file: Path) -> str:
     """The text of a file.
 
     Raises:
-        ValueError: it is not UTF-8; the message begins with ``name`` and tells the byte.
+        ValueError: it is not UTF-8; the message starts with ``name`` and gives the byte.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -31,7 +31,8 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
         name: what the file is, for messages: "configuration file".
 
     Raises:
-        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the line) or is no mapping.
+        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the line) or is not a
+            mapping.
     """
     file = Path(path)
     if file.suffix.lower() not in MAPPING_SUFFIXES:
@@ -50,7 +51,7 @@ def _from_json(file: Path, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {error.lineno}, column {error.colno}: bad JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, or brackets too deep
+    except (ValueError, RecursionError) as error:  # a number too long, or brackets nested too deeply
         raise ValueError(f"{file}: bad JSON: {error}") from None
 
 

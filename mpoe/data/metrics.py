@@ -1,9 +1,9 @@
 """Metrics in numpy: each takes predictions and references of equal length and returns a fraction, not per cent.
 
-Those of generated texts are in :mod:`mpoe.data.text_metrics`. What the embedded tasks and a user's own folder are
-judged by needs no further package; the area under the curve, BLEU and ROUGE need the extra ``metrics``.
-Undefined cases (a constant input to a correlation, one class only for the area under the curve) return 0.0 for
-correlations, as a model that always answers the same has learned nothing, and raise where no value would be honest.
+Those of generated texts are in :mod:`mpoe.data.text_metrics`. Metrics of the embedded tasks and of a user's own folder
+need no further package; the area under the curve, BLEU and ROUGE need the extra ``metrics``. Undefined cases return 0.0
+for correlations with a constant input, since a model that always answers the same has learned nothing, and raise where
+no value would be meaningful (only one class for the area under the curve).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def get_metric(name: str) -> Callable[..., float]:
     """The metric called ``name``.
 
     Raises:
-        ValueError: there is none; the message names close matches.
+        ValueError: there is none; the message suggests similar names.
         RuntimeError: it needs a package of the extra ``metrics`` that is not installed.
     """
     metric = lookup(METRICS, name, "metric")

@@ -1,4 +1,4 @@
-"""Look-ups by name whose refusals list what there is."""
+"""Look-ups by name whose errors list the known names."""
 
 from __future__ import annotations
 

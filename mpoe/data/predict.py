@@ -1,4 +1,4 @@
-"""What a model makes of a task: generated texts, or the mean loss of running text, and their scores."""
+"""A model's predictions for a task (generated texts, or the mean loss of running text) and their scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generate_texts(
 ) -> list[str]:
     """Greedy answers of an encoder-decoder model to N items, in their order, without special tokens.
 
-    Items are batched by length, so that little padding is computed. The model's mode and device stay as they are.
+    Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be >= 1; got {max_new_tokens} and {batch_size}")
@@ -77,11 +77,11 @@ def language_modeling_loss(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores on a task.
+    """A model's scores on a task.
 
     Attributes:
         scores: by metric, in the order of ``task.metrics``; language modelling adds ``loss``, nats per token.
-        baseline: the same metrics of an answer that looks at nothing: the most frequent target of these items, the
+        baseline: the same metrics for an answer that ignores the input: the most frequent target of these items, the
             mean of their numbers, or the frequencies of their tokens (see `mpoe.data.baseline`).
         collapse: a sentence if the answers have collapsed to few values, else None.
     """

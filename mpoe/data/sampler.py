@@ -1,6 +1,6 @@
-"""Multi-task sampling: one task per optimizer step, p ~ size^(1/temperature), alike on all ranks and resumable.
+"""Multi-task sampling: one task per optimizer step, p ~ size^(1/temperature), the same on all ranks and resumable.
 
-Nothing here has hidden state: what happens at a step follows from the seed and the step's number.
+There is no hidden state: every step follows from the seed and the step's number.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class MultiTaskBatchSampler:
     Args:
         sizes: items of each task.
         batch_size: items per micro-batch and rank.
-        num_steps: optimizer steps in all.
+        num_steps: total number of optimizer steps.
         temperature, seed: see :class:`TemperatureSampler`.
         accumulation: micro-batches per optimizer step.
         rank, world_size: of this process. Do not let another library shard this sampler again.

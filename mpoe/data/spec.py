@@ -1,4 +1,4 @@
-"""A task as a few lines of data: how a row becomes text, which words its labels have, and where its rows are."""
+"""A task described as data: how a row becomes text, the words of its labels, and where its rows are."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Cells = Mapping[str, Any]  # one row, by column
 class HubData:
     """Where a task's rows are on the Hugging Face hub.
 
-    ``path``: name of the data set; ``config``, ``revision`` and ``folder`` (inside the repository): where it needs
-    them; ``splits``: its names of splits that are not called train, validation and test.
+    ``path``: name of the data set; ``config``, ``revision`` and ``folder`` (inside the repository): if needed;
+    ``splits``: its names of splits that are not called train, validation and test.
     """
 
     path: str
@@ -38,30 +38,30 @@ class HubData:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Description of a task, as it stands in a YAML file under the task's name.
+    """Description of a task, as in a YAML file under the task's name.
 
     Args:
-        name: of the task.
+        name: name of the task.
         template: the model's input, with columns in braces: ``"is this good? {sentence}"``. ``{choices.text.0}`` looks
             inside a cell.
-        label_column: the answer; not needed for language modelling.
-        label_words: label in the data -> word the model writes. Several labels may share a word, so that one task reads
-            data that spell their labels differently; rows whose label has the word None are left out. The second word
-            is the positive class of F1.
-        kind: default: classification where there are label_words.
-        metrics: the first one is what the task is judged by; default: by kind.
+        label_column: column of the answer; not needed for language modelling.
+        label_words: label in the data -> word the model writes. Several labels may share a word, so one task can read
+            data sets that spell their labels differently; rows whose label has the word None are left out. The second
+            word is the positive class of F1.
+        kind: default: classification if there are label_words.
+        metrics: the task is judged by the first one; default: by kind.
         max_source_length, max_target_length: in tokens.
         description: one line.
-        renamed_columns: name in the data -> name in the template, where data sets differ.
+        renamed_columns: name in the data -> name in the template, for data sets with other names.
         hidden_test: the test labels are not public, so no test file is read.
         data_dir: folder with the files of this task alone.
         folder: usual name of the task's folder in a collection, where it is not ``name``.
-        column_names: of csv and tsv files without a header line.
+        column_names: columns of csv and tsv files without a header line.
         skip_malformed: leave out lines of csv and tsv files with a wrong number of columns, instead of refusing them.
         hub: the data set on the hub: its name, or a mapping of the fields of `HubData`.
 
     Raises:
-        ValueError, TypeError: naming the field, what was expected and what came.
+        ValueError, TypeError: naming the field, what was expected and what was given.
     """
 
     name: str
@@ -98,7 +98,7 @@ class TaskSpec:
 
     @classmethod
     def from_mapping(cls, name: str, values: Any) -> TaskSpec:
-        """The task called ``name`` as it was read from a file; TypeError or ValueError for whatever does not fit."""
+        """The task called ``name`` as it was read from a file; raises TypeError or ValueError for invalid fields."""
         if not isinstance(values, Mapping):
             raise TypeError(f"task {name} must be a mapping of fields to values; got {type(values).__name__}")
         known = {f.name: f for f in fields(cls) if f.name != "name"}
@@ -107,7 +107,7 @@ class TaskSpec:
         return cls(name=name, **values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Fields as `from_mapping` takes them, JSON-able, without those that are as by default."""
+        """Fields for `from_mapping`, JSON-able, without those that have their default value."""
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
         return {name: value for name, value in asdict(self).items() if name != "name" and value != defaults[name]}
 
@@ -123,7 +123,7 @@ class TaskSpec:
 
     @property
     def hub_data(self) -> HubData | None:
-        """Where the rows are on the hub, if they are."""
+        """Location of the rows on the hub, if they are there."""
         return self.hub if isinstance(self.hub, HubData) else None
 
     def task_fields(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class TaskSpec:
         }
 
     def examples(self, rows: Iterable[tuple[Cells, str]]) -> tuple[Example, ...]:
-        """Items of rows, each with the words that tell where it stands, for messages."""
+        """Items of rows, each with a description of its location for messages."""
         found = (self.example(cells, where) for cells, where in rows)
         return tuple(example for example in found if example is not None)
 
@@ -147,7 +147,7 @@ class TaskSpec:
         """One row as text; None if there is no text or its label is one to leave out.
 
         Raises:
-            ValueError: a column that is not there, no text or number in it, or a label without a word.
+            ValueError: a missing column, a value that is neither text nor number, or a label without a word.
         """
         if self.renamed_columns:
             cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
@@ -203,7 +203,7 @@ def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
     """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell ``choices``.
 
     Raises:
-        ValueError: there is no such column, naming who asks for it, or it holds neither a text nor a number.
+        ValueError: there is no such column (the message says what needs it), or it holds neither a text nor a number.
     """
     value: Any = cells
     for part in [column] if column in cells else column.split("."):
@@ -222,7 +222,8 @@ def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
 
 
 def cell_text(value: Any, where: str) -> str:
-    """Text of one cell. Numbers lose a needless ``.0`` and booleans become 0 and 1, so that 1, 1.0, true are one label.
+    """Text of one cell. Numbers lose a redundant ``.0`` and booleans become 0 and 1, so that 1, 1.0 and true are the
+    same label.
 
     Raises:
         ValueError: neither a text nor a number.
@@ -254,7 +255,7 @@ def _number(text: str, where: str) -> float:
 
 
 def _check_type(task: str, name: str, value: Any, default: Any) -> None:
-    """A field's value must be of its default's kind: text, yes or no, whole number, list, mapping."""
+    """Check that a field's value has the type of its default: text, boolean, integer, list, mapping."""
     if name == "hub":
         return
     if isinstance(default, bool):

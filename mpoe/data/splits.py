@@ -20,9 +20,9 @@ def split_validation_test(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Two disjoint halves of ``items``: (validation, test), for data whose test labels are hidden.
 
-    Items with the same ``key`` (default: the source text, case and blanks aside) never part company, and an item
-    whose key occurs in ``train`` is left out of the test half: a copy would measure memory. Depends on ``seed`` alone.
-    ``name``: what refusals call the items.
+    Items with the same ``key`` (default: the source text, ignoring case and blanks) stay in the same half, and an item
+    whose key occurs in ``train`` is left out of the test half, where it would measure memorisation. Depends only on
+    ``seed``. ``name``: the items' name in error messages.
 
     Raises:
         ValueError: fewer than two different items that are not in ``train``.
@@ -30,7 +30,7 @@ def split_validation_test(
     groups = _groups(items, train, key or _source_key)
     if len(groups) < 2:
         raise ValueError(f"{name} must hold at least two different items that are not in train; got {len(groups)}")
-    # At most half of what there is, one group at least.
+    # At most half of the items, at least one group.
     return _part(items, groups, max(1, len(items) // 2), f"split-validation-test-{seed}")
 
 
@@ -46,7 +46,7 @@ def _groups(items: Sequence[Any], train: Iterable[Any], key: Callable[[Any], obj
 def _part(
     items: Sequence[Any], groups: list[list[int]], wanted: int, seed: str
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(the rest, about ``wanted`` items): whole groups drawn by ``seed``, not all of them, one at least."""
+    """(the rest, about ``wanted`` items): whole groups drawn by ``seed``, at least one, but not all."""
     random.Random(seed).shuffle(groups)
     taken: set[int] = set()
     for group in groups[:-1]:
@@ -73,11 +73,11 @@ def with_validation_test_split(task: Task, seed: int = 0) -> Task:
 
 
 def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: True) -> Task:
-    """``task`` whose validation items are taken out of its training items: a tenth of them, a thousand at most.
+    """``task`` whose validation items are taken out of its training items: a tenth of them, at most a thousand.
 
-    For data without a validation split; ``needed`` says whether that is so when an item is asked for first. Items of
-    one source text stay together. The choice is the same for every seed, so that training never sees an item that a
-    later evaluation asks for.
+    For data without a validation split; ``needed`` decides this when an item is first requested. Items with the same
+    source text stay together. The choice is the same for every seed, so training never sees an item that a later
+    evaluation uses.
 
     Raises:
         ValueError: (on reading) fewer than two different training items.
@@ -105,7 +105,7 @@ def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: 
 def with_subsets(
     task: Task, n_train: int | None = None, n_val: int | None = None, n_test: int | None = None, data_seed: int = 0
 ) -> Task:
-    """``task`` with at most so many items per split, drawn by ``data_seed``; None keeps a split whole.
+    """``task`` with at most the given number of items per split, drawn by ``data_seed``; None keeps a split whole.
 
     Raises:
         ValueError: a number below 1.

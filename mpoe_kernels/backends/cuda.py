@@ -29,12 +29,12 @@ def backend_of(
     """The CUDA kernels as a backend.
 
     Args:
-        name: of the backend.
-        ops: namespace of the compiled ops: those for a GPU, or in tests the same ones emulated.
-        device_type: of the tensors that they take.
-        hardware: numbers of a device, by which the form of a kernel is chosen.
+        name: name of the backend.
+        ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
+        device_type: device type of their tensors.
+        hardware: returns the numbers of a device, which determine the variant of a kernel.
         unavailable_reasons, predicted_cost: see `Backend`.
-        least_seconds: added to the predicted times, so that the backend is only chosen where it is named.
+        least_seconds: added to the predicted times, so that the backend is chosen only if it is named.
     """
 
     def request_reasons(request: Request) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pure PyTorch kernels: always there, on every device and dtype, and what other backends are measured against."""
+"""Pure PyTorch kernels: always available, on every device and dtype, and the baseline for other backends."""
 
 import torch
 
@@ -13,7 +13,7 @@ from mpoe_kernels.routing import eager as routing
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """Expert by expert; on a GPU, which would have to wait for the offsets, also by grouped GEMMs."""
+    """Expert by expert; on a GPU also with grouped GEMMs, which need not wait for the offsets."""
     run = linear_forward if plan.phase == "forward" else linear_backward
     found = [Candidate("eager", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
     if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):

@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA and AMD GPUs; on the CPU only in Triton's interpreter, for tests.
 
-Importing this package imports no Triton: a kernel's module is imported when the kernel is first called.
+Importing this package does not import Triton: a kernel's module is imported when the kernel is first called.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
     return getattr(import_module(f"mpoe_kernels.{module}"), function)(*arguments, **options)
 
 
-# Way to compute a contraction -> function of the module ``linear`` and its options.
+# Name of a candidate -> function of the module ``linear`` and its options.
 _WAYS: dict[str, tuple[str, dict[str, bool]]] = {
     WIDE: ("by_steps", {"wide": True}),
     ON_CHIP: ("on_chip", {"half": False}),
@@ -62,7 +62,7 @@ _WAYS: dict[str, tuple[str, dict[str, bool]]] = {
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """Step by step, and what the fused kernels do."""
+    """The candidates: step by step, and the fused kernels."""
     found = []
     for name, seconds in ways_here(plan).items():
         function, options = _WAYS.get(name, ("by_steps", {}))
@@ -80,7 +80,7 @@ def unavailable_reasons() -> list[str]:
 
 
 def request_reasons(request: Request) -> list[str]:
-    """Why it cannot run one request."""
+    """Why no Triton kernel can run a request."""
     reasons = []
     if request.device_type != "cuda" and not (request.device_type == "cpu" and in_interpreter()):
         reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
@@ -93,7 +93,7 @@ def request_reasons(request: Request) -> list[str]:
 
 
 def _memory_reasons(request: Request) -> list[str]:
-    """Whether the kernels' smallest tiles fit the device."""
+    """Reasons if the kernels' smallest tiles do not fit the device."""
     device = torch.device(request.device)
     limit = shared_memory_of(device)
     if limit == NO_LIMIT or (needed := _least_shared_bytes(architecture_of(device), request.dtype)) <= limit:

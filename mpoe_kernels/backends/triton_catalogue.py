@@ -1,9 +1,10 @@
-"""What is shipped, as problems: what the ops start on the sizes of a T5-base feed-forward layer and of its table.
+"""The shipped kernels, as problems: the launches of the ops at the sizes of a T5-base feed-forward layer and embedding.
 
-`LARGE_SIZES` are those of wider layers and of more experts, see `Sizes`.
+`LARGE_SIZES` are for wider layers and more experts, see `Sizes`.
 
-Problems run on ``meta`` tensors while launches are recorded, so neither a GPU nor memory is needed. A kernel that some
-op starts on these sizes is found by itself; one that starts on others only needs a problem of its own in `problems`.
+Problems run on ``meta`` tensors while launches are recorded, so neither a GPU nor memory is needed. Kernels that an op
+launches at these sizes are found automatically; one that is launched only at other sizes needs its own problem in
+`problems`.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from mpoe_kernels.triton.start import Launch, recorded, target_of
 
 
 class Sizes(NamedTuple):
-    """Of a model.
+    """Sizes of a model.
 
     Attributes:
-        name: in words; empty: T5-base, on which every shipped tile is tried.
+        name: description; empty for T5-base, on which every shipped tile is tried.
         model, hidden: widths of a feed-forward layer.
         vocabulary: rows of the embedding.
-        experts: how many, the first of them where one number is enough.
+        experts: numbers of experts; the first one is used where one is enough.
     """
 
     name: str
@@ -65,12 +66,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that the ops compute.
+    """A computation of the ops.
 
     Attributes:
-        name: in words.
-        run: starts its kernels on ``meta`` tensors.
-        every_tile: whether all shipped tiles are to be tried on it, not only those that suit it.
+        name: description.
+        run: launches its kernels on ``meta`` tensors.
+        every_tile: whether to try all shipped tiles on it, not only the suitable ones.
     """
 
     name: str
@@ -111,7 +112,7 @@ def _blocks(dims: BlockDims, experts: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:
-    """Names of the candidates: what the planner may choose, and the fused kernels."""
+    """Names of the candidates: the planner's strategies and the fused kernels."""
     found = [plan.strategy for plan in contractions(dims, experts, tokens, dtype, phase)]
     if dtype.itemsize == 2:
         found.append(WIDE)
@@ -123,7 +124,7 @@ def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, p
 def _common(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, candidate: str, activation: str, indexed: bool
 ) -> dict[str, Any]:
-    """What forward and backward calls have in common."""
+    """The common arguments of forward and backward calls."""
     left, central, right = _blocks(dims, experts, dtype)
     return {
         "x": _empty(tokens, dims.in_features, dtype=dtype),
@@ -143,12 +144,12 @@ def _common(
 
 
 def _on_chip(dims: BlockDims, dtype: torch.dtype, candidate: str) -> bool:
-    """Whether the candidate keeps weights on chip, and the device can; by steps otherwise."""
+    """Whether the candidate keeps weights on chip and the device supports it; otherwise it runs step by step."""
     return candidate in ON_CHIP_NAMES and not fused_reasons(dims, dtype, target_of(torch.device("meta")))
 
 
 def _wide(candidate: str) -> bool:
-    """Whether the candidate takes wide tiles, and the device can."""
+    """Whether the candidate uses wide tiles and the device supports them."""
     return candidate == WIDE and target_of(torch.device("meta")).architecture in WIDE_ARCHITECTURES
 
 
@@ -162,9 +163,9 @@ def forward_work(
     indexed: bool = True,
     placed: bool = False,
 ) -> Callable[[], object]:
-    """Computes the grouped product of ``tokens`` rows, gathered if ``indexed``, as a layer that trains calls it.
+    """Computes the grouped product of ``tokens`` rows, gathered if ``indexed``, as called by a layer in training.
 
-    ``placed``: as a layer that does not train calls its last product, which puts rows where their tokens are.
+    ``placed``: as called for the last product of a layer without gradients, which scatters rows to their tokens.
     """
     call = ForwardCall(**_common(dims, experts, tokens, dtype, strategy, activation, indexed), save=not placed)
     if placed:
@@ -197,7 +198,7 @@ def backward_work(
 
 
 def combine_work(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Brings the rows of a last product to their tokens, one expert each."""
+    """Scatters the rows of a last product to their tokens, with one expert each."""
     rows, gates = _empty(tokens, dims.out_features, dtype=dtype), _empty(tokens, 1, dtype=torch.float32)
     where = _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
     return partial(routing.combine, CombineCall(rows, *where, gates, "triton"))
@@ -206,7 +207,7 @@ def combine_work(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype)
 def gated_work(
     dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, strategy: str, save: bool = True
 ) -> Callable[[], object]:
-    """Computes both projections of a gated network together, from gathered rows, as a layer that trains calls it."""
+    """Computes both projections of a gated network together, from gathered rows, as called by a layer in training."""
     common = _common(dims, experts, tokens, dtype, strategy, "silu", True)
     left, central, right = _blocks(dims, experts, dtype)
     call = GatedCall(**common, gate_left=left, gate_central=central, gate_right=right, save=save)
@@ -217,7 +218,7 @@ WORK: dict[str, Callable[..., Callable[[], object]]] = {"forward": forward_work,
 
 
 def run(phase: str, *problem: Any, **options: Any) -> None:
-    """Do the work of a phase."""
+    """Run the work of a phase."""
     WORK[phase](*problem, **options)()
 
 
@@ -239,7 +240,7 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
 
 
 def _placed(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
-    """Every strategy of the last product where nothing trains, on two shapes."""
+    """Every strategy of the last product without gradients, on two shapes."""
     for name in FEW_SHAPES:
         dims = dims_of(shapes(sizes)[name][1])
         for tokens in TOKENS:
@@ -312,7 +313,7 @@ class HiddenSize(NamedTuple):
     """Experts on the hidden side.
 
     Attributes:
-        experts, top_k: how many there are, and how many of them a token takes.
+        experts, top_k: number of experts, and experts per token.
         per_group: whether groups own their blocks.
         block: side of a block.
         hidden: units.
@@ -354,7 +355,8 @@ def run_hidden(size: HiddenSize, tokens: int, dtype: torch.dtype, gated: bool, a
 
 
 def hidden_sizes(sizes: Sizes) -> tuple[HiddenSize, ...]:
-    """The cases of `HIDDEN_SIZES` on other sizes; of many experts with groups' own blocks and with shared ones."""
+    """The cases of `HIDDEN_SIZES` for other sizes; with many experts both with blocks per group and with shared
+    ones."""
     found = tuple(size._replace(hidden=sizes.hidden) for size in HIDDEN_SIZES)
     if sizes.experts == EXPERTS:
         return found
@@ -373,9 +375,9 @@ def _hidden(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
 
 
 def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> Iterator[Problem]:
-    """Everything that is shipped, in one dtype; ``few``: enough of it to start every kernel.
+    """All shipped problems in one dtype; ``few``: enough of them to launch every kernel.
 
-    Every tile is tried on T5-base's sizes alone, on others those that suit them.
+    Every tile is tried only on T5-base's sizes; on others, only suitable tiles.
     """
     for family in (_linear, _placed, _activations, _gated, _routing, _embedding, _hidden):
         for problem in family(dtype, few, sizes):
@@ -383,7 +385,8 @@ def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> I
 
 
 def launches(problem: Problem, architecture: str) -> list[Launch]:
-    """What a problem starts on an architecture: with the tiles that suit it, and with every other in turn if asked."""
+    """The launches of a problem on an architecture: with the suitable tiles, and with all others in turn if
+    requested."""
     found: list[Launch] = []
     for entry in (None, *(range(most_tiles(architecture)) if problem.every_tile else ())):
         with recorded(architecture, entry) as started:

@@ -1,4 +1,4 @@
-"""What a launch of the catalogue computes: its product, and how much more than that it executes."""
+"""The work of a launch of the catalogue: its product, and the overhead that it executes in addition."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mpoe_kernels.linear.triton.fused_tiles import Cut, Sides, rebuild_work
 
 
 def _padded(arguments: Mapping[str, Any], **tiles: str) -> float:
-    """FLOPs of whole tiles over those of the product: ``size="tile"`` names a dimension and its block size."""
+    """FLOPs of whole tiles divided by those of the product: ``size="tile"`` names a dimension and its block size."""
     sizes = [(arguments[size], arguments[tile]) for size, tile in tiles.items()]
     return math.prod(-(-size // tile) * tile / size for size, tile in sizes)
 
 
 def _fused(arguments: Mapping[str, Any]) -> float:
-    """Whole tiles of W, and what making them adds to multiplying with them."""
+    """Whole tiles of W, and the cost of building them relative to multiplying with them."""
     sides = Sides(arguments["K_SIZES"], arguments["N_SIZES"], arguments["A"], arguments["B"])
     cut = Cut(*(arguments[name] for name in ("KL", "NL", "KR", "NR")))
     tiles = math.prod(cut.tiles(sides)) * cut.k * cut.n / math.prod(sides.k + sides.n)
@@ -27,7 +27,7 @@ def _fused(arguments: Mapping[str, Any]) -> float:
 
 
 def _hidden_rows(arguments: Mapping[str, Any]) -> float:
-    """Rows of whole tiles, whole units of blocks, and, for every part of a block's results, what comes before them."""
+    """Rows of whole tiles, whole units of blocks, and the inputs that every part of a block's results recomputes."""
     tile = Tile(*(arguments[name] for name in ("BT", "BM", "BN", "BK", "num_warps")))
     experts, top_k, products = arguments["EXPERTS"], arguments["TOP_K"], _hidden_products(arguments)
     parts, results = -(-arguments["B"] // tile.units), 2 if "grad" in arguments and arguments["GATED"] else 1
@@ -36,8 +36,8 @@ def _hidden_rows(arguments: Mapping[str, Any]) -> float:
     return rows_per_token(tile, experts, top_k) / top_k * units * again
 
 
-# FLOPs of a launch over those of the product it computes: what fills tiles, and what is rebuilt for every tile. The
-# last rows of every expert come on top: half a tile each, on average.
+# FLOPs of a launch divided by those of its product: padding of tiles, and rebuilding for every tile. The partial last
+# tile of every expert comes on top: half a tile on average.
 FLOP_OVERHEAD: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rows_kernel": partial(_padded, K="BK", N="BN"),
     "pairs_kernel": partial(_padded, K="BK", N="BN"),
@@ -78,7 +78,7 @@ def _blocks_product(a: Mapping[str, Any], _: float) -> Product:
 
 
 def _weights_product(a: Mapping[str, Any], _: float) -> Product:
-    """The half, as if it were as wide as the weight, and the weight."""
+    """The product of the half, counted as wide as the weight, and that of the weight."""
     return Product(a["M"] * a["CELLS"], a["N"], a["S"] * (1 + a["K"] / a["N"]), a["offsets"].shape[0] - 1)
 
 
@@ -95,19 +95,19 @@ def _hidden_products(a: Mapping[str, Any]) -> int:
 
 
 def _hidden_product(a: Mapping[str, Any], _: float) -> Product:
-    """Rows of chosen experts times the blocks of every group, those of one row after the other."""
+    """Rows of chosen experts times the blocks of every group."""
     rows = a["index"].numel() * a["F"] // a["B"]
     return Product(rows, a["B"], a["B"] * _hidden_products(a), 1)
 
 
 def _hidden_blocks_product(a: Mapping[str, Any], _: float) -> Product:
-    """Slots through blocks and back, as in the rows' gradients, and their products with one another."""
+    """Slots through blocks forward and backward, as in the rows' gradients, and the products between them."""
     gradients = 3 if a["GATED"] else 2
     through = hidden.PRODUCTS["forward", a["GATED"]]
     return Product(a["B"], a["B"] * (gradients + through), a["pair_of_slot"].numel() * a["F"] // a["B"], 1)
 
 
-# What a launch computes, from its arguments and the rows of one expert; kernels that are not here multiply nothing.
+# The product of a launch, from its arguments and the rows of one expert; kernels not listed here have none.
 PRODUCTS: dict[str, Callable[[Mapping[str, Any], float], Product]] = {
     "rows_kernel": _rows_product,
     "pairs_kernel": _pairs_product,

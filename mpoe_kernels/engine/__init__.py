@@ -1,1 +1,1 @@
-"""One driver that walks a program, for every backend that supplies the three kinds of products."""
+"""One driver that runs a program, for every backend that supplies the three kinds of products."""

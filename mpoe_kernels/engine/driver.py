@@ -1,4 +1,4 @@
-"""Walks a program: the one place where products of a contraction are computed one after the other."""
+"""Runs a program: the only place where the products of a contraction are computed one after the other."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from mpoe_kernels.planner.program import GRADIENT, MERGE, ROWS, Product, Program
 
 
 class Chunk(Protocol):
-    """What a backend supplies: the tensors of some experts, as it likes to hold them, and the products of two.
+    """The interface of a backend: the tensors of some experts, in its own representation, and the products of two of
+    them.
 
-    Results that a caller wants (``y``, ``d L``, ...) go where it wants them; what others return lives until its last
+    Results for the caller (``y``, ``d L``, ...) are written to their destination; other results live until their last
     reader has run.
     """
 
     def given(self, name: str) -> Any:
-        """A tensor that no product makes: rows, blocks, ``d y``, or rows that the forward kept."""
+        """A tensor that is not the result of a product: rows, blocks, ``d y``, or rows saved by the forward."""
 
     def rows(self, product: Product, rows: Any, operand: Any) -> Any:
-        """Rows through an operand: of each expert through its own, or all through the shared one."""
+        """Product of rows and an operand: each expert's rows with its own operand, or all rows with the shared one."""
 
     def gradient(self, product: Product, rows: Any, grads: Any) -> Any:
-        """Gradient of the operand that ``rows`` met, from the gradient of what came out."""
+        """Gradient of the operand that ``rows`` were multiplied by, from the gradient of the result."""
 
     def merge(self, product: Product, first: Any, second: Any) -> Any:
-        """Two operands of every expert into one; ``d C`` is summed over the experts."""
+        """Merge two operands of every expert into one; ``d C`` is summed over the experts."""
 
 
 def run(program: Program, chunks: Iterable[Chunk]) -> None:

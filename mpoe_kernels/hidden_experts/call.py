@@ -1,6 +1,6 @@
-"""What the kernels of `hidden_experts` are called with, on every backend.
+"""The arguments of the `hidden_experts` kernels, the same for every backend.
 
-These classes are the ops' signatures: the schemas follow from their fields.
+These classes are the ops' signatures: the schemas are derived from their fields.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class HiddenCall:
         u: ``[T, F]``.
         gates: floating ``[T, K]``.
         top_k_index: int64 ``[T, K]``; -1: no expert.
-        right, left: blocks ``[E, G', b, b]``, G' = 1 where the groups share them; dtype of u.
+        right, left: blocks ``[E, G', b, b]``, G' = 1 if the groups share them; dtype of u.
         bias: ``[E, F]`` or None.
         u_gate: ``[T, F]`` of a gated network, or None.
         right_gate: as ``right``, given with ``u_gate``.
         activation: a value of `mpoe_kernels.hidden_experts.op.ACTIVATIONS`.
-        backend: the one that was asked for, or ``"auto"``.
+        backend: the requested backend, or ``"auto"``.
     """
 
     u: Tensor
@@ -39,7 +39,8 @@ class HiddenCall:
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """u, gates, right, left, bias, u_gate, right_gate: what has gradients, in the order of these."""
+        """u, gates, right, left, bias, u_gate, right_gate: the differentiable arguments, in the order of the
+        gradients."""
         return self.u, self.gates, self.right, self.left, self.bias, self.u_gate, self.right_gate
 
     @property
@@ -60,17 +61,16 @@ class HiddenCall:
 
     @property
     def kernel_activation(self) -> str:
-        """``gelu_new`` is ``gelu_tanh`` where bits need not be those of Transformers' formula."""
+        """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to Transformers' formula."""
         return "gelu_tanh" if self.activation == "gelu_new" else self.activation
 
 
 @dataclass
 class HiddenBackwardCall(HiddenCall):
-    """A backward pass. Its kernel returns gradients in the order of `differentiable`; what is not needed is empty.
+    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients that are not needed are
+    empty.
 
-    Attributes:
-        grad: ``[T, F]``.
-        need: which of the gradients.
+    Attributes: grad: ``[T, F]``. need: which of the gradients are needed.
     """
 
     grad: Tensor
@@ -78,5 +78,5 @@ class HiddenBackwardCall(HiddenCall):
 
     @property
     def wanted(self) -> list[bool]:
-        """Which gradients are needed and of something that was given."""
+        """Which gradients are needed and belong to an argument that was given."""
         return [value is not None and wants for value, wants in zip(self.differentiable, self.need, strict=True)]

@@ -25,7 +25,7 @@ class HiddenKernels:
     ops: Any
 
     def forward(self, call: HiddenCall) -> Tensor:
-        """See `hidden_experts`. An index outside ``0..E-1`` is no expert."""
+        """See `hidden_experts`. An index outside ``0..E-1`` means no expert."""
         return self.ops.hidden_experts(*call.tensors, call.kernel_activation, may_round_to_tf32(call.u.dtype))
 
     def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:

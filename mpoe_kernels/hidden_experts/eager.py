@@ -1,6 +1,6 @@
 """Plain PyTorch: one expert after the other, on its tokens or, where that is cheaper, on all of them.
 
-Both ways sum the experts in their order, so that results do not depend on how the tokens are spread.
+Both ways sum the experts in order, so results do not depend on the distribution of tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.indices import check_range
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 
-# Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and copying a row there and back.
+# Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and gathering and scattering a row.
 ACTIVATION_COST, COPY_COST = 40, 64
 
 
 def activate_(name: str, z: Tensor) -> Tensor:
-    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` with the bits of Transformers' formula."""
+    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to Transformers' formula."""
     if name == "gelu_new":
         return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
     return apply_activation_(name, z)
@@ -33,20 +33,21 @@ def activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
 
 
 def all_tokens_pay(experts: int, top_k: int, block: int) -> bool:
-    """Whether computing every expert on every token, gated by 0 where it was not chosen, is cheaper than gathering."""
+    """Whether computing every expert on every token, with gates of 0 where it was not chosen, is cheaper than
+    gathering."""
     work = 4 * block + ACTIVATION_COST
     return experts * work <= top_k * (work + COPY_COST)
 
 
 class Share(NamedTuple):
-    """What one expert computes: its number, its tokens (``None`` = all) and their gates ``[n, 1]``."""
+    """The work of one expert: its index, its tokens (``None`` = all) and their gates ``[n, 1]``."""
 
     expert: int
     rows: Tensor | None
     gate: Tensor
 
     def of(self, value: Tensor) -> Tensor:
-        """Rows of ``value [T, F]`` that belong to it."""
+        """The expert's rows of ``value [T, F]``."""
         return value if self.rows is None else value.index_select(0, self.rows)
 
 
@@ -70,7 +71,7 @@ def _shares(gates: Tensor, index: Tensor, experts: int, block: int) -> Iterator[
 
 
 def _rows_in_use(index: Tensor, u: Tensor, u_gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Dense ``u`` and ``u_gate``; rows of tokens without an expert, which may hold anything, are zero."""
+    """Dense ``u`` and ``u_gate``; rows of tokens without an expert, which may contain anything, are zeroed."""
     idle = (index < 0).all(1, keepdim=True)
     if bool(idle.any()):
         return u.masked_fill(idle, 0), None if u_gate is None else u_gate.masked_fill(idle, 0)
@@ -99,7 +100,7 @@ def _add(total: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _total(like: Tensor) -> Tensor:
-    """Zeros that sums of several experts round little in."""
+    """Zeros in a dtype with enough precision for sums over experts."""
     return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 

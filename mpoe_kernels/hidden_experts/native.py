@@ -14,7 +14,7 @@ from mpoe_kernels.native_library import call_native
 from mpoe_kernels.registry import Request
 from mpoe_kernels.routing.gating import Gating, arguments_of
 
-# Gradients as the library calls them, in the order of `backward`.
+# Names of the gradients in the library, in the order of `backward`.
 RESULTS = ("du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate")
 
 
@@ -29,7 +29,8 @@ def reasons(request: Request) -> list[str]:
 
 
 def _inputs(call: HiddenCall) -> tuple[HiddenArguments, tuple[Tensor | None, ...]]:
-    """What both passes are called with, and the tensors behind it, which the caller keeps until the call returns."""
+    """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
+    returns."""
     u, right, right_gate = dense("u", call.u), call.right, call.right_gate
     if u.dim() != 2 or right.dim() != 4:
         raise ValueError(f"u must have 2 axes and right 4; got {describe(u)}, {describe(right)}")
@@ -75,10 +76,10 @@ def routed(
     u_gate: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Gating] | None:
-    """What a router decides on few tokens, and `forward` of the experts it chose, in one call.
+    """The router's decision for few tokens, and `forward` of the chosen experts, in one call.
 
-    While decoding, looking at every argument takes longer than computing: what does not fit is left to the op, which
-    says what is wrong with it.
+    While decoding, checking every argument takes longer than computing: invalid arguments are left to the op, which
+    raises the error.
 
     Args:
         x: the router's tokens ``[T, I]``, where `routing.gating.can_gate_natively` holds.
@@ -92,7 +93,7 @@ def routed(
         activation: as in `HiddenCall`.
 
     Returns:
-        ``o [..., F]`` and what was decided; None where the op is to be called.
+        ``o [..., F]`` and the decision; None if the op must be called instead.
     """
     right, left, right_gate = blocks["right"], blocks["left"], blocks.get("right_gate")
     if type(u) is not Tensor or right is None or left is None or (u_gate is None) != (right_gate is None):

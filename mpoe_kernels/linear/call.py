@@ -1,6 +1,6 @@
-"""What the kernels of the grouped MPO linear are called with, on every backend.
+"""The arguments of the grouped MPO linear's kernels, the same for every backend.
 
-These classes are the ops' signatures: the schemas follow from their fields.
+These classes are the ops' signatures: the schemas are derived from their fields.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LinearCall:
         in_features, out_features: I and F.
         activation: a value of `mpoe_kernels.linear.op.ACTIVATIONS`.
         strategy: one of `mpoe_kernels.planner.STRATEGIES`; ``"auto"`` until the registry has chosen.
-        backend: the one that was asked for, or ``"auto"``.
+        backend: the requested backend, or ``"auto"``.
     """
 
     x: Tensor
@@ -69,9 +69,9 @@ class ForwardCall(LinearCall):
 
     Attributes:
         save: whether a backward may follow.
-        slot_of_token: for that backward, or with ``out_index``.
-        out_index: int64 ``[N]``, a permutation: the row of y that each slot gives, times its gate; empty slots give
-            zeros. Never with ``save``, and only for kernels of backends that place rows.
+        slot_of_token: for the backward, or with ``out_index``.
+        out_index: int64 ``[N]``, a permutation: the row of y to which each slot is scattered, times its gate; empty
+            slots write zeros. Never with ``save``, and only for backends that place rows.
         gates: float32 ``[N]`` by row of y, with ``out_index``.
     """
 
@@ -82,15 +82,16 @@ class ForwardCall(LinearCall):
 
     @cached_property
     def saves_h(self) -> bool:
-        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is kept.
+        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is saved.
 
-        A rule without slot counts, so that it holds for fakes, and before the registry has chosen too.
+        The rule does not depend on slot counts, so it also works for fakes and before the registry has chosen.
         """
         return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
 
     @property
     def saves_z(self) -> bool:
-        """Whether z, the pre-activation ``[N, F]``, is kept: the gradient of relu reads y, of none neither."""
+        """Whether z, the pre-activation ``[N, F]``, is saved: the gradient of relu reads y; without an activation
+        neither is read."""
         return self.save and self.activation not in ("none", "relu")
 
 
@@ -98,11 +99,11 @@ class ForwardCall(LinearCall):
 class GatedCall(LinearCall):
     """A forward pass of two projections of the same rows: ``y = activation(x W_gate) * (x W + bias)``.
 
-    Its kernel returns ``(y, z, value [N, F], h, gate_h)``: what the activation is applied to (or, of relu, its result),
-    the other factor, and h of both as in `ForwardCall`; all but y are empty unless a backward will need them.
+    Its kernel returns ``(y, z, value [N, F], h, gate_h)``: the input of the activation (for relu, its result), the
+    other factor, and h of both as in `ForwardCall`; all except y are empty unless a backward will need them.
 
     Attributes:
-        gate_left, gate_central, gate_right: blocks of ``W_gate``, likewise; ``left``, ... are those of the other one.
+        gate_left, gate_central, gate_right: blocks of ``W_gate``; ``left``, ... are those of the other projection.
         save, slot_of_token: as in `ForwardCall`.
     """
 
@@ -137,14 +138,11 @@ class GatedCall(LinearCall):
 
 @dataclass
 class BackwardCall(LinearCall):
-    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; what is not needed is empty.
+    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; gradients that are not needed are
+    empty.
 
-    Attributes:
-        grad: ``[N, F]``.
-        h: of the forward.
-        saved: y for relu, z for the rest.
-        need: which of the results.
-        slot_of_token: int64 ``[T, K]`` or None, the slots that read each row of x; -1: none.
+    Attributes: grad: ``[N, F]``. h: from the forward. saved: y for relu, z for other activations. need: which of the
+        results. slot_of_token: int64 ``[T, K]`` or None, the slots that read each row of x; -1: none.
     """
 
     grad: Tensor
@@ -155,11 +153,11 @@ class BackwardCall(LinearCall):
 
     @property
     def need_of_plan(self) -> tuple[bool, bool, bool, bool]:
-        """All but the bias's, which no contraction computes."""
+        """All except the bias's, which no contraction computes."""
         x, left, central, right, _ = self.need
         return x, left, central, right
 
     @property
     def saved_h(self) -> Tensor | None:
-        """h, where the strategy reads it and the forward kept it."""
+        """h, if the strategy reads it and the forward saved it."""
         return self.h if self.strategy == "separable" and self.h.numel() else None

@@ -1,4 +1,4 @@
-"""`mpo_ffn`: a whole mixture-of-experts feed-forward network over routed tokens, composed of the ops below it."""
+"""`mpo_ffn`: a whole mixture-of-experts feed-forward network over routed tokens, composed of the other ops."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def mpo_ffn(
 def _may_place(
     hidden: Tensor, down: MPOBlocks, bias: Tensor | None, routing: Routing, gates: Tensor, backend: str | None
 ) -> bool:
-    """Whether the last product may be asked to put its rows in the order of tokens, times their gates.
+    """Whether the last product may scatter its rows to their tokens, times their gates.
 
-    That is so where a token has one slot, as `route` gives it, nothing needs a gradient (that of a gate needs the rows
-    as they were), and kernels may be a GPU's.
+    This requires one slot per token (from `route`), no gradients (a gate's gradient needs the unscaled rows), and
+    kernels that may run on a GPU.
     """
     if not routing.is_routed or routing.slot_of_token.shape[1] != 1:
         return False

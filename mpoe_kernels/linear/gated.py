@@ -1,7 +1,7 @@
 """Two projections of the same rows, one with an activation, multiplied: the first half of a gated network.
 
-On a GPU it is an op of its own, so that a backend may compute both projections together. Elsewhere, and where a backend
-has no kernel for pairs or another way is cheaper for each of the two, it is two grouped products and their product.
+On a GPU this is a separate op, so that a backend can compute both projections together. Elsewhere, and if a backend has
+no kernel for pairs or separate projections are cheaper, it is two grouped products and their elementwise product.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def _choice(call: ForwardCall) -> tuple[Candidate, ForwardCall]:
 
 
 def _strategy_together(call: GatedCall, alone: Candidate) -> str | None:
-    """Of both projections at once; None: each alone, as their blocks differ in sizes or that is cheaper."""
+    """The strategy for both projections together; None: separately, because their blocks differ in size or that is
+    cheaper."""
     gate, x = call.gate, call.x
     if gate.dims != call.up.dims:
         return None
@@ -89,7 +90,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_kept: Any) -> tuple[Tensor | None
     up_dx, *others, dbias = gradients([left, central, right], bias, need, *of_up)
     of_gate = activation, strategy, backend, (grad * value).contiguous(), gate_h, z
     gate_dx, *gate_others, _ = gradients(gate_blocks, None, [needs[0], *needs[12:15], False], *of_gate)
-    dx = None if up_dx is None or gate_dx is None else up_dx + gate_dx  # both or neither are needed
+    dx = None if up_dx is None or gate_dx is None else up_dx + gate_dx  # either both or neither is needed
     found: list[Tensor | None] = [dx, *others, None, dbias, *[None] * 6, *gate_others, None, None]
     return tuple(found)
 
@@ -123,7 +124,7 @@ def gated_mpo_linear(
     Args:
         x, expert_offsets, row_index, slot_of_token, activation, backend: as in `grouped_mpo_linear`.
         up, up_bias: as ``blocks`` and ``bias`` there.
-        gate_proj: blocks of the projection with the activation, of the same features.
+        gate_proj: blocks of the projection with the activation, with the same features.
 
     Raises:
         TypeError, ValueError, BackendError: as `grouped_mpo_linear`.

@@ -19,7 +19,7 @@ def hidden_blocks_kernel(
     right_gate,
     left,
     bias,  # [EXPERTS, F]
-    dright,  # [EXPERTS, groups, B, B], or of shared blocks [shares, EXPERTS, B, B]: a share of the groups each
+    dright,  # [EXPERTS, groups, B, B], or for shared blocks [shares, EXPERTS, B, B]: one share of the groups each
     dright_gate,
     dleft,
     dbias,  # [EXPERTS, F]
@@ -144,7 +144,7 @@ def hidden_sums_kernel(
     left_size,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(blocks of the largest, 4)``: sums of parts in their order. What has no parts has size 0."""
+    """Grid ``(blocks of the largest, 4)``: sums of parts in order. Gradients without parts have size 0."""
     which = tl.program_id(1)
     if which == 0:
         sum_of_parts(gate_parts, dgates, groups, gate_size, BLOCK)

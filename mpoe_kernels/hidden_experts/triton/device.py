@@ -1,4 +1,5 @@
-"""What the kernels of `hidden_experts` share: choices of tokens, tiles of rows and blocks, the way to h and back."""
+"""Device functions shared by the kernels of `hidden_experts`: choices of tokens, tiles of rows and blocks, h and its
+gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from mpoe_kernels.triton.device import activate, activation_slope
 
 @triton.jit
 def choices(index, gates, token, tokens, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr):
-    """Experts ``[BT, KP]`` (``EXPERTS``: none) and gates of tokens, and where both stand."""
+    """Experts ``[BT, KP]`` (``EXPERTS``: none) and gates of tokens, and their positions."""
     choice = tl.arange(0, KP)
     at = token[:, None] * TOP_K + choice[None, :]
     inside = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
@@ -29,7 +30,8 @@ def block_tile(block, row, column, B: tl.constexpr):
 
 @triton.jit
 def row_tile(rows, used, unit, B: tl.constexpr):
-    """Hidden units of one group, ``rows`` pointing at their first; zero where not ``used``, whatever stands there."""
+    """Hidden units of one group, with ``rows`` pointing at the first; zero where not ``used``, whatever memory
+    contains."""
     return tl.load(rows[:, None] + unit[None, :], mask=used[:, None] & (unit < B)[None, :], other=0.0)
 
 
@@ -59,7 +61,7 @@ def pre_activation(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``(value, z)``: u R and what the activation is applied to; without a gate both are the same but for the bias."""
+    """``(value, z)``: u R and the input of the activation; without a gate they differ only by the bias."""
     value = times(rows, used, right, n, B, False, BK, PRECISION)
     z = value
     if GATED:

@@ -1,9 +1,10 @@
 """Kernel family 6: experts on the hidden side. A program owns some tokens and one group of hidden units.
 
-Forward and the rows' gradients walk over the experts that the program's tokens chose, in their order. Where many
-experts share the tokens, a program collects each expert's rows first (``BM < BT``) and adds the results back through a
-matrix of zeros and ones; otherwise every expert computes all rows and the gates of the others are zero (``BM == BT``).
-The blocks' gradients run over slots sorted by expert. No atomics: every output has one program, every sum one order.
+Forward and the rows' gradients loop over the experts that the program's tokens chose, in order. If many experts share
+the tokens, a program first gathers each expert's rows (``BM < BT``) and adds the results back through a 0/1 matrix;
+otherwise every expert computes all rows, with gates of zero for rows that did not choose it (``BM == BT``). The blocks'
+gradients run over slots sorted by expert. No atomics: every output is written by one program, and every sum has a fixed
+order.
 """
 
 from __future__ import annotations

@@ -18,15 +18,15 @@ from mpoe_kernels.triton.architecture import HARDWARE_NAMES
 from mpoe_kernels.triton.card import multiprocessors, precision
 from mpoe_kernels.triton.start import architecture_of, cdiv, power_of_two, recorded_tile, start
 
-SORT_BLOCK = 1024  # pairs that a sorting program looks at together
-SUM_BLOCK = 1024  # results of a program that adds parts
+SORT_BLOCK = 1024  # pairs that a sorting program processes at once
+SUM_BLOCK = 1024  # results per program that adds parts
 # Products with a block for every row of an expert, by kernel and whether the network is gated.
 PRODUCTS = {("forward", False): 2, ("forward", True): 3, ("rows", False): 3, ("rows", True): 5}
 NEEDS = ("NEED_U", "NEED_GATES", "NEED_RIGHT", "NEED_LEFT", "NEED_BIAS", "NEED_U_GATE", "NEED_RIGHT_GATE")
 
 
 def _common(call: HiddenCall) -> dict[str, Any]:
-    """Arguments of every kernel. What is not given is stood in for and never read."""
+    """Arguments of every kernel. Missing tensors get placeholders that are never read."""
     u, gates, right, left, bias, u_gate, right_gate = call.u, call.gates, call.right, *call.differentiable[3:]
     assert left is not None
     experts, own, block, _ = right.shape
@@ -52,7 +52,7 @@ def _common(call: HiddenCall) -> dict[str, Any]:
 
 
 def units_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU, or of the one that is recorded or that the interpreter stands for."""
+    """Multiprocessors of the GPU, or of the GPU assumed for recording or by the interpreter."""
     if device.type == "cuda":
         return multiprocessors(device)
     return HARDWARE[HARDWARE_NAMES[architecture_of(device)]].units
@@ -91,7 +91,7 @@ def forward(call: HiddenCall) -> Tensor:
     u, index = call.u, call.top_k_index
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
-    check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it looks at the CPU alone
+    check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
     common = _common(call)
     out = u.new_empty(u.shape)
     options = _row_options(_row_tile("forward", common), common)
@@ -180,7 +180,7 @@ class _Backward:
     def _blocks(
         self, dright: Tensor, dright_gate: Tensor, dleft: Tensor, dbias: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        """Gradients, or of shared blocks those of every share of the groups, and the number of shares."""
+        """Gradients (for shared blocks, one for every share of the groups), and the number of shares."""
         common = self.common
         u = common["u"]
         (tile,) = shipped_tiles("blocks", architecture_of(u.device), u.dtype, common["B"])

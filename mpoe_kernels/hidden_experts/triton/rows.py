@@ -1,4 +1,4 @@
-"""Gradients of u, u_gate and the gates, tile by tile as in the forward; and the slots' order for the next launch."""
+"""Gradients of u, u_gate and the gates, tile by tile as in the forward; also the order of slots for the next launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpoe_kernels.triton.device import activate
 
 @triton.jit
 def sort_slots(index, pair_of_slot, offsets, pairs, e, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Expert ``e``'s pairs, in order, into its place among the slots; the last expert ends the offsets."""
+    """Write expert ``e``'s pairs, in order, to its slots; the last expert also writes the final offset."""
     before = tl.zeros((BLOCK,), dtype=tl.int32)
     for first in tl.range(0, pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def hidden_rows_kernel(
     bias,  # [EXPERTS, F]
     du,  # [T, F]
     du_gate,  # [T, F]
-    gate_parts,  # [groups, T, TOP_K] float32: gradients of the gates, a group's part each
+    gate_parts,  # [groups, T, TOP_K] float32: gradients of the gates, one part per group
     pair_of_slot,  # [T TOP_K]
     offsets,  # [EXPERTS + 1]
     tokens,
@@ -67,7 +67,7 @@ def hidden_rows_kernel(
 ):
     """Grid ``(tiles of BT tokens * groups * parts of BN of a group's units, and EXPERTS that sort slots)``.
 
-    The parts of a tile's group come one after the other; the first one has the gates' gradients too.
+    The parts of a tile's group are consecutive; the first one also computes the gates' gradients.
     """
     PARTS: tl.constexpr = (B + BN - 1) // BN
     program = tl.program_id(0)

@@ -11,7 +11,7 @@ import torch
 
 from mpoe_kernels.triton.architecture import INTERPRETER
 
-# As long as so many FLOPs of a product on tensor cores: an activation, reading an element of a block.
+# Costs in equivalent FLOPs of a tensor-core product: an activation, reading an element of a block.
 ACTIVATION_FLOPS, LOAD_FLOPS = 40, 64
 
 
@@ -19,13 +19,13 @@ class Tile(NamedTuple):
     """Block sizes and warps of a kernel.
 
     Attributes:
-        tokens: of a program.
-        rows: that an expert computes at once. As many as ``tokens``: all of them, gated by 0 where another expert was
-            chosen. Fewer: an expert's own rows are collected first.
-        units: of a group, that a program computes.
-        inner: units that a product sums over at once; those between two products come in as many.
+        tokens: tokens of a program.
+        rows: rows that an expert computes at once. Equal to ``tokens``: all of them, with gates of 0 where another
+            expert was chosen. Fewer: an expert's own rows are gathered first.
+        units: units of a group that a program computes.
+        inner: units that a product sums over at once; also the step of the units between two products.
         warps: of a program.
-        registers: of a thread, that NVIDIA's compiler may take before it spills; 0: it decides.
+        registers: limit per thread for NVIDIA's compiler; 0: the compiler decides.
     """
 
     tokens: int
@@ -79,7 +79,7 @@ _INTERPRETED: dict[str, dict[int, tuple[Tile, ...]]] = {
     "rows": dict.fromkeys((2, 4), _FEW_ROWS),
     "blocks": dict.fromkeys((2, 4), (Tile(32, 32, 64, 64, 4),)),
 }
-# Of blocks of more than 64 units: more warps where a thread could not hold what it recomputes for every part of one.
+# For blocks of more than 64 units: more warps, where a thread could not hold what it recomputes for every part.
 _HOPPER_LARGE: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         2: (Tile(64, 64, 64, 64, 8), Tile(16, 16, 64, 64, 4, 255), Tile(128, 16, 64, 32, 8)),
@@ -119,12 +119,12 @@ LARGEST_BLOCK = 64  # of the first table
 
 
 def busy_experts(experts: int, top_k: int, tokens: int) -> float:
-    """Expected number of experts that ``tokens`` tokens choose evenly."""
+    """Expected number of experts chosen by ``tokens`` tokens under uniform routing."""
     return experts * (1 - (1 - min(1.0, top_k / experts)) ** tokens)
 
 
 def rows_per_token(tile: Tile, experts: int, top_k: int) -> float:
-    """Rows that experts compute for a token, padding included; without any waste it is ``top_k``."""
+    """Rows that experts compute per token, including padding; ``top_k`` without waste."""
     busy = busy_experts(experts, top_k, tile.tokens)
     if not tile.collects:
         return busy
@@ -137,12 +137,13 @@ def row_cost(tile: Tile, experts: int, top_k: int, block: int, products: int) ->
     moving = 2 * tile.tokens if tile.collects else 0
     reading = LOAD_FLOPS * products * block * busy_experts(experts, top_k, tile.tokens) / tile.tokens
     parts = max(1, -(-block // tile.units))
-    multiplying = 2 * block * (1 + parts * (products - 1))  # all but the last one once for every part
+    multiplying = 2 * block * (1 + parts * (products - 1))  # all products but the last are repeated for every part
     return rows_per_token(tile, experts, top_k) * (multiplying + ACTIVATION_FLOPS + moving) + reading
 
 
 def shipped_tiles(kernel: str, architecture: str, dtype: torch.dtype, block: int) -> tuple[Tile, ...]:
-    """Of the kernel ``forward``, ``rows`` or ``blocks``; of the last, ``rows`` are slots taken at once."""
+    """Tiles of the kernel ``forward``, ``rows`` or ``blocks``; for the last, ``rows`` is the number of slots taken at
+    once."""
     table = TILES if block <= LARGEST_BLOCK else LARGE_TILES
     return table[architecture][kernel][dtype.itemsize]
 
@@ -163,7 +164,7 @@ def best_row_tile(
     block: int,
     products: int,
 ) -> Tile:
-    """The cheapest tile on a device of ``units`` multiprocessors, those that would idle counted."""
+    """The cheapest tile on a device with ``units`` multiprocessors, including the cost of idle ones."""
 
     def seconds(tile: Tile) -> float:
         programs = -(-tokens // tile.tokens) * groups

@@ -1,8 +1,8 @@
-"""How long the CUDA kernels are predicted to take, and which of them compute a contraction.
+"""Predicted times of the CUDA kernels, and which of them compute a contraction.
 
-The strategy ``rebuild`` has two forms: by steps through a scratch of some experts' weights, and in panels that never
-leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is a candidate
-of its own.
+The strategy ``rebuild`` has two variants: step by step through a scratch buffer of some experts' weights, and in panels
+that never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is
+a separate candidate.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Way(NamedTuple):
     """One way to compute a contraction.
 
     Attributes:
-        name: of the candidate.
-        cut: how the kernel of one launch cuts the product into blocks; None: step by step.
+        name: name of the candidate.
+        cut: how a single-launch kernel divides the product into blocks; None: step by step.
         seconds: predicted time.
     """
 
@@ -36,7 +36,7 @@ class Way(NamedTuple):
 
 
 def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
-    """``rebuild`` in panels, its gradients of blocks by steps. None where no panel fits, or nothing would use one."""
+    """``rebuild`` in panels, its gradients of blocks by steps. None if no panel fits, or nothing would use one."""
     backward = plan.phase == "backward"
     if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
         return None
@@ -45,7 +45,7 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
     panel = best_panel(plan.dims, backward, *sizes, reached, hardware)
     if panel is None:
         return None
-    # Every expert's own blocks, the rows and the result cross from and to memory, however the panels are cut.
+    # Every expert's own blocks, the rows and the result move from or to memory, however the panels are divided.
     own = plan.busy_experts * (plan.dims.iL * plan.dims.jL * plan.dims.a + plan.dims.b * plan.dims.iR * plan.dims.jR)
     moved = own + plan.slots * (plan.dims.in_features + plan.dims.out_features)
     seconds = max(panel.seconds, moved * plan.dtype.itemsize / hardware.bandwidth)
@@ -57,7 +57,7 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
 
 
 def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
-    """``chain`` or ``separable`` for few rows, whose central rows are not kept. None where there is no such kernel."""
+    """``chain`` or ``separable`` for few rows, without saving central rows. None if there is no such kernel."""
     if plan.strategy not in ("chain", "separable") or plan.phase != "forward" or plan.keeps:
         return None
     few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
@@ -66,7 +66,7 @@ def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
 
 @lru_cache(maxsize=4096)
 def ways(plan: Contraction, hardware: Hardware) -> tuple[Way, ...]:
-    """Every way to compute a contraction: step by step, and whatever else its strategy and phase have."""
+    """Every way to compute a contraction: step by step, and the other variants of its strategy and phase."""
     by_steps = Way(plan.strategy, None, gpu_seconds(plan, hardware, CUDA))
     others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
     return (by_steps, *(form for form in others if form is not None))
@@ -78,12 +78,13 @@ def _with_shared_memory(hardware: Hardware, available: int) -> Hardware:
 
 
 def gpu(device: str) -> Hardware:
-    """Numbers of a GPU; of the nearest one where it is unknown, but with the shared memory that it has."""
+    """Numbers of a GPU; for an unknown one those of the nearest, but with its own shared memory."""
     properties = torch.cuda.get_device_properties(device)
     return _with_shared_memory(hardware_here(device), properties.shared_memory_per_multiprocessor)
 
 
 def predicted_cost(request: Request) -> float:
-    """Of routing: below Triton's, as it needs fewer launches. Of `hidden_experts`: Triton's, which is registered first
-    and so runs where it can; both take as many launches, and no GPU has timed either."""
+    """Cost of routing: below Triton's, because it needs fewer launches. Cost of `hidden_experts`: equal to Triton's,
+    which is registered first and so is preferred where it can run; both take as many launches, and no GPU has timed
+    either."""
     return 0.5 if request.op.startswith("hidden_experts") else 0.4

@@ -1,7 +1,8 @@
 """Few rows in one launch: what a block of csrc/cuda/linear/few.cuh computes, and how long the kernel takes.
 
-Every block contracts its rows with left, a part of the central core and a part of right. What blocks share they compute
-each for itself, so this pays for few rows and small bonds, where launches and the bytes of the cores set the pace.
+Every block contracts its rows with left, a part of the central core and a part of right. Shared intermediates are
+recomputed by every block, so this pays for few rows and small bonds, where launches and the bytes of the cores
+dominate.
 """
 
 from __future__ import annotations
@@ -17,20 +18,17 @@ from mpoe_kernels.planner.orders import BlockDims
 # Constants of csrc/cuda/linear/few.cuh.
 THREADS, ROWS_AT_ONCE = 128, 8
 MOST_ROWS = 16
-# Part of the vector units' peak that four warps of dependent sums reach.
+# Fraction of the vector units' peak that four warps of dependent sums reach.
 RATE = 0.25
-# One product's loads, sums and barriers, however small it is.
+# Minimum time of one product's loads, sums and barriers.
 PRODUCT_SECONDS = 1e-6
 
 
 class Few(NamedTuple):
-    """What a block computes.
+    """The work of a block.
 
-    Attributes:
-        left, centre, right: indices jL, jC, jR; each divides its axis.
-        rows: of one block.
-        shared_bytes: of a block.
-        seconds: predicted time of the product.
+    Attributes: left, centre, right: numbers of indices jL, jC, jR; each divides its axis. rows: rows of a block.
+        shared_bytes: shared memory of a block. seconds: predicted time of the product.
     """
 
     left: int
@@ -73,7 +71,7 @@ def _divisors(number: int) -> list[int]:
 
 @lru_cache(maxsize=4096)
 def best_few(dims: BlockDims, itemsize: int, slots: int, hardware: Hardware) -> Few | None:
-    """The fastest cut into blocks; None for more than `MOST_ROWS` rows, or where no block fits the shared memory."""
+    """The fastest division into blocks; None for more than `MOST_ROWS` rows, or if no block fits in shared memory."""
     if not 0 < slots <= MOST_ROWS:
         return None
     limit = hardware.sram_bytes - RESERVED_BYTES

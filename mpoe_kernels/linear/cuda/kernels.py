@@ -37,7 +37,7 @@ class LinearKernels:
 
     Attributes:
         ops: namespace of the compiled ops.
-        hardware: numbers of a device, by which a candidate's form and time are predicted.
+        hardware: returns the numbers of a device, which determine a candidate's variant and predicted time.
     """
 
     ops: Any
@@ -45,17 +45,17 @@ class LinearKernels:
 
     @property
     def launches(self) -> CudaLaunches:
-        """Of the products of a program."""
+        """The launches of a program's products."""
         return CudaLaunches(self.ops)
 
     def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
-        """The ways of `ways`, each with the cut of its kernel. ``name``: of the backend."""
+        """The candidates for `ways`, each with the cut of its kernel. ``name``: name of the backend."""
         run = self.forward if plan.phase == "forward" else self.backward
         found = ways(plan, self.hardware(plan.device))
         return [Candidate(name, way.name, plan.strategy, way.seconds, partial(run, cut=way.cut)) for way in found]
 
     def forward(self, call: ForwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, h, z)``, see `ForwardCall`. ``cut``: of the kernel that computes it in one launch; None: by steps."""
+        """``(y, h, z)``, see `ForwardCall`. ``cut``: for the single-launch kernel; None: step by step."""
         call = _prepared(call)
         if cut is None:
             return steps.forward_by_steps(call, self.launches)
@@ -73,7 +73,7 @@ class LinearKernels:
         return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
     def backward(self, call: BackwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: of the kernel that computes dx."""
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: for the kernel that computes dx."""
         return steps.backward(_prepared(call), self.launches, partial(self._gradients, cut=cut))
 
     def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, cut: Panel | Few | None) -> steps.Gradients:
@@ -95,7 +95,7 @@ class LinearKernels:
         around: tuple[Tensor | None, Tensor | None, str, Tensor | None],
         placed: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        """Rows through W, or its transpose, of which so many columns at a time are rebuilt in shared memory.
+        """Product of rows and W, or its transpose, which is rebuilt in shared memory some columns at a time.
 
         ``around``: row_index, bias, activation and pre-activation; ``placed``: out_index and gates of a `ForwardCall`.
         """

@@ -1,4 +1,4 @@
-"""The contractions of csrc/cuda/linear/steps.h, and what surrounds them."""
+"""The contractions of csrc/cuda/linear/steps.h, and the operations around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpoe_kernels.planner import may_round_to_tf32
 
 @dataclass(frozen=True)
 class CudaLaunches:
-    """What surrounds the contractions, and those as launch plans; see `mpoe_kernels.linear.gpu.primitives.Surrounding`.
+    """The operations around the contractions, and the contractions as launch plans; see
+    `mpoe_kernels.linear.gpu.primitives.Surrounding`.
 
     Attributes:
         ops: namespace of the compiled ops.
@@ -25,7 +26,7 @@ class CudaLaunches:
     ops: Any
 
     def compute(self, whole: Pass) -> None:
-        """All tensors are dense, x is the first."""
+        """All tensors are dense; x is the first."""
         values = whole.values
         x = values["x"]
         plan = launch_plan(whole.program, whole.dims, whole.experts, whole.slots, x.dtype, tuple(values))

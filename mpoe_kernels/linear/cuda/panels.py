@@ -1,7 +1,8 @@
 """Panels of the weight-stationary CUDA kernel: how wide they are, and how long the kernel takes with them.
 
 A block of csrc/cuda/linear/panel.cuh rebuilds some columns of one expert's weight in shared memory, then streams the
-expert's rows past them. Wide panels read the rows seldom; what fits depends on the shapes and on the device.
+expert's rows past them. With wide panels the rows are read less often; the maximum width depends on the shapes and on
+the device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mpoe_kernels.planner.orders import BlockDims
 
 # Four warps on a multiprocessor instead of eight keep its tensor cores busy for about half of the time.
 NARROW_RATE = 0.5
-# What the driver keeps of every multiprocessor's shared memory.
+# Part of every multiprocessor's shared memory that the driver reserves.
 RESERVED_BYTES = 1024
 
 
@@ -24,9 +25,9 @@ class _Tiles(NamedTuple):
     """The tiles of csrc/cuda/linear/panel_launch.cuh.
 
     Attributes:
-        rows, columns: of a block's result.
-        rebuild_rows, rebuild_columns: of the two products of a rebuild.
-        granule: rows of the half-built weight are a multiple of it.
+        rows, columns: size of a block's result.
+        rebuild_rows, rebuild_columns: tiles of the two products of a rebuild.
+        granule: rows of the half-built weight are a multiple of this.
     """
 
     rows: int
@@ -41,12 +42,12 @@ _STAGES, _STEP_BYTES = 3, 64
 
 
 class Panel(NamedTuple):
-    """What a block holds: so many indices of left, centre and right on the side of the result.
+    """The panel of a block: numbers of indices of left, centre and right on the side of the result.
 
     Attributes:
-        left, centre, right: divisors of jL, jC, jR (of iL, iC, iR where the weight is transposed).
-        left_first: left meets central before right does.
-        shared_bytes: of a block.
+        left, centre, right: divisors of jL, jC, jR (of iL, iC, iR if the weight is transposed).
+        left_first: left is multiplied by central before right is.
+        shared_bytes: shared memory of a block.
         seconds: predicted time of the product.
     """
 
@@ -132,7 +133,7 @@ def panel_bytes(dims: BlockDims, kept: tuple[int, int, int], left_first: bool, t
 
 
 def _seconds(sizes: _Sizes, itemsize: int, busy: int, slots: int, flops_per_second: float, hardware: Hardware) -> float:
-    """Rebuilding and multiplying, each block by itself on one multiprocessor, one wave of blocks after the other."""
+    """Time of rebuilding and multiplying, with one block per multiprocessor, wave after wave of blocks."""
     tiles = sizes.tiles
     p, q = _round_up(sizes.p, tiles.granule), _round_up(sizes.q, 32)
     inner_second = _round_up(sizes.inner_second, 32)
@@ -161,15 +162,15 @@ def best_panel(
     flops_per_second: float,
     hardware: Hardware,
 ) -> Panel | None:
-    """The fastest panel that fits a multiprocessor's shared memory; None where none does.
+    """The fastest panel that fits in a multiprocessor's shared memory; None if none does.
 
     Args:
         dims: sizes of the blocks.
-        transposed: whether rows meet the transposed weight (the gradient with respect to x).
+        transposed: whether rows are multiplied by the transposed weight (the gradient with respect to x).
         itemsize: bytes of an element.
-        busy: experts that have rows.
+        busy: number of experts that have rows.
         slots: rows of all experts.
-        flops_per_second: of the device, in this dtype.
+        flops_per_second: rate of the device in this dtype.
         hardware: the device.
     """
     limit = hardware.sram_bytes - RESERVED_BYTES

@@ -1,7 +1,7 @@
-"""Launch plans: the launches of a program for some sizes, recorded once and started by one call of C++ from then on.
+"""Launch plans: the launches of a program for given sizes, recorded once and then replayed by one call into C++.
 
-The one driver walks the program over tensors without memory; what it would launch, and where in one piece of scratch
-memory every temporary lies, is the plan.
+The driver runs the program on tensors without memory; the plan consists of the recorded launches and the offset of
+every temporary in one scratch buffer.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ ROWS, GRADIENT, MERGE = range(3)
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is launched.
+    """The recorded launches.
 
-    Attributes:
-        steps: bytes of the `Step`, one after the other.
-        scratch: elements of the temporaries.
+    Attributes: steps: bytes of the `Step` records, concatenated. scratch: size of the scratch buffer in elements.
         launches: number of steps.
     """
 
@@ -57,7 +55,7 @@ class LaunchPlan:
 
 
 class _Recorder(Primitives):
-    """Notes what it is told to launch."""
+    """Records launches instead of executing them."""
 
     def __init__(self) -> None:
         self.memory = Memory()
@@ -69,7 +67,7 @@ class _Recorder(Primitives):
 
     def _operand(self, operand: Operand) -> StepOperand:
         data = operand.data
-        # An axis of size 1 may have any stride, but 0 says that there is none.
+        # An axis of size 1 may have any stride, but a stride of 0 means that there is no axis.
         strides = [(operand.strides[axis] or 1) if axis in operand.strides else 0 for axis in SIZES]
         return StepOperand(0, data.storage_offset(), operand.outer, operand.limit, *strides)
 
@@ -82,7 +80,7 @@ class _Recorder(Primitives):
         self._steps.append(step)
 
     def plan(self, itemsize: int) -> LaunchPlan:
-        """Of what was noted; ``itemsize``: bytes of an element of the temporaries."""
+        """The plan of the recorded launches; ``itemsize``: bytes of an element of the temporaries."""
         size = self.memory.lay_out()
         for operand, piece in self._uses:
             operand.tensor = piece.number
@@ -105,7 +103,7 @@ class _Recorder(Primitives):
 
 
 def _shape(name: str, dims: BlockDims, experts: int, slots: int) -> tuple[int, ...]:
-    """Of one of the dense tensors of a pass."""
+    """Shape of one of the dense tensors of a pass."""
     shapes = {
         "L": (experts, dims.iL, dims.jL, dims.a),
         "C": (dims.a, dims.iC, dims.jC, dims.b),
@@ -124,12 +122,12 @@ def launch_plan(
     """The launches of a program.
 
     Args:
-        program: what is computed.
+        program: the program.
         dims: sizes of the blocks.
         experts: E.
         slots: N.
         dtype: of x and the blocks.
-        names: of the dense tensors that a call gives, in its order.
+        names: names of the call's dense tensors, in order.
     """
     recorder = _Recorder()
     values = {}
@@ -137,6 +135,6 @@ def launch_plan(
         values[name] = torch.empty(_shape(name, dims, experts, slots), dtype=dtype, device="meta")
         recorder.memory.give(values[name])
     offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta")
-    some = torch.empty(0, device="meta")  # stands for an index and a bias that a call may have
+    some = torch.empty(0, device="meta")  # placeholder for an optional index and bias
     walk(Pass(program, dims, offsets, slots, values, row_index=some, bias=some), recorder)
     return recorder.plan(dtype.itemsize)

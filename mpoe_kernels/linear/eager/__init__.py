@@ -1,1 +1,1 @@
-"""Pure PyTorch: always there, on every device and dtype, and what other backends are measured against."""
+"""Pure PyTorch: always available, on every device and dtype, and the baseline for other backends."""

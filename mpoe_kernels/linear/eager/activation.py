@@ -42,9 +42,10 @@ def _unknown(name: str) -> ValueError:
 
 
 class Upstream:
-    """The gradient that enters a backward pass, brought through the activation only when rows of it are asked for.
+    """The incoming gradient of a backward pass; the activation's gradient is applied only when rows are requested, so
+    they are still in cache when an expert's kernels read them.
 
-    So it is still in cache when an expert's kernels read it. Every row must be asked for once.
+    Every row must be requested exactly once.
     """
 
     def __init__(self, grad: Tensor, activation: str, saved: Tensor, need_bias: bool) -> None:

@@ -1,7 +1,7 @@
-"""How long the eager kernels are predicted to take.
+"""Predicted times of the eager kernels.
 
-The planner's time of every step, and what the kernels do besides: Python around every GEMM, copies that bring tensors
-into the order that the next GEMM wants, and the first use of memory that the allocator has to get from the system.
+The planner's time of every step, plus overheads: Python around every GEMM, copies that bring tensors into the layout
+that the next GEMM needs, and the first use of memory that the allocator gets from the system.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from mpoe_kernels.planner.orders import AXES, INDICES, Y_AXES, applications
 # Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
 CALL_SECONDS = 4e-6
 OP_SECONDS = 50e-6
-# A copy in runs shorter than a cache line reaches this part of the memory bandwidth.
+# A copy in runs shorter than a cache line reaches this fraction of the memory bandwidth.
 LINE_BYTES = 64
 SHORT_RUNS = 0.3
-# Steps of all experts of a chunk in one GEMM, besides those of the central block alone.
+# Steps computed in one GEMM for all experts of a chunk, besides those of the central block alone.
 _TOGETHER = {"half_left": ("LC = L C", "d L", "d C"), "half_right": ("CR = C R", "d R")}
 
 Axes = tuple[str, ...]
 
 
 class _Traffic:
-    """Adds up bytes that copies read and write, those in short runs by what they cost, and bytes of new memory.
+    """Counts bytes that copies read and write (weighted for short runs) and bytes of new memory.
 
     Args:
-        chunks: a tensor of the whole call is allocated in so many pieces.
+        chunks: number of pieces in which a tensor of the whole call is allocated.
     """
 
     def __init__(self, plan: Contraction, chunks: int) -> None:
@@ -43,7 +43,7 @@ class _Traffic:
         self.new += self.chunks * new_bytes(elements * self.itemsize / self.chunks)
 
     def copy(self, elements: float, before: Axes, after: Axes, into_new: bool = True) -> None:
-        """From one order of axes to another; nothing where they lie alike."""
+        """Copy from one order of axes to another; free if the layouts are the same."""
         first, second = ([axis for axis in axes if getattr(self.dims, axis) > 1] for axes in (before, after))
         if first == second:
             return
@@ -57,7 +57,7 @@ class _Traffic:
 
 
 def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
-    """GEMM calls and traffic: every weight, and its gradient, goes from one order to the other in slabs."""
+    """GEMM calls and traffic: every weight, and its gradient, is copied from one order to the other in slabs."""
     dims, traffic = plan.dims, _Traffic(plan, chunks=1)
     for _ in range(1 if plan.phase == "forward" else 2):
         elements = dims.weight_elements * plan.busy_experts
@@ -65,21 +65,21 @@ def _rebuild(plan: Contraction) -> tuple[int, _Traffic]:
         traffic.copy(elements, *orders, into_new=False)
     traffic.allocate(plan.temporary_bytes / plan.dtype.itemsize)
     slabs = min(dims.iL, max(4, math.ceil(dims.weight_elements * plan.dtype.itemsize / SLAB_BYTES)))
-    # What meets the rows is one GEMM, what meets the blocks one for each slab.
+    # Products with rows are one GEMM, products with blocks one for each slab.
     return sum(
         s.batch * (slabs if s.name in ("W = LC R", "W = L CR", "d LC", "d R") else 1) for s in plan.steps
     ), traffic
 
 
 def _chunks(plan: Contraction) -> int:
-    """Groups of experts that the rows strategies work on one after the other."""
+    """Groups of experts that the rows strategies process one after the other."""
     experts = experts_at_once(plan.dims, plan.program.built, plan.busy_experts)
     by_slots = math.ceil(plan.slots / most_slots(plan.dims, plan.program, plan.dtype.itemsize))
     return min(plan.busy_experts, max(math.ceil(plan.busy_experts / experts), by_slots))
 
 
 class _Meeting(NamedTuple):
-    """Axes of the rows before an operand, those that stay, those it contracts, those it brings."""
+    """Axes of the rows before an operand, the remaining axes, the contracted axes, and the operand's new axes."""
 
     operand: str
     before: Axes
@@ -94,7 +94,7 @@ class _Meeting(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _meetings(order: Axes) -> tuple[_Meeting, ...]:
-    """Layouts of the rows when they meet the operands of ``order``."""
+    """Layouts of the rows at the operands of ``order``."""
     state: Axes = ("iL", "iC", "iR")
     found: list[_Meeting] = []
     for operand in order:
@@ -107,7 +107,7 @@ def _meetings(order: Axes) -> tuple[_Meeting, ...]:
 
 
 def _rows(plan: Contraction) -> tuple[int, _Traffic]:
-    """GEMM calls and traffic: states and operands are copied where a GEMM's contracted axes do not lie together."""
+    """GEMM calls and traffic: states and operands are copied if a GEMM's contracted axes are not adjacent."""
     dims, chunks, backward = plan.dims, _chunks(plan), plan.phase == "backward"
     traffic = _Traffic(plan, chunks)
     separable = plan.strategy == "separable"
@@ -144,7 +144,7 @@ def _seconds(plan: Contraction, hardware: Hardware) -> float:
     if not plan.steps:
         return OP_SECONDS
     calls, traffic = (_rebuild if plan.strategy == "rebuild" else _rows)(plan)
-    # Every GEMM is a call, or a launch, of its own.
+    # Every GEMM is a separate call or launch.
     each = hardware.call_seconds.of(plan.dtype) if hardware.kind == "cpu" else hardware.launch_seconds
     overhead = OP_SECONDS + calls * CALL_SECONDS + (calls - plan.calls) * each
     memory = traffic.copied / hardware.bandwidth + traffic.new / hardware.new_memory_bandwidth

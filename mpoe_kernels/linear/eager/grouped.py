@@ -19,7 +19,7 @@ def active_groups(offsets: list[int]) -> Iterator[Group]:
 
 
 def select_experts(stacked: Tensor, experts: list[int]) -> Tensor:
-    """Some experts of ``[E, ...]``, in ascending order: a view where they are neighbours."""
+    """Some experts of ``[E, ...]``, in ascending order: a view if they are consecutive."""
     if experts[-1] - experts[0] + 1 == len(experts):
         return stacked[experts[0] : experts[-1] + 1]
     return stacked[experts]
@@ -34,7 +34,7 @@ def clear_idle(stacked: Tensor, offsets: list[int]) -> Tensor:
 
 
 def store(stacked: Tensor, experts: list[int], values: Tensor) -> None:
-    """``stacked[experts] = values``, without an index where the experts are neighbours."""
+    """``stacked[experts] = values``, without an index if the experts are consecutive."""
     if experts[-1] - experts[0] + 1 == len(experts):
         stacked[experts[0] : experts[-1] + 1] = values
     else:
@@ -50,7 +50,7 @@ def accumulator(like: Tensor) -> Tensor:
 def accumulate_mm(total: Tensor, first: Tensor, second: Tensor, scratch: Tensor | None = None) -> None:
     """``total += first @ second`` for an `accumulator`.
 
-    In low precision the product goes through ``scratch`` (any shape), by as many columns as fit.
+    In low precision the product is computed in ``scratch`` (any shape), as many columns at a time as fit.
     """
     if total.dtype == first.dtype:
         total.addmm_(first, second)
@@ -65,7 +65,7 @@ def accumulate_mm(total: Tensor, first: Tensor, second: Tensor, scratch: Tensor 
 
 
 def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tensor | None = None) -> Tensor:
-    """``out_e = rows_e @ weights[e]`` for consecutive groups of rows; one call for each group and nothing else.
+    """``out_e = rows_e @ weights[e]`` for consecutive groups of rows; exactly one call per group.
 
     Args:
         rows: ``[slots * p, k]``, p consecutive rows for each slot.
@@ -98,7 +98,8 @@ def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int], targets: Itera
     """
     each = rows.shape[0] // sum(counts)
     sizes = [count * each for count in counts]
-    # With few columns MKL adds up the long sum one by one; transposed, the rounding error is several times smaller.
+    # With few columns MKL accumulates the long sum sequentially; transposed, the rounding error is several times
+    # smaller.
     narrow = grads.shape[1] < 16 < rows.shape[1]
     parts, of_parts = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(grads, sizes)
     for part, grad, target in zip(parts, of_parts, targets, strict=True):

@@ -1,6 +1,6 @@
 """Rebuild strategy: one expert's weight at a time, then dense GEMMs.
 
-Besides inputs and results at most two experts' weights' worth of memory is alive, whatever E is.
+Besides inputs and results, memory for at most two experts' weights is alive, whatever E is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def rebuild_forward(call: ForwardCall, offsets: list[int]) -> Tensor:
     memory, scratch = x.new_empty(dims.weight_elements), x.new_empty(builder.slab_elements)
     weight = memory.view(builder.padded_in, builder.padded_out)
     if builder.left_first and builder.half_elements > CHUNK * dims.weight_elements:
-        # At the end of the weight's own memory: no slab of the weight reaches rows of the half that are still needed.
+        # At the end of the weight's own memory: no slab of the weight overwrites rows of the half that are still
+        # needed.
         space = memory[dims.weight_elements - builder.half_elements :]
         builder.same_order = False  # a slab may not be written while it is read
     else:
@@ -46,7 +47,7 @@ def rebuild_forward(call: ForwardCall, offsets: list[int]) -> Tensor:
 
 
 class _Gradients:
-    """Where a backward pass adds up what it finds; ``None`` where not needed."""
+    """Accumulators of a backward pass; ``None`` for gradients that are not needed."""
 
     def __init__(self, builder: WeightBuilder, slots: int, need: tuple[bool, bool, bool, bool]) -> None:
         like = builder.central
@@ -62,8 +63,8 @@ def rebuild_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
 
-    The weight is rebuilt again rather than saved; the half it is built from also gives the right gradient. Sums over
-    slabs and experts are kept in at least float32.
+    The weight is rebuilt rather than saved; the half that it is built from also yields the right gradient. Sums over
+    slabs and experts are accumulated in at least float32.
     """
     builder = WeightBuilder(*call.blocks, call.dims)
     found = _Gradients(builder, upstream.slots, call.need_of_plan)
@@ -94,14 +95,11 @@ def _panel_gradient(
     matrix: Tensor,
     scratch: Tensor,
 ) -> None:
-    """Gradient of the columns of x that a panel of the weight meets; then that of the panel, into ``matrix``.
+    """Gradient of the columns of x that a panel of the weight multiplies; then that of the panel, into ``matrix``.
 
-    Args:
-        grad, rows: of the slots ``slots`` of one expert.
-        half: the expert and what `WeightBuilder.halves` built for it.
-        panel: range of iL.
-        matrix: ``[rows, (jL jC jR)]``, memory for the panel as the weight has it.
-        scratch: memory for a slab in block order.
+    Args: grad, rows: those of the slots ``slots`` of one expert. half: the expert and the result of
+        `WeightBuilder.halves` for it. panel: range of iL. matrix: ``[rows, (jL jC jR)]``, memory for the panel in the
+        weight's order. scratch: memory for a slab in block order.
     """
     columns = slice(panel[0] * builder.in_step, panel[1] * builder.in_step)
     if found.x is not None:
@@ -119,10 +117,10 @@ def _left_first_gradients(
     offsets: list[int],
     row_index: Tensor | None,
 ) -> None:
-    """Panel by panel; the gradient of an expert's half takes the memory of the half, whose rows are no longer read."""
+    """Panel by panel; the gradient of an expert's half overwrites the half, whose rows are no longer read."""
     dims = builder.dims
     space = x.new_empty(builder.chunk * builder.half_elements)
-    # Beside a half as large as the weight there is room for half a weight only.
+    # Next to a half as large as the weight there is room only for half a weight.
     count = 1 if builder.half_elements <= CHUNK * dims.weight_elements else 2
     panel_rows = -(-dims.iL // min(count, dims.iL))
     memory = x.new_empty(panel_rows * builder.in_step, builder.padded_out)
@@ -166,7 +164,7 @@ def _right_first_gradients(
     offsets: list[int],
     row_index: Tensor | None,
 ) -> None:
-    """The weight's gradient is gathered whole, in block order, where the slabs of the weight were built."""
+    """The whole gradient of the weight is collected, in block order, in the memory of the weight's slabs."""
     dims = builder.dims
     space = x.new_empty(builder.half_elements)
     ordered, memory = x.new_empty(dims.weight_elements), x.new_empty(builder.slab_elements)

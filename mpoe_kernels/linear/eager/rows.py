@@ -1,8 +1,8 @@
-"""Strategies that send rows through operands (half_left, half_right, chain, separable): the three products in PyTorch.
+"""Strategies that multiply rows by operands (half_left, half_right, chain, separable): the three products in PyTorch.
 
-Slots are taken in chunks of whole experts, so that half-built weights stay below two weights' memory and rows between
-operands stay small. A tensor is copied only where the axes that a GEMM sums are not its last ones, for a separable
-shape in the first rows alone.
+Slots are processed in chunks of whole experts, so that half-built weights stay below two weights' memory and rows
+between operands stay small. A tensor is copied only if the axes that a GEMM contracts are not its last ones; for a
+separable shape, only the first rows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mpoe_kernels.linear.eager.grouped import (
 from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
 from mpoe_kernels.planner.program import KEPT, Product, Program, program_of, value_of
 
-# Half-built weights of a chunk of experts: this part of a weight. They exist up to twice (the rows may need another
-# layout than the one they are built in), and so do their gradients.
+# Half-built weights of a chunk of experts: at most this fraction of a weight. They exist up to twice (the rows may need
+# another layout than the one they are built in), and so do their gradients.
 HALF_SHARE = 0.5
-# Rows between operands of a chunk of experts (one expert's may be larger): about what a last-level cache holds.
+# Rows between operands of a chunk of experts (one expert's may be larger): about the size of a last-level cache.
 STATE_BYTES = 32 << 20
 
 
@@ -47,7 +47,7 @@ class Named:
         self._last: tuple[tuple[Sequence[str], Sequence[str], bool], Tensor] | None = None
 
     def matrices(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """``[n, first, second]``, each group of axes as one; a view where that is possible. The last one is kept."""
+        """``[n, first, second]``, each group of axes merged into one; a view if possible. The last one is cached."""
         return self._reshaped(first, second, False)
 
     def matrix(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
@@ -69,7 +69,7 @@ class Named:
         return self.data.permute(_order(self.axes, axes))
 
     def factors(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """`matrices` for a GEMM that reads them either way: what must be copied is copied in runs as they lie."""
+        """`matrices` for a GEMM that accepts both layouts: copies, where needed, keep contiguous runs."""
         is_transposed = self.axes[-1] in first
         return self.matrices(second, first).mT if is_transposed else self.matrices(first, second)
 
@@ -81,7 +81,7 @@ def _sizes(dims: BlockDims, axes: tuple[str, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _wide(dims: BlockDims, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Axes of more than one index: the others may stand anywhere."""
+    """Axes with more than one index: the position of others does not matter."""
     return tuple(axis for axis in axes if getattr(dims, axis) > 1)
 
 
@@ -101,13 +101,13 @@ class Pass:
     """Tensors of a whole call.
 
     Attributes:
-        program: what is computed.
+        program: the program.
         dims: sizes of the blocks.
         blocks: L and R ``[E, axes...]``, C ``[axes...]``.
-        x, row_index: rows, and which one each slot reads.
-        rows: of the whole call, by name, with their axes in memory: given ones and those to be written.
+        x, row_index: rows, and the row that each slot reads.
+        rows: rows of the whole call, by name, with their axes in memory: inputs and outputs.
         upstream: gradient of y, by slots.
-        aux: gradients of L and R, to be written.
+        aux: outputs for the gradients of L and R.
     """
 
     def __init__(self, program: Program, call: LinearCall, upstream: Upstream | None = None) -> None:
@@ -126,7 +126,7 @@ class Pass:
             self.central_sum().add_(part)
 
     def central_sum(self) -> Tensor:
-        """What was found for the central block, ready to be added to."""
+        """The central gradient so far, ready for accumulation."""
         like = self.blocks["C"]
         if self.central is None:
             self.central = accumulator(like)
@@ -134,7 +134,7 @@ class Pass:
         return self.central
 
     def chunks(self, offsets: list[int]) -> Iterator[EagerChunk]:
-        """Consecutive busy experts, as many as the memory for halves and rows allows."""
+        """Consecutive busy experts, as many as the memory bounds for halves and rows allow."""
         groups = list(active_groups(offsets))
         most_experts = experts_at_once(self.dims, self.program.built, len(groups))
         slots = most_slots(self.dims, self.program, self.x.element_size())
@@ -155,7 +155,8 @@ def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> in
 
 
 def most_slots(dims: BlockDims, program: Program, itemsize: int) -> int:
-    """Slots of a chunk whose rows take no more memory than they may; separable's are no larger than its results."""
+    """Maximum number of slots of a chunk within the memory bound for rows; separable's rows are no larger than its
+    results."""
     if program.strategy == "separable":
         return sys.maxsize
     widest = max(step.after for step in applications(dims, program.order))
@@ -194,7 +195,7 @@ class EagerChunk:
 
     def rows(self, product: Product, rows: Named, operand: Named) -> Named:
         kept, met = _split(rows.axes, operand.axes)
-        # In the order that the program gives them, which is the one in which the next product wants them.
+        # In the program's order, which is the one that the next product needs.
         new = _split(self.whole.program.axes[product.result], operand.axes)[1]
         matrix = rows.matrix(kept, met)
         factors = operand.factors(met, new)
@@ -212,7 +213,7 @@ class EagerChunk:
         return found
 
     def _direct(self, name: str, axes: tuple[str, ...]) -> Tensor | None:
-        """Where rows with these axes can be written straight away: memory of the call, or new memory if None."""
+        """Where rows with these axes can be written directly: the call's memory, or new memory if None."""
         if name not in self.whole.rows or _wide(self.dims, axes) != _wide(self.dims, self.whole.program.axes[name]):
             return None
         target = self._target(name)
@@ -255,7 +256,7 @@ class EagerChunk:
         if product.result == "d C":
             return self._merge_central(first.matrices(k, m), second.matrices(k, n))
         p, q = first.matrices(m, k), second.matrices(k, n)
-        # `torch.bmm`, whose way of computing, unlike `torch.matmul`'s, never depends on ``requires_grad``.
+        # `torch.bmm`, whose algorithm, unlike `torch.matmul`'s, never depends on ``requires_grad``.
         found = p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
         merged = found.view(-1, *_sizes(self.dims, (*m, *n))).permute(_order((*m, *n), axes))
         target = self.whole.aux.get(value_of(product.result)) if product.result != value_of(product.result) else None
@@ -278,12 +279,12 @@ class EagerChunk:
 def rows_forward(call: ForwardCall, offsets: list[int]) -> tuple[Tensor, Tensor | None]:
     """``(z [N, F], h)``: pre-activation without bias, zero past the last offset.
 
-    h is what separable saves if asked to, the central step's result ``[N jC, b]``; else ``None``.
+    h is the central step's result ``[N jC, b]`` if separable is to save it; else ``None``.
     """
     x, dims, slots = call.x, call.dims, call.slots
     program = program_of(dims, call.strategy, "forward")
     whole = Pass(program, call)
-    # A separable shape's last rows are padded in memory: they can be written where they belong.
+    # A separable shape's last rows are padded in memory, so they can be written directly to their place.
     padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
     whole.rows["y"] = x.new_empty(slots, padded)
     if call.save and program.strategy == "separable":
@@ -301,7 +302,7 @@ def rows_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed.
 
-    Rows other than the h that the forward pass of separable saved are computed again, as far as they are read.
+    Rows other than h, which the forward of separable saved, are recomputed if they are read.
     """
     x, dims, need, h = call.x, call.dims, call.need_of_plan, call.saved_h
     program = program_of(dims, call.strategy, "backward", need, kept=h is not None)

@@ -1,7 +1,7 @@
 """One expert's weight built from its blocks in slabs that stay in cache.
 
-A slab is a range of ``iL``, so it is a range of the weight's rows. Products of blocks come out in *block order*
-``[(iL jL iC jC), (iR jR)]``; one copy of a slab brings them to ``[(iL iC iR), (jL jC jR)]`` and back.
+A slab is a range of ``iL``, so it is a range of the weight's rows. Products of blocks are in *block order*
+``[(iL jL iC jC), (iR jR)]``; one copy of a slab converts them to ``[(iL iC iR), (jL jC jR)]`` or back.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from mpoe_kernels.linear.eager.grouped import Group, active_groups, select_experts
 from mpoe_kernels.planner import BlockDims
 
-# A slab in block order and the same slab in the weight's order should stay in a core's cache together.
+# A slab in block order and the same slab in the weight's order should fit in a core's cache together.
 SLAB_BYTES = 2 << 20
-# Half-built weights of several experts share one GEMM as long as they take less than this part of a weight.
+# Half-built weights of several experts share one GEMM if they take less than this fraction of a weight.
 CHUNK = 0.75
 
 
@@ -53,8 +53,8 @@ def project_gradient(
     """Gradients of one expert's blocks from that of its weight: ``dleft``, ``dcentral`` (or None), ``dright``.
 
     Args:
-        ordered: weight gradient as `block_order` returns it. Right is contracted first, so that the two remaining
-            products are small.
+        ordered: weight gradient as `block_order` returns it. Right is contracted first, so the two remaining products
+            are small.
     """
     left_matrix, central_matrix = left.reshape(-1, dims.a), central.reshape(dims.a, -1)
     half = (left_matrix @ central_matrix).view(-1, dims.b)
@@ -67,7 +67,7 @@ def project_gradient(
 
 
 class WeightBuilder:
-    """Blocks as matrices, and how a weight is built from them."""
+    """Builds weights from blocks as matrices."""
 
     def __init__(self, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> None:
         self.dims = dims
@@ -119,7 +119,7 @@ class WeightBuilder:
     def build(self, expert: int, half: Tensor, whole: tuple[int, int], scratch: Tensor, out: Tensor) -> None:
         """A range of iL of the weight into ``out [rows, (jL jC jR)]``, slab by slab through ``scratch``.
 
-        Where block order is the weight's own, ``scratch`` is not touched.
+        If block order is the weight's own, ``scratch`` is not used.
         """
         dims = self.dims
         for first, last in self.ranges(whole, self.slab_rows):

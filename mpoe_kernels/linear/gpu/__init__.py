@@ -1,1 +1,1 @@
-"""What the GPU backends share: contractions of operands with named axes, one launch for each product of a program."""
+"""Shared by the GPU backends: contractions of operands with named axes, one launch for each product of a program."""

@@ -1,4 +1,4 @@
-"""How many experts the kernels take at once, how many launches that makes, and what they cannot count."""
+"""How many experts the kernels process at once, the number of launches, and the limits of 32-bit indices."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses 
 def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> int:
     """Experts whose weights are built at the same time; 0: nothing is built.
 
-    What is alive at once, two composites of each of them, stays within the `budget`. An operand's gradient counts for
-    nothing: its value is not read any more by then.
+    Their live memory, two composites for each expert, stays within the `budget`. An operand's gradient is not counted,
+    because it reuses the memory of its value.
     """
     if not built:
         return 0
@@ -29,14 +29,15 @@ def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int) -> in
 
 
 def budget(dims: BlockDims, experts: int) -> int:
-    """Elements that temporary weights take at most: a quarter of dense experts, or two weights where that is more."""
+    """Maximum number of elements of temporary weights: a quarter of the dense experts', or two weights if that is
+    more."""
     return max(2 * dims.weight_elements, experts * dims.weight_elements // 4)
 
 
 def room(dims: BlockDims, product: Product, built: tuple[str, ...], at_once: int, experts: int) -> int:
-    """Elements of the `budget` that are free while a product is computed, an eighth of a weight at least.
+    """Elements of the `budget` that are free while a product is computed, at least an eighth of a weight.
 
-    Partial sums may take them.
+    Partial sums may use them.
 
     Args:
         dims: sizes of the blocks.
@@ -54,7 +55,7 @@ def room(dims: BlockDims, product: Product, built: tuple[str, ...], at_once: int
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
-    """Why the kernels cannot count the rows or columns of a contraction."""
+    """Reasons if a contraction has too many rows or columns for the kernels' indices."""
     reasons = []
     rows = max((step.m * plan.slots for step in applications(plan.dims, plan.order)), default=0)
     if rows > LARGEST_INDEX:
@@ -65,14 +66,14 @@ def counting_reasons(plan: Contraction) -> list[str]:
 
 
 class Family(NamedTuple):
-    """How a backend computes products step by step.
+    """Properties of a backend's step-by-step kernels.
 
     Attributes:
         tiles: rows, columns and inner size of a step, the widest first.
-        matrix_unit: of its matrix instructions, see `mpoe_kernels.linear.gpu.work.rate`; None: the card's best.
-        cuts: it cuts products without a full grid smaller, or splits their inner size.
-        builds_at_once: a whole weight and its half take one launch.
-        with_weights: tiles of rows that meet whole weights, if others.
+        matrix_unit: unit of its matrix instructions, see `mpoe_kernels.linear.gpu.work.rate`; None: the card's best.
+        cuts: whether products without a full grid get smaller tiles or a split inner size.
+        builds_at_once: whether a weight and its half take one launch.
+        with_weights: tiles for products of rows and whole weights, if different.
     """
 
     tiles: tuple[TileSize, ...]
@@ -85,14 +86,14 @@ class Family(NamedTuple):
 _WIDE, _NARROW = (128, 128, 64), ((64, 64, 64), (32, 64, 64), (16, 64, 64))
 TRITON = Family((_WIDE, *_NARROW), None, cuts=True, builds_at_once=True)
 TRITON_WIDE = TRITON._replace(with_weights=((128, 256, 64), *TRITON.tiles[1:]))
-# Of the launches of pairs: columns of both products where these read the same rows; else each has half of them.
+# Launches of pairs: columns of both products if these read the same rows; otherwise each has half of them.
 PAIRS = ((128, 128, 32), (64, 128, 32), (32, 64, 32), (16, 64, 32))
 CUDA = Family((_WIDE, _NARROW[0]), "warp", cuts=False, builds_at_once=False)
 LIBRARY = Family((_WIDE,), None, cuts=False, builds_at_once=False)
 
 
 def groups_of(plan: Contraction) -> tuple[int, int]:
-    """How many experts' weights are built at once (1: none are), and how often the program is walked."""
+    """How many experts' weights are built at once (1: none are), and how often the program is run."""
     at_once = experts_at_once(plan.dims, plan.program.built, plan.num_experts)
     return (min(at_once, plan.num_experts), -(-plan.num_experts // at_once)) if at_once else (1, 1)
 
@@ -104,17 +105,17 @@ def launches(plan: Contraction, family: Family) -> int:
 
 
 def _work(product: Product, step: Step, plan: Contraction, family: Family) -> Work:
-    """What one launch of a step computes."""
+    """The work of one launch of a step."""
     _, groups = groups_of(plan)
     batch, inner = max(1, round(step.batch / groups)), step.k
-    if product.result == "d C":  # the experts belong to the sum
+    if product.result == "d C":  # the sum includes the experts
         batch, inner = 1, inner * batch
     m, n = ceil(step.m), ceil(step.n)
     return Work(m, n, inner, batch, batch * m * n, plan.dtype, family.matrix_unit)
 
 
 def step_seconds(product: Product, step: Step, plan: Contraction, hardware: Hardware, family: Family) -> float:
-    """Predicted time of a step's launches, without what launching costs: whatever bounds them hides the rest."""
+    """Predicted time of a step's launches, without launch overhead: the slowest resource determines it."""
     work = _work(product, step, plan, family)
     tiles = (product.kind == ROWS and product.second == "W" and family.with_weights) or family.tiles
     able = [tile for tile in tiles if tile[0] <= work.m] or tiles[-1:]

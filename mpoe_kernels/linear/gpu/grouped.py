@@ -1,11 +1,11 @@
-"""The products of a program by PyTorch's own GEMMs, `torch.nn.functional.grouped_mm` above all, without any wait.
+"""The products of a program with PyTorch's own GEMMs, mainly `torch.nn.functional.grouped_mm`, without synchronisation.
 
-Everything is computed on the device, offsets included; a budget's worth of weights is built at a time, see
-`mpoe_kernels.linear.gpu.cost.experts_at_once`. Operands are brought into the order that a GEMM wants, which a kernel of
-ours would not need; in return these are the vendor's GEMMs. It runs on CPUs too, in tests.
+Everything, including offsets, is computed on the device; weights are built within the budget, see
+`mpoe_kernels.linear.gpu.cost.experts_at_once`. Operands are copied into the layout that a GEMM needs, which our own
+kernels would avoid; in return these are the vendor's GEMMs. It also runs on CPUs, in tests.
 
 quack's grouped GEMMs (``quack.gemm_interface.gemm`` with ``cu_seqlens_m``, quack-kernels 0.6.5) take the same operands,
-but run on GPUs alone: until one has compared them with the reference, they are no candidate.
+but run only on GPUs: until they have been compared with the reference on one, they are not a candidate.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mpoe_kernels.linear.gpu.products import Pass, walk
 from mpoe_kernels.planner import Contraction, Hardware
 from mpoe_kernels.planner.orders import BlockDims
 
-# Launches of one product: its GEMM, and what brings operands and the result into order.
+# Launches of one product: its GEMM, and copies of operands and the result.
 LAUNCHES_EACH = 5
-# Bytes moved by that, over those of the product.
+# Bytes moved by these copies, relative to those of the product.
 COPIED = 2.0
 
 
@@ -55,16 +55,16 @@ def _gradients(call: BackwardCall, dz: Tensor, dx: Tensor | None) -> steps.Gradi
 
 
 class _Slots:
-    """The slots of some experts, at the front: those of ``offsets [E + 1]``, which need not begin at 0.
+    """The slots of some experts, moved to the front: those of ``offsets [E + 1]``, which need not start at 0.
 
     Attributes:
-        ends: int32 ``[E]``, where each expert's slots end when the first one's begin at 0.
+        ends: int32 ``[E]``, where each expert's slots end if the first one's start at 0.
     """
 
     def __init__(self, offsets: Tensor, count: int) -> None:
         self.first, self.last = offsets[0], offsets[-1]
         self.ends, self.count = (offsets[1:] - self.first).to(torch.int32), count
-        # A part of the experts; of all, the slots are in front already.
+        # A part of the experts; for all experts, the slots are already in front.
         self.is_part = offsets.storage_offset() != 0
         self.number = torch.arange(count, device=offsets.device)
         self.busy = offsets[1:] > offsets[:-1]
@@ -113,7 +113,7 @@ def _block(operand: Operand, first: tuple[str, ...], second: tuple[str, ...], di
 
 
 def _rows(rows: Tensor, operand: Operand, first: tuple[str, ...], second: tuple[str, ...], dims: BlockDims) -> Tensor:
-    """``[N first, second]`` of rows ``[N, columns]`` that lie as those of ``operand``."""
+    """``[N first, second]`` of rows ``[N, columns]`` in the layout of ``operand``."""
     axes = _ordered(operand.axes, operand)
     columns = math.prod(_sizes(axes, dims))
     if operand.limit:
@@ -131,7 +131,7 @@ def _columns(found: Tensor, axes: tuple[str, ...], out: Operand, dims: BlockDims
 
 
 def _multiple(t: Tensor, *dimensions: int) -> Tensor:
-    """Padded by zeros to multiples of 16 bytes, as grouped_mm wants strides to be."""
+    """Padded with zeros to multiples of 16 bytes, as grouped_mm requires for strides."""
     step = 16 // t.element_size()
     padding = [0] * (2 * t.dim())
     for dimension in dimensions:
@@ -140,14 +140,14 @@ def _multiple(t: Tensor, *dimensions: int) -> Tensor:
 
 
 def _float32_mm(first: Tensor, second: Tensor) -> Tensor:
-    """The product, summed and left in float32."""
+    """The product, accumulated and returned in float32."""
     if first.dtype == torch.float32:
         return first @ second
     return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
 
 
 class GroupedLaunches:
-    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and what surrounds them."""
+    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and the operations around them."""
 
     def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
         """All products add in float32."""
@@ -165,7 +165,7 @@ class GroupedLaunches:
         return like.new_empty(rows, columns)
 
     def rows(self, product: Rows) -> None:
-        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; slots past the last offset become zero in any case."""
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; slots past the last offset always become zero."""
         rows, block, out, dims, slots = product.first, product.second, product.out, product.dims, product.slots
         kept, new = _ordered(product.first_alone, rows), _ordered(product.second_alone, out)
         shared = _ordered(product.summed, block)
@@ -195,7 +195,7 @@ class GroupedLaunches:
         front = here.front(grads.data, None)
         sizes = _sizes((*m, *n), dims)
         view = _as_axes(out, (*m, *n), dims)
-        if product.shared:  # rows behind the last expert's must not count, whatever they hold
+        if product.shared:  # rows after the last expert's must not count, whatever they contain
             g = _rows(here.only(front), grads, shared, n, dims)
             a = torch.where(_repeat(here, a.shape[0] // max(slots, 1))[:, None], a, 0)
             view += _float32_mm(a.T, g).view(1, *sizes)
@@ -209,13 +209,13 @@ class GroupedLaunches:
         return False
 
     def merge(self, product: Sum) -> None:
-        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; of idle experts it gives zeros."""
+        """See `mpoe_kernels.linear.gpu.primitives.Primitives`; gives zeros for idle experts."""
         first, second, out, dims, offsets = product.first, product.second, product.out, product.dims, product.offsets
         m, n = _ordered(product.first_alone, out), _ordered(product.second_alone, out)
         k = _ordered(product.summed, second)
         busy = (offsets[1:] > offsets[:-1])[:, None, None]
         p, q = _block(first, m, k, dims), _block(second, k, n, dims)
-        # What an idle expert holds may be anything: zeros times that need not be zero.
+        # An idle expert's memory may contain anything, and zero times that need not be zero.
         p = torch.where(busy, p, 0) if first.outer else p
         q = torch.where(busy, q, 0) if second.outer else q
         view = _as_axes(out, (*m, *n), dims)
@@ -237,7 +237,8 @@ class GroupedLaunches:
         return dz, total.to(grad.dtype)
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
-        """See `mpoe_kernels.linear.gpu.primitives.Surrounding`; by sorting, as atomics would add in any order."""
+        """See `mpoe_kernels.linear.gpu.primitives.Surrounding`; by sorting, because atomics would add in arbitrary
+        order."""
         return rows.new_zeros(tokens, rows.shape[1]).index_put_((row_index,), rows, accumulate=True)
 
     def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ class GroupedLaunches:
 
 
 def _repeat(here: _Slots, times: int) -> Tensor:
-    """Which rows count, of several rows a slot."""
+    """Which rows count, with several rows per slot."""
     return (here.number < here.last - here.first).repeat_interleave(times)
 
 

@@ -1,7 +1,7 @@
 """Operands with named axes, and the index maps that a contraction of two of them needs.
 
-Axes carry the names of the block sizes (``iL jL a iC jC b iR jR``). Which axes form the M, K and N dimensions of a GEMM
-follows from the names alone: shared ones are summed, the others remain.
+Axes carry the names of the block sizes (``iL jL a iC jC b iR jR``). The names determine which axes form the M, K and N
+dimensions of a GEMM: shared axes are contracted, the others remain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Operand:
         data: the tensor.
         strides: elements between neighbours along every axis.
         outer: elements between slots (of activations) or experts (of blocks); 0 for a block that experts share.
-        limit: number of true columns when the axes pad them, else 0.
+        limit: number of true columns if the axes pad them, else 0.
     """
 
     data: Tensor
@@ -41,7 +41,7 @@ class Operand:
         return frozenset(self.strides)
 
     def experts(self, first: int, last: int) -> Operand:
-        """The same block of experts ``first:last`` only; a shared block stays as it is."""
+        """The same block, for experts ``first:last`` only; a shared block is unchanged."""
         if self.outer == 0 or (first, last) == (0, self.data.shape[0]):
             return self
         return Operand(self.data[first:last], self.strides, self.outer, self.limit)
@@ -58,7 +58,7 @@ def row_major(axes: tuple[str, ...], dims: BlockDims) -> Mapping[str, int]:
 
 
 def activations(data: Tensor, axes: tuple[str, ...], dims: BlockDims, true_columns: int = 0) -> Operand:
-    """Rows ``[.., columns]`` of contiguous columns; ``true_columns`` where the axes pad them."""
+    """Rows ``[.., columns]`` of contiguous columns; ``true_columns`` if the axes pad them."""
     padded = dims.elements(frozenset(axes))
     return Operand(data, row_major(axes, dims), data.stride(0), true_columns if true_columns != padded else 0)
 
@@ -85,17 +85,18 @@ class IndexMap(NamedTuple):
 
 
 def index_map(axes: Iterable[str], dims: BlockDims, *operands: Operand) -> IndexMap:
-    """Digits of ``axes``, most significant first by the first operand's strides; axes that lie together are merged.
+    """Digits of ``axes``, most significant first by the first operand's strides; adjacent axes are merged.
 
     Raises:
-        ValueError: more digits than the kernels take.
+        ValueError: more digits than the kernels support.
     """
     return _index_map(frozenset(axes), dims, *(tuple(operand.strides.items()) for operand in operands))
 
 
 @lru_cache(maxsize=16384)
 def _index_map(axes: frozenset[str], dims: BlockDims, *layouts: tuple[tuple[str, int], ...]) -> IndexMap:
-    """Of layouts, as items of strides: a launch asks for three, and each takes longer than a launch should."""
+    """The cached map of layouts, given as items of strides: a launch needs three, and computing each takes longer than
+    a launch should."""
     strides_of = [dict(layout) for layout in layouts]
     named = [axis for axis in axes if getattr(dims, axis) > 1]
     named.sort(key=lambda axis: strides_of[0][axis], reverse=True)

@@ -1,7 +1,7 @@
-"""Where the tensors of a launch plan lie: what a call brings, and temporaries in one piece of scratch memory.
+"""Memory layout of a launch plan: the call's tensors, and temporaries in one scratch buffer.
 
-A plan is recorded by computing once with tensors that have no memory (device ``meta``). A step of it names a tensor by
-the call's number of it, or by its place in the scratch memory.
+A plan is recorded by computing once with tensors that have no memory (device ``meta``). Its steps refer to a tensor by
+its index in the call, or by its offset in the scratch buffer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-SCRATCH = -1  # instead of the number of a tensor
+SCRATCH = -1  # instead of the index of a tensor
 ALIGNMENT = 256  # bytes
 
 
@@ -19,10 +19,10 @@ class Piece:
     """Memory of a recorded tensor.
 
     Attributes:
-        tensor: keeps the storage, so that no other gets its identity.
-        number: of the call's tensor, or `SCRATCH`.
-        first, last: steps that use it.
-        place: first byte in the scratch memory.
+        tensor: keeps the storage alive, so that no other gets its identity.
+        number: index of the call's tensor, or `SCRATCH`.
+        first, last: first and last steps that use it.
+        place: first byte in the scratch buffer.
     """
 
     tensor: Tensor
@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes, in whole units of the alignment; two of no elements are two all the same."""
+        """Bytes, rounded up to the alignment, and at least one unit, so that empty pieces stay distinct."""
         return max(1, -(-self.tensor.untyped_storage().nbytes() // ALIGNMENT)) * ALIGNMENT
 
 
@@ -48,18 +48,18 @@ class Memory:
         return self._pieces.setdefault(tensor.untyped_storage()._cdata, Piece(tensor))
 
     def give(self, tensor: Tensor) -> None:
-        """The next tensor that every call brings, or gets as a result."""
+        """Register the next tensor that every call passes, or gets as a result."""
         self._piece(tensor).number = self._given
         self._given += 1
 
     def use(self, tensor: Tensor, step: int) -> Piece:
-        """A step reads or writes a tensor; steps come in their order."""
+        """Record that a step reads or writes a tensor; steps must come in order."""
         piece = self._piece(tensor)
         piece.first, piece.last = step if piece.first < 0 else piece.first, step
         return piece
 
     def lay_out(self) -> int:
-        """Give all temporaries their places: where others lie that no step uses any more. Returns the bytes in all."""
+        """Assign offsets to all temporaries, reusing memory that no later step uses. Returns the total bytes."""
         total, alive = 0, list[Piece]()
         for piece in self._pieces.values():
             if piece.number != SCRATCH:

@@ -1,4 +1,4 @@
-"""What a GPU backend supplies: launches, each of one product, whose operands are one value."""
+"""The interface of a GPU backend: launches of one product each, whose operands are passed as one value."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mpoe_kernels.planner.orders import BlockDims
 
 @dataclass(frozen=True)
 class Pair:
-    """Two operands of some experts, and where their contraction goes.
+    """Two operands of some experts, and the destination of their contraction.
 
     Attributes:
-        first, second: what is contracted along the axes that both have.
-        out: memory of the result, with axes of either.
+        first, second: the operands, contracted along their common axes.
+        out: memory of the result, with axes of both.
         dims: sizes of the axes.
         offsets: ``[E + 1]`` slots of the experts, or the part of it that belongs to these experts.
         row_index: ``[N]``: slot s reads row ``row_index[s]`` of ``first``.
@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def summed(self) -> frozenset[str]:
-        """Axes that both have."""
+        """Axes that both operands have."""
         return self.first.axes & self.second.axes
 
     @property
@@ -52,13 +52,13 @@ class Pair:
         return self.second.axes - self.first.axes
 
     def centre_last(self) -> tuple[Operand, Operand]:
-        """The operands, the one last that has the central block's own axes."""
+        """The operands; the one with the central block's own axes comes last."""
         return (self.second, self.first) if "iC" in self.first.axes else (self.first, self.second)
 
 
 @dataclass(frozen=True)
 class Rows(Pair):
-    """Rows through every expert's block, or through the one block they share.
+    """Product of rows and every expert's block, or the one shared block.
 
     ``out`` is activations ``[N, ...]`` whose axes are those that only one operand has.
 
@@ -66,8 +66,8 @@ class Rows(Pair):
         bias, activation: epilogue; ``pre`` receives the pre-activation.
         pre: see ``bias``.
         tail: clear the slots past the last offset.
-        out_index: ``[N]``, row of ``out`` that each slot gives; None: its own.
-        gates: ``[N]``, factors of the rows of ``out``, with ``out_index``; they take what is rounded already.
+        out_index: ``[N]``, row of ``out`` that each slot writes; None: its own.
+        gates: ``[N]``, factors of the rows of ``out``, with ``out_index``; applied after rounding.
     """
 
     bias: Tensor | None = None
@@ -85,14 +85,15 @@ class Rows(Pair):
 
 @dataclass(frozen=True)
 class Sum(Pair):
-    """What a block is made from: two operands of every expert, or rows before it and the gradient of those after it.
+    """The computation of a block: from two operands of every expert, or from the rows before it and the gradient of the
+    rows after it.
 
     An ``out`` that the experts share (outer 0) gets the sum over them.
 
     Attributes:
-        add: to the sum over other experts that a shared ``out`` holds; else what it held counts for nothing.
-        clear: of two blocks, idle experts' part of ``out`` becomes zero; else it is undefined.
-        room: bytes that partial sums may take; None: any number.
+        add: accumulate into the sum over other experts in a shared ``out``; otherwise its contents are overwritten.
+        clear: for two blocks, idle experts' part of ``out`` becomes zero; otherwise it is undefined.
+        room: bytes available for partial sums; None: unlimited.
     """
 
     add: bool = False
@@ -109,7 +110,7 @@ class Primitives(Protocol):
     """One launch for each product of a program, and the memory between them."""
 
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Memory ``[rows, columns]`` for what is built, or for rows between two operands."""
+        """Memory ``[rows, columns]`` for built operands, or for rows between two operands."""
 
     def rows(self, product: Rows) -> None:
         """Contract rows with blocks."""
@@ -118,21 +119,22 @@ class Primitives(Protocol):
         """Gradient of the block ``out`` from the rows before it and the gradient of the rows after it."""
 
     def merge(self, product: Sum) -> None:
-        """Contract two blocks of every busy expert, which give the rows and the columns."""
+        """Contract two blocks of every busy expert, which supply the rows and the columns."""
 
     def weight(self, half: Sum, whole: Sum) -> bool:
         """Both products in one launch: a half of every busy expert, and its weight from that half and a block.
 
         Returns:
-            False: nothing was launched, as it takes two launches here.
+            False: nothing was launched, because this backend needs two launches.
         """
 
 
 class Surrounding(Protocol):
-    """What surrounds the products of a program."""
+    """The operations around the products of a program."""
 
     def begin_sum(self, block: Tensor, grows: bool) -> Tensor:
-        """Memory for the gradient of a block that the experts share; ``grows``: not by one gradient of rows alone."""
+        """Memory for the gradient of a block that the experts share; ``grows``: it is accumulated over more than one
+        gradient of rows."""
 
     def end_sum(self, total: Tensor, dtype: torch.dtype) -> Tensor:
         """That memory, as the gradient's dtype."""
@@ -140,10 +142,12 @@ class Surrounding(Protocol):
     def activation_backward(
         self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
+        """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and the tensor saved for the
+        activation."""
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         """``out[t] = sum of rows[s] over the slots s with row_index[s] = t``, ``[T, F]``; deterministic, no atomics."""
 
     def collect_rows(self, rows: Tensor, slot_of_token: Tensor) -> Tensor:
-        """``out[t] = sum over k of rows[slot_of_token[t, k]]``, ``[T, F]``, of those that are not -1; likewise."""
+        """``out[t] = sum over k of rows[slot_of_token[t, k]]``, ``[T, F]``, over entries that are not -1;
+        deterministic, no atomics."""

@@ -18,10 +18,10 @@ from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block,
 
 
 class Launches(Surrounding, Protocol):
-    """What a GPU backend supplies to `mpoe_kernels.linear.gpu.steps`."""
+    """The interface of a GPU backend for `mpoe_kernels.linear.gpu.steps`."""
 
     def compute(self, whole: Pass) -> None:
-        """All products of a program: by `walk`, or as an earlier walk of the same sizes did it."""
+        """Compute all products of a program: with `walk`, or by replaying an earlier walk with the same sizes."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Pass:
         dims: sizes of the blocks.
         offsets: ``[E + 1]`` slots of the experts.
         slots: N.
-        values: what is given, and where results go that a caller wants, see `BlockGradients`.
+        values: inputs, and memory for the caller's results, see `BlockGradients`.
         row_index: row of x that each slot reads.
         bias, activation, pre: epilogue of y; ``pre`` receives the pre-activation.
         out_index, gates: see `mpoe_kernels.linear.call.ForwardCall`.
@@ -82,7 +82,7 @@ class GpuChunk:
     first: int
     last: int
     offsets: Tensor = field(init=False)
-    waiting: Sum | None = None  # makes a half that is to be built together with the weight
+    waiting: Sum | None = None  # computes a half that is built together with the weight
 
     def __post_init__(self) -> None:
         offsets = self.whole.offsets
@@ -112,7 +112,7 @@ class GpuChunk:
         return found.out
 
     def rows_of(self, product: Product, rows: Operand, operand: Operand) -> Rows:
-        """What `rows` launches."""
+        """The launch of `rows`."""
         whole, out = self.whole, self._target(product.result)
         if out is None:
             axes = whole.program.axes[product.result]
@@ -126,7 +126,7 @@ class GpuChunk:
             pre=whole.pre if last else None,
             out_index=whole.out_index if last else None,
             gates=whole.gates if last else None,
-            # Nobody reads what lies there in rows between two operands.
+            # In rows between two operands this memory is never read.
             tail=self.last == whole.experts and product.result in whole.values,
         )
 
@@ -146,7 +146,7 @@ class GpuChunk:
 
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
-        # The operand that holds the result's slowest axis gives the rows.
+        # The operand with the result's slowest axis supplies the rows.
         slowest = max(out.axes, key=lambda axis: out.strides[axis])
         p, q = (first, second) if slowest in first.axes else (second, first)
         wanted = product.result in self.whole.values
@@ -177,7 +177,7 @@ def blocks_of(left: Tensor, central: Tensor, right: Tensor) -> dict[str, Tensor]
 
 @dataclass
 class BlockGradients:
-    """Where a backward puts the gradients of the blocks that need one; None for the others."""
+    """Memory for the gradients of the blocks that need one; None for the others."""
 
     launches: Launches
     left: Tensor | None

@@ -1,4 +1,4 @@
-"""Grouped MPO linear by launches: what surrounds the contraction, and the contraction step by step."""
+"""Grouped MPO linear by launches: the operations around the contraction, and the contraction step by step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_GRADIENTS: Gradients = (None, None, None)
 
 
 Call = TypeVar("Call", ForwardCall, GatedCall, BackwardCall)
-# Tensors that kernels of every backend read by position alone.
+# Tensors that the kernels of every backend require to be dense.
 DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
 
 
@@ -36,7 +36,7 @@ def prepared(call: Call, dense: Collection[str] = DENSE) -> Call:
 
 
 def forward_by_steps(call: ForwardCall, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, h, z)``, see `ForwardCall`, of a `prepared` call; every product of the program is a launch."""
+    """``(y, h, z)``, see `ForwardCall`, for a `prepared` call; every product of the program is one launch."""
     x, dims, slots = call.x, call.dims, call.slots
     y = x.new_empty(slots, call.out_features)
     pre = torch.empty_like(y) if call.saves_z else None
@@ -60,8 +60,8 @@ def backward(
     Args:
         call: of the op, `prepared`.
         launches: of the backend.
-        gradients: from the call, dz and ``dx [N, I]`` (None: not needed), which it writes by slot, to those of the
-            blocks.
+        gradients: function of the call, dz and ``dx [N, I]`` (None: not needed), which it writes by slot; returns those
+            of the blocks.
     """
     grad, need, offsets = call.grad, call.need_of_plan, call.expert_offsets
     dz, dbias = launches.activation_backward(grad, call.saved, offsets, call.activation, call.need[4])
@@ -77,7 +77,7 @@ def backward(
 
 
 def gradients_by_steps(call: BackwardCall, launches: Launches, dz: Tensor, dx: Tensor | None, need: Need) -> Gradients:
-    """Those of the blocks, and ``dx`` where ``need[0]``; every product of the program is a launch."""
+    """Gradients of the blocks, and ``dx`` if ``need[0]``; every product of the program is one launch."""
     dims, h = call.dims, call.saved_h
     program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
     grads = BlockGradients.begun(launches, program, call.blocks, need[1:])

@@ -1,9 +1,9 @@
-"""What a launch of GEMMs takes on a GPU, and how it is cut where its tiles are fewer than the card's multiprocessors.
+"""Predicted time of a launch of GEMMs on a GPU, and its tiling if there are fewer tiles than multiprocessors.
 
-A program owns a tile of the result and walks along the inner size. Three things bound it: the rate of the tensor cores,
-shared memory, through which both operands pass (the smaller the tile, the more often), and the cache. Where tiles are
-few, they are cut smaller, or split along the inner size too: every part then gives a partial result in float32, and a
-second launch adds them in a fixed order.
+A program computes a tile of the result and loops along the inner size. Three things bound it: the rate of the tensor
+cores, shared memory, through which both operands pass (the smaller the tile, the more often), and the cache. If there
+are few tiles, smaller ones are used, or the inner size is split: every part then writes a partial result in float32,
+and a second launch adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from mpoe_kernels.planner import Hardware
 TileSize = tuple[int, int, int]  # rows, columns, inner size of a step
 
 MOST_SPLITS = 32
-LEAST_STEPS = 4  # of the inner loop that a program must have left, so that it has something to prefetch
-# A multiprocessor draws so much more than its part of the cache's bandwidth where others are idle: 64 bytes a clock.
+LEAST_STEPS = 4  # minimum number of inner steps per program, so that it can prefetch
+# Factor by which a multiprocessor can exceed its share of the cache bandwidth if others are idle: 64 bytes per clock.
 ALONE = 2.0
-# What takes a launch more must take less than this part of the time: the model is rough, and the host pays too.
+# A variant with an additional launch must take less than this fraction of the time: the model is rough, and the host
+# pays too.
 WORTH = 0.75
-GROUP_ROWS = 64  # of a matrix instruction that reads its operands from shared memory
+GROUP_ROWS = 64  # rows of a matrix instruction that reads its operands from shared memory
 
 
 def shared_traffic(m: int, n: int, matrix_unit: str) -> float:
     """Elements that pass through shared memory for each step along the inner size of a tile.
 
-    Both operands are written once. A warp's instruction reads the rows and columns of that warp, a warpgroup's 64 rows
-    and all columns, a multiprocessor's the tile.
+    Both operands are written once. A warp's instruction reads the rows and columns of that warp, a warpgroup's reads 64
+    rows and all columns, a multiprocessor's reads the tile.
     """
     if matrix_unit == "multiprocessor" and m >= GROUP_ROWS:
         return 2 * (m + n)
@@ -44,9 +45,10 @@ def shared_traffic(m: int, n: int, matrix_unit: str) -> float:
 
 
 def rate(tile: TileSize, dtype: torch.dtype, hardware: Hardware, matrix_unit: str | None = None) -> float:
-    """FLOP/s of the whole card by such tiles: what large GEMMs reach, or what shared memory allows if that is less.
+    """FLOP/s of the whole card with these tiles: the rate of large GEMMs, or the limit of shared memory if that is
+    lower.
 
-    ``matrix_unit``: what the kernel's matrix instruction belongs to, by default the best that the card has.
+    ``matrix_unit``: unit of the kernel's matrix instruction, by default the card's best.
     """
     m, n, _ = tile
     reached = hardware.flops_per_second(dtype)
@@ -62,9 +64,9 @@ class Work(NamedTuple):
     Attributes:
         m, n: rows and columns of one.
         inner: its inner size, the mean over experts.
-        batch: how many.
-        elements: of all results.
-        dtype: of what is multiplied.
+        batch: number of GEMMs.
+        elements: size of all results.
+        dtype: dtype of the factors.
         matrix_unit: see `rate`.
     """
 
@@ -77,18 +79,18 @@ class Work(NamedTuple):
     matrix_unit: str | None = None
 
     def programs(self, tile: TileSize) -> int:
-        """Without a split."""
+        """Number of programs without a split."""
         return self.batch * ceil(self.m / tile[0]) * ceil(self.n / tile[1])
 
     def seconds(self, tile: TileSize, splits: int, hardware: Hardware) -> float:
-        """Predicted time, the sum of partial results included, without the launch."""
+        """Predicted time, including the sum of partial results, without launch overhead."""
         return self.computing(tile, splits, hardware) + self._sum(splits, hardware)
 
     def computing(self, tile: TileSize, splits: int, hardware: Hardware) -> float:
-        """Of the launch that multiplies.
+        """Time of the launch that multiplies.
 
-        Arithmetic and reading hide each other. Whoever computes the last wave decides about the former, the cache and
-        what one multiprocessor can draw from it about the latter.
+        Arithmetic and reads overlap. The last wave determines the former; the cache, and the bandwidth that one
+        multiprocessor can draw from it, determine the latter.
         """
         m, n, k = tile
         programs = self.programs(tile) * splits
@@ -100,15 +102,15 @@ class Work(NamedTuple):
         return max(arithmetic, read * max(programs, waves * hardware.units / ALONE))
 
     def _sum(self, splits: int, hardware: Hardware) -> float:
-        """Of writing partial results, reading them, and the launch that does the latter, which waits for all parts."""
+        """Time of writing and reading partial results, and of the second launch, which waits for all parts."""
         if splits == 1:
             return 0.0
         return 2 * hardware.launch_seconds + 2 * splits * self.elements * 4 / hardware.cache_bandwidth
 
     def best_splits(self, tile: TileSize, hardware: Hardware, most: int | None = None) -> int:
-        """The number of parts that is worth it; 1 where the tiles fill the card.
+        """The best number of parts; 1 if the tiles fill the card.
 
-        ``most``: parts whose results there is memory for.
+        ``most``: maximum number of parts that memory allows.
         """
         if self.programs(tile) >= hardware.units:
             return 1
@@ -118,7 +120,7 @@ class Work(NamedTuple):
         return best if self.seconds(tile, best, hardware) < WORTH * self.seconds(tile, 1, hardware) else 1
 
     def best_tile(self, tiles: Iterable[TileSize], hardware: Hardware, most: int | None = None) -> TileSize:
-        """The first tile where it fills the card, else the one that is predicted to be fastest, split or not."""
+        """The first tile if it fills the card, else the one that is predicted to be fastest, split or not."""
         first, *others = tiles
         if self.programs(first) >= hardware.units:
             return first
@@ -131,20 +133,20 @@ class Work(NamedTuple):
 
 
 def weight_work(m: int, cells: int, k: int, s: int, n: int, experts: int, columns: int, dtype: torch.dtype) -> Work:
-    """A launch that builds halves and weights: each program ``columns`` of a tile's rows after the other.
+    """The work of a launch that builds halves and weights: each program computes a tile's rows, ``columns`` at a time.
 
     Args:
         m, cells, k, s, n: as in `mpoe_kernels.linear.triton.weights`.
-        experts: how many.
-        columns: of a tile.
-        dtype: of the blocks.
+        experts: number of experts.
+        columns: columns of a tile.
+        dtype: dtype of the blocks.
     """
     inner = ceil(s / columns) * k + ceil(n / columns) * s
     return Work(m, columns, inner, cells * experts, experts * cells * m * (s + n), dtype)
 
 
 def fitted_tile(tile: TileSize, work: Work) -> TileSize:
-    """Without what a smaller problem would leave empty; 16 is the least that a tensor core takes."""
+    """A tile shrunk to fit a smaller problem; 16 is the minimum for a tensor core."""
     sizes = zip(tile, (work.m, work.n, work.inner), strict=True)
     m, n, k = (min(most, max(16, 1 << max(ceil(size) - 1, 0).bit_length())) for most, size in sizes)
     return m, n, k

@@ -1,7 +1,7 @@
-"""How long the compiled CPU kernels are predicted to take: `work_of` a contraction at this machine's rates.
+"""Predicted times of the compiled CPU kernels: `work_of` a contraction at this machine's rates.
 
-What a tile costs was fitted to one core (tools/judge_costs.py): of 161 times from 0.7 ms to 13 s, four fifths were then
-within a tenth of the prediction.
+The cost of a tile was fitted to one core (tools/judge_costs.py): of 161 times from 0.7 ms to 13 s, four fifths were
+then within a tenth of the prediction.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from mpoe_kernels.linear.native.work import tasks_of, work_of
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
 
-# Allocation, threads and the Python around a call.
+# Allocation, threads and Python overhead of a call.
 CALL_SECONDS = 30e-6
 
 
 def _new_bytes(plan: Contraction) -> float:
-    """Bytes of the resulting rows that the allocator gets from the system."""
+    """Bytes of the result rows that the allocator gets new from the system."""
     if plan.phase == "forward":
         return new_bytes(plan.slots * plan.dims.out_features * plan.dtype.itemsize)
     return new_bytes(plan.slots * plan.dims.in_features * plan.dtype.itemsize) if plan.need[0] else 0.0
 
 
 def _idle(tasks: int | None, cores: int) -> float:
-    """Time over that of cores that are all busy to the end."""
+    """Time relative to that with all cores busy until the end."""
     return 1.0 if tasks is None else math.ceil(tasks / cores) * cores / tasks
 
 
 def fixed_seconds(plan: Contraction, hardware: Hardware) -> float:
-    """Of a call, everything but its register tiles: copies, sums (of float32), the first use of memory, the call."""
+    """Time of a call without its register tiles: copies, sums (in float32), the first use of memory, call overhead."""
     work = work_of(plan)
     copies = (2 * work.copied * plan.dtype.itemsize + 2 * work.summed * 4) / hardware.bandwidth
     new = _new_bytes(plan) / hardware.new_memory_bandwidth

@@ -50,7 +50,7 @@ def _arguments(
     central: tuple[int, ...],
     right: tuple[int, ...],
 ) -> LinearArguments:
-    """What does not change from call to call, checked once: a call copies it and adds its addresses."""
+    """The arguments that do not change from call to call, checked once: a call copies them and adds its addresses."""
     if not (len(left) == len(central) == len(right) == 4):
         raise ValueError(f"left, central and right must have 4 axes; got {len(left)}, {len(central)}, {len(right)}")
     if 0 in (*left, *central, *right):
@@ -73,7 +73,8 @@ def _arguments(
 
 
 def _inputs(call: LinearCall) -> tuple[LinearArguments, tuple[Tensor | None, ...]]:
-    """What both passes are called with, and the tensors behind it, which the caller keeps until the call returns."""
+    """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
+    returns."""
     x, left, central, right = dense("x", call.x), call.left, call.central, call.right
     dtype = x.dtype
     for name, block in (("left", left), ("central", central), ("right", right)):

@@ -1,4 +1,4 @@
-"""PyTorch's products and those of the compiled kernels timed beside each other: the constants of `planner.machine`."""
+"""Times PyTorch's products against those of the compiled kernels: the constants of `planner.machine`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mpoe_kernels.planner.machine import DTYPES, Constants, Pair, seconds_of
 EXPERTS = 4
 # m, n, k of PyTorch's.
 LARGE, SHORT = (256, 768, 768), (16, 768, 768)
-# Of the compiled kernels': long sums over many rows, and sums of 16 that leave a tile as soon as it was begun.
+# Of the compiled kernels: long sums over many rows, and sums of 16, which finish a tile as soon as it is started.
 LONG_SUMS = BlockDims(iL=64, jL=1, a=64, iC=8, jC=8, b=64, iR=1, jR=64, in_features=512, out_features=512)
 SHORT_SUMS = BlockDims(iL=16, jL=16, a=16, iC=4, jC=4, b=16, iR=8, jR=8, in_features=512, out_features=512)
 LONG_SLOTS, SHORT_SLOTS = 256, 16
-# How far from the table's a tile's store is believed to be, either way.
+# Maximum factor by which a tile's store time may differ from the table's, either way.
 FACTOR = 8.0
 
 
@@ -50,15 +50,15 @@ def _compiled(plan: Contraction) -> Callable[[], object]:
 def tile_constants(
     plans: tuple[Contraction, Contraction], seconds: list[float], hardware: Hardware
 ) -> tuple[float, float]:
-    """FLOP/s of tiles, and seconds in which a core stores one, with which the model gives both measured times back.
+    """FLOP/s of tiles, and seconds in which a core stores one, with which the model reproduces both measured times.
 
     Args:
-        plans: one that spends its time multiplying, one that stores.
-        seconds: of both.
-        hardware: for everything else that the model counts.
+        plans: one dominated by multiplying, one by storing.
+        seconds: measured times of both.
+        hardware: numbers for everything else in the model.
     """
     works = [work_of(plan) for plan in plans]
-    # What is left for the tiles, should copies cost less than predicted.
+    # The minimum left for the tiles, in case copies cost less than predicted.
     tiles = [max(s - fixed_seconds(plan, hardware), s / 4) for plan, s in zip(plans, seconds, strict=True)]
     (long, short), (t_long, t_short) = works, tiles
     each = (long.flops * t_short - short.flops * t_long) / (long.flops * short.tiles - short.flops * long.tiles)

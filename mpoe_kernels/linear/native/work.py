@@ -1,6 +1,6 @@
-"""What the compiled CPU kernels do for a contraction.
+"""The work of the compiled CPU kernels for a contraction.
 
-The products of csrc/cpu/linear as they are cut into register tiles, and the copies between them.
+The products of csrc/cpu/linear, divided into register tiles, and the copies between them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mpoe_kernels.planner.orders import applications
 PANEL, GRANULE = 32, 8
 # csrc/cpu/linear/half.h: bytes of a half-built weight worked on at a time.
 CHUNK_BYTES = 256 * 1024
-# csrc/cpu/linear/rebuild.cpp: blocks of iC of a backward, with sums of their own.
+# csrc/cpu/linear/rebuild.cpp: blocks of iC of a backward, with separate sums.
 MOST_BLOCKS = 16
-# csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with sums of their own.
+# csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with separate sums.
 MOST_GROUPS = 8
 # csrc/cpu/linear/chain.cpp: bytes of the states of a block of slots.
 BLOCK_BYTES = 512 * 1024
@@ -32,10 +32,10 @@ class Tiles(NamedTuple):
     """How the register tiles of an instruction set multiply.
 
     Attributes:
-        rows: of a tile, at most.
-        longest_sum: units of k in one go.
-        load_rows: a tile loads a row of its panel for every unit of k, which takes as long as the multiply-adds of so
-            many rows more.
+        rows: maximum rows of a tile.
+        longest_sum: units of k in one pass.
+        load_rows: a tile loads a row of its panel for every unit of k; this takes as long as the multiply-adds of this
+            many additional rows.
     """
 
     rows: int
@@ -51,12 +51,12 @@ AMX_UNITS, AMX_STEP, VECTOR_WEIGHT = 32, 16, 4.0
 
 
 def instructions() -> str:
-    """The instruction set that the compiled kernels use; without them that of the table's constants."""
+    """The instruction set that the compiled kernels use; without them, the one of the table's constants."""
     return NATIVE_LIBRARY.info.get("isa_used", "avx512bf16")
 
 
 def tiles_of(isa: str, dtype: torch.dtype) -> Tiles:
-    """Those of long sums."""
+    """The tiles for long sums."""
     return AMX if isa == "amx" and dtype == torch.bfloat16 else VECTORS
 
 
@@ -70,9 +70,10 @@ class Work:
     """Work of one call, on all cores together.
 
     Attributes:
-        plan: what is computed.
-        flops: of all tiles, whole panels and their loads included; beside AMX, what vectors take as long as.
-        tiles: stored.
+        plan: the contraction.
+        flops: FLOPs of all tiles, including padded panels and loads; with AMX, vector work is converted to equivalent
+            FLOPs.
+        tiles: stored tiles.
         copied: elements that copies read and write.
         summed: elements of sums over experts, in memory, that products read and write.
     """
@@ -86,7 +87,7 @@ class Work:
 
     @property
     def unit(self) -> int:
-        """Elements of k that a multiply-add takes: 1 of float32, 2 of bfloat16."""
+        """Elements of k per multiply-add: 1 for float32, 2 for bfloat16."""
         return 4 // self.plan.dtype.itemsize
 
     def multiply(self, count: float, rows: float, columns: float, k: float) -> None:
@@ -109,7 +110,7 @@ class Work:
         self.copied += elements
 
     def add_to_sum(self, elements: float) -> None:
-        """A sum over experts that does not stay in a core's cache."""
+        """A sum over experts that exceeds a core's cache."""
         self.summed += elements
 
 
@@ -150,7 +151,7 @@ def _rebuild(work: Work) -> None:
 
 
 def exchanged(d: BlockDims) -> BlockDims:
-    """Rows and columns of the weight exchanged: the problem that dz meets."""
+    """The problem with rows and columns of the weight exchanged, for products with dz."""
     return BlockDims(d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features)
 
 
@@ -254,7 +255,7 @@ def _separable(work: Work) -> None:
 
 
 def _chain(work: Work) -> None:
-    """States of the rows, copied before every product; those of a backward are computed again."""
+    """States of the rows, copied before every product; a backward recomputes them."""
     plan, d, slots = work.plan, work.plan.dims, work.plan.slots
     steps = applications(d, plan.order)
     x_needed, *blocks_needed = plan.need
@@ -295,7 +296,7 @@ _WORK: dict[str, Callable[[Work], None]] = {
 
 
 def tasks_of(plan: Contraction) -> int | None:
-    """Equal tasks that threads share; None: as many as wanted."""
+    """Number of equal tasks shared by the threads; None: unlimited."""
     if plan.strategy == "separable":
         return None
     if plan.phase == "forward":

@@ -202,7 +202,7 @@ def test_a_required_backend_that_is_absent_fails(tmp_path: Path) -> None:
     tests = [str(ROOT / "tests/device/test_device_ops.py"), "-k", "test_no_tokens and (cuda or eager)"]
     options = ["-p", "no:cacheprovider", "-q", "--confcutdir", str(ROOT / "tests/device")]
     command = [sys.executable, "-m", "pytest", *options, *tests]
-    one = Part("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda"})
+    one = Part("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     outcome = gpu.run_part(one, 120, tmp_path)
     assert outcome.result == "failed"
     assert "1 passed" in outcome.detail

@@ -48,7 +48,7 @@ def test_float16(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", WIDE)
 def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
-    case = Case(WIDE[name], dtype, tokens=90, experts=2, capacity=None, activation="relu")
+    case = Case(WIDE[name], dtype, tokens=48, experts=2, capacity=None, activation="relu")
     for strategy in planned_strategies(case.shape):
         stats()
         case.check(strategy)

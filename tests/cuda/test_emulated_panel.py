@@ -63,7 +63,7 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("left_first", [True, False])
 @pytest.mark.parametrize("shape", [BOND_24, LIGHT], ids=["bond_24", "light"])
 def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dtype) -> None:
-    case = Case(shape, dtype, tokens=90, experts=2, capacity=None, activation="relu")
+    case = Case(shape, dtype, tokens=48, experts=2, capacity=None, activation="relu")
     dims = case.linear.dims
     stats()
     case.check(cut(dims, False, left_first, split=True), cut(dims, True, left_first, split=True))

@@ -1,9 +1,9 @@
 """Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, and PEFT MPO weights, without
 importing either.
 
-Transformers takes seconds to import, and the command line must start at once. So only place-holders are registered
-with `AutoConfig`, as soon as its module is there; the first MPOE checkpoint of a family that is opened makes and
-registers the real classes (`mpoe.models.classes`). PEFT is told when it is imported (`mpoe.models.peft_hooks`).
+Transformers takes seconds to import, and the command line must start at once. So only placeholders are registered with
+`AutoConfig`, as soon as its module is imported; opening the first MPOE checkpoint of a family creates and registers the
+real classes (`mpoe.models.classes`). PEFT is hooked when it is imported (`mpoe.models.peft_hooks`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _hook(name: str) -> Callable[[Any], None]:
     return lambda module: getattr(importlib.import_module("mpoe.models.peft_hooks"), name)(module)
 
 
-# Module of another package -> what is done once it is imported
+# Module of another package -> function to run once it is imported
 _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
     _AUTO_CONFIG: _register,
     "peft.tuners.lora.model": _hook("teach_lora"),
@@ -60,7 +60,7 @@ _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
 
 
 class _FollowedLoader(Loader):
-    """Loads a module as its own loader does, then does what follows."""
+    """Loads a module with its own loader, then runs the follow-up."""
 
     def __init__(self, loader: Any, after: Callable[[Any], None]) -> None:
         self._loader, self._after = loader, after
@@ -95,7 +95,8 @@ class _Finder(MetaPathFinder):
 
 
 def register() -> None:
-    """Do what follows the import of Transformers' `AutoConfig` and of PEFT: now where they are imported, else then."""
+    """Run the follow-ups of importing Transformers' `AutoConfig` and PEFT: now if they are already imported, otherwise
+    later."""
     waiting = {}
     for name, after in _AFTER_IMPORT.items():
         if name in sys.modules:

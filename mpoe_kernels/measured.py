@@ -1,7 +1,7 @@
-"""Measured times of contractions on GPUs: where there is one, it takes the place of a backend's predicted time.
+"""Measured times of contractions on GPUs: if there is one, it replaces a backend's predicted time.
 
 ``measured.json`` maps the name of a GPU (as PyTorch gives it) to a table, which maps `key` of a contraction to pairs
-``[slots, seconds]``. Between two measured numbers of slots the time is interpolated, beyond them nothing is known.
+``[slots, seconds]``. Between two measured numbers of slots the time is interpolated; there is no extrapolation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Table = Mapping[str, list[tuple[int, float]]]
 
 
 def key(backend: str, candidate: str, plan: Contraction) -> str:
-    """What a time depends on but the number of slots, e.g. ``"cuda rebuild forward bfloat16 8x..x3072 E8"``."""
+    """Everything that a time depends on except the number of slots, e.g. ``"cuda rebuild forward bfloat16 8x..x3072
+    E8"``."""
     dtype = str(plan.dtype).removeprefix("torch.")
     sizes = "x".join(map(str, plan.dims))
     words = [backend, candidate, plan.phase, dtype, sizes, f"E{plan.num_experts}"]
@@ -34,7 +35,7 @@ def read(path: Path) -> dict[str, Table]:
     """The tables of all GPUs.
 
     Raises:
-        ValueError: an entry that is no list of pairs of slots and positive seconds, by name.
+        ValueError: an entry that is not a list of pairs of slots and positive seconds, by name.
     """
     tables: dict[str, Table] = {}
     for device, entries in json.loads(path.read_text(encoding="utf-8")).items():
@@ -62,7 +63,7 @@ def table_here(device: str) -> Table:
 
 
 def seconds_of(table: Table, backend: str, candidate: str, plan: Contraction) -> float | None:
-    """Measured time of a backend's candidate for a contraction; None where it was not measured."""
+    """Measured time of a backend's candidate for a contraction; None if it was not measured."""
     pairs = table.get(key(backend, candidate, plan)) if table else None
     if not pairs or not pairs[0][0] <= plan.slots <= pairs[-1][0]:
         return None

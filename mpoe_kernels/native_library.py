@@ -1,7 +1,7 @@
-"""The compiled CPU kernels, `mpoe_kernels/_C.abi3.so`, loaded where they can be.
+"""The compiled CPU kernels, `mpoe_kernels/_C.abi3.so`, loaded if possible.
 
-The library is plain C to the outside (csrc/interface.h) and is linked to nothing of torch: `ctypes` calls it, and its
-threads are those of torch, whose functions it is handed here.
+The library has a plain C interface (csrc/interface.h) and does not link to torch: `ctypes` calls it, and it uses
+torch's threads through function pointers that it gets here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mpoe_kernels.native_interface import STRUCTS
 LIBRARY = "_C.abi3.so"
 # setup.py writes it where it does not build.
 REASON_FILE = "_native_missing.txt"
-# What the library tells of itself: what it was built from, the torch it needs, and which instructions it uses here
+# The library's description: what it was built from, the torch it needs, and which instructions it uses here
 # (``isa_compiled``: names, separated by spaces).
 INFO_KEYS = {"version", "torch", "compiler", "isa_compiled", "isa_detected", "isa_used"}
 
 
 def _opened(path: Path) -> tuple[str, ctypes.CDLL]:
-    # Looks into what torch has loaded already: libtorch_cpu, wherever it lies.
+    # Looks up symbols in libraries that torch has already loaded: libtorch_cpu, wherever it is.
     torch_library = ctypes.CDLL(torch._C.__file__)
     library = ctypes.CDLL(str(path))
     library.mpoe_use_threads(torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
@@ -47,7 +47,7 @@ def call_native(function: str, *arguments: ctypes.Structure) -> None:
 
     Args:
         function: its name.
-        arguments: the structs that it takes. What their pointers lead to must live until this returns.
+        arguments: its structs. The memory behind their pointers must live until this returns.
 
     Raises:
         ValueError: the library refuses the arguments.

@@ -139,7 +139,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             targets, expert_type = self.target_modules or ["ffn"], self.expert_type
         else:
             if self.target_modules or self.expert_type != "mpo":
-                raise CommandError("mpo_layers says what target_modules and expert_type say; give one or the other")
+                raise CommandError("mpo_layers sets target_modules and expert_type; give either it or them")
             layers = [part.strip() for value in self.mpo_layers for part in value.split(",") if part.strip()]
             for name in layers:
                 if name not in (*MPO_LAYERS, NO_MPO):

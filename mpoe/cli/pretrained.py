@@ -44,14 +44,14 @@ def find(name: str) -> Source:
         return Source(str(stand_in_path(name)), name)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CommandError(f"model: {folder} holds no config.json, so it is no saved model")
+        raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
     model_type = _model_type(name, is_folder=folder.is_dir())
     if model_type not in (*TABLE, *MODEL_TYPES):
         raise CommandError(
             f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
-            "(and what it made of them)"
+            "(and models converted from them)"
         )
     return Source(name, model_type)
 
@@ -71,7 +71,7 @@ def _model_type(name: str, is_folder: bool) -> str:
         reason = str(error).strip().partition("\n")[0]
         known = f"no built-in model ({', '.join(STAND_INS)})"
         raise CommandError(
-            f"model: {name!r} is no folder here, {known}, and the hub did not give it ({reason}){hint}"
+            f"model: {name!r} is not a folder here, {known}, and the hub did not give it ({reason}){hint}"
         ) from error
     return str(values.get("model_type", "unknown"))
 
@@ -121,7 +121,7 @@ def load_tokenizer(source: Source) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     except Exception as error:  # the tokenizers library raises bare ones
-        raise CommandError(f"model: no usable tokenizer beside {source.path}: {error}") from error
+        raise CommandError(f"model: no usable tokenizer in {source.path}: {error}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

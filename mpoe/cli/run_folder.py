@@ -60,7 +60,7 @@ def read_run(path: str, name: str = "") -> RunFolder:
 
     folder = Path(path)
     if not (folder / RUN_FILE).is_file():
-        raise CommandError(f"{path} is no folder of a run: it holds no {RUN_FILE}")
+        raise CommandError(f"{path} is not the folder of a run: it holds no {RUN_FILE}")
     try:
         settings = dict(flatten(json.loads((folder / RUN_FILE).read_text())["config"]))
         ended = (folder / RESULTS_FILE).is_file()

@@ -170,7 +170,7 @@ class TaskSpec:
         if label not in self.label_words:
             known = ", ".join(list(self.label_words)[:10])
             raise ValueError(
-                f"{where}: label_words of task {self.name} must have a word for {label!r}, which stands in column "
+                f"{where}: label_words of task {self.name} must have a word for {label!r}, which is in column "
                 f"{self.label_column!r}; it has words for {known}"
             )
         return self.label_words[label]

@@ -1,13 +1,13 @@
 """Several devices: replicated MPO experts against expert-parallel Switch, bytes per link and step time.
 
-Every device sees T tokens of its own in a step (data parallelism). G = nodes * devices per node.
+Every device processes its own T tokens in a step (data parallelism). G = nodes * devices per node.
 
 MPOE replicates everything. The only traffic is the all-reduce of gradients, in two levels (reduce-scatter inside the
 node, all-reduce of a shard between nodes, all-gather inside): for B bytes of gradients a device sends
 ``2 (g - 1) / g * B`` inside its node of g devices and ``2 (n - 1) / n * B / g`` to the other nodes of n. Masked central
 cores have no gradients.
 
-Switch spreads every layer's E experts over ``P = gcd(E, G)`` devices, nodes filled first, so that each holds E / P; the
+Switch distributes every layer's E experts over ``P = gcd(E, G)`` devices, filling nodes first, so each holds E / P; the
 rest is replicated. Traffic (GShard, Lepikhin et al., ICLR 2021, section 3.2):
 
 * all-to-all: every mixture layer sends its ``T * K`` rows of the model size to their experts (dispatch) and back
@@ -17,7 +17,7 @@ rest is replicated. Traffic (GShard, Lepikhin et al., ICLR 2021, section 3.2):
 * all-reduce: the replicated gradients over all G devices, each expert's over its ``G / P`` replicas.
 
 Time: bytes over the speed of the links, inside the node and between nodes one after the other, plus `LATENCY` per
-collective call. Nothing overlaps with computation, links run at full speed: the same favour to both designs.
+collective call. Nothing overlaps with computation and links run at full speed: the same assumptions for both designs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Traffic:
         return inside + across + self.calls * LATENCY
 
     def bottleneck(self, cluster: Cluster) -> float:
-        """Bytes over the slower kind of link that the cluster has: between nodes, or inside the only one."""
+        """Bytes over the cluster's slower kind of link: between nodes, or inside a single node."""
         return self.link if cluster.nodes > 1 else self.node
 
 
@@ -83,7 +83,7 @@ def all_reduce(size: float, nodes: int, gpus: int) -> Traffic:
 
 
 def all_to_all(size: float, group: int, gpus: int) -> Traffic:
-    """Every device spreads ``size`` bytes evenly over a group that fills nodes of ``gpus`` devices first."""
+    """Every device sends ``size`` bytes evenly to a group that fills nodes of ``gpus`` devices first."""
     if group == 1 or not size:
         return Traffic()
     inside = min(group, gpus)
@@ -97,14 +97,14 @@ class Placement:
     Attributes:
         design: ``mpoe`` or ``switch``.
         expert_group: devices that share a layer's experts; 1 = replicated.
-        parameters: on one device.
-        memory_bytes: parameters, gradients and optimizer in training; parameters in inference. No activations.
-        temporary_bytes: largest temporary weight memory of one product, beside them.
-        sharded_bytes: the same when all of the model is sharded over all devices (ZeRO-3, FSDP).
+        parameters: number on one device. memory_bytes: parameters, gradients and optimizer in training; parameters in
+            inference. No activations.
+        temporary_bytes: additional peak of temporary weight memory of one product.
+        sharded_bytes: ``memory_bytes`` if the whole model is sharded over all devices (ZeRO-3, FSDP).
         all_to_all: of tokens; ``all_reduce``: of gradients.
         compute_seconds: forward (and backward) of the whole model.
-        optimizer_seconds: AdamW on what the device holds.
-        communication_seconds: see the module's text.
+        optimizer_seconds: AdamW on the device's parameters.
+        communication_seconds: see the module docstring.
     """
 
     design: str
@@ -155,7 +155,7 @@ def place_mpoe(costs: ModelCosts, cluster: Cluster) -> Placement:
 
 
 def place_switch(costs: ModelCosts, cluster: Cluster, replicated: bool = False) -> Placement:
-    """Dense experts, spread over ``gcd(E, G)`` devices, or all of them on every device."""
+    """Dense experts, distributed over ``gcd(E, G)`` devices, or replicated on every device."""
     work, experts, top_k = costs.workload, costs.config.num_experts, costs.config.top_k
     group = 1 if replicated else math.gcd(experts, cluster.devices)
     local = experts // group
@@ -194,7 +194,7 @@ def place_switch(costs: ModelCosts, cluster: Cluster, replicated: bool = False) 
 
 
 def placements(costs: ModelCosts, cluster: Cluster) -> tuple[Placement, ...]:
-    """MPOE replicated, Switch expert-parallel and, if that is another thing, Switch replicated."""
+    """MPOE replicated, Switch expert-parallel and, if different, Switch replicated."""
     found = [place_mpoe(costs, cluster), place_switch(costs, cluster)]
     if found[1].expert_group > 1:
         found.append(place_switch(costs, cluster, replicated=True))
@@ -202,7 +202,7 @@ def placements(costs: ModelCosts, cluster: Cluster) -> tuple[Placement, ...]:
 
 
 def break_even(placed: Sequence[Placement], cluster: Cluster) -> float | None:
-    """How many times the planned tokens make Switch send as much as replicated MPO experts; None = never.
+    """The multiple of the planned tokens at which Switch sends as much as replicated MPO experts; None = never.
 
     The all-to-all grows with the tokens of a step, the all-reduce does not. Counts the links between nodes, or those
     inside if there is one node.

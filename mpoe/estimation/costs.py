@@ -1,18 +1,18 @@
-"""What every feed-forward layer costs as MPO experts, as dense experts (Switch) and dense.
+"""The cost of every feed-forward layer with MPO experts, with dense experts (Switch) and as a dense layer.
 
 All numbers follow from shapes:
 
 * parameters: MPO experts share one central core, ``central + E * auxiliary`` per matrix; dense experts ``E * I * F``;
-  dense ``I * F``; both mixtures add a router ``[I, E]``. Biases, which experts share, belong to the rest of the model.
+  dense ``I * F``; both mixtures add a router ``[I, E]``. Biases shared by experts count as the rest of the model.
 * optimizer bytes: `OPTIMIZER_BYTES` per trained parameter.
 * operations: the planner's count for MPO experts, ``2 N I F`` for the others (N = T * K rows; dense: T), three times
   that with the backward pass; a router ``2 T I E``.
 * around hidden-side experts the projections are dense, and every expert owns a block per projection: `hidden_costs`.
 * time: the planner's prediction for the device, from every product's arithmetic, memory traffic and calls. Both
-  mixtures add their router in float32 and the copies that sort the rows by expert and back.
+* mixtures add their router in float32 and the copies for dispatch and combine.
 * "x dense" divides by the dense layer's time on the same tokens.
 
-Tokens are those one device sees in a step; every expert is assumed to get its share of them.
+Tokens are those of one device in a step; every expert is assumed to get an equal share.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DESIGNS = ("mpoe", "switch", "dense")
 
 @dataclass(frozen=True)
 class Usage:
-    """What runs, and where.
+    """The workload and the device.
 
     Attributes:
         tokens: per stream (``encoder``, ``decoder`` or ``main``), tokens of one device in one step.
-        device: where, and the dtype of activations and products.
+        device: the device, and the dtype of activations and products.
         training: forward and backward, rather than forward.
         mask_central: the gradient mask is on: the central core gets no gradient in this step.
     """
@@ -49,7 +49,7 @@ class Usage:
 
     @property
     def passes(self) -> int:
-        """Products of a dense linear in the step: the output, and with training the two gradients."""
+        """Number of products of a dense linear in the step: the output and, in training, the two gradients."""
         return 3 if self.training else 1
 
 
@@ -59,7 +59,7 @@ class Cost:
 
     Attributes:
         parameters: elements.
-        temporary_bytes: largest temporary weight memory; of a sum, the larger.
+        temporary_bytes: peak temporary weight memory; for a sum, the larger.
         flops: per step.
         seconds: predicted, per step.
     """
@@ -95,7 +95,7 @@ def total(costs: Iterable[Cost]) -> Cost:
 class MatrixCosts:
     """One projection: its shape, the planner's choice, and the cost of every design.
 
-    Around hidden-side experts there is nothing to choose: ``plan`` is ``None``.
+    With hidden-side experts there is nothing to choose: ``plan`` is ``None``.
     """
 
     matrix: Matrix
@@ -109,10 +109,10 @@ class LayerCosts:
     """Equal layers.
 
     Attributes:
-        names: of the modules; their number is the count.
-        streams: that they belong to.
+        names: names of the modules; their number is the count.
+        streams: their streams.
         tokens: per step.
-        matrices: of one layer.
+        matrices: projections of one layer.
         routing: router, sorting and combining of one layer, for both mixtures.
     """
 
@@ -127,7 +127,7 @@ class LayerCosts:
         return len(self.names)
 
     def cost(self, design: str) -> Cost:
-        """Of one layer."""
+        """Costs of one layer."""
         own = total(matrix.costs[design] for matrix in self.matrices)
         return own if design == "dense" else own + self.routing
 
@@ -138,7 +138,7 @@ class ModelCosts:
 
     Attributes:
         layers: groups of equal layers.
-        rest: everything that no design changes: its parameters; operations and time of its matrix maps.
+        rest: everything that is the same in all designs: parameters; operations and time of its matrix maps.
     """
 
     inventory: Inventory
@@ -148,14 +148,14 @@ class ModelCosts:
     rest: Cost
 
     def experts(self, design: str) -> Cost:
-        """Of all feed-forward layers."""
+        """Costs of all feed-forward layers."""
         return total(layer.cost(design).times(layer.count) for layer in self.layers)
 
     def whole(self, design: str) -> Cost:
         return self.experts(design) + self.rest
 
     def x_dense(self, design: str = "mpoe") -> float | None:
-        """Time of the feed-forward layers over that of the dense ones; None without tokens."""
+        """Time of the feed-forward layers relative to the dense ones; None without tokens."""
         dense = self.experts("dense").seconds
         return self.experts(design).seconds / dense if self.has_tokens else None
 
@@ -164,7 +164,7 @@ class ModelCosts:
         return any(self.workload.tokens.values())
 
     def updated(self, design: str) -> int:
-        """Parameters that get a gradient in the step: all but, for MPO experts, masked central cores."""
+        """Parameters that get a gradient in the step: all except masked central cores."""
         parameters = self.whole(design).parameters
         if design != "mpoe" or not self.workload.mask_central:
             return parameters
@@ -211,7 +211,7 @@ def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, work: Usag
 def hidden_costs(matrix: Matrix, config: MPOEConfig, work: Usage, slots: int) -> Cost:
     """Blocks ``[b, b]`` of the experts on the hidden side of one projection, with every group of hidden units a row.
 
-    With the backward pass, which recomputes what lies before the activation, blocks after up and gate_proj take part in
+    With the backward pass, which recomputes the input of the activation, blocks after up and gate_proj take part in
     four products, those before down in three.
     """
     hidden = matrix.rows if matrix.kind == "down" else matrix.columns
@@ -233,7 +233,7 @@ def switch_seconds(matrix: Matrix, experts: int, slots: int, work: Usage) -> flo
 def routing_cost(model_size: int, experts: int, top_k: int, tokens: int, work: Usage, sorts: bool = True) -> Cost:
     """Router in float32; dispatch and combine, which read and write every row, and again in the backward pass.
 
-    ``sorts``: whether rows are copied; around hidden-side experts they stay where they are.
+    ``sorts``: whether rows are copied; with hidden-side experts they are not.
     """
     moved = 0 if not sorts else 4 * tokens * top_k * model_size * work.device.element_size * (2 if work.training else 1)
     router = work.device.in_float32().linear_seconds(tokens, model_size, experts, 1, work.training)
@@ -265,10 +265,10 @@ def _rest_cost(inventory: Inventory, work: Usage) -> Cost:
 
 
 def model_costs(inventory: Inventory, config: MPOEConfig, work: Usage) -> ModelCosts:
-    """Costs of a model's layers, alike ones grouped.
+    """Costs of a model's layers, with equal layers grouped.
 
     Raises:
-        ValueError: a shape that does not fit a layer, tokens missing for a stream.
+        ValueError: a shape that does not match a layer, tokens missing for a stream.
     """
     missing = [stream for stream in inventory.streams if stream not in work.tokens]
     if missing:

@@ -32,7 +32,7 @@ class Layer:
 
     Attributes:
         name: of the module.
-        stream: ``encoder``, ``decoder`` or ``main``: whose tokens pass it.
+        stream: the stream of its tokens: ``encoder``, ``decoder`` or ``main``.
         matrices: its projections; the first maps the model size to the hidden size.
     """
 
@@ -51,10 +51,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A dense model, as far as a plan needs it.
+    """The properties of a dense model that a plan needs.
 
     Attributes:
-        name: what the user typed.
+        name: the name that the user typed.
         source: where the sizes came from.
         class_name: Hugging Face class.
         parameters: of the dense model, tied ones counted once.
@@ -62,7 +62,7 @@ class Inventory:
         rest: matrix maps that stay dense (attention projections, language-model head), as
             ``(stream, rows, columns) -> how many``. BERT's pooler, one row per sequence, is left out.
         mpoe: the configuration of an already converted model, or None.
-        blocks_fit: whether experts of the shape "hidden" can stand between its projections.
+        blocks_fit: whether it supports experts of the shape "hidden".
     """
 
     name: str
@@ -99,7 +99,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _cached_values(name: str) -> dict[str, Any] | None:
-    """Configuration of a hub model that was downloaded before; never asks the network."""
+    """Configuration of a previously downloaded hub model; never uses the network."""
     from transformers import PreTrainedConfig
 
     try:
@@ -117,7 +117,7 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
             ``google/flan-t5-xl``) or a hub name in the local cache.
 
     Raises:
-        ValueError: nothing of that name; with the closest known ones.
+        ValueError: nothing of that name; the message suggests the closest known ones.
     """
     if not name:
         raise ValueError("model must be a folder, a config.json or a well-known size; got an empty name")
@@ -125,7 +125,7 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
-            raise ValueError(f"model: {path} holds no config.json, so it is no saved model")
+            raise ValueError(f"model: {path} holds no config.json, so it is not a saved model")
         return _read_json(file), str(file)
     if path.is_file():
         return _read_json(path), str(path)
@@ -141,8 +141,8 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
     close = get_close_matches(name.lower().rpartition("/")[2], known_names(), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"model: {name!r} is no folder or config.json here, no well-known size ({', '.join(known_names()[:5])}, ...) "
-        f"and not in the local hub cache{hint}"
+        f"model: {name!r} is not a folder or config.json here, not a well-known size ({', '.join(known_names()[:5])}, "
+        f"...) and not in the local hub cache{hint}"
     )
 
 
@@ -158,7 +158,7 @@ def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEC
     if family not in TABLE:
         raise ValueError(
             f"model {name!r} is of the family {model_type!r}, which mpoe does not know; "
-            f"it knows {', '.join(TABLE)} (and what it made of them)"
+            f"it knows {', '.join(TABLE)} (and models converted from them)"
         )
     if TABLE[family].is_mixture:
         raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
@@ -168,13 +168,13 @@ def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEC
     class_name = next((a for a in named if a in known), default_class(family))
     try:
         config = AutoConfig.for_model(family, **values)
-    except Exception as error:  # configuration classes check themselves with errors of many types
+    except Exception as error:  # configuration classes raise many types of errors
         raise ValueError(f"model: the configuration of {name!r} is not a valid {family} one: {error}") from error
     return config, class_name, None if mpoe is None else MPOEConfig.from_dict(mpoe)
 
 
 def _stream(name: str) -> str:
-    """Whose tokens a module sees; cross-attention reads its keys and values from the encoder."""
+    """The stream of a module's tokens; cross-attention reads its keys and values from the encoder."""
     cross = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_proj", ".encoder_attn.v_proj")
     if any(part in name for part in cross) or "encoder" in name.split("."):
         return "encoder"
@@ -182,9 +182,9 @@ def _stream(name: str) -> str:
 
 
 def _head_of_its_own(model: Any, values: Mapping[str, Any]) -> int:
-    """Elements of a language-model head that the configuration says is not the embedding, where the class ties it.
+    """Elements of a language-model head that is untied in the configuration although the class ties it.
 
-    Transformers 5 constructs every T5 with a tied head and lets a checkpoint's own head (T5 v1.1, Flan) undo that.
+    Transformers 5 constructs every T5 with a tied head, which a checkpoint's own head (T5 v1.1, Flan) replaces.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if values.get("tie_word_embeddings", True) or head is None or head.weight is not embedding.weight:

@@ -1,4 +1,4 @@
-"""Sizes of well-known models, so that they can be planned for without network or weights.
+"""Sizes of well-known models, so that they can be planned without network or weights.
 
 The numbers are those of the models' published configurations; everything else is the default of the model's
 Hugging Face configuration class.
@@ -16,7 +16,7 @@ def _t5(d_model: int, d_ff: int, num_layers: int, num_heads: int, d_kv: int = 64
 
 
 def _t5_v1_1(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, Any]:
-    """T5 v1.1 and Flan-T5: gated GELU, a head of its own."""
+    """T5 v1.1 and Flan-T5: gated GELU, an untied head."""
     values = _t5(d_model, d_ff, num_layers, num_heads)
     return {**values, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 

@@ -1,4 +1,5 @@
-"""Shapes that meet a budget: a small grid of separable, light and paper shapes, judged by the same costs as a plan."""
+"""Finds shapes that meet a budget: a small grid of separable, light and paper shapes, judged by the same costs as a
+plan."""
 
 from __future__ import annotations
 
@@ -14,24 +15,24 @@ RANKS = ("capacity", "time", "parameters")
 _SIZES = (8, 16, 32, 64, 128, 256, 512)  # of a separable shape's outer cores, and of light's products
 _BONDS = (128, 64, 32, 16, 8)
 _PER_FAMILY = {True: 5, False: 2}  # lossless; truncated
-_LEAST_CAPACITY = 0.001  # of a dense layer: experts that own less cannot become different
-# A chain with fewer than half of a matrix's numbers loses most of one without structure: of n x n the largest .29 n
+_LEAST_CAPACITY = 0.001  # fraction of a dense layer: experts that own less cannot become different
+# A chain with fewer than half of a matrix's numbers loses most of an unstructured one: for n x n, the largest .29 n
 # singular values, which need half of the numbers, hold two thirds of the energy.
 _LEAST_HELD = 0.5
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A shape and what it costs.
+    """A shape and its cost.
 
     Attributes:
         name: ``separable left/right``, ``light p`` or ``paper``, with its bond when truncated.
-        options: flags of ``mpoe plan`` and ``mpoe convert`` that choose it.
+        options: flags of ``mpoe plan`` and ``mpoe convert`` that select it.
         config: the same as a configuration.
-        costs: of the whole model.
-        capacity: auxiliary parameters of one expert over the elements of a dense feed-forward layer.
-        lossless: whether no bond is truncated, so that a converted model starts exactly where the dense one is.
-        held: parameters of one expert's chains, central cores included, over the elements of a dense layer.
+        costs: costs of the whole model.
+        capacity: auxiliary parameters of one expert relative to the elements of a dense feed-forward layer.
+        lossless: whether no bond is truncated, so a converted model starts exactly like the dense one.
+        held: parameters of one expert's chains, including central cores, relative to the elements of a dense layer.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Suggestion:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether its experts own something and its chain can hold a pretrained matrix."""
+        """Whether its experts own enough parameters and its chain can hold a pretrained matrix."""
         return self.capacity >= _LEAST_CAPACITY and (self.lossless or self.held >= _LEAST_HELD)
 
     @property
@@ -71,7 +72,7 @@ class Limits:
     x_dense: float | None = None
 
     def excess(self, suggestion: Suggestion) -> float:
-        """How many times the worse of the bounds is exceeded; at most 1 = met."""
+        """Factor by which the worse bound is exceeded; at most 1 = met."""
         ratios = [0.0]
         if self.parameters is not None:
             ratios.append(suggestion.parameters / self.parameters)
@@ -81,7 +82,7 @@ class Limits:
 
 
 def _near_divisors(size: int) -> list[int]:
-    """Divisors of ``size`` nearest to `_SIZES`, none of which leaves the central core a single feature."""
+    """Divisors of ``size`` nearest to `_SIZES` that leave the central core more than one feature."""
     divisors = [d for d in range(1, size + 1) if size % d == 0 and d < size]
     chosen = {min(divisors, key=lambda d: (abs(math.log(d / wanted)), d)) for wanted in _SIZES if wanted < size}
     return sorted(chosen)
@@ -128,7 +129,7 @@ def candidates(inventory: Inventory, base: MPOEConfig, work: Usage, families: Se
 
 
 def front(suggestions: list[Suggestion]) -> list[Suggestion]:
-    """Those that no other one beats in both capacity and time (parameters grow with capacity)."""
+    """The Pareto front in capacity and time (parameters grow with capacity)."""
     ordered = sorted(suggestions, key=lambda s: (s.x_dense, -s.capacity, s.parameters))
     best, kept = -1.0, []
     for suggestion in ordered:
@@ -139,7 +140,7 @@ def front(suggestions: list[Suggestion]) -> list[Suggestion]:
 
 
 def _spread(front: list[Suggestion], count: int) -> list[Suggestion]:
-    """At most ``count`` of a front, evenly from its one end to the other."""
+    """At most ``count`` of a front, evenly spaced from end to end."""
     if len(front) <= count:
         return front
     return [front[round(k * (len(front) - 1) / (count - 1))] for k in range(count)]
@@ -155,9 +156,9 @@ def suggest(
 ) -> list[Suggestion]:
     """Shapes within a budget, lossless ones first, then by ``rank_by``.
 
-    Of each family (separable, light, paper; lossless or truncated) those are kept that no other one of it beats in
-    capacity *and* time, a few from the fastest to the largest. Shapes whose experts own next to nothing, or whose chain
-    is too small for a pretrained matrix, are left out, unless the budget allows no others.
+    Of each family (separable, light, paper; lossless or truncated), a few from the Pareto front in capacity *and* time
+    are kept, from the fastest to the largest. Shapes whose experts own almost nothing, or whose chain is too small for
+    a pretrained matrix, are left out, unless the budget allows no others.
 
     Args:
         inventory, base, work: model, experts and router, tokens and device.

@@ -1,4 +1,5 @@
-"""Predicted times of what the planner does not plan, by its model: dense linears, dense experts and copies."""
+"""Predicted times of operations that are not planned, with the planner's model: dense linears, dense experts and
+copies."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ class Device:
     """A device and the dtype of activations and products.
 
     Attributes:
-        name: as the planner takes it: ``cpu``, ``cuda`` or a name of its hardware table.
+        name: a name for the planner: ``cpu``, ``cuda`` or a name of its hardware table.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -28,7 +29,7 @@ class Device:
 
     @property
     def hardware(self) -> Hardware:
-        """The planner's numbers; of a device of this machine, measured ones if there are any."""
+        """The planner's numbers; for a device of this machine, measured ones if available."""
         return hardware_of(self.name)
 
     @property
@@ -47,7 +48,8 @@ class Device:
         return self.seconds(Step("copy", "copy", 0, 0, 0, 1, round(moved), 0)) if moved else 0.0
 
     def linear_seconds(self, rows: int, in_features: int, out_features: int, experts: int, training: bool) -> float:
-        """``rows`` rows, spread over ``experts`` weights ``[in_features, out_features]`` (1 = a dense linear).
+        """Time of ``rows`` rows, distributed over ``experts`` weights ``[in_features, out_features]`` (1 = a dense
+        linear).
 
         The output and, with training, the gradients of the rows and of the weights; each reads its operands once.
         Weights of experts without rows are not touched.

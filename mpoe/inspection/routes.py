@@ -20,7 +20,7 @@ class Route:
         tokens: as text, T of them.
         layers: names of the MPOE layers that the tokens pass, in order.
         experts: the chosen experts, best first, ``[layers][T][K]``.
-        probabilities: the router's, of those experts, ``[layers][T][K]``.
+        probabilities: the router's probabilities of those experts, ``[layers][T][K]``.
     """
 
     stream: str
@@ -32,12 +32,12 @@ class Route:
 
 @torch.inference_mode()
 def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) -> list[Route]:
-    """Routes of a text's tokens; an encoder-decoder first answers the text, and the answer's tokens are routed too.
+    """Routes of a text's tokens; an encoder-decoder first generates an answer, whose tokens are routed too.
 
     Args:
         model: an MPOE model in eval mode.
         tokenizer: its tokenizer.
-        text: any; what the tokenizer cuts off is not shown.
+        text: any text; parts that the tokenizer truncates are not shown.
         max_new_tokens: length of an answer.
 
     Raises:
@@ -77,6 +77,6 @@ def _best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_text(tokenizer: Any, token: int) -> str:
-    """A token as its tokenizer writes it, with spaces as such."""
+    """A token as its tokenizer decodes it, with spaces."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     return piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\\n")

@@ -38,12 +38,12 @@ class BondSpectrum:
 
     @property
     def effective_rank(self) -> Tensor:
-        """``exp(entropy)``, ``[E]``: of the d directions, how many carry weight; d if all carry the same."""
+        """``exp(entropy)``, ``[E]``: how many of the d directions carry weight; d if all carry the same."""
         return self.entropy.exp()
 
     @property
     def used(self) -> float:
-        """Effective rank as a share of the bond's dimension, mean over experts: ``1/d`` to 1."""
+        """Effective rank as a fraction of the bond dimension, mean over experts: ``1/d`` to 1."""
         return float(self.effective_rank.mean()) / self.dimension
 
 

@@ -222,7 +222,7 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     dense_class = cls.dense_class
     if isinstance(base, (str, Path)):
         if not str(base) or not Path(base).is_dir():
-            raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is no folder")
+            raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is not a folder")
         try:
             return dense_class.from_pretrained(base, use_safetensors=True), str(base)
         except Exception as error:  # Transformers raises several kinds for a folder that has no model of this class

@@ -45,7 +45,7 @@ class HiddenSite(FFNSite):
         """Refuse projections of another structure or with mismatched sizes."""
         own = config.for_experts(self.name)
         if self.obstacle is not None:
-            raise ValueError(f"{self.name}: shape 'hidden' needs {self.obstacle} (shape='separable' takes it as it is)")
+            raise ValueError(f"{self.name}: shape 'hidden' needs {self.obstacle} (shape='separable' supports it)")
         rows, columns = self.weight("up").shape
         for kind, (i, f) in {"up": (rows, columns), "gate_proj": (rows, columns), "down": (columns, rows)}.items():
             if kind in self.dense and tuple(self.weight(kind).shape) != (i, f):

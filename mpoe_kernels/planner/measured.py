@@ -65,7 +65,7 @@ def _positive(value: Any) -> bool:
 
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict):
-        raise ValueError("an entry is no object")
+        raise ValueError("an entry is not an object")
     for name in _SCALARS:
         if not _positive(entry.get(name)):
             raise ValueError(f"{name} must be a positive number; got {entry.get(name)!r}")
@@ -140,7 +140,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
-        raise ValueError(f"it is no regular file of at most {LARGEST_FILE} bytes")
+        raise ValueError(f"it is not a regular file of at most {LARGEST_FILE} bytes")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -1,1 +1,1 @@
-"""Named cases, calibrated assertions and poisoned memory, for tests and benchmarks alone."""
+"""Named cases, calibrated assertions and poisoned memory, only for tests and benchmarks."""

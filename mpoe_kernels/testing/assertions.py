@@ -23,12 +23,11 @@ def assert_calibrated(
     """Require the error of ``actual`` against the float64 ``truth`` to stay within ``factor`` of PyTorch's own.
 
     Args:
-        actual: what is under test.
+        actual: the result under test.
         truth: float64 reference.
-        same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the tolerance, with a
-            floor of four units of rounding of that dtype (for a tensor of fewer than 32
-            elements 128, in half precision 32).
-        name: how a failure calls the tensor.
+        same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the tolerance, with a floor
+            of four units of rounding of that dtype (128 for a tensor of fewer than 32 elements, 32 in half precision).
+        name: the tensor's name in failure messages.
 
     Raises:
         AssertionError: shape, dtype, non-finite values, or an error too large.
@@ -50,7 +49,7 @@ def assert_calibrated(
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Run with so many CPU threads; kernels cut their work by the number."""
+    """Run with the given number of CPU threads; kernels split their work by it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -61,7 +60,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill everything that ``torch.empty`` and its kin return with NaN (integers: their largest value)."""
+    """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their largest value)."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -13,8 +13,8 @@ Function = Callable[[], object]
 class CaptureError(RuntimeError):
     """A capture failed after it had begun.
 
-    PyTorch then leaves the device's random generator and allocator capturing: what the process does with them from
-    here on fails for no fault of its own.
+    PyTorch then leaves the device's random generator and allocator capturing: anything that the process does with them
+    from then on fails.
     """
 
 
@@ -32,7 +32,7 @@ def synchronising_refused() -> Iterator[None]:
 def graphed(function: Function) -> Callable[[], None]:
     """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their storage.
 
-    It is called four times before: kernels are compiled, and what synchronises is found while nothing is captured.
+    It is called four times before: kernels are compiled, and synchronisation is detected while nothing is captured.
 
     Raises:
         RuntimeError: the function synchronises; nothing was captured.

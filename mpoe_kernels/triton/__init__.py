@@ -1,1 +1,1 @@
-"""What the Triton kernels of several ops share: devices, launches, tuning."""
+"""Shared by the Triton kernels of several ops: devices, launches, tuning."""

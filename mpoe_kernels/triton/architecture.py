@@ -1,4 +1,4 @@
-"""What this machine offers to Triton, without importing it."""
+"""This machine's capabilities for Triton, determined without importing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 ARCHITECTURES = tuple(SHARED_MEMORY)
 INTERPRETER = "interpreter"
 NO_LIMIT = 1 << 62
-# Entry of the planner's table that stands for an architecture.
+# Entry of the planner's table that represents an architecture.
 HARDWARE_NAMES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200", "gfx942": "mi300", INTERPRETER: "h100"}
 
 
@@ -66,7 +66,7 @@ def shared_memory_of(device: torch.device) -> int:
 
 
 class Target(NamedTuple):
-    """What a kernel is made for.
+    """The target of a compiled kernel.
 
     Attributes:
         architecture: key of the configuration tables.
@@ -78,12 +78,12 @@ class Target(NamedTuple):
 
 
 def target_named(architecture: str) -> Target:
-    """An architecture as its vendor describes it; the device need not be here."""
+    """The target of an architecture by its vendor's specification; the device need not be present."""
     return Target(architecture, SHARED_MEMORY.get(architecture, NO_LIMIT))
 
 
 def target_of(device: torch.device) -> Target:
-    """A device of this machine; it may have less shared memory than the architecture its tables were made for."""
+    """The target of a device of this machine; it may have less shared memory than the architecture of its tables."""
     named = target_named(architecture_of(device))
     return named._replace(shared_memory=min(named.shared_memory, shared_memory_of(device)))
 

@@ -13,7 +13,7 @@ from mpoe_kernels.triton.start import architecture_of
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch is told to."""
+    """The precision of float32 products, following PyTorch's setting."""
     return "tf32" if may_round_to_tf32(dtype) else "ieee"
 
 
@@ -28,10 +28,10 @@ def _card(device: torch.device, architecture: str) -> Hardware:
 
 
 def card(device: torch.device) -> Hardware:
-    """Of a device, or of the GPU that stands for the architecture that launches are recorded for."""
+    """Numbers of a device, or of the GPU that represents the architecture for which launches are recorded."""
     return _card(device, architecture_of(device))
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 in the interpreter."""
+    """Number of multiprocessors of a GPU; 1 in the interpreter."""
     return card(device).units

@@ -1,4 +1,4 @@
-"""What several kernels share on the device: mixed-radix addresses, tiles of experts, activations.
+"""Device functions shared by several kernels: mixed-radix addresses, tiles of experts, activations.
 
 An *index map* turns a flat index into an address: the index has up to four digits, most significant first, and every
 digit has a stride in every operand. A host-side map pads with trailing digits of size 1, so the first digit needs no
@@ -32,7 +32,7 @@ def place(index, SIZES: tl.constexpr, STRIDES: tl.constexpr):
 def segments(offsets, slots, EXPERTS: tl.constexpr, GROUPED: tl.constexpr, SCAN: tl.constexpr):
     """First and last slot of every segment, ``[SCAN]`` each.
 
-    Segments are the experts' slots and, last, the empty slots behind ``offsets[EXPERTS]``. Not ``GROUPED``: all filled
+    Segments are the experts' slots and, last, the empty slots after ``offsets[EXPERTS]``. Not ``GROUPED``: all filled
     slots form one segment. ``SCAN`` is a power of two above the number of segments; unused entries are empty.
     """
     segment = tl.arange(0, SCAN)
@@ -55,7 +55,7 @@ def pick(values, position):
 
 @triton.jit
 def range_of_part(count, part, parts):
-    """First and last position of one of ``parts`` about equal parts of ``0 .. count``."""
+    """First and last position of one of ``parts`` roughly equal parts of ``0 .. count``."""
     share = tl.cdiv(count, parts)
     begin = tl.minimum(part * share, count)
     return begin, tl.minimum(begin + share, count)

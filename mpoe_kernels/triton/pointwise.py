@@ -26,7 +26,7 @@ def activation_backward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(row blocks, column blocks)``. Empty slots get zero and count for nothing."""
+    """Grid ``(row blocks, column blocks)``. Empty slots get zero and do not contribute."""
     filled = tl.load(offsets + EXPERTS).to(tl.int32)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -72,7 +72,8 @@ def sum_parts_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(blocks of elements,)``: the sum over ``parts`` in a fixed order; ADD: and over what ``out`` held."""
+    """Grid ``(blocks of elements,)``: the sum over ``parts`` in a fixed order; ADD: including the previous value of
+    ``out``."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), dtype=tl.float32)
     if ADD:
@@ -107,7 +108,7 @@ def sum_parts(parts: Tensor, out: Tensor, add: bool = False) -> Tensor:
 def activation_backward(
     grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and what the activation saved."""
+    """``(dz [N, F], dbias [F] or None)`` from the gradient of the result and the tensor saved for the activation."""
     slots, columns = grad.shape
     if activation == "none" and not need_bias:
         return grad, None

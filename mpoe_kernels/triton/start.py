@@ -42,7 +42,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches for a device, or for an architecture that need not be here."""
+    """Launches for a device, or for an architecture that need not be present."""
 
     target: architecture.Target
     device: torch.device | None = None
@@ -50,7 +50,7 @@ class Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
-# Of the launches that are recorded instead of made.
+# The current recording, if launches are recorded instead of made.
 recording: ContextVar[Recording | None] = ContextVar("mpoe_triton_recording", default=None)
 
 
@@ -66,7 +66,7 @@ def _into(found: Recording) -> Iterator[list[Launch]]:
 def recorded(name: str, tile: int | None = None) -> AbstractContextManager[list[Launch]]:
     """Record launches as they would be on ``name`` (see `ARCHITECTURES`); tensors may be ``meta`` ones.
 
-    ``tile``: take this entry of every kernel's table of tiles instead of the one that suits the problem.
+    ``tile``: take this entry of every kernel's table of tiles instead of the one for the problem.
     """
     if name not in architecture.ARCHITECTURES:
         raise ValueError(f"architecture must be one of {architecture.ARCHITECTURES}; got {name!r}")
@@ -79,13 +79,13 @@ def recorded_for(device: torch.device) -> AbstractContextManager[list[Launch]]:
 
 
 def planning() -> bool:
-    """Whether launches are recorded to be made on this machine."""
+    """Whether launches are recorded for replay on this machine."""
     current = recording.get()
     return current is not None and current.device is not None
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """Where a tensor is, or would be if launches were not recorded."""
+    """The device of a tensor, or the one that it would have if launches were not recorded."""
     current = recording.get()
     return tensor.device if current is None or current.device is None else current.device
 
@@ -96,24 +96,24 @@ def architecture_of(device: torch.device) -> str:
 
 
 def target_of(device: torch.device) -> architecture.Target:
-    """What kernels for tensors on ``device`` are made for, or the recorded target."""
+    """The target of kernels for tensors on ``device``, or the recorded target."""
     current = recording.get()
     return architecture.target_of(device) if current is None else current.target
 
 
 def recorded_tile() -> int | None:
-    """Entry of the tables of tiles that a recording asks for."""
+    """Entry of the tables of tiles that a recording requests."""
     current = recording.get()
     return None if current is None else current.tile
 
 
 def _on_device(index: int) -> AbstractContextManager[Any]:
-    """Makes the GPU of the tensors the current one: Triton launches there, wherever its arguments are."""
+    """Makes the GPU of the tensors the current one: Triton launches on the current one, wherever its arguments are."""
     return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 class Handles:
-    """Compiled kernels by everything that Triton compiles them for.
+    """Cache of compiled kernels, keyed by everything that Triton specialises on.
 
     Triton binds and hashes every argument at each launch, which takes longer than small kernels run.
     """
@@ -126,9 +126,9 @@ class Handles:
         self._kernels: dict[int, tuple[Any, frozenset[str]]] = {}
 
     def _key(self, kernel: Any, device: int, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Constants, and of run-time arguments what Triton may assume of them.
+        """Cache key: constants, and the properties of run-time arguments that Triton specialises on.
 
-        That is the dtype of a tensor and whether its address is a multiple of 16; whether an integer is 1, a multiple
+        These are the dtype of a tensor and whether its address is a multiple of 16; whether an integer is 1, a multiple
         of 16, or needs 64 bits.
         """
         if id(kernel) not in self._kernels:
@@ -146,7 +146,7 @@ class Handles:
         return tuple(parts)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], device: int, arguments: Mapping[str, Any]) -> Any:
-        """``kernel[grid](**arguments)``, by the handle of an earlier launch where there is one; returns the handle."""
+        """``kernel[grid](**arguments)``, by the handle of an earlier launch if there is one; returns the handle."""
         key = self._key(kernel, device, arguments)
         compiled = self._compiled.get(key)
         if compiled is not None:
@@ -162,7 +162,8 @@ _handles = Handles()
 
 
 def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
-    """What a kernel's descriptors lie in while it runs, on the current device; PyTorch's memory is aligned by 512."""
+    """Memory for a kernel's descriptors while it runs, on the current device; PyTorch's memory is aligned to 512
+    bytes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -198,7 +199,7 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     An empty grid is no launch.
 
     Raises:
-        BackendError: the device has too little of something, shared memory or registers, for the kernel.
+        BackendError: the device has too little of a resource (shared memory or registers) for the kernel.
     """
     if 0 in grid:
         return
@@ -212,10 +213,10 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 class Step:
-    """A launch that is started again and again, each time with other tensors.
+    """A launch that is replayed, each time with other tensors.
 
-    Its first start finds the compiled kernel; the others hand it addresses, and Triton asks about nothing. So tensors
-    must keep what Triton may assume of them: dtype, and what remains of their addresses divided by 16.
+    Its first start finds the compiled kernel; later ones pass it addresses and bypass Triton's checks. So tensors must
+    keep the properties that Triton specialised on: dtype, and address modulo 16.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ class Step:
         self._first: tuple[Any, ...] | None = kernel, grid, arguments, places  # what the handle makes needless
 
     def start(self, tensors: Sequence[Tensor], addresses: Sequence[int], device: int, stream: int | None) -> None:
-        """``addresses``: of the tensors. On a device that is the current one."""
+        """``addresses``: the tensors' addresses. Their device must be the current one."""
         first = self._first
         if first is not None:
             kernel, grid, arguments, places = first
@@ -257,7 +258,7 @@ def _view(tensor: Tensor, first: int, dtype: torch.dtype) -> Tensor:
 
 
 def start_steps(steps: Sequence[Step], tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-    """Start launches one after the other, with tensors that lie there, on their device and its current stream."""
+    """Start launches one after the other, with the given tensors, on their device and its current stream."""
     device = tensors[0].get_device()
     with _on_device(device):
         stream = None if INTERPRETED else driver.active.get_current_stream(device)

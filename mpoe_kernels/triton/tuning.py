@@ -1,4 +1,4 @@
-"""Measured choices of tiles, on request: `autotuned` turns them on, everything else takes the fixed choice.
+"""Measured choices of tiles, on request: `autotuned` turns them on; otherwise the fixed choice is used.
 
 The first launch of a kernel on sizes of a new class times every candidate of its table; the fastest is kept in
 ``$XDG_CACHE_HOME/mpoe/triton_tiles.json`` (default ``~/.cache``) under the GPU's name and Triton's version.
@@ -37,7 +37,7 @@ class _Tuning:
     path: Path
 
 
-# What chooses tiles now; of the process, as a backward runs in threads of its own.
+# The current tuner; global to the process, because a backward runs in other threads.
 active: _Tuning | None = None
 
 
@@ -58,7 +58,7 @@ def autotuned(bench: Bench | None = None, path: Path | None = None) -> Iterator[
 
 
 def size_class(kernel: str, dtype: torch.dtype, sizes: tuple[float, ...]) -> str:
-    """Launches that share a choice: the first size counts in powers of two, the others as they are."""
+    """Launches that share a choice: the first size is rounded to a power of two, the others are exact."""
     rows = 1 << max(int(-(-sizes[0] // 1)) - 1, 0).bit_length()
     return " ".join([kernel, str(dtype).removeprefix("torch."), "x".join(f"{size:g}" for size in (rows, *sizes[1:]))])
 
@@ -114,7 +114,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _milliseconds(bench: Bench, run: Callable[[], object]) -> float:
-    """Infinite for what does not fit the device."""
+    """Infinite if the candidate does not fit on the device."""
     try:
         return bench(run)
     except BackendError:
@@ -122,7 +122,7 @@ def _milliseconds(bench: Bench, run: Callable[[], object]) -> float:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Kept choices; a file that cannot be used is as good as none."""
+    """Saved choices; an unusable file is ignored."""
     try:
         content = read_json(path)
         if content is None or content.get("version") != FILE_VERSION:
@@ -137,7 +137,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _keep(path: Path, name: str, key: str, choice: list[Any]) -> None:
-    """Add one choice; what another process wrote in between stays, unless it wrote at the same moment."""
+    """Add one choice; choices that another process wrote meanwhile are kept, unless it writes at the same moment."""
     devices = _read(path)
     devices.setdefault(name, {})[key] = choice
     write_json(path, {"version": FILE_VERSION, "devices": devices})

@@ -79,7 +79,7 @@ def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
     out = ["--output_dir", tmp_path / "out"]
     assert "needs two runs or more; got 1" in refused("compare", first, *out)
-    assert "is no folder of a run: it holds no run.json" in refused("compare", first, tmp_path, *out)
+    assert "is not the folder of a run: it holds no run.json" in refused("compare", first, tmp_path, *out)
     assert "names must be one for each of the 2 runs; got 1" in refused("compare", first, second, *out, "--names", "x")
     assert "holds a model or a run" in refused("compare", first, second, "--output_dir", first)
     answer = cli("compare", first, second, *out, "--names", "one", "two")

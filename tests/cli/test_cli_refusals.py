@@ -261,6 +261,6 @@ def test_outputs_and_inputs_of_convert(refused, tmp_path: Path) -> None:
     line = refused("convert", "t5", tmp_path / "new", "--original_checkpoint", "x", "--num_experts", 2)
     assert "num_experts cannot be given with it" in line
     line = refused("convert", "t5", tmp_path / "new", "--mpo_layers", "mlp", "--target_modules", "ffn")
-    assert "mpo_layers says what target_modules and expert_type say" in line
+    assert "mpo_layers sets target_modules and expert_type" in line
     assert "mpo_layers must be nompo alone" in refused("convert", "t5", tmp_path / "new", "--mpo_layers", "mlp,nompo")
     assert not (tmp_path / "new").exists()

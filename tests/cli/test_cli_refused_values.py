@@ -41,7 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
         (
             ["generate", "no-such/model", "--prompt", "x"],
-            "'no-such/model' is no folder here, no built-in model (t5, gpt2), and",
+            "'no-such/model' is not a folder here, no built-in model (t5, gpt2), and",
         ),
         (["evaluate", "bert"], f"bert {ENCODER}; evaluate takes T5, GPT-2 and Llama models"),
         (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),

@@ -357,8 +357,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("content", "message"),
     [
         ("[" * 100_000, "it is nested too deeply"),
-        (" " * (LARGEST_FILE + 1), "it is no regular file of at most"),
-        (None, "it is no regular file of at most"),
+        (" " * (LARGEST_FILE + 1), "it is not a regular file of at most"),
+        (None, "it is not a regular file of at most"),
         (json.dumps({"version": 1}), "it is not version"),
     ],
     ids=["nested", "large", "pipe", "old"],

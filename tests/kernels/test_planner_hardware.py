@@ -148,7 +148,7 @@ def test_calibration_is_kept_and_used(cache_home: Path) -> None:
         ({"version": 99}, "it is not version 3 of the format"),
         (current_file(machine="another"), r"it was measured on another machine \('another'\)"),
         (current_file(devices=[]), "it holds no devices"),
-        (current_file(devices={"cpu x 1": 3}), "an entry is no object"),
+        (current_file(devices={"cpu x 1": 3}), "an entry is not an object"),
         (
             current_file(devices={"cpu x 1": {**entry(), "bandwidth": -1}}),
             "bandwidth must be a positive number; got -1",
@@ -176,7 +176,7 @@ def test_broken_or_foreign_calibrations_are_ignored_with_a_warning(
 def test_unreadable_calibration(cache_home: Path) -> None:
     path = cache_file()
     path.mkdir(parents=True)
-    with pytest.warns(UserWarning, match="is ignored: it is no regular file"):
+    with pytest.warns(UserWarning, match="is ignored: it is not a regular file"):
         hardware_of("cpu")
 
 

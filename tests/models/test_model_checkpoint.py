@@ -160,7 +160,7 @@ def test_load_mpoe_refusals(converted, tmp_path):
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
     model = converted("gpt2")
-    with pytest.raises(ValueError, match="base must be a dense model or its folder; 'absent' is no folder"):
+    with pytest.raises(ValueError, match="base must be a dense model or its folder; 'absent' is not a folder"):
         save_mpoe_only(model, tmp_path / "parts", "absent")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
         save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))

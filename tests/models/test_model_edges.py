@@ -98,7 +98,7 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(tmp_path):
             save_mpoe_only(model, tmp_path / name, dense)
     with pytest.raises(ValueError, match=r"path must be a folder's path; got"):
         save_mpoe_only(model, tmp_path / "no\0path", dense)
-    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is no folder"):
+    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is not a folder"):
         save_mpoe_only(model, tmp_path / "out", "")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)

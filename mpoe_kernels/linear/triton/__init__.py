@@ -1,1 +1,1 @@
-"""Triton kernels. Importing this package imports no Triton: a kernel's module is imported when it first runs."""
+"""Triton kernels. Importing this package does not import Triton: a kernel's module is imported when it first runs."""

@@ -47,8 +47,8 @@ def blocks_kernel(
 ):
     """Grid ``(tiles of [M, N], SPLITS times experts, or SPLITS with SUM)``; ``out`` is ``[SPLITS, E, ...]``.
 
-    CLEAR: what ``out`` held counts for nothing, and idle experts get zeros. Without it they keep what they had, and a
-    sum goes on from there. A sum grows in ``out``, which therefore is float32.
+    CLEAR: ``out`` is overwritten, and idle experts get zeros. Without it they keep their values, and a sum accumulates
+    onto ``out``, which is therefore float32.
     """
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
@@ -73,7 +73,7 @@ def blocks_kernel(
         out += part if SUM else part * experts
     at_out = place(m, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
     for position in tl.range(begin, end, num_stages=1):
-        e = begin * 0 + position  # the interpreter counts in Python numbers
+        e = begin * 0 + position  # the interpreter uses Python integers
         busy = tl.load(offsets + e + 1) > tl.load(offsets + e)
         p_at = p + e.to(tl.int64) * P_EXPERT
         q_at = q + e.to(tl.int64) * Q_EXPERT

@@ -1,6 +1,6 @@
 """Tile sizes per kernel and architecture, as data, and the choice among them.
 
-The first entry that suits a problem is the fixed choice: it needs no benchmark and never changes between runs. Every
+The first entry that fits a problem is the fixed choice: it needs no benchmark and never changes between runs. Every
 entry is compiled ahead of time for its architecture by ``tools/triton_compile.py``.
 """
 
@@ -35,7 +35,7 @@ class Tile:
         return self.stages * self.k * (self.m + self.n) * dtype.itemsize
 
     def fitted(self, m: float, n: float, k: float) -> Tile:
-        """The same tile without what a smaller problem would leave empty (16 is the least a tensor core takes)."""
+        """The same tile, shrunk to fit a smaller problem (16 is the minimum for a tensor core)."""
         sizes = [
             min(tile, max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length()))
             for tile, size in zip((self.m, self.n, self.k), (m, n, k), strict=True)
@@ -50,22 +50,22 @@ _NVIDIA: dict[str, tuple[Tile, ...]] = {
     "blocks": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
     "weights": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
 }
-_NVIDIA["pairs"] = _NVIDIA["weights"]  # columns are those of both products, of which each may have rows of its own
+_NVIDIA["pairs"] = _NVIDIA["weights"]  # columns of both products, each of which may have its own rows
 _AMD: dict[str, tuple[Tile, ...]] = {
     name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles)
     for name, tiles in _NVIDIA.items()
     if name != "weights"  # see `mpoe_kernels.linear.triton.weights_launch`
 }
-# Of products with whole weights, which descriptors read: no thread keeps their addresses.
+# For products with whole weights, which are read through descriptors: no thread holds their addresses.
 _HOPPER = _NVIDIA | {"wide rows": (Tile(128, 256, 64, 8, 3), *_NVIDIA["rows"][1:])}
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"sm_80": _NVIDIA, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _AMD}
-# Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
+# Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 TILES[INTERPRETER] = {name: (Tile(64, 64, 64, 4, 1),) for name in _HOPPER}
 
 
 def for_float32(tile: Tile, kernel: str) -> Tile:
     """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
-    wide = tile.m >= 64 and kernel != "pairs"  # whose registers are spilled where there are few for a thread
+    wide = tile.m >= 64 and kernel != "pairs"  # these spill if there are few registers per thread
     return replace(
         tile, m=min(tile.m, 64), n=min(tile.n, 64), k=max(16, tile.k // 4), warps=8 if wide else min(tile.warps, 4)
     )
@@ -84,7 +84,7 @@ def most_tiles(architecture: str) -> int:
 
 
 def _that_fit(kernel: str, architecture: str, dtype: torch.dtype, limit: int) -> tuple[Tile, ...]:
-    """Tiles that a smaller relative of the architecture has shared memory for; the smallest one if none."""
+    """Tiles that fit in the shared memory of a smaller device of the architecture; the smallest one if none does."""
     tiles = candidates(kernel, architecture, dtype)
     products = 2 if kernel == "pairs" else 1
     return tuple(tile for tile in tiles if products * tile.shared_bytes(dtype) <= limit) or tiles[-1:]
@@ -101,7 +101,7 @@ def _fitted_tiles(
 
 
 def least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
-    """What every kernel's smallest tile fits into."""
+    """Shared memory in which every kernel's smallest tile fits."""
     return max(
         min(tile.shared_bytes(dtype) for tile in candidates(kernel, architecture, dtype))
         for kernel in TILES[architecture]
@@ -119,7 +119,7 @@ def tile_for(
 ) -> Tile:
     """Tile of a kernel for an ``m x n x k`` GEMM on the device of ``like``: the fixed choice, or a measured one.
 
-    ``launch`` starts the kernel with a tile; without it there is nothing to measure. See `tuning.autotuned`. ``best``
+    ``launch`` launches the kernel with a tile; without it nothing can be measured. See `tuning.autotuned`. ``best``
     makes the fixed choice among the tiles that fit; by default it is the first one.
     """
     device = device_of(like)
@@ -154,11 +154,9 @@ def fused_choice(
     tile: FusedTile | None = None,
     launch: Callable[[FusedTile], object] | None = None,
 ) -> tuple[FusedTile, Cut]:
-    """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its cut of the weight.
+    """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its division of the weight.
 
-    Args:
-        tile: take this one.
-        launch: starts the kernel with a tile, as for `tile_for`.
+    Args: tile: use this one. launch: launches the kernel with a tile, as for `tile_for`.
 
     Raises:
         ValueError: no tile fits; `fused_cost.fused_reasons` says so beforehand.

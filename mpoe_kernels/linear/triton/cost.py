@@ -1,4 +1,4 @@
-"""What the Triton kernels can compute, and how long they are predicted to take. Nothing here imports Triton."""
+"""Capabilities and predicted times of the Triton kernels. Nothing here imports Triton."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ WIDE_ARCHITECTURES = ("sm_90", "sm_100", INTERPRETER)
 
 
 def by_descriptor(line_bytes: int) -> bool:
-    """Whether a descriptor may have lines of so many bytes; all else that it asks for holds of every built weight."""
+    """Whether a descriptor supports lines of this many bytes; every built weight meets its other requirements."""
     return line_bytes % 16 == 0
 
 
 def wide_reasons(plan: Contraction, target: Target) -> list[str]:
-    """Why rows do not meet rebuilt weights by wide tiles."""
+    """Why wide tiles cannot be used for rows and rebuilt weights."""
     reasons = []
     if plan.strategy != "rebuild":
         reasons.append(f"strategy {plan.strategy!r} builds no whole weights")
@@ -54,7 +54,7 @@ def wide_reasons(plan: Contraction, target: Target) -> list[str]:
     return reasons
 
 
-# Ways to compute ``rebuild`` whose weights never leave the multiprocessor; the second makes left · central beforehand.
+# Ways to compute ``rebuild`` with weights that stay on chip; the second computes left · central beforehand.
 ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
 
 
@@ -84,7 +84,7 @@ def ways_here(plan: Contraction) -> dict[str, float]:
 
 
 def gated_price(plan: Contraction) -> GatedPrice:
-    """Of both projections of a gated network by the plan's steps, in launches of pairs."""
+    """Price of both projections of a gated network with the plan's steps, in launches of pairs."""
     _, hardware, more = _here(plan)
     price = gated_price_on(plan, hardware)
     return price._replace(together=2 * more + price.together)

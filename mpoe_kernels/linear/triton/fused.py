@@ -1,14 +1,14 @@
 """Kernel family 5: rows times weights that are rebuilt on chip, tile by tile (a grouped GEMM), epilogue included.
 
-``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` that a step multiplies with is made from
-the expert's blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC)
-it is ``(left[rows, a] · central[a, b]) · right[b, columns]``: its rows pair digits of iL and jL, its columns digits of
-iR and jR. Regrouping the digits turns that product into a tile of W.
+``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` for a step is computed from the expert's
+blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC) it is
+``(left[rows, a] · central[a, b]) · right[b, columns]``: its rows pair digits of iL and jL, its columns digits of iR and
+jR. Regrouping the digits turns that product into a tile of W.
 
 The order of digits inside rows and columns is free, since rows of left and columns of right may be loaded in any order.
-Here it is such that the 8 columns of W which a thread must store together are the ones that it holds after a
-tensor-core product (bits 0, 3 and 4 of a column number): the regrouping then costs nothing but the 16-byte stores to
-shared memory that the second product needs anyway.
+Here it is chosen so that the 8 columns of W that a thread must store together are the ones that it holds after a
+tensor-core product (bits 0, 3 and 4 of a column number): the regrouping then costs only the 16-byte stores to shared
+memory that the second product needs anyway.
 
 The gradient of the rows is the same product with the roles of i and j exchanged: which digits are summed is up to the
 strides. So below, "k" are the digits that are summed and "n" those of the result.
@@ -137,7 +137,8 @@ def fused_kernel(
     right_at = right + expert * RIGHT[0] + bond_b[:, None] * RIGHT[3]
     right_at += column_k[None, :] * RIGHT[1] + (nr0 + column_n)[None, :] * RIGHT[2]
 
-    # Empty slots take no step. Known only at run time, or the compiler would unroll the loop and run out of registers.
+    # Empty slots take no steps. The count must be unknown at compile time, or the compiler would unroll the loop and
+    # run out of registers.
     steps = tl.where(e == EXPERTS, 0, ((K_SIZES[0] + KL - 1) // KL) * K_SIZES[1])
     acc = tl.zeros((BM, NL * NR), dtype=tl.float32)
     for kr0 in tl.range(0, K_SIZES[2], KR, num_stages=1):
@@ -178,9 +179,9 @@ def fused_kernel(
     if SAVE_PRE:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
-    if PLACED:  # the gate takes what is rounded, as `combine` would
+    if PLACED:  # the gate multiplies the rounded value, as in `combine`
         gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
         acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
     if HAS_BIAS or PLACED:
-        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, whatever the bias and the gate
+        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, regardless of bias and gate
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""When the fused kernels can run, and how long they are predicted to take. Nothing here imports Triton."""
+"""When the fused kernels can run, and their predicted times. Nothing here imports Triton."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def _choice(
 
 
 def half_fits(dims: BlockDims, experts: int) -> bool:
-    """Whether left · central of all experts together stays within two weights."""
+    """Whether left · central of all experts together fits within two weights' memory."""
     return experts * dims.elements(INDICES["LC"]) <= 2 * dims.weight_elements
 
 
 def _seconds(flops: float, cached_bytes: float, memory_bytes: float, dtype: torch.dtype, hardware: Hardware) -> float:
-    """Roofline of one launch: arithmetic, reading from the cache and from memory hide each other."""
+    """Roofline of one launch: arithmetic, reads from cache and reads from memory overlap."""
     rate = hardware.flops_per_second(dtype)
     slowest = max(flops / rate, cached_bytes / hardware.cache_bandwidth, memory_bytes / hardware.bandwidth)
     return slowest + hardware.launch_seconds
@@ -70,7 +70,7 @@ def rows_seconds(
     target: Target,
     hardware: Hardware,
 ) -> float:
-    """Rows times W, or times W^T, in one launch, and making left · central if ``half``."""
+    """Rows times W, or times W^T, in one launch, plus computing left · central if ``half``."""
     sides, busy, size = Sides.of(dims, transposed), _busy(experts, slots), dtype.itemsize
     purpose = "half" if half else "rows"
     found = _choice(sides, slots / experts, dtype, target, purpose)
@@ -85,7 +85,7 @@ def rows_seconds(
     operands = step_operands(sides, extents, tile, purpose)
     weights = busy * (dims.elements(INDICES["L"]) + dims.elements(INDICES["R"])) + dims.elements(INDICES["C"])
     memory = weights + slots * (dims.in_features + dims.out_features)
-    # A program waits for its own steps where there are fewer programs than multiprocessors.
+    # With fewer programs than multiprocessors, a program waits for its own steps.
     idle = max(1.0, hardware.units / (row_tiles * n_tiles))
     seconds = _seconds(flops * idle, steps * operands * size * idle, memory * size, dtype, hardware)
     if half:
@@ -104,7 +104,7 @@ def gradient_seconds(
     target: Target,
     hardware: Hardware,
 ) -> float:
-    """Gradients of the blocks in ``need``: each makes dW on chip and projects it."""
+    """Gradients of the blocks in ``need``: each computes dW on chip and projects it."""
     sides, busy, size = Sides.of(dims), _busy(experts, slots), dtype.itemsize
     found = _choice(sides, slots / experts, dtype, target, "gradient")
     if found is None:
@@ -131,7 +131,7 @@ def fused_seconds(plan: Contraction, target: Target, hardware: Hardware, half: b
     """Predicted time of a ``rebuild`` whose weights stay on chip; infinite if they cannot.
 
     Args:
-        half: left · central of all experts is made once, in a launch of its own.
+        half: left · central of all experts is computed once, in a separate launch.
     """
     dims = plan.dims
     if plan.strategy != "rebuild" or fused_reasons(dims, plan.dtype, target):

@@ -1,9 +1,9 @@
 """Kernel family 6: gradients of the blocks from the rows, without a weight gradient in memory.
 
-The gradient of a tile of ``W_e`` is ``x^T · grad`` over the slots of e. It is made on chip, regrouped into ``[rows,
-columns]`` (see `fused`) and projected at once: on ``right`` for what left and central need, on ``left · central`` for
-what right needs. Every result belongs to one program or is a sum of a few partial ones, which the host adds: there are
-no atomics and the bits are the same every time. The central core's gradient sums over the experts inside the program.
+The gradient of a tile of ``W_e`` is ``x^T · grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
+columns]`` (see `fused`) and projected immediately: onto ``right`` for left and central, onto ``left · central`` for
+right. Every result is written by one program or is a sum of a few partial ones, which the host adds: there are no
+atomics, and results are bit-identical every time. The central core's gradient sums over the experts inside the program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tile_columns(left, c, right, SIZES: tl.constexpr, TL: tl.constexpr, TR: tl.c
 def load_rows(
     rows, inside, column, left, right, SIZES: tl.constexpr, LIMIT: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr
 ):
-    """``[rows, columns]`` with zeros for padding; no mask but that of the rows where nothing is padded."""
+    """``[rows, columns]`` with zeros for padding; only rows are masked if nothing is padded."""
     mask = inside[:, None]
     position = tl.arange(0, TL * TR)
     if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
@@ -152,7 +152,7 @@ def left_gradient_kernel(
         acc = tl.zeros((KL * NL, DA), dtype=tl.float32)
     for position in tl.range(begin, end, num_stages=1):
         if OF_CENTRAL:
-            e = fixed * 0 + position  # the interpreter counts in Python numbers
+            e = fixed * 0 + position  # the interpreter uses Python integers
             digits = fixed
         else:
             e = fixed

@@ -84,9 +84,9 @@ def rows_times_weight(
     """Forward: ``out[s] = activation(rows[row_index[s]] W_e + bias)``; backward: ``out = rows W_e^T``. One launch.
 
     Args:
-        call: whose weights they meet.
+        call: the call that provides the weights.
         rows, out: ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
-        half: left · central of every expert; without it the kernel makes that too.
+        half: left · central of every expert; without it the kernel computes that too.
         pre: receives the pre-activation.
     """
     slots, experts, dims, blocks = out.shape[0], call.num_experts, call.dims, Blocks(*call.blocks)
@@ -149,7 +149,7 @@ def block_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of left, central and right, if needed, from rows and the gradient ``[N, F]`` of their products.
 
-    One launch each; a masked central core starts nothing.
+    One launch each; none for a masked central core.
     """
     x, dims, blocks, row_index, experts = call.x, call.dims, Blocks(*call.blocks), call.row_index, call.num_experts
     _, need_left, need_central, need_right = call.need_of_plan

@@ -1,8 +1,8 @@
-"""Tiles of the fused kernels, as data, and how a tile cuts a weight. Plain Python: it imports no Triton.
+"""Tiles of the fused kernels, as data, and how a tile divides a weight. Plain Python, without Triton.
 
 A tile of W is a product of ``rows`` (digits of iL and jL) and ``columns`` (digits of iR and jR) for one value of iC and
-jC. Which digits those are decides how much of W is padding, how wide the product with the tokens' rows is, and what a
-program keeps in registers and shared memory; `cut` takes the cheapest that fits.
+jC. The choice of digits determines how much of W is padding, how wide the product with the tokens' rows is, and what a
+program keeps in registers and shared memory; `cut` takes the cheapest choice that fits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mpoe_kernels.planner.orders import BlockDims
 
-MOST_BOND = 64  # larger bonds do not fit on chip beside the tokens
+MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand
 WIDEST = 128
 READING = 32  # multiply-adds in the time that one element takes from the cache
@@ -59,10 +59,10 @@ GRADIENT_TILES: Table = {
     "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
     "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: ()},
 }
-# Without a GPU kernels run in the interpreter, where small tiles would only mean more steps.
+# Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 for _table in (ROWS_TILES, GRADIENT_TILES):
     _table["interpreter"] = {size: (FusedTile(32, 128, 128, 1 << 20, 4, 1),) for size in (2, 4)}
-PURPOSES = ("rows", "half", "gradient")  # rows times W, the same with left · central at hand, the blocks' gradients
+PURPOSES = ("rows", "half", "gradient")  # rows times W, the same with precomputed left · central, the blocks' gradients
 
 
 def fused_table(purpose: str) -> Table:
@@ -116,18 +116,18 @@ class Cut(NamedTuple):
 
 
 def filled_up(bond: int) -> int:
-    """A bond as the kernels multiply it: a power of two, at least `LEAST`."""
+    """A bond padded for the kernels: a power of two, at least `LEAST`."""
     return max(LEAST, 1 << max(bond - 1, 0).bit_length())
 
 
 def rebuild_work(sides: Sides, found: Cut, half: bool) -> float:
-    """Multiply-adds for each element of W that making a tile costs: the rows of tokens that it is worth."""
+    """Multiply-adds per element of W to compute a tile: its cost in equivalent rows of tokens."""
     a, b = filled_up(sides.a), filled_up(sides.b)
     return b + (0.0 if half else a * b / found.columns)
 
 
 def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
-    """Estimate of a program's shared memory: the operands of all stages, what stays, and the tile of W."""
+    """Estimate of a program's shared memory: the operands of all stages, resident data, and the tile of W."""
     a, b = filled_up(sides.a), filled_up(sides.b)
     if purpose == "gradient":
         step, stays = tile.m * (found.k + found.n), found.rows * a + a * b + b * found.columns
@@ -153,9 +153,9 @@ def step_operands(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> in
 
 
 def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
-    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of making W, and the price of reading operands.
+    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of computing W, and the cost of reading operands.
 
-    Reading counts as work because it comes from the cache at no better rate; pieces shorter than 8 cost more.
+    Reads count as work because the cache is no faster; pieces shorter than 8 cost more.
     """
     k_tiles, n_tiles = found.tiles(sides)
     area = found.k * found.n

@@ -22,7 +22,7 @@ from mpoe_kernels.planner.program import KEPT, Product
 from mpoe_kernels.triton.card import precision
 from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, power_of_two, start
 
-Both = tuple[Operand, Operand]  # of the gate and of the other projection
+Both = tuple[Operand, Operand]  # for the gate and for the other projection
 # The kernel reads both projections' blocks by the same strides.
 DENSE = (*steps.DENSE, "left", "central", "right", "gate_left", "gate_central", "gate_right")
 
@@ -76,12 +76,12 @@ class _Twins:
 
 
 def launch(gate: Rows, up: Rows, final: bool, tile: Tile | None = None) -> None:
-    """One launch for two products of the same sizes, whose operands lie alike.
+    """One launch for two products of the same sizes, whose operands have the same layout.
 
     Args:
-        gate, up: the two; where ``gate.pre`` receives the pre-activation, ``up.out`` gets the other factor too.
-        final: ``gate.out`` gets both factors' product instead of the first.
-        tile: take this one; its columns are those of both.
+        gate, up: the two; if ``gate.pre`` receives the pre-activation, ``up.out`` also gets the other factor.
+        final: ``gate.out`` gets the product of both factors instead of the first.
+        tile: use this one; its columns are those of both.
     """
     a, b, out, slots = gate.first, gate.second, gate.out, gate.slots
     if slots == 0:
@@ -97,7 +97,7 @@ def launch(gate: Rows, up: Rows, final: bool, tile: Tile | None = None) -> None:
     options = launch_options(tile) | {"BN": max(16, tile.n // 2)}
     segments = (experts if grouped else 1) + 1
     architecture, itemsize = architecture_of(device), a.data.itemsize
-    # Else the compiler would rather spill a few; every program holds the offsets of all experts.
+    # Otherwise the compiler would rather spill a few registers; every program holds the offsets of all experts.
     if (architecture, itemsize) == ("sm_100", 2) or ((architecture, itemsize) == ("sm_90", 4) and segments > 256):
         options["maxnreg"] = 255
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, options["BN"])

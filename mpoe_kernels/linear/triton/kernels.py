@@ -24,7 +24,7 @@ def forward_by_steps(call: ForwardCall, wide: bool = False) -> Forward:
     """``(y, h, z)``, see `ForwardCall`.
 
     Args:
-        wide: rows meet whole weights by wide tiles and descriptors.
+        wide: use wide tiles and descriptors for products of rows and whole weights.
     """
     return planned(_forward_by_steps, call, wide)
 
@@ -33,7 +33,7 @@ def forward_on_chip(call: ForwardCall, half: bool) -> Forward:
     """The same with weights that never leave the multiprocessor.
 
     Args:
-        half: make left · central of every expert in a launch of its own.
+        half: compute left · central of every expert in a separate launch.
     """
     return planned(_forward_on_chip, call, half)
 
@@ -49,7 +49,7 @@ def backward_on_chip(call: BackwardCall, half: bool) -> Backward:
 
 
 def _slots_to_sum(call: BackwardCall) -> tuple[Tensor, ...]:
-    """`slots_by_token`, where the rows of a gradient of x are to be summed and their slots are not given."""
+    """`slots_by_token`, if the rows of a gradient of x must be summed and their slots are not given."""
     if call.row_index is None or call.slot_of_token is not None or not call.need[0]:
         return ()
     return slots_by_token(call.row_index, call.x.shape[0])

@@ -34,7 +34,7 @@ def persistent_programs(device: torch.device, tiles: int) -> int:
 
 
 def axes_of(product: Rows) -> tuple[IndexMap, IndexMap, IndexMap, dict[str, Any]]:
-    """Axes of the rows, the sum and the columns of a product, and what a kernel knows of its operands by them."""
+    """Axes of the rows, the sum and the columns of a product, and the kernel's index maps of its operands."""
     a, b, out, dims = product.first, product.second, product.out, product.dims
     m, k, n = (
         index_map(product.first_alone, dims, a, out),
@@ -51,7 +51,7 @@ def axes_of(product: Rows) -> tuple[IndexMap, IndexMap, IndexMap, dict[str, Any]
 def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
     """How the card's copy engine can read the operand, see the kernel: ``"kn"``, ``"nk"``, or not at all, ``""``.
 
-    A whole weight, as it is always built by us: at a multiple of 16 bytes, and dense.
+    Our built weights always qualify: dense, at a multiple of 16 bytes.
     """
     weight, itemsize = product.second, product.second.data.itemsize
     (k_line, *_), (n_line, *_) = k.strides[1], n.strides[1]
@@ -62,7 +62,7 @@ def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
 
 
 def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
-    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; ``wide``: by wide tiles and a descriptor, where it can."""
+    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; ``wide``: with wide tiles and a descriptor, if possible."""
     a, b, out, slots = product.first, product.second, product.out, product.slots
     m, k, n, operands = axes_of(product)
     experts, grouped = product.experts, b.outer != 0
@@ -172,10 +172,10 @@ def _cut(
     launch: Callable[[Tile], object] | None,
     tile: Tile | None,
 ) -> tuple[Tile, int]:
-    """Tile of a kernel that can split its inner size, and into how many parts it does.
+    """Tile of a kernel that can split its inner size, and the number of parts.
 
-    Partial sums stay within the product's room; a result that does not lie together cannot be summed. ``inner``: size
-    by which a measured tile is kept. ``tile``: take this one.
+    Partial sums stay within the product's room; a result that is not contiguous cannot be summed. ``inner``: size under
+    which a measured tile is cached. ``tile``: use this one.
     """
     like = product.first.data
     hardware, most = card(device_of(like)), MOST_SPLITS
@@ -251,11 +251,11 @@ def merge(product: Sum, tile: Tile | None = None) -> None:
 
 @dataclass(frozen=True)
 class TritonLaunches:
-    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and what surrounds them.
+    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and the operations around them.
 
     Attributes:
         by_token: `slots_by_token` of the rows to sum, which a launch plan cannot sort.
-        wide: rows meet whole weights by wide tiles and descriptors.
+        wide: use wide tiles and descriptors for products of rows and whole weights.
     """
 
     by_token: tuple[Tensor, ...] = ()

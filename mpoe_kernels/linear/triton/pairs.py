@@ -1,8 +1,8 @@
-"""Kernel family 5: two products of every expert's rows with two of its blocks, as a gated network has them.
+"""Kernel family 5: two products of every expert's rows with two of its blocks, for gated networks.
 
-``first[slot, m, n]`` and ``second[slot, m, n]`` are sums over k as in `mpoe_kernels.linear.triton.rows`; where both
-read the same rows, these are gathered and read once. FINAL: the result is ``activation(first) * (second + bias)``, and
-of the two factors only what a backward reads is written. A tile's columns are those of one product.
+``first[slot, m, n]`` and ``second[slot, m, n]`` are sums over k as in `mpoe_kernels.linear.triton.rows`; if both read
+the same rows, these are gathered and read once. FINAL: the result is ``activation(first) * (second + bias)``, and only
+the factors that a backward reads are written. A tile's columns are those of one product.
 """
 
 from __future__ import annotations

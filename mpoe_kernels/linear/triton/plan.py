@@ -1,7 +1,7 @@
-"""Launch plans: what an op starts for one problem, recorded once and started again and again from then on.
+"""Launch plans: the launches of an op for one problem, recorded once and then replayed.
 
-The kernel itself is the recorder: it computes once with tensors that have no memory, while launches are noted instead
-of made. A problem is everything that what is launched depends on: sizes, strides, dtypes, which arguments are there.
+The kernel itself is run for recording: it computes once with tensors that have no memory, while launches are recorded
+instead of made. A problem is everything that the launches depend on: sizes, strides, dtypes, which arguments are given.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ MOST_PLANS = 2048  # of a few tens of kilobytes each
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is launched.
+    """The recorded launches.
 
-    Attributes:
-        steps: the launches; they name the call's tensors, then the results, then the scratch memory.
-        scratch: bytes of the temporaries.
-        results: shape, strides and dtype of the tensors that a call gets.
+    Attributes: steps: the launches; they index the call's tensors, then the results, then the scratch buffer. scratch:
+        bytes of the temporaries. results: shape, strides and dtype of the call's results.
     """
 
     steps: tuple[Step, ...]
@@ -51,7 +49,7 @@ class LaunchPlan:
 
 
 class _OnlyLaunches(TorchDispatchMode):
-    """Refuses what a plan would not repeat: all operations but views and new memory."""
+    """Refuses operations that a plan would not repeat: everything except views and new memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and "empty" not in func.overloadpacket.__name__:
@@ -60,12 +58,9 @@ class _OnlyLaunches(TorchDispatchMode):
 
 
 def record(kernel: Callable[..., tuple[Tensor, ...]], call: Any, more: tuple[Any, ...]) -> LaunchPlan:
-    """What ``kernel(call, *more)`` launches, with nothing but launches between views and new memory.
+    """Record the launches of ``kernel(call, *more)``, which may otherwise only make views and new memory.
 
-    Args:
-        kernel: computes.
-        call: a dataclass, `steps.prepared`.
-        more: further arguments.
+    Args: kernel: the kernel. call: a dataclass, `steps.prepared`. more: further arguments.
     """
     memory = Memory()
 
@@ -97,7 +92,7 @@ def record(kernel: Callable[..., tuple[Tensor, ...]], call: Any, more: tuple[Any
     return LaunchPlan(tuple(started), scratch, made)
 
 
-_CONSTANTS = frozenset((type(None), bool, int, str))  # types of arguments that are no tensors; lists are others
+_CONSTANTS = frozenset((type(None), bool, int, str))  # types of arguments other than tensors and lists
 _PLANS: dict[tuple[Any, ...], LaunchPlan] = {}  # by their problems
 
 
@@ -114,13 +109,13 @@ def _fields_of(signature: Any) -> Callable[[Any], tuple[Any, ...]]:
 def planned(kernel: Callable[..., Any], call: Any, *more: Any, dense: Collection[str] = steps.DENSE) -> Any:
     """``kernel(call, *more)`` of a call that is `steps.prepared`, by its launch plan.
 
-    Tensors among the arguments are read as they lie; other arguments belong to the problem. Launches that are recorded
-    for a tool, or that must be measured first (see `tuning`), are made by the kernel itself.
+    Tensors among the arguments are read in place; other arguments are part of the problem. If launches are recorded for
+    a tool, or must be measured first (see `tuning`), the kernel runs directly.
 
     Args:
-        kernel: what is to be planned.
+        kernel: the kernel to plan.
         call: its first argument, a dataclass.
-        more: its further ones.
+        more: its other arguments.
         dense: see `steps.prepared`.
     """
     if recording.get() is not None:
@@ -140,7 +135,7 @@ def planned(kernel: Callable[..., Any], call: Any, *more: Any, dense: Collection
         else:
             tensors.append(value)
             addresses.append(address := value.data_ptr())
-            # Where elements lie together, strides say nothing more. Triton asks for addresses that are multiples of 16.
+            # For contiguous tensors strides are redundant. Triton specialises on addresses that are multiples of 16.
             problem += value.shape, value.is_contiguous() or value.stride(), value.dtype, address % 16
     plan = _PLANS.get(key := tuple(problem))
     if plan is None:

@@ -2,10 +2,11 @@
 
 ``out[slot, m, n] = sum_k a[row(slot), m, k] * b[expert(slot), k, n]`` where m, k and n are groups of axes. The grid is
 persistent and finds its tiles from the offsets on the device, so no launch depends on a number that only the device
-knows and a CUDA graph can hold it.
+knows, and a CUDA graph can capture it.
 
-BY_DESCRIPTOR: the blocks are matrices whose tiles the card's copy engine fetches (TMA), so that no thread computes
-their addresses: ``"kn"`` or ``"nk"``, as the matrix lies. Rows are always read by addresses, since they are gathered.
+BY_DESCRIPTOR: the copy engine (TMA) loads the tiles of the blocks' matrices, so no thread computes
+their addresses: ``"kn"`` or ``"nk"``, by the matrix layout. Rows are always read through pointers, because they are
+gathered.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write(
     SAVE_PRE: tl.constexpr,
     PLACED: tl.constexpr,
 ):
-    """Epilogue of some columns ``n`` of a tile: bias, activation, gate, and where it goes.
+    """Epilogue of some columns ``n`` of a tile: bias, activation, gate and scatter.
 
     ``empty``: slots of no expert.
     """
@@ -58,11 +59,11 @@ def write(
     if SAVE_PRE:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
-    if PLACED:  # the gate takes what is rounded, as `combine` would
+    if PLACED:  # the gate multiplies the rounded value, as in `combine`
         gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
         acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
     if HAS_BIAS or PLACED:
-        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, whatever the bias and the gate
+        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, regardless of bias and gate
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -158,7 +159,7 @@ def rows_kernel(
                 else:
                     bt = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
             acc = tl.dot(at, bt, acc, input_precision=PRECISION)
-        if BN > 128:  # by halves: a thread cannot hold all columns beside what it makes of them
+        if BN > 128:  # by halves: a thread cannot hold both all columns and their results
             first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
             half = (tile % n_tiles) * BN + tl.arange(0, BN // 2)
             write(

@@ -1,8 +1,8 @@
 """Kernel family 4: every expert's whole weight, and the half that it is built from, in one launch.
 
 ``half[e, r, c, s] = sum_k p[e, r, k] * core[k, c, s]`` and ``out[e, r, c, n] = sum_s half[e, r, c, s] * q[e, s, n]``:
-left and central before right, or central and right before left. A program owns some rows r and one cell c, the central
-block's own two axes: what it needs of the half is what it made itself, and finds it in its multiprocessor's cache.
+left and central before right, or central and right before left. A program owns some rows r and one cell c (the central
+block's own two axes): it computes the part of the half that it needs, and finds it in its multiprocessor's cache.
 """
 
 from __future__ import annotations

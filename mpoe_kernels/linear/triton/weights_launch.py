@@ -14,9 +14,9 @@ from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, start
 
 
 def weight(made: Sum, whole: Sum) -> bool:
-    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; in two launches where those are predicted to be much faster.
+    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; in two launches if those are predicted to be much faster.
 
-    And on AMD: its barrier inside a program waits for shared memory alone, and the half goes through the cache.
+    Always two on AMD: its barrier inside a program waits only for shared memory, and the half goes through the cache.
     """
     outer, core = made.centre_last()
     other, half = whole.centre_last()
@@ -56,7 +56,7 @@ def weight(made: Sum, whole: Sum) -> bool:
         return False
     options = launch_options(tile)
     if architecture_of(device) == "sm_80" and dtype == torch.float32 and tile.warps == 8:
-        options["maxnreg"] = 128  # the same limit as by itself, but so told the compiler spills none
+        options["maxnreg"] = 128  # the same limit as by default, but with it set explicitly the compiler spills nothing
     start(
         weights_kernel,
         (cdiv(m.extent, tile.m) * cells.extent, experts),

@@ -112,7 +112,7 @@ def main() -> None:
     cells = [
         (contender, threads, busy, policy)
         for contender, threads, busy, policy in itertools.product(CONTENDERS, (1, 2), (False, True), POLICIES)
-        if threads > 1 or policy == "default"  # one thread waits for nobody
+        if threads > 1 or policy == "default"  # a single thread never waits
     ]
     found: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in cells}
     for number in range(chosen.rounds):

@@ -310,7 +310,7 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
 
 
 def report(chosen: list[tuple[Area, Mutant]], results: Results, equivalent: dict[str, str]) -> list[str]:
-    """Prints the table; returns the survivors for which nobody gave a reason."""
+    """Prints the table; returns the survivors without a given reason."""
     rows: dict[str, Counter[str]] = {}
     unexplained = []
     for area, mutant in chosen:
@@ -373,5 +373,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # what is imported once starts no threads
+    os.environ["OMP_NUM_THREADS"] = "1"  # importing it once starts no threads
     sys.exit(main())

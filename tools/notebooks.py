@@ -1,4 +1,4 @@
-"""Makes the notebooks of examples/ from the scripts beside them, runs them, and keeps their output and pictures.
+"""Makes the notebooks of examples/ from the scripts in the same folder, runs them, and keeps their output and pictures.
 
     python tools/notebooks.py [NAME ...]    writes examples/NAME.ipynb; needs pip install ".[docs]"
 

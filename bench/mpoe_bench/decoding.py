@@ -1,4 +1,4 @@
-"""`python -m mpoe_bench.decoding`: time per token of `generate`, a T5's beside the dense model's.
+"""`python -m mpoe_bench.decoding`: time per token of `generate`, a T5's next to the dense model's.
 
 Random weights of a T5 of base width with fewer layers; calls of both models in turn in one process, medians. Three
 columns, by what is kept of experts: nothing (`model.cache_experts(0)`), what `generate` keeps by itself until it

@@ -1,4 +1,4 @@
-"""The machine a result belongs to, and a process that leaves it alone while it measures."""
+"""The machine of a result, and a process that keeps it quiet while it measures."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def revision() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in a foreign checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may be inside another checkout
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

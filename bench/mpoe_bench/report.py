@@ -1,4 +1,4 @@
-"""The written report: Markdown with every table, and the plots beside it."""
+"""The written report: Markdown with every table, and the plots in the same folder."""
 
 from __future__ import annotations
 

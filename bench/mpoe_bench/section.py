@@ -18,7 +18,7 @@ from mpoe_kernels import BackendError
 from mpoe_kernels.testing.graphs import CaptureError, graphed
 
 NOT_HERE = "not here"  # how the reason of a contender that cannot take part begins
-# Results are published: how a machine's folders are named is nobody's business.
+# Results are published, so they must not contain a machine's folder names.
 FOLDERS = re.compile(r"(?<![\w.])/[^\s:'\"]*/")
 Build = Callable[[], tuple[Contender, Truth]]
 
@@ -58,7 +58,7 @@ def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
 
 
 def failure_text(error: Exception) -> str:
-    """The reason of whoever failed: kind and message on one line, files without their folders."""
+    """The reason of a failure: kind and message on one line, files without their folders."""
     return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
@@ -99,7 +99,7 @@ def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | 
         row = {**check_and_weigh(contender, truth, setup), "name": name, "kind": kind}
     except (UnavailableError, BackendError) as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
-    except Exception as error:  # whoever fails, in whatever way: the others are measured and the report says how
+    except Exception as error:  # any failure: the others are still measured, and the report gives the reason
         return None, {**row, "reason": failure_text(error)}
     return (contender if row["reason"] is None else None), row
 

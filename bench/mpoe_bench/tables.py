@@ -214,12 +214,12 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
 
 
 def _instructions(machine: Mapping[str, Any]) -> str:
-    """Those of the native kernels, where a result tells them."""
+    """Instructions of the native kernels, if a result has them."""
     return f"; native kernels with {machine['native_isa']}" if machine.get("native_isa") else ""
 
 
 def _processor(machine: Mapping[str, Any]) -> list[str]:
-    """Model, frequency and caches, as far as the system told."""
+    """Model, frequency and caches, as far as the system reports them."""
     facts = [machine["family"]] if machine.get("family") else []
     facts += [f"{machine['megahertz']} MHz"] if machine.get("megahertz") else []
     return facts + [f"{name} {size}" for name, size in machine.get("caches", {}).items()] or ["-"]

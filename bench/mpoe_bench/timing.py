@@ -1,4 +1,4 @@
-"""Interleaved timing: every function runs once per round, so that a drift of the machine hits all of them alike.
+"""Interleaved timing: every function runs once per round, so that a drift of the machine affects all of them equally.
 
 A function's figure is the median over rounds of (its time / the baseline's time in the same round).
 """

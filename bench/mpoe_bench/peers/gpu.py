@@ -129,7 +129,7 @@ LIGER_COLUMNS = 64  # added to the features, one of which is 1, so that ``up x``
 
 
 def liger(problem: Problem) -> Contender:
-    """Liger's fused mixture of experts, SwiGLU alone: it gets a gate and a constant that make it ReLU.
+    """Liger's fused mixture of experts, which supports only SwiGLU: a gate and a constant turn it into ReLU.
 
     Its up projection is therefore twice as wide as the others', as its name in the tables says.
     """

@@ -1,4 +1,4 @@
-"""transformers' own Switch layer, instantiated as it is, with our weights and our routing decision."""
+"""transformers' own Switch layer, unmodified, with our weights and our routing decision."""
 
 from __future__ import annotations
 

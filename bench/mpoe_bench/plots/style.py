@@ -1,4 +1,4 @@
-"""What the plots of a run share beside `mpoe.plotting`: titles, labels of bars."""
+"""Common parts of a run's plots, in addition to `mpoe.plotting`: titles, labels of bars."""
 
 from __future__ import annotations
 

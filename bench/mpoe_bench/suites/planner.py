@@ -52,7 +52,7 @@ class _Call:
             )
 
     def backward_of(self, y: Tensor) -> Callable[[], object]:
-        """The backward pass alone, as often as wanted; gradients are left in nobody."""
+        """The backward pass alone, repeatable; no tensor keeps gradients."""
         leaves = tuple(self.leaves().values())
         return lambda: torch.autograd.grad(y, leaves, self.grad_y, retain_graph=True)
 

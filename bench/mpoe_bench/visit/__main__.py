@@ -1,4 +1,4 @@
-"""`bench/gpu.sh`: one visit to a GPU, within a budget of minutes, that goes on where an earlier one stopped.
+"""`bench/gpu.sh`: one visit to a GPU, within a budget of minutes, that continues where an earlier one stopped.
 
 See `mpoe_bench.visit.parts` for what is done. Everything lies in one folder, and in one archive beside it.
 """
@@ -142,7 +142,7 @@ def earlier(out: Path) -> dict[str, Outcome]:
 
 
 def visit(device: str, minutes: float, out: Path) -> list[Outcome]:
-    """Do what is not done yet; a part that fails and judges ends it."""
+    """Run the parts that are not done yet; the failure of a judging part ends the visit."""
     end = time.monotonic() + 60 * minutes - RESERVE
     before, todo = earlier(out), parts(device, out)
     outcomes: list[Outcome] = []

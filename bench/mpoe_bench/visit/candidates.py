@@ -33,7 +33,7 @@ from mpoe_kernels.testing.cases import expert_choice, random_blocks, workload_sh
 OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 BUDGET = Budget(seconds_each=0.04, sample_seconds=0.002, min_rounds=5, max_rounds=11)
 MASKED: Need = (True, True, False, True)
-# A candidate predicted so many times slower than the fastest is not worth a compilation.
+# A candidate predicted this many times slower than the fastest is not worth compiling.
 SLOWEST = 30.0
 LARGEST_ERROR = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 2e-3}
 
@@ -130,7 +130,7 @@ def plans(operands: Operands, phase: str) -> tuple[Contraction, ...]:
 
 
 def _eager(operands: Operands, phase: str, strategy: str | None = None) -> Candidate:
-    """What PyTorch alone offers, for a strategy or any."""
+    """The candidates of plain PyTorch, for one strategy or all."""
     able = [plan for plan in plans(operands, phase) if strategy in (None, plan.strategy)]
     return next(candidate for plan in able for candidate in BACKENDS["eager"].candidates(plan))
 

@@ -1,4 +1,4 @@
-"""Results that grow line by line, so that a visit that was cut short goes on where it stopped."""
+"""Results that grow line by line, so that an interrupted visit continues where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Lines:
-    """A file of JSON objects, one per line, each with a ``key`` of its own.
+    """A file of JSON objects, one per line, each with a unique ``key``.
 
     Attributes:
         path: of the file; what it holds is kept.

@@ -1,4 +1,4 @@
-"""What is done on a GPU, in order, each part a process of its own.
+"""The parts of a GPU visit, in order, each in a separate process.
 
 Correctness comes first, and what is wrong ends the visit: the CUDA kernels' instructions against the twins that the
 emulator runs in their place, every backend's results on the device, opcheck, compiled and CUDA graphs, and the memory
@@ -66,7 +66,7 @@ def nvcc() -> str | None:
 
 
 def _built_already() -> bool:
-    """Whether CUDA kernels for this very card lie in the checkout, carried from a machine that had more time."""
+    """Whether the checkout already has CUDA kernels for this card, built on another machine."""
     from mpoe_kernels.cuda_library import unavailable_reasons
 
     return not unavailable_reasons()
@@ -79,7 +79,7 @@ def parts(device: str, out: Path) -> list[Part]:
     python, tests = sys.executable, ["-p", "no:cacheprovider", "-q", "--tb=short", "--confcutdir", "tests/device"]
     no_pytest = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
     workers = []
-    if on_gpu and importlib.util.find_spec("xdist") is not None:  # every shape compiles kernels of its own
+    if on_gpu and importlib.util.find_spec("xdist") is not None:  # every shape compiles its own kernels
         workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))]
     no_gpu = "" if on_gpu else "it needs a GPU"
     no_nvcc = no_gpu or ("" if nvcc() else "no nvcc")

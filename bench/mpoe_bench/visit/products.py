@@ -1,4 +1,4 @@
-"""Every product of every strategy alone, beside the library's GEMM of the same sizes: products.jsonl.
+"""Every product of every strategy alone, next to the library's GEMM of the same sizes: products.jsonl.
 
 On a GPU each is captured in a CUDA graph, so that the figures are the kernel's and not its launch's. FLOPs are those of
 the product; bytes those of its operands, each once.
@@ -48,7 +48,7 @@ def cases(tiny: bool) -> Iterator[tuple[Case, str]]:
 
 @dataclass
 class Timed:
-    """Primitives of a backend; each product is timed when it is asked for, beside the library's.
+    """Primitives of a backend; each product is timed when it is requested, next to the library's.
 
     Attributes:
         inner: computes.
@@ -139,7 +139,7 @@ def _dense(like: Tensor, m: int, k: int, n: int) -> Callable[[], object]:
 
 
 def _grouped(like: Tensor, m: int, k: int, n: int, offsets: Tensor, factor: int) -> Callable[[], object] | None:
-    """PyTorch's grouped product of the same rows; it takes bfloat16 and multiples of 16 bytes alone."""
+    """PyTorch's grouped product of the same rows; it takes only bfloat16 and multiples of 16 bytes."""
     if like.dtype != torch.bfloat16 or k % 8 or n % 8:
         return None
     a, b = like.new_ones(m, k), like.new_ones(offsets.shape[0] - 1, k, n)

@@ -94,7 +94,7 @@ inline void register_tile(
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       float* target = tile + r * tile_stride + v * kWidth;
-      // What was there is added last: sums of sums round less than one long sum.
+      // The previous contents are added last: sums of sums round less than one long sum.
       store_floats(target, accumulate ? acc[r][v] + load_floats(target) : acc[r][v]);
     }
 }

@@ -10,7 +10,7 @@ namespace mpoe {
 #if defined(__x86_64__)
 namespace {
 
-// Everything but the products is that of AVX512-BF16.
+// Everything except the products is shared with AVX512-BF16.
 GemmKernels amx_kernels() {
   GemmKernels kernels = kGemmAvx512Bf16[1];
   kernels.best_rows = kMaxRows;

@@ -2,10 +2,10 @@
 //
 // Everything is counted in 32-bit *units* along the inner axis k: one float, or two consecutive bfloat16 (what
 // VDPBF16PS multiplies). An odd k of bfloat16 is padded with zero. A packed panel holds 32 columns, unit by unit:
-//   panel[u][c] = B(k of unit u, column c), zero where k or c is past the end; panels lie one behind the other.
-// The left operand needs no packing: rows are read in place (`multiply_rows`), or, when its transpose is what lies in
-// memory, from a packed panel of it (`multiply_columns`: 32 rows of A are the panel's columns).
-// Products and sums are float32; the order of summation is that of k, whatever the number of rows or threads.
+//   panel[u][c] = B(k of unit u, column c), zero where k or c is past the end; panels are contiguous.
+// The left operand needs no packing: rows are read in place (`multiply_rows`), or, if its transpose is in memory, from
+// a packed panel of it (`multiply_columns`: 32 rows of A are the panel's columns). Products and sums are float32; the
+// order of summation is that of k, whatever the number of rows or threads.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace mpoe {
 
 constexpr std::int64_t kPanel = 32;   // columns of a packed panel
 constexpr std::int64_t kGranule = 8;  // columns that stay together when columns are permuted
-constexpr std::int64_t kMaxRows = 32;  // rows of a tile, at most
+constexpr std::int64_t kMaxRows = 32;  // maximum rows of a tile
 
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
@@ -26,7 +26,7 @@ struct ColumnMap {
   std::int32_t valid[kPanel / kGranule];
 };
 
-// Output of a linear layer's last product: activation(tile + bias), and the value before the activation if wanted.
+// Output of a linear layer's last product: activation(tile + bias), and the pre-activation if requested.
 struct Finish {
   const float* bias = nullptr;  // [32], in the order of the tile's columns
   Activation activation = Activation::kNone;
@@ -37,7 +37,7 @@ struct Finish {
 struct GemmKernels {
   std::int64_t unit;        // elements of k in a unit: 1 or 2
   std::int64_t best_rows;   // rows of a tile that use the registers best, <= kMaxRows
-  std::int64_t longest_sum;  // units to sum in one go (linear/common.h)
+  std::int64_t longest_sum;  // units to sum in one pass (linear/common.h)
 
   // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. Strides of `a` in units, tile_stride in floats.
   // Row r of A starts at a + r * a_stride. Taken in tiles of at most best_rows.
@@ -70,7 +70,7 @@ struct GemmKernels {
   void (*pack_transposed)(
       void* panels, std::int64_t panel_units, const void* b, std::int64_t stride, std::int64_t k,
       std::int64_t columns);
-  // One panel of B [k, .] whose granules lie where `columns` says; missing columns are zero.
+  // One panel of B [k, .] whose granules are placed by `columns`; missing columns are zero.
   void (*pack_granules)(void* panel, const void* b, std::int64_t stride, std::int64_t k, const ColumnMap& columns);
 
   // out[c * out_stride + r] = in[r * in_stride + c]
@@ -92,13 +92,13 @@ extern const GemmKernels kGemmAvx2[2];
 extern const GemmKernels kGemmAvx512[2];
 extern const GemmKernels kGemmAvx512Bf16[2];
 
-// Those of the instruction set in use; kFloat32 or kBFloat16.
+// The kernels of the instruction set in use; kFloat32 or kBFloat16.
 const GemmKernels& gemm_kernels(Dtype dtype);
 
 inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_divide(a, b) * b; }
 
-// Cuts `count` rows into equal tiles of at most `most`.
+// Splits `count` rows into equal tiles of at most `most`.
 template <class F>
 inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
   const std::int64_t parts = ceil_divide(count, most);

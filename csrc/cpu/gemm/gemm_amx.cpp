@@ -19,14 +19,14 @@ using std::int64_t;
 constexpr int64_t kSide = 16;       // rows of a tile, and units or columns of its rows
 constexpr int64_t kTileBytes = 64;  // of a tile's row
 constexpr int64_t kPanelRow = kPanel * 4;
-constexpr int64_t kShortSum = 2 * kSide;  // units below which tiles do not pay
+constexpr int64_t kShortSum = 2 * kSide;  // fewer units than this do not justify tiles
 
 const GemmKernels& vectors = kGemmAvx512Bf16[1];
 
 // Units that tiles multiply.
 int64_t tile_units(int64_t units) { return units < kShortSum ? 0 : units / kSide * kSide; }
 
-// Compilers' tile intrinsics do not say what memory they read: before them, everything is written that was to be.
+// Compilers' tile intrinsics do not say what memory they read: all pending writes must be done before them.
 inline void finish_writes(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 // What LDTILECFG reads (Intel's Architecture Instruction Set Extensions, chapter 3).
@@ -43,7 +43,7 @@ void shape_tiles(int64_t rows) {
     shapes.rows[tile] = static_cast<std::uint8_t>(tile_rows);
     shapes.row_bytes[tile] = static_cast<std::uint16_t>(bytes);
   };
-  // A tile must have a row, even where it is not used.
+  // A tile must have a row, even if it is not used.
   const int64_t upper = std::min(rows, kSide), lower = std::max<int64_t>(rows - kSide, 1);
   for (int v = 0; v < 2; ++v) {
     set(v, upper, kTileBytes);
@@ -119,7 +119,7 @@ void amx_multiply_rows(
   const char* const right = static_cast<const char*>(panel);
   const int64_t whole = tile_units(units);
   if (whole > 0) {
-    // Whole tiles first, and not equal ones: another shape takes as long as a tile's sum.
+    // Whole tiles first rather than equal ones: changing the shape takes as long as a tile's sum.
     for (int64_t first = 0; first < rows; first += kMaxRows) {
       const int64_t count = std::min(kMaxRows, rows - first);
       if (first == 0 || count < kMaxRows) shape_tiles(count);

@@ -41,7 +41,7 @@ template <class T>
 void pack(
     void* panels, std::int64_t panel_units, const void* b, std::int64_t stride, std::int64_t k, std::int64_t columns) {
   constexpr std::int64_t unit = 4 / sizeof(T);
-  // Panels written side by side: enough to use whole pages of B, few enough for the ways of a cache set.
+  // Panels written at the same time: enough to use whole pages of B, few enough for the ways of a cache set.
   constexpr std::int64_t kGroup = 4;
   constexpr std::int64_t kAhead = 8;  // units
   const std::int64_t units = ceil_divide(k, unit);

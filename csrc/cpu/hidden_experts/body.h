@@ -22,7 +22,7 @@ struct Scratch {
 // tile [rows, wide] = a [rows, b] times packed panels.
 template <class T>
 void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, const float* panels, float* tile) {
-  // Equal tiles, but for AMX, which takes long to begin and has whole tiles.
+  // Equal tiles, except for AMX, which is slow to start and uses whole tiles.
   const int64_t parts = gemm.best_rows == kMaxRows ? 1 : (rows + gemm.best_rows - 1) / gemm.best_rows;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t first = rows * p / parts, count = rows * (p + 1) / parts - first;
@@ -75,7 +75,7 @@ void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* fa
     }
 }
 
-// dz = d act'(z), `d` being the gradient that enters the activation.
+// dz = d act'(z), where `d` is the gradient of the activation's output.
 template <Activation kind>
 void deactivate_rows(const Sizes& s, int64_t rows, const float* d, float* z) {
   for (int64_t c = 0; c < rows * s.wide; c += kWidth)

@@ -76,7 +76,7 @@ struct Sorted {
   static std::int64_t tile_of(const HiddenExperts& in, std::int64_t parts) {
     return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in) * together(in, parts)));
   }
-  // One without tokens too: gradients that are zero.
+  // Also one without tokens: its gradients are zero.
   static std::int64_t tiles_of(const HiddenExperts& in, std::int64_t parts) {
     return std::max<std::int64_t>(1, ceil_divide(in.tokens, tile_of(in, parts)));
   }

@@ -15,7 +15,7 @@
 namespace mpoe {
 
 struct HiddenExperts {
-  Dtype dtype;  // kFloat32 or kBFloat16: of everything but the gates
+  Dtype dtype;  // kFloat32 or kBFloat16: dtype of everything except the gates
   std::int64_t tokens, features, block, experts, own_groups, top_k;  // own_groups: features / block, or 1: shared
   Activation activation;
   const void* u;              // [T, F]
@@ -46,7 +46,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 // ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
 
 constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
-constexpr std::int64_t kChunk = 64;            // rows that are worked on at once, at most
+constexpr std::int64_t kChunk = 64;            // maximum rows that are processed at once
 constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
 
 // What a slot is among those of its token, in their order.
@@ -64,7 +64,7 @@ struct HiddenSlots {
   std::int64_t together;        // the most groups that are taken together
 };
 
-// The most rows that a chunk can have.
+// Maximum rows of a chunk.
 static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlots& sorted) {
   const std::int64_t tokens = sorted.tile_tokens < in.tokens ? sorted.tile_tokens : in.tokens;
   return kChunk / (in.top_k * sorted.together) < tokens ? kChunk : tokens * in.top_k * sorted.together;

@@ -1,5 +1,5 @@
-// Rows of hidden_experts.h's tokens: how many come at once, where they are read, and where their sums go. Part of the
-// bodies of each instruction set; nothing here may use inline functions that other files share.
+// Rows of hidden_experts.h's tokens: how many are processed at once, where they are read, and where their sums go. Part
+// of the bodies of each instruction set; nothing here may use inline functions that other files share.
 #pragma once
 
 #include <cstring>
@@ -126,7 +126,7 @@ void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const Hid
 }
 
 // Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
-// expert: whole ones, and what is left. The groups of a slot come after another.
+// expert: whole chunks, then the rest. The groups of a slot are consecutive.
 template <class F>
 void for_each_chunk(
     const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {

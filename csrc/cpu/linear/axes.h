@@ -1,5 +1,5 @@
-// The indices of the blocks and of the rows that meet them, where an element with some indices lies, and copies that
-// bring a state of the rows from one order of its indices into another.
+// The indices of the blocks and of the rows that they multiply, the addresses of elements, and copies that bring a
+// state of the rows from one order of its indices into another.
 #pragma once
 
 #include <array>

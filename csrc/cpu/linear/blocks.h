@@ -1,4 +1,4 @@
-// What strategies that work on the sides (L, C, R) of the weight share: where columns lie, rows brought into another order,
+// Shared by the strategies that work on the sides (L, C, R) of the weight: positions of columns, reordering of rows,
 // and the products of gemm.h over whole operands.
 #pragma once
 

@@ -24,7 +24,7 @@ std::array<ChainStep, kChainSteps> steps_of(const AxisValues& sizes, const std::
     for (const Axis axis : state) (contains(axes, axis) ? step.met : step.rest).push_back(axis);
     for (const Axis axis : axes)
       if (!contains(state, axis)) step.fresh.push_back(axis);
-    // What the next operand meets comes last, so that it is copied in long runs.
+    // The axes that the next operand contracts come last, so they are copied in long runs.
     if (s + 1 < kChainSteps)
       std::stable_partition(step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
         return !contains(next, axis);
@@ -178,7 +178,7 @@ void finish_rows(const GemmKernels& gemm, const LinearForward& in, Span block, c
     T* y = static_cast<T*>(in.y) + s * width;
     T* saved = in.saved == nullptr ? nullptr : static_cast<T*>(in.saved) + s * width;
     Finish finish{.bias = bias, .activation = in.activation, .saved = saved, .bias_offset = offset.data()};
-    // A row is a tile whose rows lie one behind the other.
+    // A row is a tile with contiguous rows.
     gemm.finish(rows, whole, y, offset.data(), 0, consecutive(0, kPanel), finish);
     if (tail == 0) continue;
     finish.bias = bias == nullptr ? nullptr : bias + whole * kPanel;

@@ -1,6 +1,6 @@
-// The strategy chain: rows meet L, C and R one after the other, in the order that costs least. What is left of a slot's
-// row is its state, a tensor of some axes; an operand contracts those that it shares with the state (`met`) and puts
-// its others (`fresh`) behind the remaining ones (`rest`):
+// The strategy chain: rows are multiplied by L, C and R one after the other, in the cheapest order. A slot's
+// intermediate row is its state, a tensor of some axes; an operand contracts the axes that it shares with the state
+// (`met`) and puts its others (`fresh`) after the remaining ones (`rest`):
 //   product[(slots rest), fresh] = state[(slots rest), met] operand[met, fresh]
 // Slots are taken in blocks whose states stay in cache. Within one, L and R are products per expert, C one for all.
 #pragma once
@@ -36,7 +36,7 @@ inline AxisMatrix rows_out() { return {{}, {kOutLeft, kOutCentral, kOutRight}, 0
 // into that of the state before.
 enum class Direction { kForward, kBackward };
 
-// Scratch memory of one thread for a block of slots.
+// One thread's scratch memory for a block of slots.
 template <class T>
 struct ChainMemory {
   std::array<Buffer<T>, kChainSteps> states;  // [(slots rest), met] before every step

@@ -1,4 +1,4 @@
-// Backward of chain. States are computed again; then, from the last step to the first,
+// Backward of chain. States are recomputed; then, from the last step to the first,
 //   d operand = state^T d product,   d state = d product operand^T.
 // Slots are cut into groups whose number does not depend on that of threads. A group sums the gradients of its experts'
 // blocks and of central from its first slot to its last; then groups are added in order.

@@ -1,4 +1,4 @@
-// What the strategies of the grouped linear share: scratch memory, tiles of slots, rows brought into place.
+// Shared by the strategies of the grouped linear: scratch memory, tiles of slots, gathering of rows.
 #pragma once
 
 #include <algorithm>
@@ -191,7 +191,7 @@ const T* row_of(const LinearInputs& in, std::int64_t slot) {
   return static_cast<const T*>(in.x) + row * in.dims.in_features;
 }
 
-// Map of 32 columns that lie together at `first`, of which those below `limit` exist.
+// Map of 32 contiguous columns at `first`, of which those below `limit` exist.
 inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
   ColumnMap map{};
   for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {

@@ -21,7 +21,7 @@ PreActivationGradient<T>::PreActivationGradient(const GemmKernels& gemm, const L
 template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz) {
   if (in.dbias == nullptr) return;
-  constexpr std::int64_t kLongestPart = 32;  // slots summed before they are added: long sums in one go round more
+  constexpr std::int64_t kLongestPart = 32;  // slots summed before they are added: long sums in one pass round more
   constexpr std::int64_t kColumns = 512;  // every column is summed from the first slot to the last
   const std::int64_t width = in.dims.out_features, filled = in.filled();
   parallel_for(0, ceil_divide(width, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {

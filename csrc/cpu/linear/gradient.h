@@ -1,4 +1,4 @@
-// What the backward of every strategy shares: the gradient before the activation, that of the bias, and the sum of
+// Shared by the backward of every strategy: the gradient before the activation, that of the bias, and the sum of
 // slots' gradients into rows of x. Results do not depend on the number of threads.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace mpoe {
 
-// Which gradients besides that of the bias are wanted.
+// Which gradients besides that of the bias are needed.
 struct Wanted {
   bool x, left, central, right;
   explicit Wanted(const LinearBackward& in)
@@ -32,7 +32,7 @@ class PreActivationGradient {
 template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz);
 
-// Where a kernel writes the gradients of the slots' rows of x. Rows that one slot alone reads lie in dx already;
+// Where a kernel writes the gradients of the slots' rows of x. Rows that only one slot reads are already in dx;
 // `finish` sums the others (slot by slot in float32, rounded once) and zeroes the rows that no slot reads.
 template <class T>
 class RowGradients {

@@ -1,5 +1,6 @@
-// The strategy half_left, for few slots per expert: LC = left_e central is built per expert, rows meet LC and right_e in the
-// order that costs less. Both orders work chunk by chunk, so that LC and the rows between the two products stay in cache:
+// The strategy half_left, for few slots per expert: LC = left_e central is built per expert, and rows are multiplied by
+// LC and right_e in the cheaper order. Both orders work chunk by chunk, so that LC and the rows between the two
+// products stay in cache:
 //   LC first:  u[t, iR, (jL jC b)] = x[t, iR, (iC iL)] LC,   y[t, (jL jC), jR] = u[t, (jL jC), (iR b)] right, by jL
 //   R first:   s[(iL iC b), (t jR)] = x[t, (iL iC), iR] right,   y^T[(jL jC), (t jR)] = LC[(jL jC), (iL iC b)] s, by iL
 // b runs in whole granules. Products write their results where and as the next one reads them.
@@ -12,7 +13,7 @@ namespace mpoe {
 // LC and the rows between, each.
 constexpr std::int64_t kChunkBytes = 256 * 1024;
 
-// What both orders share.
+// Shared by both orders.
 struct HalfPlan {
   std::int64_t b;              // in whole granules
   std::int64_t central_panels;  // of columns (jC b)

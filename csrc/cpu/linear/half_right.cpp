@@ -56,7 +56,7 @@ void restore_rows(
   });
 }
 
-// What the mirrored problem is given, in memory of its own.
+// Inputs of the mirrored problem, in separate memory.
 template <class T>
 class Mirror {
  public:

@@ -39,7 +39,7 @@ struct LinearInputs {
 struct LinearForward : LinearInputs {
   const void* bias;  // [F] or null
   void* y;           // [N, F]; slots past the last offset become zero
-  void* h;           // [N * jC, b]: what the central step of a separable shape gives, or null
+  void* h;           // [N * jC, b]: result of the central step of a separable shape, or null
   void* saved;       // [N, F]: pre-activation, or null
 };
 

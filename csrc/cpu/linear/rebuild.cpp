@@ -4,11 +4,11 @@ namespace mpoe {
 
 namespace {
 
-// A slab and the rows that meet it should share a second-level cache.
+// A slab and the rows that it multiplies should fit in a second-level cache together.
 constexpr std::int64_t kSlabBytes = 320 * 1024;
-// Columns of a block of the forward: enough for rows to be read seldom, few enough for a long k.
+// Columns of a block of the forward: enough to read rows rarely, few enough for a long k.
 constexpr std::int64_t kColumns = 128;
-// Blocks of the backward have sums of dleft and dright of their own.
+// Blocks of the backward have separate sums of dleft and dright.
 constexpr std::int64_t kMostBlocks = 16;
 
 // Size of the parts when `count` is cut into the fewest equal parts of at most `most`.

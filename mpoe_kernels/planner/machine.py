@@ -1,7 +1,7 @@
 """Constants of the cost model for this processor, measured once at first use.
 
 The relative speed of PyTorch's products and the compiled kernels differs between processors and decides between them.
-Before the first real choice on a CPU a few products of both are timed, in a third of a second. The result is saved in
+Before the first real choice on a CPU a few products of both are timed, in about half a second. The result is saved in
 ``machine.json`` next to the calibrations of `planner.measured`, with an entry for each processor, instruction set and
 version.
 

@@ -1,4 +1,4 @@
-"""Kernel family 5: a stable counting sort of (token, choice) pairs, and the row movements it describes.
+"""A stable counting sort of (token, choice) pairs, and the row movements it describes.
 
 Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. Many
 experts need a fourth, a few pairs (decoding) only one. No launch depends on a number that only the device knows.

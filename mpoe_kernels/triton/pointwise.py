@@ -1,4 +1,4 @@
-"""Kernel family 4: the activation's gradient with the bias gradient, sums of rows by token, and of partial results."""
+"""The activation's gradient with the bias gradient, sums of rows by token, and of partial results."""
 
 from __future__ import annotations
 

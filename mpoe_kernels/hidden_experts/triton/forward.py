@@ -1,4 +1,4 @@
-"""Kernel family 6: experts on the hidden side. A program owns some tokens and one group of hidden units.
+"""Experts on the hidden side. A program owns some tokens and one group of hidden units.
 
 Forward and the rows' gradients loop over the experts that the program's tokens chose, in order. If many experts share
 the tokens, a program first gathers each expert's rows (``BM < BT``) and adds the results back through a 0/1 matrix;

@@ -69,7 +69,7 @@ def tile_constants(
 
 
 def measure() -> Constants:
-    """Time both on one thread: about 0.3 s."""
+    """Time both on one thread, in about half a second."""
     hardware = one_core()
     plans = {
         dtype: (

@@ -1,4 +1,4 @@
-"""Kernel family 3: products of two blocks of the same expert, and their sum over experts (batched GEMMs).
+"""Products of two blocks of the same expert, and their sum over experts (batched GEMMs).
 
 ``out[e, m, n] = sum_k p[e, m, k] * q[e, k, n]`` rebuilds left·central, central·right or a whole weight, and projects
 the gradient of such a product back onto its factors. With ``SUM`` the experts are part of the sum: that is the central

@@ -1,4 +1,4 @@
-"""Kernel family 5: rows times weights that are rebuilt on chip, tile by tile (a grouped GEMM), epilogue included.
+"""Rows times weights that are rebuilt on chip, tile by tile (a grouped GEMM), epilogue included.
 
 ``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` for a step is computed from the expert's
 blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC) it is

@@ -1,4 +1,4 @@
-"""Kernel family 6: gradients of the blocks from the rows, without a weight gradient in memory.
+"""Gradients of the blocks from the rows, without a weight gradient in memory.
 
 The gradient of a tile of ``W_e`` is ``x^T · grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
 columns]`` (see `fused`) and projected immediately: onto ``right`` for left and central, onto ``left · central`` for

@@ -1,4 +1,4 @@
-"""Kernel family 2: gradient of an expert's block from its rows (a GEMM whose K dimension is ragged).
+"""Gradient of an expert's block from its rows (a GEMM whose K dimension is ragged).
 
 ``out[e, m, n] = sum_{slot of e, s} a[row(slot), m, s] * g[slot, n, s]``. Every output tile belongs to one program, so
 there are no atomics; with SPLITS the rows are split, and another launch adds the partial sums in a fixed order.

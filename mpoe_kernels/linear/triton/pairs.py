@@ -1,4 +1,4 @@
-"""Kernel family 5: two products of every expert's rows with two of its blocks, for gated networks.
+"""Two products of every expert's rows with two of its blocks, for gated networks.
 
 ``first[slot, m, n]`` and ``second[slot, m, n]`` are sums over k as in `mpoe_kernels.linear.triton.rows`; if both read
 the same rows, these are gathered and read once. FINAL: the result is ``activation(first) * (second + bias)``, and only

@@ -1,4 +1,4 @@
-"""Kernel family 1: every expert's rows times that expert's block (a grouped GEMM), epilogue included.
+"""Every expert's rows times that expert's block (a grouped GEMM), epilogue included.
 
 ``out[slot, m, n] = sum_k a[row(slot), m, k] * b[expert(slot), k, n]`` where m, k and n are groups of axes. The grid is
 persistent and finds its tiles from the offsets on the device, so no launch depends on a number that only the device

@@ -1,4 +1,4 @@
-"""Kernel family 4: every expert's whole weight, and the half that it is built from, in one launch.
+"""Every expert's whole weight, and the half that it is built from, in one launch.
 
 ``half[e, r, c, s] = sum_k p[e, r, k] * core[k, c, s]`` and ``out[e, r, c, n] = sum_s half[e, r, c, s] * q[e, s, n]``:
 left and central before right, or central and right before left. A program owns some rows r and one cell c (the central

@@ -68,6 +68,7 @@ def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> N
     assert numbers["parameters_by_experts"]["experts"] == [1, 2, 3, 4, 8, 16, 32, 64]
 
 
+@pytest.mark.slow
 def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
     data = ["--data_dir", prose, "--max_source_length", 16]
     answer = cli("inspect", models / "gpt2", *data, "--output_dir", tmp_path / "gpt2")

@@ -130,6 +130,7 @@ def test_t5_names_held_out_objects_better_than_any_common_word(documentation):
     assert evaluate_task(model, tokenizer, task, "test")["token_f1"] > 1.5 * constant
 
 
+@pytest.mark.slow
 def test_the_script_that_made_them_learns(script, documentation, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "t6"])
     with pytest.raises(SystemExit):

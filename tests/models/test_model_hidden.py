@@ -368,7 +368,7 @@ def test_a_fused_projection_is_one_centre_of_two_halves() -> None:
 def test_projections_outside_a_module_are_refused() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, pad_token_id=0))
-    with pytest.raises(ValueError, match=r"needs its up projection inside the module \(shape='separable' takes it"):
+    with pytest.raises(ValueError, match=r"needs its up projection inside the module \(shape='separable' supports it"):
         convert_to_mpoe(model, config())
 
 

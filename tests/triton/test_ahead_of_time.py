@@ -82,6 +82,7 @@ def test_other_sizes_start_the_same_kernels(sizes: catalogue.Sizes) -> None:
     assert {sizes.model, sizes.hidden} <= {a["a"].shape[1] for a in rows}
 
 
+@pytest.mark.slow
 def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
     uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=catalogue.LARGE_SIZES)
     found = Counter((job.name, use.problem.rpartition(", float16, ")[2]) for job, use in uses.items())
@@ -134,6 +135,7 @@ def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
     assert [compile_job(job).problems("sm_90") for job in counted] == [[], []]
 
 
+@pytest.mark.slow
 def test_pairs_of_a_thousand_experts_do_not_spill() -> None:
     dims = catalogue.dims_of(catalogue.shapes()["paper 32"][0])
     work = catalogue.gated_work(dims, 1024, 4096, torch.float32, "half_left")
@@ -143,6 +145,7 @@ def test_pairs_of_a_thousand_experts_do_not_spill() -> None:
     assert [compile_job(job).problems("sm_90") for job in pairs] == [[]] * len(pairs)
 
 
+@pytest.mark.slow
 def test_float32_weights_do_not_spill() -> None:
     dims = catalogue.dims_of(catalogue.shapes()["paper 128"][0])
     work = catalogue.forward_work(dims, 1024, 4096, torch.float32, "rebuild", "relu")

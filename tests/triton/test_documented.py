@@ -44,6 +44,7 @@ def test_every_kernel_and_tile_is_listed() -> None:
     assert {job.name for job in jobs} == {row[0] for row in rows}
 
 
+@pytest.mark.slow
 def test_other_sizes_are_listed() -> None:
     rows = table("large")
     assert not any("fails" in row for row in rows)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import triton_predict
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
@@ -25,6 +26,7 @@ def launches_of(name: str, phase: str) -> int:
     return len(launches)
 
 
+@pytest.mark.slow
 def test_whole_calls_start_what_the_card_would() -> None:
     command = [sys.executable, str(ROOT / "tools" / "host_time.py"), "--rounds=2"]
     sizes = f"--experts={EXPERTS}", f"--tokens={TOKENS}"

@@ -24,7 +24,7 @@ EVERY_ARM = (
     *(*ARMS, *TRIALS, *ADAPTERS, MIXTURE_OF_LORA, *HIDDEN_ADAPTERS),
     *(*(arm for arm in HIDDEN if arm.key != "dense"), *BEST, *LARGER, *SEARCH),
 )
-BEYOND = 2  # rates beyond a plan's that tuning may try
+BEYOND = 4  # rates beyond a plan's that tuning may try
 
 
 def arm_of(key: str) -> Arm:

@@ -24,7 +24,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
     """The gate multiplies what is rounded; rows of slots that no expert owns are zero whatever their gates are."""

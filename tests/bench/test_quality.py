@@ -57,7 +57,7 @@ def test_a_plan_leaves_a_record_for_every_arm_and_seed(folder: Path) -> None:
         scores = {record["budget"]["rate"]: record["validation"] for record in tried}
         assert rate == min(scores, key=scores.__getitem__)
         assert set(PLAN.rates) < set(scores)
-            assert min(scores) < rate < max(scores) or len(scores) == len(PLAN.rates) + BEYOND
+        assert min(scores) < rate < max(scores) or len(scores) == len(PLAN.rates) + BEYOND
     by_arm = {r["arm"]: r for r in records}
     assert by_arm["switch8"]["of_switch"] == 1.0
     assert by_arm["dense"]["of_dense"] == 1.0

@@ -48,6 +48,7 @@ def test_choose_a_shape(run_script, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("% lost" in line for line in lines) == 12
 
 
+@pytest.mark.slow
 def test_hf_trainer(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mpoe import load_mpoe
 

@@ -120,6 +120,7 @@ def test_gpt2_predicts_held_out_documentation(documentation):
     assert torch.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_t5_names_held_out_objects_better_than_any_common_word(documentation):
     model, tokenizer = load_stand_in("t5")
     task = get_task("doc_name")

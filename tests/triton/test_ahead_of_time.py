@@ -126,6 +126,7 @@ def test_a_sound_kernel_passes(architecture: str) -> None:
     assert binary.registers > 0
 
 
+@pytest.mark.slow
 def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
     index = torch.empty(4096, 2, dtype=torch.int64, device="meta")
     work = partial(routing.sort_pairs, index, MOST_EXPERTS)

@@ -53,8 +53,8 @@ def define_op(
 
     Args:
         name: of the op.
-        signature: dataclass whose fields are the arguments of kernels, fake and schema. Making a frozen one would take
-            2 us more per call.
+        signature: dataclass whose fields are the arguments of kernels, fake and schema. Not frozen: making a
+            frozen one at every call takes several times as long.
         results: how many tensors it returns.
         kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of the results.
         setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how

@@ -29,7 +29,7 @@ from mpoe_kernels import measure_machine
 from mpoe_kernels.info import collect, processor_summary
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import machine
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload
+from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload
 
 SUBSET = "E8-T8-,E8-T64-,E8-T512-,E64-T8-,E64-T64-,paper_64-768x3072-E8-T2048-,separable-768x3072-E8-T2048-"
 RIVALS = ("eager", "native")
@@ -61,7 +61,23 @@ def timed(case: Workload, rounds: int) -> tuple[dict[str, float], float]:
     return medians, statistics.median(ratios)
 
 
-def judge(only: list[str], threads: int) -> None:
+def cases_of(only: str) -> list[Workload]:
+    """Planner cases, fitted and judged ones, whose name contains one of these texts; masked ones are left out.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = [
+        case
+        for case in (*FITTED_WORKLOADS, *JUDGED_WORKLOADS)
+        if not case.mask_central and any(text in case.name for text in only.split(","))
+    ]
+    if not found:
+        raise ValueError(f"only must be texts in names of planner cases; no name contains one of {only}")
+    return found
+
+
+def judge(cases: list[Workload], threads: int) -> None:
     """Print a table of the cases in this process."""
     torch.set_num_threads(threads)
     measure_machine()
@@ -70,9 +86,7 @@ def judge(only: list[str], threads: int) -> None:
     print(f"{processor_summary(collect(()))}.\n")
     print("| case | auto took | auto, ms | eager, ms | native, ms | auto / better |\n|---|---|---:|---:|---:|---:|")
     found = []
-    for case in JUDGED_WORKLOADS:
-        if not any(text in case.name for text in only):
-            continue
+    for case in cases:
         sizes = (case.shape, case.num_experts, case.num_tokens, case.dtype)
         took = ", ".join(describe_choice(chosen_contractions(*sizes, case.training)).values())
         medians, ratio = timed(case, ROUNDS)
@@ -94,8 +108,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append to this file instead of printing")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    try:
+        cases = cases_of(options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if options.here:
-        judge(options.only.split(","), options.threads)
+        judge(cases, options.threads)
         return
     for isa in options.isas.split(","):
         with tempfile.TemporaryDirectory() as cache:

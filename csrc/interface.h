@@ -118,6 +118,19 @@ int mpoe_hidden_experts(const MpoeHidden* call);
 int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call);
 int mpoe_hidden_experts_backward(const MpoeHidden* call);
 
+// out[t] = row ids[t] of the table of three blocks; see cpu/embedding/embedding.h.
+struct MpoeEmbedding {
+  const char* dtype;  // float32, bfloat16
+  std::int64_t tokens, num_embeddings, embedding_dim;
+  std::int64_t iL, jL, a, iC, jC, b, iR, jR;
+  const std::int64_t* ids;  // [tokens]
+  const void* left;         // [iL, jL, a]
+  const void* central;      // [a, iC, jC, b]
+  const void* right;        // [b, iR, jR]
+  void* out;                // [tokens, embedding_dim]
+};
+int mpoe_embedding(const MpoeEmbedding* call);
+
 // The last refusal of this thread; never null.
 const char* mpoe_message(void);
 // "key=value" lines: what the library was built from, which instructions it uses here, the bytes of each struct above.

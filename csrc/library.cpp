@@ -28,7 +28,7 @@ std::string build_info() {
   const char* space = "";
   for (const std::size_t bytes :
        {sizeof(MpoeLinear), sizeof(MpoeGating), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine),
-        sizeof(MpoeHidden)}) {
+        sizeof(MpoeHidden), sizeof(MpoeEmbedding)}) {
     text += space + std::to_string(bytes);
     space = " ";
   }

@@ -78,8 +78,26 @@ class HiddenArguments(ctypes.Structure):
     )
 
 
+class EmbeddingArguments(ctypes.Structure):
+    """``MpoeEmbedding``."""
+
+    _fields_ = _fields(
+        texts="dtype",
+        numbers="tokens num_embeddings embedding_dim iL jL a iC jC b iR jR",
+        pointers="ids left central right out",
+    )
+
+
 # In the order in which the library tells their sizes.
-STRUCTS = (LinearArguments, GatingArguments, RouteArguments, DispatchArguments, CombineArguments, HiddenArguments)
+STRUCTS = (
+    LinearArguments,
+    GatingArguments,
+    RouteArguments,
+    DispatchArguments,
+    CombineArguments,
+    HiddenArguments,
+    EmbeddingArguments,
+)
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpoe_kernels.embedding import eager as eager_embedding
+from mpoe_kernels.embedding import native as embedding
 from mpoe_kernels.linear.native.cost import predicted_seconds
 from mpoe_kernels.linear.native.kernels import contraction_reasons, linear_backward, linear_forward
 from mpoe_kernels.linear.native.measure import measure
@@ -11,7 +13,11 @@ from mpoe_kernels.planner import Contraction
 from mpoe_kernels.registry import Backend, Candidate, Request
 from mpoe_kernels.routing.native import ROUTING_KERNELS
 
-KERNELS: dict[str, Callable[..., Any]] = {**ROUTING_KERNELS}
+KERNELS: dict[str, Callable[..., Any]] = {
+    **ROUTING_KERNELS,
+    "mpo_embedding": embedding.forward,
+    "mpo_embedding_backward": eager_embedding.backward,
+}
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
@@ -41,6 +47,7 @@ NATIVE = Backend(
     kernels=KERNELS,
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
+    op_reasons=dict.fromkeys(("mpo_embedding", "mpo_embedding_backward"), embedding.reasons),
     predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,

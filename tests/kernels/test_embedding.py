@@ -10,37 +10,48 @@ from mpoe_kernels import MPOShape, mpo_embedding
 from mpoe_kernels.embedding import eager
 from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import mpo_embedding_reference
-from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
-from .backend_cases import leaves, on_every_backend, require
+from .backend_cases import LAYOUTS, cast, dtypes_of, leaves, on_every_backend, require
+
+OP = "mpo_embedding"
+every_shape = pytest.mark.parametrize(
+    "name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"]
+)
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@every_shape
 @pytest.mark.parametrize("rows", [0, 1, 5, 400])
 def test_embedding_against_reference(backend: str, name: str, rows: int) -> None:
-    require(backend, "mpo_embedding", torch.float64)
+    require(backend, OP)
     shape = SMALL_SHAPES[name]
-    blocks = random_blocks(shape, 1, requires_grad=True)
+    true = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))
-    with poisoned_memory():
-        got = mpo_embedding(ids, blocks, backend=backend)
-        grad = torch.randn(got.shape, dtype=torch.float64)
-        grads = torch.autograd.grad(got, leaves(blocks), grad)
-    want = mpo_embedding_reference(ids, blocks)
-    assert torch.allclose(got, want)
-    for a, b in zip(grads, torch.autograd.grad(want, leaves(blocks), grad), strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
-    assert mpo_embedding(ids.view(-1, 1).int(), blocks).shape == (rows, 1, shape.out_features)
+    want = mpo_embedding_reference(ids, true)
+    grad = torch.randn(want.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(want, leaves(true), grad)
+    for dtype in dtypes_of(backend, OP):
+        for layout in LAYOUTS.values():
+            blocks, plain = cast(true, dtype, layout), cast(true, dtype)
+            with poisoned_memory():
+                got = mpo_embedding(ids, blocks, backend=backend)
+                grads = torch.autograd.grad(got, leaves(blocks), grad.to(dtype))
+            same = mpo_embedding_reference(ids, plain)
+            assert_calibrated(got, want, same, "rows")
+            own = torch.autograd.grad(same, leaves(plain), grad.to(dtype))
+            for each, truth, of_torch in zip(grads, wanted, own, strict=True):
+                assert_calibrated(each, truth, of_torch, "gradient", factor=4)
+    assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
 
 
 @on_every_backend
 @pytest.mark.parametrize("rows", [1, 500])
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_embedding_refuses_ids_outside_the_table(backend: str, rows: int, bad: int) -> None:
-    require(backend, "mpo_embedding", torch.float64)
-    blocks = random_blocks(SMALL_SHAPES["padded"], 1)
+    require(backend, OP)
+    blocks = random_blocks(SMALL_SHAPES["padded"], 1, dtypes_of(backend, OP)[0])
     ids = torch.full((rows,), bad)
     with pytest.raises(IndexError):
         mpo_embedding(ids, blocks, backend=backend)
@@ -57,7 +68,7 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])
-@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@every_shape
 @pytest.mark.parametrize("rows", [0, 1, 40])
 @pytest.mark.parametrize("elements", [1, 2**19], ids=["parts", "whole"])
 def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:

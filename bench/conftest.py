@@ -1,4 +1,4 @@
-"""pytest-benchmark suites: `pytest bench --benchmark-only`. Whatever differs from the float64 truth is not timed."""
+"""pytest-benchmark suites: `pytest bench --benchmark-only`. Results that differ from float64 are not timed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mpoe_bench.suites import SCALES, Scale
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--scale", choices=tuple(SCALES), default="real", help="tiny: sizes of a smoke test")
-    parser.addoption("--backend", default="auto", help="auto, all, or names with commas between them")
+    parser.addoption("--scale", choices=tuple(SCALES), default="real", help="tiny: sizes for a smoke test")
+    parser.addoption("--backend", default="auto", help="auto, all, or names separated by commas")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Narrow tables, the quickest of a group first and the others relative to it; tiny sizes take little time each."""
+    """Narrow tables, with the fastest of a group first and the others relative to it; little time for tiny sizes."""
     if not config.pluginmanager.hasplugin("benchmark"):
         return
     options = config.option
@@ -36,7 +36,7 @@ def backends_of(config: pytest.Config) -> tuple[str, ...]:
 
 
 def parametrize(metafunc: pytest.Metafunc, comparisons: list[Comparison]) -> None:
-    """One test per contender and phase; pytest-benchmark shows those of one case and phase as one group."""
+    """One test per contender and phase; pytest-benchmark groups them by case and phase."""
     cases = [
         pytest.param(comparison, contender, phase, id=f"{comparison.title}-{contender[0]}-{phase}")
         for comparison in comparisons
@@ -48,7 +48,7 @@ def parametrize(metafunc: pytest.Metafunc, comparisons: list[Comparison]) -> Non
 
 @pytest.fixture
 def time_contender(benchmark):
-    """Check one contender and time one phase; what cannot take part is skipped, what is wrong fails untimed."""
+    """Check a contender and time one phase; it is skipped if it cannot take part, and fails untimed if it is wrong."""
 
     def run(comparison: Comparison, contender: tuple, phase: str) -> None:
         name, kind, build = contender

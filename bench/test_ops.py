@@ -1,4 +1,4 @@
-"""The ops, each against the plain torch way to get the dense result."""
+"""The ops, each against plain torch computing the dense result."""
 
 from __future__ import annotations
 

@@ -29,12 +29,12 @@ def backends_to_measure(names: str | None, suite: str = "full", device: str = "c
 
     Args:
         names: ``None`` (what users get and what every installation has: auto and eager), ``"all"`` (auto and every
-            backend that runs here), or names with commas between them. ``auto`` is the registry's own choice.
-        suite: which suite asks; by default the quick one measures auto alone, the gpu one all.
-        device: what ``"all"`` must run on; a backend that is named is asked when it computes.
+            backend that runs here), or names separated by commas. ``auto`` is the registry's own choice.
+        suite: the suite to run; by default, quick measures only auto, and gpu all.
+        device: what the backends of ``"all"`` must run on; named backends are checked only when they compute.
 
     Returns:
-        Names, each once. Where eager is the only backend, auto is the same thing and eager is named instead.
+        Names, each once. Where eager is the only backend, auto means the same and eager is named instead.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
@@ -79,7 +79,7 @@ def chosen_contractions(
     for phase in plan.phases:
         op = OPS[phase.phase]
         sizes = (phase.dims, experts, tokens, dtype)
-        # A forward for training keeps what the separable backward reads.
+        # In training, the separable forward keeps what its backward reads.
         keeps = training and shape.is_separable and phase.phase == "forward"
         strategy = "separable" if keeps else AUTO
         choice = resolve_contraction(Problem(op, *sizes, device, need, keeps, backend, strategy))

@@ -8,7 +8,7 @@ from mpoe_bench.tables import TextTable
 
 
 def show(console: Any, table: TextTable, wide: bool = False) -> None:
-    """Print one table and its notes; without ``wide`` columns that can be spared go until the rest fits."""
+    """Print a table and its notes; unless ``wide``, its spare columns are dropped until the rest fits."""
     from rich.measure import Measurement
     from rich.text import Text
 
@@ -33,7 +33,7 @@ def _rich_table(table: TextTable) -> Any:
     from rich.text import Text
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    prose = len(table.header) == 2  # a name and what there is to say about it
+    prose = len(table.header) == 2  # a name and its description
     for index, name in enumerate(table.header):
         left = index == 0 or prose
         shown.add_column(name, justify="left" if left else "right", no_wrap=not left)

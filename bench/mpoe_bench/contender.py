@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class UnavailableError(RuntimeError):
-    """A contender that cannot take part here; the message is the reason that the report shows."""
+    """A contender cannot take part here; the report shows the message as the reason."""
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Contender:
     """Something to measure.
 
     Attributes:
-        name: as tables show it.
+        name: as shown in tables.
         kind: ``"limit"`` (what all times are divided by), ``"mpoe"`` or ``"peer"``.
         function: the differentiable computation.
         grad_y: gradient of the result for the backward pass; ``None`` = forward only.

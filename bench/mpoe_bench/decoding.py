@@ -1,9 +1,9 @@
-"""`python -m mpoe_bench.decoding`: time per token of `generate`, a T5's next to the dense model's.
+"""`python -m mpoe_bench.decoding`: time per token of `generate`, of a T5 with experts relative to the dense T5.
 
-Random weights of a T5 of base width with fewer layers; calls of both models in turn in one process, medians. Three
-columns, by what is kept of experts: nothing (`model.cache_experts(0)`), what `generate` keeps by itself until it
-returns (at most as much as the dense feed-forward layers take), all experts, between calls too.
-One thread, and its CPU time, so that other processes disturb less.
+A T5 of base width with fewer layers and random weights; both models are called in turn in one process; medians. Three
+columns, by which experts are cached: none (`model.cache_experts(0)`); those that `generate` keeps by itself until it
+returns (at most as much memory as the dense feed-forward layers take); all, also between calls.
+One thread, measured in CPU time, so that other processes disturb less.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def seconds_per_token(model: Any, ids: torch.Tensor, tokens: int) -> float:
 
 
 def measure(shape: str, batch: int, layers: int, dtype: torch.dtype, rounds: int, tokens: int) -> dict[str, Any]:
-    """Ratios of one shape at one batch size, and what the cache held in MB."""
+    """Time ratios of one shape at one batch size, and the MB that the cache held."""
     dense = dense_model(layers, dtype)
     options = {"shape": shape, **SHAPES[shape]}
     model = convert_to_mpoe(dense_model(layers, dtype), MPOEConfig(num_experts=8, **options)).eval()
@@ -71,12 +71,12 @@ def measure(shape: str, batch: int, layers: int, dtype: torch.dtype, rounds: int
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpoe_bench.decoding", description=__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="with commas")
-    parser.add_argument("--batches", default="1,8,64", help="with commas")
-    parser.add_argument("--layers", type=int, default=2, help="of the encoder, and of the decoder")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="separated by commas")
+    parser.add_argument("--batches", default="1,8,64", help="separated by commas")
+    parser.add_argument("--layers", type=int, default=2, help="in the encoder and in the decoder")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=24, help="new ones in each call")
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens per call")
     parser.add_argument("--out", type=Path, help="JSON file")
     chosen = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """`python -m mpoe_bench.hidden_side`: hidden-side experts, router included, against the dense feed-forward network.
 
-Ratios of interleaved calls in one process, one thread; medians. The clock is the thread's CPU time, so that other
+Median ratios of interleaved calls in one process, one thread. The clock is the thread's CPU time, so that other
 processes on the machine disturb less. A row is checked against the dense network (identity blocks) before it is timed.
-Few tokens go through one layer, whose weights stay in the processor's caches, and through a dozen, as in a model.
+Few tokens go through one layer, whose weights stay in the processor's caches, and through twelve, as in a model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, HiddenFeedForward
 
-LAYERS = 12  # of a model of this width, as its tokens meet them one after another
+LAYERS = 12  # of a model of this width; tokens pass through them one after another
 
 
 class Dense(nn.Module):
@@ -36,7 +36,7 @@ class Dense(nn.Module):
 
 
 def mixture(dense: Dense, config: MPOEConfig, activation: str) -> HiddenFeedForward:
-    """The same network with experts in between."""
+    """The same network with experts between its projections."""
     features, model = dense.up.weight.shape
     names, dtype = {"up": "up", "down": "down"}, dense.up.weight.dtype
     layer = HiddenFeedForward(model, features, config, names=names, activation=activation, dtype=dtype)
@@ -45,7 +45,7 @@ def mixture(dense: Dense, config: MPOEConfig, activation: str) -> HiddenFeedForw
 
 
 def seconds(modules: list[Any], x: Tensor, training: bool) -> float:
-    """Of one of the modules, one after another on the same tokens."""
+    """Mean seconds per module, run one after another on the same tokens."""
     start = time.thread_time()
     with torch.set_grad_enabled(training):
         for module in modules:
@@ -107,10 +107,10 @@ def cases(backend: str | None, quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mpoe_bench.hidden_side", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON lines")
-    parser.add_argument("--backend", help="default: chosen")
+    parser.add_argument("--backend", help="default: the registry's choice")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two experts per token, 2,048 tokens")
-    parser.add_argument("--few", action="store_true", help="1 and 64 tokens alone")
+    parser.add_argument("--few", action="store_true", help="only 1 and 64 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for case in cases(arguments.backend, arguments.quick):

@@ -1,4 +1,4 @@
-"""The machine of a result, and a process that keeps it quiet while it measures."""
+"""The machine that a result comes from, and the pinning of threads for quiet measurements."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", 
 
 
 def usable_cores() -> list[int]:
-    """Processors this process may use."""
+    """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def _set_affinity(processors: Sequence[int]) -> None:
-    """Every thread of this process, those of OpenMP's pool included."""
+    """Move every thread of this process, including OpenMP's pool."""
     tasks = Path("/proc/self/task")
     for task in tasks.iterdir() if tasks.is_dir() else ():
         try:
             os.sched_setaffinity(int(task.name), processors)
-        except OSError:  # the thread has ended meanwhile
+        except OSError:  # the thread has ended in the meantime
             continue
 
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Use ``threads`` torch threads on as many processors, the first ones allowed; undone at the end.
+    """Use ``threads`` torch threads, pinned to as many processors, the first allowed ones; undone at the end.
 
     Raises:
         ValueError: more threads than processors, or none.
@@ -65,7 +65,7 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def processor_facts() -> dict[str, Any]:
-    """The CPU's name, family and model, frequency as the system states it, and caches; what is not known is left out.
+    """The CPU's name, family and model, frequency as the system reports it, and caches; unknown facts are left out.
 
     Returns:
         ``{"processor", "family", "megahertz", "caches"}``; ``caches`` maps e.g. ``"L2"`` to ``"1024K"``.
@@ -89,7 +89,7 @@ def processor_facts() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The commit that is measured, with ``+`` if files differ from it; ``None`` outside a checkout."""
+    """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
@@ -105,7 +105,7 @@ def revision() -> str | None:
 
 
 def system_name() -> str:
-    """Kind and version of the system, without what a builder appended to it."""
+    """Name and version of the system, without a builder's suffix."""
     version = re.match(r"[\d.]*", platform.release())
     return f"{platform.system()} {version.group() if version else ''} {platform.machine()}"
 
@@ -118,7 +118,7 @@ def _version(package: str) -> str | None:
 
 
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
-    """What a reader must know to compare results."""
+    """What readers must know to compare results."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     measure_machine()
     return {
@@ -144,7 +144,7 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
 
 
 def title_of(machine: dict[str, Any]) -> str:
-    """One line for titles of plots and reports."""
+    """One line for the titles of plots and reports."""
     if machine["gpu"]:
         return str(machine["gpu"])
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
@@ -152,11 +152,11 @@ def title_of(machine: dict[str, Any]) -> str:
 
 
 def measured_roofs(measure: Measure, device: str, scale: int = 2048) -> dict[str, float]:
-    """What torch reaches here at its best: FLOP/s of a large GEMM per dtype, and bytes/s of copying a large tensor.
+    """The best that torch reaches here: FLOP/s of a large GEMM per dtype, and bytes/s of copying a large tensor.
 
     Args:
-        measure: takes the seconds of a sample.
-        device: where.
+        measure: returns the seconds of a sample.
+        device: where to measure.
         scale: edge of the GEMM; the copied tensor holds ``8 scale^2`` floats.
     """
 

@@ -1,4 +1,4 @@
-"""Peak memory of one call, measured: the allocator's record of every allocation, and the process's resident pages."""
+"""Measured peak memory of a call: from the allocator's record of every allocation, and from resident pages."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes above what was there before the call.
+    """Bytes on top of what was allocated before the call.
 
     Attributes:
-        peak: the most that torch's allocator held at any moment: temporaries, saved activations, results, gradients.
-        kept: of that, still alive when the call returned (its result, gradients).
-        resident: growth of the process's resident memory at its highest. It also sees what libraries and kernels
-            take from the system by themselves; ``None`` where it cannot be measured.
+        peak: the most that torch's allocator held at any time: temporaries, saved activations, results, gradients.
+        kept: the part still alive when the call returned (its result, gradients).
+        resident: peak growth of the process's resident memory. It includes what libraries and kernels allocate
+            directly from the system; ``None`` where it cannot be measured.
     """
 
     peak: int
@@ -35,7 +35,7 @@ class Memory:
 
     @property
     def temporary(self) -> int:
-        """What the call needed beyond what it left behind, by whichever of the two records saw more."""
+        """What the call needed beyond what it left behind, by the larger of the two measurements."""
         return max(self.peak, self.resident or 0) - self.kept
 
 
@@ -48,12 +48,12 @@ def _resident(field: str) -> int:
 
 
 def resident_peak(function: Callable[[], object]) -> int | None:
-    """Growth of resident memory at its highest during a call; ``None`` where the system does not tell.
+    """Peak growth of resident memory during a call; ``None`` where the system does not report it.
 
-    Free memory of the C library is given back first, so that the call has to fetch every page it uses. Call the
-    function once before: what it loads or compiles the first time would count too.
+    The C library's free memory is returned first, so that the call must fetch every page that it uses. Call the
+    function once beforehand; otherwise what it loads or compiles the first time counts too.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another system than Linux, another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not glibc
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR_REFS.write_text("5")
         before = _resident("VmRSS")
@@ -67,10 +67,10 @@ def resident_peak(function: Callable[[], object]) -> int | None:
 def peak_memory(
     function: Callable[[], Result], device: torch.device | str = "cpu", resident: bool = False
 ) -> tuple[Memory, Result]:
-    """Run ``function`` and measure; returns what it needed and what it returned.
+    """Run ``function`` and measure; returns the memory that it needed and its result.
 
-    On the CPU every allocation of torch's allocator counts, those inside C++ kernels included; with ``resident`` the
-    process's resident memory is measured in a second run. On CUDA the caching allocator's counters.
+    On the CPU, every allocation by torch's allocator counts, including those in C++ kernels; with ``resident``, the
+    process's resident memory is measured in a second run. On CUDA, the caching allocator's counters are read.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def peak_memory(
         result = function()
         torch.cuda.synchronize()
         return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before), result
-    # The profiler's library logs to stderr otherwise; it reads this when it first starts.
+    # Otherwise the profiler's library logs to stderr; it reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A feed-forward problem: one case, one kind of MPO shape, its tensors, and the float64 truth."""
+"""A feed-forward problem: one case, one kind of MPO shape, its tensors, and the float64 results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import expert_choice, random_cores, workload_shape
 
 PROBE_COLUMNS = 4  # a dense expert's weight gradient is compared through this many random projections
-# Allowed error: this many times that of the reference run in the same dtype, with a floor in units of rounding.
+# Allowed error: a multiple of the error of the reference run in the same dtype, with a floor in units of rounding.
 ERROR_FACTOR = 3.0
 ERROR_UNITS = 16.0
-# Where a pre-activation is this close to zero, in units of their root mean square, rounding decides whether ReLU lets
-# it pass. One such element of float32 can move a gradient by a thousand times the rounding error.
+# Where a pre-activation is this close to zero, in units of their root mean square, rounding decides whether it passes
+# ReLU. One such element in float32 can change a gradient by a thousand times the rounding error.
 KINK = 1e-5
 
 
@@ -32,8 +32,8 @@ class FFNCase:
         model, hidden: ``[T, model] -> [T, hidden] -> [T, model]``.
         experts, tokens: E and T; one expert per token.
         dtype: of activations and parameters.
-        load: how tokens fall on experts, see `mpoe_kernels.testing.cases.expert_choice`.
-        train: whether forward + backward is measured too.
+        load: how tokens are distributed over experts, see `mpoe_kernels.testing.cases.expert_choice`.
+        train: whether forward + backward is also measured.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
@@ -53,14 +53,14 @@ class FFNCase:
         return f"{self.model}x{self.hidden} E={self.experts} T={self.tokens} {str(self.dtype).split('.')[-1]}{load}"
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The case in a form that JSON can hold."""
         return {**self.__dict__, "dtype": str(self.dtype).split(".")[-1]}
 
 
 def ffn_shapes(name: str, model: int, hidden: int) -> tuple[MPOShape, MPOShape]:
     """Shapes of the up and the down projection, as `mpoe.convert_to_mpoe` would choose them.
 
-    ``name`` is one that `mpoe_kernels.testing.cases.workload_shape` knows.
+    ``name`` is a name that `mpoe_kernels.testing.cases.workload_shape` knows.
     """
     up = workload_shape(name, model, hidden)
     return up, up.mirrored() if up.is_separable else workload_shape(name, hidden, model)
@@ -68,11 +68,11 @@ def ffn_shapes(name: str, model: int, hidden: int) -> tuple[MPOShape, MPOShape]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What every contender of a case is given.
+    """The inputs of every contender of a case.
 
     Attributes:
         x: ``[T, model]``, requires grad.
-        index: chosen expert, int64 ``[T, 1]``.
+        index: the chosen experts, int64 ``[T, 1]``.
         gates: float32 ``[T, 1]``.
         grad_y: ``[T, model]``, the gradient that enters the backward pass.
     """
@@ -84,7 +84,7 @@ class Batch:
 
 
 def make_batch(case: FFNCase, seed: int = 0) -> Batch:
-    """Random inputs; the same for the same case."""
+    """Random inputs, the same each time for the same case."""
     torch.manual_seed(seed)
     x = torch.randn(case.tokens, case.model).to(case.device, case.dtype).requires_grad_(case.train)
     grad_y = torch.randn(case.tokens, case.model).to(case.device, case.dtype)
@@ -131,7 +131,7 @@ class Problem:
     """One case with one kind of shape.
 
     Attributes:
-        case, batch, shape_name: what it is made of.
+        case, batch, shape_name: what the problem is made from.
         up, down: cores of all experts (auxiliary ones ``[E, d, i, j, d']``), in the case's dtype, no gradients.
     """
 
@@ -160,7 +160,7 @@ class Problem:
 
     @cached_property
     def dense_experts(self) -> tuple[Tensor, Tensor]:
-        """The experts' full weights, up ``[E, hidden, model]`` and down ``[E, model, hidden]`` (`nn.Linear`'s way)."""
+        """The experts' full weights, up ``[E, hidden, model]`` and down ``[E, model, hidden]`` (as in `nn.Linear`)."""
         case = self.case
         up = torch.empty(case.experts, case.hidden, case.model, dtype=case.dtype, device=case.device)
         down = torch.empty(case.experts, case.model, case.hidden, dtype=case.dtype, device=case.device)
@@ -192,7 +192,7 @@ class Problem:
         return Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, self.case.dtype)
 
     def floor(self, mask_central: bool = False) -> dict[str, float | None]:
-        """FLOPs of the planner's strategies over those of the dense FFN, forward and forward + backward."""
+        """FLOPs of the planner's strategies relative to the dense FFN's, forward and forward + backward."""
         floors: dict[str, float | None] = {}
         for phase, training in (("forward", False), ("train", True)):
             plans = [self.plan(shape, training, mask_central) for shape in (self.up_shape, self.down_shape)]
@@ -207,7 +207,7 @@ class Problem:
         return plan_contraction(*sizes, training=training, mask_central=mask_central)
 
     def parameters(self) -> int:
-        """Elements of both projections' cores, all experts'."""
+        """Number of elements in both projections' cores, of all experts."""
         return sum(core.numel() for core in (*self.up, *self.down))
 
 
@@ -218,8 +218,8 @@ def _one_expert(blocks: MPOBlocks, e: int) -> MPOBlocks:
 def without_kinks(grad_y: Tensor, z: Tensor) -> Tensor:
     """``grad_y [T, model]`` with zeros in the rows whose pre-activations ``z [T, hidden]`` come too close to zero.
 
-    Such rows, a few in a hundred, then leave every gradient alone, for all contenders alike, and errors of gradients
-    are those of arithmetic. In bfloat16 every row has such elements; there the reference's own error contains them.
+    Such rows, a few in a hundred, then contribute to no gradient of any contender, so that gradients differ only by
+    rounding. In bfloat16 every row has such elements; there the reference's own error includes them.
     """
     if grad_y.dtype != torch.float32:
         return grad_y

@@ -36,7 +36,7 @@ def markdown_report(results: Mapping[str, Any], plots: Sequence[tuple[str, str]]
         plots: (file name, caption) of the plots in the report's folder.
 
     Raises:
-        ValueError: results of another schema.
+        ValueError: results with another schema.
     """
     from mpoe_bench.run import SCHEMA
 

@@ -1,4 +1,4 @@
-"""Run a suite: everything `mpoe bench` measures, as one JSON-able dict."""
+"""Run a suite: everything that `mpoe bench` measures, as one JSON-able dict."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from mpoe_bench.timing import CLOCKS, cpu_measure, cuda_measure
 
 SCHEMA = 1
 DEVICES = ("cpu", "cuda")
-# With the default backends, on the CPU; every backend that is named adds about the share that it has in the rows.
+# With the default backends, on the CPU; each backend accounts for about its share of the rows.
 EXPECTED_TIME = {"quick": "4 minutes", "full": "2 hours", "planner": "12 minutes", "targets": "6 minutes"}
-# Of the gpu suite; what does not fit is left out and named.
+# The gpu suite's time; sections that do not fit are left out and named.
 GPU_SECONDS = 480.0
 
 
 def check_options(
     suite: str, device: str, threads: int | None, clock: str, scale: str, backend: str | None = None
 ) -> int:
-    """Refuse what cannot be run, before any work; returns the number of threads.
+    """Refuse options that cannot be run, before any work; returns the number of threads.
 
     Raises:
-        ValueError: naming the option, what was expected, and what came.
+        ValueError: names the option, what was expected, and what was given.
     """
     for name, value, known in (
         ("suite", suite, SUITES),
@@ -60,14 +60,14 @@ def check_options(
 
 
 def expected_time(suite: str, scale: str = "real") -> str:
-    """How long a suite takes, in words."""
+    """The duration of a suite, in words."""
     if suite == "gpu" and scale == "real":
         return "the minutes it is given"
     return "seconds" if scale == "tiny" else f"about {EXPECTED_TIME[suite]} on two CPU cores"
 
 
 def failures(sections: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Our own contenders that gave a wrong result or failed; a backend without a kernel is no failure."""
+    """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a failure."""
     found = []
     for section in sections:
         if "spoilt" in section:
@@ -96,18 +96,18 @@ def run_suite(
     Args:
         suite: ``quick``, ``full``, ``planner``, ``targets`` or ``gpu``.
         device: ``cpu`` or ``cuda``.
-        threads: torch threads, pinned; default all processors usable.
-        clock: ``wall``, or ``cpu`` (this process's CPU time; for machines that others use at the same time).
+        threads: torch threads, pinned; default: all usable processors.
+        clock: ``wall``, or ``cpu`` (this process's CPU time, for shared machines).
         scale: ``real``, or ``tiny`` sizes for tests.
         log: receives progress lines.
-        on_section: receives every section as it is finished.
+        on_section: receives every section when it is finished.
         backend: see `mpoe_bench.choice.backends_to_measure`.
-        seconds: when they have passed nothing new is begun; default no limit, of the gpu suite `GPU_SECONDS`.
+        seconds: start nothing new after this time; default: no limit, or `GPU_SECONDS` for the gpu suite.
 
     Returns:
         ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets", "failures",
-        "seconds"}``, JSON-able; ``skipped`` names the sections that the time did not suffice for, or
-        that came after a broken capture of a CUDA graph, which counts as a failure.
+        "seconds"}``, JSON-able; ``skipped`` names the sections that there was no time for, or that came after a
+        broken CUDA graph capture, which counts as a failure.
 
     Raises:
         ValueError: see `check_options`.
@@ -127,7 +127,7 @@ def run_suite(
     start = time.perf_counter()
     sections: list[dict[str, Any]] = []
     skipped: list[str] = []
-    gc.freeze()  # what the imports made stays; collections between sections need not look at it
+    gc.freeze()  # objects made by imports stay; collections between sections need not visit them
     machine = describe(device, threads, clock)
     with pinned(threads):
         log("measuring the machine's roofs")

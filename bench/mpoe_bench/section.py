@@ -1,4 +1,4 @@
-"""One section of a report: contenders of one case, checked, measured for memory, then timed together."""
+"""One section of a report: the contenders of a case are checked, their memory is measured, then all are timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, interleave
 from mpoe_kernels import BackendError
 from mpoe_kernels.testing.graphs import CaptureError, graphed
 
-NOT_HERE = "not here"  # how the reason of a contender that cannot take part begins
+NOT_HERE = "not here"  # prefix of the reason why a contender cannot take part
 # Results are published, so they must not contain a machine's folder names.
 FOLDERS = re.compile(r"(?<![\w.])/[^\s:'\"]*/")
 Build = Callable[[], tuple[Contender, Truth]]
@@ -29,11 +29,11 @@ class Setup:
 
     Attributes:
         budget: seconds and rounds per function.
-        measure: takes the seconds of a sample.
+        measure: returns the seconds of a sample.
         device: ``"cpu"`` or ``"cuda"``.
         log: receives one line per contender.
-        backends: whose MPO contenders take part, see `mpoe_bench.choice.backends_to_measure`.
-        deadline: of `time.monotonic`; contenders that have not been built by then are left out.
+        backends: backends whose MPO contenders take part, see `mpoe_bench.choice.backends_to_measure`.
+        deadline: as `time.monotonic` counts; contenders not built by then are left out.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -50,7 +50,7 @@ class Setup:
 
 
 def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
-    """A `Timing` as the results file holds it; NaN becomes None, as JSON has none."""
+    """A `Timing` as stored in the results file; NaN becomes None, as JSON has no NaN."""
     facts = {key: None if math.isnan(value) else value for key, value in asdict(timing).items()}
     if tokens is not None:
         facts["tokens_per_second"] = tokens / timing.seconds
@@ -58,22 +58,22 @@ def timing_facts(timing: Timing, tokens: int | None = None) -> dict[str, Any]:
 
 
 def failure_text(error: Exception) -> str:
-    """The reason of a failure: kind and message on one line, files without their folders."""
+    """The reason for a failure: type and message on one line, files without their folders."""
     return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
 def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[str, Any]:
-    """Run a contender once forward and once backward: its row without times.
+    """Run a contender forward and backward once, to fill its row except for times.
 
     Returns:
-        A row whose ``reason`` is ``None`` if every result agrees with the truth, else says what is wrong.
+        A row whose ``reason`` is ``None`` if every result agrees with the truth, else what is wrong.
     """
     row: dict[str, Any] = {"name": contender.name, "kind": contender.kind, "reason": None, **contender.facts}
     memory, results = {}, {}
     memory["forward"], results["y"] = peak_memory(contender.forward, setup.device)
     if contender.trains:
         if contender.step is not None:
-            contender.step()  # the first one makes the optimizer's state
+            contender.step()  # the first step creates the optimizer's state
             contender.release()
         memory["train"], _ = peak_memory(contender.train, setup.device)
         results |= contender.gradients()
@@ -88,7 +88,7 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
 
 
 def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | None, dict[str, Any]]:
-    """Build and check one contender; every way to fail becomes the row's reason."""
+    """Build and check a contender; any failure becomes the row's reason."""
     row: dict[str, Any] = {"name": name, "kind": kind}
     if setup.late:
         return None, {**row, "reason": f"{NOT_HERE}: the time was up"}
@@ -99,7 +99,7 @@ def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | 
         row = {**check_and_weigh(contender, truth, setup), "name": name, "kind": kind}
     except (UnavailableError, BackendError) as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
-    except Exception as error:  # any failure: the others are still measured, and the report gives the reason
+    except Exception as error:  # any failure: the others are still measured, and the report states the reason
         return None, {**row, "reason": failure_text(error)}
     return (contender if row["reason"] is None else None), row
 
@@ -109,9 +109,9 @@ class Comparison:
     """What a section measures.
 
     Attributes:
-        key, title: how the report names the section.
+        key, title: the section's names in the results and in the report.
         contenders: (name, kind, builder); a builder raises `UnavailableError` with its reason.
-        baseline: name of the contender whose time divides the others'.
+        baseline: name of the contender by whose time the others' are divided.
         tokens: per call, for tokens per second.
         facts: JSON-able description of the case.
         phases: which of ``forward`` and ``train`` (forward + backward) to time.
@@ -130,11 +130,11 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
     """Check, weigh and time contenders.
 
     Returns:
-        JSON-able section with one row per contender. ``spoilt``, where a capture of a CUDA graph broke off: why nothing
+        JSON-able section with one row per contender. If a CUDA graph capture broke off, ``spoilt`` says why nothing
         more can be measured in this process.
 
     Raises:
-        RuntimeError: the baseline itself cannot run or computes something wrong.
+        RuntimeError: the baseline itself cannot run or gives a wrong result.
     """
     joined: dict[str, Contender] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,7 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
 def _time_graphs(
     joined: dict[str, Contender], rows: dict[str, dict[str, Any]], baseline: str | None, setup: Setup
 ) -> None:
-    """Forward passes again as CUDA graphs, where they can be captured.
+    """Time the forward passes again as CUDA graphs, where they can be captured.
 
     Raises:
         CaptureError: a capture broke off.

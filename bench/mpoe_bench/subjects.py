@@ -1,4 +1,4 @@
-"""What we measure: the dense limit and the MPO experts on every backend."""
+"""The subjects of a measurement: the dense limit and the MPO experts on every backend."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LIMIT = "dense FFN"
 
 
 def training_bytes(parameters: int, dtype: torch.dtype, optimizer: bool = True) -> int:
-    """AdamW's two moments in float32 (``optimizer``) or the weights themselves."""
+    """Bytes of AdamW's two moments in float32 (``optimizer``) or of the weights themselves."""
     return parameters * (8 if optimizer else dtype.itemsize)
 
 
 def size_facts(parameters: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Parameters, their bytes and AdamW's."""
+    """Number of parameters, their bytes, and AdamW's bytes."""
     return {
         "parameters": parameters,
         "weight_bytes": training_bytes(parameters, dtype, optimizer=False),
@@ -113,7 +113,7 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
 
 
 def work_facts(problem: Problem, backend: str) -> dict[str, Any]:
-    """The plans' FLOPs and memory traffic, forward, both projections together, for the roofline; and what is run."""
+    """Forward FLOPs and memory traffic of both projections' plans together, for the roofline; and what runs."""
     case = problem.case
     shapes = {"up": problem.up_shape, "down": problem.down_shape}
     plans = [problem.plan(shape, training=False) for shape in shapes.values()]

@@ -1,4 +1,4 @@
-"""Results as rows of text: the same cells go to the terminal and into the report."""
+"""Results as rows of text: the terminal and the report show the same cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpoe_bench.machine import title_of
 class TextTable:
     """A title, a header, rows, and notes below (contenders that were not timed, with the reason).
 
-    ``spare`` names columns that a narrow terminal does without, the first one first.
+    ``spare`` names columns that are dropped on a narrow terminal, in this order.
     """
 
     title: str
@@ -23,7 +23,7 @@ class TextTable:
     spare: Sequence[str] = ()
 
     def without(self, name: str) -> TextTable:
-        """The same table, one column fewer."""
+        """The same table without one column."""
         kept = [index for index, found in enumerate(self.header) if found != name]
         rows = [[row[index] for index in kept] for row in self.rows]
         return replace(self, header=[self.header[index] for index in kept], rows=rows)
@@ -48,7 +48,7 @@ def mebibytes(count: float | None) -> str:
 
 
 def ratio_text(timing: Mapping[str, Any] | None) -> str:
-    """``1.23 (1.20-1.31)``: median of x dense and its 10th and 90th percentile; one round has no spread."""
+    """``1.23 (1.20-1.31)``: median of x dense with its 10th and 90th percentiles; one round has no spread."""
     if timing is None or timing["x"] is None:
         return "-"
     digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
@@ -72,14 +72,14 @@ def _tokens(row: Mapping[str, Any]) -> str:
 
 
 def _error(row: Mapping[str, Any], phase: str | None = None) -> str:
-    """The largest error of all: of the result (``forward``), of the gradients (``train``), or of both."""
+    """The largest error of the result (``forward``), of the gradients (``train``), or of both."""
     wanted = {"forward": lambda name: name == "y", "train": lambda name: name != "y", None: lambda _: True}[phase]
     errors = [value for name, value in (row.get("errors") or {}).items() if wanted(name)]
     return f"{max(errors):.0e}" if errors else "-"
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per reason, with everyone it holds for."""
+    """One line per reason, with the names of all rows that share it."""
     names: dict[str, list[str]] = {}
     for row in rows:
         if row.get("reason"):
@@ -88,7 +88,7 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def timing_table(section: Mapping[str, Any]) -> TextTable:
-    """A section of contenders: x baseline forward and forward + backward, floor, memory, error."""
+    """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = [row for row in section["rows"] if not row.get("reason")]
     phases = ("forward", "train") if any("train" in row for row in rows) else ("forward",)
     base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
@@ -122,7 +122,7 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
 
 
 def conversion_table(section: Mapping[str, Any]) -> TextTable:
-    """Seconds per matrix and for the 48 of T5-base."""
+    """Seconds per matrix, and for the 48 matrices of T5-base."""
     body = [
         [row["name"], f"{row['seconds']:.2f} s", f"{row['seconds_of_48']:.1f} s", _error(row)]
         for row in section["rows"]
@@ -160,7 +160,7 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
 
 
 def weights_table(section: Mapping[str, Any]) -> TextTable:
-    """Temporary memory in units of an expert's weight, forward and backward."""
+    """Temporary memory in units of one expert's weight, forward and backward."""
     body = []
     for row in section["rows"]:
         if not row["reason"]:
@@ -192,7 +192,7 @@ def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
 
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
-    """What was measured on."""
+    """The machine that was measured."""
     roofs = machine["roofs"]
     body = [
         ["machine", title_of(dict(machine))],
@@ -214,7 +214,7 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
 
 
 def _instructions(machine: Mapping[str, Any]) -> str:
-    """Instructions of the native kernels, if a result has them."""
+    """The native kernels' instruction set, if the result has it."""
     return f"; native kernels with {machine['native_isa']}" if machine.get("native_isa") else ""
 
 

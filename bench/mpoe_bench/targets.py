@@ -1,4 +1,4 @@
-"""Targets, on two CPU cores and on an H100, and which of them a run reached.
+"""Targets on two CPU cores and on an H100, and which of them a run reached.
 
 Numbers are x dense, forward / forward + backward.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
-SIZES = (768, 3072)  # the targets speak of T5-base's FFN
+SIZES = (768, 3072)  # the targets are for T5-base's FFN
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
 GROUPED = "dense experts, grouped_mm"
 CONVERSION_SECONDS = 60.0
@@ -24,9 +24,9 @@ class Target:
     Attributes:
         shape: name of the shape.
         experts, tokens: of the case.
-        forward, train: limits by phase; ``None`` = none.
+        forward, train: limits by phase; ``None`` = no limit.
         peer: ``None``: the limits are the largest x dense allowed. Else a contender (`ORIGINAL` stands for the one on
-            the same shape): the limits are how many times faster than it the shape must at least be.
+            the same shape): the shape must be faster than the peer by at least these factors.
     """
 
     shape: str
@@ -37,7 +37,7 @@ class Target:
     peer: str | None = None
 
 
-# A backend in plain PyTorch; and one with kernels of its own, or the choice among all.
+# For plain PyTorch; then for backends with their own kernels and for the choice among all backends.
 EAGER_TARGETS = (
     Target("separable", 8, 2048, 1.5, 1.6),
     Target("separable", 64, 2048, 1.5, 1.6),
@@ -57,7 +57,7 @@ KERNEL_TARGETS = (
 )
 
 
-# On an H100, bfloat16; eager is held to none.
+# On an H100, in bfloat16; eager has no targets there.
 GPU_TARGETS = (
     *(Target("separable", experts, tokens, 1.35) for experts in (8, 64) for tokens in (4096, 32768)),
     Target("paper_32", 64, 64, 3.0, None, GROUPED),
@@ -83,7 +83,7 @@ def best_row(rows: Sequence[Mapping[str, Any]], shape: str, phase: str) -> Mappi
 
 
 def _line(what: str, backend: str, wanted: str, found: Mapping[str, str], reached: bool | None) -> dict[str, Any]:
-    """``found`` by dtype; ``reached`` is ``None`` for what is only reported."""
+    """``found`` is by dtype; ``reached`` is ``None`` if the line is only reported."""
     return {"what": what, "backend": backend, "wanted": wanted, "found": dict(found), "reached": reached}
 
 
@@ -96,7 +96,7 @@ def _row(section: Mapping[str, Any], phase: str, **wanted: Any) -> Mapping[str, 
 
 
 def _cases(sections: Sequence[Mapping[str, Any]], experts: int, tokens: int) -> dict[str, Mapping[str, Any]]:
-    """The FFN section of a case by dtype, T5-base's sizes, uniform load; the first of several."""
+    """By dtype, the first FFN section of a case with T5-base's sizes and uniform load."""
     wanted = {"experts": experts, "tokens": tokens, "load": "uniform", "model": SIZES[0], "hidden": SIZES[1]}
     found: dict[str, Mapping[str, Any]] = {}
     for section in sections:
@@ -137,7 +137,7 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
 
 
 def _masked_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """Every case in which a masked contender was trained, against the unmasked one."""
+    """In every case with a trained masked contender: masked against unmasked."""
     for section in sections:
         for row in section["rows"]:
             if not (row.get("masked") and row.get("train") and row.get("backend") == backend):
@@ -168,7 +168,7 @@ def _memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterat
 
 
 def _weights_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """The most experts' weights alive in any shape that rebuilds them; the others must not grow with the experts."""
+    """Most experts' weights alive in shapes that rebuild them; in the others, no growth with the number of experts."""
     for section in sections:
         if section["key"] != "weights":
             continue
@@ -192,7 +192,7 @@ def _weights_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Itera
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
     """One line per target that the sections measured: what, backend, wanted, found by dtype, reached.
 
-    A line is reached if the worse of its dtypes is.
+    A target is reached if the worse of its dtypes reaches it.
     """
     backends = dict.fromkeys(row["backend"] for section in sections for row in section["rows"] if row.get("backend"))
     lines: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Interleaved timing: every function runs once per round, so that a drift of the machine affects all of them equally.
+"""Interleaved timing: every function runs once per round, so that drift of the machine affects all of them equally.
 
 A function's figure is the median over rounds of (its time / the baseline's time in the same round).
 """
@@ -25,9 +25,9 @@ class Budget:
     """How long to measure.
 
     Attributes:
-        seconds_each: seconds spent on one function in one phase, more or less.
+        seconds_each: approximate time spent on one function in one phase.
         sample_seconds: shortest sample; quicker functions are called several times per sample.
-        min_rounds: fewest rounds; of slow functions as many as fit three times `seconds_each`, at least one.
+        min_rounds: fewest rounds; slow functions get as many as fit into three times `seconds_each`, at least one.
         max_rounds: most rounds.
     """
 
@@ -42,9 +42,9 @@ class Timing:
     """Figures of one function.
 
     Attributes:
-        seconds: median of one call.
+        seconds: median time of one call.
         x: median over rounds of the ratio to the baseline's time in the same round; NaN without a baseline.
-        low, high: 10th and 90th percentile of that ratio (of ``seconds`` without a baseline).
+        low, high: 10th and 90th percentiles of that ratio (of ``seconds`` without a baseline).
         rounds: samples taken.
     """
 
@@ -56,7 +56,7 @@ class Timing:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default.
+    """Linear interpolation between order statistics, like numpy's default.
 
     Raises:
         ValueError: no values, or q outside [0, 1].
@@ -100,7 +100,7 @@ def cuda_measure() -> Measure:
 
 @contextmanager
 def collection_off() -> Iterator[None]:
-    """No garbage collection inside the block."""
+    """Disable garbage collection inside the block."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,7 +111,7 @@ def collection_off() -> Iterator[None]:
 
 
 def _plan(seconds: Mapping[str, float], budget: Budget) -> tuple[dict[str, int], dict[str, int]]:
-    """Calls per sample and rounds of every function, from the seconds that one call takes."""
+    """Calls per sample and number of rounds of every function, from the seconds that one call takes."""
     repeats, rounds = {}, {}
     for name, once in seconds.items():
         once = max(once, 1e-9)
@@ -136,10 +136,10 @@ def interleave(
     """Time functions round by round in one process.
 
     Args:
-        functions: by name; each is called once untimed-in-the-result to size its samples (and to warm it up).
-        baseline: the name whose time divides all others'; it takes part in every round.
+        functions: by name; each is first called once, which does not count, to size its samples and to warm it up.
+        baseline: the function by whose time all others' are divided; it takes part in every round.
         budget: see `Budget`.
-        measure: how seconds are taken; default the wall clock.
+        measure: returns the seconds of a sample; default: by the wall clock.
 
     Returns:
         A `Timing` for every function.

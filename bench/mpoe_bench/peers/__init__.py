@@ -28,12 +28,12 @@ PEERS: dict[str, Callable[[Problem], Contender]] = {
     "QuACK grouped GEMM": gpu.quack,
     "Liger SwiGLU as ReLU, 1.5x FLOPs": gpu.liger,
 }
-# Peers that work on the cores, so that their speed depends on the kind of shape; the others' does not.
+# Peers that work on the cores, so their speed depends on the kind of shape; that of the others does not.
 OF_CORES = ("original: rebuild all", "einsum of the cores", "tltorch factorized", "tltorch reconstructed")
 
 
 def peer_name(peer: str, problem: Problem) -> str:
-    """``original: rebuild all (paper_64)``: peers that work on cores carry the shape."""
+    """``original: rebuild all (paper_64)``: names of peers that work on cores include the shape."""
     return f"{peer} ({problem.shape_name})" if peer in OF_CORES else peer
 
 

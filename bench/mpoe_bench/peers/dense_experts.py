@@ -16,7 +16,7 @@ ONE_HOT_LIMIT = 2**31  # bytes of the one-hot tensor [T, E, C] beyond which the 
 
 
 def dense_contender(problem: Problem, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
-    """A contender over full expert weights: ``function(x, up [E, hidden, model], down [E, model, hidden])``."""
+    """A contender with full expert weights: ``function(x, up [E, hidden, model], down [E, model, hidden])``."""
     case, batch = problem.case, problem.batch
     up, down = problem.dense_experts
 
@@ -45,9 +45,9 @@ def probe_experts(grad: Tensor) -> Tensor:
 
 
 def loop(problem: Problem) -> Contender:
-    """What Switch implementations do: for each expert, gather its tokens, run its FFN, scatter the result.
+    """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the result.
 
-    Every expert's weights are tensors of their own, as in a module list, so that a backward pass touches only them.
+    Every expert's weights are separate tensors, as in a module list, so that a backward pass touches only them.
     """
     case, batch = problem.case, problem.batch
     index, gates = batch.index[:, 0], batch.gates

@@ -1,4 +1,4 @@
-"""GPU libraries, used where they are installed. Their interfaces move: the check against the truth guards them."""
+"""GPU libraries, used if they are installed. Their interfaces change; the check against the truth detects it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _library(name: str, problem: Problem) -> Any:
         if error.name == package:
             raise UnavailableError(f"{package} is not installed") from None
         raise UnavailableError(f"{name} does not import: {error}") from error
-    except Exception as error:  # such packages compile at import and fail in any way
+    except Exception as error:  # such packages compile at import and can fail in any way
         raise UnavailableError(f"{name} does not import: {type(error).__name__}: {error}") from error
 
 
@@ -59,7 +59,7 @@ def megablocks(problem: Problem) -> Contender:
 
     def function(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         order, inverse, _ = sorted_tokens(index, experts)
-        sizes = torch.bincount(index, minlength=experts).cpu()  # it wants them on the host
+        sizes = torch.bincount(index, minlength=experts).cpu()  # gmm needs them on the host
         hidden = F.relu(ops.gmm(x[order], up, sizes, trans_b=True))
         return (ops.gmm(hidden, down, sizes, trans_b=True)[inverse] * gates).to(x.dtype)
 
@@ -96,7 +96,7 @@ def sonicmoe(problem: Problem) -> Contender:
 
     def function(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        weights = (up.permute(1, 2, 0), None, down.permute(1, 2, 0), None)  # as it lays them out; no bias
+        weights = (up.permute(1, 2, 0), None, down.permute(1, 2, 0), None)  # in SonicMoE's layout; no bias
         y, _ = compute(x, gates, tokens, index, *weights, case.experts, stream, activation, not torch.is_grad_enabled())
         return y.to(x.dtype)
 
@@ -104,7 +104,7 @@ def sonicmoe(problem: Problem) -> Contender:
 
 
 def quack(problem: Problem) -> Contender:
-    """QuACK's grouped GEMM, which SonicMoE is made of, on sorted tokens; it has no autograd, so forward only."""
+    """QuACK's grouped GEMM, which SonicMoE is built on, on sorted tokens; it has no autograd, so forward only."""
     gemm = _library("quack.gemm_interface", problem).gemm
     if problem.case.dtype.itemsize != 2:
         raise UnavailableError("quack takes bfloat16 and float16 here")
@@ -123,15 +123,15 @@ def quack(problem: Problem) -> Contender:
 
 
 # Liger's network is ``down(silu(gate x) * up x)``. With gate = STEEP W and up x = 1 / STEEP that is ReLU within
-# rounding: silu(s z) / s is max(z, 0), unless |z| is a few times 1 / s.
+# rounding: silu(s z) / s is max(z, 0), unless |z| is only a few times 1 / s.
 STEEP = 2.0**16
-LIGER_COLUMNS = 64  # added to the features, one of which is 1, so that ``up x`` can be a constant; a whole tile
+LIGER_COLUMNS = 64  # a whole tile of extra features, one of which is 1, so that ``up x`` can be a constant
 
 
 def liger(problem: Problem) -> Contender:
     """Liger's fused mixture of experts, which supports only SwiGLU: a gate and a constant turn it into ReLU.
 
-    Its up projection is therefore twice as wide as the others', as its name in the tables says.
+    Its up projection is therefore twice as wide as the others', hence 1.5x FLOPs in its name in the tables.
     """
     fused = _library("liger_kernel.ops.fused_moe", problem).LigerFusedMoEFunction
     case, batch = problem.case, problem.batch
@@ -142,7 +142,7 @@ def liger(problem: Problem) -> Contender:
     both = up.new_zeros(case.experts, 2 * case.hidden, case.model + LIGER_COLUMNS)
     both[:, : case.hidden, : case.model] = up * STEEP
     both[:, case.hidden :, case.model] = 1.0 / STEEP
-    # Its rows are as wide as those of x.
+    # Liger's output rows are as wide as those of x.
     down = F.pad(down, (0, 0, 0, LIGER_COLUMNS))
     leaves = tuple(leaf.requires_grad_(train) for leaf in (x, both, down))
     index, gates = batch.index.to(torch.int32), batch.gates

@@ -16,7 +16,7 @@ from mpoe_bench.subjects import size_facts
 
 
 class _FixedRouter(nn.Module):
-    """Gives the layer the routing that every contender gets, in the form its own router returns it."""
+    """Gives the layer the routing that every contender gets, in the form that the layer's own router returns."""
 
     def __init__(self, index: Tensor, gates: Tensor, num_experts: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _FixedRouter(nn.Module):
 
 
 def switch_sparse_mlp(problem: Problem) -> Contender:
-    """`SwitchTransformersSparseMLP`; its experts' weights are views of the ones that the other dense peers use."""
+    """`SwitchTransformersSparseMLP`; its experts' weights are views of those that the other dense peers use."""
     try:
         from transformers.models.switch_transformers import configuration_switch_transformers as configuration
         from transformers.models.switch_transformers import modeling_switch_transformers as modeling

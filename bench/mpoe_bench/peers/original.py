@@ -2,7 +2,7 @@
 
 Every expert's weight is rebuilt from its cores in every forward pass: a chain of tensordots leaves the axes in the
 order (i1, j1, ..., in, jn), one permutation of 2n axes brings them to (i1..in, j1..jn), and a Switch loop follows.
-autograd keeps all of it for the backward pass.
+Autograd keeps all of this for the backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def core_leaves(problem: Problem) -> dict[str, list[Tensor]]:
 
 
 def core_gradients(problem: Problem, leaves: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Gradients by the names of `mpoe_bench.problem.Truth`."""
+    """Gradients, named as in `mpoe_bench.problem.Truth`."""
     found = {"dx": grad_of(problem.batch.x)}
     for kind, cores in leaves.items():
         found |= {f"d_{kind}.{k}": grad_of(core) for k, core in enumerate(cores)}
@@ -56,7 +56,7 @@ def rebuild(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
 
 
 def rebuild_all(problem: Problem) -> Contender:
-    """All experts' weights rebuilt, then a loop over experts."""
+    """Rebuild all experts' weights, then loop over experts."""
     case, batch = problem.case, problem.batch
     leaves = core_leaves(problem)
     index, gates = batch.index[:, 0], batch.gates

@@ -1,4 +1,4 @@
-"""Tensor-network ways: one einsum of x with all cores per expert, and tensorly-torch's factorized layers."""
+"""Tensor-network peers: one einsum of x with all cores per expert, and tensorly-torch's factorized layers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mpoe_bench.problem import Problem
 from mpoe_bench.subjects import size_facts
 from mpoe_kernels import MPOShape
 
-INTERMEDIATE_LIMIT = 2**31  # bytes of an einsum's largest intermediate beyond which it does not take part
-WORK_LIMIT = 400.0  # times the dense FLOPs beyond which one call would take minutes
+INTERMEDIATE_LIMIT = 2**31  # bytes of an einsum's largest intermediate; beyond that it does not take part
+WORK_LIMIT = 400.0  # times the dense FLOPs; beyond that one call would take minutes
 
 
 def _loop(problem: Problem, expert_ffn: Callable[[Tensor, int], Tensor]) -> Callable[[], Tensor]:
-    """Gather, one expert's FFN, scatter, for every busy expert."""
+    """For every busy expert: gather, the expert's FFN, scatter."""
     index, gates, batch = problem.batch.index[:, 0], problem.batch.gates, problem.batch
 
     def function() -> Tensor:
@@ -36,7 +36,7 @@ def _loop(problem: Problem, expert_ffn: Callable[[Tensor, int], Tensor]) -> Call
 
 
 def einsum_expression(cores: int) -> str:
-    """``n`` rows with the cores of a chain: e.g. ``nab,aicd...`` for x ``[n, i1..ik]`` -> ``[n, j1..jk]``."""
+    """Of x ``[n, i1..ik]`` with a chain of k cores -> ``[n, j1..jk]``; ``nab,eacf,fbdg->ncd`` for two cores."""
     letters = iter("abcdefghijklmopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     rows, columns = [next(letters) for _ in range(cores)], [next(letters) for _ in range(cores)]
     bonds = [next(letters) for _ in range(cores + 1)]
@@ -45,14 +45,14 @@ def einsum_expression(cores: int) -> str:
 
 
 def contract(x: Tensor, cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
-    """``x [n, I]`` through one chain by `torch.einsum`, which lets opt_einsum choose the order where installed."""
+    """``x [n, I]`` through one chain by `torch.einsum`; opt_einsum, if installed, chooses the contraction path."""
     padded = F.pad(x, (0, shape.padded_in - shape.in_features))
     y = torch.einsum(einsum_expression(shape.num_cores), padded.view(-1, *shape.in_factors), *cores)
     return y.reshape(x.shape[0], -1)[:, : shape.out_features]
 
 
 def _check_size(problem: Problem) -> None:
-    """Refuse before a contraction would fill the memory or take minutes."""
+    """Refuse contractions that would fill the memory or take minutes."""
     try:
         import opt_einsum
     except ImportError as error:
@@ -135,7 +135,7 @@ def _tltorch(problem: Problem, implementation: str) -> Contender:
         for kind, shape, which in (("up", problem.up_shape, 0), ("down", problem.down_shape, 1)):
             for k in range(shape.num_cores):
                 grads = torch.stack([grad_of(pair[which].weight.factors[k]).transpose(1, 2) for pair in layers])
-                # Each expert has its own copy of the central core here: the shared one's gradient is their sum.
+                # Each expert has its own copy of the central core here; the shared core's gradient is their sum.
                 found[f"d_{kind}.{k}"] = grads.double().sum(0) if k == shape.central else grads
         return found
 
@@ -152,10 +152,10 @@ def _tltorch(problem: Problem, implementation: str) -> Contender:
 
 
 def tltorch_factorized(problem: Problem) -> Contender:
-    """tensorly-torch contracting x with the factors in one einsum."""
+    """tensorly-torch, contracting x with the factors in one einsum."""
     return _tltorch(problem, "factorized")
 
 
 def tltorch_reconstructed(problem: Problem) -> Contender:
-    """tensorly-torch rebuilding the weight, then a linear layer."""
+    """tensorly-torch, rebuilding the weight, then a linear layer."""
     return _tltorch(problem, "reconstructed")

@@ -18,7 +18,7 @@ CONTENDER_PLOTS = 3
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Draw every plot that the results have data for into ``folder``; returns (file name, caption)."""
+    """Draw into ``folder`` every plot that the results have data for; returns (file name, caption) pairs."""
     drawn: list[tuple[str, str]] = []
     machine = results["machine"]
 
@@ -58,7 +58,7 @@ def _ffn_sections(sections: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 def _curves(
     ffn: Sequence[Mapping[str, Any]], mains: Sequence[Mapping[str, Any]], phase: str
 ) -> list[tuple[str, str, str, Any]]:
-    """(name, caption, label of the abscissa, series) of every curve that has two points; those of one size of FFN."""
+    """(name, caption, x-axis label, series) of every curve with at least two points, for one size of FFN."""
     if not mains:
         return []
     first, found = mains[0]["case"], []
@@ -78,7 +78,7 @@ def _curves(
 
 
 def _largest(sections: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """The sections with the most contenders that were timed, in their own order."""
+    """The sections with the most timed contenders, in their original order."""
     timed = {id(section): sum(bool(row.get("forward")) for row in section["rows"]) for section in sections}
     chosen = sorted(sections, key=lambda section: -timed[id(section)])[:count]
     return [section for section in sections if any(section is other for other in chosen)]

@@ -1,4 +1,4 @@
-"""Horizontal bars: contenders of a case, memory, and the planner's choice."""
+"""Horizontal bars: the contenders of a case, memory, and the planner's choice."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mpoe_bench.plots.style import LIMIT_LABEL, PHASES, embolden, label_bar, tit
 from mpoe_bench.tables import mebibytes
 
 FLOOR_LABEL = "FLOPs of the plan / dense"
-LOGARITHMIC_FROM = 12.0  # x dense beyond which short bars could not be read on a linear axis
+LOGARITHMIC_FROM = 12.0  # x dense; beyond that, short bars could not be read on a linear axis
 
 
 def draw_contenders(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """x dense of every contender of one section, both phases, with the floor of MPO contenders."""
+    """x dense of every contender of a section, in both phases, with the floor of MPO contenders."""
     rows = [row for row in section["rows"] if (row.get("forward") or row.get("train")) and row["kind"] != "limit"]
     rows.sort(key=lambda row: (row.get("forward") or row.get("train"))["x"])
     phases = [phase for phase in PHASES if any(row.get(phase) for row in rows)]
     height, labels = 0.8 / len(phases), set()
 
     def once(label: str) -> str | None:
-        """A label for the first bar that carries it."""
+        """The label for the first bar that uses it, else None."""
         return None if label in labels else labels.add(label) or label
 
     def paint_bar(axes: Any, row: Mapping[str, Any], phase: str, at: float) -> None:
@@ -59,7 +59,7 @@ def draw_contenders(file: Path, section: Mapping[str, Any], machine: Mapping[str
 
 
 def draw_memory(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """Weights and measured peak of one forward + backward, stacked."""
+    """Weights and the measured peak of one forward + backward, stacked."""
     rows = [row for row in section["rows"] if row.get("memory", {}).get("train") and not row.get("masked")]
     rows.sort(key=lambda row: row["weight_bytes"] + row["memory"]["train"]["peak"])
 
@@ -90,7 +90,7 @@ def draw_memory(file: Path, section: Mapping[str, Any], machine: Mapping[str, An
 
 
 def draw_planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """Time of the planner's choice over the best measured, one bar per case, misses in another colour."""
+    """Time of the planner's choice relative to the best measured, one bar per case, misses in another colour."""
     rows = sorted((row for row in section["rows"] if row["ratio"] is not None), key=lambda row: -row["ratio"])
     tolerance = section["tolerance"]
 

@@ -12,12 +12,12 @@ from mpoe_bench.targets import best_row
 from mpoe_kernels.testing.cases import workload_shape
 
 PLOTTED_PEERS = ("dense experts, loop", "dense experts, grouped_mm")
-Point = tuple[float, float, float, float]  # abscissa, x dense, its 10th and its 90th percentile
+Point = tuple[float, float, float, float]  # abscissa, x dense, its 10th and 90th percentiles
 Series = dict[str, list[Point]]
 
 
 def against(sections: Sequence[Mapping[str, Any]], key: str, phase: str) -> Series:
-    """x dense of every shape (its fastest backend) and of the plotted peers, against a value of the case."""
+    """x dense of every shape (on its fastest backend) and of the plotted peers, against a value of the case."""
     points: dict[str, dict[float, Point]] = {}
     for section in sections:
         shapes = {row["shape"] for row in section["rows"] if row["kind"] == "mpoe" and row.get("shape")}
@@ -47,7 +47,7 @@ def against_bonds(sections: Sequence[Mapping[str, Any]], phase: str) -> Series:
 
 
 def full_bonds(sections: Sequence[Mapping[str, Any]]) -> set[float]:
-    """The largest bonds of the paper's shape untruncated, in these cases."""
+    """The largest bonds of the paper's untruncated shape, in these cases."""
     return {float(_bond("paper_full", section["case"])) for section in sections}
 
 
@@ -68,7 +68,7 @@ def draw_curves(
     machine: Mapping[str, Any],
     full: Sequence[float] = (),
 ) -> None:
-    """Lines with error bars on two logarithmic axes; abscissae in ``full`` are marked as full bonds."""
+    """Lines with error bars on two logarithmic axes; the x values in ``full`` are marked as full bonds."""
 
     def paint(axes: Any) -> None:
         for (name, points), colour, marker in zip(series.items(), COLOURS * 2, MARKERS * 2, strict=False):
@@ -90,7 +90,7 @@ def draw_curves(
 
 
 def _ratio_axis(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis of ratios with readable ticks, and the dense FFN's line."""
+    """A logarithmic axis for ratios, with readable ticks and the dense FFN's line."""
     axes.set_yscale("log")
     low, high = min([*values, 1.0]) / 1.15, max([*values, 1.0]) * 1.2
     plain_ticks(axes.yaxis, ladder(low, high, (1, 1.5, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5)))

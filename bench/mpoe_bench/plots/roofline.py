@@ -1,4 +1,4 @@
-"""Achieved FLOP/s against the plan's arithmetic intensity, with what torch reaches on the machine."""
+"""Achieved FLOP/s against the plan's arithmetic intensity, compared with what torch reaches on the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _points(sections: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int],
 
 
 def draw_roofline(file: Path, sections: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> None:
-    """Colour: the shape; marker: tokens; hollow: bfloat16."""
+    """Colours show the shape, markers the number of tokens; hollow markers are bfloat16."""
     points, roofs = _points(sections), machine["roofs"]
     shapes, dtypes, tokens = (sorted({key[k] for key in points}) for k in range(3))
 

@@ -21,7 +21,7 @@ from mpoe.plotting import COLOURS, new_figure, plain_ticks
 
 EXPERTS = (64, 512)
 NODES = tuple(2**k for k in range(10))
-GPUS = 8  # of a node
+GPUS = 8  # per node
 TOKENS = 4096
 NAMES = {"mpoe": "MPOE, replicated", "switch": "Switch, expert-parallel"}
 MEMORY = 80  # GB of an H100
@@ -30,7 +30,7 @@ Sizes = dict[int, tuple[Placement, ...]]  # by number of GPUs
 
 
 def predictions(experts: int) -> Sizes:
-    """What the planner says about clusters of `NODES`."""
+    """Predicted placements on clusters of `NODES` nodes."""
     inventory = take_inventory("t5-large")
     streams = (*inventory.streams, *(stream for stream, _, _ in inventory.rest))
     work = Usage(dict.fromkeys(streams, TOKENS), Device("h100", torch.bfloat16), training=True)
@@ -43,10 +43,10 @@ def predictions(experts: int) -> Sizes:
 
 
 def draw(file: Path, clusters: Mapping[int, Sizes]) -> None:
-    """Memory, bytes between nodes and time of communication of one GPU, against the number of GPUs.
+    """One GPU's memory, bytes sent to other nodes and communication time, against the number of GPUs.
 
     Args:
-        clusters: experts -> what `predictions` gave.
+        clusters: experts -> the result of `predictions`.
     """
     figure, grid = new_figure(11.5, 4.6, 1, 3)
     panels = grid[0]
@@ -58,7 +58,7 @@ def draw(file: Path, clusters: Mapping[int, Sizes]) -> None:
             look = {"color": colour, "marker": "os"[number], "ls": ("-", "--")[number], "ms": 5}
             look["label"] = f"{name}, {experts} experts"
             panels[0].plot(gpus, [placement.memory_bytes / 1e9 for placement in found], **look)
-            # One node sends nothing to others.
+            # A single node sends nothing to others.
             panels[1].plot(gpus[1:], [placement.traffic.link / 1e9 for placement in found[1:]], **look)
             panels[2].plot(gpus, [placement.communication_seconds * 1e3 for placement in found], **look)
     _finish(panels[0], gpus, "parameters, gradients, AdamW [GB]", (10, 20, 40, 80, 160, 320))

@@ -1,4 +1,4 @@
-"""Common parts of a run's plots, in addition to `mpoe.plotting`: titles, labels of bars."""
+"""Common parts of a run's plots, in addition to `mpoe.plotting`: titles, bar labels."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def label_bar(axes: Any, text: str, at: float, row: float, size: int = 7) -> Non
 
 
 def embolden(axes: Any, ours: Sequence[bool]) -> None:
-    """Names of MPO contenders in bold."""
+    """Set the names of MPO contenders in bold."""
     for name, own in zip(axes.get_yticklabels(), ours, strict=True):
         name.set_fontweight("bold" if own else "normal")

@@ -1,4 +1,4 @@
-"""`python -m mpoe_bench.quality`: run a plan, or go on with it, and write its report."""
+"""`python -m mpoe_bench.quality`: run a plan, or continue it, and write its report."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m mpoe_bench.quality", description=__doc__)
     p.add_argument("plan", choices=tuple(PLANS), help="short: MiniLM, four arms, half an hour on two cores")
     p.add_argument("--data_dir", type=Path, required=True, help="folder with austen, sms_spam, movie_sentiment, ...")
-    p.add_argument("--out", type=Path, required=True, help="finished runs in it are kept, missing ones are run")
+    p.add_argument("--out", type=Path, required=True, help="finished runs in it are kept, missing runs are made")
     p.add_argument("--arms", help="keys separated by commas; default: the plan's")
     p.add_argument("--seeds", help="numbers separated by commas; default: the plan's")
-    p.add_argument("--steps", type=int, help="of every run, instead of the plan's")
+    p.add_argument("--steps", type=int, help="steps of every run, instead of the plan's")
     p.add_argument("--threads", type=int, default=1, help="torch threads; default 1")
-    p.add_argument("--report_only", action="store_true", help="run nothing, report what there is")
+    p.add_argument("--report_only", action="store_true", help="run nothing, only report finished runs")
     return p
 
 
 def chosen_plan(arguments: argparse.Namespace) -> Plan:
-    """The plan with what the command line changes."""
+    """The plan with the command line's changes."""
     changes: dict[str, Any] = {}
     if arguments.arms:
         changes["arms"] = tuple(arguments.arms.split(","))

@@ -1,4 +1,4 @@
-"""The arms that are compared: a model, and how it is trained."""
+"""The arms that are compared: each is a model and how it is trained."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ class Arm:
         name: for tables.
         experts: fields of its `MPOEConfig`; ``"wide_up"`` and the like in ``shape`` are resolved by `resolved_shape`.
             ``None`` = the dense model.
-        width: hidden size of the dense model, times the field's.
-        as_large_as: key of the arm whose feed-forward parameters the dense model gets by a wider hidden layer.
-        rate_of: key of the arm whose tuned rate this one takes, where the two differ little; ``None`` = its own.
+        width: hidden size of the dense model, relative to the field's.
+        as_large_as: key of an arm; the dense model's hidden layer is widened to as many feed-forward parameters.
+        rate_of: key of the arm whose tuned rate this arm uses, if the two differ little; ``None`` = its own.
         scales: (central, auxiliary) factors on the cores' rates; ``None`` = the regime's defaults.
-        mask: p_b, the share of steps that leave the central cores alone.
-        own_biases: every expert has biases of its own instead of the shared ones.
-        shared_weight: a control: the experts share one dense weight and own nothing but their biases.
-        independent: experts start from random values of their own instead of equal copies.
+        mask: p_b, the share of steps that do not change the central cores.
+        own_biases: every expert has its own biases instead of shared ones.
+        shared_weight: a control: the experts share one dense weight and own only their biases.
+        independent: experts start from their own random values instead of equal copies.
         noise: Gaussian noise on the experts' blocks after conversion, relative to their RMS.
-        restart: share of every block's outputs that start again from random numbers, other ones in every expert.
-        frozen: names of the experts' blocks that keep their start (``right``, ``left``).
-        all_gates: a token's gates of all experts have a gradient, though only the chosen ones have a value.
-        decay_to_start: decoupled decay of the auxiliary cores towards the values they started from, times the rate;
-            0 = the field's decay towards 0. A very small one is no decay at all.
+        restart: share of every block's outputs that restart from random numbers, independently in every expert.
+        frozen: names of the experts' blocks that keep their initial values (``right``, ``left``).
+        all_gates: a token's gates of all experts get a gradient, though only those of the chosen experts are not 0.
+        decay_to_start: decoupled decay of the auxiliary cores towards their initial values, times the rate;
+            0 = the field's decay towards 0. A very small value means no decay at all.
         auxiliary_warmup, router_warmup: shares of all steps over which that group's rate rises from 0.
-        upcycled: share of all steps that the dense model is trained before it is converted.
+        upcycled: share of all steps that train the dense model before it is converted.
         router: fields of its `RouterConfig` that differ from the field's.
         even_gate: gates are multiplied by the number of experts, so that an undecided router changes nothing.
         adapter: only the experts' own cores and the routers train.
         lora: rank of LoRA on the dense feed-forward layers; nothing else trains. 0 = none.
-        lora_experts: adapters of that rank for each layer, a mixture of which every token meets two; 0 = one for all.
+        lora_experts: number of such adapters per layer, mixed by a router, two per token; 0 = one for all tokens.
     """
 
     key: str
@@ -70,7 +70,7 @@ class Arm:
 
 
 def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[int, int]) -> dict[str, MPOShape]:
-    """Separable shapes of both projections. Outer blocks as (on the model's side, on the hidden layer's side)."""
+    """Separable shapes of both projections; ``up`` and ``down``: blocks on the model's and the hidden layer's side."""
     return {
         "up": MPOShape.separable(model, hidden, up[0], up[1]),
         "down": MPOShape.separable(model, hidden, down[0], down[1]).mirrored(),
@@ -78,10 +78,10 @@ def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[i
 
 
 def resolved_shape(name: Any, model: int, hidden: int, narrow: int = 8) -> Any:
-    """Shapes that the comparison names beyond those of `MPOEConfig`.
+    """The shapes behind the comparison's own names, which `MPOEConfig` does not have.
 
-    ``wide``: the block on the model's side spans the whole model; ``wide_up`` and ``wide_down``: in one projection
-    only, the other one has narrow blocks. Everything else is returned as it is.
+    ``wide``: the block on the model's side spans the whole model; ``wide_up``, ``wide_down`` and ``narrow``: only in
+    one projection or in none, with narrow blocks otherwise. Everything else is returned unchanged.
     """
     wide, small = (model, narrow), (narrow, narrow)
     pairs = {"wide": (wide, wide), "wide_up": (wide, small), "wide_down": (small, wide), "narrow": (small, small)}
@@ -89,7 +89,7 @@ def resolved_shape(name: Any, model: int, hidden: int, narrow: int = 8) -> Any:
 
 
 def mpoe(key: str, name: str, shape: Any, num_experts: int = 8, gauge: str | None = None, **options: Any) -> Arm:
-    """An arm of MPO experts; ``gauge`` if it is not the field's."""
+    """An arm with MPO experts; ``gauge`` if it differs from the field's."""
     experts = {"num_experts": num_experts, "shape": shape}
     return Arm(key, name, experts if gauge is None else {**experts, "gauge": gauge}, **options)
 
@@ -115,7 +115,7 @@ ARMS = (
 
 MIXTURE_OF_LORA = Arm("mixlora8", "mixture of 8 LoRAs, rank 2, two per token", lora=2, lora_experts=8)
 
-# Fine-tuning a model as large as SmolLM2: what trains is a small part of it.
+# Fine-tuning a model as large as SmolLM2: only a small part of it trains.
 ADAPTERS = (
     Arm("lora16", "LoRA, rank 16", lora=16),
     Arm("lora48", "LoRA, rank 48", lora=48),  # the FLOPs of two hidden-side blocks of 32

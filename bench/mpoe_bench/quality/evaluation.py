@@ -1,4 +1,4 @@
-"""What is measured on held-out data: the score, how the router works, how far the experts are apart."""
+"""What is measured on held-out data: the score, how the router works, how far apart the experts are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe.layers.hidden import HiddenFeedForward
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``score``: the field's measure; ``parts``: the same by domain or task; ``router``: see `RouterCounts.summary`."""
+    """``score``: the field's measure; ``parts``: the score by domain or task; ``router``: `RouterCounts.summary`."""
 
     score: float
     parts: dict[str, float]
@@ -23,7 +23,7 @@ class Evaluation:
 
 
 class RouterCounts:
-    """Tokens of every layer and expert, by domain or task."""
+    """Numbers of tokens per layer and expert, by domain or task."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}
@@ -37,8 +37,8 @@ class RouterCounts:
         """Means over layers; empty without a router.
 
         ``entropy``: of the experts' shares of all tokens, relative to log E (1 = even). ``specialisation``: how much
-        knowing the domain or task tells of the expert, their mutual information relative to log E, with all domains
-        weighing the same (0 = experts do not care).
+        the domain or task tells about the expert: their mutual information relative to log E, with equal weights for
+        all domains (0 = nothing).
         """
         if not self._counts:
             return {}

@@ -1,4 +1,4 @@
-"""Results are written under another name and then renamed, so that a kill never leaves half a file."""
+"""Results are written under another name and then renamed, so that a killed process never leaves half a file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text at once or not at all."""
+    """Write UTF-8 text completely or not at all."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON as `write_text` does."""
+    """Write JSON by `write_text`."""
     write_text(path, json.dumps(values, indent=1) + "\n")

@@ -1,10 +1,10 @@
 """`python -m mpoe_bench.quality.four_bit`: eight experts around a 4-bit centre, in less memory than the dense model.
 
-SmolLM2-135M in bfloat16 becomes a mixture of hidden-side experts, two per token, whose projections stay frozen: as
-they are, or in 4 bits by torchao. Experts and routers train on novels, alike in all arms (same start, data and order),
-in float32; then the experts are rounded to bfloat16, and all are tested. Needs ``pip install torchao`` and
-`mpoe_bench.quality.smollm`'s packages. The weights come rounded to 4 bits in groups of 32, so that rounding them once
-more in the same groups loses next to nothing; in groups of 64 it does.
+SmolLM2-135M in bfloat16 becomes a mixture of hidden-side experts, two per token. Its projections stay frozen, either
+unchanged or in 4 bits by torchao. Experts and routers train on novels in float32, the same way in all arms (same start,
+data and order); then the experts are rounded to bfloat16, and all arms are tested. Needs ``pip install torchao`` and
+`mpoe_bench.quality.smollm`'s packages. The packaged weights are already rounded to 4 bits in groups of 32, so rounding
+them again in the same groups loses almost nothing; in groups of 64 it does lose.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLIP = 1.0
 
 
 class _Frozen(torch.autograd.Function):
-    """``x W^T`` for a weight that does not train: kernels of 4-bit weights have no backward."""
+    """``x W^T`` for a weight that does not train: kernels for 4-bit weights have no backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         columns = ctx.weight.shape[1]
-        # The kernel itself rebuilds the weight: what it makes of the unit vectors.
+        # The kernel itself rebuilds the weight: its product with the identity matrix.
         weight = F.linear(torch.eye(columns, dtype=grad.dtype, device=grad.device), ctx.weight)
         return grad @ weight.T, None
 
@@ -68,11 +68,11 @@ def centre(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def quantise_centre(model: nn.Module, group: int) -> None:
-    """The centre in 4 bits, ``group`` numbers of a row to a scale and a zero, by torchao's kernels for CPUs.
+    """Put the centre into 4 bits by torchao's CPU kernels, with one scale and zero per ``group`` numbers of a row.
 
     Raises:
         FileNotFoundError: torchao, or its 4-bit weights for CPUs, are not installed.
-        ValueError: a ``group`` that torchao does not take for one of the projections.
+        ValueError: a ``group`` that torchao does not accept for one of the projections.
     """
     try:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -88,7 +88,7 @@ def quantise_centre(model: nn.Module, group: int) -> None:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Memory of all parameters and buffers; of quantised ones that of the tensors they are made of."""
+    """Memory of all parameters and buffers; for quantised ones, of the tensors that they consist of."""
     found: dict[int, Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         parts = [tensor]
@@ -99,7 +99,7 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def mixture(dense: Any, arguments: argparse.Namespace, seed: int) -> Any:
-    """Experts around the projections of ``dense``; they and their routers alone train, in float32."""
+    """Experts around the projections of ``dense``; only they and their routers train, in float32."""
     torch.manual_seed(seed)
     config = MPOEConfig(
         num_experts=EXPERTS, shape="hidden", block_size=arguments.block_size, block_per_group=not arguments.shared
@@ -114,7 +114,7 @@ def mixture(dense: Any, arguments: argparse.Namespace, seed: int) -> Any:
 
 
 def train(model: Any, blocks: Tensor, arguments: argparse.Namespace, seed: int) -> float:
-    """AdamW with warm-up and a cosine; seconds of CPU time."""
+    """Train by AdamW with warm-up and cosine decay; returns seconds of CPU time."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.rate, weight_decay=0.0)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
@@ -132,7 +132,7 @@ def train(model: Any, blocks: Tensor, arguments: argparse.Namespace, seed: int) 
 
 
 def run_arm(dense: Any, field: NovelsField, group: int | None, arguments: argparse.Namespace, seed: int) -> dict:
-    """One arm: memory, and test losses before and after training, of experts rounded to bfloat16."""
+    """One arm: memory, and test losses before and after training; at the end the experts are rounded to bfloat16."""
     model = mixture(dense, arguments, seed)
     if group is not None:
         quantise_centre(model, group)
@@ -156,9 +156,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mpoe_bench.quality.four_bit", description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="holds austen/train.*, validation.*, test.*")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
-    parser.add_argument("--block_size", type=int, default=32, help="of the experts' blocks")
-    parser.add_argument("--shared", action="store_true", help="blocks that all groups of hidden units share")
-    parser.add_argument("--groups", type=int, nargs="+", default=[32, 64], help="numbers of a row to one scale")
+    parser.add_argument("--block_size", type=int, default=32, help="size of the experts' blocks")
+    parser.add_argument("--shared", action="store_true", help="an expert's groups of hidden units share its blocks")
+    parser.add_argument("--groups", type=int, nargs="+", default=[32, 64], help="numbers of a row per scale")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4, help="blocks of 128 tokens")
     parser.add_argument("--held_out", type=int, default=16, help="blocks to test on")
@@ -169,7 +169,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, given: tuple[Any, Any] | None = None) -> dict[str, Any]:
-    """Every arm with every seed; written after each, so that nothing is lost. ``given``: model and tokenizer."""
+    """Every arm with every seed; saved after each, so that nothing is lost. ``given``: model and tokenizer."""
     if importlib.util.find_spec("torchao") is None:
         raise FileNotFoundError("4-bit weights need torchao 0.18 or newer: pip install torchao")
     torch.set_num_threads(arguments.threads)

@@ -1,9 +1,9 @@
-"""The study of experts that own blocks on the hidden side alone: its arms, and which differences are tested.
+"""The study of experts that own only blocks on the hidden side: its arms, and which differences are tested.
 
-Every mixture is converted after a quarter of the steps, at the same rate, with a restarted optimiser; so does
-`dense_restart`. Switch stands beside each hidden arm with as many weights, with as many experts as the usual 8, and
-with two experts per token; dense with as many weights and with as many FLOPs. FLOPs are those of this width: a hidden
-arm costs 1 + k b / I of the dense layer's.
+Every mixture is converted after a quarter of the steps, at the same rate, with a restarted optimiser; `dense_restart`
+restarts it too. The hidden arms are compared with Switch of as many weights, of the usual 8 experts, and with two
+experts per token; and with dense models of as many weights and of as many FLOPs. FLOPs are those of this width: a
+hidden arm costs 1 + k b / I of the dense layer's.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def hidden(
     router: dict[str, Any] | None = None,
     **options: Any,
 ) -> Arm:
-    """Experts of hidden-side blocks, converted after a quarter of the steps; their cores at the rate of the rest.
+    """Experts of hidden-side blocks, converted after a quarter of the steps; their cores train at the common rate.
 
-    ``change`` ends the name, ``router`` and the other options are fields of `Arm`; own biases are the layer's own.
+    ``change`` ends the name; ``router`` and the other options are fields of `Arm`; ``own_biases`` are the layer's.
     """
     sizes = {"num_experts": experts, "shape": "hidden", "block_size": block, "block_per_group": per_group}
     name = f"hidden {experts}, blocks of {block} {'per group' if per_group else 'shared'}, {top_k} per token"
@@ -73,7 +73,7 @@ HIDDEN = (
     wide("large_shared", "as large as shared", 25 / 9),
     wide("large_group", "as large as per group", 19 / 3),
 )
-# (arm, the arm that it is to beat); gains over dense are tested in any case.
+# (arm, the arm that it should beat); gains over dense are always tested.
 COMPARISONS = (
     (GROUP, "switch8_quarter"),
     (GROUP, "switch6_quarter"),
@@ -88,7 +88,7 @@ COMPARISONS = (
     (SHARED, "large_shared"),
 )
 
-# What the search (hidden_search) found: more experts, and nothing else; beside as many weights in one other form.
+# What the search (hidden_search) found: only more experts help; compared with as many weights in other forms.
 BEST = (
     hidden("best_group", 64, 8, True),
     hidden("best_shared", 128, 16, False),
@@ -119,7 +119,7 @@ LARGER_COMPARISONS = (
     ("larger_shared", "large_shared"),
 )
 
-# Adapters of a pretrained model: what it has stays frozen, and as many numbers train as a LoRA of rank 16 has.
+# Adapters of a pretrained model: its own weights stay frozen, and as many numbers train as in a LoRA of rank 16.
 ADAPTER_OPTIONS: dict[str, Any] = {"upcycled": 0.0, "rate_of": None, "scales": None}
 HIDDEN_ADAPTERS = (
     hidden("adapter_hidden", 32, 32, False, change="shared weights frozen", adapter=True, **ADAPTER_OPTIONS),

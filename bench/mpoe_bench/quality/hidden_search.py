@@ -1,6 +1,6 @@
-"""Trials in search of the best recipe for hidden-side experts: each changes one thing of the two arms of `hidden`.
+"""Trials in search of the best recipe for hidden-side experts: each changes one thing in an arm of `hidden`.
 
-They are judged on the validation split, with seeds that the deciding runs do not use.
+They are judged on the validation split, with seeds that the final runs do not use.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ ALMOST_NONE = 1e-9
 
 
 def group(key: str, change: str = "", experts: int = 32, block: int = 8, top_k: int = 2, **options: Any) -> Arm:
-    """32 experts, a block of 8 for every group, two per token, converted after a quarter; but for one thing."""
+    """32 experts, a block of 8 for every group, two per token, converted after a quarter; except for one change."""
     return hidden(f"group_{key}", experts, block, True, top_k, change=change, **options)
 
 
 def shared(key: str, change: str = "", experts: int = 64, block: int = 16, top_k: int = 2, **options: Any) -> Arm:
-    """64 experts, blocks of 16 that all groups share, two per token, converted after a quarter; but for one thing."""
+    """64 experts, blocks of 16 that all groups share, two per token, converted after a quarter; except one change."""
     return hidden(f"shared_{key}", experts, block, False, top_k, change=change, **options)
 
 
 SEARCH = (
     group("base"),
     shared("base"),
-    # Blocks against experts, at equal numbers.
+    # Block size against number of experts, with equal parameters.
     group("b4", experts=64, block=4),
     group("b16", experts=16, block=16),
     shared("b8", experts=256, block=8),
@@ -36,7 +36,7 @@ SEARCH = (
     group("k4", top_k=4),
     shared("k1", top_k=1),
     shared("k4", top_k=4),
-    # Experts.
+    # Number of experts.
     group("e8", experts=8),
     group("e64", experts=64),
     shared("e16", experts=16),

@@ -1,4 +1,4 @@
-"""Field "language": a tiny GPT-2 from random weights on mixed domains, where capacity binds."""
+"""Field "language": a tiny GPT-2 from random weights on mixed domains, where capacity is the limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def domain_texts(folder: Path, domain: str, split: str) -> list[str]:
-    """Texts of a domain and split.
+    """The texts of a domain and split.
 
     Raises:
         FileNotFoundError: the data folder lacks the domain.
@@ -60,13 +60,13 @@ class LanguageField:
 
     Attributes:
         data_dir: folder with the sets of `DOMAINS`.
-        model, layers: sizes of the GPT-2; its hidden layers are four times the model.
-        block: bytes of a block.
-        batch: blocks of a step.
+        model, layers: sizes of the GPT-2; its hidden layers are four times as wide.
+        block: bytes per block.
+        batch: blocks per step.
         held_out: blocks of every domain to validate on, and to test on.
         domains: a selection of `DOMAINS`.
-        init_std: of random weights. GPT-2's .02 is for models ten times as wide; here it makes a model learn so slowly
-            that width is mistaken for capacity.
+        init_std: of the random weights. GPT-2's .02 is for models ten times as wide; here, models would learn so slowly
+            that width would be mistaken for capacity.
     """
 
     data_dir: Path
@@ -85,7 +85,7 @@ class LanguageField:
     regime = "scratch"
     gauge = "identity"
     light_p = 16
-    # By type of expert, what was better on the validation split: Switch learns more with the raw gate, MPO less.
+    # By type of expert, the better setting on the validation split: Switch learns more with the raw gate, MPO less.
     routers: ClassVar[dict[str, dict[str, Any]]] = {"dense": {"is_scale_prob": True}}
     weight_decay = 0.01
 
@@ -105,7 +105,7 @@ class LanguageField:
         return result
 
     def dense_model(self, seed: int, hidden: int | None = None) -> GPT2LMHeadModel:
-        """Random weights by ``seed``; ``hidden`` is another size of the hidden layers."""
+        """Random weights from ``seed``; ``hidden`` overrides the size of the hidden layers."""
         torch.manual_seed(seed)
         config = GPT2Config(
             vocab_size=256,
@@ -130,13 +130,13 @@ class LanguageField:
         return convert_to_mpoe(model, config, inplace=True)
 
     def feed_forward_weights(self, hidden: int | None = None) -> int:
-        """Numbers in the weights of all dense feed-forward layers."""
+        """Number of weights in all dense feed-forward layers."""
         return 2 * self.model * (hidden or self.hidden) * self.layers
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
         """``steps`` batches ``[batch, block]``, the same for every arm.
 
-        Domains are drawn in proportion to the roots of their sizes, blocks in shuffled passes over a domain.
+        Domains are drawn in proportion to the square roots of their sizes, blocks in shuffled passes over a domain.
         """
         generator = torch.Generator().manual_seed(10_000 + seed)
         train = self.blocks["train"]

@@ -1,4 +1,4 @@
-"""A control: a mixture of LoRA adapters around a frozen gated network, as MixLoRA has them (Li et al. 2024)."""
+"""A control: a mixture of LoRA adapters around a frozen gated network, as in MixLoRA (Li et al. 2024)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss
 
-SCALE = 2.0  # of an adapter's product, as `with_lora` has it: lora_alpha = 2 r
+SCALE = 2.0  # of an adapter's product, as in `with_lora`: lora_alpha = 2 r
 BALANCE = 1e-2
 
 
 class MixtureOfLora(nn.Module):
-    """``sum_e gate_e FFN_e(x)``, the weights of ``FFN_e`` being the network's own plus ``SCALE A_e B_e``.
+    """``sum_e gate_e FFN_e(x)``, where the weights of ``FFN_e`` are the network's own plus ``SCALE A_e B_e``.
 
     Args:
         network: with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``; its weights are not copied.
@@ -61,7 +61,7 @@ class MixtureOfLora(nn.Module):
 
 
 def with_mixture_of_lora(model: nn.Module, num_experts: int, rank: int, top_k: int) -> nn.Module:
-    """Put a mixture in the place of every gated network of ``model``; nothing else of it trains."""
+    """Replace every gated network of ``model`` by a mixture; nothing else trains."""
     model.requires_grad_(False)
     found = [
         (parent, name) for parent in model.modules() for name, child in parent.named_children() if _is_gated(child)
@@ -76,6 +76,6 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def balance_losses(model: nn.Module) -> Tensor | float:
-    """Sum over the model's layers, as an MPOE model has it; 0 without any."""
+    """The model's balancing losses summed over its layers, as in an MPOE model; 0 without mixtures."""
     losses = [module.balance_loss for module in model.modules() if isinstance(module, MixtureOfLora)]
     return torch.stack(losses).sum() if losses else 0.0

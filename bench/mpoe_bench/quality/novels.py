@@ -24,14 +24,14 @@ from mpoe_bench.quality.smollm import load
 
 @dataclass
 class NovelsField:
-    """Language modelling from a pretrained model; what is compared are ways to adapt it.
+    """Language modelling from a pretrained model; ways to adapt it are compared.
 
     Attributes:
         data_dir: folder with the sets of `domains`.
-        block: tokens of a block.
-        batch: blocks of a step.
+        block: tokens per block.
+        batch: blocks per step.
         held_out: blocks of every domain to validate on, and to test on.
-        domains: a selection of those of the field "language". A batch has as many blocks of each as of any other.
+        domains: a selection of those of the field "language". Batches take blocks from each of them in turn.
         given: (model, tokenizer) instead of SmolLM2, for tests.
     """
 
@@ -80,7 +80,7 @@ class NovelsField:
 
     @cached_property
     def before(self) -> float:
-        """Test loss of the pretrained model."""
+        """The pretrained model's test loss."""
         return self.evaluate(self.source[0].eval(), "test").score
 
     def dense_model(self, seed: int, hidden: int | None = None) -> nn.Module:
@@ -93,7 +93,7 @@ class NovelsField:
         return convert_to_mpoe(model, config, inplace=True)
 
     def feed_forward_weights(self, hidden: int | None = None) -> int:
-        """Numbers in the weights of all dense feed-forward layers."""
+        """Number of weights in all dense feed-forward layers."""
         return 3 * self.model * (hidden or self.hidden) * self.source[0].config.num_hidden_layers
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -110,7 +110,7 @@ class NovelsField:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> Evaluation:
-        """Mean loss per token, without the routers' loss; every domain weighs the same."""
+        """Mean loss per token, without the routers' loss; every domain has the same weight."""
         parts, counts = dict.fromkeys(self.domains, 0.0), RouterCounts()
         for domain, blocks in self.blocks[split].items():
             for part in blocks.split(self.batch):
@@ -122,6 +122,6 @@ class NovelsField:
 
 
 def _passes(blocks: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """One block after another, in a new order in every pass."""
+    """One block after another, with a new order in every pass."""
     while True:
         yield from blocks[torch.randperm(len(blocks), generator=generator)]

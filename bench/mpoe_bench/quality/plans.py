@@ -1,4 +1,4 @@
-"""What is run: which arms on which field, with which budget."""
+"""What is run: which arms, on which field, with which budget."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Plan:
     Attributes:
         field: ``"sentences"``, ``"language"``, ``"spans"`` or ``"novels"``.
         arms: keys of arms, in order.
-        steps: of every run.
-        seeds: every arm runs with each of them.
+        steps: steps of every run.
+        seeds: every arm runs with every seed.
         tuning: steps of the runs that choose an arm's rate among ``rates`` on the validation split; 0 = no tuning, all
-            arms take the first of ``rates``.
+            arms use the first of ``rates``.
         rates: base learning rates.
-        tuning_seed: of those runs; not among ``seeds``.
+        tuning_seed: seed of those runs; not among ``seeds``.
         settings: attributes of the field that differ from its defaults.
         validate_only: runs are judged on the validation split and do not read the test split.
-        comparisons: pairs of arms whose difference is tested, stated before any run: plan.json holds them.
+        comparisons: pairs of arms whose difference is tested, stated in plan.json before any run.
     """
 
     field: str
@@ -58,7 +58,7 @@ EVERY_ARM = tuple(arm.key for arm in ARMS)
 BRIEF = ("dense", "switch8", "larger_wide", "wide8", "larger_paper", "paper8", "separable8", "biases8")
 MAIN = ("dense", "switch8", "paper8", "larger_paper", "upcycled_paper_raw", "switch8_upcycled")
 SHORT = ("dense", "switch8", "paper8", "separable8")
-SUBSETS = {"held_out": 400, "for_validation": 200}  # of every task
+SUBSETS = {"held_out": 400, "for_validation": 200}  # per task
 MIXED = {"domains": tuple(DOMAINS), "batch": 5, "held_out": 8}  # every step has a block of each domain
 COMPARED = ("dense", "switch8", "wide8", "paper8")  # what trials are compared with
 

@@ -18,7 +18,7 @@ MARKERS = {"dense": "o", "Switch": "s", "MPOE": "D", "control": "^"}
 
 
 def draw(records: Records, folder: Path, field: Any) -> list[Path]:
-    """Write the plots that the records suffice for; none without matplotlib."""
+    """Write the plots that there are enough records for; none without matplotlib."""
     if not have_matplotlib():
         return []
     files = [folder / "parameters.png"]
@@ -60,7 +60,7 @@ def _paint_parameters(axes: Any, records: Records, field: Any) -> None:
 
 
 def _write_names(axes: Any, names: Mapping[float, list[tuple[float, str]]]) -> None:
-    """Right of their points; left of all of them where the next points are near. One line apart."""
+    """To the right of their points; where points are crowded, to the left of all of those. At least a line apart."""
     low, high = axes.get_ylim()
     line, sizes = (high - low) / 45, sorted(names)
     crowded = [at for at in sizes if any(1.05 * at < other < 2 * at for other in sizes)]

@@ -1,4 +1,4 @@
-"""The evidence as Markdown: one table of results, one of costs, and plots."""
+"""The evidence as Markdown: tables of results, of the plan's comparisons and of costs, and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def write_report(folder: Path, field: Any) -> str:
-    """`report.md`, with plots where matplotlib is installed, of all finished runs in ``folder``; returns its text.
+    """Write `report.md`, with plots if matplotlib is installed, of all finished runs in ``folder``; returns its text.
 
     Raises:
         ValueError: no run has finished.
@@ -74,7 +74,7 @@ def result_table(records: Records, field: Any, measure: str) -> list[str]:
 
 
 def comparison_table(records: Records, folder: Path, field: Any) -> list[str]:
-    """The differences that the plan named before any run, as far as their arms have a seed in common."""
+    """The differences that the plan named before any run, if their arms have a seed in common."""
     file, arms = folder / PLAN_FILE, dict(by_arm(records))
     pairs = json.loads(file.read_text(encoding="utf-8"))["plan"].get("comparisons", []) if file.exists() else []
     rows = []
@@ -101,7 +101,7 @@ def _gain(own: Records, base: Records, switch: Spread | None, lower_is_better: b
 
 
 def cost_table(records: Records) -> list[str]:
-    """One row for every arm: what it took, and what router and experts did."""
+    """One row for every arm: what it cost, and what its router and experts did."""
     lines = [
         "| arm | parameters trained, thousands | CPU seconds | peak memory, MB | router entropy | specialisation |"
         " distance of experts |",

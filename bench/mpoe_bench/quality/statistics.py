@@ -1,4 +1,4 @@
-"""Means, deviations, and differences from seed to seed, with an honest word on what they mean."""
+"""Means, deviations, and differences paired by seed, with a verdict on their significance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, sample standard deviation (None of a single number) and count of some numbers."""
+    """Mean, sample standard deviation (None for a single number) and count of some numbers."""
 
     mean: float
     deviation: float | None
@@ -28,7 +28,7 @@ class Spread:
 
     @property
     def half_width(self) -> float:
-        """Of the 95% confidence interval of the mean; infinite for one number."""
+        """Half the width of the mean's 95% confidence interval; infinite for a single number."""
         if self.deviation is None:
             return math.inf
         return T_95[min(self.count - 1, len(T_95)) - 1] * self.deviation / math.sqrt(self.count)
@@ -39,7 +39,7 @@ class Spread:
 
 
 def score_of(record: Mapping[str, Any]) -> float:
-    """On the test split; on the validation split where the run was not to read the other."""
+    """The score on the test split, or on the validation split if the run did not read the test split."""
     return record["test"] if "test" in record else record["validation"]
 
 
@@ -47,7 +47,7 @@ def gain(records: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
     """How much better than ``base``, seed by seed (positive = better), over the seeds that both have.
 
     Raises:
-        ValueError: they have none in common.
+        ValueError: they have no seed in common.
     """
     reference = {record["budget"]["seed"]: score_of(record) for record in base}
     sign = -1.0 if lower_is_better else 1.0
@@ -58,7 +58,7 @@ def gain(records: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 
 
 def verdict(difference: Spread) -> str:
-    """Whether a paired difference is more than seeds explain, at 95%."""
+    """Whether a paired difference is more than the variation between seeds explains, at 95%."""
     if difference.deviation is None:
         return "one seed"
     if abs(difference.mean) <= difference.half_width:

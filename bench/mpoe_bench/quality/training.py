@@ -34,7 +34,7 @@ class Budget:
 
 
 def expert_config(field: Any, arm: Arm) -> MPOEConfig:
-    """`MPOEConfig` of an arm: what all mixtures of the field have in common, and what the arm says."""
+    """The `MPOEConfig` of an arm: the field's settings for all mixtures, changed by the arm's own."""
     fields = {"gauge": field.gauge, "light_p": field.light_p, **(arm.experts or {})}
     fields["shape"] = resolved_shape(fields.get("shape", "separable"), field.model, field.hidden)
     router = {**field.routers.get(fields.get("expert_type", "mpo"), {}), **arm.router}
@@ -42,7 +42,7 @@ def expert_config(field: Any, arm: Arm) -> MPOEConfig:
 
 
 def hidden_as_large_as(field: Any, key: str) -> int:
-    """Hidden size at which a dense model has the feed-forward parameters of the arm ``key``, rounded to 8."""
+    """Hidden size, a multiple of 8, at which a dense model has as many feed-forward parameters as the arm ``key``."""
     arm = next(arm for arm in ARMS if arm.key == key)
     config = expert_config(field, arm)
     per_layer = sum(
@@ -53,14 +53,14 @@ def hidden_as_large_as(field: Any, key: str) -> int:
 
 
 def hidden_size(field: Any, arm: Arm) -> int | None:
-    """Hidden size of an arm's dense model, rounded to 8 where it is not the field's own (``None``)."""
+    """Hidden size of an arm's dense model, rounded to a multiple of 8; ``None`` = the field's own."""
     if arm.as_large_as:
         return hidden_as_large_as(field, arm.as_large_as)
     return None if arm.width == 1.0 else round(arm.width * field.hidden / 8) * 8
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 0: factor on every rate in step ``step`` (from 0)."""
+    """Factor on every rate in step ``step``, counted from 0: linear warm-up, then a cosine to 0."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -68,7 +68,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 class Optimiser:
-    """AdamW on the groups of `build_param_groups`, with what an arm changes."""
+    """AdamW on the groups of `build_param_groups`, with the arm's changes."""
 
     def __init__(self, model: nn.Module, arm: Arm, field: Any, budget: Budget, steps: int) -> None:
         scales = dict(zip(("central_lr_scale", "auxiliary_lr_scale"), arm.scales or (None, None), strict=True))
@@ -112,7 +112,7 @@ def prepare(field: Any, arm: Arm, seed: int) -> nn.Module:
 
 
 def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
-    """``model`` as the mixture that ``arm`` describes; itself if that is none."""
+    """``model`` as the mixture that ``arm`` describes; unchanged if the arm is dense."""
     torch.manual_seed(20_000 + seed)
     if arm.lora_experts:
         return with_mixture_of_lora(model, arm.lora_experts, arm.lora, 2)
@@ -126,10 +126,10 @@ def convert(field: Any, arm: Arm, model: nn.Module, seed: int) -> nn.Module:
 
 
 def run_arm(field: Any, arm: Arm, budget: Budget, tuning: bool = False) -> dict[str, Any]:
-    """Train and evaluate, with ``tuning`` on the validation split alone (no ``test``); returns one JSON-able record.
+    """Train and evaluate, with ``tuning`` only on the validation split (no ``test``); returns one JSON-able record.
 
-    ``cpu_seconds`` is the process's CPU time of the training alone; ``peak_memory`` how far its resident memory grew,
-    in bytes (``None`` where the system does not tell).
+    ``cpu_seconds`` is the process's CPU time for the training alone; ``peak_memory`` is how far its resident memory
+    grew, in bytes (``None`` where the system does not report it).
     """
     trained: list[Any] = []
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""What arms change in a model: own biases, independent experts, even gates, what is frozen, LoRA."""
+"""What arms change in a model: own biases, independent experts, even gates, frozen parts, LoRA."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear
 
 
 class OwnBiases(nn.Module):
-    """Experts ``down_e(act(up_e x))`` whose biases ``[E, F]`` are their own.
+    """Experts ``down_e(act(up_e x))`` with their own biases ``[E, F]``.
 
     Args:
-        experts: MPO experts, whose cores are kept; or dense ones, of which the first one's weights become everybody's.
+        experts: MPO experts, whose cores are kept; or dense experts, which then all share the first one's weights.
     """
 
     def __init__(self, experts: MPOExperts | DenseExperts) -> None:
@@ -46,7 +46,7 @@ class OwnBiases(nn.Module):
         return dict(self.linears.items())
 
     def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
-        """As `MPOExperts.forward`."""
+        """Same as `MPOExperts.forward`."""
         offsets = routing.expert_offsets
         expert = torch.repeat_interleave(torch.arange(self.num_experts), offsets.diff().long())
         rows = dispatch(x, routing)[: len(expert)]
@@ -96,7 +96,7 @@ def _times_experts(router: TopKRouter, _: Any, output: RouterOutput) -> RouterOu
 def _use_all_gates(network: HiddenFeedForward) -> None:
     """Experts that are not chosen get a gate of 0 with the gradient of their probability.
 
-    The router's own decision stays as it is, and with it the balancing loss.
+    The router's own decision, and with it the balancing loss, stays unchanged.
     """
     decisions: list[RouterOutput] = []
 
@@ -111,7 +111,7 @@ def _use_all_gates(network: HiddenFeedForward) -> None:
 
 
 def _change_blocks(experts: HiddenExperts, arm: Arm) -> None:
-    """Noise, restarted outputs and frozen blocks of hidden-side experts, as an arm has them."""
+    """Apply an arm's noise, restarted outputs and frozen blocks to hidden-side experts."""
     if arm.noise:
         experts.add_noise_(arm.noise)
     for name, core in experts.auxiliary.items():
@@ -122,14 +122,14 @@ def _change_blocks(experts: HiddenExperts, arm: Arm) -> None:
 
 
 def with_lora(model: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
-    """LoRA of PEFT on the linear layers called ``targets``, scaled by 2 (``lora_alpha = 2 r``)."""
+    """PEFT's LoRA on the linear layers called ``targets``, scaled by 2 (``lora_alpha = 2 r``)."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)))
 
 
 def feed_forward_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers that the experts' weights and their own biases hold: ``shared``, ``own`` (all experts together)."""
+    """Parameter counts of the experts' weights and own biases: ``shared``, and ``own`` for all experts together."""
     counts = {"shared": 0, "own": 0}
     for module in model.modules():
         if isinstance(module, MPOCores):

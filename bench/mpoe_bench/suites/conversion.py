@@ -1,4 +1,4 @@
-"""Conversion: seconds to decompose pretrained matrices, and how exactly the cores give them back."""
+"""Conversion: seconds to decompose pretrained matrices, and how accurately the cores reproduce them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T5_BASE_MATRICES = 48
 
 
 def decomposition_section(shape_names: Sequence[str], sizes: tuple[int, int], setup: Setup) -> dict[str, Any]:
-    """Decompose one matrix of each direction per shape; the reconstruction must agree where the shape is lossless."""
+    """Decompose one matrix per direction and shape; if the shape is lossless, the reconstruction must agree."""
     rows = []
     for name in shape_names:
         setup.log(f"decomposing {name}")

@@ -1,4 +1,4 @@
-"""Feed-forward level: MPO experts of several shapes and the peers, against the dense FFN on the same tokens."""
+"""Feed-forward layers: MPO experts of several shapes and the peers, against the dense FFN on the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
 
 
 def ffn_section(case: FFNCase, shapes: Sequence[str], setup: Setup, **options: Any) -> dict[str, Any]:
-    """`ffn_comparison` on the backends of a setup, run."""
+    """Run `ffn_comparison` on the backends of a setup."""
     return run_section(ffn_comparison(case, shapes, setup.backends, **options), setup)
 
 
@@ -30,12 +30,12 @@ def ffn_comparison(
 
     Args:
         case: sizes.
-        shapes: names of MPO shapes, every one on every backend.
-        backends: whose contenders take part.
+        shapes: names of MPO shapes, each measured on every backend.
+        backends: backends whose contenders take part.
         peers: peers whose speed does not depend on a shape; they get the weights of the first shape.
-        core_peers: (peer, shape) pairs of those that work on cores.
+        core_peers: (peer, shape) pairs, for peers that work on cores.
         masked: shapes measured again with the central gradient masked.
-        key: of the section in the results.
+        key: the section's key in the results.
     """
     batch = make_batch(case)
     problems = {

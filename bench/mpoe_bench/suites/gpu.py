@@ -1,7 +1,7 @@
-"""What is measured on a GPU in a few minutes: every case that a target speaks of first, so that it fits the time.
+"""What is measured on a GPU in a few minutes. Cases with a target come first, so that they fit the time.
 
-bfloat16, T5-base's feed-forward layer, few and many experts; decoding as CUDA graphs, as `run_section` times every
-forward pass that can be captured.
+bfloat16, T5-base's feed-forward layer, few and many experts; decoding as CUDA graphs, because `run_section` also times
+every forward pass that can be captured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ORIGINAL = "original: rebuild all"
 
 @dataclass(frozen=True)
 class NamedSection:
-    """A section that a report can name when there was no time for it."""
+    """A section that the report can name if there was no time for it."""
 
     name: str
     run: Callable[[], dict[str, Any]]
@@ -34,12 +34,12 @@ class NamedSection:
 
 
 def _tokens(scale: Scale) -> tuple[int, int, int]:
-    """Of a small batch, a training batch and a large one."""
+    """Tokens of a small batch, a training batch and a large batch."""
     return (64, 4096, 32768) if scale.judged else (scale.few_tokens, scale.many_tokens, 2 * scale.many_tokens)
 
 
 def gpu_sections(scale: Scale, setup: Setup) -> Iterator[NamedSection]:
-    """Sections in the order of their importance."""
+    """The sections, most important first."""
     shapes = tuple(scale.shape(n) for n in ("separable", "paper_full", "paper_64", "paper_32", "paper_16", "light_64"))
     peers = (*DENSE_PEERS, *(GPU_PEERS if setup.device == "cuda" else ()))
     small, middle, large = _tokens(scale)

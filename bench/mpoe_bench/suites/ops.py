@@ -1,4 +1,4 @@
-"""Op level: products, routing and embedding, each against the plain torch way to get the dense result."""
+"""Single ops: products, routing and embedding, each against plain torch computing the dense result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Tensors = dict[str, Tensor]
 
 
 def _truth(function: Callable[[Tensors], Tensor], inputs: Tensors, grad_y: Tensor | None) -> Truth:
-    """Results and gradients of ``function`` in float64, and the errors of the same formula in the inputs' dtype."""
+    """Result and gradients of ``function`` in float64, and the errors of the same formula in the inputs' dtype."""
 
     def results(dtype: torch.dtype) -> Tensors:
         leaves = {

@@ -1,4 +1,4 @@
-"""What every suite measures, as a list of sections that run one after the other."""
+"""What every suite measures, as a list of sections that run one after another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOA
 
 SUITES = ("quick", "full", "planner", "targets", "gpu")
 Section = Callable[[], dict[str, Any]]
-# Quick to measure, every shape and nearly every size; the planner suite takes all.
+# Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
 
 
@@ -41,7 +41,7 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
     """The sections of a suite, in order.
 
     Raises:
-        ValueError: an unknown suite, or one that this device cannot run.
+        ValueError: an unknown suite, or one that cannot run on this device.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
@@ -53,7 +53,7 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
 
 
 def judged_backends(setup: Setup) -> tuple[str, ...]:
-    """Whose choices the planner suite judges: the choice among all backends, unless a single one was named."""
+    """Whose choices the planner suite judges: auto's if auto is measured, otherwise each named backend's own."""
     return (AUTO,) if AUTO in setup.backends else setup.backends
 
 
@@ -66,7 +66,7 @@ def _planner(scale: Scale, setup: Setup, backend: str, quick: bool = False) -> S
 
 
 def _cases(scale: Scale, setup: Setup) -> tuple[FFNCase, FFNCase]:
-    """The training batch on few experts, and the small batch on many, forward only."""
+    """A training batch with few experts, and a small batch with many, forward only."""
     base = FFNCase(scale.model, scale.hidden, device=setup.device)
     return (
         replace(base, experts=scale.few_experts, tokens=scale.many_tokens),
@@ -137,7 +137,7 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
 
 
 def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
-    """What the targets speak of, and nothing else; both dtypes."""
+    """Only what the targets need, in both dtypes."""
     many, few = _cases(scale, setup)
     name = scale.shape
     shapes = ("separable", name("light_64"), name("paper_64"), "paper_full")
@@ -177,7 +177,7 @@ def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Sec
 
 
 def _compare(setup: Setup, make: Callable[..., Comparison], *arguments: Any) -> Section:
-    """A section whose tensors are made when it runs."""
+    """A section whose tensors are created when it runs."""
     return lambda: run_section(make(*arguments), setup)
 
 
@@ -261,7 +261,7 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
 
 
 def budget_of(suite: str, scale: Scale) -> Budget:
-    """Seconds and rounds of a suite."""
+    """A suite's seconds and rounds per function."""
     if not scale.judged:
         return Budget(seconds_each=0.01, sample_seconds=0.0005, min_rounds=3, max_rounds=3)
     return {

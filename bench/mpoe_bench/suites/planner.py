@@ -1,4 +1,4 @@
-"""The planner judged: its choice against every strategy on every backend, measured in one process."""
+"""Judge the planner: its choice against every strategy on every backend, measured in one process."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mpoe_kernels.registry import AUTO
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import Workload, expert_choice, random_blocks
 
-SLOWEST_TIMED = 5.0  # strategies predicted slower than this many times the chosen one are not timed
+SLOWEST_TIMED = 5.0  # strategies predicted to take more than this many times as long as the chosen one are not timed
 TOLERANCE = 1.15
 WANTED_SHARE = 0.9
-# Relative error that passes, in units of rounding, but never more than the second number. What is wrong here is wrong
-# by far; tests hold the kernels to much less.
+# Allowed relative error in units of rounding, capped at the second number. Wrong results here are far off; the tests
+# hold the kernels to much tighter limits.
 ERROR_UNITS, LARGEST_ERROR = 64.0, 0.06
 PARTS = ("left", "central", "right")
 
 
 @dataclass
 class _Call:
-    """The op on one case, forward or forward + backward, with a forced choice or none."""
+    """The op on one case, forward or forward + backward, with or without a forced choice."""
 
     x: Tensor
     blocks: MPOBlocks
@@ -52,7 +52,7 @@ class _Call:
             )
 
     def backward_of(self, y: Tensor) -> Callable[[], object]:
-        """The backward pass alone, repeatable; no tensor keeps gradients."""
+        """Only the backward pass, repeatable; no tensor keeps gradients."""
         leaves = tuple(self.leaves().values())
         return lambda: torch.autograd.grad(y, leaves, self.grad_y, retain_graph=True)
 
@@ -64,7 +64,7 @@ class _Call:
         return y.detach()
 
     def leaves(self) -> dict[str, Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         tensors = {"x": self.x} | {name: getattr(self.blocks, name) for name in PARTS}
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
@@ -87,16 +87,16 @@ def _exact(call: _Call) -> Tensor:
 
 
 def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str]:
-    """What is wrong with one choice's result and gradients.
+    """What is wrong with a choice's result and gradients.
 
-    y is compared as it is. y is linear in x and in every block, so by Euler's theorem each gradient's inner product
-    with its own tensor is ``<grad_y, y>``: that checks every one without a second reference.
+    y is compared directly. y is linear in x and in every block, so by Euler's theorem each gradient's inner product
+    with its own tensor is ``<grad_y, y>``; this checks all gradients without a second reference.
     """
     try:
         y = call.train(backend, strategy) if call.training else call.forward(backend, strategy)
     except BackendError:
-        raise  # it has no kernel for this: the caller decides what that means
-    except Exception as error:  # whatever it is, the other candidates are measured and the report says how
+        raise  # the backend has no kernel for this: the caller decides what that means
+    except Exception as error:  # any failure: the other candidates are measured, and the report states the reason
         return [failure_text(error)]
     allowed = min(ERROR_UNITS * torch.finfo(y.dtype).eps, LARGEST_ERROR)
     error = relative_error(y, exact)
@@ -113,9 +113,9 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
 
 
 def strategies_to_time(plan: ContractionPlan, chosen: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """By phase, the strategies worth timing: predicted time over that of the chosen strategy, by the planner's model.
+    """By phase, the strategies worth timing, with their predicted time relative to the chosen strategy's.
 
-    Beyond `SLOWEST_TIMED` times the chosen one a strategy is left out; the planner itself drops those that need too
+    Strategies beyond `SLOWEST_TIMED` times the chosen one are left out; the planner itself drops those that need too
     much memory.
     """
     found = {}
@@ -129,7 +129,7 @@ def strategies_to_time(plan: ContractionPlan, chosen: Mapping[str, str]) -> dict
 
 
 def _choices(call: _Call, exact: Tensor, strategies: Mapping[str, object], backends: Iterable[str]) -> tuple:
-    """``{name: (backend, strategy)}`` of what runs and is right, and the faults of what is wrong."""
+    """``{name: (backend, strategy)}`` of the choices that are right, and the faults of those that are wrong."""
     choices, faults = {}, {}
     for backend in backends:
         for strategy in strategies:
@@ -137,7 +137,7 @@ def _choices(call: _Call, exact: Tensor, strategies: Mapping[str, object], backe
             try:
                 found = _faults(call, exact, backend, strategy)
             except BackendError:
-                continue  # it has no kernel for this strategy: no candidate
+                continue  # the backend has no kernel for this strategy: no candidate
             if found:
                 faults[name] = "; ".join(found)
             else:
@@ -146,16 +146,16 @@ def _choices(call: _Call, exact: Tensor, strategies: Mapping[str, object], backe
 
 
 def judge(case: Workload, setup: Setup, backend: str = AUTO) -> dict[str, Any]:
-    """Time the choice and every other candidate of one case, forward and backward each on its own.
+    """Time the choice and every other candidate of a case, forward and backward separately.
 
     Args:
         case: what to compute.
         setup: how to measure.
-        backend: whose choice is judged: that among all backends, or that of one backend among its own strategies.
+        backend: whose choice is judged: the choice among all backends, or one backend's among its own strategies.
 
     Returns:
         A row: ``chosen`` and ``best`` by phase, ``seconds`` by candidate and phase, and ``ratio``, the time of the
-        choice over that of the fastest forward and the fastest backward, whoever computes them.
+        choice divided by that of the fastest forward plus the fastest backward of all candidates.
     """
     sizes = (case.shape, case.num_experts, case.num_tokens, case.dtype)
     plan = plan_contraction(*sizes, training=case.training, mask_central=case.mask_central)
@@ -191,7 +191,7 @@ def _seconds(
     strategies: Mapping[str, float],
     setup: Setup,
 ) -> dict[str, float]:
-    """Seconds of the judged choice, run as users run it, and of its rivals in one phase, by name."""
+    """Seconds, by name, of the judged choice, run as users run it, and of its rivals in one phase."""
     rivals = {name: c for name, c in choices.items() if c[1] in strategies and name != judged_name}
     calls = {judged_name: judged, **rivals}
     if phase == "backward":
@@ -204,7 +204,7 @@ def _seconds(
 
 
 def planner_section(cases: Iterable[Workload], setup: Setup, backend: str = AUTO) -> dict[str, Any]:
-    """Judge the choice on cases; the summary counts those within `TOLERANCE` of the best measured."""
+    """Judge the choice on all cases; the summary counts those within `TOLERANCE` of the best measured."""
     rows = []
     for case in cases:
         setup.log(f"judging the planner: {case.name}")

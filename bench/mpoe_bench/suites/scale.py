@@ -21,11 +21,11 @@ class Scale:
     """Sizes of a run: the real ones, or tiny ones for tests.
 
     Attributes:
-        model, hidden: of the FFN.
+        model, hidden: sizes of the FFN.
         many_tokens, few_tokens: of a training batch and of a small batch.
         few_experts, many_experts: E.
-        shapes: names used in the place of the real ones.
-        step_tokens: batch and length of a train step.
+        shapes: (real name, name used instead) pairs.
+        step_tokens: batch and sequence length of a train step.
         vocabulary: of the embedding.
         roof_edge: of the GEMM that measures the machine.
     """

@@ -1,4 +1,4 @@
-"""Train-step level: a whole AdamW step of a small T5, dense, with dense experts, and with MPO experts."""
+"""Train steps: a whole AdamW step of a small T5, dense, with dense experts, and with MPO experts."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class _Step:
 def train_step_comparison(
     shape_names: Sequence[str], sizes: tuple[int, int], experts: int, tokens: tuple[int, int], device: str
 ) -> Comparison:
-    """Steps of a T5 with one encoder and one decoder layer.
+    """Train steps of a T5 with one encoder layer and one decoder layer.
 
     Args:
         shape_names: lossless shapes of `MPOEConfig`, so that every model must compute what the dense one does.
         sizes: model and hidden size.
         experts: E.
         tokens: batch and sequence length.
-        device: where.
+        device: where to run.
     """
     import transformers
 

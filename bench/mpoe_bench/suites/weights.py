@@ -1,4 +1,4 @@
-"""Temporary weights, measured: how many experts' weights one call of the op holds at once besides its operands."""
+"""Temporary weights, measured: how many experts' weights a call of the op holds at once, besides its operands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpoe_kernels.registry import AUTO
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 MOST_EXPERTS_ALIVE = 2.0
-MOST_GROWTH = 0.1  # of what needs no expert's weight, from the fewest to the most experts, in experts' weights
+MOST_GROWTH = 0.1  # in experts' weights, from the fewest to the most experts, of shapes that rebuild no weight
 
 
 def _temporary(
@@ -24,8 +24,8 @@ def _temporary(
 ) -> int:
     """Bytes that one phase needs beyond its operands and results, with ``per_expert`` tokens for every expert.
 
-    Kernels of our own take memory from the system: theirs is also looked for in the process's resident memory. Eager
-    PyTorch has none but torch's.
+    Our own kernels allocate memory directly from the system, so resident memory is measured too. Eager PyTorch uses
+    only torch's allocator.
     """
     torch.manual_seed(9)
     training, tokens = phase == "backward", experts * per_expert
@@ -61,24 +61,24 @@ def _temporary(
 
 
 def beyond_tokens(one: int, two: int) -> int:
-    """Bytes left when the tokens' share is taken away, from measurements with one and two tokens per expert."""
+    """Bytes left after subtracting the tokens' share, from measurements with one and two tokens per expert."""
     return min(one, max(2 * one - two, 0))
 
 
 def temporary_weights_section(
     shape_names: Sequence[str], sizes: tuple[int, int], experts: Sequence[int], tokens: int, setup: Setup
 ) -> dict[str, Any]:
-    """Measure the strategies that run on ``tokens`` tokens, on one and two tokens per expert.
+    """Take the strategies that run on ``tokens`` tokens, and measure them with one and two tokens per expert.
 
-    A row's ``alive`` is, by phase, what the call needed beyond operands, results and what grows with its tokens, over
-    one expert's float32 weight.
+    A row's ``alive`` is, by phase, what the call needed beyond operands, results and what grows with its tokens,
+    divided by the size of one expert's float32 weight.
     """
     rows = []
     for name in shape_names:
         shape = workload_shape(name, *sizes)
         weight = shape.in_features * shape.out_features * 4
         for count in experts:
-            known: dict[tuple[str, str, str], int] = {}  # what auto chooses is measured once
+            known: dict[tuple[str, str, str], int] = {}  # so that auto's choice is not measured twice
             for backend in setup.backends:
                 setup.log(f"temporary weights of {name}, E={count}, {backend}")
                 row: dict[str, Any] = {"name": f"{name} [{backend}]", "kind": "mpoe", "shape": name, "reason": None}
@@ -94,7 +94,7 @@ def temporary_weights_section(
                         row["temporary"][phase] = known[how]
                         row["alive"][phase] = row["temporary"][phase] / weight
                         row["strategies"][phase] = names[phase]
-                    # It applies the shared core to all tokens: no expert's weight ever exists.
+                    # The separable strategy applies the shared core to all tokens: no expert's weight ever exists.
                     row["rebuilds"] = any(found.strategy != "separable" for found, _ in chosen.values())
                 except BackendError as error:
                     row["reason"] = f"{NOT_HERE}: {error}"

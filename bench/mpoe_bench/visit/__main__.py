@@ -1,6 +1,6 @@
-"""`bench/gpu.sh`: one visit to a GPU, within a budget of minutes, that continues where an earlier one stopped.
+"""`bench/gpu.sh`: one visit to a GPU, with a budget in minutes, that continues where an earlier one stopped.
 
-See `mpoe_bench.visit.parts` for what is done. Everything lies in one folder, and in one archive beside it.
+See `mpoe_bench.visit.parts` for what is done. All results are in one folder, and in one archive next to it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from mpoe_bench.section import FOLDERS
 from mpoe_bench.visit.parts import ROOT, Part, parts
 
 RESERVE = 15.0  # seconds kept for the report
-LEAST = 120.0  # seconds that a part which must end may take, however short it is predicted to be
-GRACE = 20.0  # seconds that a part which ends by itself may take after its minutes
+LEAST = 120.0  # seconds that a part which must finish may always take, however short its predicted time
+GRACE = 20.0  # seconds by which a part that ends by itself may exceed its minutes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part.
+    """The outcome of a part.
 
-    ``passed``, ``failed``, ``out of time``, ``skipped`` or ``not begun``, and the last line it printed.
+    ``result`` is ``passed``, ``failed``, ``out of time``, ``skipped`` or ``not begun``; ``detail`` is the last line
+    that the part printed, or why it did not run.
     """
 
     name: str
@@ -43,10 +44,10 @@ class Outcome:
 
 
 def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
-    """Seconds of each part that can run.
+    """Seconds for each part that can run.
 
-    What must end to be of use may take twice what is predicted, and two minutes in any case; parts that end by
-    themselves share what the others are predicted to leave.
+    A part that is useless unless it finishes may take twice its predicted time, and two minutes in any case; parts that
+    end by themselves share the time that the others are predicted to leave.
     """
     able = {part.name: part for part in todo if not part.missing}
     own = {name: 60 * part.minutes for name, part in able.items()}
@@ -59,7 +60,7 @@ def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
 
 
 def plan(todo: Sequence[Part], minutes: float) -> str:
-    """What would be done, with the time that each part is predicted to take, and given."""
+    """What would be done, with the time that each part is predicted to take and the time that it gets."""
     given = shares(todo, 60 * minutes - RESERVE)
     lines = [f"{'part':<12}{'predicted s':>12}{'given s':>9}  what"]
     for part in todo:
@@ -70,7 +71,7 @@ def plan(todo: Sequence[Part], minutes: float) -> str:
 
 
 def run_part(part: Part, limit: float, out: Path) -> Outcome:
-    """Run a process for at most ``limit`` seconds; its output goes into a log, without the names of folders."""
+    """Run a process for at most ``limit`` seconds; its output goes into a log, without folder names."""
     if part.missing:
         return Outcome(part.name, part.what, "skipped", 0.0, part.missing)
     if limit < 1:
@@ -108,7 +109,7 @@ def card_name(device: str) -> str:
 
 
 def report(outcomes: Sequence[Outcome], device: str) -> str:
-    """The parts as Markdown."""
+    """The parts' outcomes as Markdown."""
     lines = [
         f"# {card_name(device)}, {datetime.date.today().isoformat()}\n",
         f"`bench/gpu.sh --device {device}`. The logs of the parts are in this folder; so are `candidates.jsonl` (every"
@@ -124,7 +125,7 @@ def report(outcomes: Sequence[Outcome], device: str) -> str:
 
 
 def keep(outcomes: Sequence[Outcome], device: str, out: Path) -> None:
-    """Report, state and archive as they are now: a machine may be taken away."""
+    """Write report, state and archive after every part: the machine may be taken away at any time."""
     (out / "report.md").write_text(report(outcomes, device))
     (out / "parts.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=2) + "\n")
     with tarfile.open(out.with_name(out.name + ".tar.gz"), "w:gz") as archive:
@@ -132,7 +133,7 @@ def keep(outcomes: Sequence[Outcome], device: str, out: Path) -> None:
 
 
 def earlier(out: Path) -> dict[str, Outcome]:
-    """What an earlier visit to this folder finished."""
+    """The parts that an earlier visit finished, as this folder records them."""
     if not (out / "parts.json").exists():
         return {}
     found = [Outcome(**each) for each in json.loads((out / "parts.json").read_text())]
@@ -142,7 +143,7 @@ def earlier(out: Path) -> dict[str, Outcome]:
 
 
 def visit(device: str, minutes: float, out: Path) -> list[Outcome]:
-    """Run the parts that are not done yet; the failure of a judging part ends the visit."""
+    """Run the parts that are not done yet; if a judging part fails, the visit ends."""
     end = time.monotonic() + 60 * minutes - RESERVE
     before, todo = earlier(out), parts(device, out)
     outcomes: list[Outcome] = []
@@ -166,12 +167,12 @@ def visit(device: str, minutes: float, out: Path) -> list[Outcome]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns 1 if a part failed or a trial left one out, 2 if there is no such device."""
+    """Returns 1 if a part failed or a trial run left one out, 2 if there is no such device."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of this call, all parts together")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<card>-<date>; what it holds is gone on with")
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and how long it takes; no more")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for this call, all parts together")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<card>-<date>; a visit in it is continued")
+    parser.add_argument("--plan", action="store_true", help="only say what would be done, and how long it takes")
     chosen = parser.parse_args(words)
     if chosen.device == "cuda" and not torch.cuda.is_available() and not chosen.plan:
         print("no CUDA device: --device cpu tries the parts without one", file=sys.stderr)

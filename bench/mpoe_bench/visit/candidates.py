@@ -1,7 +1,7 @@
-"""Every candidate of every contraction, timed: candidates.jsonl, and measured.json for the registry.
+"""Time every candidate of every contraction: candidates.jsonl, and measured.json for the registry.
 
-What the registry chooses by is a prediction until this has run. ``measured.json`` is what `mpoe_kernels.measured`
-reads: copied to ``mpoe_kernels/measured.json``, its times are what `auto` goes by on that card.
+Until this has run, the registry chooses by predicted times. `mpoe_kernels.measured` reads ``measured.json``: once it is
+copied to ``mpoe_kernels/measured.json``, `auto` goes by its times on that card.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from mpoe_kernels.testing.cases import expert_choice, random_blocks, workload_sh
 OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 BUDGET = Budget(seconds_each=0.04, sample_seconds=0.002, min_rounds=5, max_rounds=11)
 MASKED: Need = (True, True, False, True)
-# A candidate predicted this many times slower than the fastest is not worth compiling.
+# A candidate predicted to take more than this many times as long as the fastest is not worth compiling.
 SLOWEST = 30.0
 LARGEST_ERROR = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 2e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One matrix with experts and rows.
+    """One matrix with a number of experts and of rows.
 
     Attributes:
         shape: see `mpoe_kernels.testing.cases.workload_shape`, and `shape_of`.
         rows_in, rows_out: I and F.
         experts, slots: E and N.
-        need: gradients of the backward.
+        need: gradients that the backward pass computes.
     """
 
     shape: str
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """The most useful ones first: what a training batch and decoding take, then the rest."""
+    """The most useful cases first: those of a training batch and of decoding, then the rest."""
     sizes, experts = ((48, 96),) if tiny else ((768, 3072), (4096, 16384)), (4,) if tiny else (8, 64)
     shapes = ("separable", "paper_6") if tiny else ("separable", "paper_64", "paper_full", "paper_16", "light_64")
     slots = (8, 64) if tiny else (4096, 64, 1, 32768, 512, 8)
@@ -75,13 +75,13 @@ def cases(tiny: bool) -> Iterator[Case]:
                 for shape in shapes:
                     for pair in ((model, hidden), (hidden, model)):
                         for need in (ALL_GRADIENTS, MASKED):
-                            # The largest bonds of the larger matrix are no shape that anybody trains.
+                            # Nobody trains the larger matrix at full bonds.
                             if not (shape == "paper_full" and model > 1024) and (need == ALL_GRADIENTS or count > 512):
                                 yield Case(shape, *pair, many, count, need)
 
 
 def shape_of(case: Case) -> MPOShape:
-    """Of the matrix; a separable one that narrows is the mirror of one that widens, as in a layer."""
+    """The matrix's shape; a separable shape that narrows mirrors one that widens, as in a layer."""
     shape = workload_shape(case.shape, case.rows_in, case.rows_out)
     if shape.is_separable and case.rows_in > case.rows_out:
         return workload_shape(case.shape, case.rows_out, case.rows_in).mirrored()
@@ -109,7 +109,7 @@ class Operands:
         self.grad = torch.randn(case.slots, case.rows_out).to(self.device, case.dtype)
 
     def call(self, phase: str, strategy: str) -> LinearCall:
-        """What a candidate is given."""
+        """The arguments of a candidate."""
         case, none = self.case, self.x.new_empty(0)
         tensors = (self.x, *self.blocks, self.offsets, None, None)
         common = (*tensors, case.rows_in, case.rows_out, "none", strategy, "auto")
@@ -130,13 +130,13 @@ def plans(operands: Operands, phase: str) -> tuple[Contraction, ...]:
 
 
 def _eager(operands: Operands, phase: str, strategy: str | None = None) -> Candidate:
-    """The candidates of plain PyTorch, for one strategy or all."""
+    """The first plain PyTorch candidate, for one strategy or for any."""
     able = [plan for plan in plans(operands, phase) if strategy in (None, plan.strategy)]
     return next(candidate for plan in able for candidate in BACKENDS["eager"].candidates(plan))
 
 
 def offered(operands: Operands, phase: str) -> list[tuple[Contraction, Candidate]]:
-    """What the backends of this machine offer, the fastest by prediction first."""
+    """What this machine's backends offer, the fastest by prediction first."""
     request = Request(OPS[phase], operands.device, operands.case.dtype)
     able = [backend for backend in BACKENDS.values() if not backend.unsupported_reasons(request)]
     found = [
@@ -150,7 +150,7 @@ def offered(operands: Operands, phase: str) -> list[tuple[Contraction, Candidate
 
 
 def _function(operands: Operands, phase: str, candidate: Candidate) -> Callable[[], list[Tensor]]:
-    """The results that a caller wants: y, or the gradients."""
+    """Computes the results that a caller wants: y, or the gradients."""
     call = operands.call(phase, candidate.strategy)
     wanted = 1 if phase == "forward" else 4
     return lambda: list(candidate.run(call)[:wanted])
@@ -162,7 +162,7 @@ def _error(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def measure(case: Case, device: str, phase: str) -> dict[str, Any]:
-    """Seconds of every candidate of one case in one phase, by name; ``wrong`` says which gave no time, and why."""
+    """Seconds of every candidate of a case in one phase, by name; ``wrong`` says which were not timed, and why."""
     operands = Operands(case, device)
     found = {
         f"{candidate.backend}: {candidate.name}": (plan, candidate) for plan, candidate in offered(operands, phase)
@@ -175,7 +175,7 @@ def measure(case: Case, device: str, phase: str) -> dict[str, Any]:
         function = _function(operands, phase, candidate)
         try:
             error = _error(function(), wanted)
-        except Exception as failure:  # whatever it is: the others are measured, and the report says how
+        except Exception as failure:  # any failure: the others are measured, and the report states the reason
             row["wrong"].append(f"{case.name} {phase} {name}: {failure_text(failure)}")
             continue
         if not error <= LARGEST_ERROR[case.dtype]:  # NaN is not
@@ -187,7 +187,7 @@ def measure(case: Case, device: str, phase: str) -> dict[str, Any]:
 
 
 def table(lines: Lines) -> dict[str, list[list[float]]]:
-    """The rows as `mpoe_kernels.measured` reads them."""
+    """The rows in the form that `mpoe_kernels.measured` reads."""
     found: dict[str, list[list[float]]] = {}
     for row in lines.rows.values():
         for name, key in row["keys"].items():
@@ -196,14 +196,14 @@ def table(lines: Lines) -> dict[str, list[list[float]]]:
 
 
 def write_table(lines: Lines, device: str, path: Path) -> None:
-    """``measured.json`` of this visit, under the card's name."""
+    """Write this visit's ``measured.json``, under the card's name."""
     card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     path.write_text(json.dumps({card: table(lines)}, indent=1) + "\n", encoding="utf-8")
-    measured.read(path)  # what the registry could not read must not be kept
+    measured.read(path)  # fails at once if the registry could not read the file
 
 
 def said(name: str, row: dict[str, Any]) -> str:
-    """One line: the fastest, and what was predicted to be."""
+    """One line: the fastest candidate, and the one that was predicted to be fastest."""
     seconds, predicted = row["seconds"], row["predicted"]
     best, first = (min(times, key=times.__getitem__, default="") for times in (seconds, predicted))
     return f"{name}: {best} {seconds[best] * 1e6:.1f} us (predicted: {first})" if best else f"{name}: none"

@@ -1,6 +1,6 @@
-"""Host time: how long a call keeps Python busy before it returns, and until its result is there: host.jsonl.
+"""Host time: how long a call keeps Python busy until it returns, and how long until its result is ready: host.jsonl.
 
-On a GPU the two differ; where the first is the longer one, the device waits for the host.
+On a GPU the two differ; where the first is as long as the second, the device waits for the host.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mpoe_bench.visit.lines import Deadline, Lines, finish, parse
 from mpoe_kernels import grouped_mpo_linear, route
 from mpoe_kernels.mpo.fold import MPOBlocks
 
-CALLS, BETWEEN = 60, 10  # calls in all, and between two waits for the device
+CALLS, BETWEEN = 60, 10  # calls in total, and calls between two waits for the device
 MODES = ("eager", "compiled", "reduce-overhead")
 
 
 def host_and_whole(function: Callable[[], object], device: str, calls: int = CALLS) -> tuple[float, float]:
-    """Median seconds until a call returns, and seconds per call until the device has done all of a group."""
+    """Median seconds until a call returns, and median seconds per call until the device has finished a group."""
 
     def wait() -> None:
         if device == "cuda":
@@ -69,7 +69,7 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def layers(model: int, hidden: int, device: str) -> Iterator[tuple[str, nn.Module]]:
-    """The dense layer and the mixtures that stand in its place."""
+    """The dense layer and the mixtures that replace it."""
     torch.manual_seed(0)
     dense = Dense(model, hidden, "relu", torch.bfloat16).to(device)
     yield "dense", dense
@@ -82,7 +82,7 @@ def layers(model: int, hidden: int, device: str) -> Iterator[tuple[str, nn.Modul
 
 
 def ops(model: int, hidden: int, tokens: int, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The ops alone, by the registry's choice and by each strategy."""
+    """The ops alone: `route`, and the grouped linear with each strategy."""
     operands = Operands(Case("separable", model, hidden, 8, tokens), device)
     index = torch.randint(0, 8, (tokens, 1), device=device)
     yield "route", lambda: route(index, 8)
@@ -97,7 +97,7 @@ def ops(model: int, hidden: int, tokens: int, device: str) -> Iterator[tuple[str
 
 
 def cases(device: str) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
-    """Names, and what builds the function to be timed."""
+    """Names, and builders of the functions to be timed."""
     model, hidden = (48, 96) if device == "cpu" else (768, 3072)
     for tokens in (1, 4) if device == "cpu" else (1, 64, 4096):
         for name, function in ops(model, hidden, tokens, device):
@@ -127,7 +127,7 @@ def main(words: Sequence[str] | None = None) -> int:
             continue
         try:
             returned, whole = host_and_whole(build(), chosen.device, CALLS if chosen.device == "cuda" else BETWEEN)
-        except Exception as failure:  # of whatever kind: the other calls are measured, and the part has failed
+        except Exception as failure:  # any failure: the other calls are measured, and the part fails
             wrong.append(f"{name}: {failure_text(failure)}")
             continue
         lines.add(name, {"host": returned, "whole": whole})

@@ -17,8 +17,8 @@ class Lines:
     """A file of JSON objects, one per line, each with a unique ``key``.
 
     Attributes:
-        path: of the file; what it holds is kept.
-        rows: by key.
+        path: the file; rows that it already holds are kept.
+        rows: the rows by key.
     """
 
     path: Path
@@ -27,7 +27,7 @@ class Lines:
     def __post_init__(self) -> None:
         if self.path.exists():
             whole, _, torn = self.path.read_text(encoding="utf-8").rpartition("\n")
-            if torn:  # the machine went away in the middle of a line
+            if torn:  # the machine was lost in the middle of a line
                 self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
             self.rows = {row["key"]: row for row in map(json.loads, filter(None, whole.split("\n")))}
 
@@ -40,7 +40,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Deadline:
-    """Nothing new is begun after ``end`` (of `time.monotonic`)."""
+    """Nothing new is started after ``end`` (as `time.monotonic` counts)."""
 
     end: float = math.inf
 
@@ -57,13 +57,13 @@ def parse(module: str, doc: str, words: Sequence[str] | None) -> argparse.Namesp
     """The options that the measuring parts of a visit share."""
     parser = argparse.ArgumentParser(prog=f"python -m mpoe_bench.visit.{module}", description=doc)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, required=True, help="folder; lines in it are kept")
-    parser.add_argument("--minutes", type=float, help="after these nothing new is begun; default no limit")
+    parser.add_argument("--out", type=Path, required=True, help="folder; lines already in it are kept")
+    parser.add_argument("--minutes", type=float, help="start nothing new after this time; default: no limit")
     return parser.parse_args(words)
 
 
 def finish(name: str, done: int, kept: int, left: Iterable[object], wrong: Sequence[str]) -> int:
-    """The last lines of a part; its exit status: 1 if something is wrong, or if there is nothing at all."""
+    """Print the last lines of a part; returns its exit status: 1 if something is wrong or nothing was measured."""
     for line in wrong:
         print(f"wrong: {line}")
     missing = len(list(left))

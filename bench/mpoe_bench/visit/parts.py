@@ -1,9 +1,9 @@
 """The parts of a GPU visit, in order, each in a separate process.
 
-Correctness comes first, and what is wrong ends the visit: the CUDA kernels' instructions against the twins that the
-emulator runs in their place, every backend's results on the device, opcheck, compiled and CUDA graphs, and the memory
-checker. Then what only a card can tell: every candidate (`candidates`), every product alone (`products`), host time
-(`host`), and last all cases against their peers (the suite ``gpu`` of `mpoe bench`).
+Correctness comes first, and an error ends the visit: the CUDA kernels' instructions against the twins that the
+emulator runs in their place, every backend's results on the device, opcheck, `torch.compile` and CUDA graphs, and the
+memory checker. Then what only a GPU can tell: every candidate (`candidates`), every product alone (`products`), host
+time (`host`), and finally all cases against their peers (the suite ``gpu`` of `mpoe bench`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
-# Compares every instruction that the emulator imitates with the device's own; exits with an error if one differs.
+# Compares every instruction that the emulator imitates with the device's own; fails if one differs.
 TWINS = ROOT / "tools" / "cuda_probes.py"
-# Kernels that were compiled before, see tools/warm_triton.py.
+# Kernels compiled beforehand, see tools/warm_triton.py.
 WARM = ROOT / "build" / "warm_triton"
 UNABLE = 2
 
@@ -32,14 +32,14 @@ class Part:
 
     Attributes:
         name: of its log file.
-        what: in words.
-        command: words.
-        minutes: what it takes on a GPU if nobody presses; the budget is shared out in proportion.
-        environment: variables on top of this process's.
+        what: what it does, in words.
+        command: its words.
+        minutes: how long it takes on a GPU without a limit; the budget is divided in proportion.
+        environment: variables in addition to this process's.
         missing: why it cannot run here; empty if it can.
-        unable: exit status by which the process says that it cannot.
-        judges: nothing is worth measuring after it has failed.
-        knows_minutes: takes ``--minutes``, and ends by itself when they have passed.
+        unable: exit status with which the process says that it cannot run.
+        judges: if it fails, nothing after it is worth measuring.
+        knows_minutes: takes ``--minutes``, and ends by itself after that time.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Part:
 
 
 def capability(device: str) -> str:
-    """As ``TORCH_CUDA_ARCH_LIST`` spells it, e.g. ``9.0a``."""
+    """The device's capability as in ``TORCH_CUDA_ARCH_LIST``, e.g. ``9.0a``."""
     major, minor = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (8, 0)
     return f"{major}.{minor}{'a' if major == 9 else ''}"
 
@@ -66,16 +66,16 @@ def nvcc() -> str | None:
 
 
 def _built_already() -> bool:
-    """Whether the checkout already has CUDA kernels for this card, built on another machine."""
+    """Whether the checkout already has CUDA kernels for this card, built elsewhere."""
     from mpoe_kernels.cuda_library import unavailable_reasons
 
     return not unavailable_reasons()
 
 
 def parts(device: str, out: Path) -> list[Part]:
-    """What is to be done, in order."""
+    """The parts of a visit, in order."""
     on_gpu = device == "cuda"
-    # Without the conftest above, whose packages a GPU machine need not have.
+    # Without tests/conftest.py: a GPU machine may lack the packages that it needs.
     python, tests = sys.executable, ["-p", "no:cacheprovider", "-q", "--tb=short", "--confcutdir", "tests/device"]
     no_pytest = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
     workers = []
@@ -86,7 +86,7 @@ def parts(device: str, out: Path) -> list[Part]:
     built = on_gpu and _built_already()
     warm = {"TRITON_CACHE_DIR": str(WARM)} if on_gpu and WARM.is_dir() else {}
     on_device = {"MPOE_TEST_DEVICE": device, **warm}
-    if on_gpu:  # a test of a backend that should be there fails where it is not
+    if on_gpu:  # tests of these backends must fail, not skip, if the backend is missing
         on_device["MPOE_TEST_REQUIRED"] = "eager triton cuda" if built or not no_nvcc else "eager triton"
     interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
     tiny = [] if on_gpu else ["--scale", "tiny", "--threads", "1", "--backend", "eager"]

@@ -1,7 +1,7 @@
-"""Every product of every strategy alone, next to the library's GEMM of the same sizes: products.jsonl.
+"""Every product of every strategy alone, compared with the library's GEMM of the same sizes: products.jsonl.
 
-On a GPU each is captured in a CUDA graph, so that the figures are the kernel's and not its launch's. FLOPs are those of
-the product; bytes those of its operands, each once.
+On a GPU each is captured in a CUDA graph, so that the kernel is timed and not its launch. FLOPs are those of the
+product; bytes are those of its operands, each counted once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BUDGET = Budget(seconds_each=0.03, sample_seconds=0.001, min_rounds=5, max_round
 
 
 def cases(tiny: bool) -> Iterator[tuple[Case, str]]:
-    """Cases with a strategy."""
+    """Cases, each with a strategy."""
     sizes, slots, experts = (((48, 96),), (16,), (4,)) if tiny else (((768, 3072), (4096, 16384)), (4096, 64), (8, 64))
     for model, hidden in sizes:
         for count in slots:
@@ -48,12 +48,12 @@ def cases(tiny: bool) -> Iterator[tuple[Case, str]]:
 
 @dataclass
 class Timed:
-    """Primitives of a backend; each product is timed when it is requested, next to the library's.
+    """Primitives of a backend; each product is timed when it is requested, interleaved with the library's.
 
     Attributes:
-        inner: computes.
+        inner: the primitives that compute.
         device: of the tensors.
-        measured: a line for each product.
+        measured: one row for each product.
     """
 
     inner: Any
@@ -87,7 +87,7 @@ class Timed:
     def weight(self, half: Sum, whole: Sum) -> bool:
         build = partial(self.inner.weight, half, whole)
         if not build():
-            return False  # two launches, which come as merges
+            return False  # two launches, which are requested as merges
         flops = sum(2 * product.experts * math.prod(_extents(product)) for product in (half, whole))
         operands = (*half.centre_last(), whole.centre_last()[0], whole.out)
         self._time(f"{whole.experts} weights in one launch", flops, operands, None, build)
@@ -110,8 +110,8 @@ class Timed:
             try:
                 ready[name] = graphed(each) if self.device == "cuda" else each
             except CaptureError:
-                raise  # the process is spoilt: nothing after it can be trusted
-            except Exception as failure:  # of whatever kind: the other one is timed
+                raise  # the process is spoilt: no later result can be trusted
+            except Exception as failure:  # any failure: the other function is timed
                 reasons[name] = failure_text(failure)
         timings = interleave(ready, None, BUDGET, cuda_measure() if self.device == "cuda" else cpu_measure())
         row: dict[str, Any] = {"product": what, "seconds": {n: t.seconds for n, t in timings.items()}}
@@ -139,7 +139,7 @@ def _dense(like: Tensor, m: int, k: int, n: int) -> Callable[[], object]:
 
 
 def _grouped(like: Tensor, m: int, k: int, n: int, offsets: Tensor, factor: int) -> Callable[[], object] | None:
-    """PyTorch's grouped product of the same rows; it takes only bfloat16 and multiples of 16 bytes."""
+    """PyTorch's grouped product of the same rows; it takes only bfloat16 and rows of a multiple of 16 bytes."""
     if like.dtype != torch.bfloat16 or k % 8 or n % 8:
         return None
     a, b = like.new_ones(m, k), like.new_ones(offsets.shape[0] - 1, k, n)
@@ -148,7 +148,7 @@ def _grouped(like: Tensor, m: int, k: int, n: int, offsets: Tensor, factor: int)
 
 
 def backends() -> dict[str, Any]:
-    """Primitives that launch on this machine's GPU, or that an interpreter runs here."""
+    """Primitives by backend that launch on this machine's GPU, or that an interpreter runs here."""
     found = {}
     if not backend_reasons().get("triton", ["not known"]):
         from mpoe_kernels.linear.triton.launch import LAUNCHES
@@ -158,7 +158,7 @@ def backends() -> dict[str, Any]:
 
 
 def measure(case: Case, strategy: str, device: str, primitives: Any) -> list[dict[str, Any]]:
-    """Rows of all products, forward and backward."""
+    """The rows of all products, forward and backward."""
     operands = Operands(case, device)
     timed, h = Timed(primitives, device), None
     for phase in ("forward", "backward"):
@@ -198,7 +198,7 @@ def main(words: Sequence[str] | None = None) -> int:
             rows = measure(case, strategy, chosen.device, primitives)
         except CaptureError:
             raise
-        except Exception as failure:  # of whatever kind: the other cases are measured, and the part has failed
+        except Exception as failure:  # any failure: the other cases are measured, and the part fails
             wrong.append(f"{name}: {failure_text(failure)}")
             continue
         lines.add(name, {"products": rows})

@@ -28,7 +28,7 @@ def backends_to_measure(names: str | None, suite: str = "full", device: str = "c
     """The backends that a run measures.
 
     Args:
-        names: ``None`` (what users get and what every installation has: auto and eager), ``"all"`` (auto and every
+        names: ``None`` (auto, which users get, and eager, which every installation has), ``"all"`` (auto and every
             backend that runs here), or names separated by commas. ``auto`` is the registry's own choice.
         suite: the suite to run; by default, quick measures only auto, and gpu all.
         device: what the backends of ``"all"`` must run on; named backends are checked only when they compute.

@@ -121,7 +121,7 @@ class Truth:
                 found.append(f"{name} is {list(value.shape)} instead of {list(truth.shape)}")
                 continue
             error = relative_error(value.cpu(), truth)
-            if not error <= self.allowed(name):  # NaN is not
+            if not error <= self.allowed(name):  # true for NaN
                 found.append(f"error of {name} is {error:.1e}, allowed {self.allowed(name):.1e}")
         return found
 

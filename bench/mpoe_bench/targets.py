@@ -137,7 +137,7 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
 
 
 def _masked_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """In every case with a trained masked contender: masked against unmasked."""
+    """Masked against unmasked, in every case where a masked contender was trained."""
     for section in sections:
         for row in section["rows"]:
             if not (row.get("masked") and row.get("train") and row.get("backend") == backend):

@@ -70,7 +70,7 @@ class Arm:
 
 
 def separable_shapes(model: int, hidden: int, up: tuple[int, int], down: tuple[int, int]) -> dict[str, MPOShape]:
-    """Separable shapes of both projections; ``up`` and ``down``: blocks on the model's and the hidden layer's side."""
+    """Separable shapes of both projections; ``up``, ``down``: outer blocks on the (model's, hidden layer's) side."""
     return {
         "up": MPOShape.separable(model, hidden, up[0], up[1]),
         "down": MPOShape.separable(model, hidden, down[0], down[1]).mirrored(),

@@ -14,12 +14,12 @@ ALMOST_NONE = 1e-9
 
 
 def group(key: str, change: str = "", experts: int = 32, block: int = 8, top_k: int = 2, **options: Any) -> Arm:
-    """32 experts, a block of 8 for every group, two per token, converted after a quarter; except for one change."""
+    """32 experts, a block of 8 for every group, two per token, converted after a quarter; but for one change."""
     return hidden(f"group_{key}", experts, block, True, top_k, change=change, **options)
 
 
 def shared(key: str, change: str = "", experts: int = 64, block: int = 16, top_k: int = 2, **options: Any) -> Arm:
-    """64 experts, blocks of 16 that all groups share, two per token, converted after a quarter; except one change."""
+    """64 experts, blocks of 16 that all groups share, two per token, converted after a quarter; but for one change."""
     return hidden(f"shared_{key}", experts, block, False, top_k, change=change, **options)
 
 

@@ -47,7 +47,7 @@ def field_settings(field: Any) -> dict[str, Any]:
 
 
 def open_folder(folder: Path, plan: Plan, field: Any) -> None:
-    """Create ``folder`` for this plan, or check that it belongs to it.
+    """Create ``folder`` for this plan, or check that it holds this plan.
 
     Raises:
         ValueError: it holds runs of another plan or of other settings; arms and seeds may be added.

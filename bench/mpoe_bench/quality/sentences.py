@@ -92,7 +92,7 @@ class SentencesField:
 
     Attributes:
         data_dir: folder with the sets of `TASKS`.
-        layers: use only this many first layers of the encoder; ``None`` = all.
+        layers: number of encoder layers to keep, from the first; ``None`` = all.
         batch: sentences per step, all of one task.
         length: largest number of tokens per sentence.
         held_out: items of every task to test on; ``None`` = all.

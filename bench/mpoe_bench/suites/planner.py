@@ -106,7 +106,7 @@ def _faults(call: _Call, exact: Tensor, backend: str, strategy: str) -> list[str
         for name, leaf in call.leaves().items():
             product = float((grad_of(leaf).double() * leaf.detach().double()).sum())
             error = abs(product - float(products.sum())) / float(products.norm())
-            if not error <= 5 * allowed:  # NaN is not
+            if not error <= 5 * allowed:  # true for NaN
                 found.append(f"<d{name}, {name}> misses <dy, y> by {error:.1e} of its size")
             leaf.grad = None
     return found

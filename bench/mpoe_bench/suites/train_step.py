@@ -20,7 +20,7 @@ DENSE = "dense T5"
 
 
 class _Step:
-    """One model with its optimizer; ``train`` is a whole step, ``function`` the logits of the batch."""
+    """One model with its optimizer; ``step`` runs a whole step, ``logits`` returns the batch's logits."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.ids = model.eval(), ids  # no dropout: every contender does the same work

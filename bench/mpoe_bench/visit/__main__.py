@@ -133,7 +133,7 @@ def keep(outcomes: Sequence[Outcome], device: str, out: Path) -> None:
 
 
 def earlier(out: Path) -> dict[str, Outcome]:
-    """The parts that an earlier visit finished, as this folder records them."""
+    """The parts that an earlier visit to this folder finished."""
     if not (out / "parts.json").exists():
         return {}
     found = [Outcome(**each) for each in json.loads((out / "parts.json").read_text())]

@@ -178,7 +178,7 @@ def measure(case: Case, device: str, phase: str) -> dict[str, Any]:
         except Exception as failure:  # any failure: the others are measured, and the report states the reason
             row["wrong"].append(f"{case.name} {phase} {name}: {failure_text(failure)}")
             continue
-        if not error <= LARGEST_ERROR[case.dtype]:  # NaN is not
+        if not error <= LARGEST_ERROR[case.dtype]:  # true for NaN
             row["wrong"].append(f"{case.name} {phase} {name}: off by {error:.1e}")
             continue
         functions[name], row["keys"][name] = function, measured.key(candidate.backend, candidate.name, plan)

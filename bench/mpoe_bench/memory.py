@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import warnings
@@ -48,20 +47,22 @@ def _resident(field: str) -> int:
 
 
 def resident_peak(function: Callable[[], object]) -> int | None:
-    """Peak growth of resident memory during a call; ``None`` where the system does not report it.
+    """Call the function; peak growth of resident memory meanwhile, ``None`` where the system does not report it.
 
     The C library's free memory is returned first, so that the call must fetch every page that it uses. Call the
     function once beforehand; otherwise what it loads or compiles the first time counts too.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not glibc
+    try:
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR_REFS.write_text("5")
         before = _resident("VmRSS")
-        result = function()
-        peak = _resident("VmHWM")
-        del result
-        return max(peak - before, 0)
-    return None
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        function()
+        return None
+    result = function()
+    peak = _resident("VmHWM")
+    del result
+    return max(peak - before, 0)
 
 
 def peak_memory(

@@ -1,9 +1,9 @@
 """The study of experts that own only blocks on the hidden side: its arms, and which differences are tested.
 
-Every mixture is converted after a quarter of the steps, at the same rate, with a restarted optimiser; `dense_restart`
-restarts it too. The hidden arms are compared with Switch of as many weights, of the usual 8 experts, and with two
-experts per token; and with dense models of as many weights and of as many FLOPs. FLOPs are those of this width: a
-hidden arm costs 1 + k b / I of the dense layer's.
+Every mixture but those of a pretrained model is converted after a quarter of the steps, at the same rate, with a
+restarted optimiser; `dense_restart` restarts it too. The hidden arms are compared with Switch of as many weights, of
+the usual 8 experts, and with two experts per token; and with dense models of as many weights and of as many FLOPs.
+FLOPs are those of this width: a hidden arm costs 1 + k b / I of the dense layer's.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ LARGER_COMPARISONS = (
     ("larger_shared", "large_shared"),
 )
 
-# Adapters of a pretrained model: its own weights stay frozen, and as many numbers train as in a LoRA of rank 16.
+# Experts of a pretrained model, converted before training: adapters, whose shared weights stay frozen and which train
+# about as many numbers as a LoRA of rank 16, and, for the gradient mask, models in which everything trains.
 ADAPTER_OPTIONS: dict[str, Any] = {"upcycled": 0.0, "rate_of": None, "scales": None}
 HIDDEN_ADAPTERS = (
     hidden("adapter_hidden", 32, 32, False, change="shared weights frozen", adapter=True, **ADAPTER_OPTIONS),

@@ -28,6 +28,7 @@ class Scale:
         step_tokens: batch and sequence length of a train step.
         vocabulary: of the embedding.
         roof_edge: of the GEMM that measures the machine.
+        judged: whether the planner is judged on its own cases, not on a few sizes made for a test.
     """
 
     model: int = 768

@@ -21,7 +21,7 @@ HiddenExperts checked_inputs(const MpoeHidden& call) {
   require(in.block > 0 && in.features % in.block == 0, "right must have blocks that divide ", in.features);
   require(in.own_groups == 1 || in.own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
   require_range(call.index, in.tokens * in.top_k, -1, in.experts - 1, "top_k_index");
-  // An empty tensor has no address: no row of another one is read either.
+  // An empty u_gate has a null pointer: right_gate stands in for it, and none of its rows is read.
   in.u_gate = call.tokens == 0 ? call.right_gate : call.u_gate;
   require((in.u_gate == nullptr) == (call.right_gate == nullptr), "right_gate must be given with u_gate");
   in.activation = activation_named(call.activation);

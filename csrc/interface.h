@@ -1,17 +1,17 @@
-// The C interface of the library: what mpoe_kernels/native_interface.py declares too, field by field. It needs no
-// headers of torch or Python, so that the library is built without either and serves every version of both.
+// The C interface of the library, mirrored field by field in mpoe_kernels/native_interface.py. It needs no torch or
+// Python headers, so the library is built without either and works with every version of both.
 //
-// Arrays are dense and row-major, of the struct's `dtype` unless said otherwise. The caller has made sure that each holds as
-// many elements as the sizes in the struct say; everything else is checked here, before memory is touched.
+// Arrays are dense, row-major and of the struct's `dtype` unless noted otherwise. The caller guarantees that each has
+// the number of elements that the struct's sizes imply; everything else is checked here, before memory is touched.
 #pragma once
 
 #include <cstdint>
 
-// The only names that the library shows.
+// The only symbols that the library exports.
 #pragma GCC visibility push(default)
 extern "C" {
 
-// What a function returns; unless it is kDone, mpoe_message() says why, in the thread that called.
+// What every function returns. If it is not kDone, mpoe_message() says why, on the calling thread.
 enum MpoeStatus : int { kDone = 0, kBadValue = 1, kNoMemory = 2 };
 
 // y[s] = activation(x[row_index[s]] W_e + bias), and its gradients; see cpu/linear/linear.h.
@@ -21,7 +21,7 @@ struct MpoeLinear {
   const char* strategy;    // separable, rebuild, half_left, half_right, chain
   std::int64_t in_features, out_features, tokens, slots, experts;
   std::int64_t iL, jL, a, iC, jC, b, iR, jR;
-  std::int64_t offset_bytes;    // of one of the offsets: 4 or 8
+  std::int64_t offset_bytes;    // of one offset: 4 or 8
   const void* x;                // [tokens, in_features]
   const void* left;             // [experts, iL, jL, a]
   const void* central;          // [a, iC, jC, b]
@@ -31,18 +31,18 @@ struct MpoeLinear {
   // Forward:
   const void* bias;  // [out_features] or null
   void* y;           // [slots, out_features]
-  void* h;           // [slots * jC, b] or null: kept for the backward, by strategy separable alone
+  void* h;           // [slots * jC, b] or null: saved for the backward, only by strategy separable
   void* z;           // [slots, out_features] or null: the pre-activation
   // Backward:
   const void* grad;        // [slots, out_features]
-  const void* kept_h;      // h of the forward; read by strategy separable
-  const void* kept_value;  // [slots, out_features]: y for relu, z for the rest; not read where activation is none
-  void *dx, *dleft, *dcentral, *dright, *dbias;  // as x, left, central, right, bias; null where not wanted
+  const void* kept_h;      // h of the forward; read only by strategy separable
+  const void* kept_value;  // [slots, out_features]: y for relu, z for the rest; not read if activation is none
+  void *dx, *dleft, *dcentral, *dright, *dbias;  // like x, left, central, right, bias; null: not wanted
 };
 int mpoe_linear_forward(const MpoeLinear* call);
 int mpoe_linear_backward(const MpoeLinear* call);
 
-// Logits, best experts and gates of few tokens; see cpu/routing/routing.h.
+// Logits, best experts and gates for a few tokens; see cpu/routing/routing.h.
 struct MpoeGating {
   const char *dtype, *weight_dtype;  // float32, bfloat16, float16
   std::int64_t tokens, features, experts, top_k;
@@ -58,7 +58,7 @@ int mpoe_gating(const MpoeGating* call);
 // Slots of (token, choice) pairs, in the order of their experts; see cpu/routing/routing.h.
 struct MpoeRoute {
   std::int64_t tokens, top_k, experts;
-  std::int64_t capacity;         // most slots of an expert; negative: no limit
+  std::int64_t capacity;         // most slots per expert; negative: no limit
   const std::int64_t* index;     // [tokens, top_k]
   const bool* token_mask;        // [tokens] or null
   std::int32_t* offsets;         // [experts + 1]
@@ -67,11 +67,11 @@ struct MpoeRoute {
 };
 int mpoe_route(const MpoeRoute* call);
 
-// out[s] = x[token_of_slot[s]] for the slots before the last offset, 0 in those past it.
+// out[s] = x[token_of_slot[s]] for the slots before the last offset, 0 for the rest.
 struct MpoeDispatch {
   std::int64_t tokens, slots, experts;
   std::int64_t row_bytes, stride_bytes;  // of a row of x, and from one row to the next
-  std::int64_t offset_bytes;             // of one of the offsets: 4 or 8
+  std::int64_t offset_bytes;             // of one offset: 4 or 8
   const void* x;
   const std::int64_t* token_of_slot;  // [slots]
   const void* offsets;                // [experts + 1], int32 or int64
@@ -85,12 +85,12 @@ struct MpoeCombine {
   std::int64_t tokens, top_k, slots, features;
   const std::int64_t* slot_of_token;  // [tokens, top_k]
   const void* gates;                  // [tokens, top_k], float32 (float64 for float64); null: all 1
-  const void* rows;                   // [slots, features]; of the gradients, those of the gates alone read it
+  const void* rows;                   // [slots, features]; among the gradients, only dgates needs it
   void* out;                          // [tokens, features]
   // Gradients:
   const void* grad;  // [tokens, features]
   void* drows;       // [slots, features] or null
-  void* dgates;      // as gates, or null
+  void* dgates;      // like gates, or null
 };
 int mpoe_combine(const MpoeCombine* call);
 int mpoe_combine_backward(const MpoeCombine* call);
@@ -111,10 +111,10 @@ struct MpoeHidden {
   void* out;                  // [tokens, features]
   // Gradients:
   const void* grad;  // [tokens, features]
-  void *du, *dgates, *dright, *dleft, *dbias, *du_gate, *dright_gate;  // as their names; null where not wanted
+  void *du, *dgates, *dright, *dleft, *dbias, *du_gate, *dright_gate;  // like their namesakes; null: not wanted
 };
 int mpoe_hidden_experts(const MpoeHidden* call);
-// The experts that a router chooses: its results are the call's gates and index.
+// The same, after a router has chosen the experts: it writes the call's gates and index.
 int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call);
 int mpoe_hidden_experts_backward(const MpoeHidden* call);
 
@@ -131,12 +131,12 @@ struct MpoeEmbedding {
 };
 int mpoe_embedding(const MpoeEmbedding* call);
 
-// The last refusal of this thread; never null.
+// The message of this thread's last refused call; never null.
 const char* mpoe_message(void);
-// "key=value" lines: what the library was built from, which instructions it uses here, the bytes of each struct above.
+// "key=value" lines: how the library was built, which instruction set it uses here, and the size of each struct above.
 const char* mpoe_build_info(void);
 
-// Threads are torch's: its functions of these types, in any order before the first call that computes.
+// Makes the kernels use torch's threads, through torch's functions of these types. To be called before any kernel.
 typedef int (*MpoeParallelFor)(
     std::int64_t begin, std::int64_t end, std::int64_t grain, void (*function)(std::int64_t, std::int64_t, void*),
     void* context);

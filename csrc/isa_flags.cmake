@@ -1,11 +1,11 @@
-# Only files named *_<isa>.cpp may use instructions beyond the architecture's baseline; who calls them asks
-# cpu_features.h, which tests for every extension that these flags switch on.
+# Only files named *_<isa>.cpp may use instructions beyond the architecture's baseline; their callers ask
+# cpu_features.h first, which tests for every extension that these flags enable.
 set(MPOE_FLAGS_avx2 -march=x86-64-v3)
 set(MPOE_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
 set(MPOE_FLAGS_avx512bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
 set(MPOE_FLAGS_amx ${MPOE_FLAGS_avx512bf16} -mamx-tile -mamx-bf16)
 
-# Gives the files of a list variable their flags; drops those of another architecture from it.
+# Sets the flags of the files in a list variable; removes files for another architecture from it.
 function(mpoe_apply_isa_flags LIST_NAME)
   set(kept ${${LIST_NAME}})
   foreach(source IN LISTS kept)

@@ -1,4 +1,4 @@
-// What the library tells of itself, and what all functions of its interface check.
+// What the library reports about itself, and the checks that all functions of its interface share.
 #include <cstring>
 
 #include "common/cpu_features.h"

@@ -1,5 +1,5 @@
-// parallel.h on torch's thread pool, whose functions the loader hands over: nothing here links to torch or to OpenMP, so
-// there is one pool in the process, of torch.set_num_threads threads, and nested calls know of each other.
+// parallel.h on torch's thread pool. The loader passes in torch's functions, so nothing here links to torch or OpenMP:
+// the process has a single pool, of torch.set_num_threads threads, and nested calls are recognized.
 #include <atomic>
 #include <new>
 

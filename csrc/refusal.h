@@ -31,7 +31,7 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) refuse(parts...);
 }
 
-// Where mpoe_message() reads. Of the calling thread.
+// Sets what mpoe_message() returns on the calling thread.
 void set_message(std::string text);
 
 // Runs the body of an interface function: no exception leaves the library.
@@ -49,16 +49,16 @@ int answered(Body&& body) {
   }
 }
 
-// A router's call; mpoe_routed_hidden_experts begins with one too.
+// Checks a router's call; mpoe_routed_hidden_experts starts with one too.
 Gating checked_gating(const MpoeGating& call);
 
 Dtype dtype_named(const char* name);
 Activation activation_named(const char* name);
 
-// Slots and tokens are addresses: a wrong one must not reach memory.
+// Slots and tokens become addresses: a wrong one must not be dereferenced.
 void require_range(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high, const char* name);
 
-// The expert_offsets of a call as int64: [experts + 1], from 0 on, non-decreasing, at most `slots`.
+// The expert_offsets of a call as int64: [experts + 1], starting at 0, non-decreasing, at most `slots`.
 std::vector<std::int64_t> checked_offsets(
     const void* offsets, std::int64_t offset_bytes, std::int64_t experts, std::int64_t slots);
 

@@ -1,5 +1,5 @@
-// mpoe_gating, mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of cpu/routing/routing.h. The
-// gradient of a dispatch is a combine without gates.
+// mpoe_gating, mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of
+// cpu/routing/routing.h. The gradient of a dispatch is a combine without gates.
 #include "cpu/routing/routing.h"
 
 #include <limits>

@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
-// Whether the processor has AMX for bfloat16 and Linux lets this process, threads included, use its 8 KB of registers.
+// Whether the processor has AMX for bfloat16 and Linux lets this process and its threads use its 8 KB of registers.
 [[maybe_unused]] bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned int a = 0, b = 0, c = 0, d = 0;

@@ -3,13 +3,13 @@
 
 namespace mpoe {
 
-// Each level includes those before it. On other architectures than x86-64 only kGeneric exists.
+// Each level includes those before it. On architectures other than x86-64 only kGeneric exists.
 enum class Isa : int {
   kGeneric = 0,     // the architecture's baseline (x86-64, ARMv8 with NEON, ...)
   kAvx2 = 1,        // *_avx2.cpp: x86-64-v3
   kAvx512 = 2,      // *_avx512.cpp: x86-64-v4 (F, BW, CD, DQ, VL)
   kAvx512Bf16 = 3,  // *_avx512bf16.cpp: the above + BF16
-  kAmx = 4,         // *_amx.cpp: the above + AMX-TILE and AMX-BF16; Linux only, which must grant their registers
+  kAmx = 4,         // *_amx.cpp: the above + AMX-TILE and AMX-BF16; Linux only: it must grant their registers
 };
 
 // What the processor and the operating system support. Cached.

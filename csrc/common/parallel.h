@@ -1,4 +1,4 @@
-// Threads for kernels that know nothing of torch. csrc/parallel_torch.cpp runs them on torch's pool;
+// Threads for kernels that know nothing about torch. csrc/parallel_torch.cpp runs them on torch's pool;
 // csrc/tests/parallel_std.cpp on std::thread, for the sanitizers.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace mpoe {
 
 using RangeFunction = void (*)(std::int64_t begin, std::int64_t end, void* context);
 
-// Calls function on disjoint ranges that cover [begin, end), at least `grain` long but for the last ones.
+// Calls function on disjoint ranges that cover [begin, end), at least `grain` long except for the last ones.
 // Nested calls run on the calling thread. Which thread takes which range must not change results.
 // The function must not throw.
 void parallel_range(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction function, void* context);

@@ -1,4 +1,4 @@
-// Element types of kernels that know nothing of torch. Everything is in an anonymous namespace: files compiled for
+// Element types of kernels that know nothing about torch. Everything is in an anonymous namespace: files compiled for
 // different instruction sets must not share a copy.
 #pragma once
 
@@ -23,7 +23,7 @@ struct Float16 {
 
 namespace {
 
-// What sums of T are accumulated in.
+// The type in which sums of T are accumulated.
 template <class T>
 struct Accumulator {
   using type = float;
@@ -47,7 +47,7 @@ struct Accumulator<double> {
   return std::bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : std::bit_cast<std::uint32_t>(scaled)));
 }
 
-// Rounding to nearest, ties to even, as torch does.
+// Rounds to nearest, ties to even, as torch does.
 [[maybe_unused]] inline void store(float& out, float value) { out = value; }
 [[maybe_unused]] inline void store(double& out, double value) { out = value; }
 [[maybe_unused]] inline void store(BFloat16& out, float value) {
@@ -58,7 +58,7 @@ struct Accumulator<double> {
 [[maybe_unused]] inline void store(Float16& out, float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: shift the exponent by 112 and round the 13 bits that fall off; overflow runs into infinity.
+  // Normal results: shift the exponent by 112 and round off the low 13 bits; overflow carries into infinity.
   const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14: adding 0.5 makes the hardware round to multiples of 2^-24.
   const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;

@@ -1,7 +1,7 @@
 // What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors, and
 // under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
 #pragma once
-#include "cuda/binding.h"  // before CUDA's words, which the emulator makes macros
+#include "cuda/binding.h"  // before CUDA's keywords, which the emulator defines as macros
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -24,7 +24,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace mpoe::cuda {
 
-// Makes the device of a tensor the current one for its life; `stream` is PyTorch's current stream there.
+// Makes a tensor's device the current one for this object's lifetime; `stream` is PyTorch's current stream there.
 class OnDevice {
  public:
 #if defined(MPOE_CUDA_EMULATED)
@@ -52,7 +52,7 @@ inline bool on_device(const Tensor& tensor) {
 #endif
 }
 
-// Every tensor must be where the first one is: the kernels follow raw addresses.
+// Every tensor must be on the first one's device: the kernels use raw addresses.
 inline void check_same_device(std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   for (const Tensor* tensor : tensors) {
@@ -100,7 +100,7 @@ inline Dims dims_of(const Tensor& left, const Tensor& central, const Tensor& rig
   return dims;
 }
 
-// Memory for one call, aligned to 256 bytes as the launchers ask; PyTorch's CPU allocator aligns to 64.
+// Memory for one call, aligned to 256 bytes as the launchers require; PyTorch's CPU allocator aligns to 64.
 class Scratch {
  public:
   Scratch(const Tensor& like, std::size_t bytes)

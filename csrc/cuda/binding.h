@@ -1,5 +1,5 @@
 // Checks and conversions that the bindings to torch share. Only csrc/cuda/*/bind.cpp include it: kernels know
-// nothing of torch.
+// nothing about torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +19,8 @@ namespace mpoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the caller did wrong. mpoe_kernels/define.py makes a ValueError of the text after the colon; STD_TORCH_CHECK would add the
-// path of our source file.
+// Reports what the caller did wrong. mpoe_kernels/define.py turns the text after the colon into a ValueError;
+// STD_TORCH_CHECK would add the path of our source file.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;

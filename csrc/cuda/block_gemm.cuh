@@ -7,8 +7,8 @@ namespace mpoe::cuda {
 
 constexpr int kStages = 3;
 
-// One operand's tiles of kExtent (rows mn) x TileT::kK, brought from global memory. mn and k are linear indices;
-// what lies at or past mn_end, k_end or the operand's limit becomes zero.
+// One operand's tiles of kExtent (rows mn) x TileT::kK, copied from global memory. mn and k are linear indices;
+// everything at or past mn_end, k_end or the operand's limit becomes zero.
 template <class T, class TileT, int kExtent, bool kMajor>
 class Staged {
  public:
@@ -56,7 +56,7 @@ class Staged {
   static constexpr int kChunksPerLine = (kMajor ? TileT::kK : kExtent) / kPerChunk;
   static constexpr int kChunks = kChunksPerLine * (kMajor ? kExtent : TileT::kK);
   static constexpr int kPerThread = (kChunks + TileT::kThreads - 1) / TileT::kThreads;
-  // Positions along mn that a thread meets: one per chunk, or always the same one.
+  // Positions along mn that a thread handles: one per chunk, or always the same one.
   static constexpr int kFixed = kMajor ? kPerThread : 1;
   static_assert(kMajor || TileT::kThreads % kChunksPerLine == 0);
 
@@ -65,7 +65,7 @@ class Staged {
     return kMajor ? chunk / kChunksPerLine : chunk % kChunksPerLine * kPerChunk;
   }
   __device__ __forceinline__ void copy(T* to, int mn, int k, int fixed) const {
-    const T* from = static_cast<const T*>(operand_.data);  // any valid address where nothing is read
+    const T* from = static_cast<const T*>(operand_.data);  // any valid address if nothing is read
     int count = 0;
     if (mn < mn_end_ && k < k_end_) {
       const Position p = operand_.k.at(k);
@@ -100,7 +100,7 @@ class Staged {
   int64_t row_[kFixed];
 };
 
-// An operand that lies in shared memory already, [mn][k] or [k][mn], zero wherever the product may reach.
+// An operand already in shared memory, [mn][k] or [k][mn], padded with zeros as far as the product may read.
 template <class T, bool kMajor>
 struct Resident {
   static constexpr bool kResident = true;
@@ -140,19 +140,19 @@ struct Accumulator {
     }
   }
   static constexpr int kLanesPerRow = TileT::kWarpN / 2;
-  // Rows are apart by 8 of 32 banks: the stores of half a warp, 8 bytes each in four rows, meet no conflict.
+  // Rows are 8 of 32 banks apart: the stores of half a warp, 8 bytes each in four rows, do not conflict.
   static constexpr int kStripStride = TileT::kWarpN + 8;
-  static constexpr int kStripFloats = 8 * kStripStride;  // of a warp
+  static constexpr int kStripFloats = 8 * kStripStride;  // per warp
   static_assert(32 % kLanesPerRow == 0 && kStripStride % 32 == 8);
 
-  // Columns own_column() and the next one are this thread's in for_each_row.
+  // In for_each_row, this thread has the columns own_column() and own_column() + 1.
   static __device__ __forceinline__ int own_column() {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     return warp % TileT::kWarpsN * TileT::kWarpN + lane % kLanesPerRow * 2;
   }
-  // Calls f(row, value, value of the next column) until this thread's columns have met every row of its warp's part of the
-  // tile. Lanes side by side have columns side by side, and the loop is not unrolled: f exists once, whatever it does.
-  // strips: kStripFloats of every warp in shared memory, which nobody else uses.
+  // Calls f(row, value, value of the next column) so that the lanes with this thread's columns cover every row of their
+  // warp's part of the tile. Adjacent lanes have adjacent columns, and the loop is not unrolled: there is one copy of f,
+  // whatever it does. strips: kStripFloats per warp in shared memory, which nothing else uses.
   template <class F>
   __device__ __forceinline__ void for_each_row(float* strips, F&& f) const {
     struct alignas(8) Pair {
@@ -164,7 +164,7 @@ struct Accumulator {
     ROLLED
     for (int part = 0; part < 2 * TileT::kRowTiles; ++part) {  // 8 rows each
       UNROLL
-      for (int held = 0; held < 2 * TileT::kRowTiles; ++held) {  // registers have no run-time index
+      for (int held = 0; held < 2 * TileT::kRowTiles; ++held) {  // registers cannot be indexed at run time
         if (held != part) continue;
         UNROLL
         for (int j = 0; j < TileT::kColumnTiles; ++j) {
@@ -201,7 +201,7 @@ struct Accumulator {
   }
 };
 
-// What for_each_row takes of shared memory for a whole block.
+// Shared memory that for_each_row needs for a whole block.
 template <class TileT>
 constexpr std::size_t strip_bytes() {
   return sizeof(float) * Accumulator<TileT>::kStripFloats * (TileT::kThreads / 32);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, 
     const T* stage = stages + step % kStages * kStage;
     const T* tile_a = a.tile(stage, step * TileT::kK);
     const T* tile_b = b.tile(stage + A::kElements, step * TileT::kK);
-    Accumulator<TileT> part;  // of one step, where long sums would lose accuracy
+    Accumulator<TileT> part;  // of one step, if long sums would lose accuracy
     if constexpr (F::kPartialSums) part.clear();
     Accumulator<TileT>& sums = F::kPartialSums ? part : acc;
     UNROLL

@@ -1,4 +1,4 @@
-// mpoe_cuda::build_info: what this module was built from, as "key=value" lines.
+// mpoe_cuda::build_info: how this module was built, as "key=value" lines.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,5 +1,5 @@
-// The device layer: the only file with inline PTX. Kernels include this and nothing else of CUDA.
-// Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20) their twins in csrc/emu/twins.h.
+// The device layer: the only file with inline PTX, and the only access that kernels have to CUDA.
+// Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20), their twins in csrc/emu/twins.h.
 #pragma once
 #include <cstdint>
 
@@ -30,7 +30,7 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 struct Limits {
-  std::size_t shared_bytes = 0;  // of one block
+  std::size_t shared_bytes = 0;  // per block
   int multiprocessors = 1;
 };
 inline Limits limits() {  // of the current device
@@ -73,7 +73,7 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// Four 8 x 8 matrices of 16-bit numbers; lane l names row l % 8 of matrix l / 8. Conflict-free where the eight rows of a
+// Four 8 x 8 matrices of 16-bit numbers; lane l passes row l % 8 of matrix l / 8. Conflict-free if the eight rows of a
 // matrix start in different groups of four banks.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"

@@ -1,4 +1,4 @@
-// Index maps: where element (row, column) of a matrix lies that is really a tensor with several axes.
+// Index maps: where element (row, column) of a matrix is, when the matrix is really a tensor with several axes.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -26,7 +26,7 @@ struct Position {
 
 // Linear index -> mixed-radix digits, most significant first -> offset. The first digit may be a slot.
 struct IndexMap {
-  FastDiv size[kMaxDigits];   // of every digit; the first one's is not needed
+  FastDiv size[kMaxDigits];   // of every digit; not needed for the first
   int stride[kMaxDigits] = {};  // in elements
   int digits = 1;
   bool slot_first = false;
@@ -59,7 +59,7 @@ struct Operand {
   const int64_t* rows = nullptr;  // row of every slot; null: the slot itself
   IndexMap mn, k;
   int limit = 0x7fffffff;  // offsets inside a row from here on read as zero (padded features)
-  bool k_major = true;     // neighbours in memory: along k, or along mn
+  bool k_major = true;     // adjacent in memory: along k, or along mn
   bool vector = false;     // every aligned run of 16 bytes along that direction is contiguous and aligned
 
   __device__ __forceinline__ int64_t row_of(int slot) const { return rows ? rows[slot] : slot; }
@@ -71,14 +71,14 @@ struct Output {
   int64_t expert_stride = 0, slot_stride = 0;
   IndexMap m, n;
   int limit = 0x7fffffff;
-  bool pair = false;        // columns 2j, 2j + 1 are neighbours, aligned to both
+  bool pair = false;        // columns 2j, 2j + 1 are adjacent and aligned as a pair
   bool as_float = false;    // float32, whatever T
-  bool accumulate = false;  // add to what is there (never two blocks to one element)
+  bool accumulate = false;  // add to the previous value (never two blocks to one element)
   int activation = 0;       // see activation.cuh
   const void* bias = nullptr;            // by offset inside a row
-  void* pre_activation = nullptr;        // same layout as data, but for `rows`
+  void* pre_activation = nullptr;        // same layout as data, except for `rows`
   const int64_t* rows = nullptr;         // row of every slot; null: the slot itself
-  const float* gates = nullptr;          // what every row is multiplied by, once it is rounded; null: nothing
+  const float* gates = nullptr;          // factor of every row, applied after rounding; null: none
 
   __device__ __forceinline__ int64_t row_of(int slot) const { return rows ? rows[slot] : slot; }
 };

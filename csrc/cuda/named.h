@@ -69,7 +69,7 @@ inline Named named(const void* data, const Axes& axes, const Dims& dims, int64_t
   }
   return tensor;
 }
-// Rows of dense activations; `columns` are true, the axes may pad them.
+// Rows of dense activations; `columns` is their true size, which the axes may pad.
 inline Named rows_of(const void* data, const Axes& axes, const Dims& dims, int64_t columns) {
   Named tensor = named(data, axes, dims, columns);
   if (columns != dims.elements(axes)) tensor.limit = static_cast<int>(columns);
@@ -82,8 +82,8 @@ inline Axes sorted(Axes axes, const Named& by) {
   return axes;
 }
 
-// Two maps over the same digits, one for each tensor. Axes of size 1 are left out, axes that lie together in both tensors
-// become one digit. `outer_first`: the first digit is the slot or expert, its stride the tensor's `outer`.
+// Two maps over the same digits, one for each tensor. Axes of size 1 are left out; axes that are adjacent in both
+// tensors become one digit. `outer_first`: the first digit is the slot or expert, and its stride is the tensor's `outer`.
 struct MapPair {
   IndexMap first, second;
   int64_t inner = 1;  // product of the sizes without the outer digit
@@ -123,7 +123,7 @@ inline MapPair map_pair(const Axes& axes, const Dims& dims, const Named& p, cons
 
 inline bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
-// Every stride of a map but that of its last digit, and the rest that moves an address: multiples of `step`?
+// Whether every stride of a map, except the last digit's if `except_last`, is a multiple of `step`. A slot has none.
 inline bool strides_divide(const IndexMap& map, bool except_last, int step) {
   for (int d = map.slot_first ? 1 : 0; d < map.digits - (except_last ? 1 : 0); ++d) {
     if (map.stride[d] % step != 0) return false;
@@ -168,7 +168,7 @@ inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMa
 struct Epilogue {
   const void* bias = nullptr;
   int activation = 0;
-  void* pre_activation = nullptr;  // as the result, or null
+  void* pre_activation = nullptr;  // like the result, or null
   const int64_t* rows = nullptr;   // where every slot's row goes; null: to the slot's own place
   const float* gates = nullptr;    // by row; null: 1
 };

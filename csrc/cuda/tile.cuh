@@ -1,10 +1,10 @@
-// Tiles in shared memory: padded rows that keep bank conflicts away, and the fragments that mma.sync takes from them.
+// Tiles in shared memory: rows padded to avoid bank conflicts, and the fragments that mma.sync takes from them.
 #pragma once
 #include "cuda/device.cuh"
 
 namespace mpoe::cuda {
 
-// BM x BN results by a block of (BM / WM) (BN / WN) warps; 64 bytes of the inner index at a time.
+// BM x BN results per block of (BM / WM) (BN / WN) warps; 64 bytes of the inner index at a time.
 template <class T, int BM, int BN, int WM, int WN>
 struct Tile {
   static constexpr int kM = BM, kN = BN, kK = 64 / static_cast<int>(sizeof(T));
@@ -14,7 +14,7 @@ struct Tile {
   static_assert(WM % 16 == 0 && WN % 16 == 0 && BM % WM == 0 && BN % WN == 0);
 };
 
-// Elements from one row of a tile to the next, for rows of `width` elements. 16-byte chunks per row are made
+// Row stride of a tile, in elements, for rows of `width` elements. The number of 16-byte chunks per row is made
 //  - odd: eight rows then start in different groups of four banks (ldmatrix, and 32-bit reads of rows g, columns t);
 //  - twice an odd number for 32-bit tiles that tensor cores read along rows t, columns g.
 template <class T>
@@ -77,7 +77,7 @@ struct Fragments {
 template <>
 struct Fragments<float> {
   static constexpr int kStep = 4;
-  static constexpr bool kPartialSums = true;  // a sum of thousands of terms in a row would lose digits
+  static constexpr bool kPartialSums = true;  // one sum of thousands of terms would lose digits
   struct A {
     float row[2][kStep];
   };
@@ -141,7 +141,7 @@ struct Fragments<float> {
   }
 };
 
-// float32 rounded to tf32 on its way into tensor cores.
+// float32, rounded to tf32 on its way into the tensor cores.
 template <>
 struct Fragments<dev::tf32> {
   using T = dev::tf32;

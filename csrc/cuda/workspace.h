@@ -1,4 +1,4 @@
-// Scratch memory of one call as a stack. The same program runs once without memory to learn how much it needs.
+// Scratch memory of one call as a stack. The same code runs once without memory to measure how much it needs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace mpoe::cuda {
 
 class Workspace {
  public:
-  // Without memory nothing may be launched, only `peak` is wanted.
+  // Without memory: nothing may be launched; only `peak` is wanted.
   Workspace() = default;
   explicit Workspace(void* base) : base_(static_cast<char*>(base)), measuring_(false) {}
 
@@ -18,11 +18,11 @@ class Workspace {
     const std::size_t at = used_;
     used_ += (bytes + 255) / 256 * 256;
     if (used_ > peak_) peak_ = used_;
-    // While measuring: some aligned address, which nobody reads.
+    // While measuring: some aligned address that nothing reads.
     return measuring_ ? reinterpret_cast<void*>(at + 256) : base_ + at;
   }
 
-  // Gives back what was taken during its life.
+  // Releases what was taken during its lifetime.
   class Scope {
    public:
     explicit Scope(Workspace& workspace) : workspace_(workspace), mark_(workspace.used_) {}

@@ -19,14 +19,14 @@ struct Task {
   bool left_first;
 };
 
-constexpr int64_t kColumns = 64;              // of central times right that a task computes: few enough for the caches
-constexpr int64_t kHalfElements = 1 << 16;    // of left times central that a task computes
+constexpr int64_t kColumns = 64;              // of central times right per task: few enough for the caches
+constexpr int64_t kHalfElements = 1 << 16;    // of left times central per task
 
 struct Plan {
   std::vector<Place> places;    // by key
-  std::vector<int64_t> starts;  // of each distinct row's places, and the end
+  std::vector<int64_t> starts;  // first place of each distinct row, and the end
   std::vector<Task> tasks;
-  int64_t most_left_first = 0, most_right_first = 0;  // rows that are multiplied at once
+  int64_t most_left_first = 0, most_right_first = 0;  // rows multiplied at once
 
   const Embedding& in;
 
@@ -35,7 +35,7 @@ struct Plan {
   int64_t right_digit(int64_t row) const { return key(row) / in.iL % in.iR; }
   int64_t central_digit(int64_t row) const { return key(row) / in.iL / in.iR; }
 
-  // The first row after `row`, before `last`, whose digit is another.
+  // The first row after `row` with a different digit, at most `last`.
   template <class Digit>
   int64_t end_of_run(int64_t row, int64_t last, const Digit& digit) const {
     const int64_t value = digit(row);
@@ -67,7 +67,7 @@ struct Plan {
   void add_tasks(int64_t first, int64_t last) {
     int64_t rights = 0;
     for (int64_t row = first; row < last; row = end_of_right(row, last)) ++rights;
-    // Multiplications, of which panels do some for nothing.
+    // Multiplications, including those wasted on the padding of panels.
     const int64_t rows = last - first;
     const int64_t left_first =
         rows * (in.jL * round_up(in.jC * in.b, kPanel) * in.a + in.jR * round_up(in.jL * in.jC, kPanel) * in.b);
@@ -105,7 +105,7 @@ Buffer<T> transposed_right(const GemmKernels& gemm, const Embedding& in, int64_t
   return out;
 }
 
-// One thread's memory, and the product of each kind of task.
+// One thread's memory, and the products of each kind of task.
 template <class T>
 class Worker {
  public:
@@ -136,7 +136,7 @@ class Worker {
  private:
   int64_t row_size() const { return in_.jL * in_.jC * in_.jR; }
 
-  // Rows of left of distinct rows [first, last), `stride_a_` apart.
+  // Copies the rows of left for the distinct rows [first, last), `stride_a_` apart.
   void gather_left(int64_t first, int64_t last) {
     T* target = left_.get();
     for (int64_t row = first; row < last; ++row) {
@@ -165,7 +165,7 @@ class Worker {
         [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
           gemm_.store(tile, rows, std::min(kPanel, columns - c), half_.get() + first * columns + c, columns);
         });
-    // right[:, iR] has few columns, which panels would not fill: its transpose meets that of the half.
+    // right[:, iR] has too few columns to fill panels: its transpose is multiplied with that of the half.
     const int64_t wide = round_up(pairs, kPanel);
     for (int64_t row = task.first; row < task.last; ++row) {
       const T* half = half_.get() + (row - task.first) * pairs * in_.b;
@@ -235,11 +235,11 @@ class Worker {
   const GemmKernels& gemm_;
   const Plan& plan_;
   const Embedding& in_;
-  const T* right_rows_;  // of transposed_right
+  const T* right_rows_;  // from transposed_right
   T* out_;
-  int64_t ka_, kb_, stride_a_, stride_b_;  // a and b in whole units; elements from row to row
+  int64_t ka_, kb_, stride_a_, stride_b_;  // a and b in whole units; row strides in elements
   Buffer<T> left_, result_;
-  int64_t packed_ = -1, copied_ = -1;  // iC whose slice of central panels_ and central_ hold
+  int64_t packed_ = -1, copied_ = -1;  // iC of the slice of central in panels_ and in central_
   Buffer<T> panels_, half_, half_panels_, turned_;                     // left first
   Buffer<T> central_, chosen_, right_panels_, both_, both_panels_;  // right first
 };

@@ -1,9 +1,10 @@
 // out[t] = row ids[t] of the table that left, central and right represent, on raw pointers.
 //
-// Row (iL, iC, iR) is left[iL] [jL, a] times central[:, iC] [a, jC, b] times right[:, iR] [b, jR]. Every row is computed
-// once, however often its id occurs. Rows are sorted by iC, iR and iL, and those of one iC are computed in the cheaper of
-// two orders: left first, where all their rows of left meet the packed central[:, iC], or right first, where the product
-// of central[:, iC] and right[:, iR] serves every row with that iR. The order does not depend on the number of threads.
+// Row (iL, iC, iR) is left[iL] [jL, a] times central[:, iC] [a, jC, b] times right[:, iR] [b, jR]. Every row is
+// computed once, however often its id occurs. Rows are sorted by iC, iR and iL, and those of one iC are computed in the
+// cheaper of two orders: left first, where all their rows of left are multiplied with the packed central[:, iC], or
+// right first, where all rows with the same iR share central[:, iC] times right[:, iR]. The order does not depend on
+// the number of threads.
 #pragma once
 
 #include <cstdint>

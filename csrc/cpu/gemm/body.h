@@ -16,13 +16,13 @@ using std::uint32_t;
 constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 
-// Distances of the rows of a tile, by few registers: r = odd << shift, and x86 addresses scale by 1, 2, 4 and 8. Left to
-// itself the compiler keeps a register per row and has too few.
+// Row offsets in a tile, in few registers: r = odd << shift, and x86 addresses scale by 1, 2, 4 and 8. Left to itself,
+// the compiler keeps one register per row and runs out of them.
 template <int rows>
 struct RowOffsets {
   int64_t odd[(rows + 1) / 2];
-  // By additions in registers. Compilers would multiply in vectors and take the parts from the stack, and a load that one
-  // store alone cannot serve waits until all earlier stores are done: the previous tile's results, on their way to memory.
+  // By additions in registers. Compilers would multiply in vectors and reload the elements from the stack, and a load that
+  // no single store can forward to waits for all earlier stores: the previous tile's results, on their way to memory.
   explicit RowOffsets(int64_t stride) {
     odd[0] = stride;
 #pragma GCC unroll 8
@@ -31,7 +31,7 @@ struct RowOffsets {
       asm("" : "+r"(odd[i]));
     }
   }
-  // Once per turn of a loop: multiples are not to be taken out of it.
+  // Once per loop iteration: keeps the compiler from hoisting the multiples out of the loop.
   void renew() {
 #pragma GCC unroll 8
     for (int i = 0; i < rows / 2; ++i) asm("" : "+r"(odd[i]));
@@ -43,14 +43,14 @@ struct RowOffsets {
   }
 };
 
-// Columns of a packed panel: distances that the compiler knows.
+// Columns of a packed panel: offsets known at compile time.
 struct UnitOffsets {
   explicit UnitOffsets(int64_t) {}
   void renew() {}
   constexpr int64_t operator[](int r) const { return r * kUnitBytes; }
 };
 
-// One step of a unit (vector.h): every row's broadcast times the vectors of the right.
+// One step of a unit (vector.h): every row's broadcast times the vectors of the right operand.
 template <class T, int step, int rows, class Offsets>
 inline void multiply_step(Floats (&acc)[rows][kTileVectors], const char* a, const Offsets& offset, const char* panel) {
   using Product = UnitProduct<T>;
@@ -65,7 +65,7 @@ inline void multiply_step(Floats (&acc)[rows][kTileVectors], const char* a, cons
   }
 }
 
-// One register tile: `rows` x (kTileVectors * kWidth) columns. All of it lives in registers while k runs.
+// One register tile: `rows` x (kTileVectors * kWidth) columns. All of it stays in registers throughout the loop over k.
 template <class T, int rows, class Offsets>
 inline void register_tile(
     int64_t units, const char* a, int64_t a_row, int64_t a_unit, const char* panel, float* tile, int64_t tile_stride,
@@ -82,7 +82,7 @@ inline void register_tile(
     offset.renew();
     multiply_step<T, 0, rows>(acc, a, offset, panel);
     if constexpr (UnitProduct<T>::kSteps == 2) {
-      asm volatile("" ::: "memory");  // loads again: there are no registers to keep the first step's
+      asm volatile("" ::: "memory");  // load again: there are no registers to keep the first step's
       offset.renew();
       multiply_step<T, 1, rows>(acc, a, offset, panel);
     }
@@ -148,7 +148,7 @@ void store(const float* tile, int64_t rows, int64_t columns, void* out, int64_t 
   }
 }
 
-// Rounded row of a tile -> its granules.
+// Scatters a rounded row of a tile to its granules.
 template <class T>
 inline void scatter(const T* row, T* out, const ColumnMap& columns) {
   for (int64_t g = 0; g < kPanel / kGranule; ++g) {

@@ -14,7 +14,7 @@ namespace {
 GemmKernels amx_kernels() {
   GemmKernels kernels = kGemmAvx512Bf16[1];
   kernels.best_rows = kMaxRows;
-  kernels.longest_sum = 1024;  // bfloat16 rounds more than that, and starting tiles takes time
+  kernels.longest_sum = 1024;  // bfloat16 rounding outweighs that of longer sums, and starting tiles takes time
   kernels.multiply_rows = amx_multiply_rows;
   kernels.multiply_columns = amx_multiply_columns;
   return kernels;

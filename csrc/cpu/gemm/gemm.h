@@ -4,8 +4,8 @@
 // VDPBF16PS multiplies). An odd k of bfloat16 is padded with zero. A packed panel holds 32 columns, unit by unit:
 //   panel[u][c] = B(k of unit u, column c), zero where k or c is past the end; panels are contiguous.
 // The left operand needs no packing: rows are read in place (`multiply_rows`), or, if its transpose is in memory, from
-// a packed panel of it (`multiply_columns`: 32 rows of A are the panel's columns). Products and sums are float32; the
-// order of summation is that of k, whatever the number of rows or threads.
+// a packed panel of it (`multiply_columns`: 32 rows of A are the panel's columns). Products and sums are float32,
+// summed in the order of k, whatever the number of rows or threads.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr std::int64_t kMaxRows = 32;  // maximum rows of a tile
 
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
-// Where the four granules of a panel lie: column offset of each in elements, and how many of its columns exist.
+// Where the four granules of a panel are: column offset of each in elements, and how many of its columns exist.
 struct ColumnMap {
   std::int64_t offset[kPanel / kGranule];
   std::int32_t valid[kPanel / kGranule];
@@ -30,21 +30,21 @@ struct ColumnMap {
 struct Finish {
   const float* bias = nullptr;  // [32], in the order of the tile's columns
   Activation activation = Activation::kNone;
-  void* saved = nullptr;  // laid out as the output
+  void* saved = nullptr;  // laid out like the output
   const std::int64_t* bias_offset = nullptr;  // [rows]: row r adds bias + bias_offset[r]; null: the same for all
 };
 
 struct GemmKernels {
   std::int64_t unit;        // elements of k in a unit: 1 or 2
-  std::int64_t best_rows;   // rows of a tile that use the registers best, <= kMaxRows
+  std::int64_t best_rows;   // rows of a tile that make best use of the registers, <= kMaxRows
   std::int64_t longest_sum;  // units to sum in one pass (linear/common.h)
 
   // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. Strides of `a` in units, tile_stride in floats.
-  // Row r of A starts at a + r * a_stride. Taken in tiles of at most best_rows.
+  // Row r of A starts at a + r * a_stride. Split into tiles of at most best_rows.
   void (*multiply_rows)(
       std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,
       std::int64_t tile_stride, bool accumulate);
-  // The same with A(r, u) at a[u * 32 + r], at most best_rows: rows that are columns of a packed panel.
+  // The same with A(r, u) at a[u * 32 + r] and at most best_rows rows, which are columns of a packed panel.
   void (*multiply_columns)(
       std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile, std::int64_t tile_stride,
       bool accumulate);
@@ -55,14 +55,14 @@ struct GemmKernels {
   void (*finish)(
       const float* tile, std::int64_t rows, void* out, const std::int64_t* row_offset, std::int64_t stride,
       const ColumnMap& columns, const Finish& finish);
-  // Into a packed operand, for tiles whose columns 0..15 and 16..31 hold the two elements of 16 units (bfloat16), or
-  // whose columns are 32 units (float): the granule g of row r goes to unit row_unit[r * row_stride + which[g]] +
+  // Stores into a packed operand. The tile's columns 0..15 and 16..31 hold the two elements of 16 units (bfloat16), or
+  // its columns are 32 units (float). Granule g of row r goes to unit row_unit[r * row_stride + which[g]] +
   // unit_offset[g]; there are 32 / (8 * unit) granules of 8 units.
   void (*store_units)(
       const float* tile, std::int64_t rows, void* out, const std::int32_t* row_unit, std::int64_t row_stride,
       const std::int32_t* which, const std::int32_t* unit_offset);
 
-  // Panels of B from B [k, columns] as it lies (rows `stride` apart), or from its transpose [columns, k]. Panels start
+  // Panels of B from row-major B [k, columns] (rows `stride` apart), or from its transpose [columns, k]. Panels start
   // `panel_units` units apart (>= those of k: they may be parts of longer ones).
   void (*pack)(
       void* panels, std::int64_t panel_units, const void* b, std::int64_t stride, std::int64_t k,
@@ -108,9 +108,9 @@ inline void for_each_tile(std::int64_t count, std::int64_t most, const F& f) {
   }
 }
 
-// Elements from row to row of a left operand with `k` elements per row, for scratch memory that multiply_rows reads:
-// an odd number of cache lines. Rows a multiple of 4 KiB apart share one set of the first-level cache, and a tile's 14
-// rows do not fit its 8 ways: float32 with k = 3072 ran at 72 instead of 100 GFLOP/s.
+// Row stride, in elements, of a left operand with `k` elements per row, for scratch memory that multiply_rows reads:
+// an odd number of cache lines. Rows a multiple of 4 KiB apart share one set of the L1 cache, and a tile's 14 rows do
+// not fit its 8 ways: float32 with k = 3072 ran at 72 instead of 100 GFLOP/s.
 inline std::int64_t row_stride(const GemmKernels& gemm, std::int64_t k) {
   const std::int64_t line = 16 * gemm.unit;
   return (ceil_divide(k, line) | 1) * line;

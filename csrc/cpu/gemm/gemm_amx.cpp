@@ -1,7 +1,7 @@
-// The products of bfloat16 by AMX: tiles of 16 rows of 64 bytes, C [16, 16] += A [16, 16 units] B [16 units, 16]. Sixteen
-// units of a packed panel are two such B as they lie, and rows read in place are A. Two by two of them make 32 x 32.
-// Short sums, and what is left of others, are AVX512-BF16's: starting tiles takes as long as 300 of its instructions. The
-// choice looks at units alone, since how many rows come at a time may depend on the number of threads.
+// bfloat16 products with AMX: tiles of 16 rows of 64 bytes, C [16, 16] += A [16, 16 units] B [16 units, 16]. Sixteen
+// units of a packed panel already are two such B, and rows read in place are A. Two by two of them make 32 x 32.
+// AVX512-BF16 does short sums and the remainders of others: starting tiles takes as long as 300 of its instructions.
+// The choice looks at units alone, since how many rows come at a time may depend on the number of threads.
 #include "cpu/gemm/gemm_amx.h"
 
 #include <immintrin.h>
@@ -23,10 +23,10 @@ constexpr int64_t kShortSum = 2 * kSide;  // fewer units than this do not justif
 
 const GemmKernels& vectors = kGemmAvx512Bf16[1];
 
-// Units that tiles multiply.
+// Units that AMX tiles multiply.
 int64_t tile_units(int64_t units) { return units < kShortSum ? 0 : units / kSide * kSide; }
 
-// Compilers' tile intrinsics do not say what memory they read: all pending writes must be done before them.
+// The tile intrinsics do not tell the compiler what memory they read: all pending writes must come before them.
 inline void finish_writes(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 // What LDTILECFG reads (Intel's Architecture Instruction Set Extensions, chapter 3).
@@ -43,7 +43,7 @@ void shape_tiles(int64_t rows) {
     shapes.rows[tile] = static_cast<std::uint8_t>(tile_rows);
     shapes.row_bytes[tile] = static_cast<std::uint16_t>(bytes);
   };
-  // A tile must have a row, even if it is not used.
+  // A tile must have at least one row, even if it is not used.
   const int64_t upper = std::min(rows, kSide), lower = std::max<int64_t>(rows - kSide, 1);
   for (int v = 0; v < 2; ++v) {
     set(v, upper, kTileBytes);
@@ -137,8 +137,8 @@ void amx_multiply_rows(
 
 void amx_multiply_columns(
     int64_t rows, int64_t units, const void* a, const void* panel, float* tile, int64_t tile_stride, bool accumulate) {
-  // Units lie apart in a panel of A, beside one another in a tile's rows: turned piece by piece, an odd number of cache
-  // lines per row.
+  // Units of a row are apart in a panel of A but adjacent in a tile: transposed piece by piece, into rows of an odd
+  // number of cache lines.
   constexpr int64_t kPiece = 128, kRow = (kPiece + kSide) * 4;
   alignas(64) char turned[kPanel * kRow];
   const char* const left = static_cast<const char*>(a);

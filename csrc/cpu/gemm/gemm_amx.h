@@ -1,4 +1,4 @@
-// multiply_rows and multiply_columns of gemm.h for bfloat16 and up to 32 rows, by AMX. Only where active_isa() is kAmx.
+// multiply_rows and multiply_columns of gemm.h for bfloat16 and up to 32 rows, with AMX. Only if active_isa() is kAmx.
 #pragma once
 
 #include <cstdint>

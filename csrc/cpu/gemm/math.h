@@ -1,4 +1,4 @@
-// Activations and their derivatives on vectors of floats. Accurate to a few units of rounding of float32.
+// Activations and their derivatives on vectors of floats. Accurate to a few float32 roundings.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -33,7 +33,7 @@ inline Floats exponential(Floats x) {
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// erf by the rational approximation of degree 13 over 8 that Eigen and XLA use, |error| < 4e-7 relative.
+// erf by the rational approximation of degree 13 over 8 that Eigen and XLA use, relative error < 4e-7.
 inline Floats error_function(Floats x) {
   const Floats c = minimum(maximum(x, splat(-3.74392116f)), splat(3.74392116f));
   const Floats s = c * c;
@@ -49,7 +49,7 @@ inline Floats error_function(Floats x) {
   q = multiply_add(q, s, splat(0.11098505178285362f));
   q = multiply_add(q, s, splat(0.49746925110067538f));
   q = multiply_add(q, s, splat(1.0f));
-  // From 3.833 on it rounds to 1, which a large pre-activation multiplies: there the sign itself.
+  // From 3.833 on it rounds to 1. A large pre-activation would multiply any error, so return the sign itself there.
   const Floats sign = select((Words)(x < 0.0f), splat(-1.0f), splat(1.0f));
   const Floats result = select((Words)(c * sign > 3.7439f), sign, c * p / q);
   return select((Words)(x != x), x, result);

@@ -1,5 +1,5 @@
-// Products A^T B summed over rows of both: gradients of weights. Some rows at a time, those of A are turned into rows of
-// A^T and those of B are packed into panels; the inner axis is the rows. Sums are float32.
+// Products A^T B, summed over the rows of both: weight gradients. A batch of rows at a time, A is transposed and B is
+// packed into panels; the rows are the inner axis. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace mpoe {
 
-// out[c] = column c of `rows` rows, in whole units.
+// out[c] = column c of `rows` rows, padded with zeros to whole units.
 template <class T>
 void turn_rows(
     const GemmKernels& gemm, const T* in, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* out,
@@ -18,13 +18,13 @@ void turn_rows(
     for (std::int64_t c = 0; c < columns; ++c) out[c * out_stride + k] = T{};
 }
 
-// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B; `k` rows in
-// whole units. `a` holds A^T, its rows `a_stride` apart; `sum` has rows `stride` floats apart and whole panels of columns.
+// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B; `k`: rows,
+// in whole units. `a` holds A^T with rows `a_stride` apart; `sum` has rows `stride` floats apart, in whole panels.
 template <class T>
 void multiply_outer(
     const GemmKernels& gemm, std::int64_t k, std::int64_t m, const T* a, std::int64_t a_stride, Span columns,
     const T* b_panels, float* sum, std::int64_t stride, bool accumulate) {
-  // Rows of A^T that stay in the second-level cache while panels of B pass.
+  // Rows of A^T that stay in the L2 cache while panels of B stream past.
   const std::int64_t row_bytes = k * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t group = std::max<std::int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
   for (std::int64_t start = 0; start < m; start += group)
@@ -40,7 +40,7 @@ void multiply_outer(
         });
 }
 
-// Small products A^T B by one thread, with its scratch memory.
+// Small products A^T B on one thread, with its scratch memory.
 template <class T>
 class OuterSum {
  public:
@@ -50,7 +50,7 @@ class OuterSum {
         a_stride_(row_stride(gemm, most_units_ * gemm.unit)), a_(m * a_stride_),
         b_(most_units_ * gemm.unit * stride_) {}
 
-  // Floats from row to row of a sum.
+  // Row stride of a sum, in floats.
   std::int64_t stride() const { return stride_; }
 
   // sum [m, stride] (+)= the product over `rows` rows of a [rows, m] and b [rows, n].

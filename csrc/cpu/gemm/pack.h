@@ -1,4 +1,4 @@
-// Copies that bring operands into panels, and transpositions.
+// Copies that pack operands into panels, and transpositions.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -51,8 +51,8 @@ void pack(
     for (std::int64_t u = 0; u < units; ++u) {
       const T* row = source + u * unit * stride;
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
-      // Rows lie in different pages, which the processor does not look ahead across: what comes kAhead units later, in
-      // this group or the next.
+      // Rows are in different pages, and the hardware does not prefetch across pages: fetch what comes kAhead units
+      // later, in this group or the next.
       const std::int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
       const std::int64_t ahead = kAhead * unit * stride + wrapped;
       for (std::int64_t c = first; c < last; c += kPanel) {
@@ -93,7 +93,7 @@ void pack_granules(void* panel, const void* b, std::int64_t stride, std::int64_t
 }
 
 #if defined(__AVX512F__)
-// 16 x 16 words, rows in registers.
+// Transposes 16 x 16 words, rows in registers.
 inline void transpose_words(__m512i row[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
@@ -169,7 +169,7 @@ void pack_transposed(
   for (std::int64_t u = 0; u < units; ++u) std::memset(panel + u * kPanel, 0, 64);
 }
 
-// One block of a transposition as large as registers allow; its side, or 0 where there is none.
+// Side of the largest block that can be transposed in registers, or 0 if there is none.
 constexpr std::int64_t kBlock16 =
 #if defined(__SSE2__)
     8;

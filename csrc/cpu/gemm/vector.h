@@ -1,4 +1,4 @@
-// Vectors of the instruction set that the including file is compiled for, by the compilers' vector extension.
+// Vectors of the instruction set that the including file is compiled for, with the compilers' vector extension.
 // Everything is in an anonymous namespace: files compiled for different instruction sets must not share a copy.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace mpoe {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16;  // floats of a vector
+constexpr int kWidth = 16;  // floats per vector
 constexpr int kTileRows = 14, kTileVectors = 2;
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -39,7 +39,7 @@ inline void store_vector(void* address, V value) {
   std::memcpy(address, &value, sizeof value);
 }
 
-// `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value, one broadcast, from memory where it lies there.
+// `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value: one broadcast, from memory if it is there.
 inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -77,8 +77,8 @@ inline float load_float(const char* address) {
 }
 
 // acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps multiply-adds that each load
-// what they need: the first of all rows, then the second, so that one step's operands are in registers at a time.
-// kRows: of a tile, as many as leave registers for the operands.
+// their operands: the first for all rows, then the second, so that registers hold one step's operands at a time.
+// kRows: rows of a tile, as many as leave registers for the operands.
 template <class T>
 struct UnitProduct;
 
@@ -110,7 +110,7 @@ struct UnitProduct<BFloat16> {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 #else
-  static constexpr int kSteps = 2, kRows = kTileRows - 1;  // the mask wants a register too
+  static constexpr int kSteps = 2, kRows = kTileRows - 1;  // the mask needs a register too
   using Operand = Floats;
   template <int step>
   static inline Operand half(Words units) { return (Floats)(step == 0 ? units << 16 : units & 0xffff0000u); }

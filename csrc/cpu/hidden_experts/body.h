@@ -33,7 +33,7 @@ void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, 
   }
 }
 
-// The same for few rows with a block [b, b] as it lies.
+// The same for few rows with an unpacked block [b, b].
 template <class T>
 void product_of_few(const Sizes& s, const T* a, int64_t rows, const T* block, float* tile) {
   constexpr int64_t kTogether = 4 * kWidth;
@@ -58,7 +58,7 @@ void product_of_few(const Sizes& s, const T* a, int64_t rows, const T* block, fl
   }
 }
 
-// The blocks of one expert and group.
+// The block of one expert and group.
 template <class T>
 const T* block_of(const HiddenExperts& in, const void* blocks, int64_t expert, int64_t group) {
   const int64_t own = in.own_groups == 1 ? expert : expert * in.own_groups + group;
@@ -241,7 +241,7 @@ void backward(
         product(gemm, s, rows_gate, rows, right_gate, z);
       }
       add_bias<T>(in, s, e, chunk, z);
-      product(gemm, s, rows_do, rows, left, dh);  // before the gate
+      product(gemm, s, rows_do, rows, left, dh);  // not yet times the gate
       with_activation(in.activation, [&](auto kind) {
         for (int64_t c = 0; c < rows * s.wide; c += kWidth)
           store_floats(act + c, activate<decltype(kind)::value>(load_floats(z + c)));

@@ -28,7 +28,7 @@ struct Sorted {
   Buffer<std::uint8_t> marks, used;
   HiddenSlots view;
 
-  // `parts`: of the groups.
+  // `parts`: number of parts of the groups.
   Sorted(const HiddenExperts& in, std::int64_t parts)
       : slots(in.tokens * in.top_k), owners(in.tokens * in.top_k), offsets(tiles_of(in, parts) * (in.experts + 1)),
         marks(in.tokens * in.top_k), used(in.experts) {
@@ -38,7 +38,7 @@ struct Sorted {
         used.get(), true,                offsets.get(), together(in, parts)};
     std::fill_n(used.get(), in.experts, std::uint8_t{0});
     std::int64_t filled = 0;
-    std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's slot so far
+    std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's last slot
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
       const std::int64_t first = tile * view.tile_tokens * in.top_k;
       const std::int64_t last = std::min(in.tokens, (tile + 1) * view.tile_tokens) * in.top_k;
@@ -76,13 +76,13 @@ struct Sorted {
   static std::int64_t tile_of(const HiddenExperts& in, std::int64_t parts) {
     return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in) * together(in, parts)));
   }
-  // Also one without tokens: its gradients are zero.
+  // At least one, even without tokens: its gradients are zero.
   static std::int64_t tiles_of(const HiddenExperts& in, std::int64_t parts) {
     return std::max<std::int64_t>(1, ceil_divide(in.tokens, tile_of(in, parts)));
   }
 };
 
-// Sums of a tile, rows of a chunk, packed blocks of one expert: more than the bodies carve out of it.
+// Sums of a tile, rows of a chunk, packed blocks of one expert: an upper bound of what the bodies use.
 std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
   const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
   const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
@@ -98,8 +98,8 @@ void for_each_part(std::int64_t groups, std::int64_t parts, const F& body) {
   });
 }
 
-// Parts of the groups where sums over all groups are needed. Every part begins and ends with sums of all experts' cores,
-// so each has at least 32 rows for each expert.
+// Parts of the groups where sums over all groups are needed. Every part has sums of all experts' cores to clear and to
+// add up, so each gets at least 32 rows per expert.
 std::int64_t parts_of_sums(const HiddenExperts& in) {
   const std::int64_t rows = in.tokens * in.top_k * in.groups();
   return std::clamp<std::int64_t>(rows / (32 * in.experts), 1, std::min<std::int64_t>(in.groups(), 8));

@@ -1,10 +1,10 @@
 // o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its gradients, on raw pointers.
 //
-// Everything is local to a group g of `block` hidden units. Tokens are taken in tiles, whose sums have at most
-// `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert) rows are gathered,
-// multiplied with the packed blocks and added to float32 sums of the tile, expert after expert: the order of every sum
-// is fixed, whatever the number of threads. A token's last slot brings its sum to the result. Groups that share their blocks are taken together: each group of a token is
-// a row. Nothing of size T x K x F is stored.
+// Everything is local to a group g of `block` hidden units. Tokens are processed in tiles, whose sums have at most
+// `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert), rows are
+// gathered, multiplied with the packed blocks and added to float32 sums of the tile, one expert at a time: the order of
+// every sum is fixed, whatever the number of threads. A token's last slot writes its sum to the result. Groups that
+// share their blocks are processed together: each group of a token is a row. Nothing of size T x K x F is stored.
 #pragma once
 
 #include <cstdint>
@@ -47,21 +47,21 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 
 constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
 constexpr std::int64_t kChunk = 64;            // maximum rows that are processed at once
-constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
+constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks would cost more than reading them
 
-// What a slot is among those of its token, in their order.
+// Whether a slot is the first or the last of its token.
 constexpr std::uint8_t kFirst = 1, kLast = 2;
 
 // Slots sorted by tile, expert and token.
 struct HiddenSlots {
   std::int64_t tile_tokens, tiles;
   const std::int64_t* slots;    // t * K + k
-  const std::int64_t* owners;   // t of each of them
-  const std::uint8_t* marks;    // kFirst and kLast of each of them
+  const std::int64_t* owners;   // t of each slot
+  const std::uint8_t* marks;    // kFirst and kLast of each slot
   const std::uint8_t* used;     // [E]: whether an expert has a slot
   bool complete;                // every token has a slot
   const std::int64_t* offsets;  // [tiles, E + 1]
-  std::int64_t together;        // the most groups that are taken together
+  std::int64_t together;        // the most groups that are processed together
 };
 
 // Maximum rows of a chunk.
@@ -70,7 +70,7 @@ static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlo
   return kChunk / (in.top_k * sorted.together) < tokens ? kChunk : tokens * in.top_k * sorted.together;
 }
 
-// Groups [first, last) of one part; sums of the experts' own cores end in `cores`.
+// Groups [first, last) of one part; the sums of the experts' cores go to `cores`.
 struct HiddenPart {
   std::int64_t first, last;
   float* scratch;

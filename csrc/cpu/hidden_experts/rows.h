@@ -27,21 +27,21 @@ struct Sizes {
   }
 };
 
-// Groups [first, last) that are taken together, and the tokens of one tile.
+// Groups [first, last) that are processed together, and the tokens of one tile.
 struct Tile {
   int64_t first_group, last_group, first_token, tokens;
 };
 
-// Slots of one expert, each in a group: at most `Sizes::chunk`.
+// Slots of one expert, each with its group: at most `Sizes::chunk`.
 struct Chunk {
   int64_t rows;
   int64_t slots[kChunk], owners[kChunk], groups[kChunk];
   std::uint8_t marks[kChunk];
 };
 
-constexpr int64_t kAhead = 8;  // rows: they lie in pages of their own, and no hardware knows which is next
+constexpr int64_t kAhead = 8;  // rows: each is in a page of its own, and the hardware cannot tell which is next
 
-// locality: 3 into the first-level cache, 2 into the second.
+// locality: 3 into the L1 cache, 2 into the L2 cache.
 template <int locality>
 inline void prefetch_to_read(const void* address, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 0, locality);
@@ -50,7 +50,7 @@ inline void prefetch_to_write(const void* address, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 1);
 }
 
-// The group's units of the slots' tokens.
+// Copies, for each row, its group's units of its token.
 template <class T>
 void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, T* out) {
   const auto source = [&](int64_t r) {
@@ -114,7 +114,7 @@ void store_missing(const HiddenExperts& in, const Sizes& s, const HiddenSlots& s
   }
 }
 
-// Calls f(tile, number of the tile) for the groups of a part that are taken together, and the tiles of each.
+// Calls f(tile, number of the tile) for the groups of a part that are processed together, and the tiles of each.
 template <class F>
 void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const HiddenPart& part, const F& f) {
   const int64_t together = in.own_groups == 1 ? part.last - part.first : 1;
@@ -125,8 +125,8 @@ void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const Hid
     }
 }
 
-// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, expert after
-// expert: whole chunks, then the rest. The groups of a slot are consecutive.
+// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, one expert
+// at a time: whole chunks, then the rest. The groups of a slot are consecutive.
 template <class F>
 void for_each_chunk(
     const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {

@@ -8,7 +8,7 @@ Permutation::Permutation(const AxisValues& sizes, const AxisMatrix& from, const 
   for (const Axis axis : to.rows + to.columns) {
     const Move next{sizes[axis], from_strides[axis], to_strides[axis]};
     if (next.size == 1) continue;
-    // Neighbours on both sides are one axis.
+    // Axes adjacent in both orders are merged.
     if (!moves.empty() && moves.back().from == next.size * next.from && moves.back().to == next.size * next.to)
       moves.back() = {moves.back().size * next.size, next.from, next.to};
     else

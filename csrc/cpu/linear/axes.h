@@ -1,5 +1,5 @@
-// The indices of the blocks and of the rows that they multiply, the addresses of elements, and copies that bring a
-// state of the rows from one order of its indices into another.
+// The axes of the blocks and of the rows that they multiply, the addresses of elements, and copies that change the
+// order of axes in a state of the rows.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@ enum Axis : int { kInLeft, kOutLeft, kBondLeft, kInCentral, kOutCentral, kBondRi
 constexpr int kAxes = 8;
 
 using Axes = std::vector<Axis>;                    // from the slowest to the fastest
-using AxisValues = std::array<std::int64_t, kAxes>;  // of every axis: its size, or its stride in elements
+using AxisValues = std::array<std::int64_t, kAxes>;  // per axis: its size, or its stride in elements
 
 inline AxisValues axis_sizes(const BlockDims& d) { return {d.iL, d.jL, d.a, d.iC, d.jC, d.b, d.iR, d.jR}; }
 
@@ -48,7 +48,7 @@ class Permutation {
   Permutation() = default;
   Permutation(const AxisValues& sizes, const AxisMatrix& from, const AxisMatrix& to);
 
-  // `count` tensors, `in_step` elements apart, into others `out_step` apart. `gemm` is that of the elements' dtype.
+  // Copies `count` tensors, `in_step` elements apart, to others `out_step` apart. `gemm` is for the elements' dtype.
   template <class T>
   void run(
       const GemmKernels& gemm, std::int64_t count, const T* in, std::int64_t in_step, T* out,
@@ -66,11 +66,11 @@ class Permutation {
 
  private:
   struct Move {
-    std::int64_t size, from, to;  // of an axis: its strides in both orders
+    std::int64_t size, from, to;  // of an axis, and its strides in both orders
   };
   Move inner_{1, 1, 1};   // the fastest axis of the target
-  Move across_{1, 1, 1};  // the fastest one of the source, if it is another and `inner_` is dense
-  std::vector<std::pair<std::int64_t, std::int64_t>> places_;  // where the others lie in both
+  Move across_{1, 1, 1};  // the fastest axis of the source, if it is a different one and `inner_` is dense
+  std::vector<std::pair<std::int64_t, std::int64_t>> places_;  // offsets along the others in both
 };
 
 }  // namespace mpoe

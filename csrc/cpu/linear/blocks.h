@@ -17,14 +17,14 @@ struct Side {
 inline Side in_side(const BlockDims& d) { return {d.iL, d.iC, d.iR, d.in_features}; }
 inline Side out_side(const BlockDims& d) { return {d.jL, d.jC, d.jR, d.out_features}; }
 
-// Where 32 columns of a panel whose granules run as (C in `c`, L in `l`, R in granules) lie in a row of `side`; columns past
-// the true size do not exist.
+// Where the 32 columns of a panel are in a row of `side`. The panel's granules run as (C in `c`, L in `l`, R in
+// granules); columns past the true size do not exist.
 ColumnMap side_columns(const Side& side, Span c, Span l, std::int64_t panel);
 inline ColumnMap side_columns(const Side& side, Span c, std::int64_t panel) {
   return side_columns(side, c, {0, side.L}, panel);
 }
 
-// sums[p][row][32] (+)= A B for every panel p of B, where A's rows lie in memory.
+// sums[p][row][32] (+)= A B for every panel p of B; A's rows are read in place.
 template <class T>
 void rows_times_panels(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panels,
@@ -37,7 +37,7 @@ void rows_times_panels(
   });
 }
 
-// f(columns, first, count, p) for every tile of A's rows, which are the columns of panels, and every panel p of B.
+// Calls f(columns, first, count, p) for every tile of A's rows, which are columns of panels, and every panel p of B.
 template <class T, class F>
 void for_column_tiles(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t panels, const F& f) {
@@ -53,15 +53,15 @@ void for_column_tiles(
 struct UnitColumns {
   std::int64_t per_panel;                 // granules of units
   std::int64_t panels;
-  std::vector<ColumnMap> map;             // of a panel: where its columns lie in a row of B
+  std::vector<ColumnMap> map;             // per panel: where its columns are in a row of B
   std::vector<std::int32_t> which;        // per granule of units: granule of the column
-  std::vector<std::int32_t> unit_offset;  // per granule of units: of the inner index
+  std::vector<std::int32_t> unit_offset;  // per granule of units: offset of the inner index
 
-  // Element (inner, column) of a row of B lies at inner * inner_stride + column.
+  // Element (inner, column) of a row of B is at inner * inner_stride + column.
   UnitColumns(std::int64_t unit, std::int64_t inner, std::int64_t inner_stride, std::int64_t columns);
 };
 
-// Copies a run of elements, mostly some granules: too short for a call of memcpy each.
+// Copies a run of elements, usually a few granules: too short for a memcpy call each.
 template <class T>
 inline void copy_run(const T* from, std::int64_t count, T* to) {
   for (; count >= kGranule; count -= kGranule, from += kGranule, to += kGranule)
@@ -69,7 +69,7 @@ inline void copy_run(const T* from, std::int64_t count, T* to) {
   for (std::int64_t k = 0; k < count; ++k) to[k] = from[k];
 }
 
-// rows[t, (kC kL kR)] of a block of kC from the rows of `source(t)`, zero where padded.
+// rows[t, (kC kL kR)] for a block of kC from the rows of `source(t)`, zero where padded.
 template <class T, class Source>
 void arrange_rows(
     const Side& side, std::int64_t unit, Span range, std::int64_t count, const Source& source, T* rows,

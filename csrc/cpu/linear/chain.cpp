@@ -6,7 +6,7 @@
 namespace mpoe {
 namespace {
 
-// Of the rows before and after a product: they share a second-level cache with the operand.
+// Of the rows before and after a product: they share the L2 cache with the operand.
 constexpr std::int64_t kBlockBytes = 512 * 1024;
 constexpr std::int64_t kMostSlots = 256;
 
@@ -95,7 +95,7 @@ ChainMemory<T> Chain<T>::memory(std::int64_t slots) const {
   std::int64_t product = in_.dims.padded_in(), matrix = 0, panels = 0;
   for (int s = 0; s < kChainSteps; ++s) {
     const ChainStep& step = steps_[s];
-    memory.states[s] = zeros<T>(slots * step.m * state(s).row_stride);  // rows end in a part of a unit
+    memory.states[s] = zeros<T>(slots * step.m * state(s).row_stride);  // rows may end in a partial unit
     product = std::max(product, step.m * std::max(step.k, step.n));
     matrix = std::max(matrix, step.k * step.n);
     panels = std::max(panels, round_up(step.k, kPanel) * round_up(step.n, kPanel));
@@ -168,7 +168,7 @@ template void Chain<BFloat16>::multiply(int, Direction, Span, const BFloat16*, C
 
 namespace {
 
-// y of a block from the float product of its last step, brought into the order of y.
+// y of a block from the float product of its last step, permuted to the order of y.
 template <class T>
 void finish_rows(const GemmKernels& gemm, const LinearForward& in, Span block, const float* rows, const float* bias) {
   const std::int64_t width = in.dims.out_features, whole = width / kPanel, tail = width % kPanel;
@@ -178,7 +178,7 @@ void finish_rows(const GemmKernels& gemm, const LinearForward& in, Span block, c
     T* y = static_cast<T*>(in.y) + s * width;
     T* saved = in.saved == nullptr ? nullptr : static_cast<T*>(in.saved) + s * width;
     Finish finish{.bias = bias, .activation = in.activation, .saved = saved, .bias_offset = offset.data()};
-    // A row is a tile with contiguous rows.
+    // A row of y is handled as a tile: each panel of 32 columns is a row of the tile.
     gemm.finish(rows, whole, y, offset.data(), 0, consecutive(0, kPanel), finish);
     if (tail == 0) continue;
     finish.bias = bias == nullptr ? nullptr : bias + whole * kPanel;

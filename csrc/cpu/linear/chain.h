@@ -1,8 +1,9 @@
-// The strategy chain: rows are multiplied by L, C and R one after the other, in the cheapest order. A slot's
-// intermediate row is its state, a tensor of some axes; an operand contracts the axes that it shares with the state
-// (`met`) and puts its others (`fresh`) after the remaining ones (`rest`):
+// The strategy chain: rows are multiplied by L, C and R in turn, in the cheapest order. A slot's intermediate row is
+// its state, a tensor with some of the axes; an operand contracts the axes that it shares with the state (`met`) and
+// puts its others (`fresh`) after the remaining ones (`rest`):
 //   product[(slots rest), fresh] = state[(slots rest), met] operand[met, fresh]
-// Slots are taken in blocks whose states stay in cache. Within one, L and R are products per expert, C one for all.
+// Slots are processed in blocks whose states stay in cache. Within a block, L and R take one product per expert, and C
+// takes one for all.
 #pragma once
 
 #include "cpu/linear/axes.h"
@@ -15,17 +16,17 @@ enum class Operand { kLeft, kCentral, kRight };
 struct ChainStep {
   Operand operand;
   Axes rest, met, fresh;
-  std::int64_t m, k, n;  // elements of these
+  std::int64_t m, k, n;  // their numbers of elements
 
   AxisMatrix product() const { return {rest, fresh, n}; }
 };
 
 constexpr int kChainSteps = 3;
 
-// The cheapest of the six orders; of LCR, LRC, CLR, CRL, RLC, RCL the first wins ties.
+// The cheapest of the six orders LCR, LRC, CLR, CRL, RLC and RCL; the first wins ties.
 std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims);
 
-// An operand as it lies: the axes of L, C or R.
+// An operand in memory order: the axes of L, C or R.
 AxisMatrix natural(Operand operand);
 
 // Rows of x and of y.
@@ -33,7 +34,7 @@ inline AxisMatrix rows_in() { return {{}, {kInLeft, kInCentral, kInRight}, 0}; }
 inline AxisMatrix rows_out() { return {{}, {kOutLeft, kOutCentral, kOutRight}, 0}; }
 
 // Forward: products with operands [met, fresh]. Backward: with their transposes, which turn the gradient of a product
-// into that of the state before.
+// into that of the preceding state.
 enum class Direction { kForward, kBackward };
 
 // One thread's scratch memory for a block of slots.
@@ -48,19 +49,19 @@ struct ChainMemory {
 template <class T>
 class Chain {
  public:
-  // `last` direction: backward implies forward.
+  // `last`: direction needed last; backward implies forward.
   Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last);
 
   const ChainStep& step(int s) const { return steps_[s]; }
   const AxisValues& sizes() const { return sizes_; }
-  // A state, and the gradient of a product, with rows far enough apart for the product that reads them.
+  // A state, and the gradient of a product, with the row stride that the product reading them needs.
   AxisMatrix state(int s) const { return {steps_[s].rest, steps_[s].met, row_stride(gemm_, steps_[s].k)}; }
   AxisMatrix gradient(int s) const { return {steps_[s].rest, steps_[s].fresh, row_stride(gemm_, steps_[s].n)}; }
-  // As many slots as leave what a block touches in cache.
+  // As many slots as keep everything that a block touches in cache.
   std::int64_t block_slots() const;
 
   ChainMemory<T> memory(std::int64_t slots) const;
-  // States of the slots of `block` before the steps 0..last.
+  // Computes the states of the slots of `block` before the steps 0..last.
   void compute_states(Span block, int last, ChainMemory<T>& memory) const;
   // Rows `a` of the slots of `block`, a state or a gradient, times the operand of a step: [(slots m), its columns].
   template <class Out>
@@ -74,11 +75,11 @@ class Chain {
   const AxisValues sizes_;
   const std::array<ChainStep, kChainSteps> steps_;
   std::array<Permutation, kChainSteps> operands_;  // a block to [met, fresh]
-  std::array<Permutation, kChainSteps> enter_;     // x, or the product before, to the state
+  std::array<Permutation, kChainSteps> enter_;     // x, or the preceding product, to the state
   Buffer<T> central_[2];                           // panels by direction
 };
 
-// Copies `count` rows of `width` elements, with zeros behind them up to `whole`. in(k) is where row k lies.
+// Copies `count` rows of `width` elements, padded with zeros to `whole`. in(k) points to row k.
 template <class T, class Source>
 void pad_rows(std::int64_t count, std::int64_t width, std::int64_t whole, const Source& in, T* out) {
   for (std::int64_t k = 0; k < count; ++k, out += whole) {

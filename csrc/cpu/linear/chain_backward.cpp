@@ -1,7 +1,7 @@
 // Backward of chain. States are recomputed; then, from the last step to the first,
 //   d operand = state^T d product,   d state = d product operand^T.
-// Slots are cut into groups whose number does not depend on that of threads. A group sums the gradients of its experts'
-// blocks and of central from its first slot to its last; then groups are added in order.
+// Slots are split into groups, whose number does not depend on the number of threads. A group sums the gradients of its
+// experts' blocks and of central from its first slot to its last; then groups are added in order.
 #include "cpu/gemm/outer.h"
 #include "cpu/linear/chain.h"
 #include "cpu/linear/gradient.h"
@@ -60,7 +60,7 @@ class Backward {
     std::int64_t expert, first;
   };
 
-  // As many groups as their sums of dcentral may take memory: two weights at most.
+  // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
     const std::int64_t filled = in_.filled(), central_bytes = d_.a * d_.iC * d_.jC * d_.b * 4;
     const std::int64_t weight_bytes = d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T));
@@ -94,7 +94,7 @@ class Backward {
     Memory memory{.chain = chain_.memory(most), .gradients = {}, .rows = {}, .outer = {}};
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = chain_.step(s);
-      memory.gradients[s] = zeros<T>(most * step.m * chain_.gradient(s).row_stride);  // rows end in a part of a unit
+      memory.gradients[s] = zeros<T>(most * step.m * chain_.gradient(s).row_stride);  // rows may end in a partial unit
       memory.outer.emplace_back(gemm_, step.k, step.n);
     }
     memory.rows = Buffer<T>(most * std::max(d_.padded_in(), d_.padded_out()));
@@ -147,7 +147,7 @@ class Backward {
     });
   }
 
-  // Gradient of an expert's block, the sum over `parts`.
+  // Stores the gradient of an expert's block, the sum over `parts`.
   void store_gradient(int s, std::int64_t expert, Span parts) {
     const ChainStep& step = chain_.step(s);
     const std::int64_t size = step.k * step.n;
@@ -168,15 +168,15 @@ class Backward {
   const BlockDims& d_;
   const Chain<T> chain_;
   RowGradients<T> x_gradients_;
-  std::array<Permutation, kChainSteps> leave_;  // gradient of a state to that of the product before, or to x
+  std::array<Permutation, kChainSteps> leave_;  // gradient of a state to that of the preceding product, or of x
   Permutation enter_;                           // dz to the gradient of the last product
-  std::array<T*, kChainSteps> gradients_;       // of the steps' operands; null where not wanted
+  std::array<T*, kChainSteps> gradients_;       // of the steps' operands; null: not wanted
   int first_wanted_ = kChainSteps, last_wanted_ = -1;
   std::vector<Span> groups_;                // of slots
   std::vector<Part> parts_;                 // by group, then expert
-  std::vector<std::int64_t> group_parts_;   // the first of a group
+  std::vector<std::int64_t> group_parts_;   // the first part of each group
   std::vector<Span> expert_parts_;
-  std::array<Buffer<float>, kChainSteps> sums_;  // of every part, or for central of every group
+  std::array<Buffer<float>, kChainSteps> sums_;  // of every part; for central, of every group
   std::array<std::int64_t, kChainSteps> sum_size_;
   const T* dz_ = nullptr;
 };

@@ -1,4 +1,4 @@
-// Shared by the strategies of the grouped linear: scratch memory, tiles of slots, gathering of rows.
+// Shared by the strategies of the grouped linear layer: scratch memory, tiles of slots, gathering of rows.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace mpoe {
 
-// Memory aligned to cache lines; uninitialised. On Linux large ones get huge pages where the system grants them on
+// Uninitialised memory aligned to cache lines. On Linux, large buffers get huge pages if the system grants them on
 // request.
 template <class T>
 class Buffer {
@@ -30,7 +30,7 @@ class Buffer {
     if (posix_memalign(&memory, large ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<T*>(memory);
 #if defined(__linux__)
-    if (large) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: failure changes nothing
+    if (large) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: failure changes nothing
 #endif
   }
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
@@ -54,7 +54,7 @@ inline Buffer<T> zeros(std::int64_t count) {
   return buffer;
 }
 
-// f(kernels, element): the GEMM kernels of `dtype`, and a value of its elements' type.
+// Calls f(kernels, element) with the GEMM kernels of `dtype` and a value of its element type.
 template <class F>
 void with_element_type(Dtype dtype, const F& f) {
   if (dtype == Dtype::kBFloat16)
@@ -73,12 +73,12 @@ struct Span {
   std::int64_t first, last;
 };
 
-// Sums are sums of sums of sums, which round less than one long sum: its error grows with the square root of its length,
+// Sums are nested three deep, which rounds less than one long sum: its error grows with the square root of its length,
 // theirs with that of the three lengths added up. The innermost have gemm.longest_sum units of k, the next this many of
 // those.
 constexpr std::int64_t kSumsOfSums = 8;
 
-// tile (accumulate: +)= the sum of pieces of `units`, each made by piece(first, count, tile, stride, accumulate).
+// tile (accumulate: +)= the sum of pieces of `units`, each computed by piece(first, count, tile, stride, accumulate).
 template <std::int64_t most_rows = kMaxRows, class F>
 inline void sum_of_sums(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, float* tile, std::int64_t tile_stride,
@@ -101,7 +101,7 @@ inline void sum_of_sums(
   });
 }
 
-// Rows whose sums wait in the first-level cache, beside a piece of a panel.
+// Rows whose sums stay in the L1 cache together with a piece of a panel.
 constexpr std::int64_t kStripRows = 112;
 
 // multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows.
@@ -130,9 +130,9 @@ inline void multiply_columns(
       });
 }
 
-// Tiles of `count` rows of `a` times every panel: f(first_row, rows, first_column, tile). A piece of a panel, as long as
-// sums in one go are, meets a strip of rows before the next one does: then it comes from the first-level cache, and only
-// the rows from the second. Summed as by multiply_rows.
+// Calls f(first_row, rows, first_column, tile) for every tile of `count` rows of `a` times every panel. A piece of a
+// panel, as long as an innermost sum, is multiplied with a strip of rows before the next piece is: then it comes from
+// the L1 cache, and only the rows come from the L2 cache. Summed as in multiply_rows.
 template <class T, class F>
 void multiply_all(
     const GemmKernels& gemm, std::int64_t count, std::int64_t k, const T* a, std::int64_t stride, const T* panels,
@@ -201,7 +201,7 @@ inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
   return map;
 }
 
-// Elements of k padded to whole units.
+// k padded to whole units.
 inline std::int64_t padded_k(const GemmKernels& gemm, std::int64_t k) { return round_up(k, gemm.unit); }
 
 // Bias of `count` output columns from `first` on; zeros past the true size.

@@ -21,7 +21,7 @@ PreActivationGradient<T>::PreActivationGradient(const GemmKernels& gemm, const L
 template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz) {
   if (in.dbias == nullptr) return;
-  constexpr std::int64_t kLongestPart = 32;  // slots summed before they are added: long sums in one pass round more
+  constexpr std::int64_t kLongestPart = 32;  // slots per partial sum: long sums in one pass round more
   constexpr std::int64_t kColumns = 512;  // every column is summed from the first slot to the last
   const std::int64_t width = in.dims.out_features, filled = in.filled();
   parallel_for(0, ceil_divide(width, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
@@ -59,7 +59,7 @@ void RowGradients<T>::finish(const GemmKernels& gemm) {
   if (dx_ == nullptr) return;
   const std::int64_t row_bytes = width_ * sizeof(T);
   if (in_.row_index == nullptr) return zero_rows(dx_, in_.filled(), in_.tokens, row_bytes);
-  if (!slots_) {  // readers_[t + 1] is the number of row t's
+  if (!slots_) {  // readers_[t + 1] is the number of row t's readers
     for (std::int64_t t = 0; t < in_.tokens; ++t)
       if (readers_[t + 1] == 0) zero_rows(dx_, t, t + 1, row_bytes);
     return;

@@ -1,4 +1,4 @@
-// Shared by the backward of every strategy: the gradient before the activation, that of the bias, and the sum of
+// Shared by the backward of every strategy: the gradient of the pre-activation and of the bias, and the sum of the
 // slots' gradients into rows of x. Results do not depend on the number of threads.
 #pragma once
 
@@ -15,8 +15,8 @@ struct Wanted {
   bool half() const { return left || central; }
 };
 
-// dz = grad * activation'(saved) of the filled slots, [filled, F]: `grad` itself without an activation, else computed
-// into memory of its own.
+// dz = grad * activation'(saved) of the filled slots, [filled, F]: `grad` itself without an activation, otherwise
+// computed into its own memory.
 template <class T>
 class PreActivationGradient {
  public:
@@ -32,12 +32,12 @@ class PreActivationGradient {
 template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz);
 
-// Where a kernel writes the gradients of the slots' rows of x. Rows that only one slot reads are already in dx;
-// `finish` sums the others (slot by slot in float32, rounded once) and zeroes the rows that no slot reads.
+// Where a kernel writes the gradients of the slots' rows of x: straight to dx if every row has at most one slot.
+// Otherwise `finish` sums them (slot by slot in float32, rounded once). It also zeroes the rows that no slot reads.
 template <class T>
 class RowGradients {
  public:
-  // `together`: row(slot + 1) follows row(slot).
+  // `together`: row(slot + 1) must follow row(slot) in memory.
   explicit RowGradients(const LinearBackward& in, bool together = false);
   // [I] of a filled slot, to be written whole.
   T* row(std::int64_t slot) { return slots_ ? slots_.get() + slot * width_ : dx_ + target(slot) * width_; }

@@ -3,14 +3,15 @@
 // products stay in cache:
 //   LC first:  u[t, iR, (jL jC b)] = x[t, iR, (iC iL)] LC,   y[t, (jL jC), jR] = u[t, (jL jC), (iR b)] right, by jL
 //   R first:   s[(iL iC b), (t jR)] = x[t, (iL iC), iR] right,   y^T[(jL jC), (t jR)] = LC[(jL jC), (iL iC b)] s, by iL
-// b runs in whole granules. Products write their results where and as the next one reads them.
+// b is padded to whole granules. Products write their results in the place and the layout in which the next one reads
+// them.
 #pragma once
 
 #include "cpu/linear/blocks.h"
 
 namespace mpoe {
 
-// LC and the rows between, each.
+// Of LC and of the rows between the products, each.
 constexpr std::int64_t kChunkBytes = 256 * 1024;
 
 // Shared by both orders.
@@ -203,7 +204,7 @@ class HalfFirst {
   Buffer<T> left_;      // [jL, iL, a]
   Buffer<T> right_;     // panels of jR, inner (iR b)
   Buffer<T> slab_, x_, u_;
-  std::vector<T> whole_;  // a row with its padding, where there is any
+  std::vector<T> whole_;  // a row with its padding, if there is any
   std::vector<std::int64_t> u_row_;
   std::vector<ColumnMap> u_columns_;
 };

@@ -1,9 +1,9 @@
-// Backward of half_left, expert by expert. dx = dz W^T is the forward with the sides of the blocks exchanged (`OneExpert`). The
-// gradients of the blocks never build that of W: with u = x LC and du = dz right^T,
+// Backward of half_left, one expert at a time. dx = dz W^T is the forward with the sides of the blocks exchanged
+// (`OneExpert`). The gradients of the blocks never build that of W: with u = x LC and du = dz right^T,
 //   dright = u^T dz,   dLC = x^T du,   dleft = dLC central^T,   dcentral += left^T dLC
-// in the order that meets LC first; for a shape where right comes first, those of the exchanged blocks.
-// Experts are cut into groups whose number does not depend on that of threads; dcentral and dbias are summed within a group
-// in the order of experts, then over groups.
+// in the order that multiplies by LC first; a shape where right comes first uses the exchanged blocks instead.
+// Experts are split into groups, whose number does not depend on the number of threads; dcentral and dbias are summed
+// within a group in the order of experts, then over groups.
 #include <memory>
 
 #include "cpu/linear/half_gradient.h"
@@ -157,7 +157,7 @@ class Backward {
     return turned;
   }
 
-  // As many groups as their sums of dcentral may take memory: two weights at most.
+  // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
     const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
     const std::int64_t room = 2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);

@@ -1,4 +1,4 @@
-// The gradients of one expert's blocks by half_left, in the order that meets LC first (half_backward.cpp).
+// Block gradients of half_left for one expert, in the order that multiplies by LC first (half_backward.cpp).
 #pragma once
 
 #include "cpu/linear/gradient.h"
@@ -6,7 +6,7 @@
 
 namespace mpoe {
 
-// Gradients of one expert's blocks after another, in the order that meets LC first.
+// Computes the gradients of blocks, one expert at a time, in the order that multiplies by LC first.
 template <class T>
 class HalfGradient : public HalfFirst<T> {
   using Base = HalfFirst<T>;
@@ -55,8 +55,8 @@ class HalfGradient : public HalfFirst<T> {
       }
   }
 
-  // Slots 0.. of `in`, with their gradients dz [count, F]. dleft(iL, jL) and dright(b, iR) say where rows of the results
-  // go; the elements of one of dright are `right_step` apart.
+  // `count` slots of `in` from `first` on, with their gradients dz [count, F]. dleft(iL, jL) and dright(b, iR) return
+  // where rows of the results go; the elements of a row of dright are `right_step` apart.
   template <class LeftPlace, class RightPlace>
   void run(
       std::int64_t first, std::int64_t count, const T* dz, const LeftPlace& dleft, const RightPlace& dright,

@@ -1,7 +1,7 @@
 // half_right is half_left of the mirrored problem: with every (L, C, R) read as (R, C, L),
 //   W[(iL iC iR), (jL jC jR)] = sum_ab left[iL, jL, a] central[a, iC, jC, b] right[b, iR, jR]
 // has the blocks right [iR, jR, b], central [b, iC, jC, a] and left [a, iL, jL]. Rows, bias and the blocks of experts
-// with slots are copied in that order, results back; mirrored sides have no padding of their own, it becomes zeros.
+// with slots are copied to that order, and results are copied back; in the mirrored sides, padding becomes real zeros.
 #include "cpu/linear/blocks.h"
 
 namespace mpoe {
@@ -23,7 +23,7 @@ void for_each_slice(const Side& side, std::int64_t count, const F& f) {
   });
 }
 
-// Whole rows (R, C, L) of `count` rows in(k), (L, C, R).
+// Whole rows (R, C, L) from `count` rows in(k), which are (L, C, R).
 template <class T, class Source>
 Buffer<T> mirror_rows(const GemmKernels& gemm, const Side& side, std::int64_t count, const Source& in) {
   const std::int64_t height = side.C * side.R, width = side.C * side.L;
@@ -41,7 +41,7 @@ Buffer<T> mirror_rows(const GemmKernels& gemm, const Side& side, std::int64_t co
   return rows;
 }
 
-// The way back, without the padding: row k into out(k).
+// The reverse, without the padding: row k to out(k).
 template <class T, class Target>
 void restore_rows(
     const GemmKernels& gemm, const Side& side, std::int64_t count, const Buffer<T>& rows, const Target& out) {
@@ -105,7 +105,7 @@ class Mirror {
     return in;
   }
 
-  // Memory for the gradients of `like`, if they are wanted.
+  // Memory for a gradient; none if `wanted` is null.
   Buffer<T> left_gradient(const void* wanted) const { return gradient(wanted, left_side_, experts()); }
   Buffer<T> central_gradient(const void* wanted) const { return gradient(wanted, central_side_, 1); }
   Buffer<T> right_gradient(const void* wanted) const { return gradient(wanted, right_side_, experts()); }
@@ -142,7 +142,7 @@ class Mirror {
   const GemmKernels& gemm_;
   const LinearInputs& in_;
   const BlockDims& d_;
-  const Side left_side_, central_side_, right_side_;  // a block, as the rows of a side
+  const Side left_side_, central_side_, right_side_;  // a block, described as rows of a side
   const std::int64_t rows_;                           // of x
   std::vector<std::int64_t> busy_, offsets_;          // experts with slots
   Buffer<T> x_, left_, central_, right_;              // mirrored

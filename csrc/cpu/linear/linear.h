@@ -1,6 +1,6 @@
 // Grouped MPO linear on raw pointers: y[s] = activation(x[row_index[s]] W_e + bias) for the slots s of expert e, with
 // W_e[(iL iC iR), (jL jC jR)] = sum_ab left_e[iL, jL, a] central[a, iC, jC, b] right_e[b, iR, jR].
-// All arrays are dense, of `dtype` (float32 or bfloat16) unless said otherwise; products are summed in float32.
+// All arrays are dense, of `dtype` (float32 or bfloat16) unless noted otherwise; products are summed in float32.
 // Results do not depend on the number of threads.
 #pragma once
 
@@ -47,15 +47,15 @@ struct LinearBackward : LinearInputs {
   const void* grad;   // [N, F]
   const void* h;      // of the forward, or null (separable: required)
   const void* saved;  // output for relu, pre-activation for the rest, null for none
-  // Results; null where not needed.
+  // Results; null: not needed.
   void* dx;        // [T, I]
-  void* dleft;     // as left
-  void* dcentral;  // as central
-  void* dright;    // as right
+  void* dleft;     // like left
+  void* dcentral;  // like central
+  void* dright;    // like right
   void* dbias;     // [F]
 };
 
-// One pair per strategy of the planner. linear_ops.cpp lists those that exist.
+// One pair per strategy of the planner. linear_ops.cpp lists the available ones.
 //
 // Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per expert.
 void separable_forward(const LinearForward& in);

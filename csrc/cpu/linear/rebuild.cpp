@@ -4,14 +4,14 @@ namespace mpoe {
 
 namespace {
 
-// A slab and the rows that it multiplies should fit in a second-level cache together.
+// A slab and the rows that it multiplies should fit in the L2 cache together.
 constexpr std::int64_t kSlabBytes = 320 * 1024;
 // Columns of a block of the forward: enough to read rows rarely, few enough for a long k.
 constexpr std::int64_t kColumns = 128;
 // Blocks of the backward have separate sums of dleft and dright.
 constexpr std::int64_t kMostBlocks = 16;
 
-// Size of the parts when `count` is cut into the fewest equal parts of at most `most`.
+// Size of the parts when `count` is split into the fewest equal parts of at most `most`.
 std::int64_t equal_part(std::int64_t count, std::int64_t most) {
   return ceil_divide(count, ceil_divide(count, std::clamp<std::int64_t>(most, 1, count)));
 }

@@ -1,15 +1,15 @@
-// Rebuilding an expert's weight block by block. A block is a range of the contracted side times a range of the other one:
+// Rebuilds an expert's weight block by block. A block is a range of the contracted side times a range of the other one:
 //   LC[pair, (iL jL), b] = left_e central   for every pair (iC, jC) (`build_half`)
-//   W[pair, (iL jL), (iR jR)] = LC right_e  (`build_slab`), stored as the packed operand that meets rows.
-// Rows meet W with the index that they are contracted over, k, first: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n is
-// the other. Inside a block k runs as (kC, kL, kR), kR in whole units; columns run as (nC, nL, nR), nR in whole granules.
+//   W[pair, (iL jL), (iR jR)] = LC right_e  (`build_slab`), stored as the packed operand that multiplies rows.
+// k is the side that is contracted with the rows: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n is the other side.
+// In a block, k runs as (kC, kL, kR) with kR in whole units, and columns run as (nC, nL, nR) with nR in whole granules.
 #pragma once
 
 #include "cpu/linear/blocks.h"
 
 namespace mpoe {
 
-// Columns of a block: a range of nC, all of it with the same range of nL.
+// Columns of a block: a range of nC, each with the same range of nL.
 struct BlockColumns {
   Span c, l;
   std::int64_t cs() const { return c.last - c.first; }
@@ -25,12 +25,12 @@ struct RebuildPlan {
   std::int64_t right_columns;   // iR jR
   std::int64_t a_units, b_units;    // as inner sizes
   std::int64_t b_panels;            // b as columns
-  std::int64_t half_row;            // elements from row to row of LC
-  std::int64_t n_block, n_left;     // nC and nL of a block, at most
-  std::int64_t k_block;             // kC of a block, at most
+  std::int64_t half_row;            // row stride of LC, in elements
+  std::int64_t n_block, n_left;     // most nC and nL per block
+  std::int64_t k_block;             // most kC per block
   std::int64_t k_units;         // of one kC: kL times kR in units
   std::int64_t granules;        // of one nL: nR in granules
-  std::int64_t x_row;           // elements from row to row of what meets a slab
+  std::int64_t x_row;           // row stride, in elements, of what a slab multiplies
   UnitColumns right;            // columns [kR, nR] of right_e
   std::vector<std::int32_t> row_unit;  // [n_block, n_left, kL, granules]: where a row's granules start in the slab
 
@@ -56,7 +56,7 @@ struct RebuildPlan {
   std::int64_t pair(std::int64_t kc, std::int64_t nc) const { return transposed ? nc * k.C + kc : kc * n.C + nc; }
 };
 
-// One expert's left and right blocks in the forms that the products want.
+// One expert's left and right blocks in the forms that the products need.
 template <class T>
 struct ExpertBlocks {
   Buffer<T> left;          // [nL, kL, left_row]
@@ -68,32 +68,32 @@ struct ExpertBlocks {
   void load(const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert);
 };
 
-// Panels of [a, b] of `count` pairs from `pair` on, one pair behind the other.
+// Panels of [a, b] of `count` pairs from `pair` on, one pair after another.
 template <class T>
 void pack_central(
     const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t pair, std::int64_t count,
     T* panels);
 
-// half [nL of the range, kL, half_row] of one pair; columns b.. up to whole panels are zero.
+// half [nL of the range, kL, half_row] of one pair; columns from b to the end of the last panel are zero.
 template <class T>
 void build_half(
     const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, Span n_left, const T* central,
     T* half);
 
-// The part of one pair, the `kc`-th and `nc`-th of a block, of the slab: panels [k units][32], panel_units apart.
+// The slab's part for one pair, the `kc`-th and `nc`-th of a block: panels [k units][32], panel_units apart.
 template <class T>
 void build_slab(
     const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, std::int64_t n_lefts,
     std::int64_t kc, std::int64_t nc, const T* half, T* slab);
 
-// Sums of a block while k goes on: [tile of rows][panel][row of the tile][32], for all rows or for one tile.
+// Running sums of a block over k: [tile of rows][panel][row of the tile][32], for all rows or for one tile.
 struct BlockSums {
   float* data;
   bool all;
   float* tile(std::int64_t first, std::int64_t panels) const { return data + (all ? first * panels * kPanel : 0); }
 };
 
-// sums (+)= rows x slab. `done(first, count, tile)` gets every tile of rows while it is in the first-level cache.
+// sums (+)= rows x slab. `done(first, count, tile)` gets every tile of rows while it is in the L1 cache.
 template <class T, class F>
 void multiply_slab(
     const GemmKernels& gemm, const RebuildPlan& plan, std::int64_t kcs, std::int64_t panels, std::int64_t count,

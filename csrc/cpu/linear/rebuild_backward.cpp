@@ -1,8 +1,8 @@
-// Backward of the rebuild strategy, one expert after the other: dx = dz W^T by the slabs of the forward, transposed, and for
-// the same blocks dW = x^T dz, projected at once:
+// Backward of the rebuild strategy, one expert at a time: dx = dz W^T with the slabs of the forward, transposed, and
+// for the same blocks dW = x^T dz, projected immediately:
 //   dright = LC^T dW,  dLC = dW right^T,  dleft = dLC central^T,  dcentral += left^T dLC.
-// Threads share the blocks of iC: dx and dcentral have their own columns there; dleft and dright are kept per block of iC
-// and summed in its order, so that the number of threads changes nothing.
+// Threads split the blocks of iC. Each block has its own columns of dx and dcentral; dleft and dright are kept per
+// block and summed in block order, so that the number of threads changes nothing.
 #include "cpu/linear/rebuild_gradient.h"
 
 namespace mpoe {
@@ -39,7 +39,7 @@ void store_central(
       std::int64_t column = 0;
       for (std::int64_t i = i_range.first; i < i_range.last; ++i)
         for (std::int64_t j = j_range.first; j < j_range.last; ++j, column += sizes.b) {
-          // Sums are read from their start to their end: in runs of the columns that a panel has of a pair.
+          // Sums are read sequentially, in runs of the columns of one pair in one panel.
           for (std::int64_t b = 0, run = 0; b < d.b; b += run) {
             const std::int64_t c = column + b;
             run = std::min(d.b - b, kPanel - c % kPanel);

@@ -1,4 +1,5 @@
-// Forward of the rebuild strategy. A task is one expert and one block of columns; threads get runs of tasks of equal cost.
+// Forward of the rebuild strategy. A task is one expert and one block of columns; threads get runs of tasks of equal
+// cost.
 #include "cpu/linear/rebuild.h"
 
 namespace mpoe {
@@ -17,7 +18,7 @@ class ForwardWorker {
         slab_(plan.slab_size()),
         sums_((plan.k_blocks() > 1 ? most_rows : kMaxRows) * plan.most_panels() * kPanel),
         bias_(plan.most_panels() * kPanel, 0.0f), columns_(plan.most_panels()) {
-    // Columns that no granule fills are multiplied too, and thrown away.
+    // Columns that no granule fills are multiplied too, and their results discarded.
     std::fill_n(slab_.get(), plan.slab_size(), T{});
   }
 
@@ -52,7 +53,7 @@ class ForwardWorker {
           rows_.get() + kb * count * plan_.x_row, plan_.x_row);
   }
 
-  // Where the columns of a block lie, and their bias.
+  // Sets where the columns of a block are, and their bias.
   void place(const BlockColumns& n, std::int64_t panels) {
     for (std::int64_t p = 0; p < panels; ++p) {
       columns_[p] = side_columns(plan_.n, n.c, n.l, p);
@@ -99,13 +100,13 @@ Buffer<T> pack_whole_central(const GemmKernels& gemm, const LinearInputs& in, co
   return panels;
 }
 
-// Experts with slots, their blocks as tasks in order, and what all tasks before an expert's cost, in rows of its block.
+// Experts with slots, whose blocks are the tasks, in order; and the cost of the experts before each, in rows per block.
 struct Tasks {
   std::vector<std::int64_t> experts, before{0};
   std::int64_t blocks, most_rows = 0;
 
   Tasks(const LinearInputs& in, const RebuildPlan& plan) : blocks(plan.n_blocks()) {
-    // Rebuilding costs as many multiply-adds as so many rows.
+    // Rebuilding costs as many multiply-adds as this many rows.
     const std::int64_t rebuild = in.dims.b + ceil_divide(in.dims.a * in.dims.b, plan.right_columns);
     for (std::int64_t e = 0; e < in.experts; ++e) {
       const std::int64_t count = in.offsets[e + 1] - in.offsets[e];
@@ -116,7 +117,7 @@ struct Tasks {
     }
   }
 
-  // The first task of a part when all are cut into `parts` of equal cost.
+  // The first task of a part when all are split into `parts` of equal cost.
   std::int64_t first(std::int64_t part, std::int64_t parts) const {
     const std::int64_t target = before.back() * part / parts;
     const std::int64_t k = std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;

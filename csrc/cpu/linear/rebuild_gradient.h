@@ -74,7 +74,7 @@ class GradientWorker {
   void load_central(Span j_range, Span i_range) {
     const BlockDims& d = in_.dims;
     const std::int64_t count = j_range.last - j_range.first, stride = d.iC * d.jC * d.b;
-    const std::int64_t run = d.b % gemm_.unit == 0 ? count : 1;  // pairs whose b follow each other in whole units
+    const std::int64_t run = d.b % gemm_.unit == 0 ? count : 1;  // pairs whose b are contiguous in whole units
     for (std::int64_t i = i_range.first, q = 0; i < i_range.last; ++i, q += count) {
       const std::int64_t pair = plan_.pair(j_range.first, i);
       if (wanted_.x || wanted_.right)
@@ -120,7 +120,7 @@ class GradientWorker {
         });
   }
 
-  // LC and dW of the q-th pair as operands whose inner index is (pair, iL jL).
+  // Packs LC and dW of the q-th pair as operands whose inner index is (pair, iL jL).
   void pack_right(std::int64_t q) {
     const std::int64_t units = pairs_ * sizes_.left_units, offset = q * sizes_.left_units * kPanel * gemm_.unit;
     gemm_.pack(half_panels_.get() + offset, units, half_.get(), plan_.half_row, plan_.left_rows, in_.dims.b);
@@ -165,7 +165,7 @@ class GradientWorker {
     const std::int64_t columns = pairs_ * sizes_.b;
     gemm_.pack(dhalf_panels_.get(), sizes_.left_units, dhalf_.get(), sizes_.dhalf_row, plan_.left_rows, columns);
     float* sums = sums_.central.get() + block * sizes_.central_sums;
-    // Panel by panel: the sums, too large for a cache, are then read and written from their start to their end.
+    // Panel by panel: the sums, too large for a cache, are then read and written sequentially.
     for (std::int64_t p = 0; p * kPanel < columns; ++p)
       rows_times_panels(
           gemm_, in_.dims.a, sizes_.left_units, rows_.left_turned.get(), sizes_.left_turned_row,

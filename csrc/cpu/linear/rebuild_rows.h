@@ -10,11 +10,11 @@ struct GradientSizes {
   std::int64_t a_panels, left_units;        // a as columns; iL jL as an inner size
   std::int64_t right_panels, right_units;   // iR jR
   std::int64_t b;                           // in whole units
-  std::int64_t x_panels, dz_panels;         // of the rows' columns of one iC and of one jC
-  std::int64_t pairs;                       // (iC, jC) of a block, at most
+  std::int64_t x_panels, dz_panels;         // of the columns of one iC of x, of one jC of dz
+  std::int64_t pairs;                       // most (iC, jC) per block
   std::int64_t dhalf_panels;                // of the columns (pairs b)
-  std::int64_t weight_row, dhalf_row, left_turned_row;  // elements from row to row
-  std::int64_t left_sums, central_sums, right_sums;     // floats, of a block
+  std::int64_t weight_row, dhalf_row, left_turned_row;  // row strides, in elements
+  std::int64_t left_sums, central_sums, right_sums;     // floats per block
 
   GradientSizes(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
       : a_panels(ceil_divide(d.a, kPanel)), left_units(ceil_divide(plan.left_rows, gemm.unit)),
@@ -41,7 +41,7 @@ struct ExpertRows {
   Buffer<T> dz_panels;     // [jC, dz_panels, slots in units, 32]
   Buffer<T> x_panels;      // [iC, x_panels, slots in units, 32]
   Buffer<T> x_rows;        // [iC, count, iL iR]
-  std::vector<std::int64_t> dx_rows;         // where a slot's row of dx lies, from the first slot's on
+  std::vector<std::int64_t> dx_rows;         // offsets of the slots' rows of dx from the first one
   std::int64_t first = 0, count = 0, units = 0;  // slots, and as an inner size
 
   ExpertRows(

@@ -6,7 +6,7 @@ template <class T>
 void transpose_rows(
     const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs) {
   const BlockDims& d = in.dims;
-  std::vector<T> whole;  // a row with its padding, where there is any
+  std::vector<T> whole;  // a row with its padding, if there is any
   if (d.padded_in() != d.in_features) whole.resize(d.padded_in());
   for (std::int64_t s = slots.first; s < slots.last; ++s) {
     const T* row = row_of<T>(in, s);
@@ -61,7 +61,7 @@ void pack_central(const GemmKernels& gemm, const BlockDims& d, const SeparableSi
   });
 }
 
-// The bias as float32 [jC, row], row the columns jR in whole panels; nothing without a bias.
+// The bias as float32 [jC, row], where row is jR in whole panels; empty without a bias.
 template <class T>
 struct BiasRows {
   std::int64_t row;
@@ -85,10 +85,10 @@ struct OutputStep {
   const T* central_panels;
   const BiasRows<T>& bias;
 
-  // Central and right steps of a block, columns of `columns` (of jC); t holds the block's rows.
+  // Central and right steps of a block for the jC in `columns`; t holds the block's rows.
   void run(Span block, Span columns, const T* t) const {
     const std::int64_t count = block.last - block.first;
-    // As many jC at a time as leave the central step's result in cache for the right step.
+    // As many jC at a time as keep the central step's result in cache for the right step.
     const std::int64_t row_bytes = count * sizes.b * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t group = std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
     Buffer<T> h(count * group * sizes.b);
@@ -99,7 +99,7 @@ struct OutputStep {
     }
   }
 
-  // y of `block`, columns of `part`, from h [block, part, h_row].
+  // y of `block` for the jC in `part`, from h [block, part, h_row].
   void right_step(Span block, Span part, const T* h, std::int64_t h_row) const {
     const BlockDims& d = in.dims;
     const std::int64_t right_k = padded_k(gemm, d.b);
@@ -133,13 +133,13 @@ struct OutputStep {
       Span slots, Span part, const T* h, std::int64_t h_row, const T* panels, std::int64_t right_k) const {
     const BlockDims& d = in.dims;
     const std::int64_t width = part.last - part.first, total = (slots.last - slots.first) * width;
-    // About a strip further.
+    // About one strip ahead.
     const std::int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
     T* y = static_cast<T*>(in.y);
     Finish finish{};
     finish.activation = in.activation;
     finish.saved = in.saved;
-    // Where the last columns do not exist, rows of different jC end differently.
+    // If the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
     multiply_all(
         gemm, total, right_k, h, h_row, panels, d.jR,
@@ -150,7 +150,7 @@ struct OutputStep {
           for (std::int64_t r = 0; r < rows; ++r) {
             row_offset[r] = start + j * d.jR;
             bias_offset[r] = j * bias.row;
-            // A write waits for its cache line, and the writes after it wait too: the next strip's are fetched by now.
+            // A write waits for its cache line, and the writes after it wait too: prefetch those of the next strip.
             if (first + r + kStripRows < total) {
               const T* later = y + row_offset[r] + later_rows + c;
               for (std::int64_t i = 0; i < kPanel * static_cast<std::int64_t>(sizeof(T)); i += 64)
@@ -173,18 +173,18 @@ struct OutputStep {
   }
 };
 
-// Few slots: central is packed piece by piece, as it lies, and every piece is multiplied at once. Then central is read
-// from memory once and its panels are never written there: with one slot that is all the time there is.
+// Few slots: central is packed piece by piece, in memory order, and every piece is multiplied immediately. Then central
+// is read from memory once and its panels are never written there: with one slot, that traffic takes all the time.
 constexpr std::int64_t kFewSlots = 128;
-constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed apart from what precedes
+constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed separately from those before
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
 template <class T>
 void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
   const BlockDims& d = in.dims;
   const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
-  // Sums of a strip of columns stay in cache while k runs; the fewer the slots, the wider the strip and the fewer rows
-  // of central at a time, so that these are read nearly in the order of memory.
+  // Sums of a strip of columns stay in cache throughout the loop over k; the fewer the slots, the wider the strip and
+  // the fewer rows of central at a time, so that these are read nearly in memory order.
   constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
   const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 32, kFewSlots);
   const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
@@ -253,7 +253,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.saved, filled, in.slots, y_bytes);
   zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
   if (filled == 0) return;
-  // Rows of h [jC, b] must be whole units where they are contiguous.
+  // Contiguous rows of h [jC, b] must be whole units.
   if (filled <= kFewSlots && d.b % gemm.unit == 0) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
@@ -271,7 +271,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
     });
     return;
   }
-  // Few slots for the threads: cut them finer for the left step, and the columns of the others too.
+  // Few slots per thread: split them more finely for the left step; for the other steps, split the columns too.
   Buffer<T> t(filled * sizes.t_row);
   parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
     left_step<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * sizes.t_row);

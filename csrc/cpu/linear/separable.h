@@ -1,7 +1,7 @@
 // Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC]; transposed,
 // [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product, whose result [jC, b] is jC rows
-// that right maps to [jC, jR]. So left and right are products with (rows of slots) x iC or jC short rows, and central
-// one product over all slots, whoever their experts.
+// that right maps to [jC, jR]. So left and right are products with (number of slots) x iC or jC short rows, and central
+// is one product over all slots, whatever their experts.
 #pragma once
 
 #include "cpu/linear/common.h"
@@ -14,7 +14,7 @@ struct SeparableSizes {
   std::int64_t x_row;   // [iC, left_k]: a row of x, transposed
   std::int64_t a;       // a in whole units
   std::int64_t t_k;     // [iC, a]: after left
-  std::int64_t t_row;   // the same with the gap that row_stride asks for
+  std::int64_t t_row;   // the same with the gap that row_stride adds
   std::int64_t b;       // b in whole panels
   std::int64_t h_k;     // [jC, b]: after central
   SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
@@ -22,7 +22,7 @@ struct SeparableSizes {
         t_row(row_stride(gemm, t_k)), b(round_up(d.b, kPanel)), h_k(d.jC * b) {}
 };
 
-// Runs of slots whose rows of `row_bytes` fill about half of a second-level cache; cut without regard to experts.
+// Runs of slots whose rows of `row_bytes` fill about half of the L2 cache, regardless of experts.
 inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes) {
   const std::int64_t most = std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
   std::vector<Span> blocks;

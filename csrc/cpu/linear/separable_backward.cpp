@@ -1,4 +1,4 @@
-// Backward of separable shapes. Per slot, in the words of separable.h: dh = dz right^T, dt = dh central^T,
+// Backward of separable shapes. Per slot, in the notation of separable.h: dh = dz right^T, dt = dh central^T,
 // dx = dt left^T; over slots, dright = h^T dz, dcentral = t^T dh, dleft = x^T dt.
 #include "cpu/gemm/outer.h"
 #include "cpu/linear/gradient.h"
@@ -35,7 +35,7 @@ class Backward {
   }
 
  private:
-  // What no slot reaches.
+  // Zeroes the gradients that no slot contributes to.
   void zero_gradients() {
     zero_rows(in_.dbias, 0, filled_ == 0 ? 1 : 0, d_.out_features * sizeof(T));
     zero_rows(in_.dcentral, 0, filled_ == 0 ? 1 : 0, d_.a * d_.iC * d_.jC * d_.b * sizeof(T));
@@ -46,7 +46,7 @@ class Backward {
     }
   }
 
-  // Makes dz_ rows [filled * jC, right_k], a copy only where columns are missing or odd.
+  // Makes dz_ rows [filled * jC, right_k]; copies only if columns are missing or not in whole units.
   void pad_dz() {
     if (d_.padded_out() == d_.out_features && right_k_ == d_.jR) return;
     padded_dz_ = Buffer<T>(filled_ * d_.jC * right_k_);
@@ -60,7 +60,7 @@ class Backward {
     dz_ = padded_dz_.get();
   }
 
-  // Everything that is one row per slot: t and the transposed x again, dh, dt, dx. Keeps what later sums need.
+  // Everything with one row per slot: t and the transposed x again, dh, dt, dx. Keeps what later sums need.
   void slot_step() {
     const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr, need_x = in_.dx != nullptr;
     if (!need_central && !need_left && !need_x) return;
@@ -96,7 +96,7 @@ class Backward {
   void pack_central() {
     const T* central = static_cast<const T*>(in_.central);
     const std::int64_t row = d_.jC * d_.b, a = round_up(d_.a, kPanel);
-    const std::int64_t parts = b_ == d_.b ? 1 : d_.jC;  // of the rows of B: those of one jC where they are padded
+    const std::int64_t parts = b_ == d_.b ? 1 : d_.jC;  // of the rows of B: one per jC if they are padded
     parallel_for(0, d_.iC, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i)
         for (std::int64_t p = 0; p < parts; ++p)
@@ -167,7 +167,7 @@ class Backward {
   void block_gradient(
       std::int64_t m, std::int64_t n, std::int64_t per_slot, const T* a, std::int64_t a_stride, const T* b,
       std::int64_t b_stride, T* out) const {
-    // One task has some rows of the result of one expert: several per expert where experts are few.
+    // A task computes some rows of the result of one expert: several tasks per expert if experts are few.
     const std::int64_t parts =
         std::clamp<std::int64_t>(4 * num_threads() / in_.experts, 1, ceil_divide(m, kPanel));
     const std::int64_t part_m = num_threads() == 1 ? m : round_up(ceil_divide(m, parts), kPanel);
@@ -232,7 +232,7 @@ class Backward {
   const std::int64_t filled_;
   const std::int64_t right_k_;       // jR in whole units
   const std::int64_t b_;             // b in whole units
-  const std::int64_t dh_k_, dh_row_;  // [jC, b], and how far rows are apart
+  const std::int64_t dh_k_, dh_row_;  // [jC, b], and its row stride
   RowGradients<T> x_gradients_;
   const T* dz_ = nullptr;
   Buffer<T> padded_dz_;

@@ -13,7 +13,7 @@
 namespace mpoe {
 namespace {
 
-// Pairs that one thread sorts at least, and bytes that one thread moves at least: less is not worth waking a thread.
+// Fewest pairs that a thread sorts and fewest bytes that it moves: less is not worth waking a thread.
 constexpr std::int64_t kPairsPerChunk = 1 << 14;
 constexpr std::int64_t kBytesPerThread = 1 << 16;
 
@@ -39,7 +39,7 @@ void* at(void* base, std::int64_t bytes) { return static_cast<char*>(base) + byt
 
 // Marks pairs beyond the capacity with key E. First choices are served before second ones: counts run over [K, T].
 void drop_beyond_capacity(const Route& a, std::int64_t chunks, std::int64_t chunk_tokens, std::int32_t* keys) {
-  std::vector<std::int64_t> counts(a.top_k * chunks * a.experts);  // [K, chunks, E]: pairs, then pairs before
+  std::vector<std::int64_t> counts(a.top_k * chunks * a.experts);  // [K, chunks, E]: pairs, later the pairs before
   const auto counts_of = [&](std::int64_t k, std::int64_t chunk) { return &counts[(k * chunks + chunk) * a.experts]; };
   const auto each_chunk = [&](auto&& visit) {
     parallel_for(0, chunks, 1, [&](std::int64_t first, std::int64_t last) {
@@ -87,7 +87,7 @@ void choose(const Gating& a, const float* logits, std::int64_t* index, float* ga
   bool known = true;
   for (std::int64_t e = 0; e < a.experts; ++e) known &= !std::isnan(logits[e]);
   for (std::int64_t k = 0; k < a.top_k; ++k) {
-    // After the one before in the order by logit and number.
+    // After the previous choice, in the order of logits and, among equal ones, of numbers.
     const auto comes_later = [&](std::int64_t e) {
       if (k == 0) return true;
       const float last = logits[index[k - 1]];
@@ -109,7 +109,7 @@ void choose(const Gating& a, const float* logits, std::int64_t* index, float* ga
   for (std::int64_t k = 0; k < a.top_k; ++k) gates[k] /= sum;
 }
 
-// float rows, or the copies of others that `kept` holds.
+// The rows if they are float, otherwise a converted copy in `kept`.
 const float* floats_of(const void* rows, Dtype dtype, std::int64_t count, std::vector<float>& kept) {
   if (dtype == Dtype::kFloat32) return static_cast<const float*>(rows);
   kept.resize(static_cast<std::size_t>(count));
@@ -139,9 +139,9 @@ void route(const Route& a) {
   const std::int64_t pairs = a.tokens * a.top_k;
   const std::int64_t chunk_tokens = std::max<std::int64_t>(1, kPairsPerChunk / a.top_k);
   const std::int64_t chunks = std::max<std::int64_t>(1, (a.tokens + chunk_tokens - 1) / chunk_tokens);
-  const std::int64_t buckets = a.experts + 1;  // the last one takes what is masked or dropped
+  const std::int64_t buckets = a.experts + 1;  // the last one holds masked and dropped pairs
   std::vector<std::int32_t> keys(pairs);
-  std::vector<std::int64_t> starts(chunks * buckets);  // [chunks, E + 1]: pairs of the chunk, then its next slot
+  std::vector<std::int64_t> starts(chunks * buckets);  // [chunks, E + 1]: pairs of the chunk, later its next slot
   const auto each_chunk = [&](auto&& visit) {
     parallel_for(0, chunks, 1, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t chunk = first; chunk < last; ++chunk)

@@ -1,5 +1,5 @@
 // Routing on raw pointers: stable counting sort of (token, choice) pairs by expert, gathers and gated sums of rows.
-// T tokens, K choices per token, N = T * K slots, E experts; all arrays dense unless a stride is named (in elements).
+// T tokens, K choices per token, N = T * K slots, E experts; all arrays dense unless a stride is given (in elements).
 // Results do not depend on the number of threads.
 #pragma once
 
@@ -12,16 +12,16 @@ namespace mpoe {
 // Position of the first value outside [low, high], or -1.
 std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
 
-// Logits of tokens, their best experts and the gates of these. Few tokens: each logit is a dot product by itself.
+// Logits of tokens, their best experts and those experts' gates. For few tokens: each logit is a separate dot product.
 struct Gating {
   Dtype x_dtype, weight_dtype;  // any but kFloat64
   std::int64_t tokens, features, experts, top_k;
-  bool raw;            // gates are probabilities; otherwise these over their sum, of one choice 1
+  bool raw;            // gates are probabilities; otherwise these divided by their sum (1 if top_k is 1)
   const void* x;       // [T, features]
   const void* weight;  // [E, features]
   float* logits;        // [T, E]
-  std::int64_t* index;  // [T, K], best first, of equal ones the first; where no probabilities exist, the first experts
-  float* gates;         // [T, K]; NaN where a logit is NaN or all, or one, are infinite
+  std::int64_t* index;  // [T, K], best first, the lower number among equals; the first experts if a logit is NaN
+  float* gates;         // [T, K]; NaN if a logit is NaN or inf, or all are -inf
 };
 void gating(const Gating& arguments);
 
@@ -52,14 +52,14 @@ void dispatch(const Dispatch& arguments);
 struct Combine {
   Dtype dtype;
   std::int64_t tokens, top_k, slots, features;
-  const std::int64_t* slot_of_token;  // [T, K], each in -1..N-1, none twice
+  const std::int64_t* slot_of_token;  // [T, K], each in -1..N-1, no slot twice
   const void* gates;                  // [T, K]; null: all 1
 };
 // out[t] = sum_k gates[t, k] * rows[slot_of_token[t, k]] over the pairs that were kept.
 void combine(const Combine& arguments, const void* rows, void* out);
 
-// drows[slot_of_token[t, k]] = gates[t, k] * grad[t], 0 in slots of no pair; dgates[t, k] = <rows[slot], grad[t]>.
-// Either result may be null; rows is read for dgates alone.
+// drows[slot_of_token[t, k]] = gates[t, k] * grad[t], 0 in slots without a pair; dgates[t, k] = <rows[slot], grad[t]>.
+// Either result may be null; rows is only read for dgates.
 void combine_backward(const Combine& arguments, const void* grad, const void* rows, void* drows, void* dgates);
 
 }  // namespace mpoe

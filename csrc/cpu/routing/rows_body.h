@@ -4,9 +4,9 @@
 namespace mpoe {
 namespace {
 
-// Elements that are summed at a time.
+// Elements summed at a time.
 constexpr std::int64_t kBlock = 256;
-// Independent partial sums of a dot product: its order of summation, the same on every machine.
+// Independent partial sums of a dot product: they fix its order of summation, the same on every machine.
 constexpr std::int64_t kLanes = 64;
 
 template <class T>

@@ -9,7 +9,7 @@
 namespace mpoe::cuda {
 namespace {
 
-// Tokens in the order of one digit.
+// Tokens sorted by one digit.
 struct Sorted {
   int* offsets = nullptr;
   int64_t* token_of_slot = nullptr;
@@ -111,7 +111,7 @@ class Embedding {
     return named(take(size * p_.tokens), axes, dims_, size);
   }
   Named output_rows(void* data) const { return rows_of(data, {kJL, kJC, kJR}, dims_, dims_.out_features); }
-  // A block whose slices along one axis play the experts.
+  // A block whose slices along one axis act as the experts.
   Named slices(const char* name, const void* data, Axis axis) const {
     Named block = named(data, layout_of(name), dims_, 0);
     block.outer = block.stride[axis];

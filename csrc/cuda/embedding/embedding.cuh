@@ -1,4 +1,4 @@
-// Index arrays of the embedding: digits of row numbers, and one permutation after another.
+// Index arrays of the embedding: digits of row numbers, and compositions of permutations.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -19,7 +19,7 @@ static __global__ void __launch_bounds__(kIndexThreads)
   right[token] = inside ? id % rights : -1;
 }
 
-// out[i] = outer[inner[i]]; -1 where inner[i] is.
+// out[i] = outer[inner[i]]; -1 where inner[i] is -1.
 static __global__ void __launch_bounds__(kIndexThreads)
     compose_kernel(const int64_t* outer, const int64_t* inner, int64_t* out, int count) {
   const int i = blockIdx.x * kIndexThreads + threadIdx.x;

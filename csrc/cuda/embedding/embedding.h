@@ -1,6 +1,6 @@
 // Rows of a table kept as an MPO, on raw device pointers. Row number = (iL, iC, iR): the rows of left are gathered by iL,
-// the slice of central that a row needs is its "expert" iC, and the slice of right its expert iR. So two grouped products
-// after a counting sort each give the rows; the table itself never exists.
+// the slice of central that a row needs is its "expert" iC, and the slice of right its expert iR. So two grouped products,
+// each after a counting sort, give the rows; the table itself is never built.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,7 @@ struct EmbeddingForward : EmbeddingInputs {
 };
 struct EmbeddingBackward : EmbeddingInputs {
   const void* grad = nullptr;  // [T, F]
-  void *dleft = nullptr, *dcentral = nullptr, *dright = nullptr;  // as the blocks; all are computed
+  void *dleft = nullptr, *dcentral = nullptr, *dright = nullptr;  // like the blocks; all are computed
 };
 
 // Bytes of scratch memory, aligned to 256, that a call needs.

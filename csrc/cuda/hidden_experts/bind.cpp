@@ -1,4 +1,4 @@
-// hidden_experts, hidden_experts_backward: checks, allocation, and the launches of hidden.h.
+// hidden_experts, hidden_experts_backward: checks, allocation, and the launches of hidden_experts.h.
 #include "cuda/bind.h"
 
 #include <string>
@@ -106,7 +106,7 @@ Tensor hidden_experts_op(const Tensor& u, const Tensor& gates, const Tensor& top
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients of u, gates, right, left, bias, u_gate, right_gate; empty where `need` is 0 or there is no such input.
+// Gradients of u, gates, right, left, bias, u_gate, right_gate; empty if `need` is 0 or there is no such input.
 Gradients hidden_experts_backward_op(const Tensor& grad, const Tensor& u, const Tensor& gates, const Tensor& top_k_index,
                                      const Tensor& right, const Tensor& left, const Optional& bias,
                                      const Optional& u_gate, const Optional& right_gate, std::string activation,

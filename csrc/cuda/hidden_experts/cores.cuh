@@ -1,5 +1,5 @@
-// Gradients of the blocks and biases: per expert and group a sum over the expert's slots, in their order. And the sums of
-// partial results.
+// Gradients of the blocks and biases: per expert and group, a sum over the expert's slots, in their order. Also the sums
+// of partial results.
 #pragma once
 #include "cuda/hidden_experts/rows.cuh"
 
@@ -8,7 +8,7 @@ namespace mpoe::cuda {
 // core += A^T B over the rows of two tiles.
 template <class T>
 __device__ __forceinline__ void add_outer(const HiddenArguments& p, HiddenCore& core, const T* a, const T* b, int rows) {
-  if constexpr (Fragments<T>::kPartialSums) {  // a sum over all slots in a row would lose digits
+  if constexpr (Fragments<T>::kPartialSums) {  // one sum over all slots would lose digits
     HiddenCore part;
     multiply<T, false, false>(part, a, b, p.stride, rows, p.padded);
     UNROLL
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_cores_kernel(const _
     float dbias[4] = {};  // of columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9
     for (int slot = begin; slot < end; slot += kHiddenRows) {
       const int rows = end - slot < kHiddenRows ? end - slot : kHiddenRows;
-      __syncthreads();  // nobody reads the tiles of the rows before
+      __syncthreads();  // nobody reads the tiles of the previous rows
       if (static_cast<int>(threadIdx.x) < rows) {
         const int pair = p.pair_of_slot[slot + threadIdx.x];
         s.token[threadIdx.x] = pair / p.top_k;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_cores_kernel(const _
   store_core<T>(p, dleft, p.dleft, at * p.block * p.block);
 }
 
-// out[i] = sum over parts[j, i], in the order of j.
+// out[i] = sum over j of parts[j, i], in the order of j.
 struct HiddenSum {
   const float* parts = nullptr;  // [count, size]
   void* out = nullptr;
@@ -126,7 +126,7 @@ struct HiddenSum {
 struct HiddenSums {
   HiddenSum of[4];
 };
-// Grid: (blocks of the largest, 4).
+// Grid: (blocks of the largest sum, 4).
 template <class T>
 __global__ void __launch_bounds__(kHiddenThreads) hidden_sums_kernel(const __grid_constant__ HiddenSums sums) {
   const HiddenSum& p = sums.of[blockIdx.y];

@@ -76,7 +76,7 @@ struct Backward {
       p.gate_parts = floats(p.groups * pairs);
       sums.of[0] = {p.gate_parts, in.dgates, pairs, p.groups, true};
     }
-    // Shared blocks: as many shares of the groups as fill the device, whose sums come last.
+    // Shared blocks: as many shares of the groups as fill the device; their sums are added up last.
     if (p.own == 1) {
       const int wanted = (4 * dev::limits().multiprocessors + p.experts - 1) / p.experts;
       p.share = std::max(1, (p.groups + wanted - 1) / wanted);

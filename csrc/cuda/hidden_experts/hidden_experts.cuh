@@ -1,7 +1,7 @@
-// What the kernels of hidden.h share: arguments, the layout of shared memory, products of tiles that lie there.
+// What the kernels of hidden_experts.h share: arguments, the layout of shared memory, products of tiles in it.
 //
-// A block of threads works on one group of b hidden units. Blocks and rows are padded there to whole tiles of 16 units,
-// with zeros: what an activation makes of zero is zero. Each of the four warps computes 16 of at most 64 units.
+// A block of threads works on one group of b hidden units. Blocks and rows are padded there to whole tiles of 16 units
+// with zeros, which activations map to zeros. Each of the four warps computes 16 of at most 64 units.
 #pragma once
 #include "cuda/activation.cuh"
 #include "cuda/hidden_experts/hidden_experts.h"
@@ -11,8 +11,8 @@ namespace mpoe::cuda {
 
 constexpr int kHiddenThreads = 128;
 constexpr int kHiddenWarps = kHiddenThreads / 32;
-constexpr int kHiddenRows = 32;      // that an expert computes at once
-constexpr int kHiddenEntries = 512;  // choices of the tokens of a tile, at most
+constexpr int kHiddenRows = 32;      // of an expert, computed at once
+constexpr int kHiddenEntries = 512;  // most choices of a tile's tokens
 
 struct HiddenArguments {
   const void *u = nullptr, *u_gate = nullptr, *grad = nullptr;                // [T, F]
@@ -21,17 +21,17 @@ struct HiddenArguments {
   const float* gates = nullptr;                                               // [T, K]
   const int64_t* index = nullptr;                                             // [T, K]
   int tokens = 0, features = 0, block = 0, own = 1, experts = 0, top_k = 0, activation = 0, groups = 0;
-  int padded = 0, stride = 0;  // units of a tile, elements from one row to the next
-  bool vector = false;         // rows and blocks begin at, and are, multiples of 16 bytes
-  // Kernels of rows.
+  int padded = 0, stride = 0;  // units of a tile; row stride in elements
+  bool vector = false;         // rows and blocks start at multiples of 16 bytes and have such sizes
+  // Forward and rows kernels.
   int tile_tokens = 0, tiles = 0;
   void *out = nullptr, *du = nullptr, *du_gate = nullptr;  // [T, F]
   float* gate_parts = nullptr;  // [G, T, K]
-  // Slots: pairs (token, choice) sorted by expert, written by the kernel of rows, read by that of cores.
+  // Slots: pairs (token, choice) sorted by expert, written by the rows kernel and read by the cores kernel.
   int *pair_of_slot = nullptr, *offsets = nullptr;  // [T K], [E + 1]
-  // Kernel of cores. Partial: float32 [shares, E, b, b], a share of the groups each; else as the blocks.
+  // Cores kernel. Partial: float32 [shares, E, b, b], one per share of the groups; otherwise like the blocks.
   void *dright = nullptr, *dright_gate = nullptr, *dleft = nullptr, *dbias = nullptr;
-  int share = 1, shares = 1;  // groups of a share, shares of an expert
+  int share = 1, shares = 1;  // groups per share, shares per expert
   bool partial = false;
 
   __host__ __device__ bool gated() const { return u_gate != nullptr; }
@@ -40,12 +40,12 @@ struct HiddenArguments {
 
 enum class HiddenKernel { kForward, kRows, kCores };
 
-// Shared memory of a block of threads; on the host only `bytes` is of use.
+// Shared memory of a block of threads; on the host only `bytes` is useful.
 template <class T>
 struct HiddenShared {
   T *right, *right_gate, *left;            // [padded][stride]
   T *u, *u_gate, *grad;                    // [rows][stride]
-  T *h, *first, *second;                   // h; gradients of u R and of the pre-activation (not gated: first alone)
+  T *h, *first, *second;                   // h; gradients of u R and of the pre-activation (not gated: only first)
   float *sums, *sums_gate;                 // [tile][padded + 4]: the tile's result
   float* columns;                          // [warps][rows]: gates' gradients
   int *raw, *expert, *token;               // choices of the tile, and sorted by expert
@@ -90,7 +90,7 @@ template <int kTiles>
 struct HiddenPart {
   float v[kTiles][2][4] = {};
 
-  // f(row, column of the tile, element) of everything that this thread holds.
+  // Calls f(row, column of the tile, element) for everything that this thread holds.
   template <class F>
   __device__ __forceinline__ void each(F&& f) {
     const int lane = threadIdx.x & 31, column = (threadIdx.x >> 5) * 16 + (lane & 3) * 2;
@@ -107,7 +107,7 @@ struct HiddenPart {
 using HiddenRows = HiddenPart<kHiddenRows / 16>;
 using HiddenCore = HiddenPart<kLargestHiddenBlock / 16>;
 
-// part += A B over `depth` inner indices, a multiple of 16; row tiles at or past `rows` are left as they are.
+// part += A B over `depth` inner indices, a multiple of 16; row tiles at or past `rows` are left unchanged.
 template <class T, bool kMajorA, bool kMajorB, int kTiles>
 __device__ __forceinline__ void multiply(HiddenPart<kTiles>& part, const T* a, const T* b, int stride, int depth,
                                          int rows) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply(HiddenPart<kTiles>& part, const T* a, c
   }
 }
 
-// Rows [0, rows) from the addresses row(r), and zeros up to `filled`, into a tile. Ends without waiting.
+// Copies rows [0, rows) from the addresses row(r), and zeros up to `filled`, to a tile. Does not wait for the copies.
 template <class T, class Row>
 __device__ __forceinline__ void load_rows(const HiddenArguments& p, T* tile, int rows, int filled, Row&& row) {
   constexpr int kPer = 16 / static_cast<int>(sizeof(T));
@@ -150,7 +150,7 @@ __device__ __forceinline__ void load_block(const HiddenArguments& p, T* tile, co
       static_cast<const T*>(blocks) + (int64_t(expert) * p.own + (p.own > 1 ? group : 0)) * p.block * p.block;
   load_rows(p, tile, p.block, p.padded, [&](int r) { return from + r * p.block; });
 }
-// The blocks of an expert for a group.
+// Loads the blocks of an expert for a group.
 template <class T>
 __device__ __forceinline__ void load_blocks(const HiddenArguments& p, const HiddenShared<T>& s, int expert, int group) {
   load_block(p, s.right, p.right, expert, group);
@@ -164,7 +164,7 @@ __device__ __forceinline__ void arrived() {
 }
 __device__ __forceinline__ int whole_tiles(int rows) { return (rows + 15) / 16 * 16; }
 
-// `value` = u R and `z`, the pre-activation, which without a gate is that plus the bias.
+// `value` = u R, and `z` = the pre-activation, which without a gate is `value` plus the bias.
 template <class T>
 __device__ __forceinline__ void pre_activation(const HiddenArguments& p, const HiddenShared<T>& s, int expert, int group,
                                                int rows, HiddenRows& value, HiddenRows& z) {

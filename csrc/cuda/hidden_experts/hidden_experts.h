@@ -28,7 +28,7 @@ struct HiddenInputs {
 struct HiddenForward : HiddenInputs {
   void* out = nullptr;  // [T, F]; one launch
 };
-// Gradients, null where none is needed. At most three launches.
+// Gradients; null: not needed. At most three launches.
 struct HiddenBackward : HiddenInputs {
   const void* grad = nullptr;  // [T, F]
   void *du = nullptr, *du_gate = nullptr, *dright = nullptr, *dright_gate = nullptr, *dleft = nullptr, *dbias = nullptr;
@@ -38,7 +38,7 @@ struct HiddenBackward : HiddenInputs {
 // Bytes of scratch memory, aligned to 256.
 std::size_t workspace_bytes(const HiddenBackward& arguments);
 
-// Throw std::invalid_argument for blocks that are too large, and where a block of threads does not fit the device.
+// Throw std::invalid_argument for blocks that are too large, and if a block of threads does not fit on the device.
 void hidden_forward(const HiddenForward& arguments, cudaStream_t stream);
 void hidden_backward(const HiddenBackward& arguments, void* workspace, cudaStream_t stream);
 

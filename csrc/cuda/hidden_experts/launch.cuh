@@ -1,4 +1,4 @@
-// Chooses the tiles of tokens, and launches.
+// Chooses the tiles of tokens and launches the kernels.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -11,7 +11,7 @@ namespace mpoe::cuda {
 
 inline unsigned hidden_blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
 
-// Bytes of shared memory; nothing is read or written there.
+// Bytes of shared memory; no memory is accessed.
 template <class T>
 std::size_t hidden_bytes(const HiddenArguments& p, HiddenKernel kernel) {
   return HiddenShared<T>(p, kernel, reinterpret_cast<void*>(std::uintptr_t{256})).bytes;

@@ -1,12 +1,12 @@
 // Tiles of tokens: the result, and the gradients of u, u_gate and the gates. The choices of a tile are sorted by expert;
-// expert after expert computes its rows and adds them to the tile's sums in shared memory, always in the same order.
+// one expert at a time, rows are computed and added to the tile's sums in shared memory, always in the same order.
 #pragma once
 #include "cuda/hidden_experts/hidden_experts.cuh"
 
 namespace mpoe::cuda {
 
 // Sorts the choices of the block's tile by expert and returns how many there are. A token that chose an expert twice has
-// one entry with both gates. Begins without and ends with a barrier.
+// one entry with both gates. Starts without a barrier and ends with one.
 template <class T>
 __device__ __forceinline__ int sort_tile(const HiddenArguments& p, const HiddenShared<T>& s, int first_token) {
   const auto chosen = [&](int token, int k) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ int sort_tile(const HiddenArguments& p, const HiddenS
 }
 
 // Calls f(expert, first entry, rows) for at most kHiddenRows entries of one expert at a time, with its blocks and the rows
-// of u, u_gate and, where there is one, grad in shared memory.
+// of u, u_gate and, if there is one, grad in shared memory.
 template <class T, class F>
 __device__ __forceinline__ void for_each_run(const HiddenArguments& p, const HiddenShared<T>& s, int count, int first_token,
                                              int group, F&& f) {
@@ -121,10 +121,10 @@ __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_forward_kernel(const
 
 // The slots of expert `e`, in the order of pairs; the last expert ends the offsets.
 __device__ __forceinline__ void sort_slots(const HiddenArguments& p, int e) {
-  constexpr int kPairs = 8;  // neighbours that a thread looks at together
+  constexpr int kPairs = 8;  // adjacent pairs that a thread checks together
   SHARED_ARRAY(int, totals, kHiddenWarps);
   const int pairs = p.tokens * p.top_k, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  // Sum over the block, and over the threads before this one. Ends with `totals` free.
+  // Sum over the block, and over the threads before this one. `totals` is free afterwards.
   const auto scan = [&](int own, int& before) {
     int sum = own;
     UNROLL
@@ -170,8 +170,8 @@ __device__ __forceinline__ void sort_slots(const HiddenArguments& p, int e) {
   if (threadIdx.x == 0 && e == p.experts - 1) p.offsets[p.experts] = slot;
 }
 
-// Gradients of a row's `value` and `z` from dh, the gradient of h, in its place: `value` and `dh` become them.
-// Without a gate both are the same.
+// Gradients of a row's `value` and `z` from dh, the gradient of h, in place: `value` and `dh` become them.
+// Without a gate, both are the same.
 __device__ __forceinline__ void slopes(const HiddenArguments& p, float& value, float z, float& dh) {
   const float slope = activation_slope(p.activation, z);
   if (p.gated()) {
@@ -184,7 +184,7 @@ __device__ __forceinline__ void slopes(const HiddenArguments& p, float& value, f
   }
 }
 
-// Grid: groups times tiles of tokens, then a block for every expert whose slots are to be sorted.
+// Grid: groups times tiles of tokens, then a block for every expert, which sorts its slots.
 template <class T>
 __global__ void __launch_bounds__(kHiddenThreads, 1) hidden_rows_kernel(const __grid_constant__ HiddenArguments p) {
   DYN_SHARED(T, memory);

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t n
   in.tokens = counted(tokens, "the number of tokens");
   in.top_k = counted(top_k, "top_k");
   in.experts = counted(num_experts, "the number of experts");
-  // A capacity beyond all pairs drops none; at most 2^31 - 1 fits the launcher.
+  // A capacity above the number of pairs drops none; the launcher takes at most 2^31 - 1.
   in.capacity = capacity.has_value() ? counted(*capacity < tokens * top_k ? *capacity : tokens * top_k, "capacity") : -1;
   in.offsets = offsets.mutable_data_ptr<int>();
   in.token_of_slot = token_of_slot.mutable_data_ptr<int64_t>();
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t n
 Tensor dispatch_op(const Tensor& x, const Tensor& expert_offsets, const Tensor& token_of_slot) {
   const OnDevice device(x);
   MPOE_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
-  const Tensor source = x.stride(1) == 1 || x.size(1) == 1 ? x : dense(x);  // rows may lie apart, even overlap
+  const Tensor source = x.stride(1) == 1 || x.size(1) == 1 ? x : dense(x);  // rows may have gaps, or even overlap
   const Tensor index = dense_index(token_of_slot, 1, "token_of_slot");
   const Tensor offsets = dense(cast(expert_offsets, ScalarType::Int));
   check_same_device({&source, &index, &offsets});
@@ -81,7 +81,7 @@ Tensor dense_gates(const Tensor& gates, const Tensor& index) {
   return dense(cast(gates, ScalarType::Float));
 }
 
-// Without gates all are 1: dispatch's gradient.
+// Without gates, all are 1: this is dispatch's gradient.
 Tensor combine_op(const Tensor& y_sorted, const Tensor& slot_of_token, const std::optional<Tensor>& top_k_weights) {
   const OnDevice device(y_sorted);
   MPOE_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());

@@ -28,7 +28,7 @@ SortArguments sort_of(const Route& p, void* workspace) {
   return s;
 }
 
-// Calls f(T{}, constant kPer): 16 bytes at a time where every row begins at a multiple of 16, else one element.
+// Calls f(T{}, constant kPer): 16 bytes at a time if every row starts at a multiple of 16, else one element.
 template <class F>
 void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const void*> arrays, F&& f) {
   with_type(dtype, [&](auto zero) {

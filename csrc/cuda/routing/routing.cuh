@@ -8,7 +8,7 @@ namespace mpoe::cuda {
 constexpr int kRouteThreads = 128;
 constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kPairsPerBlock = 4 * kRouteThreads;  // pairs that one block of the sort counts and places
-constexpr int kFewPairs = 1024;                    // at most so many are sorted by one block in one launch
+constexpr int kFewPairs = 1024;                    // up to this many are sorted by one block in one launch
 
 // ------------------------------------------------------------------ gate
 
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
   if (token >= p.tokens) return;  // whole warps
   const T* logits = static_cast<const T*>(p.logits) + int64_t(token) * p.experts;
   constexpr float kInfinity = __builtin_huge_valf();
-  // NaN counts as the largest number, as in torch.topk: some expert is chosen in any case.
+  // NaN counts as the largest number, as in torch.topk: some expert is always chosen.
   const auto logit = [&](int expert) {
     const float value = dev::to_float(logits[expert]);
     return value == value ? value : kInfinity;
@@ -102,7 +102,7 @@ struct SortArguments {
   int* offsets = nullptr;     // [E + 1]
   int64_t* token_of_slot = nullptr;  // [N]
   int64_t* slot_of_token = nullptr;  // [T, K]
-  bool by_choice = false;  // pairs are counted first choices first, to find out which are dropped
+  bool by_choice = false;  // counts pairs with first choices first, to find out which are dropped
 
   __device__ __forceinline__ int pairs() const { return tokens * top_k; }
   __device__ __forceinline__ int bins() const { return experts + 1; }
@@ -118,7 +118,7 @@ struct SortArguments {
 };
 
 // Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps, bins]
-// is zero before and after. Threads without a pair pass bin -1. Every thread of the block calls it.
+// is zero before and after. Threads without a pair pass bin -1. Every thread of the block must call it.
 __device__ __forceinline__ int rank_of(int bin, int bins, int* seen, int* counts) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned same = __match_any_sync(dev::kFullWarp, bin);
@@ -144,7 +144,7 @@ __device__ __forceinline__ void clear(int* values, int count) {
   for (int i = threadIdx.x; i < count; i += kRouteThreads) values[i] = 0;
 }
 
-// Exclusive prefix of values [bins] in place, by one warp; the last entry's bin is included: values[i] = sum before i.
+// Exclusive prefix sum of values [count] in place, by one warp, including the last bin: values[i] = sum before i.
 __device__ __forceinline__ void warp_prefix(int* values, int count) {
   const int lane = threadIdx.x & 31;
   int carried = 0;
@@ -174,7 +174,7 @@ static __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const S
   int* keys = counts + kRouteWarps * bins;
   clear(seen, bins * (1 + kRouteWarps));
   __syncthreads();
-  for (int first = 0; first < pairs; first += kRouteThreads) {  // who is dropped
+  for (int first = 0; first < pairs; first += kRouteThreads) {  // which are dropped
     const int i = first + static_cast<int>(threadIdx.x);
     const int pair = i < pairs ? p.pair(i, p.capacity >= 0) : 0;
     int bin = i < pairs ? p.given_bin(pair) : -1;
@@ -212,10 +212,11 @@ static __global__ void __launch_bounds__(kRouteThreads) histogram_kernel(const S
   for (int b = threadIdx.x; b < bins; b += kRouteThreads) p.counts[int64_t(blockIdx.x) * bins + b] = seen[b];
 }
 
-// counts[block, bin] -> pairs of the bin in earlier blocks; offsets <- first slot of every expert. One block; shared: [bins].
+// counts[block, bin] -> pairs of the bin in earlier blocks; offsets <- first slot of every expert. One block; shared:
+// [bins].
 static __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const SortArguments p, int blocks) {
   DYN_SHARED(int, total);
-  constexpr int kAhead = 8;  // loads under way at once
+  constexpr int kAhead = 8;  // loads in flight at once
   const int bins = p.bins();
   for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
     int sum = 0;
@@ -265,7 +266,7 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 
 // ------------------------------------------------------------------ rows
 
-// kPer neighbours, moved at once.
+// kPer adjacent elements, moved at once.
 template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {
   T v[kPer];
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kRouteThreads)
 }
 
 // Gradients of combine: drows[s] = gate grad[t], dgates[t, k] = <rows[s], grad[t]> for the pair (t, k) in slot s; zero for
-// slots without a pair and for dropped pairs, whose tokens the empty slots hold. Either may be null. Grid: slots.
+// slots without a pair and for dropped pairs, whose tokens are in the empty slots. Either may be null. Grid: slots.
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
     combine_backward_kernel(const T* grad, const T* rows, const int64_t* token_of_slot, const int64_t* slot_of_token,

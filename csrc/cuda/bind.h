@@ -1,5 +1,5 @@
-// What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors, and
-// under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
+// What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors,
+// and under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
 #pragma once
 #include "cuda/binding.h"  // before CUDA's keywords, which the emulator defines as macros
 

@@ -151,8 +151,8 @@ struct Accumulator {
     return warp % TileT::kWarpsN * TileT::kWarpN + lane % kLanesPerRow * 2;
   }
   // Calls f(row, value, value of the next column) so that the lanes with this thread's columns cover every row of their
-  // warp's part of the tile. Adjacent lanes have adjacent columns, and the loop is not unrolled: there is one copy of f,
-  // whatever it does. strips: kStripFloats per warp in shared memory, which nothing else uses.
+  // warp's part of the tile. Adjacent lanes have adjacent columns, and the loop is not unrolled: there is one copy of
+  // f, whatever it does. strips: kStripFloats per warp in shared memory, which nothing else uses.
   template <class F>
   __device__ __forceinline__ void for_each_row(float* strips, F&& f) const {
     struct alignas(8) Pair {
@@ -207,8 +207,8 @@ constexpr std::size_t strip_bytes() {
   return sizeof(float) * Accumulator<TileT>::kStripFloats * (TileT::kThreads / 32);
 }
 
-// acc += A B over inner indices [k_begin, k_end). Every thread of the block calls it; rows and columns of the tile at or
-// past `rows`, `columns` are not computed (whole warps at a time). `stages` holds kStages tiles of both operands.
+// acc += A B over inner indices [k_begin, k_end). Every thread of the block must call it; rows and columns of the tile
+// at or past `rows`, `columns` are not computed (whole warps at a time). `stages` holds kStages tiles of both operands.
 // The leading barrier frees `stages` and publishes resident operands.
 template <class T, class TileT, bool kMajorA, bool kMajorB, class A, class B>
 __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, const B& b, int k_begin, int k_end,

@@ -26,7 +26,7 @@ set_source_files_properties("${CMAKE_CURRENT_LIST_DIR}/build_info.cpp" PROPERTIE
 add_library(_C_cuda MODULE ${CUDA_SOURCES})
 target_include_directories(_C_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
 target_include_directories(_C_cuda SYSTEM PRIVATE "${MPOE_TORCH_DIR}/include")
-# 2.11 is the oldest torch that can load the result; with STABLE_ONLY any use of the unstable C++ API is a compile error.
+# 2.11 is the oldest torch that loads the result; with STABLE_ONLY any use of the unstable C++ API is a compile error.
 target_compile_definitions(_C_cuda PRIVATE USE_CUDA TORCH_TARGET_VERSION=0x020b000000000000 TORCH_STABLE_ONLY)
 target_compile_options(_C_cuda PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills,-warn-lmem-usage)
 if(MPOE_WARNINGS_AS_ERRORS)
@@ -37,8 +37,8 @@ target_link_libraries(_C_cuda PRIVATE
 if(EXISTS "${MPOE_TORCH_DIR}/lib/libtorch_cuda.so")
   target_link_libraries(_C_cuda PRIVATE "${MPOE_TORCH_DIR}/lib/libtorch_cuda.so")
 else()
-  # A torch without CUDA: linking to a library of the same name, with the one function that we use, makes the result load
-  # the real one at run time.
+  # A torch without CUDA: linking to a library of the same name, with the one function that we use, makes the result
+  # load the real one at run time.
   file(WRITE "${CMAKE_BINARY_DIR}/torch_cuda.cpp"
     "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
   add_library(torch_cuda SHARED "${CMAKE_BINARY_DIR}/torch_cuda.cpp")

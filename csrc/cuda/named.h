@@ -1,5 +1,5 @@
-// Host side: tensors whose inner axes have names, and the index maps that a contraction of two of them needs. Which axes
-// form m, n and k of a matrix product follows from the names alone: shared ones are summed, the others remain.
+// Host side: tensors whose inner axes have names, and the index maps that a contraction of two of them needs. Which
+// axes form m, n and k of a matrix product follows from the names alone: shared ones are summed, the others remain.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -83,7 +83,7 @@ inline Axes sorted(Axes axes, const Named& by) {
 }
 
 // Two maps over the same digits, one for each tensor. Axes of size 1 are left out; axes that are adjacent in both
-// tensors become one digit. `outer_first`: the first digit is the slot or expert, and its stride is the tensor's `outer`.
+// tensors become one digit. `outer_first`: the first digit is the slot or expert, with the tensor's `outer` as stride.
 struct MapPair {
   IndexMap first, second;
   int64_t inner = 1;  // product of the sizes without the outer digit

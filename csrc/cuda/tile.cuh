@@ -72,8 +72,8 @@ struct Fragments {
   }
 };
 
-// float32 without tensor cores: every product and sum is one rounded fused multiply-add. A thread holds the same results
-// as with mma.sync: rows g, g + 8 and columns 2t, 2t + 1 of every 16 x 8 tile (g = lane / 4, t = lane % 4).
+// float32 without tensor cores: every product and sum is one rounded fused multiply-add. A thread holds the same
+// results as with mma.sync: rows g, g + 8 and columns 2t, 2t + 1 of every 16 x 8 tile (g = lane / 4, t = lane % 4).
 template <>
 struct Fragments<float> {
   static constexpr int kStep = 4;

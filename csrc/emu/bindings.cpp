@@ -1,4 +1,4 @@
-// The ops mpoe_emulated::, in one source: the headers of torch that each file of them includes take longest.
+// The ops mpoe_emulated::, in one source: torch's headers, which each of these files includes, take longest.
 #include "cuda/embedding/bind.cpp"
 #include "cuda/hidden_experts/bind.cpp"
 #include "cuda/linear/bind.cpp"

@@ -1,4 +1,4 @@
-// The hold of tests/cuda/emulation.py on the emulator, by ctypes: schedules, limits of the device, counters, and the
+// How tests/cuda/emulation.py controls the emulator, through ctypes: schedules, limits of the device, counters, and the
 // memory that blocks need. The kernels themselves are the ops of bindings.cpp, compiled into the same library.
 #include <algorithm>
 #include <cstdint>
@@ -26,14 +26,15 @@ template <typename Bytes>
 std::size_t or_zero(const Bytes& bytes) {
   try {
     return bytes();
-  } catch (const std::invalid_argument&) {  // must not leave for C
+  } catch (const std::invalid_argument&) {  // must not propagate into C
     return 0;
   }
 }
 
 }  // namespace
 
-// Which ready thread runs next (blocks in the same order), a value of emu::Order; cp.async copies at the wait or at issue.
+// Which ready thread runs next (blocks in the same order), a value of emu::Order; whether cp.async copies at the wait
+// or at issue.
 EMU_EXPORT void emu_configure(int order, int lazy_copies, std::uint64_t seed) {
   auto& config = emu::config();
   config.order = static_cast<emu::Order>(order);
@@ -42,14 +43,14 @@ EMU_EXPORT void emu_configure(int order, int lazy_copies, std::uint64_t seed) {
   config.seed = seed;
 }
 
-// What the device has; 0: what it usually has.
+// The limits of the device; 0: the usual one.
 EMU_EXPORT void emu_limit(std::size_t shared_bytes, int multiprocessors) {
   const emu::Config usual;
   emu::config().max_shared = shared_bytes ? shared_bytes : usual.max_shared;
   emu::config().multiprocessors = multiprocessors ? multiprocessors : usual.multiprocessors;
 }
 
-// What was counted since the last call, in the order of emu::Stats.
+// The counts since the last call, in the order of emu::Stats.
 EMU_EXPORT void emu_counters(std::uint64_t* counts) {
   auto& stats = emu::stats();
   const std::uint64_t all[] = {stats.launches,           stats.blocks,   stats.mma,     stats.ldmatrix,
@@ -68,7 +69,7 @@ EMU_EXPORT std::size_t emu_panel_bytes(int dtype, const int* sizes, int transpos
   return or_zero([&] { return panel_bytes(product); });
 }
 
-// The same of the kernel for few rows. shape: left, centre, right, rows.
+// The same for the kernel for few rows. shape: left, centre, right, rows.
 EMU_EXPORT std::size_t emu_few_bytes(int dtype, const int* sizes, const int* shape) {
   FewProduct product;
   product.dtype = static_cast<mpoe::Dtype>(dtype);

@@ -10,7 +10,7 @@ namespace emu {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kGuard = 64;  // bytes behind dynamic shared memory that must keep their pattern
+constexpr std::size_t kGuard = 64;  // bytes after dynamic shared memory that must keep their pattern
 
 // Stacks are kept for the next launch.
 char* take_stack() {
@@ -24,7 +24,7 @@ char* take_stack() {
   void* memory =
       mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  mprotect(memory, kPage, PROT_NONE);  // an overflow faults instead of spoiling a neighbour
+  mprotect(memory, kPage, PROT_NONE);  // an overflow faults instead of corrupting a neighbour
   return static_cast<char*>(memory) + kPage;
 }
 
@@ -66,7 +66,7 @@ EMU_NO_TSAN void start(Block& block, dim3 grid, dim3 dim, std::size_t shared_byt
   block.dynamic_bytes = shared_bytes;
   void* shared = nullptr;
 #if EMU_ASAN
-  const std::size_t room = shared_bytes ? shared_bytes : 1;  // ASan itself watches the end
+  const std::size_t room = shared_bytes ? shared_bytes : 1;  // ASan itself checks the end
 #else
   const std::size_t room = shared_bytes + kGuard;
 #endif

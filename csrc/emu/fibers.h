@@ -1,8 +1,8 @@
 // One fiber per CUDA thread: runs a grid block by block on the calling OS thread. For tests, not for speed.
 //
-// Fibers switch only where threads may wait for one another (barriers, warp collectives), in a chosen order; so a missing
-// barrier shows as a wrong value under at least one order, and under TSan as a race (switches create no ordering there).
-// x86-64 only. Blocks of 256 threads or more: TSan reports nothing, so race tests use at most 128.
+// Fibers switch only where threads may wait for one another (barriers, warp collectives), in a chosen order; so a
+// missing barrier shows as a wrong value under at least one order, and under TSan as a race (switches create no
+// ordering there). x86-64 only. In blocks of 256 threads or more TSan reports nothing, so race tests use at most 128.
 #pragma once
 #include <sys/mman.h>
 
@@ -28,7 +28,7 @@ struct Config {
   bool blocks_descending = false;   // order of the blocks of a grid
   bool cp_async_lazy = true;        // copy at the wait (the latest legal moment) or at issue (the earliest)
   std::uint64_t seed = 0;           // of the random order
-  unsigned char poison = 0xff;      // fills shared memory when a block starts: NaN in every floating format, -1
+  unsigned char poison = 0xff;      // fills shared memory when a block starts: NaN in every floating format, -1 in int
   std::size_t max_shared = 227 * 1024;
   int multiprocessors = 4;
   std::size_t stack_bytes = 64 * 1024;
@@ -71,7 +71,7 @@ struct Fiber {
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;
 };
-struct alignas(64) Tag {  // a cell of its own each: TSan merges neighbours
+struct alignas(64) Tag {  // each has its own cell: TSan merges neighbours
   char cell = 0;
 };
 struct Pending {  // a warp collective that lanes are arriving at
@@ -141,7 +141,7 @@ EMU_NO_TSAN inline void to_fiber(Block& block, Fiber& fiber) {
   switch_stacks(&block.main_sp, fiber.sp);
   asan_arrive(block.main_fake_stack, nullptr, nullptr);
 }
-// Ends the block with an error; never comes back.
+// Ends the block with an error; never returns.
 [[noreturn]] EMU_NO_TSAN inline void fail(const std::string& message) {
   Fiber& fiber = self();
   Block& block = *fiber.block;
@@ -192,7 +192,7 @@ EMU_NO_TSAN inline void block_barrier(const Location& where) {
   } else if (block.barrier_line.line() != where.line()) {
     fail("__syncthreads divergence: " + line_of(where) + " meets " + line_of(block.barrier_line));
   }
-  // Two tags in turn: arrivals at the next barrier must not order those who leave this one.
+  // Two alternating tags: arrivals at the next barrier must not be ordered before threads that leave this one.
   Tag* tag = &block.barrier_tag[block.barrier_generation & 1];
   tsan_release(tag);
   {
@@ -204,8 +204,8 @@ EMU_NO_TSAN inline void block_barrier(const Location& where) {
   tsan_acquire(tag);
 }
 
-// Every lane of `mask` hands in its slot; the last to come runs function(slots), then all go on. `fence`: the collective
-// orders memory among the lanes (only __syncwarp does).
+// Every lane of `mask` passes its slot; the last to arrive runs function(slots), then all continue. `fence`: the
+// collective orders memory among the lanes (only __syncwarp does).
 template <class T, class F>
 EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&& function, const Location& where,
                                    bool fence = false) {

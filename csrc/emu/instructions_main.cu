@@ -1,5 +1,5 @@
-// Every instruction that csrc/emu/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line of
-// hexadecimal numbers for each. Compiled with the emulator and with nvcc, the lines must be equal
+// Every instruction that csrc/emu/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line
+// of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
 // (tools/cuda_probes.py).
 #include <cstdio>
 #include <cstring>
@@ -11,9 +11,9 @@ namespace {
 
 using Words = std::vector<uint32_t>;
 
-// in and out of every kernel: 32-bit words, so many for each lane of one warp.
+// in and out of every kernel: 32-bit words, the same number for each lane of one warp.
 
-// Small integers: products and sums are exact in whatever order tensor cores add.
+// Small integers: products and sums are exact, in whatever order tensor cores add.
 template <class T>
 __global__ void mma(const uint32_t* in, uint32_t* out) {
   const int lane = threadIdx.x;
@@ -37,7 +37,7 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; ++i) rows[lane * 4 + i] = in[lane * 4 + i];
   __syncthreads();
   uint32_t r[4];
-  // Lanes name rows in another order than memory's.
+  // Lanes pass rows in an order that is not memory's.
   const void* row = rows + (lane * 5 % 32) * 4;
   if (kTransposed) {
     dev::ldmatrix_x4_trans(r, row);
@@ -47,7 +47,7 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = r[i];
 }
 
-// The first lane / 2 bytes of 16; the rest becomes zero.
+// The first lane / 2 bytes of 16, rounded down to an even number; the rest becomes zero.
 __global__ void cp_async(const uint32_t* in, uint32_t* out) {
   DYN_SHARED(uint32_t, stage);
   const int lane = threadIdx.x;
@@ -143,7 +143,7 @@ uint32_t bits_of(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-// A small integer as bfloat16 (its float32 cut in half) or, exactly too, as float16.
+// A small integer as bfloat16 (the upper half of its float32) or, also exactly, as float16.
 uint32_t half_word(int value, bool brain) {
   if (brain) return bits_of(static_cast<float>(value)) >> 16;
   const uint32_t bits = bits_of(static_cast<float>(value));
@@ -166,7 +166,7 @@ Words factors(int kind, uint32_t seed) {  // 0 bfloat16, 1 float16, 2 tf32
   }
   return words;
 }
-// Ties, neighbours of ties, subnormal and large numbers; finite, as NaN may come in several forms.
+// Ties, neighbours of ties, subnormal and large numbers; finite, as NaN has several encodings.
 Words roundable() {
   Words words = scrambled_words(8, 11);
   for (std::size_t i = 0; i < words.size(); ++i) {

@@ -1,4 +1,4 @@
-// Barriers, shuffles, votes and atomics of CUDA, on fibers. Errors name the line of the kernel.
+// CUDA's barriers, shuffles, votes and atomics, on fibers. Errors name the line of the kernel.
 #pragma once
 #include "fibers.h"
 

@@ -7,7 +7,7 @@ namespace emu_probes {
 
 using mpoe::cuda::Fragments;
 
-// out = in backwards, through shared memory. Mistake: no barrier between writing and reading.
+// out = in, reversed, through shared memory. Mistake: no barrier between writing and reading.
 inline __global__ void reverse(const int* in, int* out, int count, bool mistake) {
   DYN_SHARED(int, values);
   const int i = threadIdx.x;
@@ -16,7 +16,7 @@ inline __global__ void reverse(const int* in, int* out, int count, bool mistake)
   if (i < count) out[i] = values[count - 1 - i];
 }
 
-// Sum of neighbours inside a warp. Mistake: no __syncwarp between writing and reading.
+// Sum of neighbours within a warp. Mistake: no __syncwarp between writing and reading.
 inline __global__ void neighbours(const int* in, int* out, int, bool mistake) {
   SHARED_ARRAY(int, values, 128);
   const int i = threadIdx.x;
@@ -25,7 +25,7 @@ inline __global__ void neighbours(const int* in, int* out, int, bool mistake) {
   out[i] = values[i ^ 1] + values[i];
 }
 
-// Every thread passes a number round the block through one cell. Mistake: the cell is written again while it is read.
+// Threads in turn pass a number to the whole block through one cell. Mistake: it is written again while it is read.
 inline __global__ void ring(const int* in, int* out, int count, bool mistake) {
   SHARED_ARRAY(int, cell, 1);
   const int i = threadIdx.x;
@@ -61,7 +61,7 @@ inline __global__ void pipeline(const int* in, int* out, int steps, bool mistake
   }
 }
 
-// Mistake: one half of the block waits at another barrier than the other.
+// Mistake: the two halves of the block wait at different barriers.
 inline __global__ void meeting(const int* in, int* out, int count, bool mistake) {
   const int i = threadIdx.x;
   if (mistake && i >= count / 2) {

@@ -45,7 +45,7 @@ void __asan_unpoison_memory_region(const void volatile*, std::size_t);
 namespace emu {
 
 #if EMU_TSAN
-struct Quiet {  // the emulator's own bookkeeping is no access of the kernel
+struct Quiet {  // the emulator's own bookkeeping is not an access by the kernel
   Quiet() {
     AnnotateIgnoreReadsBegin("", 0);
     AnnotateIgnoreWritesBegin("", 0);

@@ -37,7 +37,7 @@ using check::Array;
 constexpr Dtype kDtype = Dtype::kBFloat16;
 constexpr float kBefore = 1.f;  // what the central gradient is added to
 
-// What is built from blocks, and what rows meet; or a kernel of one launch.
+// What is built from blocks, and what rows are multiplied by; or a single-launch kernel.
 struct Way {
   std::string name;
   std::vector<std::array<std::string, 3>> merges;  // result, first, second
@@ -48,7 +48,7 @@ const std::array<std::string, 3> kLC{"LC", "L", "C"}, kCR{"CR", "C", "R"}, kFrom
 const Way kRebuildLC{"rebuild from LC", {kLC, kFromLC}, {"W"}, {}, {}}, kRebuildCR{"rebuild from CR", {kCR, kFromCR}, {"W"}, {}, {}},
     kHalfLeft{"half left", {kLC}, {"LC", "R"}, {}, {}}, kHalfRight{"half right", {kCR}, {"L", "CR"}, {}, {}},
     kChain{"chain", {}, {"L", "C", "R"}, {}, {}};
-// The panel's dx stands beside gradients of blocks step by step.
+// The panel kernel computes y and dx; the gradients of blocks are computed step by step.
 Way in_panels(const Way& rebuild, std::vector<int> panel) {
   Way way = rebuild;
   way.name = "panels, " + way.name;
@@ -64,7 +64,7 @@ struct Case {
   std::vector<int64_t> offsets;
   int64_t slots, tokens;  // tokens 0: no gather
   mpoe::Activation activation;
-  int64_t shift;  // elements by which arrays miss an address of 64 bytes
+  int64_t shift;  // elements by which arrays miss 64-byte alignment
 };
 
 // Asynchronous copies, several tiles in rows and columns, several steps of the pipeline.

@@ -1,5 +1,6 @@
-// Twins of the instructions in csrc/cuda/device.cuh (mma.sync, ldmatrix, cp.async), after the fragment tables of NVIDIA's
-// "Parallel Thread Execution ISA", chapter "Warp-level matrix instructions". bench/ compares them with hardware.
+// Twins of the instructions in csrc/cuda/device.cuh (mma.sync, ldmatrix, cp.async), after the fragment tables of
+// NVIDIA's "Parallel Thread Execution ISA", chapter "Warp-level matrix instructions". tools/cuda_probes.py compares
+// them with hardware.
 #pragma once
 #include "intrinsics.h"
 
@@ -27,7 +28,7 @@ struct MmaSlot {
   const std::uint32_t* b;
 };
 
-// D[16 x 8] += A[16 x K] B[K x 8], with the fragments already spread into matrices.
+// D[16 x 8] += A[16 x K] B[K x 8]; `spread` writes a lane's fragments into the matrices.
 template <int K, class Spread>
 void mma_twin(float (&d)[4], const std::uint32_t* a, const std::uint32_t* b, Spread spread, const emu::Location& where) {
   MmaSlot slot{d, a, b};
@@ -105,7 +106,7 @@ void ldmatrix_twin(std::uint32_t (&r)[4], const void* row, const emu::Location& 
   } slot;
   slot.address = reinterpret_cast<std::uintptr_t>(row);
   slot.out = r;
-  for (int i = 0; i < 8; ++i) slot.values[i] = static_cast<const std::uint16_t*>(row)[i];  // its own read: for sanitizers
+  for (int i = 0; i < 8; ++i) slot.values[i] = static_cast<const std::uint16_t*>(row)[i];  // read here for sanitizers
   emu::collective(
       kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, slot,
       [](void** slots) {

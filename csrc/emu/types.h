@@ -17,7 +17,7 @@
 #define __align__(n) alignas(n)
 #define __grid_constant__
 
-// device.cuh defines the same four for nvcc.
+// device.cuh defines the same macros for nvcc.
 #define UNROLL
 #define ROLLED
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::emu::dynamic_shared())

@@ -46,7 +46,7 @@ class Random {
   std::uint64_t state_;
 };
 
-// `count` elements that start `shift` elements behind an address aligned to 64 and end where the allocation ends.
+// `count` elements that start `shift` elements after a 64-byte aligned address and end where the allocation ends.
 class Array {
  public:
   Array() = default;
@@ -121,7 +121,7 @@ class Array {
   char* data_ = nullptr;
 };
 
-// ||actual - truth|| / ||truth||; NaN anywhere is infinite. A truth of zeros is compared exactly.
+// ||actual - truth|| / ||truth||; infinite if `actual` is not finite everywhere. A truth of zeros is compared exactly.
 inline double relative_error(const std::vector<double>& actual, const std::vector<double>& truth) {
   double difference = 0, norm = 0;
   for (std::size_t i = 0; i < truth.size(); ++i) {
@@ -148,7 +148,7 @@ inline const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-// What main returns. 77: the instruction set that MPOE_CPU_ISA names does not exist here, nothing was run.
+// If false, main returns 77: the instruction set that MPOE_CPU_ISA names does not exist here, and nothing is run.
 inline bool isa_exists() {
   const char* wanted = std::getenv("MPOE_CPU_ISA");
   return wanted == nullptr || std::strcmp(wanted, isa_name(active_isa())) == 0;

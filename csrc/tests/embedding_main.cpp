@@ -1,4 +1,4 @@
-// Rows of an MPO table under sanitizers: against loops in double, with 1 and 3 threads.
+// Rows of an MPO table under sanitizers, against loops in double precision, with 1 and 3 threads.
 #include "check.h"
 #include "cpu/embedding/embedding.h"
 

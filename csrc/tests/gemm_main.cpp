@@ -1,4 +1,4 @@
-// The GEMM core under sanitizers: every function of the table, against double, at sizes with remainders.
+// The GEMM core under sanitizers: every function of the table, against double precision, at sizes with remainders.
 #include <algorithm>
 
 #include "check.h"

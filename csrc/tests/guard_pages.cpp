@@ -1,9 +1,9 @@
-// An allocator for LD_PRELOAD: whatever posix_memalign gives (PyTorch's CPU tensors, the kernels' buffers) ends at a page
-// that may not be touched, so that an access beyond it is a SIGSEGV at the instruction that does it. Freed memory may not
-// be touched either, and its addresses are not used again. New memory is NaN. tools/native_guard.sh builds and uses it.
+// An allocator for LD_PRELOAD: whatever posix_memalign returns (PyTorch's CPU tensors, the kernels' buffers) ends at an
+// inaccessible page, so that an access beyond it raises SIGSEGV at the offending instruction. Freed memory becomes
+// inaccessible too, and its addresses are not used again. New memory is NaN. tools/native_guard.sh builds and uses it.
 //
-// Between the last byte and the page lies what the alignment asks for (MPOE_GUARD_ALIGN, at most the caller's): a write
-// there is found when the memory is freed, a read is not.
+// Between the last byte and the page there is a gap if the alignment requires it (MPOE_GUARD_ALIGN, at most the
+// caller's): a write there is detected when the memory is freed, a read is not.
 #include <dlfcn.h>
 #include <errno.h>
 #include <malloc.h>
@@ -18,11 +18,11 @@
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kReserved = std::size_t{8} << 40;  // addresses alone: memory is taken when it is written
+constexpr std::size_t kReserved = std::size_t{8} << 40;  // only addresses: memory is allocated when it is written
 constexpr unsigned char kGap = 0xA5;                     // between the last byte and the page
 constexpr unsigned char kNew = 0xFF;                     // NaN in every floating dtype
 
-// What lies in the page before the memory, so that free knows it.
+// Stored in the page before the memory, for free.
 struct Header {
   std::size_t pages;  // of header, memory and gap
   std::size_t bytes;
@@ -48,7 +48,7 @@ std::uintptr_t first_address() {
 }
 
 std::atomic<std::size_t> used{0};
-std::atomic<bool> started{false};  // nothing is ours before
+std::atomic<bool> started{false};  // before that, nothing is ours
 
 bool is_ours(const void* pointer) {
   if (!started.load(std::memory_order_acquire)) return false;
@@ -83,10 +83,10 @@ int posix_memalign(void** result, std::size_t alignment, std::size_t bytes) {
     return real(result, alignment, bytes);
   }
   alignment = alignment < most_alignment() ? alignment : most_alignment();
-  // A pointer to no bytes must not be the next page's.
+  // A pointer to zero bytes must not point to the next page.
   const std::size_t space = bytes == 0 ? kPage : round_up(bytes, alignment);
   const std::size_t pages = 1 + round_up(space, kPage) / kPage;
-  const std::size_t at = used.fetch_add((pages + 1) * kPage);  // one more stays closed
+  const std::size_t at = used.fetch_add((pages + 1) * kPage);  // one more stays inaccessible
   if (at + (pages + 1) * kPage > kReserved) return ENOMEM;
   const std::uintptr_t first = first_address() + at, end = first + pages * kPage;
   if (mprotect(reinterpret_cast<void*>(first), pages * kPage, PROT_READ | PROT_WRITE) != 0) return ENOMEM;
@@ -111,8 +111,8 @@ void free(void* pointer) {
   const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(header_of(pointer)), end = first + header.pages * kPage;
   for (std::uintptr_t at = start + header.bytes; at < end; ++at)
     if (*reinterpret_cast<const unsigned char*>(at) != kGap) fail("guard pages: written beyond the end of a tensor\n");
-  // Mapped again, not only closed: the system then joins it with what is closed beside it. Pieces that were in use stay
-  // apart, and a process may have 65,530 of them.
+  // Mapped again, not only protected: the system then merges it with adjacent inaccessible mappings. Mappings that were
+  // in use stay separate, and a process may have 65,530 of them.
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(reinterpret_cast<void*>(first), end - first, PROT_NONE, kFlags, -1, 0) == MAP_FAILED)
     fail("guard pages: a free failed\n");

@@ -1,4 +1,5 @@
-// Hidden-side experts under sanitizers: results and all gradients against loops in double, with 1 and 3 threads.
+// Hidden-side experts under sanitizers: results and all gradients against loops in double precision, with 1 and 3
+// threads.
 #include "cpu/hidden_experts/hidden_experts.h"
 #include "hidden_truth.h"
 

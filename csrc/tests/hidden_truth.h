@@ -18,7 +18,7 @@ struct HiddenCase {
 
 inline double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
 
-// relu where there is no gate, silu beside one.
+// relu without a gate, silu with one.
 inline double activated(const HiddenCase& c, double z) { return c.gated ? z * sigmoid(z) : std::max(z, 0.0); }
 inline double slope(const HiddenCase& c, double z) {
   return c.gated ? sigmoid(z) * (1 + z * (1 - sigmoid(z))) : static_cast<double>(z > 0);
@@ -71,7 +71,7 @@ inline std::vector<HiddenValues> hidden_truth(const HiddenCase& c, const HiddenA
   return {out, du, dgates, dr, dl, dbias, dug, drg};
 }
 
-// Random inputs; some choices are -1 where there is more than one expert.
+// Random inputs; some choices are -1 if there is more than one expert.
 inline HiddenArrays hidden_inputs(const HiddenCase& c, Dtype dtype, Random& random) {
   const std::int64_t features = c.block * c.groups, rows = c.tokens * features, pairs = c.tokens * c.top_k;
   const std::int64_t cores = c.experts * (c.own ? c.groups : 1) * c.block * c.block;

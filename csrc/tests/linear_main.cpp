@@ -1,5 +1,6 @@
-// The grouped MPO linear under sanitizers: every strategy that is linked in, forward and backward, against double.
-// Arrays end where their allocation ends, start at odd addresses, and results are NaN before they are written.
+// The grouped MPO linear layer under sanitizers: every strategy that is linked in, forward and backward, against double
+// precision. Arrays end where their allocation ends, most start at odd addresses, and results are NaN before they are
+// written.
 #include <functional>
 
 #include "check.h"
@@ -8,7 +9,7 @@
 
 namespace mpoe {
 
-// Strategies not yet written are null.
+// Strategies that are not linked in are null.
 [[gnu::weak]] void separable_forward(const LinearForward& in);
 [[gnu::weak]] void separable_backward(const LinearBackward& in);
 [[gnu::weak]] void rebuild_forward(const LinearForward& in);
@@ -73,7 +74,7 @@ const Load kLoads[] = {
     {"one expert", {0, 0, 45}, 45, false},
 };
 
-// Arrays of one call. Results are fresh for every run.
+// Arrays of one call. Every run allocates new results.
 struct Memory {
   Array x, left, central, right, bias, grad;
   Array y, h, saved, dx, dleft, dcentral, dright, dbias;

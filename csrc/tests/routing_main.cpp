@@ -101,7 +101,7 @@ void check_case(const Case& c, int number) {
       if (c.tokens < 1000 || features == 33) check_rows(c, expected, dtype, features, random);
 }
 
-// Logits, choices and gates against loops in double; of equal logits the first expert comes first.
+// Logits, choices and gates against loops in double precision; among equal logits the first expert comes first.
 void check_gating(std::int64_t tokens, std::int64_t features, std::int64_t experts, std::int64_t top_k, bool raw) {
   const std::string what = "gating of " + std::to_string(tokens) + " tokens among " + std::to_string(experts);
   check::Random random(static_cast<std::uint64_t>(tokens * 100 + experts));

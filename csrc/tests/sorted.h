@@ -1,4 +1,4 @@
-// The stable counting sort of (token, choice) pairs by obvious loops.
+// The stable counting sort of (token, choice) pairs, by plain loops.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The grouped MPO linear by obvious loops in double precision.
+// The grouped MPO linear layer, by plain loops in double precision.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Result {
 
 double activate(Activation activation, double z);
 double derivative(Activation activation, double z);
-// Everything; gradients where |z| < relu_margin are taken as if `grad` were zero there (it is zeroed in `problem`).
+// Everything. For relu, gradients are taken as if `grad` were zero where |z| < relu_margin (it is zeroed in `problem`).
 Result solve(Problem& problem, double relu_margin);
 
 }  // namespace mpoe::truth

@@ -21,8 +21,9 @@ constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 template <int rows>
 struct RowOffsets {
   int64_t odd[(rows + 1) / 2];
-  // By additions in registers. Compilers would multiply in vectors and reload the elements from the stack, and a load that
-  // no single store can forward to waits for all earlier stores: the previous tile's results, on their way to memory.
+  // By additions in registers. Compilers would multiply in vectors and reload the elements from the stack, and a load
+  // that no single store can forward to waits for all earlier stores: the previous tile's results, on their way to
+  // memory.
   explicit RowOffsets(int64_t stride) {
     odd[0] = stride;
 #pragma GCC unroll 8

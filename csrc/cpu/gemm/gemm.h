@@ -39,7 +39,7 @@ struct GemmKernels {
   std::int64_t best_rows;   // rows of a tile that make best use of the registers, <= kMaxRows
   std::int64_t longest_sum;  // units to sum in one pass (linear/common.h)
 
-  // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. Strides of `a` in units, tile_stride in floats.
+  // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. a_stride is in units, tile_stride in floats.
   // Row r of A starts at a + r * a_stride. Split into tiles of at most best_rows.
   void (*multiply_rows)(
       std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,

@@ -18,8 +18,9 @@ void turn_rows(
     for (std::int64_t c = 0; c < columns; ++c) out[c * out_stride + k] = T{};
 }
 
-// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B; `k`: rows,
-// in whole units. `a` holds A^T with rows `a_stride` apart; `sum` has rows `stride` floats apart, in whole panels.
+// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B.
+// `k`: rows, in whole units. `a` holds A^T with rows `a_stride` apart; `sum` has rows `stride` floats apart, in whole
+// panels.
 template <class T>
 void multiply_outer(
     const GemmKernels& gemm, std::int64_t k, std::int64_t m, const T* a, std::int64_t a_stride, Span columns,

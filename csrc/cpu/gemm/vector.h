@@ -76,8 +76,8 @@ inline float load_float(const char* address) {
   return value;
 }
 
-// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps multiply-adds that each load
-// their operands: the first for all rows, then the second, so that registers hold one step's operands at a time.
+// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps multiply-adds, each loading
+// its operands: the first for all rows, then the second, so that registers hold one step's operands at a time.
 // kRows: rows of a tile, as many as leave registers for the operands.
 template <class T>
 struct UnitProduct;

@@ -1,6 +1,6 @@
-// Rows of a table kept as an MPO, on raw device pointers. Row number = (iL, iC, iR): the rows of left are gathered by iL,
-// the slice of central that a row needs is its "expert" iC, and the slice of right its expert iR. So two grouped products,
-// each after a counting sort, give the rows; the table itself is never built.
+// Rows of a table kept as an MPO, on raw device pointers. Row number = (iL, iC, iR): the rows of left are gathered by
+// iL, the slice of central that a row needs is its "expert" iC, and the slice of right its expert iR. So two grouped
+// products, each after a counting sort, give the rows; the table itself is never built.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Gradients of the blocks and biases: per expert and group, a sum over the expert's slots, in their order. Also the sums
-// of partial results.
+// Gradients of the blocks and biases: per expert and group, a sum over the expert's slots, in their order. Also the
+// sums of partial results.
 #pragma once
 #include "cuda/hidden_experts/rows.cuh"
 

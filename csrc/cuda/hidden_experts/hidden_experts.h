@@ -1,5 +1,6 @@
-// Experts on the hidden side, on raw device pointers: o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, or
-// with u_gate act(u_gate[t, g, :] R^gate_e + bias_e) * (u[t, g, :] R_e) inside; e = index[t, k]. Dense arrays; F = G b.
+// Experts on the hidden side, on raw device pointers: o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e,
+// or with u_gate act(u_gate[t, g, :] R^gate_e + bias_e) * (u[t, g, :] R_e) inside; e = index[t, k]. Dense arrays;
+// F = G b.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,12 +1,13 @@
-// Tiles of tokens: the result, and the gradients of u, u_gate and the gates. The choices of a tile are sorted by expert;
-// one expert at a time, rows are computed and added to the tile's sums in shared memory, always in the same order.
+// Tiles of tokens: the result, and the gradients of u, u_gate and the gates. The choices of a tile are sorted by
+// expert; one expert at a time, rows are computed and added to the tile's sums in shared memory, always in the same
+// order.
 #pragma once
 #include "cuda/hidden_experts/hidden_experts.cuh"
 
 namespace mpoe::cuda {
 
-// Sorts the choices of the block's tile by expert and returns how many there are. A token that chose an expert twice has
-// one entry with both gates. Starts without a barrier and ends with one.
+// Sorts the choices of the block's tile by expert and returns how many there are. A token that chose an expert twice
+// has one entry with both gates. Starts without a barrier and ends with one.
 template <class T>
 __device__ __forceinline__ int sort_tile(const HiddenArguments& p, const HiddenShared<T>& s, int first_token) {
   const auto chosen = [&](int token, int k) {
@@ -42,8 +43,8 @@ __device__ __forceinline__ int sort_tile(const HiddenArguments& p, const HiddenS
   return count;
 }
 
-// Calls f(expert, first entry, rows) for at most kHiddenRows entries of one expert at a time, with its blocks and the rows
-// of u, u_gate and, if there is one, grad in shared memory.
+// Calls f(expert, first entry, rows) for at most kHiddenRows entries of one expert at a time, with its blocks and the
+// rows of u, u_gate and, if there is one, grad in shared memory.
 template <class T, class F>
 __device__ __forceinline__ void for_each_run(const HiddenArguments& p, const HiddenShared<T>& s, int count, int first_token,
                                              int group, F&& f) {

@@ -1,5 +1,5 @@
-// The grouped product: its three contractions (steps.h), its kernels of one launch (panel.h, few.h), what surrounds them
-// (pointwise.h). Checks, allocation and launches; who calls them: mpoe_kernels/linear/cuda.
+// The grouped product: its three contractions (steps.h), its single-launch kernels (panel.h, few.h) and what surrounds
+// them (pointwise.h). Checks, allocation and launches; called by mpoe_kernels/linear/cuda.
 #include "cuda/bind.h"
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace {
 
 using Integers = std::vector<int64_t>;
 
-// A bias, or what is kept of a result: of the dtype of the rows.
+// Of a bias, or of what is saved of a result: with the dtype of the rows.
 const void* data_of(const std::optional<Tensor>& tensor, const Tensor& like) {
   if (!tensor.has_value()) return nullptr;
   check_same_device({&like, &*tensor});
@@ -37,7 +37,7 @@ const int* offsets_of(const Tensor& offsets, const Tensor& like) {
       "expert_offsets must be dense int32 [E + 1]");
   return offsets.const_data_ptr<int>();
 }
-// Where rows of the result go, and what they are multiplied by; both by slots that an `out_index` names once each.
+// Where rows of the result go, and what they are multiplied by. `out_index` names every row once; gates are by row.
 struct Placed {
   const std::optional<Tensor>& out_index;
   const std::optional<Tensor>& gates;
@@ -58,10 +58,10 @@ Epilogue epilogue_of(const std::optional<Tensor>& bias, const std::string& activ
   return found;
 }
 
-// What a step reads or writes, in numbers of 64 bits; StepOperand of mpoe_kernels/linear/cuda/plan.py.
+// What a step reads or writes, in 64-bit numbers; StepOperand of mpoe_kernels/linear/cuda/plan.py.
 struct StepOperand {
-  int64_t tensor;         // of the call's, or -1: the scratch memory
-  int64_t offset;         // element at which it begins
+  int64_t tensor;         // number among the call's; -1: the scratch memory
+  int64_t offset;         // element at which it starts
   int64_t outer;          // elements from one slot or expert to the next; 0: shared by all
   int64_t limit;          // true columns; 0: all of them
   int64_t stride[kAxes];  // 0: not an axis
@@ -69,15 +69,15 @@ struct StepOperand {
 // One launch; Step of mpoe_kernels/linear/cuda/plan.py.
 struct Step {
   int64_t kind;            // see below
-  int64_t first, experts;  // at work
-  int64_t gathers;         // rows are read by row_index
+  int64_t first, experts;  // experts [first, first + experts) are at work
+  int64_t gathers;         // rows are read through row_index
   int64_t epilogue;        // the result is y: bias, activation, pre
   int64_t tail;            // clear the rows that no expert owns
   StepOperand a, b, out;
 };
 enum StepKind : int64_t { kRows = 0, kGradient = 1, kMerge = 2 };
 
-// The products of a program, one launch each. sizes: of iL jL a iC jC b iR jR; scratch: dtype of x.
+// The products of a program, one launch each. sizes: of iL jL a iC jC b iR jR; scratch: of x's dtype.
 void contract_steps_op(std::vector<Tensor> tensors, const Tensor& scratch, const Tensor& steps, Integers sizes,
                        const Tensor& offsets, int64_t slots, const std::optional<Tensor>& row_index,
                        const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
@@ -150,7 +150,7 @@ struct Blocks {
   int experts() const { return counted(left.size(0), "the number of experts"); }
 };
 
-// Slots of a kernel of one launch, whose rows and results are dense.
+// Number of slots of a single-launch kernel, whose rows and results must be dense.
 int slots_of(const Tensor& rows, int64_t columns, const std::optional<Tensor>& row_index, const Tensor& out,
              int64_t out_columns, const std::optional<Tensor>& pre) {
   const int64_t slots = row_index.has_value() ? row_index->size(0) : rows.size(0);
@@ -163,7 +163,7 @@ int slots_of(const Tensor& rows, int64_t columns, const std::optional<Tensor>& r
   return counted(slots, "the number of slots");
 }
 
-// panel: how many indices of left, central and right a block holds; transposed: rows are [N, F] and meet W^T.
+// panel: how many indices of left, central and right a block holds; transposed: rows are [N, F], times W^T.
 void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& central, const Tensor& right,
                       const Tensor& out, const Tensor& offsets, const std::optional<Tensor>& row_index,
                       const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
@@ -226,7 +226,8 @@ void few_product_op(const Tensor& x, const Tensor& left, const Tensor& central, 
   few_product(product, device.stream());
 }
 
-// (dz [N, F], dbias [F]). Without an activation dz is empty: it is grad. saved: output for relu, pre-activation for the rest.
+// (dz [N, F], dbias [F]). Without an activation dz is empty: it equals grad. saved: output for relu, pre-activation for
+// the rest.
 std::tuple<Tensor, Tensor> activation_backward_op(const Tensor& grad, const std::optional<Tensor>& saved,
                                                   const Tensor& offsets, std::string activation, bool need_bias) {
   const OnDevice device(grad);

@@ -1,13 +1,14 @@
-// A contraction of two tensors as one launch: C[m, n] (+)= sum_k A[m, k] B[k, n], where m, n and k stand for several axes
-// each, batched over experts. Slots may be part of m (every expert's rows meet its own B) or of k (every expert's rows are
-// summed). Each element of the result is written by one thread: no atomics, the same bits on every run.
+// A contraction of two tensors as one launch: C[m, n] (+)= sum_k A[m, k] B[k, n], where m, n and k each stand for
+// several axes, batched over experts. Slots may be part of m (every expert's rows are multiplied by its own B) or of k
+// (every expert's rows are summed). Each element of the result is written by one thread: no atomics, the same bits on
+// every run.
 #pragma once
 #include "cuda/activation.cuh"
 #include "cuda/block_gemm.cuh"
 
 namespace mpoe::cuda {
 
-// Offsets inside a row of columns n and n + 1 of the result; `shift`: where columns begin.
+// Offsets inside a row of columns n and n + 1 of the result; `shift`: where columns start.
 struct ColumnPair {
   int at[2];
   bool inside[2];
@@ -22,7 +23,7 @@ struct ColumnPair {
 };
 
 // Stores two columns of a row, with bias, activation and gate. `row`: elements before the row; `inner`: the row's own
-// offset inside what bias and limit count. `valid` is false for rows that no expert owns: zeros.
+// offset within the columns that bias and limit count. `valid` is false for rows that no expert owns: zeros.
 template <class T>
 __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int inner, const ColumnPair& columns, float v0,
                                            float v1, bool valid, float gate) {
@@ -69,8 +70,8 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int i
   }
 }
 
-// The group of a tile; `tile` becomes its number inside the group. `count`: a tile past the last group's. All lanes of a
-// warp call it: each looks at one group of 32.
+// The group of a tile; `tile` becomes its number inside the group. Returns `count` for a tile past the last group's.
+// All lanes of a warp must call it: each looks at one group of 32.
 template <class Tiles>
 __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles_of_group) {
   const int lane = threadIdx.x & 31;

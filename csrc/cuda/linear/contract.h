@@ -5,14 +5,14 @@
 
 namespace mpoe::cuda {
 
-// Throws if the launch before it failed.
+// Throws if the preceding launch failed.
 void check_launch(const char* what);
 
-// Starts the product on `stream`. Fills nothing of the arguments: see steps.cu for who does.
+// Launches the product on `stream`. The arguments must be complete: steps.cu fills them.
 // tf32: multiply float32 on tensor cores, rounded to tf32.
 void contract(Dtype dtype, bool tf32, const ContractArguments& arguments, cudaStream_t stream);
 
-// One file each compiles the kernels of one dtype.
+// The kernels of one dtype, each compiled in its own file.
 void contract_float(const ContractArguments& arguments, cudaStream_t stream);
 void contract_tf32(const ContractArguments& arguments, cudaStream_t stream);
 void contract_bfloat16(const ContractArguments& arguments, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Picks the tile and the directions in which operands are read, and launches.
+// Picks the tile and the directions in which operands are read, and launches the kernel.
 #pragma once
 #include "cuda/linear/contract.cuh"
 #include "cuda/linear/contract.h"

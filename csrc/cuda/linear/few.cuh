@@ -1,5 +1,5 @@
-// Grouped product of few rows in one launch: each block computes some columns for a handful of rows, contracting the rows
-// with left, central and right in turn. Nothing is rebuilt, nothing but the result is written, all sums are in float32.
+// Grouped product of few rows in one launch: each block computes some columns for a handful of rows, contracting the
+// rows with left, central and right in turn. No weight is rebuilt, only the result is written, all sums are in float32.
 //
 //   u[row, jL, a, iC, iR] = sum_iL x[row, iL, iC, iR] left[iL, jL, a]
 //   v[row, jL, jC, b, iR] = sum_(a, iC) u central[a, iC, jC, b]
@@ -21,10 +21,10 @@ struct FewArguments {
   const int64_t* row_index = nullptr;     // [N] or null
   const int64_t* out_index = nullptr;     // [N], row of y of every slot; or null
   const float* gates = nullptr;           // by row of y; or null
-  int experts = 0, slots = 0, rows = 0;   // rows: of a block
+  int experts = 0, slots = 0, rows = 0;   // rows: per block
   int in_features = 0, out_features = 0, activation = 0;
   int iL = 0, jL = 0, a = 0, iC = 0, jC = 0, b = 0, iR = 0, jR = 0;
-  int kept_left = 0, kept_centre = 0, kept_right = 0;  // of jL, jC, jR in a block
+  int kept_left = 0, kept_centre = 0, kept_right = 0;  // of jL, jC, jR, per block
   bool vector_left = false, vector_central = false, vector_right = false;  // 16-byte loads
 };
 
@@ -50,8 +50,8 @@ struct WeightRows {
   }
 };
 
-// store(m, n, sum_k value(k, m) weight[k, n]) for m < M. Lanes share the columns and the inner index; `sums` holds
-// kFewThreads kFewRows kChunk floats. Every thread of the block calls it; it begins and ends with a barrier.
+// Calls store(m, n, sum_k value(k, m) weight[k, n]) for m < M. Lanes split the columns and the inner index; `sums`
+// holds kFewThreads kFewRows kChunk floats. Every thread of the block must call it; it starts and ends with a barrier.
 template <class T, class Value, class Store>
 __device__ __forceinline__ void small_product(int M, int K, const WeightRows<T>& weight, float* sums, Value&& value,
                                               Store&& store) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void small_product(int M, int K, const WeightRows<T>&
   __syncthreads();
 }
 
-// -1 where no expert owns the slot.
+// -1 if no expert owns the slot.
 __device__ __forceinline__ int expert_of(const FewArguments& p, int slot) {
   if (p.expert_of_slot) {
     const int64_t expert = p.expert_of_slot[slot];
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kFewThreads) few_kernel(const __grid_constant_
   const int centre = rest % (p.jC / p.kept_centre) * p.kept_centre;
   const int left = rest / (p.jC / p.kept_centre) * p.kept_left;
 
-  const int own_rows = p.rows * p.kept_left * p.iR;  // of u and v, with every iR of every kept jL a row
+  const int own_rows = p.rows * p.kept_left * p.iR;  // of u and v: one for each iR of each kept jL
   int* const experts = reinterpret_cast<int*>(shared);  // of the block's rows
   float* const sums = shared + kFewThreads;
   float* const u = sums + kFewThreads * kFewRows * WeightRows<T>::kChunk;  // [a, iC, row, jL, iR]

@@ -20,7 +20,7 @@ struct FewProduct {
   const void* central = nullptr;  // [a, iC, jC, b]
   const void* right = nullptr;    // [E, b, iR, jR]
   int experts = 0;
-  // Whose rows are whose: slots sorted by expert, or (no routing needed) each slot's expert, negative for none.
+  // Which expert owns which slot: slots sorted by expert, or (no routing needed) each slot's expert, negative for none.
   const int* offsets = nullptr;             // [E + 1]
   const int64_t* expert_of_slot = nullptr;  // [N]; null: by offsets
   const int64_t* row_index = nullptr;       // [N]; null: slot s reads row s
@@ -32,7 +32,7 @@ struct FewProduct {
 // Bytes of shared memory of one block. Throws std::invalid_argument for a shape that does not divide the axes.
 std::size_t few_bytes(const FewProduct& product);
 
-// Throws std::invalid_argument where a block does not fit the device's shared memory.
+// Throws std::invalid_argument if a block does not fit into the device's shared memory.
 void few_product(const FewProduct& product, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Axes of one block: the ones summed over with rows, and the ones that the result keeps.
+// Axes of one block: those summed over with the rows, and those that the result keeps.
 struct Sides {
   Axis summed[3], kept[3];  // of left, centre, right
 };
@@ -78,7 +78,7 @@ Layout layout_of_panel(const PanelProduct& product) {
   return layout;
 }
 
-// Strides of an element in the panel [summed, kept].
+// Strides of the axes in the panel [summed, kept].
 Named panel_tensor(const Layout& layout, const Dims& dims) {
   Named panel;
   int64_t row = layout.panel_stride, column = 1;
@@ -184,10 +184,10 @@ void panel_product(const PanelProduct& product, cudaStream_t stream) {
   p.offsets = product.offsets;
   p.experts = product.experts;
   p.slots = product.slots;
-  // A block that multiplies fewer rows than its panel has cost spends most of its time rebuilding.
+  // A block that multiplies fewer rows than its panel costs, in rows, spends most of its time rebuilding.
   p.least_rows = static_cast<int>(round_up(layout.inner_first + layout.inner_second, layout.tiles.rows));
   const unsigned panels = static_cast<unsigned>(layout.panels[0] * layout.panels[1] * layout.panels[2]);
-  // Where all rows go to one expert, they are still spread over the device.
+  // Even if all rows go to one expert, they are spread over the device.
   const int64_t most = (product.slots + p.least_rows - 1) / p.least_rows;
   const int64_t spread = (limits.multiprocessors + panels - 1) / panels;
   const unsigned shares = static_cast<unsigned>(std::clamp<int64_t>(spread, 1, most));

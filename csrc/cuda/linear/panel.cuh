@@ -1,12 +1,12 @@
-// Grouped product, weight-stationary: a block rebuilds some columns of one expert's weight in shared memory and streams the
-// expert's rows past them. No weight ever lies in global memory, whatever the bonds.
+// Grouped product, weight-stationary: a block rebuilds some columns of one expert's weight in shared memory and streams
+// the expert's rows past them. No weight is ever in global memory, whatever the bonds.
 //
 //   half[p, inner] = sum first[p, k] central[k, inner]      for every index of the centre in turn
 //   panel[s, kept] = sum half[p, inner] second[inner, q]    (p, q) -> (s, kept)
 //   out[row, kept] = activation(sum_s rows[row, s] panel[s, kept] + bias)
 //
-// `first` is left and `second` right, or the other way round. The transposed product (a gradient with respect to x) is the
-// same kernel with the roles of i and j exchanged.
+// `first` is left and `second` right, or vice versa. The transposed product (a gradient with respect to x) is the same
+// kernel with the roles of i and j exchanged.
 #pragma once
 #include "cuda/linear/contract.cuh"
 
@@ -34,7 +34,7 @@ struct PanelArguments {
   int half_rows = 0, half_stride = 0, panel_rows = 0, panel_stride = 0;
   const int* offsets = nullptr;  // [E + 1]
   int experts = 0, slots = 0;
-  int least_rows = 0;  // that a block takes, where several share an expert's rows
+  int least_rows = 0;  // per block, if several share an expert's rows
 };
 
 // Rows [begin, end) that a block has to multiply.
@@ -73,7 +73,7 @@ __device__ __forceinline__ void rebuild_panel(const PanelArguments& p, int group
         acc.clear();
         block_gemm<T, RebuildT, kLeftFirst, !kLeftFirst>(acc, a, b, 0, p.inner_first, p.p - m, p.inner_second - n,
                                                          stages);
-        // All of it: what lies past the true sizes is zero, and read as such.
+        // Stores everything: values past the true sizes are zero, and are read as such.
         acc.for_each_pair([&](int row, int column, float v0, float v1) {
           if (m + row >= p.half_rows || n + column >= p.half_stride) return;
           T* to = half + (m + row) * p.half_stride + n + column;

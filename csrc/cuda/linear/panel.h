@@ -1,5 +1,5 @@
-// Grouped product by the kernel of csrc/cuda/linear/panel.cuh: out[s] = activation(rows[row_index[s]] W_e + bias), or with W_e
-// transposed. Needs no scratch memory.
+// Grouped product by the kernel of csrc/cuda/linear/panel.cuh: out[s] = activation(rows[row_index[s]] W_e + bias), or
+// with W_e transposed. Needs no scratch memory.
 #pragma once
 #include <cstddef>
 
@@ -7,11 +7,11 @@
 
 namespace mpoe::cuda {
 
-// What one block holds: this many indices of the left, central and right block on the side of the result (j, or i where
+// What one block holds: this many indices of the left, central and right block on the side of the result (j, or i if
 // transposed). Each divides its axis.
 struct PanelShape {
   int left = 1, centre = 1, right = 1;
-  bool left_first = true;  // left meets central before right does
+  bool left_first = true;  // left is contracted with central before right is
 };
 
 struct PanelProduct {
@@ -35,7 +35,7 @@ struct PanelProduct {
 // Bytes of shared memory of one block. Throws std::invalid_argument for a shape that does not divide the axes.
 std::size_t panel_bytes(const PanelProduct& product);
 
-// Throws std::invalid_argument where the panel does not fit the device's shared memory.
+// Throws std::invalid_argument if the panel does not fit into the device's shared memory.
 void panel_product(const PanelProduct& product, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

@@ -15,7 +15,7 @@ using WideStreamTile = Tile<T, 128, 128, 32, 64>;
 template <class T>
 using WideRebuildTile = Tile<T, 64, 64, 16, 32>;
 
-// What a launch must know of the tiles.
+// What a launch must know about the tiles.
 struct PanelTiles {
   int rows = 0, columns = 0;  // of a block's result
   int step = 0;               // of the inner index
@@ -25,7 +25,7 @@ struct PanelTiles {
 
 template <class T, class StreamT, class RebuildT>
 constexpr PanelTiles tiles_of_panel() {
-  // The larger of both directions in which an operand may be read.
+  // The larger of the two directions in which an operand may be read.
   constexpr int first = std::max(Staged<T, RebuildT, RebuildT::kM, true>::kElements,
                                  Staged<T, RebuildT, RebuildT::kM, false>::kElements);
   constexpr int second = std::max(Staged<T, RebuildT, RebuildT::kN, true>::kElements,
@@ -64,7 +64,7 @@ void launch_panel(const PanelArguments& p, const PanelLaunch& launch, cudaStream
   launch_panel_tiles<T, NarrowTile<T>, NarrowTile<T>>(p, launch, stream);
 }
 
-// One file each compiles the kernels of one type.
+// The kernels of one type, each compiled in its own file.
 void launch_panel_float(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
 void launch_panel_tf32(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
 void launch_panel_bfloat16(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);

@@ -5,10 +5,10 @@
 namespace mpoe::cuda {
 
 constexpr int kRowsPerBlock = 32;  // rows whose bias gradients one block sums
-constexpr int kColumns = 128;      // columns, one per thread, of one block
+constexpr int kColumns = 128;      // columns of one block, one per thread
 
 // dz = grad * slope(saved); zero in rows that no expert owns. partial[row block, column] = sum of dz's rounded rows.
-// saved, dz: null for no activation; partial: null where no bias gradient is needed. Grid: (row blocks, column blocks).
+// saved, dz: null for no activation; partial: null if no bias gradient is needed. Grid: (row blocks, column blocks).
 template <class T>
 __global__ void __launch_bounds__(kColumns)
     activation_backward_kernel(const T* grad, const T* saved, T* dz, float* partial, const int* filled, int slots,

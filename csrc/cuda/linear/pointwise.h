@@ -7,7 +7,7 @@
 
 namespace mpoe::cuda {
 
-// Floats that activation_backward() keeps its partial sums in.
+// Number of floats in which activation_backward() keeps its partial sums.
 int64_t partial_elements(int slots, int columns);
 
 // See activation_backward_kernel. `dz` null: the activation is none, only the bias gradient is computed.

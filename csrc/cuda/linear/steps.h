@@ -6,8 +6,8 @@
 
 namespace mpoe::cuda {
 
-// What all steps of a call share. Experts whose weights are built at the same time are a part of all: offsets, and the
-// data of blocks, then begin with the first of them.
+// What all steps of a call share. If weights are built for a part of the experts at a time, offsets and the data of
+// blocks start with the first of these.
 struct Context {
   Dtype dtype = Dtype::kFloat32;
   Dims dims;
@@ -24,12 +24,12 @@ void rows_times_block(const Context& context, const Named& rows, const Named& bl
                       const int64_t* row_index, bool zero_tail, const Epilogue& epilogue = {});
 
 // out[expert, axes] = sum over the expert's slots and shared axes of rows[slot, ..] grads[slot, ..].
-// To a shared `out` (outer 0), which is float32, the sum over all experts is added.
+// A shared `out` (outer 0) is float32, and the sum over all experts is added to it.
 void block_gradient(const Context& context, const Named& rows, const Named& grads, const Named& out,
                     const int64_t* row_index);
 
 // out[expert, ..] = sum over shared axes of first[expert, ..] second[expert, ..]; zero for experts without slots.
-// `first` holds the slowest axis of `out`: the columns then hold its fastest one. A shared `out` as above.
+// `first` has the slowest axis of `out`: the columns then have its fastest one. A shared `out` is as above.
 void merge_blocks(const Context& context, const Named& first, const Named& second, const Named& out);
 
 }  // namespace mpoe::cuda

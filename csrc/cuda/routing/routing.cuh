@@ -117,8 +117,8 @@ struct SortArguments {
   }
 };
 
-// Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps, bins]
-// is zero before and after. Threads without a pair pass bin -1. Every thread of the block must call it.
+// Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps,
+// bins] is zero before and after. Threads without a pair pass bin -1. Every thread of the block must call it.
 __device__ __forceinline__ int rank_of(int bin, int bins, int* seen, int* counts) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned same = __match_any_sync(dev::kFullWarp, bin);
@@ -307,8 +307,8 @@ __global__ void __launch_bounds__(kRouteThreads)
   *reinterpret_cast<Pack<T, kPer>*>(out + int64_t(token) * columns + column) = pack;
 }
 
-// Gradients of combine: drows[s] = gate grad[t], dgates[t, k] = <rows[s], grad[t]> for the pair (t, k) in slot s; zero for
-// slots without a pair and for dropped pairs, whose tokens are in the empty slots. Either may be null. Grid: slots.
+// Gradients of combine: drows[s] = gate grad[t], dgates[t, k] = <rows[s], grad[t]> for the pair (t, k) in slot s; zero
+// for slots without a pair and for dropped pairs, whose tokens are in the empty slots. Either may be null. Grid: slots.
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
     combine_backward_kernel(const T* grad, const T* rows, const int64_t* token_of_slot, const int64_t* slot_of_token,

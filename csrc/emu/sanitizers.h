@@ -1,4 +1,4 @@
-// What the sanitizers must be told about fibers; empty without them.
+// What the sanitizers need to know about fibers; no-ops without them.
 #pragma once
 #include <cstddef>
 

@@ -22,7 +22,7 @@ constexpr std::size_t kReserved = std::size_t{8} << 40;  // only addresses: memo
 constexpr unsigned char kGap = 0xA5;                     // between the last byte and the page
 constexpr unsigned char kNew = 0xFF;                     // NaN in every floating dtype
 
-// Stored in the page before the memory, for free.
+// Stored in the page before the memory, for free() to read.
 struct Header {
   std::size_t pages;  // of header, memory and gap
   std::size_t bytes;

@@ -83,7 +83,7 @@ inline void register_tile(
     offset.renew();
     multiply_step<T, 0, rows>(acc, a, offset, panel);
     if constexpr (UnitProduct<T>::kSteps == 2) {
-      asm volatile("" ::: "memory");  // load again: there are no registers to keep the first step's
+      asm volatile("" ::: "memory");  // load again: there are no registers to keep the first step's operands
       offset.renew();
       multiply_step<T, 1, rows>(acc, a, offset, panel);
     }

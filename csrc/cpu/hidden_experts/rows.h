@@ -39,7 +39,7 @@ struct Chunk {
   std::uint8_t marks[kChunk];
 };
 
-constexpr int64_t kAhead = 8;  // rows: each is in a page of its own, and the hardware cannot tell which is next
+constexpr int64_t kAhead = 8;  // rows: each is in its own page, and the hardware cannot tell which is next
 
 // locality: 3 into the L1 cache, 2 into the L2 cache.
 template <int locality>

@@ -49,7 +49,7 @@ struct ChainMemory {
 template <class T>
 class Chain {
  public:
-  // `last`: direction needed last; backward implies forward.
+  // `last`: the last direction that is needed; backward implies forward.
   Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last);
 
   const ChainStep& step(int s) const { return steps_[s]; }

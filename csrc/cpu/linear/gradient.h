@@ -6,7 +6,7 @@
 
 namespace mpoe {
 
-// Which gradients besides that of the bias are needed.
+// Which gradients other than the bias's are needed.
 struct Wanted {
   bool x, left, central, right;
   explicit Wanted(const LinearBackward& in)

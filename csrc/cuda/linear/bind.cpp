@@ -17,7 +17,7 @@ namespace {
 
 using Integers = std::vector<int64_t>;
 
-// Of a bias, or of what is saved of a result: with the dtype of the rows.
+// Address of a bias, or of what is saved of a result; it must have the dtype of the rows.
 const void* data_of(const std::optional<Tensor>& tensor, const Tensor& like) {
   if (!tensor.has_value()) return nullptr;
   check_same_device({&like, &*tensor});

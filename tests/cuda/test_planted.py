@@ -31,7 +31,7 @@ REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "Threa
 
 def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    # Thread sanitizers of older compilers know no addresses as random as newer kernels choose.
+    # Thread sanitizers of older compilers fail with the address randomisation of newer Linux kernels.
     command = ["setarch", "-R", str(program), *schedule]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | options, timeout=600)
 

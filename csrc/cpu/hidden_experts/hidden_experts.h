@@ -45,7 +45,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 
 // ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
 
-constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of tokens: 1 MiB
+constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of more than kChunk tokens: 1 MiB
 constexpr std::int64_t kChunk = 64;            // maximum rows that are processed at once
 constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
 

@@ -1,12 +1,12 @@
-"""Does `auto` take the faster backend on another processor? It is asked at every instruction set of this one.
+"""Does `auto` pick the faster backend on other processors? Tested with every instruction set of this one.
 
     python tools/auto_choice.py [--isas avx2,avx512] [--only TEXT,TEXT] [--threads 1] [--built_in] [--out FILE]
 
-The native kernels are forced to each instruction set (MPOE_CPU_ISA), PyTorch keeps its own. A process for each measures
-the processor, as the first use does (--built_in: plans with the table's constants instead), then times the public op of
-planner cases on `auto`, on eager and on native, each with its own choice of strategy, in turns. The figure of a case is
-the median over rounds of auto's time over that of the backend with the lower median. Cases beyond 1.05 are timed once
-more, with twice the rounds. With one thread the clock is the thread's CPU time, else wall time.
+The native kernels are forced to each instruction set (MPOE_CPU_ISA); PyTorch keeps its own. One process per set
+measures the processor, as the first use does (--built_in: plans with the table's constants instead), then times the
+public op on planner cases: `auto`, eager and native in turns, each choosing its own strategy. A case's figure is auto's
+time divided by that of the backend with the lower median, as the median over rounds. Cases above 1.05 are timed once
+more, with twice the rounds. With one thread, times are the thread's CPU time, otherwise wall time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOLERANCE, ROUNDS, SAMPLE_SECONDS = 1.05, 7, 0.01
 
 
 def timed(case: Workload, rounds: int) -> tuple[dict[str, float], float]:
-    """Median seconds of auto and the two backends, and auto's time over the better one's."""
+    """Median seconds of auto and the two backends, and auto's time divided by the better backend's."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     call = _make_call(case)
     run: Callable[[str, str], object] = call.train if case.training else call.forward
@@ -62,10 +62,10 @@ def timed(case: Workload, rounds: int) -> tuple[dict[str, float], float]:
 
 
 def cases_of(only: str) -> list[Workload]:
-    """Planner cases, fitted and judged ones, whose name contains one of these texts; masked ones are left out.
+    """Planner cases, fitted and judged, whose name contains one of these texts; masked ones are left out.
 
     Raises:
-        ValueError: none does.
+        ValueError: no name contains any of them.
     """
     found = [
         case
@@ -78,7 +78,7 @@ def cases_of(only: str) -> list[Workload]:
 
 
 def judge(cases: list[Workload], threads: int) -> None:
-    """Print a table of the cases in this process."""
+    """Time the cases in this process and print their table."""
     torch.set_num_threads(threads)
     measure_machine()
     constants = "measured" if machine.constants() else "the table's"
@@ -101,7 +101,7 @@ def judge(cases: list[Workload], threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isas", default=NATIVE_LIBRARY.info.get("isa_detected"), help="with commas between")
+    parser.add_argument("--isas", default=NATIVE_LIBRARY.info.get("isa_detected"), help="separated by commas")
     parser.add_argument("--only", default=SUBSET, help="cases whose name contains one of these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--built_in", action="store_true", help="plan with the table's constants")

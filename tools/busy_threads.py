@@ -3,12 +3,12 @@
     python tools/busy_threads.py --steps 20 --rounds 3
 
 Trains the same small T5 in turns: our mixture on the eager and on the native backend, and the dense model in plain
-PyTorch; each with one and two threads, alone and beside a process that computes without pause on the first of the cores
-that the run may use, and with OpenMP's threads that spin while they wait (its default) or sleep
-(`OMP_WAIT_POLICY=passive`). Every run is a process of its own, kept on as many cores as it has threads at most.
+PyTorch. Each runs with one and with two threads; alone and with a process that computes without pause on the first of
+the run's cores; and with OpenMP threads that spin while they wait (the default) or sleep (`OMP_WAIT_POLICY=passive`).
+Every run is a separate process, pinned to the same two cores.
 
-Printed are steps per second (medians), how much slower the busy core makes it, and processor seconds per step: threads
-that spin burn time in which nothing is computed. The machine's load is printed, since "alone" is only as true as that.
+Prints steps per second (medians), the slowdown caused by the busy core, and CPU seconds per step, because spinning
+threads use CPU time without computing anything. The machine's load is printed too: "alone" is only as true as that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Cell = tuple[str, int, bool, str]  # contender, threads, whether a core is busy,
 
 
 def train(contender: str, threads: int, steps: int) -> dict[str, float]:
-    """Train in this process; seconds of the clock and of the processors per step."""
+    """Train in this process; returns wall seconds and CPU seconds per step."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -48,7 +48,7 @@ def train(contender: str, threads: int, steps: int) -> dict[str, float]:
     model.train()
     wall = used = 0.0
     for step in range(steps + 3):
-        if step == 3:  # the first ones set up
+        if step == 3:  # the first three are warm-up
             wall, used = time.perf_counter(), time.process_time()
         model(**batch).loss.backward()
         optimizer.step()
@@ -57,7 +57,7 @@ def train(contender: str, threads: int, steps: int) -> dict[str, float]:
 
 
 def run(cell: Cell, steps: int, cores: list[int]) -> dict[str, float]:
-    """One run as a process of its own."""
+    """One run in a separate process."""
     contender, threads, busy, policy = cell
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_WAIT_POLICY", None)
@@ -100,7 +100,7 @@ def table(found: dict[Cell, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps per run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every kind, in turns")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
 """Compiles every CUDA source with nvcc; needs no GPU.
 
-Warnings, register spills and local memory are errors; so are products without tensor-core instructions, where a
+Warnings, register spills and local memory are errors; so are products without tensor-core instructions, if a
 disassembler (cuobjdump) is found. Prints registers, shared memory and occupancy of every kernel; ``--doc`` writes them
-into bench/results/ahead-of-time/cuda.md. nvcc: ``CUDACXX``, PATH or /usr/local/cuda/bin.
+into bench/results/ahead-of-time/cuda.md. nvcc is taken from ``CUDACXX``, PATH or /usr/local/cuda/bin.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mpoe_kernels.linear.cuda.panels import padded_stride
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")
 DOC = ROOT / "bench" / "results" / "ahead-of-time" / "cuda.md"
-# Of one multiprocessor, from NVIDIA's "CUDA C++ Programming Guide", table of technical specifications.
+# Limits of one multiprocessor, from the technical specifications in NVIDIA's "CUDA C++ Programming Guide".
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10}
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-RESERVED_BYTES = 1024  # of every block's shared memory, by the driver
+RESERVED_BYTES = 1024  # shared memory that the driver reserves for every block
 # Kernels of these types multiply on tensor cores.
 ON_TENSOR_CORES = ("__nv_bfloat16", "__half", "tf32")
 FLAGS = [
@@ -43,7 +43,7 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 @dataclass
 class Kernel:
-    """What ptxas said of one kernel; shared memory is the static part."""
+    """What ptxas reported for one kernel; ``shared`` is static shared memory."""
 
     source: str
     name: str
@@ -56,7 +56,7 @@ class Kernel:
 
     @property
     def warps(self) -> int:
-        """Of a block: a product's tile is cut into a tile for each warp; other kernels have 128 threads."""
+        """Warps per block: a product's tile is cut into one tile per warp; other kernels have 128 threads."""
         tile = re.search(r"Tile<[\w:]+, (\d+), (\d+), (\d+), (\d+)>", self.name)
         if tile is None:
             return 4
@@ -65,7 +65,7 @@ class Kernel:
 
     @property
     def dynamic(self) -> int | None:
-        """Dynamic shared memory of a block; None where it depends on the product."""
+        """Dynamic shared memory per block; None if it depends on the product."""
         return stages_bytes(self.name) if self.name.startswith("contract_kernel") else _DYNAMIC.get(self.family)
 
     @property
@@ -74,7 +74,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> str:
-        """Resident warps of the most there can be; an upper bound where shared memory depends on the product."""
+        """Resident warps as a share of the maximum; an upper bound if shared memory depends on the product."""
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
         blocks = min(REGISTERS // registers, WARPS // self.warps, BLOCKS)
         if self.dynamic is None:
@@ -104,7 +104,7 @@ _DYNAMIC = dict.fromkeys(
 
 
 def stages_bytes(name: str) -> int:
-    """Shared memory of a `contract_kernel`: the stages of csrc/cuda/block_gemm.cuh."""
+    """Shared memory of a `contract_kernel`: the pipeline stages of csrc/cuda/block_gemm.cuh."""
     found = re.match(r"contract_kernel<([\w:]+), Tile<[\w:]+, (\d+), (\d+), \d+, \d+>, (\w+), (\w+)>", name)
     assert found is not None, name
     itemsize = 2 if found[1] in ("__nv_bfloat16", "__half") else 4
@@ -117,13 +117,13 @@ def stages_bytes(name: str) -> int:
 
 
 def is_product(name: str) -> bool:
-    """Whether a kernel, by its readable name, is a matrix product on tensor cores."""
+    """Whether a kernel is a matrix product on tensor cores, judged by its readable name."""
     products = ("contract_kernel", "panel_kernel", "hidden_forward_kernel", "hidden_rows_kernel", "hidden_cores_kernel")
     return name.startswith(products) and any(kind in name for kind in ON_TENSOR_CORES)
 
 
 def find(program: str) -> str | None:
-    """On PATH, in the toolkit's usual folder, or among what the triton wheel brings."""
+    """The program's path: on PATH, in the toolkit's usual folder, or in the triton wheel."""
     triton = importlib.util.find_spec("triton")
     folders = ["/usr/local/cuda/bin"]
     for location in (triton.submodule_search_locations or []) if triton else []:
@@ -132,7 +132,7 @@ def find(program: str) -> str | None:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Demangled, without namespaces and arguments; as they are where there is no c++filt."""
+    """The names demangled, without namespaces and arguments; unchanged if there is no c++filt."""
     if not names or shutil.which("c++filt") is None:
         return names
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -179,7 +179,7 @@ def compile_source(nvcc: str, source: Path, architectures: list[str], folder: Pa
     """Compile one file for all architectures.
 
     Raises:
-        RuntimeError: nvcc's message; a warning or a spill is one.
+        RuntimeError: nvcc failed; warnings and spills count as failures. The message is nvcc's.
     """
     built = folder / f"{source.stem}.o"
     targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in architectures]
@@ -212,7 +212,7 @@ def table(kernels: list[Kernel]) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities, e.g. 80,90a")
-    parser.add_argument("--only", default="", help="sources whose name holds this")
+    parser.add_argument("--only", default="", help="only sources whose name contains this")
     parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
     chosen = parser.parse_args(words)
     if chosen.doc and (chosen.only or chosen.arch != ",".join(ARCHITECTURES)):

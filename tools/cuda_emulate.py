@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for the CPU with the emulator of csrc/emu: `python tools/cuda_emulate.py [sanitizer]`.
 
-Prints the path of the shared library: the ops ``torch.ops.mpoe_emulated`` and what steers the emulator.
-What is compiled is kept in build/emulated by a hash of everything that went into it, so a second call is free.
+Prints the path of the shared library, which holds the ops ``torch.ops.mpoe_emulated`` and the emulator's controls.
+Compiled files are kept in build/emulated under a hash of all their inputs, so a second call compiles nothing.
 Sanitizers: ``address`` (with undefined behaviour), ``thread``.
 """
 
@@ -31,7 +31,7 @@ HEADER = CSRC / "emu" / "cuda_emulator.h"  # as the device layer includes it
 BINDINGS = CSRC / "emu" / "bindings.cpp"
 LIBRARY = [*KERNELS, EMULATOR, CSRC / "emu" / "control.cpp", BINDINGS]
 PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
-# Programs that run kernels without Python; tests/truth.cpp knows the right results.
+# Programs that run kernels without Python; csrc/tests/truth.cpp computes the correct results.
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
@@ -48,7 +48,7 @@ SWEEPS = {
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``CXX``, or g++; None where there is none."""
+    """The C++ compiler: ``CXX``, or g++; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -60,7 +60,7 @@ def _hash(words: Sequence[str], files: Sequence[Path]) -> str:
 
 
 def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
-    """What a source includes from ``folders`` (the first that has it) or beside itself, directly and indirectly."""
+    """What a source includes from its own folder or from ``folders`` (first match), directly and indirectly."""
     found: list[Path] = []
     waiting = [source]
     while waiting:
@@ -75,7 +75,7 @@ def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def _torch_flags() -> list[str]:
-    """Headers of the stable ABI of torch, which take so long that nothing is to gain from optimizing their source."""
+    """Flags for torch's stable ABI headers; -O0, because parsing them takes too long for optimisation to pay off."""
     defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     return ["-O0", *defines, "-isystem", str(_torch() / "include")]
 
@@ -88,7 +88,7 @@ def _torch() -> Path:
 
 
 def _make(target: Path, command: Sequence[str]) -> Path:
-    """Run ``command -o target`` unless the target is there; other processes wait for the one that does."""
+    """Run ``command -o target`` unless the target exists; other processes wait for the one that runs it."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _make(target: Path, command: Sequence[str]) -> Path:
 
 
 def _precompiled(flags: Sequence[str]) -> list[str]:
-    """Flags that include `HEADER` before all else, compiled once for all sources: it takes a third of their time."""
+    """Flags that include `HEADER` first, precompiled once for all sources: it is a third of their compile time."""
     flags = [*flags, f"-I{CSRC}"]
     folder = CACHE / "headers" / _hash(flags, [HEADER, *_headers(HEADER, [CSRC])])
     own = folder / "own.h"
@@ -118,13 +118,13 @@ def _precompiled(flags: Sequence[str]) -> list[str]:
 
 
 def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path | None = None) -> Path:
-    """Path of the shared library (``name`` ends in .so) or program, compiled unless it is there already.
+    """Path of the shared library (``name`` ends in .so) or program, compiled if it does not exist yet.
 
     Args:
         name: file name of the result.
         sources: C++ or CUDA files.
         sanitizer: key of `SANITIZERS`.
-        overlay: folder like csrc; its files take the place of those in csrc.
+        overlay: folder laid out like csrc; its files replace those in csrc.
 
     Raises:
         RuntimeError: no compiler, or the compiler's message.
@@ -141,14 +141,14 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
         if overlay and source.is_relative_to(CSRC) and (overlay / source.relative_to(CSRC)).is_file():
             source = overlay / source.relative_to(CSRC)
         headers = _headers(source, folders)
-        # Where nothing of the overlay is read, the object of the plain build serves.
+        # A source that reads nothing from the overlay shares the plain build's object.
         changed = overlay is not None and any(path.is_relative_to(overlay) for path in (source, *headers))
         used = flags if changed else [flag for flag in flags if overlay is None or flag != f"-I{overlay}"]
         keys.append(_hash(used, [source, *headers]))
         compiled = CACHE / "objects" / f"{source.stem}-{keys[-1]}.o"
-        # The headers of torch come before the emulator's, whose words are macros.
+        # torch's headers must come before the emulator's, whose keywords are macros.
         usual = HEADER in headers and source != BINDINGS and not (overlay and (overlay / "emu").exists())
-        usual = usual and len(sources) > len(PROBE)  # of two sources it takes as long as it saves
+        usual = usual and len(sources) > len(PROBE)  # for two sources it costs as much time as it saves
         first = _precompiled(plain) if usual else []
         objects.append(str(_make(compiled, [*used, *first, "-x", "c++", "-c", str(source)])))
     target = CACHE / _hash([name, *keys], []) / name
@@ -159,12 +159,12 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
 
 
 def library(sanitizer: str = "") -> Path:
-    """The emulated kernels as ops of torch, with the functions of csrc/emu/control.cpp."""
+    """The emulated kernels as torch ops, with the functions of csrc/emu/control.cpp."""
     return build("mpoe_emulated.so", LIBRARY, sanitizer)
 
 
 def sweep(part: str, sanitizer: str = "", overlay: Path | None = None) -> Path:
-    """The program that runs and checks the kernels of a part (key of `SWEEPS`); see csrc/emu/sweep.h."""
+    """The program that runs and checks the kernels of one part (key of `SWEEPS`); see csrc/emu/sweep.h."""
     return build(f"sweep_{part}", SWEEPS[part], sanitizer, overlay)
 
 

@@ -1,8 +1,8 @@
 """Compares the emulator's instructions with a GPU's: `python tools/cuda_probes.py [--arch 90a] [--compile-only]`.
 
 csrc/emu/instructions_main.cu runs every instruction that the emulator imitates (mma.sync, ldmatrix, cp.async,
-roundings, shuffles and votes). It is compiled with the emulator and with nvcc; every line that they print must be
-equal. Exit status: 0 equal (or compiled, where no more was asked for), 1 different, 2 no compiler or no GPU.
+roundings, shuffles and votes). It is compiled with the emulator and with nvcc, and both must print the same lines.
+Exit status: 0 equal (or compiled, with --compile-only), 1 different, 2 no compiler or no GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCE = cuda_emulate.CSRC / "emu" / "instructions_main.cu"
 
 
 def lines_of(program: Path) -> dict[str, str]:
-    """What a program prints: name of an instruction -> results."""
+    """What a program prints: instruction name -> results."""
     done = subprocess.run([str(program)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{program.name}: {done.stderr.strip()}")
@@ -62,7 +62,7 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="80", help="compute capability, e.g. 90a")
-    parser.add_argument("--compile-only", action="store_true", help="compile and run the emulated form alone")
+    parser.add_argument("--compile-only", action="store_true", help="compile both, run only the emulated form")
     chosen = parser.parse_args(words)
     nvcc = os.environ.get("CUDACXX") or cuda_check.find("nvcc")
     if nvcc is None or cuda_emulate.compiler() is None:

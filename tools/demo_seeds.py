@@ -1,9 +1,9 @@
-"""Runs `mpoe demo` with seeds 0 to 4, prints every score, and keeps what the demo says of them.
+"""Runs `mpoe demo` with seeds 0 to 4, prints every score, and stores what the demo reports about them.
 
     python tools/demo_seeds.py [t5] [gpt2] [--seeds 0 1 2 3 4] [--threads 1]
 
-About two minutes per seed and model on two cores. The facts go into mpoe/cli/demo_seeds.json; a test compares their
-settings with the demo's.
+Takes about two minutes per seed and model on two cores. The results go into mpoe/cli/demo_seeds.json; a test compares
+their settings with the demo's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def keep(kind: str, seed: int, results: dict[str, Any]) -> None:
-    """Add one run to the facts; those of other settings go."""
+    """Add one run to the results; results with other settings are dropped."""
     facts = json.loads(SEEDS_FILE.read_text(encoding="utf-8"))
     settings = json.loads(json.dumps(fingerprint(SETTINGS[kind])))
     found = facts.get(kind, {})

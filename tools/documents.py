@@ -1,4 +1,4 @@
-"""Places in documents that tools fill."""
+"""Places in documents that tools fill in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Replace what a document holds between ``<!-- name -->`` and ``<!-- end of name -->``.
+    """Replace the text between ``<!-- name -->`` and ``<!-- end of name -->`` in a document.
 
     Raises:
         ValueError: the document has no such place.

@@ -1,7 +1,7 @@
 """Counts the results of `tools/external_suites.sh`: ``python tools/external_table.py RESULTS [--doc]``.
 
-``--doc`` writes the tables into docs/reliability.md. Exit status 1 if a failure is open: a test that our class fails,
-the dense one passes, and no line below explains. ``--failed FILE`` lists the failed tests of one file instead.
+``--doc`` writes the tables into docs/reliability.md. Exit status 1 if a failure is open: our class fails the test, the
+dense class passes it, and no line below explains why. ``--failed FILE`` lists one file's failed tests instead.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from documents import write_between
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
-# test -> why ours fails or is skipped although the dense class passes. Only for tests whose own code names classes or
-# dense weights.
+# test -> why ours fails or is skipped although the dense class passes. Only for tests whose code names classes or dense
+# weights.
 EXPLAINED = {
     "test_can_load_from_already_mapped_keys": "renames keys of older checkpoints, which mixtures never had",
     "test_eager_matches_batched_and_grouped_inference*": "asks that Transformers' own functions compute the experts; "
     "ours have their own, and the dense class has no experts",
     "test_reverse_loading_mapping": "renames keys of older checkpoints, which mixtures never had",
 }
-# Likewise for skipped tests; a failure there would be open.
+# The same for skipped tests; a failure of one would be open.
 SKIPPED = {
     "test_can_init_all_missing_weights": "runs for a list of Transformers' own model types",
     "test_fsdp2_*": "starts processes for a list of Transformers' own model types",
@@ -36,13 +36,13 @@ Results = dict[str, dict[str, Any]]
 
 
 def _explanation(test: str, outcome: str) -> tuple[str, str] | None:
-    """The name of all tests that are explained like this one, and why."""
+    """The pattern of all tests that share this one's explanation, and the explanation."""
     known = EXPLAINED | (SKIPPED if outcome == "skipped" else {})
     return next(((pattern, why) for pattern, why in known.items() if fnmatch.fnmatch(test, pattern)), None)
 
 
 def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
-    """Counts of one suite, and a line for every failure or skip that the dense class has not; tests alike share one."""
+    """Counts of one suite, and a line per failure or skip that the dense class lacks; equal lines are merged."""
     counts = {"passed": 0, "skipped": 0, "failed": 0, "open": 0}
     lines = []
     for test, result in sorted(ours.items()):
@@ -63,7 +63,7 @@ def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
 
 
 def suites(folder: Path) -> list[tuple[str, Results, Results]]:
-    """Name, our results and the dense ones of every suite in a folder."""
+    """Name, our results and the dense class's results for every suite in a folder."""
     found = []
     for file in sorted(folder.glob("transformers-*.json")):
         tests = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""pytest in a fork of a process that has imported the large libraries, whose import is most of a short run's time."""
+"""Runs pytest in a fork of a process that has already imported the large libraries: most of a short run's time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def import_first(modules: list[str]) -> None:
-    """What every later run finds imported. To be called before the first one, with ``OMP_NUM_THREADS=1`` set: threads
-    do not outlive a fork. A module that is not installed is left out."""
+    """Set which modules every later run finds imported. Call it before the first run and with ``OMP_NUM_THREADS=1``
+    set, because threads do not survive a fork. Modules that are not installed are left out."""
     _CONTEXT.set_forkserver_preload(modules)
 
 
@@ -38,11 +38,11 @@ class ForkedPytest:
     """A run that has been started.
 
     Args:
-        folder: to run in.
-        environment: all of it; its ``PYTHONPATH`` comes first on the path of modules.
-        arguments: of pytest.
-        output: file for what is printed; there once the run has started.
-        left_out: entries of this process's path of modules that the run must not see.
+        folder: working directory of the run.
+        environment: the complete environment; its ``PYTHONPATH`` comes first in ``sys.path``.
+        arguments: pytest's arguments.
+        output: file for the output; it exists once the run has started.
+        left_out: entries of this process's ``sys.path`` that the run must not see.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class ForkedPytest:
         self._process.start()
 
     def wait(self, seconds: float) -> int | None:
-        """Exit status; None where it still runs after so long."""
+        """Exit status; None if it is still running after that time."""
         self._process.join(seconds)
         return self._process.exitcode
 
     def end(self) -> None:
-        """End it and all that it started."""
-        with suppress(ProcessLookupError):  # all of it has ended, or it has not come as far as to lead a group
+        """Kill it and everything it started."""
+        with suppress(ProcessLookupError):  # everything has ended, or it does not lead a process group yet
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()

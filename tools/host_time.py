@@ -2,14 +2,14 @@
 
     python tools/host_time.py [--experts 8] [--tokens 4096] [--doc]
 
-Tensors have no memory (device ``meta``), nothing is compiled, and what stands for the driver's launch does nothing:
-what remains is Python's part of a call. *Bare* is that of ``compiled[grid](*arguments)`` alone, Triton's own way to
-start a kernel that is compiled. Up and down projection together, each by the strategy that the backend would choose on
-an H100.
+Tensors have no memory (device ``meta``), nothing is compiled, and the stand-in for the driver's launch does nothing:
+what remains is Python's part of a call. *Bare* is the time of ``compiled[grid](*arguments)`` alone, Triton's own way to
+launch a compiled kernel. Times cover the up and down projections together, each with the strategy that the backend
+would choose on an H100.
 
-A second table is of whole calls of the op, up projection alone: choice, checks and autograd too. There tensors are on
-the CPU, as PyTorch has another way with ``meta`` ones, and nobody reads them. ``--doc`` writes both tables into
-bench/results/ahead-of-time/triton.md.
+A second table times whole calls of the op for the up projection alone, including choice, checks and autograd. There
+the tensors are on the CPU, because PyTorch dispatches ``meta`` tensors differently; nothing reads them. ``--doc``
+writes both tables into bench/results/ahead-of-time/triton.md.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from mpoe_kernels.triton import start
 from mpoe_kernels.triton.architecture import target_named
 
 ROUNDS, REPEATS = 60, 20
-CALL_TOKENS = 1024  # the CPU gets memory of larger results from the system every time; of a GPU's, PyTorch keeps it
+CALL_TOKENS = 1024  # larger CPU results get new memory from the system every time; on a GPU, PyTorch caches it
 
 
 class Driver:
-    """Stands for Triton's driver of a GPU."""
+    """Stands in for Triton's GPU driver."""
 
     utils = SimpleNamespace(unload_module=lambda module: None)
 
@@ -78,7 +78,7 @@ class Compiled(CompiledKernel):  # type: ignore[misc]
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """A GPU that there is not: its driver, its compiler and its properties."""
+    """Stands in for a missing GPU: its driver, its compiler and its properties."""
 
     def compiled(jit: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Compiled:
         return jit.device_caches[device][0].setdefault(key, Compiled())
@@ -92,7 +92,7 @@ def stand_ins() -> Iterator[None]:
 
 
 def microseconds(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Processor time of each in its fastest round; all have their turn in every one, as a machine is slow at times."""
+    """CPU time of each run in its fastest round; every round times all runs, as machines are slow at times."""
     for run in runs:
         run()
     best = [float("inf")] * len(runs)
@@ -106,7 +106,7 @@ def microseconds(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> 
 
 
 def bare(launches: list[start.Launch]) -> Callable[[], None]:
-    """Does ``compiled[grid](*arguments)`` for all of them."""
+    """A function that calls ``compiled[grid](*arguments)`` for every launch."""
     handle = Compiled()
     calls = [(one.grid, [one.arguments[name] for name in one.kernel.arg_names]) for one in launches]
 
@@ -118,7 +118,7 @@ def bare(launches: list[start.Launch]) -> Callable[[], None]:
 
 
 def together(works: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """One run of all."""
+    """A function that runs all of them once."""
 
     def run() -> None:
         for work in works:
@@ -128,7 +128,7 @@ def together(works: Sequence[Callable[[], object]]) -> Callable[[], None]:
 
 
 def table(experts: int, tokens: int, rounds: int) -> str:
-    """A row for every shape and phase."""
+    """Markdown: one row per shape and phase."""
     names: list[str] = []
     counts: list[int] = []
     runs: list[Callable[[], None]] = []
@@ -154,7 +154,7 @@ def table(experts: int, tokens: int, rounds: int) -> str:
 
 @contextmanager
 def card_of_the_cpu() -> Iterator[None]:
-    """Tensors of the CPU go where those of the card would."""
+    """Sends CPU tensors the way that the card's tensors would go."""
     able = replace(TRITON, unavailable_reasons=list, request_reasons=lambda _: [])
     with (
         stand_ins(),
@@ -166,18 +166,18 @@ def card_of_the_cpu() -> Iterator[None]:
 
 
 def launches_of(run: Callable[[], object]) -> int:
-    """How many one run makes."""
+    """How many launches one run makes."""
     with patch.object(plan, "start_steps", wraps=plan.start_steps) as started:
         run()
     return sum(len(call.args[0]) for call in started.call_args_list)
 
 
 class OpCalls(NamedTuple):
-    """Whole calls of the op for one shape: what they start, and four of them to time.
+    """Whole calls of the op for one shape: how many launches they make, and four functions to time.
 
     Attributes:
-        launches: of a forward and of a backward.
-        runs: forward where nothing trains, and where gradients are to come; backward without and with PyTorch's engine.
+        launches: number of launches of a forward and of a backward.
+        runs: forward without and with gradients to record; backward without and with PyTorch's autograd engine.
     """
 
     launches: tuple[int, int]
@@ -185,7 +185,7 @@ class OpCalls(NamedTuple):
 
 
 def op_calls(name: str, experts: int, tokens: int) -> OpCalls:
-    """Of an up projection."""
+    """The calls of an up projection."""
     dims = catalogue.dims_of(catalogue.shapes()[name][0])
     left, central, right = (torch.empty(block.shape, dtype=DTYPE) for block in catalogue._blocks(dims, experts, DTYPE))
     x, bias = torch.empty(tokens, dims.in_features, dtype=DTYPE), torch.empty(dims.out_features, dtype=DTYPE)
@@ -208,7 +208,7 @@ def op_calls(name: str, experts: int, tokens: int) -> OpCalls:
 
 
 def op_table(experts: int, tokens: int, rounds: int) -> str:
-    """A row for every shape."""
+    """Markdown: one row per shape."""
     lines = [
         "| shape | launches | us | us, gradients to come | launches of the backward | us | us with PyTorch's engine |",
         "|---|---|---|---|---|---|---|",
@@ -224,7 +224,7 @@ def op_table(experts: int, tokens: int, rounds: int) -> str:
 
 
 def made_on() -> str:
-    """What the times are of, for a table's last line."""
+    """Processor and versions behind the times, for a table's last line."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, Triton {triton.__version__}"
     return f"\nHost: one core of {machine.processor_name()}; {versions}."
 
@@ -233,7 +233,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the fastest counts")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timing rounds; the fastest counts")
     parser.add_argument("--doc", action="store_true", help="write the table into bench/results")
     chosen = parser.parse_args(words)
     with stand_ins():

@@ -1,11 +1,11 @@
-"""Reads the compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
+"""Checks the compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
 
     python tools/hot_loops.py [LIBRARY]    default: mpoe_kernels/_C.abi3.so; needs binutils (objdump, c++filt)
 
-One line per loop: file, kernel, instructions per multiply-add. Exits with 1 where a loop of an x86-64 vector extension
-touches the stack, or holds another instruction than allowed, or where a kernel was not found. The limits are what GCC
-12 reaches; the compilers that built the library are printed. The baseline's loops (gemm_generic.cpp) are printed only:
-SSE2 has neither multiply-adds nor broadcasts from memory.
+One line per loop: file, kernel, instructions per multiply-add. Exits with 1 if a loop of an x86-64 vector extension
+touches the stack or contains an instruction that is not allowed, or if a kernel was not found. The limits are what GCC
+12 reaches; the compilers that built the library are printed. The baseline's loops (gemm_generic.cpp) are printed but
+not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps|tdpbf16ps|mulps")
 LOAD = re.compile(r"v?(movdq|movup|movap|movss|pbroadcast|broadcast)\w*|tileloadd")
 CONTROL = re.compile(r"add|sub|inc|dec|cmp|test|lea|j\w+")
 MOST_CONTROL = 6  # three pointers, the count, a comparison, the jump
-UNPACK = re.compile(r"vp(slld|andd?)|vandps")  # the two bfloat16 of a unit where no instruction multiplies them
-# Per instruction set, float32 and bfloat16: one for every number of rows, read in place and from a packed panel. AMX:
-# tiles of up to 16 and up to 32 rows.
+UNPACK = re.compile(r"vp(slld|andd?)|vandps")  # splits a pair of bfloat16 numbers where no instruction multiplies them
+# Number of loops per instruction set, float32 and bfloat16: one per number of rows, reading in place and from a packed
+# panel. AMX: tiles of up to 16 and up to 32 rows.
 LOOPS = {"avx2": (12, 10), "avx512": (28, 26), "avx512bf16": (28, 28), "amx": (0, 2)}
 
 
@@ -40,7 +40,7 @@ def output(*command: str) -> str:
 
 
 def tiles(library: Path) -> dict[int, tuple[str, str]]:
-    """Address of every function that holds a micro-kernel's loop: its source file and its demangled name."""
+    """Address of every function with a micro-kernel's loop -> its source file and its demangled name."""
     found, source = {}, ""
     for line in output("objdump", "-t", "-C", str(library)).splitlines():
         match = re.match(r"([0-9a-f]+) (.{7}) \S+\s+[0-9a-f]+\s+(.*)", line)
@@ -66,7 +66,7 @@ def functions(library: Path) -> dict[int, list[Instruction]]:
 
 
 def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops with a multiply-add."""
+    """The innermost loops that contain a multiply-add."""
     place = {instruction.address: i for i, instruction in enumerate(body)}
     spans = []
     for i, (_, name, operands) in enumerate(body):

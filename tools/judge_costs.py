@@ -1,13 +1,13 @@
-"""Judge the backends' cost models: measure every strategy of a set of workloads, then ask what they would choose.
+"""Judge the backends' cost models: measure every strategy on a set of workloads, then judge what they would choose.
 
     python tools/judge_costs.py measure FILE [--fitted] [--only TEXT] [--backends eager,native] [--missing]
     python tools/judge_costs.py judge FILE [--fitted] [--only TEXT] [--backends eager]
 
-``measure`` calls the kernels themselves, forward and backward apart, interleaved, and keeps the 10th percentiles, since
-what other processes do only adds, in FILE (what was measured before is replaced, or with --missing left alone): wall
-time, or with --threads 1 the CPU time of the thread. ``judge`` reads them, so that a model can be changed and judged
-again in seconds. Predictions use the constants measured here (``MPOE_MEASURE=0``: the table's). `mpoe bench` judges the
-same through the public ops.
+``measure`` calls the kernels directly, forward and backward separately, interleaved. It stores 10th percentiles in
+FILE, since other processes can only add time: wall time, or with --threads 1 the thread's CPU time. Earlier
+measurements are replaced, or with --missing kept. ``judge`` reads FILE, so that a changed model can be judged again in
+seconds. Predictions use the constants measured here (``MPOE_MEASURE=0``: the table's). `mpoe bench` judges the same
+choices through the public ops.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contraction
 from mpoe_kernels.registry import BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
-SLOWEST_MEASURED = 2.0  # what is predicted slower than this many times the best of its backend is left out
+SLOWEST_MEASURED = 2.0  # candidates predicted to take longer than this times their backend's best are left out
 TOLERANCE = 1.15
 OPS = {phase: op for op, phase in CONTRACTIONS.items()}
 
 
 def plans_of(case: Workload, phase: str) -> list[Contraction]:
-    """Candidates of a phase; a training forward of a separable shape has no choice."""
+    """Contractions for a phase; a training forward of a separable shape has no choice."""
     shape = case.shape
     dims = BlockDims.of_shape(shape)
     found = contractions(dims, case.num_experts, case.num_tokens, case.dtype, phase, mask_central=case.mask_central)
@@ -48,7 +48,7 @@ def plans_of(case: Workload, phase: str) -> list[Contraction]:
 
 
 def candidates(case: Workload, phase: str, backends: list[str]) -> dict[str, Candidate]:
-    """Every candidate, by ``name [backend]``."""
+    """Every candidate, keyed by ``name [backend]``."""
     request = Request(OPS[phase], "cpu", case.dtype)
     return {
         f"{found.name} [{name}]": found
@@ -60,7 +60,7 @@ def candidates(case: Workload, phase: str, backends: list[str]) -> dict[str, Can
 
 
 def calls_of(case: Workload, backends: list[str]) -> dict[str, dict[str, Callable[[], object]]]:
-    """By phase and name of the pair."""
+    """The calls to time, by phase and candidate name."""
     torch.manual_seed(8)
     blocks = random_blocks(case.shape, case.num_experts, case.dtype)
     x = torch.randn(case.num_tokens, case.in_features).to(case.dtype)
@@ -154,8 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("measure", "judge"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--fitted", action="store_true", help="the workloads that models were fitted to")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--fitted", action="store_true", help="use the workloads that the models were fitted to")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--backends", default=",".join(available_backends()))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--missing", action="store_true", help="measure only what FILE lacks")

@@ -1,15 +1,14 @@
-"""What a feed-forward layer costs on an H100 before and after its launches were planned: launches, grids, host, bytes.
+"""What a feed-forward layer costs on an H100 before and after launch plans: launches, grids, host time, bytes.
 
     python tools/layer_table.py [--doc]
 
-T5-base's layer by every shape of the catalogue, 4,096 tokens, bfloat16, both projections, forward and backward.
-Launches are recorded, bytes and times predicted by the model of `tools/triton_predict.py`, host time is that of
-`tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine,
-predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. A second table is of
-gated networks: both projections of the same rows, each alone and then PyTorch's product of the two, or together. A
-third is of the last product where nothing trains. ``--doc`` writes the tables into layers.md in
-bench/results/ahead-of-time, ``--doc placed`` the third alone: it holds no time of the host, which asks for an idle
-machine.
+T5-base's layer in every shape of the catalogue, 4,096 tokens, bfloat16, both projections, forward and backward.
+Launches are recorded, bytes and times are predicted by the model of `tools/triton_predict.py`, host times come from
+`tools/host_time.py`; nothing runs on a GPU. *Before* is commit e1aa197, recorded in the same way on the same machine
+and predicted by today's model; its rows are kept in bench/results/ahead-of-time/layers_e1aa197.json. A second table
+covers gated networks: both projections of the same rows, computed separately and multiplied by PyTorch, or together. A
+third covers the last product when nothing trains. ``--doc`` writes the tables into layers.md in
+bench/results/ahead-of-time, ``--doc placed`` only the third, which needs no idle machine: it contains no host times.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ class Row(NamedTuple):
     """One layer in one phase.
 
     Attributes:
-        launches: how many.
-        programs: of the smallest grid among the launches that multiply.
-        host: microseconds of the processor.
-        megabytes: moved.
-        microseconds: predicted on the GPU.
+        launches: number of launches.
+        programs: programs in the smallest grid among the launches that multiply.
+        host: host time in microseconds.
+        megabytes: megabytes moved.
+        microseconds: predicted GPU time.
     """
 
     launches: int
@@ -59,7 +58,7 @@ class Row(NamedTuple):
 
 
 def row(launches: list[Launch], experts: int, host: float) -> Row:
-    """Of what was recorded."""
+    """The row of the recorded launches."""
     found = [predict(launch, experts, TOKENS) for launch in launches]
     grids = [math.prod(one.grid) for one in launches if one.kernel.fn.__name__ in PRODUCTS]
     moved, seconds = sum(one.bytes for one in found), sum(one.seconds for one in found)
@@ -75,7 +74,7 @@ def cases() -> Iterator[tuple[int, str, str]]:
 
 
 def key(experts: int, name: str, phase: str) -> str:
-    """Of a case, in the file of rows."""
+    """A case's key in the file of rows."""
     return f"{name}, {experts} experts, {phase}"
 
 
@@ -83,7 +82,7 @@ Works = list[Callable[[], object]]
 
 
 def works_of(experts: int, name: str, phase: str) -> tuple[list[Launch], Works]:
-    """As the tree is: what a case starts, and what starts it."""
+    """What a case launches in the current tree, and the functions that launch it."""
     strategies, launches = layer(name, experts, TOKENS, phase)
     return launches, [
         catalogue.WORK[phase](
@@ -96,20 +95,20 @@ def works_of(experts: int, name: str, phase: str) -> tuple[list[Launch], Works]:
 
 
 def hosts(works: Iterable[Works]) -> list[float]:
-    """Microseconds of the processor, of each case."""
+    """Host time of each case in microseconds."""
     with host_time.stand_ins():
         return host_time.microseconds([host_time.together(each) for each in works])
 
 
 def now() -> list[Row]:
-    """Of all cases, as the tree is."""
+    """Rows of all cases in the current tree."""
     found = [works_of(*case) for case in cases()]
     times = hosts(works for _, works in found)
     return [row(launches, case[0], time) for case, (launches, _), time in zip(cases(), found, times, strict=True)]
 
 
 def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None:
-    """What `mpoe_kernels.choice` decides on the card, where each projection takes ``alone`` seconds."""
+    """What `mpoe_kernels.choice` decides on the card if each projection alone takes ``alone`` seconds."""
     prices = {
         plan.strategy: gated_price_on(plan, CARD) for plan in contractions(dims, experts, TOKENS, DTYPE, "forward")
     }
@@ -117,12 +116,12 @@ def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None
 
 
 class Way(NamedTuple):
-    """To compute both projections of a gated network.
+    """One way to compute both projections of a gated network.
 
     Attributes:
-        strategy: its name.
-        row: but for the host's time.
-        works: what starts it.
+        strategy: name of the strategy.
+        row: its row, without the host time.
+        works: the functions that launch it.
     """
 
     strategy: str
@@ -131,7 +130,7 @@ class Way(NamedTuple):
 
 
 def gated(experts: int, name: str) -> tuple[Way, Way]:
-    """Both projections of a gated network forward: each alone, and as the backend does it."""
+    """Both projections of a gated network, forward: separately, and as the backend computes them."""
     dims = catalogue.dims_of(catalogue.shapes()[name][0])
     alone = choice(dims, experts, TOKENS, "forward")
     sizes = dims, experts, TOKENS, DTYPE
@@ -145,7 +144,7 @@ def gated(experts: int, name: str) -> tuple[Way, Way]:
             for work in works:
                 work()
         one = row(launches, experts, math.nan)
-        if len(works) == 2:  # PyTorch multiplies
+        if len(works) == 2:  # PyTorch multiplies the two results
             moved = 3 * TOKENS * dims.out_features * DTYPE.itemsize
             seconds = CARD.launch_seconds + moved / CARD.bandwidth
             one = one._replace(launches=one.launches + 1, megabytes=one.megabytes + moved / 1e6)
@@ -155,7 +154,7 @@ def gated(experts: int, name: str) -> tuple[Way, Way]:
 
 
 def gated_table() -> str:
-    """Markdown: alone, arrow, as it is done; the host's time of PyTorch's product is not part of it."""
+    """Markdown: separate → as the backend computes it; PyTorch's product is not part of the host time."""
     lines = [
         "| experts | shape | strategies | launches | programs of the smallest grid | host us | MB | predicted us |",
         "|---|---|---|---|---|---|---|---|",
@@ -165,7 +164,7 @@ def gated_table() -> str:
     for experts, name, *ways in found:
         apart, done = (way.row._replace(host=next(times)) for way in ways)
         strategy, other = (way.strategy for way in ways)
-        if apart.launches == done.launches:  # each alone
+        if apart.launches == done.launches:  # the backend keeps them separate
             lines.append(f"| {experts} | {name} | {strategy} | {' | '.join(f'{b:,.0f}' for b in apart)} |")
             continue
         pairs = [f"{b:,.0f} → {a:,.0f}" for b, a in zip(apart, done, strict=True)]
@@ -174,7 +173,7 @@ def gated_table() -> str:
 
 
 def placed_table() -> str:
-    """Markdown: the last product and `combine`, arrow, both in the product's launches."""
+    """Markdown: the last product and `combine` → both in the product's launches."""
     lines = ["| experts | shape | strategy | launches | MB | predicted us |", "|---|---|---|---|---|---|"]
     for experts in EXPERTS:
         for name, (_, down) in catalogue.shapes().items():
@@ -197,7 +196,7 @@ def placed_table() -> str:
 
 
 def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
-    """Markdown: before, arrow, after."""
+    """Markdown: before → after."""
     lines = [
         "| experts | shape | | launches | programs of the smallest grid | host us | MB | predicted us |",
         "|---|---|---|---|---|---|---|---|",
@@ -211,7 +210,7 @@ def table(rows: Iterable[tuple[tuple[int, str, str], Row, Row]]) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--doc", nargs="?", choices=("all", "placed"), const="all", help="write the tables, or one, into bench/results"
+        "--doc", nargs="?", choices=("all", "placed"), const="all", help="write all tables, or one, into bench/results"
     )
     chosen = parser.parse_args(words)
     if chosen.doc == "placed":

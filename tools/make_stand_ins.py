@@ -1,12 +1,12 @@
 """Train the stand-in checkpoints that ship with the package: ``python tools/make_stand_ins.py [t5] [gpt2]``.
 
-Everything is made here from nothing: the tokenizers and the weights see only the *training split* of the documentation
-that the running Python carries (``mpoe.data.documentation``). A tiny T5 learns, one kind of item per step,
+Everything is made from scratch: the tokenizers and the weights see only the *training split* of the documentation that
+comes with the running Python (``mpoe.data.documentation``). A tiny T5 learns, one kind of item per step,
   - masked spans of documentation text (span corruption, Raffel et al. 2020),
-  - the package that a sentence documents (related to, but not, the doc_module task: other words, other classes),
+  - the package that a sentence documents (like the doc_module task, but with other words and other classes),
   - the words of the name that a docstring documents (the doc_name task's training items);
-a tiny GPT-2 learns language modelling. Takes five to ten minutes per model on one core. Seeds are fixed; weights depend
-on the versions of Python, numpy and torch all the same.
+a tiny GPT-2 learns language modelling. Takes five to ten minutes per model on one core. Seeds are fixed, but the
+weights still depend on the versions of Python, numpy and torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train_records() -> tuple[DocRecord, ...]:
 
 
 def t5_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
-    """Lower-casing BPE that ends every text with </s>."""
+    """A lower-casing BPE that ends every text with </s>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,7 +66,7 @@ def t5_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def gpt2_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's."""
+    """A byte-level BPE, like GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,9 +81,9 @@ def gpt2_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def t5_model(vocabulary: int) -> transformers.T5ForConditionalGeneration:
-    """T5 with d_model 128; the embedding starts small, as std 1 (the default) learns slowly at this size.
+    """T5 with d_model 128; the embedding starts small, because std 1 (the default) learns slowly at this size.
 
-    Trained without dropout, which costs more than it brings in so few passes.
+    Trained without dropout, which costs more than it gains in so few passes.
     """
     config = transformers.T5Config(
         vocab_size=vocabulary,
@@ -122,7 +122,7 @@ def gpt2_model(vocabulary: int) -> transformers.GPT2LMHeadModel:
 
 
 def package_examples() -> list[Example]:
-    """Sentence -> package (for numpy: sub-package), of packages with at least eight training objects."""
+    """Sentence -> package (for numpy: sub-package), for packages with at least eight training objects."""
     counts: dict[str, int] = {}
     for record in train_records():
         counts[package_of(record)] = counts.get(package_of(record), 0) + 1
@@ -135,7 +135,7 @@ def package_examples() -> list[Example]:
 
 
 def package_of(record: DocRecord) -> str:
-    """Package of a record in words."""
+    """A record's package, as words."""
     return " ".join(record.module.split(".")[: 2 if record.package == "numpy" else 1])
 
 
@@ -159,7 +159,7 @@ def corrupt_spans(ids: list[int], sentinel: int, end: int, rng: random.Random, s
 
 
 def shuffled(items: list, batch: int, rng: random.Random) -> Iterator[list]:
-    """Endless batches; every item once per pass."""
+    """Endless batches; every pass yields each item once."""
     while True:
         rng.shuffle(items)
         for start in range(0, len(items) - batch + 1, batch):
@@ -206,10 +206,10 @@ def gpt2_batches(tokenizer: transformers.PreTrainedTokenizerFast, batch: int, se
 def pretrain(
     model: transformers.PreTrainedModel, batches: Batches, steps: int, rate: float, embedding_boost: float = 1.0
 ) -> float:
-    """AdamW with a linear warm-up over a twentieth of the steps and a cosine decay; the mean of the last losses.
+    """AdamW with linear warm-up over a twentieth of the steps and cosine decay; returns the mean of the last losses.
 
-    ``embedding_boost`` multiplies the embedding's rate: a rare word is updated in few steps, and Adam moves it by about
-    the rate each time, so at one common rate the T5 hardly learns to read within this budget.
+    ``embedding_boost`` multiplies the embedding's rate: a rare word is updated in only a few steps, and Adam moves it
+    by about the rate each time, so with one common rate the T5 hardly learns to read within this budget.
     """
     embedding = model.get_input_embeddings().weight
     decayed = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
@@ -217,7 +217,7 @@ def pretrain(
     groups = [
         {"params": decayed, "weight_decay": 0.05},
         {"params": plain, "weight_decay": 0.0},
-        # AdamW multiplies decay by the rate, so a boosted embedding gets less of it.
+        # AdamW multiplies weight decay by the rate, so a boosted embedding gets a smaller decay.
         {"params": [embedding], "lr": rate * embedding_boost, "weight_decay": 0.05 if embedding_boost == 1 else 0.01},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))

@@ -1,11 +1,11 @@
-"""Fine-tunes a language model on several texts, composes the fine-tunes, and compares losses on texts held out.
+"""Fine-tunes a language model on several texts, composes the fine-tunes, and compares losses on held-out text.
 
     python tools/measure_composition.py --texts austen.txt reviews.txt messages.txt --output_dir DIR
     python tools/measure_composition.py --base SMOLLM2 --length 256 --batch 4 --steps 60 --rate 2e-4 --bfloat16 ...
 
-Prints, and writes to ``DIR/ffn.json`` and ``DIR/all.json`` (what was trained), the loss of every domain (nats per
-token) under the base, its own fine-tune, the mean of all fine-tunes, and mixtures made by `mpoe compose`. Fine-tunes
-that lie in DIR are taken from there.
+Prints, and writes to ``DIR/ffn.json`` and ``DIR/all.json`` (named after what was trained), the loss of every domain
+(nats per token) under the base, its own fine-tune, the mean of all fine-tunes, and mixtures made by `mpoe compose`.
+Fine-tunes that are already in DIR are reused.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Trial:
     held_out: int = 150
 
     def rows(self, tokenizer: Any, text: str) -> torch.Tensor:
-        """Pieces of a text, ``[N, length]``."""
+        """A text as token ids in pieces, ``[N, length]``."""
         ids = tokenizer(text)["input_ids"]
         return torch.tensor(ids[: len(ids) // self.length * self.length]).view(-1, self.length)
 
     def autocast(self) -> Any:
-        """Products in bfloat16, if asked for."""
+        """Autocast to bfloat16, if asked for."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Trial:
         return total / len(rows)
 
     def fine_tune(self, base: Any, rows: torch.Tensor, what: str) -> Any:
-        """A copy of ``base`` trained on rows: its feed-forward networks alone (``ffn``), or all of it (``all``)."""
+        """A copy of ``base`` trained on ``rows``: only its feed-forward networks (``ffn``), or all of it (``all``)."""
         torch.manual_seed(0)
         model = copy.deepcopy(base).train()
         for name, p in model.named_parameters():
@@ -81,14 +81,14 @@ class Trial:
         return model.requires_grad_(True).eval()
 
     def halves(self, text: Path) -> tuple[str, str]:
-        """What is trained on (also written to a file of the output folder, for the routers), and what is held out."""
+        """The part to train on (also written to the output folder, for the routers) and the held-out part."""
         whole = text.read_text(encoding="utf-8")
         cut = int(len(whole) * 0.9)
         (self.output_dir / text.name).write_text(whole[:cut], encoding="utf-8")
         return whole[:cut], whole[cut:]
 
     def tuned(self, base: Any, tokenizer: Any, text: Path, what: str) -> Any:
-        """The fine-tune on a text, taken from its folder if it was made before."""
+        """The fine-tune on a text, loaded from its folder if it already exists."""
         own = self.output_dir / what / text.stem
         if not (own / "config.json").is_file():
             model = self.fine_tune(base, self.rows(tokenizer, self.halves(text)[0]), what)
@@ -105,7 +105,7 @@ def _mean(models: list[Any]) -> Any:
     return mean
 
 
-# What `mpoe compose` makes, and with how many experts per token it is measured.
+# Mixtures that `mpoe compose` makes, and the numbers of experts per token with which they are measured.
 MIXTURES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dense, ridge": ({}, (1, 2, 3)),
     "dense, trained router": ({"router": "train", "steps": 50}, (1, 2, 3)),
@@ -117,7 +117,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 def measure(
     trial: Trial, what: str, mixtures: dict[str, tuple[dict[str, Any], tuple[int, ...]]], top_k: list[int]
 ) -> dict[str, Any]:
-    """Losses by model and domain; of mixtures with those numbers of experts per token that are in ``top_k``."""
+    """Losses by model and domain; mixtures use those of their numbers of experts per token that are in ``top_k``."""
     base, tokenizer = load_model(find(trial.base)), load_tokenizer(find(trial.base))
     names = [text.stem for text in trial.texts]
     held = {text.stem: trial.rows(tokenizer, trial.halves(text)[1])[: trial.held_out] for text in trial.texts}

@@ -1,12 +1,12 @@
-"""Do the tests see bugs? Makes small changes in chosen functions, one at a time, and runs the tests of their area.
+"""Do the tests catch bugs? Makes small changes in chosen functions, one at a time, and runs the tests of their area.
 
-    python tools/mutants.py                     # some of every area; goes on where an earlier run ended
-    python tools/mutants.py --areas ops mask    # of these alone
+    python tools/mutants.py                     # some of every area; continues where an earlier run ended
+    python tools/mutants.py --areas ops mask    # only these areas
     python tools/mutants.py --slice 8           # what CI runs
-    python tools/mutants.py --list              # which changes, without running anything
+    python tools/mutants.py --list              # the changes, without running anything
 
-Which functions, which tests, and survivors that are no bug, with the reason: tools/mutants.toml and
-tools/mutants_equivalent.json. The checkout stays as it is: every worker has a copy of it in a temporary folder.
+tools/mutants.toml lists the functions and tests; tools/mutants_equivalent.json lists survivors that are not bugs, with
+reasons. The checkout is not changed: every worker has its own copy in a temporary folder.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from mutation_rules import Mutant, mutants_of
 
 SEED = 0
 PER_AREA = 9
-SHORTEST_LIMIT = 180.0  # seconds, for a busy machine; else four times what the tests take without a mutant
+SHORTEST_LIMIT = 180.0  # seconds, for a busy machine; otherwise four times what the tests take without a mutant
 BUILD_LIMIT = 1200.0
-IMPORTED_FIRST = ["torch", "transformers.trainer"]  # once for all runs
+IMPORTED_FIRST = ["torch", "transformers.trainer"]  # imported once for all runs
 
 
 @dataclass(frozen=True)
 class Area:
-    """Functions, and the tests that must see a change of them.
+    """Functions, and the tests that must catch a change in them.
 
     Attributes:
         name: heading in the table.
         functions: ``file:function`` each, see `mutation_rules.resolve`.
         tests: files given to pytest.
         only: pytest's ``-k``.
-        build: command after every change, where there is one; ``{python}`` is this interpreter.
-        built: what it makes, put back afterwards.
-        environment: of build and tests.
-        in_slice: whether CI's slice may take mutants of it.
+        build: command to run after every change, if any; ``{python}`` is this interpreter.
+        built: the file that it makes, restored afterwards.
+        environment: environment variables of build and tests.
+        in_slice: whether CI's slice may include its mutants.
     """
 
     name: str
@@ -70,18 +70,18 @@ class Area:
         return list({m.name: m for target in self.functions for m in mutants_of(root, target)}.values())
 
     def chosen(self, root: Path, count: int) -> list[Mutant]:
-        """``count`` of them, the same ones every time as long as the functions stay the same."""
+        """A sample of ``count`` changes; the same one every time, as long as the functions do not change."""
         everything = self.all(root)
         return random.Random(f"{SEED} {self.name}").sample(everything, min(count, len(everything)))
 
 
 def read_areas(path: Path) -> list[Area]:
-    """The table; an unknown key is a TypeError."""
+    """Read the table of areas; an unknown key is a TypeError."""
     return [Area(name, **values) for name, values in tomllib.loads(path.read_text(encoding="utf-8")).items()]
 
 
 def sliced(areas: list[Area], root: Path, count: int) -> list[tuple[Area, Mutant]]:
-    """The first ones of all areas in turn."""
+    """The first ``count`` mutants, taken from all areas in turn."""
     able = [area for area in areas if area.in_slice]
     rounds = -(-count // len(able))
     ordered = [(area, area.chosen(root, PER_AREA)) for area in able]
@@ -92,18 +92,18 @@ def sliced(areas: list[Area], root: Path, count: int) -> list[tuple[Area, Mutant
 
 
 class Copy:
-    """A copy of the checkout that may be changed."""
+    """A copy of the checkout for mutants to change."""
 
     def __init__(self, root: Path, folder: Path, built: list[str], stopping: threading.Event) -> None:
         self.root, self.folder = root, folder
         self.running: subprocess.Popen[str] | ForkedPytest | None = None
         self.stopping = stopping
-        self.lock = threading.Lock()  # nothing starts while it stops
+        self.lock = threading.Lock()  # nothing may start while `stop` runs
         for name in self._files(root) + [name for name in built if (root / name).is_file()]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
-        # Of another one: an interpreter takes no stale bytecode, the shared data are where they are, and pytest has no
-        # options but the tool's own.
+        # The environment differs in three ways: no stale bytecode, shared data at its original place, and no pytest
+        # options except the tool's own.
         inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         self.environment = inherited | {
             "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "bench"), str(folder / "tools")]),
@@ -120,7 +120,7 @@ class Copy:
 
     @contextmanager
     def changed(self, mutant: Mutant) -> Iterator[None]:
-        """The file with the mutant, and as it was again."""
+        """Apply the mutant, and restore the file afterwards."""
         path = self.folder / mutant.path
         text = path.read_text(encoding="utf-8")
         path.write_text(mutant.applied(text), encoding="utf-8")
@@ -130,7 +130,7 @@ class Copy:
             path.write_text(text, encoding="utf-8")
 
     def run(self, command: list[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
-        """Exit status, None beyond the limit, and the end of the output. Nothing it started is left running."""
+        """Exit status (None after the time limit) and the end of the output. Nothing it started is left running."""
         with self.lock:
             if self.stopping.is_set():
                 raise Stopped
@@ -161,7 +161,7 @@ class Copy:
     def test(self, area: Area, limit: float) -> tuple[int | None, str]:
         arguments = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *area.tests]
         arguments += ["-k", area.only] if area.only else []
-        if area.environment:  # libraries may read it when they are imported
+        if area.environment:  # libraries may read it when they are imported, so not in a fork
             return self.run([sys.executable, "-m", "pytest", *arguments], area.environment, limit)
         printed = self.folder / "printed.txt"
         left_out = [str(self.root / name) for name in ("", "bench", "tools")]
@@ -181,7 +181,7 @@ class Copy:
         return status, "" if status is None else printed.read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def stop(self) -> None:
-        """Of another thread, which has said that it is stopping: end what runs."""
+        """End what is running; called by another thread, which has set ``stopping``."""
         with self.lock:
             if isinstance(self.running, ForkedPytest):
                 self.running.end()
@@ -190,7 +190,7 @@ class Copy:
 
     @contextmanager
     def rebuilt(self, area: Area) -> Iterator[None]:
-        """What a build replaces is put back."""
+        """Restore afterwards the file that a build replaces."""
         kept = self.folder / f"{area.built}.kept"
         if area.built and (self.folder / area.built).is_file():
             shutil.copy2(self.folder / area.built, kept)
@@ -202,7 +202,7 @@ class Copy:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):  # all of it has ended
+    with suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -268,9 +268,9 @@ def _short(mutant: Mutant) -> str:
 
 
 def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], results: Results) -> list[str]:
-    """Every area by one of ``jobs`` workers. Returns what went wrong."""
+    """Run every area on one of ``jobs`` workers. Returns the errors."""
     waiting: queue.SimpleQueue[tuple[Area, list[Mutant]]] = queue.SimpleQueue()
-    for item in sorted(work, key=lambda item: not item[0].build):  # what takes longest first
+    for item in sorted(work, key=lambda item: not item[0].build):  # areas with a build take longest: first
         waiting.put(item)
     errors: list[str] = []
     built = [area.built for area, _ in work if area.built]
@@ -292,7 +292,7 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
                 except AreaError as error:
                     errors.append(str(error))
 
-    # Not threads of our own: an interrupted join takes a thread that runs for one that has ended.
+    # A pool instead of plain threads: an interrupted join mistakes a running thread for one that has ended.
     with ThreadPoolExecutor(min(jobs, len(work)) or 1) as pool:
         done = [pool.submit(worker) for _ in range(min(jobs, len(work)))]
         try:
@@ -310,7 +310,7 @@ def run_all(root: Path, jobs: int, work: list[tuple[Area, list[Mutant]]], result
 
 
 def report(chosen: list[tuple[Area, Mutant]], results: Results, equivalent: dict[str, str]) -> list[str]:
-    """Prints the table; returns the survivors without a given reason."""
+    """Print the table; returns the survivors that have no reason given."""
     rows: dict[str, Counter[str]] = {}
     unexplained = []
     for area, mutant in chosen:
@@ -336,10 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="default: build/mutants.json of the checkout")
     parser.add_argument("--areas", nargs="+", help="only these")
     parser.add_argument("--count", type=int, default=PER_AREA, help="mutants per area")
-    parser.add_argument("--slice", type=int, help="so many in all, of all areas in turn")
+    parser.add_argument("--slice", type=int, help="this many in total, from all areas in turn")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="run what has a result, too")
-    parser.add_argument("--import_first", nargs="*", default=IMPORTED_FIRST, help="by whole names, once for all runs")
+    parser.add_argument("--again", action="store_true", help="also run what already has a result")
+    parser.add_argument("--import_first", nargs="*", default=IMPORTED_FIRST, help="modules to import once for all runs")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
     root = options.root.resolve()
@@ -373,5 +373,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # importing it once starts no threads
+    os.environ["OMP_NUM_THREADS"] = "1"  # so that importing torch once starts no threads
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""Small changes of a function, each a bug that some test should see: made by rule from its source, Python or C++.
+"""Small changes to a function, each a bug that some test should catch; made by rule from its Python or C++ source.
 
-Every mutant replaces one piece of one file. Text of errors, docstrings, annotations and assertions (``strict`` of
-``zip`` is one) stay as they are: a test that watched them would test words.
+Every mutant replaces one piece of one file. Error messages, docstrings, annotations and assertions (``zip``'s
+``strict`` counts as one) are left alone: a test that watched them would test wording.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
-# Of C++; the project's format puts spaces around them, and none into types.
+# C++ tokens; the project's formatting puts spaces around operators but not inside types.
 TOKENS = {
     " < ": " <= ",
     " <= ": " < ",
@@ -60,14 +60,14 @@ class Mutant:
     """One change.
 
     Attributes:
-        target: ``file:function`` as the table names it.
-        path: of the file, from the root.
-        rule: which kind of change.
-        line: where, from 1.
-        start, stop: what is replaced, in characters of the file.
-        offset: where it begins in the function, in characters.
-        before, after: the text that is replaced, and by what.
-        digest: of the function, so that a result is not kept beyond a change of it.
+        target: ``file:function`` as named in the table.
+        path: the file, relative to the root.
+        rule: kind of change.
+        line: line number, from 1.
+        start, stop: the replaced range, in characters of the file.
+        offset: where the range begins in the function, in characters.
+        before, after: the replaced text and its replacement.
+        digest: hash of the function, so that results do not outlive a change to it.
     """
 
     target: str
@@ -83,7 +83,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """Says which change of which state of the function."""
+        """Identifies the change and the version of the function."""
         return f"{self.target}@{self.digest} {self.rule} {self.offset}: {self.before!r} -> {self.after!r}"
 
     def applied(self, text: str) -> str:
@@ -92,7 +92,7 @@ class Mutant:
 
 
 def resolve(root: Path, target: str) -> tuple[Path, str]:
-    """The one file whose path ends as the target's does, and the function's name.
+    """The one file whose path ends in the target's, and the function's name.
 
     Raises:
         ValueError: no such file, or several.
@@ -107,10 +107,10 @@ def resolve(root: Path, target: str) -> tuple[Path, str]:
 
 
 def mutants_of(root: Path, target: str) -> list[Mutant]:
-    """Every change that the rules make of a function, in the order of the file.
+    """Every change that the rules make in a function, in file order.
 
     Raises:
-        ValueError: a target that is not there.
+        ValueError: the target does not exist.
     """
     path, function = resolve(root, target)
     text = path.read_text(encoding="utf-8")
@@ -133,12 +133,12 @@ Change = tuple[str, int, int, str]
 
 
 def _positions(text: str) -> list[int]:
-    """Where lines begin, in characters."""
+    """Where each line begins, in characters."""
     return [0, *(match.end() for match in re.finditer("\n", text))]
 
 
 def _span(lines: list[int], text: str, node: ast.AST) -> tuple[int, int]:
-    """Of a node, in characters; ast counts columns in bytes."""
+    """A node's range in characters; ast counts columns in bytes."""
 
     def offset(line: int, column: int) -> int:
         whole = text[lines[line - 1] :].split("\n", 1)[0].encode()
@@ -163,7 +163,7 @@ def _python_span(text: str, function: str, target: str) -> tuple[int, int]:
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below that compute something."""
+    """All descendants that compute something."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_params"):
             continue
@@ -190,7 +190,7 @@ def _python_changes(text: str, first: int, last: int) -> Iterator[Change]:
 
 
 def _python_change(node: ast.AST) -> tuple[str, str] | None:
-    """Rule and text instead, or None."""
+    """The rule and the replacement text, or None."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
         flipped = ast.Compare(node.left, [COMPARISONS[type(node.ops[0])](), *node.ops[1:]], node.comparators)
         return "comparison", f"({ast.unparse(flipped)})"
@@ -246,7 +246,7 @@ def _cpp_changes(text: str, first: int, last: int) -> Iterator[Change]:
             yield "operator", start + match.start(), start + match.end(), other
     for match in re.finditer(r"(?<![\w.])\d+(?![\w.])", code):
         yield "constant", start + match.start(), start + match.end(), str(int(match.group()) + 1)
-    # A call or an assignment of a line of its own: no declaration, whose name would be missed.
+    # A call or an assignment on its own line; not a declaration, whose name would then be missing.
     for match in re.finditer(r"^ *((?:[\w.>\[\]()*+-]+ [-+]?= |[\w.:>-]+\()[^;{}]*;)$", code, re.MULTILINE):
         if not match.group(1).startswith(("return", "static_assert")):
             yield "statement", start + match.start(1), start + match.end(1), ";"

@@ -1,12 +1,12 @@
-"""The tests that run native kernels, forced to every instruction set of this processor, with one thread and with two.
+"""Runs the tests of native kernels, forced to every instruction set of this processor, with one thread and with two.
 
-    python tools/native_isas.py                            # all of them
-    python tools/native_isas.py --isas avx2 --threads 1    # of one
-    python tools/native_isas.py --errors                   # no tests: how exact long sums are, beside PyTorch's
+    python tools/native_isas.py                            # all instruction sets
+    python tools/native_isas.py --isas avx2 --threads 1    # one of them
+    python tools/native_isas.py --errors                   # no tests: accuracy of long sums compared with PyTorch's
 
-The tests are those below tests/native, tests/kernels and tests/layers, and every other test file that has the word
-``native``; tests of models reach the same kernels through the layers. Instruction sets that the processor lacks are
-named and left out.
+The tests are those below tests/native, tests/kernels and tests/layers, and every other test file that contains the word
+``native``; model tests reach the same kernels through the layers. Instruction sets that the processor lacks are
+reported and skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTHS = (1024, 4096, 16384, 65536)
 
 
 def tests_of_native_kernels() -> list[str]:
-    """Test files by the rule above, from the root."""
+    """Test files chosen by the rule above, relative to the root."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     folders = [ROOT / "tests" / name for name in ("native", "kernels", "layers")]
     chosen = [f for f in files if any(f.is_relative_to(folder) for folder in folders)]
@@ -34,13 +34,13 @@ def tests_of_native_kernels() -> list[str]:
 
 
 def environment(isa: str, threads: int) -> dict[str, str]:
-    """Of a process that is forced to an instruction set."""
+    """Environment of a process that is forced to an instruction set."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "MPOE_CPU_ISA": isa, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
 def is_here(isa: str) -> bool:
-    """Whether this processor has it; asked of the library, which lowers the wish to what there is."""
+    """Whether this processor has it, according to the library, which falls back to what the processor supports."""
     code = "from mpoe_kernels.native_library import NATIVE_LIBRARY as n; print(n.info['isa_used'])"
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, env=environment(isa, 1), capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def is_here(isa: str) -> bool:
 
 
 def errors() -> dict[str, dict[str, float]]:
-    """Sums of so many products, in this process: the largest native error as a multiple of PyTorch's, per result."""
+    """Per sum length and result: the largest native error as a multiple of PyTorch's. Runs in this process."""
     import torch
 
     from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--errors_here", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("pytest", nargs="*", help="instead of the tests of the rule")
+    parser.add_argument("pytest", nargs="*", help="pytest arguments instead of the chosen tests")
     options = parser.parse_args()
     if options.errors_here:
         print(json.dumps(errors()))

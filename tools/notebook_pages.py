@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the notebooks of examples/ as pages, with the output and pictures that are stored in them."""
+"""An mkdocs hook: the notebooks of examples/ as pages, with the output and pictures stored in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def page_of(notebook: dict[str, Any]) -> str:
-    """Markdown of a notebook in JSON: text, code, printed output as text, pictures inside the page."""
+    """A notebook's JSON as Markdown: text, code, printed output as text, pictures embedded in the page."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -32,7 +32,7 @@ def page_of(notebook: dict[str, Any]) -> str:
 
 
 def as_text(printed: list[str]) -> list[str]:
-    """What was printed, without colours, as a block; nothing for nothing."""
+    """Printed output as a block, without colours; empty if nothing was printed."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(printed)).rstrip()
     return [f"```text\n{text}\n```"] if text else []
 

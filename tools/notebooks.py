@@ -1,4 +1,4 @@
-"""Makes the notebooks of examples/ from the scripts in the same folder, runs them, and keeps their output and pictures.
+"""Makes the notebooks in examples/ from the scripts there, runs them, and stores their output and pictures.
 
     python tools/notebooks.py [NAME ...]    writes examples/NAME.ipynb; needs pip install ".[docs]"
 
@@ -19,7 +19,7 @@ NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's
 
 
 def cells_of(script: str) -> list[tuple[str, str]]:
-    """``("markdown" | "code", text)`` of a script in cells. A paragraph on its usage from a shell is left out."""
+    """The cells of a script, as ``("markdown" | "code", text)``. A paragraph on shell usage is left out."""
     cells = []
     for part in script.split("# %%")[1:]:
         if part.startswith(" [markdown]"):
@@ -44,7 +44,7 @@ def notebook(name: str) -> Any:
 
 
 def run(made: Any, folder: Path) -> Any:
-    """Execute all cells in ``folder``; an error in one ends it."""
+    """Execute all cells in ``folder``; an error in a cell stops the run."""
     from nbclient import NotebookClient
 
     NotebookClient(made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()

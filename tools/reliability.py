@@ -2,9 +2,9 @@
 
     python tools/reliability.py --kills 50 --races 200 --calls 1000 --inputs 2000 --steps 1000 --seed 0 --doc
 
-Every number comes from this run: processes killed while they train and save, several that want one folder, full disks,
-damaged checkpoints, random inputs, bad calls of the public names, resident memory over a long training. Exit status 1
-if anything is lost, wrong or fails from inside.
+Every number comes from this run: processes killed while they train and save, several processes competing for one
+folder, full disks, damaged checkpoints, random inputs, bad calls of the public names, resident memory over a long
+training run. Exit status 1 if anything is lost, is wrong or fails with an internal error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DOC = ROOT / "docs" / "reliability.md"
-Row = tuple[str, str, list[str]]  # what was tried, what came of it, problems
+Row = tuple[str, str, list[str]]  # what was tried, the result, problems
 
 
 def kill(kills: int, seed: int, folder: Path) -> list[Row]:
@@ -111,7 +111,7 @@ def train_long(steps: int) -> list[Row]:
     from tests.faults.memory import growth
 
     found = growth(steps, warm=steps // 5)
-    limit = 2_000_000 / steps  # two megabytes over the run: noise of the allocator
+    limit = 2_000_000 / steps  # two megabytes over the run: allocator noise
     slope = f"{found.bytes_per_step:+.0f} bytes per step after the first {steps // 5}, {found.new_tensors:+d} tensors"
     problems = [f"memory grows by {slope}"] if found.bytes_per_step > limit or found.new_tensors else []
     return [(f"{steps} training steps in one process", f"{found.resident / 2**20:.0f} MiB resident, {slope}", problems)]
@@ -129,13 +129,13 @@ def table(rows: list[Row]) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="processes to kill")
-    parser.add_argument("--races", type=int, default=200, help="folders that several processes want at once")
-    parser.add_argument("--calls", type=int, default=1000, help="bad calls of public names")
-    parser.add_argument("--inputs", type=int, default=2000, help="random inputs, in equal parts of every kind")
+    parser.add_argument("--races", type=int, default=200, help="folders that several processes compete for")
+    parser.add_argument("--calls", type=int, default=1000, help="bad calls of the public names")
+    parser.add_argument("--inputs", type=int, default=2000, help="random inputs, the same number of each kind")
     parser.add_argument("--steps", type=int, default=1000, help="training steps over which memory is watched")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument(
-        "--only", default="", help="parts, with commas: kills, races, disks, damage, inputs, calls, memory"
+        "--only", default="", help="parts, comma-separated: kills, races, disks, damage, inputs, calls, memory"
     )
     parser.add_argument("--doc", action="store_true", help="write the table into docs/reliability.md")
     chosen = parser.parse_args(words)
@@ -143,7 +143,7 @@ def main(words: list[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(1)  # before anything computes: a process with a pool of threads cannot be forked
+    torch.set_num_threads(1)  # before anything computes: a process with a thread pool cannot be forked
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parts: dict[str, Callable[[Path], list[Row]]] = {

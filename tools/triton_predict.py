@@ -1,7 +1,7 @@
-"""Predicts how long the Triton kernels take on an H100, beside the roofline. Nothing here was measured.
+"""Predicts how long the Triton kernels take on an H100, compared with the roofline. Nothing here was measured.
 
-For every kernel that a grouped product of T5-base's feed-forward layer starts: launches, FLOPs, bytes, and the time by
-the planner's model. ``--doc`` writes the sums into bench/results/ahead-of-time/triton.md.
+For every kernel that a grouped product of T5-base's feed-forward layer launches: launches, FLOPs, bytes, and the time
+predicted by the planner's model. ``--doc`` writes the sums into bench/results/ahead-of-time/triton.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CARD = HARDWARE["h100"]
 ARCHITECTURE = "sm_90"
 DTYPE = torch.bfloat16
 EXPERTS, TOKENS = (8, 64), (64, 4096, 32768)
-# Kernels that compute products of a program tile by tile.
+# Kernels that compute a program's products tile by tile.
 STEPS = ("rows_kernel", "pairs_kernel", "outer_kernel", "blocks_kernel", "weights_kernel")
 ACTIVATIONS = {"up": "relu", "down": "none"}
 
@@ -42,13 +42,13 @@ class Prediction:
     """One launch, or several of the same kernel.
 
     Attributes:
-        kernel: name.
-        launches: how many.
-        flops: executed, padding of tiles and repeated work included.
-        bytes: every tensor is moved once, of those with an expert axis only busy experts' part, of rows those of the
-            launch's experts.
-        seconds: by the backend's model of tiles (`mpoe_kernels.linear.gpu.work`); of other kernels the planner's.
-        roofline: seconds of the product's own FLOPs at the data sheet's peak rates, launches free.
+        kernel: name of the kernel.
+        launches: number of launches.
+        flops: executed FLOPs, including tile padding and repeated work.
+        bytes: bytes moved. Every tensor is moved once; with an expert axis, only the busy experts' part; of rows, only
+            those of the launch's experts.
+        seconds: from the backend's tile model (`mpoe_kernels.linear.gpu.work`); for other kernels, the planner's.
+        roofline: seconds for the product's useful FLOPs and bytes at the data sheet's peak rates; launches are free.
     """
 
     kernel: str
@@ -71,7 +71,7 @@ class Prediction:
 
 
 def predict(launch: Launch, experts: int, slots: int) -> Prediction:
-    """Of one launch among those of a product of ``slots`` rows with ``experts`` experts."""
+    """Predict one of the launches of a product of ``slots`` rows with ``experts`` experts."""
     name, arguments = launch.kernel.fn.__name__, launch.arguments
     busy = expected_busy_experts(experts, slots)
     tensors = {id(value): value for value in arguments.values() if isinstance(value, torch.Tensor)}
@@ -81,7 +81,7 @@ def predict(launch: Launch, experts: int, slots: int) -> Prediction:
         part = 1.0
         if tensor.dim() > 1 and tensor.shape[0] == together:
             part = busy / experts
-        elif tensor.dim() > 1 and tensor.shape[0] == slots:  # rows of other experts are other launches' business
+        elif tensor.dim() > 1 and tensor.shape[0] == slots:  # other launches take the other experts' rows
             part = together / experts
         moved += tensor.numel() * tensor.element_size() * part
     step, useful = Step(name, "copy", 0, 0, 0, 1, round(moved), 0), 0.0
@@ -90,12 +90,12 @@ def predict(launch: Launch, experts: int, slots: int) -> Prediction:
         alive = max(1, round(batch * busy / experts)) if batch > 1 else 1
         useful = 2.0 * m * n * k * alive
         overhead = FLOP_OVERHEAD[name](arguments) if name in FLOP_OVERHEAD else 1.0
-        # As if the rows were as many more.
+        # The overhead is modelled as extra rows.
         step = Step(name, "grouped_gemm" if batch > 1 else "gemm", m * overhead, n, k, alive, round(moved), 0)
     roofline = max(useful / CARD.peak_flops.of(DTYPE), moved / CARD.bandwidth)
     seconds = step_time(step, DTYPE, CARD).total
     if name in STEPS:
-        columns = 2 if name == "pairs_kernel" and arguments["SHARED"] else 1  # else each product reads rows of its own
+        columns = 2 if name == "pairs_kernel" and arguments["SHARED"] else 1  # else each product reads its own rows
         tile = arguments["BM"], arguments["BN"] * columns, arguments["BK"]
         shared = step.batch > 1 and name == "blocks_kernel" and arguments["SUM"]
         work = Work(ceil(m), n, k * step.batch if shared else k, 1 if shared else step.batch, 0, DTYPE)
@@ -112,8 +112,8 @@ class Choice(NamedTuple):
 
     Attributes:
         phase: ``forward`` or ``backward``.
-        strategy: of the catalogue: the planner's, or rebuilding on chip.
-        seconds: as the backend predicts them when it chooses; pointwise kernels are not part of it.
+        strategy: name in the catalogue: one of the planner's, or rebuilding on chip.
+        seconds: the backend's prediction when it chooses; pointwise kernels are not included.
     """
 
     phase: str
@@ -122,7 +122,7 @@ class Choice(NamedTuple):
 
 
 def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
-    """The fastest strategy on the card by the backend's own prediction."""
+    """The fastest strategy on the card according to the backend's own prediction."""
     found = []
     for plan in contractions(dims, experts, tokens, DTYPE, phase):
         found += [Choice(phase, *way) for way in ways(plan, target_named(ARCHITECTURE), CARD).items()]
@@ -130,7 +130,7 @@ def choice(dims: BlockDims, experts: int, tokens: int, phase: str) -> Choice:
 
 
 def layer(name: str, experts: int, tokens: int, phase: str) -> tuple[list[str], list[Launch]]:
-    """Strategies that the backend chooses for the two projections of a layer, and what they start together.
+    """Strategies that the backend chooses for the two projections of a layer, and all their launches.
 
     Only the first projection gathers its rows.
     """
@@ -148,7 +148,7 @@ def layer(name: str, experts: int, tokens: int, phase: str) -> tuple[list[str], 
 
 
 def predictions(dims: BlockDims, experts: int, tokens: int, plan: Choice, activation: str) -> list[Prediction]:
-    """Of every kernel that a choice starts, in the order of its first launch."""
+    """One prediction per kernel that a choice launches, in the order of first launch."""
     with recorded(ARCHITECTURE) as started:
         catalogue.run(plan.phase, dims, experts, tokens, DTYPE, plan.strategy, activation)
     found: dict[str, Prediction] = {}
@@ -181,7 +181,7 @@ def _cells(found: Prediction) -> str:
 
 
 def kernel_table(shapes: Sequence[str], experts: int, tokens: int) -> str:
-    """A row for every kernel."""
+    """Markdown: one row per kernel."""
     lines = [
         "| shape | | strategy | kernel | launches | FLOPs | bytes | predicted us | roofline us |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -198,7 +198,7 @@ def kernel_table(shapes: Sequence[str], experts: int, tokens: int) -> str:
 
 
 def summary_table(shapes: Sequence[str]) -> str:
-    """A row for every case and phase, up and down projection together."""
+    """Markdown: one row per case and phase, up and down projection together."""
     lines = [
         "| E | tokens | shape | | strategies | kernels | launches | FLOPs | bytes | predicted us | roofline us "
         "| choice us |",
@@ -226,7 +226,7 @@ def summary_table(shapes: Sequence[str]) -> str:
 
 
 def _dense(tokens: int, phase: str) -> float:
-    """Seconds of the layer's two dense products; of their gradients, two for each."""
+    """Seconds of the layer's two dense products, or of their gradients (two products each)."""
     sizes = [(tokens, catalogue.HIDDEN, catalogue.MODEL), (tokens, catalogue.MODEL, catalogue.HIDDEN)]
     if phase == "backward":
         sizes = [order for m, n, k in sizes for order in ((m, k, n), (n, k, m))]
@@ -236,7 +236,7 @@ def _dense(tokens: int, phase: str) -> float:
 
 
 def hidden_table() -> str:
-    """A row for every size of the experts on the hidden side."""
+    """Markdown: one row per size of the hidden-side experts, number of tokens and phase."""
     lines = [
         "| experts | own blocks | choices | block | tokens | | launches | FLOPs | bytes | predicted us | roofline us "
         "| dense products us |",
@@ -258,7 +258,7 @@ def hidden_table() -> str:
 
 
 def bounds_table() -> str:
-    """Percent of a card's 16-bit peak that tiles can reach, by their matrix instructions."""
+    """Markdown: percentage of a card's 16-bit peak that tiles can reach, by matrix instruction."""
     tiles = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
     lines = [
         f"| card | instruction of a | {' | '.join(f'{m} x {n}' for m, n in tiles)} |",

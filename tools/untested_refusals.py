@@ -1,11 +1,11 @@
-"""Fails a test run that left a `raise` statement of the packages unreached, and lists such statements.
+"""Fails a test run that leaves a `raise` statement of the packages unreached, and lists such statements.
 
     PYTHONPATH=tools PYTEST_ADDOPTS="-p untested_refusals" python -m pytest -n 2
 
-A plugin of pytest: it marks the statements as the packages are imported, so tests run at their usual speed. What pytest
-reaches in its own processes counts, in those of pytest-xdist and in those that tests start; random inputs do not count,
-as no one wrote down what they should be told. A statement that such a run cannot reach says so itself:
-``# reached only ...`` on its first line, with the reason.
+A pytest plugin: it marks the statements when the packages are imported, so tests run at their usual speed. Statements
+count if they are reached in pytest's own process, in those of pytest-xdist or in those that tests start; random inputs
+do not count, because nobody wrote down which error they should get. A statement that such a run cannot reach says so
+itself: ``# reached only ...`` on its first line, with the reason.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mpoe", "mpoe_kernels")
 EXCUSE = "# reached only "
 RANDOM = "tests/faults/test_fuzz.py"
-# Of the language, not of a user's mistake.
+# Part of the language's protocols, not about a user's mistake.
 _PROTOCOL = ("AttributeError", "NotImplementedError", "KeyboardInterrupt", "SystemExit", "StopIteration")
-_FOLDER = "MPOE_REACHED"  # names the folder where every process leaves what it reached
+_FOLDER = "MPOE_REACHED"  # names the folder where every process writes what it reached
 _reached: set[str] = set()
 
 
 def _is_refusal(node: ast.AST) -> bool:
-    """Whether a statement raises a new exception that is about a mistake."""
+    """Whether a statement raises a new exception about a user's mistake."""
     if not isinstance(node, ast.Raise) or node.exc is None:
         return False
     made = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
@@ -84,7 +84,7 @@ def _note(site: str) -> None:
 
 
 class _Report:
-    """What the process that was started first says in the end."""
+    """The final report, made by the process that was started first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,6 +122,6 @@ def pytest_sessionfinish() -> None:
     (Path(os.environ[_FOLDER]) / str(os.getpid())).write_text("\n".join(_reached), encoding="utf-8")
 
 
-# Here and not in a hook: other plugins may import the packages before any hook is called.
+# Not in a hook: other plugins may import the packages before any hook is called.
 builtins.__reached__ = _note  # type: ignore[attr-defined]
 sys.meta_path.insert(0, _Finder())

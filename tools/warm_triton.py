@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels of a GPU visit where time costs nothing, into a cache that is carried along.
+"""Compiles the Triton kernels of a GPU visit beforehand, where time costs nothing, into a cache to take along.
 
     python tools/warm_triton.py --architecture sm_90                  # into build/warm_triton, where bench/gpu.sh looks
-    python tools/warm_triton.py --architecture sm_90 --kernel rows    # those whose name holds this
+    python tools/warm_triton.py --architecture sm_90 --kernel rows    # only kernels whose name contains this
 
-Triton finds them there under its own keys if it is the same version, of the same Python, as the one that ran this.
-Called again it compiles what is missing.
+Triton finds them under its own keys if the visit uses the same versions of Triton and Python. Run again, it compiles
+only what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPE = torch.bfloat16
 
 
 def launches(architecture: str) -> Iterator[Launch]:
-    """Of the catalogue's problems, and of those that `mpoe_bench.visit.candidates` times."""
+    """Launches of the catalogue's problems, and of those that `mpoe_bench.visit.candidates` times."""
     sys.path.insert(0, str(ROOT / "bench"))
     from mpoe_bench.visit.candidates import MASKED, cases, shape_of
 
@@ -49,7 +49,7 @@ def launches(architecture: str) -> Iterator[Launch]:
 
 
 def different(architecture: str, name: str) -> dict[Job, Launch]:
-    """One launch of every specialisation of the kernels whose name holds ``name``."""
+    """One launch per specialisation of the kernels whose name contains ``name``."""
     found: dict[Job, Launch] = {}
     for launch in launches(architecture):
         if name in launch.kernel.fn.__name__:
@@ -58,7 +58,7 @@ def different(architecture: str, name: str) -> dict[Job, Launch]:
 
 
 class _Absent:
-    """Stands in for the driver of a GPU that is not here."""
+    """Stands in for the driver of a missing GPU."""
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -80,7 +80,7 @@ class _Absent:
 
 
 def _alike(value: Any) -> Any:
-    """Of a tensor one that Triton specialises alike: of its dtype, its address a multiple of 16 or not."""
+    """For a tensor, one that Triton specialises in the same way: same dtype, address a multiple of 16 or not."""
     if not isinstance(value, torch.Tensor):
         return value
     aligned = value.storage_offset() * value.element_size() % 16 == 0
@@ -88,7 +88,7 @@ def _alike(value: Any) -> Any:
 
 
 def _warm(architecture: str, name: str, part: int, parts: int) -> int:
-    """Compile every ``parts``-th kernel, unless the cache has it; returns how many there were."""
+    """Compile every ``parts``-th kernel that is not in the cache; returns how many kernels that covers."""
     import triton
 
     triton.runtime.driver.set_active(_Absent(architecture))
@@ -101,12 +101,12 @@ def _warm(architecture: str, name: str, part: int, parts: int) -> int:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=tuple(TARGETS), default="sm_90")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "warm_triton", help="folder of the cache")
-    parser.add_argument("--kernel", default="", help="only those whose name holds this")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "warm_triton", help="cache folder")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     chosen = parser.parse_args(words)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(chosen.out.resolve())  # inherited
+    os.environ["TRITON_CACHE_DIR"] = str(chosen.out.resolve())  # inherited by the workers
     before = len(list(chosen.out.iterdir()))
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
         parts = [

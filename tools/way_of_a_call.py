@@ -1,10 +1,10 @@
-"""Which files a call passes through, recorded while it runs: the measure of how far a reader has to walk.
+"""Records which files a call passes through: a measure of how far a reader has to walk.
 
     python tools/way_of_a_call.py [--backend eager] [--strategy separable] [--cold] [--steps]
 
-The call is `mpoe_kernels.grouped_mpo_linear`, forward and backward, a second time (``--cold``: the first time, with the
-planning that is then remembered). A file counts once; a *return* is a call into a file that was left before. Triton
-runs in its interpreter (``TRITON_INTERPRET=1``), and the walk ends where a kernel starts.
+The call is `mpoe_kernels.grouped_mpo_linear`, forward and backward, on its second run (``--cold``: on its first, which
+includes the planning that is then cached). A file counts once; a *return* is a call into a file that was left before.
+Triton runs in its interpreter (``TRITON_INTERPRET=1``), and the walk ends where a kernel starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 PACKAGE = Path(mpoe_kernels.__file__).parent
-# What starts a kernel: what happens inside is no longer the host's way.
+# Functions that launch a kernel: what happens inside no longer counts.
 ENDS = {("triton/start.py", "start"), ("triton/start.py", "start_steps")}
 
 
@@ -33,7 +33,7 @@ class Walk:
     """Files in the order in which they were entered.
 
     Attributes:
-        steps: a file for every time that the walk came into it from another one.
+        steps: one entry each time that the walk enters a file from another one.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def recorded() -> Iterator[Walk]:
 
 
 def walks(backend: str, strategy: str | None, cold: bool) -> dict[str, Walk]:
-    """The walks of a forward and of its backward, which runs in this thread on a CPU."""
+    """The walks of a forward and of its backward, which on a CPU runs in this thread."""
     shape = workload_shape("separable" if strategy in (None, "separable") else "light_16", 96, 128)
     blocks = random_blocks(shape, 2, torch.float32, requires_grad=True)
     x = torch.randn(4, 96, requires_grad=True)
@@ -88,7 +88,7 @@ def walks(backend: str, strategy: str | None, cold: bool) -> dict[str, Walk]:
             result = run()
         return walk, result
 
-    measure_machine()  # once in the life of a processor
+    measure_machine()  # done once per processor, so not part of a call
     for _ in range(1 if cold else 2):
         first, y = recorded_run(forward)
         second, _ = recorded_run(lambda: y.backward(torch.ones_like(y)))  # noqa: B023
@@ -99,8 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--strategy", choices=STRATEGIES)
-    parser.add_argument("--cold", action="store_true", help="the first call instead of the second")
-    parser.add_argument("--steps", action="store_true", help="every file in order, not only the count")
+    parser.add_argument("--cold", action="store_true", help="record the first call instead of the second")
+    parser.add_argument("--steps", action="store_true", help="list every file entered, in order")
     options = parser.parse_args()
     for phase, walk in walks(options.backend, options.strategy, options.cold).items():
         print(

@@ -2,8 +2,8 @@
 # # Choose a shape
 #
 # A shape decides three things: how much an expert costs in parameters, how much it costs in time, and whether a
-# pretrained weight survives. This script shows all three for one weight of the embedded GPT-2, and for the sizes of
-# T5-base, where no weights are needed. Runs offline in seconds.
+# pretrained weight survives. This script shows all three for one weight of the embedded GPT-2, and the first two, which
+# need no weights, for the sizes of T5-base. Runs offline in seconds.
 
 # %%
 import torch
@@ -31,7 +31,7 @@ def row(name: str, shape: MPOShape, error: float | None = None) -> None:
 # %% [markdown]
 # ## The weight of a real model
 #
-# Truncation drops the small singular values at each bond. A trained weight has few small ones: watch the loss.
+# Truncation drops the smallest singular values at each bond. A trained weight has few small ones: watch the loss.
 
 # %%
 model, tokenizer = load_stand_in("gpt2")
@@ -44,8 +44,8 @@ for cap in (None, 64, 32, 8):
         row(f"{name}, bond {cap or 'full'}", shape, error)
 
 # %% [markdown]
-# What that does to the model: the loss on a sentence, converted with fewer and fewer directions. Nothing was trained in
-# between; training recovers some of it, and a model trained from scratch need not care.
+# What truncation does to the model: the loss on a sentence as fewer and fewer directions are kept. Nothing is trained
+# in between; training recovers some of the loss, and a model trained from scratch is not affected.
 
 # %%
 batch = tokenizer(["Return a list of the names in the directory given by path."], return_tensors="pt")
@@ -59,8 +59,9 @@ with torch.inference_mode():
 # %% [markdown]
 # ## The sizes of T5-base
 #
-# At full bonds all named shapes are lossless, so only cost is left to choose by. Separable shapes never rebuild a
-# weight: they cost about the same for any number of experts. Light ones own least. The paper's cost most.
+# At full bonds all named shapes are lossless, so the choice depends only on cost. Separable shapes never rebuild a
+# weight: they cost about the same for any number of experts. Light experts own the fewest parameters. The paper's shape
+# costs most.
 
 # %%
 for name, shape in (
@@ -73,7 +74,7 @@ for name, shape in (
     row(name, shape)
 
 # %% [markdown]
-# The planner explains itself: why this order of products, and what each of the others would have cost.
+# The planner explains its choice: why this contraction order, and what the others would have cost.
 
 # %%
 print(plan_contraction(MPOShape.paper(768, 3072, max_bond=64), experts, tokens))

@@ -1,12 +1,11 @@
 # %% [markdown]
 # # Convert a model and look inside
 #
-# The embedded T5 becomes a mixture of eight experts, in the shape `separable`: every weight becomes a chain of cores,
-# which is what there is to look at. (The default shape, `hidden`, leaves the weights as they are and puts blocks
-# between them.) We check that nothing changed, see what every weight is made of,
-# follow a sentence through the routers, and compare sizes. Runs offline in seconds. The notebook of the same name shows
-# the output; the script runs whole, or cell by cell in an editor that knows such cells. The pictures need matplotlib
-# (`pip install "mpoe[report]"`).
+# The embedded T5 becomes a mixture of eight experts in the shape `separable`, which turns every weight into a chain of
+# cores that we can look at. (The default shape, `hidden`, keeps the weights unchanged and puts blocks between them.) We
+# check that the outputs did not change, see what every weight is made of, follow a sentence through the routers, and
+# compare sizes. Runs offline in seconds. The notebook of the same name shows the output; the script runs as a whole, or
+# cell by cell in an editor that supports such cells. The pictures need matplotlib (`pip install "mpoe[report]"`).
 
 # %%
 import sys
@@ -26,8 +25,8 @@ dense, tokenizer = load_stand_in("t5")
 model = convert_to_mpoe(dense, MPOEConfig(num_experts=8, shape="separable"))
 
 # %% [markdown]
-# At full bonds, the default, the conversion is exact: the logits differ by rounding only. Routers are random, but all
-# experts are still equal, so it does not matter where a token goes.
+# At full bonds, the default, the conversion is exact: the logits differ only by rounding. The routers are random, but
+# all experts are still equal, so it does not matter where a token goes.
 
 # %%
 batch = tokenizer(["kind: return the number of items in the list."], return_tensors="pt", return_token_type_ids=False)
@@ -39,14 +38,15 @@ print(f"largest difference of a logit: {float((after - before).abs().max()):.1e}
 assert torch.allclose(before, after, atol=1e-3)
 
 # %% [markdown]
-# One row for each weight: its factors, its bonds, what the experts share (central) and what each owns (auxiliary), the
-# error of the conversion, and how a pass over 2,048 tokens would be computed.
+# One row per weight: its factors, its bonds, what the experts share (central) and what each one owns (auxiliary), the
+# conversion error, and how a pass over 2,048 tokens would be computed.
 
 # %%
 model.mpoe_summary()
 
 # %% [markdown]
-# Which expert takes which token? A route per stream: the encoder reads the sentence, the decoder writes an answer.
+# Which expert takes which token? There is one route per stream: the encoder reads the sentence, the decoder writes an
+# answer.
 
 # %%
 for route in route_text(model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6):
@@ -55,7 +55,7 @@ for route in route_text(model, tokenizer, "kind: return the number of items in t
         print(f"  {layer}: {' '.join(str(best[0]) for best in experts)}")
 
 # %% [markdown]
-# The same for the encoder as a picture: a row per layer, a colour per expert.
+# The encoder's route as a picture: one row per layer, one colour per expert.
 
 # %%
 route = route_text(model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6)[0]
@@ -69,8 +69,8 @@ axes.set_yticks(range(len(route.layers)), [name.split(".layer")[0] for name in r
 plt.show()
 
 # %% [markdown]
-# How full is each bond? The effective rank counts the directions that carry weight. Near the bond's dimension there is
-# nothing to truncate, which is what pretrained weights usually look like.
+# How full is each bond? The effective rank counts the directions that matter. If it is close to the bond's dimension,
+# there is nothing to truncate; pretrained weights usually look like that.
 
 # %%
 for name, cores in mpo_modules(model):
@@ -78,7 +78,7 @@ for name, cores in mpo_modules(model):
     print(f"{name}: {', '.join(ranks)}")
 
 # %% [markdown]
-# Dense experts multiply the parameters, MPO experts hardly add any.
+# Dense experts multiply the number of parameters; MPO experts hardly add any.
 
 # %%
 growth = parameter_growth(model)
@@ -96,7 +96,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Save, load, and turn the experts into full matrices for software that wants them.
+# Save, load, and turn the experts into full matrices for software that needs them.
 
 # %%
 folder = sys.argv[1] if len(sys.argv) > 1 else "mpoe-t5"

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Fine-tune and compare
 #
-# Three models start from the same embedded T5: dense, eight dense experts (as in Switch), eight MPO experts. Each gets
-# the same items in the same order and the same number of steps. The task is to say what kind of object a sentence of
-# Python's documentation describes. Runs offline in less than a minute; with so few steps it shows how a comparison is
-# made, not who wins. The notebook of the same name shows the output. The pictures need matplotlib
+# Three models start from the same embedded T5: dense, eight dense experts (as in Switch), and eight MPO experts. Each
+# gets the same items in the same order and the same number of steps. The task is to say what kind of object a sentence
+# from Python's documentation describes. Runs offline in less than a minute; with so few steps it shows how to make a
+# comparison, not which model wins. The notebook of the same name shows the output. The pictures need matplotlib
 # (`pip install "mpoe[report]"`).
 #
 # usage: python examples/fine_tune_and_compare.py [STEPS] [FOLDER]
@@ -32,9 +32,9 @@ items = encode_text_to_text(task.train(), tokenizer, max_source_length=48)
 random.Random(0).shuffle(items)
 
 # %% [markdown]
-# The arms. MPO experts are of the default shape, with blocks that suit a model as narrow as this one; a token meets two
-# of them. Each arm has a learning rate of its own, as it should in a fair comparison: those of dense experts, which see
-# few tokens each, are lowered.
+# The arms. The MPO experts have the default shape, with blocks that suit a model this narrow; each token goes to two of
+# them. Each arm has its own learning rate, as it should in a fair comparison: the rate of the dense experts is lowered,
+# because each of them sees few tokens.
 
 # %%
 arms = {
@@ -67,14 +67,14 @@ for name, (config, rates) in arms.items():
         train_dataset=items,
         data_collator=PaddingCollator(tokenizer.pad_token_id),
     )
-    trainer.remove_callback(PrinterCallback)  # the table below says it better than its lines
+    trainer.remove_callback(PrinterCallback)  # the table below is easier to read than its lines
     trainer.train()
     scores = evaluate_task(model.eval(), tokenizer, task, "validation")
     losses = [record["task_loss"] for record in trainer.state.log_history if "task_loss" in record]
     rows.append((name, sum(p.numel() for p in model.parameters()), losses, scores))
 
 # %% [markdown]
-# The table. The last column counts parameters, the reason for all this.
+# The table. The last column counts parameters, the point of the comparison.
 
 # %%
 metric = next(iter(rows[0][3]))
@@ -100,8 +100,8 @@ right.margins(0.3)
 plt.show()
 
 # %% [markdown]
-# Did the mixture use its experts? The load of each layer is in every log line, and `metrics.jsonl` keeps it; an entropy
-# of 1 is an even load. `mpoe inspect` draws it.
+# Did the mixture use all its experts? Every log line contains the load of each layer, and `metrics.jsonl` stores it; an
+# entropy of 1 means an even load. `mpoe inspect` plots it.
 
 # %%
 last = [record for record in trainer.state.log_history if "expert_entropy" in record][-1]

@@ -1,4 +1,4 @@
-"""A converted model in the Hugging Face Trainer as it is: one rate for every core, and the gradient mask as a callback.
+"""A converted model in the unmodified Hugging Face Trainer, with per-core rates and the gradient mask as a callback.
 
 usage: python examples/hf_trainer.py [FOLDER] [STEPS]
 """
@@ -26,8 +26,8 @@ train, validation = (
     for examples in (task.train(), task.examples("validation")[:64])
 )
 
-# The loss already holds the routers' balancing loss. What the Trainer cannot know are the cores' rates: it gets the
-# optimizer ready-made. (MPOETrainer does this and more by itself.)
+# The loss already includes the routers' balancing loss. The Trainer cannot know the cores' rates, so it gets a
+# ready-made optimizer. (MPOETrainer does this and more by itself.)
 rates = MPOETrainingArguments(output_dir=folder, learning_rate=1e-3)
 optimizer = torch.optim.AdamW(build_param_groups(model, rates))
 
@@ -38,7 +38,7 @@ trainer = Trainer(
         max_steps=steps,
         per_device_train_batch_size=16,
         logging_steps=max(1, steps // 5),
-        report_to="none",  # "tensorboard" draws the curves, if it is installed
+        report_to="none",  # "tensorboard" plots the curves, if it is installed
     ),
     train_dataset=train,
     eval_dataset=validation,

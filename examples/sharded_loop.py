@@ -1,8 +1,8 @@
-"""A plain loop over several devices, sharded (FSDP2): every device holds a part of parameters and optimizer state.
+"""A plain loop over several devices, sharded (FSDP2): every device holds part of the parameters and optimizer state.
 
 usage: torchrun --nproc_per_node 2 examples/sharded_loop.py OUTPUT_DIR [STEPS]
 
-Stopped, the same line goes on from the last checkpoint, on as many devices or on others.
+After an interruption, the same command continues from the last checkpoint, on the same or another number of devices.
 """
 
 import random
@@ -33,16 +33,16 @@ dist.init_process_group()  # gloo on CPUs, NCCL on NVIDIA GPUs
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 dense, tokenizer = load_stand_in("t5")
-torch.manual_seed(0)  # routers start at random
+torch.manual_seed(0)  # routers start random
 checkpoint = find_last_checkpoint(folder)
 model = load_mpoe(checkpoint) if checkpoint else convert_to_mpoe(dense, MPOEConfig(num_experts=8))
 model.train()
 if torch.accelerator.is_available():
     torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     model.to(torch.accelerator.current_accelerator())
-shard_model(model)  # all ranks go on from the first one's weights
+shard_model(model)  # all ranks continue with the first rank's weights
 
-# After sharding: groups and mask refer to the sharded parameters.
+# After sharding, because groups and mask refer to the sharded parameters.
 arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1e-3, use_cpu=True)
 optimizer = torch.optim.AdamW(build_param_groups(model, arguments))
 start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
@@ -51,7 +51,7 @@ mask = GradientMask(model, probability=0.5, seed=0)  # the same steps on every r
 items = encode_text_to_text(get_task("doc_kind").train(), tokenizer, max_source_length=64)
 collate = PaddingCollator(tokenizer.pad_token_id)
 for step in range(start, steps):
-    # All that is random follows from the step: a resumed run draws the same. Every rank takes its part of one batch.
+    # All randomness depends only on the step, so a resumed run draws the same. Every rank takes its part of one batch.
     torch.manual_seed(step * ranks + rank)  # dropout
     batch = collate(random.Random(step).sample(items, 16)[rank::ranks])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""The backends that tests of the ops run on. What each can do is read from its table: new kernels join at once."""
+"""The backends that op tests run on. What each supports is read from its table, so new kernels are tested at once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mpoe_kernels.registry import (
 )
 from mpoe_kernels.testing.cases import random_cores
 
-# ``MPOE_TEST_BACKENDS`` names others, as tests/cuda/test_public_ops.py does.
+# ``MPOE_TEST_BACKENDS`` names other backends, as in tests/cuda/test_public_ops.py.
 BACKENDS = tuple(os.environ.get("MPOE_TEST_BACKENDS", "eager native").split())
-# float64 first: where a backend has it, gradients are checked by finite differences too.
+# float64 first: if a backend has it, gradients are also checked by finite differences.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "grouped_mpo_linear"
 
@@ -30,7 +30,7 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
-    """Whether this backend has a CPU kernel of this op and dtype."""
+    """Whether this backend has a CPU kernel for this op and dtype."""
     return not registry.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
 
 
@@ -40,7 +40,7 @@ def candidate_backend(
     seconds: Callable[[Contraction], float] = lambda _: 1.0,
     reasons: Callable[[Contraction], list[str]] = lambda _: [],
 ) -> Backend:
-    """A backend with one candidate for every strategy of the ops in ``kernels``, which take a call."""
+    """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
 
     def candidates(plan: Contraction) -> list[Candidate]:
@@ -61,7 +61,7 @@ def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
 
 
 def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -> None:
-    """Skip a test whose backend is missing (``MPOE_REQUIRE_ALL``: fail), or which lacks this op or dtype."""
+    """Skip a test whose backend is missing (with ``MPOE_REQUIRE_ALL``: fail) or lacks this op or dtype."""
     reasons = backend_reasons()[backend]
     if reasons:
         message = f"backend {backend} cannot run here: {'; '.join(reasons)}"
@@ -96,7 +96,7 @@ def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str
 
 
 def require_strategies(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
-    """`strategies_of`, skipping the test where there is none."""
+    """`strategies_of`, skipping the test if there are none."""
     require(backend)
     found = strategies_of(backend, shape, dtype)
     if not found:
@@ -105,7 +105,7 @@ def require_strategies(backend: str, shape: MPOShape, dtype: torch.dtype) -> lis
 
 
 def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
-    """Strategies and, where the backend can follow whatever is chosen, ``auto``.
+    """Strategies and, if the backend can run whatever is chosen, ``auto``.
 
     A training forward of separable blocks under ``auto`` always takes the strategy ``separable``.
     """
@@ -113,7 +113,7 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
 
 
-# ------------------------------------------------------------------ blocks and places in memory
+# ------------------------------------------------------------------ blocks and memory layouts
 
 
 def leaves(blocks: MPOBlocks) -> list[Tensor]:
@@ -126,7 +126,7 @@ def cast(blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """The same values one element further in memory: aligned to the element only."""
+    """The same values one element further in memory: aligned only to the element size."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     moved = storage[1:].view(tensor.shape)
     moved.copy_(tensor.detach())
@@ -134,7 +134,7 @@ def unaligned(tensor: Tensor) -> Tensor:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values in a tensor that is contiguous in no axis."""
+    """The same values in a tensor that is not contiguous along any axis."""
     wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
     moved = wide[..., 0]
     moved.copy_(tensor.detach())

@@ -1,4 +1,4 @@
-"""The registry's reasons, the planner's choices, and the memory promise."""
+"""The registry's reasons, the planner's choices, and the memory guarantee."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_cheapest_backend_is_chosen_and_backward_follows_the_context(monkeyp
 
 
 def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cheapest able pair wins, forward and backward each for itself; naming a strategy forces both."""
+    """The cheapest possible pair wins, forward and backward independently; naming a strategy forces both."""
     calls = []
 
     def logged(op: str):
@@ -159,7 +159,7 @@ def test_use_backend_holds_in_its_thread_alone() -> None:
 
 
 def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a graph, and around it: torch.compile guards on what was set when it traced."""
+    """Inside a graph and around it: torch.compile guards on the setting at tracing time."""
     calls = []
     kernel = eager_kernel("grouped_mpo_linear")
     kernels = {"grouped_mpo_linear": lambda *args: (calls.append("slow"), kernel(*args))[1]}
@@ -183,7 +183,7 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: registry.Backend) -> None:
-    # A copy: an item that is deleted and set again would come last for every test after this one.
+    # A copy: an item that is deleted and set again would be last in every later test.
     others = {name: backend for name, backend in registry.BACKENDS.items() if name != "eager"}
     monkeypatch.setattr(registry, "BACKENDS", others)
     with pytest.raises(BackendError, match=r"no backend can run .*broken: it needs a device"):
@@ -239,7 +239,7 @@ def test_plan_refusals(change: dict, error: type[Exception], message: str) -> No
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that ops created and that are still alive; ``inputs`` do not count."""
+    """Counts the bytes of live storages that ops created; ``inputs`` do not count."""
 
     def __init__(self, *inputs: torch.Tensor) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("experts", [2, 12])
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
-    """Peak of forward and backward kernels beyond inputs and results: two weights, whatever E is."""
+    """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any E."""
     from mpoe_kernels.linear.call import BackwardCall, ForwardCall
     from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 
@@ -285,7 +285,7 @@ def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
 
 
 def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
-    """PyTorch makes a RuntimeError of it, with the path of a source file in front."""
+    """PyTorch turns it into a RuntimeError that starts with a source file's path."""
 
     def kernel(message: str) -> None:
         raise RuntimeError(message)

@@ -1,4 +1,4 @@
-"""Calls that must end in one of our own errors: sizes, indices and devices that do not fit, and modes that ops lack."""
+"""Calls that must end in one of our own errors: wrong sizes, indices and devices, and modes that ops do not support."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_tensors_on_two_devices() -> None:
 
 
 def test_ops_called_directly_with_tensors_on_two_devices() -> None:
-    """PyTorch takes such a call to the op's fake: it must not hand out memory that nobody wrote."""
+    """PyTorch sends such a call to the op's fake, which must not return uninitialised memory."""
     blocks, x = fold(CORES, 1), torch.ones(3, 6)
     tensors = (x, blocks.left, blocks.central, blocks.right, offsets(0, 3).to("meta"))
     with pytest.raises(ValueError, match="needs its tensors on one device"):
@@ -288,7 +288,7 @@ def test_words_instead_of_an_error_from_inside() -> None:
 
 
 def test_dtypes_under_autocast() -> None:
-    """float64 stays as it is, so it must be alone; whole numbers are refused."""
+    """Autocast leaves float64 alone, so it must not be mixed with other dtypes; integers are refused."""
     x, one = torch.randn(3, 6), fold(CORES, 1)
     wide = fold([core.double() for core in CORES], 1)
     with torch.autocast("cpu"):

@@ -1,4 +1,4 @@
-"""Decomposition: exactness, errors, gauges, odd input, and the original algorithm as a yardstick."""
+"""Decomposition: exactness, errors, gauges, unusual input, and the original algorithm as a yardstick."""
 
 import math
 
@@ -13,11 +13,11 @@ from mpoe_kernels.reference import weight_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_cores
 
-GAUGES = ("symmetric", "orthogonal")  # of every shape; "identity" needs bonds that its own tests have
+GAUGES = ("symmetric", "orthogonal")  # for every shape; "identity" needs particular bonds and has its own tests
 
 
 def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
-    """Yardstick: full SVD sweep left to right, symmetric gauge, then every bond cut at once (REFERENCE facts)."""
+    """Yardstick: full SVD sweep from left to right, symmetric gauge, then all bonds truncated at once."""
     n = shape.num_cores
     full = MPOShape(shape.in_factors, shape.out_factors)
     order = [axis for k in range(n) for axis in (k, n + k)]
@@ -68,7 +68,7 @@ def test_any_size_any_chain_any_centre(
     weight = torch.randn(in_features, max(rank, 1), dtype=torch.float64) @ torch.randn(
         max(rank, 1), out_features, dtype=torch.float64
     )
-    weight = weight if rank else torch.zeros_like(weight)  # rank-deficient and all-zero matrices included
+    weight = weight if rank else torch.zeros_like(weight)  # also rank-deficient and all-zero matrices
     cores = decompose(weight, shape, gauge)
     assert all(bool(torch.isfinite(core).all()) for core in cores)
     assert float((reconstruct(cores, shape) - weight).abs().max()) < 1e-10
@@ -129,7 +129,7 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
 @pytest.mark.parametrize("bond", [None, 3])
 @pytest.mark.parametrize("kind", ["identity", "zero rows", "zero columns", "one entry", "zeros"])
 def test_null_directions_of_a_bond_stay_finite(kind: str, bond: int | None) -> None:
-    """Singular values of zero: no side of the bond is divided by them."""
+    """Singular values of zero: neither side of the bond is divided by them."""
     weight = torch.randn(12, 12)
     if kind == "identity":
         weight = torch.eye(12)
@@ -201,7 +201,7 @@ def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
     assert weights.shape == (3, shape.in_features, shape.out_features)
     for e in range(3):
         chain = None
-        for k, core in enumerate(cores):  # contract the cores themselves, with no blocks in between
+        for k, core in enumerate(cores):  # contract the cores directly, without blocks
             core = core if k == shape.central else core[e]
             if chain is None:
                 chain = core[0]

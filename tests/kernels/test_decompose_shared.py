@@ -1,4 +1,4 @@
-"""E matrices around one centre: found again where there is one, and the error told where there is none."""
+"""E matrices around one centre: recovered if there is one, otherwise the error is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXPERTS = 3
 
 
 def around_one_centre(shape, relative):
-    """Matrices of experts whose auxiliary cores have moved apart, in float64."""
+    """Matrices of experts whose auxiliary cores have diverged, in float64."""
     cores = decompose(torch.randn(shape.in_features, shape.out_features, dtype=torch.float64), shape)
     apart = [
         core if k == shape.central else core + relative * core.abs().mean() * torch.randn(EXPERTS, *core.shape)
@@ -53,7 +53,7 @@ def test_the_error_is_told_and_never_grows(name):
         assert result.error_bound == pytest.approx(float(own.norm()), rel=1e-6, abs=1e-9)
         assert result.sweeps <= sweeps
         told.append(result.relative_error_bound)
-    # What pads a matrix counts in the search alone.
+    # A matrix's padding counts in the search, but not in the reported error.
     assert all(after <= before * (1 if shape.is_full else 1.001) for before, after in pairwise(told))
 
 

@@ -1,4 +1,4 @@
-"""How ops are registered: the package's own autograd kernel, and PyTorch's where its inner names are others."""
+"""How ops are registered: the package's own autograd kernel, or PyTorch's if PyTorch's internal names differ."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_gradients(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Subclass(Tensor):
-    """A tensor that PyTorch has to be asked about."""
+    """A tensor subclass, which only PyTorch's dispatcher may handle."""
 
 
 def test_a_plain_call_skips_the_dispatcher() -> None:
@@ -93,7 +93,7 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
 
 
 def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same gradients, in fewer steps; not inside another op's kernel, where PyTorch records nothing."""
+    """The same gradients in fewer steps; nothing is recorded inside another op's kernel, as in PyTorch."""
     op = scaled("scaled_and_recorded")
     x = torch.ones(3, requires_grad=True)
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""What a choice depends on beside its arguments; `torch.use_deterministic_algorithms` makes it depend on less."""
+"""What a choice depends on besides its arguments; less with `torch.use_deterministic_algorithms`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_plans_are_for_a_fixed_number_of_threads() -> None:
 
 def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     run = {op: lambda call: None for op in registry.CONTRACTIONS}
-    # Dearer per thread and cheaper to begin with, as a kernel that splits its work badly is.
+    # Cheaper on one thread, dearer on two, like a kernel that splits its work badly.
     few = candidate_backend("few", run, lambda _: float(planned_threads()))
     many = candidate_backend("many", run, lambda _: 1.5)
     monkeypatch.setattr(registry, "BACKENDS", {"few": few, "many": many})
@@ -57,7 +57,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
     assert chosen() == ["few", "many"]
     with deterministic():
         assert chosen() == ["many", "many"]
-    # Whose bits do not depend on it goes first.
+    # A backend whose bits do not depend on the number of threads comes first.
     monkeypatch.setattr(registry, "BACKENDS", {"few": replace(few, same_on_any_threads=True), "many": many})
     with deterministic():
         assert chosen() == ["few", "few"]
@@ -82,7 +82,7 @@ def test_tf32_is_part_of_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_training_goes_on_with_another_number_of_threads() -> None:
-    """Native kernels and a fixed plan: a run saved on one thread ends on two as it would have on one."""
+    """Native kernels and a fixed plan: a run saved on one thread and resumed on two ends as it would have on one."""
     require("native")
     torch.manual_seed(0)
     x = torch.randn(8, 64)

@@ -73,7 +73,7 @@ def test_opcheck(backend: str) -> None:
 @pytest.mark.parametrize("elements", [1, 2**19], ids=["parts", "whole"])
 def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "_way", lambda *_: way)
-    monkeypatch.setattr(eager, "_ELEMENTS", elements)  # one group at a time, or all
+    monkeypatch.setattr(eager, "_ELEMENTS", elements)  # one group at a time, or all at once
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))

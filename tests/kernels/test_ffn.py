@@ -72,7 +72,7 @@ def test_compiled_ffn_fullgraph() -> None:
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ffn_on_every_backend(backend: str, dtype: torch.dtype) -> None:
-    """Dropped, masked and idle: the whole network against the reference, calibrated by it in the same dtype."""
+    """Dropped and masked tokens, idle experts: the network against the reference, calibrated in the same dtype."""
     up_shape = SMALL_SHAPES["padded_separable"]
     if "separable" not in require_strategies(backend, up_shape, dtype):
         pytest.skip(f"backend {backend} has no separable kernels")

@@ -1,4 +1,4 @@
-"""Two projections of the same rows as one op: values, gradients, fakes; on the CPU by two products."""
+"""Two projections of the same rows as one op: values, gradients, fakes; on the CPU, two products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OP = torch.ops.mpoe.gated_mpo_linear.default
 
 
 class Problem:
-    """Rounded inputs of both projections; some experts are idle, some slots empty."""
+    """Rounded inputs of both projections; some experts are idle and some slots are empty."""
 
     def __init__(self, name: str, dtype: torch.dtype, tokens: int = 11, activation: str = "silu") -> None:
         self.shape, self.activation = SMALL_SHAPES[name], activation
@@ -34,11 +34,11 @@ class Problem:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """x, bias, blocks of up, blocks of the gate."""
+        """x, bias, up blocks, gate blocks."""
         return [self.x, self.bias, *leaves(self.blocks[0]), *leaves(self.blocks[1])]
 
     def arguments(self, tensors: list[Tensor], backend: str, save: bool) -> tuple[Any, ...]:
-        """Of the op."""
+        """The op's arguments."""
         x, bias, left, central, right, *gate = tensors
         sizes = self.shape.in_features, self.shape.out_features, self.activation, "auto", backend
         routing = self.routing

@@ -1,4 +1,4 @@
-"""Both projections of a gated network at once or each alone: by predicted times, and measured ones where there are."""
+"""Whether a gated network's projections run together or separately: by predicted times, or measured ones if any."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CARD = HARDWARE["h100"]
 DIMS = BlockDims.of_shape(MPOShape.paper(768, 3072, max_bond=32))
 SEPARABLE = BlockDims.of_shape(MPOShape.separable(768, 3072))
 PROBLEM = Problem("grouped_mpo_linear", DIMS, 8, 4096, torch.bfloat16, "cuda")
-# Strategy -> seconds of one projection and of both at once.
+# Strategy -> seconds of one projection, and of both together.
 PRICES = {"rebuild": (3.0, 4.0), "half_left": (2.0, 3.5), "half_right": (9.0, 9.5), "chain": (8.0, 9.0)}
 
 
@@ -28,7 +28,7 @@ def nothing(_: object) -> None:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
-    """Registers one with the prices above."""
+    """A function that registers a backend with the prices above."""
 
     def registered(multiplying: float = 0.0, gated: bool = True, refuses: str = "") -> Backend:
         made = Backend(
@@ -103,7 +103,7 @@ def test_a_card_that_is_not_here_has_the_price_of_one_that_is(monkeypatch: pytes
 
 
 def price(dims: BlockDims, strategy: str, tokens: int, experts: int = 8) -> tuple[float, float]:
-    """Of both projections at once; of each alone with their product."""
+    """Seconds of both projections together, and of both separately with their product."""
     plan = contraction(strategy, dims, experts, tokens, torch.bfloat16, "forward")
     apart = 2 * gpu_seconds(plan, CARD, TRITON) + multiply_seconds(plan, CARD)
     return gated_seconds(plan, CARD, TRITON), apart
@@ -115,14 +115,14 @@ def test_few_tokens_wait_for_launches_and_pairs_have_fewer() -> None:
 
 
 def test_rows_that_both_share_are_read_once() -> None:
-    """By hand: rebuilding reads x in one place; what is saved is the product's launch and bytes, and x once."""
+    """By hand: rebuilding reads x in one place; this saves the product's launch and bytes, and one read of x."""
     plan = contraction("rebuild", DIMS, 8, 32768, torch.bfloat16, "forward")
     together, apart = price(DIMS, "rebuild", 32768)
     assert apart - together > multiply_seconds(plan, CARD)
 
 
 def test_rows_of_their_own_draw_more_from_the_cache() -> None:
-    """128 columns of both are 64 of each, whose rows pass by twice as often: no gain beside large tiles."""
+    """128 columns of both are 64 of each, so the rows are read twice as often: no gain over large tiles."""
     together, apart = price(SEPARABLE, "separable", 32768)
     assert together > apart
 

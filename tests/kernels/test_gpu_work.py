@@ -1,4 +1,4 @@
-"""Where a product's inner size is split or its tiles shrink, by the numbers of an H100."""
+"""When a product's inner size is split or its tiles shrink, with an H100's figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def work(batch: int, inner: int, m: int = 64, n: int = 64, elements: int = 64 * 
     ],
 )
 def test_shared_memory_bounds_small_tiles(card: str, unit: str, tile: tuple[int, int], percent: int) -> None:
-    """By hand: 128 bytes a clock beside 2048 (A100), 4096 (H100) or 8192 (B200) FLOPs; no more than 65% are reached."""
+    """By hand: 128 bytes per clock against 2048 (A100), 4096 (H100) or 8192 (B200) FLOPs; at most 65% are reached."""
     hardware = HARDWARE[card]
     reached = rate((*tile, 32), torch.bfloat16, hardware, unit) / hardware.peak_flops.bfloat16
     assert round(100 * reached) == percent

@@ -1,4 +1,4 @@
-"""Capturing CUDA graphs, with torch.cuda mocked: what synchronises is never captured."""
+"""Capturing CUDA graphs, with torch.cuda mocked: functions that synchronise are never captured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpoe_kernels.testing.graphs import CaptureError, graphed
 
 
 class Device:
-    """Notes what happens, and whether functions that synchronise are refused."""
+    """Records events, and whether functions that synchronise are refused."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []

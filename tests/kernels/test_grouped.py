@@ -1,4 +1,4 @@
-"""The products by PyTorch's grouped GEMMs, as a GPU would run them, beside the reference in float64."""
+"""Products by PyTorch's grouped GEMMs, as a GPU would run them, compared with the float64 reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = [
 
 
 class Problem:
-    """Six experts, two of them idle; some slots behind the last expert's."""
+    """Six experts, two of them idle; some slots come after the last expert's."""
 
     slots: Tensor | None = None
 
@@ -62,7 +62,7 @@ class Problem:
 
     def results(self, strategy: str, need: tuple[bool, ...] = (True,) * 5) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, left, central, right, bias = self.tensors()
-        for t in (left, right):  # what an idle expert holds is nobody's business
+        for t in (left, right):  # an idle expert's blocks must never be read
             t[[1, 4]] = torch.nan
         common = (
             *(x, left, central, right, self.offsets, bias, self.index),
@@ -76,7 +76,7 @@ class Problem:
 
 
 def inverse(index: Tensor, tokens: int) -> Tensor:
-    """The slots that read each row, as many columns as the most read one has."""
+    """The slots that read each row, padded with -1 to the largest number of slots."""
     lists = [(index == token).nonzero()[:, 0].tolist() for token in range(tokens)]
     most = max(map(len, lists))
     return torch.tensor([found + [-1] * (most - len(found)) for found in lists])
@@ -101,7 +101,7 @@ def test_slots_of_tokens_give_the_same_gradient_of_x() -> None:
 @pytest.mark.parametrize("experts_at_once", [None, 2])
 @pytest.mark.parametrize(("name", "strategy"), CASES)
 def test_results_and_gradients(name: str, strategy: str, experts_at_once: int | None, monkeypatch) -> None:
-    """Of all experts at once, and of two at a time."""
+    """All experts at once, and two at a time."""
     if experts_at_once is not None:
         monkeypatch.setattr("mpoe_kernels.linear.gpu.products.experts_at_once", lambda *_: experts_at_once)
     problem = Problem(name, torch.float32, gather=experts_at_once is not None)
@@ -118,7 +118,7 @@ def test_results_and_gradients(name: str, strategy: str, experts_at_once: int | 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_activations(activation: str, dtype: torch.dtype) -> None:
     if activation == "relu" and dtype == torch.bfloat16:
-        activation = "none"  # in so few rows, one that rounds to the other side of zero is no small error
+        activation = "none"  # with so few rows, one value rounded to the other side of zero is a large error
     problem = Problem("paper", dtype, gather=True, activation=activation)
     y, gradients = problem.results("half_left")
     truth, exact = problem.truth()
@@ -153,7 +153,7 @@ def test_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_on_a_gpu_eager_offers_them(phase: str, monkeypatch) -> None:
-    """Named apart; on a CPU nobody chooses among them."""
+    """Under separate names; on a CPU they are not offered."""
     for module in ("mpoe_kernels.backends.eager", "mpoe_kernels.linear.eager.cost"):
         monkeypatch.setattr(f"{module}.hardware_here", lambda _: HARDWARE["h100"])
     dims = BlockDims.of_shape(SMALL_SHAPES["separable"])

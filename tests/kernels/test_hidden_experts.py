@@ -28,9 +28,9 @@ SHAPES = [
     {"tokens": 14, "top_k": 8, "experts": 9, "groups": 5, "block": 3},
     {"tokens": 19, "top_k": 2, "experts": 3, "groups": 7, "block": 1},
     {"tokens": 130, "top_k": 2, "experts": 6, "groups": 2, "block": 64, "none_share": 0.5},
-    {"tokens": 210, "top_k": 2, "experts": 3, "groups": 1, "block": 64},  # more rows than are worked on at once
+    {"tokens": 210, "top_k": 2, "experts": 3, "groups": 1, "block": 64},  # more rows than are processed at once
     {"tokens": 9, "none_share": 1.0},
-    {"tokens": 0, "gated": True},  # no tensor without rows has an address
+    {"tokens": 0, "gated": True},  # a tensor without rows has no address
 ]
 
 
@@ -53,8 +53,8 @@ def test_every_activation(backend: str, dtype: torch.dtype, activation: str, gat
         tokens=24, experts=4, groups=2, block=16, gated=gated, activation=activation, dtype=dtype, per_group=True
     )
     if activation == "relu" and dtype != torch.float64:
-        # Its gradient jumps at zero: rounding must not decide the side. Values that are few powers of two multiply
-        # and add without any.
+        # relu's gradient jumps at zero, so rounding must not decide the side: multiples of 1/4 multiply and add without
+        # rounding.
         problem.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in problem.inputs.items()}
     problem.check(backend)
 
@@ -82,7 +82,7 @@ def test_random_problems(backend: str, data: st.DataObject) -> None:
 
 
 def arguments(problem: Problem, backend: str = "eager") -> tuple:
-    """As `mpoe::hidden_experts` takes them."""
+    """The arguments of `mpoe::hidden_experts`."""
     values = {n: None if x is None else x.detach().requires_grad_() for n, x in problem.inputs.items()}
     head = (values["u"], values["gates"], problem.index, values["right"], values["left"])
     return (*head, values["bias"], values["u_gate"], values["right_gate"], problem.activation, backend)
@@ -119,7 +119,7 @@ def test_gradcheck(kind: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("needed", NAMES)
 def test_one_gradient_alone(backend: str, needed: str) -> None:
-    """What is not asked for is not computed, and does not change what is."""
+    """Gradients that are not requested are not computed, and the others do not change."""
     require(backend, "hidden_experts", torch.float32)
     problem = Problem(gated=True, with_bias=True, dtype=torch.float32)
     everything = problem.run(hidden_experts, torch.float32, backend=backend)
@@ -161,7 +161,7 @@ def test_native_bits_do_not_depend_on_threads(per_group: bool, dtype: torch.dtyp
 
 
 def test_more_tokens_than_a_tile_holds() -> None:
-    """Blocks of 1024 leave 256 tokens in a tile of sums."""
+    """With blocks of 1024, a tile of sums holds 256 tokens."""
     require("native", "hidden_experts", torch.float32)
     problem = Problem(tokens=300, experts=3, groups=1, block=1024, dtype=torch.float32)
     native, eager = (problem.run(hidden_experts, torch.float32, backend=name) for name in ("native", "eager"))

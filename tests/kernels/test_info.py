@@ -1,4 +1,4 @@
-"""``python -m mpoe_kernels.info``: complete, quick, and plain about what is missing."""
+"""``python -m mpoe_kernels.info``: complete, quick, and clear about what is missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ for before, words in {calls}:
 
 
 def run_module(*calls: tuple[str, list[str]]) -> list[str]:
-    """Outputs of the command, each of a fork that ran some code before and got some words; torch is imported once."""
+    """The command's outputs, one fork per (code to run first, arguments); torch is imported only once."""
     end = "=" * 20
     code = FORKS.format(calls=list(calls), end=end)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -43,7 +43,7 @@ def run_module(*calls: tuple[str, list[str]]) -> list[str]:
 
 @cache
 def outputs() -> list[str]:
-    """As JSON, as text, and as text without Triton."""
+    """The output as JSON, as text, and as text without Triton."""
     return run_module(("", ["--json"]), ("", []), ("sys.modules['triton'] = None", []))
 
 
@@ -88,7 +88,7 @@ def test_command_as_json_and_text() -> None:
 
 
 def lines_of(backend: str, text: str) -> tuple[str, str]:
-    """The answer and the first reason that a backend has in the text."""
+    """A backend's answer and first reason in the text."""
     text = text.partition("kernel backends")[2]
     answer, reason = text[text.index(f"  {backend} ") :].splitlines()[:2]
     return answer.split()[1], reason.strip()

@@ -1,4 +1,4 @@
-"""Where the tensors of a launch plan lie."""
+"""Where a launch plan places its tensors in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def meta(size: int) -> torch.Tensor:
 
 @given(st.lists(st.tuples(st.integers(0, 600), st.integers(0, 8), st.integers(0, 8)), max_size=12))
 def test_what_is_used_at_the_same_time_does_not_overlap(wanted: list[tuple[int, int, int]]) -> None:
-    """Tensors of some bytes, from one step to another."""
+    """Each tensor has a size in bytes, and a first and a last step."""
     memory = Memory()
     tensors = [(meta(size), min(ends), max(ends)) for size, *ends in wanted]
     pieces = {}

@@ -32,7 +32,7 @@ from .backend_cases import (
 ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FEW_UTILS = ("test_schema", "test_faketensor")
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
-# Several panels, tiles and steps of k, with remainders everywhere.
+# Several panels, tiles and k steps, with remainders everywhere.
 MEDIUM_SHAPES = {
     "medium": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=117, out_features=165),
     "medium_separable": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(24, 30), in_features=357, out_features=249),
@@ -41,14 +41,14 @@ MEDIUM_SHAPES = {
 
 
 def cpu_dtypes(backend: str) -> list[torch.dtype]:
-    """Dtypes in which a backend computes anything, of those whose rounding the tests know."""
+    """Dtypes in which a backend computes anything, among those whose rounding the tests know."""
     shapes = (SMALL_SHAPES["light"], SMALL_SHAPES["separable"])
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
     return [dtype for dtype in dtypes if any(strategies_of(backend, shape, dtype) for shape in shapes)]
 
 
 class Run:
-    """One product and its gradients from rounded inputs, by a kernel or by the reference."""
+    """One product and its gradients, from rounded inputs, by a kernel or by the reference."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Run:
         offsets, activation = self.routing.expert_offsets, self.activation
         y = function(x, blocks, offsets, bias, row_index=self.row_index, activation=activation, **options)
         inputs = [x, *leaves(blocks)] + ([] if bias is None else [bias])
-        if y.requires_grad:  # the reference of no rows at all depends on nothing
+        if y.requires_grad:  # without rows, the reference depends on no input
             grads = torch.autograd.grad(y, inputs, layout(self.grad.to(dtype)).detach(), allow_unused=True)
         else:
             grads = (None,) * len(inputs)
@@ -106,7 +106,7 @@ class Run:
         truth = self(grouped_mpo_linear_reference, torch.float64)
         same = self(grouped_mpo_linear_reference, self.dtype)
         for label, a, t, s in zip(NAMES, actual, truth, same, strict=False):
-            if self.dtype == torch.float64:  # the truth itself has this rounding
+            if self.dtype == torch.float64:  # the truth has the same rounding
                 assert relative_error(a, t) < 1e-13, f"{label} ({strategy})"
             else:
                 assert_calibrated(a, t, s, f"{label} ({strategy})")
@@ -206,7 +206,7 @@ def test_native_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", ["paper_bond_4", "separable", "padded", "one_core"])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_gradcheck(name: str, activation: str | None) -> None:
-    """By finite differences, where float64 exists; the other dtypes are compared with float64 above."""
+    """By finite differences, if the backend has float64; the other dtypes are compared with float64 above."""
     shape = SMALL_SHAPES[name]
     routing = route(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3, capacity=2)
     bias = torch.randn(shape.out_features, dtype=torch.float64, requires_grad=True)
@@ -241,7 +241,7 @@ def test_opcheck(backend: str, name: str) -> None:
     op = torch.ops.mpoe.grouped_mpo_linear.default
     for strategy in choices_of(backend, shape, torch.float32):
         arguments = (x, *leaves(blocks), routing.expert_offsets, torch.randn(sizes[1]), routing.token_of_slot, *sizes)
-        # Sizes change nothing in how autograd and AOT dispatch see the op; that takes most of the time.
+        # Autograd and AOT dispatch take most of the time and do not depend on sizes: only two shapes test them.
         utils = ALL_UTILS if name in ("paper", "separable") else FEW_UTILS
         for activation in ("none", "relu", "gelu") if strategy == "auto" else ("gelu",):
             opcheck(op, (*arguments, activation, strategy, backend, True), test_utils=utils)
@@ -274,7 +274,7 @@ def test_opcheck_backward(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["light", "separable"])
 @pytest.mark.parametrize("needed", range(5))
 def test_each_gradient_alone(backend: str, needed: int, name: str) -> None:
-    """Asking for one gradient gives what asking for all gives, for every strategy."""
+    """One gradient requested alone equals the same gradient when all are requested, for every strategy."""
     shape, dtype = SMALL_SHAPES[name], torch.float32
     blocks = random_blocks(shape, 2, dtype)
     inputs = [torch.randn(5, shape.in_features), *leaves(blocks), torch.randn(shape.out_features)]
@@ -293,7 +293,7 @@ def test_each_gradient_alone(backend: str, needed: int, name: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("name", ["paper", "separable"])
 def test_expanded_gradient_and_transposed_input(backend: str, name: str) -> None:
-    """The gradient of a sum has stride 0; x and left lie transposed in memory."""
+    """The gradient of a sum has stride 0; x and left are transposed in memory."""
     shape, dtype = SMALL_SHAPES[name], torch.float32
     blocks, offsets = random_blocks(shape, 2, dtype), torch.tensor([0, 2, 5], dtype=torch.int32)
     x = torch.randn(shape.in_features, 5).T

@@ -1,4 +1,4 @@
-"""The public face of grouped_mpo_linear and mpo_linear: refusals, autocast, activations, what a masked core costs."""
+"""The public interface of grouped_mpo_linear and mpo_linear: refusals, autocast, activations, cost of a masked core."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
 
 @on_every_backend
 def test_autocast_casts_the_bias_too(backend: str) -> None:
-    """The result is that of the same op on tensors of autocast's dtype, bit for bit."""
+    """The result equals that of the op on tensors of autocast's dtype, bit for bit."""
     require(backend, "grouped_mpo_linear", torch.bfloat16)
     shape = SMALL_SHAPES["separable"]
     blocks, x, bias = (

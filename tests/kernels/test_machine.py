@@ -1,4 +1,4 @@
-"""The CPU's constants: measured once before the first choice, kept, given by a record, and turned off."""
+"""The CPU's constants: measured once before the first choice, stored, taken from a record, and turned off."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def constants(tile_rate: float = 1.1, flops: float = 9e10) -> Constants:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of its own, and a process that has measured nothing and may."""
+    """A private cache folder; the process has measured nothing yet, and is allowed to."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(machine.SETTING, "1")
     forget()
@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Constants]:
-    """What was measured, by a stand-in that takes no time."""
+    """The measurements made, by a stand-in that takes no time."""
     found: list[Constants] = []
 
     def measure() -> Constants:
@@ -78,7 +78,7 @@ def test_the_first_choice_measures_and_later_ones_do_not(cache: Path, timed: lis
         table = hardware_of("cpu")
     assert table.flops_per_second(torch.float32) != here.flops_per_second(torch.float32)
     assert table.flops_per_second(torch.float64) == here.flops_per_second(torch.float64), "not measured"
-    forget()  # as a later process
+    forget()  # like a later process
     choose()
     assert len(timed) == 1
     assert machine.constants() == timed[0]
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 ) -> None:
     (tmp_path / "mpoe").write_text("a file where the folder would be")
     with pytest.warns(UserWarning, match="calibration .* is ignored"):
-        hardware_of("cpu")  # the other file of that folder
+        hardware_of("cpu")  # reads the other file in that folder
     with caplog.at_level(logging.WARNING):
         choose()
         choose(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Measured times take the place of predicted ones, where there are any."""
+"""Measured times replace predicted ones where they exist."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_shipped_file_can_be_read() -> None:
 
 
 def test_a_measured_time_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two backends whose predictions say the opposite; naming one still overrides."""
+    """Between two backends whose predictions say the opposite; naming a backend still wins."""
     kernels = {"grouped_mpo_linear": lambda: None}
     quick = candidate_backend("quick", kernels, lambda _: 1e-6)
     slow = candidate_backend("slow", kernels, lambda _: 1e-3)

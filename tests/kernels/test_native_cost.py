@@ -15,7 +15,7 @@ from mpoe_kernels.testing.cases import workload_shape
 EXPERTS, SLOTS = 4, 256
 PHASES = ("forward", "backward")
 CPU = HARDWARE["cpu-avx512-bf16"]
-# Every size that may lie along a panel is a multiple of 32, and pairs of (iC, jC) are cheaper met by left.
+# Every size that may run along a panel is a multiple of 32, and contracting (iC, jC) with left is cheaper.
 EVEN = BlockDims(iL=32, jL=32, a=32, iC=2, jC=2, b=32, iR=32, jR=32, in_features=2048, out_features=2048)
 SEPARABLE = BlockDims(iL=32, jL=1, a=32, iC=2, jC=2, b=32, iR=1, jR=32, in_features=64, out_features=64)
 
@@ -40,7 +40,7 @@ def test_multiply_adds_are_those_of_the_plan(strategy: str, phase: str, monkeypa
 
 @pytest.mark.parametrize("strategy", ["half_left", "half_right"])
 def test_half_builds_twice_for_a_backward(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows before x's gradient, and the half-built weight, are computed apart for x and for the blocks."""
+    """The rows before x's gradient, and the half-built weight, are computed separately for x and for the blocks."""
     monkeypatch.setattr(work, "instructions", lambda: "avx512")
     monkeypatch.setattr(work, "VECTORS", work.VECTORS._replace(load_rows=0.0))
     forward, backward = (plan_of(strategy, phase) for phase in PHASES)

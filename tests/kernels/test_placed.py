@@ -1,4 +1,4 @@
-"""The last product of a network puts rows where their tokens are, times their gates: the same bits as `combine`."""
+"""A network's last product writes rows to their tokens' places, times their gates: the same bits as `combine`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MASK = torch.arange(TOKENS) % 5 != 1
 
 
 def routing_of(capacity: int | None = 3) -> Routing:
-    """Some tokens are masked, some dropped, an expert is idle."""
+    """Some tokens are masked, some are dropped, and one expert is idle."""
     return route(expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK)
 
 
 def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
     gates = torch.rand(TOKENS, 1)
-    gates[~MASK] = float("nan")  # of tokens without a slot, whose rows are zero all the same
+    gates[~MASK] = float("nan")  # gates of tokens without a slot, whose rows must still be zero
     return gates.to(dtype)
 
 
 @on_every_backend
 @pytest.mark.parametrize("capacity", [None, 1, 3])
 def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
-    """What rows are placed by: masked and dropped tokens too, in the empty slots."""
+    """Placing rows relies on this; masked and dropped tokens have one too, among the empty slots."""
     require(backend)
     index = expert_choice("zipf", TOKENS, EXPERTS, 1)
     routing = route(index, EXPERTS, capacity=capacity, token_mask=MASK, backend=backend)
@@ -80,7 +80,7 @@ def test_a_network_without_gradients_places_its_rows(
 
 @pytest.mark.parametrize("case", ["two slots", "by hand", "gate", "block", "another device"])
 def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token of two slots is a sum, and gradients of gates need the rows as they were."""
+    """With two slots, a token's result is a sum; gradients of gates need the rows before gating."""
     monkeypatch.setattr(ffn, "places_rows", lambda _: case != "another device")
     top_k = 2 if case == "two slots" else 1
     routing = route(torch.zeros(3, top_k, dtype=torch.int64), 2)
@@ -95,7 +95,7 @@ def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) ->
 @on_every_backend
 @pytest.mark.parametrize("how", ["by hand", "by replacing"])
 def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
-    """One that names token 0 for every slot would leave the other tokens' rows unwritten if rows were placed."""
+    """If rows were placed, a routing with token 0 in every slot would leave the other tokens' rows unwritten."""
     shape = SMALL_SHAPES["separable"]
     require_strategies(backend, shape, torch.float32)
     made, rows = routing_of(), torch.zeros(TOKENS, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The planner's candidates against opt_einsum's optimum and against counting by hand; its choices and their reasons."""
+"""The planner's candidates against opt_einsum's optimum and counts by hand; its choices and their reasons."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def optimal_flops(dims: BlockDims, rows: int) -> float:
 def check_against_optimum(shape: MPOShape, rows: int, device: str = "cpu-avx512-bf16") -> None:
     dims = dims_of(shape)
     optimum = optimal_flops(dims, rows)
-    # An absent side is a scalar, with which kernels multiply rows where opt_einsum folds it into the smallest tensor.
+    # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the smallest tensor.
     scalars = (dims.iL * dims.jL * dims.a == 1) + (dims.iR * dims.jR * dims.b == 1)
     allowed = 1.05 * optimum + scalars * 2 * rows * max(dims.in_features, dims.out_features)
     candidates = contractions(dims, 1, rows, torch.float32, "forward")
@@ -59,7 +59,7 @@ def test_never_more_flops_than_the_optimum_without_a_reason(name: str, device: s
 
 @pytest.mark.parametrize("name", WORKLOAD_SHAPES)
 def test_large_batches_get_the_optimum(name: str) -> None:
-    """Where GEMMs are large, nothing but arithmetic counts, so neither does any other reason."""
+    """With large GEMMs only arithmetic matters, so no other reason may decide."""
     plan = plan_contraction(SHAPES[name], 1, 200_000, torch.float64, "cpu-generic")
     assert plan.flops <= 1.05 * optimal_flops(dims_of(SHAPES[name]), 200_000)
 
@@ -126,8 +126,8 @@ def test_temporary_weights_stay_within_two_experts(
         assert candidate.seconds(HARDWARE["a100"]) >= 0
 
 
-# Every einsum of a strategy, written by hand: n slots of an expert, i j = left, p q = central, u v = right indices.
-# Letters: "x" rows [n i p u], "y" rows of the result [n j q v]. One line per GEMM; "*" marks one GEMM for all slots.
+# Every einsum of a strategy, written by hand: n = an expert's slots; i j = left, p q = central, u v = right indices.
+# x is [n i p u], the result [n j q v]. One string per GEMM; "*" marks one GEMM for all slots.
 FORWARD = {
     "rebuild": ["ija,apqb->ijpqb", "ijpqb,buv->ijpquv", "nipu,ijpquv->njqv"],
     "half_left": ["ija,apqb->ijpqb", "nipu,ijpqb->nujqb", "nujqb,buv->njqv"],
@@ -136,13 +136,13 @@ FORWARD = {
 }
 BACKWARD = {
     "rebuild": [
-        *("ija,apqb->ijpqb", "ijpqb,buv->ijpquv"),  # W again, for dx
+        *("ija,apqb->ijpqb", "ijpqb,buv->ijpquv"),  # W, again, for dx
         *("nipu,njqv->ijpquv", "njqv,ijpquv->nipu"),  # dW, dx
         *("ijpquv,buv->ijpqb", "ijpqb,ijpquv->buv"),  # d(LC), dR
         *("ijpqb,apqb->ija", "ija,ijpqb->apqb"),  # dL, dC
     ],
     "half_left": [
-        *("ija,apqb->ijpqb", "nipu,ijpqb->nujqb"),  # LC and the rows after it again
+        *("ija,apqb->ijpqb", "nipu,ijpqb->nujqb"),  # LC and the rows after it, again
         *("nujqb,njqv->buv", "njqv,buv->nujqb"),  # dR, d rows
         *("nipu,nujqb->ijpqb", "nujqb,ijpqb->nipu"),  # d(LC), dx
         *("ijpqb,apqb->ija", "ija,ijpqb->apqb"),  # dL, dC
@@ -180,7 +180,7 @@ EXPECTED_ORDER = {
 
 
 def count_by_hand(expressions: list[str], dims: BlockDims, experts: int, slots: int) -> tuple[int, int]:
-    """Multiply-adds times two by visiting every index tuple, and elements of all operands and results."""
+    """FLOPs, two for every index tuple visited, and the elements of all operands and results."""
     letters = {"i": dims.iL, "j": dims.jL, "a": dims.a, "p": dims.iC, "q": dims.jC, "b": dims.b, "u": dims.iR}
     flops = elements = 0
     for expression in expressions:
@@ -283,7 +283,7 @@ def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
 
 
 def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
-    """Blocks may carry a bond above what their right side needs; half-built weights then exceed the whole ones."""
+    """Blocks may have a larger bond than their right side needs; a half-built weight is then larger than the whole."""
     dims = BlockDims(iL=4, jL=4, a=4, iC=2, jC=2, b=64, iR=2, jR=2, in_features=16, out_features=16)
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
     assert names == {"half_right", "rebuild", "chain"} or "half_left" not in names
@@ -313,7 +313,7 @@ def test_plans_of_the_judged_workloads_explain_every_loser(workload) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_choosing_inside_a_compiled_graph(dynamic: bool) -> None:
-    """One graph for any number of rows; the choice is made when it runs, per call and phase."""
+    """One graph for any number of rows; the choice is made at run time, per call and phase."""
     shape = SMALL_SHAPES["paper_bond_4"]
     blocks = random_blocks(shape, 2, torch.float32, requires_grad=True)
 

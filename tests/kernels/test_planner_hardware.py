@@ -1,4 +1,4 @@
-"""The hardware table, devices of this machine, calibration files, and the roofline of a step."""
+"""The hardware table, this machine's devices, calibration files, and a step's roofline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mpoe_kernels.planner.measured import cache_file
 
 @pytest.fixture
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A cache folder of its own; what was read before is read again afterwards."""
+    """A private cache folder; afterwards everything is read again from the usual one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget()
     yield tmp_path
@@ -170,7 +170,7 @@ def test_broken_or_foreign_calibrations_are_ignored_with_a_warning(
     assert str(path) in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hardware_of("cpu")  # it warned once
+        hardware_of("cpu")  # it warns only once
 
 
 def test_unreadable_calibration(cache_home: Path) -> None:
@@ -196,14 +196,14 @@ def test_calibrate_measures_and_keeps(cache_home: Path, monkeypatch: pytest.Monk
 
     def fake_seconds(function, device) -> float:
         timed.append(device)
-        if len(timed) % 3 == 2:  # the smallest of the three GEMMs of each dtype really runs
+        if len(timed) % 3 == 2:  # the smallest of the three GEMMs per dtype really runs
             function()
             return 1e-4
         return 1e-3
 
     monkeypatch.setattr(module, "_seconds", fake_seconds)
     found = calibrate()
-    assert len(timed) == 15  # three GEMMs for each dtype, two copies, new memory
+    assert len(timed) == 15  # three GEMMs per dtype, two copies, new memory
     assert found == hardware_of("cpu")
     assert found.flops_per_second(torch.float32) == pytest.approx(2 * 512 * 3072 * 768 / 1e-3)
     rate = found.flops_per_second(torch.float32)

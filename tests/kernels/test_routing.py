@@ -1,4 +1,4 @@
-"""route, dispatch, combine on every backend: against loops, poisoned memory, odd alignments, threads, gradients."""
+"""route, dispatch, combine on every backend: compared with loops; poisoned memory, alignment, threads, gradients."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def example_routing(tokens: int = 9, top_k: int = 2) -> tuple[Routing, torch.Ten
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: str) -> None:
-    """Products of two 16-bit numbers are exact in float32: a long sum is as accurate as float32 makes it."""
+    """Products of two 16-bit numbers are exact in float32, so a long sum is as accurate as float32 allows."""
     require(backend, "combine_backward", dtype)
     rows, grad = torch.rand(1, 20_000).to(dtype), torch.rand(1, 20_000).to(dtype)
     gates = torch.ones(1, 1, requires_grad=True)
@@ -59,7 +59,7 @@ def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: s
 
 @on_every_backend
 def test_route_many_pairs(backend: str) -> None:
-    """More pairs than one thread takes at once, dropped and masked ones among them."""
+    """More pairs than one thread takes at once, including dropped and masked ones."""
     require(backend)
     index = expert_choice("zipf", 30_000, 5, top_k=2)
     mask = torch.rand(30_000) > 0.2
@@ -76,7 +76,7 @@ def test_route_many_pairs(backend: str) -> None:
 def test_rows_and_gradients_against_loops(
     backend: str, tokens: int, features: int, top_k: int, seed: int, data: st.DataObject
 ) -> None:
-    """dispatch and combine with their gradients, from aligned, unaligned and strided memory."""
+    """dispatch, combine and their gradients, on aligned, unaligned and strided memory."""
     require(backend)
     torch.manual_seed(seed)
     dtype = data.draw(st.sampled_from(dtypes_of(backend, "combine")))
@@ -88,7 +88,7 @@ def test_rows_and_gradients_against_loops(
     routing = route(expert_choice(kind, tokens, 4, top_k), 4, capacity, mask)
     x64, y64 = torch.randn(tokens, features), torch.randn(tokens * top_k, features)
     weights64 = torch.rand(tokens, top_k).to(gate_dtype)
-    if dtype != gate_dtype:  # the reference rounds the gates to the rows' dtype, kernels need not
+    if dtype != gate_dtype:  # the reference rounds the gates to the rows' dtype; kernels need not
         weights64 = weights64.to(dtype).to(gate_dtype)
     grads64 = torch.randn(tokens * top_k, features).to(dtype), torch.randn(tokens, features).to(dtype)
 
@@ -103,7 +103,7 @@ def test_rows_and_gradients_against_loops(
         for result, inputs, grad in ((rows, [x], grads64[0]), (out, [y, weights], grads64[1])):
             if result.requires_grad:
                 found = torch.autograd.grad(result, inputs, place(grad.to(run_dtype)).detach(), allow_unused=True)
-            else:  # the reference of no tokens depends on nothing
+            else:  # without tokens, the reference depends on no input
                 found = (None,) * len(inputs)
             results += [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
         return results
@@ -214,7 +214,7 @@ def test_fullgraph_compile_without_host_reads(backend: str) -> None:
 
 
 def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
-    """Tensors on meta cannot be read by the host, so a kernel that runs on them needs no synchronisation."""
+    """The host cannot read meta tensors, so a kernel that runs on them needs no synchronisation."""
     from mpoe_kernels.routing import eager as kernels
 
     with torch.device("meta"):

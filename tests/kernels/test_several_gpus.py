@@ -1,4 +1,4 @@
-"""Two different GPUs, mocked: costs, tables and launches are those of the tensors' GPU, not of the current one."""
+"""Two different GPUs, mocked: costs, tables and launches follow the tensors' GPU, not the current one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _index(device: Any = None) -> int:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """cuda:0 is current, cuda:1 is another card."""
+    """cuda:0 is current, cuda:1 is a different card."""
     questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu_shared_memory)
 
     def forget_all() -> None:
@@ -124,7 +124,7 @@ def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
     made = random_blocks(shape, 2, torch.float32)
     x, offsets = torch.zeros(3, shape.in_features), torch.tensor([0, 1, 3], dtype=torch.int32)
     given = (x, made.left, made.central, made.right, offsets, None, None, shape.in_features, shape.out_features)
-    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the device of the plan counts
+    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the plan's device counts
     plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
     names = ("contract_steps", "panel_product")
     kernels = LinearKernels(SimpleNamespace(**{name: note(name) for name in names}), hardware)
@@ -135,7 +135,7 @@ def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
 
 
 class Kernel:
-    """Stands for a Triton kernel and notes when it is launched."""
+    """Stands in for a Triton kernel and records its launches."""
 
     __name__ = "a_kernel"
     params: tuple[object, ...] = ()
@@ -154,7 +154,7 @@ class Kernel:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Changes of the current GPU, which is cuda:0."""
+    """Records changes of the current GPU, initially cuda:0."""
     found: list[object] = []
 
     def change(index: int) -> int:
@@ -182,7 +182,7 @@ def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events: list[obj
 
 
 class Compiled:
-    """Stands for a compiled kernel."""
+    """Stands in for a compiled kernel."""
 
     def __init__(self, launches: list[object]) -> None:
         self.launches = launches
@@ -192,7 +192,7 @@ class Compiled:
 
 
 class Jit:
-    """Stands for a kernel that Triton compiles when it is first launched."""
+    """Stands in for a kernel that Triton compiles at its first launch."""
 
     __name__, arg_names = "a_kernel", ("x", "rows", "SIZE")
     params = tuple(SimpleNamespace(name=name, is_constexpr=name == "SIZE") for name in arg_names)

@@ -1,4 +1,4 @@
-"""Tests of the test tools: each assertion can fail."""
+"""Tests of the test tools: every assertion can fail."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whether float32 products may round to TF32, asked by everything that runs on a GPU, however PyTorch was told."""
+"""Everything that runs on a GPU asks whether float32 products may round to TF32, however PyTorch was configured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _set(where: object, name: str, value: object) -> Callable[[], None]:
     return lambda: setattr(where, name, value)
 
 
-# The older switches, then the newer ones; after the latter PyTorch refuses to read the former.
+# The older settings, then the newer ones; once a newer one is used, PyTorch refuses to read the older ones.
 WAYS = {
     "nothing": (lambda: None, False),
     "allow_tf32": (_set(MATMUL, "allow_tf32", True), True),
@@ -37,7 +37,7 @@ WAYS = {
 
 @pytest.fixture(params=WAYS)
 def allowed(request: pytest.FixtureRequest):
-    """PyTorch told in one of the ways; whether TF32 is then allowed."""
+    """Configures PyTorch in one of the ways; yields whether TF32 is then allowed."""
 
     def reset() -> None:
         torch.backends.fp32_precision = MATMUL.fp32_precision = "none"

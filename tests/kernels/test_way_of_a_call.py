@@ -1,4 +1,4 @@
-"""The recorder of a call's way, and the page that tells it."""
+"""The recorder of a call's path through the files, and the page that describes it."""
 
 from __future__ import annotations
 

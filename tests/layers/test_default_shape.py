@@ -1,4 +1,4 @@
-"""What an `MPOEConfig` that names no shape means: a new one, and one that was saved."""
+"""What an `MPOEConfig` without a shape means: a new one, and a saved one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_new_one_is_hidden_with_two_experts_per_token() -> None:
     config = MPOEConfig(num_experts=8, router=router)
     assert (config.shape, config.top_k, config.is_hidden) == ("hidden", 2, True)
     assert config.router == RouterConfig(jitter=0.1, top_k=2)
-    assert router.top_k is None  # it belongs to whoever made it
+    assert router.top_k is None  # the caller's object is not changed
     assert config.to_dict()["router"]["top_k"] == 2
     assert MPOEConfig(num_experts=1).top_k == 1
     assert MPOEConfig(router={"top_k": 4}).top_k == 4

@@ -1,4 +1,4 @@
-"""`ExpertCache`: the same results as without, dropped when a core changes, within its bound, never in training."""
+"""`ExpertCache`: same results as without, dropped when a core changes, stays within its bound, unused in training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLENTY = 10**9
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they may be used: matrices as small as these never gain by them."""
+    """Full weights wherever they are allowed: matrices this small never benefit from them."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
@@ -36,7 +36,7 @@ def feed_forward(shape: str = "paper", gated: bool = False, top_k: int = 1, **op
 
 
 def with_cache(ffn: MPOEFeedForward, max_bytes: int = PLENTY) -> ExpertCache:
-    """A cache that has met its layer: nothing is kept of a first pass."""
+    """A cache that has already seen its layer once, because nothing is kept from a first pass."""
     cache = ffn.experts.cache_experts(max_bytes)
     assert cache.layer(ffn.experts, ffn.experts.projections()) is None
     return cache
@@ -44,7 +44,7 @@ def with_cache(ffn: MPOEFeedForward, max_bytes: int = PLENTY) -> ExpertCache:
 
 @torch.no_grad()
 def both(ffn: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Outputs with the cache and without."""
+    """Outputs with and without the cache."""
     found, cache = ffn(x, mask), ffn.experts.expert_cache
     ffn.experts.expert_cache = None
     plain = ffn(x, mask)
@@ -90,7 +90,7 @@ def test_any_number_of_tokens_and_experts_without_any(tokens: int) -> None:
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("short", [0, 1])
 def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) -> None:
-    """One byte too few: every pass runs by the cores alone, in one call, with the blocks that are kept."""
+    """With one byte too few, every pass uses only the cores, in one call, with the cached blocks."""
     ffn = feed_forward("paper", top_k=2)
     with_cache(ffn)
     blocks = ffn.experts.expert_cache.layer(ffn.experts, ffn.experts.projections()).bytes
@@ -106,7 +106,7 @@ def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) ->
 
 @pytest.mark.usefixtures("always")
 def test_room_is_reserved_for_experts_that_are_not_built_yet() -> None:
-    """A layer that met one expert keeps the room of all: the next one gets none of it, in another dtype neither."""
+    """A layer that has used one expert reserves room for all: no other layer gets it, nor another dtype."""
     first, second = (feed_forward("light") for _ in range(2))
     room = 5 * bytes_of_an_expert(first) + 2 * 10**4
     cache = second.experts.expert_cache = with_cache(first, room)
@@ -124,12 +124,12 @@ def test_room_is_reserved_for_experts_that_are_not_built_yet() -> None:
     assert (report.experts, report.refused) == (5, 3)
     cache.drop(first.experts)
     both(second, torch.randn(40, 24))
-    assert cache.report().experts == 0  # decided once
+    assert cache.report().experts == 0  # the decision is made only once
 
 
 @pytest.mark.usefixtures("always")
 def test_what_runs_once_takes_no_room_from_what_runs_again() -> None:
-    """An encoder, then a decoder for every token, with room for one of them."""
+    """An encoder runs once, a decoder for every token, with room for only one of them."""
     encoder, decoder = (feed_forward("light") for _ in range(2))
     cache = decoder.experts.expert_cache = encoder.experts.cache_experts(5 * bytes_of_an_expert(encoder) + 2 * 10**4)
     for ffn, experts, refused in ((encoder, 0, 0), (decoder, 0, 0), (decoder, 5, 0), (encoder, 5, 1)):
@@ -141,7 +141,7 @@ def test_what_runs_once_takes_no_room_from_what_runs_again() -> None:
 def test_patience_builds_nothing_in_the_first_passes() -> None:
     ffn = feed_forward()
     cache = ffn.experts.expert_cache = ExpertCache(PLENTY, patience=2)
-    for built in (0, 0, 0, 5):  # the first pass, two of patience
+    for built in (0, 0, 0, 5):  # the first pass, then two of patience
         torch.testing.assert_close(*both(ffn, torch.randn(40, 24)), rtol=1e-4, atol=1e-5)
         assert (cache.report().built, cache.report().refused) == (built, 0)
     assert copy.deepcopy(cache).patience == 2
@@ -181,7 +181,7 @@ def _load(ffn: MPOEFeedForward) -> None:
 
 
 def _new_memory(ffn: MPOEFeedForward) -> None:
-    """Twice, so that an address could come back."""
+    """Done twice, so that an address could be reused."""
     for _ in range(2):
         ffn.experts.down.central.data = ffn.experts.down.central.data * 1.5
 
@@ -242,7 +242,7 @@ def test_moving_a_model_frees_at_once_and_a_change_through_data_needs_clear() ->
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_as_without_and_drop_what_was_held(frozen: bool) -> None:
-    """``frozen``: only x needs a gradient."""
+    """With ``frozen``, only x needs a gradient."""
     ffn = feed_forward().requires_grad_(not frozen)
     x = torch.randn(9, 24, requires_grad=True)
     leaves = [x, *(p for p in ffn.parameters() if p.requires_grad)]
@@ -325,7 +325,7 @@ def test_compiled_graphs_use_the_cores() -> None:
     cache = with_cache(ffn)
     x = torch.randn(9, 24)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch.compile about itself
+        warnings.simplefilter("ignore")  # torch.compile's warnings about itself
         torch._dynamo.reset()
         found = torch.compile(ffn, backend="aot_eager", fullgraph=True)(x)
     assert cache.report().built == 0
@@ -351,7 +351,7 @@ def test_none_and_zero_turn_it_off() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_full_weights_pay(dtype: torch.dtype) -> None:
-    """Costly to rebuild: yes. Contracted at the price of a dense layer or less: no, at any size."""
+    """Costly to rebuild: yes. Contracted at no more than a dense layer's cost: no, at any size."""
     costly = [MPOShape.paper(768, 3072), MPOShape.light(768, 3072, 64)]
     cheap = [MPOShape.separable(768, 3072, left=256, right=64), MPOShape.paper(768, 3072, max_bond=8)]
     for experts, slots in ((1, 1), (4, 4), (8, 64), (14, 16)):

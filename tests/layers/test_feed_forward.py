@@ -29,7 +29,7 @@ def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
 
 
 def by_hand(ffn, x, mask=None):
-    """Token by token, expert by expert, in float64."""
+    """The result token by token and expert by expert, in float64."""
     x, act = x.double(), ACTIVATIONS[ffn.experts.activation]
     decision = ffn.router(x.float())
     weights = {kind: p.dense_weights().double() for kind, p in ffn.experts.projections().items()}
@@ -259,7 +259,7 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable")).eval()
     x = torch.randn(3, 8).to(dtype)
     found = layer(x)
-    assert found.dtype == torch.float32  # as the documentation says
+    assert found.dtype == torch.float32  # as documented
     assert torch.equal(found, layer(x.float()))
     with pytest.raises(TypeError, match="dtype"):
         MPOLinear(8, 4)(x)

@@ -1,4 +1,4 @@
-"""What one native call does of few tokens: the router's decision, and the hidden-side experts that it chooses."""
+"""What one native call computes for few tokens: the router's decision, and the hidden-side experts that it chooses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def by_pytorch(router: TopKRouter, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, experts and gates as PyTorch's ops find them."""
+    """Logits, experts and gates as computed by PyTorch's ops."""
     with torch.enable_grad():
         found = router(x)
     return found.logits.detach(), found.top_k_index, found.top_k_weights.detach()
@@ -96,7 +96,7 @@ def test_an_infinitely_unlikely_expert_has_the_gate_zero() -> None:
 
 def test_who_else_has_a_part_in_a_call_sees_pytorch_ops() -> None:
     router, x = TopKRouter(6, 4), torch.randn(3, 6)
-    assert not router.can_gate_natively(x)  # its weight has a gradient
+    assert not router.can_gate_natively(x)  # its weight needs a gradient
     with torch.no_grad():
         assert router.can_gate_natively(x)
         assert not router.can_gate_natively(torch.randn(gating.MOST_LOGITS // 4 + 1, 6))
@@ -135,7 +135,7 @@ def feed_forward(top_k: int = 2, gated: bool = False, dtype: torch.dtype = F32, 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether each look at a call ended in the native one for router and experts."""
+    """For each call considered, whether router and experts ran as one native call."""
     seen: list[bool] = []
     own = hidden.HiddenExperts.routed
 
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused_by_the_op(calls) -> None:
     layer.router.weight = nn.Parameter(torch.zeros(5, 7))
     with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         layer(x)
-    layer = feed_forward()  # as many numbers, in blocks of another form
+    layer = feed_forward()  # the same number of elements, in blocks of another shape
     layer.experts.auxiliary["left"] = nn.Parameter(torch.zeros(5, 1, 16, 16))
     with torch.no_grad(), pytest.raises(ValueError, match="left must be"):
         layer(x)

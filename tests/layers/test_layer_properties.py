@@ -1,4 +1,4 @@
-"""Properties of the whole layer over drawn sizes, experts, routers, masks and dtypes, against a loop in float64."""
+"""Properties of the whole layer for random sizes, experts, routers, masks and dtypes, against a float64 loop."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, MPOEFeedForward, routing_context
 
-# Of eager PyTorch's own error in these dtypes, over sums of at most 2 x 60 products and two gates.
+# Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float64: 1e-12}
 
 
 @st.composite
 def layers(draw) -> tuple[MPOEFeedForward, torch.Tensor, torch.Tensor | None]:
-    """A layer in eval mode, tokens ``[T, I]`` and a mask ``[T]`` or none."""
+    """A layer in eval mode, tokens ``[T, I]``, and a mask ``[T]`` or None."""
     sizes = draw(st.integers(2, 30)), draw(st.integers(2, 60))
     experts = draw(st.integers(1, 6))
     router = RouterConfig(
@@ -42,13 +42,13 @@ def layers(draw) -> tuple[MPOEFeedForward, torch.Tensor, torch.Tensor | None]:
     if draw(st.booleans()):
         x = x.T.contiguous().T  # strides of a transposed matrix
     if draw(st.booleans()):
-        x = x[:1].expand(tokens, -1)  # every token goes to the same experts, the others get none
+        x = x[:1].expand(tokens, -1)  # all tokens go to the same experts, the others get none
     mask = torch.rand(tokens) > 0.3 if draw(st.booleans()) else None
     return layer, x, mask
 
 
 def by_hand(layer: MPOEFeedForward, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Token by token and expert by expert in float64; what the router decides is taken from it."""
+    """The result token by token and expert by expert in float64, with the router's own decision."""
     experts = layer.experts
     decision = layer.router(x)
     routing = layer.router.route(decision, mask)

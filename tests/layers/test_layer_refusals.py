@@ -1,4 +1,4 @@
-"""What the layers' constructors and forwards refuse, by name."""
+"""What the layers' constructors and forwards refuse, naming the argument."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def gshard(**values):
 
 
 def shares(router, x):
-    """Probability of the second expert against that of both."""
+    """Probability of the second expert as a share of both."""
     first, second = torch.softmax(x @ router.weight.T, -1).topk(2).values.unbind(-1)
     return second / (first + second)
 
@@ -39,7 +39,7 @@ def test_random_policy_keeps_seconds_in_proportion_to_their_share():
     expected = float(shares(router, x[:1]).detach()) / 0.8
     assert float(router(x).kept[:, 1].float().mean()) == pytest.approx(expected, abs=0.02)
     router.eval()
-    assert router(x).kept.all()  # evaluation is repeatable: all of them
+    assert router(x).kept.all()  # evaluation is repeatable: all are kept
 
 
 def test_gates_sum_to_one_over_the_kept_and_lone_ones_keep_their_gradient():
@@ -74,7 +74,7 @@ def test_dropped_choices_take_no_slot_and_no_capacity():
 def test_capacities_of_the_original(training, factor):
     router = TopKRouter(6, EXPERTS, RouterConfig.gshard()).train(training)
     assert router.capacity(TOKENS) == math.ceil(factor * TOKENS / EXPERTS)
-    assert router.capacity(4) == 4  # the least
+    assert router.capacity(4) == 4  # the minimum
     torch.nn.init.zeros_(router.weight)  # every token chooses the same two experts
     routing = router.route(router(torch.randn(TOKENS, 6)))
     assert int(routing.expert_load.max()) == router.capacity(TOKENS)

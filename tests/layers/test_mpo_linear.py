@@ -1,4 +1,4 @@
-"""`MPOLinear` as `nn.Linear` is called, and as a shape says."""
+"""`MPOLinear` constructed like `nn.Linear`, and from a shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`TopKRouter` and its losses against hand formulas."""
+"""`TopKRouter` and its losses against formulas written by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_jitter_only_in_training():
 def test_jitter_is_as_wide_as_it_says_on_both_sides():
     router = TopKRouter(8, 8, RouterConfig(jitter=0.25))
     with torch.no_grad():
-        router.weight.copy_(torch.eye(8))  # the logits are the input, with its noise
+        router.weight.copy_(torch.eye(8))  # the logits are the input including its noise
     noise = router(torch.ones(4000, 8)).logits.detach()
     assert 0.75 <= float(noise.min()) < 0.76
     assert 1.24 < float(noise.max()) <= 1.25
@@ -157,7 +157,7 @@ def test_bad_shapes():
 
 
 def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
-    """What the ranks of a `global_batch` compute: parts of unequal sizes, padding in one of them."""
+    """What the ranks of a `global_batch` compute: parts of unequal sizes, with padding."""
     logits, index = torch.randn(2, 9, 4), torch.randint(0, 4, (2, 9, 2))
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1]).bool()
     whole = count_choices(index, 4, mask)

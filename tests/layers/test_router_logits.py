@@ -59,7 +59,7 @@ def test_the_backward_keeps_no_float32_copy_of_the_tokens(dtype, frozen):
 
 
 class Recorded(TorchDispatchMode):
-    """Names of the operations, and dtypes of results as large as the tokens."""
+    """Records the operations, and the dtypes of results with the tokens' shape."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Recorded(TorchDispatchMode):
         (torch.bfloat16, torch.bfloat16, False),
         (torch.float16, torch.float16, False),
         (torch.bfloat16, torch.float32, False),
-        (torch.float16, torch.float32, True),  # float16 has no room for what remains of a float32 weight
+        (torch.float16, torch.float32, True),  # float16's range cannot hold the remainders of a float32 weight
     ],
     ids=str,
 )
@@ -105,7 +105,7 @@ def test_three_parts_are_the_weight():
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
-    """Its product of bfloat16 into float32 is played by the CPU."""
+    """The CPU simulates the GPU's product of bfloat16 into float32."""
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     x, weight = (t.detach() for t in problem(torch.bfloat16, weight_dtype))
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Small dense models of every family, with weights large enough that mistakes show."""
+"""Small dense models of every family, with weights large enough for mistakes to show."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def batch(family, labels=True):
 
 
 def result(output):
-    """Logits, or hidden states of a model without a head."""
+    """Logits, or the hidden states of a model without a head."""
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 

@@ -1,4 +1,4 @@
-"""A mixture as a stock class of Transformers: exact, opened without mpoe, and refused where it would not be exact."""
+"""A mixture as a stock Transformers class: exact, opened without mpoe, and refused if it would not be exact."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _without_mpoe():
 
 class _Tokenizer:
     def save_pretrained(self, folder):
-        """Nothing: the tiny models have none."""
+        """Saves nothing: the tiny models have no tokenizer."""
 
 
 @pytest.mark.parametrize(

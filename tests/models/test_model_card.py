@@ -1,4 +1,4 @@
-"""The model card: what it says, that nobody's own is replaced, and what reaches a hub (a stand-in for its API)."""
+"""The model card: what it says, that a user's own card is never replaced, and what reaches a hub (a stand-in)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> No
 
 
 class Hub:
-    """Takes the place of the hub's API: remembers files instead of sending them."""
+    """Stands in for the hub's API: keeps files instead of sending them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, card: str | None = None) -> None:
         self.files: dict[str, bytes] = {}

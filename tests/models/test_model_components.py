@@ -160,7 +160,7 @@ def test_patterns_that_do_not_fit(pattern, words):
 @torch.no_grad()
 def test_every_mixture_starts_as_the_dense_model_and_reloads(family, moe_type, expert_type, tmp_path):
     model, inputs = dense_model(family), batch(family)
-    # eight tokens to two of four experts with capacity for all: nothing is dropped
+    # every expert has room for all tokens: nothing is dropped
     router = {"eval_capacity_factor": 4.0} if moe_type == "moe" else {}
     config = MPOEConfig(num_experts=4, moe_type=moe_type, expert_type=expert_type, router=router)
     converted = convert_to_mpoe(model, config)

@@ -1,4 +1,4 @@
-"""Fine-tunes of one model become the experts of one mixture: what is exact, what is told, what routers learn."""
+"""Fine-tunes of one model become the experts of one mixture: what is exact, what is reported, what routers learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAMILIES = ["llama", "gpt2", "t5", "bert"]
 
 
 def tuned(base, seed, only="ffn"):
-    """A copy whose feed-forward networks (or everything) were changed."""
+    """A copy with changed feed-forward networks (or with everything changed)."""
     torch.manual_seed(seed)
     model = copy.deepcopy(base).eval()
     for name, p in model.named_parameters():
@@ -27,7 +27,7 @@ def tuned(base, seed, only="ffn"):
 
 
 def batches(domain, count=2):
-    """Texts of a domain: words of its own range."""
+    """Texts of a domain, whose words come from its own range."""
     generator = torch.Generator().manual_seed(domain)
     low = 2 + 18 * domain
     ids = [torch.randint(low, low + 18, (4, 12), generator=generator) for _ in range(count)]
@@ -45,7 +45,7 @@ def result(model, inputs):
 
 
 def send_to(model, expert):
-    """Every token to one expert."""
+    """Send every token to one expert."""
     for layer in model.modules():
         if getattr(layer, "router", None) is not None:
             forced = mpoe.models.domains._Forced(layer.router, expert)
@@ -83,7 +83,7 @@ def test_what_lies_outside_the_experts_is_the_mean_and_told():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("per_group", [True, False])
 def test_hidden_experts_are_the_least_squares_fit(family, per_group):
-    """Blocks as large as the hidden layer span what a change on the hidden side can reach: that is then exact."""
+    """Changes that only mix columns within the blocks are within reach of hidden-side experts: the fit is exact."""
     base = dense(family).eval()
     fine_tune = copy.deepcopy(base)
     for layer in fine_tune.modules():
@@ -101,7 +101,7 @@ def test_hidden_experts_are_the_least_squares_fit(family, per_group):
             )
     config = MPOEConfig(shape="hidden", block_size=8, block_per_group=per_group)
     report = compose(base, [fine_tune, base], config=config).composition_report["experts"]
-    # The centre is the mean of both networks, of whose columns both are mixtures again.
+    # The centre is the mean of both networks; each network's columns are mixtures of the centre's.
     assert max(error for kinds in report.values() for error in kinds["up"].values()) < 1e-3
 
 
@@ -110,7 +110,7 @@ def test_mpo_experts_are_fitted_and_the_error_is_told():
     fine_tunes = [tuned(base, 1), tuned(base, 2)]
     report = compose(base, fine_tunes, config=MPOEConfig(shape="light")).composition_report["experts"]
     errors = [error for kinds in report.values() for each in kinds.values() for error in each.values()]
-    # The mean of two is sqrt(1/2) of a change away from either; the fit is nearer, and not exact.
+    # The mean of the two is sqrt(1/2) of a change away from either; the fit is closer, but not exact.
     assert all(0.0 < error < 0.71 for error in errors)
 
 
@@ -127,7 +127,7 @@ def test_a_ridge_router_sends_domains_to_their_experts(top_k):
 
 
 def test_a_ridge_router_gives_probabilities():
-    """Tokens that are normal around their domain's mean, and overlap."""
+    """Tokens are normally distributed around their domain's mean, and the domains overlap."""
     base = dense("llama").eval()
     mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def test_a_ridge_router_gives_probabilities():
 
 
 def test_a_capacity_keeps_no_token_from_the_regression():
-    """All tokens of a domain go to one expert, which by its capacity could take few of them."""
+    """All tokens of a domain go to one expert, whose capacity would admit only a few."""
     base = dense("llama").eval()
     fine_tunes = [tuned(base, seed) for seed in (1, 2)]
     routers = [RouterConfig(), RouterConfig(eval_capacity_factor=0.5)]

@@ -1,4 +1,4 @@
-"""Conversion computes the same, leaves its input alone, and refuses what it cannot do."""
+"""Conversion keeps the results, leaves its input unchanged, and refuses what it cannot do."""
 
 from __future__ import annotations
 

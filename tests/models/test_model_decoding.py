@@ -1,4 +1,4 @@
-"""What `generate` keeps by itself: the same tokens, within its bound, nothing afterwards, none where it is useless."""
+"""What `generate` caches by itself: same tokens, within its bound, freed afterwards, no cache where it is useless."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 
 @pytest.fixture(autouse=True)
 def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough layers that the size of the dense ones is room for a layer of two experts."""
+    """Enough layers for the size of the dense ones to leave room for a layer of two experts."""
     monkeypatch.setitem(GPT2, "n_layer", 4)
     monkeypatch.setitem(LLAMA, "num_hidden_layers", 4)
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they may be used, and soon: models as small as these never gain by them."""
+    """Full weights wherever they are allowed, and early: models this small never benefit from them."""
     monkeypatch.setattr("mpoe.models.decoding.PATIENCE", 2)
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
-    """The caches that `generate` made by itself."""
+    """The caches that `generate` creates by itself."""
     found: list[ExpertCache] = []
 
     def make(bound: int, patience: int) -> ExpertCache:
@@ -58,7 +58,7 @@ def experts(model) -> list[MPOExperts]:
 
 
 def plain_tokens(model, **options) -> torch.Tensor:
-    """As without a cache."""
+    """The tokens generated without a cache."""
     model.cache_experts(0)
     tokens = model.generate(**options)
     model.cache_experts(None)
@@ -80,12 +80,12 @@ def test_same_tokens(family, options, mode, converted, made):
     report = cache.report()
     assert report.hits > 0
     assert 0 < report.bytes <= report.max_bytes == decoding_bytes(experts(model))
-    assert all(layer.expert_cache is None for layer in experts(model))  # freed with the call
+    assert all(layer.expert_cache is None for layer in experts(model))  # freed after the call
 
 
 @pytest.mark.parametrize(("tokens", "built"), [(15, False), (17, True)])
 def test_a_short_answer_builds_nothing(tokens, built, converted, made, monkeypatch):
-    """Folded blocks are kept at once; full weights take longer to build than a few tokens by the cores."""
+    """Folded blocks are cached at once; building full weights takes longer than a few tokens with the cores."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
     model = converted("gpt2", **LIGHT)
     model.generate(**{**call("gpt2"), "max_new_tokens": tokens, "min_new_tokens": tokens})
@@ -94,7 +94,7 @@ def test_a_short_answer_builds_nothing(tokens, built, converted, made, monkeypat
 
 @pytest.mark.usefixtures("always")
 def test_weights_swapped_between_calls_are_noticed(converted):
-    """Averages of weights are often put in place through ``data``, which leaves no trace."""
+    """Averaged weights are often put in place through ``data``, which leaves no trace."""
     model = converted("gpt2", **LIGHT, auxiliary_noise=0.3)
     before = model.generate(**call("gpt2"))
     for parameter in model.parameters():
@@ -116,7 +116,7 @@ def test_training_finds_nothing_of_it(converted, made):
     gradients = [[p.grad for p in each.parameters()] for each in (model, other)]
     assert all(map(torch.equal, *gradients))
     before = len(made)
-    model.generate(**call("gpt2"))  # with dropout: not for inference
+    model.generate(**call("gpt2"))  # with dropout: not inference
     assert len(made) == before == 1
 
 
@@ -173,7 +173,7 @@ def test_said_once(converted, caplog):
     "config", [{"shape": "hidden"}, {"shape": "separable"}, LIGHT, {"expert_type": "dense"}], ids=str
 )
 def test_nothing_where_nothing_is_gained(config, converted, made, caplog):
-    """Hidden-side and separable experts, dense ones, and whatever is too small."""
+    """Hidden-side, separable and dense experts, and models that are too small."""
     transformers_logging.info_once.cache_clear()
     model = converted("gpt2", **config)
     with caplog.at_level(logging.INFO, LOG):

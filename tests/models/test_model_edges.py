@@ -1,4 +1,4 @@
-"""Edges that ordinary use meets: ignored labels, pad = eos, mixed folders, refusals before any work."""
+"""Edge cases in ordinary use: ignored labels, pad = eos, mixed folders, refusals before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model.cache_experts`: one bound for all layers, the same tokens, nothing in saves."""
+"""`model.cache_experts`: one bound for all layers, the same tokens, nothing in saved models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLENTY = 10**9
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they may be used: models as small as these never gain by them."""
+    """Full weights wherever they are allowed: models this small never benefit from them."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
@@ -42,7 +42,7 @@ def test_generate_uses_it_and_gives_the_same_tokens(family, options, converted):
 
 
 def test_the_bound_is_the_models(converted):
-    """Room for the blocks of all layers and the experts of one: the decoder's, which runs again and again, in full."""
+    """Room for all layers' blocks and one layer's experts: the decoder's last, which runs for every token."""
     model = converted("t5", shape="paper")
     model.cache_experts(0)
     plain = model.generate(**call("t5"))

@@ -1,4 +1,4 @@
-"""Every family, head and shape: conversion changes nothing, and the saved model is the same model."""
+"""Every family, head and shape: conversion does not change results, and a saved model loads as the same model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_
 
 SHAPES = ("separable", "paper", "light")
 IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]
-# By default one shape for each class, and of kin that share a file the first alone.
+# By default one shape per class; of families that share a file, the first and the others' language models.
 FIRST = {file: next(t for t in DENSE if TABLE[t].file == file) for file in {TABLE[t].file for t in DENSE}}
 
 
@@ -30,7 +30,7 @@ def slice_of(cases):
             yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
 
 
-# Between whose projections blocks cannot stand: there is no module of the network's own.
+# Families without a module for the feed-forward network, so that blocks cannot go between the projections.
 WITHOUT_BLOCKS = ("bart", "opt")
 ONE_OF_EACH = {case[0]: case[2] for case in reversed(GENERATED)}
 
@@ -44,7 +44,7 @@ def test_a_family_is_a_row_and_a_short_file(file):
 @pytest.mark.parametrize("model_type", ONE_OF_EACH)
 @torch.no_grad()
 def test_converts_by_default(model_type, tmp_path):
-    """Where no shape is named: hidden-side experts, two per token, or else separable ones."""
+    """Without a shape: hidden-side experts, two per token; where blocks do not fit, separable experts."""
     model = tiny_model(model_type, ONE_OF_EACH[model_type])
     inputs = tiny_batch(model, model_type)
     expected = text_rows(first_result(model(**inputs)), inputs)

@@ -173,7 +173,7 @@ def test_whole_model_compiles_fullgraph(family, converted):
 
 @pytest.mark.slow
 def test_a_training_step_compiles_fullgraph(converted):
-    """T5's, and both with the compiler's own backend: test_model_inductor.py."""
+    """T5 and the inductor backend are in test_model_inductor.py."""
     model, inputs = converted("gpt2").train(), batch("gpt2")
     twin = copy.deepcopy(model)
     model(**inputs).loss.backward()

@@ -1,4 +1,4 @@
-"""Models whose experts own hidden-side blocks: converted bit for bit, saved, merged, masked, reported, refused."""
+"""Models whose experts own hidden-side blocks: bit-exact conversion, saving, merging, masking, reports, refusals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def batch(family: str) -> dict[str, Tensor]:
 
 
 def stirred(model: nn.Module) -> nn.Module:
-    """The same model with blocks and own biases that are no identities any more."""
+    """The same model with random blocks and expert biases instead of the initial ones."""
     torch.manual_seed(3)
     for layer in hidden_modules(model).values():
         for parameter in layer.experts.parameters():
@@ -138,7 +138,7 @@ def test_the_experts_and_routers_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_shared_blocks_are_plain_mpos(family: str) -> None:
-    """The cores of HiddenExperts with the projections as centre rebuild C1 (1 x R) and (1 x L) C2."""
+    """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
     layer = next(iter(hidden_modules(stirred(convert_to_mpoe(dense(family), config(block_per_group=False)))).values()))
     features, block, settings = layer.hidden_features, 8, config(block_per_group=False)
     for kind in layer.projections():
@@ -203,7 +203,7 @@ def test_one_graph_and_export() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_lora_on_the_projections_through_plain_peft(family: str) -> None:
-    """PEFT wraps the projections as it does in the dense model; the experts call whatever stands there."""
+    """PEFT wraps the projections as in the dense model; the experts call whatever module is there."""
     peft = pytest.importorskip("peft")
     targets = ["c_fc"] if family == "gpt2" else ["up_proj", "gate_proj", "down_proj"]
     model = convert_to_mpoe(dense(family), config(2))
@@ -220,7 +220,7 @@ def test_lora_on_the_projections_through_plain_peft(family: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_projections_quantised_by_torchao(bits: int) -> None:
-    """Quantising `nn.Linear` needs no help from us; the blocks and the router still train."""
+    """Quantising `nn.Linear` needs no special support; the blocks and the router still train."""
     quantization = pytest.importorskip("torchao.quantization")
     kind: object = quantization.Int8WeightOnlyConfig()
     if bits == 4:

@@ -1,4 +1,4 @@
-"""torch.compile with its own backend, inductor, which writes C++ here: forward, training, decoding as without it."""
+"""torch.compile with inductor, which generates C++ here: training and decoding give the same results as without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = [("t5", "separable"), ("t5", "paper"), ("gpt2", "separable"), ("gpt2", "
 
 
 def cases(*slow):
-    """All of them take minutes to compile; those of ``slow`` are CI's slice."""
+    """All cases take minutes to compile; CI runs only those in ``slow``."""
     return [
         pytest.param(*case, marks=pytest.mark.slow if case in slow else pytest.mark.exhaustive, id="-".join(case))
         for case in CASES
@@ -24,7 +24,7 @@ def cases(*slow):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """The compiler's own folder: what it keeps about the machine serves all tests here, and none of an earlier run."""
+    """A separate compiler cache, shared by all tests here and independent of earlier runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -64,7 +64,7 @@ def test_training_steps(family, shape, converted):
 
 @pytest.mark.parametrize(("family", "shape"), cases())
 def test_decoding_steps(family, shape, converted):
-    """With a cache of a fixed size one graph serves every step after the first."""
+    """With a cache of fixed size, one graph serves every step after the first."""
     model = converted(family, shape=shape)
     mask = MASK if family == "t5" else MASK.flip(1)
     call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}

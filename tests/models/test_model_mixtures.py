@@ -1,4 +1,4 @@
-"""Models that are mixtures already: their experts stay, or become MPO experts, and come back."""
+"""Models that are already mixtures: their experts stay or become MPO experts, and can be converted back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def close(found, expected, bound=1e-5):
 
 
 def alike(model, relative=0.0):
-    """``model``, whose experts are copies of the first one up to noise: MPOs around one centre fit them."""
+    """``model`` with every expert a copy of the first plus noise, so that MPOs around one centre fit them."""
     with torch.no_grad():
         for _, experts in expert_modules(model):
             for weight in experts.parameters():
@@ -67,7 +67,7 @@ def test_experts_stay_or_become_mpos_and_come_back(model_type, auto, name, tmp_p
             own, other = one.state_dict(), again.state_dict()
             assert list(own) == list(other)
             assert all(torch.equal(own[key], other[key]) for key in own)
-            # Weights that lie elsewhere in memory: short products of the library may end in other bits.
+            # The weights are elsewhere in memory, so PyTorch's short products may end in other bits.
             assert close(result(again, inputs), result(one, inputs), 1e-6)
     stock = merge_experts(changed, as_=model_type)
     assert type(stock) is type(model)
@@ -147,7 +147,7 @@ def test_attention_of_a_mixture_becomes_mpos():
 def test_an_adapted_olmoe_is_exported(tmp_path, monkeypatch, capsys):
     class Tokenizer:
         def save_pretrained(self, folder):
-            """Nothing: the tiny model has none."""
+            """Saves nothing: the tiny model has no tokenizer."""
 
     monkeypatch.setattr("mpoe.cli.pretrained.load_tokenizer", lambda source: Tokenizer())
     model = tiny_model("olmoe", "OlmoeForCausalLM")

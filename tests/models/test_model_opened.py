@@ -1,4 +1,4 @@
-"""What other tools expect of a model class: remote code, base models, plans, Transformers' names for router options."""
+"""What other tools expect of a model class: remote code, base models, plans, Transformers' router option names."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
 
 def test_expert_parallelism_leaves_experts_whole(converted):
     model = converted("llama", expert_type="dense")
-    assert model.config.base_model_ep_plan == {}  # there is one: not to be taken for forgotten
+    assert model.config.base_model_ep_plan == {}  # an empty plan, not a missing one
     assert model._ep_plan == {}
 
 
@@ -162,7 +162,7 @@ def test_feed_forward_chunks_give_the_same(model_type):
     assert type(converted)(converted.config).config.chunk_size_feed_forward == 3
 
 
-# ------------------------------------------------------------ a model outside the table
+# ------------------------------------------------------------ a model that is not in the table
 
 
 def outsider():
@@ -191,7 +191,7 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     again = load_mpoe(tmp_path)
     assert type(again).__name__ == "MPOEGraniteForCausalLM"
     assert torch.equal(again(**inputs).logits, converted(**inputs).logits)
-    # In this process, whose modules of remote code are its own; a program without mpoe: see above, for a Llama.
+    # In this process, with its own folder for remote code; a program without mpoe is tested above, with a Llama.
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
@@ -200,7 +200,7 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_sites_with_fused_projections_and_parts_left_empty():
-    """What the rows of Phi-3 and OPT say, said by a user."""
+    """A user gives the same sites as the table's rows for Phi-3 and OPT."""
     for model_type, name, sites in (
         (
             "phi3",

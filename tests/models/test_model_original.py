@@ -1,4 +1,4 @@
-"""Checkpoints of the original implementation, written here in its key names and order of cores, and read back."""
+"""Checkpoints of the original implementation, written here with its key names and core order, and read back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def randomised(cores):
 
 
 def original_checkpoint(model, moe_type, components=("mlp",)):
-    """A state dict as the original saves it, and the matrices ``[in, out]`` that it stands for, by our names."""
+    """A state dict as the original saves it, and the matrices ``[in, out]`` that it represents, by our names."""
     torch.manual_seed(3)
     state, matrices = {}, {}
     weights = model.state_dict()

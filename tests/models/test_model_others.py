@@ -57,7 +57,7 @@ def test_dense_experts_are_computed_as_transformers_option_says(converted, monke
     used.clear()
     model.gradient_checkpointing_enable()
     model.train()(**inputs).loss.backward()
-    assert set(used) == {"grouped_mm"}  # what was set last, in the recomputation too
+    assert set(used) == {"grouped_mm"}  # the last setting, also in the recomputation
     model.save_pretrained(tmp_path)
     again = load_mpoe(tmp_path, experts_implementation="batched_mm")
     assert again.get_experts_implementation() == {"": "batched_mm"}
@@ -80,7 +80,7 @@ def test_a_mixture_keeps_the_ways_that_its_experts_have():
 
 
 class Halving(QuantizationConfigMixin):
-    """A quantiser that replaces linear layers, as all do, by ones in half precision."""
+    """A quantiser that, like all of them, replaces linear layers; here by half-precision ones."""
 
     def __init__(self, **kwargs):
         self.quant_method = "halving"

@@ -69,7 +69,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     assert losses[-1] < losses[0]
     after = logits(adapted, inputs)
     assert (after - before).abs().max() > 1e-3
-    # every core of every expert projection has its part in it
+    # every core of every expert projection takes part
     moved = [name for name, p in adapted.named_parameters() if "lora_B" in name and p.abs().max() > 0]
     for name, cores in mpo_modules(adapted):
         stem = name.removesuffix(".base_layer")
@@ -136,7 +136,7 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
     losses = train(adapted, inputs)
     assert losses[-1] < losses[0]
     moved = [n for n, p in adapted.named_parameters() if "experts.up" in n and "lora_B" in n and p.abs().max() > 0]
-    assert len(moved) == 3  # of all layers
+    assert len(moved) == 3  # in every layer
     after = logits(adapted, inputs)
     adapted.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
@@ -165,7 +165,7 @@ def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_pa
     adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["up", "down"]))
     train(adapted, inputs)
     adapted.save_pretrained(tmp_path)
-    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path))  # as it was done before
+    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path))  # the earlier way, which must still work
     loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config).eval()
     assert torch.equal(logits(loaded, inputs), logits(adapted.eval(), inputs))
     with pytest.raises(ValueError, match="LoRA on MPO cores has no use_dora"):

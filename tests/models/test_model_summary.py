@@ -1,4 +1,4 @@
-"""The table of a model's MPO weights, and freezing what the experts share."""
+"""The table of a model's MPO weights, and freezing the parts that the experts share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_errors_of_the_conversion_are_kept(tmp_path):
     loaded = {
         "whole": load_mpoe(tmp_path / "whole"),
         "parts": load_mpoe(tmp_path / "parts", base=dense),
-        "base": MPOEGPT2Model.from_pretrained(tmp_path / "whole"),  # whose weights have shorter names
+        "base": MPOEGPT2Model.from_pretrained(tmp_path / "whole"),  # its weights have shorter names
     }
     for name, each in loaded.items():
         assert [row.error for row in summarize(each, 8)] == errors, name
@@ -59,7 +59,7 @@ def test_errors_of_the_conversion_are_kept(tmp_path):
 
 @pytest.mark.parametrize("kept", [None, "x", {}, {"transformer.h.0.mlp.experts.up": "x"}])
 def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
-    """Older ones have none."""
+    """Older checkpoints have none."""
     converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["conversion_errors"] = kept

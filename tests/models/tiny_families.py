@@ -1,4 +1,4 @@
-"""A tiny random model of every family and head that conversion knows, and a batch for it."""
+"""A tiny random model of every family and head that conversion supports, and a batch for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpoe.models.classes import dense_names
 from mpoe.models.table import DENSE, TABLE
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
-# By the names of most configurations; those that are called otherwise are below.
+# Names used by most configurations; different names are below.
 USUAL = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -47,7 +47,7 @@ OWN = {
     "vit": {"image_size": 8, "patch_size": 4},
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
 }
-# Mixtures name their sizes in many ways; a configuration keeps what it does not know.
+# Mixtures use many names for their sizes; a configuration just stores the ones it does not know.
 EXPERTS = 4
 MIXTURE = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
@@ -58,14 +58,14 @@ MIXTURE = {
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4),
 }
 OWN |= {
-    # with latent attention the head dimension is that of the rotated part
+    # with latent attention, the head dimension is that of the rotary part
     name: {"head_dim": 4, "num_key_value_heads": 4}
     for name in ("deepseek_v2", "deepseek_v3")
 }
 
 
 def heads_of(families):
-    """(family, Auto class, dense class) of every head that they have, each class once."""
+    """(family, Auto class, dense class) for every head of the families, each class once."""
     return [
         (model_type, auto, name)
         for model_type in families
@@ -77,15 +77,15 @@ GENERATED = heads_of(DENSE)
 
 
 def tiny_config(model_type, **changes):
-    """Configuration of a dense model."""
-    old = model_type in ("t5", "mt5", "umt5", "gpt2")  # their names for sizes are others
+    """The configuration of a tiny dense model."""
+    old = model_type in ("t5", "mt5", "umt5", "gpt2")  # they use other names for sizes
     usual_names = {**USUAL, **(MIXTURE if TABLE[model_type].is_mixture else {})}
     usual = {k: v for k, v in usual_names.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
     return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
 
 
 def tiny_model(model_type, name, **changes):
-    """A dense model, in eval mode, whose weights are large enough that every part of it counts."""
+    """A dense model in eval mode, with weights large enough for every part to matter."""
     torch.manual_seed(1)
     labels = {"num_labels": 2} if "QuestionAnswering" in name else {}
     model = getattr(transformers, name)(tiny_config(model_type, **labels, **changes)).eval()
@@ -117,12 +117,12 @@ def tiny_batch(model, model_type):
 
 
 def first_result(output):
-    """The tensor that the model is about: logits, hidden states, or the logits of where an answer starts."""
+    """The model's main output: logits, hidden states, or the logits of an answer's start."""
     return output[next(k for k in ("logits", "start_logits", "last_hidden_state") if k in output)]
 
 
 def text_rows(tensor, inputs):
-    """The rows of a result that are not padding, where it has one for every input token."""
+    """The rows of a result that are not padding, if it has one row per input token."""
     mask = inputs.get("attention_mask")
     per_token = mask is not None and tensor.shape[:2] == mask.shape
     return tensor[mask.bool()] if per_token else tensor

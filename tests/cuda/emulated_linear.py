@@ -15,20 +15,20 @@ ALL = [True] * 5
 
 @dataclass
 class Case(LinearProblem):
-    """``tf32``: float32 is multiplied as tf32."""
+    """With ``tf32``, float32 is multiplied as TF32."""
 
     tf32: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.grad[self.filled :] = float("nan")  # of slots that no expert owns: never read
+        self.grad[self.filled :] = float("nan")  # slots without an expert: never read
         self.linear = Linear(
             self.x, self.blocks, self.routing.expert_offsets, self.bias, self.row_index, *self.sizes, self.activation,
             self.tf32,
         )  # fmt: skip
 
     def run(self, strategy: Way, backward_strategy: Way | None = None, need: list[bool] = ALL) -> list[Tensor]:
-        """Gradients that are not needed are None."""
+        """The result and its gradients; gradients that are not needed are None."""
         y, h, z = self.linear.forward(strategy)
         saved = y if self.activation == "relu" else z
         return [y, *self.linear.backward(backward_strategy or strategy, self.grad, h, saved, need, self.slot_of_token)]

@@ -26,25 +26,25 @@ from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # as csrc/common/types.h numbers them
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated
 NEVER_CHOSEN = 1e9  # seconds
 
 
 class Schedule(NamedTuple):
-    """Which of the ready threads runs next, and when asynchronous copies happen."""
+    """Which ready thread runs next, and when asynchronous copies take place."""
 
     order: str
     copies: str
 
 
-# What an op's refusal arrives as depends on torch's release.
+# The exception type of an op's refusal depends on torch's version.
 REFUSED = (ValueError, RuntimeError)
 SCHEDULES = [Schedule(*pair) for pair in product(("ascending", "descending"), ("lazy", "eager"))]
 
 
 def missing() -> list[str]:
-    """Why the kernels cannot be emulated here."""
+    """Reasons why the kernels cannot be emulated here."""
     reasons = []
     if platform.machine() not in ("x86_64", "AMD64"):
         reasons.append("the emulator switches stacks on x86-64 only")
@@ -54,10 +54,10 @@ def missing() -> list[str]:
 
 
 class Emulator:
-    """Functions of csrc/emu/control.cpp in a built library; the ops are there once it is loaded.
+    """Functions of csrc/emu/control.cpp in a built library; loading it registers the ops.
 
     Args:
-        path: of the library.
+        path: the library's path.
     """
 
     ORDERS = ("ascending", "descending", "random")
@@ -68,22 +68,22 @@ class Emulator:
         self._library.emu_panel_bytes.restype = self._library.emu_few_bytes.restype = ctypes.c_size_t
 
     def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
-        """Which ready thread runs next (blocks in the same order); cp.async copies at the wait or at issue."""
+        """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the wait or at issue."""
         lazy = ("eager", "lazy").index(copies)
         self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
 
     def limit(self, shared_bytes: int = 0, multiprocessors: int = 0) -> None:
-        """What the device has; 0: what it usually has."""
+        """Set the device's limits; 0 restores the default."""
         self._library.emu_limit(ctypes.c_size_t(shared_bytes), multiprocessors)
 
     def counters(self) -> dict[str, int]:
-        """What was counted since the last call."""
+        """Event counts since the last call."""
         counts = (ctypes.c_uint64 * len(self.COUNTERS))()
         self._library.emu_counters(counts)
         return dict(zip(self.COUNTERS, counts, strict=True))
 
     def block_bytes(self, kernel: str, dtype: int, sizes: Sequence[int], *rest: int | Sequence[int]) -> int:
-        """Shared memory of a block of the kernel ``panel`` or ``few``."""
+        """Shared memory per block of the kernel ``panel`` or ``few``."""
         words = [word if isinstance(word, int) else (ctypes.c_int * len(word))(*word) for word in (sizes, *rest)]
         found = getattr(self._library, f"emu_{kernel}_bytes")(dtype, *words)
         if not found:
@@ -93,12 +93,12 @@ class Emulator:
 
 @lru_cache(maxsize=1)
 def library() -> Emulator:
-    """The emulated kernels, compiled where they are not yet; ``MPOE_EMULATED`` names another build, such as one with a
+    """The emulated kernels, compiled if necessary; ``MPOE_EMULATED`` names another build, such as one with a
     sanitizer."""
     return Emulator(os.environ.get("MPOE_EMULATED") or str(cuda_emulate.library()))
 
 
-# The backend ``cuda`` on the emulated kernels, for CPU tensors and only where it is named.
+# The backend ``cuda`` with the emulated kernels, for CPU tensors; it runs only if named.
 EMULATED = backend_of(
     name="emulated",
     ops=OPS,
@@ -122,7 +122,7 @@ def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0) -> I
 
 @contextmanager
 def limits(**changed: int) -> Iterator[None]:
-    """Another device than usual: ``shared_bytes`` of a block, ``multiprocessors``."""
+    """Change the device's limits: ``shared_bytes`` per block, ``multiprocessors``."""
     library().limit(**changed)
     try:
         yield
@@ -131,28 +131,28 @@ def limits(**changed: int) -> Iterator[None]:
 
 
 def stats() -> dict[str, int]:
-    """What was counted since the last call."""
+    """Event counts since the last call."""
     return library().counters()
 
 
 def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Panel) -> int:
-    """Shared memory that the kernel takes."""
+    """Shared memory that the panel kernel takes."""
     return library().block_bytes("panel", DTYPES[dtype], list(dims), transposed, panel[:3], panel.left_first)
 
 
 def few_bytes(dims: BlockDims, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> int:
-    """Shared memory that the kernel of few rows takes."""
+    """Shared memory that the kernel for few rows takes."""
     return library().block_bytes("few", DTYPES[dtype], list(dims), shape)
 
 
-# How to compute a product: a strategy step by step, or the kernel of one launch that cuts it so.
+# How to compute a product: a strategy run step by step, or a single-launch kernel with this cut.
 Way = str | Panel | Few
 KERNELS = LinearKernels(OPS, lambda _: HARDWARE["h100"])
 
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """PyTorch told that float32 products may round to TF32."""
+    """Sets whether PyTorch may round float32 products to TF32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = allowed
@@ -163,7 +163,7 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 
 class Linear:
-    """`grouped_mpo_linear` and its backward on the emulated kernels. Results begin as NaN."""
+    """`grouped_mpo_linear` and its backward on the emulated kernels. Results are initialised with NaN."""
 
     def __init__(self, x, blocks, offsets, bias, row_index, in_features, out_features, activation, tf32=False) -> None:
         library()
@@ -179,7 +179,7 @@ class Linear:
         return ("rebuild" if isinstance(way, Panel) else "chain"), way
 
     def forward(self, way: Way, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``y``, and what backward reads: h of the strategy ``separable``, the pre-activation."""
+        """``y``, and what the backward reads: ``h`` of the strategy ``separable``, and the pre-activation."""
         strategy, cut = self._strategy(way)
         call = ForwardCall(*self.common, strategy, "emulated", save)
         with poisoned_memory(), tf32_allowed(self.tf32):
@@ -195,7 +195,7 @@ class Linear:
         need: list[bool],
         slot_of_token: Tensor | None = None,
     ):
-        """``(dx [T, I], dleft, dcentral, dright, dbias)``, None where not needed."""
+        """``(dx [T, I], dleft, dcentral, dright, dbias)``; None for those not needed."""
         strategy, cut = self._strategy(way)
         nothing = self.x.new_empty(0)
         kept = (nothing if h is None else h, nothing if saved is None else saved)
@@ -206,7 +206,7 @@ class Linear:
 
 
 def few(linear: Linear, sizes: tuple[int, int, int, int], expert_of_slot: Tensor, row_index: Tensor) -> Tensor:
-    """The product of `linear` for slots that each name their expert."""
+    """The product of ``linear`` for slots that each name their own expert."""
     with poisoned_memory():
         y = linear.x.new_empty(row_index.shape[0], linear.dims.out_features)
         OPS.few_product(

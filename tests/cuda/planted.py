@@ -1,4 +1,4 @@
-"""Bugs for the emulator and the sanitizers to find: each a textual change of one kernel source.
+"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source.
 
 ``PYTHONPATH=tools python -m tests.cuda.planted`` writes their table into docs/kernels_cuda.md.
 """
@@ -14,14 +14,14 @@ class Bug:
     """A planted bug.
 
     Attributes:
-        name: of the bug.
-        what: is wrong, in words.
-        file: in csrc.
-        before, after: text that occurs once in the file, and what takes its place.
-        part: sweep that runs the kernel, ``linear``, ``routing`` or ``hidden``.
+        name: name of the bug.
+        what: what is wrong, in words.
+        file: path in csrc.
+        before, after: text that occurs once in the file, and its replacement.
+        part: sweep that runs the kernel: ``linear``, ``routing`` or ``hidden``.
         found_by: lanes that must detect it. ``values``: wrong results on every schedule; ``values: ...``: on the
-            schedules whose name holds one of these words; ``error: ...``: the emulator stops with this message;
-            ``address``, ``thread``: the sanitizer reports; ``banks``: bank conflicts are counted.
+            schedules with this word in their name; ``error: ...``: the emulator stops with this message;
+            ``address``, ``thread``: the sanitizer reports it; ``banks``: bank conflicts are counted.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Bug:
         """Write the changed file to ``overlay``.
 
         Raises:
-            ValueError: the text to change is not in the file exactly once.
+            ValueError: the text to change does not occur exactly once in the file.
         """
         text = (csrc / self.file).read_text()
         if text.count(self.before) != 1:
@@ -322,7 +322,7 @@ BUGS = (
 
 
 def table() -> str:
-    """The bugs in Markdown."""
+    """The bugs as a Markdown table."""
     lines = ["| bug | file | what is wrong | found by |", "|---|---|---|---|"]
     for bug in BUGS:
         found_by = ", ".join(lane.removesuffix(": ") for lane in bug.found_by)

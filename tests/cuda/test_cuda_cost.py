@@ -1,4 +1,4 @@
-"""Which form of a contraction the CUDA backend launches: by prediction, from shapes and tables of devices alone."""
+"""Which form of a contraction the CUDA backend launches, predicted from shapes and device tables alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ H100 = HARDWARE["h100"]
 
 
 def way_of(plan: Contraction, hardware: Hardware) -> Way:
-    """What the registry would choose if it had nobody else."""
+    """What the registry would choose if CUDA were the only backend."""
     return min(ways(plan, hardware), key=lambda way: way.seconds)
 
 
@@ -49,7 +49,7 @@ def test_few_rows_of_many_experts_go_in_panels() -> None:
 
 
 def test_many_rows_of_a_deep_product_go_through_scratch() -> None:
-    """The panels of a weight with 3072 rows are narrow, so that they read every row often."""
+    """The panels of a weight with 3072 rows are narrow, so every row would be read many times."""
     few_experts = plan("paper_full", 8, 32768, up=False)
     assert way_of(few_experts, H100).cut is None
 
@@ -92,7 +92,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_hidden_experts_cost_what_tritons_do() -> None:
-    """A tie, so that Triton's kernels, registered first, run where they can; routing takes fewer launches here."""
+    """A tie, so that Triton's kernels, registered first, run if they can; routing takes fewer launches here."""
     names = [backend.name for backend in registered_backends()]
     assert names.index("triton") < names.index("cuda")
     for op in ("hidden_experts", "hidden_experts_backward"):

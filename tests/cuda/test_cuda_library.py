@@ -1,4 +1,4 @@
-"""The compiled library: on which GPUs it runs, and what is said where it cannot."""
+"""The compiled library: which GPUs it runs on, and what it reports if it cannot run."""
 
 from __future__ import annotations
 

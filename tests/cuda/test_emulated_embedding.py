@@ -1,4 +1,4 @@
-"""Rows of a table kept as an MPO by the emulated CUDA kernels, forward and backward, against the float64 reference."""
+"""Rows of an MPO table by the emulated CUDA kernels, forward and backward, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE = MPOShape((8, 6, 8), (8, 2, 8), max_bond=16)  # multiples of 16 bytes
 
 
 def run(shape: MPOShape, blocks: list[Tensor], ids: Tensor, grad: Tensor) -> list[Tensor]:
-    """``y`` and the gradients of the blocks; results begin as NaN."""
+    """``y`` and the gradients of the blocks; results are initialised with NaN."""
     library()
     sizes = (shape.in_features, shape.out_features, False)
     with poisoned_memory():
@@ -40,7 +40,7 @@ def check(shape: MPOShape, dtype: torch.dtype, tokens: int = 11) -> None:
     ids = torch.randint(shape.in_features, (tokens,))
     if tokens > 4:
         ids[3] = ids[1]
-        ids[0], ids[4] = -1, shape.in_features  # outside: rows of zeros, no gradient
+        ids[0], ids[4] = -1, shape.in_features  # outside the table: rows of zeros, no gradient
     grad = torch.randn(tokens, shape.out_features).to(dtype)
     actual = run(shape, rounded, ids, grad)
     truth, same = (reference(shape, rounded, ids, grad, t) for t in (torch.float64, dtype))

@@ -1,4 +1,4 @@
-"""Few rows in one launch, by slots sorted by expert and by each slot's expert, against the float64 reference."""
+"""Few rows in one launch, with slots sorted by expert or naming their expert, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, sch
 
 
 def smallest(size: int) -> int:
-    """Smallest prime factor: blocks of more than one index, and several of them."""
+    """Smallest prime factor: gives several blocks, each of more than one index."""
     return next((d for d in range(2, size + 1) if size % d == 0), 1)
 
 
@@ -81,7 +81,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("name", ["light", "separable"])
 def test_each_slot_names_its_expert(name: str) -> None:
-    """Without routing: the slots in any order, and some without an expert."""
+    """Without routing: slots in any order, some without an expert."""
     case = Case(SMALL_SHAPES[name], capacity=None)
     sorted_y = check(case)
     offsets = case.routing.expert_offsets

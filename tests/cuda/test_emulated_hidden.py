@@ -1,4 +1,4 @@
-"""Experts on the hidden side by the emulated CUDA kernels, forward and backward, against the float64 reference."""
+"""Hidden-side experts by the emulated CUDA kernels, forward and backward, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _loaded() -> None:
 
 
 def run(problem: HiddenProblem, need: list[bool] = ALL) -> dict[str, Tensor]:
-    """``o`` and every gradient; results begin as NaN."""
+    """``o`` and every gradient; results are initialised with NaN."""
     with poisoned_memory():
         out = HIDDEN.forward(problem.call())
         grads = HIDDEN.backward(problem.backward_call(need))
@@ -72,7 +72,7 @@ def test_every_form(name: str, per_group: bool, gated: bool, dtype: torch.dtype)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_more_tokens_than_a_tile_holds(dtype: torch.dtype) -> None:
-    """And more slots of an expert than are computed at once; on a device whose multiprocessors all have a tile."""
+    """Also more slots of an expert than are computed at once; on a device where every multiprocessor has a tile."""
     sizes: dict[str, Any] = {"tokens": 150, "experts": 3, "groups": 2, "block": 32, "gated": True, "with_bias": True}
     with limits(multiprocessors=1):
         check(HiddenProblem(**sizes, dtype=dtype))
@@ -81,7 +81,7 @@ def test_more_tokens_than_a_tile_holds(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("multiprocessors", [1, 100])
 def test_shares_of_the_groups(multiprocessors: int) -> None:
-    """Blocks that the groups share: one share writes its sums itself, several are added up."""
+    """Blocks shared by the groups: a single share writes its sums directly, several are added up."""
     with limits(multiprocessors=multiprocessors):
         check(HiddenProblem(tokens=11, experts=4, groups=9, block=4, gated=True, with_bias=True, dtype=torch.float32))
 
@@ -112,13 +112,13 @@ def test_schedules(timing: Schedule) -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu_tanh", "none", "silu"])
 def test_every_activation(activation: str, gated: bool) -> None:
     problem = HiddenProblem(tokens=9, experts=2, groups=1, gated=gated, activation=activation, dtype=torch.float32)
-    if activation == "relu":  # few powers of two: rounding must not decide the side of zero
+    if activation == "relu":  # multiples of 1/4: rounding must not decide the side of zero
         problem.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in problem.inputs.items()}
     check(problem)
 
 
 def test_tf32() -> None:
-    """Coarser than float32, and as good as its 11 bits allow."""
+    """Less accurate than float32, and as accurate as 11 bits allow."""
     problem = HiddenProblem(tokens=20, experts=3, groups=2, block=32, gated=True, with_bias=True, dtype=torch.float32)
     exact = run(problem)
     with tf32_allowed(True):
@@ -141,7 +141,7 @@ def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
 
 
 def test_indices_out_of_range_are_no_expert() -> None:
-    """The op does not check them on a GPU, as that would wait for the device; memory must stay intact."""
+    """On a GPU the op does not check them, because that would wait for the device; memory must stay intact."""
     problem = HiddenProblem(tokens=13, experts=3, groups=2, dtype=torch.float32, none_share=0.4)
     expected = run(problem)
     none = problem.index < 0

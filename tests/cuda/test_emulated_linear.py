@@ -54,7 +54,7 @@ def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
         case.check(strategy)
         counted = stats()
         assert counted["cp_async"] > 0
-        # Rows of a tile start in different banks: four wavefronts for each load of four matrices.
+        # Rows of a tile start in different banks: four wavefronts per load of four matrices.
         assert counted["wavefronts"] == 4 * counted["ldmatrix"]
         assert (counted["ldmatrix"] > 0) == (dtype != torch.float32)
 
@@ -78,14 +78,14 @@ def test_random_schedule() -> None:
 @pytest.mark.parametrize("experts", [32, 33, 70])
 @pytest.mark.parametrize("capacity", [None, 1])
 def test_tiles_find_their_expert_among_many(experts: int, capacity: int | None) -> None:
-    """A warp looks at 32 experts at a time; some have no slot, and with a capacity slots are left that none owns."""
+    """A warp looks at 32 experts at a time; some have no slots, and with a capacity some slots have no expert."""
     case = Case(SMALL_SHAPES["separable"], torch.bfloat16, tokens=60, experts=experts, capacity=capacity)
     for strategy in ("separable", "rebuild"):
         case.check(strategy)
 
 
 def test_large_tiles() -> None:
-    """128 x 128 results by one block."""
+    """One block computes 128 x 128 results."""
     shape = MPOShape((16, 16), (16, 16), max_bond=32, central=1)
     case = Case(shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none")
     case.check("rebuild")
@@ -107,12 +107,12 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
         case.run(strategy)
         complete = stats()["launches"]
         masked = case.run(strategy, need=MASKED)
-        assert stats()["launches"] < complete  # not computed and thrown away
+        assert stats()["launches"] < complete  # not computed and then discarded
         assert all(torch.equal(masked[k], together[k]) for k in (0, 1, 2, 4, 5))
 
 
 def test_bias_and_activation_need_no_launch_of_their_own() -> None:
-    """A separable forward is one launch for each block, whatever follows the last product and is saved."""
+    """A separable forward is one launch per block, whatever follows the last product or is saved."""
     plain = Case(SMALL_SHAPES["separable"], activation="none", with_bias=False)
     complete = Case(SMALL_SHAPES["separable"], activation="gelu")
     for case in (plain, complete):
@@ -122,7 +122,7 @@ def test_bias_and_activation_need_no_launch_of_their_own() -> None:
 
 
 def test_without_saved_central_rows() -> None:
-    """A separable backward after a forward that saved nothing recomputes what it reads."""
+    """After a forward that saved nothing, a separable backward recomputes what it reads."""
     case = Case(SMALL_SHAPES["separable"], activation="none")
     y, h, _ = case.linear.forward("separable")
     with_h = case.linear.backward("separable", case.grad, h, None, ALL)
@@ -152,7 +152,7 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
 def test_temporary_weights_stay_within_their_budget(experts: int) -> None:
-    """Two weights, or a quarter of what dense experts would take; what else is needed belongs to rows."""
+    """Two weights, or a quarter of the dense experts' size; anything beyond that is for rows."""
     dims, slots = BlockDims.of_shape(WIDE["light"]), 4
     budget = max(2, experts / 4) * dims.weight_elements
     for strategy in planned_strategies(WIDE["light"]):
@@ -174,7 +174,7 @@ def test_the_budget_of_many_experts_saves_launches() -> None:
 
 
 def test_temporaries_that_live_at_the_same_time_do_not_share_memory() -> None:
-    """And those that do not, do: rows between operands need the memory of two at a time."""
+    """Others do share it: rows between operands need memory for only two at a time."""
     dims = BlockDims.of_shape(WIDE["separable"])
     program = program_of(dims, "separable", "forward")
     plan = launch_plan(program, dims, 2, 64, torch.float32, ("x", "y", "L", "C", "R"))

@@ -25,7 +25,7 @@ WIDE = MPOShape((8, 2, 4), (8, 3, 8))  # panels of 96 columns and more
 
 
 def smallest(size: int) -> int:
-    """Smallest prime factor: panels of more than one index, and several of them."""
+    """Smallest prime factor: gives several panels, each of more than one index."""
     return next((d for d in range(2, size + 1) if size % d == 0), 1)
 
 
@@ -69,7 +69,7 @@ def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dty
     case.check(cut(dims, False, left_first, split=True), cut(dims, True, left_first, split=True))
     counted = stats()
     assert counted["cp_async"] > 0
-    # Rows of a tile start in different banks: four wavefronts for each load of four matrices.
+    # Rows of a tile start in different banks: four wavefronts per load of four matrices.
     assert counted["wavefronts"] == 4 * counted["ldmatrix"]
     assert (counted["ldmatrix"] > 0) == (dtype != torch.float32)
 
@@ -77,7 +77,7 @@ def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("left_first", [True, False])
 def test_wide_panels(left_first: bool, dtype: torch.dtype) -> None:
-    """More than 64 columns: 256 threads."""
+    """More than 64 columns take 256 threads."""
     case = Case(WIDE, dtype, tokens=150, experts=2, top_k=1, capacity=None)
     panel = Panel(4, 3, 8, left_first, 0, 0.0)
     assert case.linear.dims.jL % 4 == 0
@@ -108,7 +108,7 @@ def test_distributions(kind: str) -> None:
 
 
 def test_rows_of_one_expert_are_shared_by_several_blocks() -> None:
-    """More rows than a block must take, fewer panels than multiprocessors."""
+    """More rows than one block must take, and fewer panels than multiprocessors."""
     for dtype in (torch.float32, torch.bfloat16):
         check(
             Case(SMALL_SHAPES["light"], dtype, tokens=200, experts=2, kind="all_to_one", top_k=1, capacity=None), True

@@ -1,4 +1,4 @@
-"""Rows of the result put in other places, times their gates, by every kernel that may compute the last product."""
+"""Result rows written to other places, times their gates, by every kernel that may compute the last product."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def forward(case: Case, way: str, out_index: Tensor | None = None, gates: Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
-    """The gate multiplies what is rounded; rows of slots that no expert owns are zero whatever their gates are."""
+    """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
     case = case_of(dtype)
     y = forward(case, way)
     filled = int(case.routing.expert_offsets[-1])

@@ -66,7 +66,7 @@ def test_gate_of_equal_infinite_and_missing_logits() -> None:
     assert gate(impossible, 3)[2].tolist() == [[4, 0, 1]]
     assert gate(impossible, 1)[1].tolist() == [[1.0]]
     unknown = torch.full((1, 5), float("nan"))
-    assert gate(unknown, 2)[2].tolist() == [[0, 1]]  # a valid expert whatever the logits hold
+    assert gate(unknown, 2)[2].tolist() == [[0, 1]]  # valid experts, whatever the logits are
 
 
 def test_gate_refuses_more_choices_than_experts() -> None:
@@ -111,7 +111,7 @@ def test_many_experts() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 1200])
 def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
-    """The op does not check them, as that would wait for the device; memory must stay intact."""
+    """The op does not check them, because that would wait for the device; memory must stay intact."""
     index = torch.randint(0, 4, (tokens, 1))
     mask = torch.rand(tokens) > 0.3
     wild = torch.where(mask[:, None], index, torch.where(index > 1, -5, 4 << 40))

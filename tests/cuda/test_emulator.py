@@ -1,4 +1,4 @@
-"""Tests of the emulator itself: every mistake planted in csrc/emu/probes.cuh is detected by what is meant to."""
+"""Tests of the emulator itself: every mistake planted in csrc/emu/probes.cuh is detected by what should detect it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 
-# What detects the mistake: "values" under any schedule, or under the named half of them; "error": the emulator stops
-# with a message; "address", "thread": a sanitizer; "banks": the counter of bank conflicts.
+# What detects the mistake: "values" on every schedule, or on the named half of them; "error": the emulator stops with
+# a message; "address", "thread": a sanitizer; "banks": the bank conflict counter.
 DETECTED_BY = {
     "reverse": {"values", "thread"},
     "neighbours": {"values", "thread"},

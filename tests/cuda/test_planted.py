@@ -1,4 +1,4 @@
-"""Tests of the tests: every bug of planted.py, built from the real sources, is found by what is meant to find it."""
+"""Tests of the tests: every bug of planted.py, built from the real sources, is found by what should find it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 from .planted import BUGS, Bug, table
 
-# CI finds one of each lane, those that need a sanitizer among its slow tests. The others, each of which compiles
-# kernels again, run with `pytest -m exhaustive`.
+# CI runs one bug per lane; those that need a sanitizer are slow tests. The others, each of which recompiles kernels,
+# run with `pytest -m exhaustive`.
 ALWAYS = ("unstable_scatter", "divergent_barrier")
 IN_CI = ("past_the_row", "plain_increment", "past_shared_memory")
 
@@ -31,7 +31,7 @@ REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "Threa
 
 def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    # Thread sanitizers of older compilers fail with the address randomisation of newer Linux kernels.
+    # Older compilers' thread sanitizers cannot handle newer Linux kernels' address randomisation.
     command = ["setarch", "-R", str(program), *schedule]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | options, timeout=600)
 
@@ -52,7 +52,7 @@ def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
     bug.plant(cuda_emulate.CSRC, tmp_path)
     sanitizer = lane if lane in REPORTS else ""
     program = cuda_emulate.sweep(bug.part, sanitizer, tmp_path)
-    if sanitizer:  # late copies show some races, early ones others
+    if sanitizer:  # late copies reveal some races, early copies others
         assert any(REPORTS[lane] in run(program, schedule).stderr for schedule in SCHEDULES)
         return
     for schedule in SCHEDULES:
@@ -68,7 +68,7 @@ def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", cuda_emulate.SWEEPS)
 def test_nothing_is_found_without_a_bug(part: str) -> None:
-    """With sanitizers: tools/cuda_sanitizers.sh."""
+    """tools/cuda_sanitizers.sh does the same with sanitizers."""
     program = cuda_emulate.sweep(part)
     for schedule in SCHEDULES:
         done = run(program, schedule)

@@ -1,4 +1,4 @@
-"""The tests of the public ops on the emulated CUDA kernels, each file in a process of its own."""
+"""The tests of the public ops on the emulated CUDA kernels, each file in a separate process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .emulation import library
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# Of the linear op alone what its own emulated tests do not show.
+# Of the linear op's tests, only those that its own emulated tests do not cover.
 FEWER = "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
 ALL = ("linear", "routing", "ffn", "placed", "embedding", "hidden_experts")
 

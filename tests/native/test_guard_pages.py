@@ -1,4 +1,4 @@
-"""The allocator that ends every tensor at a closed page: it finds what it is for, and a slice of the tests under it."""
+"""The allocator that ends every tensor at a guard page: it detects what it should; a slice of the tests run with it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (64, 64, "byte(start + 63).value = 1", "", 0),
         (64, 64, "byte(start + 64).value", "", -signal.SIGSEGV),
-        (65, 64, "byte(start + 65).value = 1", "", -signal.SIGABRT),  # within the alignment: found when it is freed
+        (65, 64, "byte(start + 65).value = 1", "", -signal.SIGABRT),  # within the alignment: detected by free
         (65, 1, "byte(start + 65).value", "", -signal.SIGSEGV),
         (3 * 4096, 64, "byte(start + 3 * 4096).value", "", -signal.SIGSEGV),
         (64, 64, "", "byte(start).value", -signal.SIGSEGV),
@@ -57,7 +57,7 @@ def test_what_the_allocator_finds(guard: Path, size: int, alignment: int, access
 
 @pytest.mark.slow
 def test_a_slice_of_the_native_tests(native_library: None, guard: Path) -> None:
-    """All of them: tools/native_guard.sh."""
+    """tools/native_guard.sh runs all of them."""
     environment = os.environ | {"MPOE_GUARD_LIBRARY": str(guard), "PYTHON": sys.executable, "MPOE_GUARD_ALIGN": "4"}
     chosen = "apart or int64 or (few_and_many and odd and 15) or (test_many_blocks and cropped)"
     command = [SCRIPT, "-x", "tests/native", "-k", chosen]

@@ -1,4 +1,4 @@
-"""What only the compiled embedding kernel promises: exact choice of rows, equal bits on any number of threads."""
+"""What only the compiled embedding kernel guarantees: exact choice of rows, the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from ..kernels.backend_cases import cast
 
 pytestmark = pytest.mark.usefixtures("native_library")
-# Axes beyond one panel and sums of more than one piece; iR = 1 and jL = 1; columns that are cut off.
+# Axes longer than a panel and sums of more than one piece; iR = 1 and jL = 1; cropped columns.
 SHAPES = {
     "paper": MPOShape.paper(3000, 100, max_bond=40),
     "full": MPOShape.paper(4800, 96),
@@ -25,7 +25,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("rows", [3, 2000])
 def test_rows_of_larger_tables(name: str, dtype: torch.dtype, rows: int) -> None:
-    """Few rows meet left first, many right first."""
+    """Few rows are contracted with left first, many with right first."""
     true = random_blocks(SHAPES[name], 1)
     blocks, ids = cast(true, dtype), torch.randint(0, true.in_features, (rows,))
     ids[-1] = ids[0]

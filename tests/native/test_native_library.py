@@ -1,4 +1,4 @@
-"""The library as such: its structs are those of the header, its threads are torch's, its refusals are plain."""
+"""The library itself: its structs match the header, its threads are torch's, its refusals are clear."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _native(native_library: None) -> None:
 
 @pytest.mark.parametrize("struct", interface.STRUCTS)
 def test_structs_are_those_of_the_header(struct: type[ctypes.Structure]) -> None:
-    """Names, order and kinds of all fields."""
+    """Names, order and types of all fields."""
     name = "Mpoe" + struct.__name__.removesuffix("Arguments")
     body = re.sub(r"//[^\n]*", "", HEADER.read_text()).partition(f"struct {name} {{")[2].partition("};")[0]
     found = []
@@ -109,7 +109,7 @@ def test_one_pool_of_threads_and_one_openmp() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     alone, pool, runtimes = map(int, done.stdout.split())
-    assert pool == alone + 1  # the second thread came with torch's sum
+    assert pool == alone + 1  # torch's sum started the second thread
     assert runtimes >= 1
 
 
@@ -237,7 +237,7 @@ def test_without_row_index_slots_are_rows() -> None:
 
 
 def test_what_lies_apart_is_brought_together() -> None:
-    """Strided operands, int64 offsets and int32 rows compute the same."""
+    """Strided operands, int64 offsets and int32 rows give the same result."""
     call = forward_call()
     apart = {name: apart_of(getattr(call, name)) for name in ("x", "left", "central", "right")}
     other = replace(call, **apart, expert_offsets=call.expert_offsets.long(), row_index=call.row_index.int())

@@ -1,4 +1,4 @@
-"""The strategies of the compiled kernels for any shape: blocks and chunks of every size, against float64."""
+"""The compiled kernels' strategies for any shape: blocks and chunks of every size, against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_block
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain")
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("dx", "dleft", "dcentral", "dright", "dbias")
-# Several blocks in k and in n, with a last one that is smaller; bonds that fill no granule; both orders of half_left.
+# Several blocks in k and in n, with a smaller last one; bonds that do not fill a granule; both orders of half_left.
 LARGER_SHAPES = {
     "many_blocks": MPOShape((16, 9, 16), (16, 7, 16), max_bond=40),
     "many_blocks_mirrored": MPOShape((16, 7, 24), (16, 9, 16), max_bond=40),
@@ -36,7 +36,7 @@ LARGER_SHAPES = {
     "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
 }
 
-# One shape for each order in which x can meet the three blocks: the first letters of left, central and right.
+# One shape for each order of contracting x with the three blocks: initials of left, central and right.
 CHAIN_ORDERS = {
     "LCR": ((2, 2, 2), (2, 2, 3)),
     "RCL": ((2, 2, 2), (3, 2, 2)),
@@ -76,7 +76,7 @@ class Case:
         self.x = torch.randn(tokens if gathered else slots, shape.in_features).to(dtype)
         self.bias = torch.randn(shape.out_features).to(dtype) if with_bias else None
         self.blocks = random_blocks(shape, experts, dtype)
-        # Of one sign, else the gradient of the bias may be a small difference of large numbers.
+        # All of one sign, otherwise the bias gradient may be a small difference of large numbers.
         self.grad = (torch.rand(slots, shape.out_features) + 0.5).to(dtype)
         self.last = int(self.routing.expert_offsets[-1])
         self.found: dict[torch.dtype, tuple[Tensor, tuple[Tensor, ...]]] = {}
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def common(self) -> tuple[Any, ...]:
-        """What calls begin with, up to the strategy."""
+        """The first arguments of every call, up to the strategy."""
         sizes = (self.shape.in_features, self.shape.out_features)
         return self.x, *self.parts, self.routing.expert_offsets, self.bias, self.rows, *sizes, self.activation
 
@@ -171,7 +171,7 @@ def test_any_factors(
 
 @cache
 def rows_of_a_tile_and_more(name: str, dtype: torch.dtype) -> Case:
-    """One for all strategies: the float64 reference takes longer than any of them."""
+    """One case for all strategies: the float64 reference takes longer than any of them."""
     torch.manual_seed(0)
     return Case(LARGER_SHAPES[name], dtype, 70, activation="silu", kind="some_idle", experts=4)
 
@@ -203,7 +203,7 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s in IMPLEMENTED["backward"]])
 @pytest.mark.parametrize("skipped", range(5))
 def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None:
-    """Leaving one out (a masked central gradient, say) changes no bit of the others."""
+    """Leaving one gradient out (such as a masked central one) changes no bit of the others."""
     torch.manual_seed(0)
     case = Case(LARGER_SHAPES["many_blocks"], torch.float32, 20)
     _, saved = case.forward(strategy)
@@ -237,7 +237,7 @@ def test_no_slots_and_idle_experts() -> None:
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
-# The same kernels with every instruction set are run under sanitizers too, by tools/native_sanitizers.sh.
+# tools/native_sanitizers.sh also runs these kernels with every instruction set under sanitizers.
 @pytest.mark.parametrize(
     "isa", [pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive) for isa in ISAS]
 )

@@ -1,4 +1,4 @@
-"""The strategy separable of the compiled kernels: few and many slots, long sums, every instruction set."""
+"""The compiled kernels' strategy ``separable``: few and many slots, long sums, every instruction set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mpoe_kernels.testing.cases import expert_choice, random_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
-FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear/separable.cpp: beyond it central is packed as a whole
-# Several pieces of k and strips of columns, with remainders; odd bonds, which bfloat16 pads; missing rows and columns.
+FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear/separable.cpp: above it, central is packed as a whole
+# Several pieces of k and column strips, with remainders; odd bonds, which bfloat16 pads; missing rows and columns.
 SHAPES = {
     "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
     "mirrored": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)).mirrored(),
@@ -43,7 +43,7 @@ def run(
     dtype: torch.dtype,
     **options: object,
 ) -> list[Tensor]:
-    """Result and gradients, from leaves of ``dtype``."""
+    """The result and its gradients, from leaves of ``dtype``."""
     given = (x, blocks.left, blocks.central, blocks.right, bias)
     x, left, central, right, bias = (t.detach().to(dtype).requires_grad_() for t in given)
     moved = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
@@ -55,7 +55,7 @@ def run(
 def check(
     shape: MPOShape, dtype: torch.dtype, tokens: int, kind: str, activation: str | None = "gelu", experts: int = 5
 ) -> None:
-    """Against float64, in poisoned memory; without a graph nothing is saved and y has the same bits."""
+    """Check against float64, in poisoned memory; without a graph nothing is saved and y has the same bits."""
     blocks = random_blocks(shape, experts, dtype)
     x, bias = torch.randn(tokens, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
     routing = route(expert_choice(kind, tokens, experts), experts)
@@ -74,7 +74,7 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [8, 17, 24, 33, 48, 100])
 def test_long_sums_of_few_slots(slots: int, dtype: torch.dtype) -> None:
-    """Sums of more terms than are summed apart (kFewSums), in pieces whose number of terms does not divide them."""
+    """Sums with more terms than one piece (kFewSums), so the last piece is shorter."""
     check(MPOShape((48, 31, 1), (1, 5, 24), max_bond=(40, 36)), dtype, slots, "zipf", experts=3)
 
 
@@ -94,7 +94,7 @@ def test_loads_and_activations(activation: str | None, kind: str, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_slots_than_central_sums_at_a_time(dtype: torch.dtype) -> None:
-    """kRows = 1,024 of csrc/cpu/linear/separable_backward.cpp: three parts, the last one small and odd."""
+    """kRows = 1,024 in csrc/cpu/linear/separable_backward.cpp: three parts, the last one small and odd."""
     check(MPOShape((5, 4, 1), (1, 3, 6), max_bond=(5, 6)), dtype, 2061, "uniform")
 
 
@@ -102,7 +102,7 @@ def test_more_slots_than_central_sums_at_a_time(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("name", ["even", "padded"])
 def test_blocks_whose_gradient_several_threads_share(name: str, experts: int, dtype: torch.dtype) -> None:
-    """Few experts: one expert's rows of dleft and dright, 36 to 48 of them, are cut into panels of 32."""
+    """With few experts, one expert's 36 to 48 rows of dleft and dright are cut into panels of 32."""
     with torch_threads(2):
         check(SHAPES[name], dtype, 33, "uniform", experts=experts)
 

@@ -1,4 +1,4 @@
-"""What only the compiled routing kernels promise: checked entries, exact conversions, rows that lie apart."""
+"""What only the compiled routing kernels guarantee: checked entries, exact conversions, strided rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_value_of_two_bytes_survives(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
-    """A gate times one is stored as torch stores that float32: ties, overflow, subnormal numbers and NaN too."""
+    """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and NaN."""
     rows = 200_000
     bits = torch.randint(-(2**31), 2**31, (rows, 1), dtype=torch.int64)
     near_limits = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 2**-14, 2**-24, 2**-25, 2**-25 * 1.01, 0.0, -0.0])

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter in a process of their own: the flag must be set before Triton is imported."""
+"""Kernels run in Triton's interpreter in a separate process: the flag must be set before Triton is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if in_interpreter() or (triton_reasons() and not os.environ.get("MPOE_REQUIRE_AL
 
 @pytest.fixture
 def with_triton() -> None:
-    """Skip where Triton is missing (``MPOE_REQUIRE_ALL``: fail)."""
+    """Skip if Triton is missing (with ``MPOE_REQUIRE_ALL``: fail)."""
     reasons = triton_reasons()
     if reasons and os.environ.get("MPOE_REQUIRE_ALL"):
         pytest.fail("; ".join(reasons))

@@ -1,4 +1,4 @@
-"""Kernels that must not be shipped, for tests of the gate that keeps them out."""
+"""Kernels that must not be shipped, for tests of the check that keeps them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate of `tools/triton_compile.py`: it finds every kernel, and lets nothing through that it is meant to stop."""
+"""The checks of `tools/triton_compile.py`: it finds every kernel and lets nothing through that it should stop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
 
 
 def kernels_of_the_backend() -> set[str]:
-    """Every function of the packages that Triton compiles and that starts on its own."""
+    """Every function in the package that Triton compiles and that is launched on its own."""
     found = set()
     for info in pkgutil.walk_packages(mpoe_kernels.__path__, "mpoe_kernels."):
         if "triton" not in info.name:
@@ -105,7 +105,7 @@ def test_jobs_are_what_triton_would_specialise() -> None:
 
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command compiles in forks of this process, which has imported what a new one would."""
+    """The command compiles in forks of this process, which has already imported everything."""
     monkeypatch.setattr(triton_compile, "get_context", lambda _: get_context("fork"))
 
 
@@ -191,7 +191,7 @@ def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_prob
 
 
 def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made up results, so that a compilation would be seen."""
+    """With invented results, so that a compilation would be noticed."""
     file, job, other = tmp_path / "kept", planted(64, 4, 2), planted(64, 8, 2)
     triton_compile.Kept(file).add(job, GOOD)
     kept = triton_compile.Kept(file)
@@ -262,7 +262,7 @@ def test_recordings_are_of_known_architectures() -> None:
 
 @pytest.mark.slow
 def test_what_was_compiled_before_a_visit_is_found(tmp_path: Path) -> None:
-    """Another process asks Triton for the same kernels, as it would launch them, and compiles none."""
+    """Another process asks Triton for the same kernels, as for a launch, and compiles none."""
     said = []
     for _ in range(2):
         command = [sys.executable, str(ROOT / "tools" / "warm_triton.py"), "--kernel", "activation", "--jobs", "1"]

@@ -1,4 +1,4 @@
-"""The generated tables of bench/results/ahead-of-time know everything that is shipped."""
+"""The generated tables in bench/results/ahead-of-time contain everything that is shipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = (ROOT / "bench" / "results" / "ahead-of-time" / "triton.md").read_text()
 
 
 def table(name: str) -> list[list[str]]:
-    """Cells of the rows between two markers, without the header."""
+    """Cells of the table between two markers, without the header."""
     text = PAGE.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 

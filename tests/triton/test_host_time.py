@@ -1,4 +1,4 @@
-"""`tools/host_time.py` in a process of its own, as its stand-ins for a GPU stay where they are put."""
+"""`tools/host_time.py` in a separate process, because its stand-ins for a GPU are not removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPERTS, TOKENS = 2, 64
 
 
 def launches_of(name: str, phase: str) -> int:
-    """Of an up projection, by the strategy that the backend would choose on the card."""
+    """Launches of an up projection, with the strategy that the backend would choose on the card."""
     problem = catalogue.dims_of(catalogue.shapes()[name][0]), EXPERTS, TOKENS
     strategy = triton_predict.choice(*problem, phase).strategy
     with recorded("sm_90") as launches:

@@ -1,4 +1,4 @@
-"""Runs the files of tests/triton/interpreted, each in a process with Triton's interpreter."""
+"""Runs the files of tests/triton/interpreted in processes with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 
 def marked(mark: str) -> list[Path]:
-    """Files in which a test has the mark."""
+    """Files with a test that has the mark."""
     return [path for path in sorted(FOLDER.glob("test_*.py")) if mark in path.read_text()]
 
 
 def run(paths: list[Path], *options: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they need none, and the import of some takes seconds
-    if options:  # not in the default suite, where half of the time would go into it
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no plugin is needed, and importing some takes seconds
+    if options:  # not in the default suite, where it would take half of the time
         environment["MPOE_INTERPRETER_CHECKS_OVERFLOW"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *options, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=1800)
@@ -34,7 +34,7 @@ def run(paths: list[Path], *options: str) -> None:
 @pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
 @pytest.mark.usefixtures("with_triton")
 def test_in_a_process_of_their_own() -> None:
-    """All in one, whose imports would take as long as the tests of a file."""
+    """All files in one process, because its imports take as long as the tests of a file."""
     run([FOLDER])
 
 

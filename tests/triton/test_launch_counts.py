@@ -1,4 +1,4 @@
-"""How many kernels a feed-forward layer starts on an H100, by the strategies that the backend chooses there."""
+"""How many kernels a feed-forward layer launches on an H100, with the strategies that the backend chooses there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton_predict
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.planner import HARDWARE
 
-LONG = 1.5e6  # bytes that one multiprocessor draws from the cache in about 20 microseconds
-# Shape, experts, tokens -> at most so many launches forward and backward.
+LONG = 1.5e6  # bytes that one multiprocessor reads from the cache in about 20 microseconds
+# Shape, experts, tokens -> maximum number of launches, forward and backward.
 LIMITS = {
     ("separable", 8, 4096): (8, 20),
     ("separable", 64, 4096): (8, 20),
@@ -28,7 +28,7 @@ def test_a_layer_starts_few_kernels(name: str, experts: int, tokens: int) -> Non
 
 
 def test_nothing_long_runs_on_a_few_multiprocessors() -> None:
-    """A small grid has little to do: its product is split, or smaller tiles fill the card."""
+    """A small grid has little work: otherwise its product is split, or smaller tiles fill the card."""
     units, seen = HARDWARE["h100"].units, 0
     for name in catalogue.shapes():
         for launch in triton_predict.layer(name, 8, 4096, "backward")[1]:

@@ -1,4 +1,4 @@
-"""Launches that are started again: what a compiled kernel is handed, by stand-ins for Triton and its driver."""
+"""Repeated launches: what a compiled kernel receives, with stand-ins for Triton and its driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BFLOAT16 = torch.bfloat16
 
 
 class Jit:
-    """Stands for a kernel: `bound` are its launches by Triton's binder, `launched` those by its handle."""
+    """Stands in for a kernel: `bound` holds its launches by Triton's binder, `launched` those by its handle."""
 
     __name__, arg_names = "a_kernel", ("x", "rows", "SIZE", "out")
     params = tuple(SimpleNamespace(name=name, is_constexpr=name == "SIZE") for name in arg_names)
@@ -131,7 +131,7 @@ def test_steps_are_started_on_the_gpu_of_their_tensors(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("descriptor", ["kn", ""])
 def test_descriptors_get_memory_at_every_start(descriptor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever thread starts them; a kernel without any asks for nothing."""
+    """On every launch, from any thread; a kernel without descriptors asks for none."""
     allocators: list[object] = []
     monkeypatch.setattr(start.triton, "set_allocator", allocators.append)
     jit, tensors = Jit(), [torch.empty(4, 8, dtype=BFLOAT16), torch.empty(1024, dtype=torch.uint8)]

@@ -1,4 +1,4 @@
-"""Wrong use of the Triton backend, through the public ops: its reasons, not a stack trace from inside Triton."""
+"""Wrong use of the Triton backend through the public ops gives its reasons, not a stack trace from inside Triton."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_whole_numbers_are_refused_by_the_op_itself() -> None:
 
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch):
-    """What was found out about the machine is asked again, here and after the test."""
+    """Clears cached answers about the machine, before and after the test."""
     for question in (architecture.triton_installed, architecture.triton_reasons):
         question.cache_clear()
     yield monkeypatch
@@ -125,7 +125,7 @@ def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> N
 
 
 def test_what_no_kernel_is_made_for() -> None:
-    """The planner does not ask for it: these are the launcher's own words."""
+    """The planner never asks for these; the messages come from the launcher."""
     pytest.importorskip("triton")
     from mpoe_kernels.linear.gpu.operands import Operand, index_map
     from mpoe_kernels.linear.triton.configs import fused_choice

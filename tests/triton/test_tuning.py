@@ -1,4 +1,4 @@
-"""Measured choices of tiles, with a bench that knows the answer."""
+"""Measured tile choices, with a benchmark whose answer is known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """The launch of a candidate returns it; the tile with ``m`` rows is the fastest."""
+    """Launching a candidate returns the candidate; the tile with ``m`` rows is the fastest."""
 
     def __init__(self, m: int) -> None:
         self.m, self.seen = m, []

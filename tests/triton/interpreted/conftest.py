@@ -11,5 +11,5 @@ interpreter_repair.repair()
 
 @pytest.fixture(autouse=True)
 def no_plans_of_other_tests() -> None:
-    """A test may change what a plan is made from, such as tiles."""
+    """A test may change what plans are made from, such as tiles."""
     forget_plans()

@@ -1,7 +1,7 @@
-"""What Triton's interpreter works out again for every operation, kept: half of its time, for tests only.
+"""Caches what Triton's interpreter recomputes for every operation, half of its time; for tests only.
 
-Every operation makes a tensor, whose type and shape are objects of many parts; a test has a few hundred different ones,
-and makes them a hundred thousand times. Nothing that a kernel computes goes through here.
+Every operation makes a tensor, whose type and shape are costly objects; a test has a few hundred different ones and
+makes them a hundred thousand times. Nothing that a kernel computes goes through here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _keep_block_types() -> None:
         key = (element_ty.name, *shape)
         found = kept.get(key)
         if found is None:
-            plain(self, element_ty, shape)  # refuses what is no shape
+            plain(self, element_ty, shape)  # refuses invalid shapes
             kept[key] = (self.shape, self.numel, self.name)
         else:
             self.element_ty = element_ty
@@ -59,7 +59,7 @@ def _keep_shapes_of_tensors() -> None:
 
 
 def _keep_names_of_builtins() -> None:
-    """Every launch looks through all members of the language for those that it replaces while it runs."""
+    """Otherwise every launch searches all members of the language for those that it replaces while it runs."""
     plain = interpreter._patch_builtin
     packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
     names = {
@@ -79,7 +79,7 @@ def _keep_names_of_builtins() -> None:
 
 
 def keep() -> None:
-    """Patch the interpreter of this process, once and before any kernel is started."""
+    """Patch this process's interpreter; to be called once, before any kernel is launched."""
     _keep_types_of_numbers()
     _keep_block_types()
     _keep_shapes_of_tensors()

@@ -1,11 +1,11 @@
-"""Repairs, for tests only, of Triton's interpreter: its bfloat16, and half of its time. Import before any kernel.
+"""Repairs of Triton's interpreter, for tests only: its bfloat16, and half of its time. Import before any kernel.
 
-Triton's interpreter keeps bfloat16 as the 16-bit patterns of its numbers; `tl.dot` then multiplies the patterns as
-integers, and rounding from float32 cuts the low bits off. Both are made what a GPU does: products of the numbers,
-accumulated in float32, and rounding to nearest even.
+Triton's interpreter stores bfloat16 numbers as 16-bit patterns; `tl.dot` then multiplies the patterns as integers, and
+conversion from float32 cuts off the low bits. Both are changed to what a GPU does: products of the numbers, accumulated
+in float32, and rounding to nearest even.
 
-Half of the time goes into asserting that no sum of integers overflows (done in the slow tests alone) and into patching
-`triton.language` again for every call of a function inside a kernel, which the launch has patched already.
+Half of the time goes into asserting that no integer sum overflows (now done only in the slow tests) and into patching
+`triton.language` again for every function call inside a kernel, although the launch has already patched it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 
 
 class _Scope:
-    """Of patches: undone by `restore`, as the interpreter does after a launch."""
+    """A scope of patches, undone by `restore`, which the interpreter calls after a launch."""
 
     def __init__(self, restore: Callable[[], None]) -> None:
         self.restore = restore
 
 
 def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``patch`` for a launch, and within it for functions that see a module of the language not yet patched."""
+    """Runs ``patch`` once per launch, and within it only for functions that see a language module not yet patched."""
     patched: set[int] = set()
 
     def patch_lang(function: Any) -> Any:
@@ -66,7 +66,7 @@ def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def repair() -> None:
-    """Patch the interpreter of this process; a second call changes nothing."""
+    """Patch this process's interpreter; a second call changes nothing."""
     if getattr(_Builder, "_mpoe_repaired", False):
         return
     if not os.environ.get("MPOE_INTERPRETER_CHECKS_OVERFLOW"):
@@ -95,6 +95,6 @@ def repair() -> None:
         return convert(self, source, target, mode)
 
     _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
-    if not hasattr(_Builder, "get_bf16"):  # Triton 3.6: a Python number beside a bfloat16 tensor
+    if not hasattr(_Builder, "get_bf16"):  # Triton 3.6: a Python number combined with a bfloat16 tensor
         _Builder.get_bf16 = lambda self, value: _Handle(to_bits(np.array([value], np.float32)), tl.bfloat16)
     _Builder._mpoe_repaired = True

@@ -18,16 +18,16 @@ from mpoe_kernels.linear.triton.kernels import (
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.linear_problem import LinearProblem, planned_strategies
 
-CHIP = (ON_CHIP, ON_CHIP_FROM_HALF)  # ways of the strategy ``rebuild`` by the fused kernels
+CHIP = (ON_CHIP, ON_CHIP_FROM_HALF)  # ways to run the strategy ``rebuild`` with the fused kernels
 
 
 def strategies_of(shape: MPOShape) -> list[str]:
-    """What the planner may ask for, and the fused kernels."""
+    """What the planner may choose, and the fused kernels."""
     return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
 
 
 class Case(LinearProblem):
-    """A strategy may be one of the ways on chip."""
+    """A strategy may be one of the on-chip ways."""
 
     def _common(self, strategy: str) -> tuple[Any, ...]:
         tensors = (self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index)
@@ -43,7 +43,7 @@ class Case(LinearProblem):
     def backward(
         self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool], inverse: bool = True
     ) -> tuple[Tensor, ...]:
-        """``inverse``: the call brings the inverse of ``row_index``."""
+        """With ``inverse``, the call contains the inverse of ``row_index``."""
         saved = y if self.activation == "relu" else z
         with poisoned_memory():
             call = BackwardCall(

@@ -49,7 +49,7 @@ def test_ids_outside_the_table(bad: int) -> None:
 
 
 def test_few_rows_are_counted_and_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every order of them is by a digit."""
+    """Every ordering is by one digit of the id, so counting is enough."""
     monkeypatch.setattr(embedding, "gather_is_cheaper", lambda *_: True)
     shape = SMALL_SHAPES["padded"]
     blocks = random_blocks(shape, 1, torch.float32)
@@ -57,7 +57,7 @@ def test_few_rows_are_counted_and_not_sorted(monkeypatch: pytest.MonkeyPatch) ->
     given = ids, blocks.left, blocks.central, blocks.right, shape.in_features, shape.out_features
 
     class Operations(TorchDispatchMode):
-        """Notes what PyTorch computes."""
+        """Records what PyTorch computes."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The fused kernels: what they start, and tiles that cut a weight into many pieces."""
+"""The fused kernels: what they launch, and tiles that cut a weight into many pieces."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mpoe_kernels.triton import start
 
 from .linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
 
-# Factors that are no powers of two, in both directions.
+# Factors that are not powers of two, in both directions.
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
 
 
 def names(case: Case, strategy: str, backward: bool = False) -> list[str]:
-    """Kernels of the linear families that a case starts on a GPU."""
+    """Kernels that a case launches on a GPU."""
     y, h, z = case.forward(strategy)
     with start.recorded("sm_90") as started:
         if backward:

@@ -1,4 +1,4 @@
-"""Both projections of a gated network in launches of their own, against the float64 reference."""
+"""Both projections of a gated network in shared launches, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpoe_kernels.triton import start
 
 
 class Twins:
-    """Rounded inputs, and both factors and their product by the reference."""
+    """Rounded inputs, and the reference's factors and product."""
 
     def __init__(
         self, name: str, dtype: torch.dtype = torch.float32, tokens: int = 7, kind: str = "zipf", bias: bool = True
@@ -96,7 +96,7 @@ def test_blocks_of_any_strides() -> None:
 
 
 def test_a_planted_mistake_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Second operands of the first projection: what a forgotten argument would do."""
+    """The second projection gets the first one's operands, as it would with a forgotten argument."""
     launched = gated.start
 
     def wrong(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
@@ -118,7 +118,7 @@ def test_rows_are_gathered_once_and_launches_halved() -> None:
 
 
 def test_a_network_with_its_gradients() -> None:
-    """The public function, whose choice of both strategies is the same."""
+    """The public function; for both projections it chooses the same strategy."""
     shape = SMALL_SHAPES["separable"]
     routing = route(expert_choice("zipf", 7, 3, 2), 3, capacity=3, backend="eager")
     blocks = [random_blocks(s, 3) for s in (shape, shape.mirrored(), shape)]
@@ -141,7 +141,7 @@ def test_a_network_with_its_gradients() -> None:
 
 
 def test_gradients_are_those_of_two_products() -> None:
-    """Their program would ask for a gradient of both at once."""
+    """A program for both would ask for a gradient of both at once, which is refused."""
     case = Twins("light")
     call = case.call("chain", "silu")
     product = next(p for p in program_of(call.up.dims, "chain", "backward").products if p.kind == "gradient")

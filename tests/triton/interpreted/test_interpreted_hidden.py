@@ -1,4 +1,4 @@
-"""Experts on the hidden side, every tile and gradient, against the float64 reference; and how many launches."""
+"""Hidden-side experts: every tile and gradient against the float64 reference, and the number of launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
-    """Every kernel of rows takes this tile; three shares of the groups that share blocks."""
+    """Every row kernel uses this tile; with shared blocks, the groups are split into three shares."""
     found = TILES[request.param]
     monkeypatch.setattr(launch, "best_row_tile", lambda *_, **__: found)
     monkeypatch.setattr(launch, "units_of", lambda _: 2)
@@ -62,7 +62,7 @@ def test_half_precision(tile: Tile) -> None:
 )
 def test_every_activation(activation: str, gated: bool) -> None:
     problem = HiddenProblem(tokens=9, experts=1, groups=1, gated=gated, activation=activation, dtype=torch.float32)
-    if activation == "relu":  # few powers of two: rounding must not decide the side of zero
+    if activation == "relu":  # multiples of 1/4: rounding must not decide the side of zero
         problem.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in problem.inputs.items()}
     problem.check("triton")
 
@@ -105,7 +105,7 @@ def test_opcheck_of_everything() -> None:
 
 
 def names(problem: HiddenProblem, need: list[bool] | None) -> list[str]:
-    """Kernels that a call starts on a GPU: forward, or the gradients that are needed."""
+    """Kernels that a call launches on a GPU: the forward, or the needed gradients."""
     with start.recorded("sm_90") as started:
         if need is None:
             launch.forward(problem.call())
@@ -125,7 +125,7 @@ def test_forward_is_one_launch_and_backward_at_most_three(tokens: int, per_group
     assert names(problem, [True] * 7) == backward
     assert names(problem, [True, False, False, False, False, True, False]) == backward[:1]
     assert names(problem, [False, False, True, True, True, False, False])[0] == backward[0], "it sorts the slots"
-    if per_group:  # a group's gradients are whole
+    if per_group:  # each group's gradients are complete
         assert names(problem, [True, False, True, True, True, True, True]) == backward[:2]
 
 

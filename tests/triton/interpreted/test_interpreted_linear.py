@@ -24,12 +24,12 @@ from .linear_runs import Case, strategies_of
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
-# Every strategy of three shapes, and of the others those that build something and keep it.
+# Some shapes are tested with every strategy, the others with these, which build something and keep it.
 OF_EVERY_SHAPE = ("half_left", "rebuild on chip")
 
 
 def pairs(names: Iterable[str], complete: Container[str]) -> list[ParameterSet]:
-    """Shapes and strategies; what is left out of the default suite is `exhaustive`."""
+    """Shapes and strategies; pairs that are not in the default suite are marked `exhaustive`."""
     return [
         pytest.param(*pair, marks=[] if pair[0] in complete or pair[1] in OF_EVERY_SHAPE else pytest.mark.exhaustive)
         for pair in PAIRS
@@ -69,7 +69,7 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
 
 
 def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The central gradient is not computed and thrown away: its launches do not happen."""
+    """The central gradient is not computed and then discarded: it has no launches."""
     from mpoe_kernels.triton import start
 
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
@@ -84,7 +84,7 @@ def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", [pytest.param("rebuild", marks=pytest.mark.exhaustive), "chain"])
 def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles in every dimension, shared by several persistent programs, and several partial sums."""
+    """Many tiles in every dimension, distributed over several persistent programs, and several partial sums."""
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
     Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
@@ -101,7 +101,7 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than some experts have rows and a sum has experts; idle experts; the same bits every time."""
+    """More parts than some experts have rows or a sum has experts; idle experts; the same bits every time."""
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch.Work, "best_splits", lambda *_: splits)
     case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
@@ -114,7 +114,7 @@ def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.M
     "name", ["light", "uneven_bonds", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("paper", "one_core"))]
 )
 def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left or right first: the same bits as by two launches, whose inner sums have the same steps."""
+    """Left or right first: the same bits as with two launches, because the inner sums have the same steps."""
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(weights_launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, kind="zipf", capacity=3)
@@ -129,7 +129,7 @@ def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:
-    """One that a single product makes needs no other memory than its own."""
+    """A gradient that a single product computes needs no memory besides its own."""
     dims = BlockDims.of_shape(SMALL_SHAPES["paper"])
     blocks = random_blocks(SMALL_SHAPES["paper"], 2, torch.bfloat16)
     tensors = (blocks.left, blocks.central, blocks.right)

@@ -1,4 +1,4 @@
-"""Rows of the result put in other places, times their gates, by every kernel that may compute the last product."""
+"""Result rows written to other places, times their gates, by every kernel that may compute the last product."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAYS = {
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
-    """The gate multiplies what is rounded; rows of slots that no expert owns are zero whatever their gates are."""
+    """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
     shape = SMALL_SHAPES["light"]
     case = Case(shape, dtype, tokens=13, experts=3, top_k=1, capacity=3, kind="zipf", activation="gelu")
     strategy, forward = WAYS[way]
@@ -38,7 +38,7 @@ def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
     gates[out_index[filled:]] = float("nan")
     wanted = (y.float() * gates[out_index][:, None]).to(dtype)
     wanted[filled:] = 0
-    for _ in range(2):  # the second one by its plan
+    for _ in range(2):  # the second run uses the plan
         placed = forward(replace(call, out_index=out_index, gates=gates))[0]
         assert torch.equal(placed[out_index], wanted)
 

@@ -1,4 +1,4 @@
-"""Launch plans: the same bits as computing without one, one recording for each problem, and what a problem is."""
+"""Launch plans: the same bits as without a plan, one recording per problem, and what makes a problem different."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_problem_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_tensors_lie_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of dense tensors finds its plan at once; one that must be made dense does so every time."""
+    """A call with dense tensors finds its plan at once; other calls are made dense every time."""
     call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "chain")
     asked, prepared = [], steps.prepared
     monkeypatch.setattr(steps, "prepared", lambda *arguments: asked.append(1) or prepared(*arguments))
@@ -88,7 +88,7 @@ def wider(x: Tensor, times: int) -> Tensor:
 
 
 def changes(call: ForwardCall) -> dict[str, dict[str, Any]]:
-    """Calls that start something else than ``call`` does."""
+    """Changes to ``call`` that lead to different launches."""
     x = call.x
     assert call.row_index is not None
     return {
@@ -123,7 +123,7 @@ def test_what_launches_differently_is_another_problem(changed: str) -> None:
 
 
 def test_rows_at_other_distances_are_another_problem() -> None:
-    """Where elements lie together, strides say nothing more: those of an axis of one element do not matter."""
+    """Row strides make a problem different, except those of an axis with a single element."""
     call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "chain")
     wanted = kernels.forward_by_steps(call)[0]
     for times in (2, 3, 2):
@@ -137,7 +137,7 @@ def test_rows_at_other_distances_are_another_problem() -> None:
 
 
 def test_launches_get_the_addresses_of_all_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the call's tensors, the results and the scratch memory, as the interpreter never asks for."""
+    """Addresses of the call's tensors, the results and the scratch memory; the interpreter never uses them."""
     seen: list[tuple[list[Tensor], list[int]]] = []
     monkeypatch.setattr(plan, "start_steps", lambda steps, tensors, addresses: seen.append((tensors, addresses)))
     call = call_of(Case(SMALL_SHAPES["light"], tokens=5, experts=2), "rebuild")
@@ -161,7 +161,7 @@ def test_each_set_of_gradients_is_a_problem() -> None:
 
 
 def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two choices of each token, some of them dropped."""
+    """Two choices per token, some of them dropped."""
     case = Case(SMALL_SHAPES["separable"], tokens=7, experts=3, top_k=2, capacity=3)
     assert (case.routing.slot_of_token < 0).any()
     y, h, z = case.forward("separable")
@@ -174,7 +174,7 @@ def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatc
 
 
 def test_temporaries_lie_in_one_piece_of_memory_of_two_weights_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many experts there are."""
+    """For any number of experts."""
     case = Case(SMALL_SHAPES["paper"], experts=6)
     pieces = []
     empty = torch.empty_strided
@@ -208,7 +208,7 @@ def test_no_slots() -> None:
 @pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
 @pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
 def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
-    """Every other element of a longer tensor, whose elements between would be another result."""
+    """Every other element of a longer tensor; reading the elements in between would change the result."""
     shape = SMALL_SHAPES["light"]
     arguments = {
         "bias": torch.randn(shape.out_features),
@@ -253,7 +253,7 @@ def test_tiles_are_measured_by_the_first_call_and_then_planned(monkeypatch: pyte
 
 
 def test_the_way_of_a_call_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the backend's table on; a return is a call into a file that was left before."""
+    """Counted from the backend's table on; a return is a call into a file that was left before."""
     spec = importlib.util.spec_from_file_location("way_of_a_call", WALK)
     assert spec is not None
     assert spec.loader is not None
@@ -263,7 +263,7 @@ def test_the_way_of_a_call_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     for strategy in ("separable", "rebuild"):
         for walk in tool.walks("triton", strategy, cold=False).values():
             own = walk.steps[walk.steps.index("backends/triton.py") :]
-            files = set(own) - {"linear/op.py"}  # where it came from
+            files = set(own) - {"linear/op.py"}  # the caller
             assert "linear/triton/plan.py" in files
             assert len(files) <= 6
             assert len(own) - len(set(own)) <= 3

@@ -1,4 +1,4 @@
-"""What the kernels cannot take is refused with reasons where they do run."""
+"""Where the kernels do run, what they cannot handle is refused with reasons."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ CASES = [
 def test_route_equals_loops(
     tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "FEW", few)  # 0: several launches whatever the number of pairs
+    monkeypatch.setattr(routing, "FEW", few)  # 0: several launches for any number of pairs
     monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "CHUNK", 4)
-    monkeypatch.setattr(routing, "PART", 16)  # of the cases here, the last counts its keys in 8 parts
+    monkeypatch.setattr(routing, "PART", 16)  # the last case counts its keys in 8 parts
     index = torch.randint(0, experts, (tokens, top_k))
     mask = torch.rand(tokens) > 0.3 if masked else None
     with poisoned_memory():

@@ -1,4 +1,4 @@
-"""Rows that meet whole weights by wide tiles and descriptors, against the float64 reference."""
+"""Products of rows and whole weights with wide tiles and descriptors, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mpoe_kernels.triton.architecture import target_named
 
 from .linear_runs import Case
 
-# 12 x 16, and 24 x 40 of which the last rows and columns are padding.
+# 12 x 16; and 24 x 40, whose last rows and columns are padding.
 EVEN = MPOShape((2, 3, 2), (2, 4, 2), (3, 3))
 PADDED = MPOShape((2, 3, 4), (5, 4, 2), (3, 5), in_features=23, out_features=37)
 ODD = MPOShape((2, 3, 2), (2, 3, 2), (3, 3))
 
 
 def descriptors(case: Case, architecture: str) -> list[str]:
-    """Of the products with rows, forward and backward."""
+    """The descriptors of the products with rows, forward and backward."""
     with start.recorded(architecture) as launched:
         y, h, z = case.forward(WIDE)
         case.backward(WIDE, y, h, z, [True] * 5)
@@ -38,7 +38,7 @@ def test_against_reference(shape: MPOShape, gathered: bool) -> None:
 
 
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than one along every dimension, over experts that are idle and slots that are empty."""
+    """More than one tile along every dimension, with idle experts and empty slots."""
     monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
     Case(PADDED, torch.bfloat16, tokens=21, experts=4, kind="some_idle", capacity=12).check(WIDE)

@@ -104,7 +104,7 @@ print(alone, pool, len(before))
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_one_pool_of_threads_and_one_openmp() -> None:
-    """No thread and no OpenMP runtime beyond torch's; torch.set_num_threads holds; no bit depends on it."""
+    """No threads and no OpenMP runtime besides torch's; torch.set_num_threads is respected and changes no bit."""
     command = [sys.executable, "-c", THREADS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -286,7 +286,7 @@ def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
     """Blocks may have a larger bond than their right side needs; a half-built weight is then larger than the whole."""
     dims = BlockDims(iL=4, jL=4, a=4, iC=2, jC=2, b=64, iR=2, jR=2, in_features=16, out_features=16)
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
-    assert names == {"half_right", "rebuild", "chain"} or "half_left" not in names
+    assert "half_left" not in names
     assert "chain" in names, "there is always one without temporary weights"
 
 

@@ -18,9 +18,14 @@ def active_groups(offsets: list[int]) -> Iterator[Group]:
             yield expert, start, stop
 
 
+def are_consecutive(experts: list[int]) -> bool:
+    """Whether ascending experts have no gap."""
+    return experts[-1] - experts[0] + 1 == len(experts)
+
+
 def select_experts(stacked: Tensor, experts: list[int]) -> Tensor:
     """Some experts of ``[E, ...]``, in ascending order: a view if they are consecutive."""
-    if experts[-1] - experts[0] + 1 == len(experts):
+    if are_consecutive(experts):
         return stacked[experts[0] : experts[-1] + 1]
     return stacked[experts]
 
@@ -35,7 +40,7 @@ def clear_idle(stacked: Tensor, offsets: list[int]) -> Tensor:
 
 def store(stacked: Tensor, experts: list[int], values: Tensor) -> None:
     """``stacked[experts] = values``, without an index if the experts are consecutive."""
-    if experts[-1] - experts[0] + 1 == len(experts):
+    if are_consecutive(experts):
         stacked[experts[0] : experts[-1] + 1] = values
     else:
         stacked[experts] = values

@@ -23,6 +23,7 @@ from mpoe_kernels.linear.eager.grouped import (
     accumulate_mm,
     accumulator,
     active_groups,
+    are_consecutive,
     clear_idle,
     grouped_mm,
     grouped_outer,
@@ -40,10 +41,15 @@ STATE_BYTES = 32 << 20
 
 
 class Named:
-    """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides."""
+    """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides.
 
-    def __init__(self, data: Tensor, axes: tuple[str, ...]) -> None:
-        self.data, self.axes = data, axes
+    With ``experts`` it is the stack of all experts, of which these are in use; only `each` can take them from it, other
+    methods need them `alone`.
+    """
+
+    def __init__(self, data: Tensor, axes: tuple[str, ...], experts: list[int] | None = None) -> None:
+        self.data, self.axes, self.experts = data, axes, experts
+        self._alone: Named | None = None
         self._last: tuple[tuple[Sequence[str], Sequence[str], bool], Tensor] | None = None
 
     def matrices(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
@@ -67,6 +73,24 @@ class Named:
     def arranged(self, axes: tuple[str, ...]) -> Tensor:
         """A view ``[n, axes...]`` in another order."""
         return self.data.permute(_order(self.axes, axes))
+
+    def alone(self) -> Named:
+        """The experts in use, copied if the stack has others."""
+        if self.experts is None:
+            return self
+        if self._alone is None:
+            self._alone = Named(select_experts(self.data, self.experts), self.axes)
+        return self._alone
+
+    def each(self, first: Sequence[str], second: Sequence[str]) -> list[Tensor]:
+        """`factors` of every expert in use; views where possible: copying a block takes as long as multiplying a few
+        rows by it."""
+        if self.experts is not None:
+            one = Named(self.data[:1], self.axes).factors(first, second)
+            if one.data_ptr() == self.data.data_ptr():
+                every = self.factors(first, second).unbind(0)
+                return [every[e] for e in self.experts]
+        return list(self.alone().factors(first, second).unbind(0))
 
     def factors(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
         """`matrices` for a GEMM that accepts both layouts: copies, where needed, keep contiguous runs."""
@@ -177,7 +201,10 @@ class EagerChunk:
         if name == "C":
             return Named(self.whole.blocks["C"].unsqueeze(0), axes)
         if name in ("L", "R"):
-            return Named(select_experts(self.whole.blocks[name], self.experts), axes)
+            stacked = self.whole.blocks[name]
+            if are_consecutive(self.experts):
+                return Named(select_experts(stacked, self.experts), axes)
+            return Named(stacked, axes, self.experts)
         if name == "x":
             x, index, slots = self.whole.x, self.whole.row_index, slice(self.start, self.stop)
             rows = x[slots] if index is None else x.index_select(0, index[slots])
@@ -198,15 +225,15 @@ class EagerChunk:
         # In the program's order, which is the one that the next product needs.
         new = _split(self.whole.program.axes[product.result], operand.axes)[1]
         matrix = rows.matrix(kept, met)
-        factors = operand.factors(met, new)
+        factors = operand.each(met, new)
         axes = (*kept, *new)
         out = self._direct(product.result, axes)
-        shape = (matrix.shape[0], factors.shape[2])
+        shape = (matrix.shape[0], factors[0].shape[1])
         product_rows = matrix.new_empty(shape) if out is None else out.view(shape)
         if product.second == "C":
             torch.mm(matrix, factors[0], out=product_rows)
         else:
-            grouped_mm(matrix, list(factors.unbind(0)), self.counts, out=product_rows)
+            grouped_mm(matrix, factors, self.counts, out=product_rows)
         found = Named(product_rows.view(-1, *_sizes(self.dims, axes)), axes)
         if out is None and product.result in self.whole.rows:
             self._copy(product.result, found)
@@ -252,6 +279,7 @@ class EagerChunk:
 
     def merge(self, product: Product, first: Named, second: Named) -> Named:
         axes = self.whole.program.axes[product.result]
+        first, second = first.alone(), second.alone()
         k, m, n = _split(first.axes, second.axes)[1], _split(axes, first.axes)[1], _split(axes, second.axes)[1]
         if product.result == "d C":
             return self._merge_central(first.matrices(k, m), second.matrices(k, n))

@@ -1,4 +1,4 @@
-// The C interface of the library, mirrored field by field in mpoe_kernels/native_interface.py. It needs no torch or
+// The C interface of the library, mirrored field by field in mpoe_kernels/native_library.py. It needs no torch or
 // Python headers, so the library is built without either and works with every version of both.
 //
 // Arrays are dense, row-major and of the struct's `dtype` unless noted otherwise. The caller guarantees that each has

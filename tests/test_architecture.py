@@ -23,7 +23,6 @@ RANKS = {
     "mpoe_kernels.measured": 3,
     "mpoe_kernels.indices": 3,
     "mpoe_kernels.compiled": 1,
-    "mpoe_kernels.native_interface": 1,
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,
     "mpoe_kernels.registry": 4,

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mpoe_kernels.embedding.call import EmbeddingCall
 from mpoe_kernels.indices import check_ids
-from mpoe_kernels.native_interface import DTYPES, EmbeddingArguments, dense, dense_index, dense_like
-from mpoe_kernels.native_library import call_native
+from mpoe_kernels.native_library import DTYPES, EmbeddingArguments, call_native, dense, dense_index, dense_like
 from mpoe_kernels.registry import Request
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.native_interface import DTYPES, HiddenArguments, dense, dense_index, dense_like
-from mpoe_kernels.native_library import call_native
+from mpoe_kernels.native_library import DTYPES, HiddenArguments, call_native, dense, dense_index, dense_like
 from mpoe_kernels.registry import Request
 from mpoe_kernels.routing.gating import Gating, arguments_of
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.define import is_plain_call, needs_gradients
-from mpoe_kernels.native_interface import DTYPES, GatingArguments
-from mpoe_kernels.native_library import NATIVE_LIBRARY, call_native
+from mpoe_kernels.native_library import DTYPES, NATIVE_LIBRARY, GatingArguments, call_native
 from mpoe_kernels.registry import AUTO, requested_backend
 
 # Logits at most, of up to FEW_EXPERTS and of more, whose products PyTorch's library computes faster. On a thread of an

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
-from mpoe_kernels.native_interface import (
+from mpoe_kernels.native_library import (
     DTYPES,
     CombineArguments,
     DispatchArguments,
     RouteArguments,
+    call_native,
     dense,
     dense_index,
     dense_offsets,
 )
-from mpoe_kernels.native_library import call_native
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, route
-from mpoe_kernels import native_interface as interface
 from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import load_library
 from mpoe_kernels.hidden_experts.call import HiddenCall
@@ -37,7 +36,7 @@ def _native(native_library: None) -> None:
     assert not NATIVE_LIBRARY.reasons
 
 
-@pytest.mark.parametrize("struct", interface.STRUCTS)
+@pytest.mark.parametrize("struct", load.STRUCTS)
 def test_structs_are_those_of_the_header(struct: type[ctypes.Structure]) -> None:
     """Names, order and types of all fields."""
     name = "Mpoe" + struct.__name__.removesuffix("Arguments")
@@ -348,4 +347,4 @@ def test_no_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     library = SimpleNamespace(mpoe_route=lambda arguments: 2, mpoe_message=lambda: b"no memory")
     monkeypatch.setattr(load, "NATIVE_LIBRARY", SimpleNamespace(functions=library))
     with pytest.raises(MemoryError, match="no memory"):
-        load.call_native("mpoe_route", interface.RouteArguments())
+        load.call_native("mpoe_route", load.RouteArguments())

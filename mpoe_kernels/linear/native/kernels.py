@@ -9,15 +9,15 @@ from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.native_interface import (
+from mpoe_kernels.native_library import (
     DTYPES,
     LinearArguments,
+    call_native,
     dense,
     dense_index,
     dense_like,
     dense_offsets,
 )
-from mpoe_kernels.native_library import call_native
 from mpoe_kernels.planner import Contraction
 
 BLOCK_SIZES = ("iL", "jL", "a", "iC", "jC", "b", "iR", "jR")

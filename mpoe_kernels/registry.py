@@ -109,7 +109,7 @@ class Backend:
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
         gated_price: price of a contraction's steps with the kernel ``gated_mpo_linear``, if it has one.
         places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
-        same_on_any_threads: results are bit-identical on any number of CPU threads.
+        same_on_any_threads: its contractions' results are bit-identical on any number of CPU threads.
         measure: times this backend's products against PyTorch's, for all backends' predictions on the CPU; called once,
             before the first choice on a CPU.
     """

@@ -20,7 +20,8 @@ const Case kCases[] = {
     {300, 64, 40, 8, 16, 1, 1, 20, 1, 8, true},    {150, 70, 1, 1, 5, 50, 7, 3, 6, 11, false},
 };
 
-std::vector<double> truth_of(const Case& c, const std::vector<std::int64_t>& ids, const Array& l, const Array& m, const Array& r) {
+std::vector<double> truth_of(
+    const Case& c, const std::vector<std::int64_t>& ids, const Array& l, const Array& m, const Array& r) {
   std::vector<double> out(c.tokens * c.embedding_dim);
   std::vector<double> half(c.jL * c.jC * c.b);
   for (std::int64_t t = 0; t < c.tokens; ++t) {
@@ -46,7 +47,8 @@ void check_case(const Case& c, Dtype dtype, int number) {
   const Array right = Array::random(dtype, c.b * c.iR * c.jR, random, 1, 1);
   const std::int64_t rows = c.iL * c.iC * c.iR;
   std::vector<std::int64_t> ids;
-  for (std::int64_t t = 0; t < c.tokens; ++t) ids.push_back(c.few_ids ? rows - 1 - random.below(rows) / 9 : random.below(rows));
+  for (std::int64_t t = 0; t < c.tokens; ++t)
+    ids.push_back(c.few_ids ? rows - 1 - random.below(rows) / 9 : random.below(rows));
   const std::vector<double> truth = truth_of(c, ids, left, central, right);
   Array before;
   for (const int threads : {1, 3}) {

@@ -1,7 +1,7 @@
 """The compiled CPU kernel of csrc/cpu/embedding/embedding.h: float32 and bfloat16.
 
 The backward is eager's: its products are large, and the gradient of a plain table costs more, which has as many rows as
-the table.
+the table. Unlike the forward's, its bits may depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ class Worker {
     const int64_t digit = plan_.central_digit(task.first), columns = in_.jC * in_.b, pairs = in_.jL * in_.jC;
     if (digit != packed_) {
       gemm_.pack(
-          panels_.get(), ka_ / gemm_.unit, static_cast<const T*>(in_.central) + digit * columns, in_.iC * columns, in_.a,
-          columns);
+          panels_.get(), ka_ / gemm_.unit, static_cast<const T*>(in_.central) + digit * columns, in_.iC * columns,
+          in_.a, columns);
       packed_ = digit;
     }
     gather_left(task.first, task.last);

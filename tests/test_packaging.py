@@ -125,8 +125,9 @@ def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path
 
 def keep_little(source: Path) -> None:
     """Leave csrc only what is needed to load and tell of itself: built in seconds."""
-    for path in [*(source / "csrc").glob("*_ops.cpp"), *(source / "csrc" / "cpu").glob("[ghl]*/*.cpp")]:
-        path.unlink()
+    for path in [*(source / "csrc").glob("*_ops.cpp"), *(source / "csrc" / "cpu").glob("*/*.cpp")]:
+        if path.parent.name != "routing":  # which library.cpp checks indices with
+            path.unlink()
 
 
 def test_the_lowest_versions_are_those_declared() -> None:

@@ -1,6 +1,12 @@
 #include "cpu/embedding/embedding.h"
 
-#include "cpu/linear/common.h"
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/buffer.h"
+#include "common/parallel.h"
+#include "cpu/gemm/multiply.h"
 
 namespace mpoe {
 namespace {
@@ -97,11 +103,21 @@ struct Plan {
   static int64_t rights_at_once(const Embedding& in) { return std::max<int64_t>(1, kColumns / in.jR); }
 };
 
-// The slices of right as rows [iR, jR, b], `stride` apart.
+// The slices of right that some row needs, as rows [iR, jR, b], `stride` apart; the others are left uninitialised.
 template <class T>
-Buffer<T> transposed_right(const GemmKernels& gemm, const Embedding& in, int64_t stride) {
-  Buffer<T> out = zeros<T>(in.iR * in.jR * stride);
-  gemm.transpose(in.right, in.iR * in.jR, in.b, in.iR * in.jR, out.get(), stride);
+Buffer<T> transposed_right(const GemmKernels& gemm, const Plan& plan, int64_t stride) {
+  const Embedding& in = plan.in;
+  std::vector<char> used(in.iR);
+  for (size_t row = 0; row + 1 < plan.starts.size(); ++row) used[plan.right_digit(row)] = 1;
+  Buffer<T> out(in.iR * in.jR * stride);
+  for (auto first = used.begin(); (first = std::find(first, used.end(), 1)) != used.end();) {
+    const auto last = std::find(first, used.end(), 0);
+    const int64_t column = (first - used.begin()) * in.jR, columns = (last - first) * in.jR;
+    T* rows = out.get() + column * stride;
+    gemm.transpose(static_cast<const T*>(in.right) + column, in.iR * in.jR, in.b, columns, rows, stride);
+    for (int64_t c = 0; c < columns; ++c) std::fill(rows + c * stride + in.b, rows + (c + 1) * stride, T{});
+    first = last;
+  }
   return out;
 }
 
@@ -251,7 +267,7 @@ void embedding(const Embedding& in, void* out) {
   const Plan plan(in);
   with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
     using T = decltype(element);
-    const Buffer<T> right_rows = transposed_right<T>(gemm, in, row_stride(gemm, in.b));
+    const Buffer<T> right_rows = transposed_right<T>(gemm, plan, row_stride(gemm, in.b));
     parallel_for(0, static_cast<int64_t>(plan.tasks.size()), 1, [&](int64_t begin, int64_t end) {
       Worker<T> worker(gemm, plan, right_rows.get(), static_cast<T*>(out));
       for (int64_t task = begin; task < end; ++task) worker.run(plan.tasks[task]);

@@ -37,7 +37,7 @@ struct Finish {
 struct GemmKernels {
   std::int64_t unit;        // elements of k in a unit: 1 or 2
   std::int64_t best_rows;   // rows of a tile that make best use of the registers, <= kMaxRows
-  std::int64_t longest_sum;  // units to sum in one pass (linear/common.h)
+  std::int64_t longest_sum;  // units to sum in one pass (multiply.h)
 
   // tile[r][c] = (accumulate: +) sum_u A(r, u) B(u, c), r < rows, c < 32. a_stride is in units, tile_stride in floats.
   // Row r of A starts at a + r * a_stride. Split into tiles of at most best_rows.
@@ -97,6 +97,11 @@ const GemmKernels& gemm_kernels(Dtype dtype);
 
 inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_divide(a, b) * b; }
+
+// A run of items [first, last).
+struct Span {
+  std::int64_t first, last;
+};
 
 // Splits `count` rows into equal tiles of at most `most`.
 template <class F>

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu/linear/common.h"
+#include "common/buffer.h"
+#include "cpu/gemm/multiply.h"
 
 namespace mpoe {
 

@@ -1,7 +1,12 @@
 #include "cpu/hidden_experts/hidden_experts.h"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/buffer.h"
 #include "common/cpu_features.h"
-#include "cpu/linear/common.h"
+#include "common/parallel.h"
 
 namespace mpoe {
 namespace {

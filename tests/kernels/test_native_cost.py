@@ -108,6 +108,26 @@ def test_threads_wait_for_the_one_with_most_tasks() -> None:
     assert cost._seconds(alone, two) > cost._seconds(plan, two)
 
 
+def test_a_chain_of_few_rows_leaves_threads_idle() -> None:
+    dims = dims_of("paper_16")
+    assert [work.tasks_of(plan_of("chain", "forward", dims, slots=slots)) for slots in (1, 3)] == [1, 3]
+    assert work.tasks_of(plan_of("rebuild", "forward", dims, slots=1)) is None
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "half_left", "half_right", "chain"])
+def test_gradients_of_every_expert_and_sums_are_new_memory(strategy: str) -> None:
+    dims = BlockDims.of_shape(workload_shape("light_32", 1024, 4096))
+    whole, masked, only_x = (
+        work.work_of(plan_of(strategy, "backward", dims, need=need)).new
+        for need in ((True,) * 4, (True, True, False, True), (True, False, False, False))
+    )
+    central = dims.a * dims.iC * dims.jC * dims.b * 4
+    assert whole - masked >= 0.5 * 2 * central, "the gradient, and its sums in float32"
+    assert masked > only_x
+    more = dataclasses.replace(plan_of(strategy, "backward", dims), num_experts=1024)
+    assert work.work_of(more).new > whole, "also of experts without rows"
+
+
 @pytest.mark.parametrize("name", ["cpu-generic", "cpu-avx512-bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_prediction_is_finite_and_grows_with_rows(name: str, dtype: torch.dtype) -> None:

@@ -16,9 +16,11 @@ from mpoe_kernels.planner import Contraction, Hardware, hardware_here
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.planner.orders import AXES, INDICES, Y_AXES, applications
 
-# Seconds of Python: for slicing the operands of one GEMM of an expert, and for the op around all of them.
+# Seconds of Python: for slicing the operands of one GEMM of an expert, for the op around all of them, and for each
+# expert whose gradients a backward stores, whether it was busy or not.
 CALL_SECONDS = 4e-6
-OP_SECONDS = 50e-6
+OP_SECONDS = {"forward": 150e-6, "backward": 300e-6}
+EXPERT_SECONDS = 4e-6
 # A copy in runs shorter than a cache line reaches this fraction of the memory bandwidth.
 LINE_BYTES = 64
 SHORT_RUNS = 0.3
@@ -141,12 +143,13 @@ def _rows(plan: Contraction) -> tuple[int, _Traffic]:
 
 
 def _seconds(plan: Contraction, hardware: Hardware) -> float:
+    op = OP_SECONDS[plan.phase] + (EXPERT_SECONDS * plan.num_experts if plan.phase == "backward" else 0.0)
     if not plan.steps:
-        return OP_SECONDS
+        return op
     calls, traffic = (_rebuild if plan.strategy == "rebuild" else _rows)(plan)
     # Every GEMM is a separate call or launch.
     each = hardware.call_seconds.of(plan.dtype) if hardware.kind == "cpu" else hardware.launch_seconds
-    overhead = OP_SECONDS + calls * CALL_SECONDS + (calls - plan.calls) * each
+    overhead = op + calls * CALL_SECONDS + (calls - plan.calls) * each
     memory = traffic.copied / hardware.bandwidth + traffic.new / hardware.new_memory_bandwidth
     return plan.seconds(hardware) + overhead + memory
 

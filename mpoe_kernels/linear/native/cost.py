@@ -10,17 +10,9 @@ import math
 
 from mpoe_kernels.linear.native.work import tasks_of, work_of
 from mpoe_kernels.planner import Contraction, Hardware, hardware_here
-from mpoe_kernels.planner.cost import new_bytes
 
 # Allocation, threads and Python overhead of a call.
 CALL_SECONDS = 30e-6
-
-
-def _new_bytes(plan: Contraction) -> float:
-    """Bytes of the result rows that the allocator gets new from the system."""
-    if plan.phase == "forward":
-        return new_bytes(plan.slots * plan.dims.out_features * plan.dtype.itemsize)
-    return new_bytes(plan.slots * plan.dims.in_features * plan.dtype.itemsize) if plan.need[0] else 0.0
 
 
 def _idle(tasks: int | None, cores: int) -> float:
@@ -32,8 +24,8 @@ def fixed_seconds(plan: Contraction, hardware: Hardware) -> float:
     """Time of a call without its register tiles: copies, sums (in float32), the first use of memory, call overhead."""
     work = work_of(plan)
     copies = (2 * work.copied * plan.dtype.itemsize + 2 * work.summed * 4) / hardware.bandwidth
-    new = _new_bytes(plan) / hardware.new_memory_bandwidth
-    return CALL_SECONDS + copies * _idle(tasks_of(plan), hardware.units) + new
+    new = work.new / hardware.new_memory_bandwidth
+    return CALL_SECONDS + (copies + new) * _idle(tasks_of(plan), hardware.units)
 
 
 def _seconds(plan: Contraction, hardware: Hardware) -> float:

@@ -14,10 +14,12 @@ import torch
 
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.planner import BlockDims, Contraction
+from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.planner.orders import applications
 
 # csrc/cpu/gemm/gemm.h: columns of a packed panel, columns that stay together.
 PANEL, GRANULE = 32, 8
+FLOAT_BYTES = 4
 # csrc/cpu/linear/half.h: bytes of a half-built weight worked on at a time.
 CHUNK_BYTES = 256 * 1024
 # csrc/cpu/linear/rebuild.cpp: blocks of iC of a backward, with separate sums.
@@ -76,6 +78,7 @@ class Work:
         tiles: stored tiles.
         copied: elements that copies read and write.
         summed: elements of sums over experts, in memory, that products read and write.
+        new: bytes of results and scratch memory that are expected to be new from the system.
     """
 
     plan: Contraction
@@ -83,6 +86,7 @@ class Work:
     tiles: float = 0.0
     copied: float = 0.0
     summed: float = 0.0
+    new: float = 0.0
     isa: str = field(default_factory=lambda: instructions())
 
     @property
@@ -109,9 +113,36 @@ class Work:
         """A copy into another order."""
         self.copied += elements
 
+    def allocate(self, elements: float, itemsize: int | None = None) -> None:
+        """An array, by default of the contraction's dtype."""
+        self.new += new_bytes(elements * (itemsize or self.plan.dtype.itemsize))
+
     def add_to_sum(self, elements: float) -> None:
         """A sum over experts that exceeds a core's cache."""
         self.summed += elements
+
+
+def _results(work: Work) -> None:
+    """Memory of y, or of the gradients."""
+    plan, d = work.plan, work.plan.dims
+    if plan.phase == "forward":
+        work.allocate(plan.slots * d.out_features)
+        return
+    sizes = (
+        plan.slots * d.in_features,
+        plan.num_experts * d.iL * d.jL * d.a,
+        d.a * d.iC * d.jC * d.b,
+        plan.num_experts * d.b * d.iR * d.jR,
+    )
+    for elements, needed in zip(sizes, plan.need, strict=True):
+        if needed:
+            work.allocate(elements)
+
+
+def _rooms(plan: Contraction) -> int:
+    """Most groups with their own sums of the central gradient, which may take as much as two weights."""
+    d = plan.dims
+    return max(1, 2 * d.weight_elements * plan.dtype.itemsize // (d.a * d.iC * d.jC * d.b * FLOAT_BYTES))
 
 
 def _rebuild(work: Work) -> None:
@@ -120,6 +151,7 @@ def _rebuild(work: Work) -> None:
     rows, central, half = plan.slots * (d.in_features + d.out_features), d.a * pairs * d.b, experts * pairs * left * d.b
     if plan.phase == "forward":
         work.copy(central + rows)
+        work.allocate(central)
         work.multiply(experts * pairs, left, d.b, d.a)
         work.multiply(experts * pairs, left, d.iR * round_up(d.jR, GRANULE), d.b)
         work.multiply(experts, m, d.out_features, d.in_features)
@@ -146,6 +178,7 @@ def _rebuild(work: Work) -> None:
         work.multiply(experts, left, d.a, pairs * d.b)
     if central_needed:
         work.copy(half)
+        work.allocate(central, FLOAT_BYTES)
         work.multiply(experts, d.a, pairs * d.b, left)
         work.add_to_sum(experts * d.a * pairs * d.b)
 
@@ -187,6 +220,7 @@ def _half(work: Work) -> None:
         blocks = plan.busy_experts * (d.iL * d.jL * d.a + d.b * d.iR * d.jR) + d.a * d.iC * d.jC * d.b
         work.copy(times * (plan.slots * (d.in_features + d.out_features) + blocks))
         d = mirrored(d)
+    work.allocate(d.a * d.iC * d.jC * d.b)
     if plan.phase == "forward":
         _half_rows(work, d)
         return
@@ -216,6 +250,8 @@ def _half(work: Work) -> None:
         chunk = min(d.jL, max(1, CHUNK_BYTES // (d.iL * inner * plan.dtype.itemsize)))
         passes = math.ceil(d.jL / chunk)
         work.copy(experts * d.iL * d.jL * inner)
+        groups = min(_rooms(plan), plan.num_experts, MOST_GROUPS)
+        work.allocate(groups * d.a * inner, FLOAT_BYTES)
         work.multiply(experts * passes, d.a, inner, chunk * d.iL)
         work.add_to_sum(experts * passes * d.a * inner)
 
@@ -267,6 +303,9 @@ def _chain(work: Work) -> None:
         operand, rows = step.k * step.n, step.m * slots / experts
         if k <= last:
             work.copy(slots * step.before)
+        if step.operand == "C":
+            for _ in range(2 if forward else 3):  # its axes in the order that a product needs, and panels by direction
+                work.allocate(operand)
         if k < last:
             work.copy(experts * operand)
             work.multiply(experts, rows, step.n, step.k)
@@ -284,6 +323,8 @@ def _chain(work: Work) -> None:
         if wanted[k] and step.operand == "C":
             widest = max(s.before + s.after for s in steps) * plan.dtype.itemsize
             work.add_to_sum(slots / max(1, BLOCK_BYTES // widest) * operand)
+            work.allocate(min(_rooms(plan), slots, MOST_GROUPS) * operand, FLOAT_BYTES)
+            work.allocate(operand, FLOAT_BYTES)
 
 
 _WORK: dict[str, Callable[[Work], None]] = {
@@ -297,10 +338,10 @@ _WORK: dict[str, Callable[[Work], None]] = {
 
 def tasks_of(plan: Contraction) -> int | None:
     """Number of equal tasks shared by the threads; None: unlimited."""
-    if plan.strategy == "separable":
+    if plan.strategy == "separable" or (plan.phase == "forward" and plan.strategy == "rebuild"):
         return None
     if plan.phase == "forward":
-        return plan.busy_experts if plan.strategy in ("half_left", "half_right") else None
+        return plan.slots if plan.strategy == "chain" else plan.busy_experts
     if plan.strategy == "rebuild":
         return math.ceil(plan.dims.iC / math.ceil(plan.dims.iC / MOST_BLOCKS))
     return min(plan.slots if plan.strategy == "chain" else plan.busy_experts, MOST_GROUPS)
@@ -310,5 +351,6 @@ def work_of(plan: Contraction) -> Work:
     """What computing ``plan`` takes; nothing without rows or without gradients to compute."""
     work = Work(plan)
     if plan.steps:
+        _results(work)
         _WORK[plan.strategy](work)
     return work

@@ -21,6 +21,9 @@ struct MpoeLinear {
   const char* strategy;    // separable, rebuild, half_left, half_right, chain
   std::int64_t in_features, out_features, tokens, slots, experts;
   std::int64_t iL, jL, a, iC, jC, b, iR, jR;
+  // What rows are multiplied by. chain: a permutation of left (0), central (1) and right (2). half_left, half_right: 1
+  // if rows meet the half-built weight before the remaining block, else 0; the same for rows of the gradient.
+  std::int64_t chain_first, chain_second, chain_third, half_first, transposed_half_first;
   std::int64_t offset_bytes;    // of one offset: 4 or 8
   const void* x;                // [tokens, in_features]
   const void* left;             // [experts, iL, jL, a]

@@ -32,6 +32,21 @@ const StrategyKernels& kernels_of(const MpoeLinear& call) {
   refuse("no native kernel for strategy ", call.strategy);
 }
 
+ProductOrder checked_order(const MpoeLinear& call) {
+  const std::int64_t operands[] = {call.chain_first, call.chain_second, call.chain_third};
+  ProductOrder order{};
+  int met = 0;
+  for (int s = 0; s < 3; ++s) {
+    require(operands[s] >= 0 && operands[s] <= 2, "an operand of the chain must be 0, 1 or 2; got ", operands[s]);
+    order.chain[s] = static_cast<Operand>(operands[s]);
+    met |= 1 << operands[s];
+  }
+  require(met == 7, "the chain must meet left, central and right once each");
+  order.half_first = call.half_first != 0;
+  order.transposed_half_first = call.transposed_half_first != 0;
+  return order;
+}
+
 // What the forward and the backward share; `offsets` must outlive it.
 LinearInputs checked_inputs(const MpoeLinear& call, const std::vector<std::int64_t>& offsets) {
   LinearInputs in{};
@@ -45,6 +60,7 @@ LinearInputs checked_inputs(const MpoeLinear& call, const std::vector<std::int64
       in.dims.padded_in() >= call.in_features && in.dims.padded_out() >= call.out_features,
       "blocks are smaller than the weight: they give ", in.dims.padded_in(), " x ", in.dims.padded_out(), ", wanted are ",
       call.in_features, " x ", call.out_features);
+  in.order = checked_order(call);
   in.x = call.x;
   in.tokens = call.tokens;
   in.left = call.left;

@@ -35,7 +35,10 @@ class LinearArguments(ctypes.Structure):
 
     _fields_ = _fields(
         texts="dtype activation strategy",
-        numbers="in_features out_features tokens slots experts iL jL a iC jC b iR jR offset_bytes",
+        numbers=(
+            "in_features out_features tokens slots experts iL jL a iC jC b iR jR "
+            "chain_first chain_second chain_third half_first transposed_half_first offset_bytes"
+        ),
         pointers=("x left central right offsets rows bias y h z grad kept_h kept_value dx dleft dcentral dright dbias"),
     )
 

@@ -75,6 +75,7 @@ void run(
   LinearInputs inputs{
       .dtype = dtype,
       .dims = d,
+      .order = p.order,
       .x = m.x.data(),
       .tokens = p.tokens,
       .left = m.left.data(),
@@ -120,12 +121,20 @@ void run(
   strategy.backward(backward);
 }
 
+// All orders, by number.
+ProductOrder order_of(int number) {
+  constexpr Operand L = Operand::kLeft, C = Operand::kCentral, R = Operand::kRight;
+  constexpr std::array<Operand, 3> kChains[] = {{L, C, R}, {L, R, C}, {C, L, R}, {C, R, L}, {R, L, C}, {R, C, L}};
+  return {kChains[number % 6], (number & 1) != 0, (number & 2) != 0};
+}
+
 void check_case(const Shape& shape, const Load& load, Activation activation, Dtype dtype, int number) {
   check::Random random(static_cast<std::uint64_t>(number) + 1);
   const BlockDims& d = shape.dims;
   const std::int64_t experts = static_cast<std::int64_t>(load.offsets.size()) - 1, shift = number % 3;
   Problem p{};
   p.dims = d;
+  p.order = order_of(number / 2);  // numbers of one dtype
   p.offsets = load.offsets;
   p.experts = experts;
   p.slots = load.slots;

@@ -12,6 +12,7 @@ using Values = std::vector<double>;
 
 struct Problem {
   BlockDims dims;
+  ProductOrder order;  // which the results do not depend on but for rounding
   Values x, left, central, right, bias, grad;  // bias may be empty
   std::vector<std::int64_t> offsets, row_index;  // row_index may be empty
   std::int64_t tokens, slots, experts;

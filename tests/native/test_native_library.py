@@ -6,7 +6,9 @@ import ctypes
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,10 @@ from mpoe_kernels.compiled import load_library
 from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.native import kernels
 from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
 from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.cases import random_blocks
@@ -207,6 +211,50 @@ def test_separable_asks_for_its_shape() -> None:
     changes = {"left": blocks.left, "central": blocks.central, "right": blocks.right, "out_features": 20}
     with pytest.raises(ValueError, match="strategy separable needs blocks with jL = iR = 1"):
         linear_forward(forward_call(**changes))
+
+
+@pytest.fixture
+def fresh_arguments() -> Iterator[None]:
+    """Arguments that no other call made, and that no later call gets."""
+    kernels._arguments.cache_clear()
+    yield
+    kernels._arguments.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_arguments")
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        (("", "L", "C", "R"), "an operand of the chain must be 0, 1 or 2; got 3"),
+        (({"L", "C"}, "R"), "the chain must meet left, central and right once each"),
+    ],
+)
+def test_a_chain_in_no_order(operands: tuple, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Numbers:
+        def index(self, operand: str) -> int:
+            return next(number for number, names in enumerate(operands) if operand in names)
+
+    monkeypatch.setattr(kernels, "OPERANDS", Numbers())
+    with pytest.raises(ValueError, match=message) as error:
+        linear_forward(forward_call(strategy="chain"))
+    plain(error)
+
+
+@pytest.mark.usefixtures("fresh_arguments")
+@pytest.mark.parametrize("order", permutations("LCR"), ids="".join)
+def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner decides; every other order has bits of its own."""
+    shape = MPOShape((3, 4, 5), (5, 3, 4), max_bond=7)
+    blocks = random_blocks(shape, 2, torch.float32)
+    same = {"left": blocks.left, "central": blocks.central, "right": blocks.right, "strategy": "chain", "save": False}
+    call = forward_call(**same, x=torch.randn(3, 60), in_features=60, out_features=60)
+    planned, *_ = linear_forward(call)
+    was = BlockDims.of_shape(shape).chain_order
+    kernels._arguments.cache_clear()
+    monkeypatch.setattr(BlockDims, "chain_order", order)
+    y, *_ = linear_forward(call)
+    torch.testing.assert_close(y, planned)
+    assert torch.equal(y, planned) == (order == was)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 #include "cpu/linear/chain.h"
 
-#include <limits>
 #include <type_traits>
 
 namespace mpoe {
@@ -14,7 +13,11 @@ bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes
 
 Axes axes_of(Operand operand) { return natural(operand).columns; }
 
-std::array<ChainStep, kChainSteps> steps_of(const AxisValues& sizes, const std::array<Operand, kChainSteps>& order) {
+}  // namespace
+
+std::array<ChainStep, kChainSteps> chain_steps(
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order) {
+  const AxisValues sizes = axis_sizes(dims);
   std::array<ChainStep, kChainSteps> steps;
   Axes state = {kInLeft, kInCentral, kInRight};
   for (int s = 0; s < kChainSteps; ++s) {
@@ -37,8 +40,6 @@ std::array<ChainStep, kChainSteps> steps_of(const AxisValues& sizes, const std::
   return steps;
 }
 
-}  // namespace
-
 AxisMatrix natural(Operand operand) {
   switch (operand) {
     case Operand::kLeft: return {{}, {kInLeft, kOutLeft, kBondLeft}, 0};
@@ -48,24 +49,9 @@ AxisMatrix natural(Operand operand) {
   return {{}, {kBondRight, kInRight, kOutRight}, 0};
 }
 
-std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims) {
-  constexpr Operand L = Operand::kLeft, C = Operand::kCentral, R = Operand::kRight;
-  constexpr std::array<Operand, kChainSteps> kOrders[] = {{L, C, R}, {L, R, C}, {C, L, R},
-                                                          {C, R, L}, {R, L, C}, {R, C, L}};
-  std::array<ChainStep, kChainSteps> best;
-  std::int64_t least = std::numeric_limits<std::int64_t>::max();
-  for (const auto& order : kOrders) {
-    const auto steps = steps_of(axis_sizes(dims), order);
-    std::int64_t cost = 0;
-    for (const ChainStep& step : steps) cost += step.m * step.k * step.n;
-    if (cost < least) least = cost, best = steps;
-  }
-  return best;
-}
-
 template <class T>
 Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
-    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims)) {
+    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims, in.order.chain)) {
   for (int s = 0; s < kChainSteps; ++s) {
     const ChainStep& step = steps_[s];
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});

@@ -1,4 +1,4 @@
-// The strategy chain: rows are multiplied by L, C and R in turn, in the cheapest order. A slot's intermediate row is
+// The strategy chain: rows are multiplied by L, C and R in turn, in the given order. A slot's intermediate row is
 // its state, a tensor with some of the axes; an operand contracts the axes that it shares with the state (`met`) and
 // puts its others (`fresh`) after the remaining ones (`rest`):
 //   product[(slots rest), fresh] = state[(slots rest), met] operand[met, fresh]
@@ -11,8 +11,6 @@
 
 namespace mpoe {
 
-enum class Operand { kLeft, kCentral, kRight };
-
 struct ChainStep {
   Operand operand;
   Axes rest, met, fresh;
@@ -23,8 +21,8 @@ struct ChainStep {
 
 constexpr int kChainSteps = 3;
 
-// The cheapest of the six orders LCR, LRC, CLR, CRL, RLC and RCL; the first wins ties.
-std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims);
+std::array<ChainStep, kChainSteps> chain_steps(
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order);
 
 // An operand in memory order: the axes of L, C or R.
 AxisMatrix natural(Operand operand);

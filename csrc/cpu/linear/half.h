@@ -1,5 +1,5 @@
 // The strategy half_left, for few slots per expert: LC = left_e central is built per expert, and rows are multiplied by
-// LC and right_e in the cheaper order. Both orders work chunk by chunk, so that LC and the rows between the two
+// LC and right_e in the given order. Both orders work chunk by chunk, so that LC and the rows between the two
 // products stay in cache:
 //   LC first:  u[t, iR, (jL jC b)] = x[t, iR, (iC iL)] LC,   y[t, (jL jC), jR] = u[t, (jL jC), (iR b)] right, by jL
 //   R first:   s[(iL iC b), (t jR)] = x[t, (iL iC), iR] right,   y^T[(jL jC), (t jR)] = LC[(jL jC), (iL iC b)] s, by iL
@@ -21,14 +21,9 @@ struct HalfPlan {
   std::int64_t a_units;
   bool half_first;
 
-  HalfPlan(const GemmKernels& gemm, const BlockDims& d)
+  HalfPlan(const GemmKernels& gemm, const BlockDims& d, bool half_first)
       : b(round_up(d.b, kGranule)), central_panels(ceil_divide(d.jC * b, kPanel)),
-        a_units(ceil_divide(d.a, gemm.unit)) {
-    const std::int64_t half = d.iL * d.jL * d.iC * d.jC * d.b;
-    const std::int64_t before = half * d.iR + d.jL * d.jC * d.b * d.iR * d.jR;
-    const std::int64_t after = d.iL * d.iC * d.iR * d.b * d.jR + half * d.jR;
-    half_first = before <= after;
-  }
+        a_units(ceil_divide(d.a, gemm.unit)), half_first(half_first) {}
 };
 
 // panels [iC, central_panels, a in units, 32] of central, shared by all experts.

@@ -4,6 +4,7 @@
 // Results do not depend on the number of threads.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "common/types.h"
@@ -19,9 +20,20 @@ struct BlockDims {
   std::int64_t padded_out() const { return jL * jC * jR; }
 };
 
+enum class Operand { kLeft, kCentral, kRight };
+
+// What rows are multiplied by, in order, as the caller planned it.
+struct ProductOrder {
+  std::array<Operand, 3> chain;
+  // half_left, half_right: rows meet the half-built weight before the remaining block; the same for rows of dz, which
+  // meet both transposed.
+  bool half_first, transposed_half_first;
+};
+
 struct LinearInputs {
   Dtype dtype;
   BlockDims dims;
+  ProductOrder order;
   const void* x;           // [T, I]
   std::int64_t tokens;     // T
   const void* left;        // [E, iL, jL, a]

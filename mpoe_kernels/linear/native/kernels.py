@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.linear.native.work import exchanged, meets_half_first
 from mpoe_kernels.native_library import (
     DTYPES,
     LinearArguments,
@@ -18,8 +19,10 @@ from mpoe_kernels.native_library import (
     dense_like,
     dense_offsets,
 )
-from mpoe_kernels.planner import Contraction
+from mpoe_kernels.planner import BlockDims, Contraction
 
+# As csrc/interface.h numbers them.
+OPERANDS = ("L", "C", "R")
 BLOCK_SIZES = ("iL", "jL", "a", "iC", "jC", "b", "iR", "jR")
 COMPUTED = (torch.float32, torch.bfloat16)
 # Strategies with a kernel, by phase: the table kStrategies of csrc/linear_ops.cpp.
@@ -61,6 +64,8 @@ def _arguments(
             "blocks must be left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR]; "
             f"got {list(left)}, {list(central)}, {list(right)}"
         )
+    dims = BlockDims(iL, jL, a, iC, jC, b, iR, jR, in_features, out_features)
+    first, second, third = (OPERANDS.index(operand) for operand in dims.chain_order)
     return LinearArguments(
         dtype=DTYPES.get(dtype, str(dtype).encode()),
         activation=activation.encode(),
@@ -69,6 +74,11 @@ def _arguments(
         out_features=out_features,
         experts=experts,
         **dict(zip(BLOCK_SIZES, (iL, jL, a, iC, jC, b, iR, jR), strict=True)),
+        chain_first=first,
+        chain_second=second,
+        chain_third=third,
+        half_first=meets_half_first(dims, strategy),
+        transposed_half_first=meets_half_first(exchanged(dims), strategy),
     )
 
 

@@ -193,16 +193,17 @@ def mirrored(d: BlockDims) -> BlockDims:
     return BlockDims(d.iR, d.jR, d.b, d.iC, d.jC, d.a, d.iL, d.jL, d.in_features, d.out_features)
 
 
-def _meets_half_first(d: BlockDims) -> bool:
-    return d.half_left_order == ("LC", "R")
+def meets_half_first(d: BlockDims, strategy: str) -> bool:
+    """Whether the order of a half strategy meets the half-built weight before the remaining block."""
+    return "C" in (d.half_right_order if strategy == "half_right" else d.half_left_order)[0]
 
 
-def _half_rows(work: Work, d: BlockDims) -> None:
+def _half_rows(work: Work, d: BlockDims, half_first: bool) -> None:
     """LC of every expert, and rows through it and right."""
     slots, experts, b = work.plan.slots, work.plan.busy_experts, round_up(d.b, GRANULE)
     work.copy(d.a * d.iC * d.jC * d.b + slots * (d.in_features + d.out_features))
     work.multiply(experts * d.iC, d.iL * d.jL, d.jC * b, d.a)
-    if _meets_half_first(d):
+    if half_first:
         work.copy(experts * d.iL * d.jL * d.iC * d.jC * b)
         work.multiply(experts * d.jL, slots / experts * d.iR, d.jC * b, d.iC * d.iL)
         work.multiply(slots, d.jL * d.jC, d.jR, d.iR * b)
@@ -221,15 +222,16 @@ def _half(work: Work) -> None:
         work.copy(times * (plan.slots * (d.in_features + d.out_features) + blocks))
         d = mirrored(d)
     work.allocate(d.a * d.iC * d.jC * d.b)
+    half_first = meets_half_first(plan.dims, plan.strategy)
     if plan.phase == "forward":
-        _half_rows(work, d)
+        _half_rows(work, d, half_first)
         return
     x_needed, left_needed, central_needed, right_needed = plan.need
     if plan.strategy == "half_right":
         left_needed, right_needed = right_needed, left_needed
     if x_needed:
-        _half_rows(work, exchanged(d))
-    if not _meets_half_first(d):
+        _half_rows(work, exchanged(d), meets_half_first(exchanged(plan.dims), plan.strategy))
+    if not half_first:
         d = exchanged(d)
     experts, b = plan.busy_experts, round_up(d.b, GRANULE)
     inner, m = d.iC * d.jC * b, plan.slots / experts

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.cores import MPOCores
 from mpoe.training import GradientMask, MPOETrainingArguments, build_param_groups
 from mpoe_bench.memory import resident_peak
 from mpoe_bench.quality.arms import ARMS, Arm, resolved_shape
@@ -179,8 +178,7 @@ def _train(field: Any, arm: Arm, budget: Budget) -> tuple[nn.Module, list[tuple[
     for step, batch in enumerate(batches):
         if step == converts_at:
             model = convert(field, arm, model, budget.seed).train()
-            if any(isinstance(module, MPOCores) for module in model.modules()):
-                mask = GradientMask(model, arm.mask, budget.seed)
+            mask = GradientMask(model, arm.mask, budget.seed)
             optimiser = None
         if optimiser is None:
             torch.manual_seed(30_000 + budget.seed + step)

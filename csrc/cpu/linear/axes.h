@@ -53,18 +53,32 @@ class Permutation {
   void run(
       const GemmKernels& gemm, std::int64_t count, const T* in, std::int64_t in_step, T* out,
       std::int64_t out_step) const {
-    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step)
-      for (const auto& [from, to] : places_) {
-        if (inner_.from == 1 && inner_.to == 1)
-          std::memcpy(static_cast<void*>(out + to), in + from, inner_.size * sizeof(T));
-        else if (across_.size > 1)
-          gemm.transpose(in + from, inner_.from, inner_.size, across_.size, out + to, across_.to);
-        else
-          for (std::int64_t i = 0; i < inner_.size; ++i) out[to + i * inner_.to] = in[from + i * inner_.from];
-      }
+    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step) copy(gemm, 0, places(), in, out);
   }
+  // One tensor, by all threads.
+  template <class T>
+  void run_by_all(const GemmKernels& gemm, const T* in, T* out) const {
+    const std::int64_t grain = ceil_divide(16 * 1024, inner_.size * across_.size);
+    parallel_for(0, places(), grain, [&](std::int64_t begin, std::int64_t end) { copy(gemm, begin, end, in, out); });
+  }
+  // Whether both orders are the same, without padding.
+  bool is_identity() const { return places() == 1 && across_.size == 1 && inner_.from == 1 && inner_.to == 1; }
 
  private:
+  std::int64_t places() const { return static_cast<std::int64_t>(places_.size()); }
+  template <class T>
+  void copy(const GemmKernels& gemm, std::int64_t begin, std::int64_t end, const T* in, T* out) const {
+    for (std::int64_t p = begin; p < end; ++p) {
+      const auto& [from, to] = places_[p];
+      if (inner_.from == 1 && inner_.to == 1)
+        std::memcpy(static_cast<void*>(out + to), in + from, inner_.size * sizeof(T));
+      else if (across_.size > 1)
+        gemm.transpose(in + from, inner_.from, inner_.size, across_.size, out + to, across_.to);
+      else
+        for (std::int64_t i = 0; i < inner_.size; ++i) out[to + i * inner_.to] = in[from + i * inner_.from];
+    }
+  }
+
   struct Move {
     std::int64_t size, from, to;  // of an axis, and its strides in both orders
   };

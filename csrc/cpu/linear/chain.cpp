@@ -56,14 +56,28 @@ Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
     const ChainStep& step = steps_[s];
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});
     enter_[s] = Permutation(sizes_, s == 0 ? rows_in() : steps_[s - 1].product(), state(s));
-    if (step.operand != Operand::kCentral) continue;
-    Buffer<T> matrix(step.k * step.n);
-    for (const Direction direction : {Direction::kForward, Direction::kBackward}) {
-      if (direction > last) break;
-      Buffer<T>& panels = central_[static_cast<int>(direction)];
-      panels = Buffer<T>(round_up(step.k, kPanel) * round_up(step.n, kPanel));
-      pack(s, direction, 0, matrix.get(), panels.get());
-    }
+    if (step.operand == Operand::kCentral) pack_central(s, last);
+  }
+}
+
+template <class T>
+void Chain<T>::pack_central(int s, Direction last) {
+  const ChainStep& step = steps_[s];
+  const T* matrix = static_cast<const T*>(in_.central);
+  Buffer<T> arranged;
+  if (!operands_[s].is_identity()) {
+    arranged = Buffer<T>(step.k * step.n);
+    operands_[s].run_by_all(gemm_, matrix, arranged.get());
+    matrix = arranged.get();
+  }
+  for (const Direction direction : {Direction::kForward, Direction::kBackward}) {
+    if (direction > last) break;
+    Buffer<T>& panels = central_[static_cast<int>(direction)];
+    panels = Buffer<T>(round_up(step.k, kPanel) * round_up(step.n, kPanel));
+    const std::int64_t columns = direction == Direction::kForward ? step.n : step.k;
+    parallel_for(0, ceil_divide(columns, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+      pack_panels(s, direction, matrix, begin * kPanel, std::min(end * kPanel, columns), panels.get());
+    });
   }
 }
 
@@ -139,11 +153,23 @@ void Chain<T>::pack(int s, Direction direction, std::int64_t expert, T* matrix, 
   const ChainStep& step = steps_[s];
   const void* const blocks[] = {in_.left, in_.central, in_.right};
   const T* block = static_cast<const T*>(blocks[static_cast<int>(step.operand)]) + expert * step.k * step.n;
-  operands_[s].run(gemm_, 1, block, 0, matrix, 0);
-  if (direction == Direction::kForward)
-    gemm_.pack(panels, ceil_divide(step.k, gemm_.unit), matrix, step.n, step.k, step.n);
+  const bool identity = operands_[s].is_identity();
+  if (!identity) operands_[s].run(gemm_, 1, block, 0, matrix, 0);
+  pack_panels(
+      s, direction, identity ? block : matrix, 0, direction == Direction::kForward ? step.n : step.k, panels);
+}
+
+template <class T>
+void Chain<T>::pack_panels(
+    int s, Direction direction, const T* matrix, std::int64_t first, std::int64_t last, T* panels) const {
+  const ChainStep& step = steps_[s];
+  const bool forward = direction == Direction::kForward;
+  const std::int64_t k = forward ? step.k : step.n, units = ceil_divide(k, gemm_.unit);
+  T* out = panels + first * units * gemm_.unit;
+  if (forward)
+    gemm_.pack(out, units, matrix + first, step.n, k, last - first);
   else
-    gemm_.pack_transposed(panels, ceil_divide(step.n, gemm_.unit), matrix, step.n, step.n, step.k);
+    gemm_.pack_transposed(out, units, matrix + first * step.n, step.n, k, last - first);
 }
 
 template class Chain<float>;

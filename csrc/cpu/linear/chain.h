@@ -66,7 +66,13 @@ class Chain {
   void multiply(int s, Direction direction, Span block, const T* a, ChainMemory<T>& memory, Out* out) const;
 
  private:
+  // The panels of C in every direction up to `last`, by all threads.
+  void pack_central(int s, Direction last);
+  // The panels of an expert's L or R; `matrix` is scratch memory for [met, fresh].
   void pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const;
+  // The panels of the columns [first, last), `first` a multiple of kPanel, of an operand [met, fresh].
+  void pack_panels(
+      int s, Direction direction, const T* matrix, std::int64_t first, std::int64_t last, T* panels) const;
 
   const GemmKernels& gemm_;
   const LinearInputs& in_;

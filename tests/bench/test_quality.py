@@ -134,8 +134,8 @@ def test_the_mask_of_an_arm_is_on(field: LanguageField, key: str) -> None:
     arm = dataclasses.replace(arm_of(key), upcycled=0.0)
     if key == "full_hidden_mask":
         arm = dataclasses.replace(arm, experts={**arm.experts, "num_experts": 4, "block_size": 8})
-    losses = {p: run_arm(field, dataclasses.replace(arm, mask=p), Budget(6, 4e-3, 0))["test"] for p in (0.0, 0.5, 1.0)}
-    assert losses[0.0] != losses[0.5] != losses[1.0] != losses[0.0]
+    free, masked = (run_arm(field, dataclasses.replace(arm, mask=p), Budget(3, 4e-3, 0))["test"] for p in (0.0, 1.0))
+    assert free != masked
 
 
 @pytest.mark.parametrize("options", [{"own_biases": True}, {"shared_weight": True}, {}])

@@ -118,8 +118,9 @@ class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm), in_(in), d_(in.dims), plan_(gemm, in.dims, in.order.half_first),
-        turned_plan_(gemm, exchanged(in.dims), in.order.transposed_half_first), wanted_(in), exchange_(!plan_.half_first),
-        weight_dims_(exchange_ ? exchanged(d_) : d_), weight_plan_(exchange_ ? turned_plan_ : plan_) {
+        turned_plan_(gemm, exchanged(in.dims), in.order.transposed_half_first), wanted_(in),
+        exchange_(!plan_.half_first), weight_dims_(exchange_ ? exchanged(d_) : d_),
+        weight_plan_(exchange_ ? turned_plan_ : plan_) {
     for (std::int64_t e = 0; e < in.experts; ++e) most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
     const T* central = static_cast<const T*>(in.central);
     if (in.dx != nullptr || exchange_) {

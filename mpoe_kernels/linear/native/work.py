@@ -139,7 +139,7 @@ def _results(work: Work) -> None:
             work.allocate(elements)
 
 
-def _rooms(plan: Contraction) -> int:
+def _most_groups(plan: Contraction) -> int:
     """Most groups with their own sums of the central gradient, which may take as much as two weights."""
     d = plan.dims
     return max(1, 2 * d.weight_elements * plan.dtype.itemsize // (d.a * d.iC * d.jC * d.b * FLOAT_BYTES))
@@ -252,7 +252,7 @@ def _half(work: Work) -> None:
         chunk = min(d.jL, max(1, CHUNK_BYTES // (d.iL * inner * plan.dtype.itemsize)))
         passes = math.ceil(d.jL / chunk)
         work.copy(experts * d.iL * d.jL * inner)
-        groups = min(_rooms(plan), plan.num_experts, MOST_GROUPS)
+        groups = min(_most_groups(plan), plan.num_experts, MOST_GROUPS)
         work.allocate(groups * d.a * inner, FLOAT_BYTES)
         work.multiply(experts * passes, d.a, inner, chunk * d.iL)
         work.add_to_sum(experts * passes * d.a * inner)
@@ -325,7 +325,7 @@ def _chain(work: Work) -> None:
         if wanted[k] and step.operand == "C":
             widest = max(s.before + s.after for s in steps) * plan.dtype.itemsize
             work.add_to_sum(slots / max(1, BLOCK_BYTES // widest) * operand)
-            work.allocate(min(_rooms(plan), slots, MOST_GROUPS) * operand, FLOAT_BYTES)
+            work.allocate(min(_most_groups(plan), slots, MOST_GROUPS) * operand, FLOAT_BYTES)
             work.allocate(operand, FLOAT_BYTES)
 
 

@@ -1,6 +1,5 @@
 // mpoe_hidden_experts and its gradient: checks, and the kernels of cpu/hidden_experts/hidden_experts.h.
 #include "cpu/hidden_experts/hidden_experts.h"
-#include "cpu/routing/routing.h"
 
 #include "refusal.h"
 
@@ -43,11 +42,11 @@ int mpoe_hidden_experts(const MpoeHidden* call) {
   return answered([&] { hidden_experts(checked_inputs(*call), call->out); });
 }
 
-int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call) {
+int mpoe_routed_hidden_experts(const MpoeRouter* router, const MpoeHidden* call) {
   return answered([&] {
     const Gating choice = checked_gating(*router);
     require(
-        call->tokens == choice.tokens && call->top_k == choice.top_k && call->experts == choice.experts &&
+        call->tokens == choice.router.tokens && call->top_k == choice.top_k && call->experts == choice.router.experts &&
             call->gates == choice.gates && call->index == choice.index,
         "the router's gates and index must be those of the experts");
     gating(choice);

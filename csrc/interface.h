@@ -45,18 +45,23 @@ struct MpoeLinear {
 int mpoe_linear_forward(const MpoeLinear* call);
 int mpoe_linear_backward(const MpoeLinear* call);
 
-// Logits, best experts and gates for a few tokens; see cpu/routing/routing.h.
-struct MpoeGating {
-  const char *dtype, *weight_dtype;  // float32, bfloat16, float16
-  std::int64_t tokens, features, experts, top_k;
-  std::int64_t raw;     // 1: gates are probabilities; 0: they sum to 1
-  const void* x;        // [tokens, features]
-  const void* weight;   // [experts, features], of weight_dtype
-  float* logits;        // [tokens, experts]
-  std::int64_t* index;  // [tokens, top_k]
-  float* gates;         // [tokens, top_k]
+// A router's logits, best experts and gates, and the gradients of its logits; see cpu/router/router.h.
+struct MpoeRouter {
+  const char *dtype, *weight_dtype;  // float32, bfloat16 and, but for gradients, float16
+  std::int64_t tokens, features, experts;
+  std::int64_t top_k, raw;  // raw: 1: gates are probabilities; 0: they sum to 1. Not used by mpoe_router_logits.
+  const void* x;            // [tokens, features]
+  const void* weight;       // [experts, features], of weight_dtype
+  float* logits;            // [tokens, experts]
+  std::int64_t* index;      // [tokens, top_k]
+  float* gates;             // [tokens, top_k]
+  // Gradients:
+  const float* grad;   // [tokens, experts]
+  void *dx, *dweight;  // like x and weight; null: not wanted
 };
-int mpoe_gating(const MpoeGating* call);
+int mpoe_gating(const MpoeRouter* call);
+int mpoe_router_logits(const MpoeRouter* call);
+int mpoe_router_logits_backward(const MpoeRouter* call);
 
 // Slots of (token, choice) pairs, in the order of their experts; see cpu/routing/routing.h.
 struct MpoeRoute {
@@ -118,7 +123,7 @@ struct MpoeHidden {
 };
 int mpoe_hidden_experts(const MpoeHidden* call);
 // The same, after a router has chosen the experts: it writes the call's gates and index.
-int mpoe_routed_hidden_experts(const MpoeGating* router, const MpoeHidden* call);
+int mpoe_routed_hidden_experts(const MpoeRouter* router, const MpoeHidden* call);
 int mpoe_hidden_experts_backward(const MpoeHidden* call);
 
 // out[t] = row ids[t] of the table of three blocks; see cpu/embedding/embedding.h.

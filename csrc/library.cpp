@@ -27,7 +27,7 @@ std::string build_info() {
   text += "struct_bytes=";
   const char* space = "";
   for (const std::size_t bytes :
-       {sizeof(MpoeLinear), sizeof(MpoeGating), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine),
+       {sizeof(MpoeLinear), sizeof(MpoeRouter), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine),
         sizeof(MpoeHidden), sizeof(MpoeEmbedding)}) {
     text += space + std::to_string(bytes);
     space = " ";

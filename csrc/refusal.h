@@ -10,7 +10,7 @@
 
 #include "common/types.h"
 #include "cpu/gemm/gemm.h"
-#include "cpu/routing/routing.h"
+#include "cpu/router/router.h"
 #include "interface.h"
 
 namespace mpoe {
@@ -50,7 +50,7 @@ int answered(Body&& body) {
 }
 
 // Checks a router's call; mpoe_routed_hidden_experts starts with one too.
-Gating checked_gating(const MpoeGating& call);
+Gating checked_gating(const MpoeRouter& call);
 
 Dtype dtype_named(const char* name);
 Activation activation_named(const char* name);

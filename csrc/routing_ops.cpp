@@ -1,4 +1,4 @@
-// mpoe_gating, mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of
+// mpoe_route, mpoe_dispatch, mpoe_combine and its gradients: checks, and the kernels of
 // cpu/routing/routing.h. The gradient of a dispatch is a combine without gates.
 #include "cpu/routing/routing.h"
 
@@ -25,35 +25,7 @@ Combine checked_combine(const MpoeCombine& call) {
 
 }  // namespace
 
-namespace mpoe {
-
-Gating checked_gating(const MpoeGating& call) {
-  const Dtype x_dtype = dtype_named(call.dtype), weight_dtype = dtype_named(call.weight_dtype);
-  require(x_dtype != Dtype::kFloat64 && weight_dtype != Dtype::kFloat64, "x and weight must not be float64");
-  require(call.top_k >= 1 && call.top_k <= call.experts, "top_k must lie in 1..", call.experts, "; got ", call.top_k);
-  return {
-      .x_dtype = x_dtype,
-      .weight_dtype = weight_dtype,
-      .tokens = call.tokens,
-      .features = call.features,
-      .experts = call.experts,
-      .top_k = call.top_k,
-      .raw = call.raw != 0,
-      .x = call.x,
-      .weight = call.weight,
-      .logits = call.logits,
-      .index = call.index,
-      .gates = call.gates,
-  };
-}
-
-}  // namespace mpoe
-
 extern "C" {
-
-int mpoe_gating(const MpoeGating* call) {
-  return answered([&] { gating(checked_gating(*call)); });
-}
 
 int mpoe_route(const MpoeRoute* call) {
   return answered([&] {

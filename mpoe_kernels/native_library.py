@@ -43,13 +43,13 @@ class LinearArguments(ctypes.Structure):
     )
 
 
-class GatingArguments(ctypes.Structure):
-    """``MpoeGating``."""
+class RouterArguments(ctypes.Structure):
+    """``MpoeRouter``."""
 
     _fields_ = _fields(
         texts="dtype weight_dtype",
         numbers="tokens features experts top_k raw",
-        pointers="x weight logits index gates",
+        pointers="x weight logits index gates grad dx dweight",
     )
 
 
@@ -106,7 +106,7 @@ class EmbeddingArguments(ctypes.Structure):
 # In the order in which the library tells their sizes.
 STRUCTS = (
     LinearArguments,
-    GatingArguments,
+    RouterArguments,
     RouteArguments,
     DispatchArguments,
     CombineArguments,

@@ -8,22 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe_kernels.routing.gating import can_route_natively, native_logits, native_logits_backward
 
-def float32_logits(x: Tensor, weight: Tensor) -> Tensor:
+
+def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
-    The backward saves x itself instead of a float32 copy. On a GPU the forward makes no copy either: products of two
-    16-bit numbers are exact in float32, in which tensor cores accumulate them.
+    The backward saves x itself instead of a float32 copy. The forward makes no copy either on a GPU, where products of
+    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels.
+    ``backend``: name of a kernel backend, or ``None``.
     """
     if x.dtype == torch.float32:
         return F.linear(x, weight.float())
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        logits: Tensor = _Logits.apply(x, weight)
+        logits: Tensor = _Logits.apply(x, weight, backend)
         return logits
-    return _logits(x, weight)
+    return _logits(x, weight, backend)
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
+def _logits(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
+    if can_route_natively(x, weight, backend):
+        return native_logits(x, weight)
     logits = logits_of_low_precision(x, weight) if x.device.type == "cuda" else None
     return F.linear(x.float(), weight.float()) if logits is None else logits
 
@@ -53,17 +58,21 @@ class _Logits(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return _logits(x, weight)
+    def forward(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
+        return _logits(x, weight, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.backend = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
+        need_x, need_weight, _ = ctx.needs_input_grad
+        half = torch.float16  # the native gradients are not for it
+        if half not in (x.dtype, weight.dtype) and can_route_natively(x, weight, ctx.backend, grad):
+            return *native_logits_backward(grad, x, weight, (need_x, need_weight)), None
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None
         dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
-        return dx, dweight
+        return dx, dweight, None

@@ -14,7 +14,7 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
-from mpoe_kernels.routing.gating import can_gate_natively, native_gating
+from mpoe_kernels.routing.gating import can_route_natively, native_gating
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
@@ -128,7 +128,7 @@ class TopKRouter(FromInitialValues):
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
             elif self.can_gate_natively(x):
                 return RouterOutput(*native_gating(x, self.weight, self.top_k, self.config.is_scale_prob))
-            logits = float32_logits(x, self.weight)
+            logits = float32_logits(x, self.weight, self.backend)
             weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)
@@ -140,7 +140,7 @@ class TopKRouter(FromInitialValues):
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other
         tensors."""
         jitters = self.training and self.config.jitter
-        return not jitters and not self.config.is_gshard and can_gate_natively(x, self.weight, self.backend, *others)
+        return not jitters and not self.config.is_gshard and can_route_natively(x, self.weight, self.backend, *others)
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

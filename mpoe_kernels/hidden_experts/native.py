@@ -75,13 +75,13 @@ def routed(
     u_gate: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Gating] | None:
-    """The router's decision for few tokens, and `forward` of the chosen experts, in one call.
+    """The router's decision, and `forward` of the chosen experts, in one call.
 
     While decoding, checking every argument takes longer than computing: invalid arguments are left to the op, which
     raises the error.
 
     Args:
-        x: the router's tokens ``[T, I]``, where `routing.gating.can_gate_natively` holds.
+        x: the router's tokens ``[T, I]``, where `routing.gating.can_route_natively` holds.
         router_weight: ``[E, I]``.
         top_k: K.
         raw: as in `native_gating`.

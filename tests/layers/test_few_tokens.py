@@ -1,4 +1,4 @@
-"""What one native call computes for few tokens: the router's decision, and the hidden-side experts that it chooses."""
+"""What one native call computes without gradients: the router's decision, and the hidden-side experts it chooses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import HiddenFeedForward, TopKRouter, hidden
 from mpoe.layers.context import routing_context
 from mpoe_kernels import available_backends, use_backend
-from mpoe_kernels.routing import gating
 
 pytestmark = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,15 +21,15 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 def by_pytorch(router: TopKRouter, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, experts and gates as computed by PyTorch's ops."""
-    with torch.enable_grad():
+    with torch.enable_grad(), use_backend("eager"):
         found = router(x)
     return found.logits.detach(), found.top_k_index, found.top_k_weights.detach()
 
 
 @given(
-    tokens=st.integers(0, 9),
+    tokens=st.integers(0, 20),
     features=st.integers(1, 140),
-    experts=st.integers(1, 17),
+    experts=st.integers(1, 40),
     top_k=st.integers(1, 8),
     raw=st.booleans(),
     x_dtype=st.sampled_from([F32, BF16, F16]),
@@ -99,10 +98,6 @@ def test_who_else_has_a_part_in_a_call_sees_pytorch_ops() -> None:
     assert not router.can_gate_natively(x)  # its weight needs a gradient
     with torch.no_grad():
         assert router.can_gate_natively(x)
-        assert not router.can_gate_natively(torch.randn(gating.MOST_LOGITS // 4 + 1, 6))
-        many = TopKRouter(6, 64)
-        assert many.can_gate_natively(torch.randn(4, 6))
-        assert not many.can_gate_natively(torch.randn(5, 6))
         assert not router.can_gate_natively(x.double())
         assert not router.can_gate_natively(x.to("meta"))
         with use_backend("eager"):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.layers import TopKRouter
+from mpoe.layers import logits as logits_module
 from mpoe.layers.logits import bfloat16_parts, float32_logits, logits_of_low_precision
+from mpoe_kernels import available_backends
 
 LOW = [torch.bfloat16, torch.float16]
 TOKENS, FEATURES, EXPERTS = 20, 64, 6
@@ -27,7 +33,7 @@ def problem(dtype, weight_dtype):
 def test_bits_and_gradients_of_float32_copies(dtype, weight_dtype):
     grad = torch.randn(TOKENS, EXPERTS)
     results = []
-    for product in (float32_logits, lambda x, weight: F.linear(x.float(), weight.float())):
+    for product in (partial(float32_logits, backend="eager"), lambda x, weight: F.linear(x.float(), weight.float())):
         x, weight = problem(dtype, weight_dtype)
         logits = product(x, weight)
         results.append((logits, *torch.autograd.grad(logits, (x, weight), grad)))
@@ -36,7 +42,44 @@ def test_bits_and_gradients_of_float32_copies(dtype, weight_dtype):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-2, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(float32_logits(*problem(dtype, weight_dtype)), results[1][0])
+        assert torch.equal(float32_logits(*problem(dtype, weight_dtype), "eager"), results[1][0])
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+@given(
+    tokens=st.integers(0, 20),
+    features=st.integers(1, 140),
+    experts=st.integers(1, 40),
+    dtypes=st.tuples(st.sampled_from(LOW), st.sampled_from([*LOW, torch.float32])),
+    frozen=st.sampled_from(["nothing", "tokens", "weight"]),
+    seed=st.integers(0, 99),
+)
+def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen, seed):
+    """Against double precision, and only of what needs gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(tokens, experts, generator=generator)
+    x = torch.randn(tokens, features, generator=generator).to(dtypes[0]).requires_grad_(frozen != "tokens")
+    weight = torch.randn(experts, features, generator=generator).to(dtypes[1]).requires_grad_(frozen != "weight")
+    logits = float32_logits(x, weight, "native")
+    logits.backward(grad)
+    want = x.detach().double() @ weight.detach().double().t()
+    torch.testing.assert_close(logits.detach().double(), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(float32_logits(x, weight, "native"), logits)
+    assert (x.grad is None) == (frozen == "tokens")
+    assert (weight.grad is None) == (frozen == "weight")
+    for got, value in ((x.grad, grad.double() @ weight.double()), (weight.grad, grad.double().t() @ x.double())):
+        if got is not None:
+            torch.testing.assert_close(got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4)
+
+
+def test_the_backend_asked_for_computes(monkeypatch):
+    called = []
+    monkeypatch.setattr(logits_module, "native_logits", lambda *arguments: called.append(arguments))
+    for backend in ("eager", "native", None):
+        with torch.no_grad():
+            float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
+    assert len(called) == 2 * ("native" in available_backends())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

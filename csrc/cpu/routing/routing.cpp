@@ -11,11 +11,6 @@
 #include "cpu/routing/rows.h"
 
 namespace mpoe {
-namespace {
-
-// Fewest pairs that a thread sorts and fewest bytes that it moves: less is not worth waking a thread.
-constexpr std::int64_t kPairsPerChunk = 1 << 14;
-constexpr std::int64_t kBytesPerThread = 1 << 16;
 
 const RowFunctions& row_functions(Dtype dtype) {
 #if defined(__x86_64__)
@@ -27,6 +22,12 @@ const RowFunctions& row_functions(Dtype dtype) {
 #endif
   return table[static_cast<int>(dtype)];
 }
+
+namespace {
+
+// Fewest pairs that a thread sorts and fewest bytes that it moves: less is not worth waking a thread.
+constexpr std::int64_t kPairsPerChunk = 1 << 14;
+constexpr std::int64_t kBytesPerThread = 1 << 16;
 
 std::int64_t rows_per_thread(std::int64_t bytes_per_row) {
   return std::max<std::int64_t>(1, kBytesPerThread / std::max<std::int64_t>(1, bytes_per_row));
@@ -77,62 +78,6 @@ std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::
   for (std::int64_t i = 0; i < count; ++i) fine &= values[i] >= low && values[i] <= high;
   if (fine) return -1;
   return std::find_if(values, values + count, [=](std::int64_t v) { return v < low || v > high; }) - values;
-}
-
-namespace {
-
-// The best experts of one token, and their gates.
-void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
-  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  bool known = true;
-  for (std::int64_t e = 0; e < a.experts; ++e) known &= !std::isnan(logits[e]);
-  for (std::int64_t k = 0; k < a.top_k; ++k) {
-    // After the previous choice, in the order of logits and, among equal ones, of numbers.
-    const auto comes_later = [&](std::int64_t e) {
-      if (k == 0) return true;
-      const float last = logits[index[k - 1]];
-      return logits[e] < last || (logits[e] == last && e > index[k - 1]);
-    };
-    std::int64_t best = -1;
-    for (std::int64_t e = 0; known && e < a.experts; ++e)
-      if (comes_later(e) && (best < 0 || logits[e] > logits[best])) best = e;
-    index[k] = known ? best : k;
-  }
-  const float most = logits[index[0]];
-  float sum = 0;
-  if (a.raw)
-    for (std::int64_t e = 0; e < a.experts; ++e) sum += std::exp(logits[e] - most);
-  for (std::int64_t k = 0; k < a.top_k; ++k) {
-    gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
-    if (!a.raw) sum += gates[k];
-  }
-  for (std::int64_t k = 0; k < a.top_k; ++k) gates[k] /= sum;
-}
-
-// The rows if they are float, otherwise a converted copy in `kept`.
-const float* floats_of(const void* rows, Dtype dtype, std::int64_t count, std::vector<float>& kept) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(rows);
-  kept.resize(static_cast<std::size_t>(count));
-  row_functions(dtype).widen(rows, kept.data(), count);
-  return kept.data();
-}
-
-}  // namespace
-
-void gating(const Gating& a) {
-  const RowFunctions& functions = row_functions(Dtype::kFloat32);
-  std::vector<float> of_weight;
-  const float* const weight = floats_of(a.weight, a.weight_dtype, a.experts * a.features, of_weight);
-  parallel_for(0, a.tokens, rows_per_thread(4 * a.experts * a.features), [&](std::int64_t first, std::int64_t last) {
-    std::vector<float> of_row;
-    for (std::int64_t t = first; t < last; ++t) {
-      const float* const row =
-          floats_of(at(a.x, t * a.features * size_of(a.x_dtype)), a.x_dtype, a.features, of_row);
-      float* const logits = a.logits + t * a.experts;
-      for (std::int64_t e = 0; e < a.experts; ++e) functions.dot(row, weight + e * a.features, logits + e, a.features);
-      choose(a, logits, a.index + t * a.top_k, a.gates + t * a.top_k);
-    }
-  });
 }
 
 void route(const Route& a) {

@@ -12,19 +12,6 @@ namespace mpoe {
 // Position of the first value outside [low, high], or -1.
 std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
 
-// Logits of tokens, their best experts and those experts' gates. For few tokens: each logit is a separate dot product.
-struct Gating {
-  Dtype x_dtype, weight_dtype;  // any but kFloat64
-  std::int64_t tokens, features, experts, top_k;
-  bool raw;            // gates are probabilities; otherwise these divided by their sum (1 if top_k is 1)
-  const void* x;       // [T, features]
-  const void* weight;  // [E, features]
-  float* logits;        // [T, E]
-  std::int64_t* index;  // [T, K], best first, the lower number among equals; the first experts if a logit is NaN
-  float* gates;         // [T, K]; NaN if a logit is NaN or inf, or all are -inf
-};
-void gating(const Gating& arguments);
-
 struct Route {
   const std::int64_t* index;  // [T, K], each in 0..E-1
   std::int64_t tokens, top_k, experts;

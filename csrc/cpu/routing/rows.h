@@ -17,11 +17,16 @@ struct RowFunctions {
   void (*dot)(const void* a, const void* b, void* result, std::int64_t n);
   // out = row
   void (*widen)(const void* row, float* out, std::int64_t n);
+  // out[e] = <row, others + e * n> for e < count; float alone.
+  void (*dots)(const float* row, const float* others, std::int64_t count, std::int64_t n, float* out);
 };
 
 // Indexed by Dtype.
 extern const RowFunctions kRowsGeneric[4];
 extern const RowFunctions kRowsAvx2[4];
 extern const RowFunctions kRowsAvx512[4];
+
+// Those of the instruction set in use.
+const RowFunctions& row_functions(Dtype dtype);
 
 }  // namespace mpoe

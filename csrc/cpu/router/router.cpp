@@ -1,0 +1,197 @@
+#include "cpu/router/router.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/buffer.h"
+#include "common/parallel.h"
+#include "cpu/gemm/outer.h"
+#include "cpu/routing/rows.h"
+
+namespace mpoe {
+namespace {
+
+// Up to this many experts or tokens, a product that packs the weight takes longer than a dot product per logit: its
+// tiles are wider than the experts are many, or hold few rows.
+constexpr std::int64_t kFewExperts = 8, kFewTokens = 8;
+constexpr std::int64_t kProductsPerThread = 1 << 14;  // fewer are not worth waking a thread
+constexpr std::int64_t kColumns = 4 * kPanel;         // of the weight's gradient that one task computes
+
+const void* at(const void* base, std::int64_t elements, Dtype dtype) {
+  return static_cast<const char*>(base) + elements * size_of(dtype);
+}
+void* at(void* base, std::int64_t elements, Dtype dtype) {
+  return static_cast<char*>(base) + elements * size_of(dtype);
+}
+
+// Numbers that are float, or a float copy of them.
+class Floats32 {
+ public:
+  Floats32(Dtype dtype, std::int64_t most) : dtype_(dtype), copy_(dtype == Dtype::kFloat32 ? 0 : most) {}
+
+  const float* operator()(const void* numbers, std::int64_t count) {
+    if (dtype_ == Dtype::kFloat32) return static_cast<const float*>(numbers);
+    row_functions(dtype_).widen(numbers, copy_.get(), count);
+    return copy_.get();
+  }
+
+ private:
+  const Dtype dtype_;
+  Buffer<float> copy_;
+};
+
+// f(first token, last token) on several threads.
+template <class F>
+void for_token_ranges(const Router& r, std::int64_t at_least, const F& f) {
+  const std::int64_t products = std::max<std::int64_t>(1, r.experts * r.features);
+  parallel_for(0, r.tokens, std::max(at_least, ceil_divide(kProductsPerThread, products)), f);
+}
+
+// f(first token, tokens) for strips of a tile's height, whose float copies stay in the L2 cache.
+template <class F>
+void for_strips(const Router& r, const F& f) {
+  parallel_for(0, ceil_divide(r.tokens, kStripRows), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin * kStripRows; first < std::min(r.tokens, end * kStripRows); first += kStripRows)
+      f(first, std::min(kStripRows, r.tokens - first));
+  });
+}
+
+void logits_by_dots(const Router& r, const float* weight, float* logits) {
+  const RowFunctions& functions = row_functions(Dtype::kFloat32);
+  for_token_ranges(r, 1, [&](std::int64_t begin, std::int64_t end) {
+    Floats32 rows(r.x_dtype, r.features);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const float* const row = rows(at(r.x, t * r.features, r.x_dtype), r.features);
+      functions.dots(row, weight, r.experts, r.features, logits + t * r.experts);
+    }
+  });
+}
+
+// `x`, `weight`: both of type T; rows_of(first token, tokens) gives rows of T.
+template <class T, class Rows>
+void logits_by_tiles(const Router& r, const GemmKernels& gemm, const T* weight, float* logits, const Rows& rows_of) {
+  const std::int64_t wide = round_up(r.experts, kPanel);
+  Buffer<T> panels(wide * r.features);
+  gemm.pack_transposed(panels.get(), r.features / gemm.unit, weight, r.features, r.features, r.experts);
+  for_strips(r, [&](std::int64_t first, std::int64_t count) {
+    rows_of(first, count, [&](const T* rows) {
+      multiply_all(
+          gemm, count, r.features, rows, r.features, panels.get(), r.experts,
+          [&](std::int64_t row, std::int64_t some, std::int64_t c, const float* tile) {
+            for (std::int64_t i = 0; i < some; ++i)
+              std::copy_n(
+                  tile + i * kPanel, std::min(kPanel, r.experts - c), logits + (first + row + i) * r.experts + c);
+          });
+    });
+  });
+}
+
+// The best experts of one token, and their gates.
+void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  const std::int64_t experts = a.router.experts;
+  bool known = true;
+  for (std::int64_t e = 0; e < experts; ++e) known &= !std::isnan(logits[e]);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    // After the previous choice, in the order of logits and, among equal ones, of numbers.
+    const auto comes_later = [&](std::int64_t e) {
+      if (k == 0) return true;
+      const float last = logits[index[k - 1]];
+      return logits[e] < last || (logits[e] == last && e > index[k - 1]);
+    };
+    std::int64_t best = -1;
+    for (std::int64_t e = 0; known && e < experts; ++e)
+      if (comes_later(e) && (best < 0 || logits[e] > logits[best])) best = e;
+    index[k] = known ? best : k;
+  }
+  const float most = logits[index[0]];
+  float sum = 0;
+  if (a.raw)
+    for (std::int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - most);
+  for (std::int64_t k = 0; k < a.top_k; ++k) {
+    gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
+    if (!a.raw) sum += gates[k];
+  }
+  for (std::int64_t k = 0; k < a.top_k; ++k) gates[k] /= sum;
+}
+
+}  // namespace
+
+void router_logits(const Router& r, float* logits) {
+  if (r.tokens == 0) return;
+  const GemmKernels& brief = gemm_kernels(Dtype::kBFloat16);
+  const bool many = r.tokens > kFewTokens && r.experts > kFewExperts;
+  const bool both_brief = r.x_dtype == Dtype::kBFloat16 && r.weight_dtype == Dtype::kBFloat16;
+  if (many && both_brief && r.features % brief.unit == 0) {
+    const BFloat16* const x = static_cast<const BFloat16*>(r.x);
+    logits_by_tiles(
+        r, brief, static_cast<const BFloat16*>(r.weight), logits,
+        [&](std::int64_t first, std::int64_t, const auto& use) { use(x + first * r.features); });
+    return;
+  }
+  Floats32 of_weight(r.weight_dtype, r.experts * r.features);
+  const float* const weight = of_weight(r.weight, r.experts * r.features);
+  if (!many) return logits_by_dots(r, weight, logits);
+  logits_by_tiles(
+      r, gemm_kernels(Dtype::kFloat32), weight, logits,
+      [&](std::int64_t first, std::int64_t count, const auto& use) {
+        Floats32 rows(r.x_dtype, count * r.features);
+        use(rows(at(r.x, first * r.features, r.x_dtype), count * r.features));
+      });
+}
+
+void router_logits_backward(const Router& r, const float* grad, void* dx, void* dweight) {
+  const GemmKernels& gemm = gemm_kernels(Dtype::kFloat32);
+  if (dx != nullptr) {
+    const GemmKernels& to = gemm_kernels(r.x_dtype);
+    Floats32 of_weight(r.weight_dtype, r.experts * r.features);
+    Buffer<float> panels(r.experts * round_up(r.features, kPanel));
+    gemm.pack(
+        panels.get(), r.experts, of_weight(r.weight, r.experts * r.features), r.features, r.experts, r.features);
+    for_strips(r, [&](std::int64_t first, std::int64_t count) {
+      multiply_all(
+          gemm, count, r.experts, grad + first * r.experts, r.experts, panels.get(), r.features,
+          [&](std::int64_t row, std::int64_t some, std::int64_t c, const float* tile) {
+            to.store(
+                tile, some, std::min(kPanel, r.features - c), at(dx, (first + row) * r.features + c, r.x_dtype),
+                r.features);
+          });
+    });
+  }
+  if (dweight == nullptr) return;
+  const GemmKernels& to = gemm_kernels(r.weight_dtype);
+  parallel_for(0, ceil_divide(r.features, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
+    constexpr std::int64_t kBatch = 512;  // tokens
+    for (std::int64_t start = begin * kColumns; start < std::min(r.features, end * kColumns); start += kColumns) {
+      const std::int64_t columns = std::min(kColumns, r.features - start);
+      OuterSum<float> product(gemm, r.experts, columns);
+      Buffer<float> sum = zeros<float>(r.experts * product.stride());
+      const bool copies = r.x_dtype != Dtype::kFloat32;
+      Buffer<float> copy(copies ? kBatch * columns : 0);
+      for (std::int64_t first = 0; first < r.tokens; first += kBatch) {
+        const std::int64_t count = std::min(kBatch, r.tokens - first);
+        const void* const rows = at(r.x, first * r.features + start, r.x_dtype);
+        for (std::int64_t t = 0; copies && t < count; ++t)
+          row_functions(r.x_dtype).widen(at(rows, t * r.features, r.x_dtype), copy.get() + t * columns, columns);
+        product(
+            count, grad + first * r.experts, r.experts, copies ? copy.get() : static_cast<const float*>(rows),
+            copies ? columns : r.features, sum.get(), true);
+      }
+      for (std::int64_t e = 0; e < r.experts; ++e)
+        to.round_row(
+            sum.get() + e * product.stride(), at(dweight, e * r.features + start, r.weight_dtype), columns);
+    }
+  });
+}
+
+void gating(const Gating& a) {
+  const std::int64_t experts = a.router.experts;
+  router_logits(a.router, a.logits);
+  for_token_ranges(a.router, 256, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+      choose(a, a.logits + t * experts, a.index + t * a.top_k, a.gates + t * a.top_k);
+  });
+}
+
+}  // namespace mpoe

@@ -1,0 +1,36 @@
+// A softmax router on raw pointers: logits, best experts, gates, and the gradients of the logits.
+// T tokens of `features` numbers, E experts, K choices per token; all arrays dense. Arithmetic is float32, except that
+// products of two bfloat16 numbers, which are exact in float32, may be summed by instructions for bfloat16.
+// Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace mpoe {
+
+struct Router {
+  Dtype x_dtype, weight_dtype;  // any but kFloat64
+  std::int64_t tokens, features, experts;
+  const void* x;       // [T, features]
+  const void* weight;  // [E, features]
+};
+
+// logits [T, E] = x weight^T
+void router_logits(const Router& router, float* logits);
+
+// Gradients of the logits, from `grad` [T, E]; x is kFloat32 or kBFloat16, and so is weight. Null: not wanted.
+void router_logits_backward(const Router& router, const float* grad, void* dx, void* dweight);
+
+struct Gating {
+  Router router;
+  std::int64_t top_k;
+  bool raw;             // gates are probabilities; otherwise these divided by their sum (1 if top_k is 1)
+  float* logits;        // [T, E]
+  std::int64_t* index;  // [T, K], best first, the lower number among equals; the first experts if a logit is NaN
+  float* gates;         // [T, K]; NaN if a logit is NaN or inf, or all are -inf
+};
+void gating(const Gating& arguments);
+
+}  // namespace mpoe

@@ -116,7 +116,7 @@ struct MpoeHidden {
   const void* left;           // the same
   const void* right_gate;     // the same; with u_gate
   const void* bias;           // [experts, features] or null
-  void* out;                  // [tokens, features]
+  void* out;                  // [tokens, features]; may be u
   // Gradients:
   const void* grad;  // [tokens, features]
   void *du, *dgates, *dright, *dleft, *dbias, *du_gate, *dright_gate;  // like their namesakes; null: not wanted

@@ -77,6 +77,7 @@ class Array {
   }
 
   void* data() const { return data_; }
+  Dtype dtype() const { return dtype_; }
   std::int64_t count() const { return count_; }
   double get(std::int64_t i) const {
     const char* place = data_ + i * size_of(dtype_);

@@ -34,6 +34,12 @@ void check_case(const Case& c, Dtype dtype, int number) {
     for (std::size_t k = 0; k < truth.size(); ++k)
       found.emplace_back(k == 2 ? Dtype::kFloat32 : dtype, static_cast<std::int64_t>(truth[k].size()));
     hidden_experts(arguments, found[0].data());
+    Array in_place(dtype, in.u.count());
+    if (in.u.count() > 0) std::memcpy(in_place.data(), in.u.data(), in.u.count() * size_of(dtype));
+    HiddenExperts overwriting = arguments;
+    overwriting.u = in_place.data();
+    hidden_experts(overwriting, in_place.data());
+    check::require(in_place.same_bits(found[0]), "case " + std::to_string(number) + ": other bits in place");
     hidden_experts_backward(
         arguments, in.grad.data(),
         {.du = found[1].data(), .dgates = static_cast<float*>(found[2].data()), .dright = found[3].data(),

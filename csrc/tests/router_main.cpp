@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "cpu/router/router.h"
+#include "sorted.h"
 
 namespace mpoe {
 namespace {

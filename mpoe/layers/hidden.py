@@ -24,6 +24,12 @@ def _is_observed(module: nn.Module) -> bool:
     return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
+def _returns_new_memory(module: nn.Module) -> bool:
+    """Whether nobody but its caller has a module's result: of no other kind of module is this known."""
+    is_dense = type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return is_dense and not _is_observed(module)
+
+
 class _SumOfGradients(torch.autograd.Function):
     """The tensor itself; its gradient is summed over the ranks of a process group."""
 
@@ -157,12 +163,12 @@ class HiddenExperts(FromInitialValues):
         )
 
     def routed(
-        self, router: nn.Module, x: Tensor, u: Tensor, u_gate: Tensor | None = None
+        self, router: nn.Module, x: Tensor, u: Tensor, u_gate: Tensor | None = None, overwrites: bool = False
     ) -> tuple[Tensor, RouterOutput] | None:
-        """Route few tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
+        """Route tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
 
         One native call replaces both forwards. Returns None if either module is observed, or with gradients, autocast,
-        a mesh or another backend.
+        a mesh or another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
         if (
@@ -174,7 +180,7 @@ class HiddenExperts(FromInitialValues):
         ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
-        found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation)
+        found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation, overwrites)
         return None if found is None else (found[0], RouterOutput(*found[1]))
 
     def extra_repr(self) -> str:
@@ -290,7 +296,8 @@ class HiddenFeedForward(RoutedFeedForward):
 
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
         """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
-        found = None if self.router is None else self.experts.routed(self.router, x, u, u_gate)
+        overwrites = _returns_new_memory(getattr(self, self.names["up"]))
+        found = None if self.router is None else self.experts.routed(self.router, x, u, u_gate, overwrites)
         if found is None:
             return self._between(u, u_gate, *self._decision(x, None))
         self.record(found[1], None)

@@ -74,6 +74,7 @@ def routed(
     bias: Tensor | None,
     u_gate: Tensor | None,
     activation: str,
+    overwrites: bool,
 ) -> tuple[Tensor, Gating] | None:
     """The router's decision, and `forward` of the chosen experts, in one call.
 
@@ -90,6 +91,7 @@ def routed(
         bias: ``[E, F]`` or None.
         u_gate: as ``u``, or None.
         activation: as in `HiddenCall`.
+        overwrites: nobody needs ``u`` any more: the result may take its place.
 
     Returns:
         ``o [..., F]`` and the decision; None if the op must be called instead.
@@ -121,7 +123,7 @@ def routed(
         ):
             return None
     router, found = arguments_of(x, router_weight, top_k, raw)
-    out = u.new_empty(u.shape)
+    out = u if overwrites else u.new_empty(u.shape)
     order = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias, out)
     arguments = HiddenArguments(
         *(DTYPES[u.dtype], activation.encode(), tokens, features, block, experts, groups, top_k),

@@ -198,6 +198,29 @@ def test_hooks_masks_dropouts_and_gradients_take_the_longer_way(calls) -> None:
     assert layer.router.weight.grad is not None
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 300])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_result_takes_the_place_of_what_nobody_needs(gated, tokens, calls) -> None:
+    """Of a plain projection's rows; those that a hook, another module's result or a caller might hold stay."""
+    torch.manual_seed(0)
+    layer, x, kept = feed_forward(gated=gated), torch.randn(tokens, 12), []
+    own = layer.experts.routed
+    layer.experts.routed = lambda *arguments: kept.append((arguments[2], own(*arguments))) or kept[-1][1]
+    with torch.no_grad():
+        want = layer(x)
+        u, (o, _) = kept.pop()
+        assert o.data_ptr() == u.data_ptr()
+        handle = layer.up.register_forward_hook(lambda *_: None)
+        before = layer.up(x)
+        torch.testing.assert_close(layer(x), want)
+        assert torch.equal(kept.pop()[0], before)
+        handle.remove()
+        layer.up = nn.Sequential(layer.up)
+        torch.testing.assert_close(layer(x), want)
+        assert torch.equal(kept.pop()[0], before)
+    assert calls == [True] * 3
+
+
 def test_what_does_not_fit_is_refused_by_the_op(calls) -> None:
     layer, x = feed_forward(), torch.randn(4, 12)
     layer.experts.auxiliary["left"] = nn.Parameter(torch.zeros(5, 4, 8, 8, dtype=BF16))

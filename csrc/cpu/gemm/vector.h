@@ -70,6 +70,15 @@ inline Halves round_to_bfloat16(Floats value) {
 inline void store_floats(float* address, Floats value) { store_vector(address, value); }
 inline void store_floats(BFloat16* address, Floats value) { store_vector(address, round_to_bfloat16(value)); }
 
+// The sum of a vector's numbers, by halves.
+inline float sum_of(Floats value) {
+  float lanes[kWidth];
+  store_floats(lanes, value);
+  for (int width = kWidth / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
 inline float load_float(const char* address) {
   float value;
   std::memcpy(&value, address, 4);

@@ -5,12 +5,17 @@
 namespace mpoe {
 namespace {
 
-// Consecutive pieces of a part's scratch memory, which is zero at first.
+// Consecutive pieces of a part's scratch memory. Zeros but for what is `raw`: products read padding.
 struct Scratch {
   float* next;
-  float* floats(int64_t count) {
+  float* raw(int64_t count) {
     float* piece = next;
     next += (count + 15) / 16 * 16;
+    return piece;
+  }
+  float* floats(int64_t count) {
+    float* piece = raw(count);
+    std::memset(piece, 0, count * sizeof(float));
     return piece;
   }
   template <class T>
@@ -75,13 +80,6 @@ void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* fa
     }
 }
 
-// dz = d act'(z), where `d` is the gradient of the activation's output.
-template <Activation kind>
-void deactivate_rows(const Sizes& s, int64_t rows, const float* d, float* z) {
-  for (int64_t c = 0; c < rows * s.wide; c += kWidth)
-    store_floats(z + c, deactivate<kind>(load_floats(d + c), load_floats(z + c)));
-}
-
 // f(constant of the activation)
 template <Activation kind>
 struct Kind {
@@ -116,7 +114,7 @@ void forward(
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), most = rows_at_once(in, sorted);
   const int64_t panel = most > kFewRows ? s.units * s.wide : 0;
-  float* sum = scratch.floats(sorted.together * tile_tokens * s.wide);
+  float* sum = scratch.raw(sorted.together * tile_tokens * s.wide);
   float *z = scratch.floats(most * s.wide), *value = scratch.floats(most * s.wide);
   float *right = scratch.floats(panel), *left = scratch.floats(panel), *right_gate = scratch.floats(panel);
   T *rows_u = scratch.elements<T>(most * s.stride), *h = scratch.elements<T>(most * s.stride);
@@ -160,11 +158,11 @@ void forward(
   });
 }
 
-// core [b, b] += a^T d over rows, both operands [rows, b].
+// core [b, b] (adds: +)= a^T d over rows, both operands [rows, b].
 template <class T>
 void add_outer(
     const GemmKernels& gemm, const Sizes& s, const T* a, const T* d, int64_t rows, float* panels_a, float* panels_d,
-    float* tile, float* core) {
+    float* tile, float* core, bool adds) {
   const int64_t units = (rows + s.unit - 1) / s.unit;
   gemm.pack(panels_a, units, a, s.stride, rows, s.block);
   gemm.pack(panels_d, units, d, s.stride, rows, s.block);
@@ -177,20 +175,52 @@ void add_outer(
         float* target = core + (i + first) * s.block + c;
         gemm.multiply_columns(
             some, units, panels_a + i * units + first, panels_d + c * units, whole ? target : tile,
-            whole ? s.block : kPanel, whole);
+            whole ? s.block : kPanel, whole && adds);
         for (int64_t r = 0; !whole && r < some; ++r)
-          for (int64_t j = 0; c + j < s.block; ++j) target[r * s.block + j] += tile[r * kPanel + j];
+          for (int64_t j = 0; c + j < s.block; ++j) {
+            float& sum = target[r * s.block + j];
+            sum = (adds ? sum : 0.0f) + tile[r * kPanel + j];
+          }
       }
     }
   }
 }
 
+// Where the rows of a chunk's gradients are.
 template <class T>
-void round_rows(const Sizes& s, const Chunk& chunk, const float* from, const float* gates, T* out) {
+struct GradientRows {
+  const float* dh;     // of act(z) (times value), before the gate's factor
+  const float* value;  // u R; read if gated
+  float* z;            // pre-activations, replaced by their gradients
+  T* h;                // the expert's hidden rows times their gates
+  T *dvalue, *dz;      // gradients of value (if gated) and z
+};
+
+// Everything between the products of a chunk's backward, and <h, dh>: the gradients of its gates.
+template <Activation kind, bool gated, class T>
+void turn_back(
+    const HiddenExperts& in, const Sizes& s, const Chunk& chunk, const GradientRows<T>& rows, float* slot_gates) {
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const Floats gate = splat(gates == nullptr ? 1.0f : gates[chunk.slots[r]]);
-    for (int64_t c = 0; c < s.wide; c += kWidth)
-      store_floats(out + r * s.stride + c, gate * load_floats(from + r * s.wide + c));
+    const Floats gate = splat(in.gates[chunk.slots[r]]);
+    Floats products = {};
+    for (int64_t c = 0; c < s.wide; c += kWidth) {
+      const int64_t at = r * s.wide + c, to = r * s.stride + c;
+      const Floats z = load_floats(rows.z + at), dh = load_floats(rows.dh + at), act = activate<kind>(z);
+      Floats h = act, down = gate * dh;
+      if constexpr (gated) {
+        const Floats value = load_floats(rows.value + at);
+        h = act * value;
+        store_floats(rows.dvalue + to, down * act);
+        down = down * value;
+      }
+      products = multiply_add(h, dh, products);
+      store_floats(rows.h + to, gate * h);
+      const Floats dz = deactivate<kind>(down, z);
+      store_floats(rows.z + at, dz);
+      store_floats(rows.dz + to, dz);
+    }
+    if (slot_gates != nullptr)
+      slot_gates[chunk.groups[r] * in.tokens * in.top_k + chunk.slots[r]] = sum_of(products);
   }
 }
 
@@ -200,20 +230,21 @@ void backward(
     const void* grad, const HiddenExpertsGradients& out) {
   const Sizes s(gemm, in.block);
   const bool gated = in.u_gate != nullptr;
-  const int64_t square = s.block * s.block, kinds = gated ? 3 : 2, pairs = in.tokens * in.top_k;
+  const int64_t square = s.block * s.block, kinds = gated ? 3 : 2;
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), panel = s.units * s.wide;
   const int64_t sums = sorted.together * tile_tokens * s.wide;
-  float *du = scratch.floats(sums), *du_gate = scratch.floats(gated ? sums : 0);
+  float *du = scratch.raw(sums), *du_gate = scratch.raw(gated ? sums : 0);
   const int64_t tile_size = rows_at_once(in, sorted) * s.wide, rows_size = rows_at_once(in, sorted) * s.stride;
-  float *z = scratch.floats(tile_size), *value = scratch.floats(tile_size), *act = scratch.floats(tile_size);
-  float *dh = scratch.floats(tile_size), *product_tile = scratch.floats(tile_size);
+  float *z = scratch.floats(tile_size), *value = scratch.floats(tile_size), *dh = scratch.floats(tile_size);
   float *right = scratch.floats(panel), *left = scratch.floats(panel), *back = scratch.floats(panel);
   float *right_gate = scratch.floats(panel), *back_gate = scratch.floats(panel);
   float *panels_a = scratch.floats(tile_size), *panels_d = scratch.floats(tile_size);
   float* odd = scratch.floats(kMaxRows * kPanel);
   T *rows_u = scratch.elements<T>(rows_size), *rows_gate = scratch.elements<T>(rows_size);
-  T *rows_do = scratch.elements<T>(rows_size), *operand = scratch.elements<T>(rows_size);
+  T *rows_do = scratch.elements<T>(rows_size), *h = scratch.elements<T>(rows_size);
+  T *dz = scratch.elements<T>(rows_size), *dvalue = gated ? scratch.elements<T>(rows_size) : dz;
+  std::uint8_t* begun = scratch.elements<std::uint8_t>(in.experts);  // whether the sums of its cores hold something
   // [E, groups together, wide]
   float* dbias = scratch.floats(out.dbias == nullptr ? 0 : in.experts * sorted.together * s.wide);
 
@@ -222,6 +253,8 @@ void backward(
     for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk, bool first, int64_t) {
       const int64_t rows = chunk.rows;
       float* cores = part.cores + e * kinds * square;
+      const bool adds = begun[e] != 0;
+      begun[e] = 1;
       if (first) {
         const T* r = block_of<T>(in, in.right, e, group);
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
@@ -242,61 +275,31 @@ void backward(
       }
       add_bias<T>(in, s, e, chunk, z);
       product(gemm, s, rows_do, rows, left, dh);  // not yet times the gate
+      const GradientRows<T> turned{dh, value, z, h, dvalue, dz};
       with_activation(in.activation, [&](auto kind) {
-        for (int64_t c = 0; c < rows * s.wide; c += kWidth)
-          store_floats(act + c, activate<decltype(kind)::value>(load_floats(z + c)));
+        if (gated)
+          turn_back<decltype(kind)::value, true>(in, s, chunk, turned, part.slot_gates);
+        else
+          turn_back<decltype(kind)::value, false>(in, s, chunk, turned, part.slot_gates);
       });
-      float* h = act;
-      if (gated) {
-        h = product_tile;
-        for (int64_t c = 0; c < rows * s.wide; c += kWidth)
-          store_floats(h + c, load_floats(act + c) * load_floats(value + c));
-      }
-      if (part.slot_gates != nullptr) {
-        for (int64_t r = 0; r < rows; ++r) {
-          Floats sums = {};
-          for (int64_t c = 0; c < s.wide; c += kWidth)
-            sums = multiply_add(load_floats(h + r * s.wide + c), load_floats(dh + r * s.wide + c), sums);
-          float total = 0;
-          for (int i = 0; i < kWidth; ++i) total += sums[i];
-          part.slot_gates[chunk.groups[r] * pairs + chunk.slots[r]] = total;
-        }
-      }
-      if (out.dleft != nullptr) {
-        round_rows(s, chunk, h, in.gates, operand);
-        add_outer(gemm, s, operand, rows_do, rows, panels_a, panels_d, odd, cores + square);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const Floats gate = splat(in.gates[chunk.slots[r]]);
-        for (int64_t c = r * s.wide; c < (r + 1) * s.wide; c += kWidth) {
-          const Floats gated_dh = gate * load_floats(dh + c);
-          if (gated) {  // act becomes the gradient of u R, dh that of the activation
-            const Floats factor = load_floats(value + c);
-            store_floats(act + c, gated_dh * load_floats(act + c));
-            store_floats(dh + c, gated_dh * factor);
-          } else {
-            store_floats(dh + c, gated_dh);
-          }
-        }
-      }
-      with_activation(in.activation, [&](auto kind) { deactivate_rows<decltype(kind)::value>(s, rows, dh, z); });
+      const auto add_core = [&](int64_t kind, const T* a, const T* d) {
+        add_outer(gemm, s, a, d, rows, panels_a, panels_d, odd, cores + kind * square, adds);
+      };
+      if (out.dleft != nullptr) add_core(1, h, rows_do);
       if (out.dbias != nullptr)
         for (int64_t r = 0; r < rows; ++r) {
           float* target = dbias + (e * together + chunk.groups[r] - group) * s.wide;
           for (int64_t c = 0; c < s.wide; ++c) target[c] += z[r * s.wide + c];
         }
-      round_rows<T>(s, chunk, gated ? act : z, nullptr, operand);
-      if (out.dright != nullptr) add_outer(gemm, s, rows_u, operand, rows, panels_a, panels_d, odd, cores);
+      if (out.dright != nullptr) add_core(0, rows_u, dvalue);
       if (out.du != nullptr) {
-        product(gemm, s, operand, rows, back, value);
+        product(gemm, s, dvalue, rows, back, value);
         add_rows<T>(in, s, tile, chunk, value, nullptr, du, out.du);
       }
       if (!gated) return;
-      round_rows<T>(s, chunk, z, nullptr, operand);
-      if (out.dright_gate != nullptr)
-        add_outer(gemm, s, rows_gate, operand, rows, panels_a, panels_d, odd, cores + 2 * square);
+      if (out.dright_gate != nullptr) add_core(2, rows_gate, dz);
       if (out.du_gate != nullptr) {
-        product(gemm, s, operand, rows, back_gate, value);
+        product(gemm, s, dz, rows, back_gate, value);
         add_rows<T>(in, s, tile, chunk, value, nullptr, du_gate, out.du_gate);
       }
     });
@@ -320,19 +323,25 @@ void backward(
           std::memset(own, 0, square * sizeof(T));
           continue;
         }
-        float* core = part.cores + (e * kinds + kind) * square;
-        store_row(core, own, square);
-        std::memset(core, 0, square * sizeof(float));
+        store_row(part.cores + (e * kinds + kind) * square, own, square);
       }
+    std::memset(begun, 0, in.experts);
   });
 }
 
 template <class T>
 void sum_parts(const float* parts, int64_t count, int64_t stride, void* out, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
+  T* const to = static_cast<T*>(out);
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) {
+    Floats sum = {};
+    for (int64_t p = 0; p < count; ++p) sum = sum + load_floats(parts + p * stride + i);
+    store_floats(to + i, sum);
+  }
+  for (; i < size; ++i) {
     float sum = 0;
     for (int64_t p = 0; p < count; ++p) sum += parts[p * stride + i];
-    store(static_cast<T*>(out)[i], sum);
+    store(to[i], sum);
   }
 }
 

@@ -92,7 +92,7 @@ std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, 
   const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
   const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
   const std::int64_t biases = in.bias == nullptr ? 0 : in.experts * of_groups;
-  return 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide + blocks + biases + 4096;
+  return in.experts + 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide + blocks + biases + 4096;
 }
 
 // Runs body(first group, last group, part) over parts that do not depend on the number of threads.
@@ -119,7 +119,7 @@ void hidden_experts(const HiddenExperts& in, void* out) {
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, rows_at_once(in, sorted.view) > kFewRows);
   for_each_part(in.groups(), parts, [&](auto first, auto last, auto) {
-    Buffer<float> scratch = zeros<float>(size);
+    Buffer<float> scratch(size);
     kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
   });
 }
@@ -132,10 +132,10 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, true);
-  Buffer<float> sums = zeros<float>(shared ? parts * cores : 0);
+  Buffer<float> sums(shared ? parts * cores : 0);  // only those of experts with slots are written and read
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
   for_each_part(groups, parts, [&](auto first, auto last, auto part) {
-    Buffer<float> scratch = zeros<float>(size), own = zeros<float>(shared ? 0 : cores);
+    Buffer<float> scratch(size), own(shared ? 0 : cores);
     float* mine = shared ? sums.get() + part * cores : own.get();
     float* gates = out.dgates == nullptr ? nullptr : slot_gates.get();
     kernels.backward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), mine, gates}, grad, out);
@@ -149,11 +149,14 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   }
   if (!shared) return;
   void* const results[] = {out.dright, out.dleft, out.dright_gate};
-  for (std::int64_t kind = 0; kind < kinds; ++kind)
-    for (std::int64_t e = 0; results[kind] != nullptr && e < in.experts; ++e)
-      kernels.sum_parts(
-          sums.get() + (e * kinds + kind) * square, sorted.view.used[e] ? parts : 0, cores,
-          static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
+  parallel_for(0, in.experts, 1, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t e = first; e < last; ++e)
+      for (std::int64_t kind = 0; kind < kinds; ++kind)
+        if (results[kind] != nullptr)
+          kernels.sum_parts(
+              sums.get() + (e * kinds + kind) * square, sorted.view.used[e] ? parts : 0, cores,
+              static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
+  });
 }
 
 }  // namespace mpoe

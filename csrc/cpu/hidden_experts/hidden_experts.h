@@ -29,6 +29,7 @@ struct HiddenExperts {
 
   std::int64_t groups() const { return features / block; }
 };
+// `out` may be in.u: a row is written when it is read for the last time.
 void hidden_experts(const HiddenExperts& in, void* out);
 
 // Gradients; null: not wanted.

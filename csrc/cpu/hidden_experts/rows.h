@@ -32,14 +32,14 @@ struct Tile {
   int64_t first_group, last_group, first_token, tokens;
 };
 
-// Slots of one expert, each with its group: at most `Sizes::chunk`.
+constexpr int64_t kAhead = 8;  // rows: each is in its own page, and the hardware cannot tell which is next
+
+// Slots of one expert, each with its group: at most `Sizes::chunk`. The owners and groups of `ahead` more rows follow.
 struct Chunk {
-  int64_t rows;
-  int64_t slots[kChunk], owners[kChunk], groups[kChunk];
+  int64_t rows, ahead;
+  int64_t slots[kChunk], owners[kChunk + kAhead], groups[kChunk + kAhead];
   std::uint8_t marks[kChunk];
 };
-
-constexpr int64_t kAhead = 8;  // rows: each is in its own page, and the hardware cannot tell which is next
 
 // locality: 3 into the L1 cache, 2 into the L2 cache.
 template <int locality>
@@ -56,9 +56,15 @@ void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chu
   const auto source = [&](int64_t r) {
     return static_cast<const T*>(from) + chunk.owners[r] * in.features + chunk.groups[r] * s.block;
   };
+  constexpr int64_t kOnce = 4 * kWidth / static_cast<int64_t>(sizeof(T));  // elements of a vector
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    if (r + kAhead < chunk.rows) prefetch_to_read<3>(source(r + kAhead), s.block * static_cast<int64_t>(sizeof(T)));
-    std::memcpy(out + r * s.stride, source(r), s.block * sizeof(T));
+    if (r + kAhead < chunk.rows + chunk.ahead)
+      prefetch_to_read<3>(source(r + kAhead), s.block * static_cast<int64_t>(sizeof(T)));
+    const T* const row = source(r);
+    T* const to = out + r * s.stride;
+    int64_t c = 0;
+    for (; c + kOnce <= s.block; c += kOnce) store_vector(to + c, load_vector<Words>(row + c));
+    if (c < s.block) std::memcpy(to + c, row + c, (s.block - c) * sizeof(T));
   }
 }
 
@@ -131,10 +137,16 @@ template <class F>
 void for_each_chunk(
     const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {
   const int64_t* offsets = sorted.offsets + number * (in.experts + 1);
+  const int64_t together = tile.last_group - tile.first_group, end = offsets[in.experts];
   Chunk chunk;
   for (int64_t e = 0; e < in.experts; ++e) {
-    const int64_t all = (offsets[e + 1] - offsets[e]) * (tile.last_group - tile.first_group);
+    const int64_t all = (offsets[e + 1] - offsets[e]) * together;
     int64_t slot = offsets[e], group = tile.first_group;
+    const auto next = [&](int64_t& of_slot, int64_t& of_group) {
+      if (++of_group < tile.last_group) return;
+      of_group = tile.first_group;
+      ++of_slot;
+    };
     for (int64_t first = 0; first < all; first += s.chunk) {
       chunk.rows = least(s.chunk, all - first);
       for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -142,10 +154,13 @@ void for_each_chunk(
         chunk.owners[r] = sorted.owners[slot];
         chunk.marks[r] = sorted.marks[slot];
         chunk.groups[r] = group;
-        if (++group == tile.last_group) {
-          group = tile.first_group;
-          ++slot;
-        }
+        next(slot, group);
+      }
+      // The next expert's rows follow in the order of slots.
+      chunk.ahead = 0;
+      for (int64_t later = slot, of_group = group; later < end && chunk.ahead < kAhead; next(later, of_group)) {
+        chunk.owners[chunk.rows + chunk.ahead] = sorted.owners[later];
+        chunk.groups[chunk.rows + chunk.ahead++] = of_group;
       }
       f(e, chunk, first == 0, all);
     }

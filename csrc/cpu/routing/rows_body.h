@@ -68,11 +68,7 @@ void dot(const void* a, const void* b, void* result, std::int64_t n) {
 inline float sum_of_lanes(Floats (&partial)[kLanes / kWidth]) {
   for (std::int64_t count = kLanes / kWidth / 2; count > 0; count /= 2)
     for (std::int64_t i = 0; i < count; ++i) partial[i] += partial[i + count];
-  float lanes[kWidth];
-  store_floats(lanes, partial[0]);
-  for (std::int64_t width = kWidth / 2; width > 0; width /= 2)
-    for (std::int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return sum_of(partial[0]);
 }
 
 // `count` dot products at once: each vector of `row` is loaded once for all of them.

@@ -70,6 +70,20 @@ const T* block_of(const HiddenExperts& in, const void* blocks, int64_t expert, i
   return static_cast<const T*>(blocks) + own * in.block * in.block;
 }
 
+// Fetches the blocks that are used next.
+template <class T>
+void fetch_next_blocks(const HiddenExperts& in, const Tile& tile, int64_t expert, int64_t group) {
+  if (in.own_groups > 1 && group + 1 < tile.last_group) {
+    ++group;
+  } else {
+    group = tile.first_group;
+    if (++expert == in.experts) return;
+  }
+  const int64_t bytes = in.block * in.block * static_cast<int64_t>(sizeof(T));
+  prefetch_to_read<2>(block_of<T>(in, in.right, expert, group), bytes);
+  prefetch_to_read<2>(block_of<T>(in, in.left, expert, group), bytes);
+}
+
 template <Activation kind, class T>
 void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* factor, T* h) {
   for (int64_t r = 0; r < rows; ++r)
@@ -125,26 +139,21 @@ void forward(
       product(gemm, s, a, rows, panels, tile);
   };
   for_each_tile(in, sorted, part, [&](const Tile& tile, int64_t number) {
-    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk, bool first, int64_t all) {
-      const int64_t rows = chunk.rows, group = tile.first_group;
+    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk) {
+      const int64_t rows = chunk.rows, group = chunk.group, width = fetched(in, s, tile, chunk);
       const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
       const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
-      const bool few = all <= kFewRows;
-      if (first && !few && (e + 1 < in.experts || group + 1 < in.groups())) {
-        const int64_t next_expert = e + 1 < in.experts ? e + 1 : 0, next_group = e + 1 < in.experts ? group : group + 1;
-        const int64_t bytes = s.block * s.block * static_cast<int64_t>(sizeof(T));
-        prefetch_to_read<2>(block_of<T>(in, in.right, next_expert, next_group), bytes);
-        prefetch_to_read<2>(block_of<T>(in, in.left, next_expert, next_group), bytes);
-      }
-      if (first && !few) {
+      const bool few = chunk.all <= kFewRows;
+      if (chunk.begins && !few) {
+        fetch_next_blocks<T>(in, tile, e, group);
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
         gemm.pack(left, s.units, l, s.block, s.block, s.block);
         if (gated) gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
       }
-      gather(in, s, in.u, chunk, rows_u);
+      gather(in, s, in.u, chunk, width, rows_u);
       times(rows_u, rows, few, right, r, gated ? value : z);
       if (gated) {
-        gather(in, s, in.u_gate, chunk, rows_u);
+        gather(in, s, in.u_gate, chunk, width, rows_u);
         times(rows_u, rows, few, right_gate, rg, z);
       }
       add_bias<T>(in, s, e, chunk, z);
@@ -230,6 +239,7 @@ void backward(
     const void* grad, const HiddenExpertsGradients& out) {
   const Sizes s(gemm, in.block);
   const bool gated = in.u_gate != nullptr;
+  const bool shared = in.own_groups == 1;
   const int64_t square = s.block * s.block, kinds = gated ? 3 : 2;
   Scratch scratch{part.scratch};
   const int64_t tile_tokens = least(sorted.tile_tokens, in.tokens), panel = s.units * s.wide;
@@ -245,17 +255,19 @@ void backward(
   T *rows_do = scratch.elements<T>(rows_size), *h = scratch.elements<T>(rows_size);
   T *dz = scratch.elements<T>(rows_size), *dvalue = gated ? scratch.elements<T>(rows_size) : dz;
   std::uint8_t* begun = scratch.elements<std::uint8_t>(in.experts);  // whether the sums of its cores hold something
+  void* const results[] = {out.dright, out.dleft, out.dright_gate};
   // [E, groups together, wide]
   float* dbias = scratch.floats(out.dbias == nullptr ? 0 : in.experts * sorted.together * s.wide);
 
   for_each_tile(in, sorted, part, [&](const Tile& tile, int64_t number) {
-    const int64_t group = tile.first_group, together = tile.last_group - group;
-    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk, bool first, int64_t) {
-      const int64_t rows = chunk.rows;
-      float* cores = part.cores + e * kinds * square;
-      const bool adds = begun[e] != 0;
+    const int64_t together = tile.last_group - tile.first_group;
+    for_each_chunk(in, s, sorted, tile, number, [&](int64_t e, const Chunk& chunk) {
+      const int64_t rows = chunk.rows, group = chunk.group, width = fetched(in, s, tile, chunk);
+      float* cores = part.cores + (shared ? e * kinds * square : 0);
+      const bool adds = shared ? begun[e] != 0 : !chunk.begins;
       begun[e] = 1;
-      if (first) {
+      if (chunk.begins) {
+        fetch_next_blocks<T>(in, tile, e, group);
         const T* r = block_of<T>(in, in.right, e, group);
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
         if (out.du != nullptr) gemm.pack_transposed(back, s.units, r, s.block, s.block, s.block);
@@ -266,11 +278,11 @@ void backward(
           if (out.du_gate != nullptr) gemm.pack_transposed(back_gate, s.units, rg, s.block, s.block, s.block);
         }
       }
-      gather(in, s, in.u, chunk, rows_u);
-      gather(in, s, grad, chunk, rows_do);
+      gather(in, s, in.u, chunk, width, rows_u);
+      gather(in, s, grad, chunk, width, rows_do);
       product(gemm, s, rows_u, rows, right, gated ? value : z);
       if (gated) {
-        gather(in, s, in.u_gate, chunk, rows_gate);
+        gather(in, s, in.u_gate, chunk, width, rows_gate);
         product(gemm, s, rows_gate, rows, right_gate, z);
       }
       add_bias<T>(in, s, e, chunk, z);
@@ -288,7 +300,7 @@ void backward(
       if (out.dleft != nullptr) add_core(1, h, rows_do);
       if (out.dbias != nullptr)
         for (int64_t r = 0; r < rows; ++r) {
-          float* target = dbias + (e * together + chunk.groups[r] - group) * s.wide;
+          float* target = dbias + (e * together + chunk.groups[r] - tile.first_group) * s.wide;
           for (int64_t c = 0; c < s.wide; ++c) target[c] += z[r * s.wide + c];
         }
       if (out.dright != nullptr) add_core(0, rows_u, dvalue);
@@ -296,12 +308,16 @@ void backward(
         product(gemm, s, dvalue, rows, back, value);
         add_rows<T>(in, s, tile, chunk, value, nullptr, du, out.du);
       }
-      if (!gated) return;
-      if (out.dright_gate != nullptr) add_core(2, rows_gate, dz);
-      if (out.du_gate != nullptr) {
+      if (gated && out.dright_gate != nullptr) add_core(2, rows_gate, dz);
+      if (gated && out.du_gate != nullptr) {
         product(gemm, s, dz, rows, back_gate, value);
         add_rows<T>(in, s, tile, chunk, value, nullptr, du_gate, out.du_gate);
       }
+      if (shared || !chunk.ends) return;
+      for (int64_t kind = 0; kind < kinds; ++kind)
+        if (results[kind] != nullptr)
+          store_row(
+              cores + kind * square, static_cast<T*>(results[kind]) + (e * in.own_groups + group) * square, square);
     });
     if (out.du != nullptr) store_missing<T>(in, s, sorted, tile, out.du);
     if (out.du_gate != nullptr) store_missing<T>(in, s, sorted, tile, out.du_gate);
@@ -309,23 +325,15 @@ void backward(
     for (int64_t e = 0; out.dbias != nullptr && e < in.experts; ++e)
       for (int64_t g = 0; g < together; ++g) {
         float* own = dbias + (e * together + g) * s.wide;
-        store_row(own, static_cast<T*>(out.dbias) + e * in.features + (group + g) * s.block, s.block);
+        store_row(own, static_cast<T*>(out.dbias) + e * in.features + (tile.first_group + g) * s.block, s.block);
         std::memset(own, 0, s.wide * sizeof(float));
       }
-    if (in.own_groups == 1) return;
-    void* const results[] = {out.dright, out.dleft, out.dright_gate};
-    for (int64_t e = 0; e < in.experts; ++e)
-      for (int64_t kind = 0; kind < kinds; ++kind) {
-        T* const result = static_cast<T*>(results[kind]);
-        if (result == nullptr) continue;
-        T* const own = result + (e * in.own_groups + group) * square;
-        if (!sorted.used[e]) {
-          std::memset(own, 0, square * sizeof(T));
-          continue;
-        }
-        store_row(part.cores + (e * kinds + kind) * square, own, square);
-      }
-    std::memset(begun, 0, in.experts);
+    for (int64_t e = 0; !shared && e < in.experts; ++e)
+      for (int64_t kind = 0; !sorted.used[e] && kind < kinds; ++kind)
+        if (results[kind] != nullptr)
+          std::memset(
+              static_cast<T*>(results[kind]) + (e * in.own_groups + tile.first_group) * square, 0,
+              together * square * sizeof(T));
   });
 }
 

@@ -76,9 +76,12 @@ struct Sorted {
   }
 
   static std::int64_t together(const HiddenExperts& in, std::int64_t parts) {
-    return in.own_groups == 1 ? ceil_divide(in.groups(), parts) : 1;
+    const std::int64_t most = std::max<std::int64_t>(1, ceil_divide(in.groups(), parts));
+    if (in.own_groups == 1) return most;
+    return std::clamp<std::int64_t>(kOwnFloats / (padded_block(in) * std::max<std::int64_t>(1, in.tokens)), 1, most);
   }
   static std::int64_t tile_of(const HiddenExperts& in, std::int64_t parts) {
+    if (in.own_groups > 1) return std::max<std::int64_t>(1, in.tokens);
     return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in) * together(in, parts)));
   }
   // At least one, even without tokens: its gradients are zero.
@@ -135,7 +138,7 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   Buffer<float> sums(shared ? parts * cores : 0);  // only those of experts with slots are written and read
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
   for_each_part(groups, parts, [&](auto first, auto last, auto part) {
-    Buffer<float> scratch(size), own(shared ? 0 : cores);
+    Buffer<float> scratch(size), own(shared ? 0 : kinds * square);
     float* mine = shared ? sums.get() + part * cores : own.get();
     float* gates = out.dgates == nullptr ? nullptr : slot_gates.get();
     kernels.backward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), mine, gates}, grad, out);

@@ -1,10 +1,11 @@
 // o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its gradients, on raw pointers.
 //
-// Everything is local to a group g of `block` hidden units. Tokens are processed in tiles, whose sums have at most
-// `kTileFloats`; a tile's slots are sorted by expert once, for all groups. Per (group, tile, expert), rows are
-// gathered, multiplied with the packed blocks and added to float32 sums of the tile, one expert at a time: the order of
-// every sum is fixed, whatever the number of threads. A token's last slot writes its sum to the result. Groups that
-// share their blocks are processed together: each group of a token is a row. Nothing of size T x K x F is stored.
+// Everything is local to a group g of `block` hidden units. Slots are sorted by expert once, for all groups. Per
+// (expert, group), rows are gathered, multiplied with the packed blocks and added to float32 sums, expert by expert:
+// the order of every sum is fixed, whatever the number of threads. A token's last slot writes its sum to the result.
+// Groups with their own blocks are processed together if few tokens make few sums, `kOwnFloats`: an expert's blocks are
+// read in the order of memory. Groups that share their blocks are always processed together, each group of a token as a
+// row, in tiles of tokens with at most `kTileFloats` sums. Nothing of size T x K x F is stored.
 #pragma once
 
 #include <cstdint>
@@ -46,14 +47,15 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
 
 // ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
 
-constexpr std::int64_t kTileFloats = 1 << 18;  // of one sum of a tile of more than kChunk tokens: 1 MiB
+constexpr std::int64_t kTileFloats = 1 << 18;  // 1 MiB of sums, more if those of kChunk tokens are more
+constexpr std::int64_t kOwnFloats = 1 << 16;   // the same for groups with their own blocks; more if one group's are
 constexpr std::int64_t kChunk = 64;            // maximum rows that are processed at once
 constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
 
 // Whether a slot is the first or the last of its token.
 constexpr std::uint8_t kFirst = 1, kLast = 2;
 
-// Slots sorted by tile, expert and token.
+// Slots sorted by tile (one if groups have their own blocks), expert and token.
 struct HiddenSlots {
   std::int64_t tile_tokens, tiles;
   const std::int64_t* slots;    // t * K + k
@@ -68,14 +70,15 @@ struct HiddenSlots {
 // Maximum rows of a chunk.
 static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlots& sorted) {
   const std::int64_t tokens = sorted.tile_tokens < in.tokens ? sorted.tile_tokens : in.tokens;
-  return kChunk / (in.top_k * sorted.together) < tokens ? kChunk : tokens * in.top_k * sorted.together;
+  const std::int64_t rows = in.top_k * (in.own_groups == 1 ? sorted.together : 1);  // of a token
+  return kChunk / rows < tokens ? kChunk : tokens * rows;
 }
 
 // Groups [first, last) of one part; the sums of the experts' cores go to `cores`.
 struct HiddenPart {
   std::int64_t first, last;
   float* scratch;
-  float* cores;       // shared blocks: [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; else scratch
+  float* cores;       // [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; E = 1 if groups have their own
   float* slot_gates;  // [groups, T * K]: gradients of gates, by group; null: not wanted
 };
 

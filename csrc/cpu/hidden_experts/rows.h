@@ -34,9 +34,12 @@ struct Tile {
 
 constexpr int64_t kAhead = 8;  // rows: each is in its own page, and the hardware cannot tell which is next
 
-// Slots of one expert, each with its group: at most `Sizes::chunk`. The owners and groups of `ahead` more rows follow.
+// Rows of one expert, at most `Sizes::chunk`, each with its group: all of one group if groups have their own blocks.
 struct Chunk {
-  int64_t rows, ahead;
+  int64_t group;       // whose blocks are used
+  int64_t all;         // rows that use the same blocks, in this tile
+  bool begins, ends;   // whether these are the first and the last of them
+  int64_t rows, ahead;  // the owners and groups of `ahead` rows that come later follow those of `rows`
   int64_t slots[kChunk], owners[kChunk + kAhead], groups[kChunk + kAhead];
   std::uint8_t marks[kChunk];
 };
@@ -50,16 +53,16 @@ inline void prefetch_to_write(const void* address, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(address) + b, 1);
 }
 
-// Copies, for each row, its group's units of its token.
+// Copies, for each row, its group's units of its token. `width`: elements to fetch ahead, from a row's on.
 template <class T>
-void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, T* out) {
+void gather(const HiddenExperts& in, const Sizes& s, const void* from, const Chunk& chunk, int64_t width, T* out) {
   const auto source = [&](int64_t r) {
     return static_cast<const T*>(from) + chunk.owners[r] * in.features + chunk.groups[r] * s.block;
   };
   constexpr int64_t kOnce = 4 * kWidth / static_cast<int64_t>(sizeof(T));  // elements of a vector
   for (int64_t r = 0; r < chunk.rows; ++r) {
     if (r + kAhead < chunk.rows + chunk.ahead)
-      prefetch_to_read<3>(source(r + kAhead), s.block * static_cast<int64_t>(sizeof(T)));
+      prefetch_to_read<3>(source(r + kAhead), width * static_cast<int64_t>(sizeof(T)));
     const T* const row = source(r);
     T* const to = out + r * s.stride;
     int64_t c = 0;
@@ -123,32 +126,34 @@ void store_missing(const HiddenExperts& in, const Sizes& s, const HiddenSlots& s
 // Calls f(tile, number of the tile) for the groups of a part that are processed together, and the tiles of each.
 template <class F>
 void for_each_tile(const HiddenExperts& in, const HiddenSlots& sorted, const HiddenPart& part, const F& f) {
-  const int64_t together = in.own_groups == 1 ? part.last - part.first : 1;
-  for (int64_t group = part.first; group < part.last; group += together)
+  for (int64_t group = part.first; group < part.last; group += sorted.together)
     for (int64_t tile = 0; tile < sorted.tiles; ++tile) {
-      const int64_t first = tile * sorted.tile_tokens;
-      f(Tile{group, group + together, first, least(sorted.tile_tokens, in.tokens - first)}, tile);
+      const int64_t first = tile * sorted.tile_tokens, last_group = least(group + sorted.together, part.last);
+      f(Tile{group, last_group, first, least(sorted.tile_tokens, in.tokens - first)}, tile);
     }
 }
 
-// Calls f(expert, chunk, first of this expert, all rows of this expert) for chunks of a tile's slots, one expert
-// at a time: whole chunks, then the rest. The groups of a slot are consecutive.
+// Calls f(expert, chunk) for a tile's slots, one expert at a time: whole chunks, then the rest. Groups that share their
+// blocks are consecutive rows of a slot; groups with their own come one after another, each with all slots.
 template <class F>
 void for_each_chunk(
     const HiddenExperts& in, const Sizes& s, const HiddenSlots& sorted, const Tile& tile, int64_t number, const F& f) {
   const int64_t* offsets = sorted.offsets + number * (in.experts + 1);
-  const int64_t together = tile.last_group - tile.first_group, end = offsets[in.experts];
+  const bool shared = in.own_groups == 1;
   Chunk chunk;
-  for (int64_t e = 0; e < in.experts; ++e) {
-    const int64_t all = (offsets[e + 1] - offsets[e]) * together;
-    int64_t slot = offsets[e], group = tile.first_group;
+  const auto run = [&](int64_t e, int64_t first_group, int64_t last_group) {
+    chunk.group = first_group;
+    chunk.all = (offsets[e + 1] - offsets[e]) * (last_group - first_group);
+    int64_t slot = offsets[e], group = first_group;
     const auto next = [&](int64_t& of_slot, int64_t& of_group) {
-      if (++of_group < tile.last_group) return;
-      of_group = tile.first_group;
+      if (++of_group < last_group) return;
+      of_group = first_group;
       ++of_slot;
     };
-    for (int64_t first = 0; first < all; first += s.chunk) {
-      chunk.rows = least(s.chunk, all - first);
+    for (int64_t first = 0; first < chunk.all; first += s.chunk) {
+      chunk.rows = least(s.chunk, chunk.all - first);
+      chunk.begins = first == 0;
+      chunk.ends = first + chunk.rows == chunk.all;
       for (int64_t r = 0; r < chunk.rows; ++r) {
         chunk.slots[r] = sorted.slots[slot];
         chunk.owners[r] = sorted.owners[slot];
@@ -156,15 +161,31 @@ void for_each_chunk(
         chunk.groups[r] = group;
         next(slot, group);
       }
-      // The next expert's rows follow in the order of slots.
+      // The slots of the next expert follow.
+      const int64_t end = offsets[in.experts];
       chunk.ahead = 0;
       for (int64_t later = slot, of_group = group; later < end && chunk.ahead < kAhead; next(later, of_group)) {
         chunk.owners[chunk.rows + chunk.ahead] = sorted.owners[later];
         chunk.groups[chunk.rows + chunk.ahead++] = of_group;
       }
-      f(e, chunk, first == 0, all);
+      f(e, chunk);
     }
+  };
+  for (int64_t e = 0; e < in.experts; ++e) {
+    if (shared)
+      run(e, tile.first_group, tile.last_group);
+    else
+      for (int64_t group = tile.first_group; group < tile.last_group; ++group) run(e, group, group + 1);
   }
+}
+
+// Elements of a row to fetch ahead. Of groups with their own blocks, some at once: memory yields consecutive lines
+// faster than scattered ones.
+inline int64_t fetched(const HiddenExperts& in, const Sizes& s, const Tile& tile, const Chunk& chunk) {
+  constexpr int64_t kAtOnce = 4;  // groups
+  if (in.own_groups == 1) return s.block;
+  const int64_t behind = (chunk.group - tile.first_group) % kAtOnce;
+  return behind > 0 ? 0 : least(kAtOnce, tile.last_group - chunk.group) * s.block;
 }
 
 }  // namespace

@@ -70,19 +70,32 @@ const T* block_of(const HiddenExperts& in, const void* blocks, int64_t expert, i
   return static_cast<const T*>(blocks) + own * in.block * in.block;
 }
 
-// Fetches the blocks that are used next.
+// Fetches the blocks that are used next, piece by piece between products: all at once would wait for each other.
 template <class T>
-void fetch_next_blocks(const HiddenExperts& in, const Tile& tile, int64_t expert, int64_t group) {
-  if (in.own_groups > 1 && group + 1 < tile.last_group) {
-    ++group;
-  } else {
-    group = tile.first_group;
-    if (++expert == in.experts) return;
+class NextBlocks {
+ public:
+  NextBlocks(const HiddenExperts& in, const Tile& tile, int64_t expert, int64_t group) {
+    if (in.own_groups > 1 && group + 1 < tile.last_group) {
+      ++group;
+    } else {
+      group = tile.first_group;
+      if (++expert == in.experts) return;
+    }
+    right_ = block_of<T>(in, in.right, expert, group);
+    left_ = block_of<T>(in, in.left, expert, group);
+    piece_ = (in.block * in.block + 1) / 2;
   }
-  const int64_t bytes = in.block * in.block * static_cast<int64_t>(sizeof(T));
-  prefetch_to_read<2>(block_of<T>(in, in.right, expert, group), bytes);
-  prefetch_to_read<2>(block_of<T>(in, in.left, expert, group), bytes);
-}
+  // The next half of a block; called four times.
+  void fetch() {
+    const T* const block = half_ < 2 ? right_ : left_;
+    prefetch_to_read<2>(block + half_ % 2 * piece_, piece_ * static_cast<int64_t>(sizeof(T)));
+    ++half_;
+  }
+
+ private:
+  const T *right_ = nullptr, *left_ = nullptr;
+  int64_t piece_ = 0, half_ = 0;
+};
 
 template <Activation kind, class T>
 void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* factor, T* h) {
@@ -143,15 +156,17 @@ void forward(
       const int64_t rows = chunk.rows, group = chunk.group, width = fetched(in, s, tile, chunk);
       const T *r = block_of<T>(in, in.right, e, group), *l = block_of<T>(in, in.left, e, group);
       const T* rg = gated ? block_of<T>(in, in.right_gate, e, group) : nullptr;
-      const bool few = chunk.all <= kFewRows;
-      if (chunk.begins && !few) {
-        fetch_next_blocks<T>(in, tile, e, group);
+      const bool few = chunk.all <= kFewRows, begins = chunk.begins && !few;
+      NextBlocks<T> next(in, tile, e, group);
+      if (begins) {
+        next.fetch();
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
         gemm.pack(left, s.units, l, s.block, s.block, s.block);
         if (gated) gemm.pack(right_gate, s.units, rg, s.block, s.block, s.block);
       }
       gather(in, s, in.u, chunk, width, rows_u);
       times(rows_u, rows, few, right, r, gated ? value : z);
+      if (begins) next.fetch();
       if (gated) {
         gather(in, s, in.u_gate, chunk, width, rows_u);
         times(rows_u, rows, few, right_gate, rg, z);
@@ -160,7 +175,9 @@ void forward(
       with_activation(in.activation, [&](auto kind) {
         activate_rows<decltype(kind)::value>(s, rows, z, gated ? value : nullptr, h);
       });
+      if (begins) next.fetch();
       times(h, rows, few, left, l, z);
+      if (begins) next.fetch();
       add_rows<T>(in, s, tile, chunk, z, in.gates, sum, out);
     });
     store_missing<T>(in, s, sorted, tile, out);
@@ -266,8 +283,9 @@ void backward(
       float* cores = part.cores + (shared ? e * kinds * square : 0);
       const bool adds = shared ? begun[e] != 0 : !chunk.begins;
       begun[e] = 1;
+      NextBlocks<T> next(in, tile, e, group);
       if (chunk.begins) {
-        fetch_next_blocks<T>(in, tile, e, group);
+        next.fetch();
         const T* r = block_of<T>(in, in.right, e, group);
         gemm.pack(right, s.units, r, s.block, s.block, s.block);
         if (out.du != nullptr) gemm.pack_transposed(back, s.units, r, s.block, s.block, s.block);
@@ -286,7 +304,9 @@ void backward(
         product(gemm, s, rows_gate, rows, right_gate, z);
       }
       add_bias<T>(in, s, e, chunk, z);
+      if (chunk.begins) next.fetch();
       product(gemm, s, rows_do, rows, left, dh);  // not yet times the gate
+      if (chunk.begins) next.fetch();
       const GradientRows<T> turned{dh, value, z, h, dvalue, dz};
       with_activation(in.activation, [&](auto kind) {
         if (gated)
@@ -298,6 +318,7 @@ void backward(
         add_outer(gemm, s, a, d, rows, panels_a, panels_d, odd, cores + kind * square, adds);
       };
       if (out.dleft != nullptr) add_core(1, h, rows_do);
+      if (chunk.begins) next.fetch();
       if (out.dbias != nullptr)
         for (int64_t r = 0; r < rows; ++r) {
           float* target = dbias + (e * together + chunk.groups[r] - tile.first_group) * s.wide;

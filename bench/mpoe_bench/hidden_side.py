@@ -1,5 +1,6 @@
 """`python -m mpoe_bench.hidden_side`: hidden-side experts, router included, against the dense feed-forward network.
 
+Times, the planner's predictions of them, and the memory of a training step with AdamW.
 Median ratios of interleaved calls in one process, one thread. The clock is the thread's CPU time, so that other
 processes on the machine disturb less. A row is checked against the dense network (identity blocks) before it is timed.
 Few tokens go through one layer, whose weights stay in the processor's caches, and through twelve, as in a model.
@@ -18,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.estimation.costs import Usage, model_costs
+from mpoe.estimation.inventory import Inventory, Layer, Matrix
+from mpoe.estimation.timing import Device
 from mpoe.layers import ACTIVATIONS, HiddenFeedForward
+from mpoe_bench.memory import peak_memory
 
 LAYERS = 12  # of a model of this width; tokens pass through them one after another
 
@@ -55,8 +60,41 @@ def seconds(modules: list[Any], x: Tensor, training: bool) -> float:
     return (time.thread_time() - start) / len(modules)
 
 
+def step_bytes(network: nn.Module, x: Tensor) -> int:
+    """Memory of a training step: weights, AdamW's two moments of them, and the peak with gradients and activations.
+
+    The least of three steps: sometimes the C library returns free memory late.
+    """
+
+    def step() -> None:
+        network.zero_grad()
+        network(x).sum().backward()
+
+    peaks = []
+    for _ in range(3):
+        step()
+        network.zero_grad()
+        own, _ = peak_memory(step, resident=True)
+        peaks.append(max(own.peak, own.resident or 0))
+    return min(peaks) + 3 * sum(w.numel() * w.element_size() for w in network.parameters())
+
+
+def predicted(case: dict[str, Any], config: MPOEConfig, training: bool) -> float:
+    """The planner's time, x dense."""
+    model, hidden = case["model"], case["hidden"]
+    layer = Layer("ffn", "main", (Matrix("up", model, hidden), Matrix("down", hidden, model)))
+    inventory = Inventory("ffn", "", "", layer.elements, (layer,), {}, None)
+    work = Usage({"main": case["tokens"]}, Device("cpu", getattr(torch, case["dtype"])), training)
+    x_dense = model_costs(inventory, config, work).x_dense()
+    assert x_dense is not None
+    return x_dense
+
+
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One row: ratios forward and forward + backward."""
+    """One row: ratios forward and forward + backward; with many tokens, of the memory of a training step too.
+
+    ``memory`` divides by the dense network's, with the experts' blocks, their gradients and moments added to it.
+    """
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
     networks = [Dense(case["model"], case["hidden"], case["activation"], dtype) for _ in range(case["layers"])]
@@ -84,6 +122,10 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
             times["hidden"].append(sum(seconds(mixtures, x, training) for _ in range(repeats)))
         row[name] = median(h / d for d, h in zip(times["dense"], times["hidden"], strict=True))
         row[f"{name}_dense_ms"] = 1e3 * median(times["dense"]) / repeats
+        row[f"{name}_predicted"] = predicted(case, config, training)
+    if case["tokens"] >= 2048:
+        blocks = sum(w.numel() * w.element_size() for w in mixtures[0].experts.parameters())
+        row["memory"] = step_bytes(mixtures[0], x) / (step_bytes(networks[0], x) + 4 * blocks)
     return row
 
 
@@ -121,8 +163,10 @@ def main() -> None:
             f"{row['dtype']:9} {row['model']}/{row['hidden']} E={row['experts']:2} "
             f"{'own' if row['per_group'] else 'shared':6} k={row['top_k']} T={row['tokens']:4} {row['activation']} "
             f"{row['layers']:2} layers: "
-            f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (FLOPs {row['flops']:.2f}; "
-            f"dense {row['forward_dense_ms']:.2f} / {row['training_dense_ms']:.2f} ms)",
+            f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (predicted "
+            f"{row['forward_predicted']:.2f} / {row['training_predicted']:.2f}, FLOPs {row['flops']:.2f}; "
+            f"dense {row['forward_dense_ms']:.2f} / {row['training_dense_ms']:.2f} ms)"
+            + (f", memory {row['memory']:.2f}" if "memory" in row else ""),
             flush=True,
         )
         if arguments.out:

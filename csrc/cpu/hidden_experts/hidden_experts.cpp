@@ -90,19 +90,26 @@ struct Sorted {
   }
 };
 
-// Sums of a tile, rows of a chunk, packed blocks of one expert: an upper bound of what the bodies use.
+// Sums of a tile, rows of a chunk, packed blocks of one expert: an upper bound of what the bodies use, in whole lines.
 std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
   const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
   const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
   const std::int64_t biases = in.bias == nullptr ? 0 : in.experts * of_groups;
-  return in.experts + 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide + blocks + biases + 4096;
+  const std::int64_t floats = in.experts + 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide;
+  return round_up(floats + blocks + biases + 4096, 16);
 }
 
-// Runs body(first group, last group, part) over parts that do not depend on the number of threads.
+// Part `p` of the groups, without sums of cores.
+HiddenPart part_of(const HiddenExperts& in, std::int64_t p, std::int64_t parts, float* scratch, float* slot_gates) {
+  return {in.groups() * p / parts, in.groups() * (p + 1) / parts, scratch, nullptr, slot_gates};
+}
+
+// f(expert) for each expert with slots, on several threads.
 template <class F>
-void for_each_part(std::int64_t groups, std::int64_t parts, const F& body) {
-  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t p = begin; p < end; ++p) body(groups * p / parts, groups * (p + 1) / parts, p);
+void for_each_used(const HiddenExperts& in, const HiddenSlots& sorted, const F& f) {
+  parallel_for(0, in.experts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t e = begin; e < end; ++e)
+      if (sorted.used[e]) f(e);
   });
 }
 
@@ -121,9 +128,10 @@ void hidden_experts(const HiddenExperts& in, void* out) {
   const std::int64_t parts = std::min<std::int64_t>(in.groups(), 2 * num_threads());
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, rows_at_once(in, sorted.view) > kFewRows);
-  for_each_part(in.groups(), parts, [&](auto first, auto last, auto) {
+  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
     Buffer<float> scratch(size);
-    kernels.forward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), nullptr, nullptr}, out);
+    for (std::int64_t p = begin; p < end; ++p)
+      kernels.forward(gemm_kernels(in.dtype), in, sorted.view, part_of(in, p, parts, scratch.get(), nullptr), out);
   });
 }
 
@@ -135,31 +143,51 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, true);
-  Buffer<float> sums(shared ? parts * cores : 0);  // only those of experts with slots are written and read
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
-  for_each_part(groups, parts, [&](auto first, auto last, auto part) {
-    Buffer<float> scratch(size), own(shared ? 0 : kinds * square);
-    float* mine = shared ? sums.get() + part * cores : own.get();
-    float* gates = out.dgates == nullptr ? nullptr : slot_gates.get();
-    kernels.backward(gemm_kernels(in.dtype), in, sorted.view, {first, last, scratch.get(), mine, gates}, grad, out);
-  });
-  if (out.dgates != nullptr) {
-    for (std::int64_t s = 0; s < pairs; ++s) {
-      float sum = 0;
-      for (std::int64_t g = 0; g < groups; ++g) sum += slot_gates.get()[g * pairs + s];
-      out.dgates[s] = sum;
+  float* const gates = out.dgates == nullptr ? nullptr : slot_gates.get();
+  const auto run = [&](std::int64_t p, float* scratch, float* sums) {
+    HiddenPart part = part_of(in, p, parts, scratch, gates);
+    part.cores = sums;
+    kernels.backward(gemm_kernels(in.dtype), in, sorted.view, part, grad, out);
+  };
+  if (shared) {
+    // As many parts at a time as there are threads, each with its own sums. These are added to the first part's in the
+    // order of parts. Only those of experts with slots are written and read.
+    const std::int64_t together = std::clamp<std::int64_t>(num_threads(), 1, parts);
+    const std::int64_t others = together == parts ? parts - 1 : together;
+    Buffer<float> memory((1 + others) * cores + together * size);  // one piece, for huge pages
+    float *const total = memory.get(), *const scratch = total + (1 + others) * cores;
+    for (std::int64_t first = 0; first < parts; first += together) {
+      const std::int64_t last = std::min(parts, first + together), added = std::max<std::int64_t>(first, 1);
+      const auto sums_of = [&](std::int64_t p) { return p == 0 ? total : total + (1 + p - added) * cores; };
+      parallel_for(first, last, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t p = begin; p < end; ++p) run(p, scratch + (p - first) * size, sums_of(p));
+      });
+      for_each_used(in, sorted.view, [&](std::int64_t e) {
+        for (std::int64_t p = added; p < last; ++p)
+          kernels.add(sums_of(p) + e * kinds * square, total + e * kinds * square, kinds * square);
+      });
     }
+    void* const results[] = {out.dright, out.dleft, out.dright_gate};
+    for (std::int64_t kind = 0; kind < kinds; ++kind)
+      for (std::int64_t e = 0; results[kind] != nullptr && e < in.experts; ++e) {
+        void* const result = static_cast<char*>(results[kind]) + e * square * size_of(in.dtype);
+        if (sorted.view.used[e])
+          gemm_kernels(in.dtype).round_row(total + (e * kinds + kind) * square, result, square);
+        else
+          std::memset(result, 0, square * size_of(in.dtype));
+      }
+  } else {
+    parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+      Buffer<float> sums(kinds * square), scratch(size);
+      for (std::int64_t p = begin; p < end; ++p) run(p, scratch.get(), sums.get());
+    });
   }
-  if (!shared) return;
-  void* const results[] = {out.dright, out.dleft, out.dright_gate};
-  parallel_for(0, in.experts, 1, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t e = first; e < last; ++e)
-      for (std::int64_t kind = 0; kind < kinds; ++kind)
-        if (results[kind] != nullptr)
-          kernels.sum_parts(
-              sums.get() + (e * kinds + kind) * square, sorted.view.used[e] ? parts : 0, cores,
-              static_cast<char*>(results[kind]) + e * square * size_of(in.dtype), square);
-  });
+  for (std::int64_t s = 0; out.dgates != nullptr && s < pairs; ++s) {
+    float sum = 0;
+    for (std::int64_t g = 0; g < groups; ++g) sum += slot_gates.get()[g * pairs + s];
+    out.dgates[s] = sum;
+  }
 }
 
 }  // namespace mpoe

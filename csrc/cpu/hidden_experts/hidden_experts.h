@@ -87,8 +87,7 @@ struct HiddenKernels {
   void (*backward)(
       const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, const void* grad,
       const HiddenExpertsGradients&);
-  // out = sum over p < count of parts[p], rounded
-  void (*sum_parts)(const float* parts, std::int64_t count, std::int64_t stride, void* out, std::int64_t size);
+  void (*add)(const float* from, float* to, std::int64_t count);  // to += from
 };
 
 // Indexed by is_bfloat16.

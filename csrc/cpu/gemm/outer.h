@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/buffer.h"
+#include "common/parallel.h"
 #include "cpu/gemm/multiply.h"
 
 namespace mpoe {
@@ -40,6 +41,29 @@ void multiply_outer(
             for (std::int64_t i = 0; i < kPanel; ++i) to[i] = accumulate ? to[i] + from[i] : from[i];
           }
         });
+}
+
+// out [m, n] = A^T B of few rows, rounded: a tile goes straight to its place, row of tiles by row of tiles, so that `out`
+// is written nearly in memory order and there are no sums in memory.
+template <class T>
+void outer_of_few(
+    const GemmKernels& gemm, std::int64_t rows, const T* a, std::int64_t a_stride, std::int64_t m, const T* b,
+    std::int64_t b_stride, std::int64_t n, T* out) {
+  const std::int64_t units = ceil_divide(rows, gemm.unit), panel = units * gemm.unit * kPanel;
+  const std::int64_t panels = ceil_divide(n, kPanel);
+  Buffer<T> a_panels(ceil_divide(m, kPanel) * panel), b_panels(panels * panel);
+  gemm.pack(a_panels.get(), units, a, a_stride, rows, m);
+  gemm.pack(b_panels.get(), units, b, b_stride, rows, n);
+  parallel_for(0, ceil_divide(m, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+    alignas(64) float tile[kMaxRows * kPanel];
+    for_column_tiles(
+        gemm, std::min(m, end * kPanel) - begin * kPanel, units, a_panels.get() + begin * panel, panels,
+        [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
+          multiply_columns(gemm, count, units, columns, b_panels.get() + p * panel, tile, kPanel, false);
+          gemm.store(
+              tile, count, std::min(kPanel, n - p * kPanel), out + (begin * kPanel + first) * n + p * kPanel, n);
+        });
+  });
 }
 
 // Small products A^T B on one thread, with its scratch memory.

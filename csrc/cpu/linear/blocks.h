@@ -37,17 +37,6 @@ void rows_times_panels(
   });
 }
 
-// Calls f(columns, first, count, p) for every tile of A's rows, which are columns of panels, and every panel p of B.
-template <class T, class F>
-void for_column_tiles(
-    const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t panels, const F& f) {
-  for (std::int64_t q = 0; q * kPanel < rows; ++q)
-    for_each_tile(std::min(kPanel, rows - q * kPanel), gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
-      const T* columns = a + (q * units * kPanel + first) * gemm.unit;
-      for (std::int64_t p = 0; p < panels; ++p) f(columns, q * kPanel + first, tile_rows, p);
-    });
-}
-
 // Panels of a B whose columns are pairs (inner, column): their products become units of a packed operand, in which
 // `inner` is contracted next (gemm.h, store_units).
 struct UnitColumns {

@@ -45,6 +45,19 @@ void left_step(
   });
 }
 
+template <class T>
+void left_step_of_few(
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t,
+    std::int64_t t_row) {
+  const BlockDims& d = in.dims;
+  Buffer<T> rows((block.last - block.first) * sizes.t_row);
+  left_step<T>(gemm, in, sizes, block, xs, rows.get());
+  for (std::int64_t s = 0; s < block.last - block.first; ++s, t += t_row) {
+    gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
+    if (d.a * d.iC % gemm.unit != 0) t[d.a * d.iC] = T{};
+  }
+}
+
 namespace {
 
 // Panels of central, b / 32 for every jC: rows of B are (iC, a), columns (jC, b).
@@ -173,9 +186,6 @@ struct OutputStep {
   }
 };
 
-// Few slots: central is packed piece by piece, in memory order, and every piece is multiplied immediately. Then central
-// is read from memory once and its panels are never written there: with one slot, that traffic takes all the time.
-constexpr std::int64_t kFewSlots = 128;
 constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed separately from those before
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
@@ -223,17 +233,11 @@ void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t
 template <class T>
 void forward_of_few(const GemmKernels& gemm, const LinearForward& in, const SeparableSizes& sizes) {
   const BlockDims& d = in.dims;
-  const std::int64_t filled = in.filled(), h_row = d.jC * d.b, k = d.a * d.iC, t_row = row_stride(gemm, k);
+  const std::int64_t filled = in.filled(), h_row = d.jC * d.b, t_row = row_stride(gemm, d.a * d.iC);
   Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * h_row : 0);
   T* h = in.h == nullptr ? own_h.get() : static_cast<T*>(in.h);
   parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
-    Buffer<T> rows((end - begin) * sizes.t_row);
-    left_step<T>(gemm, in, sizes, {begin, end}, nullptr, rows.get());
-    for (std::int64_t s = begin; s < end; ++s) {
-      T* out = t.get() + s * t_row;
-      gemm.transpose(rows.get() + (s - begin) * sizes.t_row, sizes.a, d.iC, d.a, out, d.iC);
-      if (k % gemm.unit != 0) out[k] = T{};
-    }
+    left_step_of_few<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * t_row, t_row);
   });
   central_of_few(gemm, in, t.get(), t_row, h);
   const BiasRows<T> bias(in);
@@ -253,8 +257,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.saved, filled, in.slots, y_bytes);
   zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
   if (filled == 0) return;
-  // Contiguous rows of h [jC, b] must be whole units.
-  if (filled <= kFewSlots && d.b % gemm.unit == 0) return forward_of_few<T>(gemm, in, sizes);
+  if (are_few(gemm, in)) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
   const BiasRows<T> bias(in);
@@ -296,6 +299,10 @@ template void left_step<float>(
     const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*, float*);
 template void left_step<BFloat16>(
     const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*);
+template void left_step_of_few<float>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*, float*, std::int64_t);
+template void left_step_of_few<BFloat16>(
+    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*, std::int64_t);
 
 void separable_forward(const LinearForward& in) {
   with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {

@@ -29,7 +29,7 @@ class Backward {
       if (in_.dleft != nullptr)
         block_gradient(
             d_.iL, d_.a, d_.iC, xs_.get(), sizes_.left_k, dt_.get(), sizes_.a, static_cast<T*>(in_.dleft));
-      if (in_.dcentral != nullptr) central_gradient();
+      if (in_.dcentral != nullptr && !are_few(gemm_, in_)) central_gradient();
     }
     x_gradients_.finish(gemm_);
   }
@@ -64,6 +64,7 @@ class Backward {
   void slot_step() {
     const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr, need_x = in_.dx != nullptr;
     if (!need_central && !need_left && !need_x) return;
+    if (are_few(gemm_, in_)) return few_slots_step(need_central, need_left, need_x);
     if (need_central) dh_ = Buffer<T>(filled_ * dh_row_), t_ = Buffer<T>(filled_ * sizes_.t_row);
     if (need_left) xs_ = Buffer<T>(filled_ * sizes_.x_row), dt_ = Buffer<T>(filled_ * sizes_.t_k);
     if (need_left || need_x) {
@@ -88,6 +89,49 @@ class Backward {
         T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
         central_step(block, dh_rows, dt_rows);
         if (need_x) left_gradient_step(block, dt_rows);
+      }
+    });
+  }
+
+  void few_slots_step(bool need_central, bool need_left, bool need_x) {
+    const std::int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
+    dh_ = Buffer<T>(filled_ * dh_row_);
+    if (need_left) xs_ = Buffer<T>(filled_ * sizes_.x_row);
+    Buffer<T> t(need_central ? filled_ * t_row : 0), turned(need_left || need_x ? filled_ * m : 0);
+    parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
+      T* xs = need_left ? xs_.get() + begin * sizes_.x_row : nullptr;
+      if (need_central)
+        left_step_of_few<T>(gemm_, in_, sizes_, {begin, end}, xs, t.get() + begin * t_row, t_row);
+      else if (need_left)
+        transpose_rows<T>(gemm_, in_, sizes_, {begin, end}, xs);
+      right_step({begin, end}, dh_.get() + begin * dh_row_);
+    });
+    if (need_central)
+      outer_of_few(
+          gemm_, filled_, t.get(), t_row, m, dh_.get(), dh_row_, dh_k_, static_cast<T*>(in_.dcentral));
+    if (!need_left && !need_x) return;
+    central_step_of_few(turned.get());
+    dt_ = sizes_.a == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
+    parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t s = begin; s < end; ++s)
+        gemm_.transpose(turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a);
+      if (need_x) left_gradient_step({begin, end}, dt_.get() + begin * sizes_.t_k);
+    });
+  }
+
+  // dt [filled, (a iC)]
+  void central_step_of_few(T* dt) const {
+    const std::int64_t m = d_.a * d_.iC, n = dh_k_;
+    parallel_for(0, ceil_divide(m, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+      Buffer<T> panel(kPanel * n);
+      for (std::int64_t i = begin * kPanel; i < std::min(m, end * kPanel); i += kPanel) {
+        const std::int64_t rows = std::min(kPanel, m - i);
+        gemm_.pack_transposed(panel.get(), n / gemm_.unit, static_cast<const T*>(in_.central) + i * n, n, n, rows);
+        multiply_all(
+            gemm_, filled_, n, dh_.get(), dh_row_, panel.get(), kPanel,
+            [&](std::int64_t first, std::int64_t count, std::int64_t, const float* tile) {
+              gemm_.store(tile, count, rows, dt + first * m + i, m);
+            });
       }
     });
   }

@@ -1,6 +1,7 @@
 // Bodies of gemm.h. Included by one file per instruction set, which defines MPOE_GEMM, the name of its table.
 #include <utility>
 
+#include "cpu/gemm/dots.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/math.h"
 #include "cpu/gemm/pack.h"
@@ -287,6 +288,7 @@ constexpr GemmKernels table() {
       .longest_sum = 384,
       .multiply_rows = multiply_rows<T>,
       .multiply_columns = multiply_columns<T>,
+      .multiply_dots = multiply_dots<T>,
       .store = store<T>,
       .finish = finish<T>,
       .store_units = store_units<T>,

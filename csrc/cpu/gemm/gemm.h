@@ -48,6 +48,11 @@ struct GemmKernels {
   void (*multiply_columns)(
       std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile, std::int64_t tile_stride,
       bool accumulate);
+  // out[r * out_stride + c] = sum_k A(r, k) B(c, k): the rows of both are read in place. A few rows of A do not repay
+  // packing B. Strides in elements; each sum is the same whatever else is computed.
+  void (*multiply_dots)(
+      std::int64_t rows, std::int64_t columns, std::int64_t k, const void* a, std::int64_t a_stride, const void* b,
+      std::int64_t b_stride, float* out, std::int64_t out_stride);
 
   // out[r * stride + c] = tile[r * 32 + c] for c < columns, rounded.
   void (*store)(const float* tile, std::int64_t rows, std::int64_t columns, void* out, std::int64_t stride);

@@ -16,7 +16,7 @@ Axes axes_of(Operand operand) { return natural(operand).columns; }
 }  // namespace
 
 std::array<ChainStep, kChainSteps> chain_steps(
-    const BlockDims& dims, const std::array<Operand, kChainSteps>& order) {
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots) {
   const AxisValues sizes = axis_sizes(dims);
   std::array<ChainStep, kChainSteps> steps;
   Axes state = {kInLeft, kInCentral, kInRight};
@@ -35,6 +35,12 @@ std::array<ChainStep, kChainSteps> chain_steps(
     step.m = product(sizes, step.rest);
     step.k = product(sizes, step.met);
     step.n = product(sizes, step.fresh);
+    // Either the state's rows or the operand can keep its order: central does, if it is the larger one.
+    if (step.operand == Operand::kCentral && slots * step.m < step.n) {
+      const Axes state_order = std::move(step.met);
+      for (const Axis axis : axes)
+        if (contains(state_order, axis)) step.met.push_back(axis);
+    }
     state = step.rest + step.fresh;
   }
   return steps;
@@ -51,7 +57,7 @@ AxisMatrix natural(Operand operand) {
 
 template <class T>
 Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
-    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims, in.order.chain)) {
+    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims, in.order.chain, in.filled())) {
   for (int s = 0; s < kChainSteps; ++s) {
     const ChainStep& step = steps_[s];
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});

@@ -22,7 +22,7 @@ struct ChainStep {
 constexpr int kChainSteps = 3;
 
 std::array<ChainStep, kChainSteps> chain_steps(
-    const BlockDims& dims, const std::array<Operand, kChainSteps>& order);
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots);
 
 // An operand in memory order: the axes of L, C or R.
 AxisMatrix natural(Operand operand);
@@ -55,6 +55,8 @@ class Chain {
   // A state, and the gradient of a product, with the row stride that the product reading them needs.
   AxisMatrix state(int s) const { return {steps_[s].rest, steps_[s].met, row_stride(gemm_, steps_[s].k)}; }
   AxisMatrix gradient(int s) const { return {steps_[s].rest, steps_[s].fresh, row_stride(gemm_, steps_[s].n)}; }
+  // Whether a block in memory order is a step's operand [met, fresh].
+  bool is_in_order(int s) const { return operands_[s].is_identity(); }
   // As many slots as keep everything that a block touches in cache.
   std::int64_t block_slots() const;
 

@@ -10,6 +10,7 @@ namespace mpoe {
 namespace {
 
 constexpr std::int64_t kMostGroups = 8;
+constexpr std::int64_t kMostDirectRows = 128;
 
 template <class T>
 class Backward {
@@ -27,6 +28,7 @@ class Backward {
       if (gradients_[s] == nullptr) continue;
       last_wanted_ = s;
       first_wanted_ = std::min(first_wanted_, s);
+      if (is_direct(s)) continue;
       const std::size_t sums = is_central(s) ? groups_.size() : parts_.size();
       sums_[s] = Buffer<float>(sum_size_[s] * static_cast<std::int64_t>(sums));
     }
@@ -42,7 +44,7 @@ class Backward {
       for (std::int64_t g = begin; g < end; ++g) run_group(g);
     });
     for (int s = 0; s < kChainSteps; ++s) {
-      if (gradients_[s] == nullptr) continue;
+      if (gradients_[s] == nullptr || is_direct(s)) continue;
       if (is_central(s)) {
         store_gradient(s, 0, {0, groups});
         continue;
@@ -80,6 +82,12 @@ class Backward {
   }
 
   bool is_central(int s) const { return chain_.step(s).operand == Operand::kCentral; }
+
+  // Whether the gradient of central is one product of few rows, written to its place without sums.
+  bool is_direct(int s) const {
+    const std::int64_t filled = in_.filled(), most = std::min(chain_.block_slots(), kMostDirectRows / chain_.step(s).m);
+    return is_central(s) && chain_.is_in_order(s) && groups_.size() == 1 && filled <= most;
+  }
 
   struct Memory {
     ChainMemory<T> chain;
@@ -139,6 +147,10 @@ class Backward {
           (slots.last - slots.first) * m, memory.chain.states[s].get() + row * state_stride, state_stride,
           memory.gradients[s].get() + row * stride, stride, sums_[s].get() + sum * sum_size_[s], accumulate);
     };
+    if (is_direct(s))
+      return outer_of_few(
+          gemm_, (block.last - block.first) * m, memory.chain.states[s].get(), state_stride, chain_.step(s).k,
+          memory.gradients[s].get(), stride, chain_.step(s).n, gradients_[s]);
     if (is_central(s)) return add(block, group, block.first > groups_[group].first);
     std::int64_t part = group_parts_[group];
     for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
@@ -158,9 +170,13 @@ class Backward {
       floats.add_row(sums_[s].get() + p * sum_size_[s], total, sum_size_[s]);
     const Permutation arrange(
         chain_.sizes(), {step.met, step.fresh, round_up(step.n, kPanel)}, natural(step.operand));
-    Buffer<float> block(size);
-    arrange.run(floats, 1, total, 0, block.get(), 0);
-    gemm_.round_row(block.get(), gradients_[s] + expert * size, size);
+    if constexpr (!std::is_same_v<T, float>) gemm_.round_row(total, total, sum_size_[s]);  // in place
+    const T* rounded = reinterpret_cast<const T*>(total);
+    T* out = gradients_[s] + expert * size;
+    if (is_central(s))
+      arrange.run_by_all(gemm_, rounded, out);
+    else
+      arrange.run(gemm_, 1, rounded, 0, out, 0);
   }
 
   const GemmKernels& gemm_;

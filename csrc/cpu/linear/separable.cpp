@@ -186,6 +186,7 @@ struct OutputStep {
   }
 };
 
+// Central is packed piece by piece, and every piece is multiplied immediately.
 constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed separately from those before
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
@@ -257,7 +258,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.saved, filled, in.slots, y_bytes);
   zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
   if (filled == 0) return;
-  if (are_few(gemm, in)) return forward_of_few<T>(gemm, in, sizes);
+  if (are_few(gemm, in, kFewSlots)) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
   const BiasRows<T> bias(in);

@@ -41,14 +41,15 @@ template <class T>
 void left_step(
     const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t);
 
-// Few slots: central is read in place, in memory order, and its panels are never written to memory. Rows t of the slots
-// and their gradients dt are then in the order of central's rows, (a, iC). With one slot, that traffic would take all the
-// time.
-constexpr std::int64_t kFewSlots = 128;
+// Few slots: central is read in place, in memory order, and panels of it are never written to memory. With one slot, that
+// traffic would take all the time. Rows t of the slots, and their gradients, are then in the order of central's rows,
+// (a, iC).
+constexpr std::int64_t kFewSlots = 128;      // of the forward
+constexpr std::int64_t kFewGradients = 64;  // of the backward
 
 // Contiguous rows of h [jC, b] must be whole units.
-inline bool are_few(const GemmKernels& gemm, const LinearInputs& in) {
-  return in.filled() <= kFewSlots && in.dims.b % gemm.unit == 0;
+inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, std::int64_t most) {
+  return in.filled() <= most && in.dims.b % gemm.unit == 0;
 }
 
 // left_step for few slots: t [block, t_row], with rows (a, iC) in whole units.

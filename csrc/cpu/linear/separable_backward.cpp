@@ -11,7 +11,7 @@ template <class T>
 class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
-      : gemm_(gemm), in_(in), d_(in.dims), sizes_(gemm, d_), filled_(in.filled()), right_k_(padded_k(gemm, d_.jR)),
+      : gemm_(gemm), in_(in), d_(in.dims), sizes_(gemm, d_), filled_(in.filled()), are_few_(are_few(gemm, in, kFewGradients)), right_k_(padded_k(gemm, d_.jR)),
         b_(padded_k(gemm, d_.b)), dh_k_(d_.jC * b_), dh_row_(row_stride(gemm, dh_k_)), x_gradients_(in) {}
 
   void run() {
@@ -29,7 +29,7 @@ class Backward {
       if (in_.dleft != nullptr)
         block_gradient(
             d_.iL, d_.a, d_.iC, xs_.get(), sizes_.left_k, dt_.get(), sizes_.a, static_cast<T*>(in_.dleft));
-      if (in_.dcentral != nullptr && !are_few(gemm_, in_)) central_gradient();
+      if (in_.dcentral != nullptr && !are_few_) central_gradient();
     }
     x_gradients_.finish(gemm_);
   }
@@ -64,7 +64,7 @@ class Backward {
   void slot_step() {
     const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr, need_x = in_.dx != nullptr;
     if (!need_central && !need_left && !need_x) return;
-    if (are_few(gemm_, in_)) return few_slots_step(need_central, need_left, need_x);
+    if (are_few_) return few_slots_step(need_central, need_left, need_x);
     if (need_central) dh_ = Buffer<T>(filled_ * dh_row_), t_ = Buffer<T>(filled_ * sizes_.t_row);
     if (need_left) xs_ = Buffer<T>(filled_ * sizes_.x_row), dt_ = Buffer<T>(filled_ * sizes_.t_k);
     if (need_left || need_x) {
@@ -121,17 +121,15 @@ class Backward {
 
   // dt [filled, (a iC)]
   void central_step_of_few(T* dt) const {
+    constexpr std::int64_t kRows = 64;  // of central at a time
     const std::int64_t m = d_.a * d_.iC, n = dh_k_;
-    parallel_for(0, ceil_divide(m, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-      Buffer<T> panel(kPanel * n);
-      for (std::int64_t i = begin * kPanel; i < std::min(m, end * kPanel); i += kPanel) {
-        const std::int64_t rows = std::min(kPanel, m - i);
-        gemm_.pack_transposed(panel.get(), n / gemm_.unit, static_cast<const T*>(in_.central) + i * n, n, n, rows);
-        multiply_all(
-            gemm_, filled_, n, dh_.get(), dh_row_, panel.get(), kPanel,
-            [&](std::int64_t first, std::int64_t count, std::int64_t, const float* tile) {
-              gemm_.store(tile, count, rows, dt + first * m + i, m);
-            });
+    parallel_for(0, ceil_divide(m, kRows), 1, [&](std::int64_t begin, std::int64_t end) {
+      Buffer<float> sums(filled_ * kRows);
+      for (std::int64_t i = begin * kRows; i < std::min(m, end * kRows); i += kRows) {
+        const std::int64_t rows = std::min(kRows, m - i);
+        const T* central = static_cast<const T*>(in_.central) + i * n;
+        gemm_.multiply_dots(filled_, rows, n, dh_.get(), dh_row_, central, n, sums.get(), kRows);
+        for (std::int64_t s = 0; s < filled_; ++s) gemm_.round_row(sums.get() + s * kRows, dt + s * m + i, rows);
       }
     });
   }
@@ -274,6 +272,7 @@ class Backward {
   const BlockDims& d_;
   const SeparableSizes sizes_;
   const std::int64_t filled_;
+  const bool are_few_;
   const std::int64_t right_k_;       // jR in whole units
   const std::int64_t b_;             // b in whole units
   const std::int64_t dh_k_, dh_row_;  // [jC, b], and its row stride

@@ -8,6 +8,7 @@ namespace {
 // Of the rows before and after a product: they share the L2 cache with the operand.
 constexpr std::int64_t kBlockBytes = 512 * 1024;
 constexpr std::int64_t kMostSlots = 256;
+constexpr std::int64_t kFewRows = 128;
 
 bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes.end(), axis) != axes.end(); }
 
@@ -62,7 +63,10 @@ Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
     const ChainStep& step = steps_[s];
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});
     enter_[s] = Permutation(sizes_, s == 0 ? rows_in() : steps_[s - 1].product(), state(s));
-    if (step.operand == Operand::kCentral) pack_central(s, last);
+    if (step.operand != Operand::kCentral) continue;
+    const std::int64_t filled = in.filled(), few = std::min(block_slots(), kFewRows / step.m);
+    packs_by_piece_ = operands_[s].is_identity() && filled > 0 && filled <= few;
+    if (!packs_by_piece_) pack_central(s, last);
   }
 }
 
@@ -80,9 +84,11 @@ void Chain<T>::pack_central(int s, Direction last) {
     if (direction > last) break;
     Buffer<T>& panels = central_[static_cast<int>(direction)];
     panels = Buffer<T>(round_up(step.k, kPanel) * round_up(step.n, kPanel));
-    const std::int64_t columns = direction == Direction::kForward ? step.n : step.k;
+    const bool forward = direction == Direction::kForward;
+    const std::int64_t columns = forward ? step.n : step.k, k = padded_k(gemm_, forward ? step.k : step.n);
     parallel_for(0, ceil_divide(columns, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-      pack_panels(s, direction, matrix, begin * kPanel, std::min(end * kPanel, columns), panels.get());
+      pack_panels(
+          s, direction, matrix, begin * kPanel, std::min(end * kPanel, columns), panels.get() + begin * kPanel * k);
     });
   }
 }
@@ -137,20 +143,34 @@ void Chain<T>::multiply(
   const std::int64_t k = forward ? step.k : step.n, columns = forward ? step.n : step.k;
   const std::int64_t units = ceil_divide(k, gemm_.unit), stride = row_stride(gemm_, k);
   const auto store = gemm_kernels(std::is_same_v<Out, float> ? Dtype::kFloat32 : in_.dtype).store;
-  const auto product = [&](Span slots, const T* panels) {
+  // `panels`: of the columns `part`.
+  const auto product = [&](Span slots, Span part, const T* panels) {
     alignas(64) float tile[kMaxRows * kPanel];
     const std::int64_t start = (slots.first - block.first) * step.m;
-    for (std::int64_t c = 0; c < columns; c += kPanel)
+    for (std::int64_t c = part.first; c < part.last; c += kPanel, panels += kPanel * units * gemm_.unit)
       for_each_tile((slots.last - slots.first) * step.m, gemm_.best_rows, [&](std::int64_t first, std::int64_t rows) {
         const std::int64_t row = start + first;
-        multiply_rows(gemm_, rows, units, a + row * stride, stride, panels + c * units * gemm_.unit, tile, false);
+        multiply_rows(gemm_, rows, units, a + row * stride, stride, panels, tile, false);
         store(tile, rows, std::min(kPanel, columns - c), out + row * columns + c, columns);
       });
   };
-  if (step.operand == Operand::kCentral) return product(block, central_[static_cast<int>(direction)].get());
+  if (step.operand == Operand::kCentral && packs_by_piece_) {
+    const T* central = static_cast<const T*>(in_.central);
+    const std::int64_t most = forward ? 4 * kPanel : kPanel;  // columns of a piece: wide where they are read in runs
+    return parallel_for(0, ceil_divide(columns, most), 1, [&](std::int64_t begin, std::int64_t end) {
+      Buffer<T> panels(most * units * gemm_.unit);
+      for (std::int64_t piece = begin; piece < end; ++piece) {
+        const Span part{piece * most, std::min((piece + 1) * most, columns)};
+        pack_panels(s, direction, central, part.first, part.last, panels.get());
+        product(block, part, panels.get());
+      }
+    });
+  }
+  if (step.operand == Operand::kCentral)
+    return product(block, {0, columns}, central_[static_cast<int>(direction)].get());
   for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
     pack(s, direction, expert, memory.matrix.get(), memory.panels.get());
-    product(slots, memory.panels.get());
+    product(slots, {0, columns}, memory.panels.get());
   });
 }
 
@@ -171,11 +191,10 @@ void Chain<T>::pack_panels(
   const ChainStep& step = steps_[s];
   const bool forward = direction == Direction::kForward;
   const std::int64_t k = forward ? step.k : step.n, units = ceil_divide(k, gemm_.unit);
-  T* out = panels + first * units * gemm_.unit;
   if (forward)
-    gemm_.pack(out, units, matrix + first, step.n, k, last - first);
+    gemm_.pack(panels, units, matrix + first, step.n, k, last - first);
   else
-    gemm_.pack_transposed(out, units, matrix + first * step.n, step.n, k, last - first);
+    gemm_.pack_transposed(panels, units, matrix + first * step.n, step.n, k, last - first);
 }
 
 template class Chain<float>;
@@ -218,8 +237,9 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const Permutation leave(chain.sizes(), chain.step(last).product(), rows_out());
   Buffer<float> bias(in.bias == nullptr ? 0 : width + kPanel);
   if (in.bias != nullptr) load_bias<T>(in, 0, width + kPanel, bias.get());
-  const std::int64_t most = std::min(chain.block_slots(), ceil_divide(filled, num_threads()));
-  parallel_for(0, ceil_divide(filled, most), 1, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t most =
+      chain.packs_by_piece() ? filled : std::min(chain.block_slots(), ceil_divide(filled, num_threads()));
+  const auto run_blocks = [&](std::int64_t begin, std::int64_t end) {
     ChainMemory<T> memory = chain.memory(most);
     Buffer<float> product(most * width), rows(most * width + kPanel);
     for (std::int64_t k = begin; k < end; ++k) {
@@ -229,7 +249,9 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
       leave.run(gemm_kernels(Dtype::kFloat32), block.last - block.first, product.get(), width, rows.get(), width);
       finish_rows<T>(gemm, in, block, rows.get(), in.bias == nullptr ? nullptr : bias.get());
     }
-  });
+  };
+  if (chain.packs_by_piece()) return run_blocks(0, 1);  // all threads take part in its product with C
+  parallel_for(0, ceil_divide(filled, most), 1, run_blocks);
 }
 
 }  // namespace

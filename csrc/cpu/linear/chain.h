@@ -55,10 +55,11 @@ class Chain {
   // A state, and the gradient of a product, with the row stride that the product reading them needs.
   AxisMatrix state(int s) const { return {steps_[s].rest, steps_[s].met, row_stride(gemm_, steps_[s].k)}; }
   AxisMatrix gradient(int s) const { return {steps_[s].rest, steps_[s].fresh, row_stride(gemm_, steps_[s].n)}; }
-  // Whether a block in memory order is a step's operand [met, fresh].
-  bool is_in_order(int s) const { return operands_[s].is_identity(); }
   // As many slots as keep everything that a block touches in cache.
   std::int64_t block_slots() const;
+  // Whether C is in order, and all slots are one block of so few rows that its panels are packed piece by piece as they
+  // are needed: a piece stays in cache, and all panels together would pass through memory.
+  bool packs_by_piece() const { return packs_by_piece_; }
 
   ChainMemory<T> memory(std::int64_t slots) const;
   // Computes the states of the slots of `block` before the steps 0..last.
@@ -72,7 +73,7 @@ class Chain {
   void pack_central(int s, Direction last);
   // The panels of an expert's L or R; `matrix` is scratch memory for [met, fresh].
   void pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const;
-  // The panels of the columns [first, last), `first` a multiple of kPanel, of an operand [met, fresh].
+  // The panels of the columns [first, last) of an operand [met, fresh].
   void pack_panels(
       int s, Direction direction, const T* matrix, std::int64_t first, std::int64_t last, T* panels) const;
 
@@ -83,6 +84,7 @@ class Chain {
   std::array<Permutation, kChainSteps> operands_;  // a block to [met, fresh]
   std::array<Permutation, kChainSteps> enter_;     // x, or the preceding product, to the state
   Buffer<T> central_[2];                           // panels by direction
+  bool packs_by_piece_ = false;
 };
 
 // Copies `count` rows of `width` elements, padded with zeros to `whole`. in(k) points to row k.

@@ -10,7 +10,6 @@ namespace mpoe {
 namespace {
 
 constexpr std::int64_t kMostGroups = 8;
-constexpr std::int64_t kMostDirectRows = 128;
 
 template <class T>
 class Backward {
@@ -40,9 +39,11 @@ class Backward {
     bias_gradient(gemm_, in_, dz.get());
     dz_ = dz.get();
     const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
-    parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t g = begin; g < end; ++g) run_group(g);
-    });
+    if (groups == 1) run_group(0);  // all threads take part in its products with C, if C is packed by piece
+    if (groups > 1)
+      parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t g = begin; g < end; ++g) run_group(g);
+      });
     for (int s = 0; s < kChainSteps; ++s) {
       if (gradients_[s] == nullptr || is_direct(s)) continue;
       if (is_central(s)) {
@@ -67,7 +68,7 @@ class Backward {
     const std::int64_t filled = in_.filled(), central_bytes = d_.a * d_.iC * d_.jC * d_.b * 4;
     const std::int64_t weight_bytes = d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t room = std::clamp<std::int64_t>(2 * weight_bytes / central_bytes, 1, kMostGroups);
-    const std::int64_t count = std::min(room, filled);
+    const std::int64_t count = chain_.packs_by_piece() ? 1 : std::min(room, filled);
     expert_parts_.resize(in_.experts);
     for (std::int64_t g = 0; g < count; ++g) {
       groups_.push_back({filled * g / count, filled * (g + 1) / count});
@@ -83,11 +84,8 @@ class Backward {
 
   bool is_central(int s) const { return chain_.step(s).operand == Operand::kCentral; }
 
-  // Whether the gradient of central is one product of few rows, written to its place without sums.
-  bool is_direct(int s) const {
-    const std::int64_t filled = in_.filled(), most = std::min(chain_.block_slots(), kMostDirectRows / chain_.step(s).m);
-    return is_central(s) && chain_.is_in_order(s) && groups_.size() == 1 && filled <= most;
-  }
+  // Whether a gradient is one product of few rows that is written to its place without sums.
+  bool is_direct(int s) const { return is_central(s) && chain_.packs_by_piece(); }
 
   struct Memory {
     ChainMemory<T> chain;

@@ -72,6 +72,31 @@ void check_product(Bench& b, std::int64_t rows, std::int64_t k, std::int64_t col
   require_close(by_columns, truth, b.allowed, b.what("multiply_columns", k));
 }
 
+// multiply_dots, and that a sum does not depend on what else is computed.
+void check_dots(Bench& b, std::int64_t rows, std::int64_t k, std::int64_t columns) {
+  const std::int64_t stride = k + 3, element = size_of(b.dtype);
+  const Array left = b.filled((rows - 1) * stride + k, 1), right = b.filled((columns - 1) * stride + k, 1);
+  Values truth(rows * columns);
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c)
+      for (std::int64_t i = 0; i < k; ++i)
+        truth[r * columns + c] += left.get(r * stride + i) * right.get(c * stride + i);
+  Array all(kFloat, rows * columns), one(kFloat, 1);
+  const auto dots = [&](std::int64_t first, std::int64_t count, std::int64_t column, std::int64_t width, Array& out) {
+    b.gemm.multiply_dots(
+        count, width, k, static_cast<const char*>(left.data()) + first * stride * element, stride,
+        static_cast<const char*>(right.data()) + column * stride * element, stride, static_cast<float*>(out.data()),
+        width);
+  };
+  dots(0, rows, 0, columns, all);
+  require_close(all, truth, b.allowed, b.what("multiply_dots", k));
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      dots(r, 1, c, 1, one);
+      check::require(one.get(0) == all.get(r * columns + c), b.what("multiply_dots, one sum", k));
+    }
+}
+
 // finish, with permuted and missing columns, bias and activation; pack_granules with the same map.
 void check_finish(Bench& b, std::int64_t rows, Activation activation) {
   const ColumnMap map{.offset = {24, 0, 16, 9}, .valid = {5, 8, 0, 7}};
@@ -144,6 +169,8 @@ int main() {
     Bench bench(dtype);
     for (std::int64_t rows = 1; rows <= bench.gemm.best_rows; ++rows) check_product(bench, rows, 3 + 4 * rows, 45 + rows);
     for (const std::int64_t k : {1, 2, 31, 32, 33}) check_product(bench, bench.gemm.best_rows, k, 30 + k);
+    for (const std::int64_t k : {1, 31, 64, 13001})
+      for (const std::int64_t rows : {1, 3, 4, 9}) check_dots(bench, rows, k, 11 - rows);
     for (int kind = 0; kind <= static_cast<int>(Activation::kSilu); ++kind)
       for (const std::int64_t rows : {1, 6, 11}) check_finish(bench, rows, static_cast<Activation>(kind));
     for (const std::int64_t columns : {1, 15, 16, 67}) check_rows(bench, 19, columns);

@@ -59,6 +59,9 @@ const Load kLoads[] = {
     {"nobody", {0, 0, 0}, 5, true},
     {"idle and dropped", {0, 3, 3, 4, 33}, 38, true},
     {"one expert", {0, 0, 45}, 45, false},
+    {"one slot", {0, 0, 1}, 1, false},
+    {"few slots", {0, 2, 2, 3}, 4, true},
+    {"many slots", {0, 40, 66}, 67, true},
 };
 
 // Arrays of one call. Every run allocates new results.

@@ -108,6 +108,20 @@ def test_threads_wait_for_the_one_with_most_tasks() -> None:
     assert cost._seconds(alone, two) > cost._seconds(plan, two)
 
 
+def test_few_slots_do_not_pay_for_packing_central() -> None:
+    """A separable backward reads it once and writes its gradient once; a chain, after left, keeps panels in cache."""
+    dims = BlockDims.of_shape(workload_shape("separable", 1024, 4096))
+    central = dims.a * dims.iC * dims.jC * dims.b
+    few, many = (work.work_of(plan_of("separable", "backward", dims, slots=slots)).copied for slots in (64, 65))
+    assert few + central < many < few + 1.1 * central
+    dims = BlockDims.of_shape(workload_shape("light_64", 1024, 4096))
+    few, many = (plan_of("chain", "backward", dims, slots=slots) for slots in (1, 64))
+    assert (work.packs_by_piece(few), work.packs_by_piece(many)) == (True, False)
+    assert work.work_of(few).copied_by_all == work.work_of(few).summed == 0
+    assert work.work_of(many).copied_by_all == 3 * central, "into order, and panels for both directions"
+    assert (work.tasks_of(few), work.tasks_of(many)) == (None, work.MOST_GROUPS)
+
+
 def test_a_chain_of_few_rows_leaves_threads_idle() -> None:
     dims = dims_of("paper_16")
     assert [work.tasks_of(plan_of("chain", "forward", dims, slots=slots)) for slots in (1, 3)] == [1, 3]

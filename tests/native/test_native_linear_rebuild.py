@@ -33,6 +33,7 @@ LARGER_SHAPES = {
     "wide_left": MPOShape((24, 3, 4), (16, 5, 2), max_bond=33),
     "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
     "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
+    "few_rows": MPOShape((4, 9, 3), (4, 37, 8), max_bond=(11, 13)),
     "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
 }
 
@@ -185,10 +186,12 @@ def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["many_blocks", "wide_right", "cropped"])
-def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("many_blocks", 50), ("wide_right", 50), ("cropped", 50), ("few_rows", 1)]
+)
+def test_threads_change_no_bit(name: str, tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    case = Case(LARGER_SHAPES[name], dtype, 50, experts=5, top_k=2)
+    case = Case(LARGER_SHAPES[name], dtype, tokens, experts=5, top_k=2)
     for strategy in STRATEGIES:
         results = []
         for count in (1, 2, 3):
@@ -211,6 +214,15 @@ def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None
     everything, fewer = case.backward(strategy, saved), case.backward(strategy, saved, need)
     for k, (a, b) in enumerate(zip(everything, fewer, strict=True)):
         assert b.numel() == 0 if k == skipped else torch.equal(a, b), NAMES[k]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11])
+def test_few_tokens(tokens: int, strategy: str, dtype: torch.dtype) -> None:
+    """A chain packs central piece by piece for up to 128 rows, 12 of each slot, and several times as many columns."""
+    torch.manual_seed(0)
+    Case(LARGER_SHAPES["few_rows"], dtype, tokens).check(strategy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from mpoe_kernels.testing.cases import expert_choice, random_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
-FEW_SLOTS = 128  # kFewSlots of csrc/cpu/linear/separable.cpp: above it, central is packed as a whole
+# Of csrc/cpu/linear/separable.h: above them, a forward or a backward packs central as a whole.
+FEW_SLOTS, FEW_GRADIENTS = 128, 64
 # Several pieces of k and column strips, with remainders; odd bonds, which bfloat16 pads; missing rows and columns.
 SHAPES = {
     "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
@@ -80,7 +82,7 @@ def test_long_sums_of_few_slots(slots: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("tokens", [1, 15, FEW_SLOTS, FEW_SLOTS + 1, 400])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, FEW_GRADIENTS, FEW_GRADIENTS + 1, FEW_SLOTS, FEW_SLOTS + 1, 400])
 def test_few_and_many_slots(tokens: int, name: str, dtype: torch.dtype) -> None:
     check(SHAPES[name], dtype, tokens, "zipf")
 
@@ -105,6 +107,26 @@ def test_blocks_whose_gradient_several_threads_share(name: str, experts: int, dt
     """With few experts, one expert's 36 to 48 rows of dleft and dright are cut into panels of 32."""
     with torch_threads(2):
         check(SHAPES[name], dtype, 33, "uniform", experts=experts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needed", [("x",), ("left",), ("central",), ("right",), ("x", "right"), ("left", "central")])
+def test_any_gradients_of_few_slots(needed: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Each has the same bits as if all were needed."""
+    blocks, x = random_blocks(SHAPES["even"], 3, dtype), torch.randn(3, SHAPES["even"].in_features).to(dtype)
+    leaves = {"x": x, "left": blocks.left, "central": blocks.central, "right": blocks.right}
+
+    def gradients(names: Iterable[str]) -> dict[str, Tensor]:
+        parts = {name: t.detach().clone().requires_grad_(name in names) for name, t in leaves.items()}
+        moved = MPOBlocks(parts["left"], parts["central"], parts["right"], blocks.in_features, blocks.out_features)
+        y = grouped_mpo_linear(parts["x"], moved, torch.tensor([0, 2, 2, 3]), backend="native", strategy="separable")
+        with poisoned_memory():
+            y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype))
+        return {name: parts[name].grad for name in names}
+
+    everything = gradients(leaves)
+    for name, gradient in gradients(needed).items():
+        assert torch.equal(gradient, everything[name]), name
 
 
 @pytest.mark.parametrize("tokens", [3, FEW_SLOTS + 20])

@@ -43,8 +43,8 @@ void multiply_outer(
         });
 }
 
-// out [m, n] = A^T B of few rows, rounded: a tile goes straight to its place, row of tiles by row of tiles, so that `out`
-// is written nearly in memory order and there are no sums in memory.
+// out [m, n] = A^T B of few rows, rounded. A tile goes straight to its place, one row of tiles after the other: `out`
+// is written nearly in memory order, and there are no sums in memory.
 template <class T>
 void outer_of_few(
     const GemmKernels& gemm, std::int64_t rows, const T* a, std::int64_t a_stride, std::int64_t m, const T* b,

@@ -41,10 +41,9 @@ template <class T>
 void left_step(
     const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t);
 
-// Few slots: central is read in place, in memory order, and panels of it are never written to memory. With one slot, that
-// traffic would take all the time. Rows t of the slots, and their gradients, are then in the order of central's rows,
-// (a, iC).
-constexpr std::int64_t kFewSlots = 128;      // of the forward
+// Few slots: central is read in memory order, and panels of it are never written to memory. With one slot, that traffic
+// would take all the time. Rows t of the slots, and their gradients, are then in the order of central's rows, (a, iC).
+constexpr std::int64_t kFewSlots = 128;     // of the forward
 constexpr std::int64_t kFewGradients = 64;  // of the backward
 
 // Contiguous rows of h [jC, b] must be whole units.

@@ -11,8 +11,9 @@ template <class T>
 class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
-      : gemm_(gemm), in_(in), d_(in.dims), sizes_(gemm, d_), filled_(in.filled()), are_few_(are_few(gemm, in, kFewGradients)), right_k_(padded_k(gemm, d_.jR)),
-        b_(padded_k(gemm, d_.b)), dh_k_(d_.jC * b_), dh_row_(row_stride(gemm, dh_k_)), x_gradients_(in) {}
+      : gemm_(gemm), in_(in), d_(in.dims), sizes_(gemm, d_), filled_(in.filled()),
+        are_few_(are_few(gemm, in, kFewGradients)), right_k_(padded_k(gemm, d_.jR)), b_(padded_k(gemm, d_.b)),
+        dh_k_(d_.jC * b_), dh_row_(row_stride(gemm, dh_k_)), x_gradients_(in) {}
 
   void run() {
     zero_gradients();
@@ -93,6 +94,7 @@ class Backward {
     });
   }
 
+  // The same for few slots, with the gradient of central.
   void few_slots_step(bool need_central, bool need_left, bool need_x) {
     const std::int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
     dh_ = Buffer<T>(filled_ * dh_row_);

@@ -25,7 +25,9 @@ def fixed_seconds(plan: Contraction, hardware: Hardware) -> float:
     work = work_of(plan)
     copies = (2 * work.copied * plan.dtype.itemsize + 2 * work.summed * 4) / hardware.bandwidth
     new = work.new / hardware.new_memory_bandwidth
-    return CALL_SECONDS + (copies + new) * _idle(tasks_of(plan), hardware.units)
+    by_all = 2 * work.copied_by_all * plan.dtype.itemsize / hardware.bandwidth
+    by_all += work.new_by_all / hardware.new_memory_bandwidth
+    return CALL_SECONDS + by_all + (copies + new) * _idle(tasks_of(plan), hardware.units)
 
 
 def _seconds(plan: Contraction, hardware: Hardware) -> float:

@@ -26,8 +26,10 @@ CHUNK_BYTES = 256 * 1024
 MOST_BLOCKS = 16
 # csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with separate sums.
 MOST_GROUPS = 8
-# csrc/cpu/linear/chain.cpp: bytes of the states of a block of slots.
-BLOCK_BYTES = 512 * 1024
+# csrc/cpu/linear/chain.cpp: bytes of the states of a block of slots, rows for which C is packed piece by piece.
+BLOCK_BYTES, FEW_ROWS = 512 * 1024, 128
+# csrc/cpu/linear/separable.h: slots for which a backward reads central in place and writes its gradient directly.
+FEW_GRADIENTS = 64
 
 
 class Tiles(NamedTuple):
@@ -77,16 +79,20 @@ class Work:
             FLOPs.
         tiles: stored tiles.
         copied: elements that copies read and write.
+        copied_by_all: those of copies that all threads share, however few the tasks (`tasks_of`) are.
         summed: elements of sums over experts, in memory, that products read and write.
         new: bytes of results and scratch memory that are expected to be new from the system.
+        new_by_all: those that all threads are the first to write.
     """
 
     plan: Contraction
     flops: float = 0.0
     tiles: float = 0.0
     copied: float = 0.0
+    copied_by_all: float = 0.0
     summed: float = 0.0
     new: float = 0.0
+    new_by_all: float = 0.0
     isa: str = field(default_factory=lambda: instructions())
 
     @property
@@ -116,6 +122,15 @@ class Work:
     def allocate(self, elements: float, itemsize: int | None = None) -> None:
         """An array, by default of the contraction's dtype."""
         self.new += new_bytes(elements * (itemsize or self.plan.dtype.itemsize))
+
+    def copy_by_all(self, elements: float) -> None:
+        """A copy by all threads into another order, in an array of its own."""
+        self.copied_by_all += elements
+        self.new_by_all += new_bytes(elements * self.plan.dtype.itemsize)
+
+    def touch(self, elements: float) -> None:
+        """Reading or writing an array once: half of a copy."""
+        self.copied += elements / 2
 
     def add_to_sum(self, elements: float) -> None:
         """A sum over experts that exceeds a core's cache."""
@@ -275,8 +290,9 @@ def _separable(work: Work) -> None:
     if x_needed or left_needed or central_needed:
         work.copy(experts * d.b * d.jR)
         work.multiply(experts, m * d.jC, d.b, d.jR)
+    few = slots <= FEW_GRADIENTS and d.b % work.unit == 0
     if x_needed or left_needed:
-        work.copy(central)
+        (work.touch if few else work.copy)(central)
         work.multiply(1, slots, d.iC * d.a, d.jC * d.b)
     if x_needed:
         work.copy(slots * d.in_features + experts * d.iL * d.a)
@@ -288,8 +304,29 @@ def _separable(work: Work) -> None:
         work.copy(slots * d.iC * (d.iL + d.a))
         work.multiply(experts, d.iL, d.a, m * d.iC)
     if central_needed:
-        work.copy(slots * (d.iC * d.a + d.jC * d.b) + central)
+        work.copy(slots * (d.iC * d.a + d.jC * d.b))
+        (work.touch if few else work.copy)(central)
         work.multiply(1, d.iC * d.a, d.jC * d.b, slots)
+
+
+def central_is_in_order(plan: Contraction) -> bool:
+    """Whether a chain finds the central block in the order that its product needs: after left, for few rows."""
+    d = plan.dims
+    if plan.order[:2] != ("L", "C"):
+        return False
+    step = applications(d, plan.order)[1]
+    return plan.slots * step.m < step.n or 1 in (d.a, d.iC)
+
+
+def _widest(plan: Contraction) -> int:
+    """Bytes of a slot's states before and after a product of a chain."""
+    return max(s.before + s.after for s in applications(plan.dims, plan.order)) * plan.dtype.itemsize
+
+
+def packs_by_piece(plan: Contraction) -> bool:
+    """Whether a chain packs pieces of the central block as it needs them, and keeps them in cache."""
+    rows = plan.slots * applications(plan.dims, plan.order)[plan.order.index("C")].m
+    return central_is_in_order(plan) and rows <= FEW_ROWS and plan.slots <= max(1, BLOCK_BYTES // _widest(plan))
 
 
 def _chain(work: Work) -> None:
@@ -298,18 +335,19 @@ def _chain(work: Work) -> None:
     steps = applications(d, plan.order)
     x_needed, *blocks_needed = plan.need
     wanted = [dict(zip("LCR", blocks_needed, strict=True))[step.operand] for step in steps]
-    forward = plan.phase == "forward"
+    forward, by_piece = plan.phase == "forward", packs_by_piece(plan)
     last = len(steps) if forward else max((k for k in range(len(steps)) if wanted[k]), default=-1)
     for k, step in enumerate(steps):
-        experts = 1 if step.operand == "C" else plan.busy_experts
+        is_central = step.operand == "C"
+        experts = 1 if is_central else plan.busy_experts
         operand, rows = step.k * step.n, step.m * slots / experts
+        pack = work.copy_by_all if is_central and not by_piece else work.copy
         if k <= last:
             work.copy(slots * step.before)
-        if step.operand == "C":
-            for _ in range(2 if forward else 3):  # its axes in the order that a product needs, and panels by direction
-                work.allocate(operand)
+        if is_central and not central_is_in_order(plan):
+            work.copy_by_all(operand)
         if k < last:
-            work.copy(experts * operand)
+            pack(experts * operand)
             work.multiply(experts, rows, step.n, step.k)
         if forward:
             continue
@@ -320,13 +358,13 @@ def _chain(work: Work) -> None:
             work.copy(slots * (step.before + step.after))
             work.multiply(experts, step.k, step.n, rows)
         if before_needed:
-            work.copy(experts * operand)
+            pack(experts * operand)
             work.multiply(experts, rows, step.k, step.n)
-        if wanted[k] and step.operand == "C":
-            widest = max(s.before + s.after for s in steps) * plan.dtype.itemsize
-            work.add_to_sum(slots / max(1, BLOCK_BYTES // widest) * operand)
+        if wanted[k] and is_central and by_piece:
+            work.touch(operand)
+        elif wanted[k] and is_central:
+            work.add_to_sum(slots / max(1, BLOCK_BYTES // _widest(plan)) * operand)
             work.allocate(min(_most_groups(plan), slots, MOST_GROUPS) * operand, FLOAT_BYTES)
-            work.allocate(operand, FLOAT_BYTES)
 
 
 _WORK: dict[str, Callable[[Work], None]] = {
@@ -341,6 +379,8 @@ _WORK: dict[str, Callable[[Work], None]] = {
 def tasks_of(plan: Contraction) -> int | None:
     """Number of equal tasks shared by the threads; None: unlimited."""
     if plan.strategy == "separable" or (plan.phase == "forward" and plan.strategy == "rebuild"):
+        return None
+    if plan.strategy == "chain" and packs_by_piece(plan):
         return None
     if plan.phase == "forward":
         return plan.slots if plan.strategy == "chain" else plan.busy_experts

@@ -11,16 +11,6 @@ namespace {
 constexpr int kDotRows = kWidth == 16 ? 4 : 2, kDotColumns = 4;
 constexpr std::int64_t kLongestDot = 384;  // vectors summed before their lanes are
 
-inline float sum_of_lanes(Floats value) {
-  float lanes[kWidth];
-  store_vector(lanes, value);
-#pragma GCC unroll 4
-  for (int half = kWidth / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // sum[r][c] += one step of a unit (vector.h) of rows `a` times rows `b`
 template <class T, int step, int rows, int columns>
 inline void dot_step(
@@ -61,7 +51,7 @@ void dot_tile(
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < columns; ++c) {
-      const float total = sum_of_lanes(sum[r][c]);
+      const float total = sum_of(sum[r][c]);
       out[r * out_stride + c] = accumulate ? out[r * out_stride + c] + total : total;
     }
 }

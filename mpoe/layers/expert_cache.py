@@ -84,12 +84,17 @@ class ExpertCacheReport:
 
 
 def _full_weight(blocks: MPOBlocks, expert: int, dtype: torch.dtype) -> Tensor:
-    """``W_e [I, F]``, contiguous, rounded to ``dtype`` once."""
+    """``W_e [I, F]``, rounded to ``dtype`` once, contiguous along its longer axis.
+
+    Products with one row read it at once then. With the shorter axis, on an EPYC, ``[3072, 768]`` in bfloat16 took 1.8
+    times as long and ``[768, 3072]`` in float32 1.4 times.
+    """
     # Half precision rebuilds in float32: a half-precision intermediate would be rounded twice.
     work = torch.promote_types(blocks.central.dtype, torch.float32)
     left, central, right = (block.to(work) for block in (blocks.left[[expert]], blocks.central, blocks.right[[expert]]))
     own = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
-    return expert_weights(own)[0].to(dtype).contiguous()
+    weight = expert_weights(own)[0].to(dtype)
+    return weight.contiguous() if own.in_features <= own.out_features else weight.t().contiguous().t()
 
 
 def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:

@@ -72,6 +72,9 @@ def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
     assert report.experts == report.built == report.hits > 0
     assert report.bytes >= report.experts * bytes_of_an_expert(ffn, dtype)
     assert f"{report.hits} hits" in str(report)
+    (held,) = cache._layers.values()
+    for kind, weight in held.weights(next(iter(held.full))[0], dtype).items():  # one row reads its longer axis at once
+        assert (weight.t() if kind == "down" else weight).is_contiguous()
 
 
 @pytest.mark.usefixtures("always")

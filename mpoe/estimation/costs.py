@@ -24,6 +24,7 @@ from mpoe.config import MPOEConfig
 from mpoe.estimation.inventory import Inventory, Layer, Matrix
 from mpoe.estimation.timing import Device
 from mpoe_kernels import ContractionPlan, MPOShape, plan_contraction
+from mpoe_kernels.planner.contraction import expected_busy_experts
 
 OPTIMIZER_BYTES = 8  # AdamW: two float32 moments per trained parameter
 GRADIENT_BYTES = 4  # float32, like the parameters that mixed-precision training keeps
@@ -219,9 +220,12 @@ def hidden_costs(matrix: Matrix, config: MPOEConfig, work: Usage, slots: int) ->
     groups = hidden // block
     weights = config.num_experts * (groups if config.block_per_group else 1)
     products = (3 if matrix.kind == "down" else 4) if work.training else 1
-    seconds = work.device.linear_seconds(slots * groups, block, block, weights, work.training)
+    seconds = work.device.linear_seconds(slots * groups, block, block, weights, work.training, one_call=True)
     if products == 4:
-        seconds += work.device.linear_seconds(slots * groups, block, block, weights, False)
+        seconds += work.device.linear_seconds(slots * groups, block, block, weights, False, one_call=True)
+    if work.training and slots:  # gradients of idle experts are zeros, which are written too
+        idle = weights - expected_busy_experts(weights, slots * groups)
+        seconds += work.device.copy_seconds(idle * block * block * work.device.element_size)
     return Cost(weights * block * block, 0, 2 * slots * hidden * block * products, seconds)
 
 

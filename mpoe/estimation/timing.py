@@ -47,9 +47,13 @@ class Device:
         """Read or write ``moved`` bytes of memory."""
         return self.seconds(Step("copy", "copy", 0, 0, 0, 1, round(moved), 0)) if moved else 0.0
 
-    def linear_seconds(self, rows: int, in_features: int, out_features: int, experts: int, training: bool) -> float:
+    def linear_seconds(
+        self, rows: int, in_features: int, out_features: int, experts: int, training: bool, one_call: bool = False
+    ) -> float:
         """Time of ``rows`` rows, distributed over ``experts`` weights ``[in_features, out_features]`` (1 = a dense
         linear).
+
+        ``one_call``: a CPU, too, computes all experts in one call.
 
         The output and, with training, the gradients of the rows and of the weights; each reads its operands once.
         Weights of experts without rows are not touched.
@@ -66,4 +70,5 @@ class Device:
                 Step("d x", kind, mean, in_features, out_features, busy, y + weights, x),
                 Step("d W", kind, in_features, out_features, mean, busy, x + y, weights),
             ]
-        return sum(self.seconds(step) for step in steps)
+        saved = self.hardware.call_seconds.of(self.dtype) * (busy - 1) if one_call else 0.0
+        return sum(self.seconds(step) - saved for step in steps)

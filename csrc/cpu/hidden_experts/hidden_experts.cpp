@@ -93,9 +93,10 @@ struct Sorted {
 // Sums of a tile, rows of a chunk, packed blocks of one expert: an upper bound of what the bodies use, in whole lines.
 std::int64_t scratch_floats(const HiddenExperts& in, const HiddenSlots& sorted, bool packs) {
   const std::int64_t wide = padded_block(in) + kPanel, tokens = std::min(sorted.tile_tokens, in.tokens);
-  const std::int64_t blocks = packs ? 16 * wide * wide : 0, of_groups = sorted.together * wide;
+  const std::int64_t blocks = packs ? 6 * wide * wide : 0, of_groups = sorted.together * wide;
   const std::int64_t biases = in.bias == nullptr ? 0 : in.experts * of_groups;
-  const std::int64_t floats = in.experts + 2 * tokens * of_groups + 24 * rows_at_once(in, sorted) * wide;
+  const std::int64_t sums = (in.u_gate == nullptr ? 1 : 2) * tokens * of_groups;
+  const std::int64_t floats = in.experts + sums + 16 * rows_at_once(in, sorted) * wide;
   return round_up(floats + blocks + biases + 4096, 16);
 }
 

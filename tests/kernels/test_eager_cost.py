@@ -115,3 +115,20 @@ def test_slow_page_faults_favour_what_allocates_least() -> None:
     slow = dataclasses.replace(cpu, new_memory_bandwidth=1e9)
     more = [cost._seconds(plan, slow) - cost._seconds(plan, cpu) for plan in (rebuild, half)]
     assert 0 < more[0] < more[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (("iR", "a", "jC", "b"), ("iR", "jC", "b", "a"), 1000),  # 32 elements, 8 KiB apart
+        (("iR", "a", "jC", "b"), ("iR", "jC", "a", "b"), 0),  # runs of 32
+        (("jC", "b", "a", "iR"), ("iR", "jC", "b", "a"), 0),  # 16 bytes apart
+        (("iL", "jC", "b"), ("jC", "b", "iL"), 0),  # no more than a set has ways
+    ],
+)
+def test_elements_that_share_a_cache_set(before: tuple[str, ...], after: tuple[str, ...], expected: int) -> None:
+    dims = BlockDims(iL=4, jL=8, a=32, iC=64, jC=64, b=32, iR=4, jR=8, in_features=1024, out_features=4096)
+    traffic = cost._Traffic(contraction("chain", dims, 1, 1, torch.float32, "forward"), chunks=1)
+    traffic.copy(1000, before, after)
+    assert traffic.aliased == expected
+    assert traffic.copied >= 8000

@@ -13,7 +13,7 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.mpo_linear import linear_weight
+from mpoe.layers.mpo_linear import is_conv1d, linear_weight
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
@@ -26,8 +26,7 @@ def _is_observed(module: nn.Module) -> bool:
 
 def _returns_new_memory(module: nn.Module) -> bool:
     """Whether nobody but its caller has a module's result: of no other kind of module is this known."""
-    is_dense = type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
-    return is_dense and not _is_observed(module)
+    return (type(module) is nn.Linear or is_conv1d(module)) and not _is_observed(module)
 
 
 class _SumOfGradients(torch.autograd.Function):

@@ -13,6 +13,11 @@ from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOShape, mpo_linear
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, recognised by its attributes: layers do not import transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """Weight ``[in, out]`` of an `nn.Linear` (transposed view) or a `Conv1D` (unchanged).
 
@@ -21,8 +26,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return module.weight.T
-    # transformers' Conv1D, recognised by its attributes: layers do not import transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if is_conv1d(module):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight

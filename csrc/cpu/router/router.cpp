@@ -14,8 +14,7 @@ namespace {
 
 // Up to this many experts or tokens, a product that packs the weight takes longer than a dot product per logit: its
 // tiles are wider than the experts are many, or hold few rows.
-constexpr std::int64_t kFewExperts = 8, kFewTokens = 8;
-constexpr std::int64_t kProductsPerThread = 1 << 14;  // fewer are not worth waking a thread
+constexpr std::int64_t kFewExperts = 16, kFewTokens = 8;
 constexpr std::int64_t kColumns = 4 * kPanel;         // of the weight's gradient that one task computes
 
 const void* at(const void* base, std::int64_t elements, Dtype dtype) {
@@ -41,13 +40,6 @@ class Floats32 {
   Buffer<float> copy_;
 };
 
-// f(first token, last token) on several threads.
-template <class F>
-void for_token_ranges(const Router& r, std::int64_t at_least, const F& f) {
-  const std::int64_t products = std::max<std::int64_t>(1, r.experts * r.features);
-  parallel_for(0, r.tokens, std::max(at_least, ceil_divide(kProductsPerThread, products)), f);
-}
-
 // f(first token, tokens) for strips of a tile's height, whose float copies stay in the L2 cache.
 template <class F>
 void for_strips(const Router& r, const F& f) {
@@ -57,18 +49,18 @@ void for_strips(const Router& r, const F& f) {
   });
 }
 
-void logits_by_dots(const Router& r, const float* weight, float* logits) {
-  const RowFunctions& functions = row_functions(Dtype::kFloat32);
-  for_token_ranges(r, 1, [&](std::int64_t begin, std::int64_t end) {
-    Floats32 rows(r.x_dtype, r.features);
-    for (std::int64_t t = begin; t < end; ++t) {
-      const float* const row = rows(at(r.x, t * r.features, r.x_dtype), r.features);
-      functions.dots(row, weight, r.experts, r.features, logits + t * r.experts);
-    }
+// `gemm`: of weight's type; rows_of(first token, tokens, use) calls use(rows of that type).
+template <class T, class Rows>
+void logits_by_dots(const Router& r, const GemmKernels& gemm, const T* weight, float* logits, const Rows& rows_of) {
+  for_strips(r, [&](std::int64_t first, std::int64_t count) {
+    rows_of(first, count, [&](const T* rows) {
+      gemm.multiply_dots(
+          count, r.experts, r.features, rows, r.features, weight, r.features, logits + first * r.experts, r.experts);
+    });
   });
 }
 
-// `x`, `weight`: both of type T; rows_of(first token, tokens) gives rows of T.
+// The same with packed panels of the weight.
 template <class T, class Rows>
 void logits_by_tiles(const Router& r, const GemmKernels& gemm, const T* weight, float* logits, const Rows& rows_of) {
   const std::int64_t wide = round_up(r.experts, kPanel);
@@ -120,21 +112,23 @@ void choose(const Gating& a, const float* logits, std::int64_t* index, float* ga
 
 void router_logits(const Router& r, float* logits) {
   if (r.tokens == 0) return;
-  const GemmKernels& brief = gemm_kernels(Dtype::kBFloat16);
   const bool many = r.tokens > kFewTokens && r.experts > kFewExperts;
-  const bool both_brief = r.x_dtype == Dtype::kBFloat16 && r.weight_dtype == Dtype::kBFloat16;
-  if (many && both_brief && r.features % brief.unit == 0) {
+  const auto compute = [&](const GemmKernels& gemm, const auto* weight, const auto& rows_of) {
+    if (many && r.features % gemm.unit == 0)
+      logits_by_tiles(r, gemm, weight, logits, rows_of);
+    else
+      logits_by_dots(r, gemm, weight, logits, rows_of);
+  };
+  if (r.x_dtype == Dtype::kBFloat16 && r.weight_dtype == Dtype::kBFloat16) {
     const BFloat16* const x = static_cast<const BFloat16*>(r.x);
-    logits_by_tiles(
-        r, brief, static_cast<const BFloat16*>(r.weight), logits,
+    compute(
+        gemm_kernels(Dtype::kBFloat16), static_cast<const BFloat16*>(r.weight),
         [&](std::int64_t first, std::int64_t, const auto& use) { use(x + first * r.features); });
     return;
   }
   Floats32 of_weight(r.weight_dtype, r.experts * r.features);
-  const float* const weight = of_weight(r.weight, r.experts * r.features);
-  if (!many) return logits_by_dots(r, weight, logits);
-  logits_by_tiles(
-      r, gemm_kernels(Dtype::kFloat32), weight, logits,
+  compute(
+      gemm_kernels(Dtype::kFloat32), of_weight(r.weight, r.experts * r.features),
       [&](std::int64_t first, std::int64_t count, const auto& use) {
         Floats32 rows(r.x_dtype, count * r.features);
         use(rows(at(r.x, first * r.features, r.x_dtype), count * r.features));
@@ -188,7 +182,7 @@ void router_logits_backward(const Router& r, const float* grad, void* dx, void* 
 void gating(const Gating& a) {
   const std::int64_t experts = a.router.experts;
   router_logits(a.router, a.logits);
-  for_token_ranges(a.router, 256, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, a.router.tokens, 256, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t)
       choose(a, a.logits + t * experts, a.index + t * a.top_k, a.gates + t * a.top_k);
   });

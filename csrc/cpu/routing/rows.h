@@ -17,8 +17,6 @@ struct RowFunctions {
   void (*dot)(const void* a, const void* b, void* result, std::int64_t n);
   // out = row
   void (*widen)(const void* row, float* out, std::int64_t n);
-  // out[e] = <row, others + e * n> for e < count; float alone.
-  void (*dots)(const float* row, const float* others, std::int64_t count, std::int64_t n, float* out);
 };
 
 // Indexed by Dtype.

@@ -1,5 +1,4 @@
 // Bodies of rows.h. Included by one file per instruction set, which defines MPOE_ROWS, the name of its table.
-#include "cpu/gemm/vector.h"
 #include "cpu/routing/rows.h"
 
 namespace mpoe {
@@ -64,49 +63,6 @@ void dot(const void* a, const void* b, void* result, std::int64_t n) {
   *static_cast<A*>(result) = partial[0];
 }
 
-// The sum of `dot`'s lanes, in the same order.
-inline float sum_of_lanes(Floats (&partial)[kLanes / kWidth]) {
-  for (std::int64_t count = kLanes / kWidth / 2; count > 0; count /= 2)
-    for (std::int64_t i = 0; i < count; ++i) partial[i] += partial[i + count];
-  return sum_of(partial[0]);
-}
-
-// `count` dot products at once: each vector of `row` is loaded once for all of them.
-template <int count>
-inline void dots_of(const float* row, const float* others, std::int64_t n, float* out) {
-  Floats partial[count][kLanes / kWidth] = {};
-  std::int64_t begin = 0;
-  for (; begin + kLanes <= n; begin += kLanes)
-#pragma GCC unroll 16
-    for (std::int64_t v = 0; v < kLanes / kWidth; ++v) {
-      const std::int64_t i = begin + v * kWidth;
-      const Floats left = load_floats(row + i);
-#pragma GCC unroll 4
-      for (int c = 0; c < count; ++c) partial[c][v] = multiply_add(left, load_floats(others + c * n + i), partial[c][v]);
-    }
-  if (begin < n) {
-    float rest[2][kLanes];
-    const auto fill = [&](float* to, const float* from) {
-      for (std::int64_t i = 0; i < kLanes; ++i) to[i] = begin + i < n ? from[begin + i] : 0.0f;
-    };
-    fill(rest[0], row);
-    for (int c = 0; c < count; ++c) {
-      fill(rest[1], others + c * n);
-      for (std::int64_t v = 0; v < kLanes / kWidth; ++v)
-        partial[c][v] =
-            multiply_add(load_floats(rest[0] + v * kWidth), load_floats(rest[1] + v * kWidth), partial[c][v]);
-    }
-  }
-  for (int c = 0; c < count; ++c) out[c] = sum_of_lanes(partial[c]);
-}
-
-void dots(const float* row, const float* others, std::int64_t count, std::int64_t n, float* out) {
-  constexpr int kTogether = kWidth == 16 ? 4 : 1;  // as many as there are registers for
-  std::int64_t e = 0;
-  for (; e + kTogether <= count; e += kTogether) dots_of<kTogether>(row, others + e * n, n, out + e);
-  for (; e < count; ++e) dots_of<1>(row, others + e * n, n, out + e);
-}
-
 template <class T>
 void widen(const void* row, float* out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(load(static_cast<const T*>(row)[i]));
@@ -115,10 +71,10 @@ void widen(const void* row, float* out, std::int64_t n) {
 }  // namespace
 
 const RowFunctions MPOE_ROWS[4] = {
-    {weighted_sum<float>, scale<float>, dot<float>, widen<float>, dots},
-    {weighted_sum<double>, scale<double>, dot<double>, widen<double>, nullptr},
-    {weighted_sum<BFloat16>, scale<BFloat16>, dot<BFloat16>, widen<BFloat16>, nullptr},
-    {weighted_sum<Float16>, scale<Float16>, dot<Float16>, widen<Float16>, nullptr},
+    {weighted_sum<float>, scale<float>, dot<float>, widen<float>},
+    {weighted_sum<double>, scale<double>, dot<double>, widen<double>},
+    {weighted_sum<BFloat16>, scale<BFloat16>, dot<BFloat16>, widen<BFloat16>},
+    {weighted_sum<Float16>, scale<Float16>, dot<Float16>, widen<Float16>},
 };
 
 }  // namespace mpoe

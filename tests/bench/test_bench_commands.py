@@ -1,0 +1,48 @@
+"""Benchmarks with a command of their own, on tiny sizes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from mpoe_bench import decoding, rates
+
+from mpoe_kernels import available_backends
+
+
+def test_decoding_times_whole_calls_and_later_tokens(tmp_path, capsys) -> None:
+    words = "--shapes light --batches 2 --width 64 --layers 1 --rounds 1 --tokens 4 --after 2 --dtype float32"
+    out = tmp_path / "decoding.json"
+    assert decoding.main([*words.split(), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert "light" in capsys.readouterr().out
+    assert found["machine"]["processor"]
+    (row,) = found["rows"]
+    assert set(row["x"]) == set(row["x_after"]) == set(decoding.CHOICES)
+    assert all(value > 0 for key in ("x", "x_after") for value in row[key].values())
+    # Two layers of 64 x 256 in float32. With room for all, full weights are cached of the experts that were used.
+    dense = 2 * 2 * 64 * 256 * 4 / 1e6
+    assert row["MB"]["dense layers"] == pytest.approx(dense)
+    assert dense < row["MB"]["room for all"] <= 8 * dense
+    assert row["MB"]["dense experts"] == pytest.approx(8 * dense)
+
+
+def test_decoding_refuses_to_leave_out_all_tokens(capsys) -> None:
+    with pytest.raises(SystemExit):
+        decoding.main(["--tokens", "4", "--after", "4"])
+    assert "--after must be between 0 and 3, one less than --tokens; got 4" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="the native kernels were not built")
+def test_rates_of_native_products(tmp_path, capsys) -> None:
+    out = tmp_path / "rates.json"
+    assert (
+        rates.main(["--sizes", "16,64,128", "--experts", "2", "--threads", "1", "--seconds", "0.01", "--out", str(out)])
+        == 0
+    )
+    found = json.loads(out.read_text())
+    assert [(row["dtype"], row["phase"]) for row in found["rows"]] == [
+        (dtype, phase) for dtype in ("float32", "bfloat16") for phase in ("forward", "backward")
+    ]
+    assert all(set(row["GFLOP/s"]) == {rates.LIBRARY, *rates.STRATEGIES} for row in found["rows"])
+    assert "separable" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from mpoe_bench import decoding, rates
+from mpoe_bench import decoding, rates, whole_step
 
 from mpoe_kernels import available_backends
 
@@ -46,3 +46,18 @@ def test_rates_of_native_products(tmp_path, capsys) -> None:
     ]
     assert all(set(row["GFLOP/s"]) == {rates.LIBRARY, *rates.STRATEGIES} for row in found["rows"])
     assert "separable" in capsys.readouterr().out
+
+
+def test_whole_steps_against_dense_experts(tmp_path, capsys) -> None:
+    out = tmp_path / "steps.json"
+    words = "--tokens 2,8 --layers 1 --width 64 --vocabulary 64 --experts 4 --dtype float32 --rounds 1"
+    assert whole_step.main([*words.split(), "--out", str(out)]) == 0
+    dense, separable, experts = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in (dense, separable, experts)] == ["dense", "separable", "dense experts"]
+    networks = 2 * 2 * 64 * 256  # of two layers
+    assert experts["parameters"] - dense["parameters"] == pytest.approx(3 * networks, rel=0.02)  # and routers
+    assert dense["parameters"] < separable["parameters"] < experts["parameters"]
+    assert all(row["state_bytes"] == 4 * 4 * row["parameters"] for row in (dense, separable, experts))
+    assert all(row["activation_bytes"] > 0 for row in (dense, separable, experts))
+    assert len(separable["x"]) == 1
+    assert "dense experts" in capsys.readouterr().out

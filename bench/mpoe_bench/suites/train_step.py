@@ -19,7 +19,7 @@ from mpoe_kernels.testing.assertions import relative_error
 DENSE = "dense T5"
 
 
-class _Step:
+class Step:
     """One model with its optimizer; ``step`` runs a whole step, ``logits`` returns the batch's logits."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
@@ -70,7 +70,7 @@ def train_step_comparison(
 
     def build(name: str, kind: str, expert_config: MPOEConfig | None) -> tuple[Contender, Truth]:
         model = copy.deepcopy(dense) if expert_config is None else convert_to_mpoe(dense, expert_config)
-        step = _Step(model.to(device), ids)
+        step = Step(model.to(device), ids)
         count = sum(p.numel() for p in model.parameters())
         facts = {"parameters": count, "weight_bytes": 4 * count, "optimizer_bytes": 8 * count}
         return Contender(name, kind, step.logits, leaves=tuple(model.parameters()), facts=facts, step=step.step), truth

@@ -12,12 +12,15 @@ struct Case {
   bool few_ids;  // ids that occur often
 };
 
-// Few tokens are computed left first, many right first.
+// Both orders, with slices of right that fill less than half a panel, half, one and several.
 const Case kCases[] = {
     {0, 4, 2, 2, 3, 2, 2, 3, 2, 2, false},         {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, false},
     {5, 380, 7, 12, 33, 3, 4, 17, 9, 8, false},    {900, 380, 7, 12, 33, 3, 4, 17, 9, 8, true},
     {60, 105, 5, 3, 70, 2, 5, 450, 4, 7, false},   {700, 280, 30, 1, 401, 2, 3, 35, 16, 95, false},
     {300, 64, 40, 8, 16, 1, 1, 20, 1, 8, true},    {150, 70, 1, 1, 5, 50, 7, 3, 6, 11, false},
+    {1, 768, 6, 12, 20, 3, 4, 37, 7, 16, false},   {80, 765, 6, 12, 20, 3, 4, 37, 7, 16, true},
+    {40, 1100, 6, 5, 20, 3, 14, 37, 7, 16, false}, {300, 150, 9, 2, 33, 2, 1, 41, 5, 75, true},
+    {50, 250, 8, 2, 33, 2, 2, 40, 9, 64, false},
 };
 
 std::vector<double> truth_of(

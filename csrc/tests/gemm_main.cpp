@@ -28,7 +28,7 @@ struct Bench {
   Array filled(std::int64_t count, std::int64_t shift = 0) { return Array::random(dtype, count, random, 1, shift); }
 };
 
-// pack, pack_transposed, multiply_rows, multiply_columns, store.
+// pack, pack_transposed, multiply_rows, multiply_half_panel, multiply_columns, store.
 void check_product(Bench& b, std::int64_t rows, std::int64_t k, std::int64_t columns) {
   const GemmKernels& gemm = b.gemm;
   const std::int64_t units = ceil_divide(k, gemm.unit), wide = units * gemm.unit, stride = columns + 5;
@@ -55,20 +55,28 @@ void check_product(Bench& b, std::int64_t rows, std::int64_t k, std::int64_t col
   check::require(packed.same_bits(packed_turned), b.what("pack_transposed", k));
   gemm.pack(left_panel.data(), units, left_turned.data(), rows, k, rows);
 
-  Array out(b.dtype, rows * columns, 1), by_columns(b.dtype, rows * columns, 1);
+  Array out(b.dtype, rows * columns, 1), by_halves(b.dtype, rows * columns, 1), by_columns(b.dtype, rows * columns, 1);
   for (std::int64_t p = 0; p < panels; ++p) {
     Array tile(kFloat, rows * kPanel);
     const char* b_panel = static_cast<const char*>(packed.data()) + p * panel * size_of(b.dtype);
     const std::int64_t left = std::min(kPanel, columns - p * kPanel);
     char* target = static_cast<char*>(out.data()) + p * kPanel * size_of(b.dtype);
+    char* target_of_halves = static_cast<char*>(by_halves.data()) + p * kPanel * size_of(b.dtype);
     char* target_too = static_cast<char*>(by_columns.data()) + p * kPanel * size_of(b.dtype);
     gemm.multiply_rows(rows, units, a.data(), wide / gemm.unit, b_panel, static_cast<float*>(tile.data()), kPanel, false);
     gemm.multiply_rows(rows, units, a.data(), wide / gemm.unit, b_panel, static_cast<float*>(tile.data()), kPanel, true);
     gemm.store(static_cast<const float*>(tile.data()), rows, left, target, columns);
+    for (const std::int64_t half : {kPanel / 2, std::int64_t{0}})
+      for (const bool adds : {false, true})
+        gemm.multiply_half_panel(
+            rows, units, a.data(), wide / gemm.unit, b_panel + half * 4, static_cast<float*>(tile.data()) + half,
+            kPanel, adds);
+    gemm.store(static_cast<const float*>(tile.data()), rows, left, target_of_halves, columns);
     gemm.multiply_columns(rows, units, left_panel.data(), b_panel, static_cast<float*>(tile.data()), kPanel, false);
     gemm.store(static_cast<const float*>(tile.data()), rows, left, target_too, columns);
   }
   require_close(out, twice, b.allowed, b.what("multiply_rows", k));
+  require_close(by_halves, twice, b.allowed, b.what("multiply_half_panel", k));
   require_close(by_columns, truth, b.allowed, b.what("multiply_columns", k));
 }
 

@@ -13,8 +13,10 @@ from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from ..kernels.backend_cases import cast
 
 pytestmark = pytest.mark.usefixtures("native_library")
-# Axes longer than a panel and sums of more than one piece; iR = 1 and jL = 1; cropped columns.
+# Axes longer than a panel and sums of more than one piece; iR = 1 and jL = 1; two slices of right per panel; cropped
+# columns.
 SHAPES = {
+    "halves": MPOShape((25, 6, 7), (12, 4, 16), max_bond=33, in_features=1040, out_features=765),
     "paper": MPOShape.paper(3000, 100, max_bond=40),
     "full": MPOShape.paper(4800, 96),
     "separable": MPOShape.separable(1000, 70),
@@ -23,9 +25,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("rows", [3, 2000])
+@pytest.mark.parametrize("rows", [1, 3, 40, 2000])
 def test_rows_of_larger_tables(name: str, dtype: torch.dtype, rows: int) -> None:
-    """Few rows are contracted with left first, many with right first."""
+    """Left first or right first, depending on the shape and on how many rows share digits."""
     true = random_blocks(SHAPES[name], 1)
     blocks, ids = cast(true, dtype), torch.randint(0, true.in_features, (rows,))
     ids[-1] = ids[0]

@@ -1,10 +1,9 @@
 // out[t] = row ids[t] of the table that left, central and right represent, on raw pointers.
 //
 // Row (iL, iC, iR) is left[iL] [jL, a] times central[:, iC] [a, jC, b] times right[:, iR] [b, jR]. Every row is
-// computed once, however often its id occurs. Rows are sorted by iC, iR and iL, and those of one iC are computed in the
-// cheaper of two orders: left first, where all their rows of left are multiplied with the packed central[:, iC], or
-// right first, where all rows with the same iR share central[:, iC] times right[:, iR]. The order does not depend on
-// the number of threads.
+// computed once, however often its id occurs, in the cheaper of two orders: left first, where all rows with the same iL
+// and iC share left[iL] times central[:, iC], or right first, where all rows with the same iC and iR share central[:, iC]
+// times right[:, iR]. The order does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
 // Bodies of gemm.h. Included by one file per instruction set, which defines MPOE_GEMM, the name of its table.
+#include <algorithm>
 #include <utility>
 
 #include "cpu/gemm/dots.h"
@@ -53,40 +54,40 @@ struct UnitOffsets {
 };
 
 // One step of a unit (vector.h): every row's broadcast times the vectors of the right operand.
-template <class T, int step, int rows, class Offsets>
-inline void multiply_step(Floats (&acc)[rows][kTileVectors], const char* a, const Offsets& offset, const char* panel) {
+template <class T, int step, int rows, int vectors, class Offsets>
+inline void multiply_step(Floats (&acc)[rows][vectors], const char* a, const Offsets& offset, const char* panel) {
   using Product = UnitProduct<T>;
-  typename Product::Operand right[kTileVectors];
+  typename Product::Operand right[vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kTileVectors; ++v) right[v] = Product::template load<step>(panel + v * kWidth * kUnitBytes);
+  for (int v = 0; v < vectors; ++v) right[v] = Product::template load<step>(panel + v * kWidth * kUnitBytes);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     const auto left = Product::template broadcast<step>(a + offset[r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Product::multiply(acc[r][v], left, right[v]);
+    for (int v = 0; v < vectors; ++v) acc[r][v] = Product::multiply(acc[r][v], left, right[v]);
   }
 }
 
-// One register tile: `rows` x (kTileVectors * kWidth) columns. All of it stays in registers throughout the loop over k.
-template <class T, int rows, class Offsets>
+// One register tile: `rows` x (vectors * kWidth) columns. All of it stays in registers throughout the loop over k.
+template <class T, int rows, int vectors, class Offsets>
 inline void register_tile(
     int64_t units, const char* a, int64_t a_row, int64_t a_unit, const char* panel, float* tile, int64_t tile_stride,
     bool accumulate) {
   Offsets offset(a_row);
-  Floats acc[rows][kTileVectors];
+  Floats acc[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v)
+    for (int v = 0; v < vectors; ++v)
       acc[r][v] = Floats{};
 #pragma GCC unroll 1
   for (int64_t u = 0; u < units; ++u) {
     offset.renew();
-    multiply_step<T, 0, rows>(acc, a, offset, panel);
+    multiply_step<T, 0, rows, vectors>(acc, a, offset, panel);
     if constexpr (UnitProduct<T>::kSteps == 2) {
       asm volatile("" ::: "memory");  // load again: there are no registers to keep the first step's operands
       offset.renew();
-      multiply_step<T, 1, rows>(acc, a, offset, panel);
+      multiply_step<T, 1, rows, vectors>(acc, a, offset, panel);
     }
     a += a_unit;
     panel += kPanelBytes;
@@ -94,47 +95,48 @@ inline void register_tile(
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       float* target = tile + r * tile_stride + v * kWidth;
       // The previous contents are added last: sums of sums round less than one long sum.
       store_floats(target, accumulate ? acc[r][v] + load_floats(target) : acc[r][v]);
     }
 }
 
-template <class T, bool by_columns, int rows>
+template <class T, bool by_columns, int vectors, int rows>
 void tile_of(
-    int64_t units, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride, bool accumulate) {
-  constexpr int64_t kColumns = kTileVectors * kWidth;
-  for (int64_t c = 0; c < kPanel; c += kColumns)
-    register_tile<T, rows, std::conditional_t<by_columns, UnitOffsets, RowOffsets<rows>>>(
+    int64_t units, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride, bool accumulate,
+    int64_t columns) {
+  for (int64_t c = 0; c < columns; c += vectors * kWidth)
+    register_tile<T, rows, vectors, std::conditional_t<by_columns, UnitOffsets, RowOffsets<rows>>>(
         units, a, a_row, by_columns ? kPanelBytes : kUnitBytes, panel + c * kUnitBytes, tile + c, tile_stride,
         accumulate);
 }
 
-using TileFunction = void (*)(int64_t, const char*, int64_t, const char*, float*, int64_t, bool);
+using TileFunction = void (*)(int64_t, const char*, int64_t, const char*, float*, int64_t, bool, int64_t);
 
-template <class T, bool by_columns, int... rows>
+template <class T, bool by_columns, int vectors, int... rows>
 TileFunction pick_tile(int64_t count, std::integer_sequence<int, rows...>) {
-  static constexpr TileFunction kFunctions[] = {tile_of<T, by_columns, rows + 1>...};
+  static constexpr TileFunction kFunctions[] = {tile_of<T, by_columns, vectors, rows + 1>...};
   return kFunctions[count - 1];
 }
 
-template <class T>
+template <class T, int64_t columns>
 void multiply_rows(
     int64_t rows, int64_t units, const void* a, int64_t a_stride, const void* panel, float* tile, int64_t tile_stride,
     bool accumulate) {
+  constexpr int kVectors = std::min<int>(kTileVectors, columns / kWidth);
   for_each_tile(rows, UnitProduct<T>::kRows, [&](int64_t first, int64_t count) {
-    pick_tile<T, false>(count, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
+    pick_tile<T, false, kVectors>(count, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
         units, static_cast<const char*>(a) + first * a_stride * kUnitBytes, a_stride * kUnitBytes,
-        static_cast<const char*>(panel), tile + first * tile_stride, tile_stride, accumulate);
+        static_cast<const char*>(panel), tile + first * tile_stride, tile_stride, accumulate, columns);
   });
 }
 
 template <class T>
 void multiply_columns(
     int64_t rows, int64_t units, const void* a, const void* panel, float* tile, int64_t tile_stride, bool accumulate) {
-  pick_tile<T, true>(rows, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
-      units, static_cast<const char*>(a), 0, static_cast<const char*>(panel), tile, tile_stride, accumulate);
+  pick_tile<T, true, kTileVectors>(rows, std::make_integer_sequence<int, UnitProduct<T>::kRows>{})(
+      units, static_cast<const char*>(a), 0, static_cast<const char*>(panel), tile, tile_stride, accumulate, kPanel);
 }
 
 template <class T>
@@ -142,11 +144,9 @@ void store(const float* tile, int64_t rows, int64_t columns, void* out, int64_t 
   T* target = static_cast<T*>(out);
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = tile + r * kPanel;
-    if (columns == kPanel) {
-      for (int64_t c = 0; c < kPanel; c += kWidth) store_floats(target + r * stride + c, load_floats(row + c));
-      continue;
-    }
-    for (int64_t c = 0; c < columns; ++c) mpoe::store(target[r * stride + c], row[c]);
+    int64_t c = 0;
+    for (; c + kWidth <= columns; c += kWidth) store_floats(target + r * stride + c, load_floats(row + c));
+    for (; c < columns; ++c) mpoe::store(target[r * stride + c], row[c]);
   }
 }
 
@@ -286,7 +286,8 @@ constexpr GemmKernels table() {
       .unit = kUnitBytes / static_cast<int64_t>(sizeof(T)),
       .best_rows = UnitProduct<T>::kRows,
       .longest_sum = 384,
-      .multiply_rows = multiply_rows<T>,
+      .multiply_rows = multiply_rows<T, kPanel>,
+      .multiply_half_panel = multiply_rows<T, kPanel / 2>,
       .multiply_columns = multiply_columns<T>,
       .multiply_dots = multiply_dots<T>,
       .store = store<T>,

@@ -44,7 +44,11 @@ struct GemmKernels {
   void (*multiply_rows)(
       std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,
       std::int64_t tile_stride, bool accumulate);
-  // The same with A(r, u) at a[u * 32 + r] and at most best_rows rows, which are columns of a packed panel.
+  // The same for the first 16 columns of the panel only.
+  void (*multiply_half_panel)(
+      std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,
+      std::int64_t tile_stride, bool accumulate);
+  // multiply_rows with A(r, u) at a[u * 32 + r] and at most best_rows rows, which are columns of a packed panel.
   void (*multiply_columns)(
       std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile, std::int64_t tile_stride,
       bool accumulate);

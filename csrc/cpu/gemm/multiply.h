@@ -50,15 +50,17 @@ inline void sum_of_sums(
 // Rows whose sums stay in the L1 cache together with a piece of a panel.
 constexpr std::int64_t kStripRows = 112;
 
-// multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows.
+// multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows. If half a panel holds
+// `columns`, the rest of the tile is unspecified.
 template <class T>
 inline void multiply_rows(
     const GemmKernels& gemm, std::int64_t rows, std::int64_t units, const T* a, std::int64_t stride, const T* panel,
-    float* tile, bool accumulate) {
+    float* tile, bool accumulate, std::int64_t columns = kPanel) {
+  const auto multiply = columns <= kPanel / 2 ? gemm.multiply_half_panel : gemm.multiply_rows;
   sum_of_sums<kStripRows>(
       gemm, rows, units, tile, kPanel, accumulate,
       [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
-        gemm.multiply_rows(
+        multiply(
             rows, count, a + first * gemm.unit, stride / gemm.unit, panel + first * kPanel * gemm.unit, sum,
             sum_stride, adds);
       });
@@ -78,7 +80,8 @@ inline void multiply_columns(
 
 // Calls f(first_row, rows, first_column, tile) for every tile of `count` rows of `a` times every panel. A piece of a
 // panel, as long as an innermost sum, is multiplied with a strip of rows before the next piece is: then it comes from
-// the L1 cache, and only the rows come from the L2 cache. Summed as in multiply_rows.
+// the L1 cache, and only the rows come from the L2 cache. Summed as in multiply_rows. Columns of the last tile past
+// `columns` are unspecified.
 template <class T, class F>
 void multiply_all(
     const GemmKernels& gemm, std::int64_t count, std::int64_t k, const T* a, std::int64_t stride, const T* panels,
@@ -87,7 +90,7 @@ void multiply_all(
   const std::int64_t units = k / gemm.unit;
   for (std::int64_t c = 0; c < columns; c += kPanel)
     for_each_tile(count, kStripRows, [&](std::int64_t strip, std::int64_t strip_rows) {
-      multiply_rows(gemm, strip_rows, units, a + strip * stride, stride, panels + c * k, sums, false);
+      multiply_rows(gemm, strip_rows, units, a + strip * stride, stride, panels + c * k, sums, false, columns - c);
       for_each_tile(strip_rows, gemm.best_rows, [&](std::int64_t row, std::int64_t rows) {
         f(strip + row, rows, c, sums + row * kPanel);
       });

@@ -3,13 +3,14 @@
     python tools/hot_loops.py [LIBRARY]    default: mpoe_kernels/_C.abi3.so; needs binutils (objdump, c++filt)
 
 One line per loop: file, kernel, instructions per multiply-add. Exits with 1 if a loop of an x86-64 vector extension
-touches the stack or contains an instruction that is not allowed, or if a kernel was not found. The limits are what GCC
-12 reaches; the compilers that built the library are printed. The baseline's loops (gemm_generic.cpp) are printed but
-not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
+touches the stack, contains an instruction that is not allowed or loads an operand more than once, or if a kernel was
+not found. The limits are what GCC 12 and GCC 14 reach; the compilers that built the library are printed. The
+baseline's loops (*_generic.cpp) are printed but not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 import subprocess
@@ -19,15 +20,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = Path(__file__).resolve().parent.parent / "mpoe_kernels" / "_C.abi3.so"
+# Functions with a micro-kernel's loop: rows times a packed panel, dots of rows, few rows of a hidden-side expert.
+KERNEL = re.compile(r"\b(register_tile|tile_of|multiply_tiles|dot_tile|few_columns)<")
 MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps|tdpbf16ps|mulps")
-LOAD = re.compile(r"v?(movdq|movup|movap|movss|pbroadcast|broadcast)\w*|tileloadd")
-CONTROL = re.compile(r"add|sub|inc|dec|cmp|test|lea|j\w+")
+LOAD = re.compile(r"v?(movdq|movup|movap|movss|pbroadcast|broadcast|pmovzxwd)\w*|tileloadd")
+CONTROL = re.compile(r"add|sub|inc|dec|cmp|test|lea|j\w+")  # in registers
 MOST_CONTROL = 6  # three pointers, the count, a comparison, the jump
 COPY = re.compile(r"%r\w+,%r\w+")  # of a mov between general registers, which renaming makes free
 UNPACK = re.compile(r"vp(slld|andd?)|vandps")  # splits a pair of bfloat16 numbers where no instruction multiplies them
-# Number of loops per instruction set, float32 and bfloat16: one per number of rows, reading in place and from a packed
-# panel; with 16 floats per vector also one for half a panel. AMX: tiles of up to 16 and up to 32 rows.
-LOOPS = {"avx2": (12, 10), "avx512": (42, 39), "avx512bf16": (42, 42), "amx": (0, 2)}
+# Number of loops per file, float32 and bfloat16. Tiles: one per number of rows, reading in place and from a packed
+# panel; with 16 floats per vector also one for half a panel; AMX: tiles of up to 16 and up to 32 rows. Dots: of whole
+# tiles and of the last rows and columns.
+TILES = {"gemm_avx2": (12, 10), "gemm_avx512": (42, 39), "gemm_avx512bf16": (42, 42), "gemm_amx": (0, 2)}
+LOOPS = {
+    **{(name, "tile"): counts for name, counts in TILES.items()},
+    **{(f"gemm_{isa}", "dot_tile"): (4, 4) for isa in ("avx2", "avx512", "avx512bf16")},
+    **{(f"hidden_experts_{isa}", "few_columns"): (2, 2) for isa in ("avx2", "avx512", "avx512bf16")},
+}
 
 
 class Instruction(NamedTuple):
@@ -36,11 +45,47 @@ class Instruction(NamedTuple):
     operands: str
 
 
+class Loop(NamedTuple):
+    """The loop of a micro-kernel: its source file without suffix, its function as written, and what is in it."""
+
+    file: str
+    kernel: str
+    instructions: list[Instruction]
+
+    @property
+    def kind(self) -> str:
+        found = re.match(r"dot_tile|few_columns", self.kernel)
+        return found[0] if found else "tile"
+
+    @property
+    def half(self) -> bool:
+        return "BFloat16" in self.kernel or self.file == "gemm_amx"
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether numbers of bfloat16 become floats in the loop."""
+        return self.half and (self.kind == "few_columns" or self.file in ("gemm_avx2", "gemm_avx512"))
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(bool(MULTIPLY_ADD.fullmatch(i.name)) for i in self.instructions)
+
+    def most_loads(self) -> int | None:
+        """Operands of the loop, each loaded once in every step; None: not known from the function's name."""
+        numbers = [int(n) for n in re.findall(r"(?<=[ ,])\d+(?=[,>])", self.kernel)]
+        steps = 2 if self.unpacks and self.kind != "few_columns" else 1
+        if self.kernel.startswith("multiply_tiles"):
+            return None
+        if self.kind == "few_columns":
+            return 1 + numbers[0]
+        return steps * sum(numbers)  # rows and vectors, or rows and columns
+
+
 def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def tiles(library: Path) -> dict[int, tuple[str, str]]:
+def kernels(library: Path) -> dict[int, tuple[str, str]]:
     """Address of every function with a micro-kernel's loop -> its source file and its demangled name."""
     found, source = {}, ""
     for line in output("objdump", "-t", "-C", str(library)).splitlines():
@@ -49,8 +94,8 @@ def tiles(library: Path) -> dict[int, tuple[str, str]]:
             continue
         address, flags, name = match.groups()
         if "f" in flags:
-            source = Path(name).name
-        elif "F" in flags and re.search(r"\b(register_tile|tile_of|multiply_tiles)<", name):
+            source = Path(name).stem
+        elif "F" in flags and KERNEL.search(name):
             found[int(address, 16)] = source, name
     return found
 
@@ -67,7 +112,7 @@ def functions(library: Path) -> dict[int, list[Instruction]]:
 
 
 def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops that contain a multiply-add."""
+    """The innermost loops that contain a multiply-add; what calls or returns is a jump back from code aside."""
     place = {instruction.address: i for i, instruction in enumerate(body)}
     spans = []
     for i, (_, name, operands) in enumerate(body):
@@ -76,50 +121,76 @@ def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
             spans.append((start, i))
     inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
     loops = [body[start : end + 1] for start, end in inner]
-    return [loop for loop in loops if any(MULTIPLY_ADD.fullmatch(instruction.name) for instruction in loop)]
+    return [
+        loop
+        for loop in loops
+        if any(MULTIPLY_ADD.fullmatch(i.name) for i in loop) and not any(i.name in ("call", "ret") for i in loop)
+    ]
 
 
-def complaints(loop: list[Instruction], unpacks: bool) -> list[str]:
-    wrong = [f"{i.name} {i.operands} touches the stack" for i in loop if re.search(r"%[re][sb]p\b", i.operands)]
-    control = 0
-    for _, name, operands in loop:
+def find_loops(library: Path) -> list[Loop]:
+    bodies, loops = functions(library), []
+    for address, (file, name) in sorted(kernels(library).items(), key=lambda item: item[1]):
+        kernel = re.sub(r"\(anonymous namespace\)::|mpoe::|void |>\((?!anon).*", "", name) + ">"
+        # None: the function calls the one with the loop.
+        loops += [Loop(file, kernel, instructions) for instructions in hot_loops(bodies.get(address, []))]
+    return loops
+
+
+def complaints(loop: Loop) -> list[str]:
+    wrong = []
+    control = loads = 0
+    for _, name, operands in loop.instructions:
+        if re.search(r"%[re][sb]p\b", operands):
+            wrong.append(f"{name} {operands} touches the stack")
         if name == "mov" and COPY.fullmatch(operands):
             continue
-        if MULTIPLY_ADD.fullmatch(name) or (LOAD.fullmatch(name) and ("(" in operands or (unpacks and "ap" in name))):
-            continue
-        if CONTROL.fullmatch(name):
+        if CONTROL.fullmatch(name) and (name == "lea" or "(" not in operands):
             control += 1
-        elif not (unpacks and UNPACK.fullmatch(name)):
+            continue
+        loads += "(" in operands
+        allowed = MULTIPLY_ADD.fullmatch(name) or (loop.unpacks and UNPACK.fullmatch(name))
+        # Between registers: a copy before a multiply-add that overwrites its operand.
+        if not allowed and not (LOAD.fullmatch(name) and ("(" in operands or (loop.unpacks and "ap" in name))):
             wrong.append(f"{name} {operands} is no multiply-add, load or loop control")
     if control > MOST_CONTROL:
         wrong.append(f"{control} instructions of loop control, at most {MOST_CONTROL} allowed")
+    most = loop.most_loads()
+    if most is not None and loads > most:
+        wrong.append(f"{loads} loads of {most} operands")
     return wrong
 
 
-def main() -> int:
-    library = Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY
-    compilers = set(re.findall(r"\]\s+(.*)", output("readelf", "-p", ".comment", str(library))))
-    print(f"{library.name}, built by {', '.join(sorted(compilers))}")
-    failed, seen, bodies = False, Counter[tuple[str, bool]](), functions(library)
-    for address, (source, name) in sorted(tiles(library).items(), key=lambda item: item[1]):
-        isa, half = source.removeprefix("gemm_").removesuffix(".cpp"), "BFloat16" in name or source == "gemm_amx.cpp"
-        kernel = re.sub(r"\(anonymous namespace\)::|mpoe::|void |>\((?!anon).*", "", name) + ">"
-        for loop in hot_loops(bodies.get(address, [])):  # none: the function calls the one with the loop
-            count = sum(bool(MULTIPLY_ADD.fullmatch(i.name)) for i in loop)
-            print(f"{source:20} {kernel:50} {len(loop):4} instructions, {len(loop) / count:.2f} per multiply-add")
-            if isa not in LOOPS:
-                continue
-            seen[isa, half] += 1
-            for complaint in complaints(loop, unpacks=half and isa in ("avx2", "avx512")):
-                failed = True
-                print(f"    {complaint}")
+def check(loops: list[Loop]) -> int:
+    """Prints every loop and what is wrong with it; the number of faults."""
+    faults, seen = 0, Counter[tuple[str, str, bool]]()
+    for loop in loops:
+        count = len(loop.instructions)
+        each = f"{count / loop.multiply_adds:.2f} per multiply-add"
+        print(f"{loop.file:26} {loop.kernel:50} {count:4} instructions, {each}")
+        if (loop.file, loop.kind) not in LOOPS:
+            continue
+        seen[loop.file, loop.kind, loop.half] += 1
+        for complaint in complaints(loop):
+            faults += 1
+            print(f"    {complaint}")
     if platform.machine() in ("x86_64", "AMD64"):
-        for isa, expected in LOOPS.items():
+        for (file, kind), expected in LOOPS.items():
             for half in (False, True):
-                if seen[isa, half] != expected[half]:
-                    failed = True
-                    print(f"gemm_{isa}.cpp: {seen[isa, half]} loops, expected {expected[half]} (bfloat16: {half})")
-    return int(failed)
+                if seen[file, kind, half] != expected[half]:
+                    faults += 1
+                    found = f"{seen[file, kind, half]} loops of {kind}, expected {expected[half]}"
+                    print(f"{file}.cpp: {found} (bfloat16: {half})")
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
+    options = parser.parse_args()
+    compilers = set(re.findall(r"\]\s+(.*)", output("readelf", "-p", ".comment", str(options.library))))
+    print(f"{options.library.name}, built by {', '.join(sorted(compilers))}")
+    return int(check(find_loops(options.library)) > 0)
 
 
 if __name__ == "__main__":

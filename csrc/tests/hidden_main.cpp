@@ -13,6 +13,8 @@ const Case kCases[] = {
     {0, 1, 2, 8, 2, true, false, false},   {1, 2, 3, 5, 3, true, true, true},    {7, 1, 9, 1, 4, false, false, true},
     {40, 2, 4, 33, 2, true, false, true},  {130, 2, 3, 64, 2, true, true, false}, {150, 1, 1, 64, 3, false, true, true},
     {65, 4, 5, 48, 3, false, false, true}, {90, 1, 1, 100, 1, true, false, false},
+    // Few rows of each expert: whole vectors of columns, single ones and the rest.
+    {2, 2, 4, 84, 1, true, true, false},   {3, 1, 5, 40, 2, false, false, true},
 };
 
 void check_case(const Case& c, Dtype dtype, int number) {

@@ -59,7 +59,10 @@ inline void multiply_step(Floats (&acc)[rows][vectors], const char* a, const Off
   using Product = UnitProduct<T>;
   typename Product::Operand right[vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) right[v] = Product::template load<step>(panel + v * kWidth * kUnitBytes);
+  for (int v = 0; v < vectors; ++v) {
+    right[v] = Product::template load<step>(panel + v * kWidth * kUnitBytes);
+    if constexpr (rows > 1) keep(right[v]);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     const auto left = Product::template broadcast<step>(a + offset[r]);
@@ -215,8 +218,8 @@ inline void row_units(const float* row, float* units, float) {
 inline void row_units(const float* row, uint32_t* units, BFloat16) {
   constexpr int64_t kHalf = kPanel / 2;
   for (int64_t c = 0; c < kHalf; c += kWidth) {
-    const Words low = __builtin_convertvector(round_to_bfloat16(load_floats(row + c)), Words);
-    const Words high = __builtin_convertvector(round_to_bfloat16(load_floats(row + kHalf + c)), Words);
+    const Words low = bfloat16_bits(load_floats(row + c));
+    const Words high = bfloat16_bits(load_floats(row + kHalf + c));
     store_vector(units + c, low | high << 16);
   }
 }

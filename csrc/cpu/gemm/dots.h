@@ -22,14 +22,16 @@ inline void dot_step(
     left[r] = Product::template load<step>(reinterpret_cast<const char*>(a + r * a_stride));
 #pragma GCC unroll 4
   for (int c = 0; c < columns; ++c) {
-    const auto right = Product::template load<step>(reinterpret_cast<const char*>(b + c * b_stride));
+    auto right = Product::template load<step>(reinterpret_cast<const char*>(b + c * b_stride));
+    if constexpr (rows > 1) keep(right);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) sum[r][c] = Product::multiply(sum[r][c], left[r], right);
   }
 }
 
+// Not inlined: tools/hot_loops.py finds it.
 template <class T, int rows, int columns>
-void dot_tile(
+[[gnu::noinline]] void dot_tile(
     std::int64_t k, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* out,
     std::int64_t out_stride, bool accumulate) {
   constexpr std::int64_t kVector = kWidth * 4 / sizeof(T);

@@ -21,8 +21,8 @@ inline void interleave(const BFloat16* row, const BFloat16* next, float* units) 
   _mm512_storeu_si512(units + 16, _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder + 32), high));
 #else
   for (std::int64_t c = 0; c < kPanel; c += kWidth) {
-    Words value = __builtin_convertvector(load_vector<Halves>(row + c), Words);
-    if (next != nullptr) value |= __builtin_convertvector(load_vector<Halves>(next + c), Words) << 16;
+    Words value = widen(load_vector<Halves>(row + c));
+    if (next != nullptr) value |= widen(load_vector<Halves>(next + c)) << 16;
     store_vector(units + c, value);
   }
 #endif
@@ -169,12 +169,12 @@ void pack_transposed(
   for (std::int64_t u = 0; u < units; ++u) std::memset(panel + u * kPanel, 0, 64);
 }
 
-// Side of the largest block that can be transposed in registers, or 0 if there is none.
+// Side of the largest block that can be transposed in registers, or 1 if there is none.
 constexpr std::int64_t kBlock16 =
 #if defined(__SSE2__)
     8;
 #else
-    0;
+    1;
 #endif
 
 inline void transpose_block(const BFloat16* in, std::int64_t in_stride, BFloat16* out, std::int64_t out_stride) {
@@ -211,7 +211,7 @@ void transpose(
   const T* from = static_cast<const T*>(in);
   T* to = static_cast<T*>(out);
   std::int64_t whole_rows = 0, whole_columns = 0;
-  if constexpr (sizeof(T) == 2 && kBlock16 > 0) {
+  if constexpr (sizeof(T) == 2 && kBlock16 > 1) {
     whole_rows = rows / kBlock16 * kBlock16;
     whole_columns = whole_rows == 0 ? 0 : columns / kBlock16 * kBlock16;
     for (std::int64_t r = 0; r < whole_rows; r += kBlock16)

@@ -21,7 +21,11 @@ constexpr int kWidth = 8;
 constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kWidth = 4;  // SSE2, NEON
+#if defined(__aarch64__)
+constexpr int kTileRows = 8, kTileVectors = 2;  // 32 registers; sums for four pipelines of multiply-adds
+#else
 constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
 #endif
 
 using Floats = float __attribute__((vector_size(4 * kWidth)));
@@ -42,6 +46,14 @@ inline void store_vector(void* address, V value) {
 // `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value: one broadcast, from memory if it is there.
 inline Floats splat(float value) { return value - Floats{}; }
 
+// Keeps an operand of several products in a register: compilers would load it again for each where they are few.
+template <class V>
+inline void keep(V& value) {
+#if defined(__AVX2__)
+  asm("" : "+v"(value));
+#endif
+}
+
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -52,31 +64,62 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// kWidth floats from and to memory of T.
-inline Floats load_floats(const float* address) { return load_vector<Floats>(address); }
-inline Floats load_floats(const BFloat16* address) {
-  return (Floats)(__builtin_convertvector(load_vector<Halves>(address), Words) << 16);
-}
-inline Halves round_to_bfloat16(Floats value) {
-#if defined(__AVX512BF16__)
-  return (Halves)_mm512_cvtneps_pbh((__m512)value);
+// Compilers convert a vector in two halves and put them together.
+inline Words widen(Halves value) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)value);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)value);
 #else
-  const Words bits = (Words)value;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
+  return __builtin_convertvector(value, Words);
 #endif
 }
+
+// kWidth floats from and to memory of T.
+inline Floats load_floats(const float* address) { return load_vector<Floats>(address); }
+inline Floats load_floats(const BFloat16* address) { return (Floats)(widen(load_vector<Halves>(address)) << 16); }
+#if defined(__AVX512BF16__)
+inline Halves round_to_bfloat16(Floats value) { return (Halves)_mm512_cvtneps_pbh((__m512)value); }
+inline Words bfloat16_bits(Floats value) { return widen(round_to_bfloat16(value)); }
+#else
+inline Words bfloat16_bits(Floats value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (Words)(value != value);
+  return (rounded & ~nan) | (nan & 0x7fc0u);
+}
+inline Halves round_to_bfloat16(Floats value) { return __builtin_convertvector(bfloat16_bits(value), Halves); }
+#endif
 inline void store_floats(float* address, Floats value) { store_vector(address, value); }
 inline void store_floats(BFloat16* address, Floats value) { store_vector(address, round_to_bfloat16(value)); }
 
-// The sum of a vector's numbers, by halves.
+// One number in every place: two copies of a bfloat16 number shifted to one float.
+inline Floats splat_of(const float* address) { return splat(*address); }
+inline Floats splat_of(const BFloat16* address) {
+  using Pairs = std::uint16_t __attribute__((vector_size(4 * kWidth)));
+  return (Floats)((Words)(address->bits - Pairs{}) << 16);
+}
+
+// The sum of a vector's numbers, by halves. In registers: a loop over elements in memory waits for its own stores.
 inline float sum_of(Floats value) {
-  float lanes[kWidth];
-  store_floats(lanes, value);
-  for (int width = kWidth / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  using Quarters = float __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)value), _mm512_extractf32x8_ps((__m512)value, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = (__m256)value;
+#endif
+#if defined(__AVX2__)
+  const Quarters four = (Quarters)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const Quarters four = value;
+#endif
+#if defined(__SSE2__)
+  const Quarters two = four + (Quarters)_mm_movehl_ps((__m128)four, (__m128)four);
+  return two[0] + two[1];
+#else
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
 }
 
 inline float load_float(const char* address) {

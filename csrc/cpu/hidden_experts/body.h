@@ -38,23 +38,27 @@ void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, 
   }
 }
 
-// The same for few rows with an unpacked block [b, b].
+// `vectors` of one row of that product, from an unpacked block [b, b] on. Not inlined: tools/hot_loops.py finds it.
+template <class T, int vectors>
+[[gnu::noinline]] void few_columns(const Sizes& s, const T* row, const T* block, float* out) {
+  Floats sum[vectors] = {};
+  for (int64_t i = 0; i < s.block; ++i) {
+    const Floats value = splat_of(row + i);
+    for (int v = 0; v < vectors; ++v)
+      sum[v] = multiply_add(value, load_floats(block + i * s.block + v * kWidth), sum[v]);
+  }
+  for (int v = 0; v < vectors; ++v) store_floats(out + v * kWidth, sum[v]);
+}
+
+// The same for few rows with an unpacked block.
 template <class T>
 void product_of_few(const Sizes& s, const T* a, int64_t rows, const T* block, float* tile) {
-  constexpr int64_t kTogether = 4 * kWidth;
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = a + r * s.stride;
     float* out = tile + r * s.wide;
     int64_t c = 0;
-    for (; c + kTogether <= s.block; c += kTogether) {
-      Floats sum[4] = {};
-      for (int64_t i = 0; i < s.block; ++i) {
-        const Floats value = splat(load(row[i]));
-        for (int v = 0; v < 4; ++v)
-          sum[v] = multiply_add(value, load_floats(block + i * s.block + c + v * kWidth), sum[v]);
-      }
-      for (int v = 0; v < 4; ++v) store_floats(out + c + v * kWidth, sum[v]);
-    }
+    for (; c + 4 * kWidth <= s.block; c += 4 * kWidth) few_columns<T, 4>(s, row, block + c, out + c);
+    for (; c + kWidth <= s.block; c += kWidth) few_columns<T, 1>(s, row, block + c, out + c);
     for (; c < s.block; ++c) {
       float sum = 0;
       for (int64_t i = 0; i < s.block; ++i) sum += load(row[i]) * load(block[i * s.block + c]);

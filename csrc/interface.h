@@ -103,6 +103,12 @@ struct MpoeCombine {
 int mpoe_combine(const MpoeCombine* call);
 int mpoe_combine_backward(const MpoeCombine* call);
 
+// A mixture's forward: mpoe_gating, mpoe_route, the products (up times gate, if there is one; down), mpoe_combine. The
+// caller hands each the arrays that the ones before it write.
+int mpoe_routed_ffn(
+    const MpoeRouter* router, const MpoeRoute* slots, const MpoeLinear* up,
+    const MpoeLinear* gate, const MpoeLinear* down, const MpoeCombine* combined);
+
 // o[t, g] = sum_k gates[t, k] act(u[t, g] right_e + bias_e) left_e, and its gradients; see cpu/hidden_experts.
 struct MpoeHidden {
   const char* dtype;       // float32, bfloat16

@@ -85,9 +85,10 @@ def refuse_jit_trace(what: str) -> None:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Disable autocast, on devices that support it and on others."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    """Disable autocast, on devices that support it and on others; entering a disabled one costs as much as a small
+    product."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 def check_index(name: str, value: object, dims: tuple[str, ...]) -> Tensor:

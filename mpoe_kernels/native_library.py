@@ -135,19 +135,20 @@ NATIVE_LIBRARY = load_library(
 ERRORS = {1: ValueError, 2: MemoryError}  # MpoeStatus of csrc/interface.h
 
 
-def call_native(function: str, *arguments: ctypes.Structure) -> None:
+def call_native(function: str, *arguments: ctypes.Structure | None) -> None:
     """Call a function of the library.
 
     Args:
         function: its name.
-        arguments: its structs. The memory behind their pointers must live until this returns.
+        arguments: its structs, None for one that is left out. The memory behind their pointers must live until this
+            returns.
 
     Raises:
         ValueError: the library refuses the arguments.
         MemoryError: it got no memory.
     """
     library = NATIVE_LIBRARY.functions
-    status = getattr(library, function)(*map(ctypes.byref, arguments))
+    status = getattr(library, function)(*(None if each is None else ctypes.byref(each) for each in arguments))
     if status:
         raise ERRORS[status](library.mpoe_message().decode())
 

@@ -42,13 +42,16 @@ class RoutingContext:
 
     Attributes:
         masks: for every stream, bool ``[B, S]`` (``False`` = padding) or ``None``.
-        records: one `RouterRecord` per MPOE layer in order of execution; ``None`` = do not record (recomputation).
+        records: one `RouterRecord` per MPOE layer in order of execution; ``None`` = do not record (recomputation,
+            generation).
         experts_implementation: how dense experts are computed, see `mpoe.layers.dense.grouped_dense_linear`.
+        is_generating: inside `generate`, which reads nothing of a routing.
     """
 
     masks: Mapping[str, Tensor | None] = field(default_factory=dict)
     records: list[RouterRecord] | None = field(default_factory=list)
     experts_implementation: str | None = None
+    is_generating: bool = False
 
 
 class _Current(threading.local):

@@ -84,7 +84,10 @@ class MPOCores(FromInitialValues):
 
     def cores(self) -> list[Tensor]:
         """All cores in chain order; the central one ``[d, i, j, d']``, auxiliary ones ``[E, d, i, j, d']``."""
-        cores: list[Tensor] = list(self.auxiliary)
+        # Iterating over a ParameterList takes as long as a small product; a parametrized core is not among its
+        # parameters.
+        own = self.auxiliary._parameters.values()
+        cores: list[Any] = list(own if len(own) == self.shape.num_cores - 1 else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
+from mpoe_kernels.mixture import Chains, OneCall, circumstances
 from mpoe_kernels.planner import planned_threads
 from mpoe_kernels.planner.machine import Source, source
 
@@ -28,16 +30,10 @@ from mpoe_kernels.planner.machine import Source, source
 # times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than predicted.
 WORTH_ONE_ROW = 1.25
 WORTH = 2.5
+MOST_CALLS = 16  # prepared for a layer; texts of many lengths would fill the memory
 
 
-@lru_cache(maxsize=4096)
-def _predicted_seconds(
-    shape: MPOShape, experts: int, slots: int, dtype: torch.dtype, _threads: int, _constants: Source
-) -> float:
-    return plan_contraction(shape, experts, slots, dtype).seconds
-
-
-def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype: torch.dtype) -> bool:
+def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype) -> bool:
     """Whether products with full weights are predicted to be much faster than with the cores, on this CPU.
 
     Args:
@@ -46,13 +42,19 @@ def full_weights_pay(shapes: Sequence[MPOShape], experts: int, slots: int, dtype
         slots: total number of their slots.
         dtype: of activations and weights.
     """
-    here = planned_threads(), source()
+    return _pay(shapes, experts, slots, dtype, planned_threads(), source())
+
+
+@lru_cache(maxsize=4096)
+def _pay(
+    shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype, _threads: int, _constants: Source
+) -> bool:
     by_cores = by_weights = 0.0
     for shape in shapes:
         # For the planner, a full weight is an expert's own core next to a shared core with a single element.
         full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
-        by_cores += _predicted_seconds(shape, experts, slots, dtype, *here)
-        by_weights += _predicted_seconds(full, experts, slots, dtype, *here)
+        by_cores += plan_contraction(shape, experts, slots, dtype).seconds
+        by_weights += plan_contraction(full, experts, slots, dtype).seconds
     return by_cores > (WORTH_ONE_ROW if slots == experts else WORTH) * by_weights
 
 
@@ -118,6 +120,7 @@ class HeldLayer:
         waited: passes counted against ``patience`` so far.
         promised: bytes reserved for full weights of all experts, by dtype; 0: no room.
         full: for each expert and dtype, the weights ``[I, F]`` by kind of projection.
+        calls: native calls prepared for a number of tokens.
     """
 
     cache: ExpertCache
@@ -130,6 +133,7 @@ class HeldLayer:
     waited: int = 0
     promised: dict[torch.dtype, int] = field(default_factory=dict)
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
+    calls: dict[tuple[Any, ...], OneCall] = field(default_factory=dict)
 
     def is_of(self, cores: Sequence[Tensor]) -> bool:
         """Whether these are the same, unchanged cores: same memory, dtype and layout, and no change since."""
@@ -138,6 +142,29 @@ class HeldLayer:
             == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
             for now, then, version in zip(cores, self.cores, self.versions, strict=True)
         )
+
+    def one_call(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        top_k: int,
+        raw: bool,
+        capacity: int | None,
+        chains: Chains,
+        backend: str | None,
+    ) -> OneCall:
+        """The layer's forward for tokens like ``x [T, I]``, see `mpoe_kernels.mixture.OneCall`."""
+        biases = tuple(
+            None if bias is None else (bias.data_ptr(), bias.shape, bias.stride())
+            for bias in (chains.up_bias, chains.down_bias)
+        )
+        key = (*x.shape, x.dtype, weight.shape, weight.dtype, top_k, raw, capacity, *biases, *circumstances(backend))
+        found = self.calls.get(key)
+        if found is None:
+            if len(self.calls) >= MOST_CALLS:
+                self.calls.clear()
+            found = self.calls[key] = OneCall(x, weight, top_k, raw, capacity, chains, backend)
+        return found
 
     def refuses(self, dtype: torch.dtype) -> bool:
         """Whether there is already known to be no room for full weights in ``dtype``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,9 @@ from mpoe.layers.activations import ACTIVATIONS, check_activation
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
+from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
+from mpoe_kernels.mixture import Chains, Slots, native_combine, native_slots, plain_ffn
 
 
 class MPOExperts(nn.Module):
@@ -104,7 +107,7 @@ class MPOExperts(nn.Module):
 
     def full_weights_may_pay(self) -> bool:
         """Whether full weights are predicted to be much faster for a single token, or for one token per expert."""
-        shapes = [cores.shape for cores in self.projections().values()]
+        shapes = tuple(cores.shape for cores in self.projections().values())
         return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -130,19 +133,12 @@ class MPOExperts(nn.Module):
         ``dropout`` is the rate between the projections; pass it in training only.
         """
         held = self._held(x, top_k_weights)
-        if held is None:
-            blocks = {kind: cores.blocks() for kind, cores in self.projections().items()}
-            return self._by_cores(blocks, x, routing, top_k_weights, dropout)
-        if dropout == 0.0 and x.device.type == "cpu":
+        if held is not None and dropout == 0.0 and x.device.type == "cpu":
             autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            if not held.refuses(dtype):
-                return self._by_full_weights(held, dtype, x, routing, top_k_weights)
-        return self._by_cores(held.blocks, x, routing, top_k_weights, dropout)
-
-    def _by_cores(
-        self, blocks: Mapping[str, MPOBlocks], x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0
-    ) -> Tensor:
+            rows = self._by_full_weights(held, torch.get_autocast_dtype("cpu") if autocast else x.dtype, x, routing)
+            if rows is not None:
+                return combine(rows, routing, top_k_weights, backend=self.backend)
+        blocks = self._blocks(held)
         return mpo_ffn(
             x,
             routing,
@@ -157,28 +153,76 @@ class MPOExperts(nn.Module):
             backend=self.backend,
         )
 
-    def _by_full_weights(
-        self, held: HeldLayer, dtype: torch.dtype, x: Tensor, routing: Routing, top_k_weights: Tensor
-    ) -> Tensor:
-        """Compute with full weights if they pay and all experts' fit; otherwise with the cores."""
-        offsets = routing.expert_offsets.tolist()
+    def routed(
+        self, router: TopKRouter, x: Tensor, token_mask: Tensor | None, shows_decision: bool
+    ) -> tuple[Tensor, tuple[RouterOutput, Slots] | None] | None:
+        """Route tokens ``x [T, I]`` and compute them by native calls in place of the ops of both forwards.
+
+        Returns the result, which is the same, and the router's decision, which may be None unless ``shows_decision``;
+        or None with gradients, autocast, a compiler, another backend or several dtypes.
+        """
+        own = [core for cores in self.projections().values() for core in cores.cores()]
+        tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
+        if (
+            self.backend != router.backend
+            or any(tensor.dtype != x.dtype for tensor in tensors)
+            or not router.can_gate_natively(x, *tensors)
+        ):
+            return None
+        held, settings = self._held(), (router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
+        may_use_weights = held is not None and not held.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
+        if held is not None and held.kept and not (may_use_weights or shows_decision):
+            whole = held.one_call(x, router.weight, *settings, self._chains(held), self.backend)
+            if whole.is_possible:
+                return whole(x, router.weight, token_mask), None
+        gating, slots = native_slots(x, router.weight, *settings, token_mask)
+        rows = self._by_full_weights(held, x.dtype, x, slots) if may_use_weights and held is not None else None
+        if rows is not None:
+            y = native_combine(rows, slots, gating.top_k_weights)
+        else:
+            y = plain_ffn(x, slots, gating.top_k_weights, self._chains(held), self.backend)
+        return y, (RouterOutput(*gating), slots)
+
+    def _chains(self, held: HeldLayer | None) -> Chains:
+        blocks = self._blocks(held)
+        up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
+        return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
+
+    def _may_pay(self, slots: int) -> bool:
+        """Whether full weights are predicted to be much faster for this many slots, shared by any number of
+        experts."""
+        shapes = tuple(cores.shape for cores in self.projections().values())
+        return any(full_weights_pay(shapes, n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
+
+    def _blocks(self, held: HeldLayer | None) -> Mapping[str, MPOBlocks]:
+        """The folded chains by kind."""
+        return {kind: cores.blocks() for kind, cores in self.projections().items()} if held is None else held.blocks
+
+    def _by_full_weights(self, held: HeldLayer, dtype: torch.dtype, x: Tensor, slots: Routing | Slots) -> Tensor | None:
+        """Rows ``[N, I]`` in slot order, computed with full weights if these pay and all experts' fit; else None."""
+        if held.refuses(dtype):
+            return None
+        offsets = slots.expert_offsets.tolist()
         spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
-        shapes = [cores.shape for cores in self.projections().values()]
+        shapes = tuple(cores.shape for cores in self.projections().values())
         if not (spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype) and held.has_room(dtype)):
-            return self._by_cores(held.blocks, x, routing, top_k_weights)
-        tokens = routing.token_of_slot
+            return None
+        tokens = slots.token_of_slot
+        if len(spans) == 1 and offsets[-1] == tokens.shape[0]:
+            rows = x if x.shape[0] == tokens.shape[0] == 1 else x[tokens]
+            return self._expert(rows.to(dtype), held.weights(next(iter(spans)), dtype))
         y = x.new_zeros(tokens.shape[0], self.down.out_features, dtype=dtype)
-        with torch.autocast("cpu", enabled=False):
-            for expert, (start, stop) in spans.items():
-                y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), held.weights(expert, dtype))
-        return combine(y, routing, top_k_weights, backend=self.backend)
+        for expert, (start, stop) in spans.items():
+            y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), held.weights(expert, dtype))
+        return y
 
     def _expert(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """One expert on its rows ``[n, I] -> [n, I]``."""
         act = ACTIVATIONS[self.activation]
-        hidden = _affine(rows, weights["up"], self.up.bias)
-        hidden = act(hidden) if self.gate_proj is None else act(rows @ weights["gate_proj"]) * hidden
-        return _affine(hidden, weights["down"], self.down.bias)
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            hidden = _affine(rows, weights["up"], self.up.bias)
+            hidden = act(hidden) if self.gate_proj is None else act(rows @ weights["gate_proj"]) * hidden
+            return _affine(hidden, weights["down"], self.down.bias)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer
@@ -12,6 +13,12 @@ from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or its forward was replaced."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 class RoutedFeedForward(nn.Module):
@@ -82,15 +89,17 @@ class RoutedFeedForward(nn.Module):
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
 
-    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_load: Tensor | None = None) -> None:
+    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_offsets: Tensor | None = None) -> None:
         """Store the router's decision in the context of the model call in progress.
 
-        ``expert_load``: slots of every expert; default: how many chose it.
+        ``expert_offsets``: of the slots; default: an expert's load is how many chose it.
         """
         call = current_routing()
         if call is not None and call.records is not None:
-            if expert_load is None:
+            if expert_offsets is None:
                 expert_load = count_choices(decision.top_k_index, self.num_experts, token_mask).int()
+            else:
+                expert_load = expert_offsets.diff()
             # The balancing loss of GShard's gating counts first choices.
             counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
             call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
@@ -182,11 +191,36 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: sizes that do not fit.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
+        y = self._by_native_calls(x, token_mask)
+        if y is not None:
+            return self.dropped(y).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
         rate = self.expert_dropout if self.training else 0.0
         return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
+
+    def _by_native_calls(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Tokens ``x [T, I]`` without gradients, if nobody observes the parts; else None."""
+        router, experts = self.router, self.experts
+        if (
+            torch.is_grad_enabled()
+            or self.training
+            or type(experts) is not MPOExperts
+            or type(router) is not TopKRouter
+            or is_observed(router)
+            or is_observed(experts)
+        ):
+            return None
+        call = current_routing()
+        found = experts.routed(router, x, token_mask, call is not None and call.records is not None)
+        if found is None:
+            return None
+        y, decided = found
+        if decided is not None:
+            decision, slots = decided
+            self.record(decision, token_mask, slots.expert_offsets)
+        return y
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""
@@ -195,5 +229,5 @@ class MPOEFeedForward(RoutedFeedForward):
             return route(torch.zeros_like(ones, dtype=torch.int64), 1, None, token_mask), ones
         decision = self.router(x)
         routing = self.router.route(decision, token_mask)
-        self.record(decision, token_mask, routing.expert_load)
+        self.record(decision, token_mask, routing.expert_offsets)
         return routing, decision.top_k_weights

@@ -7,26 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.feed_forward import RoutedFeedForward, is_observed
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.mpo_linear import is_conv1d, linear_weight
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
 
-def _is_observed(module: nn.Module) -> bool:
-    """Whether a module has hooks, or its forward was replaced."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
-
-
 def _returns_new_memory(module: nn.Module) -> bool:
     """Whether nobody but its caller has a module's result: of no other kind of module is this known."""
-    return (type(module) is nn.Linear or is_conv1d(module)) and not _is_observed(module)
+    return (type(module) is nn.Linear or is_conv1d(module)) and not is_observed(module)
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -173,8 +166,8 @@ class HiddenExperts(FromInitialValues):
         if (
             self._mesh is not None
             or type(router) is not TopKRouter
-            or _is_observed(router)
-            or _is_observed(self)
+            or is_observed(router)
+            or is_observed(self)
             or not router.can_gate_natively(x, *blocks.values(), self.bias)
         ):
             return None

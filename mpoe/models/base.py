@@ -17,6 +17,7 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
+    current_routing,
     enter_routing,
     leave_routing,
 )
@@ -49,6 +50,16 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
         return None
     tokens = kwargs.get(ids) if kwargs.get(ids) is not None else kwargs.get(embeds)
     return mask.bool() if tokens is None else mask[:, -tokens.shape[1] :].bool()
+
+
+def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have none. Only on the
+    CPU, as a GPU would have to be waited for."""
+
+    def is_needed(mask: Tensor) -> bool:
+        return mask.device.type != "cpu" or not bool(mask.all())
+
+    return {stream: mask if mask is not None and is_needed(mask) else None for stream, mask in masks.items()}
 
 
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
@@ -216,7 +227,12 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         shown = kwargs.pop("output_router_logits", None)
         shown = getattr(model.config, "output_router_logits", None) if shown is None else shown
         implementation = getattr(model.config, "_experts_implementation", None)
-        context = RoutingContext(self.token_masks(kwargs), [], implementation)
+        outer = current_routing()
+        is_generating = outer is not None and outer.is_generating
+        masks = self.token_masks(kwargs)
+        if is_generating and not torch.compiler.is_compiling():
+            masks = _without_padding(masks)
+        context = RoutingContext(masks, None if is_generating else [], implementation)
         token = enter_routing(context)
         try:
             output = forward(**kwargs, return_dict=True)

@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
+from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.configs import config_class_for
 from mpoe.models.decoding import kept_while_generating
@@ -81,8 +82,12 @@ def make_class(
         super(made, self).__init__(*args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with kept_while_generating(self) if self._cache_while_generating else nullcontext():
-            return super(made, self).generate(*args, **kwargs)
+        outer = enter_routing(RoutingContext({}, None, is_generating=True))
+        try:
+            with kept_while_generating(self) if self._cache_while_generating else nullcontext():
+                return super(made, self).generate(*args, **kwargs)
+        finally:
+            leave_routing(outer)
 
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",

@@ -21,13 +21,13 @@ logger = logging.get_logger(__name__)
 PATIENCE = 14
 
 
-def _may_gain(layer: MPOExperts) -> bool:
-    """Whether a cache could help a layer: on the CPU, with cores that are neither adapted nor sharded."""
+def _may_cache(layer: MPOExperts) -> bool:
+    """Whether a cache may serve a layer: on the CPU, with cores that are neither adapted nor sharded."""
     projections = layer.projections().values()
     plain = all(type(cores) is MPOCores for cores in projections)
     weights = [core for cores in projections for core in cores.cores()] if plain else []
     usable = all(type(w) is nn.Parameter and w.device.type == "cpu" and not w.is_inference() for w in weights)
-    return plain and usable and not layer.training and layer.full_weights_may_pay()
+    return plain and usable and not layer.training
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
@@ -55,15 +55,17 @@ def kept_while_generating(model: nn.Module) -> Iterator[ExpertCache | None]:
     """
     layers = [module for module in model.modules() if isinstance(module, MPOExperts)]
     chosen = any(layer.expert_cache is not None for layer in layers)
-    layers = [] if chosen or torch.compiler.is_compiling() else [layer for layer in layers if _may_gain(layer)]
+    layers = [] if chosen or torch.compiler.is_compiling() else [layer for layer in layers if _may_cache(layer)]
     bound = decoding_bytes(layers)
     if bound == 0:
         yield None
         return
-    logger.info_once(
-        f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, until "
-        "it returns; model.cache_experts(max_bytes) keeps more, and between calls, model.cache_experts(0) nothing"
-    )
+    if any(layer.full_weights_may_pay() for layer in layers):  # the others' folded blocks are views of their cores
+        logger.info_once(
+            f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
+            "until it returns; model.cache_experts(max_bytes) keeps more, and between calls, model.cache_experts(0) "
+            "nothing"
+        )
     cache = ExpertCache(bound, PATIENCE)
     for layer in layers:
         layer.expert_cache = cache

@@ -46,7 +46,7 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
                 mask = ids.ne(pad)
         main = last_tokens(mask, {}, "", "")
         masks = {"encoder": main} if "decoder_input_ids" in self._forward_names else {}
-        token = enter_routing(RoutingContext(masks, None))
+        token = enter_routing(RoutingContext(masks, None, is_generating=True))
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:

@@ -359,6 +359,6 @@ def test_where_full_weights_pay(dtype: torch.dtype) -> None:
     cheap = [MPOShape.separable(768, 3072, left=256, right=64), MPOShape.paper(768, 3072, max_bond=8)]
     for experts, slots in ((1, 1), (4, 4), (8, 64), (14, 16)):
         for shape in costly:
-            assert full_weights_pay([shape, shape.mirrored()], experts, slots, dtype)
+            assert full_weights_pay((shape, shape.mirrored()), experts, slots, dtype)
         for shape in cheap:
-            assert not full_weights_pay([shape, shape.mirrored()], experts, slots, dtype)
+            assert not full_weights_pay((shape, shape.mirrored()), experts, slots, dtype)

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
-from mpoe.layers import ExpertCache, MPOExperts
+from mpoe.layers import ExpertCache, MPOEFeedForward, MPOExperts
 from mpoe.models.decoding import decoding_bytes, kept_while_generating
 
 from .small_models import GPT2, LLAMA, MASK, batch
@@ -170,16 +170,55 @@ def test_said_once(converted, caplog):
 
 
 @pytest.mark.parametrize(
-    "config", [{"shape": "hidden"}, {"shape": "separable"}, LIGHT, {"expert_type": "dense"}], ids=str
+    ("config", "holds_blocks"),
+    [
+        ({"shape": "hidden"}, False),
+        ({"expert_type": "dense"}, False),
+        ({"shape": "separable"}, True),
+        (LIGHT, True),
+    ],
+    ids=str,
 )
-def test_nothing_where_nothing_is_gained(config, converted, made, caplog):
-    """Hidden-side, separable and dense experts, and models that are too small."""
+def test_no_memory_where_nothing_is_gained(config, holds_blocks, converted, made, caplog):
+    """Hidden-side and dense experts have nothing to cache; separable ones, and models this small, only views of their
+    cores, of which the log says nothing."""
     transformers_logging.info_once.cache_clear()
     model = converted("gpt2", **config)
     with caplog.at_level(logging.INFO, LOG):
         model.generate(**call("gpt2"))
-    assert made == []
+    assert len(made) == holds_blocks
+    assert all(cache.report().bytes == cache.report().built == 0 for cache in made)
     assert [record for record in caplog.records if record.name == LOG] == []
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+def test_generate_computes_no_auxiliary_loss(family, converted, monkeypatch):
+    model = converted(family)
+    losses: list[int] = []
+    monkeypatch.setattr("mpoe.models.base.auxiliary_loss", lambda *_: losses.append(1) or torch.zeros(()))
+    model.generate(**call(family))
+    assert losses == []
+    model(**batch(family))
+    assert losses == [1]
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_without_padding_is_no_mask(family, padded, converted, monkeypatch):
+    """Layers need not look for padding where there is none."""
+    model = converted(family)
+    options = call(family)
+    if not padded:
+        options["attention_mask"] = torch.ones_like(options["attention_mask"])
+    seen: list[bool] = []
+    layer = next(m for m in model.modules() if isinstance(m, MPOEFeedForward) and m.stream != "encoder")
+    own = layer.tokens
+    monkeypatch.setattr(layer, "tokens", lambda *a: seen.append(own(*a)[1] is not None) or own(*a))
+    tokens = model.generate(**options)
+    assert seen[0] == (padded and family == "gpt2")
+    assert not any(seen[1:])
+    monkeypatch.setattr("mpoe.models.base._without_padding", lambda masks: masks)
+    assert torch.equal(model.generate(**options), tokens)
 
 
 @pytest.mark.usefixtures("always")

@@ -82,6 +82,16 @@ def _arguments(
     )
 
 
+def fixed_arguments(call: LinearCall) -> LinearArguments:
+    """A copy of the arguments that do not change from call to call; the strategy must have been chosen.
+
+    Raises:
+        ValueError: blocks that do not fit.
+    """
+    sizes = (call.in_features, call.out_features, call.left.shape, call.central.shape, call.right.shape)
+    return LinearArguments.from_buffer_copy(_arguments(call.x.dtype, call.activation, call.strategy, *sizes))
+
+
 def _inputs(call: LinearCall) -> tuple[LinearArguments, tuple[Tensor | None, ...]]:
     """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
     returns."""
@@ -90,13 +100,11 @@ def _inputs(call: LinearCall) -> tuple[LinearArguments, tuple[Tensor | None, ...
     for name, block in (("left", left), ("central", central), ("right", right)):
         if block.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of x; got {describe(block)}, x is {describe(x)}")
-    sizes = (call.in_features, call.out_features, left.shape, central.shape, right.shape)
-    common = _arguments(dtype, call.activation, call.strategy, *sizes)
+    arguments = fixed_arguments(call)
     if x.dim() != 2 or x.shape[1] != call.in_features:
         raise ValueError(f"x must be [T, {call.in_features}]; got {describe(x)}")
     left, central, right = dense("left", left), dense("central", central), dense("right", right)
     offsets = dense_offsets(call.expert_offsets)
-    arguments = LinearArguments.from_buffer_copy(common)
     if offsets.shape[0] != arguments.experts + 1:
         raise ValueError(f"expert_offsets must be [{arguments.experts + 1}]; got {describe(offsets)}")
     arguments.tokens = arguments.slots = x.shape[0]

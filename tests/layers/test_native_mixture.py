@@ -1,0 +1,247 @@
+"""Mixtures of MPO experts without gradients: native calls in place of the ops, with the same bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import MPOEFeedForward
+from mpoe.layers.context import routing_context
+from mpoe_kernels import available_backends, mixture, use_backend
+
+pytestmark = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def feed_forward(
+    shape: str = "separable", gated: bool = False, bias: bool = False, dtype: torch.dtype = F32, **router: Any
+) -> MPOEFeedForward:
+    torch.manual_seed(0)
+    config = MPOEConfig(shape=shape, num_experts=5, router=RouterConfig(init_scale=4.0, **router))
+    layer = MPOEFeedForward(12, 40, config, activation="silu" if gated else "gelu", gated=gated, bias=bias, dtype=dtype)
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer.eval()
+
+
+def by_ops(layer: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the ops compute: a hook is a reason to take them."""
+    handle = layer.experts.register_forward_hook(lambda *_: None)
+    try:
+        return layer(x, mask)
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The functions that computed mixtures."""
+    seen: list[str] = []
+    own = mixture.call_native
+
+    def watched(function: str, *arguments: Any) -> None:
+        seen.append(function)
+        own(function, *arguments)
+
+    monkeypatch.setattr(mixture, "call_native", watched)
+    plain = mixture.plain_ffn
+    monkeypatch.setattr("mpoe.layers.experts.plain_ffn", lambda *a: seen.append("plain_ffn") or plain(*a))
+    return seen
+
+
+@given(
+    tokens=st.integers(0, 9),
+    shape=st.sampled_from(["separable", "light", "paper"]),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from([F32, BF16]),
+    top_k=st.integers(1, 5),
+    raw=st.booleans(),
+    capacity=st.sampled_from([None, 0.5]),
+    masks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_same_bits_as_the_ops(tokens, shape, gated, bias, dtype, top_k, raw, capacity, masks, seed) -> None:
+    router = {"top_k": top_k, "is_scale_prob": raw, "eval_capacity_factor": capacity, "min_capacity": 1}
+    layer = feed_forward(shape, gated, bias, dtype, **router)
+    torch.manual_seed(seed)
+    x, mask = torch.randn(tokens, 12).to(dtype), torch.rand(tokens) < 0.7 if masks else None
+    with torch.no_grad():
+        want = by_ops(layer, x, mask)
+        assert torch.equal(layer(x, mask), want)  # without a cache
+        layer.experts.cache_experts(10**9)
+        for _ in range(3):  # a cache holds blocks from the second pass on
+            assert torch.equal(layer(x, mask), want) or shape != "separable"
+        torch.testing.assert_close(layer(x, mask), want, **({} if dtype == F32 else {"rtol": 0.1, "atol": 0.1}))
+
+
+def test_what_runs(calls) -> None:
+    layer, x = feed_forward(), torch.randn(3, 12)
+    with torch.no_grad():
+        layer(x)
+        assert calls == ["plain_ffn"]  # blocks are folded in every pass
+        layer.experts.cache_experts(10**9)
+        layer(x)
+        assert calls == ["plain_ffn"] * 2
+        del calls[:]
+        layer(x)
+        layer(x[:1])
+        assert calls == ["mpoe_routed_ffn"] * 2
+        with routing_context() as context:
+            layer(x)
+        assert calls.pop() == "plain_ffn"  # the router's decision is shown
+        assert context.records[0].logits.shape == (3, 5)
+        assert int(context.records[0].expert_load.sum()) == 3
+        with routing_context(record=False):
+            layer(x)
+        assert calls.pop() == "mpoe_routed_ffn"
+
+
+def test_records_are_those_of_the_ops() -> None:
+    layer, x = feed_forward(top_k=2), torch.randn(7, 12)
+    mask = torch.tensor([True] * 5 + [False] * 2)
+    with torch.no_grad():
+        with routing_context() as own:
+            layer(x, mask)
+        with routing_context() as ops:
+            by_ops(layer, x, mask)
+    (one,), (other,) = own.records, ops.records
+    for name in ("logits", "top_k_index", "expert_load", "token_mask"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_who_else_has_a_part_in_a_call_gets_the_ops(calls) -> None:
+    layer, x = feed_forward(), torch.randn(3, 12)
+    layer.experts.cache_experts(10**9)
+    layer(x).sum().backward()
+    assert layer.router.weight.grad is not None
+    with torch.no_grad():
+        for _ in range(2):
+            by_ops(layer, x)
+        handle = layer.router.register_forward_pre_hook(lambda *_: None)
+        layer(x)
+        handle.remove()
+        with use_backend("eager"):
+            layer(x)
+        with torch.autocast("cpu", dtype=BF16):
+            layer(x)
+        layer.train()
+        layer(x)
+        layer.eval()
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert calls == []
+        layer.double()
+        layer(x.double())
+        assert calls == []
+        layer.float()
+        layer.experts.up.bias = nn.Parameter(torch.zeros(40, dtype=BF16))
+        with pytest.raises(TypeError, match="bias"):
+            layer(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
+    layer, x = feed_forward(bias=bias), torch.randn(3, 12)
+    layer.experts.cache_experts(10**9)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        for parameter in (*layer.experts.parameters(), layer.router.weight):
+            parameter.add_(0.1)
+            layer(x)
+            assert torch.equal(layer(x), by_ops(layer, x))
+        if bias:
+            layer.experts.down.bias = nn.Parameter(torch.ones(12))
+            assert torch.equal(layer(x), by_ops(layer, x))
+        assert torch.equal(layer(x.t().contiguous().t()), by_ops(layer, x))
+        layer.router.weight.data = layer.router.weight.data.t().contiguous().t()
+        assert torch.equal(layer(x), by_ops(layer, x))
+    assert "mpoe_routed_ffn" in calls
+
+
+def test_what_does_not_fit_is_refused_as_by_the_ops(calls) -> None:
+    layer, x = feed_forward(bias=True), torch.randn(3, 12)
+    layer.experts.cache_experts(10**9)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        assert calls.pop() == "mpoe_routed_ffn"
+        layer.experts.up.bias = nn.Parameter(torch.zeros(39))
+        with pytest.raises(ValueError, match="bias"):
+            layer(x)
+        apart = torch.randn(80)[::2]
+        layer.experts.up.bias.data = apart
+        assert torch.equal(layer(x), by_ops(layer, x))
+        layer.router.weight = nn.Parameter(torch.randn(6, 12))
+        with pytest.raises(ValueError, match="expert_offsets"):
+            layer(x)
+    assert "mpoe_routed_ffn" not in calls[3:]
+
+
+def test_without_room_nothing_is_prepared(calls) -> None:
+    layer, x = feed_forward("paper"), torch.randn(3, 12)
+    cache = layer.experts.cache_experts(1)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(x), by_ops(layer, x))
+    assert set(calls) == {"plain_ffn"}
+    assert cache.report().bytes == 0
+
+
+def test_a_refusal_of_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = feed_forward(gated=True), torch.randn(3, 12)
+    layer.experts.cache_experts(10**9)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        held = layer.experts.expert_cache.layer(layer.experts, layer.experts.projections())
+        (call,) = held.calls.values()
+        call._linears[0].out_features = 39
+        with pytest.raises(ValueError, match="both projections must have the same rows"):
+            layer(x)
+        call._linears[-1].strategy = b"no such"
+        call._linears[0].out_features = 40
+        with pytest.raises(ValueError, match="no native kernel for strategy no such"):
+            layer(x)
+
+
+def test_threads_share_a_prepared_call() -> None:
+    layer = feed_forward(gated=True, top_k=2)
+    layer.experts.cache_experts(10**9)
+    inputs = [torch.randn(4, 12) for _ in range(8)]
+    with torch.no_grad():
+        wanted = [by_ops(layer, x) for x in inputs]
+        layer(inputs[0])
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(layer(inputs[number]), wanted[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_few_calls_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpoe.layers.expert_cache.MOST_CALLS", 3)
+    layer = feed_forward()
+    layer.experts.cache_experts(10**9)
+    with torch.no_grad():
+        for tokens in range(1, 12):
+            layer(torch.randn(tokens, 12))
+    held = layer.experts.expert_cache.layer(layer.experts, layer.experts.projections())
+    assert 1 <= len(held.calls) <= 3

@@ -20,21 +20,28 @@ from mpoe_kernels.linear.eager.grouped import grouped_mm, grouped_outer
 from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
 from mpoe_kernels.planner import BlockDims
 
-# The GEMM of one pair has few rows, and its results must be sorted back.
+# The GEMM of one pair has few rows.
 _PRICE_OF_PAIRS = 2
+# On CPUs, prices in FLOPs of a copied element: of right for one row; of a row of pairs, which is sorted back; of the
+# table, which is reordered in new memory.
+_PRICE_OF_RIGHT, _PRICE_OF_SORTING, _PRICE_OF_TABLE = 300, 200, 500
 # Rows of left gathered at a time: their memory is reused soon, so the system need not clear new pages.
 _ELEMENTS = 2**19
 
 
-def _way(dims: BlockDims, rows: int) -> str:
-    """``gather``, ``pairs`` or ``rebuild``, whichever has the fewest FLOPs."""
+def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
+    """``gather``, ``pairs`` or ``rebuild``, whichever is predicted to take the least time."""
     d = dims
-    flops = {
+    price = {
         "gather": 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR),
         "pairs": _PRICE_OF_PAIRS * 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL),
         "rebuild": d.rebuild_flops,
     }
-    return min(flops, key=lambda name: flops[name])
+    if device_type == "cpu":
+        price["gather"] += _PRICE_OF_RIGHT * rows * d.b * d.jR
+        price["pairs"] += _PRICE_OF_SORTING * rows * d.jL * d.jC * d.jR
+        price["rebuild"] += _PRICE_OF_TABLE * d.weight_elements
+    return min(price, key=lambda name: price[name])
 
 
 class _Part(NamedTuple):
@@ -82,11 +89,11 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
 
 
 def forward(call: EmbeddingCall) -> Tensor:
-    """Computed in the way with the fewest FLOPs."""
+    """Computed in the cheapest way."""
     ids, (left, central, right), dims = call.ids, (call.left[0], call.central, call.right[0]), call.dims
     if ids.device.type == "cpu":  # elsewhere the check would wait for the device
         check_ids(ids, call.num_embeddings)
-    way = _way(dims, ids.numel())
+    way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         return rebuild_weight(left, central, right, dims).index_select(0, ids)
     slices = _slices(central, right, dims, way == "pairs")
@@ -103,7 +110,7 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """Computed in the same way as the forward."""
     grad, ids, dims = call.grad, call.ids, call.dims
     left, central, right = call.left[0], call.central, call.right[0]
-    way = _way(dims, ids.numel())
+    way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         dtable = grad.new_zeros(call.num_embeddings, call.embedding_dim).index_add_(0, ids, grad)
         ordered = block_order(dtable, dims)

@@ -89,4 +89,11 @@ def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypa
 
 def test_rows_decide_the_eager_way() -> None:
     dims = BlockDims.of_shape(MPOShape.paper(32128, 768, max_bond=64))
-    assert [eager._way(dims, rows) for rows in (512, 4096, 2**20)] == ["gather", "pairs", "rebuild"]
+    assert [eager._way(dims, rows) for rows in (512, 4096, 16384, 2**20)] == ["gather", "pairs", "pairs", "rebuild"]
+    assert eager._way(dims, 16384, "cuda") == "rebuild"
+
+
+def test_copies_of_right_count() -> None:
+    """A separable table's only slice of right is large; it would be copied for every row."""
+    dims = BlockDims.of_shape(MPOShape.separable(8000, 768))
+    assert [eager._way(dims, rows) for rows in (10, 1000, 2**20)] == ["gather", "pairs", "rebuild"]

@@ -48,7 +48,7 @@ inline Floats splat(float value) { return value - Floats{}; }
 
 // Keeps an operand of several products in a register: compilers would load it again for each where they are few.
 template <class V>
-inline void keep(V& value) {
+inline void keep([[maybe_unused]] V& value) {
 #if defined(__AVX2__)
   asm("" : "+v"(value));
 #endif

@@ -34,6 +34,9 @@ X_INDICES = frozenset(X_AXES)
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain", "separable")
 SEPARABLE_ORDER = ("L", "C", "R")
+# A chain writes the rows between two operands and copies them into the order that the next one needs. An element takes
+# as long as about this many FLOPs on a core; on a GPU, whose arithmetic is faster still, as long as more.
+MOVE_FLOPS = 150
 
 
 class BlockDims(NamedTuple):
@@ -95,8 +98,8 @@ class BlockDims(NamedTuple):
 
     @property
     def chain_order(self) -> tuple[str, ...]:
-        """Order in which x is multiplied by ``L``, ``C`` and ``R``: the cheapest of six."""
-        return _cheapest_order(self, SEPARABLE_ORDER)
+        """Order in which x is multiplied by ``L``, ``C`` and ``R``: the cheapest of six, moves of the rows included."""
+        return _cheapest_order(self, SEPARABLE_ORDER, MOVE_FLOPS)
 
     @property
     def rebuild_flops(self) -> int:
@@ -158,9 +161,14 @@ def order_flops(dims: BlockDims, order: tuple[str, ...]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _cheapest_order(dims: BlockDims, operands: tuple[str, ...]) -> tuple[str, ...]:
-    """The order with the fewest FLOPs per row; on ties the first one listed."""
-    return min(permutations(operands), key=lambda order: order_flops(dims, order))
+def _cheapest_order(dims: BlockDims, operands: tuple[str, ...], move_flops: int = 0) -> tuple[str, ...]:
+    """The order with the fewest FLOPs per row, and ``move_flops`` for every element of the rows between two operands;
+    on ties the first one listed."""
+
+    def cost(order: tuple[str, ...]) -> int:
+        return order_flops(dims, order) + move_flops * sum(s.after for s in applications(dims, order)[:-1])
+
+    return min(permutations(operands), key=cost)
 
 
 @lru_cache(maxsize=4096)

@@ -120,6 +120,12 @@ def test_few_slots_do_not_pay_for_packing_central() -> None:
     assert work.work_of(few).copied_by_all == work.work_of(few).summed == 0
     assert work.work_of(many).copied_by_all == 3 * central, "into order, and panels for both directions"
     assert (work.tasks_of(few), work.tasks_of(many)) == (None, work.MOST_GROUPS)
+    dims = BlockDims.of_shape(workload_shape("light_32", 3072, 768))
+    assert dims.chain_order[0] == "C"
+    rows = dims.iL * dims.iR
+    for phase, most in (("forward", work.FEW_ROWS), ("backward", work.FEW_GRADIENT_ROWS)):
+        few, many = (plan_of("chain", phase, dims, slots=most // rows + more) for more in (0, 1))
+        assert (work.packs_by_piece(few), work.packs_by_piece(many)) == (True, False)
 
 
 def test_a_chain_of_few_rows_leaves_threads_idle() -> None:

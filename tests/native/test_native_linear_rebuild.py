@@ -34,6 +34,7 @@ LARGER_SHAPES = {
     "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
     "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
     "few_rows": MPOShape((4, 9, 3), (4, 37, 8), max_bond=(11, 13)),
+    "few_rows_central_first": MPOShape((2, 60, 4), (4, 4, 8), max_bond=8),
     "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
 }
 
@@ -41,10 +42,10 @@ LARGER_SHAPES = {
 CHAIN_ORDERS = {
     "LCR": ((2, 2, 2), (2, 2, 3)),
     "RCL": ((2, 2, 2), (3, 2, 2)),
-    "CLR": ((2, 3, 2), (5, 2, 8)),
-    "CRL": ((2, 3, 2), (8, 2, 5)),
-    "RLC": ((3, 2, 5), (2, 5, 2)),
-    "LRC": ((5, 2, 3), (2, 5, 2)),
+    "CLR": ((2, 12, 2), (2, 2, 2)),
+    "CRL": ((2, 12, 2), (3, 2, 2)),
+    "RLC": ((3, 2, 5), (2, 8, 2)),
+    "LRC": ((3, 2, 3), (2, 8, 2)),
 }
 
 
@@ -187,7 +188,8 @@ def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "tokens"), [("many_blocks", 50), ("wide_right", 50), ("cropped", 50), ("few_rows", 1)]
+    ("name", "tokens"),
+    [("many_blocks", 50), ("wide_right", 50), ("cropped", 50), ("few_rows", 1), ("few_rows_central_first", 3)],
 )
 def test_threads_change_no_bit(name: str, tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -218,11 +220,15 @@ def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 40, 41])
 def test_few_tokens(tokens: int, strategy: str, dtype: torch.dtype) -> None:
-    """A chain packs central piece by piece for up to 128 rows, 12 of each slot, and several times as many columns."""
+    """A chain packs central piece by piece for up to 128 rows, in a backward 512: 12 of each slot, or 8 if it is first.
+
+    After left, for 481 columns, it has to be fewer rows.
+    """
     torch.manual_seed(0)
     Case(LARGER_SHAPES["few_rows"], dtype, tokens).check(strategy)
+    Case(LARGER_SHAPES["few_rows_central_first"], dtype, tokens).check(strategy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,9 @@ namespace {
 // Of the rows before and after a product: they share the L2 cache with the operand.
 constexpr std::int64_t kBlockBytes = 512 * 1024;
 constexpr std::int64_t kMostSlots = 256;
-constexpr std::int64_t kFewRows = 128;
+// For which a product with C packs it piece by piece. More in a backward, which otherwise packs all of C in both
+// directions, and sums its gradient in float32 with every block.
+constexpr std::int64_t kFewRows = 128, kFewGradientRows = 512;
 
 bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes.end(), axis) != axes.end(); }
 
@@ -28,14 +30,16 @@ std::array<ChainStep, kChainSteps> chain_steps(
     for (const Axis axis : state) (contains(axes, axis) ? step.met : step.rest).push_back(axis);
     for (const Axis axis : axes)
       if (!contains(state, axis)) step.fresh.push_back(axis);
-    // The axes that the next operand contracts come last, so they are copied in long runs.
-    if (s + 1 < kChainSteps)
-      std::stable_partition(step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
-        return !contains(next, axis);
-      });
     step.m = product(sizes, step.rest);
     step.k = product(sizes, step.met);
     step.n = product(sizes, step.fresh);
+    // The axes that the next operand contracts come last, so the product is copied in long runs; of few rows, central
+    // as the first operand keeps its order instead.
+    const bool few = step.operand == Operand::kCentral && s == 0 && slots * step.m <= kFewGradientRows;
+    if (s + 1 < kChainSteps && !few)
+      std::stable_partition(step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
+        return !contains(next, axis);
+      });
     // Either the state's rows or the operand can keep its order: central does, if it is the larger one.
     if (step.operand == Operand::kCentral && slots * step.m < step.n) {
       const Axes state_order = std::move(step.met);
@@ -64,8 +68,14 @@ Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});
     enter_[s] = Permutation(sizes_, s == 0 ? rows_in() : steps_[s - 1].product(), state(s));
     if (step.operand != Operand::kCentral) continue;
-    const std::int64_t filled = in.filled(), few = std::min(block_slots(), kFewRows / step.m);
-    packs_by_piece_ = operands_[s].is_identity() && filled > 0 && filled <= few;
+    segment_ = in.dims.jC * in.dims.b;
+    segment_step_ = in.dims.iC * segment_;
+    const bool one = operands_[s].is_identity();
+    const bool in_segments = step.met == Axes{kInCentral} &&
+                             step.fresh == Axes{kBondLeft, kOutCentral, kBondRight} && segment_ % kPanel == 0;
+    if (one) segment_ = step.n;
+    const std::int64_t few = last == Direction::kBackward ? kFewGradientRows : kFewRows;
+    packs_by_piece_ = (one || in_segments) && in.filled() > 0 && in.filled() * step.m <= few;
     if (!packs_by_piece_) pack_central(s, last);
   }
 }
@@ -155,13 +165,13 @@ void Chain<T>::multiply(
       });
   };
   if (step.operand == Operand::kCentral && packs_by_piece_) {
-    const T* central = static_cast<const T*>(in_.central);
-    const std::int64_t most = forward ? 4 * kPanel : kPanel;  // columns of a piece: wide where they are read in runs
+    // Columns of a piece: wide where they are read in runs.
+    const std::int64_t most = forward && (segment_ == step.n || segment_ % (4 * kPanel) == 0) ? 4 * kPanel : kPanel;
     return parallel_for(0, ceil_divide(columns, most), 1, [&](std::int64_t begin, std::int64_t end) {
       Buffer<T> panels(most * units * gemm_.unit);
       for (std::int64_t piece = begin; piece < end; ++piece) {
         const Span part{piece * most, std::min((piece + 1) * most, columns)};
-        pack_panels(s, direction, central, part.first, part.last, panels.get());
+        pack_piece(step, direction, part, panels.get());
         product(block, part, panels.get());
       }
     });
@@ -195,6 +205,20 @@ void Chain<T>::pack_panels(
     gemm_.pack(panels, units, matrix + first, step.n, k, last - first);
   else
     gemm_.pack_transposed(panels, units, matrix + first * step.n, step.n, k, last - first);
+}
+
+template <class T>
+void Chain<T>::pack_piece(const ChainStep& step, Direction direction, Span part, T* panels) const {
+  const T* central = static_cast<const T*>(in_.central);
+  if (direction == Direction::kForward) {
+    const T* first = central + part.first / segment_ * segment_step_ + part.first % segment_;
+    return gemm_.pack(panels, ceil_divide(step.k, gemm_.unit), first, segment_, step.k, part.last - part.first);
+  }
+  const std::int64_t units = ceil_divide(step.n, gemm_.unit);
+  for (std::int64_t q = 0; q < step.n / segment_; ++q)
+    gemm_.pack_transposed(
+        panels + q * segment_ * kPanel, units, central + q * segment_step_ + part.first * segment_, segment_, segment_,
+        part.last - part.first);
 }
 
 template class Chain<float>;

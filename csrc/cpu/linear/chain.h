@@ -58,8 +58,12 @@ class Chain {
   // As many slots as keep everything that a block touches in cache.
   std::int64_t block_slots() const;
   // Whether C is in order, and all slots are one block of so few rows that its panels are packed piece by piece as they
-  // are needed: a piece stays in cache, and all panels together would pass through memory.
+  // are needed: a piece stays in cache, and all panels together would pass through memory. C, and its gradient, are
+  // then matrices [met, `segment`] for each `segment` of the columns, `segment_step` elements apart: one, after L; one
+  // for each a, if C is first.
   bool packs_by_piece() const { return packs_by_piece_; }
+  std::int64_t segment() const { return segment_; }
+  std::int64_t segment_step() const { return segment_step_; }
 
   ChainMemory<T> memory(std::int64_t slots) const;
   // Computes the states of the slots of `block` before the steps 0..last.
@@ -71,6 +75,8 @@ class Chain {
  private:
   // The panels of C in every direction up to `last`, by all threads.
   void pack_central(int s, Direction last);
+  // The panels of a part of the columns of C, which is read in place.
+  void pack_piece(const ChainStep& step, Direction direction, Span part, T* panels) const;
   // The panels of an expert's L or R; `matrix` is scratch memory for [met, fresh].
   void pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const;
   // The panels of the columns [first, last) of an operand [met, fresh].
@@ -85,6 +91,7 @@ class Chain {
   std::array<Permutation, kChainSteps> enter_;     // x, or the preceding product, to the state
   Buffer<T> central_[2];                           // panels by direction
   bool packs_by_piece_ = false;
+  std::int64_t segment_ = 0, segment_step_ = 0;
 };
 
 // Copies `count` rows of `width` elements, padded with zeros to `whole`. in(k) points to row k.

@@ -96,7 +96,8 @@ class Backward {
 
   void run_group(std::int64_t group) {
     const Span slots = groups_[group];
-    const std::int64_t most = std::min(chain_.block_slots(), slots.last - slots.first);
+    const std::int64_t count = slots.last - slots.first;
+    const std::int64_t most = chain_.packs_by_piece() ? count : std::min(chain_.block_slots(), count);
     Memory memory{.chain = chain_.memory(most), .gradients = {}, .rows = {}, .outer = {}};
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = chain_.step(s);
@@ -145,10 +146,14 @@ class Backward {
           (slots.last - slots.first) * m, memory.chain.states[s].get() + row * state_stride, state_stride,
           memory.gradients[s].get() + row * stride, stride, sums_[s].get() + sum * sum_size_[s], accumulate);
     };
-    if (is_direct(s))
-      return outer_of_few(
-          gemm_, (block.last - block.first) * m, memory.chain.states[s].get(), state_stride, chain_.step(s).k,
-          memory.gradients[s].get(), stride, chain_.step(s).n, gradients_[s]);
+    if (is_direct(s)) {
+      for (std::int64_t first = 0; first < chain_.step(s).n; first += chain_.segment())
+        outer_of_few(
+            gemm_, (block.last - block.first) * m, memory.chain.states[s].get(), state_stride, chain_.step(s).k,
+            memory.gradients[s].get() + first, stride, chain_.segment(),
+            gradients_[s] + first / chain_.segment() * chain_.segment_step());
+      return;
+    }
     if (is_central(s)) return add(block, group, block.first > groups_[group].first);
     std::int64_t part = group_parts_[group];
     for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {

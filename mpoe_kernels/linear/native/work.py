@@ -27,7 +27,7 @@ MOST_BLOCKS = 16
 # csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with separate sums.
 MOST_GROUPS = 8
 # csrc/cpu/linear/chain.cpp: bytes of the states of a block of slots, rows for which C is packed piece by piece.
-BLOCK_BYTES, FEW_ROWS = 512 * 1024, 128
+BLOCK_BYTES, FEW_ROWS, FEW_GRADIENT_ROWS = 512 * 1024, 128, 512
 # csrc/cpu/linear/separable.h: slots for which a backward reads central in place and writes its gradient directly.
 FEW_GRADIENTS = 64
 
@@ -309,24 +309,27 @@ def _separable(work: Work) -> None:
         work.multiply(1, d.iC * d.a, d.jC * d.b, slots)
 
 
+def _has_few_rows(plan: Contraction) -> bool:
+    """Whether the product of a chain with the central block has so few rows that the block need not be packed whole."""
+    rows = plan.slots * applications(plan.dims, plan.order)[plan.order.index("C")].m
+    return rows <= (FEW_ROWS if plan.phase == "forward" else FEW_GRADIENT_ROWS)
+
+
 def central_is_in_order(plan: Contraction) -> bool:
-    """Whether a chain finds the central block in the order that its product needs: after left, for few rows."""
+    """Whether a chain finds the central block in the order that its product needs, for few rows: first, or after
+    left."""
     d = plan.dims
+    if plan.order[0] == "C":
+        return _has_few_rows(plan) and d.jC * d.b % PANEL == 0
     if plan.order[:2] != ("L", "C"):
         return False
     step = applications(d, plan.order)[1]
     return plan.slots * step.m < step.n or 1 in (d.a, d.iC)
 
 
-def _widest(plan: Contraction) -> int:
-    """Bytes of a slot's states before and after a product of a chain."""
-    return max(s.before + s.after for s in applications(plan.dims, plan.order)) * plan.dtype.itemsize
-
-
 def packs_by_piece(plan: Contraction) -> bool:
     """Whether a chain packs pieces of the central block as it needs them, and keeps them in cache."""
-    rows = plan.slots * applications(plan.dims, plan.order)[plan.order.index("C")].m
-    return central_is_in_order(plan) and rows <= FEW_ROWS and plan.slots <= max(1, BLOCK_BYTES // _widest(plan))
+    return _has_few_rows(plan) and central_is_in_order(plan)
 
 
 def _chain(work: Work) -> None:
@@ -363,7 +366,8 @@ def _chain(work: Work) -> None:
         if wanted[k] and is_central and by_piece:
             work.touch(operand)
         elif wanted[k] and is_central:
-            work.add_to_sum(slots / max(1, BLOCK_BYTES // _widest(plan)) * operand)
+            widest = max(s.before + s.after for s in steps) * plan.dtype.itemsize
+            work.add_to_sum(slots / max(1, BLOCK_BYTES // widest) * operand)
             work.allocate(min(_most_groups(plan), slots, MOST_GROUPS) * operand, FLOAT_BYTES)
 
 

@@ -17,7 +17,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   }
   if (busy.empty()) return;
   const HalfPlan plan(gemm, d, in.order.half_first);
-  const Buffer<T> central = pack_central<T>(gemm, in, plan);
+  const Buffer<T> central = pack_central<T>(gemm, d, in.central, plan);
   parallel_for(0, static_cast<std::int64_t>(busy.size()), 1, [&](std::int64_t begin, std::int64_t end) {
     if (plan.half_first) {
       HalfFirst<T> worker(gemm, in, plan, central.get());

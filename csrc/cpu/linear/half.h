@@ -26,16 +26,19 @@ struct HalfPlan {
         a_units(ceil_divide(d.a, gemm.unit)), half_first(half_first) {}
 };
 
-// panels [iC, central_panels, a in units, 32] of central, shared by all experts.
+// panels [iC, central_panels, a in units, 32] of central, shared by all experts. `exchanged`: `d` has iC and jC
+// exchanged, central [a, jC, iC, b] has not.
 template <class T>
-inline Buffer<T> pack_central(const GemmKernels& gemm, const LinearInputs& in, const HalfPlan& plan) {
-  const BlockDims& d = in.dims;
+inline Buffer<T> pack_central(
+    const GemmKernels& gemm, const BlockDims& d, const void* central, const HalfPlan& plan, bool exchanged = false) {
   const std::int64_t panel = plan.a_units * kPanel * gemm.unit;
+  const std::int64_t i_step = exchanged ? d.b : d.jC * d.b, j_step = exchanged ? d.iC * d.b : d.b;
   Buffer<T> panels(d.iC * plan.central_panels * panel);
   parallel_for(0, d.iC * plan.central_panels, 8, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
-      const ColumnMap columns = side_columns({1, d.jC, d.b, d.jC * d.b}, {0, d.jC}, k % plan.central_panels);
-      const T* source = static_cast<const T*>(in.central) + k / plan.central_panels * d.jC * d.b;
+      ColumnMap columns = side_columns({1, d.jC, d.b, d.jC * d.b}, {0, d.jC}, k % plan.central_panels);
+      for (std::int64_t& offset : columns.offset) offset = offset / d.b * j_step + offset % d.b;
+      const T* source = static_cast<const T*>(central) + k / plan.central_panels * i_step;
       gemm.pack_granules(panels.get() + k * panel, source, d.iC * d.jC * d.b, d.a, columns);
     }
   });

@@ -17,20 +17,6 @@ BlockDims exchanged(const BlockDims& d) {
   return {d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features};
 }
 
-// central [a, jC, iC, b] of the exchanged blocks.
-template <class T>
-Buffer<T> exchange_central(const LinearInputs& in) {
-  const BlockDims& d = in.dims;
-  Buffer<T> out(d.a * d.iC * d.jC * d.b);
-  const T* from = static_cast<const T*>(in.central);
-  for (std::int64_t a = 0; a < d.a; ++a)
-    for (std::int64_t i = 0; i < d.iC; ++i)
-      for (std::int64_t j = 0; j < d.jC; ++j)
-        std::memcpy(
-            out.get() + ((a * d.jC + j) * d.iC + i) * d.b, from + ((a * d.iC + i) * d.jC + j) * d.b, d.b * sizeof(T));
-  return out;
-}
-
 // One expert of a problem, possibly with sides exchanged, as an argument of the forward's classes.
 template <class T>
 struct OneExpert {
@@ -38,21 +24,18 @@ struct OneExpert {
   std::int64_t offsets[2] = {0, 0};
   Buffer<T> left, right;  // exchanged copies
 
-  OneExpert(const LinearBackward& full, bool exchange, const T* central, bool copy) {
+  OneExpert(const LinearBackward& full, bool exchange) {
     static_cast<LinearInputs&>(in) = full;
     in.activation = Activation::kNone;
     in.experts = 1;
     in.offsets = offsets;
-    in.central = central;
     if (!exchange) return;
     in.dims = exchanged(full.dims);
     in.row_index = nullptr;
-    if (copy) {
-      left = Buffer<T>(in.dims.iL * in.dims.jL * in.dims.a);
-      right = Buffer<T>(in.dims.b * in.dims.iR * in.dims.jR);
-      in.left = left.get();
-      in.right = right.get();
-    }
+    left = Buffer<T>(in.dims.iL * in.dims.jL * in.dims.a);
+    right = Buffer<T>(in.dims.b * in.dims.iR * in.dims.jR);
+    in.left = left.get();
+    in.right = right.get();
   }
 
   // Blocks of one expert in this problem's order.
@@ -74,41 +57,47 @@ struct OneExpert {
   }
 };
 
-// Panels of central^T: columns a, inner (iC jC b) with b in whole granules.
+// Pair (iC, jC) of the possibly exchanged problem `d` as central has it.
+std::int64_t place_of(const BlockDims& d, bool exchange, std::int64_t pair) {
+  return exchange ? pair % d.jC * d.iC + pair / d.jC : pair;
+}
+
+// Panels of central^T: columns a, inner (iC jC b) of the possibly exchanged problem `d`, b in whole granules.
 template <class T>
-Buffer<T> turn_central(const GemmKernels& gemm, const BlockDims& d, const T* central, const HalfPlan& plan) {
-  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b;
-  Buffer<T> panels(round_up(d.a, kPanel) * inner);
-  if (plan.b == d.b) {
-    gemm.pack_transposed(panels.get(), inner / gemm.unit, central, inner, inner, d.a);
-    return panels;
-  }
-  Buffer<T> padded = zeros<T>(d.a * inner);
-  for (std::int64_t row = 0; row < d.a * pairs; ++row)
-    std::memcpy(padded.get() + row * plan.b, central + row * d.b, d.b * sizeof(T));
-  gemm.pack_transposed(panels.get(), inner / gemm.unit, padded.get(), inner, inner, d.a);
+Buffer<T> turn_central(
+    const GemmKernels& gemm, const BlockDims& d, bool exchange, const void* central, const HalfPlan& plan) {
+  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b, size = round_up(d.a, kPanel) * inner;
+  Buffer<T> panels = plan.b == d.b ? Buffer<T>(size) : zeros<T>(size);
+  parallel_for(0, pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t pair = begin; pair < end; ++pair)
+      gemm.pack_transposed(
+          panels.get() + pair * plan.b * kPanel, inner / gemm.unit,
+          static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b, pairs * d.b, d.b, d.a);
+  });
   return panels;
 }
 
 // dcentral from sums [group, panels of (iC jC b), a, 32] of the possibly exchanged problem `d`.
 template <class T>
 void store_central(
-    const LinearBackward& in, const BlockDims& d, bool exchange, const HalfPlan& plan, std::int64_t groups, float* sums) {
-  const std::int64_t size = ceil_divide(d.iC * d.jC * plan.b, kPanel) * d.a * kPanel;
-  parallel_for(0, d.a, 8, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t a = begin; a < end; ++a)
-      for (std::int64_t i = 0; i < d.iC; ++i)
-        for (std::int64_t j = 0; j < d.jC; ++j) {
-          const std::int64_t pair = exchange ? j * d.iC + i : i * d.jC + j;
-          T* out = static_cast<T*>(in.dcentral) + (a * d.iC * d.jC + pair) * d.b;
-          for (std::int64_t b = 0; b < d.b; ++b) {
-            const std::int64_t column = (i * d.jC + j) * plan.b + b;
-            float sum = 0;
-            for (std::int64_t g = 0; g < groups; ++g)
-              sum += sums[g * size + (column / kPanel * d.a + a) * kPanel + column % kPanel];
-            store(out[b], sum);
-          }
-        }
+    const GemmKernels& gemm, const LinearBackward& in, const BlockDims& d, bool exchange, const HalfPlan& plan,
+    std::int64_t groups, float* sums) {
+  const std::int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel), panel = d.a * kPanel;
+  const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
+  parallel_for(0, panels, ceil_divide(16 * 1024, panel), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p) {
+      float* total = sums + p * panel;
+      for (std::int64_t g = 1; g < groups; ++g) floats.add_row(total + g * panels * panel, total, panel);
+      // In runs of the columns of one pair.
+      const std::int64_t last = std::min((p + 1) * kPanel, pairs * plan.b);
+      for (std::int64_t column = p * kPanel, run = 0; column < last; column += run) {
+        const std::int64_t b = column % plan.b, valid = std::min(d.b - b, last - column);
+        run = std::min(plan.b - b, last - column);
+        T* out = static_cast<T*>(in.dcentral) + place_of(d, exchange, column / plan.b) * d.b + b;
+        for (std::int64_t a = 0; valid > 0 && a < d.a; ++a)
+          gemm.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d.b, valid);
+      }
+    }
   });
 }
 
@@ -122,14 +111,10 @@ class Backward {
         exchange_(!plan_.half_first), weight_dims_(exchange_ ? exchanged(d_) : d_),
         weight_plan_(exchange_ ? turned_plan_ : plan_) {
     for (std::int64_t e = 0; e < in.experts; ++e) most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
-    const T* central = static_cast<const T*>(in.central);
-    if (in.dx != nullptr || exchange_) {
-      turned_central_ = exchange_central<T>(in);
-      turned_panels_ = pack_central<T>(gemm, turned_inputs(), turned_plan_);
-    }
-    weight_central_ = exchange_ ? turned_central_.get() : central;
-    if (wanted_.weight() && !exchange_) own_panels_ = pack_central<T>(gemm, in, plan_);
-    if (wanted_.left) inverse_panels_ = turn_central<T>(gemm, weight_dims_, weight_central_, weight_plan_);
+    if (in.dx != nullptr || (wanted_.weight() && exchange_))
+      turned_panels_ = pack_central<T>(gemm, exchanged(d_), in.central, turned_plan_, true);
+    if (wanted_.weight() && !exchange_) own_panels_ = pack_central<T>(gemm, d_, in.central, plan_);
+    if (wanted_.left) inverse_panels_ = turn_central<T>(gemm, weight_dims_, exchange_, in.central, weight_plan_);
     plan_groups();
   }
 
@@ -141,7 +126,7 @@ class Backward {
       for (std::int64_t g = begin; g < end; ++g) run_group(g, dx);
     });
     if (wanted_.central)
-      store_central<T>(in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
+      store_central<T>(gemm_, in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
     if (in_.dbias != nullptr) {
       for (std::int64_t g = 1; g < groups; ++g)
         for (std::int64_t c = 0; c < d_.out_features; ++c) bias_sums_[c] += bias_sums_[g * d_.out_features + c];
@@ -151,13 +136,6 @@ class Backward {
   }
 
  private:
-  LinearInputs turned_inputs() const {
-    LinearInputs turned = in_;
-    turned.dims = exchanged(d_);
-    turned.central = turned_central_.get();
-    return turned;
-  }
-
   // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
     const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
@@ -170,8 +148,8 @@ class Backward {
   }
 
   void run_group(std::int64_t group, T* dx) {
-    OneExpert<T> turned(in_, true, turned_central_.get(), true);
-    OneExpert<T> own(in_, exchange_, weight_central_, exchange_);
+    OneExpert<T> turned(in_, true);
+    OneExpert<T> own(in_, exchange_);
     std::unique_ptr<HalfFirst<T>> x_half;
     std::unique_ptr<RightFirst<T>> x_right;
     std::unique_ptr<HalfGradient<T>> weights;
@@ -253,8 +231,7 @@ class Backward {
   BlockDims weight_dims_;
   HalfPlan weight_plan_;
   std::int64_t most_ = 0, central_size_ = 0;
-  Buffer<T> turned_central_, turned_panels_, own_panels_, inverse_panels_;
-  const T* weight_central_ = nullptr;
+  Buffer<T> turned_panels_, own_panels_, inverse_panels_;
   std::vector<Span> groups_;  // of experts
   Buffer<float> central_sums_;
   std::vector<float> bias_sums_;  // [group, F]

@@ -8,10 +8,6 @@ namespace {
 // Of the rows before and after a product: they share the L2 cache with the operand.
 constexpr std::int64_t kBlockBytes = 512 * 1024;
 constexpr std::int64_t kMostSlots = 256;
-// For which a product with C packs it piece by piece. More in a backward, which otherwise packs all of C in both
-// directions, and sums its gradient in float32 with every block.
-constexpr std::int64_t kFewRows = 128, kFewGradientRows = 512;
-
 bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes.end(), axis) != axes.end(); }
 
 Axes axes_of(Operand operand) { return natural(operand).columns; }
@@ -19,7 +15,8 @@ Axes axes_of(Operand operand) { return natural(operand).columns; }
 }  // namespace
 
 std::array<ChainStep, kChainSteps> chain_steps(
-    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots) {
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots,
+    std::int64_t few_rows) {
   const AxisValues sizes = axis_sizes(dims);
   std::array<ChainStep, kChainSteps> steps;
   Axes state = {kInLeft, kInCentral, kInRight};
@@ -35,7 +32,7 @@ std::array<ChainStep, kChainSteps> chain_steps(
     step.n = product(sizes, step.fresh);
     // The axes that the next operand contracts come last, so the product is copied in long runs; of few rows, central
     // as the first operand keeps its order instead.
-    const bool few = step.operand == Operand::kCentral && s == 0 && slots * step.m <= kFewGradientRows;
+    const bool few = step.operand == Operand::kCentral && s == 0 && slots * step.m <= few_rows;
     if (s + 1 < kChainSteps && !few)
       std::stable_partition(step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
         return !contains(next, axis);
@@ -61,8 +58,9 @@ AxisMatrix natural(Operand operand) {
 }
 
 template <class T>
-Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
-    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)), steps_(chain_steps(in.dims, in.order.chain, in.filled())) {
+Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last, std::int64_t few_rows)
+    : gemm_(gemm), in_(in), sizes_(axis_sizes(in.dims)),
+      steps_(chain_steps(in.dims, in.order.chain, in.filled(), few_rows)) {
   for (int s = 0; s < kChainSteps; ++s) {
     const ChainStep& step = steps_[s];
     operands_[s] = Permutation(sizes_, natural(step.operand), {step.met, step.fresh, step.n});
@@ -74,8 +72,7 @@ Chain<T>::Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last)
     const bool in_segments = step.met == Axes{kInCentral} &&
                              step.fresh == Axes{kBondLeft, kOutCentral, kBondRight} && segment_ % kPanel == 0;
     if (one) segment_ = step.n;
-    const std::int64_t few = last == Direction::kBackward ? kFewGradientRows : kFewRows;
-    packs_by_piece_ = (one || in_segments) && in.filled() > 0 && in.filled() * step.m <= few;
+    packs_by_piece_ = (one || in_segments) && in.filled() > 0 && in.filled() * step.m <= few_rows;
     if (!packs_by_piece_) pack_central(s, last);
   }
 }
@@ -256,7 +253,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   zero_rows(in.y, filled, in.slots, d.out_features * sizeof(T));
   zero_rows(in.saved, filled, in.slots, d.out_features * sizeof(T));
   if (filled == 0) return;
-  const Chain<T> chain(gemm, in, Direction::kForward);
+  const Chain<T> chain(gemm, in, Direction::kForward, kFewRows);
   constexpr int last = kChainSteps - 1;
   const Permutation leave(chain.sizes(), chain.step(last).product(), rows_out());
   Buffer<float> bias(in.bias == nullptr ? 0 : width + kPanel);

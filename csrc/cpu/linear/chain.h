@@ -20,9 +20,13 @@ struct ChainStep {
 };
 
 constexpr int kChainSteps = 3;
+// For which a product with C packs it piece by piece. More if its gradient is needed, which otherwise takes sums in
+// float32 of all of C with every block.
+constexpr std::int64_t kFewRows = 64, kFewGradientRows = 512;
 
 std::array<ChainStep, kChainSteps> chain_steps(
-    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots);
+    const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots,
+    std::int64_t few_rows);
 
 // An operand in memory order: the axes of L, C or R.
 AxisMatrix natural(Operand operand);
@@ -48,7 +52,7 @@ template <class T>
 class Chain {
  public:
   // `last`: the last direction that is needed; backward implies forward.
-  Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last);
+  Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last, std::int64_t few_rows);
 
   const ChainStep& step(int s) const { return steps_[s]; }
   const AxisValues& sizes() const { return sizes_; }

@@ -15,7 +15,8 @@ template <class T>
 class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
-      : gemm_(gemm), in_(in), d_(in.dims), chain_(gemm, in, Direction::kBackward), x_gradients_(in) {
+      : gemm_(gemm), in_(in), d_(in.dims), x_gradients_(in),
+        chain_(gemm, in, Direction::kBackward, in.dcentral == nullptr ? kFewRows : kFewGradientRows) {
     plan_groups();
     void* const gradients[] = {in.dleft, in.dcentral, in.dright};
     for (int s = 0; s < kChainSteps; ++s) {
@@ -185,8 +186,8 @@ class Backward {
   const GemmKernels& gemm_;
   const LinearBackward& in_;
   const BlockDims& d_;
-  const Chain<T> chain_;
   RowGradients<T> x_gradients_;
+  const Chain<T> chain_;
   std::array<Permutation, kChainSteps> leave_;  // gradient of a state to that of the preceding product, or of x
   Permutation enter_;                           // dz to the gradient of the last product
   std::array<T*, kChainSteps> gradients_;       // of the steps' operands; null: not wanted

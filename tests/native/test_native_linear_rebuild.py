@@ -222,7 +222,7 @@ def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 40, 41])
 def test_few_tokens(tokens: int, strategy: str, dtype: torch.dtype) -> None:
-    """A chain packs central piece by piece for up to 64 rows, in a backward 512: 12 of each slot, or 8 if it is first.
+    """A chain packs central piece by piece for up to 64 rows, in a backward 128: 12 of each slot, or 8 if it is first.
 
     After left, for 481 columns, it has to be fewer rows.
     """

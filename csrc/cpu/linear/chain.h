@@ -20,9 +20,9 @@ struct ChainStep {
 };
 
 constexpr int kChainSteps = 3;
-// For which a product with C packs it piece by piece. More if its gradient is needed, which otherwise takes sums in
-// float32 of all of C with every block.
-constexpr std::int64_t kFewRows = 64, kFewGradientRows = 512;
+// For which a product with C packs it piece by piece. More in a backward, where the gradient of C otherwise takes sums
+// in float32 of all of C with every block; whether it is needed must not change the other gradients' bits.
+constexpr std::int64_t kFewRows = 64, kFewGradientRows = 128;
 
 std::array<ChainStep, kChainSteps> chain_steps(
     const BlockDims& dims, const std::array<Operand, kChainSteps>& order, std::int64_t slots,

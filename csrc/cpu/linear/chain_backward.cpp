@@ -16,7 +16,7 @@ class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm), in_(in), d_(in.dims), x_gradients_(in),
-        chain_(gemm, in, Direction::kBackward, in.dcentral == nullptr ? kFewRows : kFewGradientRows) {
+        chain_(gemm, in, Direction::kBackward, kFewGradientRows) {
     plan_groups();
     void* const gradients[] = {in.dleft, in.dcentral, in.dright};
     for (int s = 0; s < kChainSteps; ++s) {

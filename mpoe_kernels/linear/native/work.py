@@ -27,7 +27,7 @@ MOST_BLOCKS = 16
 # csrc/cpu/linear/half_backward.cpp, chain_backward.cpp: groups of experts or slots with separate sums.
 MOST_GROUPS = 8
 # csrc/cpu/linear/chain.cpp, chain.h: bytes of the states of a block of slots, rows for which C is packed by piece.
-BLOCK_BYTES, FEW_ROWS, FEW_GRADIENT_ROWS = 512 * 1024, 64, 512
+BLOCK_BYTES, FEW_ROWS, FEW_GRADIENT_ROWS = 512 * 1024, 64, 128
 # csrc/cpu/linear/separable.h: slots for which a backward reads central in place and writes its gradient directly.
 FEW_GRADIENTS = 64
 
@@ -312,8 +312,7 @@ def _separable(work: Work) -> None:
 def _has_few_rows(plan: Contraction) -> bool:
     """Whether the product of a chain with the central block has so few rows that the block need not be packed whole."""
     rows = plan.slots * applications(plan.dims, plan.order)[plan.order.index("C")].m
-    summed = plan.phase == "backward" and plan.need[2]
-    return rows <= (FEW_GRADIENT_ROWS if summed else FEW_ROWS)
+    return rows <= (FEW_ROWS if plan.phase == "forward" else FEW_GRADIENT_ROWS)
 
 
 def central_is_in_order(plan: Contraction) -> bool:

@@ -87,7 +87,9 @@ def measure(shape: str, batch: int, dtype: torch.dtype, chosen: argparse.Namespa
     row["MB"]["dense layers"] = sum(networks) / 1e6
     experts = [m for m in model.modules() if isinstance(m, MPOExperts)]
     with kept_while_generating(model) as own:
-        row["MB"]["by itself"] = 0.0 if own is None else own.max_bytes / 1e6
+        # Folded blocks of separable experts are views of their cores.
+        keeps_weights = own is not None and any(layer.full_weights_may_pay() for layer in experts)
+        row["MB"]["by itself"] = own.max_bytes / 1e6 if own is not None and keeps_weights else 0.0
     row["MB"]["cores"] = sum(c.nbytes for e in experts for p in e.projections().values() for c in p.cores()) / 1e6
     row["MB"]["dense experts"] = EXPERTS * row["MB"]["dense layers"]
     for name, bound in CHOICES.items():

@@ -158,7 +158,8 @@ class HeldLayer:
             None if bias is None else (bias.data_ptr(), bias.shape, bias.stride())
             for bias in (chains.up_bias, chains.down_bias)
         )
-        key = (*x.shape, x.dtype, weight.shape, weight.dtype, top_k, raw, capacity, *biases, *circumstances(backend))
+        sizes = (*x.shape, x.dtype, weight.shape, weight.dtype)
+        key = (*sizes, top_k, raw, capacity, chains.activation, *biases, *circumstances(backend))
         found = self.calls.get(key)
         if found is None:
             if len(self.calls) >= MOST_CALLS:

@@ -162,6 +162,8 @@ def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
             layer.experts.down.bias = nn.Parameter(torch.ones(12))
             assert torch.equal(layer(x), by_ops(layer, x))
         assert torch.equal(layer(x.t().contiguous().t()), by_ops(layer, x))
+        layer.experts.activation = "relu"
+        assert torch.equal(layer(x), by_ops(layer, x))
         layer.router.weight.data = layer.router.weight.data.t().contiguous().t()
         assert torch.equal(layer(x), by_ops(layer, x))
     assert "mpoe_routed_ffn" in calls

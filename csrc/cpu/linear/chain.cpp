@@ -8,6 +8,7 @@ namespace {
 // Of the rows before and after a product: they share the L2 cache with the operand.
 constexpr std::int64_t kBlockBytes = 512 * 1024;
 constexpr std::int64_t kMostSlots = 256;
+
 bool contains(const Axes& axes, Axis axis) { return std::find(axes.begin(), axes.end(), axis) != axes.end(); }
 
 Axes axes_of(Operand operand) { return natural(operand).columns; }

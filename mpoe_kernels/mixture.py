@@ -44,17 +44,29 @@ class Slots(NamedTuple):
     slot_of_token: Tensor
 
 
-def native_slots(
-    x: Tensor, weight: Tensor, top_k: int, raw: bool, capacity: int | None, token_mask: Tensor | None
-) -> tuple[Gating, Slots]:
+class Rule(NamedTuple):
+    """How a router distributes tokens.
+
+    Attributes:
+        top_k, raw: as in `native_gating`.
+        capacity: as in `mpoe_kernels.route`.
+    """
+
+    top_k: int
+    raw: bool
+    capacity: int | None
+
+
+def native_slots(x: Tensor, weight: Tensor, rule: Rule, token_mask: Tensor | None) -> tuple[Gating, Slots]:
     """What a router of weight ``[E, I]`` decides for tokens ``x [T, I]``, and the slots.
 
     Args:
-        x, weight, top_k, raw: as in `native_gating`.
-        capacity, token_mask: as in `mpoe_kernels.route`.
+        x, weight: as in `native_gating`.
+        rule: see `Rule`.
+        token_mask: as in `mpoe_kernels.route`.
     """
-    gating = native_gating(x, weight, top_k, raw)
-    call = RouteCall(gating.top_k_index, weight.shape[0], capacity, token_mask, "native")
+    gating = native_gating(x, weight, rule.top_k, rule.raw)
+    call = RouteCall(gating.top_k_index, weight.shape[0], rule.capacity, token_mask, "native")
     return gating, Slots(*native.route(call))
 
 
@@ -125,7 +137,7 @@ class OneCall:
     Args:
         x: ``[T, I]``, for its sizes and dtype.
         weight: of the router, ``[E, I]``, for its dtype.
-        top_k, raw, capacity: as in `native_slots`.
+        rule: see `Rule`.
         chains: must stay unchanged in memory.
         backend: as in `plain_ffn`.
 
@@ -133,17 +145,8 @@ class OneCall:
         is_possible: whether the planner chooses native kernels for every projection, and sizes and layouts fit.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        top_k: int,
-        raw: bool,
-        capacity: int | None,
-        chains: Chains,
-        backend: str | None,
-    ) -> None:
-        (tokens, features), experts = x.shape, weight.shape[0]
+    def __init__(self, x: Tensor, weight: Tensor, rule: Rule, chains: Chains, backend: str | None) -> None:
+        (tokens, features), experts, (top_k, raw, capacity) = x.shape, weight.shape[0], rule
         slots = tokens * top_k
         self._kept = chains
         hidden = slots * chains.up.out_features * x.element_size()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
-from mpoe_kernels.mixture import Chains, OneCall, circumstances
+from mpoe_kernels.mixture import Chains, OneCall, Rule, circumstances
 from mpoe_kernels.planner import planned_threads
 from mpoe_kernels.planner.machine import Source, source
 
@@ -143,28 +143,19 @@ class HeldLayer:
             for now, then, version in zip(cores, self.cores, self.versions, strict=True)
         )
 
-    def one_call(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        top_k: int,
-        raw: bool,
-        capacity: int | None,
-        chains: Chains,
-        backend: str | None,
-    ) -> OneCall:
+    def one_call(self, x: Tensor, weight: Tensor, rule: Rule, chains: Chains, backend: str | None) -> OneCall:
         """The layer's forward for tokens like ``x [T, I]``, see `mpoe_kernels.mixture.OneCall`."""
         biases = tuple(
             None if bias is None else (bias.data_ptr(), bias.shape, bias.stride())
             for bias in (chains.up_bias, chains.down_bias)
         )
         sizes = (*x.shape, x.dtype, weight.shape, weight.dtype)
-        key = (*sizes, top_k, raw, capacity, chains.activation, *biases, *circumstances(backend))
+        key = (*sizes, *rule, chains.activation, *biases, *circumstances(backend))
         found = self.calls.get(key)
         if found is None:
             if len(self.calls) >= MOST_CALLS:
                 self.calls.clear()
-            found = self.calls[key] = OneCall(x, weight, top_k, raw, capacity, chains, backend)
+            found = self.calls[key] = OneCall(x, weight, rule, chains, backend)
         return found
 
     def refuses(self, dtype: torch.dtype) -> bool:

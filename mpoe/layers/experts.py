@@ -16,7 +16,7 @@ from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
-from mpoe_kernels.mixture import Chains, Slots, native_combine, native_slots, plain_ffn
+from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn
 
 
 class MPOExperts(nn.Module):
@@ -169,13 +169,13 @@ class MPOExperts(nn.Module):
             or not router.can_gate_natively(x, *tensors)
         ):
             return None
-        held, settings = self._held(), (router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
+        held, rule = self._held(), Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         may_use_weights = held is not None and not held.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
         if held is not None and held.kept and not (may_use_weights or shows_decision):
-            whole = held.one_call(x, router.weight, *settings, self._chains(held), self.backend)
+            whole = held.one_call(x, router.weight, rule, self._chains(held), self.backend)
             if whole.is_possible:
                 return whole(x, router.weight, token_mask), None
-        gating, slots = native_slots(x, router.weight, *settings, token_mask)
+        gating, slots = native_slots(x, router.weight, rule, token_mask)
         rows = self._by_full_weights(held, x.dtype, x, slots) if may_use_weights and held is not None else None
         if rows is not None:
             y = native_combine(rows, slots, gating.top_k_weights)

@@ -316,8 +316,7 @@ def _has_few_rows(plan: Contraction) -> bool:
 
 
 def central_is_in_order(plan: Contraction) -> bool:
-    """Whether a chain finds the central block in the order that its product needs, for few rows: first, or after
-    left."""
+    """Whether a chain finds the central block in the order that its product needs: first (few rows) or after left."""
     d = plan.dims
     if plan.order[0] == "C":
         return _has_few_rows(plan) and d.jC * d.b % PANEL == 0
@@ -334,8 +333,7 @@ def packs_by_piece(plan: Contraction) -> bool:
 
 def _chain(work: Work) -> None:
     """States of the rows, copied before every product; a backward recomputes them."""
-    plan, d, slots = work.plan, work.plan.dims, work.plan.slots
-    steps = applications(d, plan.order)
+    plan, slots, steps = work.plan, work.plan.slots, applications(work.plan.dims, work.plan.order)
     x_needed, *blocks_needed = plan.need
     wanted = [dict(zip("LCR", blocks_needed, strict=True))[step.operand] for step in steps]
     forward, by_piece = plan.phase == "forward", packs_by_piece(plan)

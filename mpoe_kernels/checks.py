@@ -34,6 +34,21 @@ def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     return value
 
 
+def check_memory(name: str, value: Tensor) -> None:
+    """Require a dense tensor whose memory holds its values: not one whose storage was resized, as FSDP does."""
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor; got one of the layout {value.layout}")
+    if value.is_meta or not value.numel():
+        return
+    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    needed, held = (value.storage_offset() + last + 1) * value.itemsize, value.untyped_storage().nbytes()
+    if held < needed or not value.data_ptr():
+        raise ValueError(
+            f"{name} must hold its values, in {needed} bytes; got {describe(value)} with a storage of "
+            f"{held if value.data_ptr() else 0} bytes"
+        )
+
+
 def check_floating(name: str, value: Tensor) -> None:
     """Require one of the floating dtypes that the ops compute in."""
     if value.dtype not in FLOATING:

@@ -91,7 +91,7 @@ NAMES = sorted(problems())
 @on_every_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradients_of_transforms_are_autograds(name: str, backend: str) -> None:
-    require(backend, "grouped_mpo_linear", torch.float32)
+    require(backend, "mpo_embedding" if name == "mpo_embedding" else "grouped_mpo_linear", torch.float32)
     function, inputs = problems()[name]
     all_of_them = tuple(range(len(inputs)))
     with use_backend(backend):
@@ -163,7 +163,7 @@ def test_raw_ops_in_forward_mode() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "MPO" not in name])
 def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> None:
     """Negative bits and zeros without memory, as input and as gradient."""
-    require(backend, "grouped_mpo_linear", torch.float32)
+    require(backend, "mpo_embedding" if name == "mpo_embedding" else "grouped_mpo_linear", torch.float32)
     function, inputs = problems()[name]
     with use_backend(backend):
         for k, value in enumerate(inputs):
@@ -191,7 +191,7 @@ def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> No
 @pytest.mark.parametrize("left_over", [0, 10])
 def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -> None:
     """By the op, or by PyTorch where a view is made first."""
-    require(backend, "grouped_mpo_linear", torch.float32)
+    require(backend, "mpo_embedding" if name == "mpo_embedding" else "grouped_mpo_linear", torch.float32)
     function, inputs = problems()[name]
     refused = "|".join(
         (rf"must hold its values, in \d+ bytes; got .* of {left_over} bytes", "setStorage: .* are out of bounds")

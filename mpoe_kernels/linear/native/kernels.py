@@ -78,47 +78,55 @@ def linear_sizes(call: LinearCall) -> Any:
     return _sizes(call.x.dtype, call.activation, call.strategy, call.in_features, call.out_features, *blocks)
 
 
-def dense_blocks(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     """Dense left, central and right.
 
     Raises:
-        ValueError: another dtype, or as in `dense`.
+        ValueError: another dtype than x's, or as in `dense`.
     """
-    for name, block in zip(("left", "central", "right"), call.blocks, strict=True):
-        if block.dtype != dtype:
-            raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
-    return dense("left", call.left), dense("central", call.central), dense("right", call.right)
+    left, central, right = call.blocks
+    dtype = call.x.dtype
+    if not left.dtype == central.dtype == right.dtype == dtype:
+        given = zip(("left", "central", "right"), call.blocks, strict=True)
+        name, block = next((name, block) for name, block in given if block.dtype != dtype)
+        raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
+    return dense("left", left), dense("central", central), dense("right", right)
 
 
-def _inputs(call: LinearCall) -> tuple[list[Any], tuple[Any, ...], int]:
+def dense_bias(call: ForwardCall) -> Tensor | None:
+    """The dense bias, if there is one.
+
+    Raises:
+        ValueError: another shape or dtype, or as in `dense`.
+    """
+    return None if call.bias is None else dense_like("bias", call.bias, (call.out_features,), call.x.dtype)
+
+
+def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """Arguments of both passes; the tensors that they point to, which the caller must keep until the call returns; the
     number of slots."""
-    x, blocks = dense("x", call.x), dense_blocks(call, call.x.dtype)
+    x, (left, central, right) = dense("x", call.x), dense_blocks(call)
     sizes = linear_sizes(call)
     if x.dim() != 2 or x.shape[1] != call.in_features:
         raise ValueError(f"x must be [T, {call.in_features}]; got {describe(x)}")
     offsets = dense_offsets(call.expert_offsets)
-    if offsets.shape[0] != call.num_experts + 1:
-        raise ValueError(f"expert_offsets must be [{call.num_experts + 1}]; got {describe(offsets)}")
+    if len(offsets) != len(left) + 1:
+        raise ValueError(f"expert_offsets must be [{len(left) + 1}]; got {describe(offsets)}")
     rows = None if call.row_index is None else dense_index("row_index", call.row_index, 1)
-    tokens = x.shape[0]
-    slots = tokens if rows is None else rows.shape[0]
-    memory = (x.data_ptr(), [block.data_ptr() for block in blocks], offsets.data_ptr(), address(rows))
-    return [sizes, tokens, slots, offsets.element_size(), *memory], (x, blocks, offsets, rows), slots
-
-
-def _rows_of_h(call: LinearCall, slots: int) -> tuple[int, int]:
-    return slots * call.central.shape[2], call.central.shape[3]
+    tokens = len(x)
+    slots = tokens if rows is None else len(rows)
+    blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
+    arguments = (sizes, tokens, slots, offsets.itemsize, x.data_ptr(), blocks, offsets.data_ptr(), address(rows))
+    return arguments, (x, left, central, right, offsets, rows), slots
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
     arguments, _kept, slots = _inputs(call)
-    x, out_features = call.x, call.out_features
-    bias = None if call.bias is None else dense_like("bias", call.bias, (out_features,), x.dtype)
-    y = x.new_empty((slots, out_features))
-    h = x.new_empty(_rows_of_h(call, slots) if call.saves_h else 0)
-    z = x.new_empty((slots, out_features) if call.saves_z else 0)
+    x, bias = call.x, dense_bias(call)
+    y = x.new_empty(slots, call.out_features)
+    h = x.new_empty(slots * call.central.shape[2], call.central.shape[3]) if call.saves_h else x.new_empty(0)
+    z = torch.empty_like(y) if call.saves_z else x.new_empty(0)
     results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
     NATIVE_LIBRARY.functions.linear_forward(*arguments, address(bias), *results)
     return y, h, z
@@ -126,18 +134,21 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    arguments, _kept, slots = _inputs(call)
-    x, out_features = call.x, call.out_features
-    grad = dense_like("grad", call.grad, (slots, out_features), x.dtype)
+    arguments, (x, left, central, right, *_kept), slots = _inputs(call)
+    shape = (slots, call.out_features)
+    grad = dense_like("grad", call.grad, shape, x.dtype)
     h = saved = None
     if call.strategy == "separable":
-        h = dense_like("h", call.h, _rows_of_h(call, slots), x.dtype)
+        h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)
     if call.activation != "none":
-        saved = dense_like("saved", call.saved, (slots, out_features), x.dtype)
-    shapes = (x.shape, call.left.shape, call.central.shape, call.right.shape, (out_features,))
-    dx, dleft, dcentral, dright, dbias = results = [
-        x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, call.need, strict=True)
+        saved = dense_like("saved", call.saved, shape, x.dtype)
+    *needed, needs_bias = call.need
+    results = [
+        torch.empty_like(each) if need else x.new_empty(0)
+        for each, need in zip((x, left, central, right), needed, strict=True)
     ]
-    memory = (address(each) for each in (grad, h, saved))
-    NATIVE_LIBRARY.functions.linear_backward(*arguments, *memory, [result.data_ptr() for result in results])
+    results.append(x.new_empty(call.out_features if needs_bias else 0))
+    memory = (grad.data_ptr(), address(h), address(saved), [result.data_ptr() for result in results])
+    NATIVE_LIBRARY.functions.linear_backward(*arguments, *memory)
+    dx, dleft, dcentral, dright, dbias = results
     return dx, dleft, dcentral, dright, dbias

@@ -28,7 +28,7 @@ from mpoe_bench.suites.planner import _make_call
 from mpoe_kernels import measure_machine
 from mpoe_kernels.info import collect, processor_summary
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner import machine
+from mpoe_kernels.contract import machine
 from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload
 
 SUBSET = "E8-T8-,E8-T64-,E8-T512-,E64-T8-,E64-T64-,paper_64-768x3072-E8-T2048-,separable-768x3072-E8-T2048-"

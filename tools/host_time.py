@@ -41,8 +41,8 @@ from mpoe_kernels.backends.triton import TRITON
 from mpoe_kernels.linear import op
 from mpoe_kernels.linear.triton import cost, plan
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.planner import machine
-from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.contract import machine
+from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.architecture import target_named
 

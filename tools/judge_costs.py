@@ -25,10 +25,10 @@ import torch
 from mpoe_bench.timing import Budget, cpu_measure, interleave
 
 from mpoe_kernels import available_backends, route
-from mpoe_kernels.choice import candidates_for, measure_machine
+from mpoe_kernels.contract.autotune import candidates_for, measure_machine
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.kernels import linear_forward
-from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction, contractions
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, contractions
 from mpoe_kernels.registry import BACKENDS, CONTRACTIONS, Candidate, Request
 from mpoe_kernels.testing.cases import FITTED_WORKLOADS, JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 

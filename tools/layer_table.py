@@ -28,10 +28,10 @@ from triton_predict import ACTIVATIONS, ARCHITECTURE, CARD, DTYPE, choice, layer
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.backends.triton_work import PRODUCTS
-from mpoe_kernels.choice import cheaper_together
+from mpoe_kernels.contract.autotune import cheaper_together
 from mpoe_kernels.linear.triton.cost import gated_price_on
-from mpoe_kernels.planner import BlockDims, contractions
-from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.contract import BlockDims, contractions
+from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.triton.start import Launch, recorded
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench" / "results" / "ahead-of-time"
@@ -108,7 +108,7 @@ def now() -> list[Row]:
 
 
 def strategy_together(dims: BlockDims, experts: int, alone: float) -> str | None:
-    """What `mpoe_kernels.choice` decides on the card if each projection alone takes ``alone`` seconds."""
+    """What `mpoe_kernels.contract.autotune` decides on the card if each projection alone takes ``alone`` seconds."""
     prices = {
         plan.strategy: gated_price_on(plan, CARD) for plan in contractions(dims, experts, TOKENS, DTYPE, "forward")
     }

@@ -21,10 +21,10 @@ from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.backends.triton_work import FLOP_OVERHEAD, PRODUCTS
 from mpoe_kernels.linear.gpu.work import Work, rate, weight_work
 from mpoe_kernels.linear.triton.cost import ways
-from mpoe_kernels.planner import HARDWARE, BlockDims, Step, contractions
+from mpoe_kernels.contract import HARDWARE, BlockDims, Step, contractions
 from mpoe_kernels.planner.contraction import expected_busy_experts
 from mpoe_kernels.planner.cost import step_time
-from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES, target_named
 from mpoe_kernels.triton.start import Launch, recorded
 

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 
+from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear.triton.cost import (
     ON_CHIP,
     ON_CHIP_FROM_HALF,
     WIDE,
     contraction_reasons,
-    gated_price,
-    predicted_cost,
     ways_here,
 )
-from mpoe_kernels.planner import Contraction
 from mpoe_kernels.registry import Backend, Candidate, Request
 from mpoe_kernels.triton.architecture import (
     NO_LIMIT,
@@ -41,7 +39,6 @@ _KERNELS = {
     "dispatch_backward": ("routing.triton", "dispatch_backward"),
     "combine": ("routing.triton", "combine"),
     "combine_backward": ("routing.triton", "combine_backward"),
-    "gated_mpo_linear": ("linear.triton.gated", "forward"),
     "hidden_experts": ("hidden_experts.triton.launch", "forward"),
     "hidden_experts_backward": ("hidden_experts.triton.launch", "backward"),
     "mpo_embedding": ("embedding.triton", "forward"),
@@ -64,10 +61,10 @@ _WAYS: dict[str, tuple[str, dict[str, bool]]] = {
 def candidates(plan: Contraction) -> list[Candidate]:
     """The candidates: step by step, and the fused kernels."""
     found = []
-    for name, seconds in ways_here(plan).items():
+    for name in ways_here(plan):
         function, options = _WAYS.get(name, ("by_steps", {}))
         run = partial(_call, "linear.triton.kernels", f"{plan.phase}_{function}", **options)
-        found.append(Candidate("triton", name, plan.strategy, seconds, run))
+        found.append(Candidate("triton", name, plan.strategy, run))
     return found
 
 
@@ -113,9 +110,7 @@ TRITON = Backend(
     kernels=KERNELS,
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
-    predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,
-    gated_price=gated_price,
     places_rows=True,
 )

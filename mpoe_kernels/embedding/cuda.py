@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids
-from mpoe_kernels.planner import may_round_to_tf32
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.program import weight_backward_program, weight_program
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids, slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import BlockGradients, Pass, blocks_of
 from mpoe_kernels.linear.triton.launch import LAUNCHES
-from mpoe_kernels.planner.orders import BlockDims
-from mpoe_kernels.planner.program import weight_backward_program, weight_program
 from mpoe_kernels.routing.triton import collect_rows, gather_rows, sort_pairs
 from mpoe_kernels.triton.pointwise import sum_rows
 

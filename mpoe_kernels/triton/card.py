@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from mpoe_kernels.planner import HARDWARE, Hardware, hardware_here, may_round_to_tf32
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES, INTERPRETER
+from mpoe_kernels.triton.hardware import HARDWARE, Hardware, hardware_here
 from mpoe_kernels.triton.start import architecture_of
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mpoe_kernels.planner.measured import cache_file, read_json, write_json
+from mpoe_kernels.contract.kept import cache_file, read_json, write_json
 from mpoe_kernels.registry import BackendError
 from mpoe_kernels.triton.architecture import in_interpreter
 from mpoe_kernels.triton.start import planning

@@ -22,7 +22,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager import cost
-from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, contractions
+from mpoe_kernels.contract import HARDWARE, BlockDims, contraction, contractions
 from mpoe_kernels.planner.cost import new_bytes
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape, choice, registry
-from mpoe_kernels.choice import Problem, cheaper_together, strategy_together
+from mpoe_kernels.contract.autotune import Problem, cheaper_together, strategy_together
 from mpoe_kernels.linear.gpu.cost import TRITON, gated_seconds, gpu_seconds, multiply_seconds
 from mpoe_kernels.linear.triton import cost
-from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction
+from mpoe_kernels.contract import HARDWARE, BlockDims, Contraction, contraction
 from mpoe_kernels.registry import Backend, Candidate, GatedPrice
 
 CARD = HARDWARE["h100"]

@@ -8,9 +8,9 @@ import torch
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.gpu.cost import budget, experts_at_once, room
 from mpoe_kernels.linear.gpu.work import LEAST_STEPS, MOST_SPLITS, WORTH, Work, rate
-from mpoe_kernels.planner import HARDWARE, program_of
-from mpoe_kernels.planner.orders import INDICES, BlockDims
-from mpoe_kernels.planner.program import COMPOSITES, value_of
+from mpoe_kernels.contract import HARDWARE, program_of
+from mpoe_kernels.contract.orders import INDICES, BlockDims
+from mpoe_kernels.contract.program import COMPOSITES, value_of
 
 CARD = HARDWARE["h100"]
 TILE = (64, 64, 32)

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mpoe_kernels.choice as choice
+import mpoe_kernels.contract.autotune as choice
 import mpoe_kernels.registry as registry
 from mpoe_kernels import available_backends, info, measure_machine
-from mpoe_kernels.choice import Problem, resolve_contraction
+from mpoe_kernels.contract.autotune import Problem, resolve_contraction
 from mpoe_kernels.linear.native import cost
 from mpoe_kernels.linear.native import measure as measuring
-from mpoe_kernels.planner import BlockDims, contraction, hardware_of, machine
+from mpoe_kernels.contract import BlockDims, contraction, hardware_of, machine
 from mpoe_kernels.planner.device import forget, one_core
 from mpoe_kernels.planner.machine import Constants, Pair
 from mpoe_kernels.planner.measured import cache_file

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpoe_kernels import BackendError, choice, measured, registry
-from mpoe_kernels.planner import BlockDims, contraction
+from mpoe_kernels.contract import BlockDims, contraction
 
 from .backend_cases import candidate_backend
 

@@ -9,7 +9,7 @@ import torch
 
 from mpoe_kernels.linear.native import cost, work
 from mpoe_kernels.linear.native.kernels import IMPLEMENTED
-from mpoe_kernels.planner import HARDWARE, BlockDims, Contraction, contraction, contractions
+from mpoe_kernels.contract import HARDWARE, BlockDims, Contraction, contraction, contractions
 from mpoe_kernels.testing.cases import workload_shape
 
 EXPERTS, SLOTS = 4, 256

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape, plan_contraction
-from mpoe_kernels.planner import HARDWARE, Hardware, Step, calibrate, hardware_here, hardware_of
-from mpoe_kernels.planner import calibrate as calibrate_function
+from mpoe_kernels.contract import HARDWARE, Hardware, Step, calibrate, hardware_here, hardware_of
+from mpoe_kernels.contract import calibrate as calibrate_function
 from mpoe_kernels.planner.cost import gemm_efficiency, rate_and_half_size, step_time
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.planner.hardware import ByDtype
@@ -49,7 +49,7 @@ def write(content: object) -> Path:
 
 
 def current_file(**changes: object) -> dict:
-    from mpoe_kernels.planner import measured
+    from mpoe_kernels.contract import measured
 
     content = {
         "version": measured.VERSION,
@@ -217,7 +217,7 @@ def test_calibrate_measures_and_keeps(cache_home: Path, monkeypatch: pytest.Monk
 
 
 def test_a_failed_write_leaves_the_old_file(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpoe_kernels.planner import measured
+    from mpoe_kernels.contract import measured
 
     path = write(current_file())
     before = path.read_text()

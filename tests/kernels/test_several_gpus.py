@@ -17,7 +17,7 @@ from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
+from mpoe_kernels.contract import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture

@@ -26,7 +26,7 @@ from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native import kernels
 from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.cases import random_blocks

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-import mpoe_kernels.choice as choice
+import mpoe_kernels.contract.autotune as choice
 from mpoe.training import checkpoints, prepare_output_dir
-from mpoe_kernels.planner import machine
+from mpoe_kernels.contract import machine
 from mpoe_kernels.planner.device import forget
 
 from .ranks import torchrun

@@ -11,7 +11,7 @@ import triton_predict
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.planner import contraction
+from mpoe_kernels.contract import contraction
 from mpoe_kernels.triton.architecture import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]

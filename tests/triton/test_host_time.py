@@ -10,7 +10,7 @@ import pytest
 import triton_predict
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
-from mpoe_kernels.planner.program import PHASES
+from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.triton.start import recorded
 
 ROOT = Path(__file__).resolve().parents[2]

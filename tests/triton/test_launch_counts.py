@@ -8,7 +8,7 @@ import pytest
 import triton_predict
 
 from mpoe_kernels.backends import triton_catalogue as catalogue
-from mpoe_kernels.planner import HARDWARE
+from mpoe_kernels.contract import HARDWARE
 
 LONG = 1.5e6  # bytes that one multiprocessor reads from the cache in about 20 microseconds
 # Shape, experts, tokens -> maximum number of launches, forward and backward.

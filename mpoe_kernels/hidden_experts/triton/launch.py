@@ -13,9 +13,9 @@ from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, compiler_options, fitted, shipped_tiles
 from mpoe_kernels.indices import check_range
-from mpoe_kernels.planner import HARDWARE
 from mpoe_kernels.triton.architecture import HARDWARE_NAMES
 from mpoe_kernels.triton.card import multiprocessors, precision
+from mpoe_kernels.triton.hardware import HARDWARE
 from mpoe_kernels.triton.start import architecture_of, cdiv, power_of_two, recorded_tile, start
 
 SORT_BLOCK = 1024  # pairs that a sorting program processes at once

@@ -1,24 +1,15 @@
-"""Capabilities and predicted times of the Triton kernels. Nothing here imports Triton."""
+"""Capabilities of the Triton kernels. Nothing here imports Triton."""
 
 from __future__ import annotations
 
 import torch
 
-from mpoe_kernels.linear.gpu.cost import (
-    TRITON,
-    TRITON_WIDE,
-    counting_reasons,
-    gated_seconds,
-    gpu_seconds,
-    multiply_seconds,
-)
-from mpoe_kernels.linear.triton.fused_cost import fused_seconds
-from mpoe_kernels.planner import HARDWARE, Contraction, Hardware, hardware_here
-from mpoe_kernels.registry import GatedPrice, Request
-from mpoe_kernels.triton.architecture import HARDWARE_NAMES, INTERPRETER, Target, in_interpreter, target_of
+from mpoe_kernels.contract import Contraction
+from mpoe_kernels.linear.gpu.cost import counting_reasons
+from mpoe_kernels.linear.triton.fused_cost import can_fuse
+from mpoe_kernels.triton.architecture import INTERPRETER, Target, target_of
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
-INTERPRETER_SECONDS = 1e6  # the interpreter is for tests: never chosen unless named
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:
@@ -58,43 +49,11 @@ def wide_reasons(plan: Contraction, target: Target) -> list[str]:
 ON_CHIP, ON_CHIP_FROM_HALF = "rebuild on chip", "rebuild on chip from LC"
 
 
-def ways(plan: Contraction, target: Target, hardware: Hardware) -> dict[str, float]:
-    """Predicted seconds of every way to compute a contraction on a GPU, by name."""
-    found = {plan.strategy: gpu_seconds(plan, hardware, TRITON)}
-    if not wide_reasons(plan, target):
-        found[WIDE] = gpu_seconds(plan, hardware, TRITON_WIDE)
-    for name, half in ((ON_CHIP, False), (ON_CHIP_FROM_HALF, True)):
-        if (seconds := fused_seconds(plan, target, hardware, half)) < float("inf"):
-            found[name] = seconds
-    return found
-
-
-def _here(plan: Contraction) -> tuple[Target, Hardware, float]:
-    """The plan's device and what each of its projections costs more; in the interpreter the GPU that stands for it."""
+def ways_here(plan: Contraction) -> list[str]:
+    """Names of the ways to compute a contraction on the plan's device; in the interpreter on the GPU it stands for."""
     target = target_of(torch.device(plan.device))
-    if plan.device_type == "cuda" and not in_interpreter():
-        return target, hardware_here(plan.device), 0.0
-    return target, HARDWARE[HARDWARE_NAMES[target.architecture]], INTERPRETER_SECONDS
-
-
-def ways_here(plan: Contraction) -> dict[str, float]:
-    """`ways` on the plan's device; in the interpreter as on the GPU that stands for it, but never cheap."""
-    target, hardware, more = _here(plan)
-    return {name: more + seconds for name, seconds in ways(plan, target, hardware).items()}
-
-
-def gated_price(plan: Contraction) -> GatedPrice:
-    """Price of both projections of a gated network with the plan's steps, in launches of pairs."""
-    _, hardware, more = _here(plan)
-    price = gated_price_on(plan, hardware)
-    return price._replace(together=2 * more + price.together)
-
-
-def gated_price_on(plan: Contraction, hardware: Hardware) -> GatedPrice:
-    """The same on any card."""
-    return GatedPrice(gated_seconds(plan, hardware, TRITON), multiply_seconds(plan, hardware))
-
-
-def predicted_cost(request: Request) -> float:
-    """Half of eager's on a GPU: one launch where PyTorch needs several."""
-    return INTERPRETER_SECONDS if request.device_type != "cuda" or in_interpreter() else 0.5
+    found = [plan.strategy]
+    if not wide_reasons(plan, target):
+        found.append(WIDE)
+    fused = (ON_CHIP, False), (ON_CHIP_FROM_HALF, True)
+    return found + [name for name, half in fused if can_fuse(plan, target, half)]

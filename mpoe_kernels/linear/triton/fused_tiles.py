@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand

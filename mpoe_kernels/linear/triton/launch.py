@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import INDICES
 from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import IndexMap, Operand, index_map
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
@@ -21,7 +22,6 @@ from mpoe_kernels.linear.triton.cost import by_descriptor
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.linear.triton.weights_launch import weight
-from mpoe_kernels.planner.orders import INDICES
 from mpoe_kernels.routing.triton import collect_rows
 from mpoe_kernels.triton.card import card, multiprocessors, precision
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows

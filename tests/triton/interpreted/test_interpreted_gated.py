@@ -10,7 +10,7 @@ from mpoe_kernels import MPOBlocks, mpo_ffn, route
 from mpoe_kernels.linear.call import GatedCall
 from mpoe_kernels.linear.triton import gated
 from mpoe_kernels.linear.triton.configs import Tile
-from mpoe_kernels.planner import program_of
+from mpoe_kernels.contract import program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks

@@ -13,7 +13,7 @@ from mpoe_kernels.linear.gpu.products import BlockGradients
 from mpoe_kernels.linear.triton import launch, weights_launch
 from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.linear.triton.plan import forget_plans
-from mpoe_kernels.planner import BlockDims, program_of
+from mpoe_kernels.contract import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks

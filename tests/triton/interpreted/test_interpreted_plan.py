@@ -18,7 +18,7 @@ from mpoe_kernels.linear.gpu.plan import ALIGNMENT
 from mpoe_kernels.linear.triton import configs, kernels, plan
 from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.linear.triton.plan import planned
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton.tuning import autotuned
 

@@ -11,7 +11,7 @@ from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.triton import configs, launch
 from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.linear.triton.cost import WIDE, ways, wide_reasons
-from mpoe_kernels.planner import HARDWARE, BlockDims, contraction
+from mpoe_kernels.contract import HARDWARE, BlockDims, contraction
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.architecture import target_named
 

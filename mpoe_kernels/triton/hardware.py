@@ -1,22 +1,22 @@
-"""What a machine can do: the numbers behind every predicted time.
+"""Numbers of GPUs, by which tiles are chosen.
 
-Accelerators: the vendors' data sheets, dense rates (no structured sparsity), the variant named in `Hardware.note`.
-Reachable fractions, cache bandwidths and overheads are typical of public benchmarks, not data-sheet numbers.
+From the vendors' data sheets, dense rates (no structured sparsity), the variant named in `Hardware.note`. Reachable
+fractions, cache bandwidths and overheads are typical of public benchmarks, not data-sheet numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-_MIB, _GIB = 2**20, 2**30
-# Of the compiled kernels on an EPYC with AVX512-BF16, see `Hardware`; `planner.machine` measures them elsewhere.
-TILE_RATE, STORE_SECONDS = 1.13, 65e-9
+from mpoe_kernels.contract.precision import may_round_to_tf32
+
+_MIB = 2**20
 
 
 class ByDtype(NamedTuple):
@@ -37,48 +37,32 @@ class ByDtype(NamedTuple):
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.
+    """One GPU.
 
     Attributes:
         name: key of `HARDWARE`.
-        kind: ``cpu`` or ``gpu``.
-        peak_flops: FLOP/s of GEMMs by dtype, of the whole device (for a CPU: of ``threads`` cores). float32 is IEEE
-            float32, PyTorch's default; see `with_tf32`.
+        peak_flops: FLOP/s of GEMMs by dtype. float32 is IEEE float32, PyTorch's default; see `with_tf32`.
         tf32_flops: FLOP/s of float32 GEMMs whose inputs are rounded to TF32; 0 if there is no such mode.
         gemm_fraction: fraction of ``peak_flops`` that large GEMMs reach in practice, by dtype.
-        half_size: rows m at which a GEMM reaches half of that, by dtype; see `gemm_efficiency`.
         bandwidth: bytes/s to and from memory.
-        new_memory_bandwidth: bytes/s of the first writes to memory that an allocator has just got from the system (page
-            faults on a CPU); infinite where allocators keep memory (a GPU).
         cache_bytes: last-level cache.
         cache_bandwidth: bytes/s to and from it.
-        sram_bytes: fast memory of one core: a CPU's L2, a GPU's shared memory per multiprocessor.
-        sram_bandwidth: bytes/s to and from the shared memory of all of a GPU's multiprocessors; 0 for a CPU.
-        matrix_unit: the unit that executes a GPU's best matrix instruction: ``warp``, ``warpgroup`` or
-            ``multiprocessor``; empty for a CPU.
-        units: cores or multiprocessors that a GEMM must be spread over.
+        sram_bytes: shared memory per multiprocessor.
+        sram_bandwidth: bytes/s to and from the shared memory of all multiprocessors.
+        matrix_unit: the unit that executes the best matrix instruction: ``warp``, ``warpgroup`` or ``multiprocessor``.
+        units: multiprocessors.
         memory_bytes: capacity.
         link_bandwidth: bytes/s that one device sends to others of its node.
         network_bandwidth: bytes/s that one device sends to other nodes.
         launch_seconds: overhead of a step.
-        call_seconds: overhead of each GEMM of a grouped step if each is a separate call (a CPU), by dtype; 0 if one
-            launch serves all experts.
-        tile_rate: FLOP/s of the multiply-adds in the compiled CPU kernels' register tiles, divided by
-            `flops_per_second` (which includes costs that those kernels' model counts separately), by dtype; 0 for a
-            GPU.
-        store_seconds: time in which a core rounds one of their register tiles and writes it where the next product
-            reads it, by dtype; 0 for a GPU.
         note: where the numbers come from.
     """
 
     name: str
-    kind: str
     peak_flops: ByDtype
     tf32_flops: float
     gemm_fraction: ByDtype
-    half_size: ByDtype
     bandwidth: float
-    new_memory_bandwidth: float
     cache_bytes: int
     cache_bandwidth: float
     sram_bytes: int
@@ -89,9 +73,6 @@ class Hardware:
     link_bandwidth: float
     network_bandwidth: float
     launch_seconds: float
-    call_seconds: ByDtype
-    tile_rate: ByDtype
-    store_seconds: ByDtype
     note: str
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
@@ -101,10 +82,6 @@ class Hardware:
             TypeError: a dtype that GEMMs are not planned for.
         """
         return self.peak_flops.of(dtype) * self.gemm_fraction.of(dtype)
-
-    def ridge(self, dtype: torch.dtype) -> float:
-        """FLOPs per byte above which large GEMMs are compute-bound rather than memory-bound."""
-        return self.flops_per_second(dtype) / self.bandwidth
 
     def with_tf32(self) -> Hardware:
         """The same device when float32 GEMMs may use TF32."""
@@ -138,13 +115,10 @@ def _gpu(
     memory."""
     return Hardware(
         name=name,
-        kind="gpu",
         peak_flops=by_dtype(*(t * 1e12 for t in teraflops)),
         tf32_flops=tf32 * 1e12,
         gemm_fraction=by_dtype(0.8, 0.65, 0.8),
-        half_size=by_dtype(8.0, 16.0, 8.0),
         bandwidth=bandwidth * 1e12,
-        new_memory_bandwidth=math.inf,
         cache_bytes=cache_mib * _MIB,
         cache_bandwidth=cache_bandwidth * 1e12,
         sram_bytes=sram_kib * 1024,
@@ -155,95 +129,12 @@ def _gpu(
         link_bandwidth=link * 1e9,
         network_bandwidth=network,
         launch_seconds=4e-6,
-        call_seconds=by_dtype(0.0, 0.0, 0.0),
-        tile_rate=by_dtype(0.0, 0.0, 0.0),
-        store_seconds=by_dtype(0.0, 0.0, 0.0),
         note=note,
     )
 
-
-def _cpu(
-    name: str,
-    cores: int,
-    *,
-    gigaflops_per_core: tuple[float, float, float, float],
-    fractions: tuple[float, float, float],
-    half_sizes: tuple[float, float, float],
-    core_bandwidth: float,
-    bandwidth: float,
-    cache_mib: int,
-    sram_mib: int,
-    memory_gib: int,
-    note: str,
-) -> Hardware:
-    """``core_bandwidth``: memory bandwidth of one core; all cores together get at most ``bandwidth``."""
-    return Hardware(
-        name=name,
-        kind="cpu",
-        peak_flops=by_dtype(*(g * 1e9 * cores for g in gigaflops_per_core)),
-        tf32_flops=0.0,
-        gemm_fraction=by_dtype(*fractions),
-        half_size=by_dtype(*half_sizes),
-        bandwidth=min(cores * core_bandwidth, bandwidth) * 1e9,
-        new_memory_bandwidth=2.5e9 * cores,
-        cache_bytes=cache_mib * _MIB,
-        cache_bandwidth=90e9 * cores,
-        sram_bytes=sram_mib * _MIB,
-        sram_bandwidth=0.0,
-        matrix_unit="",
-        units=cores,
-        memory_bytes=memory_gib * _GIB,
-        link_bandwidth=12.5e9,
-        network_bandwidth=12.5e9,
-        launch_seconds=2e-6,
-        call_seconds=by_dtype(1.5e-6, 10e-6, 1.5e-6),
-        tile_rate=by_dtype(*[TILE_RATE] * 3),
-        store_seconds=by_dtype(*[STORE_SECONDS] * 3),
-        note=note,
-    )
-
-
-def _generic_cpu(cores: int) -> Hardware:
-    return _cpu(
-        "cpu-generic",
-        cores,
-        gigaflops_per_core=(100.0, 50.0, 50.0, 2.0),
-        fractions=(0.9, 0.7, 0.9),
-        half_sizes=(5.0, 5.0, 5.0),
-        core_bandwidth=15.0,
-        bandwidth=50.0,
-        cache_mib=32,
-        sram_mib=1,
-        memory_gib=32,
-        note=f"{cores} cores with two 256-bit FMA units at 3.1 GHz, two channels of DDR4-3200; "
-        "bfloat16 by conversion, float16 one by one",
-    )
-
-
-def _bfloat16_cpu(cores: int) -> Hardware:
-    return _cpu(
-        "cpu-avx512-bf16",
-        cores,
-        gigaflops_per_core=(112.0, 224.0, 56.0, 2.0),
-        fractions=(0.85, 0.95, 0.85),
-        half_sizes=(5.0, 5.0, 5.0),
-        core_bandwidth=30.0,
-        bandwidth=350.0,
-        cache_mib=32,
-        sram_mib=1,
-        memory_gib=256,
-        note=f"{cores} cores with one 512-bit FMA and VDPBF16PS a cycle at 3.5 GHz, twelve channels of DDR5-4800; "
-        "float16 one by one",
-    )
-
-
-# Entries of the table for any number of cores.
-CPUS = MappingProxyType({"cpu-generic": _generic_cpu, "cpu-avx512-bf16": _bfloat16_cpu})
 
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
     {
-        "cpu-generic": _generic_cpu(cores=8),
-        "cpu-avx512-bf16": _bfloat16_cpu(cores=48),
         "a100": _gpu(
             "a100",
             teraflops=(19.5, 312, 19.5),
@@ -347,3 +238,17 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
         ),
     }
 )
+
+
+@lru_cache(maxsize=64)
+def _nearest(name: str) -> Hardware:
+    words = name.lower()
+    found = [key for key in HARDWARE if all(part in words for part in key.split("-"))]
+    # "NVIDIA H100 PCIe" must match h100-pcie before h100.
+    return HARDWARE[max(found, key=len)] if found else HARDWARE["a100"]
+
+
+def hardware_here(device: str | torch.device) -> Hardware:
+    """Numbers of a GPU of this machine, with TF32 where PyTorch may use it; if it is unknown, those of the A100."""
+    hardware = _nearest(torch.cuda.get_device_name(device))
+    return hardware.with_tf32() if may_round_to_tf32(torch.float32) else hardware

@@ -23,7 +23,7 @@ from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.planner.hardware import HARDWARE
+from mpoe_kernels.triton.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h

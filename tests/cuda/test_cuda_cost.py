@@ -12,7 +12,7 @@ from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
 from mpoe_kernels.contract import BlockDims, Contraction, contraction
-from mpoe_kernels.planner.hardware import HARDWARE, Hardware
+from mpoe_kernels.triton.hardware import HARDWARE, Hardware
 from mpoe_kernels.registry import Request, registered_backends
 from mpoe_kernels.testing.cases import workload_shape
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
@@ -55,10 +54,7 @@ def backend_of(
 
     return Backend(
         name=name,
-        kernels={
-            **RoutingKernels(ops).table(),
-            **EmbeddingKernels(ops).table(),
-        },
+        kernels=RoutingKernels(ops).table(),
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
         predicted_cost=predicted_cost,

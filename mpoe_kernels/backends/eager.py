@@ -2,7 +2,6 @@
 
 import torch
 
-from mpoe_kernels.embedding import eager as embedding
 from mpoe_kernels.linear.eager.cost import predicted_seconds
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 from mpoe_kernels.linear.gpu import grouped
@@ -31,8 +30,6 @@ EAGER = Backend(
         "dispatch_backward": routing.dispatch_backward,
         "combine": routing.combine,
         "combine_backward": routing.combine_backward,
-        "mpo_embedding": embedding.forward,
-        "mpo_embedding_backward": embedding.backward,
     },
     candidates=candidates,
 )

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mpoe_kernels.embedding.cuda import EmbeddingKernels
 
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
-from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel

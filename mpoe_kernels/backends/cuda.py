@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.embedding.cuda import EmbeddingKernels
 from mpoe_kernels.linear.cuda.cost import gpu
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
@@ -49,10 +48,7 @@ def backend_of(
 
     return Backend(
         name=name,
-        kernels={
-            **RoutingKernels(ops).table(),
-            **EmbeddingKernels(ops).table(),
-        },
+        kernels=RoutingKernels(ops).table(),
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
         candidates=partial(linear.candidates, name),

@@ -3,7 +3,6 @@
 import torch
 
 from mpoe_kernels.contract.plan import Contraction
-from mpoe_kernels.embedding import eager as embedding
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 from mpoe_kernels.linear.gpu import grouped
 from mpoe_kernels.linear.gpu.cost import counting_reasons
@@ -29,8 +28,6 @@ EAGER = Backend(
         "dispatch_backward": routing.dispatch_backward,
         "combine": routing.combine,
         "combine_backward": routing.combine_backward,
-        "mpo_embedding": embedding.forward,
-        "mpo_embedding_backward": embedding.backward,
     },
     candidates=candidates,
 )

@@ -190,10 +190,6 @@ class GroupedLaunches:
             found = F.grouped_mm(_multiple(a, 1).T, _multiple(g, 1), offs=ends)[:, : a.shape[1], : g.shape[1]]
             view.copy_(torch.where(here.busy[:, None, None], found, 0).reshape(-1, *sizes))
 
-    def weight(self, half: Sum, whole: Sum) -> bool:
-        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
-        return False
-
     def merge(self, product: Sum) -> None:
         """See `mpoe_kernels.linear.gpu.primitives.Primitives`; gives zeros for idle experts."""
         first, second, out, dims, offsets = product.first, product.second, product.out, product.dims, product.offsets

@@ -28,7 +28,6 @@ from mpoe_kernels.triton.hardware import HARDWARE
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated
-NEVER_CHOSEN = 1e9  # seconds
 
 
 class Schedule(NamedTuple):
@@ -105,8 +104,6 @@ EMULATED = backend_of(
     device_type="cpu",
     hardware=lambda _: HARDWARE["h100"],
     unavailable_reasons=missing,
-    predicted_cost=lambda _: NEVER_CHOSEN,
-    least_seconds=NEVER_CHOSEN,
 )
 HIDDEN = HiddenKernels(RefusingOps(OPS))
 

@@ -8,25 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from mpoe_kernels.planner.device import forget
 
-from mpoe_kernels import choice, measured, registry
-from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.backends.eager import EAGER
-from mpoe_kernels.contract import HARDWARE, BlockDims, contraction, hardware_of
+from mpoe_kernels import registry
+from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract.autotune import Problem, resolve_contraction
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.hardware import HARDWARE, hardware_here
 
 from .backend_cases import candidate_backend
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
 CAPABILITIES = ((8, 0), (10, 0))
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
-Seconds = Callable[[Any], float]
 
 
 def _index(device: Any = None) -> int:
@@ -40,7 +38,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu)
 
     def forget_all() -> None:
-        forget()
         for question in questions:
             question.cache_clear()
 
@@ -67,18 +64,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_numbers_of_the_card(gpus: None) -> None:
-    assert hardware_of("cuda") == hardware_of("cuda:0") == HARDWARE["a100"]
-    assert hardware_of(torch.device("cuda:1")) == HARDWARE["b200"]
-
-
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("backend", [EAGER, CUDA], ids=lambda backend: backend.name)
-def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> None:
-    def seconds(device: str) -> float:
-        plan = contraction("rebuild", DIMS, 8, 4096, torch.bfloat16, phase, device=device)
-        return min(candidate.seconds for candidate in backend.candidates(plan))
-
-    assert seconds("cuda") == seconds("cuda:0") > seconds("cuda:1") > 0
+    assert hardware_here("cuda") == hardware_here("cuda:0") == HARDWARE["a100"]
+    assert hardware_here(torch.device("cuda:1")) == HARDWARE["b200"]
 
 
 def test_shared_memory(gpus: None) -> None:
@@ -86,20 +73,15 @@ def test_shared_memory(gpus: None) -> None:
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
 
 
-def test_measured_times(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "_tables", lambda: {NAMES[1]: {"key": [(1, 1.0)]}})
-    assert measured.table_here("cuda:1") == {"key": [(1, 1.0)]}
-    assert measured.table_here("cuda:0") == measured.table_here("cpu") == {}
-
-
-def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_is_made_for_its_card_alone(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {"grouped_mpo_linear": lambda: None}
-    first = candidate_backend("first", kernels, lambda plan: 1.0 if plan.device == "cuda:0" else 3.0)
-    second = candidate_backend("second", kernels, lambda _: 2.0)
-    monkeypatch.setattr(registry, "BACKENDS", {"first": first, "second": second})
+    only = candidate_backend("only", kernels, lambda plan: [] if plan.device == "cuda:0" else ["not on this card"])
+    other = candidate_backend("other", kernels)
+    monkeypatch.setattr(registry, "BACKENDS", {"only": only, "other": other})
+    monkeypatch.setitem(registry.PREFERRED, "cuda", ("only", "other"))
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
-    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:0")).backend == "first"
-    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:1")).backend == "second"
+    assert resolve_contraction(Problem(*arguments, "cuda:0")).backend == "only"
+    assert resolve_contraction(Problem(*arguments, "cuda:1")).backend == "other"
 
 
 class OnSecondGpu(torch.Tensor):

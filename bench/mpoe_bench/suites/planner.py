@@ -88,8 +88,9 @@ def _runs(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
 
 
 def judge(case: Workload, budget: Budget, measure: Measure | None = None, backend: str = AUTO) -> dict[str, Any]:
-    """A row: ``chosen``, ``best`` and ``first_use`` seconds by phase, ``seconds`` by phase and candidate, and ``ratio``,
-    the time of what was chosen over that of the fastest, forward and backward together.
+    """A row: ``chosen``, ``best`` and ``first_use`` (seconds) by phase, ``seconds`` by phase and candidate, ``ratio``.
+
+    The ratio is the time of what was chosen over that of the fastest, forward and backward together.
 
     Args:
         case: what to compute.

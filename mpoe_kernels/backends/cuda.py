@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
-from mpoe_kernels.planner import Contraction, Hardware
+from mpoe_kernels.planner import Contraction
 from mpoe_kernels.registry import Backend, Candidate, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
 
@@ -20,7 +19,7 @@ def backend_of(
     name: str,
     ops: Any,
     device_type: str,
-    hardware: Callable[[str], Hardware],
+    shared_memory: Callable[[str], int],
     unavailable_reasons: Callable[[], list[str]],
     predicted_cost: Callable[[Request], float],
     least_seconds: float = 0.0,
@@ -31,7 +30,7 @@ def backend_of(
         name: name of the backend.
         ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
         device_type: device type of their tensors.
-        hardware: returns the numbers of a device, which determine the variant of a kernel.
+        shared_memory: bytes of shared memory that a block may use on a device.
         unavailable_reasons, predicted_cost: see `Backend`.
         least_seconds: added to the predicted times, so that the backend is chosen only if it is named.
     """
@@ -46,11 +45,10 @@ def backend_of(
         return reasons
 
     ops = RefusingOps(ops)
-    linear = LinearKernels(ops, hardware)
+    linear = LinearKernels(ops, shared_memory)
 
     def candidates(plan: Contraction) -> list[Candidate]:
-        found = linear.candidates(name, plan)
-        return [candidate._replace(seconds=least_seconds + candidate.seconds) for candidate in found]
+        return linear.candidates(name, plan, least_seconds + plan.flops * 1e-15)
 
     return Backend(
         name=name,
@@ -64,11 +62,23 @@ def backend_of(
     )
 
 
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a block may use on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def predicted_cost(request: Request) -> float:
+    """Cost of routing: below Triton's, because it needs fewer launches. Cost of `hidden_experts`: equal to Triton's,
+    which is registered first and so is preferred where it can run; both take as many launches, and no GPU has timed
+    either."""
+    return 0.5 if request.op.startswith("hidden_experts") else 0.4
+
+
 CUDA = backend_of(
     "cuda",
     torch.ops.mpoe_cuda,
     "cuda",
-    gpu,
+    shared_memory,
     unavailable_reasons,
     predicted_cost,
 )

@@ -10,15 +10,10 @@ import pytest
 import torch
 
 from mpoe_kernels import choice, measured, registry
-from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.backends.eager import EAGER
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.cuda.cost import ways
+from mpoe_kernels.backends import cuda
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
-from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.planner.device import forget
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 
 from .backend_cases import candidate_backend
@@ -71,19 +66,10 @@ def test_numbers_of_the_card(gpus: None) -> None:
     assert hardware_of(torch.device("cuda:1")) == HARDWARE["b200"]
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("backend", [EAGER, CUDA], ids=lambda backend: backend.name)
-def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> None:
-    def seconds(device: str) -> float:
-        plan = contraction("rebuild", DIMS, 8, 4096, torch.bfloat16, phase, device=device)
-        return min(candidate.seconds for candidate in backend.candidates(plan))
-
-    assert seconds("cuda") == seconds("cuda:0") > seconds("cuda:1") > 0
-
-
 def test_shared_memory(gpus: None) -> None:
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
+    assert [cuda.shared_memory(f"cuda:{index}") for index in (0, 1)] == [163 << 10, 227 << 10]
 
 
 def test_measured_times(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,26 +100,15 @@ def on_gpu(*size: int) -> torch.Tensor:
 
 
 def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
-    shape, launched = SMALL_SHAPES["light"], []
+    asked = []
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: launched.append(name)
+    def shared_memory(device: str) -> int:
+        asked.append(device)
+        return 227 << 10
 
-    def hardware(device: str):
-        assert device == "cuda:1"
-        return HARDWARE["b200"]
-
-    made = random_blocks(shape, 2, torch.float32)
-    x, offsets = torch.zeros(3, shape.in_features), torch.tensor([0, 1, 3], dtype=torch.int32)
-    given = (x, made.left, made.central, made.right, offsets, None, None, shape.in_features, shape.out_features)
-    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the plan's device counts
-    plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    names = ("contract_steps", "panel_product")
-    kernels = LinearKernels(SimpleNamespace(**{name: note(name) for name in names}), hardware)
-    for candidate in kernels.candidates("cuda", plan):
-        candidate.run(call)
-    assert launched == list(names)
-    assert [type(way.cut) for way in ways(plan, HARDWARE["b200"])] == [type(None), Panel]
+    plan = contraction("rebuild", DIMS, 2, 3, torch.bfloat16, "forward", device="cuda:1")
+    LinearKernels(SimpleNamespace(), shared_memory).candidates("cuda", plan, 0.0)
+    assert asked == ["cuda:1"]
 
 
 class Kernel:

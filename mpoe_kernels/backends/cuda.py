@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ import torch
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
-from mpoe_kernels.planner import Contraction
-from mpoe_kernels.registry import Backend, Candidate, Request
+from mpoe_kernels.registry import Backend, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
 
 
@@ -21,8 +21,6 @@ def backend_of(
     device_type: str,
     shared_memory: Callable[[str], int],
     unavailable_reasons: Callable[[], list[str]],
-    predicted_cost: Callable[[Request], float],
-    least_seconds: float = 0.0,
 ) -> Backend:
     """The CUDA kernels as a backend.
 
@@ -31,8 +29,7 @@ def backend_of(
         ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
         device_type: device type of their tensors.
         shared_memory: bytes of shared memory that a block may use on a device.
-        unavailable_reasons, predicted_cost: see `Backend`.
-        least_seconds: added to the predicted times, so that the backend is chosen only if it is named.
+        unavailable_reasons: see `Backend`.
     """
 
     def request_reasons(request: Request) -> list[str]:
@@ -47,16 +44,12 @@ def backend_of(
     ops = RefusingOps(ops)
     linear = LinearKernels(ops, shared_memory)
 
-    def candidates(plan: Contraction) -> list[Candidate]:
-        return linear.candidates(name, plan, least_seconds + plan.flops * 1e-15)
-
     return Backend(
         name=name,
         kernels=RoutingKernels(ops).table(),
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
-        predicted_cost=predicted_cost,
-        candidates=candidates,
+        candidates=partial(linear.candidates, name),
         contraction_reasons=counting_reasons,
         places_rows=True,
     )
@@ -67,18 +60,10 @@ def shared_memory(device: str) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def predicted_cost(request: Request) -> float:
-    """Cost of routing: below Triton's, because it needs fewer launches. Cost of `hidden_experts`: equal to Triton's,
-    which is registered first and so is preferred where it can run; both take as many launches, and no GPU has timed
-    either."""
-    return 0.5 if request.op.startswith("hidden_experts") else 0.4
-
-
 CUDA = backend_of(
     "cuda",
     torch.ops.mpoe_cuda,
     "cuda",
     shared_memory,
     unavailable_reasons,
-    predicted_cost,
 )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.triton.reasons import contraction_reasons, fused_reasons
-from mpoe_kernels.planner import Contraction
 from mpoe_kernels.registry import Backend, Candidate, Request
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import NO_LIMIT, gpu_available, in_interpreter, triton_reasons
@@ -37,32 +37,19 @@ def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
 
 
 ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
-INTERPRETER_SECONDS = 1e6  # the interpreter is for tests: never chosen unless named
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
     """The candidates: with weights kept on chip where they fit, and step by step."""
     names = {plan.strategy: "by_steps"}
-    if plan.strategy == "rebuild" and not fused_reasons(
-        plan.dims, plan.dtype, architecture.target_of(torch.device(plan.device))
-    ):
+    target = architecture.target_of(torch.device(plan.device))
+    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
         names = {ON_CHIP: "on_chip", **names}
-    seconds = _dear(plan.device_type) + plan.flops * 1e-15
+    module = "linear.triton.kernels"
     return [
-        Candidate(
-            "triton", name, plan.strategy, seconds, partial(_call, "linear.triton.kernels", f"{plan.phase}_{way}")
-        )
+        Candidate("triton", name, plan.strategy, partial(_call, module, f"{plan.phase}_{way}"))
         for name, way in names.items()
     ]
-
-
-def _dear(device_type: str) -> float:
-    return INTERPRETER_SECONDS if device_type != "cuda" or in_interpreter() else 0.0
-
-
-def predicted_cost(request: Request) -> float:
-    """Half of eager's on a GPU: one launch where PyTorch needs several."""
-    return _dear(request.device_type) + 0.5
 
 
 def unavailable_reasons() -> list[str]:
@@ -107,7 +94,6 @@ TRITON = Backend(
     kernels=KERNELS,
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
-    predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,
     places_rows=True,

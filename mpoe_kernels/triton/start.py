@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from mpoe_kernels.planner import may_round_to_tf32
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.registry import BackendError
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.library import opcheck
 
 from mpoe_kernels import MPOShape, mpo_embedding
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.contract import program_of
+from mpoe_kernels.contract.orders import INDICES, BlockDims
+from mpoe_kernels.contract.program import COMPOSITES, value_of
 from mpoe_kernels.linear.gpu.cost import budget, experts_at_once, room
-from mpoe_kernels.planner import program_of
-from mpoe_kernels.planner.orders import INDICES, BlockDims
-from mpoe_kernels.planner.program import COMPOSITES, value_of
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])

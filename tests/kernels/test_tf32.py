@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
-from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 MATMUL = torch.backends.cuda.matmul
@@ -50,29 +48,10 @@ def allowed(request: pytest.FixtureRequest):
         reset()
 
 
-@pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch):
-    forget()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    named = SimpleNamespace(name="NVIDIA H100 80GB HBM3", shared_memory_per_multiprocessor=228 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: named)
-    yield
-    monkeypatch.undo()
-    forget()
-
-
 def test_only_float32_is_rounded(allowed: bool) -> None:
     assert may_round_to_tf32(torch.float32) == allowed
     assert not may_round_to_tf32(torch.bfloat16)
     assert not may_round_to_tf32(torch.float64)
-
-
-def test_costs_follow(allowed: bool, h100: None) -> None:
-    table = HARDWARE["h100"]
-    expected = table.with_tf32() if allowed else table
-    assert hardware_of("cuda") == hardware_here("cuda") == expected
 
 
 def test_triton_follows(allowed: bool) -> None:

@@ -20,7 +20,7 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 

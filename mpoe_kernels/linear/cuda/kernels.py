@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import Contraction, may_round_to_tf32
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.launch import CudaLaunches
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.gpu import steps
-from mpoe_kernels.planner import Contraction, may_round_to_tf32
 from mpoe_kernels.registry import Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,13 +53,13 @@ class LinearKernels:
             return None
         return best_panel(plan.dims, backward, plan.dtype.itemsize, self.shared_memory(plan.device))
 
-    def candidates(self, name: str, plan: Contraction, seconds: float) -> list[Candidate]:
+    def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
         """The candidates of a contraction: in panels where they fit, and step by step. ``name``: of the backend."""
         run = self.forward if plan.phase == "forward" else self.backward
         ways: dict[str, Panel | None] = {plan.strategy: None}
         if (panel := self.panel_of(plan)) is not None:
             ways = {IN_PANELS: panel, **ways}
-        return [Candidate(name, way, plan.strategy, seconds, partial(run, panel=cut)) for way, cut in ways.items()]
+        return [Candidate(name, way, plan.strategy, partial(run, panel=cut)) for way, cut in ways.items()]
 
     def forward(self, call: ForwardCall, panel: Panel | None) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, h, z)``, see `ForwardCall`; without a panel step by step."""

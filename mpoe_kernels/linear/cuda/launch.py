@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import may_round_to_tf32
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.primitives import Pair, Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.planner import may_round_to_tf32
-from mpoe_kernels.planner.orders import BlockDims
 
 AXES = BlockDims._fields[:8]
 

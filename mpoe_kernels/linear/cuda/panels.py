@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
 
 
 class _Tiles(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mpoe_kernels.planner import Contraction
-from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
-from mpoe_kernels.planner.program import COMPOSITES, MERGE, Product, value_of
+from mpoe_kernels.contract import Contraction
+from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.program import COMPOSITES, MERGE, Product, value_of
 
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
 

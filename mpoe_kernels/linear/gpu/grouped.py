@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.planner.orders import BlockDims
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:

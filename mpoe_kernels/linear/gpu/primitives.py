@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.gpu.operands import Operand
-from mpoe_kernels.planner.orders import BlockDims
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpoe_kernels.engine.driver import run
+from mpoe_kernels.contract.driver import run
+from mpoe_kernels.contract.orders import AXES, BlockDims
+from mpoe_kernels.contract.program import COMPOSITES, Product, Program, is_block, value_of
 from mpoe_kernels.linear.gpu.cost import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
 from mpoe_kernels.linear.gpu.primitives import Primitives, Rows, Sum, Surrounding
-from mpoe_kernels.planner.orders import AXES, BlockDims
-from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block, value_of
 
 
 class Launches(Surrounding, Protocol):
@@ -75,7 +75,7 @@ class Pass:
 
 @dataclass
 class GpuChunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.engine.driver.Chunk`."""
+    """The products for experts ``first:last``; see `mpoe_kernels.contract.driver.Chunk`."""
 
     whole: Pass
     primitives: Primitives

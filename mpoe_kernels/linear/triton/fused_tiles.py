@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand

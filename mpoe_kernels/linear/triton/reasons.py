@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mpoe_kernels.contract import Contraction
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.gpu.cost import counting_reasons
 from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Sides, best_tile, fused_tiles
-from mpoe_kernels.planner import Contraction
-from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.triton.architecture import Target
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once

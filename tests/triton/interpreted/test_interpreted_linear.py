@@ -10,10 +10,10 @@ from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels.contract import BlockDims, program_of
 from mpoe_kernels.linear.gpu.products import BlockGradients
 from mpoe_kernels.linear.triton import configs, launch
 from mpoe_kernels.linear.triton.configs import Tile
-from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks

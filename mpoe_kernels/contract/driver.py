@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from mpoe_kernels.planner.program import GRADIENT, MERGE, ROWS, Product, Program
+from mpoe_kernels.contract.program import GRADIENT, MERGE, ROWS, Product, Program
 
 
 class Chunk(Protocol):

@@ -112,6 +112,24 @@ class BlockDims(NamedTuple):
         return 2 * self.in_features * self.out_features
 
 
+def exchanged(dims: BlockDims) -> BlockDims:
+    """The problem with rows and columns of the weight exchanged, for products with gradients of y."""
+    d = dims
+    return BlockDims(d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features)
+
+
+def meets_half_first(dims: BlockDims, strategy: str) -> bool:
+    """Whether the order of a half strategy meets the half-built weight before the remaining block."""
+    return "C" in (dims.half_right_order if strategy == "half_right" else dims.half_left_order)[0]
+
+
+def expected_busy_experts(num_experts: int, slots: int) -> int:
+    """Expected number of experts that get at least one of ``slots`` under uniform random routing, rounded."""
+    if slots == 0:
+        return 0
+    return max(1, round(num_experts * (1 - (1 - 1 / num_experts) ** slots)))
+
+
 class Application(NamedTuple):
     """One contraction of rows with an operand, per slot.
 

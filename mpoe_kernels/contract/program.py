@@ -1,7 +1,7 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
-A program is made once from sizes. The planner prices its products, and every backend walks the same ones
-(`mpoe_kernels.engine`), so that what is predicted is what runs.
+A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and every
+backend walks the same products (`mpoe_kernels.contract.driver`), so that what is counted is what runs.
 
 Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
 one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from mpoe_kernels.planner.orders import AXES, X_AXES, Y_AXES, BlockDims, recipe
+from mpoe_kernels.contract.orders import AXES, X_AXES, Y_AXES, BlockDims, recipe
 
 # Which gradients a backward computes: x, left, central, right.
 Need = tuple[bool, bool, bool, bool]
@@ -63,7 +63,7 @@ class Program:
     """The products of one strategy in one phase.
 
     Attributes:
-        strategy: one of `mpoe_kernels.planner.STRATEGIES`.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`.
         phase: ``forward`` or ``backward``.
         order: what rows meet, e.g. ``("LC", "R")``.
         products: in the order in which they are computed.

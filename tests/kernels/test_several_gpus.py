@@ -1,4 +1,4 @@
-"""Two different GPUs, mocked: costs, tables and launches follow the tensors' GPU, not the current one."""
+"""Two different GPUs, mocked: choices, tiles and launches follow the tensors' GPU, not the current one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mpoe_kernels import registry
+from mpoe_kernels.backends import cuda
 from mpoe_kernels.contract import BlockDims, contraction
-from mpoe_kernels.contract.autotune import Problem, resolve_contraction
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.cuda.cost import ways
+from mpoe_kernels.contract.autotune import Problem, _key
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
-from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.hardware import HARDWARE, hardware_here
-
-from .backend_cases import candidate_backend
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
 CAPABILITIES = ((8, 0), (10, 0))
@@ -63,25 +56,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     forget_all()
 
 
-def test_numbers_of_the_card(gpus: None) -> None:
-    assert hardware_here("cuda") == hardware_here("cuda:0") == HARDWARE["a100"]
-    assert hardware_here(torch.device("cuda:1")) == HARDWARE["b200"]
-
-
 def test_shared_memory(gpus: None) -> None:
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
+    assert [cuda.shared_memory(f"cuda:{index}") for index in (0, 1)] == [163 << 10, 227 << 10]
 
 
-def test_a_choice_is_made_for_its_card_alone(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {"grouped_mpo_linear": lambda: None}
-    only = candidate_backend("only", kernels, lambda plan: [] if plan.device == "cuda:0" else ["not on this card"])
-    other = candidate_backend("other", kernels)
-    monkeypatch.setattr(registry, "BACKENDS", {"only": only, "other": other})
-    monkeypatch.setitem(registry.PREFERRED, "cuda", ("only", "other"))
+def test_a_choice_is_kept_for_its_card_alone(gpus: None) -> None:
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
-    assert resolve_contraction(Problem(*arguments, "cuda:0")).backend == "only"
-    assert resolve_contraction(Problem(*arguments, "cuda:1")).backend == "other"
+    first, second = (_key(Problem(*arguments, f"cuda:{index}")) for index in (0, 1))
+    assert NAMES[0] in first
+    assert NAMES[1] in second
 
 
 class OnSecondGpu(torch.Tensor):
@@ -96,26 +81,15 @@ def on_gpu(*size: int) -> torch.Tensor:
 
 
 def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
-    shape, launched = SMALL_SHAPES["light"], []
+    asked = []
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: launched.append(name)
+    def shared_memory(device: str) -> int:
+        asked.append(device)
+        return 227 << 10
 
-    def hardware(device: str):
-        assert device == "cuda:1"
-        return HARDWARE["b200"]
-
-    made = random_blocks(shape, 2, torch.float32)
-    x, offsets = torch.zeros(3, shape.in_features), torch.tensor([0, 1, 3], dtype=torch.int32)
-    given = (x, made.left, made.central, made.right, offsets, None, None, shape.in_features, shape.out_features)
-    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the plan's device counts
-    plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    names = ("contract_steps", "panel_product")
-    kernels = LinearKernels(SimpleNamespace(**{name: note(name) for name in names}), hardware)
-    for candidate in kernels.candidates("cuda", plan):
-        candidate.run(call)
-    assert launched == list(names)
-    assert [type(way.cut) for way in ways(plan, HARDWARE["b200"])] == [type(None), Panel]
+    plan = contraction("rebuild", DIMS, 2, 3, torch.bfloat16, "forward", device="cuda:1")
+    LinearKernels(SimpleNamespace(), shared_memory).candidates("cuda", plan)
+    assert asked == ["cuda:1"]
 
 
 class Kernel:

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import BackendError, grouped_mpo_linear, registry
-from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import Problem, adopt, choices, resolve_contraction
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.testing.assertions import torch_threads
@@ -298,14 +298,10 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
             contraction_reasons=lambda plan: [] if plan.dtype == dtype or waits else ["not this dtype"],
         )
 
-    either = Backend(
-        "both",
-        {},
-        candidates=lambda plan: [
-            Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)
-        ],
-    )
-    monkeypatch.setitem(registry.BACKENDS, "both", either)
+    def either(plan: Contraction) -> list[Candidate]:
+        return [Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)]
+
+    monkeypatch.setitem(registry.BACKENDS, "both", Backend("both", {}, candidates=either))
     both = {"waiting": backend("waiting", True, torch.bfloat16), "going": backend("going", False, torch.bfloat16)}
     for name, each in both.items():
         monkeypatch.setitem(registry.BACKENDS, name, each)

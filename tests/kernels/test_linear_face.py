@@ -21,7 +21,8 @@ def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.Mo
     kernels = {op: eager_kernel(op) for op in registry.CONTRACTIONS}
     backward = kernels["grouped_mpo_linear_backward"]
     kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[1]
-    monkeypatch.setitem(registry.BACKENDS, "seen", candidate_backend("seen", kernels, lambda _: 0.0))
+    monkeypatch.setitem(registry.BACKENDS, "seen", candidate_backend("seen", kernels))
+    monkeypatch.setitem(registry.PREFERRED, "cpu", ("seen", "eager"))
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 2, requires_grad=True)
     masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)

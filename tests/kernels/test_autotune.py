@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import BackendError, grouped_mpo_linear, registry
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
-from mpoe_kernels.contract.autotune import Problem, adopt, choices, resolve_contraction
+from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
+from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.testing.assertions import torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -191,7 +192,7 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
     on_gpu = PROBLEM._replace(device="cuda:0", dtype=torch.bfloat16)
     assert ranked(on_gpu)[0] == "going"
     assert ranked(on_gpu._replace(backend="waiting"))[0] == "waiting"
-    assert [c.waits for c in autotune._able(on_gpu._replace(backend="both"))] == [False] * 4 + [True] * 4
+    assert [c.waits for c in rank(on_gpu._replace(backend="both"))] == [False] * 4 + [True] * 4
     assert ranked(on_gpu._replace(dtype=torch.float32))[0] == "waiting", "there is no other"
     assert ranked(on_gpu._replace(strategy="chain")) == ("going", "chain")
 
@@ -201,12 +202,12 @@ def test_at_most_four_are_timed() -> None:
         return Candidate(backend, name or strategy, strategy, len)
 
     able = [each(b, s) for s in ("rebuild", "chain", "half_left") for b in ("native", "eager", "third")]
-    found = autotune.shortlist(able)
+    found = shortlist(able)
     assert [(c.backend, c.strategy) for c in found] == [
         *(("native", "rebuild"), ("eager", "rebuild"), ("native", "chain"), ("eager", "chain"))
     ]
     variants = [each("triton", "rebuild", "rebuild on chip"), each("triton", "rebuild"), each("triton", "chain")]
-    names = [c.name for c in autotune.shortlist(variants)]
+    names = [c.name for c in shortlist(variants)]
     assert names == ["rebuild on chip", "chain", "rebuild"], "variants of a pair come last"
 
 

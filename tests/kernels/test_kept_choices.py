@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mpoe_kernels.contract import BlockDims, autotune, kept
-from mpoe_kernels.contract.autotune import Problem, choices, resolve_contraction
+from mpoe_kernels.contract.autotune import choices, resolve_contraction
+from mpoe_kernels.contract.ranking import Problem
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)

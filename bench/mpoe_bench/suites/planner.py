@@ -90,7 +90,7 @@ def judge(case: Workload, budget: Budget, measure: Measure | None = None, backen
     problems = problems_of(case, backend)
     used = first_use(problems)
     run = _runs(case)
-    row: dict[str, Any] = {"name": case.name, "faults": {}, "chosen": {}, "best": {}, "first_use": {}, "seconds": {}}
+    row: dict[str, Any] = {"name": case.name, "chosen": {}, "best": {}, "first_use": {}, "seconds": {}}
     took = best = 0.0
     for phase, problem in problems.items():
         candidate, row["first_use"][phase] = used[phase]

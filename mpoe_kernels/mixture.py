@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.contract import ALL_GRADIENTS
+from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.native.kernels import dense_blocks, linear_sizes
+from mpoe_kernels.linear.native import dense_bias, dense_blocks, linear_sizes
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_like, name_of
-from mpoe_kernels.planner import ALL_GRADIENTS
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 from mpoe_kernels.registry import requested_backend
 from mpoe_kernels.routing import native
 from mpoe_kernels.routing.call import CombineCall, RouteCall
@@ -132,7 +132,7 @@ def routed_ffn(
     x, weight = dense("x", x), dense("weight", weight)
     tokens, asked = x.shape[0], requested_backend(backend)
     # A choice depends on the number of slots alone.
-    rows = x if rule.top_k == 1 else x.new_empty((tokens * rule.top_k, 0))
+    rows = x if rule.top_k == 1 else x.new_empty(tokens * rule.top_k, 0)
     projections: list[Any] = []
     kept = []
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
@@ -140,14 +140,17 @@ def routed_ffn(
         candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
         if candidate.backend != "native":
             return None
-        own = dense_blocks(call, x.dtype)
-        own_bias = None if bias is None else dense_like("bias", bias, (blocks.out_features,), x.dtype)
+        left, central, right = own = dense_blocks(call)
+        own_bias = dense_bias(call)
         kept.append((own, own_bias))
-        projections.append((linear_sizes(call), [*(each.data_ptr() for each in own), address(own_bias)]))
+        memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(own_bias))
+        projections.append((linear_sizes(call), memory))
     *of_rows, down = projections
     mask = None if token_mask is None else dense("token_mask", token_mask)
     sizes = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
     y = torch.empty_like(x)
-    memory = (address(each) for each in (x, weight, mask))
-    NATIVE_LIBRARY.functions.routed_ffn(name_of(weight.dtype), sizes, rule.raw, *memory, of_rows, down, y.data_ptr())
+    NATIVE_LIBRARY.functions.routed_ffn(
+        *(name_of(weight.dtype), sizes, rule.raw, x.data_ptr(), weight.data_ptr(), address(mask)),
+        *(of_rows, down, y.data_ptr()),
+    )
     return y

@@ -74,6 +74,10 @@ def checked(name: str, tensor: Tensor) -> Tensor:
 
 def dense(name: str, tensor: Tensor) -> Tensor:
     """As `checked`, or a contiguous copy of it: its address may be handed to the library."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():  # as nearly always, in few calls
+        size, behind = tensor.nbytes, tensor.storage_offset() * tensor.itemsize
+        if size and tensor.untyped_storage().nbytes() >= behind + size and tensor.data_ptr():
+            return tensor
     return checked(name, tensor).contiguous()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
-from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels.contract import STRATEGIES
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20

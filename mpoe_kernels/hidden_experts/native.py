@@ -53,8 +53,9 @@ def _inputs(call: HiddenCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...
 
 def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
-    arguments, _kept = _inputs(call)
-    out = call.u.new_empty(call.u.shape)
+    arguments, (u, *_kept) = _inputs(call)
+    assert u is not None
+    out = torch.empty_like(u)
     NATIVE_LIBRARY.functions.hidden_experts(*arguments, out.data_ptr())
     return out
 
@@ -117,7 +118,7 @@ def routed(
         is_as_dense = each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
         if not is_as_dense or checked(name, each) is not each:
             return None
-    found, out = new_gating(x, experts, top_k), u if overwrites else u.new_empty(u.shape)
+    found, out = new_gating(x, experts, top_k), u if overwrites else torch.empty_like(u)
     inputs = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias)
     NATIVE_LIBRARY.functions.routed_hidden_experts(
         *(name_of(x.dtype), name_of(router_weight.dtype), x.shape[1], raw),
@@ -135,7 +136,7 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     _, own_gate, own_gates, _, right, left, right_gate, bias = kept
     likes = (u, own_gates, right, left, bias, own_gate, right_gate)
     results = [
-        u.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
+        u.new_empty(0) if like is None or not wanted else torch.empty_like(like)
         for like, wanted in zip(likes, need, strict=True)
     ]
     NATIVE_LIBRARY.functions.hidden_experts_backward(

@@ -58,9 +58,9 @@ def new_gating(x: Tensor, num_experts: int, top_k: int) -> Gating:
     """Memory for a decision about tokens ``x [T, I]``."""
     tokens = x.shape[0]
     return Gating(
-        x.new_empty((tokens, num_experts), dtype=torch.float32),
-        x.new_empty((tokens, top_k), dtype=torch.int64),
-        x.new_empty((tokens, top_k), dtype=torch.float32),
+        x.new_empty(tokens, num_experts, dtype=torch.float32),
+        x.new_empty(tokens, top_k, dtype=torch.int64),
+        x.new_empty(tokens, top_k, dtype=torch.float32),
     )
 
 
@@ -69,7 +69,7 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     arguments, _kept = _inputs(x, weight)
     found = new_gating(x, weight.shape[0], top_k)
     names_and_sizes, memory = arguments[:3], arguments[3:]
-    NATIVE_LIBRARY.functions.gating(*names_and_sizes, top_k, raw, *memory, *(each.data_ptr() for each in found))
+    NATIVE_LIBRARY.functions.gating(*names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found])
     return found
 
 
@@ -83,7 +83,7 @@ def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, T
 def native_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` in float32 arithmetic, ``[T, E]``, where `can_route_natively`."""
     arguments, _kept = _inputs(x, weight)
-    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
     NATIVE_LIBRARY.functions.router_logits(*arguments, logits.data_ptr())
     return logits
 

@@ -37,7 +37,11 @@ def _rows(name: str, tensor: Tensor) -> Tensor:
 def _gates(top_k_weights: Tensor, index: Tensor, like: Tensor) -> Tensor:
     if top_k_weights.shape != index.shape:
         raise ValueError(f"top_k_weights must be {list(index.shape)}; got {describe(top_k_weights)}")
-    return dense("top_k_weights", top_k_weights).to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    dtype, gates = (
+        torch.float64 if like.dtype == torch.float64 else torch.float32,
+        dense("top_k_weights", top_k_weights),
+    )
+    return gates if gates.dtype == dtype else gates.to(dtype)
 
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,10 +53,11 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
             raise ValueError(f"token_mask must be bool [{tokens}]; got {describe(mask)}")
         mask = dense("token_mask", mask)
     offsets = index.new_empty(call.num_experts + 1, dtype=torch.int32)
-    token_of_slot, slot_of_token = index.new_empty(tokens * top_k), index.new_empty((tokens, top_k))
-    capacity = -1 if call.capacity is None else call.capacity
-    memory = (address(each) for each in (index, mask, offsets, token_of_slot, slot_of_token))
-    NATIVE_LIBRARY.functions.route(tokens, top_k, call.num_experts, capacity, *memory)
+    token_of_slot, slot_of_token = index.new_empty(tokens * top_k), torch.empty_like(index)
+    NATIVE_LIBRARY.functions.route(
+        *(tokens, top_k, call.num_experts, -1 if call.capacity is None else call.capacity),
+        *(index.data_ptr(), address(mask), offsets.data_ptr(), token_of_slot.data_ptr(), slot_of_token.data_ptr()),
+    )
     return offsets, token_of_slot, slot_of_token
 
 
@@ -64,11 +69,11 @@ def dispatch(call: DispatchCall) -> Tensor:
     if x.stride(1) != 1 and x.shape[1] != 1:  # rows may lie apart, even overlap
         x = x.contiguous()
     index, offsets = dense_index("token_of_slot", call.token_of_slot, 1), dense_offsets(call.expert_offsets)
-    (tokens, features), slots, element = x.shape, index.shape[0], x.element_size()
-    out = x.new_empty((slots, features))
+    (tokens, features), slots, element = x.shape, len(index), x.itemsize
+    out = x.new_empty(slots, features)
     NATIVE_LIBRARY.functions.dispatch(
-        *(tokens, slots, offsets.shape[0] - 1, features * element, x.stride(0) * element, offsets.element_size()),
-        *(each.data_ptr() for each in (x, index, offsets, out)),
+        *(tokens, slots, len(offsets) - 1, features * element, x.stride(0) * element, offsets.itemsize),
+        *(x.data_ptr(), index.data_ptr(), offsets.data_ptr(), out.data_ptr()),
     )
     return out
 
@@ -78,8 +83,8 @@ def _sizes(rows: Tensor, index: Tensor) -> tuple[int, int, int, int]:
 
 
 def _combined(rows: Tensor, index: Tensor, gates: Tensor | None, name: str) -> Tensor:
-    out = rows.new_empty((index.shape[0], rows.shape[1]))
-    memory = (address(each) for each in (index, gates, rows, out))
+    out = rows.new_empty(len(index), rows.shape[1])
+    memory = (index.data_ptr(), address(gates), rows.data_ptr(), out.data_ptr())
     NATIVE_LIBRARY.functions.combine(_name(name, rows), _sizes(rows, index), *memory)
     return out
 
@@ -100,9 +105,9 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     rows, index = _rows("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token, 2)
     grad = dense_like("grad", call.grad, (index.shape[0], rows.shape[1]), rows.dtype)
     gates = _gates(call.top_k_weights, index, rows)
-    dy = rows.new_empty(rows.shape if call.need_y else 0)
-    dweights = gates.new_empty(gates.shape if call.need_weights else 0)
-    memory = (each.data_ptr() for each in (index, gates, rows, grad, dy, dweights))
+    dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
+    dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
+    memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
     NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), _sizes(rows, index), *memory)
     return dy, dweights.to(call.top_k_weights.dtype)
 

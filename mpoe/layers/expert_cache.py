@@ -21,20 +21,19 @@ from torch import Tensor, nn
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 from mpoe_kernels.mixture import Chains, OneCall, Rule, circumstances
-from mpoe_kernels.planner import planned_threads
-from mpoe_kernels.planner.machine import Source, source
 
-# Full weights are used if the cores are predicted to take this many times as long, with one or more rows for each
-# expert. Less does not justify the memory; separable shapes never reach it. On two cores of an EPYC, paper shape with
-# bond 64: one row took 1/1.2 to 1/4 of the time with the cores (predicted 1/1.5), two to four rows in float32 up to 1.4
-# times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than predicted.
-WORTH_ONE_ROW = 1.25
-WORTH = 2.5
+# Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
+# reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
+# reach it. On two cores of an EPYC, paper shape with bond 64: one row took 1/1.2 to 1/4 of the time with the cores, at
+# 15 times the FLOPs; two to four rows in float32 up to 1.4 times as long.
+WORTH = 2
+READ = 16
 MOST_CALLS = 16  # prepared for a layer; texts of many lengths would fill the memory
 
 
+@lru_cache(maxsize=4096)
 def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype) -> bool:
-    """Whether products with full weights are predicted to be much faster than with the cores, on this CPU.
+    """Whether products with full weights need so much less work than with the cores that keeping them pays.
 
     Args:
         shapes: of an expert's projections.
@@ -42,20 +41,9 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
         slots: total number of their slots.
         dtype: of activations and weights.
     """
-    return _pay(shapes, experts, slots, dtype, planned_threads(), source())
-
-
-@lru_cache(maxsize=4096)
-def _pay(
-    shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype, _threads: int, _constants: Source
-) -> bool:
-    by_cores = by_weights = 0.0
-    for shape in shapes:
-        # For the planner, a full weight is an expert's own core next to a shared core with a single element.
-        full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
-        by_cores += plan_contraction(shape, experts, slots, dtype).seconds
-        by_weights += plan_contraction(full, experts, slots, dtype).seconds
-    return by_cores > (WORTH_ONE_ROW if slots == experts else WORTH) * by_weights
+    by_cores = sum(plan_contraction(shape, experts, slots, dtype).flops for shape in shapes)
+    elements = sum(shape.in_features * shape.out_features for shape in shapes)
+    return by_cores > WORTH * (2 * slots + READ * experts) * elements
 
 
 @dataclass(frozen=True)

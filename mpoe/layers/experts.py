@@ -90,8 +90,8 @@ class MPOExperts(nn.Module):
     def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
         """Cache folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
 
-        Full weights are used where they are predicted to be faster, from the second pass on, and only if those of all
-        experts fit. Compiled graphs always use the cores. See `ExpertCache`.
+        Full weights are used where they need much less work, from the second pass on, and only if those of all experts
+        fit. Compiled graphs always use the cores. See `ExpertCache`.
 
         Args:
             max_bytes: bound on the whole cache; ``None`` or 0 turns it off. Any call starts with an empty cache.
@@ -106,7 +106,7 @@ class MPOExperts(nn.Module):
         return self.expert_cache
 
     def full_weights_may_pay(self) -> bool:
-        """Whether full weights are predicted to be much faster for a single token, or for one token per expert."""
+        """Whether full weights need much less work for a single token, or for one token per expert."""
         shapes = tuple(cores.shape for cores in self.projections().values())
         return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
 
@@ -189,8 +189,7 @@ class MPOExperts(nn.Module):
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
 
     def _may_pay(self, slots: int) -> bool:
-        """Whether full weights are predicted to be much faster for this many slots, shared by any number of
-        experts."""
+        """Whether full weights need much less work for this many slots, shared by any number of experts."""
         shapes = tuple(cores.shape for cores in self.projections().values())
         return any(full_weights_pay(shapes, n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
 

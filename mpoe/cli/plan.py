@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpoe.config import MPOEConfig
     from mpoe.estimation.costs import ModelCosts, Usage
     from mpoe.estimation.inventory import Inventory
-    from mpoe.estimation.suggest import Suggestion
+    from mpoe.estimation.suggest import Limits, Suggestion
 
 SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -97,12 +97,17 @@ def run(model: str, options: PlanOptions, budget: SuggestOptions, given: set[str
         check_writable_file("json", Path(options.json))
     suggesting = budget.suggest or bool(given & {"max_parameters", "max_flops", "rank_by"})
     _check(options, budget, given, suggesting)
+    limits = _limits(budget)
     inventory = _inventory(model, options)
     config, usage = _config(inventory, options, given, suggesting), _usage(inventory, options)
     values: dict[str, Any] = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values()}
     if suggesting:
-        found = _suggestions(inventory, config, usage, options, budget)
-        values |= _suggestion_values(found, budget)
+        from mpoe.config import NAMED_SHAPES
+        from mpoe.estimation.suggest import suggest
+
+        families = NAMED_SHAPES if options.shape is None else (options.shape,)
+        found = suggest(inventory, config, usage, limits, budget.rank_by, families)
+        values |= _suggestion_values(found, limits)
         table, notes = _suggestion_table(found, budget.rank_by), _suggestion_notes(found)
     else:
         from mpoe.estimation.costs import model_costs
@@ -216,24 +221,20 @@ def _usage(inventory: Inventory, options: PlanOptions) -> Usage:
     return Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
 
 
-def _suggestions(
-    inventory: Inventory, config: MPOEConfig, usage: Usage, options: PlanOptions, budget: SuggestOptions
-) -> list[Suggestion]:
-    from mpoe.config import NAMED_SHAPES
-    from mpoe.estimation.suggest import RANKS, Limits, suggest
+def _limits(budget: SuggestOptions) -> Limits:
+    from mpoe.estimation.suggest import RANKS, Limits
 
     if budget.rank_by not in RANKS:
         hint = close_matches(budget.rank_by, RANKS)
         raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {budget.rank_by!r}{hint}")
     most = None if budget.max_parameters is None else parse_count("max_parameters", budget.max_parameters)
-    families = NAMED_SHAPES if options.shape is None else (options.shape,)
-    return suggest(inventory, config, usage, Limits(most, budget.max_flops), budget.rank_by, families)
+    return Limits(most, budget.max_flops)
 
 
 # ------------------------------------------------------------- what is shown
 
 
-def _suggestion_values(found: Sequence[Suggestion], budget: SuggestOptions) -> dict[str, Any]:
+def _suggestion_values(found: Sequence[Suggestion], limits: Limits) -> dict[str, Any]:
     """Suggestions, best first."""
     rows = [
         {
@@ -247,8 +248,8 @@ def _suggestion_values(found: Sequence[Suggestion], budget: SuggestOptions) -> d
         }
         for one in found
     ]
-    limits = {"max_parameters": budget.max_parameters, "max_flops": budget.max_flops}
-    return {"kind": "suggestions", "budget": limits, "suggestions": rows}
+    budget = {"max_parameters": limits.parameters, "max_flops": limits.x_dense}
+    return {"kind": "suggestions", "budget": budget, "suggestions": rows}
 
 
 def _digits(value: float) -> str:

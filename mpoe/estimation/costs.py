@@ -192,8 +192,10 @@ def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, usage: Usa
     if config.is_hidden:
         mpoe = dense + hidden_cost(matrix, config, usage, slots)
     else:
-        how = {"top_k": config.top_k, "training": usage.training, "mask_central": usage.mask_central}
-        plan = plan_contraction(shape, experts, tokens, usage.dtype, **how)
+        masked = usage.mask_central
+        plan = plan_contraction(
+            shape, experts, tokens, usage.dtype, top_k=config.top_k, training=usage.training, mask_central=masked
+        )
         mpoe = Cost(shape.parameters(experts), plan.flops, plan.temporary_bytes)
     return MatrixCosts(matrix, shape, plan, {"mpoe": mpoe, "switch": switch, "dense": dense})
 

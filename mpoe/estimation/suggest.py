@@ -192,9 +192,14 @@ def _nearest(every: Sequence[Suggestion], budget: Limits, inventory: Inventory) 
         asked.append(f"max_parameters {budget.parameters:,}")
     if budget.x_dense is not None:
         asked.append(f"max_flops {budget.x_dense:g} x dense")
-    near = min(every, key=lambda s: (budget.excess(s), not s.costs.lossless))
+    lossless = [suggestion for suggestion in every if suggestion.costs.lossless]
+    near = [min(pool, key=budget.excess) for pool in (lossless, every) if pool]
+    texts = dict.fromkeys(
+        f"{one.name} with {one.parameters:,} parameters, {one.x_dense:.3g} x dense"
+        f"{' (lossless)' if one.costs.lossless else ' (truncated)'}"
+        for one in near
+    )
     return (
-        f"no shape meets {' and '.join(asked)} with {near.costs.config.num_experts} experts (the dense model has "
-        f"{inventory.parameters:,} parameters); nearest: {near.name} with {near.parameters:,} parameters, "
-        f"{near.x_dense:.3g} x dense{'' if near.costs.lossless else ' (truncated)'}"
+        f"no shape meets {' and '.join(asked)} with {every[0].costs.config.num_experts} experts (the dense model has "
+        f"{inventory.parameters:,} parameters); nearest: {'; '.join(texts)}"
     )

@@ -85,7 +85,8 @@ def choices_of(checkpoint: str | Path) -> dict[str, str]:
 
     Empty for checkpoints that recorded none.
     """
-    return dict(_manifest(Path(checkpoint)).get("choices", {}))
+    found = _manifest(Path(checkpoint)).get("choices", {})
+    return {problem: choice for problem, choice in found.items() if isinstance(choice, str)}
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

@@ -43,8 +43,6 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     ours = rows[f"mpoe separable [{backend}]"]
     assert ours["floor"]["forward"] > 1.0
     assert ours["optimizer_bytes"] == 8 * ours["parameters"]
-    assert set(ours["runs"]) == {"up", "down"}
-    assert ours["runs"]["up"]["backward"].startswith("separable [")
     tltorch = [row for section in results["sections"] for row in section["rows"] if row["name"].startswith("tltorch")]
     assert tltorch  # measured, or named with the reason why not
     assert all(row.get("forward") or row["reason"] for row in tltorch)
@@ -73,7 +71,7 @@ def test_report_shows_every_section_and_plot(quick) -> None:
         for cells in table_of(section).rows:
             assert f"| {cells[0]} |" in report
     pictures = sorted(quick.folder.glob("*.png"))
-    assert {"contenders_0.png", "memory.png", "roofline.png", "planner.png"} <= {file.name for file in pictures}
+    assert {"contenders_0.png", "memory.png", "planner.png"} <= {file.name for file in pictures}
     for file in pictures:
         assert file.read_bytes().startswith(b"\x89PNG")
         assert file.stat().st_size > 5000
@@ -92,7 +90,6 @@ def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
     machine = quick.results["machine"]
     assert machine["processor"]
     assert machine["threads"] == 1
-    assert machine["roofs"].keys() == {"float32", "bfloat16", "bandwidth"}
     # The name of a build, like +cpu, is not always part of the version of the package.
     assert machine["libraries"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     text = (quick.folder / "results.json").read_text()

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpoe.cli.plan_tables import size
 
 from mpoe import load_mpoe
-from mpoe.cli.plan_tables import size
 
 from .cli_documents import LAUNCH, blocks
 

@@ -34,6 +34,20 @@ DELIBERATE = {
             *(("plan", name, 1, _TOP_K) for name in ("top_k", "top-k")),
         )
     },
+    **{
+        f"plan: --{each} is gone": why
+        for names, why in (
+            ("device calibrate explain", "FLOPs and memory are the same on every device; runs time themselves"),
+            ("per_layer", "--json lists every layer"),
+            (
+                "nodes gpus_per_node link_gbps node_link_gbps",
+                "predicted times of clusters; docs/scale.md has the bytes",
+            ),
+            ("max_time", "max_flops, x dense too"),
+        )
+        for name in names.split()
+        for each in (name, name.replace("_", "-"))
+    },
 }
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.contract import ALL_GRADIENTS
+from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.kernels import fixed_arguments
 from mpoe_kernels.linear.op import ACTIVATIONS
@@ -26,8 +27,6 @@ from mpoe_kernels.native_library import (
     RouterArguments,
     call_native,
 )
-from mpoe_kernels.planner import ALL_GRADIENTS
-from mpoe_kernels.planner.machine import source
 from mpoe_kernels.registry import BACKENDS, requested_backend
 from mpoe_kernels.routing import native
 from mpoe_kernels.routing.call import CombineCall, RouteCall
@@ -127,7 +126,7 @@ def plain_ffn(x: Tensor, slots: Slots, gates: Tensor, chains: Chains, backend: s
 
 def circumstances(backend: str | None) -> tuple[Any, ...]:
     """Everything besides sizes that a `OneCall` depends on."""
-    fixed = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), source()
+    fixed = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     return requested_backend(backend), *BACKENDS.values(), *fixed
 
 

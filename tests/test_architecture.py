@@ -26,7 +26,7 @@ RANKS = {
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,
     "mpoe_kernels.registry": 4,
-    "mpoe_kernels.choice": 4,
+    "mpoe_kernels.contract.autotune": 4,
     "mpoe_kernels.triton": 5,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,

@@ -21,7 +21,7 @@ import torch
 
 import mpoe_kernels
 from mpoe_kernels import grouped_mpo_linear, measure_machine
-from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 PACKAGE = Path(mpoe_kernels.__file__).parent

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.embedding.cuda import EmbeddingKernels
-from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
+from mpoe_kernels.linear.cuda.cost import gpu
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
-from mpoe_kernels.planner import Contraction, Hardware
-from mpoe_kernels.registry import Backend, Candidate, Request
+from mpoe_kernels.registry import Backend, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
+from mpoe_kernels.triton.hardware import Hardware
 
 
 def backend_of(
@@ -23,8 +23,6 @@ def backend_of(
     device_type: str,
     hardware: Callable[[str], Hardware],
     unavailable_reasons: Callable[[], list[str]],
-    predicted_cost: Callable[[Request], float],
-    least_seconds: float = 0.0,
 ) -> Backend:
     """The CUDA kernels as a backend.
 
@@ -33,8 +31,7 @@ def backend_of(
         ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
         device_type: device type of their tensors.
         hardware: returns the numbers of a device, which determine the variant of a kernel.
-        unavailable_reasons, predicted_cost: see `Backend`.
-        least_seconds: added to the predicted times, so that the backend is chosen only if it is named.
+        unavailable_reasons: see `Backend`.
     """
 
     def request_reasons(request: Request) -> list[str]:
@@ -49,20 +46,12 @@ def backend_of(
     ops = RefusingOps(ops)
     linear = LinearKernels(ops, hardware)
 
-    def candidates(plan: Contraction) -> list[Candidate]:
-        found = linear.candidates(name, plan)
-        return [candidate._replace(seconds=least_seconds + candidate.seconds) for candidate in found]
-
     return Backend(
         name=name,
-        kernels={
-            **RoutingKernels(ops).table(),
-            **EmbeddingKernels(ops).table(),
-        },
+        kernels=RoutingKernels(ops).table(),
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
-        predicted_cost=predicted_cost,
-        candidates=candidates,
+        candidates=partial(linear.candidates, name),
         contraction_reasons=counting_reasons,
         places_rows=True,
     )
@@ -74,5 +63,4 @@ CUDA = backend_of(
     "cuda",
     gpu,
     unavailable_reasons,
-    predicted_cost,
 )

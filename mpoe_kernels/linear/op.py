@@ -17,11 +17,11 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
+from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.call import CombineCall
 from mpoe_kernels.routing.op import Routing, check_gates

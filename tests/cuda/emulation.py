@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.triton.hardware import HARDWARE
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated

@@ -7,14 +7,14 @@ import torch
 
 from mpoe_kernels.backends.cuda import CUDA as CUDA_BACKEND
 from mpoe_kernels.backends.triton import TRITON
+from mpoe_kernels.contract import BlockDims, Contraction, contraction
 from mpoe_kernels.linear.cuda.cost import Way, ways
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
-from mpoe_kernels.planner import BlockDims, Contraction, contraction
-from mpoe_kernels.planner.hardware import HARDWARE, Hardware
 from mpoe_kernels.registry import Request, registered_backends
 from mpoe_kernels.testing.cases import workload_shape
+from mpoe_kernels.triton.hardware import HARDWARE, Hardware
 
 H100 = HARDWARE["h100"]
 

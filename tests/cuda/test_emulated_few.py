@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.linear.cuda.few import Few, best_few
 from mpoe_kernels.linear.cuda.few import few_bytes as predicted_bytes
-from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
+from mpoe_kernels.triton.hardware import HARDWARE
 
 from .emulated_linear import Case
 from .emulation import REFUSED, SCHEDULES, Schedule, few, few_bytes, limits, schedule, stats

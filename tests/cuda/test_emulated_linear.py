@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.contract import BlockDims, program_of
 from mpoe_kernels.linear.cuda.plan import launch_plan
-from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies

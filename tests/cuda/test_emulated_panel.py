@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.cuda.panels import panel_bytes as predicted_bytes
-from mpoe_kernels.planner.hardware import HARDWARE
-from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
+from mpoe_kernels.triton.hardware import HARDWARE
 
 from .emulated_linear import ALL, Case
 from .emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats

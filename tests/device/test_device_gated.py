@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape
+from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.linear import gated
-from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.registry import kernel_of
 from mpoe_kernels.testing.assertions import assert_calibrated

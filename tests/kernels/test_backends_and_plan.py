@@ -25,8 +25,8 @@ from mpoe_kernels import (
     registry,
     use_backend,
 )
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 from .backend_cases import candidate_backend, eager_kernel

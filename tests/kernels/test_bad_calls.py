@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpoe_kernels.planner.device import forget, hardware_of
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -34,10 +35,9 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
+from mpoe_kernels.contract.kept import LARGEST_FILE, cache_file
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native.kernels import linear_forward
-from mpoe_kernels.planner.device import forget, hardware_of
-from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
 from mpoe_kernels.routing import native as native_routing
 from mpoe_kernels.routing.call import RouteCall
 
@@ -374,7 +374,7 @@ def test_calibrations_that_are_none(kept: Path, content: str | None, message: st
 
 
 def test_calibration_with_a_number_beyond_floats(kept: Path) -> None:
-    from mpoe_kernels.planner.measured import _positive
+    from mpoe_kernels.contract.kept import _positive
 
     assert _positive(1e9)
     assert not any(_positive(value) for value in (0, -1.0, True, "1", 10**400, float("inf"), float("nan"), 1e-320))

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mpoe_kernels.planner.device import DETERMINISTIC_THREADS
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe_kernels import choice, registry
-from mpoe_kernels.planner import BlockDims, hardware_of, planned_threads
-from mpoe_kernels.planner.device import DETERMINISTIC_THREADS
+from mpoe_kernels.contract import BlockDims, hardware_of, planned_threads
 from mpoe_kernels.testing.assertions import torch_threads
 
 from .backend_cases import candidate_backend, require

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mpoe_kernels import MPOBlocks
 from mpoe_kernels.backends.eager import candidates
+from mpoe_kernels.contract import ALL_GRADIENTS, HARDWARE, contraction
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import grouped
-from mpoe_kernels.planner import ALL_GRADIENTS, HARDWARE, contraction
-from mpoe_kernels.planner.orders import BlockDims
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks

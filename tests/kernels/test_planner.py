@@ -10,13 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_kernels.planner.explain import EQUAL, GEMM_SIZES, MORE_BYTES, NOTHING, OVERHEAD, SAVED, TEMPORARY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOShape, grouped_mpo_linear, plan_contraction
-from mpoe_kernels.planner import HARDWARE, STRATEGIES, BlockDims, contraction, contractions
-from mpoe_kernels.planner.contraction import ALL_GRADIENTS, candidate_strategies, expected_busy_experts
-from mpoe_kernels.planner.explain import EQUAL, GEMM_SIZES, MORE_BYTES, NOTHING, OVERHEAD, SAVED, TEMPORARY
-from mpoe_kernels.planner.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
+from mpoe_kernels.contract import (
+    ALL_GRADIENTS,
+    HARDWARE,
+    STRATEGIES,
+    BlockDims,
+    candidate_strategies,
+    contraction,
+    contractions,
+    expected_busy_experts,
+)
+from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, SMALL_SHAPES, WORKLOAD_SHAPES, random_blocks, workload_shape
 
 SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in WORKLOAD_SHAPES}}

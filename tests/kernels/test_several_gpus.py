@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_kernels.planner.device import forget
 
 from mpoe_kernels import choice, measured, registry
 from mpoe_kernels.backends.cuda import CUDA
 from mpoe_kernels.backends.eager import EAGER
-from mpoe_kernels.backends.triton import TRITON
+from mpoe_kernels.contract import HARDWARE, BlockDims, contraction, hardware_of
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import HARDWARE, BlockDims, contraction, hardware_of
-from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 
@@ -38,7 +37,7 @@ def _index(device: Any = None) -> int:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
     """cuda:0 is current, cuda:1 is a different card."""
-    questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu_shared_memory)
+    questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu)
 
     def forget_all() -> None:
         forget()
@@ -48,7 +47,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     def properties(device: Any = None) -> SimpleNamespace:
         optin = 227 << 10 if _index(device) else 163 << 10
         return SimpleNamespace(
-            name=NAMES[_index(device)], shared_memory_per_multiprocessor=1 << 18, shared_memory_per_block_optin=optin
+            name=NAMES[_index(device)],
+            shared_memory_per_multiprocessor=1 << 18,
+            shared_memory_per_block_optin=optin,
+            multi_processor_count=148 if _index(device) else 108,
         )
 
     forget_all()
@@ -70,7 +72,7 @@ def test_numbers_of_the_card(gpus: None) -> None:
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("backend", [EAGER, TRITON, CUDA], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [EAGER, CUDA], ids=lambda backend: backend.name)
 def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> None:
     def seconds(device: str) -> float:
         plan = contraction("rebuild", DIMS, 8, 4096, torch.bfloat16, phase, device=device)
@@ -80,8 +82,8 @@ def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> N
 
 
 def test_shared_memory(gpus: None) -> None:
-    assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10)
-    assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10)
+    assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
+    assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
 
 
 def test_measured_times(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +140,6 @@ class Kernel:
     """Stands in for a Triton kernel and records its launches."""
 
     __name__ = "a_kernel"
-    params: tuple[object, ...] = ()
 
     def __init__(self, events: list[object], error: Exception | None = None) -> None:
         self.events, self.error = events, error
@@ -179,80 +180,6 @@ def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events: list[obj
     with pytest.raises(ZeroDivisionError):
         start(Kernel(events, ZeroDivisionError()), (1,), x=on_gpu(4))
     assert events == [1, "launch", 0]
-
-
-class Compiled:
-    """Stands in for a compiled kernel."""
-
-    def __init__(self, launches: list[object]) -> None:
-        self.launches = launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.launches.append((grid, arguments))
-
-
-class Jit:
-    """Stands in for a kernel that Triton compiles at its first launch."""
-
-    __name__, arg_names = "a_kernel", ("x", "rows", "SIZE")
-    params = tuple(SimpleNamespace(name=name, is_constexpr=name == "SIZE") for name in arg_names)
-
-    def __init__(self) -> None:
-        self.bound: list[dict[str, object]] = []
-        self.by_handle: list[object] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
-        def launch(**arguments: object) -> Compiled:
-            self.bound.append(arguments)
-            return Compiled(self.by_handle)
-
-        return launch
-
-
-def test_a_launch_like_an_earlier_one_goes_by_its_handle() -> None:
-    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
-    jit, x = Jit(), torch.empty(64)
-    options = {"num_warps": 4}
-    handles.launch(jit, (7,), 0, {"SIZE": 8, "x": x, "rows": 100, **options})
-    other = torch.empty(32)
-    handles.launch(jit, (9, 2), 0, {"SIZE": 8, "x": other, "rows": 101, **options})  # neither 1 nor a multiple of 16
-    assert len(jit.bound) == 1
-    ((grid, arguments),) = jit.by_handle
-    assert grid == (9, 2, 1)
-    assert arguments[0] is other
-    assert arguments[1:] == (101, 8)
-
-
-@pytest.mark.parametrize(
-    ("changed", "device"),
-    [
-        ({"SIZE": 16}, 0),
-        ({"rows": 96}, 0),
-        ({"rows": 1}, 0),
-        ({"rows": 2**31 + 1}, 0),
-        ({"x": torch.empty(65)[1:]}, 0),
-        ({"x": torch.empty(64, dtype=torch.bfloat16)}, 0),
-        ({"num_warps": 8}, 0),
-        ({}, 1),
-    ],
-)
-def test_what_is_compiled_apart_has_a_handle_of_its_own(changed: dict[str, object], device: int) -> None:
-    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
-    jit = Jit()
-    first = {"SIZE": 8, "x": torch.empty(64), "rows": 100, "num_warps": 4}
-    handles.launch(jit, (7,), 0, first)
-    handles.launch(jit, (7,), device, first | changed)
-    assert len(jit.bound) == 2
-    assert not jit.by_handle
-
-
-def test_old_handles_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    handles = pytest.importorskip("mpoe_kernels.triton.start").Handles()
-    monkeypatch.setattr(type(handles), "MOST", 2)
-    jit, x = Jit(), torch.empty(64)
-    for size in (1, 2, 3, 1):
-        handles.launch(jit, (1,), 0, {"SIZE": size, "x": x, "rows": 100})
-    assert len(jit.bound) == 4
 
 
 def test_in_the_interpreter_no_gpu_is_asked_for(events: list[object]) -> None:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.embedding.cuda import EmbeddingKernels
+from mpoe_kernels.planner.device import forget
+
+from mpoe_kernels.contract import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
+from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import HARDWARE, hardware_here, hardware_of, may_round_to_tf32
-from mpoe_kernels.planner.device import forget
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 MATMUL = torch.backends.cuda.matmul

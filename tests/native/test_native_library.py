@@ -20,13 +20,13 @@ from torch import Tensor
 from mpoe_kernels import MPOShape, route
 from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import load_library
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native import kernels
 from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.cases import random_blocks

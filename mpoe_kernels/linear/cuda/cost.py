@@ -1,4 +1,4 @@
-"""Predicted times of the CUDA kernels, and which of them compute a contraction.
+"""Which of the CUDA kernels compute a contraction.
 
 The strategy ``rebuild`` has two variants: step by step through a scratch buffer of some experts' weights, and in panels
 that never leave shared memory. The forward of ``chain`` and ``separable`` has one for few rows, in one launch. Each is
@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear.cuda.few import Few, best_few
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
-from mpoe_kernels.linear.gpu.cost import CUDA, gpu_seconds
 from mpoe_kernels.linear.gpu.work import rate
-from mpoe_kernels.planner import Contraction, Hardware, contraction, hardware_here
-from mpoe_kernels.registry import Request
+from mpoe_kernels.triton.hardware import Hardware, hardware_here
+
+# Rows, columns and inner size of a step of the widest tile.
+STEP_TILE = (128, 128, 64)
 
 
 class Way(NamedTuple):
@@ -27,12 +29,10 @@ class Way(NamedTuple):
     Attributes:
         name: name of the candidate.
         cut: how a single-launch kernel divides the product into blocks; None: step by step.
-        seconds: predicted time.
     """
 
     name: str
     cut: Panel | Few | None
-    seconds: float
 
 
 def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
@@ -40,20 +40,10 @@ def _in_panels(plan: Contraction, hardware: Hardware) -> Way | None:
     backward = plan.phase == "backward"
     if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
         return None
-    reached = rate(CUDA.tiles[0], plan.dtype, hardware, CUDA.matrix_unit)
+    reached = rate(STEP_TILE, plan.dtype, hardware, "warp")
     sizes = (plan.dtype.itemsize, plan.busy_experts, plan.slots)
     panel = best_panel(plan.dims, backward, *sizes, reached, hardware)
-    if panel is None:
-        return None
-    # Every expert's own blocks, the rows and the result move from or to memory, however the panels are divided.
-    own = plan.busy_experts * (plan.dims.iL * plan.dims.jL * plan.dims.a + plan.dims.b * plan.dims.iR * plan.dims.jR)
-    moved = own + plan.slots * (plan.dims.in_features + plan.dims.out_features)
-    seconds = max(panel.seconds, moved * plan.dtype.itemsize / hardware.bandwidth)
-    if any(plan.need[1:]) and backward:
-        sizes_of_plan = (plan.dims, plan.num_experts, plan.slots, plan.dtype, plan.phase)
-        others = contraction(plan.strategy, *sizes_of_plan, (False, *plan.need[1:]), plan.mask_central)
-        seconds += gpu_seconds(others, hardware, CUDA)
-    return Way("rebuild in panels", panel, seconds)
+    return None if panel is None else Way("rebuild in panels", panel)
 
 
 def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
@@ -61,13 +51,13 @@ def _in_one_launch(plan: Contraction, hardware: Hardware) -> Way | None:
     if plan.strategy not in ("chain", "separable") or plan.phase != "forward" or plan.keeps:
         return None
     few = best_few(plan.dims, plan.dtype.itemsize, plan.slots, hardware)
-    return None if few is None else Way(f"{plan.strategy} in one launch", few, few.seconds)
+    return None if few is None else Way(f"{plan.strategy} in one launch", few)
 
 
 @lru_cache(maxsize=4096)
 def ways(plan: Contraction, hardware: Hardware) -> tuple[Way, ...]:
     """Every way to compute a contraction: step by step, and the other variants of its strategy and phase."""
-    by_steps = Way(plan.strategy, None, gpu_seconds(plan, hardware, CUDA))
+    by_steps = Way(plan.strategy, None)
     others = (_in_panels(plan, hardware), _in_one_launch(plan, hardware))
     return (by_steps, *(form for form in others if form is not None))
 
@@ -81,10 +71,3 @@ def gpu(device: str) -> Hardware:
     """Numbers of a GPU; for an unknown one those of the nearest, but with its own shared memory."""
     properties = torch.cuda.get_device_properties(device)
     return _with_shared_memory(hardware_here(device), properties.shared_memory_per_multiprocessor)
-
-
-def predicted_cost(request: Request) -> float:
-    """Cost of routing: below Triton's, because it needs fewer launches. Cost of `hidden_experts`: equal to Triton's,
-    which is registered first and so is preferred where it can run; both take as many launches, and no GPU has timed
-    either."""
-    return 0.5 if request.op.startswith("hidden_experts") else 0.4

@@ -11,9 +11,9 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.cuda.panels import RESERVED_BYTES
-from mpoe_kernels.planner import Hardware
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.triton.hardware import Hardware
 
 # Constants of csrc/cuda/linear/few.cuh.
 THREADS, ROWS_AT_ONCE = 128, 8

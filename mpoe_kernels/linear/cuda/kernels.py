@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import Contraction, may_round_to_tf32
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.cost import ways
 from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.launch import CudaLaunches
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.gpu import steps
-from mpoe_kernels.planner import Contraction, Hardware, may_round_to_tf32
 from mpoe_kernels.registry import Candidate
+from mpoe_kernels.triton.hardware import Hardware
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,7 @@ class LinearKernels:
 
     Attributes:
         ops: namespace of the compiled ops.
-        hardware: returns the numbers of a device, which determine a candidate's variant and predicted time.
+        hardware: returns the numbers of a device, which determine a candidate's variant.
     """
 
     ops: Any
@@ -52,7 +53,7 @@ class LinearKernels:
         """The candidates for `ways`, each with the cut of its kernel. ``name``: name of the backend."""
         run = self.forward if plan.phase == "forward" else self.backward
         found = ways(plan, self.hardware(plan.device))
-        return [Candidate(name, way.name, plan.strategy, way.seconds, partial(run, cut=way.cut)) for way in found]
+        return [Candidate(name, way.name, plan.strategy, partial(run, cut=way.cut)) for way in found]
 
     def forward(self, call: ForwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, h, z)``, see `ForwardCall`. ``cut``: for the single-launch kernel; None: step by step."""

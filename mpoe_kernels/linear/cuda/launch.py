@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.cuda.plan import launch_plan
 from mpoe_kernels.linear.gpu.products import Pass
-from mpoe_kernels.planner import may_round_to_tf32
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from mpoe_kernels.planner import Hardware
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.triton.hardware import Hardware
 
 # Four warps on a multiprocessor instead of eight keep its tensor cores busy for about half of the time.
 NARROW_RATE = 0.5

@@ -13,12 +13,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.program import KEPT, Program, value_of
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.plan import Memory, Piece
 from mpoe_kernels.linear.gpu.primitives import Pair, Primitives, Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.planner.orders import BlockDims
-from mpoe_kernels.planner.program import KEPT, Program, value_of
 
 SIZES = BlockDims._fields[:8]
 

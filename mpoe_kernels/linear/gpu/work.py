@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpoe_kernels.planner import Hardware
+from mpoe_kernels.triton.hardware import Hardware
 
 TileSize = tuple[int, int, int]  # rows, columns, inner size of a step
 

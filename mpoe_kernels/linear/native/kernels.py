@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
+from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
+from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
-from mpoe_kernels.linear.native.work import exchanged, meets_half_first
 from mpoe_kernels.native_library import (
     DTYPES,
     LinearArguments,
@@ -19,7 +20,6 @@ from mpoe_kernels.native_library import (
     dense_like,
     dense_offsets,
 )
-from mpoe_kernels.planner import BlockDims, Contraction
 
 # As csrc/interface.h numbers them.
 OPERANDS = ("L", "C", "R")

@@ -135,28 +135,14 @@ def conversion_table(section: Mapping[str, Any]) -> TextTable:
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
-    """The planner's choice against the best measured, misses first."""
-    rows = sorted(section["rows"], key=lambda row: -(row["ratio"] or float("inf")))
+    """The choice against the best of another timing, misses first."""
     body = []
-    for row in rows:
-        missed = row["ratio"] is None or row["ratio"] > section["tolerance"]
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        best = row.get("best", {})
-        body.append(
-            [
-                row["name"],
-                ratio + (" MISS" if missed else ""),
-                "\n".join(row["chosen"].values()),
-                "\n".join(best.values()),
-                seconds_text(row.get("chosen_seconds")),
-            ]
-        )
-    notes = [f"{row['name']}: {row['reason']}" for row in rows if row.get("reason")]
-    notes += [f"{row['name']}, {name}: {why}" for row in rows for name, why in row["faults"].items()]
-    count = len(section["rows"])
-    title = f"{section['title']}: {section['within']} of {count} within {section['tolerance']} x of the best"
+    for row in sorted(section["rows"], key=lambda row: -row["ratio"]):
+        missed = " MISS" if row["ratio"] > section["tolerance"] else ""
+        names = ("\n".join(row[which].values()) for which in ("chosen", "best"))
+        body.append([row["name"], f"{row['ratio']:.2f}{missed}", *names, seconds_text(row["chosen_seconds"])])
     header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
-    return TextTable(title, header, body, notes, header[-1:])
+    return TextTable(section["title"], header, body, (), header[-1:])
 
 
 def weights_table(section: Mapping[str, Any]) -> TextTable:

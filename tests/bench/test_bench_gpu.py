@@ -12,7 +12,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import mpoe_kernels.measured as measured
 import pytest
 import torch
 from mpoe_bench import run, section

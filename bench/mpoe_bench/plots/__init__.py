@@ -42,7 +42,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
     for section in _largest([s for s in mains if s["case"]["train"]], 1):
         add("memory", f"memory, {section['title']}", partial(draw_memory, section=section, machine=machine))
     for section in results["sections"]:
-        if section["key"] == "planner" and any(row["ratio"] for row in section["rows"]):
+        if section["key"] == "planner":
             add("planner", section["title"], partial(draw_planner, section=section, machine=machine))
     return drawn
 

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.linear.cuda.cost import gpu
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
 from mpoe_kernels.linear.gpu.cost import counting_reasons
 from mpoe_kernels.registry import Backend, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
-from mpoe_kernels.triton.hardware import Hardware
 
 
 def backend_of(
     name: str,
     ops: Any,
     device_type: str,
-    hardware: Callable[[str], Hardware],
+    shared_memory: Callable[[str], int],
     unavailable_reasons: Callable[[], list[str]],
 ) -> Backend:
     """The CUDA kernels as a backend.
@@ -30,7 +28,7 @@ def backend_of(
         name: name of the backend.
         ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
         device_type: device type of their tensors.
-        hardware: returns the numbers of a device, which determine the variant of a kernel.
+        shared_memory: bytes of shared memory that a block may use on a device.
         unavailable_reasons: see `Backend`.
     """
 
@@ -44,7 +42,7 @@ def backend_of(
         return reasons
 
     ops = RefusingOps(ops)
-    linear = LinearKernels(ops, hardware)
+    linear = LinearKernels(ops, shared_memory)
 
     return Backend(
         name=name,
@@ -57,10 +55,15 @@ def backend_of(
     )
 
 
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a block may use on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 CUDA = backend_of(
     "cuda",
     torch.ops.mpoe_cuda,
     "cuda",
-    gpu,
+    shared_memory,
     unavailable_reasons,
 )

@@ -109,6 +109,11 @@ _TIMED: dict[str, str] = {}
 _ADOPTED: dict[str, str] = {}
 _ADOPTED_BY_RANKS: dict[str, str] = {}  # by the problem alone: ranks on unlike machines must not differ
 _LOCK = threading.RLock()
+_has_ranks: Callable[[], bool] = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+
+
+def _several_ranks() -> bool:
+    return _has_ranks() and torch.distributed.get_world_size() > 1
 
 
 def _new_lock() -> None:
@@ -167,13 +172,9 @@ def _key(problem: Problem) -> str:
     return f"{problem.device_type} {machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
 
 
-def _several_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _is_traced() -> bool:
     """Whether a graph is being made, whose results must not depend on when it is made, and which must not wait."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def _may_time(problem: Problem) -> bool:
@@ -182,7 +183,7 @@ def _may_time(problem: Problem) -> bool:
         and problem.slots > 0
         and problem.device_type in ("cpu", "cuda")
         and os.environ.get(SETTING, "1") != "0"
-        and not (_several_ranks() and torch.distributed.get_world_size() > 1)
+        and not _several_ranks()
     )
 
 
@@ -254,15 +255,17 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     """The shortest time of each, interleaved; infinite for what fails."""
     found = [math.inf] * len(runs)
     on_gpu = device.startswith("cuda")
+    # One thread's own clock does not count what other processes do on its core.
+    clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
 
     def sample(k: int) -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         runs[k]()
         if on_gpu:
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     able, spent, rounds = list(range(len(runs))), 0.0, 0
     for k in tuple(able):
@@ -322,8 +325,7 @@ def resolve_contraction(problem: Problem) -> Candidate:
         return able[0]
     key = _key(problem)
     with _LOCK:
-        several = _several_ranks() and torch.distributed.get_world_size() > 1
-        adopted = _ADOPTED_BY_RANKS.get(str(problem)) if several else _ADOPTED.get(key)
+        adopted = _ADOPTED_BY_RANKS.get(str(problem)) if _several_ranks() else _ADOPTED.get(key)
         found = _named(adopted, able)
         if found is None and _may_time(problem):
             found = _named(_TIMED.get(key) or read_choices().get(key), able)
@@ -354,9 +356,8 @@ def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate,
     on_gpu = x.device.type == "cuda"
     key = (
         *(op, left.shape, central.shape, right.shape, given.in_features, given.out_features, slots, x.dtype, x.device),
-        *(need, keeps, given.backend, given.strategy, tuple(BACKENDS.values())),
-        *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), _several_ranks()),
-        on_gpu and torch.backends.cuda.matmul.fp32_precision,
+        *(need, keeps, given.backend, given.strategy, torch.are_deterministic_algorithms_enabled(), _has_ranks()),
+        *(torch.get_num_threads(), on_gpu and torch.backends.cuda.matmul.fp32_precision, *BACKENDS.values()),
     )
     found = _CHOSEN.get(key)
     if found is None:
@@ -366,4 +367,6 @@ def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate,
             _CHOSEN.clear()
         if not _is_traced():
             _CHOSEN[key] = found
-    return found, with_strategy(given, found.strategy)
+    chosen = object.__new__(type(call))  # as `with_strategy`, without another call
+    chosen.__dict__.update(given.__dict__, strategy=found.strategy)
+    return found, chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,11 @@ class Launch:
         return self.kernel.fn.__name__
 
 
+def _only(entry: int, table: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The table with this entry alone."""
+    return lambda *arguments: (found := table(*arguments))[min(entry, len(found) - 1) :][:1]
+
+
 @contextmanager
 def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
     """Record launches as they would be on an architecture (see `ARCHITECTURES`); tensors may be ``meta`` ones.
@@ -41,13 +46,10 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
     """
     target, launches = architecture.target_named(name), list[Launch]()
 
-    def only(table: Any) -> Any:
-        return lambda *arguments: (found := table(*arguments))[min(tile, len(found) - 1) :][:1]
-
     with ExitStack() as patches:
         patches.enter_context(patch.object(architecture, "target_of", lambda _: target))
         patches.enter_context(patch.object(start, "_launch", lambda *launch: launches.append(Launch(*launch))))
         if tile is not None:
             for module, table in ((configs, "shipped_tiles"), (configs, "fused_tiles"), (hidden, "shipped_tiles")):
-                patches.enter_context(patch.object(module, table, only(getattr(module, table))))
+                patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
         yield launches

@@ -230,7 +230,6 @@ NOT_CALLED = {
     "__version__",
     "available_backends",
     "backend_reasons",
-    "measure_machine",
 }
 
 

@@ -37,14 +37,13 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
 def candidate_backend(
     name: str,
     kernels: dict[str, Callable[..., object]],
-    seconds: Callable[[Contraction], float] = lambda _: 1.0,
     reasons: Callable[[Contraction], list[str]] = lambda _: [],
 ) -> Backend:
     """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
 
     def candidates(plan: Contraction) -> list[Candidate]:
-        return [Candidate(name, plan.strategy, plan.strategy, seconds(plan), kernels[ops[plan.phase]])]
+        return [Candidate(name, plan.strategy, plan.strategy, kernels[ops[plan.phase]])]
 
     return Backend(name, {}, candidates=candidates, contraction_reasons=reasons)
 

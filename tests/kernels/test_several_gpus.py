@@ -1,4 +1,4 @@
-"""Two different GPUs, mocked: costs, tables and launches follow the tensors' GPU, not the current one."""
+"""Two different GPUs, mocked: choices, tiles and launches follow the tensors' GPU, not the current one."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from mpoe_kernels.planner.device import forget
 
-from mpoe_kernels import choice, measured, registry
-from mpoe_kernels.backends.cuda import CUDA
-from mpoe_kernels.backends.eager import EAGER
-from mpoe_kernels.contract import HARDWARE, BlockDims, contraction, hardware_of
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.cuda.cost import ways
+from mpoe_kernels.backends import cuda
+from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract.autotune import Problem, _key
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
-from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
-
-from .backend_cases import candidate_backend
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
 CAPABILITIES = ((8, 0), (10, 0))
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
-Seconds = Callable[[Any], float]
 
 
 def _index(device: Any = None) -> int:
@@ -40,7 +31,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu)
 
     def forget_all() -> None:
-        forget()
         for question in questions:
             question.cache_clear()
 
@@ -66,40 +56,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     forget_all()
 
 
-def test_numbers_of_the_card(gpus: None) -> None:
-    assert hardware_of("cuda") == hardware_of("cuda:0") == HARDWARE["a100"]
-    assert hardware_of(torch.device("cuda:1")) == HARDWARE["b200"]
-
-
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("backend", [EAGER, CUDA], ids=lambda backend: backend.name)
-def test_predicted_times(gpus: None, backend: registry.Backend, phase: str) -> None:
-    def seconds(device: str) -> float:
-        plan = contraction("rebuild", DIMS, 8, 4096, torch.bfloat16, phase, device=device)
-        return min(candidate.seconds for candidate in backend.candidates(plan))
-
-    assert seconds("cuda") == seconds("cuda:0") > seconds("cuda:1") > 0
-
-
 def test_shared_memory(gpus: None) -> None:
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
+    assert [cuda.shared_memory(f"cuda:{index}") for index in (0, 1)] == [163 << 10, 227 << 10]
 
 
-def test_measured_times(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "_tables", lambda: {NAMES[1]: {"key": [(1, 1.0)]}})
-    assert measured.table_here("cuda:1") == {"key": [(1, 1.0)]}
-    assert measured.table_here("cuda:0") == measured.table_here("cpu") == {}
-
-
-def test_a_choice_is_remembered_for_its_card_alone(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {"grouped_mpo_linear": lambda: None}
-    first = candidate_backend("first", kernels, lambda plan: 1.0 if plan.device == "cuda:0" else 3.0)
-    second = candidate_backend("second", kernels, lambda _: 2.0)
-    monkeypatch.setattr(registry, "BACKENDS", {"first": first, "second": second})
+def test_a_choice_is_kept_for_its_card_alone(gpus: None) -> None:
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
-    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:0")).backend == "first"
-    assert choice.resolve_contraction(choice.Problem(*arguments, "cuda:1")).backend == "second"
+    first, second = (_key(Problem(*arguments, f"cuda:{index}")) for index in (0, 1))
+    assert NAMES[0] in first
+    assert NAMES[1] in second
 
 
 class OnSecondGpu(torch.Tensor):
@@ -114,26 +81,15 @@ def on_gpu(*size: int) -> torch.Tensor:
 
 
 def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
-    shape, launched = SMALL_SHAPES["light"], []
+    asked = []
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: launched.append(name)
+    def shared_memory(device: str) -> int:
+        asked.append(device)
+        return 227 << 10
 
-    def hardware(device: str):
-        assert device == "cuda:1"
-        return HARDWARE["b200"]
-
-    made = random_blocks(shape, 2, torch.float32)
-    x, offsets = torch.zeros(3, shape.in_features), torch.tensor([0, 1, 3], dtype=torch.int32)
-    given = (x, made.left, made.central, made.right, offsets, None, None, shape.in_features, shape.out_features)
-    call = ForwardCall(*given, "none", "rebuild", "cuda", True)  # the plan's device counts
-    plan = contraction("rebuild", call.dims, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    names = ("contract_steps", "panel_product")
-    kernels = LinearKernels(SimpleNamespace(**{name: note(name) for name in names}), hardware)
-    for candidate in kernels.candidates("cuda", plan):
-        candidate.run(call)
-    assert launched == list(names)
-    assert [type(way.cut) for way in ways(plan, HARDWARE["b200"])] == [type(None), Panel]
+    plan = contraction("rebuild", DIMS, 2, 3, torch.bfloat16, "forward", device="cuda:1")
+    LinearKernels(SimpleNamespace(), shared_memory).candidates("cuda", plan)
+    assert asked == ["cuda:1"]
 
 
 class Kernel:

@@ -1,4 +1,4 @@
-"""How many experts the kernels process at once, and the limits of 32-bit indices."""
+"""How many experts the kernels process at once, their memory, and the limits of 32-bit indices."""
 
 from __future__ import annotations
 

@@ -51,6 +51,26 @@ DELIBERATE = {
 }
 
 
+_EXACT = (
+    "a plan ranks by FLOPs; it holds exact numbers, the same on every device, and is made by plan_contraction alone"
+)
+DELIBERATE |= {
+    **{
+        f"mpoe_kernels.ContractionPlan: members: {each} is gone": _EXACT
+        for each in ("bytes", "intensity", "memory_bytes", "seconds")
+    },
+    **{
+        f"mpoe_kernels.ContractionPlan: parameters: {each} is gone": _EXACT
+        for each in ("backward", "dense_flops", "forward", "hardware", "losses")
+    },
+    "mpoe_kernels.plan_contraction: parameters: device is gone": _EXACT,
+    **{
+        f"mpoe_kernels.{name}: parameters: other arguments by position": _EXACT
+        for name in ("ContractionPlan", "plan_contraction")
+    },
+}
+
+
 @pytest.mark.parametrize(("kind", "today"), [("names", names), ("options", options)])
 def test_nothing_is_gone(kind: str, today: Any) -> None:
     found = missing(EARLIER[kind], today())

@@ -33,7 +33,6 @@ from mpoe_kernels.registry import (
     AUTO,
     BACKENDS,
     CONTRACTIONS,
-    Backend,
     BackendError,
     Candidate,
     Request,
@@ -81,6 +80,11 @@ class Problem(NamedTuple):
         """``cpu``, ``cuda``, ..."""
         return self.device.partition(":")[0]
 
+    @property
+    def may_round(self) -> bool:
+        """Whether products may round to TF32."""
+        return self.device_type == "cuda" and may_round_to_tf32(self.dtype)
+
     def rounded(self) -> Problem:
         """The problem with the next power of two of slots, for which a choice is made."""
         return self._replace(slots=1 << (self.slots - 1).bit_length() if self.slots else 0)
@@ -95,7 +99,8 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         need, keeps = "".join(str(int(n)) for n in self.need), ", keeps" * self.keeps
         sizes = f"{'x'.join(map(str, self.dims))} E{self.num_experts} N{self.slots}"
-        return f"{self.op} {sizes} {self.dtype} need {need}{keeps}, {self.backend} {self.strategy}"
+        kind = str(self.dtype).removeprefix("torch.") + " tf32" * self.may_round
+        return f"{self.op} {self.device_type} {kind} {sizes} need {need}{keeps}, {self.backend} {self.strategy}"
 
 
 # op -> a call of it on made-up tensors; entered by the ops' modules, which lie above this one.
@@ -162,14 +167,13 @@ def forget() -> None:
 def _key(problem: Problem) -> str:
     """Everything that a time depends on, as text: the machine, the versions, the problem."""
     if problem.device_type == "cuda":
-        tf32 = ", tf32" * may_round_to_tf32(problem.dtype)
         capability = torch.cuda.get_device_capability(problem.device)
-        machine = f"{torch.cuda.get_device_name(problem.device)} {capability}{tf32}"
+        machine = f"{torch.cuda.get_device_name(problem.device)} {capability}"
     else:
         isa = NATIVE_LIBRARY.info.get("isa_used", "no native kernels")
         threads = torch.get_num_threads()
         machine = f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    return f"{problem.device_type} {machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
+    return f"{machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
 
 
 def _is_traced() -> bool:
@@ -187,12 +191,6 @@ def _may_time(problem: Problem) -> bool:
     )
 
 
-def candidates_for(backend: Backend, plan: Contraction) -> tuple[list[Candidate], list[str]]:
-    """A backend's candidates for a contraction; or the reasons why it has none."""
-    reasons = backend.contraction_reasons(plan)
-    return ([], reasons) if reasons else (backend.candidates(plan), [])
-
-
 def _able(problem: Problem) -> list[Candidate]:
     """All candidates: fewest FLOPs first, then the preferred backend.
 
@@ -207,8 +205,8 @@ def _able(problem: Problem) -> list[Candidate]:
     for plan in problem.plans():
         for backend in backends:
             if not backend.unsupported_reasons(request):
-                found, reasons = candidates_for(backend, plan)
-                able += found
+                reasons = backend.contraction_reasons(plan)
+                able += [] if reasons else backend.candidates(plan)
                 refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
     if not able:
         if named:
@@ -216,9 +214,11 @@ def _able(problem: Problem) -> list[Candidate]:
             raise BackendError(f"backend {problem.backend!r} cannot run {problem.op}: {listing}")
         listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
         raise BackendError(f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}")
-    if problem.device_type != "cpu" and not named:  # those that wait for the device only if there are no others
-        able = [candidate for candidate in able if not candidate.waits] or able
-    return able
+    if problem.device_type == "cpu":
+        return able
+    # Those that wait for the device come last, and only if their backend is named or there are no others.
+    going, waiting = ([each for each in able if each.waits == waits] for waits in (False, True))
+    return going + waiting if named or not going else going
 
 
 def shortlist(able: Iterable[Candidate]) -> list[Candidate]:
@@ -246,7 +246,7 @@ def _timed_sizes(problem: Problem) -> tuple[int, int]:
     """
     kind, experts = problem.device_type, problem.num_experts
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    share = min(1.0, FLOPS[kind] * threads / problem.plans()[0].flops, ROWS[kind] * threads / problem.slots)
+    share = min(1.0, FLOPS[kind] * threads / max(1, problem.plans()[0].flops), ROWS[kind] * threads / problem.slots)
     fewer = min(experts, max(threads, int(experts * share)))
     return fewer, min(math.ceil(problem.slots * fewer / experts), max(ROWS[kind] * threads, fewer))
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import BackendError, grouped_mpo_linear, registry
-from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import Problem, adopt, choices, resolve_contraction
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.testing.assertions import torch_threads
@@ -297,6 +298,10 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
             contraction_reasons=lambda plan: [] if plan.dtype == dtype or waits else ["not this dtype"],
         )
 
+    def either(plan: Contraction) -> list[Candidate]:
+        return [Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)]
+
+    monkeypatch.setitem(registry.BACKENDS, "both", Backend("both", {}, candidates=either))
     both = {"waiting": backend("waiting", True, torch.bfloat16), "going": backend("going", False, torch.bfloat16)}
     for name, each in both.items():
         monkeypatch.setitem(registry.BACKENDS, name, each)
@@ -304,6 +309,7 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
     on_gpu = PROBLEM._replace(device="cuda:0", dtype=torch.bfloat16)
     assert ranked(on_gpu)[0] == "going"
     assert ranked(on_gpu._replace(backend="waiting"))[0] == "waiting"
+    assert [c.waits for c in autotune._able(on_gpu._replace(backend="both"))] == [False] * 4 + [True] * 4
     assert ranked(on_gpu._replace(dtype=torch.float32))[0] == "waiting", "there is no other"
     assert ranked(on_gpu._replace(strategy="chain")) == ("going", "chain")
 
@@ -358,6 +364,24 @@ def test_a_first_use_is_timed_and_leaves_no_trace(name: str, training: bool) -> 
     assert set(choices().values()) <= {f"{b} {s}" for b in ("native", "eager") for s in STRATEGIES}
 
 
+def test_a_gradient_of_the_bias_alone() -> None:
+    shape = SMALL_SHAPES["light"]
+    bias = torch.zeros(shape.out_features, requires_grad=True)
+    x, offsets = torch.ones(4, shape.in_features), torch.tensor([0, 2, 4])
+    grouped_mpo_linear(x, random_blocks(shape, 2, torch.float32), offsets, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.eq(4).all()
+
+
+def test_fake_tensors_are_not_timed() -> None:
+    shape = SMALL_SHAPES["light"]
+    with FakeTensorMode():
+        blocks = random_blocks(shape, 2, torch.float32)
+        y = grouped_mpo_linear(torch.ones(4, shape.in_features), blocks, torch.tensor([0, 2, 4]))
+    assert y.shape == (4, shape.out_features)
+    assert choices() == {}
+
+
 def test_a_compiled_graph_times_when_it_runs() -> None:
     shape = SMALL_SHAPES["light"]
     blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
@@ -393,6 +417,7 @@ def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BITS = """
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from mpoe_kernels import MPOShape, grouped_mpo_linear
 from mpoe_kernels.testing.cases import random_blocks
 torch.use_deterministic_algorithms(True)

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
-from mpoe_kernels.mixture import Chains, OneCall, Rule, circumstances
 
 # Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
 # reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
@@ -28,7 +26,6 @@ from mpoe_kernels.mixture import Chains, OneCall, Rule, circumstances
 # 15 times the FLOPs; two to four rows in float32 up to 1.4 times as long.
 WORTH = 2
 READ = 16
-MOST_CALLS = 16  # prepared for a layer; texts of many lengths would fill the memory
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +105,6 @@ class HeldLayer:
         waited: passes counted against ``patience`` so far.
         promised: bytes reserved for full weights of all experts, by dtype; 0: no room.
         full: for each expert and dtype, the weights ``[I, F]`` by kind of projection.
-        calls: native calls prepared for a number of tokens.
     """
 
     cache: ExpertCache
@@ -121,7 +117,6 @@ class HeldLayer:
     waited: int = 0
     promised: dict[torch.dtype, int] = field(default_factory=dict)
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
-    calls: dict[tuple[Any, ...], OneCall] = field(default_factory=dict)
 
     def is_of(self, cores: Sequence[Tensor]) -> bool:
         """Whether these are the same, unchanged cores: same memory, dtype and layout, and no change since."""
@@ -130,21 +125,6 @@ class HeldLayer:
             == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
             for now, then, version in zip(cores, self.cores, self.versions, strict=True)
         )
-
-    def one_call(self, x: Tensor, weight: Tensor, rule: Rule, chains: Chains, backend: str | None) -> OneCall:
-        """The layer's forward for tokens like ``x [T, I]``, see `mpoe_kernels.mixture.OneCall`."""
-        biases = tuple(
-            None if bias is None else (bias.data_ptr(), bias.shape, bias.stride())
-            for bias in (chains.up_bias, chains.down_bias)
-        )
-        sizes = (*x.shape, x.dtype, weight.shape, weight.dtype)
-        key = (*sizes, *rule, chains.activation, *biases, *circumstances(backend))
-        found = self.calls.get(key)
-        if found is None:
-            if len(self.calls) >= MOST_CALLS:
-                self.calls.clear()
-            found = self.calls[key] = OneCall(x, weight, rule, chains, backend)
-        return found
 
     def refuses(self, dtype: torch.dtype) -> bool:
         """Whether there is already known to be no room for full weights in ``dtype``."""

@@ -10,7 +10,7 @@ import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
-from mpoe_kernels.linear.gpu.cost import counting_reasons
+from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.registry import Backend, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
 

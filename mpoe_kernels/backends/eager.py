@@ -5,7 +5,7 @@ import torch
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 from mpoe_kernels.linear.gpu import grouped
-from mpoe_kernels.linear.gpu.cost import counting_reasons
+from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.routing import eager as routing
 

@@ -8,7 +8,7 @@ from mpoe_kernels import MPOShape
 from mpoe_kernels.contract import program_of
 from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.contract.program import COMPOSITES, value_of
-from mpoe_kernels.linear.gpu.cost import budget, experts_at_once, room
+from mpoe_kernels.linear.gpu.budget import budget, experts_at_once, room
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])

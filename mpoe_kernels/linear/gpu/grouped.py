@@ -1,7 +1,7 @@
 """The products of a program with PyTorch's own GEMMs, mainly `torch.nn.functional.grouped_mm`, without synchronisation.
 
 Everything, including offsets, is computed on the device; weights are built within the budget, see
-`mpoe_kernels.linear.gpu.cost.experts_at_once`. Operands are copied into the layout that a GEMM needs, which our own
+`mpoe_kernels.linear.gpu.budget.experts_at_once`. Operands are copied into the layout that a GEMM needs, which our own
 kernels would avoid; in return these are the vendor's GEMMs. It also runs on CPUs, in tests.
 
 quack's grouped GEMMs (``quack.gemm_interface.gemm`` with ``cu_seqlens_m``, quack-kernels 0.6.5) take the same operands,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoe_kernels.contract.driver import run
 from mpoe_kernels.contract.orders import AXES, BlockDims
 from mpoe_kernels.contract.program import COMPOSITES, Product, Program, is_block, value_of
-from mpoe_kernels.linear.gpu.cost import experts_at_once, room
+from mpoe_kernels.linear.gpu.budget import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
 from mpoe_kernels.linear.gpu.primitives import Primitives, Rows, Sum, Surrounding
 

@@ -6,7 +6,7 @@ import torch
 
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.gpu.cost import counting_reasons
+from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Sides, best_tile, fused_tiles
 from mpoe_kernels.triton.architecture import Target
 

@@ -111,7 +111,7 @@ def of_kernels() -> dict[str, Start]:
 
     def planned() -> dict[str, Any]:
         sizes = {"num_experts": 8, "num_tokens": 64, "top_k": 1}
-        return {"shape": shape(), **sizes, "dtype": torch.float32, "device": "cpu", "training": True}
+        return {"shape": shape(), **sizes, "dtype": torch.float32, "training": True}
 
     parts = ("expert_offsets", "token_of_slot", "slot_of_token")
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from typing import Any
@@ -16,35 +15,11 @@ from mpoe.layers import HiddenFeedForward, MPOEFeedForward
 TOKENS = 512
 ROUNDS = 3
 _HIDDEN = {"t5": "d_ff", "gpt2": "n_inner"}  # fields of the configurations
-_INTO_HIDDEN = ("wi.weight", "c_fc.weight")  # their new columns are random; all other new weights are 0
 
 
 def hidden_size(config: Any) -> int:
     """F of a T5 or GPT-2."""
     return int(getattr(config, _HIDDEN[config.model_type]) or 4 * config.n_embd)
-
-
-def widened(dense: Any, hidden: int) -> Any:
-    """A copy of a T5 or GPT-2 with more hidden units that computes the same: the new units' output weights are 0.
-
-    Args:
-        dense: the model; its feed-forward networks are not gated.
-        hidden: their new hidden size.
-    """
-    config = copy.deepcopy(dense.config)
-    setattr(config, _HIDDEN[config.model_type], hidden)
-    model = type(dense)(config).eval()
-    if hasattr(dense, "loss_type"):
-        model.loss_type = dense.loss_type
-    old = dense.state_dict()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith(_INTO_HIDDEN):
-                value.normal_(std=float(old[name].std()))
-            elif value.shape != old[name].shape:
-                value.zero_()
-            value[tuple(map(slice, old[name].shape))] = old[name]
-    return model
 
 
 class _Dense(nn.Module):

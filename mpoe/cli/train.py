@@ -7,11 +7,12 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpoe.cli.arm import WIDER, ArmOptions, widened_for
 from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
@@ -56,6 +57,7 @@ class Plan:
     given: frozenset[str]
     experiment: ExperimentOptions
     measure: MeasureOptions
+    arm: ArmOptions = field(default_factory=ArmOptions)
     from_file: bool = False
     command: str = ""
 
@@ -66,16 +68,16 @@ def command(arguments: Sequence[str]) -> None:
 
     from mpoe.training import MPOETrainingArguments
 
-    groups = [RunOptions, ModelOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions]
+    groups = [RunOptions, ModelOptions, DataOptions, ArmOptions, ExpertOptions, ExperimentOptions, MeasureOptions]
     groups.append(MPOETrainingArguments)
     usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
     asked = read_command(usage, __doc__, groups, arguments, 1, config=True, inherited=Seq2SeqTrainingArguments)
     if asked is None:
         return
-    options, model, experiment, data, experts, measure, training = asked.options
+    options, model, data, arm, experts, experiment, measure, training = asked.options
     typed = shlex.join(["mpoe", "train", *arguments])
     given, from_file = frozenset(asked.given), bool(asked.words)
-    run(Plan(options, model, data, experts, training, given, experiment, measure, from_file, typed))
+    run(Plan(options, model, data, experts, training, given, experiment, measure, arm, from_file, typed))
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def run(plan: Plan) -> dict[str, Any]:
             task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = load_tokenizer(source)
     items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
-    rate_from = settle_rate(plan, source, config)
+    rate_from = settle_rate(plan, source, None if plan.arm.is_dense else config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
     model = _prepare_model(source, config, plan)
@@ -149,6 +151,7 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
 def _check_experts(source: Source, plan: Plan) -> None:
     experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
     experts |= {"load_layer"} if plan.experiment.load_layer else set()
+    experts |= {"baseline"} if plan.arm.baseline else set()
     if source.is_mpoe and experts:
         raise CommandError(
             f"model {source.path!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
@@ -167,6 +170,8 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
         from mpoe.models import convert_to_mpoe
 
         set_seed(plan.arguments.seed)  # for the routers
+        if plan.arm.baseline == WIDER:
+            return widened_for(model, config)
         model = convert_to_mpoe(model, config)
     take_layers(model, plan.experiment)
     return model
@@ -227,6 +232,7 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
         "experiment": dataclasses.asdict(plan.experiment),
         "data": {**dataclasses.asdict(plan.data), "tasks": plan.data.tasks or list(described)},
         "described": {name: spec.to_mapping() for name, spec in described.items()},
+        "arm": dataclasses.asdict(plan.arm),
         "experts": dataclasses.asdict(plan.experts),
         "training": training,
     }

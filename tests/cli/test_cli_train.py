@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpoe.data.embedded import stand_in_path
+from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.training import read_metrics
 from mpoe_kernels.planner import machine
 
@@ -129,6 +130,27 @@ def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: lis
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")
     assert dense or results["parameters"]["expert"] > 0
+
+
+@pytest.mark.parametrize("baseline", ["dense", "wider", "switch"])
+def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1, "--baseline", baseline]
+    answer = cli(*flags, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    dense, _ = load_stand_in("t5")
+    mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
+    total = results["parameters"]["total"]
+    assert results["class"] == ("MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__)
+    if baseline == "wider":
+        assert total == pytest.approx(mixture["total"], rel=2e-3)
+    else:
+        assert total == (mixture["dense_total"] if baseline == "dense" else results["parameters"]["switch_total"])
+    answer = cli(*flags, "--output_dir", tmp_path / "run", "--resume")
+    assert answer.code == 0, answer.err
+    if baseline == "switch":
+        again = ["train", "--model", tmp_path / "run", "--baseline", "dense", "--output_dir", tmp_path / "again"]
+        assert "is converted already (mpoe_t5): baseline cannot be changed any more" in refused(*again)
 
 
 def test_convert_shows_errors_and_parameters_and_train_takes_the_result(

@@ -148,9 +148,7 @@ def _arms(runs: Sequence[RunFolder]) -> Comparison:
             scores = [[run.results["validation"].get(task, {}).get(metric) for run in alike] for alike in arms.values()]
             there = [[value for value in values if value is not None] for values in scores]
             rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
-    words = (
-        "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
-    )
+    words = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
     return Comparison("Arms", words, ["", *arms], rows)
 
 

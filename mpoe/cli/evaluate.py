@@ -55,10 +55,8 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
     source = find(model_dir)
-    if source.style == ENCODER:
-        raise CommandError(
-            f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
-        )
+    if source.style == ENCODER and not source.is_classifier:
+        raise CommandError(f"{model_dir} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
     seed = seed if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:

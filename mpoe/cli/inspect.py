@@ -110,7 +110,7 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
 
     share = -(-options.num_items // len(tasks))
     if style != ENCODER:
-        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share)]
+        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share, style)]
     texts = [example.source for task in tasks for example in task.examples(options.split)[:share]]
     encoded = tokenizer(texts, truncation=True, max_length=128)
     return [

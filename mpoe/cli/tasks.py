@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option
-from mpoe.models.table import CAUSAL, SEQ2SEQ
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec
     from mpoe.data.task import Task
 
-DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",)}
+DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
+# style of a model -> the kinds of task it does
+_KINDS = {
+    SEQ2SEQ: ("classification", "regression", "generation"),
+    CAUSAL: ("language_modeling", "generation"),
+    ENCODER: ("classification", "regression"),
+}
+_EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
@@ -231,14 +238,12 @@ def resolve(
             )
         entries[task.name] = entry
     for task in tasks:
-        is_text = task.kind == "language_modeling"
-        if style == SEQ2SEQ and is_text:
+        if task.kind not in _KINDS[style]:
+            fits = [_EXAMPLES[other] for other, kinds in _KINDS.items() if task.kind in kinds]
             raise CommandError(
-                f"task {task.name} is language modelling; a T5 does text-to-text tasks (use --model gpt2)"
+                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (take "
+                f"{' or '.join(fits)}, or set --kind)"
             )
-        if style == CAUSAL and not is_text:
-            raise CommandError(
-                f"task {task.name} is {task.kind}; a GPT-2 does language modelling (use --model t5, or "
-                "--kind language_modeling)"
-            )
+    if style == ENCODER and len(tasks) > 1:
+        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")
     return tasks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,7 +86,8 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
-    from mpoe.cli.pretrained import find, load_tokenizer
+    from mpoe.cli.pretrained import find, labels_for, load_tokenizer
+    from mpoe.cli.scoring import encode_task
     from mpoe.cli.tasks import read_descriptions, resolve
     from mpoe.models.table import ENCODER
     from mpoe.training.run_lock import hold
@@ -97,10 +98,6 @@ def run(plan: Plan) -> dict[str, Any]:
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
-    if source.style == ENCODER:
-        raise CommandError(
-            f"model {source.path!r} is an encoder ({source.model_type}); train takes T5, GPT-2 and Llama"
-        )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     _check_experts(source, plan)
     described = read_descriptions(plan.data.task_file)
@@ -111,11 +108,13 @@ def run(plan: Plan) -> dict[str, Any]:
         for task in owners:
             task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = load_tokenizer(source)
-    items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
+    labels = labels_for(source, tasks[0]) if source.style == ENCODER else None
+    encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
+    items, validation = _encode(encode, tasks, eval_tasks, plan, data_seed)
     rate_from = settle_rate(plan, source, None if plan.arm.is_dense else config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
-    model = _prepare_model(source, config, plan)
+    model = _prepare_model(source, config, plan, labels)
     trainer = make_trainer(model, tokenizer, items, validation, plan)
     if plan.measure.print_num_parameters and trainer.is_world_process_zero():
         print_parameters(trainer.model)
@@ -159,13 +158,14 @@ def _check_experts(source: Source, plan: Plan) -> None:
         )
 
 
-def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
-    """The model to train: converted, unless it already is or stays dense."""
+def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
+    """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
     from transformers import set_seed
 
     from mpoe.cli.pretrained import load_model
 
-    model = load_model(source)
+    set_seed(plan.arguments.seed)  # for a new head
+    model = load_model(source, labels)
     if config is not None and not source.is_mpoe:
         from mpoe.models import convert_to_mpoe
 
@@ -178,16 +178,14 @@ def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
 
 
 def _encode(
-    tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
+    encode: Callable[..., list[Any]], tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
 ) -> tuple[OrderedItems, dict[str, list[Any]]]:
     """Training items, in order, and validation items by task; sets the run's length and intervals."""
-    from mpoe.cli.scoring import encode_task
-
     arguments = plan.arguments
-    pools = {task.name: encode_task(task, "train", tokenizer) for task in tasks}
+    pools = {task.name: encode(task, "train") for task in tasks}
     dataset, per_epoch = order_items(pools, arguments, plan.data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
-    validation = {task.name: encode_task(task, "validation", tokenizer) for task in eval_tasks}
+    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     return dataset, validation
 
 

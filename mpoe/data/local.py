@@ -49,8 +49,8 @@ def load_task_from_folder(
     label_words: Mapping[Any, str] | None = None,
     column_names: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    max_source_length: int = 128,
-    max_target_length: int = 16,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
     split_validation_test: bool = False,
     n_train: int | None = None,
     n_val: int | None = None,
@@ -69,6 +69,7 @@ def load_task_from_folder(
         label_words: word the model writes for each label (default: the label itself).
         column_names: columns of csv/tsv files that have no header line.
         metrics: default by kind.
+        max_source_length, max_target_length: in tokens; default 128 and 16, of instruction data 512 and 256.
         split_validation_test: take the test items out of the validation items; a test file is then not read.
         n_train, n_val, n_test, data_seed: sizes of random subsets.
 
@@ -84,7 +85,8 @@ def load_task_from_folder(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     files = find_files(folder, needs_test=not split_validation_test)
     name = name or task_name(folder.resolve().name)
-    lengths: dict[str, Any] = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    asked = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    lengths: dict[str, Any] = {name: length for name, length in asked.items() if length is not None}
     tables = {split: _read(path, column_names) for split, path in files.items()}
     if is_text(files["train"]):
         if kind not in (None, "language_modeling"):

@@ -15,6 +15,7 @@ EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface_e1aa197.j
 # Changed on purpose: what `missing` says of it -> why.
 _SHAPE = "a new configuration that names no shape is hidden; what other shapes have alone still selects separable"
 _TOP_K = "two experts per token of hidden, one elsewhere; the number is settled and saved"
+_LENGTHS = "the same for other data; instruction data has longer ones"
 _NAME = "POSITIONAL_OR_KEYWORD"
 DELIBERATE = {
     **{
@@ -24,6 +25,10 @@ DELIBERATE = {
             ("MPOEConfig: parameters: shape", f"{_NAME} 'separable'", _SHAPE),
             ("RouterConfig: parameters: top_k", f"{_NAME} 1", _TOP_K),
         )
+    },
+    **{
+        f"mpoe.data.load_task_from_folder: parameters: {name} was 'KEYWORD_ONLY {was}', is 'KEYWORD_ONLY None'": _LENGTHS
+        for name, was in (("max_source_length", 128), ("max_target_length", 16))
     },
     **{
         f"{command}: --{option}: default was {was!r}, is None": why

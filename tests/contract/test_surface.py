@@ -15,7 +15,7 @@ EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface_e1aa197.j
 # Changed on purpose: what `missing` says of it -> why.
 _SHAPE = "a new configuration that names no shape is hidden; what other shapes have alone still selects separable"
 _TOP_K = "two experts per token of hidden, one elsewhere; the number is settled and saved"
-_LENGTHS = "the same for other data; instruction data has longer ones"
+_LONG = "the same for other data; instruction data has longer ones"
 _NAME = "POSITIONAL_OR_KEYWORD"
 DELIBERATE = {
     **{
@@ -27,7 +27,7 @@ DELIBERATE = {
         )
     },
     **{
-        f"mpoe.data.load_task_from_folder: parameters: {name} was 'KEYWORD_ONLY {was}', is 'KEYWORD_ONLY None'": _LENGTHS
+        f"mpoe.data.load_task_from_folder: parameters: {name} was 'KEYWORD_ONLY {was}', is 'KEYWORD_ONLY None'": _LONG
         for name, was in (("max_source_length", 128), ("max_target_length", 16))
     },
     **{

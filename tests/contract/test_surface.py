@@ -15,8 +15,9 @@ EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface_e1aa197.j
 # Changed on purpose: what `missing` says of it -> why.
 _SHAPE = "a new configuration that names no shape is hidden; what other shapes have alone still selects separable"
 _TOP_K = "two experts per token of hidden, one elsewhere; the number is settled and saved"
+_LINEAR = "one signature for sizes, as nn.Linear's, and for a shape; after a shape, all goes by name"
 _LONG = "the same for other data; instruction data has longer ones"
-_NAME = "POSITIONAL_OR_KEYWORD"
+_NAME, _KEY = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"
 DELIBERATE = {
     **{
         f"{module}.{name} was {was!r}, is '{_NAME} None'": why
@@ -27,7 +28,16 @@ DELIBERATE = {
         )
     },
     **{
-        f"mpoe.data.load_task_from_folder: parameters: {name} was 'KEYWORD_ONLY {was}', is 'KEYWORD_ONLY None'": _LONG
+        f"{module}.MPOLinear: parameters: {what}": _LINEAR
+        for module in ("mpoe", "mpoe.layers")
+        for what in (
+            f"init_std was '{_NAME} 0.02', is '{_NAME} None'",
+            f"shape was '{_NAME} required', is '{_KEY} None'",
+            "other arguments by position",
+        )
+    },
+    **{
+        f"mpoe.data.load_task_from_folder: parameters: {name} was '{_KEY} {was}', is '{_KEY} None'": _LONG
         for name, was in (("max_source_length", 128), ("max_target_length", 16))
     },
     **{

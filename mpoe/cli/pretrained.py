@@ -13,6 +13,7 @@ from mpoe.models.table import CAUSAL, ENCODER, MODEL_TYPES, SEQ2SEQ, TABLE, TYPE
 if TYPE_CHECKING:
     from mpoe.data.task import Task
 
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 STAND_INS = ("t5", "gpt2")
 
 
@@ -70,21 +71,44 @@ def find(name: str) -> Source:
 def _config_values(name: str, is_folder: bool) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not is_folder and looks_local:
-        raise CommandError(f"model: no such folder: {name}")
+    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name)):
+        raise CommandError(f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name)
+        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not is_folder and not _hub_answers())
     except (OSError, ValueError) as error:
         if is_folder:
             raise CommandError(f"model: {Path(name) / 'config.json'} is not readable: {error}") from error
-        hint = close_matches(name, STAND_INS)
+        hint = close_matches(name, [*STAND_INS, *(path.name for path in Path().iterdir() if path.is_dir())])
         reason = str(error).strip().partition("\n")[0]
         known = f"no built-in model ({', '.join(STAND_INS)})"
         raise CommandError(
             f"model: {name!r} is not a folder here, {known}, and the hub did not give it ({reason}){hint}"
         ) from error
     return dict(values)
+
+
+def _beside(name: str) -> list[str]:
+    """The folders beside a path such as runs/first, if runs is here; a hub's owner is not."""
+    parent = Path(name).parent
+    return [path.name for path in parent.iterdir()] if parent != Path() and parent.is_dir() else []
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; without asking if a proxy stands between. Its library would try for 30 s."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((str(host.hostname), host.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def quiet_transformers() -> None:
@@ -145,6 +169,14 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     if Path(source.path).is_dir():
         check_weight_files(Path(source.path), model)
     return model
+
+
+def tokenizer_if_any(source: Source) -> Any:
+    """As `load_tokenizer`; None, with a line that says so, for a folder that holds the model alone."""
+    if Path(source.path).is_dir() and not any(any(Path(source.path).glob(names)) for names in _TOKENIZER_FILES):
+        print(f"{source.path} holds no tokenizer, so none is saved with the result")
+        return None
+    return load_tokenizer(source)
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -31,7 +31,7 @@ _EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -99,8 +99,10 @@ def _label_words(text: str | None) -> dict[str, str] | None:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.local import load_task_from_folder
+    from mpoe.data.local import holds_train_alone, load_task_from_folder
 
+    if holds_train_alone(folder):
+        print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
     return load_task_from_folder(
         folder,
         name,
@@ -120,9 +122,14 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
     from mpoe.data.hub import detect_hub_task
     from mpoe.data.local import task_name
 
-    if not _HUB_NAME.fullmatch(data_dir):
-        raise CommandError(f"data_dir must be an existing folder, or a data set on the hub; got {data_dir!r}")
-    return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+    if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
+        raise CommandError(
+            f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
+        )
+    try:
+        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+    except ValueError as error:
+        raise CommandError(f"data_dir: there is no folder {data_dir!r} here; on the hub: {error}") from error
 
 
 def _detection(options: DataOptions) -> dict[str, Any]:

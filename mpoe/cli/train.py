@@ -20,7 +20,7 @@ from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import option, read_command
 from mpoe.cli.progress import going_on, show_progress
 from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
-from mpoe.cli.starting_rate import settle_rate
+from mpoe.cli.starting_rate import search_rate, settle_rate
 from mpoe.cli.starting_shape import settle_experts
 from mpoe.cli.tasks import DataOptions
 
@@ -31,6 +31,31 @@ if TYPE_CHECKING:
     from mpoe.training import MPOETrainingArguments
 
 
+# what `mpoe train --help` shows
+FIRST = {
+    "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5)",
+    "data_dir": "folder with train, validation and test files, or owner/name on the hub",
+    "tasks": "tasks by name, instead: folders in data_dir, rte, imdb, doc_module, ...",
+    "output_dir": "folder of the run: checkpoints, metrics, report, the final model",
+    "num_experts": "experts of every feed-forward layer (8)",
+    "top_k": "experts per token (2; 1 of shapes other than hidden)",
+    "shape": "hidden, separable, paper, light: what the experts own (hidden)",
+    "baseline": "dense, wider or switch: what the mixture is compared with",
+    "adapter": "train experts and routers alone",
+    "max_steps": "optimizer steps",
+    "num_train_epochs": "or passes over the data (3)",
+    "per_device_train_batch_size": "items per step and device (8)",
+    "learning_rate": "default: chosen by family, shape and width",
+    "find_rate": "search for it first: 30 steps with each of three to five",
+    "max_source_length": "tokens of the input, or of a block of running text (128)",
+    "max_target_length": "tokens of the answer (16)",
+    "seed": "of routers, dropout and the order of the data (42)",
+    "use_cpu": "stay on the CPU",
+    "overwrite": "replace the run in output_dir",
+    "resume": "continue the run in output_dir at its last checkpoint",
+}
+
+
 @dataclass
 class RunOptions:
     """Options of the run itself."""
@@ -38,6 +63,9 @@ class RunOptions:
     _argument_group_name = "run"
 
     overwrite: bool = option(False, "replace the run in output_dir")
+    find_rate: bool = option(
+        False, "search for the learning rate first: 30 steps with each of three to five, judged on held-out items"
+    )
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
 
 
@@ -71,7 +99,7 @@ def command(arguments: Sequence[str]) -> None:
     groups = [RunOptions, ModelOptions, DataOptions, ArmOptions, ExpertOptions, ExperimentOptions, MeasureOptions]
     groups.append(MPOETrainingArguments)
     usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
-    asked = read_command(usage, __doc__, groups, arguments, 1, config=True, inherited=Seq2SeqTrainingArguments)
+    asked = read_command(usage, __doc__, groups, arguments, 1, True, Seq2SeqTrainingArguments, FIRST)
     if asked is None:
         return
     options, model, data, arm, experts, experiment, measure, training = asked.options
@@ -118,6 +146,9 @@ def run(plan: Plan) -> dict[str, Any]:
     trainer = make_trainer(model, tokenizer, items, validation, plan)
     if plan.measure.print_num_parameters and trainer.is_world_process_zero():
         print_parameters(trainer.model)
+    if plan.run.find_rate and not plan.run.resume:
+        settings |= search_rate(trainer, items.items)
+        settings["training"]["learning_rate"] = arguments.learning_rate
     with hold(folder) if arguments.process_index == 0 else nullcontext():
         checkpoint = _claim_folder(folder, plan, settings)
         start = time.perf_counter()
@@ -133,6 +164,8 @@ def _output_folder(plan: Plan) -> Path:
     if "output_dir" not in plan.given or not plan.arguments.output_dir:
         raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
     folder = check_folder("output_dir", Path(plan.arguments.output_dir))
+    if plan.run.find_rate and "learning_rate" in plan.given:
+        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
     if plan.run.overwrite and plan.run.resume:
         raise CommandError("--overwrite and --resume exclude each other; give one of them")
     _check_folder(plan)

@@ -11,7 +11,6 @@ from typing import Any
 from mpoe.data.detect import detect_spec
 from mpoe.data.documentation import SPLITS
 from mpoe.data.files import (
-    SPLIT_STEMS,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Row,
@@ -22,7 +21,7 @@ from mpoe.data.files import (
     read_table,
 )
 from mpoe.data.spec import TaskSpec
-from mpoe.data.splits import with_subsets, with_validation_test_split
+from mpoe.data.splits import with_subsets, with_validation_from_train, with_validation_test_split
 from mpoe.data.task import KINDS, Example, Task
 
 
@@ -60,7 +59,8 @@ def load_task_from_folder(
     """Read and check every split under ``data_dir`` and make a task of them.
 
     Args:
-        data_dir: folder with a train file and at least one of validation (valid, val, dev) and test.
+        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files; with neither, a
+            tenth of the training items, at most a thousand, is held out for validation.
         name: name of the task (default: the folder's); every source text starts with it.
         kind: classification, regression, generation or language_modeling; default: .txt files are language modelling,
             fractions (or more than 50 different numbers) regression, up to 50 labels classification.
@@ -96,6 +96,8 @@ def load_task_from_folder(
         where, first = files["train"], tables["train"]
         spec = detect_spec(where, first, name, kind, text_columns, label_column, label_words, metrics, **lengths)
     task: Task = _local_task(spec, folder, files, tables)
+    if set(files) == {"train"}:
+        task = with_validation_from_train(task)
     if split_validation_test:
         task = with_validation_test_split(task, data_seed)
     if (n_train, n_val, n_test) != (None, None, None):
@@ -153,21 +155,22 @@ def task_name(text: str) -> str:
     return re.sub(r"[^\w-]+", "_", text)
 
 
+def holds_train_alone(folder: Path) -> bool:
+    """Whether there is nothing to evaluate on."""
+    return not any(find_split_file(folder, split) for split in ("validation", "test"))
+
+
 def find_files(folder: Path, needs_test: bool = True) -> dict[str, Path]:
-    """The file of each existing split; ValueError without a train file, or without anything to evaluate on."""
+    """The file of each existing split; ValueError without a train file."""
     files = {}
     for split in SPLITS:
         path = find_split_file(folder, split) if split != "test" or needs_test else None
         if path is not None:
             files[split] = path
-    wanted = "train" if "train" not in files else "validation" if "validation" not in files else ""
-    if wanted == "validation" and "test" in files:
-        wanted = ""  # a test split alone is enough
-    if wanted:
+    if "train" not in files:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        names = " or ".join(SPLIT_STEMS[wanted])
         raise ValueError(
-            f"data_dir {folder} must hold a {wanted} file ({names} with "
+            f"data_dir {folder} must hold a train file (train with "
             f"{', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))}, also .gz); got {there}"
         )
     return files

@@ -99,10 +99,17 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     assert len(task.validation()) == 2
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"task other is on the hub .*pip install 'mpoe\[hub\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"no folder 'someone/other' here; on the hub: task other is on the hub .*pip install 'mpoe\[hub\]'",
+    ):
         tasks([], data_dir="someone/other")
-    for absent in ("./absent", str(tmp_path / "absent")):
-        with pytest.raises(CommandError, match="data_dir must be an existing folder, or a data set on the hub; got"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for absent in ("nowhere", "here/absent", "./absent", str(tmp_path / "absent")):
+        with pytest.raises(
+            CommandError, match=f"data_dir must be an existing folder, .*; there is no folder '{absent}'"
+        ):
             tasks([], data_dir=absent)
 
 

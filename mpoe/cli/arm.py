@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option
 
 DENSE, WIDER, SWITCH = "dense", "wider", "switch"
@@ -35,10 +34,7 @@ def widened_for(model: Any, config: Any) -> Any:
     """``model``, wider: as large as its mixture ``config``."""
     from mpoe.models.widen import hidden_size_as_mixture, widened
 
-    try:
-        hidden = hidden_size_as_mixture(model, config)
-    except ValueError as error:
-        raise CommandError(f"baseline wider: {error}") from None
+    hidden = hidden_size_as_mixture(model, config)
     wide = widened(model, hidden)
     print(f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in wide.parameters()):,} parameters")
     return wide

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.cli.demo_arms import DemoArm, Settings
-from mpoe.layers import HiddenFeedForward, MPOEFeedForward
+from mpoe.layers import MPOEFeedForward, routing_context
 
 TOKENS = 512
 ROUNDS = 3
@@ -34,13 +34,7 @@ class _Dense(nn.Module):
 def _layer(arm: DemoArm, features: int, hidden: int) -> nn.Module:
     if arm.experts is None:
         return _Dense(features, hidden)
-    config = arm.config(large=True)
-    if not config.is_hidden:
-        return MPOEFeedForward(features, hidden, config)
-    dense = _Dense(features, hidden)
-    layer = HiddenFeedForward(features, hidden, config, names={"up": "up", "down": "down"}, activation="relu")
-    layer.adopt({"up": dense.up, "down": dense.down})
-    return layer
+    return MPOEFeedForward(features, hidden, arm.config(large=True))
 
 
 def large_costs(settings: Settings, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
@@ -94,7 +88,8 @@ def _size(layer: nn.Module) -> int:
 def _seconds(layer: nn.Module, x: Tensor, training: bool) -> float:
     start = time.thread_time()
     if training:
-        layer(x).sum().backward()
+        with routing_context(record=False):
+            layer(x).sum().backward()
     else:
         with torch.inference_mode():
             layer(x)

@@ -94,7 +94,7 @@ def _beside(name: str) -> list[str]:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; without asking if a proxy stands between. Its library would try for 30 s."""
+    """Whether the hub can be reached; its library would try for 30 s. Not asked offline or through a proxy."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -102,7 +102,7 @@ def _hub_answers() -> bool:
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT)
-    if getproxies():
+    if constants.HF_HUB_OFFLINE or getproxies():
         return True
     try:
         socket.create_connection((str(host.hostname), host.port or 443), timeout=3).close()

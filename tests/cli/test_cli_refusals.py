@@ -116,6 +116,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
         asked.append(address)
         raise OSError("unreachable")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.create_connection", no_way)
     line = refused("generate", "no-such-run", "--prompt", "x")
     assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line

@@ -65,7 +65,8 @@ def find(name: str) -> Source:
             f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
             "(and models converted from them)"
         )
-    return Source(name, model_type, str((values.get("architectures") or [""])[0]))
+    names = values.get("architectures")
+    return Source(name, model_type, str(names[0]) if isinstance(names, list) and names else "")
 
 
 def _config_values(name: str, is_folder: bool) -> dict[str, Any]:

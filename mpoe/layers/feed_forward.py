@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -20,6 +24,16 @@ def is_observed(module: nn.Module) -> bool:
     """Whether a module has hooks, or its forward was replaced."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
+
+
+@functools.cache
+def _say_that_nothing_balances() -> None:
+    """Warn, once in a process, that a layer trains without its balancing loss."""
+    warnings.warn(
+        "a mixture's layer trains outside a converted model, so nothing adds its balancing loss: run it in "
+        "mpoe.layers.routing_context() and add mpoe.layers.load_balancing_loss of the records",
+        stacklevel=4,
+    )
 
 
 class RoutedFeedForward(nn.Module):
@@ -93,6 +107,8 @@ class RoutedFeedForward(nn.Module):
         ``expert_offsets``: of the slots; default: an expert's load is how many chose it.
         """
         call = current_routing()
+        if call is None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _say_that_nothing_balances()
         if call is not None and call.records is not None:
             if expert_offsets is None:
                 expert_load = count_choices(decision.top_k_index, self.num_experts, token_mask).int()
@@ -118,8 +134,8 @@ class MPOEFeedForward(RoutedFeedForward):
     Args:
         in_features: model size I.
         hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`: experts, shapes, router. If it names no shape, experts are separable: hidden-side blocks
-            need existing projections (`HiddenFeedForward`).
+        config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their own, `nn.Linear`
+            up, down and, if gated, gate_proj.
         activation: name of the activation.
         gated: whether the experts are ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
@@ -146,8 +162,15 @@ class MPOEFeedForward(RoutedFeedForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = MPOEConfig() if config is None else config
-        if isinstance(config, MPOEConfig):
-            config = config.with_cores()
+        if isinstance(config, MPOEConfig) and config.is_hidden:
+            from mpoe.layers.hidden import HiddenMixture  # which is made of this class
+
+            options = {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
+            options |= {"activation": activation, "device": device, "dtype": dtype}
+            made: Any = self
+            made.__class__ = HiddenMixture
+            made.build(in_features, hidden_features, config, gated, bias, init_std or {}, **options)
+            return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
         kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
         if gated:

@@ -23,7 +23,7 @@ from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
-from mpoe.training.freezing import freeze_cores
+from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
@@ -106,6 +106,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
+        if args.adapter:
+            freeze_all_but_experts(self.model)
         freeze_cores(
             self.model,
             update_mpo_layer=args.update_mpo_layer,

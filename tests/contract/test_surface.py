@@ -15,7 +15,9 @@ EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface_e1aa197.j
 # Changed on purpose: what `missing` says of it -> why.
 _SHAPE = "a new configuration that names no shape is hidden; what other shapes have alone still selects separable"
 _TOP_K = "two experts per token of hidden, one elsewhere; the number is settled and saved"
-_NAME = "POSITIONAL_OR_KEYWORD"
+_LINEAR = "one signature for sizes, as nn.Linear's, and for a shape; after a shape, all goes by name"
+_LONG = "the same for other data; instruction data has longer ones"
+_NAME, _KEY = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"
 DELIBERATE = {
     **{
         f"{module}.{name} was {was!r}, is '{_NAME} None'": why
@@ -24,6 +26,19 @@ DELIBERATE = {
             ("MPOEConfig: parameters: shape", f"{_NAME} 'separable'", _SHAPE),
             ("RouterConfig: parameters: top_k", f"{_NAME} 1", _TOP_K),
         )
+    },
+    **{
+        f"{module}.MPOLinear: parameters: {what}": _LINEAR
+        for module in ("mpoe", "mpoe.layers")
+        for what in (
+            f"init_std was '{_NAME} 0.02', is '{_NAME} None'",
+            f"shape was '{_NAME} required', is '{_KEY} None'",
+            "other arguments by position",
+        )
+    },
+    **{
+        f"mpoe.data.load_task_from_folder: parameters: {name} was '{_KEY} {was}', is '{_KEY} None'": _LONG
+        for name, was in (("max_source_length", 128), ("max_target_length", 16))
     },
     **{
         f"{command}: --{option}: default was {was!r}, is None": why

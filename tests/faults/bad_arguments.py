@@ -201,6 +201,7 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
                 "fine_tune": dense_model("gpt2"),
             },
         ),
+        "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
         "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
         "save_mpoe_only": (mpoe.save_mpoe_only, only),

@@ -138,10 +138,10 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         for value in arguments:
             if type(value) in _PLAIN:
                 device_type = device_type or value.device.type
-                if value.is_meta or value.is_neg():
+                if value.is_neg() or value.untyped_storage().nbytes() < value.nbytes:  # or an expanded one
                     return False
-                if value.untyped_storage().nbytes() < value.nbytes or not (value.data_ptr() or not value.numel()):
-                    return False  # or an expanded one
+                if not value.data_ptr() and (value.numel() or value.is_meta):
+                    return False
             elif isinstance(value, Tensor):
                 return False
     except RuntimeError:  # a layout or a wrapper without an address

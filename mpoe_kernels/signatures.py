@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
 from mpoe_kernels.contract import STRATEGIES
+from mpoe_kernels.registry import requested_backend
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
@@ -112,6 +113,8 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
 
 
 def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
+    if "backend" in given:
+        requested_backend(given["backend"])
     if "num_experts" in given:
         check_integer("num_experts", given["num_experts"], 1, MOST_EXPERTS)
     if given.get("capacity") is not None:

@@ -17,85 +17,25 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
-from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.contract.plan import Contraction, contraction, contractions
-from mpoe_kernels.contract.precision import may_round_to_tf32
-from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
+from mpoe_kernels.contract.program import Need
+from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.registry import (
-    AUTO,
-    BACKENDS,
-    CONTRACTIONS,
-    Backend,
-    BackendError,
-    Candidate,
-    Request,
-    preferred_backends,
-)
+from mpoe_kernels.registry import BACKENDS, Candidate
 from mpoe_kernels.version import __version__
 
 SETTING = "MPOE_AUTOTUNE"
-STRATEGIES_TIMED, BACKENDS_TIMED, MOST_TIMED = 2, 2, 4
 # Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best strategy's.
 ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
 SECONDS, MOST_ROUNDS = 0.1, 20  # of all interleaved repetitions together
 HOPELESS = 2.0  # a candidate this many times as slow as the fastest is not repeated
 _LOG = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """What a choice is made for.
-
-    Attributes:
-        op: one of `CONTRACTIONS`.
-        dims: sizes of the blocks.
-        num_experts: E.
-        slots: rows N.
-        dtype: of the activations.
-        device: ``cpu``, ``cuda:1``, ...
-        need: which gradients a backward computes: x, left, central, right.
-        keeps: the forward of ``separable`` saves its central step's rows for the backward.
-        backend, strategy: if given, only this one is considered.
-    """
-
-    op: str
-    dims: BlockDims
-    num_experts: int
-    slots: int
-    dtype: torch.dtype
-    device: str
-    need: Need = ALL_GRADIENTS
-    keeps: bool = False
-    backend: str = AUTO
-    strategy: str = AUTO
-
-    @property
-    def device_type(self) -> str:
-        """``cpu``, ``cuda``, ..."""
-        return self.device.partition(":")[0]
-
-    def rounded(self) -> Problem:
-        """The problem with the next power of two of slots, for which a choice is made."""
-        return self._replace(slots=1 << (self.slots - 1).bit_length() if self.slots else 0)
-
-    def plans(self) -> tuple[Contraction, ...]:
-        """Every contraction that solves the problem, fewest FLOPs first."""
-        sizes = (self.dims, self.num_experts, self.slots, self.dtype, CONTRACTIONS[self.op], self.need)
-        where = (self.device, self.keeps)
-        strategy = "separable" if self.keeps else self.strategy
-        return contractions(*sizes, *where) if strategy == AUTO else (contraction(strategy, *sizes, *where),)
-
-    def __str__(self) -> str:
-        need, keeps = "".join(str(int(n)) for n in self.need), ", keeps" * self.keeps
-        sizes = f"{'x'.join(map(str, self.dims))} E{self.num_experts} N{self.slots}"
-        return f"{self.op} {sizes} {self.dtype} need {need}{keeps}, {self.backend} {self.strategy}"
 
 
 # op -> a call of it on made-up tensors; entered by the ops' modules, which lie above this one.
@@ -162,14 +102,13 @@ def forget() -> None:
 def _key(problem: Problem) -> str:
     """Everything that a time depends on, as text: the machine, the versions, the problem."""
     if problem.device_type == "cuda":
-        tf32 = ", tf32" * may_round_to_tf32(problem.dtype)
         capability = torch.cuda.get_device_capability(problem.device)
-        machine = f"{torch.cuda.get_device_name(problem.device)} {capability}{tf32}"
+        machine = f"{torch.cuda.get_device_name(problem.device)} {capability}"
     else:
         isa = NATIVE_LIBRARY.info.get("isa_used", "no native kernels")
         threads = torch.get_num_threads()
         machine = f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    return f"{problem.device_type} {machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
+    return f"{machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
 
 
 def _is_traced() -> bool:
@@ -187,58 +126,6 @@ def _may_time(problem: Problem) -> bool:
     )
 
 
-def candidates_for(backend: Backend, plan: Contraction) -> tuple[list[Candidate], list[str]]:
-    """A backend's candidates for a contraction; or the reasons why it has none."""
-    reasons = backend.contraction_reasons(plan)
-    return ([], reasons) if reasons else (backend.candidates(plan), [])
-
-
-def _able(problem: Problem) -> list[Candidate]:
-    """All candidates: fewest FLOPs first, then the preferred backend.
-
-    Raises:
-        BackendError: with all reasons, when the named backend or every backend can run no candidate.
-    """
-    request = Request(problem.op, problem.device, problem.dtype)
-    named = problem.backend != AUTO
-    backends = (BACKENDS[problem.backend],) if named else preferred_backends(request)
-    refused = {backend.name: backend.unsupported_reasons(request) for backend in backends}
-    able: list[Candidate] = []
-    for plan in problem.plans():
-        for backend in backends:
-            if not backend.unsupported_reasons(request):
-                found, reasons = candidates_for(backend, plan)
-                able += found
-                refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
-    if not able:
-        if named:
-            listing = "; ".join(refused[problem.backend])
-            raise BackendError(f"backend {problem.backend!r} cannot run {problem.op}: {listing}")
-        listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-        raise BackendError(f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}")
-    if problem.device_type != "cpu" and not named:  # those that wait for the device only if there are no others
-        able = [candidate for candidate in able if not candidate.waits] or able
-    return able
-
-
-def shortlist(able: Iterable[Candidate]) -> list[Candidate]:
-    """What is timed of a ranking: the first of the first two strategies on the first two backends, then variants."""
-    groups: dict[tuple[str, str], list[Candidate]] = {}
-    strategies: dict[str, None] = {}
-    backends: dict[str, None] = {}
-    for candidate in able:
-        strategies[candidate.strategy] = backends[candidate.backend] = None
-        groups.setdefault((candidate.strategy, candidate.backend), []).append(candidate)
-    pairs = [
-        groups[strategy, backend]
-        for strategy in list(strategies)[:STRATEGIES_TIMED]
-        for backend in list(backends)[:BACKENDS_TIMED]
-        if (strategy, backend) in groups
-    ]
-    most = max(map(len, pairs))
-    return [group[k] for k in range(most) for group in pairs if k < len(group)][:MOST_TIMED]
-
-
 def _timed_sizes(problem: Problem) -> tuple[int, int]:
     """Experts and slots of a timed call: so few experts that it is short, with all their rows up to a limit.
 
@@ -246,7 +133,7 @@ def _timed_sizes(problem: Problem) -> tuple[int, int]:
     """
     kind, experts = problem.device_type, problem.num_experts
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    share = min(1.0, FLOPS[kind] * threads / problem.plans()[0].flops, ROWS[kind] * threads / problem.slots)
+    share = min(1.0, FLOPS[kind] * threads / max(1, problem.plans()[0].flops), ROWS[kind] * threads / problem.slots)
     fewer = min(experts, max(threads, int(experts * share)))
     return fewer, min(math.ceil(problem.slots * fewer / experts), max(ROWS[kind] * threads, fewer))
 
@@ -320,7 +207,7 @@ def resolve_contraction(problem: Problem) -> Candidate:
         BackendError: with all reasons, when the named backend or every backend can run no candidate.
     """
     problem = problem.rounded()
-    able = _able(problem)
+    able = rank(problem)
     if torch.are_deterministic_algorithms_enabled() or _is_traced() or len(able) == 1:
         return able[0]
     key = _key(problem)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.contract.autotune import EXAMPLES, Problem
+from mpoe_kernels.contract.autotune import EXAMPLES
 from mpoe_kernels.contract.orders import BlockDims, expected_busy_experts
+from mpoe_kernels.contract.ranking import Problem
 
 
 @dataclass

@@ -167,7 +167,7 @@ def grouped_mpo_linear(
             without sorting ``row_index``; it has no other use.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
         backend: name of a backend; default: the one set by `use_backend`, else the registry's choice.
-        strategy: force one of the planner's strategies for forward and backward, instead of its own choices:
+        strategy: force one strategy for forward and backward, instead of the choice by one timing:
             ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 
     Returns:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold, registry
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
-from mpoe_kernels.contract.autotune import Problem, resolve_contraction
+from mpoe_kernels.contract.autotune import resolve_contraction
+from mpoe_kernels.contract.ranking import Problem
 from mpoe_kernels.registry import (
     CONTRACTIONS,
     Backend,

@@ -1,23 +1,23 @@
-"""The choice by one timing: what is timed and kept, where nothing is timed, and files that are not ours."""
+"""The choice by one timing: what is timed, what a choice depends on, and where nothing is timed."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import BackendError, grouped_mpo_linear, registry
-from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
-from mpoe_kernels.contract.autotune import Problem, adopt, choices, resolve_contraction
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
+from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
+from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.testing.assertions import torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -26,35 +26,8 @@ from .backend_cases import require
 
 LINEAR = "grouped_mpo_linear"
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 PROBLEM = Problem(LINEAR, DIMS, 8, 64, torch.float32, "cpu")
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Timing is on, nothing is known."""
-    monkeypatch.delenv("MPOE_AUTOTUNE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    autotune.forget()
-    yield tmp_path / "mpoe" / "choices.json"
-    autotune.forget()
-
-
-@pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls compute nothing."""
-    found = {"first": 2.0, "second": 1.0}
-
-    def backend(name: str) -> Backend:
-        # A kernel by which `_seconds` below can tell whose it is.
-        return Backend(name, {}, candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)])
-
-    for name in found:
-        monkeypatch.setitem(registry.BACKENDS, name, backend(name))
-    monkeypatch.setitem(registry.PREFERRED, "cpu", tuple(found))
-    monkeypatch.setattr(
-        autotune, "_seconds", lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)]
-    )
-    return found
 
 
 def test_the_fastest_is_kept(seconds: dict[str, float], empty_cache: Path) -> None:
@@ -113,95 +86,6 @@ def test_threads_versions_and_instructions_are_part_of_the_key(
     monkeypatch.setattr(torch, "__version__", "9.9")
     resolve_contraction(PROBLEM)
     assert len(choices()) == 5
-
-
-def test_two_machines_share_a_home(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for machine, second in (("one", 1.0), ("other", 3.0), ("one", 9.0), ("other", 9.0)):
-        monkeypatch.setattr(autotune, "processor_name", lambda name=machine: name)
-        seconds["second"] = second
-        autotune.forget()
-        found.append(resolve_contraction(PROBLEM).backend)
-    assert found == ["second", "first", "second", "first"]
-    assert len(kept.read_choices()) == 2
-
-
-def test_what_other_processes_wrote_stays(seconds: dict[str, float], empty_cache: Path) -> None:
-    kept.add_choices({"theirs": "native chain"})
-    resolve_contraction(PROBLEM)
-    assert len(kept.read_choices()) == 2
-    assert list(empty_cache.parent.iterdir()) == [empty_cache], "nothing half written is left"
-
-
-def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "MOST_CHOICES", 2)
-    for name in "abca":
-        kept.add_choices({name: "native chain"})
-    assert list(kept.read_choices()) == ["c", "a"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[" * 100_000,
-        "[1]",
-        b"\xff\xfe",
-        " " * (kept.LARGEST_FILE + 1),
-        json.dumps({"version": 99, "choices": {"a": "b"}}),
-        json.dumps({"version": kept.VERSION, "choices": ["a"]}),
-        json.dumps({"version": kept.VERSION, "choices": {"a": 3}}),
-        json.dumps({"machine": "of an older release", "devices": {}}),
-    ],
-    ids=["empty", "cut", "nested", "list", "bytes", "large", "newer", "no choices", "no strings", "foreign"],
-)
-def test_a_damaged_or_foreign_file_is_measured_again(
-    seconds: dict[str, float], empty_cache: Path, content: str | bytes
-) -> None:
-    empty_cache.parent.mkdir()
-    empty_cache.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert resolve_contraction(PROBLEM).backend == "second"
-    assert kept.read_choices() == choices(), "and replaced"
-
-
-@pytest.mark.parametrize("value", ["native unheard-of", "abacus chain", "", "second"])
-def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], value: str) -> None:
-    resolve_contraction(PROBLEM)
-    (key,) = choices()
-    kept.add_choices({key: value})
-    autotune.forget()
-    assert resolve_contraction(PROBLEM).backend == "second"
-
-
-@pytest.mark.parametrize("kind", ["pipe", "folder", "read-only home", "home is a file"])
-def test_an_unwritable_place_is_no_error(
-    seconds: dict[str, float], empty_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kind == "home is a file":
-        empty_cache.parent.write_text("")
-    else:
-        empty_cache.parent.mkdir()
-    if kind == "pipe":
-        os.mkfifo(empty_cache)
-    elif kind == "folder":
-        empty_cache.mkdir()
-    elif kind == "read-only home":
-
-        def refuse(**_: object) -> None:
-            raise OSError(errno.EROFS, "Read-only file system")
-
-        monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    assert resolve_contraction(PROBLEM).backend == "second"
-    seconds["second"] = 3.0
-    assert resolve_contraction(PROBLEM).backend == "second", "in memory"
-
-
-@pytest.mark.parametrize(("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")])
-def test_the_place_of_the_file(home: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", home)
-    monkeypatch.setenv("HOME", "/home/of/user")
-    assert kept.choices_file() == Path(expected) / "mpoe" / "choices.json"
 
 
 def ranked(problem: Problem = PROBLEM) -> tuple[str, str]:
@@ -297,6 +181,10 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
             contraction_reasons=lambda plan: [] if plan.dtype == dtype or waits else ["not this dtype"],
         )
 
+    def either(plan: Contraction) -> list[Candidate]:
+        return [Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)]
+
+    monkeypatch.setitem(registry.BACKENDS, "both", Backend("both", {}, candidates=either))
     both = {"waiting": backend("waiting", True, torch.bfloat16), "going": backend("going", False, torch.bfloat16)}
     for name, each in both.items():
         monkeypatch.setitem(registry.BACKENDS, name, each)
@@ -304,6 +192,7 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
     on_gpu = PROBLEM._replace(device="cuda:0", dtype=torch.bfloat16)
     assert ranked(on_gpu)[0] == "going"
     assert ranked(on_gpu._replace(backend="waiting"))[0] == "waiting"
+    assert [c.waits for c in rank(on_gpu._replace(backend="both"))] == [False] * 4 + [True] * 4
     assert ranked(on_gpu._replace(dtype=torch.float32))[0] == "waiting", "there is no other"
     assert ranked(on_gpu._replace(strategy="chain")) == ("going", "chain")
 
@@ -313,12 +202,12 @@ def test_at_most_four_are_timed() -> None:
         return Candidate(backend, name or strategy, strategy, len)
 
     able = [each(b, s) for s in ("rebuild", "chain", "half_left") for b in ("native", "eager", "third")]
-    found = autotune.shortlist(able)
+    found = shortlist(able)
     assert [(c.backend, c.strategy) for c in found] == [
         *(("native", "rebuild"), ("eager", "rebuild"), ("native", "chain"), ("eager", "chain"))
     ]
     variants = [each("triton", "rebuild", "rebuild on chip"), each("triton", "rebuild"), each("triton", "chain")]
-    names = [c.name for c in autotune.shortlist(variants)]
+    names = [c.name for c in shortlist(variants)]
     assert names == ["rebuild on chip", "chain", "rebuild"], "variants of a pair come last"
 
 
@@ -358,6 +247,24 @@ def test_a_first_use_is_timed_and_leaves_no_trace(name: str, training: bool) -> 
     assert set(choices().values()) <= {f"{b} {s}" for b in ("native", "eager") for s in STRATEGIES}
 
 
+def test_a_gradient_of_the_bias_alone() -> None:
+    shape = SMALL_SHAPES["light"]
+    bias = torch.zeros(shape.out_features, requires_grad=True)
+    x, offsets = torch.ones(4, shape.in_features), torch.tensor([0, 2, 4])
+    grouped_mpo_linear(x, random_blocks(shape, 2, torch.float32), offsets, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.eq(4).all()
+
+
+def test_fake_tensors_are_not_timed() -> None:
+    shape = SMALL_SHAPES["light"]
+    with FakeTensorMode():
+        blocks = random_blocks(shape, 2, torch.float32)
+        y = grouped_mpo_linear(torch.ones(4, shape.in_features), blocks, torch.tensor([0, 2, 4]))
+    assert y.shape == (4, shape.out_features)
+    assert choices() == {}
+
+
 def test_a_compiled_graph_times_when_it_runs() -> None:
     shape = SMALL_SHAPES["light"]
     blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
@@ -393,6 +300,7 @@ def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BITS = """
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from mpoe_kernels import MPOShape, grouped_mpo_linear
 from mpoe_kernels.testing.cases import random_blocks
 torch.use_deterministic_algorithms(True)

@@ -11,7 +11,8 @@ import torch
 
 from mpoe_kernels.backends import cuda
 from mpoe_kernels.contract import BlockDims, contraction
-from mpoe_kernels.contract.autotune import Problem, _key
+from mpoe_kernels.contract.autotune import _key
+from mpoe_kernels.contract.ranking import Problem
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.triton import architecture
 

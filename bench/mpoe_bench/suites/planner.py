@@ -22,33 +22,25 @@ from mpoe_bench.timing import Budget, Measure, cpu_measure, interleave
 from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
 from mpoe_kernels.contract import autotune
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.contract.plan import contractions
-from mpoe_kernels.registry import AUTO, CONTRACTIONS, Candidate
+from mpoe_kernels.contract.ranking import Problem
+from mpoe_kernels.registry import AUTO, Candidate
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
 TOLERANCE, WANTED_SHARE = 1.15, 0.9
 
 
-def problems_of(case: Workload, backend: str = AUTO) -> dict[str, autotune.Problem]:
+def problems_of(case: Workload, backend: str = AUTO) -> dict[str, Problem]:
     """What the ops choose for, by phase."""
-    keeps = case.training and case.shape.is_separable
-    need = (True, True, not case.mask_central, True)
     sizes = (BlockDims.of_shape(case.shape), case.num_experts, case.num_tokens, case.dtype, "cpu")
-    return {
-        phase: autotune.Problem(
-            op,
-            *sizes,
-            need if phase == "backward" else autotune.ALL_GRADIENTS,
-            keeps and phase == "forward",
-            backend,
-        )
-        for op, phase in CONTRACTIONS.items()
-        if phase == "forward" or case.training
-    }
+    keeps, need = case.training and case.shape.is_separable, (True, True, not case.mask_central, True)
+    found = {"forward": Problem("grouped_mpo_linear", *sizes, keeps=keeps, backend=backend)}
+    if case.training:
+        found["backward"] = Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
+    return found
 
 
-def first_use(problems: Mapping[str, autotune.Problem]) -> dict[str, tuple[Candidate, float]]:
+def first_use(problems: Mapping[str, Problem]) -> dict[str, tuple[Candidate, float]]:
     """By phase, what is chosen without any kept choice, and the seconds of choosing."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
@@ -70,13 +62,11 @@ def _runs(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
     leaves = [t for t in (x, blocks.left, blocks.central, blocks.right) if t.requires_grad]
-    rows = routing.token_of_slot
+    rows, offsets = routing.token_of_slot, routing.expert_offsets
 
     def forward(backend: str, strategy: str) -> Tensor:
         with torch.set_grad_enabled(case.training):
-            return grouped_mpo_linear(
-                x, blocks, routing.expert_offsets, row_index=rows, backend=backend, strategy=strategy
-            )
+            return grouped_mpo_linear(x, blocks, offsets, row_index=rows, backend=backend, strategy=strategy)
 
     def run(phase: str, backend: str, strategy: str) -> Callable[[], object]:
         y = forward(backend, strategy)  # refuses what has no kernel
@@ -100,12 +90,12 @@ def judge(case: Workload, budget: Budget, measure: Measure | None = None, backen
     problems = problems_of(case, backend)
     used = first_use(problems)
     run = _runs(case)
-    row: dict[str, Any] = {"name": case.name, "faults": {}, "chosen": {}, "best": {}, "first_use": {}, "seconds": {}}
+    row: dict[str, Any] = {"name": case.name, "chosen": {}, "best": {}, "first_use": {}, "seconds": {}}
     took = best = 0.0
     for phase, problem in problems.items():
         candidate, row["first_use"][phase] = used[phase]
         chosen = f"{candidate.name} [{candidate.backend}]"
-        plans = contractions(*problem[1:5], phase, problem.need)
+        plans = problem._replace(keeps=False).plans()
         strategies = [plan.strategy for plan in plans if plan.flops <= MOST_FLOPS * plans[0].flops]
         functions = {}
         for each in available_backends() if backend == AUTO else (backend,):

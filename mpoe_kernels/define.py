@@ -13,8 +13,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from mpoe_kernels.backends import kernel_for
 from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import kernel_for
 from mpoe_kernels.signatures import check_signature
 
 NAMESPACE = "mpoe"

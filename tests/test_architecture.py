@@ -22,8 +22,9 @@ RANKS = {
     "mpoe_kernels.compiled": 1,
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,
-    "mpoe_kernels.registry": 4,
+    "mpoe_kernels.backends": 4,
     "mpoe_kernels.contract": 4,
+    "mpoe_kernels.triton.architecture": 1,
     "mpoe_kernels.triton": 5,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,
@@ -32,7 +33,6 @@ RANKS = {
     "mpoe_kernels.embedding": 8,
     "mpoe_kernels.mixture": 8,
     "mpoe_kernels.reference": 9,
-    "mpoe_kernels.backends": 9,
     "mpoe_kernels.testing": 10,
     "mpoe_kernels": 11,
     "mpoe.config": 12,
@@ -49,7 +49,6 @@ RANKS = {
 }
 # Siblings of equal rank that do not know each other.
 STRANGERS = {
-    ("mpoe_kernels.reference", "mpoe_kernels.backends"),
     ("mpoe.config", "mpoe.data"),
     ("mpoe.estimation", "mpoe.training"),
     ("mpoe.inspection", "mpoe.training"),

@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from mpoe_kernels.backends import BACKENDS, Candidate
 from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
 from mpoe_kernels.contract.program import Need
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.registry import BACKENDS, Candidate
 from mpoe_kernels.version import __version__
 
 SETTING = "MPOE_AUTOTUNE"

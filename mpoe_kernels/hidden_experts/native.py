@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, checked, dense, dense_index, dense_like, name_of
-from mpoe_kernels.registry import Request
 from mpoe_kernels.routing.gating import Gating, new_gating
 
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -110,12 +107,3 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
     NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), _sizes(rows, index), *memory)
     return dy, dweights.to(call.top_k_weights.dtype)
-
-
-ROUTING_KERNELS: dict[str, Callable[[Any], Any]] = {
-    "route": route,
-    "dispatch": dispatch,
-    "dispatch_backward": dispatch_backward,
-    "combine": combine,
-    "combine_backward": combine_backward,
-}

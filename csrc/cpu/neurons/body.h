@@ -16,14 +16,14 @@ struct Columns {
   template <class T>
   Floats read(const T* row, int64_t c) const {
     if (c + kWidth <= columns) return load_floats(row + c);
-    T part[kWidth] = {};
+    alignas(64) T part[kWidth] = {};
     std::memcpy(part, row + c, (columns - c) * sizeof(T));
     return load_floats(part);
   }
   template <class T>
   void write(T* row, int64_t c, Floats value) const {
     if (c + kWidth <= columns) return store_floats(row + c, value);
-    T part[kWidth];
+    alignas(64) T part[kWidth];
     store_floats(part, value);
     std::memcpy(row + c, part, (columns - c) * sizeof(T));
   }

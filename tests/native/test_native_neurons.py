@@ -17,7 +17,10 @@ X, GATES, EXPERT, WEIGHTS = torch.ones(3, 4), torch.ones(3, 1), torch.zeros(3, 1
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X[0], GATES, EXPERT, WEIGHTS, WEIGHTS, None, None, "relu"), r"x must have 2 axes, up and down 3; got float32"),
+        (
+            (X[0], GATES, EXPERT, WEIGHTS, WEIGHTS, None, None, "relu"),
+            r"x must have 2 axes, up and down 3; got",
+        ),
         (
             (X, GATES[:2], EXPERT, WEIGHTS, WEIGHTS, None, None, "relu"),
             r"gates and top_k_index must be \[T, K\] with T = 3",

@@ -235,7 +235,6 @@ NOT_CALLED = {
     "__version__",
     "available_backends",
     "backend_reasons",
-    "measure_machine",
 }
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
 from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
-from mpoe_kernels.registry import Request
 
 
 def reasons(request: Request) -> list[str]:

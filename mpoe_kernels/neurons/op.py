@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.backends import add_kernels, requested_backend
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -24,14 +25,14 @@ from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
 from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
-from mpoe_kernels.registry import add_kernel, requested_backend
 
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6)
 
-for _backend, _kernels, _reasons in (("eager", eager, None), ("native", native, native.reasons)):
-    add_kernel(_backend, "neuron_experts", _kernels.forward, _reasons)
-    add_kernel(_backend, "neuron_experts_backward", _kernels.backward, _reasons)
+KERNELS = {"native": native, "eager": eager}
+for _backend, _kernels in KERNELS.items():
+    _table = {"neuron_experts": _kernels.forward, "neuron_experts_backward": _kernels.backward}
+    add_kernels(_backend, _table, getattr(_kernels, "reasons", None))
 
 
 def _run(call: NeuronCall) -> Tensor:

@@ -34,7 +34,7 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.native.kernels import linear_forward
+from mpoe_kernels.linear.native import linear_forward
 from mpoe_kernels.routing import native as native_routing
 from mpoe_kernels.routing.call import RouteCall
 

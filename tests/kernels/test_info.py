@@ -14,7 +14,7 @@ import torch
 
 from mpoe_kernels import backend_reasons, info
 from mpoe_kernels.contract.kept import processor_name
-from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
+from mpoe_kernels.native_library import INFO_KEYS, LIBRARY, NATIVE_LIBRARY
 
 FORKS = """
 import os, runpy, sys
@@ -120,12 +120,12 @@ def test_without_compiled_kernels(tmp_path: Path) -> None:
     for name in ("absent", "not_built", "broken"):
         shutil.copytree(package, tmp_path / name / package.name, ignore=ignored)
     (tmp_path / "not_built" / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    (tmp_path / "broken" / package.name / "_C.abi3.so").write_text("not a library")
+    (tmp_path / "broken" / package.name / LIBRARY).write_text("not a library")
     folders = [str(tmp_path / name) for name in ("absent", "not_built", "broken")]
     absent, not_built, broken = run_module(*((f"sys.path.insert(0, {folder!r})", []) for folder in folders))
     answer, reason = lines_of("native", absent)
     assert answer == "no"
-    assert reason.startswith("_C.abi3.so is not in")
+    assert reason.startswith(f"{LIBRARY} is not in")
     assert lines_of("native", not_built) == ("no", "it was not built: no compiler was found")
     answer, reason = lines_of("native", broken)
     assert answer == "no"

@@ -9,7 +9,7 @@ export ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 UBSAN_OPTIONS=print_stack
 
 for sanitizers in address,undefined thread; do
     build=$folder/${sanitizers%%,*}
-    cmake -S csrc/tests -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
+    cmake -S tests/native/cpp -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
     cmake --build "$build"
     # They share the code that splits work over threads: the thread sanitizer gets only the plainest and the best.
     isas="generic avx2 avx512 avx512bf16 amx"

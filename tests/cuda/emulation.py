@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU and run by the emulator of csrc/emu: ops ``torch.ops.mpoe_emulated``."""
+"""The CUDA kernels, compiled for the CPU and run by the emulator of tests/emulator: ops ``torch.ops.mpoe_emulated``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def missing() -> list[str]:
 
 
 class Emulator:
-    """Functions of csrc/emu/control.cpp in a built library; loading it registers the ops.
+    """Functions of tests/emulator/control.cpp in a built library; loading it registers the ops.
 
     Args:
         path: the library's path.

@@ -49,7 +49,7 @@ def rows(product: Rows) -> None:
     m, k, n, operands = axes_of(product)
     experts, grouped, device = product.experts, b.outer != 0, a.data.device
     rows_of_one = slots * m.extent / (experts if grouped else 1)
-    tile, *_ = tiles_for("rows", a.data, rows_of_one, n.extent, k.extent)
+    tile = next(tiles_for("rows", a.data, rows_of_one, n.extent, k.extent))
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy, bias, pre, row_index = out.data, product.bias, product.pre, product.row_index

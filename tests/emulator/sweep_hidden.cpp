@@ -1,5 +1,5 @@
 // Experts on the hidden side in bfloat16, forward and backward. See sweep.h.
-#include "emu/sweep.h"
+#include "emulator/sweep.h"
 
 #include <stdexcept>
 #include <string>
@@ -9,7 +9,7 @@
 #include "cuda/linear/contract.h"
 #include "cuda/hidden_experts/hidden_experts.h"
 #include "cuda/hidden_experts/launch.h"
-#include "tests/hidden_truth.h"
+#include "native/cpp/hidden_truth.h"
 
 #undef threadIdx
 #undef blockIdx

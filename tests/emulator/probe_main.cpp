@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "emu/probes.cuh"
+#include "emulator/probes.cuh"
 
 #undef threadIdx
 #undef blockIdx

@@ -1,4 +1,4 @@
-// Every instruction that csrc/emu/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line
+// Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line
 // of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
 // (tools/cuda_probes.py).
 #include <cstdio>

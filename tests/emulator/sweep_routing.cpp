@@ -1,9 +1,9 @@
 // The gate, the sort, dispatch, combine and their gradients. See sweep.h.
-#include "emu/sweep.h"
+#include "emulator/sweep.h"
 
 #include "cuda/linear/contract.h"
 #include "cuda/routing/routing.h"
-#include "tests/sorted.h"
+#include "native/cpp/sorted.h"
 
 #undef threadIdx
 #undef blockIdx

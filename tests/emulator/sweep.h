@@ -5,8 +5,8 @@
 #pragma once
 #include <exception>
 
-#include "emu/cuda_emulator.h"
-#include "tests/check.h"
+#include "emulator/cuda_emulator.h"
+#include "native/cpp/check.h"
 
 namespace emu {
 

@@ -1,5 +1,5 @@
 // Every order of the grouped product in bfloat16, forward and backward. See sweep.h.
-#include "emu/sweep.h"
+#include "emulator/sweep.h"
 
 #include <array>
 #include <map>
@@ -11,7 +11,7 @@
 #include "cuda/linear/panel_launch.cuh"
 #include "cuda/linear/pointwise.h"
 #include "cuda/linear/steps.h"
-#include "tests/truth.h"
+#include "native/cpp/truth.h"
 
 #undef threadIdx
 #undef blockIdx

@@ -34,6 +34,31 @@ def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     return value
 
 
+def _bytes_behind(value: Tensor) -> int:
+    """From the start of a tensor's storage to the end of its last element."""
+    size = value.nbytes
+    if size and not value.is_contiguous():
+        size = (1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))) * value.itemsize
+    return size + value.storage_offset() * value.itemsize
+
+
+def holds_values(value: Tensor) -> bool:
+    """Whether the memory of a strided tensor is there, in full: not if its storage was resized, as FSDP does."""
+    return not value.nbytes or (value.untyped_storage().nbytes() >= _bytes_behind(value) and value.data_ptr() != 0)
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Require a dense tensor whose memory holds its values: not one whose storage was resized, as FSDP does."""
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor; got one of the layout {value.layout}")
+    if not value.is_meta and not holds_values(value):
+        held = value.untyped_storage().nbytes() if value.data_ptr() else 0
+        raise ValueError(
+            f"{name} must hold its values, in {_bytes_behind(value)} bytes; got {describe(value)} with a storage of "
+            f"{held} bytes"
+        )
+
+
 def check_floating(name: str, value: Tensor) -> None:
     """Require one of the floating dtypes that the ops compute in."""
     if value.dtype not in FLOATING:

@@ -34,17 +34,20 @@ def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     return value
 
 
-def _bytes_behind(value: Tensor) -> int:
-    """From the start of a tensor's storage to the end of its last element."""
-    size = value.nbytes
-    if size and not value.is_contiguous():
-        size = (1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))) * value.itemsize
-    return size + value.storage_offset() * value.itemsize
+def _extent(value: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    steps = zip(value.shape, value.stride(), strict=True)
+    return (1 + sum((size - 1) * step for size, step in steps)) * value.itemsize
 
 
 def holds_values(value: Tensor) -> bool:
     """Whether the memory of a strided tensor is there, in full: not if its storage was resized, as FSDP does."""
-    return not value.nbytes or (value.untyped_storage().nbytes() >= _bytes_behind(value) and value.data_ptr() != 0)
+    size = value.nbytes
+    if not size:
+        return True
+    if not value.is_contiguous():
+        size = _extent(value)
+    return value.untyped_storage().nbytes() >= size + value.storage_offset() * value.itemsize and value.data_ptr() != 0
 
 
 def check_memory(name: str, value: Tensor) -> None:
@@ -54,8 +57,8 @@ def check_memory(name: str, value: Tensor) -> None:
     if not value.is_meta and not holds_values(value):
         held = value.untyped_storage().nbytes() if value.data_ptr() else 0
         raise ValueError(
-            f"{name} must hold its values, in {_bytes_behind(value)} bytes; got {describe(value)} with a storage of "
-            f"{held} bytes"
+            f"{name} must hold its values, in {_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
+            f"{describe(value)} with a storage of {held} bytes"
         )
 
 

@@ -13,8 +13,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, check_memory, describe, holds_values, refuse_jit_trace
+from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, holds_values, refuse_jit_trace
 from mpoe_kernels.registry import kernel_for
+from mpoe_kernels.signatures import check_signature
 
 NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
@@ -78,9 +79,7 @@ def define_op(
         return kernel(signature(*values))
 
     def checked(*values: Any) -> Any:
-        for field, value in zip(names, values):  # noqa: B905 - the dispatcher drops default values
-            if isinstance(value, Tensor):
-                check_memory(field, value)
+        check_signature(name, names, values)
         return body(*values)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -384,3 +385,16 @@ def test_dropout_and_padding() -> None:
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
     assert not torch.equal(layer.train()(x, mask), y)
+
+
+def test_blocks_larger_than_matrices_are_said() -> None:
+    """At small widths a block is no smaller than a matrix."""
+    sizes = {"n_embd": 8, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20}
+    small = GPT2LMHeadModel(GPT2Config(**sizes))
+    with pytest.warns(
+        UserWarning, match=r"experts are larger than dense ones: [\d,]+ parameters, [\d,]+ with expert_type"
+    ):
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=2))

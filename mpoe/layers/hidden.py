@@ -168,7 +168,7 @@ class HiddenExperts(FromInitialValues):
             or type(router) is not TopKRouter
             or is_observed(router)
             or is_observed(self)
-            or not router.can_gate_natively(x, *blocks.values(), self.bias)
+            or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias)
         ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]

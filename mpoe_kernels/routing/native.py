@@ -10,7 +10,6 @@ from mpoe_kernels.native_library import (
     DTYPES,
     NATIVE_LIBRARY,
     address,
-    checked,
     dense,
     dense_index,
     dense_like,
@@ -62,9 +61,8 @@ def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero."""
     if call.x.dim() != 2:
         raise ValueError(f"x must have 2 axes; got {describe(call.x)}")
-    x = checked("x", call.x)
-    if x.stride(1) != 1 and x.shape[1] != 1:  # rows may lie apart, even overlap
-        x = x.contiguous()
+    # Rows may lie apart, even overlap.
+    x = call.x if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1) else dense("x", call.x)
     index, offsets = dense_index("token_of_slot", call.token_of_slot, 1), dense_offsets(call.expert_offsets)
     (tokens, features), slots, element = x.shape, len(index), x.itemsize
     out = x.new_empty(slots, features)

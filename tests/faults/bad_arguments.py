@@ -115,7 +115,7 @@ def of_kernels() -> dict[str, Start]:
 
     def planned() -> dict[str, Any]:
         sizes = {"num_experts": 8, "num_tokens": 64, "top_k": 1}
-        return {"shape": shape(), **sizes, "dtype": torch.float32, "device": "cpu", "training": True}
+        return {"shape": shape(), **sizes, "dtype": torch.float32, "training": True}
 
     parts = ("expert_offsets", "token_of_slot", "slot_of_token")
     return {
@@ -206,6 +206,7 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
                 "fine_tune": dense_model("gpt2"),
             },
         ),
+        "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
         "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
         "save_mpoe_only": (mpoe.save_mpoe_only, only),

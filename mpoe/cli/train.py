@@ -272,13 +272,11 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
 def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | None:
     """Claim the folder for this run; returns the checkpoint to resume from, if any."""
     from mpoe.training import find_last_checkpoint, prepare_output_dir
-    from mpoe.training.same_plans import measured_record
 
     with plan.arguments.main_process_first(desc="output folder"):
         if plan.arguments.process_index != 0:
             return find_last_checkpoint(folder) if plan.run.resume else None
-        record = None if plan.run.resume else measured_record(plan.arguments)
-        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings, machine=record)
+        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
     if plan.run.resume:
         print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
     return checkpoint

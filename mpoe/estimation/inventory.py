@@ -83,6 +83,11 @@ class Inventory:
         """Weights of the layers that would be converted."""
         return sum(layer.elements for layer in self.layers)
 
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        names = ("name", "source", "class_name", "parameters")
+        return {**{name: getattr(self, name) for name in names}, "feed_forward_layers": len(self.layers)}
+
 
 def _read_json(file: Path) -> dict[str, Any]:
     import json

@@ -17,6 +17,7 @@ from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
+from mpoe_kernels.checks import check_dense, check_mask
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -77,11 +78,12 @@ class RoutedFeedForward(nn.Module):
         """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's or the call's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers.
-            ValueError: sizes that do not fit.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            ValueError: sizes that do not fit, tensors that are not dense.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states must be a tensor [..., I]; got {type(hidden_states).__name__}")
+        check_dense("hidden_states", hidden_states)
         if not hidden_states.is_floating_point():
             raise TypeError(f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}")
         if not hidden_states.dim() or hidden_states.shape[-1] != self.in_features:
@@ -93,12 +95,8 @@ class RoutedFeedForward(nn.Module):
                 token_mask = token_mask.reshape(-1)  # OPT's layers flatten what they pass on
         x = hidden_states.reshape(-1, self.in_features)
         if token_mask is not None:
-            if token_mask.shape != hidden_states.shape[:-1]:
-                raise ValueError(
-                    f"token_mask must be {list(hidden_states.shape[:-1])}, like hidden_states without its last axis; "
-                    f"got {list(token_mask.shape)}"
-                )
-            token_mask = token_mask.reshape(-1).bool()
+            # Like hidden_states without its last axis.
+            token_mask = check_mask("token_mask", token_mask, hidden_states.shape[:-1]).reshape(-1)
             # Padding may contain anything, including NaN, and the router reads every row.
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
@@ -210,8 +208,8 @@ class MPOEFeedForward(RoutedFeedForward):
             ``[..., I]`` in the experts' dtype, also for tokens in another dtype; under autocast in autocast's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers.
-            ValueError: sizes that do not fit.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
         y = self._by_native_calls(x, token_mask)

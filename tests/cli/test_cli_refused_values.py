@@ -10,7 +10,6 @@ import pytest
 from mpoe.cli import bench
 from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, take_layers
-from mpoe_kernels import planner
 
 RUN = ["train", "--output_dir", "run"]
 HERE = [*RUN, "--data_dir", "."]
@@ -89,14 +88,6 @@ def test_what_cannot_be_read_says_where_help_is(refused) -> None:
 def test_components_of_an_earlier_run_need_a_mixture() -> None:
     with pytest.raises(CommandError, match="load_layer needs a model with MPO layers; this one stays dense"):
         take_layers(SimpleNamespace(), ExperimentOptions("run", ["mlp"]))
-
-
-def test_a_calibration_that_cannot_be_kept(refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    def calibrate(device: str) -> None:
-        raise OSError(f"no room for {device}")
-
-    monkeypatch.setattr(planner, "calibrate", calibrate)
-    assert "hardware.json cannot be written: no room for cpu" in refused("plan", "--calibrate")
 
 
 def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

@@ -49,6 +49,40 @@ DELIBERATE = {
             *(("plan", name, 1, _TOP_K) for name in ("top_k", "top-k")),
         )
     },
+    **{
+        f"plan: --{each} is gone": why
+        for names, why in (
+            ("device calibrate explain", "FLOPs and memory are the same on every device; runs time themselves"),
+            ("per_layer", "--json lists every layer"),
+            (
+                "nodes gpus_per_node link_gbps node_link_gbps",
+                "predicted times of clusters; docs/scale.md has the bytes",
+            ),
+            ("max_time", "max_flops, x dense too"),
+        )
+        for name in names.split()
+        for each in (name, name.replace("_", "-"))
+    },
+}
+
+
+_EXACT = (
+    "a plan ranks by FLOPs; it holds exact numbers, the same on every device, and is made by plan_contraction alone"
+)
+DELIBERATE |= {
+    **{
+        f"mpoe_kernels.ContractionPlan: members: {each} is gone": _EXACT
+        for each in ("bytes", "intensity", "memory_bytes", "seconds")
+    },
+    **{
+        f"mpoe_kernels.ContractionPlan: parameters: {each} is gone": _EXACT
+        for each in ("backward", "dense_flops", "forward", "hardware", "losses")
+    },
+    "mpoe_kernels.plan_contraction: parameters: device is gone": _EXACT,
+    **{
+        f"mpoe_kernels.{name}: parameters: other arguments by position": _EXACT
+        for name in ("ContractionPlan", "plan_contraction")
+    },
 }
 
 

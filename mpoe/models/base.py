@@ -32,7 +32,7 @@ from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.checkpointing import checkpoint_arguments
 from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
@@ -187,7 +187,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
                 continue
             if getattr(module, "_is_hf_initialized", False):
                 continue
-            parameters = dict(module.named_parameters())
+            parameters = module.named_tensors()
             if not all(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()):
                 for name, value in module.initial_values().items():
                     if not getattr(parameters[name], "_is_hf_initialized", False):
@@ -276,7 +276,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 
         Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
         passes that need gradients are not affected. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts
-        have nothing to rebuild, so the cache stays empty.
+        and neurons have nothing to rebuild, so the cache stays empty.
 
         Args:
             max_bytes: bound; 0: no cache, also not in `generate`; ``None``: as in a new model. Any call starts with an
@@ -289,7 +289,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
         layers = [module for module in self.modules() if isinstance(module, MPOExperts)]
-        if not layers and not hidden_modules(self):  # hidden-side blocks are never rebuilt: nothing to cache
+        if not layers and not kept_modules(self):  # nothing of theirs is ever rebuilt: nothing to cache
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         cache = ExpertCache.of(max_bytes)
         for layer in layers:
@@ -348,7 +348,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     # -------------------------------------------------------------- freezing
 
     def freeze_central(self) -> None:
-        """Stop training the central cores, which all experts share.
+        """Stop training what all experts share: central cores, or the dense projections that stay (and P and Q).
 
         Raises:
             ValueError: a model without MPO weights.
@@ -384,7 +384,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             found.requires_grad_(trained)
 
     def _set_central(self, trained: bool) -> None:
-        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *hidden_modules(self).values()]
+        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
         if not modules:
             raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
         for cores in modules:

@@ -17,7 +17,7 @@ from mpoe_kernels.planner import BlockDims, program_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
-from mpoe_kernels.testing.linear_problem import planned_strategies
+from mpoe_kernels.testing.linear_problem import NAMES, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 from .linear_runs import Case, strategies_of
@@ -54,18 +54,19 @@ class TestScenarios(LinearScenarios):
 
 @pytest.mark.parametrize("name", [pytest.param("light", marks=pytest.mark.exhaustive), "separable"])
 def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
+    """Against float64, not bit for bit: other products run than for all gradients, in other tiles."""
     shape = SMALL_SHAPES[name]
     case = Case(shape, tokens=3, experts=2, capacity=2)
+    truth, same = case.reference(torch.float64)[1:], case.reference(case.dtype)[1:]
     for strategy in strategies_of(shape):
         y, h, z = case.forward(strategy)
-        together = case.backward(strategy, y, h, z, [True] * 5)
-        for needed in range(5):
-            alone = case.backward(strategy, y, h, z, [k == needed for k in range(5)])
-            assert torch.equal(alone[needed], together[needed])
-            assert all(alone[k].numel() == 0 for k in range(5) if k != needed)
-        masked = case.backward(strategy, y, h, z, [True, True, False, True, True])
-        assert masked[2].numel() == 0
-        assert all(torch.equal(masked[k], together[k]) for k in (0, 1, 3, 4))
+        for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
+            grads = case.backward(strategy, y, h, z, [k in wanted for k in range(5)])
+            for k in range(5):
+                if k in wanted:
+                    assert_calibrated(grads[k], truth[k], same[k], f"{NAMES[k + 1]} ({strategy}, {wanted})")
+                else:
+                    assert grads[k].numel() == 0
 
 
 def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +78,10 @@ def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
         y, h, z = case.forward(strategy)
         with start.recorded("sm_90") as all_of_it:
             case.backward(strategy, y, h, z, [True] * 5)
-        with start.recorded("sm_90") as masked:
-            case.backward(strategy, y, h, z, [True, True, False, True, True])
-        assert len(masked) < len(all_of_it)
+        for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
+            with start.recorded("sm_90") as masked:
+                case.backward(strategy, y, h, z, [k in wanted for k in range(5)])
+            assert len(masked) < len(all_of_it)
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("rebuild", marks=pytest.mark.exhaustive), "chain"])

@@ -132,6 +132,26 @@ int mpoe_hidden_experts(const MpoeHidden* call);
 int mpoe_routed_hidden_experts(const MpoeRouter* router, const MpoeHidden* call);
 int mpoe_hidden_experts_backward(const MpoeHidden* call);
 
+// o[t] = sum_k gates[t, k] act(x[t] up_e^T + bias_e) down_e, and its gradients; see cpu/neurons.
+struct MpoeNeurons {
+  const char* dtype;       // float32, bfloat16
+  const char* activation;  // as above
+  std::int64_t tokens, in_features, out_features, neurons, experts, top_k;
+  const void* x;              // [tokens, in_features]
+  const float* gates;         // [tokens, top_k]
+  const std::int64_t* index;  // [tokens, top_k]
+  const void* up;             // [experts, neurons, in_features]
+  const void* down;           // [experts, neurons, out_features]
+  const void* bias;           // [experts, neurons] or null
+  const void* gate_up;        // like up, or null
+  void* out;                  // [tokens, out_features]
+  // Gradients:
+  const void* grad;  // [tokens, out_features]
+  void *dx, *dgates, *dup, *ddown, *dbias, *dgate_up;  // like their namesakes; null: not wanted
+};
+int mpoe_neuron_experts(const MpoeNeurons* call);
+int mpoe_neuron_experts_backward(const MpoeNeurons* call);
+
 // out[t] = row ids[t] of the table of three blocks; see cpu/embedding/embedding.h.
 struct MpoeEmbedding {
   const char* dtype;  // float32, bfloat16

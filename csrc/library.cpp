@@ -28,7 +28,7 @@ std::string build_info() {
   const char* space = "";
   for (const std::size_t bytes :
        {sizeof(MpoeLinear), sizeof(MpoeRouter), sizeof(MpoeRoute), sizeof(MpoeDispatch), sizeof(MpoeCombine),
-        sizeof(MpoeHidden), sizeof(MpoeEmbedding)}) {
+        sizeof(MpoeHidden), sizeof(MpoeNeurons), sizeof(MpoeEmbedding)}) {
     text += space + std::to_string(bytes);
     space = " ";
   }

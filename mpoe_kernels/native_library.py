@@ -93,6 +93,16 @@ class HiddenArguments(ctypes.Structure):
     )
 
 
+class NeuronsArguments(ctypes.Structure):
+    """``MpoeNeurons``."""
+
+    _fields_ = _fields(
+        texts="dtype activation",
+        numbers="tokens in_features out_features neurons experts top_k",
+        pointers="x gates index up down bias gate_up out grad dx dgates dup ddown dbias dgate_up",
+    )
+
+
 class EmbeddingArguments(ctypes.Structure):
     """``MpoeEmbedding``."""
 
@@ -111,6 +121,7 @@ STRUCTS = (
     DispatchArguments,
     CombineArguments,
     HiddenArguments,
+    NeuronsArguments,
     EmbeddingArguments,
 )
 

@@ -34,6 +34,7 @@ RANKS = {
     "mpoe_kernels.linear": 7,
     "mpoe_kernels.embedding": 8,
     "mpoe_kernels.mixture": 8,
+    "mpoe_kernels.neurons": 8,
     "mpoe_kernels.reference": 9,
     "mpoe_kernels.backends": 9,
     "mpoe_kernels.testing": 10,
@@ -186,7 +187,7 @@ def test_public_names() -> None:
 
     kernel_names = {
         *("MPOShape", "MPOBlocks", "Routing", "decompose", "reconstruct", "fold", "mpo_linear", "grouped_mpo_linear"),
-        *("mpo_ffn", "mpo_embedding", "hidden_experts", "route", "dispatch", "combine"),
+        *("mpo_ffn", "mpo_embedding", "hidden_experts", "neuron_experts", "route", "dispatch", "combine"),
         *("plan_contraction", "available_backends", "use_backend"),
     }
     names = {

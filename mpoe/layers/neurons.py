@@ -13,7 +13,7 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.neuron_op import neuron_experts
+from mpoe_kernels import neuron_experts
 
 START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
 

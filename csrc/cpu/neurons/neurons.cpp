@@ -17,7 +17,7 @@ using std::int64_t;
 
 constexpr int64_t kFewRows = 12;                // of an expert: packing its weights costs more than reading them per tile
 constexpr int64_t kBlockBytes = 384 * 1024;     // of an expert's rows that are gathered at once, if that is a tile's
-constexpr int64_t kSumFloats = 1 << 17;         // of sums that stay in the cache
+constexpr int64_t kSumFloats = 1 << 19;         // of sums that stay in the cache
 constexpr int64_t kHiddenElements = 1 << 23;    // of h that are kept at once
 
 const NeuronKernels& neuron_kernels(Dtype dtype) {

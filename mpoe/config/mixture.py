@@ -13,6 +13,7 @@ from mpoe.config.checks import (
     check_flag,
     check_integer,
     check_number,
+    checked_ratios,
     refuse_unknown_fields,
 )
 from mpoe.config.router import GSHARD, ONE_EXPERT, RouterConfig
@@ -167,7 +168,7 @@ class MPOEConfig:
             check_integer(name, getattr(self, name), 1, optional=True)
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
-        self.rate_ratios = _checked_ratios(self.rate_ratios)
+        self.rate_ratios = checked_ratios(self.rate_ratios)
         check_flag("tied_head", self.tied_head)
 
     def _check_router(self) -> None:
@@ -397,14 +398,3 @@ class MPOEConfig:
         if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):
             values = {**values, "router": {**ONE_EXPERT, **(router or {})}}
         return cls(**{"shape": SEPARABLE, **values})
-
-
-def _checked_ratios(ratios: Any) -> dict[str, list[float]]:
-    if not isinstance(ratios, Mapping):
-        raise TypeError(f"rate_ratios must be a mapping; got {type(ratios).__name__}")
-    for name, values in ratios.items():
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")
-        for value in values:
-            check_number(f"rate_ratios[{name!r}]", value, 0.0)
-    return {name: [float(value) for value in values] for name, values in ratios.items()}

@@ -284,8 +284,8 @@ class NeuronFeedForward(KeptFeedForward):
         latent = self.experts.latent
         return f"{self.experts.neurons} neurons", "-" if latent is None else str(latent)
 
-    def __reduce__(self) -> Any:  # a class that was made here has no name to be found by
-        return (object.__reduce_ex__(self, 2)) if self.dense_class is None else (_bare, (self.dense_class,), vars(self))
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a class that was made here has no name to be found by
+        return super().__reduce_ex__(protocol) if self.dense_class is None else (_bare, (self.dense_class,), vars(self))
 
 
 @functools.cache

@@ -59,8 +59,8 @@ class NeuronSite(KeptSite):
         dense = model.get_submodule(self.place)
         if self.sums:
             module.output_dropout = getattr(getattr(dense, "dropout", None), "p", 0.0)
-        module.around(dense, self.dense)
         module.train(model.training)
+        module.around(dense, self.dense)
         set_module(model, self.place, module)
         self.zero(model)
 

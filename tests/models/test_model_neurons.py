@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mpoe import MPOEConfig, RouterConfig, compose, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
-from mpoe.layers import MPOEFeedForward
+from mpoe.layers import MPOEFeedForward, NeuronFeedForward
 from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.neurons import neuron_modules
 from mpoe.models.report import routed_layers
@@ -168,6 +168,8 @@ def test_copied_and_pickled(family: str) -> None:
         layer.experts.down.data.zero_()
     assert torch.equal(logits(model, family), want)
     assert not torch.equal(logits(twin, family), want)
+    alone = copy.deepcopy(NeuronFeedForward(16, 24, config(), names={}))  # not around anything yet
+    assert alone.dense_class is None
     (layer,) = neuron_modules(model).values()
     again = pickle.loads(pickle.dumps(layer))
     assert type(again) is type(layer)

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from mpoe import convert_to_mpoe, load_mpoe
 from mpoe.inspection.growth import parameter_growth
@@ -28,7 +26,8 @@ from .test_model_neurons import both, config, stirred
 
 
 @pytest.mark.slow
-def test_remote_code(tmp_path: Path) -> None:
+def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     stirred(convert_to_mpoe(dense("llama"), config())).save_pretrained(tmp_path / "model")
     program = (
         "import sys, transformers\n"

@@ -2,8 +2,8 @@
 
 The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a compiler and CMake are
 there, else install without and say so), ``cpu`` (those, or fail), ``cuda`` (the CUDA kernels too, or fail), ``none``.
-The CPU kernels need nothing of torch, so pip may build them in isolation; the CUDA kernels are built against the torch
-of the running interpreter, so they need ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``
+The CPU kernels need nothing of torch, so pip may build them in isolation, for the Python that runs it; the CUDA kernels
+are built against the torch of this Python, so they need ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``
 ("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the CUDA compiler. ``CMAKE_ARGS`` is passed on;
 ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
 """
@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -43,19 +44,20 @@ class Module(NamedTuple):
 
     target: str
     reason_file: str
+    suffix: str
 
     @property
     def library(self) -> str:
-        return f"{self.target}.abi3.so"
+        return self.target + self.suffix
 
 
-NATIVE = Module("_C", "_native_missing.txt")
-CUDA = Module("_C_cuda", "_cuda_missing.txt")
+NATIVE = Module("_C", "_native_missing.txt", sysconfig.get_config_var("EXT_SUFFIX"))
+CUDA = Module("_C_cuda", "_cuda_missing.txt", ".abi3.so")
 
 
-def torch_folder() -> Path | None:
-    """Folder of the torch package, without importing it (that takes seconds)."""
-    spec = importlib.util.find_spec("torch")
+def folder_of(package: str) -> Path | None:
+    """Folder of an installed package, without importing it (torch takes seconds)."""
+    spec = importlib.util.find_spec(package)
     locations = spec.submodule_search_locations if spec else None
     return Path(locations[0]) if locations else None
 
@@ -96,14 +98,20 @@ def obstacle() -> str | None:
         return f"native kernels are built on Linux and macOS only, this is {sys.platform}"
     if compiler() is None:
         return f"no C++ compiler was found ({os.environ.get('CXX') or 'c++, g++, clang++'})"
-    return None if program("cmake") else "CMake was not found"
+    if program("cmake") is None:
+        return "CMake was not found"
+    if folder_of("pybind11") is None:
+        return "pybind11 was not found: pip install pybind11"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return f"Python's headers were not found in {sysconfig.get_path('include')} (Debian's python3-dev)"
+    return None
 
 
 def cuda_obstacle() -> str | None:
     """Why no CUDA kernels can be built where those for CPUs can."""
     if nvcc() is None:
         return f"nvcc was not found ({os.environ.get('CUDACXX') or 'CUDACXX, PATH, /usr/local/cuda'})"
-    if torch_folder() is None:
+    if folder_of("torch") is None:
         return (
             "the CUDA kernels are built against torch, which was not importable (pip builds in isolation by default): "
             'install torch >= 2.11, "setuptools>=77", cmake and ninja first, then use pip install --no-build-isolation'
@@ -163,9 +171,11 @@ def run_cmake(module: Module, folder: Path, version: str) -> Path:
     arguments = [
         *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
         f"-DMPOE_VERSION={version}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={folder_of('pybind11')}/share/cmake/pybind11",
     ]
     if module is CUDA:
-        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DMPOE_TORCH_DIR={torch_folder()}"]
+        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DMPOE_TORCH_DIR={folder_of('torch')}"]
         arguments.append(f"-DMPOE_TORCH_VERSION={importlib.metadata.version('torch')}")
         if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(listed)}")
@@ -228,7 +238,6 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     )
 MISSING = decide()
 setup(
-    ext_modules=[] if NATIVE in MISSING else [Extension(f"{PACKAGE}._C", sources=[], py_limited_api=True)],
+    ext_modules=[] if NATIVE in MISSING else [Extension(f"{PACKAGE}._C", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-    options={} if NATIVE in MISSING else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

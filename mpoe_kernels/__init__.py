@@ -1,7 +1,7 @@
-"""Kernels of parameter-efficient mixtures of experts: MPO algebra, planner, routing and grouped MPO products."""
+"""Kernels of parameter-efficient mixtures of experts: MPO algebra, plans, routing and grouped MPO products."""
 
 from mpoe_kernels.backends import BackendError, available_backends, backend_reasons, use_backend
-from mpoe_kernels.choice import measure_machine
+from mpoe_kernels.contract import ContractionPlan, plan_contraction
 from mpoe_kernels.embedding.op import mpo_embedding
 from mpoe_kernels.hidden_experts import hidden_experts
 from mpoe_kernels.linear.ffn import mpo_ffn
@@ -19,7 +19,6 @@ from mpoe_kernels.mpo import (
     reconstruct,
 )
 from mpoe_kernels.neurons import neuron_experts
-from mpoe_kernels.planner import ContractionPlan, plan_contraction
 from mpoe_kernels.routing.op import Routing, combine, dispatch, route
 from mpoe_kernels.version import __version__
 
@@ -43,7 +42,6 @@ __all__ = [
     "fold",
     "grouped_mpo_linear",
     "hidden_experts",
-    "measure_machine",
     "mpo_embedding",
     "mpo_ffn",
     "mpo_linear",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class CompiledLibrary:
         path: where the library was looked for.
         reasons: why it is not loaded (empty: it is loaded).
         info: its own description, such as ``version``. Empty unless loaded.
-        functions: the opened library, for calls; None if its functions are torch ops.
+        functions: the opened module, for calls; None if its functions are torch ops.
     """
 
     path: Path
@@ -54,11 +54,7 @@ def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
 
 
 def load_library(
-    path: Path,
-    opened: Callable[[Path], tuple[str, Any]],
-    reason_file: str,
-    info_keys: set[str],
-    layout: Mapping[str, str] | None = None,
+    path: Path, opened: Callable[[Path], tuple[str, Any]], reason_file: str, info_keys: set[str]
 ) -> CompiledLibrary:
     """Load a library. Never raises for a bad file.
 
@@ -67,7 +63,6 @@ def load_library(
         opened: loads it; returns its description, as lines ``key=value``, and its functions.
         reason_file: file next to the library; setup.py writes it if it does not build.
         info_keys: keys that the description must have; otherwise it was built from older sources.
-        layout: values that the description must have for the call interface to match.
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))
@@ -75,12 +70,12 @@ def load_library(
         return CompiledLibrary(path, (f"it needs torch >= 2.11; this is {torch.__version__}",))
     try:
         text, functions = opened(path)
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, ImportError, RuntimeError, AttributeError) as error:
         reason = f"{path} does not load on {platform.system()} {platform.machine()}: {error}"
         return CompiledLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
     ours, built = mpoe_kernels.version.__version__, info.get("version")
-    if built != ours or not info.keys() >= info_keys or not info.items() >= (layout or {}).items():
+    if built != ours or not info.keys() >= info_keys:
         built = f"mpoe {built}" if built != ours else "an older state of the sources"
         reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"
         return CompiledLibrary(path, (reason,))

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from mpoe_kernels.compiled import CompiledLibrary
+from mpoe_kernels.contract.autotune import SETTING
+from mpoe_kernels.contract.kept import choices_file, processor_name
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
-from mpoe_kernels.linear.native.work import tiles_of
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner import machine
 from mpoe_kernels.registry import backend_reasons
 from mpoe_kernels.version import __version__
 
-SLOWER = 0.8  # below this part of PyTorch's rate, native kernels mostly lose; above it they save copies and calls
 PACKAGES = ("torch", "triton", "numpy")
 
 
@@ -64,10 +63,10 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     Returns:
         ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
         this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels; ``torch_isa``: the
-        instructions torch uses. ``machine``: the CPU's constants, see `planner.machine.record`; ``measures``: whether
-        they may be measured. ``native``, ``cuda``: what the compiled kernels were built from and which instructions
-        they use, see `CompiledLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here, an
-        empty list if it can.
+        instructions torch uses. ``processor``: its name. ``choices``: the file of timed choices (see
+        `mpoe_kernels.contract.autotune`), ``None`` if nothing is timed. ``native``, ``cuda``: what the compiled kernels
+        were built from and which instructions they use, see `CompiledLibrary.info`; ``None`` if there are none.
+        ``backends``: why each cannot run here, an empty list if it can.
     """
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else toolkit
@@ -81,8 +80,8 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "machine": machine.record(),
-        "measures": machine.is_on(),
+        "processor": processor_name(),
+        "choices": None if os.environ.get(SETTING) == "0" else str(choices_file()),
         "native": _told(NATIVE_LIBRARY),
         "cuda": _told(CUDA_LIBRARY),
         "backends": backend_reasons(),
@@ -98,24 +97,6 @@ def native_summary(native: dict[str, str] | None) -> str:
         f"built by {native['compiler']} for {native['torch']} torch; instructions: "
         f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} compiled{lowered}"
     )
-
-
-def processor_summary(facts: dict[str, Any]) -> str:
-    """One line about the processor, and the speed of the compiled kernels relative to PyTorch."""
-    name, constants = facts["machine"]["processor"] or "unknown", facts["machine"]["constants"]
-    if facts["native"] is None:
-        return f"{name}; plans use built-in constants"
-    if constants is None:
-        when = "measured at first use" if facts["measures"] else f"not measured ({machine.SETTING}=0)"
-        return f"{name}; plans use built-in constants, {when}"
-    rates = {}
-    for dtype, rate in constants["tile_rate"].items():
-        kind = tiles_of(facts["native"]["isa_used"], getattr(torch, dtype))
-        rates[dtype] = rate * kind.rows / (kind.rows + kind.load_rows)
-    told = ", ".join(f"{rate:.2f} in {dtype}" for dtype, rate in rates.items())
-    slower = " and ".join(dtype for dtype, rate in rates.items() if rate < SLOWER)
-    more = f"; native is mostly the slower path in {slower}" if slower else ""
-    return f"{name}, measured: large native products run at {told} of PyTorch's rate{more}"
 
 
 def cuda_summary(cuda: dict[str, str] | None) -> str:
@@ -134,7 +115,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch built for", facts["torch_built_for"]),
         ("devices", ", ".join(facts["devices"])),
         ("cores", f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and {facts['torch_isa']}"),
-        ("processor", processor_summary(facts)),
+        ("processor", facts["processor"] or "unknown"),
+        ("choices", facts["choices"] or f"by FLOPs alone ({SETTING}=0)"),
         ("native kernels", native_summary(facts["native"])),
         ("CUDA kernels", cuda_summary(facts["cuda"])),
     ]

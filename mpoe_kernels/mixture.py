@@ -7,33 +7,22 @@ their order are those of the ops, so the results are the same to the last bit.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.contract import ALL_GRADIENTS
+from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.native.kernels import fixed_arguments
+from mpoe_kernels.linear.native import dense_bias, dense_blocks, linear_sizes
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.native_library import (
-    DTYPES,
-    CombineArguments,
-    LinearArguments,
-    RouteArguments,
-    RouterArguments,
-    call_native,
-)
-from mpoe_kernels.planner import ALL_GRADIENTS
-from mpoe_kernels.planner.machine import source
-from mpoe_kernels.registry import BACKENDS, requested_backend
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
+from mpoe_kernels.registry import requested_backend
 from mpoe_kernels.routing import native
 from mpoe_kernels.routing.call import CombineCall, RouteCall
 from mpoe_kernels.routing.gating import Gating, native_gating
-
-_ALIGNED = 64
 
 
 class Slots(NamedTuple):
@@ -125,102 +114,43 @@ def plain_ffn(x: Tensor, slots: Slots, gates: Tensor, chains: Chains, backend: s
     return native_combine(product(hidden, chains.down, chains.down_bias, None, "none"), slots, gates)
 
 
-def circumstances(backend: str | None) -> tuple[Any, ...]:
-    """Everything besides sizes that a `OneCall` depends on."""
-    fixed = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), source()
-    return requested_backend(backend), *BACKENDS.values(), *fixed
-
-
-class OneCall:
-    """A mixture's forward for a fixed number of tokens as one native call, whose structs are filled in advance.
+def routed_ffn(
+    x: Tensor, weight: Tensor, rule: Rule, chains: Chains, token_mask: Tensor | None, backend: str | None
+) -> Tensor | None:
+    """`native_slots` and `plain_ffn` as one native call, if native kernels are chosen for every projection; else None.
 
     Args:
-        x: ``[T, I]``, for its sizes and dtype.
-        weight: of the router, ``[E, I]``, for its dtype.
-        rule: see `Rule`.
-        chains: must stay unchanged in memory.
-        backend: as in `plain_ffn`.
+        x: tokens ``[T, I]``, of the dtype of the chains.
+        weight, rule, token_mask: as in `native_slots`.
+        chains, backend: as in `plain_ffn`.
 
-    Attributes:
-        is_possible: whether the planner chooses native kernels for every projection, and sizes and layouts fit.
+    Raises:
+        ValueError: chains that do not fit each other.
     """
-
-    def __init__(self, x: Tensor, weight: Tensor, rule: Rule, chains: Chains, backend: str | None) -> None:
-        (tokens, features), experts, (top_k, raw, capacity) = x.shape, weight.shape[0], rule
-        slots = tokens * top_k
-        self._kept = chains
-        hidden = slots * chains.up.out_features * x.element_size()
-        sizes = {
-            "logits": 4 * tokens * experts,
-            "gates": 4 * slots,
-            "index": 8 * slots,
-            "offsets": 4 * (experts + 1),
-            "token_of_slot": 8 * slots,
-            "slot_of_token": 8 * slots,
-            "up": hidden,
-            "gate": hidden * (chains.gate is not None),
-            "down": slots * features * x.element_size(),
-        }
-        # What the parts hand to each other lies in one piece of memory, each array from a multiple of 64 bytes on.
-        rounded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()]
-        self._at, self._bytes = dict(zip(sizes, accumulate(rounded, initial=0), strict=False)), sum(rounded)
-        dtype = DTYPES[x.dtype]
-        self._router = RouterArguments(dtype, DTYPES[weight.dtype], tokens, features, experts, top_k, raw)
-        self._route = RouteArguments(tokens, top_k, experts, -1 if capacity is None else capacity)
-        self._combine = CombineArguments(dtype, tokens, top_k, slots, features)
-        index = x.new_empty(slots, dtype=torch.int64)  # for its size
-        found = [
-            self._linear(_call(x, *part[:1], index, part[1], index, part[2], requested_backend(backend)))
-            for part in (*chains.of_rows, (chains.down, chains.down_bias, "none"))
-        ]
-        self._linears = [arguments for arguments in found if arguments is not None]
-        fits = features == chains.up.in_features == chains.down.out_features and experts == chains.up.num_experts
-        self.is_possible = fits and len(self._linears) == len(found)
-
-    @staticmethod
-    def _linear(call: ForwardCall) -> LinearArguments | None:
-        """What does not change of a projection's arguments; None if another backend is chosen, or memory would have to
-        be copied."""
+    if x.shape[1] != chains.up.in_features or weight.shape[0] != chains.up.num_experts:
+        return None
+    x, weight = dense("x", x), dense("weight", weight)
+    tokens, asked = x.shape[0], requested_backend(backend)
+    # A choice depends on the number of slots alone.
+    rows = x if rule.top_k == 1 else x.new_empty(tokens * rule.top_k, 0)
+    projections: list[Any] = []
+    kept = []
+    for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
+        call = _call(rows, blocks, rows, bias, None, formula, asked)
         candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
-        dense = all(each.is_contiguous() for each in (*call.blocks, call.bias) if each is not None)
-        if (
-            candidate.backend != "native"
-            or not dense
-            or (call.bias is not None and len(call.bias) != call.out_features)
-        ):
+        if candidate.backend != "native":
             return None
-        arguments = fixed_arguments(call)
-        arguments.slots, arguments.offset_bytes = call.slots, 4
-        arguments.left, arguments.central, arguments.right = (block.data_ptr() for block in call.blocks)
-        if call.bias is not None:
-            arguments.bias = call.bias.data_ptr()
-        return arguments
-
-    def __call__(self, x: Tensor, weight: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Tokens ``x [T, I] -> [T, I]``; ``token_mask`` as in `mpoe_kernels.route`."""
-        x, weight = x.contiguous(), weight.contiguous()
-        y = torch.empty_like(x)
-        scratch = x.new_empty(self._bytes + _ALIGNED, dtype=torch.uint8)
-        start = -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
-        at = {name: start + offset for name, offset in self._at.items()}
-        router, route, combine = (
-            type(each).from_buffer_copy(each) for each in (self._router, self._route, self._combine)
-        )
-        *of_rows, down = (LinearArguments.from_buffer_copy(each) for each in self._linears)
-        gate, up = of_rows if len(of_rows) == 2 else (None, of_rows[0])
-        router.x, router.weight = x.data_ptr(), weight.data_ptr()
-        router.logits, router.gates = at["logits"], at["gates"]
-        router.index = route.index = at["index"]
-        mask = None if token_mask is None else token_mask.contiguous()
-        route.token_mask = None if mask is None else mask.data_ptr()
-        route.offsets = up.offsets = down.offsets = at["offsets"]
-        route.token_of_slot = up.rows = at["token_of_slot"]
-        route.slot_of_token = combine.slot_of_token = at["slot_of_token"]
-        up.tokens, up.x, up.y = x.shape[0], x.data_ptr(), at["up"]
-        if gate is not None:
-            gate.tokens, gate.x, gate.y = x.shape[0], x.data_ptr(), at["gate"]
-            gate.offsets, gate.rows = at["offsets"], at["token_of_slot"]
-        down.tokens, down.x, down.y = down.slots, at["up"], at["down"]
-        combine.gates, combine.rows, combine.out = at["gates"], at["down"], y.data_ptr()
-        call_native("mpoe_routed_ffn", router, route, up, gate, down, combine)
-        return y
+        left, central, right = own = dense_blocks(call)
+        own_bias = dense_bias(call)
+        kept.append((own, own_bias))
+        memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(own_bias))
+        projections.append((linear_sizes(call), memory))
+    *of_rows, down = projections
+    mask = None if token_mask is None else dense("token_mask", token_mask)
+    sizes = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
+    y = torch.empty_like(x)
+    NATIVE_LIBRARY.functions.routed_ffn(
+        *(name_of(weight.dtype), sizes, rule.raw, x.data_ptr(), weight.data_ptr(), address(mask)),
+        *(of_rows, down, y.data_ptr()),
+    )
+    return y

@@ -1,13 +1,17 @@
-"""The compiled CPU kernels, `mpoe_kernels/_C.abi3.so`, loaded if possible, and how they are called.
+"""The compiled CPU kernels, the extension module `mpoe_kernels._C`, loaded if possible, and the tensors it is given.
 
-The library has a plain C interface (csrc/interface.h) and does not link to torch: `ctypes` calls it with the structs
-below, and it uses torch's threads through function pointers that it gets here.
+The module does not link to torch: its functions (csrc/bindings) take the tensors' addresses and sizes, and it uses
+torch's threads through function pointers that it gets here. Addresses are taken anew at every call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sysconfig
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,171 +19,73 @@ from torch import Tensor
 from mpoe_kernels.checks import describe
 from mpoe_kernels.compiled import FOLDER, load_library
 
-LIBRARY = "_C.abi3.so"
+LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 # setup.py writes it where it does not build.
 REASON_FILE = "_native_missing.txt"
 # The library's description: what it was built from, the torch it needs, and which instructions it uses here
 # (``isa_compiled``: names, separated by spaces).
 INFO_KEYS = {"version", "torch", "compiler", "isa_compiled", "isa_detected", "isa_used"}
 # As the library calls them.
-DTYPES = {torch.float32: b"float32", torch.bfloat16: b"bfloat16", torch.float16: b"float16", torch.float64: b"float64"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 
-def _fields(*, texts: str = "", numbers: str = "", pointers: str = "") -> list[tuple[str, type]]:
-    kinds = ((texts, ctypes.c_char_p), (numbers, ctypes.c_int64), (pointers, ctypes.c_void_p))
-    return [(name, kind) for names, kind in kinds for name in names.split()]
-
-
-class LinearArguments(ctypes.Structure):
-    """``MpoeLinear``."""
-
-    _fields_ = _fields(
-        texts="dtype activation strategy",
-        numbers=(
-            "in_features out_features tokens slots experts iL jL a iC jC b iR jR "
-            "chain_first chain_second chain_third half_first transposed_half_first offset_bytes"
-        ),
-        pointers=("x left central right offsets rows bias y h z grad kept_h kept_value dx dleft dcentral dright dbias"),
-    )
-
-
-class RouterArguments(ctypes.Structure):
-    """``MpoeRouter``."""
-
-    _fields_ = _fields(
-        texts="dtype weight_dtype",
-        numbers="tokens features experts top_k raw",
-        pointers="x weight logits index gates grad dx dweight",
-    )
-
-
-class RouteArguments(ctypes.Structure):
-    """``MpoeRoute``."""
-
-    _fields_ = _fields(
-        numbers="tokens top_k experts capacity",
-        pointers="index token_mask offsets token_of_slot slot_of_token",
-    )
-
-
-class DispatchArguments(ctypes.Structure):
-    """``MpoeDispatch``."""
-
-    _fields_ = _fields(
-        numbers="tokens slots experts row_bytes stride_bytes offset_bytes",
-        pointers="x token_of_slot offsets out",
-    )
-
-
-class CombineArguments(ctypes.Structure):
-    """``MpoeCombine``."""
-
-    _fields_ = _fields(
-        texts="dtype",
-        numbers="tokens top_k slots features",
-        pointers="slot_of_token gates rows out grad drows dgates",
-    )
-
-
-class HiddenArguments(ctypes.Structure):
-    """``MpoeHidden``."""
-
-    _fields_ = _fields(
-        texts="dtype activation",
-        numbers="tokens features block experts own_groups top_k",
-        pointers=(
-            "u u_gate gates index right left right_gate bias out grad du dgates dright dleft dbias du_gate dright_gate"
-        ),
-    )
-
-
-class NeuronsArguments(ctypes.Structure):
-    """``MpoeNeurons``."""
-
-    _fields_ = _fields(
-        texts="dtype activation",
-        numbers="tokens in_features out_features neurons experts top_k",
-        pointers="x gates index up down bias gate_up out grad dx dgates dup ddown dbias dgate_up",
-    )
-
-
-class EmbeddingArguments(ctypes.Structure):
-    """``MpoeEmbedding``."""
-
-    _fields_ = _fields(
-        texts="dtype",
-        numbers="tokens num_embeddings embedding_dim iL jL a iC jC b iR jR",
-        pointers="ids left central right out",
-    )
-
-
-# In the order in which the library tells their sizes.
-STRUCTS = (
-    LinearArguments,
-    RouterArguments,
-    RouteArguments,
-    DispatchArguments,
-    CombineArguments,
-    HiddenArguments,
-    NeuronsArguments,
-    EmbeddingArguments,
-)
-
-
-def _opened(path: Path) -> tuple[str, ctypes.CDLL]:
+def _opened(path: Path) -> tuple[str, ModuleType]:
     # Looks up symbols in libraries that torch has already loaded: libtorch_cpu, wherever it is.
     torch_library = ctypes.CDLL(torch._C.__file__)
-    library = ctypes.CDLL(str(path))
-    library.mpoe_use_threads(torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
-    library.mpoe_message.restype = ctypes.c_char_p
-    library.mpoe_build_info.restype = ctypes.c_char_p
-    return library.mpoe_build_info().decode(), library
+    functions = (torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
+    spec = spec_from_loader("mpoe_kernels._C", ExtensionFileLoader("mpoe_kernels._C", str(path)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.use_threads(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    return module.build_info(), module
 
 
-NATIVE_LIBRARY = load_library(
-    FOLDER / LIBRARY,
-    _opened,
-    REASON_FILE,
-    INFO_KEYS,
-    {"struct_bytes": " ".join(str(ctypes.sizeof(struct)) for struct in STRUCTS)},
-)
-ERRORS = {1: ValueError, 2: MemoryError}  # MpoeStatus of csrc/interface.h
+NATIVE_LIBRARY = load_library(FOLDER / LIBRARY, _opened, REASON_FILE, INFO_KEYS)
 
 
-def call_native(function: str, *arguments: ctypes.Structure | None) -> None:
-    """Call a function of the library.
-
-    Args:
-        function: its name.
-        arguments: its structs, None for one that is left out. The memory behind their pointers must live until this
-            returns.
-
-    Raises:
-        ValueError: the library refuses the arguments.
-        MemoryError: it got no memory.
-    """
-    library = NATIVE_LIBRARY.functions
-    status = getattr(library, function)(*(None if each is None else ctypes.byref(each) for each in arguments))
-    if status:
-        raise ERRORS[status](library.mpoe_message().decode())
+def name_of(dtype: torch.dtype) -> str:
+    """As the library calls it; it refuses the names that it does not know."""
+    return DTYPES.get(dtype, str(dtype))
 
 
-def dense(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy of it; its address may be handed to the library.
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor of `dense` begins; it must live until the call returns."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, whose memory may be read, or a copy of it where its numbers are yet to be negated.
 
     Raises:
-        ValueError: it is not on the CPU.
+        ValueError: it is not on the CPU, or its memory was freed or is too short for its shape.
     """
     if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU; got {describe(tensor)}")
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    elements = tensor.numel()
+    if elements and not tensor.is_contiguous():  # from the first to the last
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + elements) * tensor.element_size()
+    if elements and (tensor.untyped_storage().nbytes() < end or not tensor.data_ptr()):
+        raise ValueError(f"{name} has no memory of its size, its storage was resized or freed; got {describe(tensor)}")
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """As `checked`, or a contiguous copy of it: its address may be handed to the library."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():  # as nearly always, in few calls
+        size, behind = tensor.nbytes, tensor.storage_offset() * tensor.itemsize
+        if size and tensor.untyped_storage().nbytes() >= behind + size and tensor.data_ptr():
+            return tensor
+    return checked(name, tensor).contiguous()
 
 
 def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor, or a contiguous copy of it.
 
     Raises:
-        ValueError: another shape or dtype, or not on the CPU.
+        ValueError: another shape or dtype, or as in `dense`.
     """
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name} must be {str(dtype).removeprefix('torch.')} {list(shape)}; got {describe(tensor)}")
@@ -190,21 +96,21 @@ def dense_index(name: str, tensor: Tensor, axes: int) -> Tensor:
     """Dense int64 values of an integer tensor.
 
     Raises:
-        ValueError: another number of axes, or not on the CPU.
+        ValueError: another number of axes, or as in `dense`.
     """
     if tensor.dim() != axes:
         raise ValueError(f"{name} must have {axes} axes; got {describe(tensor)}")
-    return dense(name, tensor if tensor.dtype == torch.int64 else tensor.long())
+    tensor = dense(name, tensor)
+    return tensor if tensor.dtype == torch.int64 else tensor.long()
 
 
 def dense_offsets(offsets: Tensor) -> Tensor:
     """Dense expert_offsets ``[E + 1]``, int32 or int64; the library checks their values.
 
     Raises:
-        ValueError: another shape, or not on the CPU.
+        ValueError: another shape, or as in `dense`.
     """
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"expert_offsets must be [E + 1]; got {describe(offsets)}")
-    if offsets.dtype not in (torch.int32, torch.int64):
-        offsets = offsets.long()
-    return dense("expert_offsets", offsets)
+    offsets = dense("expert_offsets", offsets)
+    return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()

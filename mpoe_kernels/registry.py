@@ -1,8 +1,9 @@
 """The registry of backends.
 
 A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). For a
-contraction, which can be computed in several ways, it offers candidates (see `mpoe_kernels.choice`). A backend returns
-*reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls back silently.
+contraction, which can be computed in several ways, it offers candidates (see `mpoe_kernels.contract.autotune`). A
+backend returns *reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls
+back silently.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpoe_kernels.planner import (
-    Contraction,
-)
-from mpoe_kernels.planner.machine import Constants
+from mpoe_kernels.contract.plan import Contraction
 
 AUTO = "auto"
 # Ops that are contractions: backends offer candidates for them instead of a kernel.
 CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": "backward"}
+# Which backends run where none is named, the preferred one first. On the CPU Triton means its interpreter, for tests.
+PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "cuda", "eager")}
+_FEWER_LAUNCHES = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 
 
 class BackendError(RuntimeError):
@@ -38,7 +39,7 @@ class Request:
         op: name of the op without its namespace, e.g. ``grouped_mpo_linear``.
         device: ``cpu``, ``cuda:1``, ...
         dtype: dtype of the activations.
-        sizes: op-specific sizes (block dims, experts, slots) for cost prediction.
+        sizes: op-specific sizes, on which a kernel's limits depend.
     """
 
     op: str
@@ -66,28 +67,16 @@ class Candidate(NamedTuple):
     Attributes:
         backend: the backend that offers it.
         name: the strategy and, if there are several, the variant: ``rebuild``, ``rebuild on chip``.
-        strategy: one of `mpoe_kernels.planner.STRATEGIES`.
-        seconds: predicted time, or the measured one if available (see `measured`).
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`.
         run: computes it; takes a `ForwardCall` or a `BackwardCall`.
+        waits: on a GPU it waits for the device, so it runs only if its backend is named or there is no other.
     """
 
     backend: str
     name: str
     strategy: str
-    seconds: float
     run: Callable[[Any], Any]
-
-
-class GatedPrice(NamedTuple):
-    """Predicted seconds of both projections of a gated network, see `mpoe_kernels.linear.gated`.
-
-    Attributes:
-        together: with a backend's kernel for both, including the product of the two results.
-        multiplying: PyTorch's product of the two results, needed if the projections are computed separately.
-    """
-
-    together: float
-    multiplying: float
+    waits: bool = False
 
 
 def _no_candidates(_: Contraction) -> list[Candidate]:
@@ -104,14 +93,9 @@ class Backend:
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
         op_reasons: the same for single ops.
-        predicted_cost: relative cost of a request, for ops without candidates; the cheapest backend is chosen.
         candidates: the ways to compute a contraction (a strategy in one phase).
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
-        gated_price: price of a contraction's steps with the kernel ``gated_mpo_linear``, if it has one.
         places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
-        same_on_any_threads: its contractions' results are bit-identical on any number of CPU threads.
-        measure: times this backend's products against PyTorch's, for all backends' predictions on the CPU; called once,
-            before the first choice on a CPU.
     """
 
     name: str
@@ -119,13 +103,9 @@ class Backend:
     unavailable_reasons: Callable[[], list[str]] = list
     request_reasons: Callable[[Request], list[str]] = _nothing
     op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
-    predicted_cost: Callable[[Request], float] = lambda _: 1.0
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
-    gated_price: Callable[[Contraction], GatedPrice] | None = None
     places_rows: bool = False
-    same_on_any_threads: bool = False
-    measure: Callable[[], Constants] | None = None
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty if it can."""
@@ -212,14 +192,20 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
+def preferred_backends(request: Request) -> tuple[Backend, ...]:
+    """The backends among which a request chooses if none is named, the preferred one first.
+
+    On a GPU the compiled kernels of routing come first: they need fewer launches than Triton's.
+    """
+    names = PREFERRED.get(request.device_type, ("eager",))
+    if request.device_type == "cuda" and request.op in _FEWER_LAUNCHES:
+        names = ("cuda", "triton", "eager")
+    return tuple(BACKENDS[name] for name in names if name in BACKENDS)
+
+
 def places_rows(backend: str) -> bool:
     """Whether a backend's products can scatter every row like `combine`, times its gate; False for ``"auto"``."""
     return backend != AUTO and BACKENDS[backend].places_rows
-
-
-def kernel_of(backend: str, op: str) -> Callable[..., Any] | None:
-    """A backend's own kernel of an op that other backends compose from other ops; None if it composes it too."""
-    return BACKENDS[backend].kernels.get(op)
 
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
@@ -240,7 +226,7 @@ def _selected(
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
-    """Kernel of the named backend, or of the one with the lowest predicted cost.
+    """Kernel of the named backend, or of the most preferred one that can run the request.
 
     Raises:
         BackendError: with all reasons, when the named backend or every backend cannot run the request.
@@ -250,16 +236,10 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         if reasons:
             raise BackendError(f"backend {name!r} cannot run {request.op}: {'; '.join(reasons)}")
         return BACKENDS[name].kernels[request.op]
-    refused, best = {}, None
-    for backend in BACKENDS.values():
-        reasons = backend.unsupported_reasons(request)
-        if reasons:
-            refused[backend.name] = reasons
-            continue
-        cost = backend.predicted_cost(request)
-        if best is None or cost < best[0]:
-            best = (cost, backend)
-    if best is None:
-        listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
-        raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
-    return best[1].kernels[request.op]
+    refused = {}
+    for backend in preferred_backends(request):
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if not refused[backend.name]:
+            return backend.kernels[request.op]
+    listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
+    raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")

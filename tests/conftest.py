@@ -13,7 +13,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; more threads would only wait for one another. Subprocesses inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MPOE_MEASURE"] = "0"  # plans of the hardware table: no test waits for a measurement or depends on one
+os.environ["MPOE_AUTOTUNE"] = "0"  # by FLOPs alone: no test waits for a timing, depends on one or writes a cache
 os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 

@@ -18,15 +18,12 @@ RANKS = {
     "mpoe_kernels.version": 0,
     "mpoe_kernels.checks": 0,
     "mpoe_kernels.mpo": 1,
-    "mpoe_kernels.planner": 2,
-    "mpoe_kernels.engine": 3,
-    "mpoe_kernels.measured": 3,
     "mpoe_kernels.indices": 3,
     "mpoe_kernels.compiled": 1,
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,
     "mpoe_kernels.registry": 4,
-    "mpoe_kernels.choice": 4,
+    "mpoe_kernels.contract": 4,
     "mpoe_kernels.triton": 5,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,
@@ -116,7 +113,7 @@ def test_imports_run_downward(module: str) -> None:
         if own.startswith("mpoe.") and other.startswith("mpoe_kernels."):
             # Native calls without an op around them are called as their modules.
             plain = {"mpoe_kernels.hidden_experts", "mpoe_kernels.routing", "mpoe_kernels.mixture"}
-            public = {"mpoe_kernels.version", "mpoe_kernels.planner", *plain}
+            public = {"mpoe_kernels.version", "mpoe_kernels.contract", *plain}
             assert other in public, f"{module} reaches into {imported}; use the public names of mpoe_kernels"
 
 

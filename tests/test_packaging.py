@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mpoe_kernels.compiled import BUILD_COMMAND
+from mpoe_kernels.native_library import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -125,9 +126,14 @@ def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path
 
 def keep_little(source: Path) -> None:
     """Leave csrc only what is needed to load and tell of itself: built in seconds."""
-    for path in [*(source / "csrc").glob("*_ops.cpp"), *(source / "csrc" / "cpu").glob("*/*.cpp")]:
-        if path.parent.name != "routing":  # which library.cpp checks indices with
+    module = source / "csrc" / "bindings" / "module.cpp"
+    kept = (module, module.with_name("threads.cpp"))
+    for path in [*module.parent.glob("*.cpp"), *(source / "csrc" / "cpu").glob("*/*.cpp")]:
+        # module.cpp checks indices with cpu/routing.
+        if path not in kept and path.parent != source / "csrc" / "cpu" / "routing":
             path.unlink()
+    bound = r"^  mpoe::bind_(?!threads)\w+\(module\);\n"
+    module.write_text(re.sub(bound, "", module.read_text(), flags=re.MULTILINE))
 
 
 def test_the_lowest_versions_are_those_declared() -> None:
@@ -153,21 +159,21 @@ def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
 
 
 # What build isolation gives, with what pyproject.toml asks for from where this environment has it.
-BUILD_REQUIREMENTS = ("setuptools", "_distutils_hack", "pkg_resources", "wheel", "cmake", "ninja")
+BUILD_REQUIREMENTS = ("setuptools", "_distutils_hack", "pkg_resources", "wheel", "cmake", "ninja", "pybind11")
 
 
 @needs_compiler
 def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(source: Path, tmp_path: Path) -> None:
-    """Built without torch, one wheel for every Python from 3.11 on; installed, it computes what eager does."""
+    """Built without torch, for this Python; installed, it computes what eager does."""
     builder = environment(tmp_path / "builder", packages=BUILD_REQUIREMENTS)
     assert run(builder, "-c", "import torch", cwd=tmp_path).returncode != 0
     wheel = wheel_of(builder, source, tmp_path / "wheels")
-    assert "-cp311-abi3-linux" in wheel.name or "-cp311-abi3-macosx" in wheel.name
+    python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert re.search(rf"-{python_tag}-{python_tag}t?-(linux|macosx)", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert [n for n in names if n.endswith(".so")] == ["mpoe_kernels/_C.abi3.so"]
+    assert [n for n in names if n.endswith(".so")] == [f"mpoe_kernels/{LIBRARY}"]
     assert [n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))] == []
-    assert "mpoe_kernels/measured.json" in names
     assert {f"mpoe/data/standard/{name}.yaml" for name in ("glue", "others", "local")} <= set(names)
 
     python = environment(tmp_path / "user")
@@ -204,6 +210,13 @@ def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_pat
     assert len(complaints_of_pip(python, tmp_path)) == 1
 
 
+def test_without_what_binds_the_kernels_the_install_says_so(source: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "isolated", packages=tuple(set(BUILD_REQUIREMENTS) - {"pybind11"}))
+    answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cpu", CXX=sys.executable)
+    assert answer.returncode != 0
+    assert "MPOE_BUILD=cpu: pybind11 was not found: pip install pybind11" in answer.stdout
+
+
 @needs_compiler
 def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(source: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "isolated", packages=BUILD_REQUIREMENTS)
@@ -221,16 +234,16 @@ def test_progress_is_told(source: Path, tmp_path: Path) -> None:
     keep_little(source)
     output = install(environment(tmp_path / "user"), source)
     lines = [line.strip() for line in output.splitlines()]
-    (first,) = (k for k, line in enumerate(lines) if line.startswith("mpoe: building _C.abi3.so with "))
-    (last,) = (k for k, line in enumerate(lines) if re.fullmatch(r"mpoe: _C\.abi3\.so took \d+ s", line))
-    assert any("library.cpp" in line for line in lines[first:last])
+    (first,) = (k for k, line in enumerate(lines) if line.startswith(f"mpoe: building {LIBRARY} with "))
+    (last,) = (k for k, line in enumerate(lines) if re.fullmatch(rf"mpoe: {re.escape(LIBRARY)} took \d+ s", line))
+    assert any("module.cpp" in line for line in lines[first:last])
 
 
 @needs_compiler
 def test_a_failing_compiler_leaves_an_eager_install(source: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "user")
     keep_little(source)
-    (source / "csrc" / "library.cpp").write_text("#error planted\n")
+    (source / "csrc" / "bindings" / "module.cpp").write_text("#error planted\n")
     output = install(python, source)
     assert "planted" in output
     assert facts_of(python, tmp_path)["backends"]["native"] == [
@@ -273,7 +286,7 @@ def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
     assert facts_of(python, tmp_path)["native"] is None
     done(python, *BUILD_COMMAND.split()[1:], cwd=source, MPOE_BUILD="cpu")
     assert not (package / "_native_missing.txt").exists()
-    assert facts_of(python, tmp_path)["native"]["path"] == str(package / "_C.abi3.so")
+    assert facts_of(python, tmp_path)["native"]["path"] == str(package / LIBRARY)
 
 
 @pytest.mark.parametrize(

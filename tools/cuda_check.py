@@ -96,8 +96,7 @@ class Kernel:
 _DYNAMIC = dict.fromkeys(
     (
         *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
-        *("sum_columns_kernel", "sum_rows_kernel", "convert_kernel", "digits_kernel", "compose_kernel"),
-        "hidden_sums_kernel",
+        *("sum_columns_kernel", "sum_rows_kernel", "hidden_sums_kernel"),
     ),
     0,
 )

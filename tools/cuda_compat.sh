@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One wheel for torch with and without CUDA: builds it against the torch of `python` on PATH, audits its libraries for
 # symbols outside the stable ABI (torch-abi-audit, if installed), and imports it with other torches. Needs nvcc, no GPU.
-#   tools/cuda_compat.sh FOLDER PYTHON...    wheel in FOLDER; each PYTHON has a torch >= 2.11, with CUDA or without
+#   tools/cuda_compat.sh FOLDER PYTHON...    wheel in FOLDER; each PYTHON is of the version of `python` and has a torch >=
+#                                            2.11, with CUDA or without
 # TORCH_CUDA_ARCH_LIST limits what is compiled; all architectures take a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,12 +11,12 @@ shift
 rm -rf "$folder/unpacked" "$folder"/*.whl
 mkdir -p "$folder"
 MPOE_BUILD=cuda python setup.py -q bdist_wheel -d "$folder"
-python -m zipfile -e "$folder"/mpoe-*-cp311-abi3-*.whl "$folder/unpacked"
-for library in _C _C_cuda; do
-    if command -v torch-abi-audit >/dev/null; then
-        torch-abi-audit --check both "$folder/unpacked/mpoe_kernels/$library.abi3.so"
-    fi
-done
+python -m zipfile -e "$folder"/mpoe-*.whl "$folder/unpacked"
+if command -v torch-abi-audit >/dev/null; then
+    for library in "$folder"/unpacked/mpoe_kernels/*.so; do
+        torch-abi-audit --check both "$library"
+    done
+fi
 cat >"$folder/check.py" <<'PYTHON'
 import torch
 
@@ -29,7 +30,7 @@ if torch.version.cuda is None:
     assert CUDA_LIBRARY.reasons == (f"this torch, {torch.__version__}, is built without CUDA",), CUDA_LIBRARY
 else:
     assert CUDA_LIBRARY.reasons == (), CUDA_LIBRARY
-    for op in ("contract_steps", "panel_product", "few_product", "route", "combine", "embedding_forward"):
+    for op in ("rows_times_block", "panel_product", "hidden_experts", "route", "combine"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mpoe_cuda::{op}", "CUDA"), op
 print(f"torch {torch.__version__}: {CUDA_LIBRARY.info or 'CUDA kernels skipped'}; backend cuda: {reasons or 'runs'}")
 PYTHON

@@ -35,7 +35,7 @@ PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
-        *(CUDA / "linear" / f"{name}.cu" for name in ("steps", "pointwise", "few")),
+        *(CUDA / "linear" / f"{name}.cu" for name in ("steps", "pointwise")),
         *(CUDA / "linear" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16")),
         *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
     ],

@@ -1,6 +1,6 @@
 """Checks the compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
 
-    python tools/hot_loops.py [LIBRARY]    default: mpoe_kernels/_C.abi3.so; needs binutils (objdump, c++filt)
+    python tools/hot_loops.py [LIBRARY]    default: of this checkout, for this Python; needs binutils (objdump, c++filt)
 
 One line per loop: file, kernel, instructions per multiply-add. Exits with 1 if a loop of an x86-64 vector extension
 touches the stack, contains an instruction that is not allowed or loads an operand more than once, or if a kernel was
@@ -17,9 +17,10 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from sysconfig import get_config_var
 from typing import NamedTuple
 
-LIBRARY = Path(__file__).resolve().parent.parent / "mpoe_kernels" / "_C.abi3.so"
+LIBRARY = Path(__file__).resolve().parent.parent / "mpoe_kernels" / f"_C{get_config_var('EXT_SUFFIX')}"
 # Functions with a micro-kernel's loop: rows times a packed panel, dots of rows, few rows of a hidden-side expert.
 KERNEL = re.compile(r"\b(register_tile|tile_of|multiply_tiles|dot_tile|few_columns)<")
 MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps|tdpbf16ps|mulps")

@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from sysconfig import get_config_var
 
 from forked_pytest import ForkedPytest, import_first
 from mutation_rules import Mutant, mutants_of
@@ -51,7 +52,7 @@ class Area:
         tests: files given to pytest.
         only: pytest's ``-k``.
         build: command to run after every change, if any; ``{python}`` is this interpreter.
-        built: the file that it makes, restored afterwards.
+        built: the file that it makes, restored afterwards; ``{suffix}`` is that of this Python's modules.
         environment: environment variables of build and tests.
         in_slice: whether CI's slice may include its mutants.
     """
@@ -77,7 +78,8 @@ class Area:
 
 def read_areas(path: Path) -> list[Area]:
     """Read the table of areas; an unknown key is a TypeError."""
-    return [Area(name, **values) for name, values in tomllib.loads(path.read_text(encoding="utf-8")).items()]
+    text = path.read_text(encoding="utf-8").replace("{suffix}", get_config_var("EXT_SUFFIX"))
+    return [Area(name, **values) for name, values in tomllib.loads(text).items()]
 
 
 def sliced(areas: list[Area], root: Path, count: int) -> list[tuple[Area, Mutant]]:

@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
-from mpoe_kernels.triton.start import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

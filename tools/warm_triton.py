@@ -12,48 +12,29 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from shipped_kernels import problems
 from triton_binary import TARGETS, Job, job_of
 
-from mpoe_kernels.backends import triton_catalogue as catalogue
-from mpoe_kernels.triton.start import Launch, recorded
+from mpoe_kernels.testing.launches import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = torch.bfloat16
 
 
-def launches(architecture: str) -> Iterator[Launch]:
-    """Launches of the catalogue's problems, and of those that `mpoe_bench.visit.candidates` times."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    from mpoe_bench.visit.candidates import MASKED, cases, shape_of
-
-    for problem in catalogue.problems(DTYPE):
-        with recorded(architecture) as found:
-            problem.run()
-        yield from found
-    for case in cases(tiny=False):
-        dims, masked = catalogue.dims_of(shape_of(case)), case.need == MASKED
-        sizes = (dims, case.experts, case.slots, DTYPE)
-        options = {"backward": {"mask_central": masked}, **({} if masked else {"forward": {}})}
-        for phase, chosen in options.items():
-            for strategy in catalogue.strategies(*sizes, phase):
-                with recorded(architecture) as found:
-                    catalogue.run(phase, *sizes, strategy, indexed=False, **chosen)
-                yield from found
-
-
 def different(architecture: str, name: str) -> dict[Job, Launch]:
-    """One launch per specialisation of the kernels whose name contains ``name``."""
+    """One launch per specialisation of the shipped kernels whose name contains ``name``."""
     found: dict[Job, Launch] = {}
-    for launch in launches(architecture):
-        if name in launch.kernel.fn.__name__:
-            found.setdefault(job_of(launch, architecture), launch)
+    for problem in problems(DTYPE):
+        for launch in replace(problem, every_tile=False).launches(architecture):
+            if name in launch.name:
+                found.setdefault(job_of(launch, architecture), launch)
     return found
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import mpoe_kernels
-from mpoe_kernels import grouped_mpo_linear, measure_machine
-from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels import grouped_mpo_linear
+from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 PACKAGE = Path(mpoe_kernels.__file__).parent
@@ -88,7 +88,6 @@ def walks(backend: str, strategy: str | None, cold: bool) -> dict[str, Walk]:
             result = run()
         return walk, result
 
-    measure_machine()  # done once per processor, so not part of a call
     for _ in range(1 if cold else 2):
         first, y = recorded_run(forward)
         second, _ = recorded_run(lambda: y.backward(torch.ones_like(y)))  # noqa: B023

@@ -11,7 +11,6 @@ class Workspace {
   Workspace() = default;
   explicit Workspace(void* base) : base_(static_cast<char*>(base)), measuring_(false) {}
 
-  bool measuring() const { return measuring_; }
   std::size_t peak() const { return peak_; }
 
   void* take(std::size_t bytes) {
@@ -21,19 +20,6 @@ class Workspace {
     // While measuring: some aligned address that nothing reads.
     return measuring_ ? reinterpret_cast<void*>(at + 256) : base_ + at;
   }
-
-  // Releases what was taken during its lifetime.
-  class Scope {
-   public:
-    explicit Scope(Workspace& workspace) : workspace_(workspace), mark_(workspace.used_) {}
-    ~Scope() { workspace_.used_ = mark_; }
-    Scope(const Scope&) = delete;
-    Scope& operator=(const Scope&) = delete;
-
-   private:
-    Workspace& workspace_;
-    std::size_t mark_;
-  };
 
  private:
   char* base_ = nullptr;

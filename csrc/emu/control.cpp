@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "cuda/linear/few.h"
 #include "cuda/linear/panel.h"
 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
@@ -67,13 +66,4 @@ EMU_EXPORT std::size_t emu_panel_bytes(int dtype, const int* sizes, int transpos
   product.transposed = transposed;
   product.shape = {shape[0], shape[1], shape[2], left_first != 0};
   return or_zero([&] { return panel_bytes(product); });
-}
-
-// The same for the kernel for few rows. shape: left, centre, right, rows.
-EMU_EXPORT std::size_t emu_few_bytes(int dtype, const int* sizes, const int* shape) {
-  FewProduct product;
-  product.dtype = static_cast<mpoe::Dtype>(dtype);
-  product.dims = dims_of(sizes);
-  product.shape = {shape[0], shape[1], shape[2], shape[3]};
-  return or_zero([&] { return few_bytes(product); });
 }

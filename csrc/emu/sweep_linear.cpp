@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "cuda/linear/contract.h"
-#include "cuda/linear/few.h"
 #include "cuda/linear/panel.h"
 #include "cuda/linear/panel_launch.cuh"
 #include "cuda/linear/pointwise.h"
@@ -37,17 +36,17 @@ using check::Array;
 constexpr Dtype kDtype = Dtype::kBFloat16;
 constexpr float kBefore = 1.f;  // what the central gradient is added to
 
-// What is built from blocks, and what rows are multiplied by; or a single-launch kernel.
+// What is built from blocks, and what rows are multiplied by; or the panel kernel.
 struct Way {
   std::string name;
   std::vector<std::array<std::string, 3>> merges;  // result, first, second
   std::vector<std::string> order;
-  std::vector<int> panel, few;
+  std::vector<int> panel;
 };
 const std::array<std::string, 3> kLC{"LC", "L", "C"}, kCR{"CR", "C", "R"}, kFromLC{"W", "LC", "R"}, kFromCR{"W", "L", "CR"};
-const Way kRebuildLC{"rebuild from LC", {kLC, kFromLC}, {"W"}, {}, {}}, kRebuildCR{"rebuild from CR", {kCR, kFromCR}, {"W"}, {}, {}},
-    kHalfLeft{"half left", {kLC}, {"LC", "R"}, {}, {}}, kHalfRight{"half right", {kCR}, {"L", "CR"}, {}, {}},
-    kChain{"chain", {}, {"L", "C", "R"}, {}, {}};
+const Way kRebuildLC{"rebuild from LC", {kLC, kFromLC}, {"W"}, {}}, kRebuildCR{"rebuild from CR", {kCR, kFromCR}, {"W"}, {}},
+    kHalfLeft{"half left", {kLC}, {"LC", "R"}, {}}, kHalfRight{"half right", {kCR}, {"L", "CR"}, {}},
+    kChain{"chain", {}, {"L", "C", "R"}, {}};
 // The panel kernel computes y and dx; the gradients of blocks are computed step by step.
 Way in_panels(const Way& rebuild, std::vector<int> panel) {
   Way way = rebuild;
@@ -55,7 +54,6 @@ Way in_panels(const Way& rebuild, std::vector<int> panel) {
   way.panel = std::move(panel);
   return way;
 }
-Way in_one_launch(std::vector<int> few) { return {"few", {}, {}, {}, std::move(few)}; }
 
 struct Case {
   const char* name;
@@ -71,7 +69,7 @@ struct Case {
 const Case kWide{
     "wide",
     {8, 4, 32, 2, 3, 24, 8, 8, 128, 96},
-    {kRebuildLC, kRebuildCR, kHalfLeft, kHalfRight, in_panels(kRebuildLC, {2, 1, 4}), in_one_launch({2, 1, 4, 4})},
+    {kRebuildLC, kRebuildCR, kHalfLeft, kHalfRight, in_panels(kRebuildLC, {2, 1, 4})},
     {0, 66, 66, 71}, 74, 40, mpoe::Activation::kGelu, 0};
 const Case kNotAligned{
     "wide but not aligned", {8, 2, 16, 2, 3, 16, 8, 8, 128, 48}, {kRebuildLC}, {0, 9, 20}, 20, 0,
@@ -79,7 +77,7 @@ const Case kNotAligned{
 const Case kPadded{
     "padded",
     {3, 2, 5, 2, 3, 4, 3, 3, 17, 16},
-    {kRebuildLC, kRebuildCR, kHalfLeft, kHalfRight, kChain, in_panels(kRebuildCR, {1, 1, 3}), in_one_launch({1, 3, 1, 2})},
+    {kRebuildLC, kRebuildCR, kHalfLeft, kHalfRight, kChain, in_panels(kRebuildCR, {1, 1, 3})},
     {0, 3, 3, 20}, 23, 11, mpoe::Activation::kRelu, 1};
 const Case kSeparable{
     "separable", {8, 1, 16, 8, 8, 16, 1, 8, 64, 64}, {kChain}, {0, 5, 21}, 24, 0, mpoe::Activation::kSilu, 0};
@@ -151,25 +149,6 @@ void run(const Case& c) {
       if (!transposed) product.epilogue = epilogue;
       panel_product(product, nullptr);
     };
-    if (!way.few.empty()) {
-      FewProduct product;
-      product.dtype = kDtype;
-      product.dims = dims;
-      product.shape = {way.few[0], way.few[1], way.few[2], way.few[3]};
-      product.x = x.data();
-      product.left = left.data();
-      product.central = central.data();
-      product.right = right.data();
-      product.experts = context.experts;
-      product.offsets = offsets.data();
-      product.row_index = row_index;
-      product.slots = context.slots;
-      product.y = y.data();
-      product.epilogue = epilogue;
-      few_product(product, nullptr);
-      check::require_close(y, truth.y, check::tolerance(kDtype), what + ": y");
-      continue;  // has no backward
-    }
 
     // Memory of what is built, and of rows between two operands.
     std::vector<Array> kept;

@@ -1,5 +1,5 @@
-// Experts of their own neurons under sanitizers: results and all gradients against loops in double precision, with 1 and
-// 3 threads.
+// Experts of their own neurons under sanitizers: results and all gradients against loops in double precision, with 1
+// and 3 threads.
 #include "cpu/neurons/neurons.h"
 
 #include <algorithm>
@@ -32,8 +32,9 @@ struct Arrays {
 
 // The result, then dx, dgates, dup, ddown, dbias, dgate_up; relu without a gate, silu with one.
 std::vector<Values> truth_of(const Case& c, const Arrays& in) {
-  Values out(c.tokens * c.out), dx(c.tokens * c.width), dgates(c.tokens * c.top_k), dup(c.experts * c.neurons * c.width);
-  Values ddown(c.experts * c.neurons * c.out), dbias(c.experts * c.neurons), dgate_up(dup.size());
+  Values out(c.tokens * c.out), dx(c.tokens * c.width), dgates(c.tokens * c.top_k);
+  Values dup(c.experts * c.neurons * c.width), ddown(c.experts * c.neurons * c.out), dbias(c.experts * c.neurons);
+  Values dgate_up(dup.size());
   for (std::int64_t s = 0; s < c.tokens * c.top_k; ++s) {
     if (in.index[s] < 0) continue;
     const std::int64_t x = s / c.top_k * c.width, o = s / c.top_k * c.out;

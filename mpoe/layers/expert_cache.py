@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
-from mpoe_kernels.mixture import Chains, OneCall, Rule, circumstances
 from mpoe_kernels.planner import planned_threads
 from mpoe_kernels.planner.machine import Source, source
 
@@ -30,7 +28,6 @@ from mpoe_kernels.planner.machine import Source, source
 # times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than predicted.
 WORTH_ONE_ROW = 1.25
 WORTH = 2.5
-MOST_CALLS = 16  # prepared for a layer; texts of many lengths would fill the memory
 
 
 def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype) -> bool:
@@ -120,7 +117,6 @@ class HeldLayer:
         waited: passes counted against ``patience`` so far.
         promised: bytes reserved for full weights of all experts, by dtype; 0: no room.
         full: for each expert and dtype, the weights ``[I, F]`` by kind of projection.
-        calls: native calls prepared for a number of tokens.
     """
 
     cache: ExpertCache
@@ -133,7 +129,6 @@ class HeldLayer:
     waited: int = 0
     promised: dict[torch.dtype, int] = field(default_factory=dict)
     full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
-    calls: dict[tuple[Any, ...], OneCall] = field(default_factory=dict)
 
     def is_of(self, cores: Sequence[Tensor]) -> bool:
         """Whether these are the same, unchanged cores: same memory, dtype and layout, and no change since."""
@@ -142,21 +137,6 @@ class HeldLayer:
             == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
             for now, then, version in zip(cores, self.cores, self.versions, strict=True)
         )
-
-    def one_call(self, x: Tensor, weight: Tensor, rule: Rule, chains: Chains, backend: str | None) -> OneCall:
-        """The layer's forward for tokens like ``x [T, I]``, see `mpoe_kernels.mixture.OneCall`."""
-        biases = tuple(
-            None if bias is None else (bias.data_ptr(), bias.shape, bias.stride())
-            for bias in (chains.up_bias, chains.down_bias)
-        )
-        sizes = (*x.shape, x.dtype, weight.shape, weight.dtype)
-        key = (*sizes, *rule, chains.activation, *biases, *circumstances(backend))
-        found = self.calls.get(key)
-        if found is None:
-            if len(self.calls) >= MOST_CALLS:
-                self.calls.clear()
-            found = self.calls[key] = OneCall(x, weight, rule, chains, backend)
-        return found
 
     def refuses(self, dtype: torch.dtype) -> bool:
         """Whether there is already known to be no room for full weights in ``dtype``."""

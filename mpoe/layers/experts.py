@@ -16,7 +16,7 @@ from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
-from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn
+from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
 
 
 class MPOExperts(nn.Module):
@@ -171,16 +171,17 @@ class MPOExperts(nn.Module):
             return None
         held, rule = self._held(), Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         may_use_weights = held is not None and not held.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
-        if held is not None and held.kept and not (may_use_weights or shows_decision):
-            whole = held.one_call(x, router.weight, rule, self._chains(held), self.backend)
-            if whole.is_possible:
-                return whole(x, router.weight, token_mask), None
+        chains = self._chains(held)
+        if not (may_use_weights or shows_decision):
+            y = routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
+            if y is not None:
+                return y, None
         gating, slots = native_slots(x, router.weight, rule, token_mask)
         rows = self._by_full_weights(held, x.dtype, x, slots) if may_use_weights and held is not None else None
         if rows is not None:
             y = native_combine(rows, slots, gating.top_k_weights)
         else:
-            y = plain_ffn(x, slots, gating.top_k_weights, self._chains(held), self.backend)
+            y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
         return y, (RouterOutput(*gating), slots)
 
     def _chains(self, held: HeldLayer | None) -> Chains:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from mpoe_kernels.cuda_library import RefusingOps, unavailable_reasons
-from mpoe_kernels.embedding.cuda import EmbeddingKernels
-from mpoe_kernels.linear.cuda.cost import gpu, predicted_cost
 from mpoe_kernels.linear.cuda.kernels import DTYPES, LinearKernels
-from mpoe_kernels.linear.gpu.cost import counting_reasons
-from mpoe_kernels.planner import Contraction, Hardware
-from mpoe_kernels.registry import Backend, Candidate, Request
+from mpoe_kernels.linear.gpu.budget import counting_reasons
+from mpoe_kernels.registry import Backend, Request
 from mpoe_kernels.routing.cuda import RoutingKernels
 
 
@@ -21,10 +19,8 @@ def backend_of(
     name: str,
     ops: Any,
     device_type: str,
-    hardware: Callable[[str], Hardware],
+    shared_memory: Callable[[str], int],
     unavailable_reasons: Callable[[], list[str]],
-    predicted_cost: Callable[[Request], float],
-    least_seconds: float = 0.0,
 ) -> Backend:
     """The CUDA kernels as a backend.
 
@@ -32,9 +28,8 @@ def backend_of(
         name: name of the backend.
         ops: namespace of the compiled ops: those for a GPU, or, in tests, the emulated ones.
         device_type: device type of their tensors.
-        hardware: returns the numbers of a device, which determine the variant of a kernel.
-        unavailable_reasons, predicted_cost: see `Backend`.
-        least_seconds: added to the predicted times, so that the backend is chosen only if it is named.
+        shared_memory: bytes of shared memory that a block may use on a device.
+        unavailable_reasons: see `Backend`.
     """
 
     def request_reasons(request: Request) -> list[str]:
@@ -47,32 +42,28 @@ def backend_of(
         return reasons
 
     ops = RefusingOps(ops)
-    linear = LinearKernels(ops, hardware)
-
-    def candidates(plan: Contraction) -> list[Candidate]:
-        found = linear.candidates(name, plan)
-        return [candidate._replace(seconds=least_seconds + candidate.seconds) for candidate in found]
+    linear = LinearKernels(ops, shared_memory)
 
     return Backend(
         name=name,
-        kernels={
-            **RoutingKernels(ops).table(),
-            **EmbeddingKernels(ops).table(),
-        },
+        kernels=RoutingKernels(ops).table(),
         unavailable_reasons=unavailable_reasons,
         request_reasons=request_reasons,
-        predicted_cost=predicted_cost,
-        candidates=candidates,
+        candidates=partial(linear.candidates, name),
         contraction_reasons=counting_reasons,
         places_rows=True,
     )
+
+
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a block may use on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 CUDA = backend_of(
     "cuda",
     torch.ops.mpoe_cuda,
     "cuda",
-    gpu,
+    shared_memory,
     unavailable_reasons,
-    predicted_cost,
 )

@@ -2,12 +2,10 @@
 
 import torch
 
-from mpoe_kernels.embedding import eager as embedding
-from mpoe_kernels.linear.eager.cost import predicted_seconds
+from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
 from mpoe_kernels.linear.gpu import grouped
-from mpoe_kernels.linear.gpu.cost import counting_reasons
-from mpoe_kernels.planner import Contraction, hardware_here
+from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.routing import eager as routing
 
@@ -15,11 +13,10 @@ from mpoe_kernels.routing import eager as routing
 def candidates(plan: Contraction) -> list[Candidate]:
     """Expert by expert; on a GPU also with grouped GEMMs, which need not wait for the offsets."""
     run = linear_forward if plan.phase == "forward" else linear_backward
-    found = [Candidate("eager", plan.strategy, plan.strategy, predicted_seconds(plan), run)]
+    found = [Candidate("eager", plan.strategy, plan.strategy, run, waits=True)]
     if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):
         run = grouped.forward if plan.phase == "forward" else grouped.backward
-        seconds = grouped.seconds(plan, hardware_here(plan.device))
-        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, seconds, run))
+        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, run))
     return found
 
 
@@ -31,8 +28,6 @@ EAGER = Backend(
         "dispatch_backward": routing.dispatch_backward,
         "combine": routing.combine,
         "combine_backward": routing.combine_backward,
-        "mpo_embedding": embedding.forward,
-        "mpo_embedding_backward": embedding.backward,
     },
     candidates=candidates,
 )

@@ -12,25 +12,11 @@ from typing import Any
 
 import torch
 
-from mpoe_kernels.linear.triton.cost import (
-    ON_CHIP,
-    ON_CHIP_FROM_HALF,
-    WIDE,
-    contraction_reasons,
-    gated_price,
-    predicted_cost,
-    ways_here,
-)
-from mpoe_kernels.planner import Contraction
+from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.linear.triton.reasons import contraction_reasons, fused_reasons
 from mpoe_kernels.registry import Backend, Candidate, Request
-from mpoe_kernels.triton.architecture import (
-    NO_LIMIT,
-    architecture_of,
-    gpu_available,
-    in_interpreter,
-    shared_memory_of,
-    triton_reasons,
-)
+from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import NO_LIMIT, gpu_available, in_interpreter, triton_reasons
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,11 +27,8 @@ _KERNELS = {
     "dispatch_backward": ("routing.triton", "dispatch_backward"),
     "combine": ("routing.triton", "combine"),
     "combine_backward": ("routing.triton", "combine_backward"),
-    "gated_mpo_linear": ("linear.triton.gated", "forward"),
     "hidden_experts": ("hidden_experts.triton.launch", "forward"),
     "hidden_experts_backward": ("hidden_experts.triton.launch", "backward"),
-    "mpo_embedding": ("embedding.triton", "forward"),
-    "mpo_embedding_backward": ("embedding.triton", "backward"),
 }
 
 
@@ -53,22 +36,20 @@ def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
     return getattr(import_module(f"mpoe_kernels.{module}"), function)(*arguments, **options)
 
 
-# Name of a candidate -> function of the module ``linear`` and its options.
-_WAYS: dict[str, tuple[str, dict[str, bool]]] = {
-    WIDE: ("by_steps", {"wide": True}),
-    ON_CHIP: ("on_chip", {"half": False}),
-    ON_CHIP_FROM_HALF: ("on_chip", {"half": True}),
-}
+ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """The candidates: step by step, and the fused kernels."""
-    found = []
-    for name, seconds in ways_here(plan).items():
-        function, options = _WAYS.get(name, ("by_steps", {}))
-        run = partial(_call, "linear.triton.kernels", f"{plan.phase}_{function}", **options)
-        found.append(Candidate("triton", name, plan.strategy, seconds, run))
-    return found
+    """The candidates: with weights kept on chip where they fit, and step by step."""
+    names = {plan.strategy: "by_steps"}
+    target = architecture.target_of(torch.device(plan.device))
+    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
+        names = {ON_CHIP: "on_chip", **names}
+    module = "linear.triton.kernels"
+    return [
+        Candidate("triton", name, plan.strategy, partial(_call, module, f"{plan.phase}_{way}"))
+        for name, way in names.items()
+    ]
 
 
 def unavailable_reasons() -> list[str]:
@@ -94,16 +75,16 @@ def request_reasons(request: Request) -> list[str]:
 
 def _memory_reasons(request: Request) -> list[str]:
     """Reasons if the kernels' smallest tiles do not fit the device."""
-    device = torch.device(request.device)
-    limit = shared_memory_of(device)
-    if limit == NO_LIMIT or (needed := _least_shared_bytes(architecture_of(device), request.dtype)) <= limit:
+    target = architecture.target_of(torch.device(request.device))
+    limit = target.shared_memory
+    if limit == NO_LIMIT or (needed := _least_shared_bytes(target.architecture, request.dtype)) <= limit:
         return []
     return [f"its smallest tile needs {needed} bytes of shared memory; the device has {limit}"]
 
 
 @lru_cache(maxsize=64)
-def _least_shared_bytes(architecture: str, dtype: torch.dtype) -> int:
-    return import_module("mpoe_kernels.linear.triton.configs").least_shared_bytes(architecture, dtype)
+def _least_shared_bytes(name: str, dtype: torch.dtype) -> int:
+    return import_module("mpoe_kernels.linear.triton.configs").least_shared_bytes(name, dtype)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {op: partial(_call, *where) for op, where in _KERNELS.items()}
@@ -113,9 +94,7 @@ TRITON = Backend(
     kernels=KERNELS,
     unavailable_reasons=unavailable_reasons,
     request_reasons=request_reasons,
-    predicted_cost=predicted_cost,
     candidates=candidates,
     contraction_reasons=contraction_reasons,
-    gated_price=gated_price,
     places_rows=True,
 )

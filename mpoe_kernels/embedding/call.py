@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract import BlockDims
 
 
 @dataclass

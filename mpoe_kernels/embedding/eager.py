@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids
 from mpoe_kernels.linear.eager.grouped import grouped_mm, grouped_outer
 from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
-from mpoe_kernels.planner import BlockDims
 
 # The GEMM of one pair has few rows.
 _PRICE_OF_PAIRS = 2

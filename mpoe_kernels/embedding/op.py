@@ -1,4 +1,4 @@
-"""`mpo_embedding`: lookup of rows in a table stored as an MPO."""
+"""`mpo_embedding`: lookup of rows in a table stored as an MPO, by PyTorch's operations on every device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_device, check_same, describe
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.define import define_op
+from mpoe_kernels.embedding import eager
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.registry import requested_backend
@@ -37,14 +38,14 @@ _backward = define_op(
     "mpo_embedding_backward",
     EmbeddingBackwardCall,
     3,
-    lambda call: run_kernel("mpo_embedding_backward", call, call.central),
+    lambda call: eager.backward(call),
     _backward_fake,
 )
 _forward = define_op(
     "mpo_embedding",
     EmbeddingCall,
     1,
-    lambda call: run_kernel("mpo_embedding", call, call.central),
+    lambda call: eager.forward(call),
     _fake,
     setup_context=_setup,
     backward=_autograd,
@@ -58,7 +59,7 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
     Args:
         ids: int32 or int64 of any shape; entries below the true vocabulary size ``blocks.in_features``.
         blocks: folded cores with E = 1; I is the vocabulary, F the embedding size.
-        backend: as in `grouped_mpo_linear`.
+        backend: as in `grouped_mpo_linear`; PyTorch's operations compute every one.
 
     Returns:
         ``[*ids.shape, embedding_dim]`` in the blocks' dtype. Differentiable in the blocks.

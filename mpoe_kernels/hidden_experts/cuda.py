@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.planner import may_round_to_tf32
 from mpoe_kernels.registry import Request
 
 LARGEST_BLOCK = 64  # kLargestHiddenBlock

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.native_library import DTYPES, HiddenArguments, call_native, dense, dense_index, dense_like
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, checked, dense, dense_index, dense_like, name_of
 from mpoe_kernels.registry import Request
-from mpoe_kernels.routing.gating import Gating, arguments_of
-
-# Names of the gradients in the library, in the order of `backward`.
-RESULTS = ("du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate")
-
+from mpoe_kernels.routing.gating import Gating, new_gating
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -27,7 +24,7 @@ def reasons(request: Request) -> list[str]:
     return [f"it computes hidden_experts in float32 and bfloat16, not in {request.dtype}"]
 
 
-def _inputs(call: HiddenCall) -> tuple[HiddenArguments, tuple[Tensor | None, ...]]:
+def _inputs(call: HiddenCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
     returns."""
     u, right, right_gate = dense("u", call.u), call.right, call.right_gate
@@ -43,24 +40,23 @@ def _inputs(call: HiddenCall) -> tuple[HiddenArguments, tuple[Tensor | None, ...
     kept = (
         u,
         None if call.u_gate is None else dense_like("u_gate", call.u_gate, u.shape, dtype),
-        dense("gates", call.gates.float()),
+        dense("gates", call.gates).float(),
         index,
         dense_like("right", right, blocks, dtype),
         dense_like("left", call.left, blocks, dtype),
         None if right_gate is None else dense_like("right_gate", right_gate, blocks, dtype),
         None if call.bias is None else dense_like("bias", call.bias, (experts, features), dtype),
     )
-    names = (DTYPES.get(dtype, str(dtype).encode()), call.activation.encode())
     sizes = (tokens, features, block, experts, groups, index.shape[1])
-    return HiddenArguments(*names, *sizes, *(None if each is None else each.data_ptr() for each in kept)), kept
+    return (name_of(dtype), call.activation, sizes, [address(each) for each in kept]), kept
 
 
 def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
-    arguments, _kept = _inputs(call)
-    out = call.u.new_empty(call.u.shape)
-    arguments.out = out.data_ptr()
-    call_native("mpoe_hidden_experts", arguments)
+    arguments, (u, *_kept) = _inputs(call)
+    assert u is not None
+    out = torch.empty_like(u)
+    NATIVE_LIBRARY.functions.hidden_experts(*arguments, out.data_ptr())
     return out
 
 
@@ -109,27 +105,26 @@ def routed(
         and features % block == 0
         and groups in (1, features // block)
         and router_weight.shape[0] == experts
-        and x.is_contiguous()
-        and router_weight.is_contiguous()
     ):
         return None
-    shapes = (
-        *((u, u.shape), (u_gate, u.shape), (right, right.shape), (left, right.shape), (right_gate, right.shape)),
-        (bias, (experts, features)),
+    x, router_weight = dense("x", x), dense("weight", router_weight)
+    given = (
+        *(("u", u, u.shape), ("u_gate", u_gate, u.shape), ("right", right, right.shape), ("left", left, right.shape)),
+        *(("right_gate", right_gate, right.shape), ("bias", bias, (experts, features))),
     )
-    for each, shape in shapes:
-        if each is not None and not (
-            each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
-        ):
+    for name, each, shape in given:
+        if each is None:
+            continue
+        is_as_dense = each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
+        if not is_as_dense or checked(name, each) is not each:
             return None
-    router, found = arguments_of(x, router_weight, top_k, raw)
-    out = u if overwrites else u.new_empty(u.shape)
-    order = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias, out)
-    arguments = HiddenArguments(
-        *(DTYPES[u.dtype], activation.encode(), tokens, features, block, experts, groups, top_k),
-        *(None if each is None else each.data_ptr() for each in order),
+    found, out = new_gating(x, experts, top_k), u if overwrites else torch.empty_like(u)
+    inputs = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias)
+    NATIVE_LIBRARY.functions.routed_hidden_experts(
+        *(name_of(x.dtype), name_of(router_weight.dtype), x.shape[1], raw),
+        *(x.data_ptr(), router_weight.data_ptr(), found.logits.data_ptr(), name_of(u.dtype), activation),
+        *((tokens, features, block, experts, groups, top_k), [address(each) for each in inputs], out.data_ptr()),
     )
-    call_native("mpoe_routed_hidden_experts", router, arguments)
     return out, found
 
 
@@ -138,15 +133,14 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     u, need = call.u, call.need
     arguments, kept = _inputs(call)
     rows = dense_like("grad", call.grad, u.shape, u.dtype)
-    arguments.grad = rows.data_ptr()
-    _, own_gate, own_gates, _, *cores, own_bias = kept
-    likes = (u, own_gates, cores[0], cores[1], own_bias, own_gate, cores[2])
-    results = []
-    for name, like, wanted in zip(RESULTS, likes, need, strict=True):
-        result = u.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
-        results.append(result)
-        if result.numel():
-            setattr(arguments, name, result.data_ptr())
-    call_native("mpoe_hidden_experts_backward", arguments)
+    _, own_gate, own_gates, _, right, left, right_gate, bias = kept
+    likes = (u, own_gates, right, left, bias, own_gate, right_gate)
+    results = [
+        u.new_empty(0) if like is None or not wanted else torch.empty_like(like)
+        for like, wanted in zip(likes, need, strict=True)
+    ]
+    NATIVE_LIBRARY.functions.hidden_experts_backward(
+        *arguments, rows.data_ptr(), [result.data_ptr() for result in results]
+    )
     results[1] = results[1].to(call.gates.dtype if need[1] else u.dtype)
     return tuple(results)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract.autotune import EXAMPLES
+from mpoe_kernels.contract.orders import BlockDims, expected_busy_experts
+from mpoe_kernels.contract.ranking import Problem
 
 
 @dataclass
@@ -25,7 +29,7 @@ class LinearCall:
         row_index: int64 ``[N]`` or None.
         in_features, out_features: I and F.
         activation: a value of `mpoe_kernels.linear.op.ACTIVATIONS`.
-        strategy: one of `mpoe_kernels.planner.STRATEGIES`; ``"auto"`` until the registry has chosen.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until the registry has chosen.
         backend: the requested backend, or ``"auto"``.
     """
 
@@ -96,47 +100,6 @@ class ForwardCall(LinearCall):
 
 
 @dataclass
-class GatedCall(LinearCall):
-    """A forward pass of two projections of the same rows: ``y = activation(x W_gate) * (x W + bias)``.
-
-    Its kernel returns ``(y, z, value [N, F], h, gate_h)``: the input of the activation (for relu, its result), the
-    other factor, and h of both as in `ForwardCall`; all except y are empty unless a backward will need them.
-
-    Attributes:
-        gate_left, gate_central, gate_right: blocks of ``W_gate``; ``left``, ... are those of the other projection.
-        save, slot_of_token: as in `ForwardCall`.
-    """
-
-    gate_left: Tensor
-    gate_central: Tensor
-    gate_right: Tensor
-    save: bool
-    slot_of_token: Tensor | None = None
-
-    @cached_property
-    def up(self) -> ForwardCall:
-        """The projection without an activation, alone."""
-        return self._alone(self.blocks, self.bias, "none")
-
-    @cached_property
-    def gate(self) -> ForwardCall:
-        """The projection with the activation, alone."""
-        return self._alone((self.gate_left, self.gate_central, self.gate_right), None, self.activation)
-
-    def _alone(self, blocks: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, activation: str) -> ForwardCall:
-        return ForwardCall(
-            *(self.x, *blocks, self.expert_offsets, bias, self.row_index),
-            in_features=self.in_features,
-            out_features=self.out_features,
-            activation=activation,
-            strategy=self.strategy,
-            backend=self.backend,
-            save=self.save,
-            slot_of_token=self.slot_of_token,
-        )
-
-
-@dataclass
 class BackwardCall(LinearCall):
     """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; gradients that are not needed are
     empty.
@@ -161,3 +124,41 @@ class BackwardCall(LinearCall):
     def saved_h(self) -> Tensor | None:
         """h, if the strategy reads it and the forward saved it."""
         return self.h if self.strategy == "separable" and self.h.numel() else None
+
+
+def _made_up(problem: Problem, experts: int, slots: int) -> dict[str, Any]:
+    """Arguments of a `LinearCall` on constants: the slots spread evenly over as many experts as are expected to be
+    busy. It draws no random numbers."""
+    d = problem.dims
+    shapes = (slots, d.in_features), (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
+    tensors = (torch.full(shape, 0.01, dtype=problem.dtype, device=problem.device) for shape in shapes)
+    busy = expected_busy_experts(experts, slots)
+    ends = [slots * min(e, busy) // busy for e in range(experts + 1)]
+    return dict(
+        zip(("x", "left", "central", "right"), tensors, strict=True),
+        expert_offsets=torch.tensor(ends, dtype=torch.int32, device=problem.device),
+        bias=None,
+        row_index=None,
+        in_features=d.in_features,
+        out_features=d.out_features,
+        activation="none",
+        strategy=problem.strategy,
+        backend=problem.backend,
+    )
+
+
+def example_forward(problem: Problem, experts: int, slots: int) -> ForwardCall:
+    """A forward to time, with other numbers of experts and slots."""
+    return ForwardCall(**_made_up(problem, experts, slots), save=problem.keeps)
+
+
+def example_backward(problem: Problem, experts: int, slots: int) -> BackwardCall:
+    """A backward to time."""
+    common = _made_up(problem, experts, slots)
+    x, d = common["x"], problem.dims
+    grad = x.new_full((slots, d.out_features), 0.01)
+    h = x.new_full((slots * d.jC, d.b) if d.is_separable else (0,), 0.01)
+    return BackwardCall(**common, grad=grad, h=h, saved=x.new_empty(0), need=[*problem.need, False])
+
+
+EXAMPLES.update(grouped_mpo_linear=example_forward, grouped_mpo_linear_backward=example_backward)

@@ -17,11 +17,11 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.choice import chosen_for
+from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
+from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.planner import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.call import CombineCall
 from mpoe_kernels.routing.op import Routing, check_gates
@@ -167,7 +167,7 @@ def grouped_mpo_linear(
             without sorting ``row_index``; it has no other use.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
         backend: name of a backend; default: the one set by `use_backend`, else the registry's choice.
-        strategy: force one of the planner's strategies for forward and backward, instead of its own choices:
+        strategy: force one strategy for forward and backward, instead of the choice by one timing:
             ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 
     Returns:

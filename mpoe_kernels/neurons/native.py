@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
-from mpoe_kernels.native_library import DTYPES, NeuronsArguments, call_native, dense, dense_index, dense_like
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
 from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.registry import Request
-
-# Names of the gradients in the library, in the order of `backward`.
-RESULTS = ("dx", "dgates", "dup", "ddown", "dbias", "dgate_up")
 
 
 def reasons(request: Request) -> list[str]:
@@ -21,7 +20,7 @@ def reasons(request: Request) -> list[str]:
     return [f"it computes neuron_experts in float32 and bfloat16, not in {request.dtype}"]
 
 
-def _inputs(call: NeuronCall) -> tuple[NeuronsArguments, tuple[Tensor | None, ...]]:
+def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
     returns."""
     x, dtype = dense("x", call.x), call.x.dtype
@@ -33,39 +32,35 @@ def _inputs(call: NeuronCall) -> tuple[NeuronsArguments, tuple[Tensor | None, ..
         raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(call.gates)}")
     kept = (
         x,
-        dense("gates", call.gates.float()),
+        dense("gates", call.gates).float(),
         index,
         dense_like("up", call.up, (experts, neurons, width), dtype),
         dense_like("down", call.down, (experts, neurons, out_features), dtype),
         None if call.bias is None else dense_like("bias", call.bias, (experts, neurons), dtype),
         None if call.gate_up is None else dense_like("gate_up", call.gate_up, call.up.shape, dtype),
     )
-    names = (DTYPES.get(dtype, str(dtype).encode()), call.activation.encode())
     sizes = (tokens, width, out_features, neurons, experts, index.shape[1])
-    return NeuronsArguments(*names, *sizes, *(None if each is None else each.data_ptr() for each in kept)), kept
+    return (name_of(dtype), call.activation, sizes, [address(each) for each in kept]), kept
 
 
 def forward(call: NeuronCall) -> Tensor:
     """See `neuron_experts`."""
     arguments, _kept = _inputs(call)
     out = call.x.new_empty(call.x.shape[0], call.down.shape[2])
-    arguments.out = out.data_ptr()
-    call_native("mpoe_neuron_experts", arguments)
+    NATIVE_LIBRARY.functions.neuron_experts(*arguments, out.data_ptr())
     return out
 
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `NeuronBackwardCall`."""
-    arguments, kept = _inputs(call)
-    x, gates, _, *weights = kept
+    arguments, (x, gates, _, *weights) = _inputs(call)
     grad = dense_like("grad", call.grad, (call.x.shape[0], call.down.shape[2]), call.x.dtype)
-    arguments.grad = grad.data_ptr()
-    results = []
-    for name, like, wanted in zip(RESULTS, (x, gates, *weights), call.need, strict=True):
-        result = call.x.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
-        results.append(result)
-        if result.numel():
-            setattr(arguments, name, result.data_ptr())
-    call_native("mpoe_neuron_experts_backward", arguments)
+    results = [
+        call.x.new_empty(0) if like is None or not wanted else torch.empty_like(like)
+        for like, wanted in zip((x, gates, *weights), call.need, strict=True)
+    ]
+    NATIVE_LIBRARY.functions.neuron_experts_backward(
+        *arguments, grad.data_ptr(), [result.data_ptr() for result in results]
+    )
     results[1] = results[1].to(call.gates.dtype if call.need[1] else call.x.dtype)
     return tuple(results)

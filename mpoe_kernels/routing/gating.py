@@ -7,13 +7,13 @@ PyTorch's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.define import is_plain_call, needs_gradients
-from mpoe_kernels.native_library import DTYPES, NATIVE_LIBRARY, RouterArguments, call_native
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 from mpoe_kernels.registry import AUTO, requested_backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,38 +54,37 @@ def can_route_natively(x: Tensor, weight: Tensor, backend: str | None = None, *o
     )
 
 
-def arguments_of(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> tuple[RouterArguments, Gating]:
-    """What the library is called with for dense tensors, and where it writes."""
-    (tokens, features), experts = x.shape, weight.shape[0]
-    found = Gating(
-        x.new_empty((tokens, experts), dtype=torch.float32),
-        x.new_empty((tokens, top_k), dtype=torch.int64),
-        x.new_empty((tokens, top_k), dtype=torch.float32),
+def new_gating(x: Tensor, num_experts: int, top_k: int) -> Gating:
+    """Memory for a decision about tokens ``x [T, I]``."""
+    tokens = x.shape[0]
+    return Gating(
+        x.new_empty(tokens, num_experts, dtype=torch.float32),
+        x.new_empty(tokens, top_k, dtype=torch.int64),
+        x.new_empty(tokens, top_k, dtype=torch.float32),
     )
-    names, sizes = (DTYPES[x.dtype], DTYPES[weight.dtype]), (tokens, features, experts, top_k, raw)
-    return RouterArguments(*names, *sizes, x.data_ptr(), weight.data_ptr(), *(each.data_ptr() for each in found)), found
 
 
 def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     """Decide where `can_route_natively`; ``raw``: gates are probabilities, otherwise they sum to 1."""
-    x, weight = x.contiguous(), weight.contiguous()
-    arguments, found = arguments_of(x, weight, top_k, raw)
-    call_native("mpoe_gating", arguments)
+    arguments, _kept = _inputs(x, weight)
+    found = new_gating(x, weight.shape[0], top_k)
+    names_and_sizes, memory = arguments[:3], arguments[3:]
+    NATIVE_LIBRARY.functions.gating(*names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found])
     return found
 
 
-def _logits_arguments(x: Tensor, weight: Tensor) -> RouterArguments:
-    names, sizes = (DTYPES[x.dtype], DTYPES[weight.dtype]), (*x.shape, weight.shape[0])
-    return RouterArguments(*names, *sizes, x=x.data_ptr(), weight=weight.data_ptr())
+def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    """Dtypes, sizes and addresses, and the tensors that must live until the call returns."""
+    x, weight = dense("x", x), dense("weight", weight)
+    sizes = (*x.shape, weight.shape[0])
+    return (name_of(x.dtype), name_of(weight.dtype), sizes, x.data_ptr(), weight.data_ptr()), (x, weight)
 
 
 def native_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` in float32 arithmetic, ``[T, E]``, where `can_route_natively`."""
-    x, weight = x.contiguous(), weight.contiguous()
-    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    arguments = _logits_arguments(x, weight)
-    arguments.logits = logits.data_ptr()
-    call_native("mpoe_router_logits", arguments)
+    arguments, _kept = _inputs(x, weight)
+    logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    NATIVE_LIBRARY.functions.router_logits(*arguments, logits.data_ptr())
     return logits
 
 
@@ -93,11 +92,7 @@ def native_logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``x`` and ``weight``, each if needed, where `can_route_natively` and neither is float16."""
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    (arguments, (x, weight)), grad = _inputs(x, weight), dense("grad", grad)
     dx, dweight = (torch.empty_like(each) if wanted else None for each, wanted in zip((x, weight), need, strict=True))
-    arguments = _logits_arguments(x, weight)
-    arguments.grad = grad.data_ptr()
-    arguments.dx = None if dx is None else dx.data_ptr()
-    arguments.dweight = None if dweight is None else dweight.data_ptr()
-    call_native("mpoe_router_logits_backward", arguments)
+    NATIVE_LIBRARY.functions.router_logits_backward(*arguments, grad.data_ptr(), address(dx), address(dweight))
     return dx, dweight

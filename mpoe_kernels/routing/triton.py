@@ -12,7 +12,7 @@ from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, Dispatch
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
-FEW = 256  # at most so many pairs are sorted by one program
+FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.routing.op import route
 from mpoe_kernels.testing.assertions import assert_calibrated

@@ -12,11 +12,11 @@ import torch
 
 # Shared memory that one program may use, in bytes.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Multiprocessors of an A100, H100, B200 and MI300X.
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 INTERPRETER = "interpreter"
 NO_LIMIT = 1 << 62
-# Entry of the planner's table that represents an architecture.
-HARDWARE_NAMES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200", "gfx942": "mi300", INTERPRETER: "h100"}
 
 
 def in_interpreter() -> bool:
@@ -44,48 +44,44 @@ def _gpu_architecture(index: int) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def architecture_of(device: torch.device) -> str:
-    """Key of the configuration tables for tensors on ``device``."""
-    if device.type != "cuda" or in_interpreter():
-        return INTERPRETER
-    return _gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
-
-
-@lru_cache(maxsize=16)
-def _gpu_shared_memory(index: int) -> int:
-    """Of one program on a GPU, which may have less than the architecture its tables were made for."""
-    properties = torch.cuda.get_device_properties(index)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or SHARED_MEMORY[_gpu_architecture(index)]
-
-
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on ``device``; the interpreter has no limit."""
-    if device.type != "cuda" or in_interpreter() or not gpu_available():
-        return NO_LIMIT
-    return _gpu_shared_memory(device.index if device.index is not None else torch.cuda.current_device())
-
-
 class Target(NamedTuple):
     """The target of a compiled kernel.
 
     Attributes:
-        architecture: key of the configuration tables.
+        architecture: key of the tables of tiles.
         shared_memory: bytes that one program may use.
+        multiprocessors: number of them; programs of the interpreter run one after the other.
     """
 
     architecture: str
     shared_memory: int
+    multiprocessors: int
 
 
 def target_named(architecture: str) -> Target:
-    """The target of an architecture by its vendor's specification; the device need not be present."""
-    return Target(architecture, SHARED_MEMORY.get(architecture, NO_LIMIT))
+    """The target of an architecture by its vendor's specification; the device need not be present.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if architecture not in (*ARCHITECTURES, INTERPRETER):
+        raise ValueError(f"architecture must be one of {ARCHITECTURES}; got {architecture!r}")
+    return Target(architecture, SHARED_MEMORY.get(architecture, NO_LIMIT), _MULTIPROCESSORS.get(architecture, 1))
+
+
+@lru_cache(maxsize=16)
+def _gpu(index: int) -> Target:
+    """A GPU of this machine, which may have less shared memory than the architecture its tables were made for."""
+    named, properties = target_named(_gpu_architecture(index)), torch.cuda.get_device_properties(index)
+    own = getattr(properties, "shared_memory_per_block_optin", 0) or named.shared_memory
+    return Target(named.architecture, min(named.shared_memory, own), properties.multi_processor_count)
 
 
 def target_of(device: torch.device) -> Target:
-    """The target of a device of this machine; it may have less shared memory than the architecture of its tables."""
-    named = target_named(architecture_of(device))
-    return named._replace(shared_memory=min(named.shared_memory, shared_memory_of(device)))
+    """The target of kernels for tensors on ``device``: a GPU, else the interpreter."""
+    if device.type != "cuda" or in_interpreter() or not gpu_available():
+        return target_named(INTERPRETER)
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
 OLDEST = (3, 6)

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import mpoe_kernels.measured as measured
 import pytest
 import torch
 from mpoe_bench import run, section
@@ -26,7 +27,6 @@ from mpoe_bench.visit import candidates, parts
 from mpoe_bench.visit.lines import Lines
 from mpoe_bench.visit.parts import Part
 
-import mpoe_kernels.measured as measured
 from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]

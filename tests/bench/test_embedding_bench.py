@@ -9,7 +9,7 @@ import pytest
 import torch
 from mpoe_bench import embedding
 
-from mpoe_kernels.planner import BlockDims
+from mpoe_kernels.contract import BlockDims
 
 TINY = ["--table", "60,12", "--bond", "4", "--rows", "1,9", "--head_rows", "3", "--seconds", "0.001", "--scale", "16"]
 DIMS = BlockDims(iL=5, jL=2, a=3, iC=2, jC=3, b=4, iR=6, jR=2, in_features=60, out_features=12)

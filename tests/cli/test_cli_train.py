@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mpoe.data.embedded import stand_in_path
 from mpoe.training import read_metrics
-from mpoe_kernels.planner import machine
+from mpoe_kernels.contract import machine
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]

@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends.cuda import backend_of
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.kernels import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.planner import BlockDims
-from mpoe_kernels.planner.hardware import HARDWARE
 from mpoe_kernels.testing.assertions import poisoned_memory
+from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated
-NEVER_CHOSEN = 1e9  # seconds
 
 
 class Schedule(NamedTuple):
@@ -65,7 +63,7 @@ class Emulator:
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
-        self._library.emu_panel_bytes.restype = self._library.emu_few_bytes.restype = ctypes.c_size_t
+        self._library.emu_panel_bytes.restype = ctypes.c_size_t
 
     def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
         """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the wait or at issue."""
@@ -82,13 +80,10 @@ class Emulator:
         self._library.emu_counters(counts)
         return dict(zip(self.COUNTERS, counts, strict=True))
 
-    def block_bytes(self, kernel: str, dtype: int, sizes: Sequence[int], *rest: int | Sequence[int]) -> int:
-        """Shared memory per block of the kernel ``panel`` or ``few``."""
-        words = [word if isinstance(word, int) else (ctypes.c_int * len(word))(*word) for word in (sizes, *rest)]
-        found = getattr(self._library, f"emu_{kernel}_bytes")(dtype, *words)
-        if not found:
-            raise ValueError(f"no shape of a block of the kernel {kernel}: {rest} for sizes {sizes}")
-        return found
+    def panel_bytes(self, dtype: int, dims: Sequence[int], transposed: bool, panel: Panel) -> int:
+        """Shared memory per block of the panel kernel; 0: no such shape."""
+        sizes, kept = ((ctypes.c_int * len(words))(*words) for words in (dims, panel.sizes))
+        return self._library.emu_panel_bytes(dtype, sizes, transposed, kept, panel.left_first)
 
 
 @lru_cache(maxsize=1)
@@ -103,10 +98,8 @@ EMULATED = backend_of(
     name="emulated",
     ops=OPS,
     device_type="cpu",
-    hardware=lambda _: HARDWARE["h100"],
+    shared_memory=lambda _: SHARED_MEMORY["sm_90"],
     unavailable_reasons=missing,
-    predicted_cost=lambda _: NEVER_CHOSEN,
-    least_seconds=NEVER_CHOSEN,
 )
 HIDDEN = HiddenKernels(RefusingOps(OPS))
 
@@ -137,17 +130,11 @@ def stats() -> dict[str, int]:
 
 def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Panel) -> int:
     """Shared memory that the panel kernel takes."""
-    return library().block_bytes("panel", DTYPES[dtype], list(dims), transposed, panel[:3], panel.left_first)
+    return library().panel_bytes(DTYPES[dtype], list(dims), transposed, panel)
 
 
-def few_bytes(dims: BlockDims, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> int:
-    """Shared memory that the kernel for few rows takes."""
-    return library().block_bytes("few", DTYPES[dtype], list(dims), shape)
-
-
-# How to compute a product: a strategy run step by step, or a single-launch kernel with this cut.
-Way = str | Panel | Few
-KERNELS = LinearKernels(OPS, lambda _: HARDWARE["h100"])
+Way = str | Panel  # how to compute a product: a strategy run step by step, or the panel kernel
+KERNELS = LinearKernels(OPS, lambda _: SHARED_MEMORY["sm_90"])
 
 
 @contextmanager
@@ -173,10 +160,8 @@ class Linear:
         self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
     @staticmethod
-    def _strategy(way: Way) -> tuple[str, Panel | Few | None]:
-        if isinstance(way, str):
-            return way, None
-        return ("rebuild" if isinstance(way, Panel) else "chain"), way
+    def _strategy(way: Way) -> tuple[str, Panel | None]:
+        return (way, None) if isinstance(way, str) else ("rebuild", way)
 
     def forward(self, way: Way, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``y``, and what the backward reads: ``h`` of the strategy ``separable``, and the pre-activation."""
@@ -203,14 +188,3 @@ class Linear:
         with poisoned_memory(), tf32_allowed(self.tf32):
             found = KERNELS.backward(call, cut)
         return [result if needed else None for result, needed in zip(found, need, strict=True)]
-
-
-def few(linear: Linear, sizes: tuple[int, int, int, int], expert_of_slot: Tensor, row_index: Tensor) -> Tensor:
-    """The product of ``linear`` for slots that each name their own expert."""
-    with poisoned_memory():
-        y = linear.x.new_empty(row_index.shape[0], linear.dims.out_features)
-        OPS.few_product(
-            *(linear.x, *linear.blocks, y, None, expert_of_slot, row_index, linear.bias, linear.activation, None),
-            *(linear.dims.in_features, linear.dims.out_features, sizes),
-        )
-    return y

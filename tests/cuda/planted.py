@@ -182,15 +182,6 @@ BUGS = (
         ("values",),
     ),
     Bug(
-        "sums_overwritten",
-        "partial sums are added up before all threads have stored theirs",
-        "cuda/linear/few.cuh",
-        "thread] = acc[m][c];\n      }\n      __syncthreads();\n",
-        "thread] = acc[m][c];\n      }\n",
-        "linear",
-        ("values", "thread"),
-    ),
-    Bug(
         "misaligned",
         "16 bytes at a time from addresses that are not multiples of 16",
         "cuda/named.h",

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.cuda.plan import launch_plan
-from mpoe_kernels.planner import BlockDims, program_of
+from mpoe_kernels.linear.cuda.launch import CudaLaunches
+from mpoe_kernels.linear.gpu.operands import activations, scratch
+from mpoe_kernels.linear.gpu.primitives import Rows
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case
-from .emulation import SCHEDULES, Schedule, schedule, stats
+from .emulation import OPS, REFUSED, SCHEDULES, Schedule, schedule, stats
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in planned_strategies(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
@@ -150,36 +153,35 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
     assert 1e-5 < errors[1] < 2e-3
 
 
-@pytest.mark.parametrize("experts", [2, 8, 64])
-def test_temporary_weights_stay_within_their_budget(experts: int) -> None:
-    """Two weights, or a quarter of the dense experts' size; anything beyond that is for rows."""
-    dims, slots = BlockDims.of_shape(WIDE["light"]), 4
-    budget = max(2, experts / 4) * dims.weight_elements
-    for strategy in planned_strategies(WIDE["light"]):
-        rows = slots * 2 * max(dims.elements(frozenset({"iL", "jC", "b", "jR"})), 128)
-        for phase, names in (("forward", ("x", "y")), ("backward", ("x", "d y", "d L", "d C", "d R", "d x"))):
-            program = program_of(dims, strategy, phase)
-            plan = launch_plan(program, dims, experts, slots, torch.bfloat16, (*names, "L", "C", "R"))
-            assert plan.launches >= len(program.products)
-            assert plan.scratch <= budget + (rows if strategy != "rebuild" else 0)
-
-
 def test_the_budget_of_many_experts_saves_launches() -> None:
-    dims = BlockDims.of_shape(WIDE["light"])
-    program = program_of(dims, "rebuild", "forward")
-    few, many = (
-        launch_plan(program, dims, experts, 64, torch.bfloat16, ("x", "y", "L", "C", "R")) for experts in (8, 64)
-    )
-    assert many.launches <= 2 * few.launches  # eight times the experts
+    launched = []
+    for experts in (8, 64):
+        case = Case(WIDE["light"], torch.bfloat16, tokens=64, experts=experts)
+        stats()
+        case.linear.forward("rebuild")
+        launched.append(stats()["launches"])
+    assert launched[1] <= 2 * launched[0]  # eight times the experts
 
 
-def test_temporaries_that_live_at_the_same_time_do_not_share_memory() -> None:
-    """Others do share it: rows between operands need memory for only two at a time."""
-    dims = BlockDims.of_shape(WIDE["separable"])
-    program = program_of(dims, "separable", "forward")
-    plan = launch_plan(program, dims, 2, 64, torch.float32, ("x", "y", "L", "C", "R"))
-    between = [64 * dims.elements(frozenset(program.axes[name])) for name in ("rows1", "rows2")]
-    assert plan.scratch == sum(between)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("sizes", "8 axes; got 7"), ("layout", "3 operands has 30 numbers; got 29"), ("dtype", "the dtype of x")],
+)
+def test_a_contraction_with_wrong_operands_is_refused(change: str, message: str) -> None:
+    case, calls = Case(SMALL_SHAPES["light"], tokens=4), []
+    dims, rows = case.linear.dims, case.linear.x
+    y = rows.new_empty(rows.shape[0], dims.out_features)
+    x, out = activations(rows, ("iL", "iC", "iR"), dims), activations(y, ("jL", "jC", "jR"), dims)
+    note = SimpleNamespace(rows_times_block=lambda *call: calls.append(call))
+    CudaLaunches(note).rows(Rows(x, scratch("W", 2, dims, rows), out, dims, case.routing.expert_offsets))
+    ((first, block, result, layout, sizes, *rest),) = calls
+    wrong = {
+        "sizes": (first, block, result, layout, sizes[1:]),
+        "layout": (first, block, result, layout[1:], sizes),
+        "dtype": (first, block.double(), result, layout, sizes),
+    }[change]
+    with pytest.raises(REFUSED, match=message):
+        OPS.rows_times_block(*wrong, *rest)
 
 
 @settings(max_examples=25)

@@ -1,7 +1,4 @@
-"""Both projections of a gated network on the device, by every strategy, against the float64 reference.
-
-Where a backend has a kernel for both at once, that is the one which runs, whatever it is predicted to take.
-"""
+"""Both projections of a gated network on the device, with all gradients, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -12,10 +9,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape
-from mpoe_kernels.linear import gated
-from mpoe_kernels.planner import STRATEGIES
+from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.registry import kernel_of
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 
@@ -24,7 +19,7 @@ from .test_device_ops import LARGE, dtypes, make_blocks, make_routing
 NAMES = ("y", "dx", "dbias", "dleft", "dcentral", "dright", "dgate_left", "dgate_central", "dgate_right")
 
 
-def check_gated(backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype, device: torch.device) -> None:
+def check_gated(backend: str, shape: MPOShape, dtype: torch.dtype, device: torch.device) -> None:
     """Forward and backward with bias and SiLU; some experts are idle, some slots empty."""
     tokens, experts = 37 if shape in SMALL_SHAPES.values() else 300, 5
     routing = make_routing(tokens, experts, "some_idle", device, capacity=tokens // 4)
@@ -36,10 +31,10 @@ def check_gated(backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype
     offsets, rows = routing.expert_offsets, routing.token_of_slot
     grad = torch.randn(rows.shape[0], shape.out_features, device=device).to(dtype)
 
-    def ours(x: Tensor, bias: Tensor, left: Tensor, central: Tensor, right: Tensor, *gate: Tensor) -> Tensor:
-        call = x, left, central, right, offsets, bias, rows, *sizes, "silu", strategy, backend
-        found: Tensor = torch.ops.mpoe.gated_mpo_linear(*call, *gate, True, routing.slot_of_token)[0]
-        return found
+    def ours(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
+        up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)
+        where = {"row_index": rows, "slot_of_token": routing.slot_of_token, "backend": backend}
+        return gated_mpo_linear(x, up, offsets, bias, gate_proj=gate, **where)
 
     def reference(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
         up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)
@@ -53,39 +48,18 @@ def check_gated(backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype
 
     truth, same = run(reference, torch.float64), run(reference, dtype)
     for name, found, exact, plain in zip(NAMES, run(ours, dtype), truth, same, strict=True):
-        assert_calibrated(found, exact, plain, f"{name} ({strategy})", 3)
-
-
-@pytest.fixture
-def together(able: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The strategies that a backend's kernel for both at once was called with; it is always preferred."""
-    called: list[str] = []
-
-    def preferred(*arguments: object) -> str:
-        called.append(str(arguments[-1]))
-        return called[-1]
-
-    monkeypatch.setattr(gated, "strategy_together", preferred)
-    return called
+        assert_calibrated(found, exact, plain, name, 3)
 
 
 @dtypes
 @pytest.mark.parametrize("name", ["light", "padded", "separable"])
-def test_gated_networks(able: str, name: str, dtype: torch.dtype, device: torch.device, together: list[str]) -> None:
-    shape = SMALL_SHAPES[name]
-    # A separable forward keeps rows for its backward, so that it is never computed in another way.
-    strategies = ["separable"] if shape.is_separable else [each for each in STRATEGIES if each != "separable"]
-    for strategy in strategies:
-        check_gated(able, strategy, shape, dtype, device)
-    assert together == (strategies if kernel_of(able, "gated_mpo_linear") else [])
+def test_gated_networks(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    check_gated(able, SMALL_SHAPES[name], dtype, device)
 
 
 @dtypes
 @pytest.mark.parametrize("name", LARGE)
-def test_large_gated_networks(
-    able: str, name: str, dtype: torch.dtype, device: torch.device, together: list[str]
-) -> None:
+def test_large_gated_networks(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("tiles are full on a GPU alone; the other tests have the CPU's sizes")
-    check_gated(able, "separable" if name == "separable" else "rebuild", LARGE[name], dtype, device)
-    assert bool(together) == (kernel_of(able, "gated_mpo_linear") is not None)
+    check_gated(able, LARGE[name], dtype, device)

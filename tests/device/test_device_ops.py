@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
+from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.linear.op import placed_mpo_linear
-from mpoe_kernels.planner import STRATEGIES
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
@@ -137,19 +137,18 @@ def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: 
             assert torch.equal(placed_mpo_linear(*rows, routing, gates, able, strategy), wanted), strategy
 
 
-@pytest.mark.op("mpo_embedding")
 @pytest.mark.parametrize("rows", [3, 500])
-def test_embedding(able: str, rows: int, device: torch.device) -> None:
+def test_embedding(rows: int, device: torch.device) -> None:
     shape = SMALL_SHAPES["padded"]
     blocks, ids = make_blocks(shape, 1, torch.float32, device), torch.randint(shape.in_features, (rows,)).to(device)
     grad = torch.randn(rows, shape.out_features, device=device)
 
-    def run(function, kind: torch.dtype, **options: str) -> list[Tensor]:
+    def run(function, kind: torch.dtype) -> list[Tensor]:
         leaves = [t.to(kind).requires_grad_() for t in (blocks.left, blocks.central, blocks.right)]
-        y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features), **options)
+        y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features))
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
 
     truth, same = run(mpo_embedding_reference, torch.float64), run(mpo_embedding_reference, torch.float32)
-    actual = run(mpo_embedding, torch.float32, backend=able)
+    actual = run(mpo_embedding, torch.float32)
     for name, found, exact, plain in zip(("y", "dleft", "dcentral", "dright"), actual, truth, same, strict=True):
         assert_calibrated(found, exact, plain, name, 3)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold, registry
-from mpoe_kernels.choice import Problem, resolve_contraction
-from mpoe_kernels.planner import STRATEGIES, BlockDims, Contraction
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
+from mpoe_kernels.contract.autotune import resolve_contraction
+from mpoe_kernels.contract.ranking import Problem
 from mpoe_kernels.registry import (
     CONTRACTIONS,
     Backend,
@@ -37,14 +38,13 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
 def candidate_backend(
     name: str,
     kernels: dict[str, Callable[..., object]],
-    seconds: Callable[[Contraction], float] = lambda _: 1.0,
     reasons: Callable[[Contraction], list[str]] = lambda _: [],
 ) -> Backend:
     """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
 
     def candidates(plan: Contraction) -> list[Candidate]:
-        return [Candidate(name, plan.strategy, plan.strategy, seconds(plan), kernels[ops[plan.phase]])]
+        return [Candidate(name, plan.strategy, plan.strategy, kernels[ops[plan.phase]])]
 
     return Backend(name, {}, candidates=candidates, contraction_reasons=reasons)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +33,7 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.native.kernels import linear_forward
-from mpoe_kernels.planner.device import forget, hardware_of
-from mpoe_kernels.planner.measured import LARGEST_FILE, cache_file
+from mpoe_kernels.linear.native import linear_forward
 from mpoe_kernels.routing import native as native_routing
 from mpoe_kernels.routing.call import RouteCall
 
@@ -343,41 +339,6 @@ def test_no_home() -> None:
     program = f"import os, pwd\npwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n{LINEAR}"
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
-
-
-@pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    forget()
-    yield cache_file()
-    forget()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[" * 100_000, "it is nested too deeply"),
-        (" " * (LARGEST_FILE + 1), "it is not a regular file of at most"),
-        (None, "it is not a regular file of at most"),
-        (json.dumps({"version": 1}), "it is not version"),
-    ],
-    ids=["nested", "large", "pipe", "old"],
-)
-def test_calibrations_that_are_none(kept: Path, content: str | None, message: str) -> None:
-    kept.parent.mkdir()
-    if content is None:
-        os.mkfifo(kept)
-    else:
-        kept.write_text(content)
-    with pytest.warns(UserWarning, match=message):
-        hardware_of("cpu")
-
-
-def test_calibration_with_a_number_beyond_floats(kept: Path) -> None:
-    from mpoe_kernels.planner.measured import _positive
-
-    assert _positive(1e9)
-    assert not any(_positive(value) for value in (0, -1.0, True, "1", 10**400, float("inf"), float("nan"), 1e-320))
 
 
 def test_blocks_of_another_kind_and_layout() -> None:

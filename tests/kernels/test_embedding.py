@@ -1,4 +1,4 @@
-"""mpo_embedding on every backend, against the float64 reference."""
+"""mpo_embedding against the float64 reference."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ import torch
 from torch.library import opcheck
 
 from mpoe_kernels import MPOShape, mpo_embedding
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.reference import mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
-from .backend_cases import LAYOUTS, cast, dtypes_of, leaves, on_every_backend, require
+from .backend_cases import DTYPES, LAYOUTS, cast, leaves
 
-OP = "mpo_embedding"
 every_shape = pytest.mark.parametrize(
     "name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"]
 )
 
 
-@on_every_backend
 @every_shape
 @pytest.mark.parametrize("rows", [0, 1, 5, 400])
-def test_embedding_against_reference(backend: str, name: str, rows: int) -> None:
-    require(backend, OP)
+def test_embedding_against_reference(name: str, rows: int) -> None:
     shape = SMALL_SHAPES[name]
     true = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))
     want = mpo_embedding_reference(ids, true)
     grad = torch.randn(want.shape, dtype=torch.float64)
     wanted = torch.autograd.grad(want, leaves(true), grad)
-    for dtype in dtypes_of(backend, OP):
+    for dtype in DTYPES:
         for layout in LAYOUTS.values():
             blocks, plain = cast(true, dtype, layout), cast(true, dtype)
             with poisoned_memory():
-                got = mpo_embedding(ids, blocks, backend=backend)
+                got = mpo_embedding(ids, blocks)
                 grads = torch.autograd.grad(got, leaves(blocks), grad.to(dtype))
             same = mpo_embedding_reference(ids, plain)
             assert_calibrated(got, want, same, "rows")
@@ -46,25 +43,26 @@ def test_embedding_against_reference(backend: str, name: str, rows: int) -> None
     assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
 
 
-@on_every_backend
 @pytest.mark.parametrize("rows", [1, 500])
 @pytest.mark.parametrize("bad", [-1, 11])
-def test_embedding_refuses_ids_outside_the_table(backend: str, rows: int, bad: int) -> None:
-    require(backend, OP)
-    blocks = random_blocks(SMALL_SHAPES["padded"], 1, dtypes_of(backend, OP)[0])
+def test_embedding_refuses_ids_outside_the_table(rows: int, bad: int) -> None:
     ids = torch.full((rows,), bad)
     with pytest.raises(IndexError):
-        mpo_embedding(ids, blocks, backend=backend)
+        mpo_embedding(ids, random_blocks(SMALL_SHAPES["padded"], 1))
 
 
-@on_every_backend
-def test_opcheck(backend: str) -> None:
-    require(backend, "mpo_embedding", torch.float32)
+def test_pytorch_computes_it_whichever_backend_is_named() -> None:
+    blocks, ids = random_blocks(SMALL_SHAPES["padded"], 1, torch.float32), torch.tensor([3, 0, 10])
+    for name in ("eager", "native", "triton", "cuda"):
+        assert torch.equal(mpo_embedding(ids, blocks, backend=name), mpo_embedding(ids, blocks))
+
+
+def test_opcheck() -> None:
     left, central, right = leaves(random_blocks(SMALL_SHAPES["light"], 1, torch.float32, requires_grad=True))
     ids = torch.tensor([3, 0, 11, 3])
-    opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, backend))
+    opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, "auto"))
     detached = tuple(t.detach() for t in (left, central, right))
-    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (ids, *detached, 12, 12, backend, torch.randn(4, 12)))
+    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (ids, *detached, 12, 12, "auto", torch.randn(4, 12)))
 
 
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])
@@ -78,7 +76,7 @@ def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypa
     blocks = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))
     with poisoned_memory():
-        got = mpo_embedding(ids, blocks, backend="eager")
+        got = mpo_embedding(ids, blocks)
         grad = torch.randn(got.shape, dtype=torch.float64)
         grads = torch.autograd.grad(got, leaves(blocks), grad)
     want = mpo_embedding_reference(ids, blocks)

@@ -1,14 +1,12 @@
-"""Two projections of the same rows as one op: values, gradients, fakes; on the CPU, two products."""
+"""Two projections of the same rows, multiplied: values and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from mpoe_kernels import MPOBlocks, route
 from mpoe_kernels.linear.gated import gated_mpo_linear
@@ -18,8 +16,6 @@ from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 
 from .backend_cases import cast, leaves, on_every_backend, require_strategies
-
-OP = torch.ops.mpoe.gated_mpo_linear.default
 
 
 class Problem:
@@ -37,13 +33,13 @@ class Problem:
         """x, bias, up blocks, gate blocks."""
         return [self.x, self.bias, *leaves(self.blocks[0]), *leaves(self.blocks[1])]
 
-    def arguments(self, tensors: list[Tensor], backend: str, save: bool) -> tuple[Any, ...]:
-        """The op's arguments."""
-        x, bias, left, central, right, *gate = tensors
-        sizes = self.shape.in_features, self.shape.out_features, self.activation, "auto", backend
-        routing = self.routing
-        tokens = routing.expert_offsets, bias, routing.token_of_slot
-        return x, left, central, right, *tokens, *sizes, *gate, save, routing.slot_of_token
+    def product(self, tensors: list[Tensor], backend: str) -> Tensor:
+        x, bias, *blocks = tensors
+        sizes = self.shape.in_features, self.shape.out_features
+        up, gate = MPOBlocks(*blocks[:3], *sizes), MPOBlocks(*blocks[3:], *sizes)
+        where = {"row_index": self.routing.token_of_slot, "slot_of_token": self.routing.slot_of_token}
+        offsets, options = self.routing.expert_offsets, {"activation": self.activation, "backend": backend}
+        return gated_mpo_linear(x, up, offsets, bias, gate_proj=gate, **where, **options)
 
     def results(self, dtype: torch.dtype, product: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
         """y and every gradient."""
@@ -62,7 +58,7 @@ class Problem:
 
     def check(self, backend: str, dtype: torch.dtype) -> None:
         with poisoned_memory():
-            found = self.results(dtype, lambda tensors: OP(*self.arguments(tensors, backend, True))[0])
+            found = self.results(dtype, lambda tensors: self.product(tensors, backend))
         truth, same = self.results(torch.float64, self.reference), self.results(dtype, self.reference)
         for number, (f, t, s) in enumerate(zip(found, truth, same, strict=True)):
             assert_calibrated(f, t, s, f"result {number}")
@@ -77,43 +73,11 @@ def test_against_reference(backend: str, name: str, activation: str, dtype: torc
     Problem(name, dtype, activation=activation).check(backend, dtype)
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", ["light", "separable"])
-def test_opcheck(backend: str, name: str) -> None:
-    require_strategies(backend, SMALL_SHAPES[name], torch.float32)
-    problem = Problem(name, torch.float32)
-    tensors = [t.detach().requires_grad_() for t in problem.inputs]
-    opcheck(OP, problem.arguments(tensors, backend, True))
-    problem.bias = None
-    tensors = [problem.x, None, *(t.detach() for t in problem.inputs[2:])]
-    opcheck(OP, problem.arguments(tensors, backend, False), test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize("frozen", ["gate", "up", "x"])
-def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
-    problem = Problem("separable", torch.float32)
-    of = {"x": [0], "up": [1, 2, 3, 4], "gate": [0, 5, 6, 7]}[frozen]
-    everything = problem.results(torch.float32, problem.reference)[1:]
-    tensors = [t.detach().requires_grad_(k not in of) for k, t in enumerate(problem.inputs)]
-    y = OP(*problem.arguments(tensors, "eager", True))[0]
-    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).float()
-    wanted = [k for k in range(8) if k not in of]
-    for k, found in zip(wanted, torch.autograd.grad(y, [tensors[k] for k in wanted], grad), strict=True):
-        assert torch.allclose(found, everything[k], atol=1e-5)
-
-
-def test_nothing_is_kept_without_a_backward() -> None:
-    problem = Problem("separable", torch.float32)
-    y, *kept = OP(*problem.arguments(problem.inputs, "eager", False))
-    assert y.shape == (problem.routing.token_of_slot.shape[0], problem.shape.out_features)
-    assert all(each.numel() == 0 for each in kept)
-
-
-def test_the_op_compiles_in_one_graph() -> None:
+def test_it_compiles_in_one_graph() -> None:
     problem = Problem("separable", torch.float32)
 
     def total(*tensors: Tensor) -> Tensor:
-        return OP(*problem.arguments(list(tensors), "eager", True))[0].square().sum()
+        return problem.product(list(tensors), "eager").square().sum()
 
     tensors = [t.detach().requires_grad_() for t in problem.inputs]
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
@@ -126,14 +90,16 @@ def test_the_op_compiles_in_one_graph() -> None:
 def test_refusals() -> None:
     problem = Problem("separable", torch.float32)
     (up, gate), offsets = problem.blocks, problem.routing.expert_offsets
-    other = random_blocks(SMALL_SHAPES["separable"].mirrored(), 4, torch.float32)
+    other = MPOBlocks(gate.left, gate.central, gate.right, gate.in_features - 1, gate.out_features)
     where = {"row_index": problem.routing.token_of_slot, "backend": "triton"}
-    with pytest.raises(ValueError, match=r"x must be \[T, I\] with I = 10"):
+    with pytest.raises(ValueError, match=rf"x must be \[T, I\] with I = {gate.in_features - 1}"):
         gated_mpo_linear(problem.x, up, offsets, gate_proj=other, **where)
     wider = MPOBlocks(gate.left, gate.central, gate.right, gate.in_features, gate.out_features - 1)
     with pytest.raises(ValueError, match="gate_proj must have 10 out_features like up; got 9"):
         gated_mpo_linear(problem.x, up, offsets, gate_proj=wider, **where)
     with pytest.raises(ValueError, match="activation must be one of"):
         gated_mpo_linear(problem.x, up, offsets, gate_proj=gate, activation="tanh", **where)
+    with pytest.raises(TypeError, match=r"up and gate_proj must be MPOBlocks .*; got"):
+        gated_mpo_linear(problem.x, up, offsets, gate_proj=gate.left, **where)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="backend 'triton' cannot run grouped_mpo_linear"):
         gated_mpo_linear(problem.x, up, offsets, gate_proj=gate, **where)

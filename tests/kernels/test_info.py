@@ -9,10 +9,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 from mpoe_kernels import backend_reasons, info
-from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
+from mpoe_kernels.contract.kept import processor_name
+from mpoe_kernels.native_library import INFO_KEYS, LIBRARY, NATIVE_LIBRARY
 
 FORKS = """
 import os, runpy, sys
@@ -54,6 +56,7 @@ def test_facts_are_those_of_this_process() -> None:
     assert facts["torch_threads"] == torch.get_num_threads()
     assert facts["packages"]["torch"] == info.installed_version("torch")
     assert (facts["native"] is None) == bool(NATIVE_LIBRARY.reasons)
+    assert facts["processor"] == processor_name()
     if facts["native"]:
         assert facts["native"].keys() >= INFO_KEYS
         assert facts["native"]["isa_used"] in facts["native"]["isa_compiled"].split()
@@ -68,6 +71,17 @@ def test_text_names_every_fact_and_every_reason() -> None:
     assert "  eager           yes\n  abacus          no\n" in text
     assert "its beads are gone" in text
     assert "it has no frame" in text
+
+
+def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    facts = info.collect()
+    assert facts["choices"] is None
+    assert "by FLOPs alone (MPOE_AUTOTUNE=0)" in info.show(facts)
+    monkeypatch.delenv("MPOE_AUTOTUNE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = info.collect()
+    assert facts["choices"] == str(tmp_path / "mpoe" / "choices.json")
+    assert facts["choices"] in info.show(facts)
 
 
 def test_native_summary() -> None:
@@ -106,12 +120,12 @@ def test_without_compiled_kernels(tmp_path: Path) -> None:
     for name in ("absent", "not_built", "broken"):
         shutil.copytree(package, tmp_path / name / package.name, ignore=ignored)
     (tmp_path / "not_built" / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    (tmp_path / "broken" / package.name / "_C.abi3.so").write_text("not a library")
+    (tmp_path / "broken" / package.name / LIBRARY).write_text("not a library")
     folders = [str(tmp_path / name) for name in ("absent", "not_built", "broken")]
     absent, not_built, broken = run_module(*((f"sys.path.insert(0, {folder!r})", []) for folder in folders))
     answer, reason = lines_of("native", absent)
     assert answer == "no"
-    assert reason.startswith("_C.abi3.so is not in")
+    assert reason.startswith(f"{LIBRARY} is not in")
     assert lines_of("native", not_built) == ("no", "it was not built: no compiler was found")
     answer, reason = lines_of("native", broken)
     assert answer == "no"

@@ -21,18 +21,20 @@ def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.Mo
     kernels = {op: eager_kernel(op) for op in registry.CONTRACTIONS}
     backward = kernels["grouped_mpo_linear_backward"]
     kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[1]
-    monkeypatch.setitem(registry.BACKENDS, "seen", candidate_backend("seen", kernels, lambda _: 0.0))
+    monkeypatch.setitem(registry.BACKENDS, "seen", candidate_backend("seen", kernels))
+    monkeypatch.setitem(registry.PREFERRED, "cpu", ("seen", "eager"))
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 2, requires_grad=True)
     masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)
     x = torch.randn(5, shape.in_features, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([0, 2, 5])
-    grouped_mpo_linear(x, masked, offsets).sum().backward()
+    strategy = "separable" if shape.is_separable else "half_left"  # unforced, masked ones may choose another
+    grouped_mpo_linear(x, masked, offsets, strategy=strategy).sum().backward()
     assert seen == [[True, True, False, True, False]]
     assert blocks.central.grad is None
     masked_grads = [blocks.left.grad.clone(), blocks.right.grad.clone(), x.grad.clone()]
     blocks.left.grad = blocks.right.grad = x.grad = None
-    grouped_mpo_linear(x, blocks, offsets).sum().backward()
+    grouped_mpo_linear(x, blocks, offsets, strategy=strategy).sum().backward()
     assert blocks.central.grad is not None
     for got, want in zip(masked_grads, [blocks.left.grad, blocks.right.grad, x.grad], strict=True):
         assert torch.equal(got, want)

@@ -1,4 +1,4 @@
-"""The planner's candidates against opt_einsum's optimum and counts by hand; its choices and their reasons."""
+"""The planner's candidates against opt_einsum's optimum and counts by hand; its ranking."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOShape, grouped_mpo_linear, plan_contraction
-from mpoe_kernels.planner import HARDWARE, STRATEGIES, BlockDims, contraction, contractions
-from mpoe_kernels.planner.contraction import ALL_GRADIENTS, candidate_strategies, expected_busy_experts
-from mpoe_kernels.planner.explain import EQUAL, GEMM_SIZES, MORE_BYTES, NOTHING, OVERHEAD, SAVED, TEMPORARY
-from mpoe_kernels.planner.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, SMALL_SHAPES, WORKLOAD_SHAPES, random_blocks, workload_shape
+from mpoe_kernels.contract import (
+    ALL_GRADIENTS,
+    STRATEGIES,
+    BlockDims,
+    contraction,
+    contractions,
+    expected_busy_experts,
+)
+from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
+from mpoe_kernels.contract.plan import candidate_strategies
+from mpoe_kernels.testing.cases import SMALL_SHAPES, WORKLOAD_SHAPES, random_blocks, workload_shape
 
 SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in WORKLOAD_SHAPES}}
 ROWS = (1, 2, 8, 32, 100, 512, 4096)
@@ -35,29 +41,21 @@ def optimal_flops(dims: BlockDims, rows: int) -> float:
     return float(info.opt_cost)
 
 
-def check_against_optimum(shape: MPOShape, rows: int, device: str = "cpu-avx512-bf16") -> None:
+def check_against_optimum(shape: MPOShape, rows: int) -> None:
     dims = dims_of(shape)
     optimum = optimal_flops(dims, rows)
     # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the smallest tensor.
     scalars = (dims.iL * dims.jL * dims.a == 1) + (dims.iR * dims.jR * dims.b == 1)
     allowed = 1.05 * optimum + scalars * 2 * rows * max(dims.in_features, dims.out_features)
-    candidates = contractions(dims, 1, rows, torch.float32, "forward")
     fewest = min(order_flops(dims, order) for order in itertools.permutations(SEPARABLE_ORDER))
     more = rows * (order_flops(dims, dims.chain_order) - fewest)  # of a chain that moves fewer elements
-    assert min(c.flops for c in candidates) <= allowed + more
-    plan = plan_contraction(shape, 1, rows, device=device)
-    if plan.flops > allowed:
-        for loss in plan.losses:
-            if loss.contraction.flops <= allowed:
-                assert loss.kind in (EQUAL, MORE_BYTES, GEMM_SIZES, OVERHEAD, TEMPORARY), str(plan)
-                assert loss.text in str(plan)
+    assert plan_contraction(shape, 1, rows).flops <= allowed + more
 
 
-@pytest.mark.parametrize("device", ["cpu-avx512-bf16", "h100"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_never_more_flops_than_the_optimum_without_a_reason(name: str, device: str) -> None:
+def test_never_more_flops_than_the_optimum(name: str) -> None:
     for rows in ROWS:
-        check_against_optimum(SHAPES[name], rows, device)
+        check_against_optimum(SHAPES[name], rows)
 
 
 def test_a_chain_pays_for_the_elements_that_it_moves() -> None:
@@ -69,13 +67,6 @@ def test_a_chain_pays_for_the_elements_that_it_moves() -> None:
         moved = {o: sum(s.after for s in applications(dims, o)[:-1]) for o in itertools.permutations("LCR")}
         cost = {o: order_flops(dims, o) + MOVE_FLOPS * elements for o, elements in moved.items()}
         assert cost[order] == min(cost.values())
-
-
-@pytest.mark.parametrize("name", WORKLOAD_SHAPES)
-def test_large_batches_get_the_optimum(name: str) -> None:
-    """With large GEMMs only arithmetic matters, so no other reason may decide."""
-    plan = plan_contraction(SHAPES[name], 1, 200_000, torch.float64, "cpu-generic")
-    assert plan.flops <= 1.05 * optimal_flops(dims_of(SHAPES[name]), 200_000)
 
 
 factors = st.integers(1, 8)
@@ -93,9 +84,9 @@ def shapes(draw: st.DrawFn) -> MPOShape:
 
 
 @settings(max_examples=150, deadline=None)
-@given(shapes(), st.integers(1, 4096), st.sampled_from(sorted(HARDWARE)))
-def test_any_shape_against_the_optimum(shape: MPOShape, rows: int, device: str) -> None:
-    check_against_optimum(shape, rows, device)
+@given(shapes(), st.integers(1, 4096))
+def test_any_shape_against_the_optimum(shape: MPOShape, rows: int) -> None:
+    check_against_optimum(shape, rows)
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,27 +95,22 @@ def test_any_shape_against_the_optimum(shape: MPOShape, rows: int, device: str) 
     num_experts=st.integers(1, 70),
     num_tokens=st.integers(0, 4096),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    device=st.sampled_from(sorted(HARDWARE)),
     top_k=st.integers(1, 3),
     training=st.booleans(),
     mask_central=st.booleans(),
 )
-def test_any_plan_is_the_fastest_and_explains_itself(**arguments) -> None:
+def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments) -> None:
     plan = plan_contraction(**arguments)
     dims = dims_of(arguments["shape"])
     assert plan == plan_contraction(**arguments)
     assert plan.temporary_bytes <= 2 * dims.weight_elements * arguments["dtype"].itemsize
-    assert plan.seconds == pytest.approx(sum(sum(phase.parts(plan.hardware)) for phase in plan.phases))
-    assert (plan.seconds > 0) == (arguments["num_tokens"] > 0) == (plan.intensity > 0)
-    assert plan.memory_bytes <= plan.bytes
-    for phase in plan.phases:
-        losers = [loss for loss in plan.losses if loss.contraction.phase == phase.phase]
-        named = {phase.strategy, *(loss.contraction.strategy for loss in losers)}
-        assert named == set(candidate_strategies(dims)), "everyone is chosen or says why not"
-        for loss in losers:
-            assert loss.seconds == pytest.approx(loss.contraction.seconds(plan.hardware))
-            assert loss.kind in (SAVED, TEMPORARY) or loss.seconds >= (1 - 1e-9) * phase.seconds(plan.hardware)
-            assert f"not {loss.contraction.strategy}, {loss.kind}: {loss.text}" in str(plan)
+    assert (plan.flops > 0) == (arguments["num_tokens"] > 0)
+    assert [ranked[0] for ranked in plan.ranked] == list(plan.phases)
+    for ranked in plan.ranked:
+        flops = [c.flops for c in ranked]
+        assert flops == sorted(flops)
+        for c in ranked:
+            assert f"  {c.strategy} " in str(plan)
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,11 +119,11 @@ def test_temporary_weights_stay_within_two_experts(
     shape: MPOShape, experts: int, slots: int, phase: str, mask: bool
 ) -> None:
     dims = dims_of(shape)
-    for candidate in contractions(dims, experts, slots, torch.bfloat16, phase, mask_central=mask):
+    found = contractions(dims, experts, slots, torch.bfloat16, phase, (True, True, not mask, True))
+    assert found, "a chain takes no temporary weights"
+    for candidate in found:
         assert candidate.temporary_bytes <= 2 * dims.weight_elements * 2
         assert candidate.flops >= 0
-        assert candidate.bytes == sum(step.read_bytes + step.write_bytes for step in candidate.steps)
-        assert candidate.seconds(HARDWARE["a100"]) >= 0
 
 
 # Every einsum of a strategy, written by hand: n = an expert's slots; i j = left, p q = central, u v = right indices.
@@ -193,26 +179,22 @@ EXPECTED_ORDER = {
 }
 
 
-def count_by_hand(expressions: list[str], dims: BlockDims, experts: int, slots: int) -> tuple[int, int]:
-    """FLOPs, two for every index tuple visited, and the elements of all operands and results."""
+def count_by_hand(expressions: list[str], dims: BlockDims, experts: int, slots: int) -> int:
+    """FLOPs, two for every index tuple visited."""
     letters = {"i": dims.iL, "j": dims.jL, "a": dims.a, "p": dims.iC, "q": dims.jC, "b": dims.b, "u": dims.iR}
-    flops = elements = 0
+    flops = 0
     for expression in expressions:
         shared = expression.startswith("*")
-        terms, result = expression.lstrip("*").split("->")
+        terms, _ = expression.lstrip("*").split("->")
         sizes = {**letters, "v": dims.jR, "n": slots if shared else slots // experts}
-        times = 1 if shared else experts
         indices = sorted(set(terms.replace(",", "")))
-        for _ in itertools.product(*(range(sizes[i]) for i in indices)):
-            flops += 2 * times
-        for tensor in (*terms.split(","), result):
-            elements += times * math.prod(sizes[i] for i in tensor)
-    return flops, elements
+        flops += 2 * (1 if shared else experts) * math.prod(sizes[i] for i in indices)
+    return flops
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_flops_and_bytes_by_hand(strategy: str, phase: str) -> None:
+def test_flops_by_hand(strategy: str, phase: str) -> None:
     dims, experts, slots = COUNTED[strategy], 2, 12
     assert expected_busy_experts(experts, slots) == experts
     found = contraction(strategy, dims, experts, slots, torch.float32, phase)
@@ -220,25 +202,24 @@ def test_flops_and_bytes_by_hand(strategy: str, phase: str) -> None:
     if strategy == "rebuild":
         assert dims.left_first
     table = FORWARD if phase == "forward" else BACKWARD
-    flops, elements = count_by_hand(table[strategy], dims, experts, slots)
-    assert (found.flops, found.bytes) == (flops, 4 * elements)
+    assert found.flops == count_by_hand(table[strategy], dims, experts, slots)
 
 
 def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
     for strategy, dims in COUNTED.items():
         whole = contraction(strategy, dims, 2, 12, torch.float32, "backward")
-        masked = contraction(strategy, dims, 2, 12, torch.float32, "backward", mask_central=True)
+        masked = contraction(strategy, dims, 2, 12, torch.float32, "backward", (True, True, False, True))
         only_x = contraction(strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False))
         nothing = contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
         assert masked.flops < whole.flops
-        assert "d C" in {step.name for step in whole.steps}
-        assert "d C" not in {step.name for step in masked.steps}
+        assert "d C" in {product.result for product in whole.program.products}
+        assert "d C" not in {product.result for product in masked.program.products}
         forward = contraction(strategy, dims, 2, 12, torch.float32, "forward")
         assert only_x.flops == forward.flops, "dx costs what y costs"
-        assert (nothing.flops, nothing.steps) == (0, ())
+        assert (nothing.flops, nothing.program.products) == (0, ())
 
 
-def test_the_cost_of_slots_and_experts_is_proportional() -> None:
+def test_flops_of_slots_and_experts_are_proportional() -> None:
     dims = dims_of(SHAPES["paper_32"])
     for strategy in candidate_strategies(dims):
         one, two = (contraction(strategy, dims, e, e * 512, torch.float32, "backward") for e in (1, 2))
@@ -262,38 +243,28 @@ class NoOps(TorchDispatchMode):
 
 def test_planning_runs_no_tensor_op() -> None:
     with NoOps():
-        for device in ("cpu", *HARDWARE):
-            plan = plan_contraction(SHAPES["paper_16"], 1024, 54_321, torch.bfloat16, device, top_k=2, training=True)
-            assert str(plan)
+        assert str(plan_contraction(SHAPES["paper_16"], 1024, 54_321, torch.bfloat16, top_k=2, training=True))
 
 
 @pytest.mark.parametrize("shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]])
 @pytest.mark.parametrize("training", [False, True])
 def test_zero_tokens(shape: MPOShape, training: bool) -> None:
     plan = plan_contraction(shape, 8, 0, training=training)
-    assert (plan.flops, plan.bytes, plan.temporary_bytes, plan.seconds, plan.x_dense) == (0, 0, 0, 0.0, 0.0)
-    assert {loss.kind for loss in plan.losses} <= {NOTHING}
-    assert "no rows" in str(plan)
+    assert (plan.flops, plan.temporary_bytes, plan.x_dense) == (0, 0, 0.0)
 
 
 def test_decode_and_training_get_different_plans() -> None:
     for name in ("paper_full", "paper_64", "light_64"):
-        decode = plan_contraction(SHAPES[name], 64, 64, device="h100")
-        training = plan_contraction(SHAPES[name], 8, 32768, torch.bfloat16, "h100", training=True)
-        assert decode.strategy != "rebuild"
+        assert plan_contraction(SHAPES[name], 64, 64).strategy != "rebuild"
+        training = plan_contraction(SHAPES[name], 8, 32768, torch.bfloat16, training=True)
         assert (training.strategy, training.backward_strategy) == ("rebuild", "rebuild")
-    apart = plan_contraction(SHAPES["paper_16"], 8, 1024, device="cpu-avx512-bf16", training=True)
-    assert apart.strategy != apart.backward_strategy, "phases are planned apart"
 
 
 def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
     shape = SMALL_SHAPES["separable"]
-    plan = plan_contraction(shape, 1, 1_000_000, device="h100", training=True)
-    assert plan.strategy == "separable"
-    faster = [loss for loss in plan.losses if loss.kind == SAVED]
-    for loss in faster:
-        assert loss.contraction.phase == "forward"
-        assert loss.seconds < plan.forward.seconds(plan.hardware)
+    plan = plan_contraction(shape, 1, 1_000_000, training=True)
+    assert [c.strategy for c in plan.ranked[0]] == ["separable"]
+    assert plan_contraction(shape, 1, 1_000_000).strategy == "rebuild"
 
 
 def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
@@ -302,27 +273,6 @@ def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
     assert "half_left" not in names
     assert "chain" in names, "there is always one without temporary weights"
-
-
-@pytest.mark.parametrize("workload", JUDGED_WORKLOADS, ids=lambda workload: workload.name)
-def test_plans_of_the_judged_workloads_explain_every_loser(workload) -> None:
-    plan = plan_contraction(
-        workload.shape,
-        workload.num_experts,
-        workload.num_tokens,
-        workload.dtype,
-        "cpu-avx512-bf16",
-        training=workload.training,
-    )
-    text = str(plan)
-    for phase in plan.phases:
-        assert f"{phase.phase}: {phase.strategy}" in text
-    losers = [(loss.contraction.phase, loss.contraction.strategy) for loss in plan.losses]
-    assert len(set(losers)) == len(losers) == 3 * len(plan.phases)
-    for loss in plan.losses:
-        assert loss.text in text
-        assert any(digit in loss.text for digit in "0123456789")
-        assert loss.kind in (SAVED, TEMPORARY) or loss.seconds >= min(p.seconds(plan.hardware) for p in plan.phases)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -45,15 +47,20 @@ def by_ops(layer: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Ten
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The functions that computed mixtures."""
     seen: list[str] = []
-    own = mixture.call_native
 
-    def watched(function: str, *arguments: Any) -> None:
-        seen.append(function)
-        own(function, *arguments)
+    def watched(name: str) -> None:
+        own = getattr(mixture, name)
 
-    monkeypatch.setattr(mixture, "call_native", watched)
-    plain = mixture.plain_ffn
-    monkeypatch.setattr("mpoe.layers.experts.plain_ffn", lambda *a: seen.append("plain_ffn") or plain(*a))
+        def call(*arguments: Any) -> Any:
+            found = own(*arguments)
+            if found is not None:
+                seen.append(name)
+            return found
+
+        monkeypatch.setattr(f"mpoe.layers.experts.{name}", call)
+
+    watched("routed_ffn")
+    watched("plain_ffn")
     return seen
 
 
@@ -87,14 +94,11 @@ def test_what_runs(calls) -> None:
     layer, x = feed_forward(), torch.randn(3, 12)
     with torch.no_grad():
         layer(x)
-        assert calls == ["plain_ffn"]  # blocks are folded in every pass
         layer.experts.cache_experts(10**9)
-        layer(x)
-        assert calls == ["plain_ffn"] * 2
-        del calls[:]
-        layer(x)
+        for _ in range(3):
+            layer(x)
         layer(x[:1])
-        assert calls == ["mpoe_routed_ffn"] * 2
+        assert calls == ["routed_ffn"] * 5
         with routing_context() as context:
             layer(x)
         assert calls.pop() == "plain_ffn"  # the router's decision is shown
@@ -102,7 +106,19 @@ def test_what_runs(calls) -> None:
         assert int(context.records[0].expert_load.sum()) == 3
         with routing_context(record=False):
             layer(x)
-        assert calls.pop() == "mpoe_routed_ffn"
+        assert calls.pop() == "routed_ffn"
+
+
+def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, chosen = feed_forward(), torch.randn(3, 12), mixture.chosen_for
+
+    def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
+        return chosen(op, replace(call, backend="eager") if call.out_features == 12 else call, *rest)
+
+    monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), by_ops(layer, x))
+    assert calls == ["plain_ffn"]
 
 
 def test_records_are_those_of_the_ops() -> None:
@@ -166,56 +182,99 @@ def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
         assert torch.equal(layer(x), by_ops(layer, x))
         layer.router.weight.data = layer.router.weight.data.t().contiguous().t()
         assert torch.equal(layer(x), by_ops(layer, x))
-    assert "mpoe_routed_ffn" in calls
+    assert set(calls) == {"routed_ffn"}
 
 
 def test_what_does_not_fit_is_refused_as_by_the_ops(calls) -> None:
     layer, x = feed_forward(bias=True), torch.randn(3, 12)
-    layer.experts.cache_experts(10**9)
     with torch.no_grad():
-        for _ in range(3):
-            layer(x)
-        assert calls.pop() == "mpoe_routed_ffn"
         layer.experts.up.bias = nn.Parameter(torch.zeros(39))
         with pytest.raises(ValueError, match="bias"):
             layer(x)
         apart = torch.randn(80)[::2]
         layer.experts.up.bias.data = apart
         assert torch.equal(layer(x), by_ops(layer, x))
+        assert calls.pop() == "routed_ffn"
         layer.router.weight = nn.Parameter(torch.randn(6, 12))
         with pytest.raises(ValueError, match="expert_offsets"):
             layer(x)
-    assert "mpoe_routed_ffn" not in calls[3:]
+    assert calls == []
 
 
-def test_without_room_nothing_is_prepared(calls) -> None:
+def test_without_room_nothing_is_kept(calls) -> None:
     layer, x = feed_forward("paper"), torch.randn(3, 12)
     cache = layer.experts.cache_experts(1)
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(layer(x), by_ops(layer, x))
-    assert set(calls) == {"plain_ffn"}
     assert cache.report().bytes == 0
 
 
-def test_a_refusal_of_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = feed_forward(gated=True), torch.randn(3, 12)
-    layer.experts.cache_experts(10**9)
+def resized_to_nothing(layer: MPOEFeedForward) -> None:
+    """What a sharded layer's parameters look like between its passes."""
+    for parameter in layer.experts.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
+def moved(layer: MPOEFeedForward) -> None:
+    """Other memory under the same tensors, as a sharded layer's parameters get it before a pass."""
+    for parameter in layer.experts.parameters():
+        storage, values = parameter.untyped_storage(), parameter.detach().clone()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        parameter.copy_(values)
+
+
+WAYS = {
+    "shared": lambda layer: [parameter.share_memory_() for parameter in layer.parameters()],
+    "pickled": ForkingPickler.dumps,  # what a queue of torch.multiprocessing does
+    "moved": moved,
+}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_that_moves_between_calls_is_followed(calls, way: str, gated: bool) -> None:
+    layer, x = feed_forward(gated=gated, bias=True, top_k=2), torch.randn(3, 12)
+    layer.experts.cache_experts(1 << 30)
+    with torch.no_grad():
+        wanted = by_ops(layer, x)
+        for _ in range(3):
+            layer(x)
+        WAYS[way](layer)
+        filler = [torch.full((n,), torch.nan) for n in range(1, 2000)]  # takes freed memory
+        for _ in range(3):
+            assert torch.equal(layer(x), wanted)
+    assert set(calls) == {"routed_ffn"}
+    assert len(filler) == 1999
+
+
+def test_freed_memory_is_refused(calls) -> None:
+    layer, x = feed_forward(bias=True), torch.randn(3, 12)
+    layer.experts.cache_experts(1 << 30)
     with torch.no_grad():
         for _ in range(3):
             layer(x)
-        held = layer.experts.expert_cache.layer(layer.experts, layer.experts.projections())
-        (call,) = held.calls.values()
-        call._linears[0].out_features = 39
-        with pytest.raises(ValueError, match="both projections must have the same rows"):
-            layer(x)
-        call._linears[-1].strategy = b"no such"
-        call._linears[0].out_features = 40
-        with pytest.raises(ValueError, match="no native kernel for strategy no such"):
+        resized_to_nothing(layer)
+        with pytest.raises(ValueError, match="has no memory of its size"):
             layer(x)
 
 
-def test_threads_share_a_prepared_call() -> None:
+def test_numbers_yet_to_be_negated_are(calls) -> None:
+    layer, x = feed_forward(top_k=2), torch.randn(3, 12)
+    mask = torch.tensor([True, False, True])
+    with torch.no_grad():
+        wanted = by_ops(layer, x, mask)
+        assert torch.equal(layer(torch._neg_view(-x), mask), wanted)
+        for cores in (layer.experts.up, layer.experts.down):
+            cores.central.data = torch._neg_view(-cores.central.data)
+        layer.router.weight.data = torch._neg_view(-layer.router.weight.data)
+        assert torch.equal(layer(x, mask), wanted)
+    assert calls == ["routed_ffn"] * 2
+
+
+def test_threads_share_a_layer() -> None:
     layer = feed_forward(gated=True, top_k=2)
     layer.experts.cache_experts(10**9)
     inputs = [torch.randn(4, 12) for _ in range(8)]
@@ -236,14 +295,3 @@ def test_threads_share_a_prepared_call() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-def test_few_calls_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoe.layers.expert_cache.MOST_CALLS", 3)
-    layer = feed_forward()
-    layer.experts.cache_experts(10**9)
-    with torch.no_grad():
-        for tokens in range(1, 12):
-            layer(torch.randn(tokens, 12))
-    held = layer.experts.expert_cache.layer(layer.experts, layer.experts.projections())
-    assert 1 <= len(held.calls) <= 3

@@ -1,16 +1,13 @@
-"""The library itself: its structs match the header, its threads are torch's, its refusals are clear."""
+"""The library itself: what it is given, its threads are torch's, its refusals are clear."""
 
 from __future__ import annotations
 
-import ctypes
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,19 +16,18 @@ from torch import Tensor
 
 from mpoe_kernels import MPOShape, route
 from mpoe_kernels import native_library as load
-from mpoe_kernels.compiled import load_library
+from mpoe_kernels.compiled import CompiledLibrary, load_library
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
+from mpoe_kernels.linear import native as kernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.native import kernels
-from mpoe_kernels.linear.native.kernels import linear_backward, linear_forward
+from mpoe_kernels.linear.native import linear_backward, linear_forward
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner import BlockDims
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.cases import random_blocks
 
-HEADER = Path(__file__).resolve().parents[2] / "csrc" / "interface.h"
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
 
@@ -40,28 +36,28 @@ def _native(native_library: None) -> None:
     assert not NATIVE_LIBRARY.reasons
 
 
-@pytest.mark.parametrize("struct", load.STRUCTS)
-def test_structs_are_those_of_the_header(struct: type[ctypes.Structure]) -> None:
-    """Names, order and types of all fields."""
-    name = "Mpoe" + struct.__name__.removesuffix("Arguments")
-    body = re.sub(r"//[^\n]*", "", HEADER.read_text()).partition(f"struct {name} {{")[2].partition("};")[0]
-    found = []
-    for declaration in filter(str.strip, body.split(";")):
-        kind, names = re.fullmatch(r"\s*((?:const )?[\w:]+)((?:[\s*]+\w+,?)+)\s*", declaration).groups()  # type: ignore[union-attr]
-        for field in names.split(","):
-            pointer = ctypes.c_char_p if kind.endswith("char") else ctypes.c_void_p
-            found.append((field.strip(" *\n"), pointer if "*" in field else ctypes.c_int64))
-    assert found == struct._fields_
+def loaded(path: Path, content: bytes) -> CompiledLibrary:
+    """Each in a file of its own: a library that is in use must not change."""
+    path.write_bytes(content)
+    return load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS)
 
 
-def test_a_library_with_other_structs_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(path: Path) -> tuple[str, None]:
-        return "".join(f"{key}={value}\n" for key, value in NATIVE_LIBRARY.info.items()), None
-
-    arguments = (NATIVE_LIBRARY.path, opened, load.REASON_FILE, load.INFO_KEYS)
-    assert load_library(*arguments, {"struct_bytes": NATIVE_LIBRARY.info["struct_bytes"]}).reasons == ()
-    (reason,) = load_library(*arguments, {"struct_bytes": "8 8"}).reasons
+def test_a_library_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = NATIVE_LIBRARY.path.read_bytes()
+    assert loaded(tmp_path / "second.so", content).info == NATIVE_LIBRARY.info  # a second copy does no harm
+    monkeypatch.setattr("mpoe_kernels.version.__version__", "9.9")
+    (reason,) = loaded(tmp_path / "other.so", content).reasons
+    assert f"was built for mpoe {NATIVE_LIBRARY.info['version']}, this is mpoe 9.9: build again" in reason
+    monkeypatch.undo()
+    monkeypatch.setattr(load, "INFO_KEYS", {"no such key"})
+    (reason,) = loaded(tmp_path / "older.so", content).reasons
     assert "was built for an older state of the sources" in reason
+    path = tmp_path / load.LIBRARY
+    (reason,) = loaded(path, b"damaged").reasons
+    assert f"{path} does not load on " in reason
+    path.unlink()
+    (reason,) = load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS).reasons
+    assert f"{load.LIBRARY} is not in {tmp_path}" in reason
 
 
 THREADS = """
@@ -216,9 +212,9 @@ def test_separable_asks_for_its_shape() -> None:
 @pytest.fixture
 def fresh_arguments() -> Iterator[None]:
     """Arguments that no other call made, and that no later call gets."""
-    kernels._arguments.cache_clear()
+    kernels._sizes.cache_clear()
     yield
-    kernels._arguments.cache_clear()
+    kernels._sizes.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_arguments")
@@ -250,7 +246,7 @@ def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pyt
     call = forward_call(**same, x=torch.randn(3, 60), in_features=60, out_features=60)
     planned, *_ = linear_forward(call)
     was = BlockDims.of_shape(shape).chain_order
-    kernels._arguments.cache_clear()
+    kernels._sizes.cache_clear()
     monkeypatch.setattr(BlockDims, "chain_order", order)
     y, *_ = linear_forward(call)
     torch.testing.assert_close(y, planned)
@@ -391,8 +387,93 @@ def test_hidden_experts_are_refused_plainly(arguments: tuple[Any, ...], message:
     plain(error)
 
 
-def test_no_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(mpoe_route=lambda arguments: 2, mpoe_message=lambda: b"no memory")
-    monkeypatch.setattr(load, "NATIVE_LIBRARY", SimpleNamespace(functions=library))
-    with pytest.raises(MemoryError, match="no memory"):
-        load.call_native("mpoe_route", load.RouteArguments())
+def test_no_memory_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="the native kernels got no memory for what they compute with"):
+        NATIVE_LIBRARY.functions.dispatch(0, 0, 1 << 50, 4, 4, 4, None, None, None, None)
+
+
+SIZES = kernels.linear_sizes(forward_call()) if not NATIVE_LIBRARY.reasons else None
+MEMORY = [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("linear_forward", (SIZES, 1, 1, 2, None, MEMORY[:3], *MEMORY, None, None), "must be int32 or int64"),
+        ("linear_forward", (SIZES, 1, 2, 4, 0, [0] * 3, 0, None, None, None, None, None), "as many slots as rows of x"),
+        ("routed_ffn", ("float32", (1, 1, -1), 0, *MEMORY[:3], [], (SIZES, MEMORY), 0), "one projection of x, or two"),
+        (
+            "routed_ffn",
+            ("float32", (1, 1, -1), 0, *MEMORY[:3], [(SIZES, MEMORY)], (SIZES, MEMORY), 0),
+            "the projections of a network must fit each other",
+        ),
+        ("gating", ("float64", "float32", (1, 1, 1), 1, False, *[None] * 5), "x and weight must not be float64"),
+        ("gating", ("float32", "float32", (1, 1, 1), 2, False, *[None] * 5), r"top_k must lie in 1\.\.1; got 2"),
+        ("router_logits_backward", ("float16", "float32", (1, 1, 1), *[None] * 5), "must be float32 or bfloat16"),
+    ],
+)
+def test_the_library_refuses_what_no_caller_gives_it(function: str, arguments: tuple, message: str) -> None:
+    if function == "linear_forward" and arguments[3] == 4:  # the first refusal needs no offsets, the second does
+        offsets = torch.zeros(3, dtype=torch.int32)
+        arguments = (*arguments[:6], offsets.data_ptr(), *arguments[7:])
+    with pytest.raises(ValueError, match=message) as error:
+        getattr(NATIVE_LIBRARY.functions, function)(*arguments)
+    plain(error)
+
+
+def test_addresses_are_integers() -> None:
+    for wrong in (1.0, -1, "1", 1 << 64):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            NATIVE_LIBRARY.functions.combine("float32", (0, 1, 0, 1), wrong, None, None, None)
+
+
+def test_memory_that_is_not_there_is_refused() -> None:
+    freed = torch.randn(3, SHAPE.in_features)
+    freed.untyped_storage().resize_(0)
+    short = torch.randn(8, SHAPE.in_features)[2:5]
+    short.untyped_storage().resize_(4 * 5 * SHAPE.in_features - 4)
+    apart = torch.randn(SHAPE.in_features, 3).t()
+    apart.untyped_storage().resize_(4 * 3 * SHAPE.in_features - 4)
+    for x in (freed, short, apart, torch._efficientzerotensor(3, SHAPE.in_features)):
+        with pytest.raises(ValueError, match="x has no memory of its size, its storage was resized or freed"):
+            linear_forward(forward_call(x=x))
+        with pytest.raises(ValueError, match="x has no memory of its size"):
+            routing.dispatch(DispatchCall(x, *GIVEN, "native"))
+    with pytest.raises(ValueError, match="grad has no memory of its size"):
+        linear_backward(backward_call(grad=torch._efficientzerotensor(3, SHAPE.out_features)))
+    assert (
+        linear_forward(forward_call(x=torch.zeros(0, SHAPE.in_features), row_index=None, **NO_SLOTS))[0].shape[0] == 0
+    )
+
+
+NO_SLOTS = {"expert_offsets": torch.zeros(3, dtype=torch.int64)}
+
+
+def test_negations_are_carried_out() -> None:
+    """Views of the imaginary part of a conjugate have their numbers yet to be negated."""
+
+    def negated(tensor: Tensor) -> Tensor:
+        found = torch._neg_view(-tensor)
+        assert found.is_neg()
+        return found
+
+    call, back = forward_call(activation="gelu", bias=torch.randn(SHAPE.out_features)), backward_call()
+    y, *_ = linear_forward(call)
+    for name in ("x", "left", "central", "right", "bias"):
+        assert torch.equal(linear_forward(replace(call, **{name: negated(getattr(call, name))}))[0], y), name
+    for name in ("grad", "x", "h"):
+        other = linear_backward(replace(back, **{name: negated(getattr(back, name))}))
+        assert all(map(torch.equal, other, linear_backward(back))), name
+    x, *_ = torch.randn(1, 3, 4, dtype=torch.complex64)
+    assert torch.equal(
+        routing.dispatch(DispatchCall(x.conj().imag, *GIVEN, "native")),
+        routing.dispatch(DispatchCall(-x.imag, *GIVEN, "native")),
+    )
+    weights = CombineCall(ROWS, *GIVEN, ONES, "native")
+    for name in ("y_sorted", "top_k_weights"):
+        other = routing.combine(replace(weights, **{name: negated(getattr(weights, name))}))
+        assert torch.equal(other, routing.combine(weights)), name
+    hidden = HiddenCall(U, GATES, EXPERT, CORE, CORE, None, None, None, "relu", "native")
+    for name in ("u", "gates", "right", "left"):
+        other = hidden_forward(replace(hidden, **{name: negated(getattr(hidden, name))}))
+        assert torch.equal(other, hidden_forward(hidden)), name

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-import mpoe_kernels.choice as choice
-from mpoe_kernels.planner import machine
+import mpoe_kernels.contract.autotune as choice
+from mpoe_kernels.contract import machine
 
 from .tiny import make_trainer
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpoe_kernels.planner.device import forget
 from transformers import TrainerCallback
 
-import mpoe_kernels.choice as choice
+import mpoe_kernels.contract.autotune as choice
 from mpoe.training import checkpoints, prepare_output_dir
-from mpoe_kernels.planner import machine
-from mpoe_kernels.planner.device import forget
+from mpoe_kernels.contract import machine
 
 from .ranks import torchrun
 from .tiny import make_trainer, resume_options

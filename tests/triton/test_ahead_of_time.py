@@ -14,18 +14,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import shipped_kernels as shipped
 import torch
 import triton
 import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
-from mpoe_kernels.backends import triton_catalogue as catalogue
 from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.linear.triton.cost import MOST_EXPERTS
+from mpoe_kernels.linear.triton.reasons import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.architecture import ARCHITECTURES
-from mpoe_kernels.triton.start import Launch, recorded
 
 from . import planted_kernels
 
@@ -50,42 +50,47 @@ def test_every_kernel_is_found_on_every_architecture() -> None:
     jobs = triton_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
     assert len(kernels_of_the_backend()) >= 14
     for architecture in ARCHITECTURES:
-        wanted = kernels_of_the_backend() - ({"weights_kernel"} if architecture == "gfx942" else set())
-        assert {job.name for job in jobs if job.architecture == architecture} == wanted
+        assert {job.name for job in jobs if job.architecture == architecture} == kernels_of_the_backend()
 
 
 def test_every_shipped_tile_is_compiled() -> None:
-    dims = catalogue.dims_of(catalogue.shapes()["separable"][0])
-    problem = catalogue.Problem(
-        "separable", lambda: catalogue.run("backward", dims, 1, 4096, torch.bfloat16, "separable"), every_tile=True
-    )
-    started = catalogue.launches(problem, "sm_90")
+    dims, _ = shipped.shapes()["separable"]
+    work = partial(shipped.run_linear, dims, 1, 4096, torch.bfloat16, "backward", "separable")
+    started = shipped.Problem("separable", work, every_tile=True).launches("sm_90")
     for kernel in ("rows", "outer"):
         tiles = {
             (a["BM"], a["BN"], a["BK"], a["num_warps"], a["num_stages"])
             for launch in started
-            if launch.kernel.fn.__name__ == f"{kernel}_kernel"
+            if launch.name == f"{kernel}_kernel"
             for a in [launch.arguments]
         }
         wanted = {(t.m, t.n, t.k, t.warps, t.stages) for t in configs.TILES["sm_90"][kernel]}
         assert wanted <= tiles
 
 
-@pytest.mark.parametrize("sizes", catalogue.LARGE_SIZES, ids=lambda sizes: sizes.name)
-def test_other_sizes_start_the_same_kernels(sizes: catalogue.Sizes) -> None:
-    problems = list(catalogue.problems(torch.bfloat16, few=True, sizes=sizes))
+def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
+    started = [
+        launch for each in shipped._routing(torch.bfloat16, True, shipped.T5_BASE) for launch in each.launches("sm_90")
+    ]
+    wanted = {max(16, 1 << (pairs - 1).bit_length()) for pairs in range(1, routing.FEW + 1)}
+    assert {launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"} == wanted
+
+
+@pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=lambda sizes: sizes.name)
+def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
+    problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
-    started = [launch for problem in problems for launch in catalogue.launches(problem, "sm_90")]
-    assert {launch.kernel.fn.__name__ for launch in started} == kernels_of_the_backend()
-    rows = [launch.arguments for launch in started if launch.kernel.fn.__name__ == "rows_kernel"]
+    started = [launch for problem in problems for launch in problem.launches("sm_90")]
+    assert {launch.name for launch in started} == kernels_of_the_backend()
+    rows = [launch.arguments for launch in started if launch.name == "rows_kernel"]
     assert sizes.experts[0] in {a["EXPERTS"] for a in rows}
     assert {sizes.model, sizes.hidden} <= {a["a"].shape[1] for a in rows}
 
 
 @pytest.mark.slow
 def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
-    uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=catalogue.LARGE_SIZES)
-    found = Counter((job.name, use.problem.rpartition(", float16, ")[2]) for job, use in uses.items())
+    uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=shipped.LARGE_SIZES)
+    found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
     assert found["rows_kernel", "d = 4,096"] == found["rows_kernel", "E = 1,024"] == 2
     widest = configs.TILES["gfx942"]["rows"][0].m
     assert {dict(job.constants)["BM"] for job in uses if job.name == "rows_kernel"} == {widest}
@@ -130,30 +135,10 @@ def test_a_sound_kernel_passes(architecture: str) -> None:
 def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
     index = torch.empty(4096, 2, dtype=torch.int64, device="meta")
     work = partial(routing.sort_pairs, index, MOST_EXPERTS)
-    jobs = [job_of(launch, "sm_90") for launch in catalogue.launches(catalogue.Problem("route", work), "sm_90")]
+    jobs = [job_of(launch, "sm_90") for launch in shipped.Problem("route", work).launches("sm_90")]
     counted = [job for job in jobs if job.name in ("prefix_kernel", "offsets_kernel")]
     assert len(counted) == 2
     assert [compile_job(job).problems("sm_90") for job in counted] == [[], []]
-
-
-@pytest.mark.slow
-def test_pairs_of_a_thousand_experts_do_not_spill() -> None:
-    dims = catalogue.dims_of(catalogue.shapes()["paper 32"][0])
-    work = catalogue.gated_work(dims, 1024, 4096, torch.float32, "half_left")
-    jobs = {job_of(launch, "sm_90") for launch in catalogue.launches(catalogue.Problem("gated", work), "sm_90")}
-    pairs = [job for job in jobs if job.name == "pairs_kernel" and dict(job.constants)["GROUPED"]]
-    assert pairs
-    assert [compile_job(job).problems("sm_90") for job in pairs] == [[]] * len(pairs)
-
-
-@pytest.mark.slow
-def test_float32_weights_do_not_spill() -> None:
-    dims = catalogue.dims_of(catalogue.shapes()["paper 128"][0])
-    work = catalogue.forward_work(dims, 1024, 4096, torch.float32, "rebuild", "relu")
-    jobs = {job_of(launch, "sm_80") for launch in catalogue.launches(catalogue.Problem("weights", work), "sm_80")}
-    weights = [job for job in jobs if job.name == "weights_kernel" and dict(job.options)["num_warps"] == 8]
-    assert weights
-    assert [compile_job(job).problems("sm_80") for job in weights] == [[]] * len(weights)
 
 
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
@@ -182,12 +167,12 @@ def test_problems_of_a_binary() -> None:
 
 def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_problem() -> None:
     job = planted(64, 4, 2)
-    uses = {job: triton_compile.Use("planted, bfloat16")}
+    uses = {job: "planted, bfloat16"}
     (line,) = triton_compile.failures({job: "CompilationError: no"}, uses)
     assert line == "product_kernel 4 warps, 2 stages on sm_90 (planted, bfloat16): CompilationError: no"
     assert triton_compile.failures({job: GOOD}, uses) == []
-    table = triton_compile.resource_table({job: GOOD}, uses)
-    assert "| product_kernel | 16-bit | 4 warps, 2 stages | - | 128, 64 |" in table
+    table = triton_compile.resource_table({job: GOOD})
+    assert "| product_kernel | 16-bit | 4 warps, 2 stages | 128, 64 |" in table
 
 
 def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +193,7 @@ def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monk
 @pytest.mark.usefixtures("forks")
 def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     job = planted(16, 4, 1)
-    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
+    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: "planted"})
     words = ["--quick", "--jobs", "1", "--keep", str(tmp_path / "kept")]
     assert triton_compile.main(words) == 0
     first = capsys.readouterr()
@@ -222,7 +207,7 @@ def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.usefixtures("forks")
 def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     job = planted(128, 2, 1, architecture="sm_80")
-    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: triton_compile.Use("planted")})
+    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: "planted"})
     assert triton_compile.main(["--quick", "--jobs", "1"]) == 1
     assert "product_kernel 2 warps, 1 stages on sm_80 (planted): spills" in capsys.readouterr().err
 
@@ -247,7 +232,7 @@ def test_the_command_does_so_in_processes_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--arch", "sm_70"], "--arch must be among"), (["--dtype", "int8"], "--dtype"), (["--doc", "--quick"], "--doc")],
+    [(["--arch", "sm_70"], "--arch must be among"), (["--dtype", "int8"], "--dtype")],
 )
 def test_refusals(words: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit):

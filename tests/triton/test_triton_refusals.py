@@ -15,13 +15,12 @@ from mpoe_kernels import (
     dispatch,
     grouped_mpo_linear,
     hidden_experts,
-    mpo_embedding,
     mpo_ffn,
     mpo_linear,
     route,
     use_backend,
 )
-from mpoe_kernels.planner.orders import BlockDims
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 
@@ -48,7 +47,6 @@ OPS: dict[str, Callable[[torch.dtype], object]] = {
     "mpo_ffn": lambda dtype: mpo_ffn(
         rows(dtype), routing(), torch.ones(3, 1), blocks(2, dtype), blocks(2, dtype), backend="triton"
     ),
-    "mpo_embedding": lambda dtype: mpo_embedding(torch.tensor([1]), blocks(1, dtype), backend="triton"),
     "hidden_experts": lambda dtype: hidden_experts(
         rows(dtype),
         torch.ones(3, 1),
@@ -130,7 +128,7 @@ def test_what_no_kernel_is_made_for() -> None:
     from mpoe_kernels.linear.gpu.operands import Operand, index_map
     from mpoe_kernels.linear.triton.configs import fused_choice
     from mpoe_kernels.linear.triton.fused_tiles import Sides
-    from mpoe_kernels.triton.start import recorded
+    from mpoe_kernels.testing.launches import recorded
 
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
     with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):

@@ -16,14 +16,14 @@ struct Columns {
   template <class T>
   Floats read(const T* row, int64_t c) const {
     if (c + kWidth <= columns) return load_floats(row + c);
-    T part[kWidth] = {};
+    alignas(64) T part[kWidth] = {};
     std::memcpy(part, row + c, (columns - c) * sizeof(T));
     return load_floats(part);
   }
   template <class T>
   void write(T* row, int64_t c, Floats value) const {
     if (c + kWidth <= columns) return store_floats(row + c, value);
-    T part[kWidth];
+    alignas(64) T part[kWidth];
     store_floats(part, value);
     std::memcpy(row + c, part, (columns - c) * sizeof(T));
   }
@@ -79,9 +79,9 @@ void add_rows(const float* tile, int64_t rows, const int64_t* owners, float* sum
   }
 }
 
-// sum [columns] += `count` rows of weights, each times its factor. Not inlined: tools/hot_loops.py finds it.
+// sum [columns] += `count` rows of weights, each times its factor.
 template <class T, int count>
-[[gnu::noinline]] void add_scaled(const T* factors, const T* weights, int64_t width, int64_t columns, float* sum) {
+void add_scaled(const T* factors, const T* weights, int64_t width, int64_t columns, float* sum) {
   Floats factor[count];
   for (int j = 0; j < count; ++j) factor[j] = splat_of(factors + j);
   int64_t c = 0;

@@ -1,24 +1,23 @@
 #include "cpu/neurons/neurons.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "common/buffer.h"
 #include "common/cpu_features.h"
-#include "common/parallel.h"
 #include "cpu/gemm/multiply.h"
+#include "cpu/neurons/slots.h"
 
 namespace mpoe {
 namespace {
 
 using std::int64_t;
 
-constexpr int64_t kFewRows = 12;                // of an expert: packing its weights costs more than reading them per tile
-constexpr int64_t kBlockBytes = 384 * 1024;     // of an expert's rows that are gathered at once, if that is a tile's
-constexpr int64_t kSumFloats = 1 << 19;         // of sums that stay in the cache
-constexpr int64_t kHiddenElements = 1 << 23;    // of h that are kept at once
+constexpr int64_t kFewRows = 8;               // of an expert: packing its weights costs more than reading them in place
+constexpr int64_t kBlockBytes = 384 * 1024;   // of rows that are gathered at once, if that is a tile's
+constexpr int64_t kSumFloats = 1 << 19;       // of sums that stay in the cache
+constexpr int64_t kHiddenElements = 1 << 23;  // of h that the forward keeps at once
 
 const NeuronKernels& neuron_kernels(Dtype dtype) {
   const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
@@ -32,44 +31,6 @@ const NeuronKernels& neuron_kernels(Dtype dtype) {
   }
 #endif
   return kNeuronsGeneric[index];
-}
-
-// The slots that have an expert, by expert and token.
-struct Sorted {
-  std::vector<int64_t> slots, owners;  // t * K + k, and t
-  std::vector<int64_t> offsets;        // [E + 1]
-  std::vector<int64_t> used;           // experts with slots
-
-  explicit Sorted(const NeuronExperts& in) : offsets(in.experts + 1) {
-    const int64_t pairs = in.tokens * in.top_k;
-    for (int64_t s = 0; s < pairs; ++s)
-      if (in.index[s] >= 0) ++offsets[in.index[s] + 1];
-    for (int64_t e = 0; e < in.experts; ++e) {
-      if (offsets[e + 1] > 0) used.push_back(e);
-      offsets[e + 1] += offsets[e];
-    }
-    slots.resize(offsets[in.experts]);
-    owners.resize(slots.size());
-    std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
-    for (int64_t s = 0; s < pairs; ++s)
-      if (in.index[s] >= 0) {
-        const int64_t place = next[in.index[s]]++;
-        slots[place] = s;
-        owners[place] = s / in.top_k;
-      }
-  }
-  int64_t count() const { return static_cast<int64_t>(slots.size()); }
-  int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-};
-
-// make()(item) for every item, one make() per thread; a thread takes the next item when it is done with one.
-template <class Make>
-void share_out(int64_t items, const Make& make) {
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min<int64_t>(num_threads(), items), 1, [&](int64_t, int64_t) {
-    auto work = make();
-    for (int64_t item = next++; item < items; item = next++) work(item);
-  });
 }
 
 // Some neurons of one expert, whole panels but for the last.
@@ -233,7 +194,8 @@ class Neurons {
         : all(all), rows_stride(row_stride(all.gemm_, all.in_.in_features)), rows(all.block_ * rows_stride),
           panels(all.part_ * padded_k(all.gemm_, all.in_.in_features)),
           gate_panels(all.in_.gate_up == nullptr ? 0 : all.part_ * padded_k(all.gemm_, all.in_.in_features)),
-          z(all.part_ * all.block_), value(all.in_.gate_up == nullptr ? 0 : all.part_ * all.block_), gates(all.block_) {}
+          z(all.part_ * all.block_), value(all.in_.gate_up == nullptr ? 0 : all.part_ * all.block_),
+          gates(all.block_) {}
 
     void begin(const Part& part) {
       if (all.few(part.expert)) return;
@@ -279,10 +241,11 @@ class Neurons {
   // One thread's scratch for gradients of a part.
   struct Back {
     explicit Back(const Neurons& all)
-        : all(all), rows_stride(row_stride(all.gemm_, all.in_.out_features)), h_stride(row_stride(all.gemm_, all.part_)),
+        : all(all), rows_stride(row_stride(all.gemm_, all.in_.out_features)),
+          h_stride(row_stride(all.gemm_, all.part_)), widest(std::max(all.in_.in_features, all.in_.out_features)),
           rows(all.block_ * rows_stride), panels(all.part_ * padded_k(all.gemm_, all.in_.out_features)),
           h(all.block_ * h_stride), left(all.part_ * padded_k(all.gemm_, all.block_)),
-          right(round_up(std::max(all.in_.in_features, all.in_.out_features), kPanel) * padded_k(all.gemm_, all.block_)),
+          right(round_up(widest, kPanel) * padded_k(all.gemm_, all.block_)),
           dh(all.part_ * all.block_), dbias(all.part_), dup(all.part_ * round_up(all.in_.in_features, kPanel)),
           ddown(all.part_ * round_up(all.in_.out_features, kPanel)),
           dgate_up(all.in_.gate_up == nullptr ? 0 : all.part_ * round_up(all.in_.in_features, kPanel)) {}
@@ -309,15 +272,16 @@ class Neurons {
       const int64_t sum_stride = round_up(width, kPanel);
       gemm.pack(left.get(), units, a, stride, count, part.count);
       for (int64_t p = 0; p * kPanel < width; ++p)
-        for_column_tiles(gemm, part.count, units, left.get(), 1, [&](const T* columns, int64_t first, int64_t n, int64_t) {
-          multiply_columns(
-              gemm, n, units, columns, right.get() + p * panel, sum.get() + first * sum_stride + p * kPanel, sum_stride,
-              adds);
-        });
+        for_column_tiles(
+            gemm, part.count, units, left.get(), 1, [&](const T* columns, int64_t first, int64_t tile, int64_t) {
+              multiply_columns(
+                  gemm, tile, units, columns, right.get() + p * panel, sum.get() + first * sum_stride + p * kPanel,
+                  sum_stride, adds);
+            });
     }
 
     const Neurons& all;
-    const int64_t rows_stride, h_stride;
+    const int64_t rows_stride, h_stride, widest;
     Buffer<T> rows, panels, h, left, right;
     Buffer<float> dh, dbias, dup, ddown, dgate_up;
   };
@@ -379,7 +343,7 @@ class Neurons {
   const GemmKernels& gemm_;
   const NeuronKernels& kernels_;
   const NeuronExperts& in_;
-  const Sorted sorted_;
+  const SortedSlots sorted_;
   const int64_t panels_, stride_;
   int64_t block_, part_;  // rows gathered at once; neurons of a part
   std::vector<Part> parts_;

@@ -1,11 +1,12 @@
-// o[t] = sum_k gates[t, k] h down_e, h = act(x[t] up_e^T + bias_e), e = index[t, k], and its gradients, on raw pointers.
+// o[t] = sum_k gates[t, k] h down_e, h = act(x[t] up_e^T + bias_e), e = index[t, k], and its gradients, on raw
+// pointers.
 //
 // Slots are sorted by expert. First each expert's neurons: its rows of x are gathered into a block that stays in the
 // cache and meet its packed weights; h, times the gate, is kept per slot, [T K, m]. Then the output, some columns at a
-// time: expert by expert, rows of h meet those columns of its weights and are added to float32 sums of their tokens, all
-// of which stay in the cache. The gradient of x is the same sum, of dz and up. Weight gradients are sums over an
+// time: expert by expert, rows of h meet those columns of its weights and are added to float32 sums of their tokens,
+// all of which stay in the cache. The gradient of x is the same sum, of dz and up. Weight gradients are sums over an
 // expert's rows. The order of every sum is fixed, whatever the number of threads. An expert with few rows reads its
-// weights in place. Nothing of size T K x I is stored.
+// weights in place. Nothing of size T x K x I is stored.
 #pragma once
 
 #include <cstdint>

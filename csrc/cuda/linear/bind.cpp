@@ -1,5 +1,5 @@
-// The grouped product: its three contractions (steps.h), its single-launch kernels (panel.h, few.h) and what surrounds
-// them (pointwise.h). Checks, allocation and launches; called by mpoe_kernels/linear/cuda.
+// The grouped product: its three contractions (steps.h), its fused kernel (panel.h) and what surrounds them
+// (pointwise.h). Checks, allocation and launches; called by mpoe_kernels/linear/cuda.
 #include "cuda/bind.h"
 
 #include <algorithm>
@@ -7,7 +7,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/linear/few.h"
 #include "cuda/linear/panel.h"
 #include "cuda/linear/pointwise.h"
 #include "cuda/linear/steps.h"
@@ -58,81 +57,73 @@ Epilogue epilogue_of(const std::optional<Tensor>& bias, const std::string& activ
   return found;
 }
 
-// What a step reads or writes, in 64-bit numbers; StepOperand of mpoe_kernels/linear/cuda/plan.py.
-struct StepOperand {
-  int64_t tensor;         // number among the call's; -1: the scratch memory
-  int64_t offset;         // element at which it starts
-  int64_t outer;          // elements from one slot or expert to the next; 0: shared by all
-  int64_t limit;          // true columns; 0: all of them
-  int64_t stride[kAxes];  // 0: not an axis
-};
-// One launch; Step of mpoe_kernels/linear/cuda/plan.py.
-struct Step {
-  int64_t kind;            // see below
-  int64_t first, experts;  // experts [first, first + experts) are at work
-  int64_t gathers;         // rows are read through row_index
-  int64_t epilogue;        // the result is y: bias, activation, pre
-  int64_t tail;            // clear the rows that no expert owns
-  StepOperand a, b, out;
-};
-enum StepKind : int64_t { kRows = 0, kGradient = 1, kMerge = 2 };
-
-// The products of a program, one launch each. sizes: of iL jL a iC jC b iR jR; scratch: of x's dtype.
-void contract_steps_op(std::vector<Tensor> tensors, const Tensor& scratch, const Tensor& steps, Integers sizes,
-                       const Tensor& offsets, int64_t slots, const std::optional<Tensor>& row_index,
-                       const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
-                       bool tf32, const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
-  const OnDevice device(scratch);
+// What the three contractions share. sizes: of iL jL a iC jC b iR jR.
+Context context_of(const Tensor& like, const Integers& sizes, const Tensor& offsets, int64_t slots, bool tf32,
+                   const OnDevice& device) {
   MPOE_CHECK(sizes.size() == kAxes, "there are ", int(kAxes), " axes; got ", sizes.size());
-  MPOE_CHECK(
-      steps.is_cpu() && steps.is_contiguous() && steps.scalar_type() == ScalarType::Byte &&
-          steps.numel() % static_cast<int64_t>(sizeof(Step)) == 0,
-      "steps must be bytes of the CPU, ", sizeof(Step), " for each");
   Context context;
-  context.dtype = kernel_dtype(scratch, "x");
+  context.dtype = kernel_dtype(like, "x");
   for (int axis = 0; axis < kAxes; ++axis) {
     context.dims.size[axis] = counted(sizes[static_cast<std::size_t>(axis)], "a dimension of the blocks");
   }
   context.tf32 = tf32;
+  context.offsets = offsets_of(offsets, like);
+  context.experts = counted(offsets.size(0) - 1, "the number of experts");
   context.slots = counted(slots, "the number of slots");
   context.stream = device.stream();
-  const int* const first_offset = offsets_of(offsets, scratch);
-  const int64_t* const rows_of_slots = index_of(row_index, scratch);
-  const Epilogue epilogue = epilogue_of(bias, activation, pre, {out_index, gates}, slots, scratch);
-  for (const Tensor& tensor : tensors) check_same_device({&scratch, &tensor});
+  return context;
+}
 
-  const auto operand = [&](const StepOperand& from, bool as_float) {
-    MPOE_CHECK(from.tensor < static_cast<int64_t>(tensors.size()), "a step names tensor ", from.tensor);
-    const Tensor& tensor = from.tensor < 0 ? scratch : tensors[static_cast<std::size_t>(from.tensor)];
-    MPOE_CHECK(
-        tensor.scalar_type() == (as_float ? ScalarType::Float : scratch.scalar_type()),
-        "operands must have the dtype of x; sums over experts are float32");
-    Named found;
-    const int64_t size = as_float ? int64_t(sizeof(float)) : int64_t(size_of(context.dtype));
-    found.data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + from.offset * size;
-    std::copy(from.stride, from.stride + kAxes, found.stride);
-    found.outer = from.outer;
-    if (from.limit > 0) found.limit = counted(from.limit, "columns");
-    return found;
-  };
-  const auto* const begin = static_cast<const Step*>(steps.const_data_ptr());
-  for (const Step* step = begin; step != begin + steps.numel() / static_cast<int64_t>(sizeof(Step)); ++step) {
-    MPOE_CHECK(
-        step->first >= 0 && step->first + step->experts < offsets.size(0), "a step is about experts that there are not");
-    context.offsets = first_offset + step->first;
-    context.experts = static_cast<int>(step->experts);
-    const Named a = operand(step->a, false), b = operand(step->b, false);
-    const Named out = operand(step->out, step->kind != kRows && step->out.outer == 0);
-    const int64_t* const gathered = step->gathers ? rows_of_slots : nullptr;
-    switch (step->kind) {
-      case kRows:
-        rows_times_block(context, a, b, out, gathered, step->tail != 0, step->epilogue ? epilogue : Epilogue{});
-        break;
-      case kGradient: block_gradient(context, a, b, out, gathered); break;
-      case kMerge: merge_blocks(context, a, b, out); break;
-      default: MPOE_CHECK(false, "a step has no kind ", step->kind);
-    }
-  }
+// Operand `number` of a contraction. layout: of every operand the elements from one slot or expert to the next (0:
+// shared by all), the true columns (0: all of them), and a stride for every axis (0: not an axis).
+Named operand_of_call(const Tensor& tensor, int number, const Integers& layout, const Tensor& like) {
+  constexpr std::size_t kNumbers = 2 + kAxes;
+  MPOE_CHECK(layout.size() == 3 * kNumbers, "the layout of 3 operands has ", 3 * kNumbers, " numbers; got ", layout.size());
+  check_same_device({&like, &tensor});
+  const auto from = layout.begin() + static_cast<std::ptrdiff_t>(number * kNumbers);
+  Named found;
+  found.outer = from[0];
+  if (from[1] > 0) found.limit = counted(from[1], "columns");
+  std::copy(from + 2, from + kNumbers, found.stride);
+  found.data = const_cast<void*>(tensor.const_data_ptr());
+  return found;
+}
+// A factor, or a result that experts do not share.
+Named alike(const Tensor& tensor, int number, const Integers& layout, const Tensor& like) {
+  MPOE_CHECK(tensor.scalar_type() == like.scalar_type(), "operands must have the dtype of x");
+  return operand_of_call(tensor, number, layout, like);
+}
+Named block_of_result(const Tensor& out, const Integers& layout, const Tensor& like) {
+  const Named found = operand_of_call(out, 2, layout, like);
+  MPOE_CHECK(out.scalar_type() == (found.outer == 0 ? ScalarType::Float : like.scalar_type()),
+             "a block's gradient must have the dtype of x; sums over experts are float32");
+  return found;
+}
+
+void rows_times_block_op(const Tensor& rows, const Tensor& block, const Tensor& out, Integers layout, Integers sizes,
+                         const Tensor& offsets, const std::optional<Tensor>& row_index, bool zero_tail, bool tf32,
+                         const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
+                         const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
+  const OnDevice device(rows);
+  const int64_t slots = out.size(0);
+  const Context context = context_of(rows, sizes, offsets, slots, tf32, device);
+  rows_times_block(context, alike(rows, 0, layout, rows), alike(block, 1, layout, rows), alike(out, 2, layout, rows),
+                   index_of(row_index, rows), zero_tail,
+                   epilogue_of(bias, activation, pre, {out_index, gates}, slots, rows));
+}
+
+void block_gradient_op(const Tensor& rows, const Tensor& grads, const Tensor& out, Integers layout, Integers sizes,
+                       const Tensor& offsets, const std::optional<Tensor>& row_index, bool tf32) {
+  const OnDevice device(rows);
+  block_gradient(context_of(rows, sizes, offsets, grads.size(0), tf32, device), alike(rows, 0, layout, rows),
+                 alike(grads, 1, layout, rows), block_of_result(out, layout, rows), index_of(row_index, rows));
+}
+
+void merge_blocks_op(const Tensor& first, const Tensor& second, const Tensor& out, Integers layout, Integers sizes,
+                     const Tensor& offsets, bool tf32) {
+  const OnDevice device(first);
+  merge_blocks(context_of(first, sizes, offsets, 0, tf32, device), alike(first, 0, layout, first),
+               alike(second, 1, layout, first), block_of_result(out, layout, first));
 }
 
 // Dense left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR].
@@ -193,39 +184,6 @@ void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& cent
   panel_product(product, device.stream());
 }
 
-// Slots sorted by expert (offsets), or each with its own (expert_of_slot, negative: none), which needs no routing.
-// few: how many indices of left, central and right, and rows, a block computes.
-void few_product_op(const Tensor& x, const Tensor& left, const Tensor& central, const Tensor& right, const Tensor& out,
-                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& expert_of_slot,
-                    const std::optional<Tensor>& row_index, const std::optional<Tensor>& bias, std::string activation,
-                    const std::optional<Tensor>& pre, int64_t in_features, int64_t out_features, Integers few,
-                    const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
-  const OnDevice device(x);
-  const Blocks blocks(left, central, right, x);
-  MPOE_CHECK(few.size() == 4, "a block of few rows has 4 sizes; got ", few.size());
-  MPOE_CHECK(offsets.has_value() != expert_of_slot.has_value(), "give offsets or expert_of_slot");
-  data_of(out, x);
-  FewProduct product;
-  product.slots = slots_of(x, in_features, row_index, out, out_features, pre);
-  product.dtype = kernel_dtype(x, "x");
-  product.dims = dims_of(blocks.left, blocks.central, blocks.right, in_features, out_features);
-  product.shape = {counted(few[0], "left"), counted(few[1], "centre"), counted(few[2], "right"), counted(few[3], "rows")};
-  product.x = x.const_data_ptr();
-  product.left = blocks.left.const_data_ptr();
-  product.central = blocks.central.const_data_ptr();
-  product.right = blocks.right.const_data_ptr();
-  product.experts = blocks.experts();
-  product.offsets = offsets.has_value() ? offsets_of(*offsets, x) : nullptr;
-  if (expert_of_slot.has_value()) {
-    MPOE_CHECK(expert_of_slot->size(0) == product.slots, "expert_of_slot must be [", product.slots, "]");
-  }
-  product.expert_of_slot = index_of(expert_of_slot, x);
-  product.row_index = index_of(row_index, x);
-  product.y = out.mutable_data_ptr();
-  product.epilogue = epilogue_of(bias, activation, pre, {out_index, gates}, product.slots, x);
-  few_product(product, device.stream());
-}
-
 // (dz [N, F], dbias [F]). Without an activation dz is empty: it equals grad. saved: output for relu, pre-activation for
 // the rest.
 std::tuple<Tensor, Tensor> activation_backward_op(const Tensor& grad, const std::optional<Tensor>& saved,
@@ -269,17 +227,19 @@ Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
   m.def(
-      "contract_steps(Tensor(a!)[] tensors, Tensor(b!) scratch, Tensor steps, int[] sizes, Tensor offsets, int slots, "
-      "Tensor? row_index, Tensor? bias, str activation, Tensor(c!)? pre, bool tf32, Tensor? out_index=None, "
-      "Tensor? gates=None) -> ()");
+      "rows_times_block(Tensor rows, Tensor block, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, "
+      "Tensor? row_index, bool zero_tail, bool tf32, Tensor? bias, str activation, Tensor(b!)? pre, "
+      "Tensor? out_index=None, Tensor? gates=None) -> ()");
+  m.def(
+      "block_gradient(Tensor rows, Tensor grads, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, "
+      "Tensor? row_index, bool tf32) -> ()");
+  m.def(
+      "merge_blocks(Tensor first, Tensor second, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, bool tf32) "
+      "-> ()");
   m.def(
       "panel_product(Tensor rows, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor offsets, "
       "Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, int out_features, "
       "bool transposed, int[] panel, bool left_first, bool tf32, Tensor? out_index=None, Tensor? gates=None) -> ()");
-  m.def(
-      "few_product(Tensor x, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor? offsets, "
-      "Tensor? expert_of_slot, Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, "
-      "int out_features, int[] few, Tensor? out_index=None, Tensor? gates=None) -> ()");
   m.def(
       "activation_backward(Tensor grad, Tensor? saved, Tensor offsets, str activation, bool need_bias) "
       "-> (Tensor, Tensor)");
@@ -287,9 +247,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MPOE_CUDA_OPS, MPOE_CUDA_KEY, m) {
-  m.impl("contract_steps", TORCH_BOX(&mpoe::cuda::contract_steps_op));
+  m.impl("rows_times_block", TORCH_BOX(&mpoe::cuda::rows_times_block_op));
+  m.impl("block_gradient", TORCH_BOX(&mpoe::cuda::block_gradient_op));
+  m.impl("merge_blocks", TORCH_BOX(&mpoe::cuda::merge_blocks_op));
   m.impl("panel_product", TORCH_BOX(&mpoe::cuda::panel_product_op));
-  m.impl("few_product", TORCH_BOX(&mpoe::cuda::few_product_op));
   m.impl("activation_backward", TORCH_BOX(&mpoe::cuda::activation_backward_op));
   m.impl("sum_rows", TORCH_BOX(&mpoe::cuda::sum_rows_op));
 }

@@ -15,7 +15,6 @@ struct Context {
   const int* offsets = nullptr;  // [E + 1]
   int experts = 0, slots = 0;    // E, N
   cudaStream_t stream = nullptr;
-  bool measuring = false;  // nothing is launched
 };
 
 // out[slot, kept new] = sum over shared axes of rows[slot, kept shared] block[expert, shared new].

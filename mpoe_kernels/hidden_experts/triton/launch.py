@@ -13,10 +13,8 @@ from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.rows import hidden_rows_kernel
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, compiler_options, fitted, shipped_tiles
 from mpoe_kernels.indices import check_range
-from mpoe_kernels.planner import HARDWARE
-from mpoe_kernels.triton.architecture import HARDWARE_NAMES
-from mpoe_kernels.triton.card import multiprocessors, precision
-from mpoe_kernels.triton.start import architecture_of, cdiv, power_of_two, recorded_tile, start
+from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 
 SORT_BLOCK = 1024  # pairs that a sorting program processes at once
 SUM_BLOCK = 1024  # results per program that adds parts
@@ -52,20 +50,15 @@ def _common(call: HiddenCall) -> dict[str, Any]:
 
 
 def units_of(device: torch.device) -> int:
-    """Multiprocessors of the GPU, or of the GPU assumed for recording or by the interpreter."""
-    if device.type == "cuda":
-        return multiprocessors(device)
-    return HARDWARE[HARDWARE_NAMES[architecture_of(device)]].units
+    """Multiprocessors of the GPU."""
+    return architecture.target_of(device).multiprocessors
 
 
 def _row_tile(kernel: str, common: dict[str, Any]) -> Tile:
     """Tile of the kernel ``forward`` or ``rows``."""
     u = common["u"]
-    tiles = shipped_tiles(kernel, architecture_of(u.device), u.dtype, common["B"])
-    if (entry := recorded_tile()) is not None:
-        return tiles[min(entry, len(tiles) - 1)]
     return best_row_tile(
-        tiles,
+        shipped_tiles(kernel, architecture.target_of(u.device).architecture, u.dtype, common["B"]),
         units_of(u.device),
         tokens=u.shape[0],
         groups=u.shape[1] // common["B"],
@@ -183,7 +176,7 @@ class _Backward:
         """Gradients (for shared blocks, one for every share of the groups), and the number of shares."""
         common = self.common
         u = common["u"]
-        (tile,) = shipped_tiles("blocks", architecture_of(u.device), u.dtype, common["B"])
+        (tile,) = shipped_tiles("blocks", architecture.target_of(u.device).architecture, u.dtype, common["B"])
         blocks, experts, size = fitted(tile, common["B"]), common["EXPERTS"], common["B"]
         parts = cdiv(size, blocks["BN"]) ** 2
         share = 1

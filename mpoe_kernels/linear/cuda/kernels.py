@@ -1,4 +1,4 @@
-"""Grouped MPO linear by the kernels of csrc/cuda: step by step, in panels, or in one launch."""
+"""Grouped MPO linear by the kernels of csrc/cuda: step by step, or with weights rebuilt in shared memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import Contraction, may_round_to_tf32
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.cuda.cost import ways
-from mpoe_kernels.linear.cuda.few import Few
 from mpoe_kernels.linear.cuda.launch import CudaLaunches
-from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.gpu import steps
-from mpoe_kernels.planner import Contraction, Hardware, may_round_to_tf32
 from mpoe_kernels.registry import Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 READ = ("x", "left", "central", "right", *steps.DENSE)
+IN_PANELS = "rebuild in panels"  # name of the candidate whose weights stay on chip
 
 
 def _prepared(call: steps.Call) -> steps.Call:
@@ -37,49 +35,52 @@ class LinearKernels:
 
     Attributes:
         ops: namespace of the compiled ops.
-        hardware: returns the numbers of a device, which determine a candidate's variant and predicted time.
+        shared_memory: bytes of shared memory that a block may use on a device.
     """
 
     ops: Any
-    hardware: Callable[[str], Hardware]
+    shared_memory: Callable[[str], int]
 
     @property
     def launches(self) -> CudaLaunches:
         """The launches of a program's products."""
         return CudaLaunches(self.ops)
 
-    def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
-        """The candidates for `ways`, each with the cut of its kernel. ``name``: name of the backend."""
-        run = self.forward if plan.phase == "forward" else self.backward
-        found = ways(plan, self.hardware(plan.device))
-        return [Candidate(name, way.name, plan.strategy, way.seconds, partial(run, cut=way.cut)) for way in found]
+    def panel_of(self, plan: Contraction) -> Panel | None:
+        """The panel with which a contraction keeps its weights on chip; None if none fits, or nothing would use one."""
+        backward = plan.phase == "backward"
+        if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
+            return None
+        return best_panel(plan.dims, backward, plan.dtype.itemsize, self.shared_memory(plan.device))
 
-    def forward(self, call: ForwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, h, z)``, see `ForwardCall`. ``cut``: for the single-launch kernel; None: step by step."""
+    def candidates(self, name: str, plan: Contraction) -> list[Candidate]:
+        """The candidates of a contraction: in panels where they fit, and step by step. ``name``: of the backend."""
+        run = self.forward if plan.phase == "forward" else self.backward
+        ways: dict[str, Panel | None] = {plan.strategy: None}
+        if (panel := self.panel_of(plan)) is not None:
+            ways = {IN_PANELS: panel, **ways}
+        return [Candidate(name, way, plan.strategy, partial(run, panel=cut)) for way, cut in ways.items()]
+
+    def forward(self, call: ForwardCall, panel: Panel | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, h, z)``, see `ForwardCall`; without a panel step by step."""
         call = _prepared(call)
-        if cut is None:
+        if panel is None:
             return steps.forward_by_steps(call, self.launches)
         x = call.x
         y = x.new_empty(call.slots, call.out_features)
         pre = torch.empty_like(y) if call.saves_z else None
-        if isinstance(cut, Panel):
-            around = call.row_index, call.bias, call.activation, pre
-            self._panels(call, x, y, cut, False, around, (call.out_index, call.gates))
-        else:
-            self.ops.few_product(
-                *(x, *call.blocks, y, call.expert_offsets, None, call.row_index, call.bias, call.activation, pre),
-                *(call.in_features, call.out_features, cut.sizes, call.out_index, call.gates),
-            )
+        around = call.row_index, call.bias, call.activation, pre
+        self._panels(call, x, y, panel, False, around, (call.out_index, call.gates))
         return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
 
-    def backward(self, call: BackwardCall, cut: Panel | Few | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``cut``: for the kernel that computes dx."""
-        return steps.backward(_prepared(call), self.launches, partial(self._gradients, cut=cut))
+    def backward(self, call: BackwardCall, panel: Panel | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``panel``: of the kernel that computes dx."""
+        return steps.backward(_prepared(call), self.launches, partial(self._gradients, panel=panel))
 
-    def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, cut: Panel | Few | None) -> steps.Gradients:
+    def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, panel: Panel | None) -> steps.Gradients:
         need = call.need_of_plan
-        if isinstance(cut, Panel) and dx is not None:
-            self._panels(call, dz, dx, cut, True, (None, None, "none", None), (None, None))
+        if panel is not None and dx is not None:
+            self._panels(call, dz, dx, panel, True, (None, None, "none", None), (None, None))
             need = (False, *need[1:])
         if not any(need):
             return steps.NO_GRADIENTS
@@ -90,7 +91,7 @@ class LinearKernels:
         call: ForwardCall | BackwardCall,
         rows: Tensor,
         out: Tensor,
-        cut: Panel,
+        panel: Panel,
         transposed: bool,
         around: tuple[Tensor | None, Tensor | None, str, Tensor | None],
         placed: tuple[Tensor | None, Tensor | None],
@@ -99,15 +100,8 @@ class LinearKernels:
 
         ``around``: row_index, bias, activation and pre-activation; ``placed``: out_index and gates of a `ForwardCall`.
         """
+        sizes = call.in_features, call.out_features, transposed, panel.sizes, panel.left_first
         self.ops.panel_product(
             *(rows, *call.blocks, out, call.expert_offsets, *around),
-            *(
-                call.in_features,
-                call.out_features,
-                transposed,
-                cut.sizes,
-                cut.left_first,
-                may_round_to_tf32(rows.dtype),
-                *placed,
-            ),
+            *(*sizes, may_round_to_tf32(rows.dtype), *placed),
         )

@@ -1,4 +1,4 @@
-"""The contractions of csrc/cuda/linear/steps.h, and the operations around them."""
+"""The contractions of csrc/cuda/linear/steps.h, one launch each, and the operations around them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import may_round_to_tf32
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.indices import slots_by_token
-from mpoe_kernels.linear.cuda.plan import launch_plan
-from mpoe_kernels.linear.gpu.products import Pass
-from mpoe_kernels.planner import may_round_to_tf32
+from mpoe_kernels.linear.gpu.operands import Operand
+from mpoe_kernels.linear.gpu.primitives import Pair, Rows, Sum
+from mpoe_kernels.linear.gpu.products import Pass, walk
+
+AXES = BlockDims._fields[:8]
+
+
+def _layout(*operands: Operand) -> list[int]:
+    """As ``operand_of_call`` of csrc/cuda/linear/bind.cpp reads it."""
+    found = []
+    for operand in operands:
+        # An axis of size 1 may have any stride, but a stride of 0 means that there is no axis.
+        strides = [(operand.strides[axis] or 1) if axis in operand.strides else 0 for axis in AXES]
+        found += [operand.outer, operand.limit, *strides]
+    return found
+
+
+def _tensors(product: Pair) -> tuple[Any, ...]:
+    """The operands, their layout, the sizes of the axes, and the experts' slots."""
+    operands = product.first, product.second, product.out
+    return *(each.data for each in operands), _layout(*operands), product.dims[:8], product.offsets
 
 
 @dataclass(frozen=True)
 class CudaLaunches:
-    """The operations around the contractions, and the contractions as launch plans; see
-    `mpoe_kernels.linear.gpu.primitives.Surrounding`.
+    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and the operations around them.
 
     Attributes:
         ops: namespace of the compiled ops.
@@ -25,16 +44,26 @@ class CudaLaunches:
 
     ops: Any
 
-    def compute(self, whole: Pass) -> None:
-        """All tensors are dense; x is the first."""
-        values = whole.values
-        x = values["x"]
-        plan = launch_plan(whole.program, whole.dims, whole.experts, whole.slots, x.dtype, tuple(values))
-        self.ops.contract_steps(
-            *(list(values.values()), x.new_empty(plan.scratch), plan.steps, whole.dims[:8], whole.offsets, whole.slots),
-            *(whole.row_index, whole.bias, whole.activation, whole.pre, may_round_to_tf32(x.dtype)),
-            *(whole.out_index, whole.gates),
+    def rows(self, product: Rows) -> None:
+        self.ops.rows_times_block(
+            *(*_tensors(product), product.row_index, product.tail, may_round_to_tf32(product.out.data.dtype)),
+            *(product.bias, product.activation, product.pre, product.out_index, product.gates),
         )
+
+    def gradient(self, product: Sum) -> None:
+        tf32 = may_round_to_tf32(product.first.data.dtype)
+        self.ops.block_gradient(*_tensors(product), product.row_index, tf32)
+
+    def merge(self, product: Sum) -> None:
+        self.ops.merge_blocks(*_tensors(product), may_round_to_tf32(product.first.data.dtype))
+
+    def compute(self, whole: Pass) -> None:
+        """Product after product."""
+        walk(whole, self)
+
+    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Memory from PyTorch."""
+        return like.new_empty(rows, columns)
 
     def activation_backward(
         self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool

@@ -1,4 +1,4 @@
-"""Panels of the weight-stationary CUDA kernel: how wide they are, and how long the kernel takes with them.
+"""Panels of the CUDA kernel whose weights stay on chip: the widest that fit.
 
 A block of csrc/cuda/linear/panel.cuh rebuilds some columns of one expert's weight in shared memory, then streams the
 expert's rows past them. With wide panels the rows are read less often; the maximum width depends on the shapes and on
@@ -12,13 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from mpoe_kernels.planner import Hardware
-from mpoe_kernels.planner.orders import BlockDims
-
-# Four warps on a multiprocessor instead of eight keep its tensor cores busy for about half of the time.
-NARROW_RATE = 0.5
-# Part of every multiprocessor's shared memory that the driver reserves.
-RESERVED_BYTES = 1024
+from mpoe_kernels.contract.orders import BlockDims
 
 
 class _Tiles(NamedTuple):
@@ -48,7 +42,6 @@ class Panel(NamedTuple):
         left, centre, right: divisors of jL, jC, jR (of iL, iC, iR if the weight is transposed).
         left_first: left is multiplied by central before right is.
         shared_bytes: shared memory of a block.
-        seconds: predicted time of the product.
     """
 
     left: int
@@ -56,7 +49,6 @@ class Panel(NamedTuple):
     right: int
     left_first: bool
     shared_bytes: int
-    seconds: float
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -132,20 +124,9 @@ def panel_bytes(dims: BlockDims, kept: tuple[int, int, int], left_first: bool, t
     return _shared_bytes(_sizes(dims, kept, left_first, transposed, itemsize), itemsize)
 
 
-def _seconds(sizes: _Sizes, itemsize: int, busy: int, slots: int, flops_per_second: float, hardware: Hardware) -> float:
-    """Time of rebuilding and multiplying, with one block per multiprocessor, wave after wave of blocks."""
-    tiles = sizes.tiles
-    p, q = _round_up(sizes.p, tiles.granule), _round_up(sizes.q, 32)
-    inner_second = _round_up(sizes.inner_second, 32)
-    strips = -(-sizes.p // tiles.rebuild_rows)
-    flops: float = 2 * sizes.units * p * (sizes.inner_first * inner_second + sizes.inner_second * q)
-    traffic: float = strips * sizes.units * sizes.inner_second * (sizes.inner_first + sizes.q)
-    rows = slots / max(1, busy)
-    flops += 2 * _round_up(math.ceil(rows), tiles.rows // 2) * sizes.depth * _round_up(sizes.width, 16)
-    traffic += rows * (sizes.depth + sizes.width)
-    rate = flops_per_second / hardware.units * (NARROW_RATE if tiles is _NARROW else 1.0)
-    block = max(flops / rate, traffic * itemsize * hardware.units / hardware.cache_bandwidth)
-    return math.ceil(sizes.panels * busy / hardware.units) * block + hardware.launch_seconds
+def _rebuild_flops(sizes: _Sizes) -> int:
+    """FLOPs of all panels' rebuilds."""
+    return 2 * sizes.panels * sizes.units * sizes.p * sizes.inner_second * (sizes.inner_first + sizes.q)
 
 
 def _divisors(number: int) -> list[int]:
@@ -153,38 +134,24 @@ def _divisors(number: int) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def best_panel(
-    dims: BlockDims,
-    transposed: bool,
-    itemsize: int,
-    busy: int,
-    slots: int,
-    flops_per_second: float,
-    hardware: Hardware,
-) -> Panel | None:
-    """The fastest panel that fits in a multiprocessor's shared memory; None if none does.
+def best_panel(dims: BlockDims, transposed: bool, itemsize: int, shared_memory: int) -> Panel | None:
+    """The widest panel that fits in shared memory, of these the one that is rebuilt most cheaply; None if none fits.
 
     Args:
         dims: sizes of the blocks.
         transposed: whether rows are multiplied by the transposed weight (the gradient with respect to x).
         itemsize: bytes of an element.
-        busy: number of experts that have rows.
-        slots: rows of all experts.
-        flops_per_second: rate of the device in this dtype.
-        hardware: the device.
+        shared_memory: bytes that a block may use.
     """
-    limit = hardware.sram_bytes - RESERVED_BYTES
     result = (dims.iL, dims.iC, dims.iR) if transposed else (dims.jL, dims.jC, dims.jR)
-    best: Panel | None = None
+    best: tuple[tuple[int, int], Panel] | None = None
     left, centre, right = map(_divisors, result)
     for kept, left_first in product(product(left, centre, right), (True, False)):
         sizes = _sizes(dims, kept, left_first, transposed, itemsize)
-        if sizes.width > sizes.tiles.columns:
-            continue
         needed = _shared_bytes(sizes, itemsize)
-        if needed > limit:
+        if sizes.width > sizes.tiles.columns or needed > shared_memory:
             continue
-        seconds = _seconds(sizes, itemsize, busy, slots, flops_per_second, hardware)
-        if best is None or seconds < best.seconds:
-            best = Panel(*kept, left_first, needed, seconds)
-    return best
+        key = (sizes.width, -_rebuild_flops(sizes))
+        if best is None or key > best[0]:
+            best = key, Panel(*kept, left_first, needed)
+    return None if best is None else best[1]

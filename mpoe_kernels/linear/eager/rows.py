@@ -15,7 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mpoe_kernels.engine.driver import run
+from mpoe_kernels.contract.driver import run
+from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.program import KEPT, Product, Program, program_of, value_of
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.activation import Upstream
 from mpoe_kernels.linear.eager.grouped import (
@@ -30,8 +32,6 @@ from mpoe_kernels.linear.eager.grouped import (
     select_experts,
     store,
 )
-from mpoe_kernels.planner.orders import INDICES, BlockDims, applications
-from mpoe_kernels.planner.program import KEPT, Product, Program, program_of, value_of
 
 # Half-built weights of a chunk of experts: at most this fraction of a weight. They exist up to twice (the rows may need
 # another layout than the one they are built in), and so do their gradients.
@@ -188,7 +188,7 @@ def most_slots(dims: BlockDims, program: Program, itemsize: int) -> int:
 
 
 class EagerChunk:
-    """The products for some consecutive busy experts; see `mpoe_kernels.engine.driver.Chunk`."""
+    """The products for some consecutive busy experts; see `mpoe_kernels.contract.driver.Chunk`."""
 
     def __init__(self, whole: Pass, groups: list[Group]) -> None:
         self.whole, self.dims = whole, whole.dims

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.linear.eager.grouped import Group, active_groups, select_experts
-from mpoe_kernels.planner import BlockDims
 
 # A slab in block order and the same slab in the weight's order should fit in a core's cache together.
 SLAB_BYTES = 2 << 20

@@ -1,7 +1,7 @@
 """The products of a program with PyTorch's own GEMMs, mainly `torch.nn.functional.grouped_mm`, without synchronisation.
 
 Everything, including offsets, is computed on the device; weights are built within the budget, see
-`mpoe_kernels.linear.gpu.cost.experts_at_once`. Operands are copied into the layout that a GEMM needs, which our own
+`mpoe_kernels.linear.gpu.budget.experts_at_once`. Operands are copied into the layout that a GEMM needs, which our own
 kernels would avoid; in return these are the vendor's GEMMs. It also runs on CPUs, in tests.
 
 quack's grouped GEMMs (``quack.gemm_interface.gemm`` with ``cu_seqlens_m``, quack-kernels 0.6.5) take the same operands,
@@ -17,27 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 from mpoe_kernels.linear.gpu import steps
-from mpoe_kernels.linear.gpu.cost import LIBRARY as FAMILY
-from mpoe_kernels.linear.gpu.cost import gpu_seconds, launches
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.planner import Contraction, Hardware
-from mpoe_kernels.planner.orders import BlockDims
-
-# Launches of one product: its GEMM, and copies of operands and the result.
-LAUNCHES_EACH = 5
-# Bytes moved by these copies, relative to those of the product.
-COPIED = 2.0
-
-
-def seconds(plan: Contraction, hardware: Hardware) -> float:
-    """Predicted time on a GPU; nothing was measured yet."""
-    more = (LAUNCHES_EACH - 1) * launches(plan, FAMILY) * hardware.launch_seconds
-    return gpu_seconds(plan, hardware, FAMILY) + more + COPIED * plan.bytes / hardware.bandwidth
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,10 +189,6 @@ class GroupedLaunches:
             g, ends = _rows(front, grads, shared, n, dims), here.ends * math.prod(_sizes(shared, dims))
             found = F.grouped_mm(_multiple(a, 1).T, _multiple(g, 1), offs=ends)[:, : a.shape[1], : g.shape[1]]
             view.copy_(torch.where(here.busy[:, None, None], found, 0).reshape(-1, *sizes))
-
-    def weight(self, half: Sum, whole: Sum) -> bool:
-        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
-        return False
 
     def merge(self, product: Sum) -> None:
         """See `mpoe_kernels.linear.gpu.primitives.Primitives`; gives zeros for idle experts."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.planner.orders import AXES, BlockDims
+from mpoe_kernels.contract.orders import AXES, BlockDims
 
 DIGITS = 4
 

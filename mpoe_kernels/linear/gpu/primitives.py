@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.gpu.operands import Operand
-from mpoe_kernels.planner.orders import BlockDims
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ class Pair:
     def second_alone(self) -> frozenset[str]:
         """Axes of the result that only the second operand has."""
         return self.second.axes - self.first.axes
-
-    def centre_last(self) -> tuple[Operand, Operand]:
-        """The operands; the one with the central block's own axes comes last."""
-        return (self.second, self.first) if "iC" in self.first.axes else (self.first, self.second)
 
 
 @dataclass(frozen=True)
@@ -120,13 +116,6 @@ class Primitives(Protocol):
 
     def merge(self, product: Sum) -> None:
         """Contract two blocks of every busy expert, which supply the rows and the columns."""
-
-    def weight(self, half: Sum, whole: Sum) -> bool:
-        """Both products in one launch: a half of every busy expert, and its weight from that half and a block.
-
-        Returns:
-            False: nothing was launched, because this backend needs two launches.
-        """
 
 
 class Surrounding(Protocol):

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpoe_kernels.engine.driver import run
-from mpoe_kernels.linear.gpu.cost import experts_at_once, room
+from mpoe_kernels.contract.driver import run
+from mpoe_kernels.contract.orders import AXES, BlockDims
+from mpoe_kernels.contract.program import COMPOSITES, Product, Program, is_block, value_of
+from mpoe_kernels.linear.gpu.budget import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
 from mpoe_kernels.linear.gpu.primitives import Primitives, Rows, Sum, Surrounding
-from mpoe_kernels.planner.orders import AXES, BlockDims
-from mpoe_kernels.planner.program import COMPOSITES, Product, Program, is_block, value_of
 
 
 class Launches(Surrounding, Protocol):
@@ -75,14 +75,13 @@ class Pass:
 
 @dataclass
 class GpuChunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.engine.driver.Chunk`."""
+    """The products for experts ``first:last``; see `mpoe_kernels.contract.driver.Chunk`."""
 
     whole: Pass
     primitives: Primitives
     first: int
     last: int
     offsets: Tensor = field(init=False)
-    waiting: Sum | None = None  # computes a half that is built together with the weight
 
     def __post_init__(self) -> None:
         offsets = self.whole.offsets
@@ -107,19 +106,13 @@ class GpuChunk:
         return Operand(self.primitives.empty(self.last - self.first, size, like), strides, size)
 
     def rows(self, product: Product, rows: Operand, operand: Operand) -> Operand:
-        found = self.rows_of(product, rows, operand)
-        self.primitives.rows(found)
-        return found.out
-
-    def rows_of(self, product: Product, rows: Operand, operand: Operand) -> Rows:
-        """The launch of `rows`."""
         whole, out = self.whole, self._target(product.result)
         if out is None:
             axes = whole.program.axes[product.result]
             data = self.primitives.empty(whole.slots, whole.dims.elements(frozenset(axes)), rows.data)
             out = activations(data, axes, whole.dims)
         last = product.result == "y"
-        return Rows(
+        made = Rows(
             *(rows, operand, out, whole.dims, self.offsets, self._index(product)),
             bias=whole.bias if last else None,
             activation=whole.activation if last else "none",
@@ -129,6 +122,8 @@ class GpuChunk:
             # In rows between two operands this memory is never read.
             tail=self.last == whole.experts and product.result in whole.values,
         )
+        self.primitives.rows(made)
+        return out
 
     def _index(self, product: Product) -> Tensor | None:
         return self.whole.row_index if product.first == "x" else None
@@ -139,11 +134,6 @@ class GpuChunk:
         self.primitives.gradient(Sum(rows, grads, *sizes, add=self.first > 0, room=self._room(product)))
         return out
 
-    def _next(self, product: Product) -> Product | None:
-        products = self.whole.program.products
-        after = products.index(product) + 1
-        return products[after] if after < len(products) else None
-
     def merge(self, product: Product, first: Operand, second: Operand) -> Operand:
         out = self._target(product.result) or self._new(product.result, first.data)
         # The operand with the result's slowest axis supplies the rows.
@@ -152,15 +142,6 @@ class GpuChunk:
         wanted = product.result in self.whole.values
         sizes = self.whole.dims, self.offsets
         made = Sum(p, q, out, *sizes, add=self.first > 0, clear=wanted, room=self._room(product))
-        after, waiting = self._next(product), self.waiting
-        if after is not None and after.result == "W" and "W" not in self.whole.values:
-            self.waiting = made
-            return out
-        if waiting is not None:
-            self.waiting = None
-            if self.primitives.weight(waiting, made):
-                return out
-            self.primitives.merge(waiting)
         self.primitives.merge(made)
         return out
 

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall, GatedCall
+from mpoe_kernels.contract import program_of
+from mpoe_kernels.contract.program import KEPT, Need
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of
-from mpoe_kernels.planner import program_of
-from mpoe_kernels.planner.program import KEPT, Need
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_GRADIENTS: Gradients = (None, None, None)
 
 
-Call = TypeVar("Call", ForwardCall, GatedCall, BackwardCall)
+Call = TypeVar("Call", ForwardCall, BackwardCall)
 # Tensors that the kernels of every backend require to be dense.
 DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
 

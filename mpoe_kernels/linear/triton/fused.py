@@ -55,7 +55,7 @@ def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TN
 @triton.jit
 def fused_kernel(
     x,  # [rows, K]
-    left,  # [E, ...], or left · central if BUILT
+    left,  # [E, ...]
     central,
     right,  # [E, ...]
     out,  # [slots, N]
@@ -72,14 +72,13 @@ def fused_kernel(
     B: tl.constexpr,
     K_SIZES: tl.constexpr,  # of the left, central and right digit
     N_SIZES: tl.constexpr,
-    LEFT: tl.constexpr,  # strides (expert, k, n, central k, central n, last axis)
+    LEFT: tl.constexpr,  # strides (expert, k, n, a)
     CENTRAL: tl.constexpr,  # (k, n, a, b)
     RIGHT: tl.constexpr,  # (expert, k, n, b)
     X_LIMIT: tl.constexpr,
     OUT_LIMIT: tl.constexpr,
     EXPERTS: tl.constexpr,
     SCAN: tl.constexpr,
-    BUILT: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -126,13 +125,8 @@ def fused_kernel(
     k_right = k % KR
     expert = e.to(tl.int64)
     x_rows = x + source * X_SLOT
-    left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2] + nc * LEFT[4]
-    if BUILT:
-        left_at += bond_b[None, :] * LEFT[5]
-        last = bond_b < B
-    else:
-        left_at += bond_a[None, :] * LEFT[5]
-        last = bond_a < A
+    left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2]
+    left_at += bond_a[None, :] * LEFT[3]
     central_at = central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
     right_at = right + expert * RIGHT[0] + bond_b[:, None] * RIGHT[3]
     right_at += column_k[None, :] * RIGHT[1] + (nr0 + column_n)[None, :] * RIGHT[2]
@@ -148,12 +142,13 @@ def fused_kernel(
         for step in tl.range(0, steps, num_stages=STAGES):
             kc = step % K_SIZES[1]
             kl0 = (step // K_SIZES[1]) * KL
-            left_mask = (row_k < K_SIZES[0] - kl0)[:, None] & (row_n < N_SIZES[0] - nl0)[:, None] & last[None, :]
-            product = tl.load(left_at + kl0 * LEFT[1] + kc * LEFT[3], mask=left_mask, other=0.0)
-            if not BUILT:
-                central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
-                ct = tl.load(central_at + kc * CENTRAL[0], mask=central_mask, other=0.0)
-                product = tl.dot(product, ct, input_precision=PRECISION).to(x.dtype.element_ty)
+            left_mask = (
+                (row_k < K_SIZES[0] - kl0)[:, None] & (row_n < N_SIZES[0] - nl0)[:, None] & (bond_a < A)[None, :]
+            )
+            central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
+            lt = tl.load(left_at + kl0 * LEFT[1], mask=left_mask, other=0.0)
+            ct = tl.load(central_at + kc * CENTRAL[0], mask=central_mask, other=0.0)
+            product = tl.dot(lt, ct, input_precision=PRECISION).to(x.dtype.element_ty)
             w = tl.dot(product, rt, input_precision=PRECISION).to(x.dtype.element_ty)
             column = ((kl0 + k_left) * K_SIZES[1] + kc) * K_SIZES[2] + kr0 + k_right
             x_mask = inside[:, None]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.triton.configs import fused_choice
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
-from mpoe_kernels.triton.card import multiprocessors, precision
+from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.pointwise import sum_parts
-from mpoe_kernels.triton.start import cdiv, device_of, power_of_two, start
+from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 
 MOST_PARTS = 16  # partial results of a gradient
 
@@ -30,19 +28,12 @@ class Blocks(NamedTuple):
     right: Tensor
 
 
-def _strides(blocks: Blocks, transposed: bool, half: Operand | None) -> dict[str, tuple[int, ...]]:
-    """Strides of the blocks along (expert, k, n, ...) for ``x W``, or for ``dy W^T`` if ``transposed``."""
+def _strides(blocks: Blocks, transposed: bool = False) -> dict[str, tuple[int, ...]]:
+    """Strides of the blocks along (expert, k, n, last axis) for ``x W``, or for ``dy W^T`` if ``transposed``."""
     i, j = (2, 1) if transposed else (1, 2)
-    left_strides: tuple[int, ...]
-    if half is None:
-        left = blocks.left.stride()
-        left_strides = (left[0], left[i], left[j], 0, 0, left[3])
-    else:
-        sides = ("jL", "iL", "jC", "iC") if transposed else ("iL", "jL", "iC", "jC")
-        left_strides = (half.outer, *(half.strides[axis] for axis in sides), half.strides["b"])
-    central, right = blocks.central.stride(), blocks.right.stride()
+    left, central, right = (block.stride() for block in blocks)
     return {
-        "LEFT": left_strides,
+        "LEFT": (left[0], left[i], left[j], left[3]),
         "CENTRAL": (central[i], central[j], central[0], central[3]),
         "RIGHT": (right[0], right[1 + i], right[1 + j], right[1]),
     }
@@ -76,17 +67,13 @@ def rows_times_weight(
     call: ForwardCall | BackwardCall,
     rows: Tensor,
     out: Tensor,
-    *,
-    half: Operand | None = None,
     pre: Tensor | None = None,
-    tile: FusedTile | None = None,
 ) -> None:
     """Forward: ``out[s] = activation(rows[row_index[s]] W_e + bias)``; backward: ``out = rows W_e^T``. One launch.
 
     Args:
         call: the call that provides the weights.
         rows, out: ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
-        half: left · central of every expert; without it the kernel computes that too.
         pre: receives the pre-activation.
     """
     slots, experts, dims, blocks = out.shape[0], call.num_experts, call.dims, Blocks(*call.blocks)
@@ -99,9 +86,7 @@ def rows_times_weight(
         else (call.row_index, call.bias, call.activation, call.out_index, call.gates)
     )
     sides = Sides.of(dims, transposed)
-    purpose = "rows" if half is None else "half"
-    again = partial(rows_times_weight, call, rows, out, half=half, pre=pre)
-    tile, extents = fused_choice(rows, sides, slots / experts, purpose, tile, lambda t: again(tile=t))
+    tile, extents = fused_choice(rows, sides, slots / experts, "rows")
     row_tiles = cdiv(slots, tile.m) + experts + 1
     _, n_tiles = extents.tiles(sides)
     columns = (dims.in_features, dims.out_features)
@@ -110,7 +95,7 @@ def rows_times_weight(
         fused_kernel,
         (row_tiles * n_tiles,),
         x=rows,
-        left=blocks.left if half is None else half.data,
+        left=blocks.left,
         central=blocks.central,
         right=blocks.right,
         out=out,
@@ -127,26 +112,24 @@ def rows_times_weight(
         OUT_LIMIT=_limit(sides.n, out_columns),
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
-        BUILT=half is not None,
         HAS_INDEX=row_index is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         SAVE_PRE=pre is not None,
         PLACED=out_index is not None,
         BM=tile.m,
-        **_strides(blocks, transposed, half),
+        **_strides(blocks, transposed),
         **_options(tile, extents, sides, rows.dtype),
     )
 
 
 def parts_for(device: torch.device, programs: int, most: int) -> int:
     """Parts of a sum: enough programs for all multiprocessors."""
-    return max(1, min(MOST_PARTS, most, cdiv(2 * multiprocessors(device), programs)))
+    units = architecture.target_of(device).multiprocessors
+    return max(1, min(MOST_PARTS, most, cdiv(2 * units, programs)))
 
 
-def block_gradients(
-    call: BackwardCall, grad: Tensor, tile: FusedTile | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def block_gradients(call: BackwardCall, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of left, central and right, if needed, from rows and the gradient ``[N, F]`` of their products.
 
     One launch each; none for a masked central core.
@@ -154,13 +137,12 @@ def block_gradients(
     x, dims, blocks, row_index, experts = call.x, call.dims, Blocks(*call.blocks), call.row_index, call.num_experts
     _, need_left, need_central, need_right = call.need_of_plan
     sides = Sides.of(dims)
-    tile, extents = fused_choice(x, sides, grad.shape[0] / experts, "gradient", tile)
+    tile, extents = fused_choice(x, sides, grad.shape[0] / experts, "gradient")
     k_tiles, n_tiles = extents.tiles(sides)
     pairs = sides.k[1] * sides.n[1]
     rows_of_tiles = cdiv(sides.k[0], extents.kl) * cdiv(sides.n[0], extents.nl)
     columns_of_tiles = k_tiles * n_tiles // (pairs * rows_of_tiles)
-    strides = _strides(blocks, False, None)
-    left = strides["LEFT"]
+    strides = _strides(blocks)
     common: dict[str, Any] = {
         "x": x,
         "grad": grad,
@@ -170,7 +152,7 @@ def block_gradients(
         "offsets": call.expert_offsets,
         "X_SLOT": x.stride(0),
         "GRAD_SLOT": grad.stride(0),
-        "LEFT": (*left[:3], left[5]),
+        "LEFT": strides["LEFT"],
         "CENTRAL": strides["CENTRAL"],
         "X_LIMIT": _limit(sides.k, dims.in_features),
         "GRAD_LIMIT": _limit(sides.n, dims.out_features),
@@ -184,7 +166,7 @@ def block_gradients(
 
     dleft = dcentral = dright = None
     if need_left:
-        parts = parts_for(device_of(x), rows_of_tiles * experts, pairs)
+        parts = parts_for(x.device, rows_of_tiles * experts, pairs)
         out = partial(blocks.left.shape, parts)
         start(
             left_gradient_kernel,
@@ -200,7 +182,7 @@ def block_gradients(
         )
         dleft = sum_parts(out, torch.empty_like(blocks.left, memory_format=torch.contiguous_format))
     if need_central:
-        parts = parts_for(device_of(x), rows_of_tiles * pairs, experts)
+        parts = parts_for(x.device, rows_of_tiles * pairs, experts)
         out = partial(blocks.central.shape, parts * rows_of_tiles)
         _, a, k, n, b = out.stride()
         start(
@@ -217,7 +199,7 @@ def block_gradients(
         )
         dcentral = sum_parts(out, torch.empty_like(blocks.central, memory_format=torch.contiguous_format))
     if need_right:
-        parts = parts_for(device_of(x), columns_of_tiles * experts, pairs * rows_of_tiles)
+        parts = parts_for(x.device, columns_of_tiles * experts, pairs * rows_of_tiles)
         out = partial(blocks.right.shape, parts)
         _, expert, b, k, n = out.stride()
         start(

@@ -12,7 +12,9 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from mpoe_kernels.planner.orders import BlockDims
+import torch
+
+from mpoe_kernels.contract.orders import BlockDims
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand
@@ -62,12 +64,11 @@ GRADIENT_TILES: Table = {
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 for _table in (ROWS_TILES, GRADIENT_TILES):
     _table["interpreter"] = {size: (FusedTile(32, 128, 128, 1 << 20, 4, 1),) for size in (2, 4)}
-PURPOSES = ("rows", "half", "gradient")  # rows times W, the same with precomputed left · central, the blocks' gradients
 
 
-def fused_table(purpose: str) -> Table:
-    """Tiles of the kernels of one of the `PURPOSES`."""
-    return GRADIENT_TILES if purpose == "gradient" else ROWS_TILES
+def fused_tiles(purpose: str, name: str, dtype: torch.dtype) -> tuple[FusedTile, ...]:
+    """Tiles for rows times W (``"rows"``) or the blocks' gradients (``"gradient"``) on an architecture."""
+    return (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[name][dtype.itemsize]
 
 
 class Sides(NamedTuple):
@@ -120,10 +121,10 @@ def filled_up(bond: int) -> int:
     return max(LEAST, 1 << max(bond - 1, 0).bit_length())
 
 
-def rebuild_work(sides: Sides, found: Cut, half: bool) -> float:
+def rebuild_work(sides: Sides, found: Cut) -> float:
     """Multiply-adds per element of W to compute a tile: its cost in equivalent rows of tokens."""
     a, b = filled_up(sides.a), filled_up(sides.b)
-    return b + (0.0 if half else a * b / found.columns)
+    return b + a * b / found.columns
 
 
 def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
@@ -132,7 +133,7 @@ def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpo
     if purpose == "gradient":
         step, stays = tile.m * (found.k + found.n), found.rows * a + a * b + b * found.columns
     else:
-        step = tile.m * found.k + found.rows * (b if purpose == "half" else a) + (a * b if purpose == "rows" else 0)
+        step = tile.m * found.k + found.rows * a + a * b
         stays = b * found.columns
     return itemsize * (tile.stages * step + stays + found.k * found.n)
 
@@ -149,7 +150,7 @@ def step_operands(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> in
     if purpose == "gradient":
         return tile.m * (found.k + found.n)
     a, b = filled_up(sides.a), filled_up(sides.b)
-    return tile.m * found.k + (found.rows * b if purpose == "half" else found.rows * a + a * b)
+    return tile.m * found.k + found.rows * a + a * b
 
 
 def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
@@ -162,7 +163,7 @@ def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> fl
     reading = READING * step_operands(sides, found, tile, purpose) * max(1.0, 8 / found.kr)
     work = tile.m * area + reading * (max(1.0, 8 / found.nr) if purpose == "gradient" else 1.0)
     if purpose != "gradient":
-        work += area * rebuild_work(sides, found, purpose == "half")
+        work += area * rebuild_work(sides, found)
     return k_tiles * n_tiles * (work + STEP)
 
 

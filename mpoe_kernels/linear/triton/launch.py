@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,23 +11,19 @@ from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import IndexMap, Operand, index_map
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.linear.gpu.work import MOST_SPLITS, Work
 from mpoe_kernels.linear.triton.blocks import blocks_kernel
-from mpoe_kernels.linear.triton.configs import Tile, launch_options, tile_for
-from mpoe_kernels.linear.triton.cost import by_descriptor
+from mpoe_kernels.linear.triton.configs import MOST_SPLITS, launch_options, tile_and_splits, tiles_for
 from mpoe_kernels.linear.triton.outer import outer_kernel
 from mpoe_kernels.linear.triton.rows import rows_kernel
-from mpoe_kernels.linear.triton.weights_launch import weight
-from mpoe_kernels.planner.orders import INDICES
 from mpoe_kernels.routing.triton import collect_rows
-from mpoe_kernels.triton.card import card, multiprocessors, precision
+from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows
-from mpoe_kernels.triton.start import architecture_of, cdiv, device_of, power_of_two, start
+from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 
 
 def persistent_programs(device: torch.device, tiles: int) -> int:
     """A few programs per multiprocessor, no more than there are tiles."""
-    return max(1, min(tiles, 2 * multiprocessors(device)))
+    return max(1, min(tiles, 2 * architecture.target_of(device).multiprocessors))
 
 
 def axes_of(product: Rows) -> tuple[IndexMap, IndexMap, IndexMap, dict[str, Any]]:
@@ -48,40 +41,24 @@ def axes_of(product: Rows) -> tuple[IndexMap, IndexMap, IndexMap, dict[str, Any]
     return m, k, n, {**where, **rows, **summed, **columns}
 
 
-def descriptor_of(product: Rows, k: IndexMap, n: IndexMap) -> str:
-    """How the card's copy engine can read the operand, see the kernel: ``"kn"``, ``"nk"``, or not at all, ``""``.
-
-    Our built weights always qualify: dense, at a multiple of 16 bytes.
-    """
-    weight, itemsize = product.second, product.second.data.itemsize
-    (k_line, *_), (n_line, *_) = k.strides[1], n.strides[1]
-    plain = k.sizes[0] == k.extent and n.sizes[0] == n.extent and min(k_line, n_line) == 1
-    if not plain or weight.axes != INDICES["W"] or not by_descriptor(max(k_line, n_line) * itemsize):
-        return ""
-    return "kn" if n_line == 1 else "nk"
-
-
-def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
-    """See `mpoe_kernels.linear.gpu.primitives.Primitives`; ``wide``: with wide tiles and a descriptor, if possible."""
+def rows(product: Rows) -> None:
+    """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
     a, b, out, slots = product.first, product.second, product.out, product.slots
-    m, k, n, operands = axes_of(product)
-    experts, grouped = product.experts, b.outer != 0
     if slots == 0:
         return
+    m, k, n, operands = axes_of(product)
+    experts, grouped, device = product.experts, b.outer != 0, a.data.device
     rows_of_one = slots * m.extent / (experts if grouped else 1)
-    descriptor = descriptor_of(product, k, n) if wide else ""
-    again = partial(rows, product, wide=wide)
-    kernel = "wide rows" if descriptor else "rows"
-    tile = tile or tile_for(kernel, a.data, rows_of_one, n.extent, k.extent, lambda t: again(tile=t))
+    tile, *_ = tiles_for("rows", a.data, rows_of_one, n.extent, k.extent)
     segments = (experts if grouped else 1) + 1
     tiles = (cdiv(slots * m.extent, tile.m) + segments) * cdiv(n.extent, tile.n)
     dummy, bias, pre, row_index = out.data, product.bias, product.pre, product.row_index
     out_index, gates, options = product.out_index, product.gates, launch_options(tile)
-    if out_index is not None and architecture_of(device_of(a.data)).startswith("sm_"):
+    if out_index is not None and architecture.target_of(device).architecture.startswith("sm_"):
         options["maxnreg"] = 255  # or the compiler spills a few, to have one program more on a multiprocessor
     start(
         rows_kernel,
-        (persistent_programs(device_of(a.data), tiles),),
+        (persistent_programs(device, tiles),),
         a=a.data,
         b=b.data,
         out=out.data,
@@ -102,13 +79,12 @@ def rows(product: Rows, tile: Tile | None = None, wide: bool = False) -> None:
         ACTIVATION=product.activation,
         SAVE_PRE=pre is not None,
         PLACED=out_index is not None,
-        BY_DESCRIPTOR=descriptor,
         PRECISION=precision(a.data.dtype),
         **options,
     )
 
 
-def gradient(product: Sum, tile: Tile | None = None) -> None:
+def gradient(product: Sum) -> None:
     """See `mpoe_kernels.linear.gpu.primitives.Primitives`; an ``out`` that experts share is dense."""
     a, g, out, dims, row_index = product.first, product.second, product.out, product.dims, product.row_index
     experts, grouped = product.experts, not product.shared
@@ -117,15 +93,10 @@ def gradient(product: Sum, tile: Tile | None = None) -> None:
         index_map(out.axes & g.axes, dims, g, out),
         index_map(product.summed, dims, g, a),
     )
-
-    def again(tile: Tile) -> None:
-        to = replace(out, data=torch.empty_like(out.data)) if product.add else out  # what is added must be added once
-        gradient(replace(product, out=to), tile)
-
     groups, inner = experts if grouped else 1, g.data.shape[0] * s.extent
-    work = Work(m.extent, n.extent, inner / groups, groups, out.data.numel(), a.data.dtype)
-    tile, splits = _cut("outer", product, work, inner, again, tile)
-    mn_tiles = work.programs((tile.m, tile.n, tile.k)) // groups
+    sizes = m.extent, n.extent, inner / groups, groups
+    tile, splits = tile_and_splits("outer", a.data, *sizes, most_parts(product))
+    mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
     whole = splits == 1 and (grouped or not product.add)
     found = out.data if whole else _partial(out, splits)
     start(
@@ -164,32 +135,12 @@ def gradient(product: Sum, tile: Tile | None = None) -> None:
         sum_parts(found, out.data, product.add and not grouped)
 
 
-def _cut(
-    kernel: str,
-    product: Sum,
-    work: Work,
-    inner: float,
-    launch: Callable[[Tile], object] | None,
-    tile: Tile | None,
-) -> tuple[Tile, int]:
-    """Tile of a kernel that can split its inner size, and the number of parts.
-
-    Partial sums stay within the product's room; a result that is not contiguous cannot be summed. ``inner``: size under
-    which a measured tile is cached. ``tile``: use this one.
-    """
-    like = product.first.data
-    hardware, most = card(device_of(like)), MOST_SPLITS
-    if product.room is not None:
-        most = product.room // (4 * max(work.elements, 1))
-    if not product.out.data.is_contiguous():
-        most = 1
-
-    def best(tiles: tuple[Tile, ...]) -> Tile:
-        sizes = [(tile.m, tile.n, tile.k) for tile in tiles]
-        return tiles[sizes.index(work.best_tile(sizes, hardware, most))]
-
-    tile = tile or tile_for(kernel, like, work.m, work.n, inner, launch, best)
-    return tile, work.best_splits((tile.m, tile.n, tile.k), hardware, most)
+def most_parts(product: Sum) -> int:
+    """Parts of an inner size: partial sums stay within the product's room, and their sum is contiguous."""
+    out = product.out.data
+    if not out.is_contiguous():
+        return 1
+    return MOST_SPLITS if product.room is None else product.room // (4 * max(out.numel(), 1))
 
 
 def _partial(out: Operand, splits: int) -> Tensor:
@@ -197,7 +148,7 @@ def _partial(out: Operand, splits: int) -> Tensor:
     return torch.empty(splits, *out.data.shape, dtype=torch.float32, device=out.data.device)
 
 
-def merge(product: Sum, tile: Tile | None = None) -> None:
+def merge(product: Sum) -> None:
     """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
     p, q, out, dims = product.first, product.second, product.out, product.dims
     m, n, k = (
@@ -206,13 +157,11 @@ def merge(product: Sum, tile: Tile | None = None) -> None:
         index_map(product.summed, dims, q, p),
     )
     experts, shared = product.experts, product.shared
-    repeat = None if shared and product.add else partial(merge, product)  # what is added must be added once
     groups, inner = (1, k.extent * experts) if shared else (experts, k.extent)
-    work = Work(m.extent, n.extent, inner, groups, out.data.numel(), p.data.dtype)
-    if shared and p.data.dtype == torch.float32:
-        product = replace(product, room=0)  # a split sum would spill registers on sm_80
-    tile, splits = _cut("blocks", product, work, k.extent, repeat, tile)
-    mn_tiles = work.programs((tile.m, tile.n, tile.k)) // groups
+    # In float32 a split sum would spill registers on sm_80.
+    most = 1 if shared and p.data.dtype == torch.float32 else most_parts(product)
+    tile, splits = tile_and_splits("blocks", p.data, m.extent, n.extent, inner, groups, most)
+    mn_tiles = cdiv(m.extent, tile.m) * cdiv(n.extent, tile.n)
     if shared:  # no part without an expert
         splits = cdiv(experts, cdiv(experts, splits))
     found = out.data if splits == 1 else _partial(out, splits)
@@ -249,31 +198,18 @@ def merge(product: Sum, tile: Tile | None = None) -> None:
         sum_parts(found, out.data, shared and product.add)
 
 
-@dataclass(frozen=True)
 class TritonLaunches:
-    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and the operations around them.
+    """See `mpoe_kernels.linear.gpu.primitives`: both the primitives and the operations around them."""
 
-    Attributes:
-        by_token: `slots_by_token` of the rows to sum, which a launch plan cannot sort.
-        wide: use wide tiles and descriptors for products of rows and whole weights.
-    """
-
-    by_token: tuple[Tensor, ...] = ()
-    wide: bool = False
-
-    def rows(self, product: Rows) -> None:
-        """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
-        rows(product, wide=self.wide)
-
+    rows = staticmethod(rows)
     gradient = staticmethod(gradient)
     merge = staticmethod(merge)
-    weight = staticmethod(weight)
     activation_backward = staticmethod(activation_backward)
     collect_rows = staticmethod(collect_rows)
 
     def sum_rows_by_token(self, rows: Tensor, row_index: Tensor, tokens: int) -> Tensor:
         """See `mpoe_kernels.linear.gpu.primitives.Surrounding`."""
-        return sum_rows(rows, *(self.by_token or slots_by_token(row_index, tokens)))
+        return sum_rows(rows, *slots_by_token(row_index, tokens))
 
     def compute(self, whole: Pass) -> None:
         """Product after product."""

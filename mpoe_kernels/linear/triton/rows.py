@@ -3,10 +3,6 @@
 ``out[slot, m, n] = sum_k a[row(slot), m, k] * b[expert(slot), k, n]`` where m, k and n are groups of axes. The grid is
 persistent and finds its tiles from the offsets on the device, so no launch depends on a number that only the device
 knows, and a CUDA graph can capture it.
-
-BY_DESCRIPTOR: the copy engine (TMA) loads the tiles of the blocks' matrices, so no thread computes
-their addresses: ``"kn"`` or ``"nk"``, by the matrix layout. Rows are always read through pointers, because they are
-gathered.
 """
 
 from __future__ import annotations
@@ -15,56 +11,6 @@ import triton
 import triton.language as tl
 
 from mpoe_kernels.triton.device import activate, pick, place, segments
-
-
-@triton.jit
-def write(
-    acc,  # [rows, columns]
-    n,
-    inner,
-    slot,
-    inside,
-    empty,
-    bias,
-    pre,
-    out_index,
-    gates,
-    out,
-    N: tl.constexpr,
-    M_SIZES: tl.constexpr,
-    M_OUT: tl.constexpr,
-    N_SIZES: tl.constexpr,
-    N_OUT: tl.constexpr,
-    OUT_SLOT: tl.constexpr,
-    OUT_LIMIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_PRE: tl.constexpr,
-    PLACED: tl.constexpr,
-):
-    """Epilogue of some columns ``n`` of a tile: bias, activation, gate and scatter.
-
-    ``empty``: slots of no expert.
-    """
-    column = place(inner, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
-    mask = inside[:, None] & (n < N)[None, :]
-    if OUT_LIMIT > 0:
-        mask = mask & (column < OUT_LIMIT)
-    if HAS_BIAS:
-        acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    to = slot
-    if PLACED:
-        to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
-    at_out = to[:, None] * OUT_SLOT + column
-    if SAVE_PRE:
-        tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
-    acc = activate(acc, ACTIVATION)
-    if PLACED:  # the gate multiplies the rounded value, as in `combine`
-        gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
-        acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
-    if HAS_BIAS or PLACED:
-        acc = tl.where(empty, 0.0, acc)  # empty slots are zero, regardless of bias and gate
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -105,7 +51,6 @@ def rows_kernel(
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     PLACED: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -115,10 +60,6 @@ def rows_kernel(
     """M rows of the product per slot. Limits crop padded columns of ``a`` and ``out`` (0: none)."""
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     tail: tl.constexpr = EXPERTS if GROUPED else 1
-    if BY_DESCRIPTOR == "kn":
-        matrices = tl.make_tensor_descriptor(b, [EXPERTS, K, N], [B_EXPERT, K_B[0], 1], [1, BK, BN])
-    if BY_DESCRIPTOR == "nk":
-        matrices = tl.make_tensor_descriptor(b, [EXPERTS, N, K], [B_EXPERT, N_B[0], 1], [1, BN, BK])
     segment = tl.arange(0, SCAN)
     start, stop = segments(offsets, slots, EXPERTS, GROUPED, SCAN)
     wanted = segment < (tail + 1 if TAIL else tail)  # TAIL: this launch clears the empty slots
@@ -148,30 +89,28 @@ def rows_kernel(
             if A_LIMIT > 0:
                 a_mask = a_mask & (a_column < A_LIMIT)
             at = tl.load(a_rows[:, None] + a_column, mask=a_mask, other=0.0)
-            if BY_DESCRIPTOR == "kn":
-                bt = tl.reshape(matrices.load([e, k0, (tile % n_tiles) * BN]), (BK, BN))
-            elif BY_DESCRIPTOR == "nk":
-                bt = tl.trans(tl.reshape(matrices.load([e, (tile % n_tiles) * BN, k0]), (BN, BK)))
+            b_at = b_columns[None, :] + place(k, K_SIZES, K_B)[:, None]
+            if K % BK == 0 and N % BN == 0:
+                bt = tl.load(b_at)
             else:
-                b_at = b_columns[None, :] + place(k, K_SIZES, K_B)[:, None]
-                if K % BK == 0 and N % BN == 0:
-                    bt = tl.load(b_at)
-                else:
-                    bt = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+                bt = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
             acc = tl.dot(at, bt, acc, input_precision=PRECISION)
-        if BN > 128:  # by halves: a thread cannot hold both all columns and their results
-            first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            half = (tile % n_tiles) * BN + tl.arange(0, BN // 2)
-            write(
-                first, half, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
-            )  # fmt: skip
-            write(
-                second, half + BN // 2, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
-            )  # fmt: skip
-        else:
-            write(
-                acc, n, inner, slot, inside, e == tail, bias, pre, out_index, gates, out,
-                N, M_SIZES, M_OUT, N_SIZES, N_OUT, OUT_SLOT, OUT_LIMIT, HAS_BIAS, ACTIVATION, SAVE_PRE, PLACED,
-            )  # fmt: skip
+        column = place(inner, M_SIZES, M_OUT)[:, None] + place(n, N_SIZES, N_OUT)[None, :]
+        mask = inside[:, None] & (n < N)[None, :]
+        if OUT_LIMIT > 0:
+            mask = mask & (column < OUT_LIMIT)
+        if HAS_BIAS:
+            acc += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        to = slot
+        if PLACED:
+            to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
+        at_out = to[:, None] * OUT_SLOT + column
+        if SAVE_PRE:
+            tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
+        acc = activate(acc, ACTIVATION)
+        if PLACED:  # the gate multiplies the rounded value, as in `combine`
+            gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
+            acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
+        if HAS_BIAS or PLACED:
+            acc = tl.where(e == tail, 0.0, acc)  # empty slots are zero, regardless of bias and gate
+        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)

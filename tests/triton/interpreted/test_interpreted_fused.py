@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.triton import fused_launch
-from mpoe_kernels.linear.triton.fused_tiles import FusedTile, fused_table
-from mpoe_kernels.triton import start
+from mpoe_kernels.linear.triton import configs, fused_launch
+from mpoe_kernels.linear.triton.fused_tiles import FusedTile
+from mpoe_kernels.testing.launches import recorded
 
-from .linear_runs import ON_CHIP, ON_CHIP_FROM_HALF, Case
+from .linear_runs import ON_CHIP, Case
 
 # Factors that are not powers of two, in both directions.
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
@@ -19,12 +19,12 @@ UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
 def names(case: Case, strategy: str, backward: bool = False) -> list[str]:
     """Kernels that a case launches on a GPU."""
     y, h, z = case.forward(strategy)
-    with start.recorded("sm_90") as started:
+    with recorded("sm_90") as started:
         if backward:
             case.backward(strategy, y, h, z, [True] * 5)
         else:
             case.forward(strategy)
-    return [one.kernel.__name__ for one in started]
+    return [one.name for one in started]
 
 
 def test_decoding_is_one_launch() -> None:
@@ -42,14 +42,8 @@ def test_backward_has_a_launch_for_each_gradient() -> None:
     ]
 
 
-@pytest.mark.parametrize("shape", [UNEVEN, UNEVEN.mirrored()], ids=["up", "down"])
-def test_half_built_left(shape: MPOShape) -> None:
-    Case(shape, tokens=5, experts=2).check(ON_CHIP_FROM_HALF)
-
-
 def test_many_small_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = (FusedTile(16, 16, 16, 1 << 20, 1, 1),)
-    for purpose in ("rows", "gradient"):
-        monkeypatch.setitem(fused_table(purpose), "interpreter", {4: tiles})
-    monkeypatch.setattr(fused_launch, "multiprocessors", lambda _: 8)
-    Case(UNEVEN, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)
+    monkeypatch.setattr(configs, "fused_tiles", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),))
+    monkeypatch.setattr(fused_launch, "parts_for", lambda _, programs, most: max(1, min(16, most, 16 // programs)))
+    for shape in (UNEVEN, UNEVEN.mirrored()):
+        Case(shape, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)

@@ -12,7 +12,7 @@ from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts.triton import launch
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, row_cost, shipped_tiles
 from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
-from mpoe_kernels.triton import start
+from mpoe_kernels.testing.launches import recorded
 
 TILES = {"all rows": Tile(16, 16, 16, 16, 4), "collected": Tile(32, 16, 32, 16, 4)}
 CASES: dict[str, dict[str, Any]] = {
@@ -106,12 +106,12 @@ def test_opcheck_of_everything() -> None:
 
 def names(problem: HiddenProblem, need: list[bool] | None) -> list[str]:
     """Kernels that a call launches on a GPU: the forward, or the needed gradients."""
-    with start.recorded("sm_90") as started:
+    with recorded("sm_90") as started:
         if need is None:
             launch.forward(problem.call())
         else:
             launch.backward(problem.backward_call(need))
-    return [one.kernel.__name__ for one in started]
+    return [one.name for one in started]
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
+from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels.contract import BlockDims, program_of
 from mpoe_kernels.linear.gpu.products import BlockGradients
-from mpoe_kernels.linear.triton import launch, weights_launch
+from mpoe_kernels.linear.triton import configs, launch
 from mpoe_kernels.linear.triton.configs import Tile
-from mpoe_kernels.linear.triton.plan import forget_plans
-from mpoe_kernels.planner import BlockDims, program_of
-from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.testing.linear_problem import NAMES, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
@@ -71,24 +72,27 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
 
 def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """The central gradient is not computed and then discarded: it has no launches."""
-    from mpoe_kernels.triton import start
-
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):
         y, h, z = case.forward(strategy)
-        with start.recorded("sm_90") as all_of_it:
+        with recorded("sm_90") as all_of_it:
             case.backward(strategy, y, h, z, [True] * 5)
         for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
-            with start.recorded("sm_90") as masked:
+            with recorded("sm_90") as masked:
                 case.backward(strategy, y, h, z, [k in wanted for k in range(5)])
             assert len(masked) < len(all_of_it)
+
+
+def only(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel uses this tile."""
+    monkeypatch.setattr(configs, "shipped_tiles", lambda *_: (tile,))
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("rebuild", marks=pytest.mark.exhaustive), "chain"])
 def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in every dimension, distributed over several persistent programs, and several partial sums."""
-    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
-    monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
+    only(Tile(16, 16, 16, 1, 1), monkeypatch)
+    monkeypatch.setattr(launch, "persistent_programs", lambda *_: 6)
     Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
 
 
@@ -104,30 +108,12 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
 )
 def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More parts than some experts have rows or a sum has experts; idle experts; the same bits every time."""
-    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
-    monkeypatch.setattr(launch.Work, "best_splits", lambda *_: splits)
+    only(Tile(16, 16, 16, 1, 1), monkeypatch)
+    monkeypatch.setattr(launch, "tile_and_splits", lambda *_: (Tile(16, 16, 16, 1, 1), splits))
     case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    "name", ["light", "uneven_bonds", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("paper", "one_core"))]
-)
-def test_a_weight_is_built_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left or right first: the same bits as with two launches, because the inner sums have the same steps."""
-    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
-    monkeypatch.setattr(weights_launch, "tile_for", lambda *_: Tile(16, 16, 16, 1, 1))
-    case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, kind="zipf", capacity=3)
-    case.check("rebuild")
-    together = case.run("rebuild")
-    built = []
-    monkeypatch.setattr(launch.TritonLaunches, "weight", lambda *_: bool(built.append(1)))
-    forget_plans()
-    for found, wanted in zip(together, case.run("rebuild"), strict=True):
-        assert torch.equal(found, wanted)
-    assert built
 
 
 def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:
@@ -161,3 +147,25 @@ def test_strided_input_and_blocks() -> None:
     same = grouped_mpo_linear_reference(x, blocks, offsets)
     for strategy in planned_strategies(shape):
         assert_calibrated(grouped_mpo_linear(x, strided, offsets, strategy=strategy, backend="triton"), truth, same)
+
+
+def test_a_gated_network_with_its_gradients() -> None:
+    shape = SMALL_SHAPES["separable"]
+    routing = route(expert_choice("zipf", 7, 3, 2), 3, capacity=3, backend="eager")
+    blocks = [random_blocks(s, 3) for s in (shape, shape.mirrored(), shape)]
+    sizes = [(each.in_features, each.out_features) for each in blocks]
+    plain = [torch.randn(7, 12), torch.rand(7, 2), torch.randn(10), torch.randn(12)]
+    leaves = [*plain, *(t for each in blocks for t in (each.left, each.central, each.right))]
+
+    def results(dtype: torch.dtype, function: Callable[..., Tensor], **options: object) -> list[Tensor]:
+        tensors = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        x, weights, up_bias, down_bias, *rest = tensors
+        up, down, gate = (MPOBlocks(*rest[3 * k : 3 * k + 3], *sizes[k]) for k in range(3))
+        biases = {"up_bias": up_bias, "down_bias": down_bias}
+        y = function(x, routing, weights, up, down, gate_proj=gate, **biases, activation="silu", **options)
+        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
+
+    found = results(torch.float32, mpo_ffn, backend="triton")
+    truth, same = results(torch.float64, mpo_ffn_reference), results(torch.float32, mpo_ffn_reference)
+    for number, (f, t, s) in enumerate(zip(found, truth, same, strict=True)):
+        assert_calibrated(f, t, s, f"result {number}", 4)

@@ -7,10 +7,11 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
-from mpoe_kernels.backends import triton as backend
 from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.linear.triton.rows import rows_kernel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import Target
 from mpoe_kernels.triton.start import start
 
 OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
@@ -29,19 +30,22 @@ def test_float64() -> None:
     )
 
 
+def with_shared_memory(size: int, monkeypatch: pytest.MonkeyPatch, name: str = "interpreter") -> None:
+    monkeypatch.setattr(architecture, "target_of", lambda _: Target(name, size, 1))
+
+
 def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "shared_memory_of", lambda _: 1024)
+    with_shared_memory(1024, monkeypatch)
     with pytest.raises(BackendError, match=r"its smallest tile needs \d+ bytes of shared memory; the device has 1024"):
         run()
 
 
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(configs.TILES, "interpreter", {"rows": configs.TILES["sm_80"]["rows"]})
-    configs._fitted_tiles.cache_clear()
     like = torch.empty(1, dtype=torch.bfloat16)
-    assert configs.tile_for("rows", like, 4096, 4096, 4096).m == 128
-    monkeypatch.setattr(configs, "shared_memory_of", lambda _: 80 << 10)
-    smaller = configs.tile_for("rows", like, 4096, 4096, 4096)
+    with_shared_memory(163 << 10, monkeypatch, "sm_80")
+    assert configs.tiles_for("rows", like, 4096, 4096, 4096)[0].m == 128
+    with_shared_memory(80 << 10, monkeypatch, "sm_80")
+    smaller = configs.tiles_for("rows", like, 4096, 4096, 4096)[0]
     assert smaller.shared_bytes(like.dtype) <= 80 << 10
     assert smaller.m == 64
 

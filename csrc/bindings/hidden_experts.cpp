@@ -1,0 +1,84 @@
+// hidden_experts, routed_hidden_experts and hidden_experts_backward: checks, and the kernels of
+// cpu/hidden_experts/hidden_experts.h.
+#include "cpu/hidden_experts/hidden_experts.h"
+
+#include "bindings/router.h"
+
+namespace mpoe {
+namespace {
+
+// dtype: of everything except the gates; sizes: tokens, features, block, experts, own_groups, top_k; inputs: u [tokens,
+// features], u_gate like u or none, gates float32 [tokens, top_k], index int64 [tokens, top_k], right and left [experts,
+// own_groups, block, block], right_gate like right with u_gate, bias [experts, features] or none.
+HiddenExperts checked_inputs(
+    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs) {
+  HiddenExperts in{};
+  in.dtype = dtype_named(dtype);
+  require(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16, "u must be float32 or bfloat16; got ", dtype);
+  const auto [tokens, features, block, experts, own_groups, top_k] = sizes;
+  in.tokens = tokens;
+  in.features = features;
+  in.block = block;
+  in.experts = experts;
+  in.own_groups = own_groups;
+  in.top_k = top_k;
+  require(block > 0 && features % block == 0, "right must have blocks that divide ", features);
+  require(own_groups == 1 || own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
+  const auto [u, u_gate, gates, index, right, left, right_gate, bias] = inputs;
+  in.u = u;
+  // An empty u_gate has no address: right_gate stands in for it, and none of its rows is read.
+  in.u_gate = tokens == 0 ? right_gate : u_gate;
+  in.gates = gates;
+  in.index = index;
+  in.right = right;
+  in.left = left;
+  in.right_gate = right_gate;
+  in.bias = bias;
+  require((in.u_gate == nullptr) == (in.right_gate == nullptr), "right_gate must be given with u_gate");
+  in.activation = activation_named(activation);
+  return in;
+}
+
+void require_experts(const HiddenExperts& in) {
+  require_range(in.index, in.tokens * in.top_k, -1, in.experts - 1, "top_k_index");
+}
+
+// out: like u; may be u.
+void bound_forward(
+    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs, Address out) {
+  const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
+  require_experts(in);
+  hidden_experts(in, out);
+}
+
+// The same, after a router of `router_features` has chosen the experts: it writes gates, index and, like `gating`,
+// logits.
+void bound_routed(
+    std::string_view x_dtype, std::string_view weight_dtype, std::int64_t router_features, bool raw, Address x,
+    Address weight, Address logits, std::string_view dtype, std::string_view activation, const Sizes<6>& sizes,
+    const Addresses<8>& inputs, Address out) {
+  const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
+  const Router router = checked_router(x_dtype, weight_dtype, {in.tokens, router_features, in.experts}, x, weight);
+  gating(checked_gating(router, in.top_k, raw, logits, inputs[3], inputs[2]));
+  hidden_experts(in, out);
+}
+
+// grad: like u. results: like u, gates, right, left, bias, u_gate and right_gate; none: not wanted.
+void bound_backward(
+    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs, Address grad,
+    const Addresses<7>& results) {
+  const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
+  require_experts(in);
+  const auto [du, dgates, dright, dleft, dbias, du_gate, dright_gate] = results;
+  hidden_experts_backward(in, grad, {du, dgates, dright, dleft, dbias, du_gate, dright_gate});
+}
+
+}  // namespace
+
+void bind_hidden_experts(pybind11::module_& module) {
+  module.def("hidden_experts", bound_forward, WithoutGil());
+  module.def("routed_hidden_experts", bound_routed, WithoutGil());
+  module.def("hidden_experts_backward", bound_backward, WithoutGil());
+}
+
+}  // namespace mpoe

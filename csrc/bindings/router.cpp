@@ -1,0 +1,52 @@
+// gating, router_logits and router_logits_backward: checks, and the kernels of cpu/router/router.h.
+#include "bindings/router.h"
+
+namespace mpoe {
+
+Router checked_router(
+    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight) {
+  const Dtype x_type = dtype_named(x_dtype), weight_type = dtype_named(weight_dtype);
+  require(x_type != Dtype::kFloat64 && weight_type != Dtype::kFloat64, "x and weight must not be float64");
+  return {x_type, weight_type, sizes[0], sizes[1], sizes[2], x, weight};
+}
+
+Gating checked_gating(
+    const Router& router, std::int64_t top_k, bool raw, Address logits, Address index, Address gates) {
+  require(top_k >= 1 && top_k <= router.experts, "top_k must lie in 1..", router.experts, "; got ", top_k);
+  return {router, top_k, raw, logits, index, gates};
+}
+
+namespace {
+
+void bound_gating(
+    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, std::int64_t top_k, bool raw,
+    Address x, Address weight, Address logits, Address index, Address gates) {
+  gating(checked_gating(checked_router(x_dtype, weight_dtype, sizes, x, weight), top_k, raw, logits, index, gates));
+}
+
+void bound_logits(
+    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight,
+    Address logits) {
+  router_logits(checked_router(x_dtype, weight_dtype, sizes, x, weight), logits);
+}
+
+// grad: float32 [tokens, experts]; dx and dweight: like x and weight, none: not wanted.
+void bound_logits_backward(
+    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight,
+    Address grad, Address dx, Address dweight) {
+  const Router router = checked_router(x_dtype, weight_dtype, sizes, x, weight);
+  require(
+      router.x_dtype != Dtype::kFloat16 && router.weight_dtype != Dtype::kFloat16,
+      "x and weight must be float32 or bfloat16; got ", x_dtype, " and ", weight_dtype);
+  router_logits_backward(router, grad, dx, dweight);
+}
+
+}  // namespace
+
+void bind_router(pybind11::module_& module) {
+  module.def("gating", bound_gating, WithoutGil());
+  module.def("router_logits", bound_logits, WithoutGil());
+  module.def("router_logits_backward", bound_logits_backward, WithoutGil());
+}
+
+}  // namespace mpoe

@@ -1,0 +1,21 @@
+"""The contraction of rows with MPO blocks: orders and FLOPs, programs, plans, and the choice among what can run."""
+
+from mpoe_kernels.contract.orders import STRATEGIES, BlockDims, expected_busy_experts
+from mpoe_kernels.contract.plan import Contraction, ContractionPlan, contraction, contractions, plan_contraction
+from mpoe_kernels.contract.precision import may_round_to_tf32
+from mpoe_kernels.contract.program import ALL_GRADIENTS, Program, program_of
+
+__all__ = [
+    "ALL_GRADIENTS",
+    "STRATEGIES",
+    "BlockDims",
+    "Contraction",
+    "ContractionPlan",
+    "Program",
+    "contraction",
+    "contractions",
+    "expected_busy_experts",
+    "may_round_to_tf32",
+    "plan_contraction",
+    "program_of",
+]

@@ -1,0 +1,259 @@
+"""Chooses how a contraction is computed: few FLOPs first, then time the best of them once, and keep the fastest.
+
+The strategies of a contraction are ranked by their exact FLOPs, and the backends that can run it by a fixed order of
+preference. The first time a problem is seen, the two best strategies are timed with the two best backends on tensors of
+the same sizes; the fastest is kept in memory and in a file (`mpoe_kernels.contract.kept`).
+
+Nothing is timed, and the first of the ranking runs, where results must not depend on a clock: after
+``torch.use_deterministic_algorithms(True)``, while a graph is traced, exported or captured, with several ranks of
+``torch.distributed``, and with ``MPOE_AUTOTUNE=0``. `choices` gives what was chosen to a checkpoint or to other ranks;
+`adopt` takes it over, before any timing. A deterministic program ranks alone, whatever was adopted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
+from mpoe_kernels.contract.program import Need
+from mpoe_kernels.contract.ranking import Problem, rank, shortlist
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.registry import BACKENDS, Candidate
+from mpoe_kernels.version import __version__
+
+SETTING = "MPOE_AUTOTUNE"
+# Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best strategy's.
+ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
+SECONDS, MOST_ROUNDS = 0.1, 20  # of all interleaved repetitions together
+HOPELESS = 2.0  # a candidate this many times as slow as the fastest is not repeated
+_LOG = logging.getLogger(__name__)
+
+
+# op -> a call of it on made-up tensors; entered by the ops' modules, which lie above this one.
+Example = Callable[[Problem, int, int], Any]
+EXAMPLES: dict[str, Example] = {}
+
+_CHOSEN: dict[tuple[Any, ...], Candidate] = {}  # keyed by everything a choice depends on: repeated calls look up once
+_MOST_CHOSEN = 8192
+_MADE: dict[str, str] = {}  # key text -> "backend name": what `choices` returns
+_TIMED: dict[str, str] = {}
+_ADOPTED: dict[str, str] = {}
+_ADOPTED_BY_RANKS: dict[str, str] = {}  # by the problem alone: ranks on unlike machines must not differ
+_LOCK = threading.RLock()
+_has_ranks: Callable[[], bool] = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+
+
+def _several_ranks() -> bool:
+    return _has_ranks() and torch.distributed.get_world_size() > 1
+
+
+def _new_lock() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have been timing
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def choices() -> dict[str, str]:
+    """Everything that this process has chosen or adopted so far: what was solved where -> ``"backend candidate"``."""
+    with _LOCK:
+        return {**_ADOPTED, **_MADE}
+
+
+def adopt(choices: Mapping[str, str]) -> None:
+    """Take over choices of another process, before any timing; those that cannot run here are ignored.
+
+    Args:
+        choices: as `choices` returned them.
+
+    Raises:
+        TypeError: no mapping of strings to strings.
+    """
+    if not isinstance(choices, Mapping):
+        raise TypeError(f"choices must be a mapping of strings to strings; got {type(choices).__name__}")
+    for key, value in choices.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"choices must map strings to strings; got {key!r}: {value!r}")
+    with _LOCK:
+        _ADOPTED.update(choices)
+        for key, value in choices.items():
+            _ADOPTED_BY_RANKS[key.rpartition(" | ")[2]] = value
+        _CHOSEN.clear()
+
+
+def forget() -> None:
+    """Choose everything again; the file stays."""
+    with _LOCK:
+        for each in (_CHOSEN, _MADE, _TIMED, _ADOPTED, _ADOPTED_BY_RANKS):
+            each.clear()
+
+
+def _key(problem: Problem) -> str:
+    """Everything that a time depends on, as text: the machine, the versions, the problem."""
+    if problem.device_type == "cuda":
+        capability = torch.cuda.get_device_capability(problem.device)
+        machine = f"{torch.cuda.get_device_name(problem.device)} {capability}"
+    else:
+        isa = NATIVE_LIBRARY.info.get("isa_used", "no native kernels")
+        threads = torch.get_num_threads()
+        machine = f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    return f"{machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
+
+
+def _is_traced() -> bool:
+    """Whether a graph is being made, whose results must not depend on when it is made, and which must not wait."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _may_time(problem: Problem) -> bool:
+    return (
+        problem.op in EXAMPLES
+        and problem.slots > 0
+        and problem.device_type in ("cpu", "cuda")
+        and os.environ.get(SETTING, "1") != "0"
+        and not _several_ranks()
+    )
+
+
+def _timed_sizes(problem: Problem) -> tuple[int, int]:
+    """Experts and slots of a timed call: so few experts that it is short, with all their rows up to a limit.
+
+    At least as many experts as threads, over which some kernels divide their work.
+    """
+    kind, experts = problem.device_type, problem.num_experts
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    share = min(1.0, FLOPS[kind] * threads / max(1, problem.plans()[0].flops), ROWS[kind] * threads / problem.slots)
+    fewer = min(experts, max(threads, int(experts * share)))
+    return fewer, min(math.ceil(problem.slots * fewer / experts), max(ROWS[kind] * threads, fewer))
+
+
+def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
+    """The shortest time of each, interleaved; infinite for what fails."""
+    found = [math.inf] * len(runs)
+    on_gpu = device.startswith("cuda")
+    # One thread's own clock does not count what other processes do on its core.
+    clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
+
+    def sample(k: int) -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = clock()
+        runs[k]()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    able, spent, rounds = list(range(len(runs))), 0.0, 0
+    for k in tuple(able):
+        try:
+            found[k] = sample(k)  # compiles, and brings in memory what later ones find there
+        except (RuntimeError, MemoryError) as error:  # too little memory, or a kernel that this device refuses
+            _LOG.info("a candidate failed when it was timed: %s", error)
+            able.remove(k)
+        else:
+            spent += 0.0 if on_gpu else found[k]
+    while len(able) > 1 and rounds < MOST_ROUNDS and (rounds == 0 or spent < SECONDS):
+        for k in able:
+            took = sample(k)
+            found[k], spent = min(found[k], took), spent + took
+        able = [k for k in able if found[k] < HOPELESS * min(found)]
+        rounds += 1
+    return found
+
+
+def with_strategy(call: Any, strategy: str) -> Any:
+    """A copy of a call; `dataclasses.replace` takes ten times as long."""
+    copied = object.__new__(type(call))
+    copied.__dict__.update(call.__dict__, strategy=strategy)
+    return copied
+
+
+def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
+    """Times the shortlist. A time on fewer rows counts in proportion to the strategy's FLOPs."""
+    listed = shortlist(able)
+    if len(listed) == 1:
+        return listed[0]
+    experts, slots = _timed_sizes(problem)
+    sample = problem._replace(num_experts=experts, slots=slots)
+    with torch.no_grad():
+        call = EXAMPLES[problem.op](problem, experts, slots)
+        runs = [partial(each.run, with_strategy(call, each.strategy)) for each in listed]
+        seconds = _seconds(runs, problem.device)
+    whole = {plan.strategy: plan.flops for plan in problem.plans()}
+    part = {plan.strategy: plan.flops for plan in sample.plans()}
+    scaled = [s * whole[c.strategy] / max(1, part[c.strategy]) for s, c in zip(seconds, listed, strict=True)]
+    return listed[scaled.index(min(scaled))]
+
+
+def _named(value: str | None, able: list[Candidate]) -> Candidate | None:
+    return next((each for each in able if f"{each.backend} {each.name}" == value), None)
+
+
+def resolve_contraction(problem: Problem) -> Candidate:
+    """What runs: adopted, kept or timed now, or the first of the ranking where nothing may be timed.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    """
+    problem = problem.rounded()
+    able = rank(problem)
+    if torch.are_deterministic_algorithms_enabled() or _is_traced() or len(able) == 1:
+        return able[0]
+    key = _key(problem)
+    with _LOCK:
+        adopted = _ADOPTED_BY_RANKS.get(str(problem)) if _several_ranks() else _ADOPTED.get(key)
+        found = _named(adopted, able)
+        if found is None and _may_time(problem):
+            found = _named(_TIMED.get(key) or read_choices().get(key), able)
+            if found is None:
+                found = _fastest(problem, able)
+                add_choices({key: f"{found.backend} {found.name}"})
+            _TIMED[key] = f"{found.backend} {found.name}"
+        found = found or able[0]
+        _MADE[key] = f"{found.backend} {found.name}"
+    return found
+
+
+Call = TypeVar("Call")
+
+
+def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate, Call]:
+    """The result of `resolve_contraction` for a call of the linear op, and the call with that strategy set.
+
+    Args:
+        op: one of `CONTRACTIONS`.
+        call: a `mpoe_kernels.linear.call.LinearCall`.
+        need: which gradients a backward computes.
+        keeps: the forward saves rows for its backward, so it is ``separable``.
+    """
+    given: Any = call
+    x, left, central, right = given.x, given.left, given.central, given.right
+    slots = (x if given.row_index is None else given.row_index).shape[0]
+    on_gpu = x.device.type == "cuda"
+    key = (
+        *(op, left.shape, central.shape, right.shape, given.in_features, given.out_features, slots, x.dtype, x.device),
+        *(need, keeps, given.backend, given.strategy, torch.are_deterministic_algorithms_enabled(), _has_ranks()),
+        *(torch.get_num_threads(), on_gpu and torch.backends.cuda.matmul.fp32_precision, *BACKENDS.values()),
+    )
+    found = _CHOSEN.get(key)
+    if found is None:
+        sizes = (given.dims, given.num_experts, slots, x.dtype, str(x.device))
+        found = resolve_contraction(Problem(op, *sizes, need, keeps, given.backend, given.strategy))
+        if len(_CHOSEN) >= _MOST_CHOSEN:
+            _CHOSEN.clear()
+        if not _is_traced():
+            _CHOSEN[key] = found
+    chosen = object.__new__(type(call))  # as `with_strategy`, without another call
+    chosen.__dict__.update(given.__dict__, strategy=found.strategy)
+    return found, chosen

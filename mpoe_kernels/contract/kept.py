@@ -1,0 +1,113 @@
+"""The file of kept choices: ``$XDG_CACHE_HOME/mpoe/choices.json`` (default ``~/.cache``; without a home, the temporary
+folder).
+
+A file that cannot be read, is damaged or has another format counts as empty, and is replaced where that is possible:
+whatever it held is measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import stat
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+LARGEST_FILE = 2**24  # bytes; a choice takes about 300
+MOST_CHOICES = 20_000  # the oldest go
+_LOG = logging.getLogger(__name__)
+
+
+def cache_file(name: str) -> Path:
+    """A file of this user's cache; below the temporary folder for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification ignores relative paths.
+    if os.path.isabs(base):
+        return Path(base) / "mpoe" / name
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # no HOME and an unknown user, as in containers
+        return Path(tempfile.gettempdir()) / "mpoe" / name
+    return Path(home) / ".cache" / "mpoe" / name
+
+
+def choices_file() -> Path:
+    """Where choices are kept."""
+    return cache_file("choices.json")
+
+
+@lru_cache(maxsize=1)
+def processor_name() -> str:
+    """Model of this machine's processor, as the system names it; a virtual machine's may be short."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    except OSError:  # not Linux
+        return platform.processor()
+
+
+def read_json(path: Path) -> Any:
+    """Content of a small JSON file, ``None`` if there is no file.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: not a regular file (reading a pipe would wait for a writer), too large, or not JSON.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
+        raise ValueError(f"it is not a regular file of at most {LARGEST_FILE} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_choices() -> dict[str, str]:
+    """The kept choices; none if the file is not readable as such."""
+    path = choices_file()
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        _LOG.info("%s is ignored: %s", path, error)
+        return {}
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        return {}
+    choices = content.get("choices")
+    if not isinstance(choices, dict):
+        return {}
+    return {key: value for key, value in choices.items() if isinstance(value, str)}
+
+
+def add_choices(found: Mapping[str, str]) -> None:
+    """Keep choices beside those that other processes have written meanwhile."""
+    path = choices_file()
+    merged = read_choices()
+    for key in found:
+        merged.pop(key, None)
+    merged.update(found)
+    kept = dict(list(merged.items())[-MOST_CHOICES:])
+    try:
+        write_json(path, {"version": VERSION, "choices": kept})
+    except OSError as error:  # a home that cannot be written: every process measures for itself
+        _LOG.info("choices are not kept in %s: %s", path, error)

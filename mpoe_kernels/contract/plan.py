@@ -1,0 +1,348 @@
+"""What to compute, from sizes alone: every strategy's FLOPs and memory, fewest FLOPs first.
+
+These are exact counts. Nothing here knows backends or devices; `mpoe_kernels.contract.autotune` chooses what runs among
+the first of these strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from mpoe_kernels.contract.orders import INDICES, STRATEGIES, BlockDims, applications, expected_busy_experts, recipe
+from mpoe_kernels.contract.program import (
+    ALL_GRADIENTS,
+    MERGE,
+    PHASES,
+    Need,
+    Product,
+    Program,
+    program_of,
+    value_of,
+)
+from mpoe_kernels.mpo.shape import MPOShape
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One strategy in one phase, independent of the backend.
+
+    Attributes:
+        strategy: one of `STRATEGIES`.
+        phase: ``forward`` or ``backward``.
+        order: the operands that x is multiplied by, in order, e.g. ``("W",)`` or ``("LC", "R")``.
+        program: the products, in order; a backward of ``separable`` takes what its forward saved.
+        dims: sizes of the blocks.
+        num_experts, busy_experts: E, and how many of them get slots under uniform random routing.
+        slots: rows N = T K.
+        dtype: of x and the blocks.
+        need: which gradients a backward computes: x, left, central, right.
+        flops: of all products.
+        temporary_bytes: peak memory of rebuilt weights and their gradients.
+        activation_bytes: peak memory of intermediate rows (neither x nor y).
+        device: ``cpu``, ``cuda:1``, ...; for the backends.
+        keeps: the forward of ``separable`` saves its central step's rows for a backward.
+    """
+
+    strategy: str
+    phase: str
+    order: tuple[str, ...]
+    program: Program
+    dims: BlockDims
+    num_experts: int
+    busy_experts: int
+    slots: int
+    dtype: torch.dtype
+    need: Need
+    flops: int
+    temporary_bytes: int
+    activation_bytes: int
+    device: str = "cpu"
+    keeps: bool = False
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
+
+
+def _product_flops(product: Product, program: Program, dims: BlockDims, busy: int, slots: int) -> int:
+    """FLOPs of one product for so many slots of so many experts; a whole weight has its true size."""
+    kind, result, first, second, _ = product
+    of_weight = "W" in (value_of(second), value_of(result)) and kind != MERGE
+    axes = frozenset(program.axes[first]) | frozenset(program.axes[second])
+    each = dims.in_features * dims.out_features if of_weight else dims.elements(axes)
+    return 2 * each * (busy if kind == MERGE else slots)
+
+
+def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:
+    """Peak of weights: W together with the half that it is built from; a half together with its gradient."""
+    if strategy == "rebuild":
+        return dims.weight_elements + dims.elements(INDICES["LC" if dims.left_first else "CR"])
+    if strategy in ("half_left", "half_right"):
+        half = dims.elements(INDICES["LC" if strategy == "half_left" else "CR"])
+        return 2 * half if phase == "backward" and any(need[1:]) else half
+    return 0
+
+
+def _activation_elements(dims: BlockDims, strategy: str) -> int:
+    """Intermediate rows per slot: the largest pair of consecutive ones, where one is computed from the other."""
+    _, order = recipe(dims, strategy)
+    between = [step.after for step in applications(dims, order)[:-1]]
+    if not between:
+        return 0
+    return max(sum(pair) for pair in zip([0, *between], [*between, 0], strict=True))
+
+
+@lru_cache(maxsize=4096)
+def contraction(
+    strategy: str,
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    phase: str,
+    need: Need = ALL_GRADIENTS,
+    device: str = "cpu",
+    keeps: bool = False,
+) -> Contraction:
+    """One strategy in one phase; see `Contraction` for the arguments.
+
+    Raises:
+        ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
+    """
+    busy = expected_busy_experts(num_experts, slots)
+    program = program_of(dims, strategy, phase, need)
+    flops = sum(_product_flops(product, program, dims, busy, slots) for product in program.products)
+    return Contraction(
+        strategy=strategy,
+        phase=phase,
+        order=program.order,
+        program=program,
+        dims=dims,
+        num_experts=num_experts,
+        busy_experts=busy,
+        slots=slots,
+        dtype=dtype,
+        need=need,
+        flops=flops,
+        temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize if slots else 0,
+        activation_bytes=_activation_elements(dims, strategy) * slots * dtype.itemsize,
+        device=device,
+        keeps=keeps,
+    )
+
+
+def candidate_strategies(dims: BlockDims) -> Iterator[str]:
+    """Strategies worth considering for a shape: a separable shape's chain is called ``separable``."""
+    for strategy in STRATEGIES:
+        if strategy != ("chain" if dims.is_separable else "separable"):
+            yield strategy
+
+
+@lru_cache(maxsize=4096)
+def contractions(
+    dims: BlockDims,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype,
+    phase: str,
+    need: Need = ALL_GRADIENTS,
+    device: str = "cpu",
+    keeps: bool = False,
+) -> tuple[Contraction, ...]:
+    """Every strategy of one phase whose temporary weights stay within two experts' weights, fewest FLOPs first; with
+    the same FLOPs, in the order of `STRATEGIES`.
+
+    Args:
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of x and the blocks.
+        phase: ``forward`` or ``backward``.
+        need: which gradients a backward computes: x, left, central, right.
+        device: for the backends.
+        keeps: the forward of ``separable`` saves its central step's rows for the backward.
+    """
+    every = (
+        contraction(strategy, dims, num_experts, slots, dtype, phase, need, device, keeps)
+        for strategy in candidate_strategies(dims)
+    )
+    limit = 2 * dims.weight_elements * dtype.itemsize
+    return tuple(sorted((c for c in every if c.temporary_bytes <= limit), key=lambda c: c.flops))
+
+
+def format_flops(count: float) -> str:
+    """``1.23 GFLOP``."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def format_bytes(count: float) -> str:
+    """``1.23 MB``, powers of ten."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """A printable ranking of strategies.
+
+    Attributes:
+        shape, num_experts, num_tokens, top_k, dtype, training, mask_central: the arguments.
+        ranked: every strategy by phase, fewest FLOPs first.
+    """
+
+    shape: MPOShape
+    num_experts: int
+    num_tokens: int
+    top_k: int
+    dtype: torch.dtype
+    training: bool
+    mask_central: bool
+    ranked: tuple[tuple[Contraction, ...], ...]
+
+    @property
+    def phases(self) -> tuple[Contraction, ...]:
+        """The first strategy of the forward and, when training, of the backward."""
+        return tuple(ranked[0] for ranked in self.ranked)
+
+    @property
+    def forward(self) -> Contraction:
+        """The forward's strategy of fewest FLOPs."""
+        return self.ranked[0][0]
+
+    @property
+    def backward(self) -> Contraction | None:
+        """The same of the backward, ranked independently; ``None`` unless training."""
+        return self.ranked[1][0] if self.training else None
+
+    @property
+    def strategy(self) -> str:
+        """The forward strategy."""
+        return self.forward.strategy
+
+    @property
+    def backward_strategy(self) -> str | None:
+        """The backward strategy; ``None`` unless training."""
+        return None if self.backward is None else self.backward.strategy
+
+    @property
+    def parameters(self) -> int:
+        """Of all experts, the shared core counted once."""
+        return self.shape.parameters(self.num_experts)
+
+    @property
+    def flops(self) -> int:
+        """Of all phases."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Largest weight memory alive at once besides the blocks: never above two experts' weights."""
+        return max(phase.temporary_bytes for phase in self.phases)
+
+    @property
+    def dense_flops(self) -> int:
+        """FLOPs of a dense layer on the same rows, forward, or forward and backward when training."""
+        rows = self.num_tokens * self.top_k
+        return 2 * self.shape.in_features * self.shape.out_features * rows * (3 if self.training else 1)
+
+    @property
+    def x_dense(self) -> float:
+        """FLOPs over a dense layer's on the same rows (0 without rows)."""
+        return self.flops / self.dense_flops if self.dense_flops else 0.0
+
+    def explain(self) -> str:
+        """Every strategy's FLOPs and memory, the best first: what `mpoe_kernels` chooses from."""
+        what = "forward and backward" if self.training else "forward"
+        masked = ", central gradient masked" if self.training and self.mask_central else ""
+        size = f"{self.shape.in_features} x {self.shape.out_features}, {str(self.dtype).removeprefix('torch.')}"
+        busy = self.forward.busy_experts
+        lines = [
+            f"{size}; {self.num_experts:,} experts ({busy:,} expected busy), {self.parameters:,} parameters, "
+            f"{self.num_tokens:,} tokens x top-{self.top_k}; {what}{masked}",
+            f"in all {format_flops(self.flops)} ({self.x_dense:.3g} x dense), {format_bytes(self.temporary_bytes)} of "
+            "temporary weights",
+        ]
+        for ranked in self.ranked:
+            rows = [(f"{ranked[0].phase}", "rows meet", "work", "temporary")]
+            rows += [
+                (c.strategy, ", ".join(c.order), format_flops(c.flops), format_bytes(c.temporary_bytes)) for c in ranked
+            ]
+            widths = [max(len(row[k]) for row in rows) for k in range(4)]
+            for row in rows:  # words to the left, numbers to the right
+                cells = enumerate(zip(row, widths, strict=True))
+                lines.append("  ".join(["", *(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in cells)]))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def plan_contraction(
+    shape: MPOShape,
+    num_experts: int,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    top_k: int = 1,
+    training: bool = False,
+    mask_central: bool = False,
+) -> ContractionPlan:
+    """Rank the strategies for contracting ``num_tokens * top_k`` rows with ``num_experts`` experts of ``shape``.
+
+    The ops rank in the same way whenever they run, and time the first two with the backends that are here once, see
+    `mpoe_kernels.contract.autotune`; in compiled graphs they are opaque, so one graph serves any number of rows. This
+    function shows the ranking; it is plain Python, for use outside graphs.
+
+    Args:
+        shape: shape of the matrix.
+        num_experts: experts sharing the central core.
+        num_tokens: tokens T, may be zero.
+        dtype: of activations and cores, floating.
+        top_k: experts per token.
+        training: include the backward pass.
+        mask_central: the central core's gradient is not needed.
+
+    Returns:
+        A frozen, printable plan.
+
+    Raises:
+        TypeError, ValueError: a shape that is no `MPOShape`, counts that are not positive integers (tokens: negative),
+            a dtype that is not a floating ``torch.dtype``.
+    """
+    if not isinstance(shape, MPOShape):
+        raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
+    for name, value, least in (("num_experts", num_experts, 1), ("num_tokens", num_tokens, 0), ("top_k", top_k, 1)):
+        _check_count(name, value, least)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
+    dims = BlockDims.of_shape(shape)
+    need = (True, True, not mask_central, True)
+    ranked = [contractions(dims, num_experts, num_tokens * top_k, dtype, phase, need) for phase in PHASES]
+    if training and dims.is_separable:  # whose forward saves its central step's result for the backward
+        ranked[0] = tuple(c for c in ranked[0] if c.strategy == "separable")
+    return ContractionPlan(
+        shape=shape,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        dtype=dtype,
+        training=training,
+        mask_central=mask_central,
+        ranked=tuple(ranked if training else ranked[:1]),
+    )

@@ -1,0 +1,236 @@
+"""What a strategy computes, as a value: products of named tensors, in order.
+
+A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and every
+backend walks the same products (`mpoe_kernels.contract.driver`), so that what is counted is what runs.
+
+Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
+one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from mpoe_kernels.contract.orders import AXES, X_AXES, Y_AXES, BlockDims, recipe
+
+# Which gradients a backward computes: x, left, central, right.
+Need = tuple[bool, bool, bool, bool]
+ALL_GRADIENTS: Need = (True, True, True, True)
+PHASES = ("forward", "backward")
+# The rows that a separable forward keeps for its backward: what its central step gives.
+KEPT = "rows2"
+
+# What is built from blocks.
+COMPOSITES = ("LC", "CR", "W")
+
+# Kinds of products. Rows meet an operand; rows before and gradients of rows after give an operand's gradient; two
+# operands make a third.
+ROWS, GRADIENT, MERGE = "rows", "gradient", "merge"
+
+
+class Product(NamedTuple):
+    """One contraction of two named tensors over the axes that the result lacks.
+
+    Attributes:
+        kind: ``rows`` (rows, operand), ``gradient`` (rows, gradients of rows) or ``merge`` (operand, operand).
+        result: name of what it makes.
+        first, second: names of what it reads.
+        last_reads: names that no later product reads.
+    """
+
+    kind: str
+    result: str
+    first: str
+    second: str
+    last_reads: tuple[str, ...] = ()
+
+
+def value_of(name: str) -> str:
+    """Name of the value that a gradient belongs to; a value's own name."""
+    return name.removeprefix("d ")
+
+
+def is_block(name: str) -> bool:
+    """Whether a name is a block, something built from blocks, or the gradient of one; else it names rows."""
+    return value_of(name) in AXES
+
+
+@dataclass(frozen=True)
+class Program:
+    """The products of one strategy in one phase.
+
+    Attributes:
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`.
+        phase: ``forward`` or ``backward``.
+        order: what rows meet, e.g. ``("LC", "R")``.
+        products: in the order in which they are computed.
+        axes: of every name, slowest first; of the blocks and of rows in memory.
+    """
+
+    strategy: str
+    phase: str
+    order: tuple[str, ...]
+    products: tuple[Product, ...]
+    axes: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def built(self) -> tuple[str, ...]:
+        """Operands that are built on the way, or whose gradients are: their memory is temporary."""
+        made = dict.fromkeys(value_of(product.result) for product in self.products)
+        return tuple(name for name in made if name in COMPOSITES)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names that are read before a product makes them: what a caller must give."""
+        made: set[str] = set()
+        given: set[str] = set()
+        for product in self.products:
+            given |= {product.first, product.second} - made
+            made.add(product.result)
+        return frozenset(given)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{p.result} = {p.first} {p.second}" for p in self.products) or "nothing"
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.strategy, self.phase, self.products))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _rows_name(position: int, count: int) -> str:
+    return "x" if position == 0 else "y" if position == count else f"rows{position}"
+
+
+def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Axes of every name: rows keep their remaining axes in front, what an operand brings comes last."""
+    axes = {**AXES, "x": X_AXES, "y": Y_AXES}
+    state: tuple[str, ...] = X_AXES
+    for position, operand in enumerate(order[:-1], start=1):
+        met = AXES[operand]
+        kept, new = [a for a in state if a not in met], [a for a in met if a not in state]
+        state = (*kept, *new)
+        axes[f"rows{position}"] = state
+    return {**axes, **{f"d {name}": found for name, found in axes.items()}}
+
+
+def _with_last_reads(products: list[Product]) -> tuple[Product, ...]:
+    read: set[str] = set()
+    found = []
+    for product in reversed(products):
+        names = dict.fromkeys((product.first, product.second))
+        found.append(product._replace(last_reads=tuple(name for name in names if name not in read)))
+        read |= set(names)
+    return tuple(reversed(found))
+
+
+def _parts(operand: str) -> str:
+    return "LCR" if operand == "W" else operand
+
+
+def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str]) -> list[Product]:
+    """From the gradients of what was built to those of the blocks.
+
+    A plain block's comes first: after it, nobody reads the value of the built one, whose memory can be used again.
+    """
+    found = []
+    for result, first, second in reversed(merges):
+        if result in wanted:
+            pair = [
+                (first, Product(MERGE, f"d {first}", f"d {result}", second)),
+                (second, Product(MERGE, f"d {second}", first, f"d {result}")),
+            ]
+            found += [product for name, product in sorted(pair, key=lambda p: len(p[0])) if name in wanted]
+    return found
+
+
+def _read_values(merges: tuple[tuple[str, str, str], ...], used: set[str], wanted: set[str]) -> set[str]:
+    """Operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's gradient."""
+    for result, first, second in reversed(merges):
+        if result in wanted:
+            used = used | ({second} if first in wanted else set()) | ({first} if second in wanted else set())
+    for result, first, second in reversed(merges):
+        if result in used:
+            used = used | {first, second}
+    return used
+
+
+@lru_cache(maxsize=4096)
+def forward_program(dims: BlockDims, strategy: str) -> Program:
+    """Build what the strategy builds, then rows meet its operands one after the other."""
+    merges, order = recipe(dims, strategy)
+    products = [Product(MERGE, *merge) for merge in merges]
+    count = len(order)
+    for k, operand in enumerate(order):
+        products.append(Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), operand))
+    return Program(strategy, "forward", order, _with_last_reads(products), _axes_of(order))
+
+
+@lru_cache(maxsize=8192)
+def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> Program:
+    """The gradients in ``need`` from ``d y``: rows that are read are computed again, those of the forward come back.
+
+    Args:
+        dims: sizes of the blocks.
+        strategy: one of `STRATEGIES`.
+        need: which gradients: x, left, central, right.
+        kept: the forward kept `KEPT`, it is given.
+    """
+    merges, order = recipe(dims, strategy)
+    count = len(order)
+    needed = {block for block, n in zip("LCR", need[1:], strict=True) if n}
+    # Operands whose gradient leads to a needed one.
+    wanted = {operand for operand in AXES if needed & set(_parts(operand))}
+    before_needed = [need[0] or any(o in wanted for o in order[:k]) for k in range(count)]
+    given = {2} if kept else set()
+    recomputed = max((k for k in range(1, count) if order[k] in wanted and k not in given), default=0)
+    used = {operand for k, operand in enumerate(order) if before_needed[k] or k < recomputed}
+    values = _read_values(merges, used, wanted)
+    products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
+    for k in range(recomputed):
+        products.append(Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k]))
+    for k in reversed(range(count)):
+        after, before = f"d {_rows_name(k + 1, count)}", _rows_name(k, count)
+        # Towards x first: then nobody reads the value of a built operand, whose gradient takes its memory.
+        if before_needed[k]:
+            products.append(Product(ROWS, f"d {before}", after, order[k]))
+        if order[k] in wanted:
+            products.append(Product(GRADIENT, f"d {order[k]}", before, after))
+    products += _merge_gradients(merges, wanted)
+    return Program(strategy, "backward", order, _with_last_reads(products), _axes_of(order))
+
+
+def program_of(dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRADIENTS, kept: bool = True) -> Program:
+    """The program of a phase. ``kept`` counts only for a separable backward, which alone reads `KEPT`.
+
+    Raises:
+        ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase must be one of {PHASES}; got {phase!r}")
+    if phase == "forward":
+        return forward_program(dims, strategy)
+    return backward_program(dims, strategy, need, kept and strategy == "separable")
+
+
+@lru_cache(maxsize=1024)
+def weight_program(dims: BlockDims) -> Program:
+    """The whole weight ``W`` of every expert, and nothing else."""
+    merges, _ = recipe(dims, "rebuild")
+    return Program("rebuild", "forward", (), _with_last_reads([Product(MERGE, *m) for m in merges]), _axes_of(("W",)))
+
+
+@lru_cache(maxsize=1024)
+def weight_backward_program(dims: BlockDims) -> Program:
+    """Gradients of all blocks from ``d W``."""
+    merges, _ = recipe(dims, "rebuild")
+    wanted = set(AXES)
+    values = _read_values(merges, set(), wanted)
+    products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
+    products += _merge_gradients(merges, wanted)
+    return Program("rebuild", "backward", (), _with_last_reads(products), _axes_of(("W",)))

@@ -1,0 +1,126 @@
+"""What can compute a contraction: fewest FLOPs first, then the preferred backend; and which of that is worth timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.plan import Contraction, contraction, contractions
+from mpoe_kernels.contract.precision import may_round_to_tf32
+from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
+from mpoe_kernels.registry import (
+    AUTO,
+    BACKENDS,
+    CONTRACTIONS,
+    BackendError,
+    Candidate,
+    Request,
+    preferred_backends,
+)
+
+STRATEGIES_TIMED, BACKENDS_TIMED, MOST_TIMED = 2, 2, 4
+
+
+class Problem(NamedTuple):
+    """What a choice is made for.
+
+    Attributes:
+        op: one of `CONTRACTIONS`.
+        dims: sizes of the blocks.
+        num_experts: E.
+        slots: rows N.
+        dtype: of the activations.
+        device: ``cpu``, ``cuda:1``, ...
+        need: which gradients a backward computes: x, left, central, right.
+        keeps: the forward of ``separable`` saves its central step's rows for the backward.
+        backend, strategy: if given, only this one is considered.
+    """
+
+    op: str
+    dims: BlockDims
+    num_experts: int
+    slots: int
+    dtype: torch.dtype
+    device: str
+    need: Need = ALL_GRADIENTS
+    keeps: bool = False
+    backend: str = AUTO
+    strategy: str = AUTO
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
+
+    @property
+    def may_round(self) -> bool:
+        """Whether products may round to TF32."""
+        return self.device_type == "cuda" and may_round_to_tf32(self.dtype)
+
+    def rounded(self) -> Problem:
+        """The problem with the next power of two of slots, for which a choice is made."""
+        return self._replace(slots=1 << (self.slots - 1).bit_length() if self.slots else 0)
+
+    def plans(self) -> tuple[Contraction, ...]:
+        """Every contraction that solves the problem, fewest FLOPs first."""
+        sizes = (self.dims, self.num_experts, self.slots, self.dtype, CONTRACTIONS[self.op], self.need)
+        where = (self.device, self.keeps)
+        strategy = "separable" if self.keeps else self.strategy
+        return contractions(*sizes, *where) if strategy == AUTO else (contraction(strategy, *sizes, *where),)
+
+    def __str__(self) -> str:
+        need, keeps = "".join(str(int(n)) for n in self.need), ", keeps" * self.keeps
+        sizes = f"{'x'.join(map(str, self.dims))} E{self.num_experts} N{self.slots}"
+        kind = str(self.dtype).removeprefix("torch.") + " tf32" * self.may_round
+        return f"{self.op} {self.device_type} {kind} {sizes} need {need}{keeps}, {self.backend} {self.strategy}"
+
+
+def rank(problem: Problem) -> list[Candidate]:
+    """All candidates: fewest FLOPs first, then the preferred backend.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+    """
+    request = Request(problem.op, problem.device, problem.dtype)
+    named = problem.backend != AUTO
+    backends = (BACKENDS[problem.backend],) if named else preferred_backends(request)
+    refused = {backend.name: backend.unsupported_reasons(request) for backend in backends}
+    able: list[Candidate] = []
+    for plan in problem.plans():
+        for backend in backends:
+            if not backend.unsupported_reasons(request):
+                reasons = backend.contraction_reasons(plan)
+                able += [] if reasons else backend.candidates(plan)
+                refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+    if not able:
+        if named:
+            listing = "; ".join(refused[problem.backend])
+            raise BackendError(f"backend {problem.backend!r} cannot run {problem.op}: {listing}")
+        listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+        raise BackendError(f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}")
+    if problem.device_type == "cpu":
+        return able
+    # Those that wait for the device come last, and only if their backend is named or there are no others.
+    going, waiting = ([each for each in able if each.waits == waits] for waits in (False, True))
+    return going + waiting if named or not going else going
+
+
+def shortlist(able: Iterable[Candidate]) -> list[Candidate]:
+    """What is timed of a ranking: the first of the first two strategies on the first two backends, then variants."""
+    groups: dict[tuple[str, str], list[Candidate]] = {}
+    strategies: dict[str, None] = {}
+    backends: dict[str, None] = {}
+    for candidate in able:
+        strategies[candidate.strategy] = backends[candidate.backend] = None
+        groups.setdefault((candidate.strategy, candidate.backend), []).append(candidate)
+    pairs = [
+        groups[strategy, backend]
+        for strategy in list(strategies)[:STRATEGIES_TIMED]
+        for backend in list(backends)[:BACKENDS_TIMED]
+        if (strategy, backend) in groups
+    ]
+    most = max(map(len, pairs))
+    return [group[k] for k in range(most) for group in pairs if k < len(group)][:MOST_TIMED]

@@ -1,1 +1,0 @@
-"""One driver that runs a program, for every backend that supplies the three kinds of products."""

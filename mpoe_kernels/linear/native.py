@@ -1,0 +1,154 @@
+"""Grouped MPO linear by the compiled kernels of csrc/cpu/linear/linear.h."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import describe
+from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
+from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.native_library import (
+    NATIVE_LIBRARY,
+    address,
+    dense,
+    dense_index,
+    dense_like,
+    dense_offsets,
+    name_of,
+)
+
+# As csrc/bindings/linear.cpp numbers them.
+OPERANDS = ("L", "C", "R")
+COMPUTED = (torch.float32, torch.bfloat16)
+# Strategies with a kernel: the table kStrategies of csrc/bindings/linear.cpp.
+IMPLEMENTED = ("separable", "rebuild", "half_left", "half_right", "chain")
+
+
+def contraction_reasons(plan: Contraction) -> list[str]:
+    """Why the native kernels cannot compute a contraction."""
+    reasons = []
+    if plan.dtype not in COMPUTED:
+        reasons.append(f"it runs on float32 and bfloat16, not on {str(plan.dtype).removeprefix('torch.')}")
+    if plan.strategy not in IMPLEMENTED:
+        reasons.append(f"it has no {plan.phase} kernel for the strategy {plan.strategy!r}")
+    return reasons
+
+
+@lru_cache(maxsize=1024)
+def _sizes(
+    dtype: torch.dtype,
+    activation: str,
+    strategy: str,
+    in_features: int,
+    out_features: int,
+    left: tuple[int, ...],
+    central: tuple[int, ...],
+    right: tuple[int, ...],
+) -> Any:
+    """What does not change from call to call, checked once: the library's LinearSizes."""
+    if not (len(left) == len(central) == len(right) == 4):
+        raise ValueError(f"left, central and right must have 4 axes; got {len(left)}, {len(central)}, {len(right)}")
+    if 0 in (*left, *central, *right):
+        raise ValueError("blocks must not have an axis of size 0")
+    (experts, iL, jL, a), (iC, jC, b), (iR, jR) = left, central[1:], right[2:]
+    if central[0] != a or right[:2] != (experts, b):
+        raise ValueError(
+            "blocks must be left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR]; "
+            f"got {list(left)}, {list(central)}, {list(right)}"
+        )
+    dims = BlockDims(iL, jL, a, iC, jC, b, iR, jR, in_features, out_features)
+    chain = [OPERANDS.index(operand) for operand in dims.chain_order]
+    half_first = meets_half_first(dims, strategy), meets_half_first(exchanged(dims), strategy)
+    names = (name_of(dtype), activation, strategy)
+    return NATIVE_LIBRARY.functions.LinearSizes(*names, experts, tuple(dims), chain, *half_first)
+
+
+def linear_sizes(call: LinearCall) -> Any:
+    """The library's LinearSizes for a call whose strategy is chosen.
+
+    Raises:
+        ValueError: blocks that do not fit.
+    """
+    blocks = (call.left.shape, call.central.shape, call.right.shape)
+    return _sizes(call.x.dtype, call.activation, call.strategy, call.in_features, call.out_features, *blocks)
+
+
+def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense left, central and right.
+
+    Raises:
+        ValueError: another dtype than x's, or as in `dense`.
+    """
+    left, central, right = call.blocks
+    dtype = call.x.dtype
+    if not left.dtype == central.dtype == right.dtype == dtype:
+        given = zip(("left", "central", "right"), call.blocks, strict=True)
+        name, block = next((name, block) for name, block in given if block.dtype != dtype)
+        raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
+    return dense("left", left), dense("central", central), dense("right", right)
+
+
+def dense_bias(call: ForwardCall) -> Tensor | None:
+    """The dense bias, if there is one.
+
+    Raises:
+        ValueError: another shape or dtype, or as in `dense`.
+    """
+    return None if call.bias is None else dense_like("bias", call.bias, (call.out_features,), call.x.dtype)
+
+
+def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
+    """Arguments of both passes; the tensors that they point to, which the caller must keep until the call returns; the
+    number of slots."""
+    x, (left, central, right) = dense("x", call.x), dense_blocks(call)
+    sizes = linear_sizes(call)
+    if x.dim() != 2 or x.shape[1] != call.in_features:
+        raise ValueError(f"x must be [T, {call.in_features}]; got {describe(x)}")
+    offsets = dense_offsets(call.expert_offsets)
+    if len(offsets) != len(left) + 1:
+        raise ValueError(f"expert_offsets must be [{len(left) + 1}]; got {describe(offsets)}")
+    rows = None if call.row_index is None else dense_index("row_index", call.row_index, 1)
+    tokens = len(x)
+    slots = tokens if rows is None else len(rows)
+    blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
+    arguments = (sizes, tokens, slots, offsets.itemsize, x.data_ptr(), blocks, offsets.data_ptr(), address(rows))
+    return arguments, (x, left, central, right, offsets, rows), slots
+
+
+def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h, z)``, see `ForwardCall`."""
+    arguments, _kept, slots = _inputs(call)
+    x, bias = call.x, dense_bias(call)
+    y = x.new_empty(slots, call.out_features)
+    h = x.new_empty(slots * call.central.shape[2], call.central.shape[3]) if call.saves_h else x.new_empty(0)
+    z = torch.empty_like(y) if call.saves_z else x.new_empty(0)
+    results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
+    NATIVE_LIBRARY.functions.linear_forward(*arguments, address(bias), *results)
+    return y, h, z
+
+
+def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    arguments, (x, left, central, right, *_kept), slots = _inputs(call)
+    shape = (slots, call.out_features)
+    grad = dense_like("grad", call.grad, shape, x.dtype)
+    h = saved = None
+    if call.strategy == "separable":
+        h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)
+    if call.activation != "none":
+        saved = dense_like("saved", call.saved, shape, x.dtype)
+    *needed, needs_bias = call.need
+    results = [
+        torch.empty_like(each) if need else x.new_empty(0)
+        for each, need in zip((x, left, central, right), needed, strict=True)
+    ]
+    results.append(x.new_empty(call.out_features if needs_bias else 0))
+    memory = (grad.data_ptr(), address(h), address(saved), [result.data_ptr() for result in results])
+    NATIVE_LIBRARY.functions.linear_backward(*arguments, *memory)
+    dx, dleft, dcentral, dright, dbias = results
+    return dx, dleft, dcentral, dright, dbias

@@ -1,1 +1,0 @@
-"""The compiled CPU kernels of csrc/cpu/linear."""

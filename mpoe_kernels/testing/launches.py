@@ -1,0 +1,55 @@
+"""Launches of Triton kernels that are recorded instead of made, for tests and tools; needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from mpoe_kernels.hidden_experts.triton import launch as hidden
+from mpoe_kernels.linear.triton import configs
+from mpoe_kernels.triton import architecture, start
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch: the kernel, its grid, and every argument by name (options such as num_warps included)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel's function."""
+        return self.kernel.fn.__name__
+
+
+def _only(entry: int, table: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The table with this entry alone."""
+    return lambda *arguments: (found := table(*arguments))[min(entry, len(found) - 1) :][:1]
+
+
+@contextmanager
+def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
+    """Record launches as they would be on an architecture (see `ARCHITECTURES`); tensors may be ``meta`` ones.
+
+    Args:
+        name: of the architecture.
+        tile: take this entry of every kernel's table of tiles (the last one of shorter tables) instead of the one for
+            the problem.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    target, launches = architecture.target_named(name), list[Launch]()
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(architecture, "target_of", lambda _: target))
+        patches.enter_context(patch.object(start, "_launch", lambda *launch: launches.append(Launch(*launch))))
+        if tile is not None:
+            for module, table in ((configs, "shipped_tiles"), (configs, "fused_tiles"), (hidden, "shipped_tiles")):
+                patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
+        yield launches

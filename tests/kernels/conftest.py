@@ -1,0 +1,40 @@
+"""Choosing by timing with stand-ins, in an empty cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpoe_kernels import registry
+from mpoe_kernels.contract import autotune
+from mpoe_kernels.registry import Backend, Candidate
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Timing is on, nothing is known."""
+    monkeypatch.delenv("MPOE_AUTOTUNE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    autotune.forget()
+    yield tmp_path / "mpoe" / "choices.json"
+    autotune.forget()
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls compute nothing."""
+    found = {"first": 2.0, "second": 1.0}
+
+    def backend(name: str) -> Backend:
+        # A kernel by which `_seconds` below can tell whose it is.
+        return Backend(name, {}, candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)])
+
+    for name in found:
+        monkeypatch.setitem(registry.BACKENDS, name, backend(name))
+    monkeypatch.setitem(registry.PREFERRED, "cpu", tuple(found))
+    monkeypatch.setattr(
+        autotune, "_seconds", lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)]
+    )
+    return found

@@ -1,0 +1,80 @@
+"""Calls of the linear op: their temporaries, and arguments of any layout."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_kernels import grouped_mpo_linear
+from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.linear.triton import launch
+from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+
+from .linear_runs import Case, strategies_of
+
+
+def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two choices per token, some of them dropped."""
+    case = Case(SMALL_SHAPES["separable"], tokens=7, experts=3, top_k=2, capacity=3)
+    assert (case.routing.slot_of_token < 0).any()
+    y, h, z = case.forward("separable")
+    sorted_rows = case.backward("separable", y, h, z, [True] * 5, inverse=False)
+    monkeypatch.setattr(launch, "slots_by_token", lambda *_: pytest.fail("sorts"))
+    monkeypatch.setattr(torch, "sort", lambda *_, **__: pytest.fail("sorts"))
+    collected = case.backward("separable", y, h, z, [True] * 5)
+    for found, wanted in zip(collected, sorted_rows, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_built_take_the_memory_of_two_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of experts."""
+    case, alive, most = Case(SMALL_SHAPES["paper"], experts=6), 0, 0
+
+    def counting(_: launch.TritonLaunches, rows: int, columns: int, like: Tensor) -> Tensor:
+        nonlocal alive, most
+        made = like.new_empty(rows, columns)
+        alive += made.numel()
+        most = max(most, alive)
+
+        def freed(size: int = made.numel()) -> None:
+            nonlocal alive
+            alive -= size
+
+        weakref.finalize(made, freed)
+        return made
+
+    monkeypatch.setattr(launch.TritonLaunches, "empty", counting)
+    case.forward("rebuild")
+    weight = BlockDims.of_shape(case.shape).weight_elements
+    assert weight < most <= 2 * weight
+
+
+def test_no_slots() -> None:
+    case = Case(SMALL_SHAPES["light"], tokens=0, experts=2)
+    for strategy in strategies_of(case.shape):
+        _, dx, *blocks, dbias = case.run(strategy)
+        assert dx.shape == case.x.shape
+        assert not any(gradient.any() for gradient in (*blocks, dbias))
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
+@pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
+def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
+    """Every other element of a longer tensor; reading the elements in between would change the result."""
+    shape = SMALL_SHAPES["light"]
+    arguments = {
+        "bias": torch.randn(shape.out_features),
+        "row_index": torch.tensor([0, 2, 1, 4, 3]),
+        "expert_offsets": torch.tensor([0, 2, 5], dtype=torch.int32),
+    }
+    blocks, x = random_blocks(shape, 2, torch.float32), torch.randn(5, shape.in_features)
+
+    def run(**changed: Tensor) -> Tensor:
+        options = {"backend": "triton", "strategy": strategy, "activation": "gelu"}
+        return grouped_mpo_linear(x, blocks, **{**arguments, **changed}, **options)
+
+    apart = torch.stack([arguments[name], torch.zeros_like(arguments[name])], 1)[:, 0]
+    assert torch.equal(run(**{name: apart}), run())

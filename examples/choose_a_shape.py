@@ -74,7 +74,7 @@ for name, shape in (
     row(name, shape)
 
 # %% [markdown]
-# The planner explains its choice: why this contraction order, and what the others would have cost.
+# The planner ranks the contraction orders by their FLOPs.
 
 # %%
 print(plan_contraction(MPOShape.paper(768, 3072, max_bond=64), experts, tokens))

@@ -22,6 +22,7 @@ _NAMES = {
     "TopKRouter": "mpoe.layers",
     "add_expert": "mpoe.models",
     "compose": "mpoe.models",
+    "freeze_all_but_experts": "mpoe.training",
     "global_batch": "mpoe.layers",
     "convert_to_mpoe": "mpoe.models",
     "import_original": "mpoe.models",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from mpoe.training import (
         MPOETrainer,
         MPOETrainingArguments,
+        freeze_all_but_experts,
         load_sharded_optimizer,
         save_sharded,
         save_sharded_checkpoint,
@@ -78,6 +80,7 @@ __all__ = [
     "add_expert",
     "compose",
     "convert_to_mpoe",
+    "freeze_all_but_experts",
     "global_batch",
     "import_original",
     "load_mpoe",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 
@@ -19,19 +19,41 @@ AUTOCAST_DEVICES = ("cpu", "cuda")
 def describe(value: object) -> str:
     """``float32 [3, 4] on cpu`` for a tensor; type and repr for anything else."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        sizes = "nested" if value.is_nested else list(value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')} {sizes} on {value.device}"
     return f"{type(value).__name__} {value!r}"
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Refuse sparse, nested and mkldnn tensors."""
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(
+            f"{name} must be a dense tensor; got one of the layout {'nested' if value.is_nested else value.layout}"
+        )
 
 
 def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     """Require a tensor with ``len(dims)`` dimensions, e.g. ``("T", "I")``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor [{', '.join(dims)}]; got {describe(value)}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor; got one of the layout {value.layout}")
+    check_dense(name, value)
     if value.dim() != len(dims):
         raise ValueError(f"{name} must be [{', '.join(dims)}]; got {describe(value)}")
     return value
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Require a dense tensor whose memory holds its values: not one whose storage was resized, as FSDP does."""
+    check_dense(name, value)
+    if value.is_meta or not value.numel():
+        return
+    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    needed, held = (value.storage_offset() + last + 1) * value.itemsize, value.untyped_storage().nbytes()
+    if held < needed or not value.data_ptr():
+        raise ValueError(
+            f"{name} must hold its values, in {needed} bytes; got {describe(value)} with a storage of "
+            f"{held if value.data_ptr() else 0} bytes"
+        )
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -40,6 +62,24 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name} must have a floating dtype (float64, float32, bfloat16, float16); got {describe(value)}"
         )
+
+
+def check_mask(name: str, value: object, shape: Sequence[int]) -> Tensor:
+    """Require a mask of this shape, bool or of the integers 0 and 1; returns it as bool.
+
+    An additive mask, 0 for what counts, would mean the opposite.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a bool tensor {list(shape)}; got {describe(value)}")
+    check_dense(name, value)
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        raise TypeError(
+            f"{name} must be bool (or integers), True for tokens and False for padding, not additive; "
+            f"got {describe(value)}"
+        )
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{name} must be {list(shape)}; got {describe(value)}")
+    return value.bool()
 
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:

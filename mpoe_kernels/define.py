@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
 from mpoe_kernels.registry import kernel_for
+from mpoe_kernels.signatures import check_signature
 
 NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
+_NO_SECOND_DERIVATIVES = NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
 # torch.library keeps registrations only as long as the Library object lives.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -74,7 +78,11 @@ def define_op(
     def body(*values: Any) -> Any:
         return kernel(signature(*values))
 
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=schema)
+    def checked(*values: Any) -> Any:
+        check_signature(name, names, values)
+        return body(*values)
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)
     positions = tuple(names.index(field) for field in autocast)
     return _register(op, body, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
 
@@ -89,12 +97,11 @@ def _register(
     autocast_positions: tuple[int, ...],
 ) -> Any:
     op.register_fake(_on_one_device(fake, name))
-    recorded = None
-    if backward is not None and setup_context is not None:
-        recorded = _register_autograd(op, body, name, setup_context, backward)
-    else:
-        _refuse_autograd(op, name)
-    op.register_vmap(_refuse_vmap(name))
+    if backward is None or setup_context is None:
+        setup_context, backward = _nothing_to_set_up, _refuse_autograd(name)
+    recorded = _register_autograd(op, body, name, setup_context, backward)
+    # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
+    op.register_vmap(_one_after_the_other(op) if name.endswith("_backward") else _refuse_vmap(name))
     if autocast_positions:
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, _autocast_kernel(op, device_type, autocast_positions), key)
@@ -120,18 +127,25 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     """Whether the dispatcher would only call the kernel, and record it for a gradient if one is needed.
 
     Dispatching takes as long as the kernel for one token. False if a mode, a transform, a tensor subclass, a compiler
-    or a profiler intercepts the call, or if a meta tensor among others makes PyTorch call the fake.
+    or a profiler intercepts the call, if a meta tensor among others makes PyTorch call the fake, or if a tensor's
+    memory does not hold its values: the dispatcher resolves negative bits, zeros without memory and the wrappers that
+    transforms leave, and the kernel it calls refuses the others.
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
     device_type = None
-    for value in arguments:
-        if type(value) in _PLAIN:
-            device_type = device_type or value.device.type
-            if value.is_meta:
+    try:
+        for value in arguments:
+            if type(value) in _PLAIN:
+                device_type = device_type or value.device.type
+                if value.is_meta or value.is_neg():
+                    return False
+                if value.untyped_storage().nbytes() < value.nbytes or not (value.data_ptr() or not value.numel()):
+                    return False  # or an expanded one
+            elif isinstance(value, Tensor):
                 return False
-        elif isinstance(value, Tensor):
-            return False
+    except RuntimeError:  # a layout or a wrapper without an address
+        return False
     return device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
 
 
@@ -148,6 +162,10 @@ def _others_see_calls() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def _in_transform() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _is_below_autograd() -> bool:
@@ -173,11 +191,18 @@ def _register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & below, *arguments)
 
+    def run_next_level(keyset: Any, arguments: Sequence[Any]) -> Any:
+        """A function's forward records nothing; the transforms and the autograd around this level do."""
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return run_below(keyset, arguments)
+
     # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the first argument.
     def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
-        is_plain = keyset is None or is_plain_call(arguments)
-        output = body(*arguments) if is_plain else run_below(keyset, arguments)
+        if keyset is None or is_plain_call(arguments):
+            output = body(*arguments)
+        else:
+            output = (run_next_level if _in_transform() else run_below)(keyset, arguments)
         setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
         return output
 
@@ -185,14 +210,26 @@ def _register_autograd(
         return (*backward(ctx, *grads), None)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
-    function: Any = type(f"Backward_{NAMESPACE}_{name}", (torch.autograd.Function,), members)
+    # PyTorch's transforms (`torch.func.grad`, `vjp`, `jacrev`) dispatch an op once at each of their levels, and let
+    # only a function of the second kind record it there.
+    made: Any = (
+        type(f"Backward_{NAMESPACE}_{name}", (base,), members)
+        for base in (torch.autograd.Function, _SingleLevelFunction)
+    )
+    function, of_one_level = made
 
     def recorded(*arguments: Any) -> Any:
         return function.apply(*arguments, *defaults[len(arguments) :], None)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops default values
-        return function.apply(*arguments, keyset) if needs_gradients(arguments) else run_below(keyset, arguments)
+        _refuse_other_modes(name, arguments)
+        if not needs_gradients(arguments):
+            return run_below(keyset, arguments)
+        if not _in_transform():
+            return function.apply(*arguments, keyset)
+        with enable_single_level_autograd_function():
+            return of_one_level.apply(*arguments, keyset)
 
     with warnings.catch_warnings():  # PyTorch 2.11 has registered its own kernel, and warns that it is replaced
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
@@ -221,19 +258,38 @@ def _refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            if name.endswith("_backward"):
+                raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
             raise NotImplementedError(
                 f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
                 "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
             )
 
 
-def _refuse_autograd(op: Any, name: str) -> None:
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} cannot be differentiated: second derivatives of MPO ops are not supported"
-        )
+def _nothing_to_set_up(**_: Any) -> None:
+    """Of an op without a backward."""
 
-    op.register_autograd(refuse)
+
+def _refuse_autograd(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
+
+    return refuse
+
+
+def _one_after_the_other(op: Any) -> Callable[..., Any]:
+    """A rule for `torch.vmap` that calls the op once for each entry."""
+
+    def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        found = [
+            op(*(v.select(dim, k) if isinstance(dim, int) else v for v, dim in zip(arguments, in_dims, strict=True)))
+            for k in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+    return run
 
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:

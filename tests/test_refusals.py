@@ -22,7 +22,6 @@ from mpoe.data.task import Example, Task
 from mpoe.estimation.costs import Usage, model_costs
 from mpoe.estimation.inventory import read_values, take_inventory
 from mpoe.estimation.suggest import Limits, suggest
-from mpoe.estimation.timing import Device
 from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
@@ -75,7 +74,7 @@ def one_item() -> Task:
 
 
 def workload() -> Usage:
-    return Usage({"encoder": 1}, Device("cpu", torch.float32), training=True)
+    return Usage({"encoder": 1}, torch.float32, training=True)
 
 
 def two_experts():
@@ -269,7 +268,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "rank": (
         lambda: suggest(take_inventory("t5-base"), MPOEConfig(), workload(), Limits(), rank_by="size"),
         ValueError,
-        "rank_by must be one of capacity, time, parameters; got 'size'",
+        "rank_by must be one of capacity, flops, parameters; got 'size'",
     ),
     "sharded": (lambda: shard_model(sharded()), ValueError, "model must not be sharded already; it is"),
     "reference": (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),

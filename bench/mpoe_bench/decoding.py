@@ -2,8 +2,8 @@
 
 A T5, by default of base width, with fewer layers and random weights; both models are called in turn in one process;
 medians. Three columns, by which experts are cached: none (`model.cache_experts(0)`); those that `generate` keeps by
-itself until it returns (at most as much memory as the dense feed-forward layers take); all, also between calls. The
-first figure is of whole calls, with the encoder's pass; the second, of the tokens after the first `--after`.
+itself until it returns (at most as much memory as the dense feed-forward layers take); all. The first figure is of
+whole calls, with the encoder's pass; the second, of the tokens after the first `--after`.
 The memory is that of the experts' cores and what is cached of them, next to that of dense experts.
 One thread, measured in CPU time, so that other processes disturb less.
 """
@@ -86,15 +86,16 @@ def measure(shape: str, batch: int, dtype: torch.dtype, chosen: argparse.Namespa
     networks = [m.weight.nbytes for n, m in dense.named_modules() if n.endswith((".wi", ".wo"))]
     row["MB"]["dense layers"] = sum(networks) / 1e6
     experts = [m for m in model.modules() if isinstance(m, MPOExperts)]
-    with kept_while_generating(model) as own:
+    with kept_while_generating(model, None) as own:
         # Folded blocks of separable experts are views of their cores.
         keeps_weights = own is not None and any(layer.full_weights_may_pay() for layer in experts)
-        row["MB"]["by itself"] = own.max_bytes / 1e6 if own is not None and keeps_weights else 0.0
+        row["MB"]["by itself"] = own.max_bytes / 1e6 if keeps_weights else 0.0
     row["MB"]["cores"] = sum(c.nbytes for e in experts for p in e.projections().values() for c in p.cores()) / 1e6
     row["MB"]["dense experts"] = EXPERTS * row["MB"]["dense layers"]
+    row["MB"]["room for all"] = row["MB"]["dense experts"] if keeps_weights else 0.0
     for name, bound in CHOICES.items():
-        cache = model.cache_experts(bound)
-        for each in (dense, model, model):  # an encoder's weights are cached from its second pass on
+        model.cache_experts(bound)
+        for each in (dense, model):
             seconds_per_token(each, ids, tokens, after)
         pairs = [
             (seconds_per_token(model, ids, tokens, after), seconds_per_token(dense, ids, tokens, after))
@@ -102,8 +103,6 @@ def measure(shape: str, batch: int, dtype: torch.dtype, chosen: argparse.Namespa
         ]
         for number, key in enumerate(("x", "x_after")):
             row[key][name] = median(ours[number] / theirs[number] for ours, theirs in pairs)
-        if cache is not None:
-            row["MB"][name] = cache.report().bytes / 1e6
     return row
 
 

@@ -1,9 +1,9 @@
 """`python -m mpoe_bench.hidden_side`: hidden-side experts, router included, against the dense feed-forward network.
 
-Times, the planner's predictions of them, and the memory of a training step with AdamW.
-Median ratios of interleaved calls in one process, one thread. The clock is the thread's CPU time, so that other
-processes on the machine disturb less. A row is checked against the dense network (identity blocks) before it is timed.
-Few tokens go through one layer, whose weights stay in the processor's caches, and through twelve, as in a model.
+Times, and the memory of a training step with AdamW. Median ratios of interleaved calls in one process, one thread. The
+clock is the thread's CPU time, so that other processes on the machine disturb less. A row is checked against the dense
+network (identity blocks) before it is timed. Few tokens go through one layer, whose weights stay in the processor's
+caches, and through twelve, as in a model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.estimation.costs import Usage, model_costs
-from mpoe.estimation.inventory import Inventory, Layer, Matrix
-from mpoe.estimation.timing import Device
 from mpoe.layers import ACTIVATIONS, HiddenFeedForward
 from mpoe_bench.memory import peak_memory
 
@@ -79,17 +76,6 @@ def step_bytes(network: nn.Module, x: Tensor) -> int:
     return min(peaks) + 3 * sum(w.numel() * w.element_size() for w in network.parameters())
 
 
-def predicted(case: dict[str, Any], config: MPOEConfig, training: bool) -> float:
-    """The planner's time, x dense."""
-    model, hidden = case["model"], case["hidden"]
-    layer = Layer("ffn", "main", (Matrix("up", model, hidden), Matrix("down", hidden, model)))
-    inventory = Inventory("ffn", "", "", layer.elements, (layer,), {}, None)
-    work = Usage({"main": case["tokens"]}, Device("cpu", getattr(torch, case["dtype"])), training)
-    x_dense = model_costs(inventory, config, work).x_dense()
-    assert x_dense is not None
-    return x_dense
-
-
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     """One row: ratios forward and forward + backward; with many tokens, of the memory of a training step too.
 
@@ -122,7 +108,6 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
             times["hidden"].append(sum(seconds(mixtures, x, training) for _ in range(repeats)))
         row[name] = median(h / d for d, h in zip(times["dense"], times["hidden"], strict=True))
         row[f"{name}_dense_ms"] = 1e3 * median(times["dense"]) / repeats
-        row[f"{name}_predicted"] = predicted(case, config, training)
     if case["tokens"] >= 2048:
         blocks = sum(w.numel() * w.element_size() for w in mixtures[0].experts.parameters())
         row["memory"] = step_bytes(mixtures[0], x) / (step_bytes(networks[0], x) + 4 * blocks)
@@ -149,7 +134,7 @@ def cases(backend: str | None, quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mpoe_bench.hidden_side", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON lines")
-    parser.add_argument("--backend", help="default: the registry's choice")
+    parser.add_argument("--backend", help="default: the package's choice")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two experts per token, 2,048 tokens")
     parser.add_argument("--few", action="store_true", help="only 1 and 64 tokens")
@@ -163,8 +148,7 @@ def main() -> None:
             f"{row['dtype']:9} {row['model']}/{row['hidden']} E={row['experts']:2} "
             f"{'own' if row['per_group'] else 'shared':6} k={row['top_k']} T={row['tokens']:4} {row['activation']} "
             f"{row['layers']:2} layers: "
-            f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (predicted "
-            f"{row['forward_predicted']:.2f} / {row['training_predicted']:.2f}, FLOPs {row['flops']:.2f}; "
+            f"forward {row['forward']:.2f}, training {row['training']:.2f} x dense (FLOPs {row['flops']:.2f}; "
             f"dense {row['forward_dense_ms']:.2f} / {row['training_dense_ms']:.2f} ms)"
             + (f", memory {row['memory']:.2f}" if "memory" in row else ""),
             flush=True,

@@ -9,17 +9,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpoe_bench.timing import Measure
-from mpoe_kernels import __version__, available_backends, backend_reasons, measure_machine
+from mpoe_kernels import __version__, available_backends, backend_reasons
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.planner.machine import record
 
 LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", "numpy")
 
@@ -120,7 +118,6 @@ def _version(package: str) -> str | None:
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
     """What readers must know to compare results."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    measure_machine()
     return {
         **processor_facts(),
         "gpu": gpu,
@@ -135,7 +132,6 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "mpoe": __version__,
         "revision": revision(),
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
-        "constants": record()["constants"],
         "backends": list(available_backends()),
         "backends_missing": [name for name, reasons in backend_reasons().items() if reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -149,25 +145,3 @@ def title_of(machine: dict[str, Any]) -> str:
         return str(machine["gpu"])
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     return f"{machine['processor']} ({machine['isa']}), {threads}"
-
-
-def measured_roofs(measure: Measure, device: str, scale: int = 2048) -> dict[str, float]:
-    """The best that torch reaches here: FLOP/s of a large GEMM per dtype, and bytes/s of copying a large tensor.
-
-    Args:
-        measure: returns the seconds of a sample.
-        device: where to measure.
-        scale: edge of the GEMM; the copied tensor holds ``8 scale^2`` floats.
-    """
-
-    def best(function: Callable[[], object]) -> float:
-        return min(measure(function, 1) for _ in range(8))
-
-    roofs = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        first, second = (torch.randn(scale, scale).to(device, dtype) for _ in range(2))
-        roofs[str(dtype).split(".")[-1]] = 2 * scale**3 / best(lambda a=first, b=second: a @ b)
-    source = torch.zeros(8 * scale * scale, device=device)
-    target = torch.empty_like(source)
-    roofs["bandwidth"] = 2 * source.numel() * source.element_size() / best(lambda: target.copy_(source))
-    return roofs

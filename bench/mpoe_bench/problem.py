@@ -192,19 +192,17 @@ class Problem:
         return Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, self.case.dtype)
 
     def floor(self, mask_central: bool = False) -> dict[str, float | None]:
-        """FLOPs of the planner's strategies relative to the dense FFN's, forward and forward + backward."""
+        """Fewest FLOPs of any strategy relative to the dense FFN's, forward and forward + backward."""
         floors: dict[str, float | None] = {}
         for phase, training in (("forward", False), ("train", True)):
-            plans = [self.plan(shape, training, mask_central) for shape in (self.up_shape, self.down_shape)]
+            sizes = (self.case.experts, self.case.tokens, self.case.dtype)
+            plans = [
+                plan_contraction(shape, *sizes, training=training, mask_central=mask_central)
+                for shape in (self.up_shape, self.down_shape)
+            ]
             dense = sum(plan.dense_flops for plan in plans)
             floors[phase] = sum(plan.flops for plan in plans) / dense if dense else None
         return floors
-
-    def plan(self, shape: MPOShape, training: bool, mask_central: bool = False) -> Any:
-        """The planner's choice for one projection."""
-        case = self.case
-        sizes = (shape, case.experts, case.tokens, case.dtype, case.device)
-        return plan_contraction(*sizes, training=training, mask_central=mask_central)
 
     def parameters(self) -> int:
         """Number of elements in both projections' cores, of all experts."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpoe_bench.choice import backends_to_measure
-from mpoe_bench.machine import describe, measured_roofs, pinned, usable_cores
+from mpoe_bench.machine import describe, pinned, usable_cores
 from mpoe_bench.section import NOT_HERE, Setup
 from mpoe_bench.suites import SCALES, SUITES, sections_of
 from mpoe_bench.suites.plan import budget_of
@@ -130,8 +130,6 @@ def run_suite(
     gc.freeze()  # objects made by imports stay; collections between sections need not visit them
     machine = describe(device, threads, clock)
     with pinned(threads):
-        log("measuring the machine's roofs")
-        machine["roofs"] = measured_roofs(measure, device, sizes.roof_edge)
         for number, build in enumerate(builds):
             if setup.late or (sections and "spoilt" in sections[-1]):
                 skipped.append(getattr(build, "name", f"section {number + 1}"))

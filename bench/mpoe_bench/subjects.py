@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.layers import MPOExperts
-from mpoe_bench.choice import chosen_contractions, describe_choice
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe, without_kinks
 from mpoe_bench.section import Build
@@ -99,7 +98,7 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
 
     name = mpoe_name(problem.shape_name, backend, mask_central)
     facts: dict[str, Any] = {"shape": problem.shape_name, "backend": backend, "masked": mask_central}
-    facts |= size_facts(problem.parameters(), case.dtype) | work_facts(problem, backend)
+    facts |= size_facts(problem.parameters(), case.dtype)
     facts["floor"] = problem.floor(mask_central)
     return Contender(
         name,
@@ -112,26 +111,13 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
     )
 
 
-def work_facts(problem: Problem, backend: str) -> dict[str, Any]:
-    """Forward FLOPs and memory traffic of both projections' plans together, for the roofline; and what runs."""
-    case = problem.case
-    shapes = {"up": problem.up_shape, "down": problem.down_shape}
-    plans = [problem.plan(shape, training=False) for shape in shapes.values()]
-    sizes = (case.experts, case.tokens, case.dtype, case.train, case.device, backend)
-    return {
-        "flops": sum(plan.flops for plan in plans),
-        "bytes": sum(plan.flops / plan.intensity if plan.intensity else 0.0 for plan in plans),
-        "runs": {kind: describe_choice(chosen_contractions(shape, *sizes)) for kind, shape in shapes.items()},
-    }
-
-
 def mpoe_name(shape: str, backend: str, masked: bool = False) -> str:
     """Name of an MPO contender."""
     return f"mpoe {shape}{', central masked' if masked else ''} [{backend}]"
 
 
 def mpoe_builds(problem: Problem, backends: Sequence[str], masked: bool = False) -> Iterator[tuple[str, str, Build]]:
-    """One build per backend; ``auto`` is the registry's choice."""
+    """One build per backend; ``auto`` is the package's choice."""
     for backend in backends:
 
         def build(backend: str = backend) -> tuple[Contender, Truth]:

@@ -135,28 +135,14 @@ def conversion_table(section: Mapping[str, Any]) -> TextTable:
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
-    """The planner's choice against the best measured, misses first."""
-    rows = sorted(section["rows"], key=lambda row: -(row["ratio"] or float("inf")))
+    """The choice against the best of another timing, misses first."""
     body = []
-    for row in rows:
-        missed = row["ratio"] is None or row["ratio"] > section["tolerance"]
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        best = row.get("best", {})
-        body.append(
-            [
-                row["name"],
-                ratio + (" MISS" if missed else ""),
-                "\n".join(row["chosen"].values()),
-                "\n".join(best.values()),
-                seconds_text(row.get("chosen_seconds")),
-            ]
-        )
-    notes = [f"{row['name']}: {row['reason']}" for row in rows if row.get("reason")]
-    notes += [f"{row['name']}, {name}: {why}" for row in rows for name, why in row["faults"].items()]
-    count = len(section["rows"])
-    title = f"{section['title']}: {section['within']} of {count} within {section['tolerance']} x of the best"
+    for row in sorted(section["rows"], key=lambda row: -row["ratio"]):
+        missed = " MISS" if row["ratio"] > section["tolerance"] else ""
+        names = ("\n".join(row[which].values()) for which in ("chosen", "best"))
+        body.append([row["name"], f"{row['ratio']:.2f}{missed}", *names, seconds_text(row["chosen_seconds"])])
     header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
-    return TextTable(title, header, body, notes, header[-1:])
+    return TextTable(section["title"], header, body, (), header[-1:])
 
 
 def weights_table(section: Mapping[str, Any]) -> TextTable:
@@ -193,16 +179,12 @@ def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
-    roofs = machine["roofs"]
     body = [
         ["machine", title_of(dict(machine))],
         ["processor", ", ".join(_processor(machine))],
         ["cores usable", str(machine["cores"])],
         ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
-        ["torch's GEMM", f"{roofs['float32'] / 1e9:.0f} GFLOP/s float32, {roofs['bfloat16'] / 1e9:.0f} bfloat16"],
-        ["memory copy", f"{roofs['bandwidth'] / 1e9:.1f} GB/s, read and written"],
         ["backends", ", ".join(machine["backends"]) + _instructions(machine)],
-        ["planner's constants", "measured here" if machine.get("constants") else "built-in"],
         ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
         ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
         ["python, system", f"{machine['python']}, {machine['system']}"],
@@ -238,7 +220,7 @@ def table_of(section: Mapping[str, Any]) -> TextTable:
 
 HOW_TO_READ = (
     "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
-    "rounds, in brackets its 10th and 90th percentile. Floor: FLOPs of the planner's strategies over the dense FFN's. "
+    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
     "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
     "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
     "gradients; whatever is wrong has no times."

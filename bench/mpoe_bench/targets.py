@@ -207,7 +207,7 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
         if section["key"] == "planner":
             within, count = section["within"], len(section["rows"])
             wanted = f">= {section['wanted_share']:.0%} of cases"
-            what = f"planner's choice within {section['tolerance']} x the best measured"
+            what = f"choice within {section['tolerance']} x the best measured"
             reached = within >= section["wanted_share"] * count
             lines.append(_line(what, section["backend"], wanted, {"both": f"{within} of {count}"}, reached))
         elif section["key"] == "conversion_t5":

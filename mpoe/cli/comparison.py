@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,9 @@ from mpoe.cli.run_folder import PARAMETERS, RunFolder
 
 _NONE = "-"
 _LOWER_IS_BETTER = ("perplexity", "loss")
+_SEEDS = ("seed", "data_seed", "gradient_mask_seed")
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Comparison:
 
 def compare(runs: Sequence[RunFolder]) -> list[Comparison]:
     """The tables of a comparison; those without rows are left out."""
-    found = [_what(runs), _scores(runs), _parameters(runs), _settings(runs)]
+    found = [_what(runs), _scores(runs), _arms(runs), _parameters(runs), _settings(runs)]
     return [table for table in found if table.rows]
 
 
@@ -74,17 +79,22 @@ def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
             yield (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
 
 
-def _scores(runs: Sequence[RunFolder]) -> Comparison:
-    keys = dict.fromkeys(
+def _metrics(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
+    """(task, metric) of all scores, in order."""
+    found = [
         (task, metric)
         for run in runs
         for task, values in run.results.get("validation", {}).items()
         for metric in values
         if metric != "items"
-    )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _scores(runs: Sequence[RunFolder]) -> Comparison:
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
-    for task, metric in keys:
+    for task, metric in _metrics(runs):
         values = [run.results.get("validation", {}).get(task, {}).get(metric) for run in runs]
         baselines = [run.results.get("baselines", {}).get(task, {}).get(metric) for run in runs]
         there = [value for value in values if value is not None]
@@ -99,6 +109,47 @@ def _scores(runs: Sequence[RunFolder]) -> Comparison:
         "compare several seeds before a small difference is believed. Baseline: one answer for all items."
     )
     return Comparison("Scores", words, [*_header("", runs), "baseline"], rows, best)
+
+
+def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Finished runs that differ in nothing but their seeds, by what their feed-forward layers are; where several arms
+    have the same, the name of their first run is added."""
+    from mpoe.training.output_dir import is_neutral
+
+    groups: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        own = {key: value for key, value in run.settings.items() if not is_neutral(key)}
+        key = repr(sorted((name, str(v)) for name, v in own.items() if name.rpartition(".")[2] not in _SEEDS))
+        if run.results:
+            groups.setdefault(key, []).append(run)
+    kinds = [alike[0].mixture for alike in groups.values()]
+    return {
+        kind if kinds.count(kind) == 1 else f"{kind} ({alike[0].name})": alike
+        for kind, alike in zip(kinds, groups.values(), strict=True)
+    }
+
+
+def mean_and_half_width(values: Sequence[float]) -> str:
+    """The mean, and half the width of its 95% interval (Student's t) if there are several values."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}" if values else _NONE
+    half = _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):.4f} ± {half:.4f}"
+
+
+def _arms(runs: Sequence[RunFolder]) -> Comparison:
+    """Means over seeds; without rows if no arm has several runs."""
+    arms = arms_of(runs)
+    rows = []
+    if any(len(alike) > 1 for alike in arms.values()):
+        rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
+        rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
+        for task, metric in _metrics(runs):
+            scores = [[run.results["validation"].get(task, {}).get(metric) for run in alike] for alike in arms.values()]
+            there = [[value for value in values if value is not None] for values in scores]
+            rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
+    words = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
+    return Comparison("Arms", words, ["", *arms], rows)
 
 
 def _parameters(runs: Sequence[RunFolder]) -> Comparison:

@@ -47,7 +47,7 @@ def run(
 ) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
     from mpoe.cli.files import model_folder
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
     from mpoe.training.output_dir import check_folder
 
     config = experts.build()
@@ -61,7 +61,7 @@ def run(
         raise CommandError(f"OUT must be another folder than IN; got {out} for both")
     if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not overwrite:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_if_any(source)
     from mpoe.models import convert_to_mpoe, import_original
 
     if original_checkpoint is not None:
@@ -73,7 +73,8 @@ def run(
     show_parameters(report)
     with model_folder(out) as staging:
         model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
     print(f"saved to {out}")
     return report
 

@@ -138,7 +138,8 @@ def run(output_dir: Path, kind: str, settings: Settings, seed: int) -> dict[str,
     console.print(comparison_lines(settings)[0], highlight=False)
 
     with stages.stage(f"time a layer of {settings.large}"):
-        from mpoe.cli.demo_cost import hidden_size, large_costs, widened
+        from mpoe.cli.demo_cost import hidden_size, large_costs
+        from mpoe.models.widen import widened
 
         torch.manual_seed(0)
         large = large_costs(settings)

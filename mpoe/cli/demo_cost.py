@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from typing import Any
@@ -11,40 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.cli.demo_arms import DemoArm, Settings
-from mpoe.layers import HiddenFeedForward, MPOEFeedForward
+from mpoe.layers import MPOEFeedForward, routing_context
 
 TOKENS = 512
 ROUNDS = 3
 _HIDDEN = {"t5": "d_ff", "gpt2": "n_inner"}  # fields of the configurations
-_INTO_HIDDEN = ("wi.weight", "c_fc.weight")  # their new columns are random; all other new weights are 0
 
 
 def hidden_size(config: Any) -> int:
     """F of a T5 or GPT-2."""
     return int(getattr(config, _HIDDEN[config.model_type]) or 4 * config.n_embd)
-
-
-def widened(dense: Any, hidden: int) -> Any:
-    """A copy of a T5 or GPT-2 with more hidden units that computes the same: the new units' output weights are 0.
-
-    Args:
-        dense: the model; its feed-forward networks are not gated.
-        hidden: their new hidden size.
-    """
-    config = copy.deepcopy(dense.config)
-    setattr(config, _HIDDEN[config.model_type], hidden)
-    model = type(dense)(config).eval()
-    if hasattr(dense, "loss_type"):
-        model.loss_type = dense.loss_type
-    old = dense.state_dict()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith(_INTO_HIDDEN):
-                value.normal_(std=float(old[name].std()))
-            elif value.shape != old[name].shape:
-                value.zero_()
-            value[tuple(map(slice, old[name].shape))] = old[name]
-    return model
 
 
 class _Dense(nn.Module):
@@ -59,13 +34,7 @@ class _Dense(nn.Module):
 def _layer(arm: DemoArm, features: int, hidden: int) -> nn.Module:
     if arm.experts is None:
         return _Dense(features, hidden)
-    config = arm.config(large=True)
-    if not config.is_hidden:
-        return MPOEFeedForward(features, hidden, config)
-    dense = _Dense(features, hidden)
-    layer = HiddenFeedForward(features, hidden, config, names={"up": "up", "down": "down"}, activation="relu")
-    layer.adopt({"up": dense.up, "down": dense.down})
-    return layer
+    return MPOEFeedForward(features, hidden, arm.config(large=True))
 
 
 def large_costs(settings: Settings, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
@@ -119,7 +88,8 @@ def _size(layer: nn.Module) -> int:
 def _seconds(layer: nn.Module, x: Tensor, training: bool) -> float:
     start = time.thread_time()
     if training:
-        layer(x).sum().backward()
+        with routing_context(record=False):
+            layer(x).sum().backward()
     else:
         with torch.inference_mode():
             layer(x)

@@ -5,21 +5,16 @@ For a run, settings without an option are as in training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
+from mpoe.cli.run_data import data_of_run
 from mpoe.cli.tasks import DataOptions
 
-if TYPE_CHECKING:
-    from mpoe.data.spec import TaskSpec
-
 SPLITS = ("train", "validation", "test")
-SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
 
 
 @dataclass
@@ -51,8 +46,7 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
         return None
     words, (options, data), flags = asked
     model_dir = _model_dir(words[0] if words else None, options.load_experiment)
-    run = _settings_of_run(model_dir)
-    data = _as_in_the_run(data, flags, run)
+    data, seed, described = data_of_run(model_dir, data, flags)
     from mpoe.cli.files import check_writable_file, write_json
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
     from mpoe.cli.tasks import resolve
@@ -61,12 +55,9 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
     source = find(model_dir)
-    if source.style == ENCODER:
-        raise CommandError(
-            f"{model_dir} is an encoder ({source.model_type}); evaluate takes T5, GPT-2 and Llama models"
-        )
-    seed = _data_seed(run) if options.data_seed is None else options.data_seed
-    described = None if "task_file" in flags else _descriptions_of_run(run)
+    if source.style == ENCODER and not source.is_classifier:
+        raise CommandError(f"{model_dir} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
+    seed = seed if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
@@ -82,54 +73,6 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
         report |= {"baselines": found.baselines, "remarks": found.remarks}
         write_json(Path(options.output_file), report)
     return scores
-
-
-def _settings_of_run(model_dir: str) -> dict[str, Any]:
-    """The settings of the run in ``model_dir``, or of the run whose checkpoint it is; empty without one."""
-    from mpoe.training.output_dir import RUN_FILE
-
-    for folder in (Path(model_dir), Path(model_dir).resolve().parent):
-        if (folder / RUN_FILE).is_file():
-            try:
-                return dict(json.loads((folder / RUN_FILE).read_text())["config"])
-            except (ValueError, LookupError, TypeError) as error:
-                raise CommandError(f"{folder / RUN_FILE} does not describe a run: {error}") from None
-    return {}
-
-
-def _as_in_the_run(data: DataOptions, flags: set[str], run: dict[str, Any]) -> DataOptions:
-    """Set options without a flag as in training: lengths, columns, label words, and the items if no flag selects
-    any."""
-    kept = run.get("data", {})
-    names = {f.name for f in fields(DataOptions) if f.name not in flags} & set(kept)
-    if flags & SOURCES:
-        names -= SOURCES
-    taken = {name: kept[name] for name in sorted(names) if kept[name] != getattr(data, name)}
-    if not taken:
-        return data
-    print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
-    return replace(data, **taken)
-
-
-def _descriptions_of_run(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
-    """The tasks of the run's ``task_file`` at that time; None if the run saved none."""
-    from mpoe.data.spec import TaskSpec
-
-    kept = run.get("described")
-    try:
-        return {name: TaskSpec.from_mapping(name, values) for name, values in kept.items()} if kept else None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CommandError(f"described in run.json does not describe tasks: {error}") from None
-
-
-def _data_seed(run: dict[str, Any]) -> int:
-    """The seed that split the run's data; 0 without one.
-
-    With another seed, split_validation_test would put items into the test split that the run used for validation.
-    """
-    training = run.get("training", {})
-    seed = training.get("data_seed")
-    return int(training.get("seed", 0) if seed is None else seed)
 
 
 def _model_dir(given: str | None, load_experiment: str | None) -> str:

@@ -40,7 +40,7 @@ def command(arguments: Sequence[str]) -> None:
 def run(name: str, out: Path, options: ExportOptions) -> float:
     """Export the model ``name`` into the folder ``out``; returns the relative difference of the logits."""
     from mpoe.cli.files import model_folder
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
     from mpoe.training.output_dir import check_folder
 
     source = find(name)
@@ -49,7 +49,7 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
     check_folder("OUT", out)
     if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
     from mpoe.models.export import check_export
 
@@ -57,7 +57,8 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
     stock = merge_experts(model, as_=options.to)
     with model_folder(out) as staging:
         stock.save_pretrained(staging, max_shard_size=options.max_shard_size)
-        tokenizer.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
         difference = check_export(model, Path(staging), options.to)
     print(f"saved to {out}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
     return difference

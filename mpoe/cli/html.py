@@ -22,7 +22,12 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
   -webkit-text-size-adjust: 100%; }
 h1, h2, h3, h4, p, code { overflow-wrap: anywhere; } h1 { font-size: 1.7rem; line-height: 1.25; }
 h2 { margin-top: 2.2rem; border-bottom: 2px solid var(--accent); padding-bottom: .2rem; font-size: 1.25rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; }
+.scroll { overflow-x: auto; margin: 1rem 0; background: /* shadows at the sides where something is cut */
+  linear-gradient(90deg, #fff 30%, #fff0) 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(270deg, #fff 30%, #fff0) 100% / 2.5rem 100% no-repeat local,
+  linear-gradient(90deg, #0003, #0000) 0 / .8rem 100% no-repeat scroll,
+  linear-gradient(270deg, #0003, #0000) 100% / .8rem 100% no-repeat scroll; }
+table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; text-align: right; } td { text-align: right; font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child, .text td, .text th { text-align: left; } .text td { overflow-wrap: anywhere; }

@@ -4,16 +4,22 @@ MODEL is the folder of a converted model or of a training run, whose curves are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import REPORT_FILE
 from mpoe.cli.parsing import option, read_command
-from mpoe.cli.tasks import DataOptions
+from mpoe.cli.run_data import data_of_run
+from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.plotting import have_matplotlib
+
+if TYPE_CHECKING:
+    from mpoe.data.task import Task
 
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 
@@ -48,9 +54,11 @@ def command(arguments: Sequence[str]) -> None:
     if not asked.words:
         raise CommandError(f"inspect needs a model first: {usage}")
     options, data = asked.options
+    data, seed, described = data_of_run(asked.words[0], data, asked.given)
     if not have_matplotlib():
         raise CommandError('inspect draws with matplotlib, which is not installed: pip install "mpoe[report]"')
-    run(asked.words[0], options, data)
+    find_tasks = partial(resolve, data.eval_tasks or data.tasks, data, data_seed=seed, described=described)
+    run(asked.words[0], options, find_tasks)
 
 
 def _checked_folder(options: InspectOptions) -> Path:
@@ -64,8 +72,8 @@ def _checked_folder(options: InspectOptions) -> Path:
     return folder
 
 
-def run(name: str, options: InspectOptions, data: DataOptions) -> None:
-    """Inspect the model ``name``; writes the report."""
+def run(name: str, options: InspectOptions, find_tasks: Callable[..., list[Task]]) -> None:
+    """Inspect the model ``name``; writes the report. ``find_tasks(style=...)`` gives the tasks whose items count."""
     folder = _checked_folder(options)
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
 
@@ -77,13 +85,15 @@ def run(name: str, options: InspectOptions, data: DataOptions) -> None:
         )
     records = _curves(Path(name))
     tokenizer = load_tokenizer(source)
-    items = _items(source, options, data, tokenizer)
+    tasks = find_tasks(style=SEQ2SEQ if source.style == ENCODER else source.style)
+    items = _items(source.style, options, tasks, tokenizer)
     model = load_model(source)
-    print(f"{name}: counting {len(items)} items, following tokens, reading bonds")
+    counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
+    print(f"{name}: counting {counted}, following tokens, reading bonds")
     from mpoe.cli.inspect_sections import Inspection
 
     texts = options.text or _shown(items, tokenizer)
-    Inspection(name, model, tokenizer, items, records, texts, options.num_tokens).write(folder)
+    Inspection(name, model, tokenizer, items, counted, records, texts, options.num_tokens).write(folder)
     print(f"plots, numbers and report are in {folder}; open {folder / REPORT_FILE}")
 
 
@@ -94,17 +104,13 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
 
 
-def _items(source: Any, options: InspectOptions, data: DataOptions, tokenizer: Any) -> list[dict[str, Any]]:
+def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
     """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
     from mpoe.cli.scoring import encode_task
-    from mpoe.cli.tasks import resolve
-    from mpoe.models.table import ENCODER, SEQ2SEQ
 
-    style = SEQ2SEQ if source.style == ENCODER else source.style
-    tasks = resolve(data.eval_tasks or data.tasks, data, style)
     share = -(-options.num_items // len(tasks))
-    if source.style != ENCODER:
-        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share)]
+    if style != ENCODER:
+        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share, style)]
     texts = [example.source for task in tasks for example in task.examples(options.split)[:share]]
     encoded = tokenizer(texts, truncation=True, max_length=128)
     return [

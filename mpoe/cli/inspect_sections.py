@@ -28,8 +28,8 @@ _ROUTES = (
     "layer that sends everything to one expert; equal tokens show whether a layer sorts by word or by context."
 )
 _LOAD = (
-    "The share of its tokens that each layer gave to each expert, counted on the items. Padding is not counted. An "
-    "expert near 0 learns nothing; raise balance_loss_weight if training does not cure it."
+    "The share of its tokens that each layer gave to each expert, counted on {}. Padding is not counted. An expert "
+    "near 0 learns nothing from such data; raise balance_loss_weight if training does not cure it."
 )
 _BONDS = (
     "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values there; their entanglement "
@@ -49,6 +49,7 @@ class Inspection:
         model: in eval mode.
         tokenizer: its tokenizer.
         items: encoded items for the expert load.
+        counted: what they are, in words.
         records: records of ``metrics.jsonl``, or none.
         texts: texts whose tokens are traced.
         num_tokens: tokens of the pass that plans are made for.
@@ -60,11 +61,12 @@ class Inspection:
         model: Any,
         tokenizer: Any,
         items: list[dict[str, Any]],
+        counted: str,
         records: list[dict[str, Any]],
         texts: Sequence[str],
         num_tokens: int,
     ) -> None:
-        self.name, self.model, self.records = name, model, records
+        self.name, self.model, self.counted, self.records = name, model, counted, records
         self.config = model.mpoe_config
         self.layers = [short_name(layer) for layer, _ in routed_layers(model)]
         self.load = expert_load(model, items, tokenizer.pad_token_id) if self.layers else []
@@ -125,7 +127,8 @@ class Inspection:
             html = routes_html(self.routes, self.config.num_experts)
             found.append(("Which expert took which token", _ROUTES, {}, html))
         if self.load:
-            found.append(("Expert load", _LOAD, {"expert_load": plots.load_by_layer(self.load, self.layers)}, ""))
+            drawn = {"expert_load": plots.load_by_layer(self.load, self.layers)}
+            found.append(("Expert load", _LOAD.format(self.counted), drawn, ""))
         if self.spectra:
             drawn = {
                 "bond_rank": plots.bond_ranks(self.spectra),
@@ -147,6 +150,7 @@ class Inspection:
             "parameters": self.model.parameter_report(),
             "layers": self.layers,
             "expert_load": self.load,
+            "counted_on": self.counted,
             "routes": [{"text": text, "streams": [vars(route) for route in routes]} for text, routes in self.routes],
             "bonds": {
                 kind: {

@@ -14,7 +14,7 @@ COMMANDS = {
     "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
     "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|qwen3_moe|olmoe.",
     "compose": "Make one mixture of several fine-tunes: mpoe compose BASE FT1 FT2 --output_dir OUT --texts T1 T2.",
-    "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable --device h100.",
+    "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
     "generate": "Generate text with a saved model.",
     "info": "Show versions, kernel backends (and why the others cannot run here), devices and cores.",

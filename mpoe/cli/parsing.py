@@ -23,6 +23,17 @@ from mpoe.cli.errors import CommandError, close_matches
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
 
 _ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # number of values of an option, by its nargs
+# names that other tools have -> ours
+_MEANT = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "data": "data_dir",
+    "dataset": "data_dir",
+    "output": "output_dir",
+    "experts": "num_experts",
+}
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
 
 
@@ -79,6 +90,9 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
     dashes = "--" if name.startswith("--") else ""  # suggestions for a flag are written as flags
+    meant = _MEANT.get(_normal(name))
+    if meant in known:
+        return CommandError(f"{kind} {name!r}; did you mean {dashes + str(meant)!r}?")
     return CommandError(f"{kind} {name!r}{close_matches(dashes + _normal(name), [dashes + k for k in known])}")
 
 
@@ -213,10 +227,12 @@ def read_command(
     words: int = 0,
     config: bool = False,
     inherited: type | None = None,
+    first: Mapping[str, str] | None = None,
 ) -> Asked | None:
     """Parse the tokens of a command; None if they ask for help, which is then printed.
 
     Args:
+        first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
         usage, about, inherited: see `mpoe.cli.usage.show_options`.
         groups: dataclasses whose fields are the options.
         arguments: the tokens.
@@ -227,16 +243,19 @@ def read_command(
         CommandError: see `parse`; also for too many words.
     """
     if any(token in ("-h", "--help") for token in arguments) or (words and not arguments):
-        from mpoe.cli.usage import show_options
+        from mpoe.cli.usage import show_first, show_options
 
-        show_options(usage, about, groups, inherited)
+        if first and "all" not in arguments:
+            show_first(usage, about, first)
+        else:
+            show_options(usage, about, groups, inherited)
         return None
     if not arguments:
         return Asked([], *parse(groups, []))
     parser = make_parser(groups)
     if config:  # only in front: after a flag it would be taken for an invalid value
-        first = 0 if arguments[0].startswith("--") else 1
-        found, flags = list(arguments[:first]), list(arguments[first:])
+        start = 0 if arguments[0].startswith("--") else 1
+        found, flags = list(arguments[:start]), list(arguments[start:])
     else:
         found, flags = _split(arguments, option_names(parser), words)
     return Asked(found, *_parse(parser, groups, flags, found[0] if found and config else None))

@@ -1,6 +1,7 @@
-"""`mpoe plan MODEL_OR_CONFIG [flags]`: the cost of a mixture of MPO experts, computed only from the configuration.
+"""`mpoe plan MODEL_OR_CONFIG [flags]`: parameters, FLOPs and memory of a mixture of MPO experts, beside dense experts
+(Switch) and the dense model.
 
-No weights are loaded or allocated.
+Computed only from the configuration: no weights are loaded or allocated, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option, read_command
 
 if TYPE_CHECKING:
-    from mpoe.config import MPOEConfig
-    from mpoe.estimation.cluster import Cluster
-    from mpoe.estimation.costs import Usage
-    from mpoe.estimation.inventory import Inventory
-    from mpoe.estimation.suggest import Limits
+    from rich.table import Table
 
+    from mpoe.config import MPOEConfig
+    from mpoe.estimation.costs import ModelCosts, Usage
+    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation.suggest import Limits, Suggestion
+
+SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
+WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
@@ -35,26 +40,27 @@ class PlanOptions:
     experts: int = option(8, "experts per layer", "num_experts")
     shape: str | None = option(
         None,
-        "hidden, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; default: hidden, "
-        "or separable where a bond or cores are given",
+        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; default: "
+        "hidden, or separable where a bond or cores are given",
     )
+    neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
+    latent: int | None = option(None, "size of the space that such experts share; none = the model's own")
     bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
     separable_left: int | None = option(None, "left core of a separable up projection")
     separable_right: int | None = option(None, "right core of a separable up projection")
     light_p: int = option(64, "product i * j of a light shape's outer cores")
     exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
     layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    top_k: int | None = option(None, "experts per token; default: 2 of hidden, 1 of other shapes")
+    top_k: int | None = option(
+        None, "experts per token; default: 2 of hidden, an eighth of neurons (2 to 8), 1 of other shapes"
+    )
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
-    device: str = option("cpu", "cpu (this machine) or a name of the planner's hardware table, e.g. h100")
-    dtype: str = option("bf16", "fp32, bf16 or fp16: activations and products")
+    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products")
     training: bool = option(False, "forward and backward; the default")
     inference: bool = option(False, "forward only")
     mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
-    per_layer: bool = option(False, "list every layer")
-    explain: bool = option(False, "say why the other strategies lost")
-    json: str | None = option(None, "also write everything to this file")
+    json: str | None = option(None, "also write everything, layer by layer, to this file")
 
 
 @dataclass
@@ -65,32 +71,65 @@ class SuggestOptions:
 
     suggest: bool = option(False, "propose shapes instead of planning one; a budget or rank implies it")
     max_parameters: str | None = option(None, "of the whole model, e.g. 300M or 1.2B")
-    max_time: float | None = option(None, "of the feed-forward layers, x dense, e.g. 1.3")
-    rank_by: str = option("capacity", "capacity (auxiliary parameters per expert), time or parameters")
+    max_flops: float | None = option(None, "of the feed-forward layers, x dense, e.g. 1.3")
+    rank_by: str = option("capacity", "capacity (auxiliary parameters per expert), flops or parameters")
 
 
-@dataclass
-class ClusterOptions:
-    """Several devices: replicated MPO experts against expert-parallel Switch."""
-
-    _argument_group_name = "several devices"
-
-    nodes: list[int] = option([1], "nodes; several numbers are compared, a line for each design")
-    gpus_per_node: int = option(1, "devices of a node")
-    link_gbps: float | None = option(None, "gigabit/s one device sends to other nodes; none = the device's")
-    node_link_gbps: float | None = option(None, "gigabit/s one device sends inside its node; none = the device's")
+GROUPS = (PlanOptions, SuggestOptions)
 
 
-@dataclass
-class CalibrateOptions:
-    """Measuring this machine."""
+def command(arguments: Sequence[str]) -> None:
+    """Run the command on its tokens."""
+    usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
+    asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
+    if asked is None:
+        return
+    words, (plan, suggest), given = asked
+    if not words:
+        raise CommandError(f"plan needs a model first: {usage}")
+    run(words[0], plan, suggest, given)
 
-    _argument_group_name = "calibration"
 
-    calibrate: bool = option(False, "measure this machine for about a minute and keep the result; needs no model")
+def run(model: str, options: PlanOptions, budget: SuggestOptions, given: set[str]) -> dict[str, Any]:
+    """Plan, or suggest shapes; print a table and return (and write) everything as JSON-able values."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from mpoe.cli.files import check_writable_file, write_json
+
+    if options.json is not None:
+        check_writable_file("json", Path(options.json))
+    suggesting = budget.suggest or bool(given & {"max_parameters", "max_flops", "rank_by"})
+    _check(options, budget, given, suggesting)
+    limits = _limits(budget)
+    inventory = _inventory(model, options)
+    config, usage = _config(inventory, options, given, suggesting), _usage(inventory, options)
+    values: dict[str, Any] = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values()}
+    if suggesting:
+        from mpoe.config import NAMED_SHAPES
+        from mpoe.estimation.suggest import suggest
+
+        families = NAMED_SHAPES if options.shape is None else (options.shape,)
+        found = suggest(inventory, config, usage, limits, budget.rank_by, families)
+        values |= _suggestion_values(found, limits)
+        table, notes = _suggestion_table(found, budget.rank_by), _suggestion_notes(found)
+    else:
+        from mpoe.estimation.costs import model_costs
+
+        costs = model_costs(inventory, config, usage)
+        values |= {"kind": "plan", **costs.values()}
+        table, notes = _plan_table(costs), _plan_notes(costs)
+    console = Console()
+    wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
+    for line in (escape(_head(inventory, usage)), table, *map(escape, notes)):
+        wide.print(line, highlight=False)
+    if options.json is not None:
+        write_json(Path(options.json), values)
+        print(f"written to {options.json}")
+    return values
 
 
-GROUPS = (PlanOptions, SuggestOptions, ClusterOptions, CalibrateOptions)
+# ------------------------------------------------------------- what is asked
 
 
 def parse_count(name: str, text: str) -> int:
@@ -108,120 +147,29 @@ def parse_count(name: str, text: str) -> int:
     return value
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
-    asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
-    if asked is None:
-        return
-    words, (plan, suggest, cluster, calibrate), given = asked
-    if calibrate.calibrate:
-        _calibrate(plan.device)
-    if words:
-        run(words[0], plan, suggest, cluster, given)
-    elif not calibrate.calibrate:
-        raise CommandError(f"plan needs a model first: {usage}")
-
-
-def run(
-    model: str, options: PlanOptions, suggest_options: SuggestOptions, cluster_options: ClusterOptions, given: set[str]
-) -> dict[str, Any]:
-    """Plan, or suggest shapes, print tables and return (and write) everything as JSON-able values."""
-    from mpoe.cli.files import check_writable_file, write_json
-
-    if options.json is not None:
-        check_writable_file("json", Path(options.json))
-    _check(options, suggest_options, cluster_options)
-    suggesting = suggest_options.suggest or bool(given & {"max_parameters", "max_time", "rank_by"})
-    if suggesting:
-        _check_suggest(options, given)
-    budget = _budget(suggest_options)
-    from mpoe.cli import plan_json, plan_tables
-    from mpoe.estimation.costs import model_costs
-
-    inventory = _inventory(model, options)
-    config = _config(inventory, options, given, suggesting)
-    work = _workload(inventory, options)
-    clusters = _clusters(work, cluster_options, given)
-    if suggesting:
-        from mpoe.config import NAMED_SHAPES
-        from mpoe.estimation.suggest import suggest
-
-        if budget.x_dense is not None and not any(work.tokens.values()):
-            raise CommandError("max_time needs tokens; got 0")
-        families = NAMED_SHAPES if options.shape is None else (options.shape,)
-        suggestions = suggest(inventory, config, work, budget, suggest_options.rank_by, families)
-        values = plan_json.suggestion_values(suggestions, inventory, work, budget)
-        plan_tables.show_suggestions(values, suggestions, inventory, work, suggest_options.rank_by)
-    else:
-        costs = model_costs(inventory, config, work)
-        values = plan_json.plan_values(costs)
-        plan_tables.show_plan(values, costs, per_layer=options.per_layer, explain=options.explain)
-        if clusters:
-            from mpoe.cli import cluster_tables
-            from mpoe.estimation.cluster import placements
-
-            placed = [placements(costs, cluster) for cluster in clusters]
-            found = [plan_json.cluster_values(*each, work) for each in zip(clusters, placed, strict=True)]
-            if len(clusters) == 1:
-                values["cluster"] = found[0]
-                cluster_tables.show_cluster(found[0], work)
-            else:
-                values["clusters"] = found
-                cluster_tables.show_scale(found, clusters, work)
-    if options.json is not None:
-        write_json(Path(options.json), values)
-        print(f"written to {options.json}")
-    return values
-
-
-def _check(options: PlanOptions, suggest_options: SuggestOptions, cluster: ClusterOptions) -> None:
-    """Refuse invalid values before heavy imports."""
+def _check(options: PlanOptions, budget: SuggestOptions, given: set[str], suggesting: bool) -> None:
+    """Refuse invalid values before heavy imports, and options that a search for shapes cannot use."""
     if options.training and options.inference:
         raise CommandError("--training and --inference exclude each other")
-    for name, value, least in (
-        ("experts", options.experts, 1),
-        ("bond", options.bond, 1),
-        ("top_k", options.top_k, 1),
-        ("tokens", options.tokens, 0),
-        ("decoder_tokens", options.decoder_tokens, 0),
-        *(("nodes", nodes, 1) for nodes in cluster.nodes),
-        ("gpus_per_node", cluster.gpus_per_node, 1),
-    ):
+    for name, least in (("experts", 1), ("bond", 1), ("top_k", 1), ("tokens", 0), ("decoder_tokens", 0)):
+        value = getattr(options, name)
         if value is not None and value < least:
             raise CommandError(f"{name} must be at least {least}; got {value}")
-    for name, speed in (("link_gbps", cluster.link_gbps), ("node_link_gbps", cluster.node_link_gbps)):
-        if speed is not None and not (speed > 0 and math.isfinite(speed)):
-            raise CommandError(f"{name} must be greater than 0; got {speed}")
     if options.dtype not in DTYPES:
         raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
     if options.mask_central and options.inference:
         raise CommandError("mask_central concerns training; it cannot be given with --inference")
-    if suggest_options.max_time is not None and not (
-        suggest_options.max_time > 0 and math.isfinite(suggest_options.max_time)
-    ):
-        raise CommandError(f"max_time must be greater than 0; got {suggest_options.max_time}")
-
-
-def _check_suggest(options: PlanOptions, given: set[str]) -> None:
-    """Refuse options that a search for shapes cannot use, rather than ignore them."""
-    chosen = ("bond", "separable_left", "separable_right", "light_p")
-    for name in (*chosen, "per_layer", "explain", "nodes", "gpus_per_node", "link_gbps", "node_link_gbps"):
-        if name in given:
-            why = "is what suggestions choose" if name in chosen else "concerns the plan of one shape"
-            raise CommandError(f"{name} {why}; it cannot be given with --suggest or a budget")
-    if options.shape is not None and options.shape.lstrip().startswith("{"):
+    if budget.max_flops is not None and not (budget.max_flops > 0 and math.isfinite(budget.max_flops)):
+        raise CommandError(f"max_flops must be greater than 0; got {budget.max_flops}")
+    if budget.max_flops is not None and options.tokens == 0 and not options.decoder_tokens:
+        raise CommandError("max_flops needs tokens; got 0")
+    for name in ("bond", "separable_left", "separable_right", "light_p"):
+        if suggesting and name in given:
+            raise CommandError(f"{name} is what suggestions choose; it cannot be given with --suggest or a budget")
+    if suggesting and options.shape == "neurons":
+        raise CommandError("shape must be separable, paper or light with --suggest or a budget; got 'neurons'")
+    if suggesting and options.shape is not None and options.shape.lstrip().startswith("{"):
         raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
-
-
-def _budget(options: SuggestOptions) -> Limits:
-    from mpoe.estimation.suggest import RANKS, Limits
-
-    if options.rank_by not in RANKS:
-        hint = close_matches(options.rank_by, RANKS)
-        raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {options.rank_by!r}{hint}")
-    most = None if options.max_parameters is None else parse_count("max_parameters", options.max_parameters)
-    return Limits(most, options.max_time)
 
 
 def _inventory(model: str, options: PlanOptions) -> Inventory:
@@ -238,7 +186,7 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
     """The requested mixture; for a converted model, its own unless flags override it."""
     from mpoe.cli.options import ExpertOptions
     from mpoe.config import MPOEConfig
-    from mpoe.config.shapes import SEPARABLE
+    from mpoe.config.shapes import NEURONS, SEPARABLE
 
     asked = ExpertOptions(
         num_experts=options.experts,
@@ -248,6 +196,8 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
         separable_right=options.separable_right,
         light_p=options.light_p if "light_p" in given else None,
         top_k=options.top_k,
+        neurons=options.neurons,
+        latent=options.latent,
     ).build()
     assert asked is not None  # only a dense model has no configuration
     asked = asked if inventory.blocks_fit else asked.with_cores()
@@ -255,62 +205,193 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
         return asked
     own = inventory.mpoe
     names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
-    names |= {name: name for name in ("separable_left", "separable_right")}
+    names |= {name: name for name in ("separable_left", "separable_right", "neurons", "latent")}
     changes = {kept: getattr(asked, kept) for name, kept in names.items() if name in given}
-    routing = asked if "top_k" in given else own
+    fields = {**{kept: getattr(own, kept) for kept in names.values()}, **changes}
+    routing = asked if "top_k" in given or (own.is_neurons and fields["shape"] != NEURONS) else own
+    if fields["shape"] != NEURONS:
+        fields |= {"neurons": None, "latent": None}
     return MPOEConfig(
-        **{kept: getattr(own, kept) for kept in names.values() if kept not in changes},
-        **changes,
+        **fields,
         moe_type=routing.moe_type,
         router=routing.router,
     )
 
 
-def _workload(inventory: Inventory, options: PlanOptions) -> Usage:
+def _usage(inventory: Inventory, options: PlanOptions) -> Usage:
     import torch
 
     from mpoe.estimation.costs import Usage
-    from mpoe.estimation.timing import Device
-    from mpoe_kernels.planner import hardware_of
-
-    hardware_of(options.device)  # refuses an unknown one
 
     if options.decoder_tokens is not None and "decoder" not in inventory.streams:
         raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
     tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)
     if options.decoder_tokens is not None:
         tokens["decoder"] = options.decoder_tokens
-    device = Device(options.device, getattr(torch, DTYPES[options.dtype]))
-    return Usage(tokens, device, not options.inference, options.mask_central)
+    return Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
 
 
-def _clusters(work: Usage, options: ClusterOptions, given: set[str]) -> list[Cluster]:
-    if not given & {"nodes", "gpus_per_node", "link_gbps", "node_link_gbps"}:
-        return []
-    from mpoe.estimation.cluster import Cluster
+def _limits(budget: SuggestOptions) -> Limits:
+    from mpoe.estimation.suggest import RANKS, Limits
 
-    hardware = work.device.hardware
-
-    def bytes_per_second(gbps: float | None, default: float) -> float:
-        return default if gbps is None else gbps * 1e9 / 8
-
-    network = bytes_per_second(options.link_gbps, hardware.network_bandwidth)
-    link = bytes_per_second(options.node_link_gbps, hardware.link_bandwidth)
-    return [Cluster(nodes, options.gpus_per_node, network, link) for nodes in options.nodes]
+    if budget.rank_by not in RANKS:
+        hint = close_matches(budget.rank_by, RANKS)
+        raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {budget.rank_by!r}{hint}")
+    most = None if budget.max_parameters is None else parse_count("max_parameters", budget.max_parameters)
+    return Limits(most, budget.max_flops)
 
 
-def _calibrate(device: str) -> None:
-    """Measure a device of this machine, and print the results and where they are saved."""
-    import torch
+# ------------------------------------------------------------- what is shown
 
-    from mpoe.cli.plan_tables import show_hardware
-    from mpoe_kernels.planner import calibrate
-    from mpoe_kernels.planner.measured import cache_file
 
-    print(f"measuring {device}: about a minute, best on a quiet machine", flush=True)
-    try:
-        hardware = calibrate(device)
-    except OSError as error:
-        raise CommandError(f"calibrate: {cache_file()} cannot be written: {error}") from error
-    show_hardware(hardware, torch.get_num_threads() if hardware.kind == "cpu" else None)
-    print(f"kept in {cache_file()}; plans for {device} use it from now on")
+def _suggestion_values(found: Sequence[Suggestion], limits: Limits) -> dict[str, Any]:
+    """Suggestions, best first."""
+    rows = [
+        {
+            "name": one.name,
+            "options": one.options,
+            "config": one.costs.config.to_dict(),
+            "lossless": one.costs.lossless,
+            "capacity": one.capacity,
+            **one.costs.whole("mpoe").values(one.costs.usage),
+            "x_dense": one.x_dense,
+        }
+        for one in found
+    ]
+    budget = {"max_parameters": limits.parameters, "max_flops": limits.x_dense}
+    return {"kind": "suggestions", "budget": budget, "suggestions": rows}
+
+
+def _digits(value: float) -> str:
+    """Four significant digits, without an exponent."""
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def scaled(number: float, unit: str = "", billion: str = "G") -> str:
+    """``294.0 M``, ``1.176 GB``: powers of ten."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), (billion, 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{_digits(number / size)} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip()
+
+
+def count(number: float) -> str:
+    """``294.0 M``, ``1.176 B``: parameters, in the units that papers use."""
+    return scaled(number, billion="B")
+
+
+def _head(inventory: Inventory, usage: Usage) -> str:
+    tokens = ", ".join(f"{number:,} {stream} tokens" for stream, number in usage.tokens.items())
+    tokens = tokens.replace(" main tokens", " tokens")  # the only stream of GPT-2 and BERT needs no name
+    phase = "training" if usage.training else "inference"
+    masked = ", central cores masked" if usage.mask_central else ""
+    return (
+        f"{inventory.name} ({inventory.source}; {inventory.class_name}, {count(inventory.parameters)} parameters), "
+        f"{phase}{masked}: {tokens} a step, {str(usage.dtype).removeprefix('torch.')}"
+    )
+
+
+def _new_table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    style: dict[str, Any] = {"title_justify": "left", "box": box.HORIZONTALS}
+    table = Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **style)
+    for name in columns:
+        left = name in ("part", "design", "shape", "lossless")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _cells(cost: dict[str, Any], training: bool) -> list[str]:
+    temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
+    return [
+        count(cost["parameters"]),
+        scaled(cost["weight_bytes"], "B"),
+        *([scaled(cost["state_bytes"], "B")] if training else []),
+        scaled(temporary, "B") if temporary else "-",
+        scaled(cost["flops"]),
+        "-" if x_dense is None else f"{x_dense:.2f}",
+    ]
+
+
+def _plan_table(costs: ModelCosts) -> Table:
+    """Every kind of layer, all of them, and the whole model, in the three designs."""
+    config, training, values = costs.config, costs.usage.training, costs.values()
+    shape = config.shape if isinstance(config.shape, str) else "given"
+    state = ["state"] if training else []
+    table = _new_table(
+        f"{config.num_experts:,} experts, top-{config.top_k}, shape {shape}",
+        *("part", "design", "parameters", "weights", *state, "temporary", "FLOP", "x dense"),
+    )
+
+    def add(part: str, found: dict[str, Any], second: str = "") -> None:
+        for design, words in zip(NAMES, (part, second, ""), strict=True):
+            table.add_row(words, NAMES[design], *_cells(found[design], training))
+        table.add_section()
+
+    for layer in values["layers"]:
+        stream = " and ".join(name for name in layer["streams"] if name != "main")
+        for matrix in layer["matrices"]:
+            by = dict.fromkeys(filter(None, (matrix["strategy"], matrix["backward_strategy"])))
+            part = f"{stream} {matrix['kind']} {matrix['in_features']}x{matrix['out_features']}".strip()
+            add(part, matrix, f"  by {' / '.join(by)}")
+    totals, number = values["totals"], sum(layer["count"] for layer in values["layers"])
+    add(f"{number} feed-forward layers", totals["feed_forward"])
+    table.add_row("rest of the model", "all", *_cells(totals["rest"], training))
+    table.add_section()
+    add("whole model", totals["whole"])
+    return table
+
+
+def _plan_notes(costs: ModelCosts) -> list[str]:
+    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if costs.usage.training else ""
+    notes = [
+        "MPOE: experts that share a central core per matrix; Switch: as many dense experts; dense: the model as it is.",
+        f"weights: in {str(costs.usage.dtype).removeprefix('torch.')}. {state}temporary: rebuilt for one product, at "
+        "most two experts' of one matrix. Activations are not counted.",
+        "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
+        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
+    ]
+    return notes if costs.lossless else [*notes, TRUNCATED]
+
+
+TRUNCATED = (
+    "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds 128 to 32): "
+    "for training from scratch, not for converting."
+)
+
+
+def _suggestion_table(found: Sequence[Suggestion], rank_by: str) -> Table:
+    """The shapes that meet a budget, the lossless ones first."""
+    from mpoe.estimation.suggest import front
+
+    config, usage = found[0].costs.config, found[0].costs.usage
+    state = ["state"] if usage.training else []
+    table = _new_table(
+        f"{config.num_experts:,} experts, top-{config.top_k}; ranked by {rank_by}",
+        *("shape", "parameters", "per expert", *state, "x dense", "lossless"),
+    )
+    best = {one.name for one in front([one for one in found if one.costs.lossless])}
+    for one in found:
+        whole, lossless = one.costs.whole("mpoe").values(usage), one.costs.lossless
+        table.add_row(
+            f"{one.name} *" if one.name in best else one.name,
+            count(one.parameters),
+            f"{one.capacity:.2%}",
+            *([scaled(whole["state_bytes"], "B")] if usage.training else []),
+            f"{one.x_dense:.2f}",
+            "yes" if lossless else "no",
+        )
+    return table
+
+
+def _suggestion_notes(found: Sequence[Suggestion]) -> list[str]:
+    notes = [
+        f"the first, for plan and convert: {found[0].options}",
+        "per expert: its own parameters over the dense layer's, its capacity. x dense: FLOPs of the feed-forward "
+        "layers. *: no lossless one listed has both more capacity and fewer FLOPs.",
+        "separable L/R: --shape separable --separable_left L --separable_right R; light P: --shape light --light_p P; "
+        "bond B: --max_bond B.",
+    ]
+    return notes if all(one.costs.lossless for one in found) else [*notes, TRUNCATED]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpoe.cli.arm import BASELINES
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import RESULTS_FILE
 
@@ -43,6 +44,8 @@ class RunFolder:
     @property
     def mixture(self) -> str:
         """A short description of the feed-forward layers; empty if neither results nor settings have it."""
+        if self.settings.get("arm.baseline") in BASELINES:
+            return BASELINES[self.settings["arm.baseline"]]
         if "mixture" in self.results:
             return str(self.results["mixture"])
         count, shape = self.settings.get("experts.num_experts"), self.settings.get("experts.shape")

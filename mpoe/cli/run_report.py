@@ -52,11 +52,12 @@ def _settings(run: RunFolder, given: frozenset[str]) -> list[str]:
     """The given settings, and all settings."""
     above = ("command", "learning_rate_from")
     rows = [(name, _shown(value)) for name, value in sorted(run.settings.items()) if name not in above]
-    own = [row for row in rows if row[0].rpartition(".")[2] in given]
+    shown = {*given, "train_batch_size"}  # the global one, by which a run is kept in its record
+    own = [row for row in rows if row[0].rpartition(".")[2] in shown]
     hidden = table(("setting", "value"), rows, "text")
     return [
         "<h2>Settings</h2>",
-        note("Those that the command or its file named; every other one, with its value in this run, is below."),
+        note("The batch size, and what the command or its file named; every other one, with its value here, is below."),
         table(("setting", "value"), own, "text"),
         f"<details><summary>All {len(rows)} settings</summary>{hidden}</details>",
     ]

@@ -6,20 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
+
 if TYPE_CHECKING:
     from mpoe.data.task import Task
 
 Items = Sequence[dict[str, list[int]]]
 
 
-def encode_task(task: Task, split: str, tokenizer: Any, limit: int | None = None) -> list[dict[str, Any]]:
-    """A task's items as token ids; for language modelling blocks of ``max_source_length`` tokens."""
-    from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+def encode_task(
+    task: Task,
+    split: str,
+    tokenizer: Any,
+    limit: int | None = None,
+    style: str = SEQ2SEQ,
+    labels: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """A task's items as token ids for a model of this ``style``; for language modelling blocks of
+    ``max_source_length`` tokens. ``labels``: what an encoder's head tells apart, in its order."""
+    from mpoe.data.encode import encode_labels, encode_language_modeling, encode_responses, encode_text_to_text
 
     examples = task.examples(split)
     if task.kind == "language_modeling":
         return encode_language_modeling(examples, tokenizer, task.max_source_length)[:limit]
-    return encode_text_to_text(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
+    if style == ENCODER:
+        return encode_labels(examples[:limit], tokenizer, labels, task.max_source_length)
+    encode = encode_responses if style == CAUSAL else encode_text_to_text
+    return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
 def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 64) -> list[list[int]]:

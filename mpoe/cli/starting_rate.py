@@ -44,6 +44,18 @@ def settle_rate(plan: Plan, source: Source, config: Any) -> str:
     return why
 
 
+def search_rate(trainer: Any, items: list[Any]) -> dict[str, str]:
+    """Set the trainer's learning rate to the best that a short search finds; returns what the run's record says."""
+    from mpoe.training.rate_search import STEPS, find_rate
+
+    arguments = trainer.args
+    arguments.learning_rate, losses = find_rate(trainer, items, arguments.learning_rate)
+    tried = ", ".join(f"{rate:g} ({loss:.4f})" for rate, loss in losses.items())
+    why = f"the least loss on held-out training items after {STEPS} steps of each: {tried}"
+    print(f"learning_rate {arguments.learning_rate:g}: {why}")
+    return {"learning_rate_from": why}
+
+
 def _recommended(source: Source, config: Any, regime: str) -> tuple[float, str]:
     from transformers import AutoConfig
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpoe.cli.arm import DENSE, SWITCH
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
 
@@ -44,6 +45,10 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     if isinstance(kept, dict):
         for name in {"shape", "top_k"} - plan.given:
             setattr(experts, name, kept.get(name))
+    if plan.arm.baseline == DENSE:
+        return None
+    if plan.arm.baseline == SWITCH:
+        experts.expert_type = "dense"
     if experts.shape is None and plan.given & _OF_CORES:
         experts.shape = SEPARABLE
     config = experts.build(as_saved)

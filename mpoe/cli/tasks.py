@@ -13,18 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option
-from mpoe.models.table import CAUSAL, SEQ2SEQ
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec
     from mpoe.data.task import Task
 
-DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",)}
+DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
+# style of a model -> the kinds of task it does
+_KINDS = {
+    SEQ2SEQ: ("classification", "regression", "generation"),
+    CAUSAL: ("language_modeling", "generation"),
+    ENCODER: ("classification", "regression"),
+}
+_EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -92,8 +99,10 @@ def _label_words(text: str | None) -> dict[str, str] | None:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.local import load_task_from_folder
+    from mpoe.data.local import holds_train_alone, load_task_from_folder
 
+    if holds_train_alone(folder):
+        print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
     return load_task_from_folder(
         folder,
         name,
@@ -113,9 +122,14 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
     from mpoe.data.hub import detect_hub_task
     from mpoe.data.local import task_name
 
-    if not _HUB_NAME.fullmatch(data_dir):
-        raise CommandError(f"data_dir must be an existing folder, or a data set on the hub; got {data_dir!r}")
-    return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+    if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
+        raise CommandError(
+            f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
+        )
+    try:
+        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+    except ValueError as error:
+        raise CommandError(f"data_dir: there is no folder {data_dir!r} here; on the hub: {error}") from error
 
 
 def _detection(options: DataOptions) -> dict[str, Any]:
@@ -231,14 +245,12 @@ def resolve(
             )
         entries[task.name] = entry
     for task in tasks:
-        is_text = task.kind == "language_modeling"
-        if style == SEQ2SEQ and is_text:
+        if task.kind not in _KINDS[style]:
+            fits = [_EXAMPLES[other] for other, kinds in _KINDS.items() if task.kind in kinds]
             raise CommandError(
-                f"task {task.name} is language modelling; a T5 does text-to-text tasks (use --model gpt2)"
+                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (take "
+                f"{' or '.join(fits)}, or set --kind)"
             )
-        if style == CAUSAL and not is_text:
-            raise CommandError(
-                f"task {task.name} is {task.kind}; a GPT-2 does language modelling (use --model t5, or "
-                "--kind language_modeling)"
-            )
+    if style == ENCODER and len(tasks) > 1:
+        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")
     return tasks

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpoe.cli.arm import WIDER, ArmOptions, widened_for
 from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
 from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
@@ -19,7 +20,7 @@ from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import option, read_command
 from mpoe.cli.progress import going_on, show_progress
 from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
-from mpoe.cli.starting_rate import settle_rate
+from mpoe.cli.starting_rate import search_rate, settle_rate
 from mpoe.cli.starting_shape import settle_experts
 from mpoe.cli.tasks import DataOptions
 
@@ -30,6 +31,31 @@ if TYPE_CHECKING:
     from mpoe.training import MPOETrainingArguments
 
 
+# what `mpoe train --help` shows
+FIRST = {
+    "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5)",
+    "data_dir": "folder with train, validation and test files, or owner/name on the hub",
+    "tasks": "tasks by name, instead: folders in data_dir, rte, imdb, doc_module, ...",
+    "output_dir": "folder of the run: checkpoints, metrics, report, the final model",
+    "num_experts": "experts of every feed-forward layer (8)",
+    "top_k": "experts per token (2; 1 of shapes other than hidden)",
+    "shape": "hidden, separable, paper, light: what the experts own (hidden)",
+    "baseline": "dense, wider or switch: what the mixture is compared with",
+    "adapter": "train experts and routers alone",
+    "max_steps": "optimizer steps",
+    "num_train_epochs": "or passes over the data (3)",
+    "per_device_train_batch_size": "items per step and device (8)",
+    "learning_rate": "default: chosen by family, shape and width",
+    "find_rate": "search for it first: 30 steps with each of three to five",
+    "max_source_length": "tokens of the input, or of a block of running text (128)",
+    "max_target_length": "tokens of the answer (16)",
+    "seed": "of routers, dropout and the order of the data (42)",
+    "use_cpu": "stay on the CPU",
+    "overwrite": "replace the run in output_dir",
+    "resume": "continue the run in output_dir at its last checkpoint",
+}
+
+
 @dataclass
 class RunOptions:
     """Options of the run itself."""
@@ -37,6 +63,9 @@ class RunOptions:
     _argument_group_name = "run"
 
     overwrite: bool = option(False, "replace the run in output_dir")
+    find_rate: bool = option(
+        False, "search for the learning rate first: 30 steps with each of three to five, judged on held-out items"
+    )
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
 
 
@@ -56,6 +85,7 @@ class Plan:
     given: frozenset[str]
     experiment: ExperimentOptions
     measure: MeasureOptions
+    arm: ArmOptions = field(default_factory=ArmOptions)
     from_file: bool = False
     command: str = ""
 
@@ -66,16 +96,16 @@ def command(arguments: Sequence[str]) -> None:
 
     from mpoe.training import MPOETrainingArguments
 
-    groups = [RunOptions, ModelOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions]
+    groups = [RunOptions, ModelOptions, DataOptions, ArmOptions, ExpertOptions, ExperimentOptions, MeasureOptions]
     groups.append(MPOETrainingArguments)
     usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
-    asked = read_command(usage, __doc__, groups, arguments, 1, config=True, inherited=Seq2SeqTrainingArguments)
+    asked = read_command(usage, __doc__, groups, arguments, 1, True, Seq2SeqTrainingArguments, FIRST)
     if asked is None:
         return
-    options, model, experiment, data, experts, measure, training = asked.options
+    options, model, data, arm, experts, experiment, measure, training = asked.options
     typed = shlex.join(["mpoe", "train", *arguments])
     given, from_file = frozenset(asked.given), bool(asked.words)
-    run(Plan(options, model, data, experts, training, given, experiment, measure, from_file, typed))
+    run(Plan(options, model, data, experts, training, given, experiment, measure, arm, from_file, typed))
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -84,7 +114,8 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
-    from mpoe.cli.pretrained import find, load_tokenizer
+    from mpoe.cli.pretrained import find, labels_for, load_tokenizer
+    from mpoe.cli.scoring import encode_task
     from mpoe.cli.tasks import read_descriptions, resolve
     from mpoe.models.table import ENCODER
     from mpoe.training.run_lock import hold
@@ -95,10 +126,6 @@ def run(plan: Plan) -> dict[str, Any]:
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
-    if source.style == ENCODER:
-        raise CommandError(
-            f"model {source.path!r} is an encoder ({source.model_type}); train takes T5, GPT-2 and Llama"
-        )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     _check_experts(source, plan)
     described = read_descriptions(plan.data.task_file)
@@ -109,14 +136,19 @@ def run(plan: Plan) -> dict[str, Any]:
         for task in owners:
             task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = load_tokenizer(source)
-    items, validation = _encode(tokenizer, tasks, eval_tasks, plan, data_seed)
-    rate_from = settle_rate(plan, source, config)
+    labels = labels_for(source, tasks[0]) if source.style == ENCODER else None
+    encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
+    items, validation = _encode(encode, tasks, eval_tasks, plan, data_seed)
+    rate_from = settle_rate(plan, source, None if plan.arm.is_dense else config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
-    model = _prepare_model(source, config, plan)
+    model = _prepare_model(source, config, plan, labels)
     trainer = make_trainer(model, tokenizer, items, validation, plan)
     if plan.measure.print_num_parameters and trainer.is_world_process_zero():
         print_parameters(trainer.model)
+    if plan.run.find_rate and not plan.run.resume:
+        settings |= search_rate(trainer, items.items)
+        settings["training"]["learning_rate"] = arguments.learning_rate
     with hold(folder) if arguments.process_index == 0 else nullcontext():
         checkpoint = _claim_folder(folder, plan, settings)
         start = time.perf_counter()
@@ -132,6 +164,8 @@ def _output_folder(plan: Plan) -> Path:
     if "output_dir" not in plan.given or not plan.arguments.output_dir:
         raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
     folder = check_folder("output_dir", Path(plan.arguments.output_dir))
+    if plan.run.find_rate and "learning_rate" in plan.given:
+        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
     if plan.run.overwrite and plan.run.resume:
         raise CommandError("--overwrite and --resume exclude each other; give one of them")
     _check_folder(plan)
@@ -149,6 +183,7 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
 def _check_experts(source: Source, plan: Plan) -> None:
     experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
     experts |= {"load_layer"} if plan.experiment.load_layer else set()
+    experts |= {"baseline"} if plan.arm.baseline else set()
     if source.is_mpoe and experts:
         raise CommandError(
             f"model {source.path!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
@@ -156,33 +191,34 @@ def _check_experts(source: Source, plan: Plan) -> None:
         )
 
 
-def _prepare_model(source: Source, config: Any, plan: Plan) -> Any:
-    """The model to train: converted, unless it already is or stays dense."""
+def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
+    """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
     from transformers import set_seed
 
     from mpoe.cli.pretrained import load_model
 
-    model = load_model(source)
+    set_seed(plan.arguments.seed)  # for a new head
+    model = load_model(source, labels)
     if config is not None and not source.is_mpoe:
         from mpoe.models import convert_to_mpoe
 
         set_seed(plan.arguments.seed)  # for the routers
+        if plan.arm.baseline == WIDER:
+            return widened_for(model, config)
         model = convert_to_mpoe(model, config)
     take_layers(model, plan.experiment)
     return model
 
 
 def _encode(
-    tokenizer: Any, tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
+    encode: Callable[..., list[Any]], tasks: Sequence[Task], eval_tasks: Sequence[Task], plan: Plan, data_seed: int
 ) -> tuple[OrderedItems, dict[str, list[Any]]]:
     """Training items, in order, and validation items by task; sets the run's length and intervals."""
-    from mpoe.cli.scoring import encode_task
-
     arguments = plan.arguments
-    pools = {task.name: encode_task(task, "train", tokenizer) for task in tasks}
+    pools = {task.name: encode(task, "train") for task in tasks}
     dataset, per_epoch = order_items(pools, arguments, plan.data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
-    validation = {task.name: encode_task(task, "validation", tokenizer) for task in eval_tasks}
+    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     return dataset, validation
 
 
@@ -227,6 +263,7 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
         "experiment": dataclasses.asdict(plan.experiment),
         "data": {**dataclasses.asdict(plan.data), "tasks": plan.data.tasks or list(described)},
         "described": {name: spec.to_mapping() for name, spec in described.items()},
+        "arm": dataclasses.asdict(plan.arm),
         "experts": dataclasses.asdict(plan.experts),
         "training": training,
     }
@@ -235,13 +272,11 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
 def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | None:
     """Claim the folder for this run; returns the checkpoint to resume from, if any."""
     from mpoe.training import find_last_checkpoint, prepare_output_dir
-    from mpoe.training.same_plans import measured_record
 
     with plan.arguments.main_process_first(desc="output folder"):
         if plan.arguments.process_index != 0:
             return find_last_checkpoint(folder) if plan.run.resume else None
-        record = None if plan.run.resume else measured_record(plan.arguments)
-        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings, machine=record)
+        checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
     if plan.run.resume:
         print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
     return checkpoint

@@ -32,6 +32,15 @@ def show_commands(commands: Mapping[str, str]) -> None:
     console.print("mpoe COMMAND --help lists the options of a command.", highlight=False)
 
 
+def show_first(usage: str, about: str | None, options: Mapping[str, str]) -> None:
+    """Print the few options that matter at first, one line each."""
+    width = max(map(len, options)) + 2
+    lines = [f"Usage: {usage}", "", *(about or "").strip().split("\n\n")[:1], ""]
+    lines += [f"  --{name:{width}}{words}" for name, words in options.items()]
+    command = " ".join(usage.split()[:2])
+    print("\n".join([*lines, "", f"All others, with their defaults: {command} --help all"]))
+
+
 def show_options(usage: str, about: str | None, groups: Sequence[type], inherited: type | None = None) -> None:
     """Print the options of a command.
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.data.files import Row
-from mpoe.data.spec import TaskSpec, is_number, read_cell
+from mpoe.data.spec import MESSAGES, TaskSpec, is_number, read_cell
 
 LABEL_COLUMNS = ("label", "labels", "target", "score", "class", "similarity", "gold_label", "rating", "category")
 ID_COLUMNS = frozenset(("id", "idx", "index", "guid", "uid", "pairid", "promptid", "source_id"))
 MAX_CLASSES = 50
+# columns of instruction data
+PROMPTS, RESPONSES = ("prompt", "instruction", "input"), ("response", "completion", "output")
 
 
 def detect_spec(
@@ -27,12 +29,17 @@ def detect_spec(
 ) -> TaskSpec:
     """How to read the rows of ``path`` (the train file, or a data set on the hub) and of the other splits; see
     :func:`mpoe.data.local.load_task_from_folder`. The source text is the task's name and every text column's name and
-    value; in language modelling it is only the values.
+    value; in language modelling it is only the values. Columns of instruction data (`PROMPTS` and one of `RESPONSES`,
+    or ``messages``) need no options.
 
     Raises:
         ValueError: no label or text column, or only one label; the message names file and line.
     """
     columns = list(rows[0].values)
+    template, answer = _instructions(columns)
+    if template and kind in (None, "generation") and not (text_columns or label_column or label_words):
+        lengths = {"max_source_length": 512, "max_target_length": 256, **lengths}
+        return TaskSpec(name, template, answer, kind="generation", metrics=tuple(metrics or ()), **lengths)
     where = f"{path}, line {rows[0].line}"
     if kind == "language_modeling":
         label = ""
@@ -66,6 +73,15 @@ def detect_spec(
         metrics=tuple(metrics or ()),
         **lengths,
     )
+
+
+def _instructions(columns: Sequence[str]) -> tuple[str, str]:
+    """Template and column of the answer of instruction data; empty if the columns are others."""
+    if MESSAGES in columns:
+        return f"{{{MESSAGES}}}", MESSAGES
+    prompts = [column for column in PROMPTS if column in columns]
+    answer = next((column for column in RESPONSES if column in columns), "")
+    return (" ".join(f"{{{column}}}" for column in prompts), answer) if answer else ("", "")
 
 
 def _text_columns(values: Mapping[str, Any], label: str) -> list[str]:

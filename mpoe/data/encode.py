@@ -1,10 +1,11 @@
-"""From texts to token ids: text-to-text pairs for T5, blocks of running text for GPT-2."""
+"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mpoe.data.collate import IGNORED_LABEL
 from mpoe.data.task import Example
 
 
@@ -74,6 +75,91 @@ def encode_language_modeling(
         )
     blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
     return [{"input_ids": b, "attention_mask": [1] * block_size, "labels": list(b)} for b in blocks]
+
+
+def encode_labels(
+    examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], max_length: int = 128
+) -> list[dict[str, Any]]:
+    """Items for an encoder with a head: ``labels`` is the target's index in ``labels``, or without them its number.
+
+    Raises:
+        ValueError: a target that is not among ``labels``.
+    """
+    encoded = tokenizer([e.source for e in examples], truncation=True, max_length=max_length)["input_ids"]
+    odd = next((e.target for e in examples if labels and e.target not in labels), None)
+    if odd is not None:
+        raise ValueError(f"targets must be among {', '.join(labels)}, which the model tells apart; got {odd!r}")
+    answers = [
+        labels.index(e.target) if labels else float(e.target if e.number is None else e.number) for e in examples
+    ]
+    return [
+        {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": answer}
+        for ids, answer in zip(encoded, answers, strict=True)
+    ]
+
+
+def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """What a decoder reads before it answers: the source and a line break, or a conversation in the chat template."""
+    if example.messages:
+        return _chat_ids(example.messages[:-1], tokenizer, add_generation_prompt=True)
+    return list(tokenizer(f"{example.source}\n")["input_ids"])
+
+
+def encode_responses(
+    examples: Sequence[Example], tokenizer: Any, max_source_length: int = 512, max_target_length: int = 256
+) -> list[dict[str, list[int]]]:
+    """Items of instruction data for a decoder; the loss counts responses only.
+
+    A pair is the prompt, a line break, the response and the end token. A conversation is written by the tokenizer's
+    chat template; all messages of the assistant are responses. What is too long loses its beginning.
+
+    Returns:
+        dictionaries of lists, each [S]: ``input_ids``, ``attention_mask``, ``labels`` (-100 where no response is).
+
+    Raises:
+        ValueError: a conversation without a chat template, or with one that rewrites what was said before.
+    """
+    found = []
+    for example in examples:
+        ids, labels = (_conversation if example.messages else _pair)(
+            example, tokenizer, max_source_length, max_target_length
+        )
+        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return found
+
+
+def _pair(example: Example, tokenizer: Any, most: int, most_written: int) -> tuple[list[int], list[int]]:
+    prompt = prompt_ids(example, tokenizer)[-most:]
+    response = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][
+        :most_written
+    ]
+    return prompt + response, [IGNORED_LABEL] * len(prompt) + response
+
+
+def _conversation(example: Example, tokenizer: Any, most: int, most_written: int) -> tuple[list[int], list[int]]:
+    ids = _chat_ids(example.messages, tokenizer)
+    labels = [IGNORED_LABEL] * len(ids)
+    for place, (role, _) in enumerate(example.messages):
+        if role == "assistant" and place:
+            before = _chat_ids(example.messages[:place], tokenizer, add_generation_prompt=True)
+            after = _chat_ids(example.messages[: place + 1], tokenizer)
+            if ids[: len(before)] == before and ids[: len(after)] == after:
+                labels[len(before) : len(after)] = ids[len(before) : len(after)]
+    if not any(label != IGNORED_LABEL for label in labels):
+        raise ValueError(
+            f"the chat template of {type(tokenizer).__name__} must continue a prompt with the response; it rewrites it"
+        )
+    return ids[-(most + most_written) :], labels[-(most + most_written) :]
+
+
+def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"messages need a tokenizer with a chat template; {type(tokenizer).__name__} has none (give columns prompt "
+            "and response, or set tokenizer.chat_template and save it with the model)"
+        )
+    chat = [{"role": role, "content": text} for role, text in messages]
+    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
 
 
 def check_length(name: str, value: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from mpoe.data.detect import detect_spec
 from mpoe.data.documentation import SPLITS
 from mpoe.data.files import (
-    SPLIT_STEMS,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Row,
@@ -22,7 +21,7 @@ from mpoe.data.files import (
     read_table,
 )
 from mpoe.data.spec import TaskSpec
-from mpoe.data.splits import with_subsets, with_validation_test_split
+from mpoe.data.splits import with_subsets, with_validation_from_train, with_validation_test_split
 from mpoe.data.task import KINDS, Example, Task
 
 
@@ -49,8 +48,8 @@ def load_task_from_folder(
     label_words: Mapping[Any, str] | None = None,
     column_names: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    max_source_length: int = 128,
-    max_target_length: int = 16,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
     split_validation_test: bool = False,
     n_train: int | None = None,
     n_val: int | None = None,
@@ -60,7 +59,8 @@ def load_task_from_folder(
     """Read and check every split under ``data_dir`` and make a task of them.
 
     Args:
-        data_dir: folder with a train file and at least one of validation (valid, val, dev) and test.
+        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files; with neither, a
+            tenth of the training items, at most a thousand, is held out for validation.
         name: name of the task (default: the folder's); every source text starts with it.
         kind: classification, regression, generation or language_modeling; default: .txt files are language modelling,
             fractions (or more than 50 different numbers) regression, up to 50 labels classification.
@@ -69,6 +69,7 @@ def load_task_from_folder(
         label_words: word the model writes for each label (default: the label itself).
         column_names: columns of csv/tsv files that have no header line.
         metrics: default by kind.
+        max_source_length, max_target_length: in tokens; default 128 and 16, of instruction data 512 and 256.
         split_validation_test: take the test items out of the validation items; a test file is then not read.
         n_train, n_val, n_test, data_seed: sizes of random subsets.
 
@@ -84,7 +85,8 @@ def load_task_from_folder(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     files = find_files(folder, needs_test=not split_validation_test)
     name = name or task_name(folder.resolve().name)
-    lengths: dict[str, Any] = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    asked = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    lengths: dict[str, Any] = {name: length for name, length in asked.items() if length is not None}
     tables = {split: _read(path, column_names) for split, path in files.items()}
     if is_text(files["train"]):
         if kind not in (None, "language_modeling"):
@@ -94,6 +96,8 @@ def load_task_from_folder(
         where, first = files["train"], tables["train"]
         spec = detect_spec(where, first, name, kind, text_columns, label_column, label_words, metrics, **lengths)
     task: Task = _local_task(spec, folder, files, tables)
+    if set(files) == {"train"}:
+        task = with_validation_from_train(task)
     if split_validation_test:
         task = with_validation_test_split(task, data_seed)
     if (n_train, n_val, n_test) != (None, None, None):
@@ -151,21 +155,22 @@ def task_name(text: str) -> str:
     return re.sub(r"[^\w-]+", "_", text)
 
 
+def holds_train_alone(folder: Path) -> bool:
+    """Whether there is nothing to evaluate on."""
+    return not any(find_split_file(folder, split) for split in ("validation", "test"))
+
+
 def find_files(folder: Path, needs_test: bool = True) -> dict[str, Path]:
-    """The file of each existing split; ValueError without a train file, or without anything to evaluate on."""
+    """The file of each existing split; ValueError without a train file."""
     files = {}
     for split in SPLITS:
         path = find_split_file(folder, split) if split != "test" or needs_test else None
         if path is not None:
             files[split] = path
-    wanted = "train" if "train" not in files else "validation" if "validation" not in files else ""
-    if wanted == "validation" and "test" in files:
-        wanted = ""  # a test split alone is enough
-    if wanted:
+    if "train" not in files:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        names = " or ".join(SPLIT_STEMS[wanted])
         raise ValueError(
-            f"data_dir {folder} must hold a {wanted} file ({names} with "
+            f"data_dir {folder} must hold a train file (train with "
             f"{', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))}, also .gz); got {there}"
         )
     return files

@@ -1,4 +1,4 @@
-"""A model's predictions for a task (generated texts, or the mean loss of running text) and their scores."""
+"""A model's predictions for a task (texts, labels or the mean loss of running text) and their scores."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 from mpoe.data.baseline import baseline_scores, collapse, frequency_perplexity
-from mpoe.data.collate import PaddingCollator
-from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.collate import IGNORED_LABEL, PaddingCollator
+from mpoe.data.encode import (
+    encode_language_modeling,
+    encode_responses,
+    encode_text_to_text,
+    prompt_ids,
+)
 from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
 
@@ -25,29 +30,69 @@ def generate_texts(
     max_new_tokens: int = 8,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers of an encoder-decoder model to N items, in their order, without special tokens.
+    """Greedy answers of an encoder-decoder or a decoder to N items, in their order, without special tokens.
 
     Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be >= 1; got {max_new_tokens} and {batch_size}")
-    encoded = encode_text_to_text([Example(e.source) for e in examples], tokenizer, max_source_length)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    collate = PaddingCollator(tokenizer.pad_token_id)
+    decodes = _is_decoder(model)
+    if decodes:
+        encoded = [prompt_ids(e, tokenizer)[-max_source_length:] for e in examples]
+    else:
+        plain = encode_text_to_text([Example(e.source) for e in examples], tokenizer, max_source_length)
+        encoded = [item["input_ids"] for item in plain]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(encoded)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([encoded[i] for i in chosen])
+            ids, mask = _padded([encoded[i] for i in chosen], tokenizer.pad_token_id, left=decodes)
             ids = model.generate(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-            )
+                **({"pad_token_id": tokenizer.pad_token_id} if decodes else {}),
+            )[:, ids.shape[1] if decodes else 0 :]
             for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
+    return answers
+
+
+def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[B, S]`` and their attention mask; a decoder continues at the end, so it is padded on the left."""
+    width = max(map(len, rows))
+    gaps = [[pad] * (width - len(row)) for row in rows]
+    ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+    places, used = torch.arange(width), torch.tensor([[len(row)] for row in rows])
+    return ids, (places >= width - used if left else places < used).long()
+
+
+def _is_decoder(model: Any) -> bool:
+    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether ``model`` is an encoder with a head for labels or numbers."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+@torch.inference_mode()
+def classify(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_source_length: int = 128, batch_size: int = 128
+) -> list[str]:
+    """The labels, or the numbers as texts, that an encoder's head gives N items."""
+    labels = [] if model.config.problem_type == "regression" else list(model.config.id2label.values())
+    rows = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
+    answers = []
+    with evaluation_mode(model):
+        for start in range(0, len(rows), batch_size):
+            ids, mask = _padded(rows[start : start + batch_size], tokenizer.pad_token_id, left=False)
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+            answers += [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
     return answers
 
 
@@ -55,23 +100,22 @@ def generate_texts(
 def language_modeling_loss(
     model: Any, blocks: Sequence[dict[str, list[int]]], batch_size: int = 32
 ) -> tuple[float, int]:
-    """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks.
+    """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks or
+    responses (labels of -100 are not predicted).
 
     The loss is computed from the logits, so auxiliary losses of a mixture model are not part of it.
     """
     if not blocks:
         raise ValueError("blocks must hold at least one block; got none")
     total, count = 0.0, 0
+    collate = PaddingCollator(0)  # padding is not attended to, whatever its id
     with evaluation_mode(model):
         for start in range(0, len(blocks), batch_size):
-            chosen = blocks[start : start + batch_size]
-            ids = torch.tensor([block["input_ids"] for block in chosen], device=model.device)  # [B, S]
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-            )
-            total += float(losses)
-            count += ids[:, 1:].numel()
+            batch = {key: value.to(model.device) for key, value in collate(blocks[start : start + batch_size]).items()}
+            targets = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch).logits[:, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum"))
+            count += int(targets.ne(IGNORED_LABEL).sum())
     return total / count, count
 
 
@@ -80,7 +124,8 @@ class Evaluation:
     """A model's scores on a task.
 
     Attributes:
-        scores: by metric, in the order of ``task.metrics``; language modelling adds ``loss``, nats per token.
+        scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token of the text or the
+            responses.
         baseline: the same metrics for an answer that ignores the input: the most frequent target of these items, the
             mean of their numbers, or the frequencies of their tokens (see `mpoe.data.baseline`).
         collapse: a sentence if the answers have collapsed to few values, else None.
@@ -109,9 +154,19 @@ def evaluate_beside_baseline(
         loss, _ = language_modeling_loss(model, blocks, max(1, batch_size // 4))
         guess = frequency_perplexity(token for block in blocks for token in block["input_ids"][1:])
         return Evaluation({"perplexity": perplexity([loss]), "loss": loss}, {"perplexity": guess})
-    answers = generate_texts(model, tokenizer, examples, task.max_source_length, task.max_target_length, batch_size)
+    lengths = (task.max_source_length, task.max_target_length)
     targets = [example.target for example in examples]
-    return Evaluation(task.score(answers, targets), baseline_scores(task, targets), collapse(answers, targets))
+    loss_of: dict[str, float] = {}
+    if is_classifier(model):
+        answers = classify(model, tokenizer, examples, task.max_source_length, batch_size)
+        targets = [e.target if e.number is None else repr(e.number) for e in examples]
+    else:
+        answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
+        if _is_decoder(model):
+            items = encode_responses(examples, tokenizer, *lengths)
+            loss_of["loss"], _ = language_modeling_loss(model, items, max(1, batch_size // 4))
+    scores = {**task.score(answers, targets), **loss_of}
+    return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
 
 
 def evaluate_task(

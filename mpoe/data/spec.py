@@ -17,6 +17,7 @@ DEFAULT_METRICS = {
     "generation": ("token_f1", "exact_match"),
     "language_modeling": ("perplexity",),
 }
+MESSAGES = "messages"  # column of conversations: lists of {"role": ..., "content": ...}
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 Cells = Mapping[str, Any]  # one row, by column
 
@@ -147,16 +148,20 @@ class TaskSpec:
         """One row as text; None if there is no text or its label is one to leave out.
 
         Raises:
-            ValueError: a missing column, a value that is neither text nor number, or a label without a word.
+            ValueError: a missing column, a value that is neither text nor number, a label without a word, or messages
+            that are no conversation.
         """
         if self.renamed_columns:
             cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
+        if self.columns == (MESSAGES,):
+            return _conversation(cells, where)
         label = self._answer(cells, where)
         if label is None:
             return None
         asker = f"template of task {self.name}"
         source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker), self.template)
-        return Example(source, label) if source.strip() else None
+        number = float(read_cell(cells, self.label_column, where, "")) if self.kind == "regression" else None
+        return Example(source, label, number) if source.strip() else None
 
     def _answer(self, cells: Cells, where: str) -> str | None:
         """What the model should write for a row; None if the row is to be left out."""
@@ -197,6 +202,21 @@ class TaskSpec:
 
     def _settle(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _conversation(cells: Cells, where: str) -> Example:
+    """The conversation in the column `MESSAGES`; its source is the text of all messages but the last."""
+    found = cells.get(MESSAGES)
+    messages = tuple((m.get("role"), m.get("content")) if isinstance(m, Mapping) else (None, None) for m in found or ())
+    fits = all(isinstance(role, str) and isinstance(text, str) for role, text in messages)
+    if len(messages) < 2 or not fits or messages[-1][0] != "assistant":
+        raise ValueError(
+            f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last of the assistant; '
+            f"got {found!r}"
+        )
+    texts: Any = messages  # of texts alone, as was checked
+    source = "\n".join(f"{role}: {text}" for role, text in texts[:-1])
+    return Example(source, texts[-1][1], messages=texts)
 
 
 def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:

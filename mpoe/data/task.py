@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpoe.data.documentation import check_split
@@ -26,10 +26,16 @@ ALLOWED_METRICS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One item. ``source``: the model's input (for language modelling: the whole text); ``target``: what it writes."""
+    """One item. ``source``: the model's input (for language modelling: the whole text); ``target``: what it writes.
+
+    ``number``: the exact number that a regression's target writes; ``messages``: for a conversation, (role, text) of
+    every message, of which ``target`` is the last.
+    """
 
     source: str
     target: str = ""
+    number: float | None = field(default=None, compare=False)
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,9 @@ class Task:
                 )
         if not self.metrics:
             raise ValueError(f"metrics of task {self.name} must name at least one of {sorted(allowed)}; got none")
-        for field in ("max_source_length", "max_target_length"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} of task {self.name} must be >= 1; got {getattr(self, field)}")
+        for length in ("max_source_length", "max_target_length"):
+            if getattr(self, length) < 1:
+                raise ValueError(f"{length} of task {self.name} must be >= 1; got {getattr(self, length)}")
 
     @property
     def main_metric(self) -> str:

@@ -1,1 +1,1 @@
-"""What a converted model would cost, from its configuration alone: parameters, memory, operations, time, shapes."""
+"""What a converted model would cost, from its configuration alone: parameters, FLOPs, memory; shapes for a budget."""

@@ -1,5 +1,4 @@
-"""Finds shapes that meet a budget: a small grid of separable, light and paper shapes, judged by the same costs as a
-plan."""
+"""Finds shapes that meet a budget: a small grid of separable, light and paper shapes, counted as a plan counts them."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from mpoe.config import NAMED_SHAPES, MPOEConfig
 from mpoe.estimation.costs import ModelCosts, Usage, model_costs
 from mpoe.estimation.inventory import Inventory
 
-RANKS = ("capacity", "time", "parameters")
+RANKS = ("capacity", "flops", "parameters")
 _SIZES = (8, 16, 32, 64, 128, 256, 512)  # of a separable shape's outer cores, and of light's products
 _BONDS = (128, 64, 32, 16, 8)
 _PER_FAMILY = {True: 5, False: 2}  # lossless; truncated
@@ -26,27 +25,29 @@ class Suggestion:
     """A shape and its cost.
 
     Attributes:
-        name: ``separable left/right``, ``light p`` or ``paper``, with its bond when truncated.
         options: flags of ``mpoe plan`` and ``mpoe convert`` that select it.
-        config: the same as a configuration.
         costs: costs of the whole model.
         capacity: auxiliary parameters of one expert relative to the elements of a dense feed-forward layer.
-        lossless: whether no bond is truncated, so a converted model starts exactly like the dense one.
         held: parameters of one expert's chains, including central cores, relative to the elements of a dense layer.
     """
 
-    name: str
     options: str
-    config: MPOEConfig
     costs: ModelCosts
     capacity: float
-    lossless: bool
     held: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """``separable left/right``, ``light p`` or ``paper``, with its bond when truncated."""
+        config = self.costs.config
+        sides = f" {config.separable_left}/{config.separable_right}" if config.separable_left else ""
+        light = f" {config.light_p}" if config.shape == "light" else ""
+        return f"{config.shape}{sides}{light}" + (f", bond {config.max_bond}" if config.max_bond else "")
 
     @property
     def worthwhile(self) -> bool:
         """Whether its experts own enough parameters and its chain can hold a pretrained matrix."""
-        return self.capacity >= _LEAST_CAPACITY and (self.lossless or self.held >= _LEAST_HELD)
+        return self.capacity >= _LEAST_CAPACITY and (self.costs.lossless or self.held >= _LEAST_HELD)
 
     @property
     def parameters(self) -> int:
@@ -55,8 +56,9 @@ class Suggestion:
 
     @property
     def x_dense(self) -> float:
-        """Time of the feed-forward layers over the dense ones'."""
-        return self.costs.x_dense() or 0.0
+        """FLOPs of the feed-forward layers over the dense ones'; 0 without tokens."""
+        dense = self.costs.experts("dense").flops
+        return self.costs.experts("mpoe").flops / dense if dense else 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Limits:
 
     Attributes:
         parameters: of the whole model.
-        x_dense: time of the feed-forward layers over that of the dense ones on the same tokens.
+        x_dense: FLOPs of the feed-forward layers over those of the dense ones on the same tokens.
     """
 
     parameters: int | None = None
@@ -88,29 +90,28 @@ def _near_divisors(size: int) -> list[int]:
     return sorted(chosen)
 
 
-def _configurations(inventory: Inventory, base: MPOEConfig) -> Iterator[tuple[str, str, MPOEConfig]]:
-    """Names, flags and configurations of the grid."""
+def _configurations(inventory: Inventory, base: MPOEConfig) -> Iterator[tuple[str, MPOEConfig]]:
+    """Flags and configurations of the grid."""
     plain = replace(base, shape="separable", max_bond=None, separable_left=None, separable_right=None)
     rows = math.gcd(*(layer.matrices[0].rows for layer in inventory.layers))
     columns = math.gcd(*(layer.matrices[0].columns for layer in inventory.layers))
     for left in _near_divisors(rows):
         for right in _near_divisors(columns):
             options = f"--shape separable --separable_left {left} --separable_right {right}"
-            yield f"separable {left}/{right}", options, replace(plain, separable_left=left, separable_right=right)
+            yield options, replace(plain, separable_left=left, separable_right=right)
     for bond in (None, *_BONDS):
-        name, cap = ("", "") if bond is None else (f", bond {bond}", f" --max_bond {bond}")
+        cap = "" if bond is None else f" --max_bond {bond}"
         if bond is not None:
-            yield f"separable{name}", f"--shape separable{cap}", replace(plain, max_bond=bond)
-        yield f"paper{name}", f"--shape paper{cap}", replace(plain, shape="paper", max_bond=bond)
+            yield f"--shape separable{cap}", replace(plain, max_bond=bond)
+        yield f"--shape paper{cap}", replace(plain, shape="paper", max_bond=bond)
         for p in _SIZES[1:-1]:
-            config = replace(plain, shape="light", light_p=p, max_bond=bond)
-            yield f"light {p}{name}", f"--shape light --light_p {p}{cap}", config
+            yield f"--shape light --light_p {p}{cap}", replace(plain, shape="light", light_p=p, max_bond=bond)
 
 
-def candidates(inventory: Inventory, base: MPOEConfig, work: Usage, families: Sequence[str]) -> list[Suggestion]:
+def candidates(inventory: Inventory, base: MPOEConfig, usage: Usage, families: Sequence[str]) -> list[Suggestion]:
     """The grid's distinct shapes with their costs."""
     found: dict[object, Suggestion] = {}
-    for name, options, config in _configurations(inventory, base):
+    for options, config in _configurations(inventory, base):
         if config.shape not in families:
             continue
         matrices = {m for layer in inventory.layers for m in layer.matrices}
@@ -119,17 +120,14 @@ def candidates(inventory: Inventory, base: MPOEConfig, work: Usage, families: Se
         if key in found:
             continue
         first = inventory.layers[0]
-        auxiliary = sum(shapes[m].auxiliary_parameters for m in first.matrices)
-        costs = model_costs(inventory, config, work)
-        lossless = all(shape.is_full for shape in shapes.values())
-        held = sum(shapes[m].central_parameters + shapes[m].auxiliary_parameters for m in first.matrices)
-        shares = auxiliary / first.elements, held / first.elements
-        found[key] = Suggestion(name, options, config, costs, shares[0], lossless, shares[1])
+        auxiliary = sum(shapes[m].auxiliary_parameters for m in first.matrices) / first.elements
+        central = sum(shapes[m].central_parameters for m in first.matrices) / first.elements
+        found[key] = Suggestion(options, model_costs(inventory, config, usage), auxiliary, central + auxiliary)
     return list(found.values())
 
 
-def front(suggestions: list[Suggestion]) -> list[Suggestion]:
-    """The Pareto front in capacity and time (parameters grow with capacity)."""
+def front(suggestions: Sequence[Suggestion]) -> list[Suggestion]:
+    """The Pareto front in capacity and FLOPs (parameters grow with capacity)."""
     ordered = sorted(suggestions, key=lambda s: (s.x_dense, -s.capacity, s.parameters))
     best, kept = -1.0, []
     for suggestion in ordered:
@@ -149,21 +147,21 @@ def _spread(front: list[Suggestion], count: int) -> list[Suggestion]:
 def suggest(
     inventory: Inventory,
     base: MPOEConfig,
-    work: Usage,
+    usage: Usage,
     budget: Limits,
     rank_by: str = "capacity",
     families: Sequence[str] = NAMED_SHAPES,
 ) -> list[Suggestion]:
     """Shapes within a budget, lossless ones first, then by ``rank_by``.
 
-    Of each family (separable, light, paper; lossless or truncated), a few from the Pareto front in capacity *and* time
-    are kept, from the fastest to the largest. Shapes whose experts own almost nothing, or whose chain is too small for
+    Of each family (separable, light, paper; lossless or truncated), a few from the Pareto front in capacity *and* FLOPs
+    are kept, from the cheapest to the largest. Shapes whose experts own almost nothing, or whose chain is too small for
     a pretrained matrix, are left out, unless the budget allows no others.
 
     Args:
-        inventory, base, work: model, experts and router, tokens and device.
+        inventory, base, usage: model, experts and router, tokens.
         budget: upper bounds.
-        rank_by: ``capacity`` (most auxiliary parameters per expert first), ``time`` or ``parameters`` (least first).
+        rank_by: ``capacity`` (most auxiliary parameters per expert first), ``flops`` or ``parameters`` (least first).
         families: named shapes to choose among.
 
     Raises:
@@ -171,38 +169,37 @@ def suggest(
     """
     if rank_by not in RANKS:
         raise ValueError(f"rank_by must be one of {', '.join(RANKS)}; got {rank_by!r}")
-    every = candidates(inventory, base, work, families)
+    every = candidates(inventory, base, usage, families)
     within = [s for s in every if budget.excess(s) <= 1]
     if not within:
         raise ValueError(_nearest(every, budget, inventory))
     groups: dict[tuple[str, bool], list[Suggestion]] = {}
     for suggestion in [s for s in within if s.worthwhile] or within:
-        groups.setdefault((str(suggestion.config.shape), suggestion.lossless), []).append(suggestion)
+        groups.setdefault((str(suggestion.costs.config.shape), suggestion.costs.lossless), []).append(suggestion)
     keys = {
         "capacity": lambda s: (-s.capacity, s.x_dense),
-        "time": lambda s: (s.x_dense, -s.capacity),
+        "flops": lambda s: (s.x_dense, -s.capacity),
         "parameters": lambda s: (s.parameters, s.x_dense),
     }
     key = keys[rank_by]
     chosen = [s for (_, lossless), group in groups.items() for s in _spread(front(group), _PER_FAMILY[lossless])]
-    return sorted(chosen, key=lambda s: (not s.lossless, *key(s)))
+    return sorted(chosen, key=lambda s: (not s.costs.lossless, *key(s)))
 
 
-def _nearest(every: list[Suggestion], budget: Limits, inventory: Inventory) -> str:
+def _nearest(every: Sequence[Suggestion], budget: Limits, inventory: Inventory) -> str:
     asked = []
     if budget.parameters is not None:
         asked.append(f"max_parameters {budget.parameters:,}")
     if budget.x_dense is not None:
-        asked.append(f"max_time {budget.x_dense:g} x dense")
-    parts = []
-    for label, pool in (("lossless", [s for s in every if s.lossless]), ("of all", every)):
-        if pool:
-            near = min(pool, key=budget.excess)
-            text = f"nearest {label}: {near.name} with {near.parameters:,} parameters, {near.x_dense:.3g} x dense"
-            parts.append(text + ("" if near.lossless else " (truncated)"))
-    if len(parts) == 2 and parts[0].partition(":")[2] == parts[1].partition(":")[2]:
-        parts.pop()
+        asked.append(f"max_flops {budget.x_dense:g} x dense")
+    lossless = [suggestion for suggestion in every if suggestion.costs.lossless]
+    near = [min(pool, key=budget.excess) for pool in (lossless, every) if pool]
+    texts = dict.fromkeys(
+        f"{one.name} with {one.parameters:,} parameters, {one.x_dense:.3g} x dense"
+        f"{' (lossless)' if one.costs.lossless else ' (truncated)'}"
+        for one in near
+    )
     return (
-        f"no shape meets {' and '.join(asked)} with {every[0].config.num_experts} experts "
-        f"(the dense model has {inventory.parameters:,} parameters); {'; '.join(parts)}"
+        f"no shape meets {' and '.join(asked)} with {every[0].costs.config.num_experts} experts (the dense model has "
+        f"{inventory.parameters:,} parameters); nearest: {'; '.join(texts)}"
     )

@@ -10,7 +10,6 @@ from mpoe.layers.context import (
 )
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
-from mpoe.layers.expert_cache import ExpertCache, ExpertCacheReport
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
@@ -26,8 +25,6 @@ from mpoe.layers.router import RouterOutput, TopKRouter
 __all__ = [
     "ACTIVATIONS",
     "DenseExperts",
-    "ExpertCache",
-    "ExpertCacheReport",
     "ExpertWeights",
     "HiddenExperts",
     "HiddenFeedForward",

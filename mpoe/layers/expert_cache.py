@@ -1,37 +1,42 @@
-"""`ExpertCache`: caches what inference would recompute in every call: folded blocks and experts' full weights.
+"""`ExpertCache`: what `generate` keeps while it runs, folded blocks and experts' full weights.
 
-Off by default. It trades memory for time while decoding, where every call folds the cores of all experts and rebuilds
-the weights of the same few experts for a token or two. The contents are not parameters, are never saved, and are
-checked against the cores at every use. A layer caches full weights for all its experts or for none: a mixed pass, with
-full weights for some experts and cores for the rest, takes longer than one with only cores.
+It trades memory for time: every pass would fold the cores of all experts and rebuild the weights of the same few
+experts for a token or two. Cores do not change inside `generate`, so nothing is checked; and nothing outlives the call,
+because no change of a core between calls can be told for certain (fused optimizers and ``parameter.data`` leave no
+trace). Modules hold none of it, so copies and pickles do not either.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
-from mpoe_kernels.planner import planned_threads
-from mpoe_kernels.planner.machine import Source, source
 
-# Full weights are used if the cores are predicted to take this many times as long, with one or more rows for each
-# expert. Less does not justify the memory; separable shapes never reach it. On two cores of an EPYC, paper shape with
-# bond 64: one row took 1/1.2 to 1/4 of the time with the cores (predicted 1/1.5), two to four rows in float32 up to 1.4
-# times as long (predicted 1/1.7 to 1/2.2): the library's short products are slower than predicted.
-WORTH_ONE_ROW = 1.25
-WORTH = 2.5
+# Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
+# reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
+# reach it. On two cores of an EPYC, paper shape with bond 64: one row took 1/1.2 to 1/4 of the time with the cores, at
+# 15 times the FLOPs; two to four rows in float32 up to 1.4 times as long.
+WORTH = 2
+READ = 16
+# Passes of a layer with folded blocks before full weights are built, so that an answer amortises them: built at the
+# second token they seemed to slow an answer of three tokens by 8%, built at the eighth one of twelve by 5% (shape
+# light, one text; single runs, noise 5%). An encoder, which runs once for a whole text, never gets there, and leaves
+# the room to the decoder.
+PATIENCE = 14
+
+_in_use: ContextVar[ExpertCache | None] = ContextVar("expert_cache", default=None)
 
 
+@lru_cache(maxsize=4096)
 def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype) -> bool:
-    """Whether products with full weights are predicted to be much faster than with the cores, on this CPU.
+    """Whether products with full weights need so much less work than with the cores that keeping them pays.
 
     Args:
         shapes: of an expert's projections.
@@ -39,47 +44,9 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
         slots: total number of their slots.
         dtype: of activations and weights.
     """
-    return _pay(shapes, experts, slots, dtype, planned_threads(), source())
-
-
-@lru_cache(maxsize=4096)
-def _pay(
-    shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype, _threads: int, _constants: Source
-) -> bool:
-    by_cores = by_weights = 0.0
-    for shape in shapes:
-        # For the planner, a full weight is an expert's own core next to a shared core with a single element.
-        full = MPOShape((1, shape.in_features), (1, shape.out_features), central=0)
-        by_cores += plan_contraction(shape, experts, slots, dtype).seconds
-        by_weights += plan_contraction(full, experts, slots, dtype).seconds
-    return by_cores > (WORTH_ONE_ROW if slots == experts else WORTH) * by_weights
-
-
-@dataclass(frozen=True)
-class ExpertCacheReport:
-    """Contents and statistics of a cache.
-
-    Attributes:
-        max_bytes: the bound.
-        bytes: current size: full weights, and folded blocks unless they are views of the cores.
-        experts: number of experts whose full weights are cached, over all layers.
-        hits: how often an expert's full weights were found.
-        built: how often they were computed and cached.
-        refused: passes of layers without room for all their experts, which used the cores.
-    """
-
-    max_bytes: int
-    bytes: int
-    experts: int
-    hits: int
-    built: int
-    refused: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.experts} experts in {self.bytes / 1e6:.1f} of {self.max_bytes / 1e6:.1f} MB: "
-            f"{self.hits} hits, {self.built} built, {self.refused} without room"
-        )
+    by_cores = sum(plan_contraction(shape, experts, slots, dtype).flops for shape in shapes)
+    elements = sum(shape.in_features * shape.out_features for shape in shapes)
+    return by_cores > WORTH * (2 * slots + READ * experts) * elements
 
 
 def _full_weight(blocks: MPOBlocks, expert: int, dtype: torch.dtype) -> Tensor:
@@ -102,197 +69,104 @@ def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
     return sum(side.nbytes for side in sides if side.untyped_storage().data_ptr() not in views)
 
 
-@dataclass
-class HeldLayer:
-    """The cache of one layer's experts.
+class KeptExperts:
+    """What a cache keeps of one layer: its blocks, and full weights for all its experts or for none.
+
+    A mixed pass, with full weights for some experts and cores for the rest, takes longer than one with only cores. Room
+    for all of them is reserved at once; each is built when it is first needed.
 
     Attributes:
-        cache: the `ExpertCache` whose bound applies.
-        cores: aliases of the source parameters: while they live, no other tensor can have their addresses.
-        versions: the cores' version counters at that time; every in-place change increases them.
         blocks: the folded chains, by kind of projection.
-        blocks_bytes: their size, without views of the cores.
-        experts: E.
-        kept: whether there was room for the blocks.
-        waited: passes counted against ``patience`` so far.
-        promised: bytes reserved for full weights of all experts, by dtype; 0: no room.
-        full: for each expert and dtype, the weights ``[I, F]`` by kind of projection.
     """
 
-    cache: ExpertCache
-    cores: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    blocks: Mapping[str, MPOBlocks]
-    blocks_bytes: int
-    experts: int
-    kept: bool = True
-    waited: int = 0
-    promised: dict[torch.dtype, int] = field(default_factory=dict)
-    full: dict[tuple[int, torch.dtype], dict[str, Tensor]] = field(default_factory=dict)
-
-    def is_of(self, cores: Sequence[Tensor]) -> bool:
-        """Whether these are the same, unchanged cores: same memory, dtype and layout, and no change since."""
-        return all(
-            (now._version, now.data_ptr(), now.dtype, now.device, now.shape, now.stride())
-            == (version, then.data_ptr(), then.dtype, then.device, then.shape, then.stride())
-            for now, then, version in zip(cores, self.cores, self.versions, strict=True)
-        )
+    def __init__(self, cache: ExpertCache, blocks: Mapping[str, MPOBlocks]) -> None:
+        self._cache, self.blocks = cache, blocks
+        self._passes, self._is_refused = 0, False
+        self._dtype: torch.dtype | None = None
+        self._full: dict[int, dict[str, Tensor]] = {}
 
     def refuses(self, dtype: torch.dtype) -> bool:
-        """Whether there is already known to be no room for full weights in ``dtype``."""
-        return self.cache._refuses(self, dtype)
+        """Whether it is already known that there will be no full weights in ``dtype``."""
+        return self._is_refused or self._dtype not in (None, dtype)
 
     def has_room(self, dtype: torch.dtype) -> bool:
-        """Whether all experts' full weights in ``dtype`` fit; decided once, after ``patience`` passes, and then
-        reserved."""
-        return self.cache._has_room(self, dtype)
+        """Whether full weights in ``dtype`` are kept; decided once, after `PATIENCE` passes that asked."""
+        if self._dtype is None and not self._is_refused:
+            self._passes += 1
+            if self._passes <= PATIENCE:
+                return False
+            elements = sum(chain.in_features * chain.out_features * len(chain.left) for chain in self.blocks.values())
+            if self._cache.reserves(elements * dtype.itemsize):
+                self._dtype = dtype
+            else:
+                self._is_refused = True
+        return self._dtype == dtype
 
-    def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """An expert's weights ``[I, F]`` in ``dtype`` by kind of projection, built at the first call.
-
-        Raises:
-            RuntimeError: no room was reserved by `has_room`.
-        """
-        return self.cache._weights(self, expert, dtype)
+    def weights(self, expert: int) -> dict[str, Tensor]:
+        """An expert's weights ``[I, F]`` by kind of projection, after `has_room`; built at the first call."""
+        full = self._full.get(expert)
+        if full is None:
+            assert self._dtype is not None, "has_room was asked"
+            dtype = self._dtype
+            with torch.autocast("cpu", enabled=False):
+                full = {kind: _full_weight(chain, expert, dtype) for kind, chain in self.blocks.items()}
+            self._full[expert] = full
+        return full
 
     @property
-    def elements(self) -> int:
-        """Numbers in the full weights of one expert."""
-        return sum(chain.in_features * chain.out_features for chain in self.blocks.values())
-
-    @property
-    def bytes(self) -> int:
-        """Held now."""
-        return self.blocks_bytes + self.elements * sum(dtype.itemsize for _, dtype in self.full)
-
-    @property
-    def reserved(self) -> int:
-        """Held at most."""
-        return self.blocks_bytes + sum(self.promised.values())
+    def built(self) -> int:
+        """Number of experts whose full weights are kept."""
+        return len(self._full)
 
 
 class ExpertCache:
-    """Folded blocks and full expert weights of any number of layers, together at most ``max_bytes``.
+    """Folded blocks and full expert weights of several layers, together at most ``max_bytes``.
 
-    Layers that come first stay cached: the layers of a model run in a cycle, so evicting the least recently used layer
-    would evict the one needed next. Nothing is cached in a layer's first pass: an encoder, which runs once for a whole
-    text, would take the room from the decoder, which runs for every token. From the second pass on, room for the full
-    weights of all experts of a layer is reserved if available, and each is built when it is first needed; folded blocks
-    are cached for every layer where they fit. Copies and pickles are empty. A change of a core is detected by PyTorch's
-    version counter or by its memory address; an in-place change through ``core.data`` cannot be detected: call `clear`
-    after it.
+    Layers that come first stay: the layers of a model run in a cycle, so evicting the least recently used layer would
+    evict the one needed next.
 
     Args:
-        max_bytes: bound, at least 1.
-        patience: number of passes in which full weights would have paid before room for them is reserved. Building them
-            takes as long as several passes, which a short answer would not amortise.
+        max_bytes: bound.
+        layers: the layers that it serves.
 
-    Raises:
-        TypeError, ValueError: ``max_bytes`` is not a positive integer.
+    Attributes:
+        reserved: bytes kept or promised: folded blocks unless they are views of the cores, and full weights.
     """
 
-    def __init__(self, max_bytes: int, patience: int = 0) -> None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-            raise TypeError(f"max_bytes must be an integer or None; got {type(max_bytes).__name__} {max_bytes!r}")
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1 (0 or None: no cache); got {max_bytes}")
-        self.max_bytes, self.patience = max_bytes, patience
-        self._layers: WeakKeyDictionary[nn.Module, HeldLayer] = WeakKeyDictionary()
-        self._met: WeakSet[nn.Module] = WeakSet()
-        self._hits = self._built = self._refused = 0
-        self._lock = threading.Lock()
+    def __init__(self, max_bytes: int, layers: Sequence[nn.Module]) -> None:
+        self.max_bytes, self.reserved = max_bytes, 0
+        self.layers: dict[nn.Module, KeptExperts | None] = {}
+        self._served = frozenset(layers)
 
-    @classmethod
-    def of(cls, max_bytes: int | None) -> ExpertCache | None:
-        """A cache; ``None`` for ``None`` or 0."""
-        if max_bytes is None or (max_bytes == 0 and not isinstance(max_bytes, bool)):
+    @contextmanager
+    def in_use(self) -> Iterator[ExpertCache]:
+        """Serve the passes of this thread."""
+        token = _in_use.set(self)
+        try:
+            yield self
+        finally:
+            _in_use.reset(token)
+
+    def reserves(self, wanted: int) -> bool:
+        """Whether there is room for so many bytes, which are then taken."""
+        fits = self.reserved + wanted <= self.max_bytes
+        self.reserved += wanted if fits else 0
+        return fits
+
+    def of(self, layer: nn.Module, projections: Mapping[str, MPOCores]) -> KeptExperts | None:
+        """What is kept of a layer; None if it is not served, or without room for its blocks."""
+        if layer not in self._served:
             return None
-        return cls(max_bytes)
+        if layer not in self.layers:
+            blocks = {kind: cores.blocks() for kind, cores in projections.items()}
+            cores = [core for each in projections.values() for core in each.cores()]
+            self.layers[layer] = KeptExperts(self, blocks) if self.reserves(_own_bytes(blocks, cores)) else None
+        return self.layers[layer]
 
-    def __reduce__(self) -> tuple[type[ExpertCache], tuple[int, int]]:
-        return ExpertCache, (self.max_bytes, self.patience)
 
-    def layer(self, owner: nn.Module, projections: Mapping[str, MPOCores]) -> HeldLayer | None:
-        """The cache of the layer with these projections; ``None`` if this is its first pass.
-
-        Without room for the blocks, they are returned but not cached. Cores made in inference mode have no version to
-        check, so nothing is cached for them: ``None``.
-        """
-        cores = [core for projection in projections.values() for core in projection.cores()]
-        if any(core.is_inference() for core in cores):
-            return None
-        with self._lock:
-            held = self._layers.get(owner)
-            if held is not None and held.is_of(cores):
-                return held
-            self._layers.pop(owner, None)
-            if owner not in self._met:
-                self._met.add(owner)
-                return None
-            # Tensors made in inference mode could not be used outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                blocks = {kind: projection.blocks() for kind, projection in projections.items()}
-                aliases = tuple(core.detach() for core in cores)
-            versions = tuple(core._version for core in cores)
-            experts = next(iter(projections.values())).num_experts
-            held = HeldLayer(self, aliases, versions, blocks, _own_bytes(blocks, cores), experts)
-            held.kept = self._reserved() + held.blocks_bytes <= self.max_bytes
-            if held.kept:
-                self._layers[owner] = held
-            return held
-
-    def drop(self, owner: nn.Module) -> None:
-        """Forget one layer."""
-        with self._lock:
-            self._layers.pop(owner, None)
-            self._met.discard(owner)
-
-    def clear(self) -> None:
-        """Forget everything; the bound stays."""
-        with self._lock:
-            self._layers.clear()
-            self._met.clear()
-
-    def report(self) -> ExpertCacheReport:
-        """Contents and usage statistics."""
-        with self._lock:
-            experts = sum(len({expert for expert, _ in held.full}) for held in self._layers.values())
-            return ExpertCacheReport(self.max_bytes, self._bytes(), experts, self._hits, self._built, self._refused)
-
-    def _bytes(self) -> int:
-        return sum(held.bytes for held in self._layers.values())
-
-    def _reserved(self) -> int:
-        return sum(held.reserved for held in self._layers.values())
-
-    def _refuses(self, held: HeldLayer, dtype: torch.dtype) -> bool:
-        with self._lock:
-            refused = not held.kept or held.promised.get(dtype) == 0
-            self._refused += refused
-            return refused
-
-    def _has_room(self, held: HeldLayer, dtype: torch.dtype) -> bool:
-        with self._lock:
-            if dtype not in held.promised and held.waited < self.patience:
-                held.waited += 1
-                return False
-            if dtype not in held.promised:
-                wanted = held.experts * held.elements * dtype.itemsize
-                fits = held.kept and self._reserved() + wanted <= self.max_bytes
-                held.promised[dtype] = wanted if fits else 0
-                self._refused += not held.promised[dtype]
-            return held.promised[dtype] > 0
-
-    def _weights(self, held: HeldLayer, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        key = (expert, dtype)
-        with self._lock:
-            if key in held.full:
-                self._hits += 1
-                return held.full[key]
-            if not held.promised.get(dtype):
-                raise RuntimeError(f"full weights in {dtype} need room that has_room reserved; there is none")
-            self._built += 1
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-                full = {kind: _full_weight(chain, expert, dtype) for kind, chain in held.blocks.items()}
-            held.full[key] = full
-            return full
+def kept_experts(layer: nn.Module, projections: Mapping[str, MPOCores]) -> KeptExperts | None:
+    """What the `generate` of this thread keeps of a layer; compiled graphs and passes with gradients use its cores."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    cache = _in_use.get()
+    return None if cache is None else cache.of(layer, projections)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpoe.layers.activations import ACTIVATIONS, check_activation
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
-from mpoe.layers.expert_cache import ExpertCache, HeldLayer, full_weights_pay
+from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
 from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
@@ -51,7 +51,6 @@ class MPOExperts(nn.Module):
         super().__init__()
         self.activation = check_activation(activation)
         self.num_experts, self.backend = num_experts, backend
-        self.expert_cache: ExpertCache | None = None
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
         if (down.in_features, down.out_features) != (up.out_features, up.in_features):
             raise ValueError(
@@ -85,45 +84,10 @@ class MPOExperts(nn.Module):
         kinds = {"up": self.up, "down": self.down}
         return kinds if self.gate_proj is None else {**kinds, "gate_proj": self.gate_proj}
 
-    # ----------------------------------------------------------------- cache
-
-    def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
-        """Cache folded blocks, and on the CPU experts' full weights ``[I, F]``, for passes without gradients.
-
-        Full weights are used where they are predicted to be faster, from the second pass on, and only if those of all
-        experts fit. Compiled graphs always use the cores. See `ExpertCache`.
-
-        Args:
-            max_bytes: bound on the whole cache; ``None`` or 0 turns it off. Any call starts with an empty cache.
-
-        Returns:
-            The cache, with its `ExpertCache.report` and `ExpertCache.clear`, or ``None``.
-
-        Raises:
-            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative.
-        """
-        self.expert_cache = ExpertCache.of(max_bytes)
-        return self.expert_cache
-
     def full_weights_may_pay(self) -> bool:
-        """Whether full weights are predicted to be much faster for a single token, or for one token per expert."""
+        """Whether full weights need much less work for a single token, or for one token per expert."""
         shapes = tuple(cores.shape for cores in self.projections().values())
         return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self.expert_cache is not None:
-            self.expert_cache.drop(self)  # at once: `.to()` should not leave the old parameters in memory
-        return super()._apply(fn, recurse)
-
-    def _held(self, *inputs: Tensor) -> HeldLayer | None:
-        """The cached layer, if it may be used."""
-        cache = self.expert_cache  # another thread's `generate` may end and take it away
-        if cache is None or torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters())):
-            cache.drop(self)  # trained cores will change, perhaps undetectably
-            return None
-        return cache.layer(self, self.projections())
 
     # --------------------------------------------------------------- forward
 
@@ -132,13 +96,13 @@ class MPOExperts(nn.Module):
 
         ``dropout`` is the rate between the projections; pass it in training only.
         """
-        held = self._held(x, top_k_weights)
-        if held is not None and dropout == 0.0 and x.device.type == "cpu":
+        kept = kept_experts(self, self.projections())
+        if kept is not None and dropout == 0.0 and x.device.type == "cpu":
             autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            rows = self._by_full_weights(held, torch.get_autocast_dtype("cpu") if autocast else x.dtype, x, routing)
+            rows = self._by_full_weights(kept, torch.get_autocast_dtype("cpu") if autocast else x.dtype, x, routing)
             if rows is not None:
                 return combine(rows, routing, top_k_weights, backend=self.backend)
-        blocks = self._blocks(held)
+        blocks = self._blocks(kept)
         return mpo_ffn(
             x,
             routing,
@@ -169,52 +133,54 @@ class MPOExperts(nn.Module):
             or not router.can_gate_natively(x, *tensors)
         ):
             return None
-        held, rule = self._held(), Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
-        may_use_weights = held is not None and not held.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
-        chains = self._chains(held)
+        kept = kept_experts(self, self.projections())
+        rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
+        may_use_weights = kept is not None and not kept.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
+        chains = self._chains(kept)
         if not (may_use_weights or shows_decision):
             y = routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
             if y is not None:
                 return y, None
         gating, slots = native_slots(x, router.weight, rule, token_mask)
-        rows = self._by_full_weights(held, x.dtype, x, slots) if may_use_weights and held is not None else None
+        rows = self._by_full_weights(kept, x.dtype, x, slots) if may_use_weights and kept is not None else None
         if rows is not None:
             y = native_combine(rows, slots, gating.top_k_weights)
         else:
             y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
         return y, (RouterOutput(*gating), slots)
 
-    def _chains(self, held: HeldLayer | None) -> Chains:
-        blocks = self._blocks(held)
+    def _chains(self, kept: KeptExperts | None) -> Chains:
+        blocks = self._blocks(kept)
         up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
 
     def _may_pay(self, slots: int) -> bool:
-        """Whether full weights are predicted to be much faster for this many slots, shared by any number of
-        experts."""
+        """Whether full weights need much less work for this many slots, shared by any number of experts."""
         shapes = tuple(cores.shape for cores in self.projections().values())
         return any(full_weights_pay(shapes, n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
 
-    def _blocks(self, held: HeldLayer | None) -> Mapping[str, MPOBlocks]:
+    def _blocks(self, kept: KeptExperts | None) -> Mapping[str, MPOBlocks]:
         """The folded chains by kind."""
-        return {kind: cores.blocks() for kind, cores in self.projections().items()} if held is None else held.blocks
+        return {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
 
-    def _by_full_weights(self, held: HeldLayer, dtype: torch.dtype, x: Tensor, slots: Routing | Slots) -> Tensor | None:
+    def _by_full_weights(
+        self, kept: KeptExperts, dtype: torch.dtype, x: Tensor, slots: Routing | Slots
+    ) -> Tensor | None:
         """Rows ``[N, I]`` in slot order, computed with full weights if these pay and all experts' fit; else None."""
-        if held.refuses(dtype):
+        if kept.refuses(dtype):
             return None
         offsets = slots.expert_offsets.tolist()
         spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
         shapes = tuple(cores.shape for cores in self.projections().values())
-        if not (spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype) and held.has_room(dtype)):
+        if not (spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype) and kept.has_room(dtype)):
             return None
         tokens = slots.token_of_slot
         if len(spans) == 1 and offsets[-1] == tokens.shape[0]:
             rows = x if x.shape[0] == tokens.shape[0] == 1 else x[tokens]
-            return self._expert(rows.to(dtype), held.weights(next(iter(spans)), dtype))
+            return self._expert(rows.to(dtype), kept.weights(next(iter(spans))))
         y = x.new_zeros(tokens.shape[0], self.down.out_features, dtype=dtype)
         for expert, (start, stop) in spans.items():
-            y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), held.weights(expert, dtype))
+            y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), kept.weights(expert))
         return y
 
     def _expert(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

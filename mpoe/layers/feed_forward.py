@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -13,12 +17,23 @@ from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
+from mpoe_kernels.checks import check_dense, check_mask
 
 
 def is_observed(module: nn.Module) -> bool:
     """Whether a module has hooks, or its forward was replaced."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
+
+
+@functools.cache
+def _say_that_nothing_balances() -> None:
+    """Warn, once in a process, that a layer trains without its balancing loss."""
+    warnings.warn(
+        "a mixture's layer trains outside a converted model, so nothing adds its balancing loss: run it in "
+        "mpoe.layers.routing_context() and add mpoe.layers.load_balancing_loss of the records",
+        stacklevel=4,
+    )
 
 
 class RoutedFeedForward(nn.Module):
@@ -63,11 +78,12 @@ class RoutedFeedForward(nn.Module):
         """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's or the call's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers.
-            ValueError: sizes that do not fit.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            ValueError: sizes that do not fit, tensors that are not dense.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states must be a tensor [..., I]; got {type(hidden_states).__name__}")
+        check_dense("hidden_states", hidden_states)
         if not hidden_states.is_floating_point():
             raise TypeError(f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}")
         if not hidden_states.dim() or hidden_states.shape[-1] != self.in_features:
@@ -79,12 +95,8 @@ class RoutedFeedForward(nn.Module):
                 token_mask = token_mask.reshape(-1)  # OPT's layers flatten what they pass on
         x = hidden_states.reshape(-1, self.in_features)
         if token_mask is not None:
-            if token_mask.shape != hidden_states.shape[:-1]:
-                raise ValueError(
-                    f"token_mask must be {list(hidden_states.shape[:-1])}, like hidden_states without its last axis; "
-                    f"got {list(token_mask.shape)}"
-                )
-            token_mask = token_mask.reshape(-1).bool()
+            # Like hidden_states without its last axis.
+            token_mask = check_mask("token_mask", token_mask, hidden_states.shape[:-1]).reshape(-1)
             # Padding may contain anything, including NaN, and the router reads every row.
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
@@ -95,6 +107,8 @@ class RoutedFeedForward(nn.Module):
         ``expert_offsets``: of the slots; default: an expert's load is how many chose it.
         """
         call = current_routing()
+        if call is None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _say_that_nothing_balances()
         if call is not None and call.records is not None:
             if expert_offsets is None:
                 expert_load = count_choices(decision.top_k_index, self.num_experts, token_mask).int()
@@ -120,8 +134,8 @@ class MPOEFeedForward(RoutedFeedForward):
     Args:
         in_features: model size I.
         hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`: experts, shapes, router. If it names no shape, experts are separable: hidden-side blocks
-            need existing projections (`HiddenFeedForward`).
+        config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their own, `nn.Linear`
+            up, down and, if gated, gate_proj.
         activation: name of the activation.
         gated: whether the experts are ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
@@ -148,8 +162,15 @@ class MPOEFeedForward(RoutedFeedForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = MPOEConfig() if config is None else config
-        if isinstance(config, MPOEConfig):
-            config = config.with_cores()
+        if isinstance(config, MPOEConfig) and config.is_hidden:
+            from mpoe.layers.hidden import HiddenMixture  # which is made of this class
+
+            options = {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
+            options |= {"activation": activation, "device": device, "dtype": dtype}
+            made: Any = self
+            made.__class__ = HiddenMixture
+            made.build(in_features, hidden_features, config, gated, bias, init_std or {}, **options)
+            return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
         kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
         if gated:
@@ -187,8 +208,8 @@ class MPOEFeedForward(RoutedFeedForward):
             ``[..., I]`` in the experts' dtype, also for tokens in another dtype; under autocast in autocast's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers.
-            ValueError: sizes that do not fit.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
         y = self._by_native_calls(x, token_mask)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.feed_forward import is_observed
+from mpoe.layers.feed_forward import MPOEFeedForward, is_observed
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.mpo_linear import is_conv1d
@@ -323,3 +323,31 @@ class HiddenFeedForward(KeptFeedForward):
         if kind == "down":
             return torch.einsum("egab,gbi->egai", own, weight.view(groups, size, -1)).flatten(1, 2)
         return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), own).flatten(2, 3)
+
+
+class HiddenMixture(HiddenFeedForward, MPOEFeedForward):  # type: ignore[misc]  # experts of another kind
+    """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
+
+    def build(
+        self,
+        in_features: int,
+        hidden_features: int,
+        config: MPOEConfig,
+        gated: bool,
+        bias: bool,
+        init_std: Mapping[str, float],
+        **options: Any,
+    ) -> None:
+        """Construct it; arguments as of `MPOEFeedForward`."""
+        kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
+        if gated:
+            kinds["gate_proj"] = kinds["up"]
+        names = {kind: kind for kind in kinds}
+        HiddenFeedForward.__init__(self, in_features, hidden_features, config, names=names, **options)
+        placed = {name: options[name] for name in ("device", "dtype")}
+        projections = {k: nn.Linear(*sizes, bias=bias and k != "gate_proj", **placed) for k, sizes in kinds.items()}
+        for kind, std in init_std.items():
+            nn.init.normal_(projections[kind].weight, std=std)
+        self.adopt(projections)
+        if config.auxiliary_noise:
+            self.experts.add_noise_(config.auxiliary_noise)

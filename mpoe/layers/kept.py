@@ -47,7 +47,8 @@ class KeptFeedForward(RoutedFeedForward):
         stream: str,
         device: torch.device | str | None,
     ) -> None:
-        super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
+        sizes = (in_features, hidden_features)  # `super` would be another class in a `HiddenMixture`
+        RoutedFeedForward.__init__(self, *sizes, config, dropout, output_dropout, stream, device)
         self.names, self.columns = dict(names), dict(columns or {})
         self._projections: dict[str, nn.Module] = {}
         self._central_masked = False

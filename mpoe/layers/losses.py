@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpoe_kernels.checks import check_mask
+
 
 def _checked(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"logits must be [..., T, E]; got {got}")
-    if token_mask is not None and (token_mask.dim() != 1 or token_mask.shape[0] != logits.shape[-2]):
-        raise ValueError(f"token_mask must be [T] with T = {logits.shape[-2]}; got {list(token_mask.shape)}")
     logits = logits.float()
     if token_mask is not None:
+        token_mask = check_mask("token_mask", token_mask, (logits.shape[-2],))
         # Mask before the softmax: padding may contain NaN or Inf, and masking later would give gradients of 0 x NaN.
         logits = torch.where(token_mask[:, None], logits, logits.new_zeros(()))
     return logits, token_mask
@@ -53,7 +54,7 @@ def load_balancing_loss(
         ``[...]`` float32, one loss per layer.
 
     Raises:
-        ValueError: mismatched shapes.
+        TypeError, ValueError: mismatched shapes; a mask that is neither bool nor of integers.
     """
     logits, token_mask = _checked(logits, token_mask)
     if top_k_index.shape[:-1] != logits.shape[:-1]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, overload
-
 import torch
 from torch import Tensor, nn
 
@@ -33,97 +29,51 @@ def linear_weight(module: nn.Module) -> Tensor:
     raise TypeError(f"expected an nn.Linear or a Conv1D; got {type(module).__name__}")
 
 
-class _Asked(NamedTuple):
-    """Arguments of an `MPOLinear`, in whichever form they were given."""
-
-    shape: MPOShape
-    bias: bool
-    backend: str | None
-    init_std: float
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-def _by_shape(
-    shape: MPOShape,
-    bias: bool = True,
-    backend: str | None = None,
-    init_std: float = 0.02,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> _Asked:
-    return _Asked(shape, bias, backend, init_std, device, dtype)
-
-
-def _by_sizes(
-    in_features: int,
-    out_features: int,
-    bias: bool = True,
-    backend: str | None = None,
-    init_std: float | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> _Asked:
-    shape = MPOShape.paper(in_features, out_features)
-    return _Asked(shape, bias, backend, (3 * in_features) ** -0.5 if init_std is None else init_std, device, dtype)
-
-
 class MPOLinear(nn.Module):
     """``y = x @ W + bias`` with W ``[in_features, out_features]`` in MPO form.
 
-    ``MPOLinear(shape, ...)``, or ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at
-    full bonds, and random weights of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``.
+    ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at full bonds, and random weights
+    of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``; or ``MPOLinear(shape)``.
 
     Args:
-        shape: `MPOShape` of the weight.
+        in_features: size of the input, or an `MPOShape`.
+        out_features: size of the output; not with a shape.
         bias: whether there is a bias.
         backend: name of a kernel backend, or ``None``.
-        init_std: of the weight's entries.
+        init_std: of the weight's entries; default: see above, .02 with a shape.
+        shape: `MPOShape` of the weight, in place of the sizes.
 
     Raises:
-        TypeError: arguments of neither form.
+        TypeError: neither sizes nor a shape, or both.
     """
 
-    @overload
     def __init__(
         self,
-        shape: MPOShape,
-        bias: bool = True,
-        backend: str | None = None,
-        init_std: float = 0.02,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None: ...
-
-    @overload
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
+        in_features: int | MPOShape | None = None,
+        out_features: int | None = None,
         bias: bool = True,
         backend: str | None = None,
         init_std: float | None = None,
         *,
+        shape: MPOShape | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None: ...
-
-    def __init__(self, *values: Any, **named: Any) -> None:
+    ) -> None:
         super().__init__()
-        sizes = "in_features" in named or (bool(values) and isinstance(values[0], int))
-        read: Callable[..., _Asked] = _by_sizes if sizes else _by_shape
-        try:
-            inspect.signature(read).bind(*values, **named)
-        except TypeError as error:
+        if shape is None and not isinstance(in_features, int):
+            in_features, shape = None, in_features
+        if (shape is None) == (in_features is None) or (out_features is None) != (shape is not None):
             raise TypeError(
-                f"MPOLinear takes (shape, ...) or, as nn.Linear does, (in_features, out_features, ...): {error}"
-            ) from None
-        asked = read(*values, **named)
-        self.cores = MPOCores(asked.shape, 1, asked.bias, asked.init_std, device=asked.device, dtype=asked.dtype)
-        self.backend = asked.backend
+                "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone (then bias goes by "
+                f"name); got in_features {in_features!r}, out_features {out_features!r}, shape {shape!r}"
+            )
+        if shape is None:
+            assert isinstance(in_features, int)
+            assert out_features is not None
+            shape = MPOShape.paper(in_features, out_features)
+            init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
+        self.cores = MPOCores(shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype)
+        self.backend = backend
 
     @classmethod
     def from_linear(
@@ -138,7 +88,7 @@ class MPOLinear(nn.Module):
         rows, columns = weight.shape
         shape = MPOShape.paper(rows, columns) if shape is None else shape
         bias = getattr(linear, "bias", None)
-        module = cls(shape, bias is not None, backend, device=weight.device, dtype=weight.dtype)
+        module = cls(shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype)
         module.cores.load_weight_(weight, gauge)
         if bias is not None:
             with torch.no_grad():
@@ -165,7 +115,3 @@ class MPOLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
         return mpo_linear(x, self.cores.blocks(), self.cores.bias, backend=self.backend)
-
-
-# The signature that tools show: the first form.
-MPOLinear.__signature__ = inspect.signature(_by_shape).replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]

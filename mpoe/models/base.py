@@ -21,7 +21,6 @@ from mpoe.layers.context import (
     enter_routing,
     leave_routing,
 )
-from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
@@ -39,6 +38,7 @@ from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints,
 from mpoe.models.saving import SavingMixin
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
+from mpoe_kernels.checks import check_integer
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
@@ -105,7 +105,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - declared so by Transformers
     _forward_names: ClassVar[tuple[str, ...]] = ()
-    _cache_while_generating = True
+    _expert_cache_bytes: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -269,33 +269,24 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             return None
         return labels[..., 1:].ne(-100).sum() / items
 
-    def cache_experts(self, max_bytes: int | None) -> ExpertCache | None:
-        """Cache folded blocks and full weights of experts for inference, within ``max_bytes`` for the whole model.
+    def cache_experts(self, max_bytes: int | None) -> None:
+        """Set how much memory `generate` may take, while it runs, for folded blocks and full weights of experts.
 
-        On the CPU, `generate` does this by default, within the size of the dense layers, until it returns.
-
-        Decoding gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to rounding, and
-        passes that need gradients are not affected. See `mpoe.layers.MPOExperts.cache_experts`. Hidden-side experts
-        and neurons have nothing to rebuild, so the cache stays empty.
+        Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to
+        rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to amortise
+        them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept between
+        calls. Hidden-side experts and neurons have nothing to rebuild.
 
         Args:
-            max_bytes: bound; 0: no cache, also not in `generate`; ``None``: as in a new model. Any call starts with an
-                empty cache.
-
-        Returns:
-            The cache that the layers share, with its `report` and `clear`, or ``None``.
+            max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the size of the dense
+                layers.
 
         Raises:
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
-        layers = [module for module in self.modules() if isinstance(module, MPOExperts)]
-        if not layers and not kept_modules(self):  # nothing of theirs is ever rebuilt: nothing to cache
+        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not kept_modules(self):
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
-        cache = ExpertCache.of(max_bytes)
-        for layer in layers:
-            layer.expert_cache = cache
-        self._cache_while_generating = max_bytes != 0
-        return cache
+        self._expert_cache_bytes = None if max_bytes is None else check_integer("max_bytes", max_bytes, 0)
 
     # -------------------------------------------------------- checkpointing
 

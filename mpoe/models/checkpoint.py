@@ -48,10 +48,10 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
-        advice = " (a dense model: load it with transformers, then convert_to_mpoe)" if str(model_type) in TABLE else ""
+        is_dense = str(model_type) in TABLE
+        advice = f"a dense {model_type}: load it with transformers, then convert_to_mpoe" if is_dense else model_type
         raise ValueError(
-            f"path must hold an MPOE model (model_type {', '.join(MODEL_TYPES)}); "
-            f"{folder / 'config.json'} says {model_type!r}{advice}"
+            f"path must hold a converted model (model_type mpoe_...); {folder / 'config.json'} is {advice}"
         )
     names = values.get("architectures")
     found = [class_named(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []

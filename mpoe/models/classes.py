@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -84,7 +83,7 @@ def make_class(
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer = enter_routing(RoutingContext({}, None, is_generating=True))
         try:
-            with kept_while_generating(self) if self._cache_while_generating else nullcontext():
+            with kept_while_generating(self, self._expert_cache_bytes):
                 return super(made, self).generate(*args, **kwargs)
         finally:
             leave_routing(outer)

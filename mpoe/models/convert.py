@@ -27,7 +27,7 @@ from mpoe.models.hidden import HiddenSite, fill_merged, hidden_modules, merged_c
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.neurons import neuron_modules
 from mpoe.models.one_at_a_time import one_at_a_time
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.stock_experts import AnySite, checked_for
 from mpoe.models.table import TABLE
@@ -141,6 +141,18 @@ def _warn_of_errors(report: Report) -> None:
         )
 
 
+def _warn_of_size(model: Any, config: MPOEConfig) -> None:
+    """Warn of experts that are larger than whole matrices: at small widths blocks are."""
+    counts = parameter_report(model)
+    total, switch = counts["total"], counts["switch_total"]
+    if total > switch and config.num_experts > 1 and config.expert_type == "mpo":
+        warnings.warn(
+            f"these experts are larger than dense ones: {total:,} parameters, {switch:,} with expert_type='dense' "
+            "(a smaller block_size, or shape='separable', has fewer)",
+            stacklevel=3,
+        )
+
+
 def _check_sites(model: Any, sites: Sequence[AnySite], config: MPOEConfig) -> bool:
     """Refuse mismatched shapes; returns whether the head is tied to an embedding that becomes an MPO."""
     for site in sites:
@@ -211,6 +223,7 @@ def convert_to_mpoe(
         report.update(site.load(module, config))
         site.install(model, module, config)
     _warn_of_errors(report)
+    _warn_of_size(model, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     if given is not None:
         model.config.mpoe_sites = given

@@ -1,4 +1,4 @@
-"""The default cache of `generate`: folded blocks and rebuilt weights, in as much memory as the dense layers took."""
+"""The cache of `generate`: folded blocks and rebuilt weights, by default in as much memory as dense layers take."""
 
 from __future__ import annotations
 
@@ -15,23 +15,19 @@ from mpoe.layers.experts import MPOExperts
 
 logger = logging.get_logger(__name__)
 
-# Passes with folded blocks before full weights are built, so that an answer amortises them: built at the second token
-# they seemed to slow an answer of three tokens by 8%, built at the eighth one of twelve by 5% (shape light, one text;
-# single runs, noise 5%).
-PATIENCE = 14
 
-
-def _may_cache(layer: MPOExperts) -> bool:
-    """Whether a cache may serve a layer: on the CPU, with cores that are neither adapted nor sharded."""
+def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
+    """Whether a cache may serve a layer: in evaluation, with cores that are neither adapted nor sharded."""
     projections = layer.projections().values()
-    plain = all(type(cores) is MPOCores for cores in projections)
-    weights = [core for cores in projections for core in cores.cores()] if plain else []
-    usable = all(type(w) is nn.Parameter and w.device.type == "cpu" and not w.is_inference() for w in weights)
-    return plain and usable and not layer.training
+    if layer.training or any(type(cores) is not MPOCores for cores in projections):
+        return False
+    devices = ("cpu", "cuda") if on_gpus else ("cpu",)
+    weights = [core for cores in projections for core in cores.cores()]
+    return all(type(weight) is nn.Parameter and weight.device.type in devices for weight in weights)
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of `generate`'s default cache.
+    """Bound of `generate`'s cache unless `cache_experts` sets one.
 
     Returns:
         The size of one dense feed-forward network for each layer, in its dtype; less where cores and cache together
@@ -47,31 +43,25 @@ def decoding_bytes(layers: list[MPOExperts]) -> int:
 
 
 @contextmanager
-def kept_while_generating(model: nn.Module) -> Iterator[ExpertCache | None]:
-    """A cache for the experts of ``model``, freed at the end; ``None`` if it would not help or the user has set one.
+def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[ExpertCache | None]:
+    """A cache for the experts of ``model``, gone at the end; ``None`` if it would not help.
 
-    It does not outlive the call, because it cannot detect weights that are swapped through ``parameter.data``, as
-    weight averaging does for an evaluation.
+    Args:
+        model: of which `generate` is called.
+        max_bytes: bound; ``None``: `decoding_bytes`, on a CPU; 0: no cache.
     """
     layers = [module for module in model.modules() if isinstance(module, MPOExperts)]
-    chosen = any(layer.expert_cache is not None for layer in layers)
-    layers = [] if chosen or torch.compiler.is_compiling() else [layer for layer in layers if _may_cache(layer)]
-    bound = decoding_bytes(layers)
-    if bound == 0:
+    layers = (
+        [] if torch.compiler.is_compiling() else [layer for layer in layers if _may_cache(layer, max_bytes is not None)]
+    )
+    bound = decoding_bytes(layers) if max_bytes is None else max_bytes
+    if bound == 0 or not layers or torch.compiler.is_compiling():
         yield None
         return
-    if any(layer.full_weights_may_pay() for layer in layers):  # the others' folded blocks are views of their cores
+    if max_bytes is None and any(layer.full_weights_may_pay() for layer in layers):  # other blocks are views of cores
         logger.info_once(
             f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
-            "until it returns; model.cache_experts(max_bytes) keeps more, and between calls, model.cache_experts(0) "
-            "nothing"
+            "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"
         )
-    cache = ExpertCache(bound, PATIENCE)
-    for layer in layers:
-        layer.expert_cache = cache
-    try:
+    with ExpertCache(bound, layers).in_use() as cache:
         yield cache
-    finally:
-        for layer in layers:
-            if layer.expert_cache is cache:
-                layer.expert_cache = None

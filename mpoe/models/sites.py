@@ -138,8 +138,8 @@ class LinearSite:
         weight = linear_weight(self.dense)
         return MPOLinear(
             config.linear_shape(self.component, self.name, *self.sizes),
-            getattr(self.dense, "bias", None) is not None,
-            config.backend,
+            bias=getattr(self.dense, "bias", None) is not None,
+            backend=config.backend,
             init_std=float(weight.shape[0]) ** -0.5,
             device="meta",
             dtype=weight.dtype,

@@ -24,7 +24,7 @@ class WeightSummary:
         name: name of the module that holds the cores.
         cores: the `MPOCores`, with their shape.
         error: relative error bound of the conversion; ``None`` if it is not in the model's config.
-        plan: how a forward pass contracts it.
+        plan: how a forward pass contracts it with the fewest FLOPs.
     """
 
     name: str
@@ -85,16 +85,8 @@ def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[W
             rows.append(KeptSummary(name, layers[name], top_k))
         if not isinstance(cores, MPOCores):
             continue
-        shared = cores.num_experts == 1
-        device = cores.central.device
-        plan = plan_contraction(
-            cores.shape,
-            cores.num_experts,
-            num_tokens,
-            cores.central.dtype,
-            "cpu" if device.type == "meta" else device,
-            1 if shared else top_k,
-        )
+        per_token = 1 if cores.num_experts == 1 else top_k
+        plan = plan_contraction(cores.shape, cores.num_experts, num_tokens, cores.central.dtype, top_k=per_token)
         rows.append(WeightSummary(name, cores, _conversion_error(model, name), plan))
     return rows
 
@@ -114,7 +106,7 @@ HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "err
 LEGEND = (
     "factors: the weight's axes, split; bonds: dimensions between the cores; central: parameters that all experts "
     "share; auxiliary: experts x parameters that each owns; error: of the conversion, at most, relative to the dense "
-    "weight; plan: how a forward pass contracts the cores; x dense: FLOPs over a dense layer's"
+    "weight; plan: the order of the fewest FLOPs in a forward pass; x dense: FLOPs over a dense layer's"
 )
 
 
@@ -136,7 +128,7 @@ def table_row(row: WeightSummary | KeptSummary) -> tuple[str, ...]:
         )
     shape, experts = row.cores.shape, row.cores.num_experts
     per_expert = f"{row.auxiliary_parameters // experts:,}"
-    dense = row.plan.forward.flops / row.plan.dense_flops if row.plan.dense_flops else 0.0
+    dense = row.plan.flops / row.plan.dense_flops if row.plan.dense_flops else 0.0
     return (
         short_name(row.name),
         f"{shape.in_features}x{shape.out_features}",

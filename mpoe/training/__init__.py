@@ -19,6 +19,7 @@ _HOMES = {
     "build_param_groups": "param_groups",
     "describe_param_groups": "param_groups",
     "find_last_checkpoint": "checkpoints",
+    "freeze_all_but_experts": "freezing",
     "freeze_cores": "freezing",
     "prepare_output_dir": "output_dir",
     "load_sharded_optimizer": "sharded_checkpoint",

@@ -122,6 +122,10 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             " error. (Gradients that overflow under loss scaling are skipped, which is no error.)"
         },
     )
+    adapter: bool = field(
+        default=False,
+        metadata={"help": "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`)."},
+    )
 
     def __post_init__(self) -> None:
         # Check our own arguments first, before the Trainer sets up devices or processes.
@@ -131,7 +135,14 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             setattr(self, name, _positive(getattr(self, name), name, optional=True))
         for name in ("router_lr_scale", "dense_expert_lr_scale"):
             setattr(self, name, _positive(getattr(self, name), name))
-        switches = ("scale_core_lr", "tensor_learn", "global_router_losses", "log_core_norms", "log_expert_load")
+        switches = (
+            "scale_core_lr",
+            "adapter",
+            "tensor_learn",
+            "global_router_losses",
+            "log_core_norms",
+            "log_expert_load",
+        )
         for name in (*switches, "allow_non_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpoe_kernels.planner import machine
+from mpoe_kernels.contract import autotune
 
 MANIFEST = "mpoe_checkpoint.json"
+_MAPPINGS = ("files", "crc32", "choices")  # in the manifest
 _FINAL = re.compile(r"checkpoint-(\d+)")
 _STAGING_PREFIX = ".incomplete-"
 _DELETING_PREFIX = ".deleting-"
@@ -42,7 +43,7 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
         "step": step_of(staged),
         "files": {name: path.stat().st_size for name, path in names.items()},
         "crc32": {name: _crc32(path) for name, path in names.items()},
-        "machine": machine.record(),
+        "choices": autotune.choices(),
     }
     for path in files:
         _sync(path)
@@ -79,13 +80,13 @@ def damaged_files(checkpoint: str | Path) -> list[str]:
     return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
 
 
-def machine_of(checkpoint: str | Path) -> dict[str, Any] | None:
-    """What the run planned its products with (`mpoe_kernels.planner.machine.record`); None of a foreign checkpoint.
+def choices_of(checkpoint: str | Path) -> dict[str, str]:
+    """How the run computed its products (`mpoe_kernels.contract.autotune.choices`); a resumed run goes on so.
 
-    Manifests of before that was kept mean the hardware table's constants.
+    Empty for checkpoints that recorded none.
     """
-    manifest = _manifest(Path(checkpoint))
-    return manifest.get("machine", dict(machine.TABLE)) if manifest else None
+    found = _manifest(Path(checkpoint)).get("choices", {})
+    return {problem: choice for problem, choice in found.items() if isinstance(choice, str)}
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         record = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(record, dict) and all(isinstance(record.get(key, {}), dict) for key in ("files", "crc32"))
+    is_ours = isinstance(record, dict) and all(isinstance(record.get(key, {}), dict) for key in _MAPPINGS)
     return record if is_ours else {}
 
 

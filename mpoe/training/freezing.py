@@ -1,12 +1,14 @@
-"""Which cores train: `update_mpo_layer`, `tensor_learn` and `train_AT_index`, by `requires_grad`."""
+"""What trains, by `requires_grad`: `adapter`, `update_mpo_layer`, `tensor_learn` and `train_AT_index`."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
+from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.components import component_of, parse_components
 from mpoe.models.report import mpo_modules
+from mpoe.models.stock_experts import expert_modules
 
 
 def chain_parameters(cores: MPOCores) -> list[nn.Parameter]:
@@ -29,6 +31,31 @@ def parse_core_indices(text: str | None) -> tuple[int, ...]:
             )
         indices.append(int(part))
     return tuple(sorted(set(indices)))
+
+
+def freeze_all_but_experts(model: nn.Module) -> int:
+    """Train experts and routers alone, in place: a mixture of any shape as an adapter of the model around it.
+
+    Of hidden-side experts these are the blocks, of experts in MPO form all cores (`freeze_central` freezes the shared
+    ones), of dense experts their weights; of a model that was a mixture before, also its own router.
+
+    Returns:
+        The number of parameters that train.
+
+    Raises:
+        ValueError: a model without experts.
+    """
+    parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
+    for name, experts in expert_modules(model):
+        children = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
+        parts += [experts, children.get("gate", children.get("router"))]
+    if not parts:
+        raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")
+    model.requires_grad_(False)
+    for part in parts:
+        if isinstance(part, nn.Module):
+            part.requires_grad_(True)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def freeze_cores(

@@ -56,7 +56,6 @@ def prepare_output_dir(
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
     neutral_keys: frozenset[str] = NEUTRAL_KEYS,
-    machine: Mapping[str, Any] | None = None,
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
@@ -69,8 +68,6 @@ def prepare_output_dir(
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
         run_config: everything that determines what the run computes (JSON-able).
         neutral_keys: names whose values may differ on resume, at any depth.
-        machine: the constants with which a new run plans its products (`mpoe_kernels.planner.machine.record`), for
-            `MPOETrainer`.
 
     Returns:
         The last complete checkpoint when resuming (None if the run died before its first), else None.
@@ -92,7 +89,7 @@ def prepare_output_dir(
             return find_last_checkpoint(folder)
         if overwrite and (holds_run(folder) or holds_model(folder)):
             _delete_run(folder)
-        _write_run_file(folder, config, machine)
+        _write_run_file(folder, config)
     return None
 
 
@@ -204,10 +201,8 @@ def _delete_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_run_file(folder: Path, config: dict[str, Any], machine: Mapping[str, Any] | None) -> None:
+def _write_run_file(folder: Path, config: dict[str, Any]) -> None:
     record = {"fingerprint": fingerprint(config), "config": config}
-    if machine is not None:
-        record["machine"] = dict(machine)
     staged = folder / f".{RUN_FILE}.incomplete"
     with staged.open("w") as file:
         json.dump(record, file, indent=1)  # in its own order, which matters for label words

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
+from mpoe_kernels.contract import autotune
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainer as _Base
@@ -48,6 +51,22 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
     if getattr(model, "config", None) is not None:
         checkpoints.check_same_model(folder, model.config)
     return str(folder)
+
+
+def go_on_with_choices(checkpoint: str | None, arguments: TrainingArguments) -> None:
+    """Compute products as the run that is resumed did, and on all processes as the first one does.
+
+    Timings choose among ways that round differently, so two machines or processes may choose differently.
+
+    Args:
+        checkpoint: the folder that the run is resumed from, if any.
+        arguments: the run's arguments.
+    """
+    found = [{} if checkpoint is None else checkpoints.choices_of(checkpoint)]
+    if arguments.world_size > 1:
+        found = [{**autotune.choices(), **found[0]}]
+        broadcast_object_list(found)
+    autotune.adopt(found[0])
 
 
 @contextlib.contextmanager

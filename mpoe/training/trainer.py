@@ -24,15 +24,14 @@ from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
 from mpoe.training.correction_bias import CorrectionBias
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
-from mpoe.training.freezing import freeze_cores
+from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.param_groups import build_param_groups
-from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume
+from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
 from mpoe.training.run_log import RunLog, expert_load_of
-from mpoe.training.same_plans import same_plans
 from mpoe.training.statistics import ExpertLoad, core_grad_norms
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
@@ -66,16 +65,14 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
     * warnings about experts that take most tokens or none for long, and about rates far from those that worked
-    * (`training.advice`); logs of task and auxiliary loss, expert load, core gradient norms and the share of masked
-    * steps, also as
-      `metrics.jsonl` in the output folder;
+      (`training.advice`); logs of task and auxiliary loss, expert load, core gradient norms and the share of masked
+      steps, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
-    * the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
+      the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or
-    * absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
-    * one, on the CPU to bit-identical weights; products planned with the same constants of the CPU on all processes and
-    * after a resume (see
-      `mpoe.training.same_plans`).
+      absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
+      one, on the CPU to bit-identical weights: all processes, and a resumed run, compute their products in the ways
+      that were chosen first (see `mpoe.training.resuming.go_on_with_choices`).
 
     T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
 
@@ -111,6 +108,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
+        if args.adapter:
+            freeze_all_but_experts(self.model)
         freeze_cores(
             self.model,
             update_mpo_layer=args.update_mpo_layer,
@@ -155,8 +154,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             checkpoints.clean_leftovers(run_dir)
         self._load_watch.start(step)
         try:
-            with same_plans(self.args, resume_from_checkpoint):
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            go_on_with_choices(resume_from_checkpoint, self.args)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_weights()
             return result
         except DivergenceError as error:

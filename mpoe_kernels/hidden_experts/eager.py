@@ -1,6 +1,6 @@
-"""Plain PyTorch: one expert after the other, on its tokens or, where that is cheaper, on all of them.
+"""Plain PyTorch: one expert after the other, each on its own tokens, so that no Inf or NaN of one reaches others.
 
-Both ways sum the experts in order, so results do not depend on the distribution of tokens.
+The experts are summed in order, so results do not depend on the distribution of tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.indices import check_range
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 
-# Costs for one hidden unit of a token, in FLOPs of a matrix product: an activation, and gathering and scattering a row.
-ACTIVATION_COST, COPY_COST = 40, 64
-
 
 def activate_(name: str, z: Tensor) -> Tensor:
     """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to Transformers' formula."""
@@ -30,13 +27,6 @@ def activate_(name: str, z: Tensor) -> Tensor:
 def activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
     """``d loss / d z`` from the pre-activation."""
     return activation_backward("gelu_tanh" if name == "gelu_new" else name, grad, z)
-
-
-def all_tokens_pay(experts: int, top_k: int, block: int) -> bool:
-    """Whether computing every expert on every token, with gates of 0 where it was not chosen, is cheaper than
-    gathering."""
-    work = 4 * block + ACTIVATION_COST
-    return experts * work <= top_k * (work + COPY_COST)
 
 
 class Share(NamedTuple):
@@ -51,7 +41,7 @@ class Share(NamedTuple):
         return value if self.rows is None else value.index_select(0, self.rows)
 
 
-def _shares(gates: Tensor, index: Tensor, experts: int, block: int) -> Iterator[Share]:
+def _shares(gates: Tensor, index: Tensor, experts: int) -> Iterator[Share]:
     """The experts that have tokens, in order. A token that chose an expert twice counts once, with both gates."""
     numbers = torch.arange(experts, device=index.device)
     gate = gates.new_zeros(gates.shape[0], experts)
@@ -60,22 +50,13 @@ def _shares(gates: Tensor, index: Tensor, experts: int, block: int) -> Iterator[
         here = index[:, k : k + 1] == numbers
         gate = torch.where(here, gate + gates[:, k : k + 1], gate)
         chosen |= here
-    if all_tokens_pay(experts, index.shape[1], block):
-        yield from (Share(e, None, gate[:, e : e + 1]) for e in range(experts) if gates.shape[0])
-        return
     counts = chosen.sum(0).tolist()
     tokens = chosen.T.nonzero()[:, 1].split(counts)
     for e, rows in enumerate(tokens):
-        if counts[e]:
+        if counts[e] == len(gate) > 0:
+            yield Share(e, None, gate[:, e : e + 1])
+        elif counts[e]:
             yield Share(e, rows, gate[:, e].index_select(0, rows)[:, None])
-
-
-def _rows_in_use(index: Tensor, u: Tensor, u_gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Dense ``u`` and ``u_gate``; rows of tokens without an expert, which may contain anything, are zeroed."""
-    idle = (index < 0).all(1, keepdim=True)
-    if bool(idle.any()):
-        return u.masked_fill(idle, 0), None if u_gate is None else u_gate.masked_fill(idle, 0)
-    return u.contiguous(), None if u_gate is None else u_gate.contiguous()
 
 
 def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
@@ -109,9 +90,9 @@ def forward(call: HiddenCall) -> Tensor:
     gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
     right_gate, activation = call.right_gate, call.activation
     check_range("top_k_index", top_k_index, -1, call.num_experts - 1)
-    u, u_gate = _rows_in_use(top_k_index, call.u, call.u_gate)
+    u, u_gate = call.u.contiguous(), None if call.u_gate is None else call.u_gate.contiguous()
     out = _total(u)
-    for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
+    for share in _shares(gates, top_k_index, right.shape[0]):
         e = share.expert
         if u_gate is None or right_gate is None:
             h = activate_(activation, _with_bias(_by_blocks(share.of(u), right[e]), bias, e))
@@ -130,14 +111,14 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
     gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
     right_gate, activation, grad = call.right_gate, call.activation, call.grad
-    u, u_gate = _rows_in_use(top_k_index, call.u, call.u_gate)
+    u, u_gate = call.u.contiguous(), None if call.u_gate is None else call.u_gate.contiguous()
     inputs, wanted = call.differentiable, call.wanted
     du, dgates, dright, dleft, dbias, du_gate, dright_gate = (
         u.new_empty(0) if value is None or not wants else _total(value)
         for value, wants in zip(inputs, wanted, strict=True)
     )
     need_u, need_gates, need_right, need_left, need_bias, need_u_gate, need_right_gate = wanted
-    for share in _shares(gates, top_k_index, right.shape[0], right.shape[-1]):
+    for share in _shares(gates, top_k_index, right.shape[0]):
         e, x, do = share.expert, share.of(u), share.of(grad)
         value = _by_blocks(x, right[e])  # u R
         if u_gate is None or right_gate is None:

@@ -20,9 +20,7 @@ from mpoe_kernels.checks import (
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.registry import requested_backend
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-
-# Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
-MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
+from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
 
 
 @dataclass(frozen=True)

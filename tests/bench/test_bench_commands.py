@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from mpoe_bench import decoding, rates, whole_step
-
-from mpoe_kernels import available_backends
+from mpoe_bench import decoding, whole_step
 
 
 def test_decoding_times_whole_calls_and_later_tokens(tmp_path, capsys) -> None:
@@ -31,21 +29,6 @@ def test_decoding_refuses_to_leave_out_all_tokens(capsys) -> None:
     with pytest.raises(SystemExit):
         decoding.main(["--tokens", "4", "--after", "4"])
     assert "--after must be between 0 and 3, one less than --tokens; got 4" in capsys.readouterr().err
-
-
-@pytest.mark.skipif("native" not in available_backends(), reason="the native kernels were not built")
-def test_rates_of_native_products(tmp_path, capsys) -> None:
-    out = tmp_path / "rates.json"
-    assert (
-        rates.main(["--sizes", "16,64,128", "--experts", "2", "--threads", "1", "--seconds", "0.01", "--out", str(out)])
-        == 0
-    )
-    found = json.loads(out.read_text())
-    assert [(row["dtype"], row["phase"]) for row in found["rows"]] == [
-        (dtype, phase) for dtype in ("float32", "bfloat16") for phase in ("forward", "backward")
-    ]
-    assert all(set(row["GFLOP/s"]) == {rates.LIBRARY, *rates.STRATEGIES} for row in found["rows"])
-    assert "separable" in capsys.readouterr().out
 
 
 def test_whole_steps_against_dense_experts(tmp_path, capsys) -> None:

@@ -75,6 +75,26 @@ def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     assert [run["name"] for run in json.loads((tmp_path / "out" / "compare.json").read_text())] == ["a", "b", "c"]
 
 
+def test_means_over_seeds(cli, tmp_path: Path) -> None:
+    runs = []
+    for k, (rate, accuracy) in enumerate([(1e-3, 0.6), (1e-3, 0.64), (2e-3, 0.7)]):
+        runs.append(make_run(tmp_path / f"r{k}", accuracy, rate))
+        record = json.loads((runs[-1] / "run.json").read_text())
+        record["config"]["training"]["seed"] = k
+        record["config"]["arm"] = {"baseline": "dense" if rate == 2e-3 else None}
+        (runs[-1] / "run.json").write_text(json.dumps(record))
+    answer = cli("compare", *runs, "--output_dir", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    arms = answer.out.split("Arms")[1].split("Parameters")[0]
+    cells = (re.split("[│┃]", line)[1:-1] for line in arms.splitlines())
+    rows = [[cell.strip() for cell in row] for row in cells if row]
+    assert rows[0] == ["", "2 MPO experts", "dense"]
+    assert ["runs", "2", "1"] in rows
+    # 12.706 x sd / sqrt(2) = 12.706 x .02
+    assert ["task: accuracy", "0.6200 ± 0.2541", "0.7000"] in rows
+    assert "Arms" not in cli("compare", runs[0], runs[2], "--output_dir", tmp_path / "two").out
+
+
 def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
     out = ["--output_dir", tmp_path / "out"]

@@ -43,7 +43,7 @@ def test_unknown_command_is_refused(cli) -> None:
 
 
 def test_help_of_train_lists_our_options_and_the_trainers(cli) -> None:
-    answer = cli("train", "--help")
+    answer = cli("train", "--help", "all")
     assert answer.code == 0
     for word in ("num_experts", "gradient_mask_prob", "data_dir", "learning_rate", "overwrite", "switch_dropout"):
         assert word in answer.out

@@ -133,3 +133,16 @@ def test_help_and_refusals(cli, refused, models: Path, sentiment: Path, tmp_path
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "mpoe[report]"' in refused("inspect", t5, *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_runs_load_is_counted_on_its_own_data(cli, prose: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    flags = ["--data_dir", prose, "--max_source_length", 16, "--num_experts", 2, "--max_steps", 1, "--use_cpu"]
+    assert cli("train", "--model", "gpt2", *flags, "--learning_rate", 1e-3, "--output_dir", run).code == 0
+    answer = cli("inspect", run, "--output_dir", out)
+    assert answer.code == 0, answer.err
+    numbers = json.loads((out / "inspect.json").read_text())
+    assert numbers["counted_on"].endswith("validation items of prose")
+    blocks = int(numbers["counted_on"].split()[0])
+    assert {sum(layer) for layer in numbers["expert_load"]} == {blocks * 16 * 2}  # top-2 of 16 tokens a block
+    assert numbers["counted_on"] in page(out)

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from mpoe.cli.arm import ArmOptions
 from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import Asked, make_parser, option, option_names, parse, read_command, read_config
+from mpoe.cli.tasks import DataOptions
+from mpoe.cli.train import RunOptions
+from mpoe.training import MPOETrainingArguments
 
 
 @dataclass
@@ -61,6 +66,20 @@ def test_lists_booleans_and_null_from_a_file(tmp_path: Path) -> None:
 def test_unknown_flag_is_refused_with_close_matches() -> None:
     with pytest.raises(CommandError, match=r"unknown option '--stepz'; did you mean '--steps'"):
         parse([First], ["--stepz", "3"])
+
+
+def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
+    short, full = cli("train", "--help").out, cli("train", "--help", "all").out
+    lines = short.splitlines()
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 110
+    names = [line.split()[0] for line in lines if line.startswith("  --")]
+    groups = [RunOptions, ArmOptions, ModelOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
+    known = option_names(make_parser(groups))
+    assert {name.removeprefix("--") for name in names} <= set(known)
+    assert "mpoe train --help all" in short
+    assert all(f"--{name}" in full for name in ("linear_trunc", "temperature", "gauge", "load_experiment"))
+    assert "did you mean '--per_device_train_batch_size'?" in refused("train", "--batch_size", "4")
 
 
 def test_prefixes_are_not_taken_for_the_option() -> None:

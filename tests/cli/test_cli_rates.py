@@ -143,3 +143,18 @@ def test_the_model_decides_where_it_must(planned, capsys: pytest.CaptureFixture[
     settle_experts(plan, Source("somewhere", "mpoe_t5"))
     assert (plan.experts.shape, plan.experts.top_k) == ("separable", None)
     assert "shape" not in capsys.readouterr().out
+
+
+def test_a_rate_that_is_searched_for_is_recorded_and_kept(cli, refused, sentiment: Path, tmp_path: Path) -> None:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--max_steps", 1, "--num_experts", 2, "--use_cpu"]
+    flags += ["--per_device_train_batch_size", 2, "--find_rate", "--output_dir", tmp_path / "run"]
+    assert "give --find_rate or --learning_rate, not both" in refused(*flags, "--learning_rate", 1e-3)
+    answer = cli(*flags)
+    assert answer.code == 0, answer.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    rate = record["training"]["learning_rate"]
+    assert f"learning_rate {rate:g}: the least loss on held-out training items after 30 steps of each" in answer.out
+    assert record["learning_rate_from"].startswith("the least loss on held-out")
+    answer = cli(*flags, "--resume")
+    assert answer.code == 0, answer.err
+    assert "least loss" not in answer.out

@@ -105,6 +105,24 @@ def test_resume_where_nothing_is(refused, sentiment: Path, tmp_path: Path) -> No
     assert "nothing to resume" in refused(*train_flags(tmp_path / "run", sentiment, "--resume"))
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    asked: list[object] = []
+
+    def no_way(address: object, timeout: float) -> None:
+        asked.append(address)
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.create_connection", no_way)
+    line = refused("generate", "no-such-run", "--prompt", "x")
+    assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line
+    assert asked == [("huggingface.co", 443)]
+
+
 def test_bad_configuration_files_name_the_line(refused, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"model": "t5",\n"max_steps" 3}')
     assert "c.json, line 2" in refused("train", tmp_path / "c.json")
@@ -125,10 +143,13 @@ def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> N
         assert {"t5", "gpt2", "llama", "bert"} <= set(line.replace(",", " ").split())
 
 
-def test_models_that_are_not_there(refused, tmp_path: Path) -> None:
+def test_models_that_are_not_there(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no config.json" in refused("generate", tmp_path / "empty", "--prompt", "x")
     assert "no such folder" in refused("generate", tmp_path / "absent", "--prompt", "x")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert "no such folder: runs/frist; did you mean 'first'?" in refused("generate", "runs/frist", "--prompt", "x")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert "config.json is not readable" in refused("evaluate", tmp_path / "broken")

@@ -10,7 +10,6 @@ import pytest
 from mpoe.cli import bench
 from mpoe.cli.errors import CommandError
 from mpoe.cli.experiment import ExperimentOptions, take_layers
-from mpoe_kernels import planner
 
 RUN = ["train", "--output_dir", "run"]
 HERE = [*RUN, "--data_dir", "."]
@@ -43,12 +42,19 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             ["generate", "no-such/model", "--prompt", "x"],
             "'no-such/model' is not a folder here, no built-in model (t5, gpt2), and",
         ),
-        (["evaluate", "bert"], f"bert {ENCODER}; evaluate takes T5, GPT-2 and Llama models"),
+        (["evaluate", "bert"], f"bert {ENCODER} without a head for labels (mpoe train)"),
         (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),
         (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
         (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
         (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
-        ([*RUN, "--model", "bert"], f"model 'bert' {ENCODER}; train takes T5, GPT-2 and Llama"),
+        (
+            [*RUN, "--model", "bert", "--tasks", "doc_lm"],
+            "task doc_lm is language_modeling; a BERT does classification",
+        ),
+        (
+            [*RUN, "--model", "bert", "--tasks", "doc_kind,doc_module"],
+            "tasks must be one for an encoder, which has one",
+        ),
         ([*RUN, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
         ([*RUN, "--shape", '{"up": 3}'], "shape['up'] must be an MPOShape or its mapping; got int 3"),
         ([*RUN, "--accelerator_config", "lost"], "accelerator_config: [Errno 2] No such file or directory: 'lost'"),
@@ -82,14 +88,6 @@ def test_what_cannot_be_read_says_where_help_is(refused) -> None:
 def test_components_of_an_earlier_run_need_a_mixture() -> None:
     with pytest.raises(CommandError, match="load_layer needs a model with MPO layers; this one stays dense"):
         take_layers(SimpleNamespace(), ExperimentOptions("run", ["mlp"]))
-
-
-def test_a_calibration_that_cannot_be_kept(refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    def calibrate(device: str) -> None:
-        raise OSError(f"no room for {device}")
-
-    monkeypatch.setattr(planner, "calibrate", calibrate)
-    assert "hardware.json cannot be written: no room for cpu" in refused("plan", "--calibrate")
 
 
 def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

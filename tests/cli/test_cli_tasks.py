@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.evaluate import _as_in_the_run, _data_seed, _descriptions_of_run, _settings_of_run
+from mpoe.cli.run_data import data_of_run
 from mpoe.cli.scoring import TaskScores, score_rows
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
@@ -99,18 +99,25 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     assert len(task.validation()) == 2
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"task other is on the hub .*pip install 'mpoe\[hub\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"no folder 'someone/other' here; on the hub: task other is on the hub .*pip install 'mpoe\[hub\]'",
+    ):
         tasks([], data_dir="someone/other")
-    for absent in ("./absent", str(tmp_path / "absent")):
-        with pytest.raises(CommandError, match="data_dir must be an existing folder, or a data set on the hub; got"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for absent in ("nowhere", "here/absent", "./absent", str(tmp_path / "absent")):
+        with pytest.raises(
+            CommandError, match=f"data_dir must be an existing folder, .*; there is no folder '{absent}'"
+        ):
             tasks([], data_dir=absent)
 
 
 def test_kinds_must_suit_the_model(tmp_path: Path) -> None:
     data = described(tmp_path, "rte", "wikitext-2")
-    with pytest.raises(CommandError, match="wikitext-2 is language modelling; a T5 does text-to-text"):
+    with pytest.raises(CommandError, match=r"wikitext-2 is language_modeling; a T5 does .*take a GPT-2"):
         tasks(["wikitext-2"], data_dir=str(data))
-    with pytest.raises(CommandError, match="task rte is classification; a GPT-2 does language modelling"):
+    with pytest.raises(CommandError, match=r"task rte is classification; a GPT-2 does .*\(take a T5 or a BERT"):
         tasks(["rte"], style="causal", data_dir=str(data))
     assert tasks(["wikitext-2"], style="causal", data_dir=str(data))[0].train()[0].source == "text 0 of train"
 
@@ -130,34 +137,38 @@ def test_average_is_over_tasks_in_the_table() -> None:
     ]
 
 
+def as_trained(folder: Path, run: dict, data: DataOptions | None = None, *flags: str) -> tuple:
+    """`data_of_run` for a folder whose ``run.json`` holds ``run``."""
+    (folder / "run.json").write_text(json.dumps({"config": run}))
+    return data_of_run(str(folder), data or DataOptions(), set(flags))
+
+
 def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
-    assert _data_seed(_settings_of_run(str(checkpoint))) == 0
-    run_file = tmp_path / "run" / "run.json"
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    assert data_of_run(str(checkpoint), DataOptions(), set())[1:] == (0, None)
     for training, seed in (({"seed": 7, "data_seed": None}, 7), ({"seed": 7, "data_seed": 0}, 0)):
-        run_file.write_text(json.dumps({"config": {"training": training}}))
-        for folder in (tmp_path / "run", checkpoint):
-            assert _data_seed(_settings_of_run(str(folder))) == seed
-    run_file.write_text("{")
+        assert as_trained(tmp_path, {"training": training})[1] == seed
+        assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
+    (tmp_path / "run.json").write_text("{")
     with pytest.raises(CommandError, match=r"run\.json does not describe a run"):
-        _settings_of_run(str(checkpoint))
+        data_of_run(str(checkpoint), DataOptions(), set())
 
 
-def test_a_run_with_descriptions_that_are_none_is_refused() -> None:
-    assert _descriptions_of_run({}) is None
+def test_a_run_with_descriptions_that_are_none_is_refused(tmp_path: Path) -> None:
     for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
-            _descriptions_of_run({"described": described})
+            as_trained(tmp_path, {"described": described})
+        assert as_trained(tmp_path, {"described": described}, None, "task_file")[2] is None
 
 
-def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = {"data": {**vars(DataOptions()), "tasks": ["a", "b"], "data_dir": "there", "max_source_length": 300}}
-    same = _as_in_the_run(DataOptions(), set(), run)
+    same = as_trained(tmp_path, run)[0]
     assert (same.tasks, same.data_dir, same.max_source_length) == (["a", "b"], "there", 300)
     assert "as in training: data_dir there, max_source_length 300, tasks ['a', 'b']" in capsys.readouterr().out
-    other = _as_in_the_run(DataOptions(data_dir="here"), {"data_dir"}, run)
+    other = as_trained(tmp_path, run, DataOptions(data_dir="here"), "data_dir")[0]
     assert (other.tasks, other.data_dir, other.max_source_length) == ([], "here", 300)
     given = DataOptions(max_source_length=128)
-    assert _as_in_the_run(given, {"max_source_length"}, run).max_source_length == 128
-    assert _as_in_the_run(given, set(), {}) is given
+    assert as_trained(tmp_path, run, given, "max_source_length")[0].max_source_length == 128
+    assert as_trained(tmp_path, {}, given)[0] is given

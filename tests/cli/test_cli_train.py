@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpoe.data.embedded import stand_in_path
+from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.training import read_metrics
-from mpoe_kernels.contract import machine
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
@@ -119,9 +120,7 @@ def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: lis
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
     assert answer.code == 0, answer.err
-    written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written["machine"] == machine.record()
-    run = written["config"]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert run["training"]["learning_rate"] == 1e-3
     assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
     assert run["command"].startswith("mpoe train --model t5 ")
@@ -129,6 +128,27 @@ def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: lis
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")
     assert dense or results["parameters"]["expert"] > 0
+
+
+@pytest.mark.parametrize("baseline", ["dense", "wider", "switch"])
+def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1, "--baseline", baseline]
+    answer = cli(*flags, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    dense, _ = load_stand_in("t5")
+    mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
+    total = results["parameters"]["total"]
+    assert results["class"] == ("MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__)
+    if baseline == "wider":
+        assert total == pytest.approx(mixture["total"], rel=2e-3)
+    else:
+        assert total == (mixture["dense_total"] if baseline == "dense" else results["parameters"]["switch_total"])
+    answer = cli(*flags, "--output_dir", tmp_path / "run", "--resume")
+    assert answer.code == 0, answer.err
+    if baseline == "switch":
+        again = ["train", "--model", tmp_path / "run", "--baseline", "dense", "--output_dir", tmp_path / "again"]
+        assert "is converted already (mpoe_t5): baseline cannot be changed any more" in refused(*again)
 
 
 def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
@@ -167,6 +187,30 @@ def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: P
     answer = cli("inspect", tmp_path / "run", "--output_dir", tmp_path / "seen")
     assert answer.code == 0, answer.err
     assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
+
+
+def test_a_model_without_a_tokenizer_is_converted_and_exported(cli, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "llama")
+    answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
+    assert answer.code == 0, answer.err
+    assert "llama holds no tokenizer, so none is saved with the result" in answer.out
+    answer = cli("export", tmp_path / "mixture", tmp_path / "mixtral", "--to", "mixtral")
+    assert answer.code == 0, answer.err
+    assert "mixture holds no tokenizer" in answer.out
+    assert (tmp_path / "mixtral" / "model.safetensors").is_file()
+
+
+def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> None:
+    for split in ("validation", "test"):
+        (sentiment / f"{split}.jsonl").unlink()
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1]
+    answer = cli(*flags, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "holds a train file alone: a tenth of its items, at most 1,000, is held out" in answer.out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"]["items"] == 2
+    own = (tmp_path / "run" / "report.html").read_text().split("<h2>Settings</h2>")[1].split("<details>")[0]
+    assert "<td>training.train_batch_size</td><td>4</td>" in own
 
 
 def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> None:

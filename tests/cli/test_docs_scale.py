@@ -1,7 +1,8 @@
-"""docs/scale.md: its tables are the planner's, its launch lines run."""
+"""docs/scale.md: its table is what its formulas give, its launch lines run."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -10,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mpoe import load_mpoe
-from mpoe.cli.plan_tables import size
+from mpoe import MPOEConfig, load_mpoe
+from mpoe.cli.plan import count, scaled
+from mpoe.estimation.costs import Usage, model_costs
+from mpoe.estimation.inventory import take_inventory
 
 from .cli_documents import LAUNCH, blocks
 
@@ -21,34 +25,47 @@ PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
 
 
-def test_tables_are_what_their_commands_print(cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    commands = [line for line in LINES if line.startswith("mpoe plan") and "--nodes" in line]
-    tables = [block for block in blocks(PAGE, "text") if "Switch over" in block]
-    assert len(commands) == len(tables) >= 2
-    for command, table in zip(commands, tables, strict=True):
-        printed = [line.rstrip() for line in cli(*shlex.split(command)[1:]).out.splitlines()]
-        start = printed.index("h100, 8 in a node: per device and step") + 1
-        expected = [line.rstrip() for line in table.splitlines()]
-        assert printed[start : start + len(expected)] == expected, command
+def all_reduce(size: float, nodes: int, gpus: int) -> tuple[float, float]:
+    """Bytes that a device sends inside its node and to other nodes, so that ``size`` bytes are summed over all."""
+    return 2 * (gpus - 1) / gpus * size, 2 * (nodes - 1) / nodes * size / gpus
 
 
-def test_the_picture_is_drawn_from_the_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from mpoe_bench.plots import scale
+def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dict[str, list[str]]:
+    """The table's cells by design, by the page's formulas from the parameters that `mpoe plan` counts."""
+    usage = Usage({"encoder": tokens, "decoder": tokens}, torch.bfloat16, training=True)
+    costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape="separable"), usage)
+    mpoe, switch = costs.whole("mpoe").parameters, costs.whole("switch").parameters
+    dense = sum(m.matrix.elements * len(layer.names) for layer in costs.layers for m in layer.matrices)
+    slower = 1 if nodes > 1 else 0  # the link between nodes, or inside the only one
+    group = math.gcd(experts, nodes * gpus)
+    own, rest = dense * (experts // group), switch - dense * experts
+    inside = min(group, gpus)
+    sent = 4 * 48 * tokens * 1024 * 2
+    exchanged = (inside - 1) / group * sent, (group - inside) / group * sent
+    replicas = max(1, gpus // group)
+    shared, replicated = (
+        all_reduce(4 * rest, nodes, gpus),
+        all_reduce(4 * own, nodes * gpus // group // replicas, replicas),
+    )
+    summed, ours = shared[slower] + replicated[slower], all_reduce(4 * mpoe, nodes, gpus)[slower]
+    even = max(0.0, (ours - summed) / exchanged[slower]) * tokens
 
-    assert (min(scale.NODES) * 8, max(scale.NODES) * 8) == (8, 4096)
-    monkeypatch.setattr(scale, "NODES", (1, 8))
-    drawn = {experts: scale.predictions(experts) for experts in scale.EXPERTS}
-    for found in drawn.values():
-        for placed in found.values():
-            assert [size(each.memory_bytes) in PAGE for each in placed[:2]] == [True, True]
-        mpoe, switch, *_ = found[64]
-        assert size(mpoe.all_reduce.link) in PAGE
-        assert size(switch.all_to_all.link) in PAGE
-        assert size(switch.all_reduce.link) in PAGE
-    scale.draw(tmp_path / "scale.png", drawn)
-    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    def row(parameters: int, exchanged: float, gradients: float) -> list[str]:
+        return [count(parameters), scaled(16 * parameters, "B"), scaled(exchanged, "B"), scaled(gradients, "B")]
+
+    return {
+        "MPOE": [*row(mpoe, 0, ours), ""],
+        f"Switch over {group}": [*row(own + rest, exchanged[slower], summed), f"{even:,.0f}"],
+    }
+
+
+def test_the_table_is_what_its_formulas_give() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] in ("64", "512")]
+    assert len(rows) == 10
+    for experts, devices, design, *cells in rows:
+        nodes = 512 if devices == "any" else int(devices.replace(",", "")) // 8
+        assert sizes_of(int(experts), nodes)[design] == cells
 
 
 def launch(folder: Path, example: bool) -> str:

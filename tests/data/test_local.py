@@ -194,8 +194,9 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold a train file .*got nothing"):
         load_task_from_folder(tmp_path)
     write(tmp_path / "train.jsonl", GOOD)
-    with pytest.raises(ValueError, match=r"must hold a validation file \(validation or valid or val"):
-        load_task_from_folder(tmp_path)
+    alone = load_task_from_folder(tmp_path)
+    assert len(alone.train()) + len(alone.validation()) == GOOD.count("\n")
+    assert not {e.source for e in alone.train()} & {e.source for e in alone.validation()}
     write(tmp_path / "dev.jsonl", GOOD)
     load_task_from_folder(tmp_path)
     with pytest.raises(ValueError, match="kind must be one of"):

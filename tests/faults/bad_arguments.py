@@ -14,7 +14,9 @@ import torch
 import mpoe
 import mpoe_kernels
 from mpoe_kernels import MPOShape, fold, route
+from mpoe_kernels.signatures import ARGUMENTS
 from mpoe_kernels.testing.cases import random_cores
+from tests.kernels.raw_calls import calls, run
 from tests.training.tiny import dense_model, mpoe_model
 
 FIELDS = ("left", "central", "right", "in_features", "out_features")  # of MPOBlocks
@@ -220,6 +222,15 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
     }
 
 
+def of_raw_ops() -> dict[str, Start]:
+    """The ops behind the public names."""
+
+    def start(op: str) -> Start:
+        return lambda **arguments: run(op, arguments), lambda: calls("auto")[op]
+
+    return {f"torch.ops.mpoe.{op}": start(op) for op in ARGUMENTS}
+
+
 def starts(folder: Path) -> dict[str, Start]:
     """By public name: the function to call, and what makes its arguments."""
     return {**of_kernels(), **of_mpoe(folder)}
@@ -258,6 +269,13 @@ def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, 
         if dtype != like.dtype:
             yield str(dtype), like.to(dtype)
     yield "sparse", like.to_sparse()
+    yield "nested", torch.nested.nested_tensor([like, like])
+    yield "without memory", resized(like, 0)
+    yield "with half of its memory", resized(like, like.nbytes // 2)
+    if like.is_floating_point():
+        yield "yet to be negated", torch._neg_view(like)
+        yield "zeros that stand for themselves", torch._efficientzerotensor(size, dtype=like.dtype)
+        yield "of mkldnn", like.to_mkldnn() if like.dtype == torch.float32 else like
     if not like.is_floating_point() and like.dtype != torch.bool:
         for value in (-1, EXPERTS, 1 << 30):
             yield f"all {value}", torch.full_like(like, value)
@@ -267,6 +285,13 @@ def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, 
         yield "with NaN", torch.full_like(like, math.nan) if like.is_floating_point() else like
         yield "3e38", torch.full_like(like, 3e38) if like.dtype == torch.float32 else like
         yield "needs a gradient", like.clone().requires_grad_() if like.is_floating_point() else like
+
+
+def resized(like: torch.Tensor, size: int) -> torch.Tensor:
+    """A copy whose storage has ``size`` bytes, as FSDP leaves parameters between their uses."""
+    copy = like.clone()
+    copy.untyped_storage().resize_(size)
+    return copy
 
 
 def odd_paths(folder: Path) -> list[tuple[str, Any]]:

@@ -26,13 +26,16 @@ import mpoe
 import mpoe_kernels
 from mpoe.cli.errors import is_on_purpose
 
-from .bad_arguments import exchange, make_paths, starts
+from .bad_arguments import exchange, make_paths, of_raw_ops, starts
+from .life_cycles import WrongNumbers, live
 from .processes import Child, fork
 
+LIFE = "the life of a layer"
 SECONDS = 30  # that a call may take
+LIVES = 8  # for every round of the names
 AT_ONCE = 4  # children
 ROOM = 6 << 30  # bytes of address space that a call may take: a fair machine, not a huge one
-WORKED, REFUSED, INSIDE, STRAY = 0, 2, 3, 4  # exit statuses of a child; HANGS is the parent's
+WORKED, REFUSED, INSIDE, STRAY, WRONG = 0, 2, 3, 4, 5  # exit statuses of a child; HANGS is the parent's
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def bad_call(name: str, seed: int, folder: Path) -> Call:
     """The call of ``name`` that ``seed`` makes; what exchanging an argument raises is raised when it is made."""
     draw = random.Random(seed)
     torch.manual_seed(seed % 1000)
-    function, make = starts(folder)[name]
+    function, make = callable_names(folder)[name]
     arguments, what = make(), []
     if "backend" in arguments:
         arguments["backend"] = draw.choice([None, "eager", "native"])
@@ -74,7 +77,26 @@ def bad_call(name: str, seed: int, folder: Path) -> Call:
     return Call(name, function, arguments, f"{name} (seed {seed}): {text}", tidy)
 
 
+def callable_names(folder: Path) -> dict[str, Any]:
+    """Public names and raw ops, and lives of layers, whose only argument is their seed."""
+    return {**starts(folder), **of_raw_ops()}
+
+
 # ------------------------------------------------------------------ what comes of them
+
+# PyTorch's own refusals: views of a storage that is too short, layouts for which an op has no kernel.
+PYTORCHS = (
+    "setStorage: ",
+    "Could not run ",
+    "out of bounds for storage",
+    "NestedTensor",
+    "nested",
+    "Sparse",
+    "sparse",
+    "mkldnn",
+    "Mkldnn",
+    "opaque",
+)
 
 
 def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -113,12 +135,19 @@ def answer(name: str, seed: int, folder: Path) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
+        if name == LIFE:
+            print(live(seed))
+            return WORKED
         call = bad_call(name, seed, folder)
         print(call.what)
         result = call.function(**call.arguments)
+    except WrongNumbers as error:
+        print(error)
+        return WRONG
     except Exception as error:
         said_by_us = is_on_purpose(error) or (isinstance(error, IndexError) and "; got " in str(error))
-        if said_by_us and str(error):
+        said_by_pytorch = isinstance(error, RuntimeError) and any(words in str(error) for words in PYTORCHS)
+        if (said_by_us and str(error)) or said_by_pytorch:
             print(f"{type(error).__name__}: {error}")
             return REFUSED
         traceback.print_exc()
@@ -130,7 +159,7 @@ def answer(name: str, seed: int, folder: Path) -> int:
     return WORKED
 
 
-WORDS = {INSIDE: "an error from inside", STRAY: "memory that nobody wrote"}
+WORDS = {INSIDE: "an error from inside", STRAY: "memory that nobody wrote", WRONG: "wrong numbers"}
 
 
 def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
@@ -160,7 +189,7 @@ def run_calls(count: int, seed: int, folder: Path, say: Callable[[str], None] = 
     draw, outcome = random.Random(f"bad calls {seed}"), Outcome()
     folder.mkdir(parents=True, exist_ok=True)
     make_paths(folder)
-    names = list(starts(folder))
+    names = [*callable_names(folder), *[LIFE] * LIVES]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a pool of threads cannot be forked
     going: list[tuple[Child, str, int]] = []

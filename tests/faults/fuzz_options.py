@@ -75,7 +75,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "column_names": ("sentence", "label"),
     "metrics": ("accuracy", "f1"),
     "split": ("train", "validation", "test"),
-    "device": ("cpu", "h100", "a100"),
+    "device": ("cpu",),
     "dtype": ("fp32", "bf16", "fp16"),
     "rank_by": ("capacity", "time", "parameters"),
     "max_parameters": ("300M", "1.2B", "50_000_000"),

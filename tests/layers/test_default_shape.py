@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
+from mpoe import convert_to_mpoe
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.layers import MPOEFeedForward, TopKRouter
+from mpoe.layers import MPOEFeedForward, load_balancing_loss, routing_context
+from mpoe.layers.feed_forward import _say_that_nothing_balances
 
 CORES_ALONE = {
     "max_bond": {"max_bond": 8},
@@ -81,10 +87,37 @@ def test_cores_where_blocks_cannot_stand() -> None:
     assert MPOEConfig(shape="hidden").with_cores().shape == "hidden"
 
 
-def test_a_layer_of_its_own_is_separable() -> None:
-    layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3))
-    assert layer.router is not None
-    assert layer.router.top_k == 1
-    assert layer.experts.up.shape == MPOEConfig(shape="separable").shape_for("up", 8, 16)
-    assert TopKRouter(8, 3, RouterConfig()).top_k == 1
-    assert layer(torch.randn(2, 8)).shape == (2, 8)
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> None:
+    config = MPOEConfig(num_experts=3)
+    layer = MPOEFeedForward(8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5})
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = convert_to_mpoe(LlamaModel(LlamaConfig(vocab_size=9, num_key_value_heads=2, **sizes)), config)
+    converted = model.layers[0].mlp
+    assert isinstance(layer, MPOEFeedForward)
+    assert layer.router.top_k == converted.router.top_k == 2
+    experts = dict(layer.experts.auxiliary)
+    assert {"right", "left", *(["right_gate"] if gated else [])} == set(experts)
+    assert {block.shape for block in experts.values()} == {converted.experts.auxiliary["right"].shape}
+    x = torch.randn(2, 3, 8)
+    u = nn.functional.silu(layer.gate_proj(x)) * layer.up(x) if gated else nn.functional.silu(layer.up(x))
+    torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x), layer(x))
+    noisy = MPOEFeedForward(8, 32, MPOEConfig(num_experts=3, auxiliary_noise=0.1))
+    assert not torch.equal(noisy.experts.auxiliary["right"][0], noisy.experts.auxiliary["right"][1])
+
+
+def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
+    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3)), torch.randn(2, 8)
+    _say_that_nothing_balances.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with routing_context() as routing:
+            layer(x)
+        with torch.no_grad():
+            layer(x)
+        layer.eval()(x)
+    assert load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index) > 0
+    with pytest.warns(UserWarning, match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context"):
+        layer.train()(x)

@@ -24,7 +24,12 @@ from mpoe_kernels import MPOShape
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
     return MPOEFeedForward(
-        24, 48, MPOEConfig(num_experts=4, **config), activation=activation, gated=gated, bias=bias
+        24,
+        48,
+        MPOEConfig(num_experts=4, **{"shape": "separable", **config}),
+        activation=activation,
+        gated=gated,
+        bias=bias,
     ).eval()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, MPOEFeedForward, MPOEmbedding, MPOLinear, RouterConfig, TopKRouter
+from mpoe.layers import load_balancing_loss, router_z_loss
 from mpoe_kernels import MPOShape
 
 SHAPE = MPOShape((2, 4), (3, 4))
@@ -45,3 +46,30 @@ def test_what_fits_still_does() -> None:
     )
     assert MPOEmbedding(SHAPE, -1, device="meta").padding_idx == 7
     assert MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable"))(torch.randn(3, 8)).shape == (3, 8)
+
+
+@pytest.mark.parametrize("shape", ["separable", "hidden"])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([0.0, -torch.inf, 0.0]), "token_mask must be bool .* not additive; got float32"),
+        (torch.ones(3).bool().to_sparse(), "token_mask must be a dense tensor"),
+        ([True, True, False], "token_mask must be a bool tensor .3.; got list"),
+    ],
+    ids=["additive", "sparse", "list"],
+)
+def test_masks_that_are_none(shape: str, mask: object, message: str) -> None:
+    layer = MPOEFeedForward(12, 24, MPOEConfig(num_experts=2, shape=shape))
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer(torch.randn(3, 12), mask)
+    for loss in (
+        lambda: router_z_loss(torch.randn(3, 2), mask),
+        lambda: load_balancing_loss(torch.randn(3, 2), torch.zeros(3, 1).long(), mask),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss()
+
+
+def test_sparse_rows() -> None:
+    with pytest.raises(ValueError, match="hidden_states must be a dense tensor; got one of the layout"):
+        MPOEFeedForward(12, 24, MPOEConfig(num_experts=2))(torch.eye(12).to_sparse())

@@ -32,18 +32,27 @@ def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
     assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
 
 
-def test_by_shape_as_ever() -> None:
+def test_by_shape() -> None:
     shape = MPOShape.paper(12, 6)
-    assert MPOLinear(shape, False).bias is None
-    assert list(inspect.signature(MPOLinear).parameters) == ["shape", "bias", "backend", "init_std", "device", "dtype"]
+    for layer in (MPOLinear(shape, bias=False), MPOLinear(shape=shape, bias=False)):
+        assert layer.bias is None
+        assert layer.cores.shape == shape
+
+
+def test_tools_show_every_argument() -> None:
+    names = ["in_features", "out_features", "bias", "backend", "init_std", "shape", "device", "dtype"]
+    assert list(inspect.signature(MPOLinear).parameters) == names
+    assert list(inspect.signature(MPOLinear.__init__).parameters)[1:] == names
 
 
 @pytest.mark.parametrize(
     ("values", "named", "error", "message"),
     [
-        ((12,), {}, TypeError, r"as nn.Linear does, \(in_features, out_features, ...\): missing .* 'out_features'"),
+        ((12,), {}, TypeError, r"takes in_features and out_features, .* got in_features 12, out_features None"),
         ((12, 6), {"biass": True}, TypeError, "unexpected keyword argument 'biass'"),
-        ((), {}, TypeError, "missing a required argument: 'shape'"),
+        ((), {}, TypeError, "got in_features None, out_features None, shape None"),
+        ((MPOShape.paper(12, 6), False), {}, TypeError, r"or a shape alone \(then bias goes by name\)"),
+        ((12, 6), {"shape": MPOShape.paper(12, 6)}, TypeError, "or a shape alone"),
         ((0, 6), {}, ValueError, "in_features must be at least 1"),
         ((12, True), {}, TypeError, "out_features must be an integer"),
         (("12",), {}, TypeError, "shape must be an MPOShape"),

@@ -136,7 +136,7 @@ def test_load_mpoe_refusals(converted, tmp_path):
     with pytest.raises(ValueError, match=r"must hold config\.json"):
         load_mpoe(tmp_path)
     dense_model("gpt2").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"says 'gpt2' \(a dense model.*convert_to_mpoe"):
+    with pytest.raises(ValueError, match=r"config\.json is a dense gpt2: load it with transformers"):
         load_mpoe(tmp_path / "dense")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from mpoe.inspection.growth import parameter_growth
 from mpoe.layers import HiddenFeedForward
 from mpoe.models.card import model_card
 from mpoe.models.checkpoint import save_mpoe_only
+from mpoe.models.decoding import kept_while_generating
 from mpoe.models.hidden import hidden_modules
 from mpoe.models.report import routed_layers
 from mpoe.models.summary import HEADER, summarize, table_row
@@ -287,11 +289,10 @@ def test_reports(family: str, capsys: pytest.CaptureFixture) -> None:
 def test_a_cache_of_experts_has_nothing_to_keep() -> None:
     model = convert_to_mpoe(dense("gpt2"), config())
     want = logits(model, "gpt2")
-    cache = model.cache_experts(1 << 20)
-    assert cache is not None
+    model.cache_experts(1 << 20)
     assert torch.equal(logits(model, "gpt2"), want)
-    assert cache.report().bytes == 0
-    assert model.cache_experts(None) is None
+    with kept_while_generating(model, 1 << 20) as cache:
+        assert cache is None
 
 
 def test_rates_of_the_blocks() -> None:
@@ -384,3 +385,16 @@ def test_dropout_and_padding() -> None:
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
     assert not torch.equal(layer.train()(x, mask), y)
+
+
+def test_blocks_larger_than_matrices_are_said() -> None:
+    """At small widths a block is no smaller than a matrix."""
+    sizes = {"n_embd": 8, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20}
+    small = GPT2LMHeadModel(GPT2Config(**sizes))
+    with pytest.warns(
+        UserWarning, match=r"experts are larger than dense ones: [\d,]+ parameters, [\d,]+ with expert_type"
+    ):
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=2))

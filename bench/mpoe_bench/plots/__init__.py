@@ -10,7 +10,6 @@ from typing import Any
 from mpoe.plotting import have_matplotlib
 from mpoe_bench.plots.bars import draw_contenders, draw_memory, draw_planner
 from mpoe_bench.plots.curves import against, against_bonds, draw_curves, full_bonds
-from mpoe_bench.plots.roofline import draw_roofline
 from mpoe_bench.plots.style import PHASES
 
 __all__ = ["draw", "have_matplotlib"]
@@ -42,10 +41,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
             )
     for section in _largest([s for s in mains if s["case"]["train"]], 1):
         add("memory", f"memory, {section['title']}", partial(draw_memory, section=section, machine=machine))
-    if mains:
-        add("roofline", "roofline", partial(draw_roofline, sections=ffn, machine=machine))
     for section in results["sections"]:
-        if section["key"] == "planner" and any(row["ratio"] for row in section["rows"]):
+        if section["key"] == "planner":
             add("planner", section["title"], partial(draw_planner, section=section, machine=machine))
     return drawn
 

@@ -1,4 +1,4 @@
-"""Horizontal bars: the contenders of a case, memory, and the planner's choice."""
+"""Horizontal bars: the contenders of a case, memory, and the choice."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def draw_memory(file: Path, section: Mapping[str, Any], machine: Mapping[str, An
 
 
 def draw_planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """Time of the planner's choice relative to the best measured, one bar per case, misses in another colour."""
-    rows = sorted((row for row in section["rows"] if row["ratio"] is not None), key=lambda row: -row["ratio"])
+    """Time of the choice relative to the best measured, one bar per case, misses in another colour."""
+    rows = sorted(section["rows"], key=lambda row: -row["ratio"])
     tolerance = section["tolerance"]
 
     def paint(axes: Any) -> None:
@@ -110,9 +110,9 @@ def draw_planner(file: Path, section: Mapping[str, Any], machine: Mapping[str, A
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
         axes.invert_yaxis()
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel("time of the planner's choice / best measured; beside the bars: the choice, forward / backward")
+        axes.set_xlabel("time of the choice / best measured; beside the bars: the choice, forward / backward")
         count = len(section["rows"])
-        title(axes, f"Planner: {section['within']} of {count} cases within {tolerance} x the best measured", machine)
+        title(axes, f"The choice: {section['within']} of {count} cases within {tolerance} x the best measured", machine)
         axes.legend(fontsize=8, loc="lower right")
 
     save(file, paint, (11.0, 1.6 + 0.24 * len(rows)))

@@ -27,8 +27,7 @@ class Scale:
         shapes: (real name, name used instead) pairs.
         step_tokens: batch and sequence length of a train step.
         vocabulary: of the embedding.
-        roof_edge: of the GEMM that measures the machine.
-        judged: whether the planner is judged on its own cases, not on a few sizes made for a test.
+        judged: whether the choice is judged on its own cases, not on a few sizes made for a test.
     """
 
     model: int = 768
@@ -40,7 +39,6 @@ class Scale:
     shapes: tuple[tuple[str, str], ...] = ()
     step_tokens: tuple[int, int] = (4, 128)
     vocabulary: int = 32128
-    roof_edge: int = 2048
     judged: bool = True
 
     def shape(self, name: str) -> str:
@@ -54,7 +52,6 @@ SCALES = {
         shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
         step_tokens=(2, 8),
         vocabulary=64,
-        roof_edge=128,
         judged=False,
     ),
 }

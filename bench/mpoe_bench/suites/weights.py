@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from mpoe_bench.choice import EAGER, chosen_contractions, describe_choice
+from mpoe_bench.choice import EAGER
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.section import NOT_HERE, Setup, failure_text
-from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear, route
+from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear, plan_contraction, route
 from mpoe_kernels.registry import AUTO
 from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
@@ -68,7 +68,7 @@ def beyond_tokens(one: int, two: int) -> int:
 def temporary_weights_section(
     shape_names: Sequence[str], sizes: tuple[int, int], experts: Sequence[int], tokens: int, setup: Setup
 ) -> dict[str, Any]:
-    """Take the strategies that run on ``tokens`` tokens, and measure them with one and two tokens per expert.
+    """Take the strategies of the fewest FLOPs on ``tokens`` tokens; measure them with one and two tokens per expert.
 
     A row's ``alive`` is, by phase, what the call needed beyond operands, results and what grows with its tokens,
     divided by the size of one expert's float32 weight.
@@ -78,24 +78,20 @@ def temporary_weights_section(
         shape = workload_shape(name, *sizes)
         weight = shape.in_features * shape.out_features * 4
         for count in experts:
-            known: dict[tuple[str, str, str], int] = {}  # so that auto's choice is not measured twice
+            plan = plan_contraction(shape, count, tokens, torch.float32, training=True)
             for backend in setup.backends:
                 setup.log(f"temporary weights of {name}, E={count}, {backend}")
                 row: dict[str, Any] = {"name": f"{name} [{backend}]", "kind": "mpoe", "shape": name, "reason": None}
                 row |= {"backend": backend, "experts": count, "alive": {}, "temporary": {}, "strategies": {}}
                 try:
-                    chosen = chosen_contractions(shape, count, tokens, torch.float32, True, setup.device, backend)
-                    names = describe_choice(chosen)
-                    for phase, (found, candidate) in chosen.items():
-                        how = (candidate.backend, found.strategy, phase)
-                        if how not in known:
-                            one, two = (_temporary(shape, count, each, *how, setup.device) for each in (1, 2))
-                            known[how] = beyond_tokens(one, two)
-                        row["temporary"][phase] = known[how]
-                        row["alive"][phase] = row["temporary"][phase] / weight
-                        row["strategies"][phase] = names[phase]
+                    for phase in plan.phases:
+                        how = (backend, phase.strategy, phase.phase)
+                        one, two = (_temporary(shape, count, each, *how, setup.device) for each in (1, 2))
+                        row["temporary"][phase.phase] = beyond_tokens(one, two)
+                        row["alive"][phase.phase] = row["temporary"][phase.phase] / weight
+                        row["strategies"][phase.phase] = phase.strategy
                     # The separable strategy applies the shared core to all tokens: no expert's weight ever exists.
-                    row["rebuilds"] = any(found.strategy != "separable" for found, _ in chosen.values())
+                    row["rebuilds"] = any(strategy != "separable" for strategy in row["strategies"].values())
                 except BackendError as error:
                     row["reason"] = f"{NOT_HERE}: {error}"
                 except Exception as error:  # the others are measured, and the report says how this one failed

@@ -24,7 +24,7 @@ from mpoe_bench.section import FOLDERS
 from mpoe_bench.visit.parts import ROOT, Part, parts
 
 RESERVE = 15.0  # seconds kept for the report
-LEAST = 120.0  # seconds that a part which must finish may always take, however short its predicted time
+LEAST = 120.0  # seconds that a part which must finish may always take, however short its usual time
 GRACE = 20.0  # seconds by which a part that ends by itself may exceed its minutes
 
 
@@ -46,8 +46,8 @@ class Outcome:
 def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
     """Seconds for each part that can run.
 
-    A part that is useless unless it finishes may take twice its predicted time, and two minutes in any case; parts that
-    end by themselves share the time that the others are predicted to leave.
+    A part that is useless unless it finishes may take twice its usual time, and two minutes in any case; parts that
+    end by themselves share the time that the others usually leave.
     """
     able = {part.name: part for part in todo if not part.missing}
     own = {name: 60 * part.minutes for name, part in able.items()}
@@ -60,9 +60,9 @@ def shares(todo: Sequence[Part], seconds: float) -> dict[str, float]:
 
 
 def plan(todo: Sequence[Part], minutes: float) -> str:
-    """What would be done, with the time that each part is predicted to take and the time that it gets."""
+    """What would be done, with the time that each part usually takes and the time that it gets."""
     given = shares(todo, 60 * minutes - RESERVE)
-    lines = [f"{'part':<12}{'predicted s':>12}{'given s':>9}  what"]
+    lines = [f"{'part':<12}{'usual s':>12}{'given s':>9}  what"]
     for part in todo:
         known = given.get(part.name)
         times = f"{'-':>12}{'-':>9}" if known is None else f"{60 * part.minutes:12.0f}{known:9.0f}"
@@ -112,9 +112,8 @@ def report(outcomes: Sequence[Outcome], device: str) -> str:
     """The parts' outcomes as Markdown."""
     lines = [
         f"# {card_name(device)}, {datetime.date.today().isoformat()}\n",
-        f"`bench/gpu.sh --device {device}`. The logs of the parts are in this folder; so are `candidates.jsonl` (every"
-        " candidate, and `measured.json` of it), `products.jsonl` (every product alone), `host.jsonl` (host time), and"
-        " [times](times/report.md), all cases beside their peers.\n",
+        f"`bench/gpu.sh --device {device}`. The logs of the parts are in this folder; so are `host.jsonl` (host time)"
+        " and [times](times/report.md), all cases beside their peers.\n",
         "| part | | result | s | last line |",
         "|---|---|---|---:|---|",
     ]

@@ -18,10 +18,9 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe_bench.hidden_side import Dense, mixture
 from mpoe_bench.section import failure_text
-from mpoe_bench.visit.candidates import Case, Operands, plans
 from mpoe_bench.visit.lines import Deadline, Lines, finish, parse
-from mpoe_kernels import grouped_mpo_linear, route
-from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, route
+from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 CALLS, BETWEEN = 60, 10  # calls in total, and calls between two waits for the device
 MODES = ("eager", "compiled", "reduce-overhead")
@@ -83,15 +82,16 @@ def layers(model: int, hidden: int, device: str) -> Iterator[tuple[str, nn.Modul
 
 def ops(model: int, hidden: int, tokens: int, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """The ops alone: `route`, and the grouped linear with each strategy."""
-    operands = Operands(Case("separable", model, hidden, 8, tokens), device)
+    torch.manual_seed(0)
     index = torch.randint(0, 8, (tokens, 1), device=device)
     yield "route", lambda: route(index, 8)
-    case, x = operands.case, operands.x
-    blocks = MPOBlocks(*operands.blocks, case.rows_in, case.rows_out)
-    for strategy in dict.fromkeys(plan.strategy for plan in plans(operands, "forward")):
+    offsets, x = route(index, 8).expert_offsets, torch.randn(tokens, model).to(device, torch.bfloat16)
+    found = random_blocks(workload_shape("separable", model, hidden), 8, torch.bfloat16)
+    blocks = MPOBlocks(*(t.to(device) for t in (found.left, found.central, found.right)), model, hidden)
+    for strategy in ("separable", "rebuild", "half_left", "half_right"):
 
         def run(strategy: str = strategy) -> object:
-            return grouped_mpo_linear(x, blocks, operands.offsets, strategy=strategy)
+            return grouped_mpo_linear(x, blocks, offsets, strategy=strategy)
 
         yield f"grouped_mpo_linear {strategy}", run
 

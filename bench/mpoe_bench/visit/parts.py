@@ -2,8 +2,8 @@
 
 Correctness comes first, and an error ends the visit: the CUDA kernels' instructions against the twins that the
 emulator runs in their place, every backend's results on the device, opcheck, `torch.compile` and CUDA graphs, and the
-memory checker. Then what only a GPU can tell: every candidate (`candidates`), every product alone (`products`), host
-time (`host`), and finally all cases against their peers (the suite ``gpu`` of `mpoe bench`).
+memory checker. Then what only a GPU can tell: host time (`host`), and all cases against their peers (the suite ``gpu``
+of `mpoe bench`).
 """
 
 from __future__ import annotations
@@ -88,16 +88,11 @@ def parts(device: str, out: Path) -> list[Part]:
     on_device = {"MPOE_TEST_DEVICE": device, **warm}
     if on_gpu:  # tests of these backends must fail, not skip, if the backend is missing
         on_device["MPOE_TEST_REQUIRED"] = "eager triton cuda" if built or not no_nvcc else "eager triton"
-    interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
     tiny = [] if on_gpu else ["--scale", "tiny", "--threads", "1", "--backend", "eager"]
     compare = ["mpoe", "bench", "--suite", "gpu", "--device", device, "--out", str(out / "times"), *tiny]
     checker = shutil.which("compute-sanitizer") or ""
     folder = "tests/device"
     pytest = [python, "-m", "pytest", *tests]
-
-    def measuring(name: str, what: str, minutes: float, environment: Mapping[str, str] = warm) -> Part:
-        command = [python, "-m", f"mpoe_bench.visit.{name}", "--device", device, "--out", str(out)]
-        return Part(name, what, command, minutes, environment, knows_minutes=True)
 
     return [
         Part(
@@ -147,8 +142,13 @@ def parts(device: str, out: Path) -> list[Part]:
             no_gpu or no_pytest or ("" if checker else "no compute-sanitizer"),
             judges=True,
         ),
-        measuring("candidates", "every candidate of every contraction", 8),
-        measuring("products", "every product alone, beside the library's", 5, {**warm, **interpreted}),
-        measuring("host", "host time of ops and layers", 3),
+        Part(
+            "host",
+            "host time of ops and layers",
+            [python, "-m", "mpoe_bench.visit.host", "--device", device, "--out", str(out)],
+            3,
+            warm,
+            knows_minutes=True,
+        ),
         Part("times", "all cases against their peers", [python, "-m", *compare], 8, warm, knows_minutes=True),
     ]

@@ -1,0 +1,142 @@
+"""What the raw ops ``torch.ops.mpoe.*`` take, and its check; the public functions check in their own words, earlier.
+
+A table instead of checks in every kernel: a call that reaches a kernel through PyTorch's dispatcher has tensors of
+these dtypes and sizes, whoever made it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
+from mpoe_kernels.contract import STRATEGIES
+
+# Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
+MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
+FORMULAS = ("none", "relu", "gelu", "gelu_tanh", "gelu_new", "silu")
+
+_DTYPES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
+    "f": ("of a floating dtype", FLOATING),
+    "i": ("int32 or int64", (torch.int32, torch.int64)),
+    "b": ("bool", (torch.bool,)),
+}
+_SLOTS = "expert_offsets:i E+1; token_of_slot:i N; slot_of_token:i T K"
+_LINEAR = (
+    "x:f T I; left:x E iL jL a; central:x a iC jC b; right:x E b iR jR; expert_offsets:i E+1; bias:x F; row_index:i N"
+)
+_HIDDEN = (
+    "u:f T F; gates:f T K; top_k_index:i T K; right:u E G b b; left:u E G b b; bias:u E F; u_gate:u T F; "
+    "right_gate:u E G b b"
+)
+_TABLE = "ids:i T; left:f 1 iL jL a; central:left a iC jC b; right:left 1 b iR jR"
+# ``name:dtype axes``: a letter of `_DTYPES` or the argument whose dtype it is; equal axes have equal sizes, ``*`` any.
+ARGUMENTS = {
+    "route": "top_k_index:i T K; token_mask:b T",
+    "dispatch": f"x:f T I; {_SLOTS}",
+    "dispatch_backward": "grad:f N I; slot_of_token:i T K",
+    "combine": f"y_sorted:f N F; {_SLOTS}; top_k_weights:f T K",
+    "combine_backward": "grad:f T F; y_sorted:grad N F; token_of_slot:i N; slot_of_token:i T K; top_k_weights:f T K",
+    "grouped_mpo_linear": f"{_LINEAR}; slot_of_token:i P K; out_index:i N; gates:f N",
+    "grouped_mpo_linear_backward": f"{_LINEAR}; grad:x N F; h:x *; saved:x *; slot_of_token:i P K",
+    "hidden_experts": _HIDDEN,
+    "hidden_experts_backward": f"{_HIDDEN}; grad:u T F",
+    "mpo_embedding": _TABLE,
+    "mpo_embedding_backward": f"{_TABLE}; grad:left T F",
+}
+# Integers that are sizes of axes.
+_SIZES = {"in_features": "I", "out_features": "F", "num_embeddings": "V", "embedding_dim": "F"}
+
+
+class _Argument(NamedTuple):
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+
+
+@lru_cache
+def _arguments(op: str) -> tuple[_Argument, ...]:
+    found = []
+    for part in filter(None, ARGUMENTS.get(op, "").split("; ")):
+        first, *axes = part.split()
+        name, dtype = first.split(":")
+        found.append(_Argument(name, dtype, tuple(axes)))
+    return tuple(found)
+
+
+def check_signature(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other.
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected, and what was given.
+    """
+    given = dict(zip(names, values, strict=False))
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            check_memory(name, value)
+    sizes: dict[str, int] = {}
+    for name, axis in _SIZES.items():
+        if name in given:
+            sizes[axis] = check_integer(name, given[name], 1)
+    for argument in _arguments(op):
+        value = given.get(argument.name)
+        if value is not None:
+            _check_tensor(argument, value, given, sizes)
+        elif argument.name == "row_index":
+            sizes["N"] = sizes["T"]
+    _check_others(op, given, sizes)
+
+
+def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Bind the axes that have no size yet."""
+    name, kind, axes = argument
+    words, dtypes = _DTYPES.get(kind) or (f"of {kind}'s dtype", (given[kind].dtype,))
+    shape = tuple(value.shape)
+    is_open = axes[-1] == "*"
+    fixed = axes[:-1] if is_open else axes
+    fits = len(shape) >= len(fixed) if is_open else len(shape) == len(fixed)
+    if fits:
+        for axis, size in zip(fixed, shape, strict=False):
+            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), size - axis.endswith("+1"))
+            fits = fits and size == wanted + axis.endswith("+1")
+    if not fits or value.dtype not in dtypes:
+        bound = dict.fromkeys(axis.removesuffix("+1") for axis in fixed)
+        known = ", ".join(f"{axis} = {sizes[axis]}" for axis in bound if axis in sizes)
+        error = ValueError if value.dtype in dtypes else TypeError
+        raise error(f"{name} must be {words} [{', '.join(axes)}], {known}; got {describe(value)}")
+
+
+def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
+    if "num_experts" in given:
+        check_integer("num_experts", given["num_experts"], 1, MOST_EXPERTS)
+    if given.get("capacity") is not None:
+        check_integer("capacity", given["capacity"], 1)
+    if op == "route" and (sizes["K"] < 1 or sizes["T"] * sizes["K"] > MOST_PAIRS):
+        raise ValueError(f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {sizes}")
+    for name, choices in (("activation", FORMULAS), ("strategy", (*STRATEGIES, "auto"))):
+        if name in given:
+            check_choice(name, given[name], choices)
+    for axis, parts in (("I", ("iL", "iC", "iR")), ("V", ("iL", "iC", "iR")), ("F", ("jL", "jC", "jR"))):
+        if axis in sizes and "iL" in sizes:
+            whole = math.prod(sizes[part] for part in parts)
+            if sizes[axis] > whole:
+                raise ValueError(f"{axis} must be at most {'*'.join(parts)} = {whole}; got {sizes[axis]}")
+    if "G" in sizes and (sizes["b"] < 1 or sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])):
+        raise ValueError(
+            f"right must be [E, G, b, b] with b a divisor of F = {sizes['F']} and G = 1 or F / b; "
+            f"got {describe(given['right'])}"
+        )
+    if given.get("out_index") is not None:
+        for name in ("gates", "slot_of_token"):
+            if given.get(name) is None:
+                raise ValueError(f"{name} must be given with out_index; got None")
+    if (given.get("u_gate") is None) != (given.get("right_gate") is None):
+        raise ValueError("u_gate and right_gate must be given together; got one of them")
+    need = given.get("need")
+    if need is not None and len(need) != (7 if op == "hidden_experts_backward" else 5):
+        raise ValueError(f"need must name every gradient, {7 if op == 'hidden_experts_backward' else 5}; got {need}")

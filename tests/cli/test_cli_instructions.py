@@ -1,0 +1,113 @@
+"""Instruction data for decoders: pairs and conversations, the loss on responses alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpoe.data import load_stand_in, load_task_from_folder
+from mpoe.data.encode import encode_responses
+from mpoe.data.task import Example
+
+from .cli_rows import write_rows
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FLAGS = [
+    "--per_device_train_batch_size",
+    4,
+    "--max_steps",
+    30,
+    "--num_experts",
+    2,
+    "--learning_rate",
+    3e-3,
+    "--use_cpu",
+]
+
+
+def pairs(folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"prompt": f"say {word}", "response": word} for word in ("list", "return", "value")]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def chats(folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = []
+        for word in ("list", "return", "value"):
+            turns = [("user", f"say {word}"), ("assistant", word), ("user", "again"), ("assistant", word)]
+            rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def with_template(folder: Path, template: str | None) -> Path:
+    """The stand-in for GPT-2 with a chat template."""
+    model, tokenizer = load_stand_in("gpt2")
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts(item: dict, tokenizer) -> tuple[str, str]:
+    """All of an item, and what its loss counts."""
+    counted = [label for label in item["labels"] if label != -100]
+    return tokenizer.decode(item["input_ids"]), tokenizer.decode(counted)
+
+
+def test_pairs(cli, tmp_path: Path) -> None:
+    task = load_task_from_folder(pairs(tmp_path / "pairs"))
+    assert (task.kind, task.max_source_length, task.max_target_length) == ("generation", 512, 256)
+    assert task.train()[0] == Example("say list", "list")
+    _, tokenizer = load_stand_in("gpt2")
+    end = tokenizer.eos_token
+    assert texts(encode_responses(task.train(), tokenizer)[0], tokenizer) == (f"say list\nlist{end}", f"list{end}")
+    cut = encode_responses([Example("say " * 50, "list " * 50)], tokenizer, 8, 4)[0]
+    assert len(cut["input_ids"]) == 12
+    assert [label == -100 for label in cut["labels"]] == [True] * 8 + [False] * 4
+    data = ["--data_dir", tmp_path / "pairs"]
+    answer = cli("train", "--model", "gpt2", *data, *FLAGS, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    scores = json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["pairs"]
+    assert scores["exact_match"] == 1.0
+    assert scores["loss"] < 0.5
+    answer = cli("train", "--model", "t5", *data, "--max_steps", 1, "--output_dir", tmp_path / "t5")
+    assert answer.code == 0, answer.err
+
+
+def test_conversations(cli, refused, tmp_path: Path) -> None:
+    data = chats(tmp_path / "chats")
+    model = with_template(tmp_path / "model", TEMPLATE)
+    _, tokenizer = load_stand_in("gpt2")
+    tokenizer.chat_template = TEMPLATE
+    example = load_task_from_folder(data).train()[0]
+    assert (example.source, example.target) == ("user: say list\nassistant: list\nuser: again", "list")
+    whole, counted = texts(encode_responses([example], tokenizer)[0], tokenizer)
+    end = tokenizer.eos_token
+    assert whole == f"<user>say list{end}<assistant>list{end}<user>again{end}<assistant>list{end}"
+    assert counted == f"list{end}list{end}"
+    answer = cli("train", "--model", model, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["chats"]["exact_match"] == 1.0
+    flags = ["--data_dir", data, "--output_dir", tmp_path / "none"]
+    assert "messages need a tokenizer with a chat template" in refused("train", "--model", "gpt2", *flags)
+    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="must continue a prompt with the response; it rewrites it"):
+        encode_responses([example], tokenizer)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "a"}] * 2, ["a", "b"], "ab"])
+def test_what_is_no_conversation(refused, tmp_path: Path, messages: object) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"messages": messages}])
+    write_rows(tmp_path / "validation.jsonl", [{"messages": messages}])
+    line = refused("train", "--model", "gpt2", "--data_dir", tmp_path, "--output_dir", tmp_path / "run")
+    assert "train.jsonl, line 1: messages must be two or more of" in line

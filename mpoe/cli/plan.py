@@ -40,8 +40,8 @@ class PlanOptions:
     experts: int = option(8, "experts per layer", "num_experts")
     shape: str | None = option(
         None,
-        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; default: "
-        "hidden, or separable where a bond or cores are given",
+        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; "
+        "default: hidden, or separable where a bond or cores are given",
     )
     neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
     latent: int | None = option(None, "size of the space that such experts share; none = the model's own")

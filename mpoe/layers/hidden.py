@@ -325,7 +325,7 @@ class HiddenFeedForward(KeptFeedForward):
         return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), own).flatten(2, 3)
 
 
-class HiddenMixture(HiddenFeedForward, MPOEFeedForward):  # type: ignore[misc]  # experts of another kind
+class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
 
     def build(

@@ -13,8 +13,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import kernel_for
+from mpoe_kernels.backends import kernel_for
+from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, holds_values, refuse_jit_trace
 from mpoe_kernels.signatures import check_signature
 
 NAMESPACE = "mpoe"
@@ -138,9 +138,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         for value in arguments:
             if type(value) in _PLAIN:
                 device_type = device_type or value.device.type
-                if value.is_neg() or value.untyped_storage().nbytes() < value.nbytes:  # or an expanded one
-                    return False
-                if not value.data_ptr() and (value.numel() or value.is_meta):
+                if value.is_meta or value.is_neg() or not holds_values(value):
                     return False
             elif isinstance(value, Tensor):
                 return False

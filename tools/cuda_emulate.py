@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for the CPU with the emulator of csrc/emu: `python tools/cuda_emulate.py [sanitizer]`.
+"""Compiles the CUDA kernels for the CPU with tests/emulator: `python tools/cuda_emulate.py [sanitizer]`.
 
 Prints the path of the shared library, which holds the ops ``torch.ops.mpoe_emulated`` and the emulator's controls.
 Compiled files are kept in build/emulated under a hash of all their inputs, so a second call compiles nothing.
@@ -20,29 +20,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
+TESTS = ROOT / "tests"
+EMULATION = TESTS / "emulator"
 CACHE = ROOT / "build" / "emulated"
 SANITIZERS = {"": [], "address": ["-g1", "-fsanitize=address,undefined"], "thread": ["-g1", "-fsanitize=thread"]}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 DEFINES = ["-DMPOE_CUDA_EMULATED"]
 CUDA = CSRC / "cuda"
 KERNELS = sorted(CUDA.glob("*/*.cu"))
-EMULATOR = CSRC / "emu" / "emulator.cpp"
-HEADER = CSRC / "emu" / "cuda_emulator.h"  # as the device layer includes it
-BINDINGS = CSRC / "emu" / "bindings.cpp"
-LIBRARY = [*KERNELS, EMULATOR, CSRC / "emu" / "control.cpp", BINDINGS]
-PROBE = [EMULATOR, CSRC / "emu" / "probe_main.cpp"]
-# Programs that run kernels without Python; csrc/tests/truth.cpp computes the correct results.
+EMULATOR = EMULATION / "emulator.cpp"
+HEADER = EMULATION / "cuda_emulator.h"  # as the device layer includes it
+BINDINGS = EMULATION / "bindings.cpp"
+LIBRARY = [*KERNELS, EMULATOR, EMULATION / "control.cpp", BINDINGS]
+PROBE = [EMULATOR, EMULATION / "probe_main.cpp"]
+# Programs that run kernels without Python; tests/native/cpp/truth.cpp computes the correct results.
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
         *(CUDA / "linear" / f"{name}.cu" for name in ("steps", "pointwise")),
         *(CUDA / "linear" / f"{name}.cu" for name in ("contract", "contract_bfloat16", "panel", "panel_bfloat16")),
-        *(*_COMMON, CSRC / "tests" / "truth.cpp", CSRC / "emu" / "sweep_linear.cpp"),
+        *(*_COMMON, TESTS / "native" / "cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
     ],
-    "routing": [CUDA / "routing" / "routing.cu", *_COMMON, CSRC / "emu" / "sweep_routing.cpp"],
+    "routing": [CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],
     "hidden": [
         *(CUDA / "hidden_experts" / f"{name}.cu" for name in ("hidden_experts", "bfloat16")),
-        *(*_COMMON, CSRC / "emu" / "sweep_hidden.cpp"),
+        *(*_COMMON, EMULATION / "sweep_hidden.cpp"),
     ],
 }
 
@@ -105,13 +107,13 @@ def _make(target: Path, command: Sequence[str]) -> Path:
 
 def _precompiled(flags: Sequence[str]) -> list[str]:
     """Flags that include `HEADER` first, precompiled once for all sources: it is a third of their compile time."""
-    flags = [*flags, f"-I{CSRC}"]
-    folder = CACHE / "headers" / _hash(flags, [HEADER, *_headers(HEADER, [CSRC])])
+    flags = [*flags, f"-I{CSRC}", f"-I{TESTS}"]
+    folder = CACHE / "headers" / _hash(flags, [HEADER, *_headers(HEADER, [CSRC, TESTS])])
     own = folder / "own.h"
     if not own.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"own.h.{os.getpid()}"
-        part.write_text(f'#include "{HEADER.relative_to(CSRC)}"\n')
+        part.write_text(f'#include "{HEADER.relative_to(TESTS)}"\n')
         os.replace(part, own)
     _make(folder / "own.h.gch", [*flags, "-x", "c++-header", str(own)])
     return ["-include", str(own)]
@@ -132,7 +134,7 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found; set CXX")
-    folders = [CSRC] if overlay is None else [overlay, CSRC]
+    folders = [*([] if overlay is None else [overlay]), CSRC, TESTS]
     plain = [cxx, *FLAGS, *DEFINES, *SANITIZERS[sanitizer]]
     base = [*plain, *(f"-I{folder}" for folder in folders)]
     objects, keys = [], []
@@ -147,7 +149,7 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
         keys.append(_hash(used, [source, *headers]))
         compiled = CACHE / "objects" / f"{source.stem}-{keys[-1]}.o"
         # torch's headers must come before the emulator's, whose keywords are macros.
-        usual = HEADER in headers and source != BINDINGS and not (overlay and (overlay / "emu").exists())
+        usual = HEADER in headers and source != BINDINGS and not (overlay and (overlay / "emulator").exists())
         usual = usual and len(sources) > len(PROBE)  # for two sources it costs as much time as it saves
         first = _precompiled(plain) if usual else []
         objects.append(str(_make(compiled, [*used, *first, "-x", "c++", "-c", str(source)])))
@@ -159,12 +161,12 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
 
 
 def library(sanitizer: str = "") -> Path:
-    """The emulated kernels as torch ops, with the functions of csrc/emu/control.cpp."""
+    """The emulated kernels as torch ops, with the functions of tests/emulator/control.cpp."""
     return build("mpoe_emulated.so", LIBRARY, sanitizer)
 
 
 def sweep(part: str, sanitizer: str = "", overlay: Path | None = None) -> Path:
-    """The program that runs and checks the kernels of one part (key of `SWEEPS`); see csrc/emu/sweep.h."""
+    """The program that runs and checks the kernels of one part (key of `SWEEPS`); see tests/emulator/sweep.h."""
     return build(f"sweep_{part}", SWEEPS[part], sanitizer, overlay)
 
 

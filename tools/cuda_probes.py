@@ -1,6 +1,6 @@
 """Compares the emulator's instructions with a GPU's: `python tools/cuda_probes.py [--arch 90a] [--compile-only]`.
 
-csrc/emu/instructions_main.cu runs every instruction that the emulator imitates (mma.sync, ldmatrix, cp.async,
+tests/emulator/instructions_main.cu runs every instruction that the emulator imitates (mma.sync, ldmatrix, cp.async,
 roundings, shuffles and votes). It is compiled with the emulator and with nvcc, and both must print the same lines.
 Exit status: 0 equal (or compiled, with --compile-only), 1 different, 2 no compiler or no GPU.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import cuda_check
 import cuda_emulate
 
-SOURCE = cuda_emulate.CSRC / "emu" / "instructions_main.cu"
+SOURCE = cuda_emulate.EMULATION / "instructions_main.cu"
 
 
 def lines_of(program: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The emulated CUDA kernels under the address, undefined-behaviour and thread sanitizers, on four schedules. Needs a C++
 # compiler for x86-64 with the sanitizers' libraries, and Python with torch for the long form.
-#   tools/cuda_sanitizers.sh          the sweeps of csrc/emu, without torch: seconds, fails on any report
+#   tools/cuda_sanitizers.sh          the sweeps of tests/emulator, without torch: seconds, fails on any report
 #   tools/cuda_sanitizers.sh --all    then every emulated test again with the address sanitizer
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -11,10 +11,10 @@ for program in aarch64-linux-gnu-g++ qemu-aarch64 cmake ninja; do
     echo "$program was not found; on Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user cmake ninja-build" >&2
     exit 1
 done
-cmake -S csrc/tests -B "$folder" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+cmake -S tests/native/cpp -B "$folder" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
     -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CXX_FLAGS=-Werror >/dev/null
 cmake --build "$folder"
 # linear alone takes minutes.
-for program in routing router gemm hidden embedding linear; do
+for program in routing router gemm hidden neurons linear; do
     qemu-aarch64 -L /usr/aarch64-linux-gnu "$folder/$program"
 done

@@ -9,13 +9,13 @@ export ASAN_OPTIONS=detect_leaks=1:strict_init_order=1 UBSAN_OPTIONS=print_stack
 
 for sanitizers in address,undefined thread; do
     build=$folder/${sanitizers%%,*}
-    cmake -S csrc/tests -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
+    cmake -S tests/native/cpp -B "$build" -G Ninja -DMPOE_SANITIZE=$sanitizers >/dev/null
     cmake --build "$build"
     # They share the code that splits work over threads: the thread sanitizer gets only the plainest and the best.
     isas="generic avx2 avx512 avx512bf16 amx"
     [ $sanitizers = thread ] && isas="generic best"
     for isa in $isas; do
-        for program in routing router gemm linear hidden; do
+        for program in routing router gemm linear hidden neurons; do
             # Thread sanitizers of older compilers cannot handle the address randomization of newer kernels.
             status=0
             [ $isa = best ] && unset MPOE_CPU_ISA || export MPOE_CPU_ISA=$isa

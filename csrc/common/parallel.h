@@ -1,5 +1,5 @@
 // Threads for kernels that know nothing about torch. csrc/parallel_torch.cpp runs them on torch's pool;
-// csrc/tests/parallel_std.cpp on std::thread, for the sanitizers.
+// tests/native/cpp/parallel_std.cpp on std::thread, for the sanitizers.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
 // The device layer: the only file with inline PTX, and the only access that kernels have to CUDA.
-// Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20), their twins in csrc/emu/twins.h.
+// Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20), their twins in tests/emulator/twins.h.
 #pragma once
 #include <cstdint>
 
 #if defined(MPOE_CUDA_EMULATED)
-#include "emu/cuda_emulator.h"
+#include "emulator/cuda_emulator.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

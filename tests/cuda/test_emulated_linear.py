@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.cuda.launch import CudaLaunches
-from mpoe_kernels.linear.gpu.operands import activations, scratch
-from mpoe_kernels.linear.gpu.primitives import Rows
+from mpoe_kernels.linear.cuda.contractions import CudaLaunches
+from mpoe_kernels.linear.gpu.operands import activations, block, scratch
+from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.linear_problem import planned_strategies
@@ -174,14 +174,23 @@ def test_a_contraction_with_wrong_operands_is_refused(change: str, message: str)
     x, out = activations(rows, ("iL", "iC", "iR"), dims), activations(y, ("jL", "jC", "jR"), dims)
     note = SimpleNamespace(rows_times_block=lambda *call: calls.append(call))
     CudaLaunches(note).rows(Rows(x, scratch("W", 2, dims, rows), out, dims, case.routing.expert_offsets))
-    ((first, block, result, layout, sizes, *rest),) = calls
+    ((first, second, result, layout, sizes, *rest),) = calls
     wrong = {
-        "sizes": (first, block, result, layout, sizes[1:]),
-        "layout": (first, block, result, layout[1:], sizes),
-        "dtype": (first, block.double(), result, layout, sizes),
+        "sizes": (first, second, result, layout, sizes[1:]),
+        "layout": (first, second, result, layout[1:], sizes),
+        "dtype": (first, second.double(), result, layout, sizes),
     }[change]
     with pytest.raises(REFUSED, match=message):
         OPS.rows_times_block(*wrong, *rest)
+
+
+def test_sums_over_experts_are_float32() -> None:
+    case = Case(SMALL_SHAPES["light"], torch.bfloat16, tokens=4)
+    dims, (left, central, _) = case.linear.dims, case.blocks
+    half, out = scratch("LC", left.shape[0], dims, left), block(torch.zeros_like(central), "C")
+    launch = Sum(block(left, "L"), half, out, dims, case.routing.expert_offsets)
+    with pytest.raises(REFUSED, match="must have the dtype of x; sums over experts are float32"):
+        CudaLaunches(OPS).merge(launch)
 
 
 @settings(max_examples=25)

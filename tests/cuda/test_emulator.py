@@ -1,4 +1,4 @@
-"""Tests of the emulator itself: every mistake planted in csrc/emu/probes.cuh is detected by what should detect it."""
+"""Tests of the emulator itself: every mistake in tests/emulator/probes.cuh is detected by what should detect it."""
 
 from __future__ import annotations
 

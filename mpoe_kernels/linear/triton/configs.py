@@ -6,8 +6,8 @@ compiled ahead of time for its architecture by ``tools/triton_compile.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ MOST_SPLITS = 32
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Block sizes of a GEMM ``[m, k] x [k, n]``, warps and pipeline stages."""
 
     m: int
@@ -36,11 +35,12 @@ class Tile:
 
     def fitted(self, m: float, n: float, k: float) -> Tile:
         """The same tile, shrunk to fit a smaller problem (16 is the minimum for a tensor core)."""
-        sizes = [
-            min(tile, max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length()))
-            for tile, size in zip((self.m, self.n, self.k), (m, n, k), strict=True)
-        ]
-        return replace(self, m=sizes[0], n=sizes[1], k=sizes[2])
+        return Tile(min(self.m, _side(m)), min(self.n, _side(n)), min(self.k, _side(k)), self.warps, self.stages)
+
+
+def _side(size: float) -> int:
+    """Power of two that covers a size, at least 16."""
+    return max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length())
 
 
 # kernel -> architecture -> tiles, the widest problem's first; float32 takes smaller ones, see `for_float32`.
@@ -50,7 +50,7 @@ _NVIDIA: dict[str, tuple[Tile, ...]] = {
     "blocks": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
 }
 _AMD: dict[str, tuple[Tile, ...]] = {
-    name: tuple(replace(tile, k=min(tile.k, 32), stages=2) for tile in tiles) for name, tiles in _NVIDIA.items()
+    name: tuple(tile._replace(k=min(tile.k, 32), stages=2) for tile in tiles) for name, tiles in _NVIDIA.items()
 }
 TILES = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
@@ -59,8 +59,7 @@ TILES[INTERPRETER] = {name: (Tile(64, 64, 64, 4, 1),) for name in _NVIDIA}
 
 def for_float32(tile: Tile) -> Tile:
     """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
-    return replace(
-        tile,
+    return tile._replace(
         m=min(tile.m, 64),
         n=min(tile.n, 64),
         k=max(16, tile.k // 4),
@@ -80,14 +79,14 @@ def least_shared_bytes(name: str, dtype: torch.dtype) -> int:
     return max(min(tile.shared_bytes(dtype) for tile in shipped_tiles(kernel, name, dtype)) for kernel in TILES[name])
 
 
-def tiles_for(kernel: str, like: Tensor, m: float, n: float, k: float) -> tuple[Tile, ...]:
+def tiles_for(kernel: str, like: Tensor, m: float, n: float, k: float) -> Iterator[Tile]:
     """Tiles of a kernel for an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and that
     fits into shared memory, then the smaller ones."""
     target = architecture.target_of(like.device)
     shipped = shipped_tiles(kernel, target.architecture, like.dtype)
     able = tuple(t for t in shipped if t.shared_bytes(like.dtype) <= target.shared_memory) or shipped[-1:]
     suitable = tuple(tile for tile in able if tile.m <= m) or able[-1:]
-    return tuple(tile.fitted(m, n, k) for tile in suitable)
+    return (tile.fitted(m, n, k) for tile in suitable)
 
 
 def tile_and_splits(
@@ -102,8 +101,8 @@ def tile_and_splits(
         batch: number of GEMMs.
         most: number of parts that memory allows.
     """
-    units, tiles = architecture.target_of(like.device).multiprocessors, tiles_for(kernel, like, m, n, k)
-    for tile in tiles:
+    units = architecture.target_of(like.device).multiprocessors
+    for tile in tiles_for(kernel, like, m, n, k):
         programs, splits = batch * -(-m // tile.m) * -(-n // tile.n), 1
         limit = min(most, MOST_SPLITS, k / (LEAST_STEPS * tile.k))
         while 2 * programs * splits <= units and 2 * splits <= limit:

@@ -8,7 +8,7 @@ from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
 from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.linear.triton.rows import rows_kernel
+from mpoe_kernels.linear.triton.row_gemm import rows_kernel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
@@ -43,9 +43,9 @@ def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch)
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(1, dtype=torch.bfloat16)
     with_shared_memory(163 << 10, monkeypatch, "sm_80")
-    assert configs.tiles_for("rows", like, 4096, 4096, 4096)[0].m == 128
+    assert next(configs.tiles_for("rows", like, 4096, 4096, 4096)).m == 128
     with_shared_memory(80 << 10, monkeypatch, "sm_80")
-    smaller = configs.tiles_for("rows", like, 4096, 4096, 4096)[0]
+    smaller = next(configs.tiles_for("rows", like, 4096, 4096, 4096))
     assert smaller.shared_bytes(like.dtype) <= 80 << 10
     assert smaller.m == 64
 

@@ -1,0 +1,331 @@
+"""The backends: which of them run here, why the others do not, and which one a call uses.
+
+A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). The ops
+fill the tables: every ``op.py`` lists its kernels by backend. For a contraction, which can be computed in several ways,
+a backend offers candidates (see `mpoe_kernels.contract.autotune`). It returns *reasons* when it cannot run a request;
+the error for a named backend lists them all, and nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from mpoe_kernels import cuda_library
+from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.triton import architecture
+
+AUTO = "auto"
+# Ops that are contractions: backends offer candidates for them instead of a kernel.
+CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": "backward"}
+# Which backends run where none is named, the preferred one first. On the CPU Triton means its interpreter, for tests.
+PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "cuda", "eager")}
+_FEWER_LAUNCHES = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the named one, can run a request; the message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a kernel is asked to run on.
+
+    Attributes:
+        op: name of the op without its namespace, e.g. ``grouped_mpo_linear``.
+        device: ``cpu``, ``cuda:1``, ...
+        dtype: dtype of the activations.
+        sizes: op-specific sizes, on which a kernel's limits depend.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda``, ..."""
+        return self.device.partition(":")[0]
+
+
+def _nothing(_: Request) -> list[str]:
+    return []
+
+
+def no_reasons(_: Contraction) -> list[str]:
+    return []
+
+
+class Candidate(NamedTuple):
+    """One way to compute a contraction.
+
+    Attributes:
+        backend: the backend that offers it.
+        name: the strategy and, if there are several, the variant: ``rebuild``, ``rebuild on chip``.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`.
+        run: computes it; takes a `ForwardCall` or a `BackwardCall`.
+        waits: on a GPU it waits for the device, so it runs only if its backend is named or there is no other.
+    """
+
+    backend: str
+    name: str
+    strategy: str
+    run: Callable[[Any], Any]
+    waits: bool = False
+
+
+def _no_candidates(_: Contraction) -> list[Candidate]:
+    return []
+
+
+@dataclass(eq=False)
+class Backend:
+    """A named table of kernels. Two backends are the same if they are the same object.
+
+    Attributes:
+        name: as users write it in ``backend=``.
+        kernels: op name -> function that takes a call of that op.
+        unavailable_reasons: why this backend cannot run at all here (empty list: it can).
+        request_reasons: why it cannot run one request (empty list: it can).
+        op_reasons: the same for single ops.
+        candidates: the ways to compute a contraction (a strategy in one phase).
+        contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
+        places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
+    """
+
+    name: str
+    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    unavailable_reasons: Callable[[], list[str]] = list
+    request_reasons: Callable[[Request], list[str]] = _nothing
+    op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
+    candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
+    contraction_reasons: Callable[[Contraction], list[str]] = no_reasons
+    places_rows: bool = False
+
+    def unsupported_reasons(self, request: Request) -> list[str]:
+        """Every reason why this backend cannot run ``request``; empty if it can."""
+        reasons = list(self.unavailable_reasons())
+        if request.op not in self.kernels and (request.op not in CONTRACTIONS or self.candidates is _no_candidates):
+            reasons.append(f"it has no kernel for {request.op}")
+        of_op = self.op_reasons.get(request.op, _nothing)(request)
+        return [*reasons, *self.request_reasons(request), *of_op]
+
+
+class _Requested(threading.local):
+    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
+
+    name: str = AUTO
+
+
+BACKENDS: dict[str, Backend] = {}
+_requested = _Requested()
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend; its name must not be taken."""
+    if backend.name in BACKENDS or backend.name == AUTO:
+        raise ValueError(f"backend name {backend.name!r} is already taken")
+    BACKENDS[backend.name] = backend
+
+
+def add_kernels(
+    backend: str, kernels: Mapping[str, Callable[..., Any]], reasons: Callable[[Request], list[str]] | None = None
+) -> None:
+    """Add the kernels of some ops to a backend; ``reasons``: why it cannot run a request of one of them."""
+    BACKENDS[backend].kernels |= kernels
+    BACKENDS[backend].op_reasons |= dict.fromkeys(kernels, reasons or _nothing)
+
+
+def lazily(module: str, *functions: str) -> SimpleNamespace:
+    """These functions of a module that is imported when the first of them is called."""
+
+    def call(function: str, *arguments: Any) -> Any:
+        return getattr(import_module(module), function)(*arguments)
+
+    return SimpleNamespace(**{function: partial(call, function) for function in functions})
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine."""
+    return tuple(name for name, backend in BACKENDS.items() if not backend.unavailable_reasons())
+
+
+def registered_backends() -> tuple[Backend, ...]:
+    """Every known backend, in the order of registration."""
+    return tuple(BACKENDS.values())
+
+
+def backend_reasons() -> dict[str, list[str]]:
+    """Every known backend with the reasons why it cannot run here (empty list: it can)."""
+    return {name: backend.unavailable_reasons() for name, backend in BACKENDS.items()}
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse the name of an unknown backend; None means that none is named."""
+    if name is not None and (not isinstance(name, str) or (name != AUTO and name not in BACKENDS)):
+        raise ValueError(f"backend must be one of {[AUTO, *BACKENDS]}; got {name!r}")
+
+
+def requested_backend(name: str | None) -> str:
+    """The argument if given, else what `use_backend` set, else ``"auto"``."""
+    check_backend(name)
+    return _requested.name if name is None else name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the automatic choice.
+
+    It applies only to the calling thread.
+
+    Raises:
+        TypeError, ValueError: None, an unknown name.
+        BackendError: the backend cannot run on this machine.
+    """
+    if name is None:
+        raise TypeError("name must be that of a backend; got None")
+    check_backend(name)
+    if name != AUTO:
+        reasons = BACKENDS[name].unavailable_reasons()
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
+    previous, _requested.name = _requested.name, name
+    try:
+        yield
+    finally:
+        _requested.name = previous
+
+
+def preferred_backends(request: Request) -> tuple[Backend, ...]:
+    """The backends among which a request chooses if none is named, the preferred one first.
+
+    On a GPU the compiled kernels of routing come first: they need fewer launches than Triton's.
+    """
+    names = PREFERRED.get(request.device_type, ("eager",))
+    if request.device_type == "cuda" and request.op in _FEWER_LAUNCHES:
+        names = ("cuda", "triton", "eager")
+    return tuple(BACKENDS[name] for name in names if name in BACKENDS)
+
+
+def places_rows(backend: str) -> bool:
+    """Whether a backend's products can scatter every row like `combine`, times its gate; False for ``"auto"``."""
+    return backend != AUTO and BACKENDS[backend].places_rows
+
+
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
+    """Cached `select` for a `Request`."""
+    return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())
+
+
+@lru_cache(maxsize=1024)
+def _selected(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    sizes: tuple[tuple[str, int], ...],
+    _backends: tuple[Backend, ...],
+) -> Callable[..., Any]:
+    return select(Request(op, str(device), dtype, dict(sizes)), name)
+
+
+def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
+    """Kernel of the named backend, or of the most preferred one that can run the request.
+
+    Raises:
+        BackendError: with all reasons, when the named backend or every backend cannot run the request.
+    """
+    if name != AUTO:
+        reasons = BACKENDS[name].unsupported_reasons(request)
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot run {request.op}: {'; '.join(reasons)}")
+        return BACKENDS[name].kernels[request.op]
+    refused = {}
+    for backend in preferred_backends(request):
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if not refused[backend.name]:
+            return backend.kernels[request.op]
+    listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
+    raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
+
+
+# ------------------------------------------------------------------ the backends
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype_reasons(request: Request) -> list[str]:
+    if request.op == "route" or request.dtype in GPU_DTYPES:  # routing is about integers
+        return []
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES)
+    return [f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"]
+
+
+def _elsewhere(device_type: str, request: Request) -> str:
+    return f"it runs on {device_type}, not on {request.device_type}"
+
+
+def _native_reasons(request: Request) -> list[str]:
+    return [] if request.device_type == "cpu" else [_elsewhere("cpu", request)]
+
+
+def _triton_unavailable() -> list[str]:
+    reasons = list(architecture.triton_reasons())
+    if not architecture.in_interpreter() and not architecture.gpu_available():
+        reasons.append("it needs a CUDA or ROCm device (or Triton's interpreter: TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = []
+    if request.device_type != "cuda" and not (request.device_type == "cpu" and architecture.in_interpreter()):
+        reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
+    reasons += _dtype_reasons(request)
+    if reasons or request.op == "route" or architecture.triton_reasons():
+        return reasons
+    target = architecture.target_of(torch.device(request.device))
+    needed = _least_shared_bytes(target.architecture, request.dtype)
+    if target.shared_memory == architecture.NO_LIMIT or needed <= target.shared_memory:
+        return []
+    return [f"its smallest tile needs {needed} bytes of shared memory; the device has {target.shared_memory}"]
+
+
+@lru_cache(maxsize=64)
+def _least_shared_bytes(name: str, dtype: torch.dtype) -> int:
+    return import_module("mpoe_kernels.linear.triton.configs").least_shared_bytes(name, dtype)
+
+
+def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], list[str]]) -> Backend:
+    """The compiled CUDA kernels as a backend without kernels yet.
+
+    Args:
+        name: of the backend.
+        device_type: of its tensors: ``cuda``, or ``cpu`` for the emulated kernels of the tests.
+        unavailable_reasons: see `Backend`.
+    """
+
+    def reasons(request: Request) -> list[str]:
+        wrong = (
+            [] if request.device_type == device_type else [f"it runs on {device_type}, not on {request.device_type}"]
+        )
+        return wrong + _dtype_reasons(request)
+
+    return Backend(name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True)
+
+
+EAGER = Backend("eager")
+NATIVE = Backend("native", unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons), request_reasons=_native_reasons)
+TRITON = Backend("triton", unavailable_reasons=_triton_unavailable, request_reasons=_triton_reasons, places_rows=True)
+CUDA = cuda_backend("cuda", "cuda", cuda_library.unavailable_reasons)
+for _backend in (EAGER, NATIVE, TRITON, CUDA):
+    register_backend(_backend)

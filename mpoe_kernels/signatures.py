@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
 from mpoe_kernels.contract import STRATEGIES
-from mpoe_kernels.registry import requested_backend
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20

@@ -29,6 +29,7 @@ _NAMES = {
     "lora_on_cores": "mpoe.models.lora",
     "load_mpoe": "mpoe.models",
     "merge_experts": "mpoe.models",
+    "merge_latent": "mpoe.models",
     "save_mpoe_only": "mpoe.models",
     "MPOETrainer": "mpoe.training",
     "MPOETrainingArguments": "mpoe.training",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         import_original,
         load_mpoe,
         merge_experts,
+        merge_latent,
         save_mpoe_only,
     )
     from mpoe.models.lora import lora_on_cores
@@ -85,6 +87,7 @@ __all__ = [
     "load_sharded_optimizer",
     "lora_on_cores",
     "merge_experts",
+    "merge_latent",
     "save_mpoe_only",
     "save_sharded",
     "save_sharded_checkpoint",

@@ -18,6 +18,7 @@ from mpoe_kernels.mpo import (
     fold,
     reconstruct,
 )
+from mpoe_kernels.neurons import neuron_experts
 from mpoe_kernels.routing.op import Routing, combine, dispatch, route
 from mpoe_kernels.version import __version__
 
@@ -44,6 +45,7 @@ __all__ = [
     "mpo_embedding",
     "mpo_ffn",
     "mpo_linear",
+    "neuron_experts",
     "plan_contraction",
     "reconstruct",
     "route",

@@ -42,17 +42,30 @@ def check_tensor(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     return value
 
 
+def _extent(value: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    steps = zip(value.shape, value.stride(), strict=True)
+    return (1 + sum((size - 1) * step for size, step in steps)) * value.itemsize
+
+
+def holds_values(value: Tensor) -> bool:
+    """Whether the memory of a strided tensor is there, in full: not if its storage was resized, as FSDP does."""
+    size = value.nbytes
+    if not size:
+        return True
+    if not value.is_contiguous():
+        size = _extent(value)
+    return value.untyped_storage().nbytes() >= size + value.storage_offset() * value.itemsize and value.data_ptr() != 0
+
+
 def check_memory(name: str, value: Tensor) -> None:
     """Require a dense tensor whose memory holds its values: not one whose storage was resized, as FSDP does."""
     check_dense(name, value)
-    if value.is_meta or not value.numel():
-        return
-    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-    needed, held = (value.storage_offset() + last + 1) * value.itemsize, value.untyped_storage().nbytes()
-    if held < needed or not value.data_ptr():
+    if not value.is_meta and not holds_values(value):
+        held = value.untyped_storage().nbytes() if value.data_ptr() else 0
         raise ValueError(
-            f"{name} must hold its values, in {needed} bytes; got {describe(value)} with a storage of "
-            f"{held if value.data_ptr() else 0} bytes"
+            f"{name} must hold its values, in {_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
+            f"{describe(value)} with a storage of {held} bytes"
         )
 
 

@@ -50,6 +50,9 @@ class RefusingOps:
         return call
 
 
+CUDA_OPS = RefusingOps(torch.ops.mpoe_cuda)
+
+
 def runs_on(architectures: str, major: int, minor: int) -> bool:
     """Whether code for ``architectures`` (see `INFO_KEYS`) runs on a GPU of this compute capability.
 
@@ -62,6 +65,11 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
         if own == (major, minor) or (number.isdigit() and (ptx or (machine_code and own[1] <= minor))):
             return True
     return False
+
+
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a block may use on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, refuse_jit_trace
-from mpoe_kernels.registry import kernel_for
+from mpoe_kernels.backends import kernel_for
+from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, holds_values, refuse_jit_trace
 from mpoe_kernels.signatures import check_signature
 
 NAMESPACE = "mpoe"
@@ -138,10 +138,8 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         for value in arguments:
             if type(value) in _PLAIN:
                 device_type = device_type or value.device.type
-                if value.is_meta or value.is_neg():
+                if value.is_meta or value.is_neg() or not holds_values(value):
                     return False
-                if value.untyped_storage().nbytes() < value.nbytes or not (value.data_ptr() or not value.numel()):
-                    return False  # or an expanded one
             elif isinstance(value, Tensor):
                 return False
     except RuntimeError:  # a layout or a wrapper without an address

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from mpoe_kernels.backends import backend_reasons
 from mpoe_kernels.compiled import CompiledLibrary
 from mpoe_kernels.contract.autotune import SETTING
 from mpoe_kernels.contract.kept import choices_file, processor_name
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.registry import backend_reasons
 from mpoe_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy")

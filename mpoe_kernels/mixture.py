@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.contract import ALL_GRADIENTS
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.linear.call import ForwardCall
@@ -19,7 +20,6 @@ from mpoe_kernels.linear.native import dense_bias, dense_blocks, linear_sizes
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
-from mpoe_kernels.registry import requested_backend
 from mpoe_kernels.routing import native
 from mpoe_kernels.routing.call import CombineCall, RouteCall
 from mpoe_kernels.routing.gating import Gating, native_gating

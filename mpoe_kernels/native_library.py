@@ -55,30 +55,17 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def checked(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, whose memory may be read, or a copy of it where its numbers are yet to be negated.
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy of it: its address may be handed to the library.
+
+    That its memory holds its values was asked at the door, see `mpoe_kernels.define.is_plain_call`.
 
     Raises:
-        ValueError: it is not on the CPU, or its memory was freed or is too short for its shape.
+        ValueError: it is not on the CPU.
     """
     if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU; got {describe(tensor)}")
-    elements = tensor.numel()
-    if elements and not tensor.is_contiguous():  # from the first to the last
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + elements) * tensor.element_size()
-    if elements and (tensor.untyped_storage().nbytes() < end or not tensor.data_ptr()):
-        raise ValueError(f"{name} has no memory of its size, its storage was resized or freed; got {describe(tensor)}")
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
-
-
-def dense(name: str, tensor: Tensor) -> Tensor:
-    """As `checked`, or a contiguous copy of it: its address may be handed to the library."""
-    if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():  # as nearly always, in few calls
-        size, behind = tensor.nbytes, tensor.storage_offset() * tensor.itemsize
-        if size and tensor.untyped_storage().nbytes() >= behind + size and tensor.data_ptr():
-            return tensor
-    return checked(name, tensor).contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

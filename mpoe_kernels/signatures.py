@@ -34,6 +34,7 @@ _HIDDEN = (
     "u:f T F; gates:f T K; top_k_index:i T K; right:u E G b b; left:u E G b b; bias:u E F; u_gate:u T F; "
     "right_gate:u E G b b"
 )
+_NEURONS = "x:f T I; gates:f T K; top_k_index:i T K; up:x E m I; down:x E m F; bias:x E m; gate_up:x E m I"
 _TABLE = "ids:i T; left:f 1 iL jL a; central:left a iC jC b; right:left 1 b iR jR"
 # ``name:dtype axes``: a letter of `_DTYPES` or the argument whose dtype it is; equal axes have equal sizes, ``*`` any.
 ARGUMENTS = {
@@ -46,9 +47,13 @@ ARGUMENTS = {
     "grouped_mpo_linear_backward": f"{_LINEAR}; grad:x N F; h:x *; saved:x *; slot_of_token:i P K",
     "hidden_experts": _HIDDEN,
     "hidden_experts_backward": f"{_HIDDEN}; grad:u T F",
+    "neuron_experts": _NEURONS,
+    "neuron_experts_backward": f"{_NEURONS}; grad:x T F",
     "mpo_embedding": _TABLE,
     "mpo_embedding_backward": f"{_TABLE}; grad:left T F",
 }
+# How many gradients there are to need.
+_GRADIENTS = {"grouped_mpo_linear_backward": 5, "hidden_experts_backward": 7, "neuron_experts_backward": 6}
 # Integers that are sizes of axes.
 _SIZES = {"in_features": "I", "out_features": "F", "num_embeddings": "V", "embedding_dim": "F"}
 
@@ -137,6 +142,6 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
                 raise ValueError(f"{name} must be given with out_index; got None")
     if (given.get("u_gate") is None) != (given.get("right_gate") is None):
         raise ValueError("u_gate and right_gate must be given together; got one of them")
-    need = given.get("need")
-    if need is not None and len(need) != (7 if op == "hidden_experts_backward" else 5):
-        raise ValueError(f"need must name every gradient, {7 if op == 'hidden_experts_backward' else 5}; got {need}")
+    need, gradients = given.get("need"), _GRADIENTS.get(op)
+    if need is not None and len(need) != gradients:
+        raise ValueError(f"need must name every gradient, {gradients}; got {need}")

@@ -22,8 +22,9 @@ RANKS = {
     "mpoe_kernels.compiled": 1,
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,
-    "mpoe_kernels.registry": 4,
+    "mpoe_kernels.backends": 4,
     "mpoe_kernels.contract": 4,
+    "mpoe_kernels.triton.architecture": 1,
     "mpoe_kernels.triton": 5,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,
@@ -31,8 +32,8 @@ RANKS = {
     "mpoe_kernels.linear": 7,
     "mpoe_kernels.embedding": 8,
     "mpoe_kernels.mixture": 8,
+    "mpoe_kernels.neurons": 8,
     "mpoe_kernels.reference": 9,
-    "mpoe_kernels.backends": 9,
     "mpoe_kernels.testing": 10,
     "mpoe_kernels": 11,
     "mpoe.config": 12,
@@ -49,7 +50,6 @@ RANKS = {
 }
 # Siblings of equal rank that do not know each other.
 STRANGERS = {
-    ("mpoe_kernels.reference", "mpoe_kernels.backends"),
     ("mpoe.config", "mpoe.data"),
     ("mpoe.estimation", "mpoe.training"),
     ("mpoe.inspection", "mpoe.training"),
@@ -183,7 +183,7 @@ def test_public_names() -> None:
 
     kernel_names = {
         *("MPOShape", "MPOBlocks", "Routing", "decompose", "reconstruct", "fold", "mpo_linear", "grouped_mpo_linear"),
-        *("mpo_ffn", "mpo_embedding", "hidden_experts", "route", "dispatch", "combine"),
+        *("mpo_ffn", "mpo_embedding", "hidden_experts", "neuron_experts", "route", "dispatch", "combine"),
         *("plan_contraction", "available_backends", "use_backend"),
     }
     names = {

@@ -30,9 +30,9 @@ from mpoe.training.freezing import freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
+from mpoe_kernels.backends import Request, select
 from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 from mpoe_kernels.linear.reference import activation_reference
-from mpoe_kernels.registry import Request, select
 from mpoe_kernels.testing.cases import workload_shape
 
 SHAPE = MPOShape((2, 3), (3, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpoe_kernels import BackendError, available_backends, backend_reasons
-from mpoe_kernels.registry import AUTO, Request, select
+from mpoe_kernels.backends import AUTO, Request, select
 
 ALL = "all"
 EAGER = "eager"

@@ -65,6 +65,7 @@ void bind_routing(pybind11::module_& module);
 void bind_router(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_hidden_experts(pybind11::module_& module);
+void bind_neurons(pybind11::module_& module);
 void bind_ffn(pybind11::module_& module);
 
 }  // namespace mpoe

@@ -89,5 +89,6 @@ PYBIND11_MODULE(_C, module) {
   mpoe::bind_router(module);
   mpoe::bind_linear(module);
   mpoe::bind_hidden_experts(module);
+  mpoe::bind_neurons(module);
   mpoe::bind_ffn(module);
 }

@@ -14,7 +14,7 @@ from mpoe.inspection.growth import parameter_growth
 from mpoe.inspection.routes import route_text
 from mpoe.inspection.spectra import bond_spectra
 from mpoe.models.report import routed_layers, short_name
-from mpoe.models.summary import HEADER, HiddenSummary, summarize, table_row
+from mpoe.models.summary import HEADER, KeptSummary, summarize, table_row
 
 if TYPE_CHECKING:
     from mpoe.inspection.spectra import BondSpectrum
@@ -79,7 +79,7 @@ class Inspection:
         """By kind of weight (up, down, an attention projection's name, ...) and layer."""
         found: dict[str, dict[str, list[BondSpectrum]]] = {}
         for row in self.weights:
-            if isinstance(row, HiddenSummary):
+            if isinstance(row, KeptSummary):
                 continue
             layer, _, kind = short_name(row.name).rpartition(".")
             bonds = bond_spectra(row.cores)

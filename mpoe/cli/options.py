@@ -47,6 +47,8 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "top_k": (int | None, None),
     "min_capacity": (int | None, None),
     "second_threshold": (float | None, None),
+    "scoring_func": (str | None, None),
+    "bias_update_rate": (float | None, None),
 }
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")
 # the original's names

@@ -40,16 +40,20 @@ class PlanOptions:
     experts: int = option(8, "experts per layer", "num_experts")
     shape: str | None = option(
         None,
-        "hidden, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; default: hidden, "
-        "or separable where a bond or cores are given",
+        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; "
+        "default: hidden, or separable where a bond or cores are given",
     )
+    neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
+    latent: int | None = option(None, "size of the space that such experts share; none = the model's own")
     bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
     separable_left: int | None = option(None, "left core of a separable up projection")
     separable_right: int | None = option(None, "right core of a separable up projection")
     light_p: int = option(64, "product i * j of a light shape's outer cores")
     exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
     layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    top_k: int | None = option(None, "experts per token; default: 2 of hidden, 1 of other shapes")
+    top_k: int | None = option(
+        None, "experts per token; default: 2 of hidden, an eighth of neurons (2 to 8), 1 of other shapes"
+    )
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
     dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products")
@@ -162,6 +166,8 @@ def _check(options: PlanOptions, budget: SuggestOptions, given: set[str], sugges
     for name in ("bond", "separable_left", "separable_right", "light_p"):
         if suggesting and name in given:
             raise CommandError(f"{name} is what suggestions choose; it cannot be given with --suggest or a budget")
+    if suggesting and options.shape == "neurons":
+        raise CommandError("shape must be separable, paper or light with --suggest or a budget; got 'neurons'")
     if suggesting and options.shape is not None and options.shape.lstrip().startswith("{"):
         raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
 
@@ -180,7 +186,7 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
     """The requested mixture; for a converted model, its own unless flags override it."""
     from mpoe.cli.options import ExpertOptions
     from mpoe.config import MPOEConfig
-    from mpoe.config.shapes import SEPARABLE
+    from mpoe.config.shapes import NEURONS, SEPARABLE
 
     asked = ExpertOptions(
         num_experts=options.experts,
@@ -190,6 +196,8 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
         separable_right=options.separable_right,
         light_p=options.light_p if "light_p" in given else None,
         top_k=options.top_k,
+        neurons=options.neurons,
+        latent=options.latent,
     ).build()
     assert asked is not None  # only a dense model has no configuration
     asked = asked if inventory.blocks_fit else asked.with_cores()
@@ -197,12 +205,14 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
         return asked
     own = inventory.mpoe
     names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
-    names |= {name: name for name in ("separable_left", "separable_right")}
+    names |= {name: name for name in ("separable_left", "separable_right", "neurons", "latent")}
     changes = {kept: getattr(asked, kept) for name, kept in names.items() if name in given}
-    routing = asked if "top_k" in given else own
+    fields = {**{kept: getattr(own, kept) for kept in names.values()}, **changes}
+    routing = asked if "top_k" in given or (own.is_neurons and fields["shape"] != NEURONS) else own
+    if fields["shape"] != NEURONS:
+        fields |= {"neurons": None, "latent": None}
     return MPOEConfig(
-        **{kept: getattr(own, kept) for kept in names.values() if kept not in changes},
-        **changes,
+        **fields,
         moe_type=routing.moe_type,
         router=routing.router,
     )

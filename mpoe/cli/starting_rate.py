@@ -39,8 +39,8 @@ def settle_rate(plan: Plan, source: Source, config: Any) -> str:
     else:
         arguments.learning_rate = rate
         why = f"what to start from with {reason}"
-    if arguments.process_index == 0:
-        print(f"learning_rate {arguments.learning_rate:g}: {why} (--learning_rate sets another)")
+    if arguments.process_index == 0 and not plan.run.find_rate:
+        print(f"learning_rate {arguments.learning_rate:g}: {why} (--learning_rate or --find_rate)")
     return why
 
 

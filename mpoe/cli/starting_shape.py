@@ -63,7 +63,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
             why = "as the file names none" if plan.from_file else "what gained most in our trials"
             why = why if config.is_hidden or plan.from_file else "what the model or other options need"
             print(f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: {why} (--shape)")
-    if config is not None and config.is_hidden and not as_saved:
+    if config is not None and config.keeps_network and not as_saved:
         experts.top_k = config.top_k
     for name, value in defaults.items():
         setattr(experts, name, getattr(experts, name) or value)

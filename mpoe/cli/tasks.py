@@ -27,6 +27,7 @@ _KINDS = {
     ENCODER: ("classification", "regression"),
 }
 _EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
+_HINTS = {SEQ2SEQ: "--model t5", CAUSAL: "--model gpt2", ENCODER: "a BERT"}
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
@@ -246,9 +247,9 @@ def resolve(
         entries[task.name] = entry
     for task in tasks:
         if task.kind not in _KINDS[style]:
-            fits = [_EXAMPLES[other] for other, kinds in _KINDS.items() if task.kind in kinds]
+            fits = [_HINTS[other] for other, kinds in _KINDS.items() if task.kind in kinds]
             raise CommandError(
-                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (take "
+                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (use "
                 f"{' or '.join(fits)}, or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:

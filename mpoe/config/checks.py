@@ -81,3 +81,15 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
     for name in values:
         if name not in known:
             raise ValueError(f"{what} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")
+
+
+def checked_ratios(ratios: Any) -> dict[str, list[float]]:
+    """``rate_ratios`` of an `MPOEConfig`: names with lists of numbers."""
+    if not isinstance(ratios, Mapping):
+        raise TypeError(f"rate_ratios must be a mapping; got {type(ratios).__name__}")
+    for name, values in ratios.items():
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")
+        for value in values:
+            check_number(f"rate_ratios[{name!r}]", value, 0.0)
+    return {name: [float(value) for value in values] for name, values in ratios.items()}

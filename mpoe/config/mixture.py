@@ -13,12 +13,15 @@ from mpoe.config.checks import (
     check_flag,
     check_integer,
     check_number,
+    checked_ratios,
     refuse_unknown_fields,
 )
 from mpoe.config.router import GSHARD, ONE_EXPERT, RouterConfig
 from mpoe.config.shapes import (
     HIDDEN,
+    KEPT_SHAPES,
     KINDS,
+    NEURONS,
     SEPARABLE,
     check_sizes,
     checked_patterns,
@@ -41,6 +44,7 @@ TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
 _OTHER = " (shape='separable' takes it)"
+DEFAULT_NEURONS = 64
 
 
 @refuse_unknown_fields
@@ -54,20 +58,26 @@ class MPOEConfig:
             feed-forward network is then only put into MPO form.
         num_experts: experts of a layer, E.
         expert_type: ``"mpo"``, or ``"dense"``: the Switch-style baseline with E full weights.
-        shape: of the experts: ``"hidden"``, ``"separable"``, ``"paper"``, ``"light"``, or a mapping from ``"up"``,
-            ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s (or their dicts); ``None`` = ``"hidden"``, or
-            ``"separable"`` if an option is set that only other shapes have. Hidden: experts own blocks only on the
-            hidden side, between the dense projections, which stay unchanged, so several experts per token cost little
-            more than one. Separable: MPO cores that are cheap to run; paper: the original's factors; light: smallest
-            auxiliary cores. ``None`` takes the shape that gained most in our trials (docs/evidence.md), also with two
-            experts per token. Options that only other shapes have: ``max_bond``, ``separable_left``,
-            ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``, a ``moe_type`` other
-            than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the chosen name.
+        shape: of the experts: ``"hidden"``, ``"neurons"``, ``"separable"``, ``"paper"``, ``"light"``, or a mapping from
+            ``"up"``, ``"down"`` and, optionally, ``"gate_proj"`` to `MPOShape`s (or their dicts); ``None`` =
+            ``"hidden"``, or ``"separable"`` if an option is set that only other shapes have. Hidden: experts own blocks
+            only on the hidden side, between the dense projections, which stay unchanged, so several experts per token
+            cost little more than one. Neurons: experts own hidden neurons beside the dense network, which stays as it
+            is, and their results are added to its own. Separable: MPO cores that are cheap to run; paper: the
+            original's factors; light: smallest auxiliary cores. ``None`` takes the shape that gained most in our trials
+            (docs/evidence.md), also with two experts per token. Options that only other shapes have: ``max_bond``,
+            ``separable_left``, ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``, a
+            ``moe_type`` other than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the
+            chosen name.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
             is at most 64.
         block_per_group: each of the F / b groups of hidden units has its own blocks; otherwise all groups share one, a
             plain MPO core.
-        expert_bias: hidden-side experts have their own biases before the activation, initialised to 0.
+        neurons: hidden neurons of each expert, m, of the shape ``"neurons"``, which alone takes it; ``None`` = 64.
+        latent: size l of a space that the experts of the shape ``"neurons"`` read and write, between two matrices that
+            they share; ``None`` = they read and write the model's own.
+        expert_bias: hidden-side experts have their own biases before the activation, initialised to 0; neurons have
+            them also without it if the dense network's have.
         existing_experts: how to convert the experts of a model that is already a mixture (Mixtral, OLMoE, ...):
             ``"keep"`` leaves them unchanged; with ``"mpo"`` each projection of a layer's experts becomes MPOs around
             one central core, fitted as closely as possible. Their number, their router and their shared experts stay in
@@ -83,7 +93,8 @@ class MPOEConfig:
         gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core is then the weight
             itself, and every expert starts with identities around it. See `mpoe_kernels.decompose_with_errors`.
         auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = identical copies, so
-            conversion stays lossless.
+            conversion stays lossless. Neurons start as copies of random dense ones, whose noise is half of the weights'
+            standard deviation if this is 0; conversion is lossless anyway.
         router: a `RouterConfig`, or its dict, whose missing fields take the defaults of ``moe_type``.
         target_modules: ``"ffn"``, ``"attention"`` (each projection becomes one `MPOLinear`), ``"embedding"`` (the table
             of the vocabulary becomes an `MPOEmbedding`; a tied head uses its transpose), ``"pooler"`` (BERT's), or a
@@ -126,6 +137,8 @@ class MPOEConfig:
     expert_bias: bool = False
     existing_experts: str = "keep"
     expert_output_bias: bool = False
+    neurons: int | None = None
+    latent: int | None = None
     _given: ClassVar[frozenset[str]] = frozenset()  # per instance: the fields that were given
 
     def __post_init__(self) -> None:
@@ -136,6 +149,8 @@ class MPOEConfig:
             self.shape = checked_shape(self.shape)
         check_integer("block_size", self.block_size, 1, optional=True)
         check_flag("block_per_group", self.block_per_group)
+        check_integer("neurons", self.neurons, 1, optional=True)
+        check_integer("latent", self.latent, 1, optional=True)
         check_flag("expert_bias", self.expert_bias)
         check_flag("expert_output_bias", self.expert_output_bias)
         self.shape_pattern = checked_patterns(self.shape_pattern)
@@ -147,14 +162,13 @@ class MPOEConfig:
         check_choice("existing_experts", self.existing_experts, EXISTING_EXPERTS)
         check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
         self._check_router()
-        if self.is_hidden:
-            self._check_hidden()
+        self._check_kept()
         self._check_targets()
         for name in ("attention_max_bond", "embedding_max_bond", "pooler_max_bond"):
             check_integer(name, getattr(self, name), 1, optional=True)
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
-        self.rate_ratios = _checked_ratios(self.rate_ratios)
+        self.rate_ratios = checked_ratios(self.rate_ratios)
         check_flag("tied_head", self.tied_head)
 
     def _check_router(self) -> None:
@@ -176,9 +190,18 @@ class MPOEConfig:
             self.shape = SEPARABLE if self._needs_cores() else HIDDEN
         self._top_k_is_default = self.router.top_k is None
         if self.router.top_k is None:
-            self.router = dataclasses.replace(self.router, top_k=min(2, self.num_experts) if self.is_hidden else 1)
+            self.router = dataclasses.replace(self.router, top_k=self._default_top_k())
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}; got {self.top_k}")
+        if self.is_neurons and self.router.routed_scaling_factor is None:
+            factor = 1.0 if self.router.is_scale_prob else float(self.top_k)
+            self.router = dataclasses.replace(self.router, routed_scaling_factor=factor)
+
+    def _default_top_k(self) -> int:
+        """Two; of neurons one in eight experts, two to eight; one of experts in place of the dense network."""
+        if self.is_neurons:
+            return min(self.num_experts, 8, max(2, self.num_experts // 8))
+        return min(2, self.num_experts) if self.is_hidden else 1
 
     def _needs_cores(self) -> bool:
         """Whether an option is set that experts of the shape "hidden" cannot use."""
@@ -208,14 +231,37 @@ class MPOEConfig:
         """Whether the experts own only hidden-side blocks. Dense experts have no shape."""
         return self.shape == HIDDEN and self.expert_type == "mpo"
 
-    def _check_hidden(self) -> None:
+    @property
+    def is_neurons(self) -> bool:
+        """Whether the experts own hidden neurons beside the dense network."""
+        return self.shape == NEURONS and self.expert_type == "mpo"
+
+    @property
+    def keeps_network(self) -> bool:
+        """Whether the dense network's projections stay."""
+        return self.is_hidden or self.is_neurons
+
+    def _check_kept(self) -> None:
+        if self.is_neurons:
+            self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
+        elif NEURONS not in self.shape_pattern.values():
+            for name in ("neurons", "latent"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs shape 'neurons'; got {self.shape!r}")
+            if self.router.routed_scaling_factor not in (None, 1.0):
+                raise ValueError(
+                    "router.routed_scaling_factor needs shape 'neurons', as it would scale the whole network; got "
+                    f"{self.router.routed_scaling_factor}"
+                )
+        if not self.keeps_network:
+            return
         if self.moe_type == "moe":
-            raise ValueError(f"shape 'hidden' needs moe_type 'switch' or 'none'; got {self.moe_type!r}{_OTHER}")
+            raise ValueError(f"shape {self.shape!r} needs moe_type 'switch' or 'none'; got {self.moe_type!r}{_OTHER}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self.router, name)
             if value is not None:
                 raise ValueError(
-                    f"shape 'hidden' needs router.{name} None: no expert is ever full; got {value}{_OTHER}"
+                    f"shape {self.shape!r} needs router.{name} None: no expert is ever full; got {value}{_OTHER}"
                 )
 
     def hidden_block(self, hidden_features: int) -> int:
@@ -263,6 +309,8 @@ class MPOEConfig:
             ValueError: an unknown kind, or a given `MPOShape` of other sizes.
         """
         check_choice("kind", kind, KINDS)
+        if self.shape == NEURONS:
+            raise ValueError("shape 'neurons' needs a dense network that stays (see convert_to_mpoe): it has no MPO")
         if isinstance(self.shape, dict):
             shape: MPOShape = self.shape.get(kind) or self.shape["up"]
             return check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
@@ -295,7 +343,10 @@ class MPOEConfig:
 
         if isinstance(pattern, MPOShape):
             raise ValueError(f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and 'down'")
-        change = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
+        change: dict[str, Any] = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
+        if self.is_neurons and pattern != NEURONS:
+            router = dataclasses.replace(self.router, routed_scaling_factor=None)
+            change |= {"neurons": None, "latent": None, "router": router}
         return dataclasses.replace(self, **change)
 
     def linear_shape(self, component: str, name: str, in_features: int, out_features: int) -> MPOShape:
@@ -318,8 +369,8 @@ class MPOEConfig:
             return check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
         if isinstance(pattern, int):
             cap = pattern
-        if pattern == HIDDEN:
-            raise ValueError(f"shape_pattern must not give {name}, which is one matrix, the shape 'hidden'")
+        if isinstance(pattern, str) and pattern in KEPT_SHAPES:
+            raise ValueError(f"shape_pattern must not give {name}, which is one matrix, the shape {pattern!r}")
         kind = pattern if isinstance(pattern, str) else "paper"
         return named_shape(kind, in_features, out_features, cap, self.light_p)
 
@@ -347,14 +398,3 @@ class MPOEConfig:
         if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):
             values = {**values, "router": {**ONE_EXPERT, **(router or {})}}
         return cls(**{"shape": SEPARABLE, **values})
-
-
-def _checked_ratios(ratios: Any) -> dict[str, list[float]]:
-    if not isinstance(ratios, Mapping):
-        raise TypeError(f"rate_ratios must be a mapping; got {type(ratios).__name__}")
-    for name, values in ratios.items():
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")
-        for value in values:
-            check_number(f"rate_ratios[{name!r}]", value, 0.0)
-    return {name: [float(value) for value in values] for name, values in ratios.items()}

@@ -16,6 +16,7 @@ from mpoe.config.checks import (
     refuse_unknown_fields,
 )
 
+SCORING_FUNCS = ("softmax", "sigmoid")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
 # GShard's gating with the original's numbers: the defaults of `moe_type="moe"`.
 GSHARD = {
@@ -35,9 +36,9 @@ class RouterConfig:
     """How tokens are routed to experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
 
     Attributes:
-        top_k: experts per token; ``None`` = 2 for the shape ``"hidden"``, 1 for others, which is what we have evidence
-            for; an `MPOEConfig` sets the number, at most the number of experts, and keeps it. A router without an
-            `MPOEConfig` uses 1.
+        top_k: experts per token; ``None`` = 2 for the shape ``"hidden"``, one in eight experts, two to eight, for
+            ``"neurons"``, 1 for others, which is what we have evidence for; an `MPOEConfig` sets the number, at most
+            the number of experts, and keeps it. A router without an `MPOEConfig` uses 1.
         is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
             p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
@@ -56,7 +57,16 @@ class RouterConfig:
         balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq. 4-6).
         z_loss_weight: weight of every layer's router z-loss (ST-MoE, eq. 5).
         expert_dropout: dropout rate between an expert's projections (Switch's "expert dropout", the original's
-            ``switch_dropout``); ``None`` = the rate of the dense model's FFN.
+            ``switch_dropout``); ``None`` = the rate of the dense model's FFN. With the shape ``"neurons"`` it is the
+            rate on the experts' sum, ``None`` = 0, and the dense network keeps its own.
+        scoring_func: what turns logits into the scores that choose experts and become gates: ``"softmax"``, or
+            ``"sigmoid"`` (DeepSeek-V3, arXiv 2412.19437, eq. 13-16).
+        routed_scaling_factor: the gates are multiplied by it, of the shape ``"neurons"`` alone; ``None`` = ``top_k``
+            there, or 1 with ``is_scale_prob``.
+        bias_update_rate: above 0 the router has a bias of the scores, ``e_score_correction_bias``, which takes part in
+            the choice of experts but not in their gates: `MPOETrainer` raises it by this rate after every step for
+            experts with less than the mean load and lowers it for others (balance without a loss, arXiv 2408.15664,
+            algorithm 1; .001 there, with sigmoid scores). The balancing loss keeps its own weight.
         init_scale: router weights start from a truncated normal of variance ``init_scale / in_features``.
     """
 
@@ -73,6 +83,9 @@ class RouterConfig:
     z_loss_weight: float = 0.0
     expert_dropout: float | None = None
     init_scale: float = 0.1
+    scoring_func: str = "softmax"
+    routed_scaling_factor: float | None = None
+    bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_integer("top_k", self.top_k, 1, optional=True)
@@ -81,7 +94,6 @@ class RouterConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, open_low=True)
         check_integer("min_capacity", self.min_capacity, 1)
-        self._check_second_policy()
         check_number("jitter", self.jitter, 0.0)
         if self.jitter >= 1:
             raise ValueError(f"jitter must be below 1; got {self.jitter}")
@@ -92,6 +104,11 @@ class RouterConfig:
             if self.expert_dropout >= 1:
                 raise ValueError(f"expert_dropout must be below 1; got {self.expert_dropout}")
         check_number("init_scale", self.init_scale, 0.0)
+        check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
+        if self.routed_scaling_factor is not None:
+            check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, open_low=True)
+        check_number("bias_update_rate", self.bias_update_rate, 0.0)
+        self._check_second_policy()
 
     def _check_second_policy(self) -> None:
         check_number("second_threshold", self.second_threshold, 0.0, 1.0, open_low=True)
@@ -105,6 +122,11 @@ class RouterConfig:
             check_choice(name, getattr(self, name), SECOND_POLICIES)
         if self.top_k != 2:
             raise ValueError(f"second_policy needs top_k 2; got {self.top_k}")
+        if self.scoring_func != "softmax" or self.bias_update_rate:
+            raise ValueError(
+                "second_policy needs scoring_func 'softmax' and bias_update_rate 0; got "
+                f"{self.scoring_func!r} and {self.bias_update_rate}"
+            )
 
     @classmethod
     def gshard(cls, **values: Any) -> RouterConfig:

@@ -15,6 +15,8 @@ KINDS = ("up", "gate_proj", "down")
 SEPARABLE = "separable"
 NAMED_SHAPES = (SEPARABLE, "paper", "light")
 HIDDEN = "hidden"  # experts own blocks only on the hidden side; the projections stay dense
+NEURONS = "neurons"  # experts own hidden neurons beside the dense network, which stays
+KEPT_SHAPES = (HIDDEN, NEURONS)  # shapes that keep the dense projections
 LARGEST_BLOCK = 64
 _SHAPE_FIELDS = {"in_factors", "out_factors"}
 
@@ -26,14 +28,14 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
         TypeError, ValueError: anything else, as ``name``.
     """
     if isinstance(shape, str):
-        check_choice(name, shape, (*NAMED_SHAPES, HIDDEN))
+        check_choice(name, shape, (*NAMED_SHAPES, *KEPT_SHAPES))
         return shape
     from mpoe_kernels import MPOShape  # here: the command line imports this, and torch is slow to import
 
     if not isinstance(shape, Mapping):
         raise TypeError(
-            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, HIDDEN)))} or a mapping from {list(KINDS)} to "
-            f"MPOShape; got {type(shape).__name__} {shape!r}"
+            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, *KEPT_SHAPES)))} or a mapping from "
+            f"{list(KINDS)} to MPOShape; got {type(shape).__name__} {shape!r}"
         )
     shapes = {}
     for kind, value in shape.items():

@@ -6,7 +6,8 @@ All numbers are exact and follow from shapes:
   dense ``I * F``; both mixtures add a router ``[I, E]``. Biases shared by experts count as the rest of the model.
 * FLOPs: those of the contractions that `mpoe_kernels.plan_contraction` ranks first for MPO experts, ``2 N I F`` for the
   others (N = T * K rows; dense: T), three times that with the backward pass; a router ``2 T I E``.
-* around hidden-side experts the projections are dense, and every expert owns a block per projection: `hidden_cost`.
+* around hidden-side experts the projections are dense, and every expert owns a block per projection: `hidden_cost`;
+  beside neurons the network is dense, and every expert owns rows of each projection: `neuron_cost`.
 
 Tokens are those of one device in a step.
 """
@@ -87,12 +88,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class MatrixCosts:
-    """One projection: its shape, how it is contracted (``None``: the experts are on its hidden side), its costs."""
+    """One projection: its shape (``None``: neurons stand beside it), how it is contracted (``None``: as it is, with the
+    experts on its hidden side or beside it), its costs."""
 
     matrix: Matrix
-    shape: MPOShape
+    shape: MPOShape | None
     plan: ContractionPlan | None
     costs: Mapping[str, Cost]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether no bond is truncated."""
+        return self.shape is None or self.shape.is_full
+
+    @property
+    def strategy(self) -> str:
+        """How a forward pass contracts it."""
+        if self.plan is not None:
+            return self.plan.strategy
+        return "neurons" if self.shape is None else "hidden"
 
     def values(self, usage: Usage) -> dict[str, Any]:
         """For JSON."""
@@ -100,9 +114,9 @@ class MatrixCosts:
             "kind": self.matrix.kind,
             "in_features": self.matrix.rows,
             "out_features": self.matrix.columns,
-            "shape": self.shape.to_dict(),
-            "lossless": self.shape.is_full,
-            "strategy": "hidden" if self.plan is None else self.plan.strategy,
+            "shape": None if self.shape is None else self.shape.to_dict(),
+            "lossless": self.lossless,
+            "strategy": self.strategy,
             "backward_strategy": None if self.plan is None else self.plan.backward_strategy,
             **{design: self.costs[design].values(usage, self.costs["dense"]) for design in DESIGNS},
         }
@@ -169,7 +183,7 @@ class ModelCosts:
     @property
     def lossless(self) -> bool:
         """Whether no bond is truncated, so that a converted model starts exactly like the dense one."""
-        return all(matrix.shape.is_full for layer in self.layers for matrix in layer.matrices)
+        return all(matrix.lossless for layer in self.layers for matrix in layer.matrices)
 
     def values(self) -> dict[str, Any]:
         """For JSON."""
@@ -183,14 +197,18 @@ class ModelCosts:
         return {"config": self.config.to_dict(), "layers": layers, "totals": totals}
 
 
-def matrix_costs(matrix: Matrix, shape: MPOShape, config: MPOEConfig, usage: Usage, tokens: int) -> MatrixCosts:
-    """Costs of one projection on ``tokens`` tokens."""
+def matrix_costs(
+    matrix: Matrix, shape: MPOShape | None, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool = False
+) -> MatrixCosts:
+    """Costs of one projection on ``tokens`` tokens; ``has_bias``: of the network's first projection."""
     experts, slots = config.num_experts, tokens * config.top_k
     dense = Cost(matrix.elements, 2 * tokens * matrix.elements * usage.passes)
     switch = Cost(experts * matrix.elements, 2 * slots * matrix.elements * usage.passes)
     plan = None
     if config.is_hidden:
         mpoe = dense + hidden_cost(matrix, config, usage, slots)
+    elif shape is None:
+        mpoe = dense + neuron_cost(matrix, config, usage, tokens, has_bias or config.expert_bias)
     else:
         masked = usage.mask_central
         plan = plan_contraction(
@@ -213,10 +231,36 @@ def hidden_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, slots: int) ->
     return Cost(weights * block * block, 2 * slots * hidden * block * products)
 
 
+def neuron_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool) -> Cost:
+    """Rows of one projection that the experts own, of the model's size or the latent one, and with a latent space one
+    of the two matrices that they share.
+
+    With the backward pass, which recomputes the input of the activation, rows of up and gate_proj take part in four
+    products, those of down in three.
+    """
+    size = matrix.columns if matrix.kind == "down" else matrix.rows
+    latent, neurons = config.latent, config.num_experts * (config.neurons or 0)
+    row = size if latent is None else latent
+    products = (3 if matrix.kind == "down" else 4) if usage.training else 1
+    biases = neurons if has_bias and matrix.kind == "up" else 0
+    own = Cost(neurons * row + biases, 2 * tokens * config.top_k * (config.neurons or 0) * row * products)
+    if latent is None or matrix.kind == "gate_proj":
+        return own
+    return own + Cost(size * latent, 2 * tokens * size * latent * usage.passes)
+
+
 def _layer_costs(alike: Sequence[Layer], config: MPOEConfig, usage: Usage, tokens: int) -> LayerCosts:
     first = alike[0]
     matrices = tuple(
-        matrix_costs(m, config.shape_for(m.kind, m.rows, m.columns), config, usage, tokens) for m in first.matrices
+        matrix_costs(
+            m,
+            None if config.is_neurons else config.shape_for(m.kind, m.rows, m.columns),
+            config,
+            usage,
+            tokens,
+            first.has_bias,
+        )
+        for m in first.matrices
     )
     router = first.model_size * config.num_experts
     streams = tuple(dict.fromkeys(layer.stream for layer in alike))
@@ -235,7 +279,7 @@ def model_costs(inventory: Inventory, config: MPOEConfig, usage: Usage) -> Model
         raise ValueError(f"tokens must be given for {', '.join(inventory.streams)}; missing: {', '.join(missing)}")
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in inventory.layers:
-        groups.setdefault((layer.matrices, usage.tokens[layer.stream]), []).append(layer)
+        groups.setdefault((layer.matrices, layer.has_bias, usage.tokens[layer.stream]), []).append(layer)
     layers = tuple(_layer_costs(alike, config, usage, usage.tokens[alike[0].stream]) for alike in groups.values())
     maps = sum(count * 2 * usage.tokens[s] * rows * columns for (s, rows, columns), count in inventory.rest.items())
     rest = Cost(inventory.parameters - inventory.ffn_elements, maps * usage.passes)

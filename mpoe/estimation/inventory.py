@@ -34,11 +34,13 @@ class Layer:
         name: of the module.
         stream: the stream of its tokens: ``encoder``, ``decoder`` or ``main``.
         matrices: its projections; the first maps the model size to the hidden size.
+        has_bias: whether the first has a bias.
     """
 
     name: str
     stream: str
     matrices: tuple[Matrix, ...]
+    has_bias: bool = False
 
     @property
     def model_size(self) -> int:
@@ -235,7 +237,8 @@ def take_inventory(
     converted: set[int] = set()
     for site in sites:
         kinds = [kind for kind in ("up", "gate_proj", "down") if kind in site.dense]
-        layers.append(Layer(site.name, site.stream, tuple(Matrix(k, *site.weight(k).shape) for k in kinds)))
+        matrices = tuple(Matrix(kind, *site.weight(kind).shape) for kind in kinds)
+        layers.append(Layer(site.name, site.stream, matrices, site.bias("up") is not None))
         converted |= {id(module) for module in site.dense.values()}
     blocks_fit = not any(HiddenSite.of(site).obstacle for site in sites)
     rest: dict[tuple[str, int, int], int] = {}

@@ -130,7 +130,7 @@ class MPOExperts(nn.Module):
         if (
             self.backend != router.backend
             or any(tensor.dtype != x.dtype for tensor in tensors)
-            or not router.can_gate_natively(x, *tensors)
+            or not router.can_gate_natively(x, token_mask, *tensors)
         ):
             return None
         kept = kept_experts(self, self.projections())

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward, is_observed
+from mpoe.layers.feed_forward import MPOEFeedForward, is_observed
 from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.mpo_linear import is_conv1d, linear_weight
+from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.mpo_linear import is_conv1d
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
@@ -82,6 +83,11 @@ class HiddenExperts(FromInitialValues):
         self.auxiliary = nn.ParameterDict({name: nn.Parameter(torch.empty(size, **options)) for name in names})
         self.bias = nn.Parameter(torch.empty(num_experts, hidden_features, **options)) if bias else None
         self.reset_parameters()
+
+    @property
+    def own_cores(self) -> list[nn.Parameter]:
+        """The blocks: what has the rate of auxiliary cores."""
+        return list(self.auxiliary.values())
 
     @property
     def is_gated(self) -> bool:
@@ -168,7 +174,7 @@ class HiddenExperts(FromInitialValues):
             or type(router) is not TopKRouter
             or is_observed(router)
             or is_observed(self)
-            or not router.can_gate_natively(x, *blocks.values(), self.bias)
+            or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias)
         ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
@@ -179,24 +185,19 @@ class HiddenExperts(FromInitialValues):
         return f"num_experts={self.num_experts}, block_size={self.block_size}, per_group={self.per_group}"
 
 
-class HiddenFeedForward(RoutedFeedForward):
+class HiddenFeedForward(KeptFeedForward):
     """``down(experts(up x))`` in place of a dense network, whose projections it takes over.
 
-    The projections keep their types, names and parameters; only this module's forward is new. If the down projection is
-    in another module (BERT), the result is that projection's input.
+    Only this module's forward is new. If the down projection is in another module (BERT), the result is that
+    projection's input.
 
     Args:
-        in_features: model size I.
-        hidden_features: F.
         config: `MPOEConfig` with ``shape="hidden"``.
-        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down`` unless it is in another
-            module.
-        columns: if two kinds share one projection, which of its outputs belong to each.
-        activation, dropout, output_dropout, stream: as in `MPOEFeedForward`.
-
-    Attributes:
-        central_masked: while True (the gradient mask) the projections' weights have no gradient.
+        activation: see `ACTIVATIONS`.
+        others: as in `KeptFeedForward`.
     """
+
+    shape = "hidden"
 
     def __init__(
         self,
@@ -213,9 +214,17 @@ class HiddenFeedForward(RoutedFeedForward):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = (in_features, hidden_features)  # `super` would be another class in a `HiddenMixture`
-        RoutedFeedForward.__init__(self, *sizes, config, dropout, output_dropout, stream, device)
-        self.names, self.columns = dict(names), dict(columns or {})
+        super().__init__(
+            in_features,
+            hidden_features,
+            config,
+            names=names,
+            columns=columns,
+            dropout=dropout,
+            output_dropout=output_dropout,
+            stream=stream,
+            device=device,
+        )
         self.experts = HiddenExperts(
             hidden_features,
             config.num_experts,
@@ -228,20 +237,15 @@ class HiddenFeedForward(RoutedFeedForward):
             device=device,
             dtype=dtype,
         )
-        self._projections: dict[str, nn.Module] = {}
-        self._central_masked = False
 
-    def adopt(self, projections: Mapping[str, nn.Module]) -> None:
-        """Take over the dense projections, by kind; those that are not in `names` stay where they are."""
-        for kind, name in self.names.items():
-            self.add_module(name, projections[kind])
-        # A plain dict, so that modules that live elsewhere are not registered here too.
-        self._projections = {kind: module for kind, module in projections.items() if kind not in self.names}
+    def relative_flops(self, top_k: int) -> float:
+        """1 + k b / I."""
+        return 1 + top_k * self.experts.block_size / self.in_features
 
-    def projections(self) -> dict[str, nn.Module]:
-        """The dense projections by kind, including one in another module."""
-        own = {kind: getattr(self, name) for kind, name in self.names.items()}
-        return {**own, **self._projections}
+    def described(self) -> tuple[str, str]:
+        own = self.experts
+        blocks = f"{self.hidden_features // own.block_size} blocks, {'own' if own.per_group else 'shared'}"
+        return blocks, str(own.block_size)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token, and compute its experts between the dense products.
@@ -276,17 +280,6 @@ class HiddenFeedForward(RoutedFeedForward):
             y = y.masked_fill(~token_mask.view(y.shape[:-1])[..., None], 0.0)
         return self.dropped(y)
 
-    def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's record."""
-        if self.router is None:
-            gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
-            index = torch.zeros_like(gates, dtype=torch.int64)
-        else:
-            decision = self.router(x)
-            gates, index = decision.top_k_weights, decision.top_k_index
-            self.record(decision, token_mask)
-        return gates, index if token_mask is None else index.masked_fill(~token_mask[:, None], -1)
-
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
         """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
         overwrites = _returns_new_memory(getattr(self, self.names["up"]))
@@ -320,46 +313,6 @@ class HiddenFeedForward(RoutedFeedForward):
         """Whether dropout between the projections is active."""
         return self.training and self.expert_dropout > 0.0
 
-    # ------------------------------------------------------------- the centre
-
-    def central_parameters(self) -> dict[str, nn.Parameter]:
-        """Weights of the projections by kind: what all experts share. A weight of two kinds is listed under the
-        first."""
-        found: dict[str, nn.Parameter] = {}
-        for kind, module in self.projections().items():
-            if not any(module.weight is weight for weight in found.values()):
-                found[kind] = module.weight  # type: ignore[assignment]
-        return found
-
-    def central_weight(self, kind: str) -> Tensor:
-        """The shared weight of one kind of projection, ``[in, out]``."""
-        return linear_weight(self.projections()[kind])[:, self.columns.get(kind, slice(None))]
-
-    @property
-    def central_masked(self) -> bool:
-        return self._central_masked
-
-    @central_masked.setter
-    def central_masked(self, masked: bool) -> None:
-        if masked != self._central_masked:
-            self._central_masked = masked
-            for weight in self.central_parameters().values():
-                weight.requires_grad_(not masked)
-
-    def check_maskable(self, name: str) -> None:
-        """Refuse the gradient mask if a projection is not trained.
-
-        Raises:
-            ValueError: a frozen, quantised or adapted projection, by name.
-        """
-        for kind, module in self.projections().items():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or not weight.requires_grad or not weight.is_floating_point():
-                raise ValueError(
-                    f"the gradient mask needs projections that train; {name}.{self.names.get(kind, kind)} "
-                    f"({type(module).__name__}) is frozen or quantised"
-                )
-
     @torch.no_grad()
     def expert_weights(self, kind: str) -> Tensor:
         """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``): for export and inspection."""
@@ -372,7 +325,7 @@ class HiddenFeedForward(RoutedFeedForward):
         return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), own).flatten(2, 3)
 
 
-class HiddenMixture(HiddenFeedForward, MPOEFeedForward):  # type: ignore[misc]  # experts of another kind
+class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
 
     def build(

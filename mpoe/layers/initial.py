@@ -27,16 +27,22 @@ def check_placement(device: object, dtype: object) -> None:
 
 
 class FromInitialValues(nn.Module):
-    """A module that initialises its parameters from `initial_values`; `from_pretrained` uses them for missing ones."""
+    """A module that initialises its parameters and buffers from `initial_values`; `from_pretrained` uses them for
+    missing ones."""
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def initial_values(self) -> dict[str, Tensor]:
-        """New values by parameter name."""
+        """New values by name."""
         raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters to new initial values; does nothing on the meta device."""
-        if any(parameter.is_meta for parameter in self.parameters()):
+        tensors = self.named_tensors()
+        if any(tensor.is_meta for tensor in tensors.values()):
             return
         for name, value in self.initial_values().items():
-            self.get_parameter(name).copy_(value)
+            tensors[name].copy_(value)

@@ -41,7 +41,8 @@ class TopKRouter(FromInitialValues):
 
     Gate (a new conversion must not change outputs): top-1 multiplies by ``p / stop_grad(p)``, whose value
     is exactly 1 and whose gradient is that of log p; top-k weights are renormalised to sum 1; ``is_scale_prob`` uses
-    the raw probabilities, as Switch Transformers does. With a second-expert policy (GShard) the gates of a token are
+    the raw probabilities, as Switch Transformers does. Sigmoid scores are treated alike. Gates are multiplied by
+    ``routed_scaling_factor``. With a second-expert policy (GShard) the gates of a token are
     renormalised over the choices that are kept; a lone one gets ``p / stop_grad(p)``.
 
     Args:
@@ -50,9 +51,15 @@ class TopKRouter(FromInitialValues):
         config: `RouterConfig`.
         backend: name of a kernel backend, or ``None``.
 
+    Attributes:
+        e_score_correction_bias: float32 ``[E]``, added to the scores for the choice alone, or ``None``; starts at 0.
+            See `mpoe.training.update_correction_bias`.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, sizes below 1, ``top_k`` larger than ``num_experts``.
     """
+
+    e_score_correction_bias: Tensor | None
 
     def __init__(
         self,
@@ -76,6 +83,9 @@ class TopKRouter(FromInitialValues):
             raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.top_k}")
         self.in_features, self.num_experts, self.backend = in_features, num_experts, backend
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
+        corrects = self.config.bias_update_rate > 0
+        bias = torch.empty(num_experts, device=device, dtype=torch.float32) if corrects else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -86,7 +96,9 @@ class TopKRouter(FromInitialValues):
             nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std)
         else:
             value.zero_()
-        return {"weight": value}
+        if self.e_score_correction_bias is None:
+            return {"weight": value}
+        return {"weight": value, "e_score_correction_bias": torch.zeros_like(self.e_score_correction_bias)}
 
     def capacity(self, num_tokens: int) -> int | None:
         """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor * T / E)``; at
@@ -127,20 +139,32 @@ class TopKRouter(FromInitialValues):
                 x = x.float()
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
             elif self.can_gate_natively(x):
-                return RouterOutput(*native_gating(x, self.weight, self.top_k, self.config.is_scale_prob))
+                decided = native_gating(x, self.weight, self.top_k, self.config.is_scale_prob)
+                return RouterOutput(decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights))
             logits = float32_logits(x, self.weight, self.backend)
-            weights, index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+            scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
+            if self.e_score_correction_bias is None:
+                weights, index = scores.topk(self.top_k, dim=-1)
+            else:
+                index = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+                weights = scores.gather(-1, index)
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)
             if not self.config.is_scale_prob:
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
-        return RouterOutput(logits, index, weights)
+        return RouterOutput(logits, index, self._scaled(weights))
+
+    def _scaled(self, gates: Tensor) -> Tensor:
+        factor = self.config.routed_scaling_factor
+        return gates if factor in (None, 1.0) else gates * factor
 
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other
         tensors."""
-        jitters = self.training and self.config.jitter
-        return not jitters and not self.config.is_gshard and can_route_natively(x, self.weight, self.backend, *others)
+        config = self.config
+        others_rule = config.is_gshard or config.scoring_func != "softmax" or self.e_score_correction_bias is not None
+        jitters = self.training and config.jitter
+        return not jitters and not others_rule and can_route_natively(x, self.weight, self.backend, *others)
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

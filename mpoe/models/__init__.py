@@ -18,6 +18,7 @@ _NAMES = {
     "load_layers": "load_layer",
     "load_mpoe": "checkpoint",
     "merge_experts": "convert",
+    "merge_latent": "neurons",
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mpoe.models.composition import add_expert, compose
     from mpoe.models.convert import convert_to_mpoe, merge_experts
     from mpoe.models.load_layer import load_layers
+    from mpoe.models.neurons import merge_latent
     from mpoe.models.original import import_original
     from mpoe.models.others import quantisable_parameters
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report
@@ -59,6 +61,7 @@ __all__ = [
     "load_layers",
     "load_mpoe",
     "merge_experts",
+    "merge_latent",
     "mpo_modules",
     "parameter_kind",
     "parameter_report",

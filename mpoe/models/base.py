@@ -31,7 +31,7 @@ from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.checkpointing import checkpoint_arguments
 from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
@@ -187,7 +187,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
                 continue
             if getattr(module, "_is_hf_initialized", False):
                 continue
-            parameters = dict(module.named_parameters())
+            parameters = module.named_tensors()
             if not all(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()):
                 for name, value in module.initial_values().items():
                     if not getattr(parameters[name], "_is_hf_initialized", False):
@@ -275,7 +275,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to
         rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to amortise
         them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept between
-        calls. Hidden-side experts have nothing to rebuild.
+        calls. Hidden-side experts and neurons have nothing to rebuild.
 
         Args:
             max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the size of the dense
@@ -284,7 +284,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         Raises:
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
-        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not hidden_modules(self):
+        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not kept_modules(self):
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         self._expert_cache_bytes = None if max_bytes is None else check_integer("max_bytes", max_bytes, 0)
 
@@ -339,7 +339,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
     # -------------------------------------------------------------- freezing
 
     def freeze_central(self) -> None:
-        """Stop training the central cores, which all experts share.
+        """Stop training what all experts share: central cores, or the dense projections that stay (and P and Q).
 
         Raises:
             ValueError: a model without MPO weights.
@@ -375,7 +375,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
             found.requires_grad_(trained)
 
     def _set_central(self, trained: bool) -> None:
-        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *hidden_modules(self).values()]
+        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
         if not modules:
             raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
         for cores in modules:

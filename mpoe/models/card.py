@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules, parameter_report
 
 CARD_FILE = "README.md"
@@ -39,7 +39,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     shapes = dict.fromkeys(
         [
             *(str(cores.shape) for _, cores in mpo_modules(model)),
-            *(f"hidden, {layer.experts.extra_repr()}" for layer in hidden_modules(model).values()),
+            *(f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()),
         ]
     )
     rows = {

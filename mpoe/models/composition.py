@@ -68,6 +68,8 @@ def _checked_config(config: MPOEConfig | None, base: Any, experts: int) -> MPOEC
             "config must have a router and target_modules 'ffn' to compose; got "
             f"moe_type={config.moe_type!r}, target_modules={config.target_modules!r}"
         )
+    if config.is_neurons:
+        raise ValueError("config must have experts that can hold a fine-tune's network; shape 'neurons' cannot")
     return dataclasses.replace(config, num_experts=experts)
 
 

@@ -25,6 +25,7 @@ from mpoe.models.families.given import checked_sites
 from mpoe.models.find import find_sites
 from mpoe.models.hidden import HiddenSite, fill_merged, hidden_modules, merged_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
+from mpoe.models.neurons import neuron_modules
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
@@ -167,12 +168,13 @@ def convert_to_mpoe(
 ) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
-    Every feed-forward network gets a router (see ``moe_type``) and experts: either blocks between its own projections
-    (``shape="hidden"``, the default), or its matrices are decomposed once and copied to all experts, which share the
-    central core. Networks that are not a module of their own (BART, OPT) do not support hidden-side blocks and get
-    separable experts if no shape is named. A model that is already a mixture keeps its experts and its router, or its
-    experts are approximated by MPOs around a shared centre (``existing_experts``). Attention projections, the embedding
-    with its tied head and BERT's pooler become MPOs if ``target_modules`` lists them. Nothing else changes.
+    Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
+    (``shape="hidden"``, the default), hidden neurons beside it (``shape="neurons"``), or its matrices are decomposed
+    once and copied to all experts, which share the central core. Networks that are not a module of their own (BART,
+    OPT) support neither blocks nor neurons and get separable experts if no shape is named. A model that is already a
+    mixture keeps its experts and its router, or its experts are approximated by MPOs around a shared centre
+    (``existing_experts``). Attention projections, the embedding with its tied head and BERT's pooler become MPOs if
+    ``target_modules`` lists them. Nothing else changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
@@ -256,10 +258,16 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
 
     Raises:
         TypeError: a model that is not an MPOE model.
-        ValueError: experts that are already dense; a model that ``as_`` cannot represent exactly, with the reasons.
+        ValueError: experts that are already dense, or that are neurons beside a dense network; a model that ``as_``
+            cannot represent exactly, with the reasons.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    if neuron_modules(model):
+        raise ValueError(
+            "model must have experts that each are a whole network; those of shape 'neurons' are added to a dense one, "
+            "and no mixture of full matrices computes the same (merge_latent removes their latent space)"
+        )
     is_dense = _has_dense_experts(model)
     if as_ is not None:
         return as_stock(model if is_dense else merge_experts(model), as_)

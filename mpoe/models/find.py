@@ -14,6 +14,7 @@ from mpoe.layers.activations import check_activation
 from mpoe.layers.mpo_linear import linear_weight
 from mpoe.models.families import FFN, Family, name_pattern
 from mpoe.models.hidden import HiddenSite
+from mpoe.models.neurons import NeuronSite
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite
 from mpoe.models.stock_experts import AnySite, expert_sites
 
@@ -73,6 +74,7 @@ def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family
         columns=_fused_columns(linear_weight(dense["up"]), ffn.fused),
         emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
         zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
+        sums=f"{name}.{ffn.sums}" if ffn.sums else "",
     )
 
 
@@ -170,4 +172,11 @@ def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOE
             "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
             f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
         )
-    return [HiddenSite.of(s) if isinstance(s, FFNSite) and config.for_experts(s.name).is_hidden else s for s in chosen]
+    return [_as_kept(site, config.for_experts(site.name)) if isinstance(site, FFNSite) else site for site in chosen]
+
+
+def _as_kept(site: FFNSite, own: MPOEConfig) -> FFNSite:
+    """``site`` as one that keeps its projections, if the shape of its experts does."""
+    if own.is_hidden:
+        return HiddenSite.of(site)
+    return NeuronSite.of(site) if own.is_neurons else site

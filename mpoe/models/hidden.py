@@ -1,10 +1,10 @@
-"""Feed-forward networks that keep their projections: experts with hidden-side blocks are inserted between them."""
+"""Networks with hidden-side experts, which are inserted between the projections, and their merging."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,65 +13,31 @@ from mpoe.config import MPOEConfig
 from mpoe.layers.experts import DenseExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
-from mpoe.models.sites import FFNSite, Report, set_module
+from mpoe.models.kept import KeptSite
+from mpoe.models.sites import Report, set_module
 
 
 @dataclass(frozen=True)
-class HiddenSite(FFNSite):
-    """A dense feed-forward network, which becomes a `HiddenFeedForward` around its own projections."""
+class HiddenSite(KeptSite):
+    """A network that becomes a `HiddenFeedForward`."""
 
-    @classmethod
-    def of(cls, site: FFNSite) -> HiddenSite:
-        """The same network, to be converted in this way."""
-        return cls(**{f.name: getattr(site, f.name) for f in dataclasses.fields(site)})
-
-    @property
-    def replaced(self) -> list[nn.Module]:
-        return []
-
-    @property
-    def inside(self) -> dict[str, str]:
-        """Attribute name of each projection inside the replaced module."""
-        start = f"{self.name}."
-        return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
+    shape: ClassVar[str] = "hidden"
 
     @property
     def obstacle(self) -> str | None:
-        """Why blocks cannot be inserted between these projections, if they cannot."""
         missing = [kind for kind in self.dense if kind != "down" and "." in self.inside.get(kind, ".")]
         return f"its {missing[0]} projection inside the module" if missing else None
 
     def check(self, config: MPOEConfig) -> None:
-        """Refuse projections of another structure or with mismatched sizes."""
-        own = config.for_experts(self.name)
-        if self.obstacle is not None:
-            raise ValueError(f"{self.name}: shape 'hidden' needs {self.obstacle} (shape='separable' supports it)")
-        rows, columns = self.weight("up").shape
-        for kind, (i, f) in {"up": (rows, columns), "gate_proj": (rows, columns), "down": (columns, rows)}.items():
-            if kind in self.dense and tuple(self.weight(kind).shape) != (i, f):
-                raise ValueError(
-                    f"{self.prefixes[kind]} must be for a weight [{i}, {f}]; got {list(self.weight(kind).shape)}"
-                )
+        super().check(config)
         try:
-            own.hidden_block(columns)
+            config.for_experts(self.name).hidden_block(self.weight("up").shape[1])
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def build(self, config: MPOEConfig) -> HiddenFeedForward:  # type: ignore[override]
-        up = self.weight("up")
-        rows, columns = up.shape
-        options = {key: self.options[key] for key in ("activation", "dropout", "output_dropout")}
-        return HiddenFeedForward(
-            rows,
-            columns,
-            config.for_experts(self.name),
-            names=self.inside,
-            columns=self.columns,
-            stream=self.stream,
-            device="meta",
-            dtype=up.dtype,
-            **options,
-        ).to_empty(device=up.device)
+        made: HiddenFeedForward = self._layer(HiddenFeedForward, config, dropout=self.options["dropout"])
+        return made
 
     def load(self, module: HiddenFeedForward, config: MPOEConfig) -> Report:  # type: ignore[override]
         """A new router and identity blocks: nothing is decomposed."""

@@ -10,7 +10,7 @@ from torch import nn
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
-from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.mixture_experts import MixtureExperts
 from mpoe.models.stock_experts import is_stock_experts
 
@@ -46,8 +46,9 @@ def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
 def parameter_kind(model: nn.Module) -> dict[str, str]:
     """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
 
-    The router of a model that was a mixture before its conversion counts as rest. The projections around hidden-side
-    experts count as central. Biases shared by the experts of a layer count as rest. Tied parameters appear once.
+    The router of a model that was a mixture before its conversion counts as rest. Dense projections that stay count as
+    central, and so do the two matrices around a latent space. Biases shared by the experts of a layer count as rest.
+    Tied parameters appear once.
     """
     kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
     for name, module in model.named_modules():
@@ -60,10 +61,10 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds.update({f"{prefix}{held}": "expert" for held in ("gate_up_proj", "down_proj")})
         if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
-        if isinstance(module, HiddenFeedForward):
+        if isinstance(module, KeptFeedForward):
             centre = {id(weight) for weight in module.central_parameters().values()}
-            kinds.update({known: "central" for known, parameter in model.named_parameters() if id(parameter) in centre})
             kinds.update({f"{prefix}experts.{own}": "auxiliary" for own, _ in module.experts.named_parameters()})
+            kinds.update({known: "central" for known, parameter in model.named_parameters() if id(parameter) in centre})
     return kinds
 
 
@@ -91,8 +92,8 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
                 elements = projection.in_features * projection.out_features
                 dense += elements
                 switch += module.num_experts * elements
-        elif isinstance(module, HiddenFeedForward):
-            elements = sum(weight.numel() for weight in module.central_parameters().values())
+        elif isinstance(module, KeptFeedForward):
+            elements = sum(weight.numel() for weight in module.dense_parameters().values())
             dense += elements
             switch += module.num_experts * elements
         elif isinstance(module, MixtureExperts):  # the model had as many experts before

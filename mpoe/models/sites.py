@@ -37,6 +37,7 @@ class FFNSite:
         columns: for projections that share one matrix ``[in, out]``, the columns of each kind.
         emptied: names of modules whose work the experts do.
         zeroed: attributes that are set to 0, as ``(name of a module, name of its attribute)``.
+        sums: name of the module that ends the network and adds its input, if it is not one module (see `FFN`).
     """
 
     name: str
@@ -48,6 +49,7 @@ class FFNSite:
     columns: dict[str, slice] = field(default_factory=dict)
     emptied: tuple[str, ...] = ()
     zeroed: tuple[tuple[str, str], ...] = ()
+    sums: str = ""
 
     @property
     def replaced(self) -> list[nn.Module]:

@@ -95,9 +95,10 @@ class ExpertsSite:
         if reason is not None:
             raise ValueError(f"{self.name}: existing_experts must be 'keep' for these experts; {reason}")
         own = config.for_experts(self.name)
-        if own.is_hidden:
+        if own.keeps_network:
             raise ValueError(
-                f"{self.name}: shape 'hidden' needs one dense projection for all experts; those of a mixture differ"
+                f"{self.name}: shape {own.shape!r} needs one dense projection for all experts; those of a mixture "
+                "differ"
             )
         for kind in KINDS:
             try:

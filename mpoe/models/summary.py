@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.hidden import HiddenFeedForward
-from mpoe.models.hidden import hidden_modules
+from mpoe.layers.kept import KeptFeedForward
+from mpoe.models.kept import kept_modules
 from mpoe.models.report import names_in_checkpoints, short_name
 from mpoe_kernels import ContractionPlan, plan_contraction
 
@@ -43,8 +43,8 @@ class WeightSummary:
 
 
 @dataclass(frozen=True)
-class HiddenSummary:
-    """One feed-forward network around hidden-side experts.
+class KeptSummary:
+    """One feed-forward network that keeps its projections.
 
     Attributes:
         name: of the module.
@@ -53,7 +53,7 @@ class HiddenSummary:
     """
 
     name: str
-    layer: HiddenFeedForward
+    layer: KeptFeedForward
     top_k: int
     error: float = 0.0  # nothing is decomposed
 
@@ -64,16 +64,11 @@ class HiddenSummary:
     @property
     def auxiliary_parameters(self) -> int:
         """Of all experts together."""
-        return sum(parameter.numel() for parameter in self.layer.experts.parameters())
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of a forward pass relative to the dense network's: 1 + k b / I."""
-        return 1 + self.top_k * self.layer.experts.block_size / self.layer.in_features
+        return self.layer.own_parameters()
 
 
-def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[WeightSummary | HiddenSummary]:
-    """A row for every MPO weight and for every network around hidden-side experts, in the model's order.
+def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[WeightSummary | KeptSummary]:
+    """A row for every MPO weight and for every network that keeps its projections, in the model's order.
 
     Args:
         model: an MPOE model.
@@ -83,11 +78,11 @@ def summarize(model: PreTrainedModel, num_tokens: int, top_k: int = 1) -> list[W
     Raises:
         TypeError, ValueError: ``num_tokens`` is not a count.
     """
-    rows: list[WeightSummary | HiddenSummary] = []
-    layers = hidden_modules(model)
+    rows: list[WeightSummary | KeptSummary] = []
+    layers = kept_modules(model)
     for name, cores in model.named_modules():
         if name in layers:
-            rows.append(HiddenSummary(name, layers[name], top_k))
+            rows.append(KeptSummary(name, layers[name], top_k))
         if not isinstance(cores, MPOCores):
             continue
         per_token = 1 if cores.num_experts == 1 else top_k
@@ -115,20 +110,21 @@ LEGEND = (
 )
 
 
-def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
+def table_row(row: WeightSummary | KeptSummary) -> tuple[str, ...]:
     """The cells under `HEADER`."""
-    if isinstance(row, HiddenSummary):
-        layer, own = row.layer, row.layer.experts
+    if isinstance(row, KeptSummary):
+        layer, experts = row.layer, row.layer.num_experts
+        built, size = layer.described()
         return (
             short_name(row.name),
             f"{layer.in_features}x{layer.hidden_features}",
-            f"{layer.hidden_features // own.block_size} blocks, {'own' if own.per_group else 'shared'}",
-            str(own.block_size),
+            built,
+            size,
             f"{row.central_parameters:,}",
-            f"{own.num_experts} x {row.auxiliary_parameters // own.num_experts:,}",
+            f"{experts} x {row.auxiliary_parameters // experts:,}",
             "0",
-            "hidden",
-            f"{row.flops:.2f}",
+            layer.shape,
+            f"{layer.relative_flops(row.top_k):.2f}",
         )
     shape, experts = row.cores.shape, row.cores.num_experts
     per_expert = f"{row.auxiliary_parameters // experts:,}"
@@ -146,7 +142,7 @@ def table_row(row: WeightSummary | HiddenSummary) -> tuple[str, ...]:
     )
 
 
-def print_summary(rows: Sequence[WeightSummary | HiddenSummary], num_tokens: int) -> None:
+def print_summary(rows: Sequence[WeightSummary | KeptSummary], num_tokens: int) -> None:
     """Print `summarize` as a table."""
     from rich import box
     from rich.console import Console

@@ -29,6 +29,7 @@ _HOMES = {
     "save_sharded_checkpoint": "sharded_checkpoint",
     "shard_model": "sharding",
     "split_hidden_experts": "tensor_parallel",
+    "update_correction_bias": "correction_bias",
 }
 __all__ = sorted(_HOMES)
 

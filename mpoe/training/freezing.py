@@ -86,7 +86,7 @@ def freeze_cores(
         raise ValueError(
             "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores;"
             f" {type(model).__name__} has none (shape='separable' has them; model.freeze_central() freezes what"
-            " hidden-side experts share)"
+            " hidden-side experts and neurons share)"
         )
     present = {component_of(name) for name, _ in modules}
     if components is not None and not set(components) <= present:

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.kept import KeptFeedForward
 
 # Distinguishes this stream from any other that is keyed by the same seed ("mask" in ASCII).
 _STREAM = 0x6D61736B
@@ -59,8 +59,8 @@ def check_probability(value: object, name: str = "gradient_mask_prob") -> float:
 
 
 class GradientMask:
-    """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to the projections
-    around hidden-side experts.
+    """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to the dense
+    projections that hidden-side experts and neurons share (and to P and Q of a latent space).
 
     In a plain PyTorch loop::
 
@@ -89,7 +89,7 @@ class GradientMask:
         self.probability: float = check_probability(probability)
         self.seed: int = int(seed)
         self.active: bool = False  # whether the step in progress is masked
-        self._cores: list[MPOCores | HiddenFeedForward] = []
+        self._cores: list[MPOCores | KeptFeedForward] = []
         self._steps: int = 0
         self._masked_steps: int = 0
         if model is not None:
@@ -99,13 +99,13 @@ class GradientMask:
         """Set the model whose central cores are masked, and release an earlier one.
 
         Raises:
-            ValueError: the mask is on, but the model has no MPO cores to mask, or a projection around hidden-side
-                experts is not trained.
+            ValueError: the mask is on, but the model has no MPO cores to mask, or a dense projection that stays is
+                not trained.
         """
         self.end_step()
-        found = {name: m for name, m in model.named_modules() if isinstance(m, MPOCores | HiddenFeedForward)}
+        found = {name: m for name, m in model.named_modules() if isinstance(m, MPOCores | KeptFeedForward)}
         for name, module in found.items():
-            if self.probability > 0 and isinstance(module, HiddenFeedForward):
+            if self.probability > 0 and isinstance(module, KeptFeedForward):
                 module.check_maskable(name)
         self._cores = list(found.values())
         if self.probability > 0 and not self._cores:

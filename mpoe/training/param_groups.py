@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import nn
 
+from mpoe.config.shapes import NEURONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.experts import DenseExperts
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.freezing import chain_parameters
@@ -106,10 +107,17 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
             ratio = ratio if args.scale_core_lr else 1.0
             rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
-    for layer in hidden_modules(model).values():
-        # Blocks start as identities, regardless of the scale of the weights around them.
-        for parameter in layer.experts.auxiliary.values():
-            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * auxiliary_scale)
+    for layer in kept_modules(model).values():
+        # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
+        # dense network's and took its rate in our trials; a scale is then only what was asked for.
+        own_scale, shared_scale = auxiliary_scale, 1.0
+        if layer.shape == NEURONS:
+            own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
+            shared_scale = 1.0 if args.central_lr_scale is None else args.central_lr_scale
+        for parameter in layer.experts.own_cores:
+            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * own_scale)
+        for parameter in layer.shared_parameters().values():
+            rates[id(parameter)] = ("central", 1.0, args.core_lr * shared_scale)
     return rates
 
 

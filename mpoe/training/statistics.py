@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training.freezing import chain_parameters
 
@@ -76,9 +76,12 @@ def core_grad_norms(model: nn.Module) -> dict[str, float]:
         for index, parameter in enumerate(chain_parameters(cores)):
             if parameter.grad is not None:
                 gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())
-    for layer in hidden_modules(model).values():
-        for kind, parameters in (("central", layer.central_parameters()), ("auxiliary", layer.experts.auxiliary)):
-            gradients[kind] += [p.grad.detach() for p in parameters.values() if p.grad is not None]
+    for layer in kept_modules(model).values():
+        for kind, parameters in (
+            ("central", layer.central_parameters().values()),
+            ("auxiliary", layer.experts.own_cores),
+        ):
+            gradients[kind] += [p.grad.detach() for p in parameters if p.grad is not None]
     return {
         f"grad_norm_{kind}": float(torch.nn.utils.get_total_norm(tensors))
         for kind, tensors in gradients.items()

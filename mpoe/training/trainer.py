@@ -22,6 +22,7 @@ from mpoe.training import checkpoints
 from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
+from mpoe.training.correction_bias import CorrectionBias
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
@@ -103,6 +104,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
         self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
+        self._correction_bias = CorrectionBias(self.model)
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
@@ -183,6 +185,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._correction_bias.step(self.accelerator.reduce)
         if self._guard is not None:
             self._guard.note_loss(loss)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
@@ -327,6 +331,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 warnings.warn(sentence, stacklevel=3)
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
+        self._correction_bias.note(outputs)
         self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:

@@ -23,18 +23,19 @@ from typing import Any, TypeVar
 
 import torch
 
+from mpoe_kernels.backends import BACKENDS, Candidate
 from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
 from mpoe_kernels.contract.program import Need
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.registry import BACKENDS, Candidate
 from mpoe_kernels.version import __version__
 
 SETTING = "MPOE_AUTOTUNE"
 # Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best strategy's.
 ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
-SECONDS, MOST_ROUNDS = 0.1, 20  # of all interleaved repetitions together
-HOPELESS = 2.0  # a candidate this many times as slow as the fastest is not repeated
+SECONDS, MOST_ROUNDS = 0.2, 20  # of all interleaved repetitions together
+# A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow is not repeated.
+MOST_FLOPS, HOPELESS = 8, 2.5
 _LOG = logging.getLogger(__name__)
 
 
@@ -154,20 +155,21 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
             torch.cuda.synchronize(device)
         return clock() - start
 
-    able, spent, rounds = list(range(len(runs))), 0.0, 0
-    for k in tuple(able):
+    able = []
+    for k in range(len(runs)):
         try:
             found[k] = sample(k)  # compiles, and brings in memory what later ones find there
         except (RuntimeError, MemoryError) as error:  # too little memory, or a kernel that this device refuses
             _LOG.info("a candidate failed when it was timed: %s", error)
-            able.remove(k)
         else:
-            spent += 0.0 if on_gpu else found[k]
-    while len(able) > 1 and rounds < MOST_ROUNDS and (rounds == 0 or spent < SECONDS):
+            able.append(k)
+    spent, rounds = 0.0, 0
+    while len(able) > 1 and rounds < MOST_ROUNDS and spent < SECONDS:
+        if rounds or not on_gpu:  # a GPU's first call may have compiled
+            able = [k for k in able if found[k] < HOPELESS * min(found)]
         for k in able:
             took = sample(k)
             found[k], spent = min(found[k], took), spent + took
-        able = [k for k in able if found[k] < HOPELESS * min(found)]
         rounds += 1
     return found
 
@@ -181,7 +183,8 @@ def with_strategy(call: Any, strategy: str) -> Any:
 
 def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     """Times the shortlist. A time on fewer rows counts in proportion to the strategy's FLOPs."""
-    listed = shortlist(able)
+    whole = {plan.strategy: plan.flops for plan in problem.plans()}
+    listed = [each for each in shortlist(able) if whole[each.strategy] <= MOST_FLOPS * whole[able[0].strategy]]
     if len(listed) == 1:
         return listed[0]
     experts, slots = _timed_sizes(problem)
@@ -190,7 +193,6 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
         call = EXAMPLES[problem.op](problem, experts, slots)
         runs = [partial(each.run, with_strategy(call, each.strategy)) for each in listed]
         seconds = _seconds(runs, problem.device)
-    whole = {plan.strategy: plan.flops for plan in problem.plans()}
     part = {plan.strategy: plan.flops for plan in sample.plans()}
     scaled = [s * whole[c.strategy] / max(1, part[c.strategy]) for s, c in zip(seconds, listed, strict=True)]
     return listed[scaled.index(min(scaled))]

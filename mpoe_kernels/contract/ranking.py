@@ -7,11 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.contract.plan import Contraction, contraction, contractions
-from mpoe_kernels.contract.precision import may_round_to_tf32
-from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
-from mpoe_kernels.registry import (
+from mpoe_kernels.backends import (
     AUTO,
     BACKENDS,
     CONTRACTIONS,
@@ -20,6 +16,10 @@ from mpoe_kernels.registry import (
     Request,
     preferred_backends,
 )
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.plan import Contraction, contraction, contractions
+from mpoe_kernels.contract.precision import may_round_to_tf32
+from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
 
 STRATEGIES_TIMED, BACKENDS_TIMED, MOST_TIMED = 2, 2, 4
 

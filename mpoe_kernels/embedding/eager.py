@@ -17,7 +17,7 @@ from torch import Tensor
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.indices import check_ids
-from mpoe_kernels.linear.eager.grouped import grouped_mm, grouped_outer
+from mpoe_kernels.linear.eager.row_groups import grouped_mm, grouped_outer
 from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
 
 # The GEMM of one pair has few rows.

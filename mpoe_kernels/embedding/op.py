@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.checks import check_device, check_same, describe
 from mpoe_kernels.define import define_op
 from mpoe_kernels.embedding import eager
 from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.registry import requested_backend
 
 
 def _fake(call: EmbeddingCall) -> Tensor:

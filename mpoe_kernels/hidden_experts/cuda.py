@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoe_kernels.backends import Request
 from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.registry import Request
 
 LARGEST_BLOCK = 64  # kLargestHiddenBlock
 

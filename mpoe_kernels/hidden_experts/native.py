@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.native_library import NATIVE_LIBRARY, address, checked, dense, dense_index, dense_like, name_of
-from mpoe_kernels.registry import Request
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
 from mpoe_kernels.routing.gating import Gating, new_gating
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -78,7 +78,7 @@ def routed(
     raises the error.
 
     Args:
-        x: the router's tokens ``[T, I]``, where `routing.gating.can_route_natively` holds.
+        x: the router's tokens ``[T, I]``, where `routing.gating.can_route_natively` holds, for all tensors given here.
         router_weight: ``[E, I]``.
         top_k: K.
         raw: as in `native_gating`.
@@ -93,7 +93,7 @@ def routed(
         ``o [..., F]`` and the decision; None if the op must be called instead.
     """
     right, left, right_gate = blocks["right"], blocks["left"], blocks.get("right_gate")
-    if type(u) is not Tensor or right is None or left is None or (u_gate is None) != (right_gate is None):
+    if right is None or left is None or (u_gate is None) != (right_gate is None):
         return None
     if right.dim() != 4 or right.shape[2] != right.shape[3]:
         return None
@@ -109,14 +109,13 @@ def routed(
         return None
     x, router_weight = dense("x", x), dense("weight", router_weight)
     given = (
-        *(("u", u, u.shape), ("u_gate", u_gate, u.shape), ("right", right, right.shape), ("left", left, right.shape)),
-        *(("right_gate", right_gate, right.shape), ("bias", bias, (experts, features))),
+        *((u, u.shape), (u_gate, u.shape), (right, right.shape), (left, right.shape), (right_gate, right.shape)),
+        (bias, (experts, features)),
     )
-    for name, each, shape in given:
-        if each is None:
-            continue
-        is_as_dense = each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
-        if not is_as_dense or checked(name, each) is not each:
+    for each, shape in given:
+        if each is not None and not (
+            each.dtype == u.dtype and each.shape == shape and each.is_contiguous() and each.is_cpu
+        ):
             return None
     found, out = new_gating(x, experts, top_k), u if overwrites else torch.empty_like(u)
     inputs = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import add_kernels, lazily, requested_backend
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -21,12 +21,11 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.cuda_library import RefusingOps
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import eager, native
 from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
-from mpoe_kernels.registry import add_kernel, requested_backend
 
 # Activation names in Hugging Face configs -> names in the kernels.
 ACTIVATIONS = {
@@ -43,18 +42,23 @@ ACTIVATIONS = {
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
 
 
-def add_kernels(backend: str, kernels: Any) -> None:
+KERNELS = {
+    "native": native,
+    "eager": eager,
+    "triton": lazily("mpoe_kernels.hidden_experts.triton", "forward", "backward"),
+    "cuda": HiddenKernels(CUDA_OPS),
+}
+
+
+def register(backend: str, kernels: Any) -> None:
     """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
     any."""
-    reasons = getattr(kernels, "reasons", None)
-    add_kernel(backend, "hidden_experts", kernels.forward, reasons)
-    add_kernel(backend, "hidden_experts_backward", kernels.backward, reasons)
+    table = {"hidden_experts": kernels.forward, "hidden_experts_backward": kernels.backward}
+    add_kernels(backend, table, getattr(kernels, "reasons", None))
 
 
-# Triton's are in the table of mpoe_kernels/backends/triton.py, which imports them when they first run.
-_CUDA = HiddenKernels(RefusingOps(torch.ops.mpoe_cuda))
-for _backend, _kernels in (("eager", eager), ("native", native), ("cuda", _CUDA)):
-    add_kernels(_backend, _kernels)
+for _backend, _kernels in KERNELS.items():
+    register(_backend, _kernels)
 
 
 def _run(call: HiddenCall) -> Tensor:

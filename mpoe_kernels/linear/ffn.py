@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import places_rows, requested_backend
 from mpoe_kernels.checks import describe
 from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.linear.op import grouped_mpo_linear, placed_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.op import Routing, check_routing, combine
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import Candidate
 from mpoe_kernels.checks import describe
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
@@ -118,6 +119,12 @@ def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
     arguments = (sizes, tokens, slots, offsets.itemsize, x.data_ptr(), blocks, offsets.data_ptr(), address(rows))
     return arguments, (x, left, central, right, offsets, rows), slots
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """One candidate for every strategy."""
+    run = linear_forward if plan.phase == "forward" else linear_backward
+    return [Candidate("native", plan.strategy, plan.strategy, run)]
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels import cuda_library
+from mpoe_kernels.backends import BACKENDS, no_reasons, places_rows, requested_backend
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -20,9 +22,12 @@ from mpoe_kernels.checks import (
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.cuda import LinearKernels
+from mpoe_kernels.linear.gpu.budget import counting_reasons
+from mpoe_kernels.linear.triton import candidates as triton
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.registry import places_rows, requested_backend
 from mpoe_kernels.routing.call import CombineCall
 from mpoe_kernels.routing.op import Routing, check_gates
 
@@ -39,6 +44,15 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 CHOICES = (*STRATEGIES, "auto")
+# Backend -> how it computes a contraction, and the reasons why it cannot.
+CANDIDATES = {
+    "native": (native.candidates, native.contraction_reasons),
+    "eager": (eager.candidates, no_reasons),
+    "triton": (triton.candidates, triton.contraction_reasons),
+    "cuda": (LinearKernels(cuda_library.CUDA_OPS, cuda_library.shared_memory).candidates, counting_reasons),
+}
+for _name, (_candidates, _reasons) in CANDIDATES.items():
+    BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons
 
 
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,3 @@ class RoutingKernels:
         dy, dweights = self.ops.combine_backward(call.grad, call.y_sorted, *where, call.top_k_weights, *need)
         nothing = call.grad.new_empty(0)
         return dy if call.need_y else nothing, dweights if call.need_weights else nothing
-
-    def table(self) -> dict[str, Callable[[Any], Any]]:
-        ops = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
-        return {name: getattr(self, name) for name in ops}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +10,6 @@ from mpoe_kernels.native_library import (
     DTYPES,
     NATIVE_LIBRARY,
     address,
-    checked,
     dense,
     dense_index,
     dense_like,
@@ -65,9 +61,8 @@ def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero."""
     if call.x.dim() != 2:
         raise ValueError(f"x must have 2 axes; got {describe(call.x)}")
-    x = checked("x", call.x)
-    if x.stride(1) != 1 and x.shape[1] != 1:  # rows may lie apart, even overlap
-        x = x.contiguous()
+    # Rows may lie apart, even overlap.
+    x = call.x if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1) else dense("x", call.x)
     index, offsets = dense_index("token_of_slot", call.token_of_slot, 1), dense_offsets(call.expert_offsets)
     (tokens, features), slots, element = x.shape, len(index), x.itemsize
     out = x.new_empty(slots, features)
@@ -110,12 +105,3 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
     NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), _sizes(rows, index), *memory)
     return dy, dweights.to(call.top_k_weights.dtype)
-
-
-ROUTING_KERNELS: dict[str, Callable[[Any], Any]] = {
-    "route": route,
-    "dispatch": dispatch,
-    "dispatch_backward": dispatch_backward,
-    "combine": combine,
-    "combine_backward": combine_backward,
-}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import add_kernels, lazily, requested_backend
 from mpoe_kernels.checks import (
     check_device,
     check_floating,
@@ -17,10 +18,29 @@ from mpoe_kernels.checks import (
     describe,
     refuse_jit_trace,
 )
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, run_kernel
-from mpoe_kernels.registry import requested_backend
+from mpoe_kernels.routing import eager, native
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
+
+OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
+KERNELS = {
+    "native": native,
+    "eager": eager,
+    "triton": lazily("mpoe_kernels.routing.triton", *OPS),
+    "cuda": RoutingKernels(CUDA_OPS),
+}
+
+
+def register(backend: str, kernels: Any) -> None:
+    """Register a backend's kernels of these ops: functions of their names."""
+    add_kernels(backend, {op: getattr(kernels, op) for op in OPS})
+
+
+for _backend, _kernels in KERNELS.items():
+    register(_backend, _kernels)
 
 
 @dataclass(frozen=True)

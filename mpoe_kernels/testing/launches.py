@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from mpoe_kernels.hidden_experts.triton import launch as hidden
+from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.triton import architecture, start
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.triton.device import activation_slope
+from mpoe_kernels.triton.device_functions import activation_slope
 from mpoe_kernels.triton.start import start
 
 

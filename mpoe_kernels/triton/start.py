@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.registry import BackendError
 
 
 def cdiv(a: int, b: int) -> int:

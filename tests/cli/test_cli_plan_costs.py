@@ -36,6 +36,9 @@ def work(tokens: int = 2048, training: bool = True, dtype: torch.dtype = torch.b
         {"shape": "light", "light_p": 16},
         {"shape": "hidden"},
         {"shape": "hidden", "block_size": 16, "block_per_group": False},
+        {"shape": "neurons", "neurons": 8},
+        {"shape": "neurons", "neurons": 8, "latent": 16},
+        {"shape": "neurons", "neurons": 8, "expert_bias": True},
     ],
     ids=str,
 )
@@ -64,6 +67,25 @@ def test_hidden_side_blocks_add_their_products(tmp_path, training: bool, product
         assert matrix.plan is None
     flops = sum(m.costs["mpoe"].flops for m in layer.matrices) / sum(m.costs["dense"].flops for m in layer.matrices)
     assert flops == pytest.approx(1 + (7 / 6 if training else 1) * 2 * 16 / 64)
+
+
+@pytest.mark.parametrize("latent", [None, 16])
+@pytest.mark.parametrize("values", [T5, GATED], ids=["t5", "gated"])
+def test_neurons_add_their_products(tmp_path, values: dict, latent: int | None) -> None:
+    """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3 products."""
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = MPOEConfig(shape="neurons", num_experts=8, neurons=8, latent=latent, router=RouterConfig(top_k=2))
+    inventory = take_inventory(str(tmp_path))
+    for training in (False, True):
+        layer = model_costs(inventory, config, work(training=training)).layers[0]
+        row = 64 if latent is None else latent
+        for matrix in layer.matrices:
+            products = {"up": 4, "gate_proj": 4, "down": 3}[matrix.matrix.kind] if training else 1
+            shared = 0 if latent is None or matrix.matrix.kind == "gate_proj" else 64 * latent * (3 if training else 1)
+            added = matrix.costs["mpoe"].flops - matrix.costs["dense"].flops
+            assert added == 2 * 2048 * (2 * 8 * row * products + shared)
+            assert matrix.strategy == "neurons"
+            assert matrix.lossless
 
 
 @pytest.mark.parametrize(

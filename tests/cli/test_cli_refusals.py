@@ -81,7 +81,7 @@ def test_unknown_task_names_close_matches(refused, tmp_path: Path) -> None:
 def test_task_of_the_wrong_kind_for_the_model(refused, sentiment: Path, prose: Path, tmp_path: Path) -> None:
     assert "use --model gpt2" in refused(*train_flags(tmp_path / "run", prose))
     line = refused("train", "--model", "gpt2", "--data_dir", sentiment, "--output_dir", tmp_path / "run")
-    assert "a GPT-2 does language modelling" in line
+    assert "a GPT-2 does language_modeling, generation (use --model t5" in line
 
 
 def test_folder_that_holds_another_run(refused, sentiment: Path, tmp_path: Path) -> None:

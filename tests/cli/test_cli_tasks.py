@@ -115,9 +115,9 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
 
 def test_kinds_must_suit_the_model(tmp_path: Path) -> None:
     data = described(tmp_path, "rte", "wikitext-2")
-    with pytest.raises(CommandError, match=r"wikitext-2 is language_modeling; a T5 does .*take a GPT-2"):
+    with pytest.raises(CommandError, match=r"wikitext-2 is language_modeling; a T5 does .*use --model gpt2"):
         tasks(["wikitext-2"], data_dir=str(data))
-    with pytest.raises(CommandError, match=r"task rte is classification; a GPT-2 does .*\(take a T5 or a BERT"):
+    with pytest.raises(CommandError, match=r"task rte is classification; a GPT-2 does .*\(use --model t5 or a BERT"):
         tasks(["rte"], style="causal", data_dir=str(data))
     assert tasks(["wikitext-2"], style="causal", data_dir=str(data))[0].train()[0].source == "text 0 of train"
 

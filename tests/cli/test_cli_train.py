@@ -171,6 +171,24 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     assert answer.code == 0, answer.err
 
 
+def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: Path, tmp_path: Path) -> None:
+    shape = ["--shape", "neurons", "--neurons", 8, "--latent", 16, "--num_experts", 4]
+    answer = cli("convert", "t5", tmp_path / "converted", *shape)
+    assert answer.code == 0, answer.err
+    router = ["--scoring_func", "sigmoid", "--bias_update_rate", 0.001]
+    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", *shape, *router]
+    flags += ["--per_device_train_batch_size", 4, "--save_steps", 1, "--save_strategy", "steps"]
+    for more in (["--max_steps", 2], ["--max_steps", 2, "--resume"]):
+        answer = cli(*flags, *more)
+        assert answer.code == 0, answer.err
+    found = json.loads((tmp_path / "run" / "config.json").read_text())["mpoe"]
+    assert (found["shape"], found["neurons"], found["latent"], found["router"]["top_k"]) == ("neurons", 8, 16, 2)
+    assert found["router"]["routed_scaling_factor"] == 2.0
+    answer = cli("inspect", tmp_path / "run", "--output_dir", tmp_path / "seen")
+    assert answer.code == 0, answer.err
+    assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
+
+
 def test_a_model_without_a_tokenizer_is_converted_and_exported(cli, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "llama")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from mpoe_kernels.hidden_experts.op import add_kernels
-from mpoe_kernels.registry import register_backend
+from mpoe_kernels.backends import register_backend
+from mpoe_kernels.hidden_experts import op as hidden
+from mpoe_kernels.linear.gpu.budget import counting_reasons
+from mpoe_kernels.routing import op as routing
 
-from .emulation import EMULATED, HIDDEN, library
+from .emulation import EMULATED, HIDDEN, KERNELS, ROUTING, library
 
 library()
+EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, counting_reasons
 register_backend(EMULATED)
-add_kernels("emulated", HIDDEN)
+hidden.register("emulated", HIDDEN)
+routing.register("emulated", ROUTING)

@@ -15,13 +15,14 @@ import cuda_emulate
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends.cuda import backend_of
+from mpoe_kernels.backends import cuda_backend
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.cuda.kernels import LinearKernels
+from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
@@ -94,14 +95,9 @@ def library() -> Emulator:
 
 
 # The backend ``cuda`` with the emulated kernels, for CPU tensors; it runs only if named.
-EMULATED = backend_of(
-    name="emulated",
-    ops=OPS,
-    device_type="cpu",
-    shared_memory=lambda _: SHARED_MEMORY["sm_90"],
-    unavailable_reasons=missing,
-)
-HIDDEN = HiddenKernels(RefusingOps(OPS))
+EMULATED = cuda_backend("emulated", "cpu", missing)
+REFUSING = RefusingOps(OPS)
+HIDDEN, ROUTING = HiddenKernels(REFUSING), RoutingKernels(REFUSING)
 
 
 @contextmanager
@@ -134,7 +130,7 @@ def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Pa
 
 
 Way = str | Panel  # how to compute a product: a strategy run step by step, or the panel kernel
-KERNELS = LinearKernels(OPS, lambda _: SHARED_MEMORY["sm_90"])
+KERNELS = LinearKernels(REFUSING, lambda _: SHARED_MEMORY["sm_90"], "emulated")
 
 
 @contextmanager

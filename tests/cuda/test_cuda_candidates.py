@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpoe_kernels.contract import BlockDims, Contraction, contraction
-from mpoe_kernels.linear.cuda.kernels import IN_PANELS, LinearKernels
+from mpoe_kernels.linear.cuda import IN_PANELS, LinearKernels
 from mpoe_kernels.testing.cases import workload_shape
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
@@ -25,7 +25,7 @@ def plan(
 
 
 def names(asked: Contraction, shared_memory: int = SHARED_MEMORY["sm_90"]) -> list[str]:
-    return [each.name for each in LinearKernels(None, lambda _: shared_memory).candidates("cuda", asked)]
+    return [each.name for each in LinearKernels(None, lambda _: shared_memory).candidates(asked)]
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from mpoe_kernels import BackendError, backend_reasons, route, use_backend
-from mpoe_kernels.backends.cuda import CUDA
+from mpoe_kernels.backends import CUDA, Request
 from mpoe_kernels.compiled import load_library, open_ops
 from mpoe_kernels.cuda_library import runs_on
-from mpoe_kernels.registry import Request
 
 SHIPPED = "80-real 90a-real 100-real 100-virtual"
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoe_kernels import BackendError
+from mpoe_kernels.backends import Request
 from mpoe_kernels.hidden_experts.cuda import LARGEST_BLOCK, HiddenKernels
-from mpoe_kernels.registry import Request
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 

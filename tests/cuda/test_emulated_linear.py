@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.cuda.launch import CudaLaunches
+from mpoe_kernels.linear.cuda.contractions import CudaLaunches
 from mpoe_kernels.linear.gpu.operands import activations, block, scratch
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.testing.assertions import relative_error

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mpoe_kernels import backend_reasons
-from mpoe_kernels.registry import BACKENDS, Request
+from mpoe_kernels.backends import BACKENDS, Request
 
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 # Names of backends that must be able to run there: their tests fail where they are not, instead of being skipped.

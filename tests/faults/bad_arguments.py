@@ -109,9 +109,13 @@ def of_kernels() -> dict[str, Start]:
         sides = {"right": torch.randn(EXPERTS, 1, 4, 4), "left": torch.randn(EXPERTS, 1, 4, 4)}
         return {"u": rows(), "gates": gates(), "top_k_index": index(), **sides, "activation": "relu", "backend": None}
 
+    def neurons() -> dict[str, Any]:
+        own = {name: torch.randn(EXPERTS, 3, WIDTH) for name in ("up", "down", "gate_up")}
+        return {"x": rows(), "gates": gates(), "top_k_index": index(), **own, "activation": "relu", "backend": None}
+
     def planned() -> dict[str, Any]:
         sizes = {"num_experts": 8, "num_tokens": 64, "top_k": 1}
-        return {"shape": shape(), **sizes, "dtype": torch.float32, "device": "cpu", "training": True}
+        return {"shape": shape(), **sizes, "dtype": torch.float32, "training": True}
 
     parts = ("expert_offsets", "token_of_slot", "slot_of_token")
     return {
@@ -137,6 +141,7 @@ def of_kernels() -> dict[str, Start]:
         "grouped_mpo_linear": (k.grouped_mpo_linear, grouped),
         "mpo_ffn": (k.mpo_ffn, ffn),
         "hidden_experts": (k.hidden_experts, hidden),
+        "neuron_experts": (k.neuron_experts, neurons),
         "mpo_embedding": (k.mpo_embedding, lambda: {"ids": torch.arange(5), "blocks": fold(one_chain(), 1, shape())}),
         "plan_contraction": (k.plan_contraction, planned),
         "use_backend": (lambda **o: within(k.use_backend, **o), lambda: {"name": "eager"}),
@@ -201,6 +206,7 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
                 "fine_tune": dense_model("gpt2"),
             },
         ),
+        "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
         "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
         "save_mpoe_only": (mpoe.save_mpoe_only, only),

@@ -11,7 +11,8 @@ import torch
 
 from . import bad_calls
 from .bad_arguments import NOT_CALLED, make_paths, starts
-from .bad_calls import Outcome, end, judge, public_names, run_calls, stray
+from .bad_calls import LIFE, LIVES, Outcome, callable_names, end, judge, public_names, run_calls, stray
+from .life_cycles import WrongNumbers, live
 from .processes import fork
 
 
@@ -28,9 +29,10 @@ def test_what_is_exchanged_worked(tmp_path: Path) -> None:
 
 
 def test_a_slice(tmp_path: Path) -> None:
-    outcome = run_calls(len(starts(tmp_path)), 3, tmp_path)
+    names = callable_names(tmp_path)
+    outcome = run_calls(len(names) + LIVES, 3, tmp_path)
     assert outcome.problems == []
-    assert outcome.names | NOT_CALLED == public_names()
+    assert outcome.names == {*names, LIFE}
     assert outcome.refused > outcome.worked > 0
 
 
@@ -46,6 +48,7 @@ def test_a_longer_slice(tmp_path: Path) -> None:
         (lambda: time.sleep(60), "hangs"),
         (lambda: end(bad_calls.INSIDE), "an error from inside"),
         (lambda: end(bad_calls.STRAY), "memory that nobody wrote"),
+        (lambda: end(bad_calls.WRONG), "wrong numbers"),
         (lambda: end(9), "exit status 9"),
     ],
 )
@@ -55,6 +58,13 @@ def test_problems_are_noticed(work, words: str, tmp_path: Path, monkeypatch: pyt
     judge(fork(work, tmp_path / "log"), "name", 1, outcome)
     assert len(outcome.problems) == 1
     assert words in outcome.problems[0]
+
+
+def test_wrong_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "top-" in live(0)
+    monkeypatch.setattr("tests.faults.life_cycles.by_eager", lambda layer, x: layer(x) + 1)
+    with pytest.raises(WrongNumbers, match="top-"):
+        live(0)
 
 
 def test_memory_that_nobody_wrote_is_noticed() -> None:

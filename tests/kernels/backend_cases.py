@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, fold, registry
-from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
-from mpoe_kernels.contract.autotune import resolve_contraction
-from mpoe_kernels.contract.ranking import Problem
-from mpoe_kernels.registry import (
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, backends, fold
+from mpoe_kernels.backends import (
     CONTRACTIONS,
     Backend,
     Candidate,
     Request,
 )
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
+from mpoe_kernels.contract.autotune import resolve_contraction
+from mpoe_kernels.contract.ranking import Problem
 from mpoe_kernels.testing.cases import random_cores
 
 # ``MPOE_TEST_BACKENDS`` names other backends, as in tests/cuda/test_public_ops.py.
@@ -32,7 +32,7 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether this backend has a CPU kernel for this op and dtype."""
-    return not registry.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
+    return not backends.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
 
 
 def candidate_backend(
@@ -51,7 +51,7 @@ def candidate_backend(
 
 def eager_kernel(op: str) -> Callable[..., object]:
     """What the eager backend runs for a contraction."""
-    from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
+    from mpoe_kernels.linear.eager import linear_backward, linear_forward
 
     return {"forward": linear_forward, "backward": linear_backward}[CONTRACTIONS[op]]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels import registry
+from mpoe_kernels import backends
+from mpoe_kernels.backends import Backend, Candidate
 from mpoe_kernels.contract import autotune
-from mpoe_kernels.registry import Backend, Candidate
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return Backend(name, {}, candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)])
 
     for name in found:
-        monkeypatch.setitem(registry.BACKENDS, name, backend(name))
-    monkeypatch.setitem(registry.PREFERRED, "cpu", tuple(found))
+        monkeypatch.setitem(backends.BACKENDS, name, backend(name))
+    monkeypatch.setitem(backends.PREFERRED, "cpu", tuple(found))
     monkeypatch.setattr(
         autotune, "_seconds", lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)]
     )

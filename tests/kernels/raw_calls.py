@@ -45,6 +45,17 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         "activation": "silu",
         "backend": backend,
     }
+    own = {name: torch.randn(EXPERTS, 3, 12) for name in ("up", "down")}
+    neurons = {
+        "x": torch.randn(TOKENS, 12),
+        "gates": hidden["gates"],
+        "top_k_index": hidden["top_k_index"],
+        **own,
+        "bias": torch.randn(EXPERTS, 3),
+        "gate_up": own["up"].clone(),
+        "activation": "silu",
+        "backend": backend,
+    }
     table = {
         "ids": torch.tensor([0, 3, 7]),
         "left": one.left,
@@ -90,6 +101,8 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         },
         "hidden_experts": hidden,
         "hidden_experts_backward": {**hidden, "grad": torch.randn(TOKENS, 12), "need": [True] * 7},
+        "neuron_experts": neurons,
+        "neuron_experts_backward": {**neurons, "grad": torch.randn(TOKENS, 12), "need": [True] * 6},
         "mpo_embedding": table,
         "mpo_embedding_backward": {**table, "grad": torch.randn(3, 10)},
     }

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpoe_kernels import BackendError, grouped_mpo_linear, registry
+from mpoe_kernels import BackendError, backends, grouped_mpo_linear
+from mpoe_kernels.backends import Backend, Candidate
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
-from mpoe_kernels.registry import Backend, Candidate
 from mpoe_kernels.testing.assertions import torch_threads
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
@@ -184,11 +184,11 @@ def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.Monk
     def either(plan: Contraction) -> list[Candidate]:
         return [Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)]
 
-    monkeypatch.setitem(registry.BACKENDS, "both", Backend("both", {}, candidates=either))
+    monkeypatch.setitem(backends.BACKENDS, "both", Backend("both", {}, candidates=either))
     both = {"waiting": backend("waiting", True, torch.bfloat16), "going": backend("going", False, torch.bfloat16)}
     for name, each in both.items():
-        monkeypatch.setitem(registry.BACKENDS, name, each)
-    monkeypatch.setitem(registry.PREFERRED, "cuda", tuple(both))
+        monkeypatch.setitem(backends.BACKENDS, name, each)
+    monkeypatch.setitem(backends.PREFERRED, "cuda", tuple(both))
     on_gpu = PROBLEM._replace(device="cuda:0", dtype=torch.bfloat16)
     assert ranked(on_gpu)[0] == "going"
     assert ranked(on_gpu._replace(backend="waiting"))[0] == "waiting"
@@ -293,7 +293,7 @@ def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.Monk
 
 
 def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.PREFERRED, "cpu", ())
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ())
     with pytest.raises(BackendError, match=r"no backend can run grouped_mpo_linear on cpu torch\.float32"):
         resolve_contraction(PROBLEM)
 

@@ -19,9 +19,9 @@ from mpoe_kernels import (
     MPOShape,
     available_backends,
     backend_reasons,
+    backends,
     grouped_mpo_linear,
     plan_contraction,
-    registry,
     use_backend,
 )
 from mpoe_kernels.contract import ALL_GRADIENTS
@@ -34,14 +34,14 @@ from .backend_cases import candidate_backend, eager_kernel
 
 
 @pytest.fixture
-def broken_backend(monkeypatch: pytest.MonkeyPatch) -> registry.Backend:
-    backend = registry.Backend(
+def broken_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    backend = backends.Backend(
         "broken",
         kernels={},
         unavailable_reasons=lambda: ["it needs a device that is not here"],
         request_reasons=lambda request: [f"it cannot take {request.dtype}"],
     )
-    monkeypatch.setitem(registry.BACKENDS, "broken", backend)
+    monkeypatch.setitem(backends.BACKENDS, "broken", backend)
     return backend
 
 
@@ -57,7 +57,7 @@ def test_eager_is_always_there() -> None:
         assert run().shape == (3, 12)
 
 
-def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_backend: registry.Backend) -> None:
+def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_backend: backends.Backend) -> None:
     assert "broken" not in available_backends()
     assert backend_reasons()["broken"] == ["it needs a device that is not here"]
     with pytest.raises(BackendError) as caught:
@@ -75,12 +75,12 @@ def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(monkey
     def logged(name: str):
         return lambda *args: (calls.append(name), eager_kernel(name)(*args))[1]
 
-    first = candidate_backend("first", {op: logged(op) for op in registry.CONTRACTIONS})
-    monkeypatch.setitem(registry.BACKENDS, "first", first)
+    first = candidate_backend("first", {op: logged(op) for op in backends.CONTRACTIONS})
+    monkeypatch.setitem(backends.BACKENDS, "first", first)
     run()
     assert calls == [], "one that is not in the list of preferred ones runs only if it is named"
-    monkeypatch.setitem(registry.BACKENDS, "first", replace(first))  # another one: nothing is remembered of it
-    monkeypatch.setitem(registry.PREFERRED, "cpu", ("first", "eager"))
+    monkeypatch.setitem(backends.BACKENDS, "first", replace(first))  # another one: nothing is remembered of it
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("first", "eager"))
     run()
     assert calls == ["grouped_mpo_linear"]
     calls.clear()
@@ -104,11 +104,11 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
 
     picky = candidate_backend(
         "picky",
-        {op: logged(op) for op in registry.CONTRACTIONS},
+        {op: logged(op) for op in backends.CONTRACTIONS},
         reasons=lambda plan: ["it only rebuilds backward"] if plan.phase == "backward" else [],
     )
-    monkeypatch.setitem(registry.BACKENDS, "picky", picky)
-    monkeypatch.setitem(registry.PREFERRED, "cpu", ("picky", "eager"))
+    monkeypatch.setitem(backends.BACKENDS, "picky", picky)
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("picky", "eager"))
     fewest = plan_contraction(SMALL_SHAPES["light"], 1, 4, torch.float64).strategy
     blocks = random_blocks(SMALL_SHAPES["light"], 1, requires_grad=True)
     x = torch.ones(3, 12, dtype=torch.float64)
@@ -126,10 +126,10 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
 def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     limited = candidate_backend(
         "limited",
-        {op: eager_kernel(op) for op in registry.CONTRACTIONS},
+        {op: eager_kernel(op) for op in backends.CONTRACTIONS},
         reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
     )
-    monkeypatch.setitem(registry.BACKENDS, "limited", limited)
+    monkeypatch.setitem(backends.BACKENDS, "limited", limited)
     assert run(backend="limited").shape == (3, 12)
     with pytest.raises(BackendError, match="backend 'limited' cannot run grouped_mpo_linear: it cannot rebuild"):
         run(backend="limited", strategy="rebuild")
@@ -154,16 +154,16 @@ def test_choosing_costs_little_on_repeated_sizes() -> None:
 def test_use_backend_holds_in_its_thread_alone() -> None:
     seen = []
     with use_backend("eager"):
-        thread = threading.Thread(target=lambda: seen.append(registry.requested_backend(None)))
+        thread = threading.Thread(target=lambda: seen.append(backends.requested_backend(None)))
         thread.start()
         thread.join()
         with use_backend("auto"):
-            seen.append(registry.requested_backend(None))
-        seen.append(registry.requested_backend(None))
+            seen.append(backends.requested_backend(None))
+        seen.append(backends.requested_backend(None))
     assert seen == ["auto", "auto", "eager"]
     with pytest.raises(RuntimeError, match="stop"), use_backend("eager"):
         raise RuntimeError("stop")
-    assert registry.requested_backend(None) == "auto"
+    assert backends.requested_backend(None) == "auto"
 
 
 def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     kernel = eager_kernel("grouped_mpo_linear")
     kernels = {"grouped_mpo_linear": lambda *args: (calls.append("slow"), kernel(*args))[1]}
-    monkeypatch.setitem(registry.BACKENDS, "slow", candidate_backend("slow", kernels))
+    monkeypatch.setitem(backends.BACKENDS, "slow", candidate_backend("slow", kernels))
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
     x, offsets = torch.ones(3, 12, dtype=torch.float64), torch.tensor([0, 1, 3])
 
@@ -190,18 +190,18 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == ["slow", "slow"]
 
 
-def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: registry.Backend) -> None:
+def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: backends.Backend) -> None:
     # A copy: an item that is deleted and set again would be last in every later test.
-    others = {name: backend for name, backend in registry.BACKENDS.items() if name != "eager"}
-    monkeypatch.setattr(registry, "BACKENDS", others)
-    monkeypatch.setitem(registry.PREFERRED, "cpu", ("native", "broken", "eager"))
+    others = {name: backend for name, backend in backends.BACKENDS.items() if name != "eager"}
+    monkeypatch.setattr(backends, "BACKENDS", others)
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("native", "broken", "eager"))
     with pytest.raises(BackendError, match=r"no backend can run .*broken: it needs a device"):
         run()
 
 
 def test_names_are_taken_once_and_checked() -> None:
     with pytest.raises(ValueError, match="already taken"):
-        registry.register_backend(registry.Backend("eager", {}))
+        backends.register_backend(backends.Backend("eager", {}))
     with pytest.raises(ValueError, match="backend must be one of"), use_backend("nonsense"):
         raise AssertionError("not reached")
 
@@ -270,7 +270,7 @@ class LiveBytes(TorchDispatchMode):
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any E."""
     from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-    from mpoe_kernels.linear.eager.kernels import linear_backward, linear_forward
+    from mpoe_kernels.linear.eager import linear_backward, linear_forward
 
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,11 +335,13 @@ def test_decompose_under_autocast() -> None:
 LINEAR = "import torch; from mpoe_kernels import *; mpo_linear(torch.ones(2, 6), fold([torch.ones(1, 6, 6, 1)]))"
 
 
-def test_no_home() -> None:
-    """No HOME and an unknown user, as in a container."""
+def test_no_home(tmp_path: Path) -> None:
+    """No HOME and an unknown user, as in a container: choices are kept in the temporary folder."""
     program = f"import os, pwd\npwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n{LINEAR}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "MPOE_AUTOTUNE")}
+    environment["TMPDIR"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+    assert (tmp_path / "mpoe" / "choices.json").is_file()
 
 
 def test_blocks_of_another_kind_and_layout() -> None:

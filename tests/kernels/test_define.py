@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.define import define_op, is_plain_call
@@ -90,6 +91,22 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
     with torch.profiler.profile() as profile:
         op(x, 2.0)
     assert any(event.key == "mpoe::scaled_plainly" for event in profile.key_averages())
+
+
+def test_a_plain_call_is_seen_by_function_modes() -> None:
+    op = scaled("scaled_in_a_function_mode")
+    seen: list[str] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3, requires_grad=True)
+    with Seen():
+        y = op(x, 2.0)
+    assert [name for name in seen if "scaled_in_a_function_mode" in name]
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
 def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:

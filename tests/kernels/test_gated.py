@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, route
+from mpoe_kernels.backends import BackendError
 from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.registry import BackendError
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 

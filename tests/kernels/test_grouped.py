@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks
-from mpoe_kernels.backends.eager import candidates
 from mpoe_kernels.contract import ALL_GRADIENTS, contraction
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.gpu import grouped
+from mpoe_kernels.linear.eager import candidates
+from mpoe_kernels.linear.gpu import library_gemms
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import relative_error
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -68,9 +68,9 @@ class Problem:
             *(x, left, central, right, self.offsets, bias, self.index),
             *(self.blocks.in_features, self.blocks.out_features, self.activation, strategy, "auto"),
         )
-        y, h, z = grouped.forward(ForwardCall(*common, save=True))
+        y, h, z = library_gemms.forward(ForwardCall(*common, save=True))
         saved = y if self.activation == "relu" else z
-        return y, grouped.backward(
+        return y, library_gemms.backward(
             BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need), slot_of_token=self.slots)
         )
 
@@ -161,7 +161,7 @@ def test_on_a_gpu_eager_offers_them(phase: str) -> None:
         plan = contraction(strategy, *sizes, dtype, phase, need, "cuda:0")
         names = [candidate.name for candidate in candidates(plan)]
         assert names == [strategy, f"{strategy} by grouped GEMMs"]
-        assert candidates(plan)[1].run is getattr(grouped, phase)
+        assert candidates(plan)[1].run is getattr(library_gemms, phase)
         assert [candidate.waits for candidate in candidates(plan)] == [True, False]
         assert len(candidates(contraction(strategy, *sizes, torch.float32, phase, need, "cuda:0"))) == 1
         assert len(candidates(contraction(strategy, *sizes, dtype, phase))) == 1

@@ -115,6 +115,25 @@ def test_gradcheck(kind: str) -> None:
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> None:
+    """Of eight experts whose terms cancel but for what half precision would lose, and of a gate's gradient."""
+    require(backend, "hidden_experts", dtype)
+    tokens, experts = 3, 8
+    u, eye = torch.ones(tokens, 4, dtype=dtype), torch.eye(4, dtype=dtype).expand(experts, 1, 4, 4).contiguous()
+    index = torch.arange(experts).expand(tokens, experts)
+    large = 512.0 if dtype == torch.float16 else 256.0
+    gates = torch.tensor([large, *[0.125] * 6, -large]).expand(tokens, experts).contiguous().requires_grad_()
+    y = hidden_experts(u, gates, index, eye, eye, activation="none", backend=backend)
+    assert torch.equal(y, torch.full_like(y, 0.75))
+    # A row's sum of 1 + 3 * 2^-12 is no number of half precision.
+    grad = torch.tensor([1.0, 2**-12, 2**-12, 2**-12], dtype=dtype).expand(tokens, 4)
+    (found,) = torch.autograd.grad(y, gates, grad)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.full_like(found, 1 + 3 * 2**-12))
+
+
+@on_every_backend
 @pytest.mark.parametrize("needed", NAMES)
 def test_one_gradient_alone(backend: str, needed: str) -> None:
     """Gradients that are not requested are not computed, and the others do not change."""

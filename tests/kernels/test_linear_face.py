@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_linear, registry
+from mpoe_kernels import MPOBlocks, backends, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
@@ -18,11 +18,11 @@ from .backend_cases import candidate_backend, eager_kernel, leaves, on_every_bac
 def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A detached central core reaches the backward kernel as "not needed", and its gradient stays None."""
     seen: list[list[bool]] = []
-    kernels = {op: eager_kernel(op) for op in registry.CONTRACTIONS}
+    kernels = {op: eager_kernel(op) for op in backends.CONTRACTIONS}
     backward = kernels["grouped_mpo_linear_backward"]
     kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[1]
-    monkeypatch.setitem(registry.BACKENDS, "seen", candidate_backend("seen", kernels))
-    monkeypatch.setitem(registry.PREFERRED, "cpu", ("seen", "eager"))
+    monkeypatch.setitem(backends.BACKENDS, "seen", candidate_backend("seen", kernels))
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("seen", "eager"))
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 2, requires_grad=True)
     masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)

@@ -57,6 +57,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("grouped_mpo_linear", {"out_features": 99, "bias": None}, r"F must be at most jL\*jC\*jR = 10; got 99"),
     ("grouped_mpo_linear_backward", {"need": [True]}, "need must name every gradient, 5; got"),
     ("hidden_experts_backward", {"need": [True]}, "need must name every gradient, 7; got"),
+    ("neuron_experts_backward", {"need": [True]}, "need must name every gradient, 6; got"),
+    ("neuron_experts", {"down": torch.randn(EXPERTS, 4, 9)}, r"down must be of x's dtype \[E, m, F\], E = 3, m = 3"),
     ("hidden_experts", {"u_gate": None}, "u_gate and right_gate must be given together"),
     ("hidden_experts", {"activation": "gelu_pytorch"}, "activation must be one of"),
     (

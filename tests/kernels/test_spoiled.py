@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear, hidden_experts, mpo_ffn, route, use_backend
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear, hidden_experts, mpo_ffn, neuron_experts, route, use_backend
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 from .backend_cases import on_every_backend, strategies_of, supports
@@ -89,6 +89,18 @@ def hidden(experts: int, dtype: torch.dtype, gated: bool, groups: int) -> Case:
     return Case(call, {**rows, "u_gate": torch.randn(TOKENS, features).to(dtype)}, blocks, index)
 
 
+def neurons(experts: int, dtype: torch.dtype, gated: bool) -> Case:
+    index, shapes = CHOICES[experts], {"up": (5, 12), "down": (5, 7), "bias": (5,), "gate_up": (5, 12)}
+    weights = {name: torch.randn(experts, *shape).to(dtype) for name, shape in shapes.items()}
+    if not gated:
+        del weights["gate_up"]
+
+    def call(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor | None = None) -> Tensor:
+        return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
+
+    return Case(call, {"x": torch.randn(TOKENS, 12).to(dtype), "gates": torch.rand(TOKENS, 2)}, weights, index)
+
+
 def linear(name: str, dtype: torch.dtype, strategy: str) -> Case:
     """Rows gathered from tokens; the shared core, whose gradient every token reaches, is none of the arguments."""
     shape, index = SMALL_SHAPES[name], CHOICES[3]
@@ -133,6 +145,18 @@ def test_hidden_experts(backend: str, value: str, dtype: str, experts: int, gate
         pytest.skip("no such kernel")
     with use_backend(backend):
         hidden(experts, DTYPES[dtype], gated, groups).check(VALUES[value])
+
+
+@on_every_backend
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", CHOICES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_neuron_experts(backend: str, value: str, dtype: str, experts: int, gated: bool) -> None:
+    if not supports(backend, "neuron_experts", DTYPES[dtype]):
+        pytest.skip("no such kernel")
+    with use_backend(backend):
+        neurons(experts, DTYPES[dtype], gated).check(VALUES[value])
 
 
 @on_every_backend

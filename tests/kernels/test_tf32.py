@@ -9,7 +9,7 @@ import torch
 
 from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.cuda.kernels import LinearKernels
+from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
@@ -56,7 +56,7 @@ def test_only_float32_is_rounded(allowed: bool) -> None:
 
 def test_triton_follows(allowed: bool) -> None:
     pytest.importorskip("triton")
-    from mpoe_kernels.linear.triton.launch import precision
+    from mpoe_kernels.linear.triton.gemm_launches import precision
 
     assert precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert precision(torch.bfloat16) == "ieee"

@@ -19,6 +19,7 @@ from mpoe_kernels import (
     mpo_embedding,
     mpo_ffn,
     mpo_linear,
+    neuron_experts,
     route,
     use_backend,
 )
@@ -56,12 +57,20 @@ def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     def experts(u: Tensor, gates: Tensor, right: Tensor, left: Tensor, bias: Tensor) -> Tensor:
         return hidden_experts(u, gates, index, right, left, bias, activation="gelu")
 
+    def neurons(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor) -> Tensor:
+        return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
+
+    own = torch.randn(EXPERTS, 4, 12)
     side = torch.randn(EXPERTS, 3, 3)
     found: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         "grouped_mpo_linear": (grouped, (x, up.left, up.central, bias)),
         "mpo_linear": (lambda x, *b: mpo_linear(x, given(one, *b)), (x, one.left, one.central)),
         "mpo_ffn": (ffn, (x, gates, up.left, up.central)),
         "hidden_experts": (experts, (wide, gates, side, side.clone(), torch.randn(EXPERTS, 12))),
+        "neuron_experts": (
+            neurons,
+            (wide, gates, own, torch.randn(EXPERTS, 4, 7), torch.randn(EXPERTS, 4), own.clone()),
+        ),
         "dispatch": (lambda x: dispatch(x, routing), (x,)),
         "combine": (lambda y, gates: combine(y, routing, gates), (torch.randn(TOKENS * 2, 4), gates)),
         "mpo_embedding": (lambda *b: mpo_embedding(ids, given(one, *b)), (one.left, one.central)),

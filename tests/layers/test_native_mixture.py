@@ -161,6 +161,36 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls) -> None:
             layer(x)
 
 
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "of every module": lambda module: nn.modules.module.register_module_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("part", ["router", "experts"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_whoever_observes_a_part_gets_the_ops(calls, hook: str, part: str) -> None:
+    layer, x = feed_forward(), torch.randn(3, 12)
+    handle = HOOKS[hook](getattr(layer, part))
+    try:
+        with torch.no_grad():
+            layer(x)
+        assert calls == []
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        layer(x)
+    assert calls == ["routed_ffn"]
+    own = layer.router.forward
+    layer.router.forward = lambda *values: own(*values)
+    with torch.no_grad():
+        layer(x)
+    assert calls == ["routed_ffn"]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
     layer, x = feed_forward(bias=bias), torch.randn(3, 12)
@@ -243,7 +273,7 @@ def test_freed_memory_is_refused(calls) -> None:
         for _ in range(3):
             layer(x)
         resized_to_nothing(layer)
-        with pytest.raises((ValueError, RuntimeError), match=r"has no memory of its size|setStorage: .* out of bounds"):
+        with pytest.raises((ValueError, RuntimeError), match=r"must hold its values|setStorage: .* out of bounds"):
             layer(x)
 
 
@@ -255,8 +285,9 @@ def test_numbers_yet_to_be_negated_are() -> None:
         assert torch.equal(layer(torch._neg_view(-x), mask), wanted)
         for cores in (layer.experts.up, layer.experts.down):
             cores.central.data = torch._neg_view(-cores.central.data)
-        layer.router.weight.data = torch._neg_view(-layer.router.weight.data)
         assert torch.equal(layer(x, mask), wanted)
+        layer.router.weight.data = torch._neg_view(-layer.router.weight.data)
+        torch.testing.assert_close(layer(x, mask), wanted)  # PyTorch's router, whose sums round otherwise
 
 
 def test_threads_share_a_layer() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
@@ -124,6 +126,58 @@ def test_what_would_not_be_exact_is_refused(model_type, to, options, words):
     with pytest.raises(ValueError) as caught:
         merge_experts(mixture(model_type, **options), as_=to)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "to", "changes"),
+    [
+        ("llama", "mixtral", {"head_dim": 12}),
+        ("qwen3", "qwen3_moe", {"head_dim": 6}),
+        ("mistral", "mixtral", {"sliding_window": 4}),
+        ("mistral", "mixtral", {"sliding_window": None}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_heads_and_windows_are_the_models(model_type, to, changes):
+    """Heads that are not the width's share, and windows shorter than the text."""
+    config = copy.deepcopy(tiny_model(model_type, NAMES[model_type]).config)
+    config.update(changes)
+    torch.manual_seed(1)
+    dense = getattr(transformers, NAMES[model_type])(config)
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable", router=RouterConfig(top_k=2))).eval()
+    stock = merge_experts(model, as_=to).eval()
+    for name, value in changes.items():
+        assert getattr(stock.config, name) == value
+    assert difference(stock(IDS).logits, model(IDS).logits) <= 1e-5
+
+
+def test_layers_that_attend_differently_are_refused():
+    model = mixture("qwen3")
+    model.config.use_sliding_window = True
+    with pytest.raises(ValueError, match="its layers attend alike; use_sliding_window is on"):
+        merge_experts(model, as_="qwen3_moe")
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
+    model = mixture().to(dtype)
+    merge_experts(model, as_="mixtral").save_pretrained(tmp_path)
+    own = model.forward
+    for factor in (0.5, 2.0):
+        shift = factor * allowed
+
+        def shifted(*values, shift=shift, **named):
+            found = own(*values, **named)
+            found.logits = found.logits.double() * (1 + shift)
+            return found
+
+        monkeypatch.setattr(model, "forward", shifted)
+        if factor < 1:
+            assert check_export(model, tmp_path, "mixtral") < allowed
+        else:
+            with pytest.raises(ValueError, match="its logits differ by"):
+                check_export(model, tmp_path, "mixtral")
 
 
 def test_a_wrong_export_is_noticed(tmp_path):

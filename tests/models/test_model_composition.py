@@ -167,6 +167,17 @@ def test_training_changes_the_routers_alone():
         assert p.requires_grad
 
 
+def test_what_was_frozen_before_the_routers_trained_is_frozen_after():
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, seed) for seed in (1, 2)])
+    for number, parameter in enumerate(mixture.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+    before = [parameter.requires_grad for parameter in mixture.parameters()]
+    mpoe.models.domains.train_routers(mixture, [batches(d) for d in range(2)], 0, 1)
+    assert [parameter.requires_grad for parameter in mixture.parameters()] == before
+    assert len(set(before)) == 2
+
+
 def test_training_lowers_the_loss():
     base = dense("llama").eval()
     examples = [batches(d) for d in range(2)]

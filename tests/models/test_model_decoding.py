@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
 from mpoe import load_mpoe
-from mpoe.layers import MPOEFeedForward, MPOExperts
+from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
 from mpoe.models.decoding import decoding_bytes, kept_while_generating
 
@@ -200,9 +200,14 @@ def test_gone_where_generate_fails(converted, made):
     with pytest.raises(ValueError, match="nonsense"):
         model.generate(**call("gpt2"), nonsense=True)
     (cache,) = made
+    assert current_routing() is None
     with torch.no_grad():
         model(**batch("gpt2"))
     assert cache.layers == {}
+    with routing_context() as outer:
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(**call("gpt2"), nonsense=True)
+        assert current_routing() is outer
 
 
 @pytest.mark.parametrize(("value", "error"), [(-5, ValueError), (1.5, TypeError), (True, TypeError)])

@@ -113,6 +113,22 @@ def test_an_adapted_expert_is_its_cores_plus_the_product(converted):
     torch.testing.assert_close(merged, layer.dense_weights(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_rslora_scales_by_the_root_of_the_rank(rank, converted):
+    scales = []
+    for rooted in (False, True):
+        config = core_config("gpt2", lora_alpha=6, use_rslora=rooted)
+        config.r = rank
+        adapted = peft.get_peft_model(converted("gpt2", shape="paper"), config)
+        layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+        torch.nn.init.normal_(layer.lora_B["default"]["central"])
+        addition = layer.lora_B["default"]["central"] @ layer.lora_A["default"]["central"]
+        delta = layer.delta("default", "central")
+        scales.append(float((delta.flatten() @ addition.flatten()) / addition.square().sum()))
+        torch.testing.assert_close(delta, scales[-1] * addition.reshape(delta.shape))
+    assert scales == pytest.approx([6 / rank, 6 / rank**0.5])
+
+
 def test_two_adapters_are_switched(converted):
     inputs = batch("gpt2")
     adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))

@@ -282,3 +282,14 @@ def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:
     check_output_dir(folder, resume=True)  # the configuration is not known yet
     with pytest.raises(ValueError, match="seed: was 1, now 2"):
         check_output_dir(folder, resume=True, run_config={**CONFIG, "seed": 2})
+
+
+def test_leftovers_of_publishing_are_cleared_and_nothing_else(tmp_path):
+    for name in (".incomplete-checkpoints/checkpoint-3", ".deleting-checkpoint-1", "checkpoint-2", ".mine", "logs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / ".incomplete-note").write_text("a file")
+    checkpoints.clean_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-2", ".mine", "logs", ".incomplete-note"}
+    checkpoints.clean_leftovers(tmp_path / "absent")

@@ -22,7 +22,7 @@ from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
 from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.linear.triton.reasons import MOST_EXPERTS
+from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.architecture import ARCHITECTURES

@@ -20,7 +20,7 @@ from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
 from mpoe_bench.suites.train_step import train_step_comparison
 from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
-from mpoe_kernels.registry import AUTO
+from mpoe_kernels.backends import AUTO
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
 SUITES = ("quick", "full", "planner", "targets", "gpu")

@@ -20,10 +20,10 @@ from torch import Tensor
 from mpoe_bench.section import Setup
 from mpoe_bench.timing import Budget, Measure, cpu_measure, interleave
 from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
+from mpoe_kernels.backends import AUTO, Candidate
 from mpoe_kernels.contract import autotune
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.contract.ranking import Problem
-from mpoe_kernels.registry import AUTO, Candidate
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed

@@ -33,6 +33,8 @@ class FFN:
         place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty = the holder itself.
         emptied: modules inside the holder whose work the experts do; they become identities.
         zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a chunk size.
+        sums: name, inside the holder, of the module that ends a network that is not a module of its own: it holds
+            ``down`` and is called with what ``up`` gave and the network's input, which it adds.
         stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
     """
 
@@ -44,6 +46,7 @@ class FFN:
     place: str = ""
     emptied: tuple[str, ...] = ()
     zeroed: tuple[str, ...] = ()
+    sums: str = ""
     stream: str = "main"
 
 

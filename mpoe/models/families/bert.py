@@ -13,6 +13,7 @@ BERT = Family(
             place="intermediate",
             emptied=("output.dense",),
             zeroed=("chunk_size_feed_forward",),
+            sums="output",
         ),
     ),
     attention=("encoder.layer.*.{attention,crossattention}.{self.query,self.key,self.value,output.dense}",),

@@ -40,7 +40,7 @@ def checked_sites(sites: Any) -> dict[str, Any]:
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:
         raise ValueError(f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is missing")
-    for name in ("holder", "up", "down", "gate_proj", "place", "stream"):
+    for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
         if not isinstance(sites.get(name) or "", str):
             raise TypeError(f"sites[{name!r}] must be a name; got {sites[name]!r}")
     for name in ("fused", "emptied", "zeroed"):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.hidden_experts.triton.device import block_tile, choices, pre_activation
-from mpoe_kernels.triton.device import activate
+from mpoe_kernels.hidden_experts.triton.hidden_tiles import block_tile, choices, pre_activation
+from mpoe_kernels.triton.device_functions import activate
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import Upstream
-from mpoe_kernels.linear.eager.grouped import accumulate_mm, accumulator, clear_idle, select_experts, store
+from mpoe_kernels.linear.eager.row_groups import accumulate_mm, accumulator, clear_idle, select_experts, store
 from mpoe_kernels.linear.eager.weight import CHUNK, WeightBuilder, in_natural_order
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.eager.grouped import Group, active_groups, select_experts
+from mpoe_kernels.linear.eager.row_groups import Group, active_groups, select_experts
 
 # A slab in block order and the same slab in the weight's order should fit in a core's cache together.
 SLAB_BYTES = 2 << 20

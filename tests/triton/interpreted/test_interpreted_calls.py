@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpoe_kernels import grouped_mpo_linear
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.triton import launch
+from mpoe_kernels.linear.triton import gemm_launches as launch
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 from .linear_runs import Case, strategies_of

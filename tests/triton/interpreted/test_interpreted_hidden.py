@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
-from mpoe_kernels.hidden_experts.triton import launch
+from mpoe_kernels.hidden_experts import triton as launch
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, row_cost, shipped_tiles
 from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 from mpoe_kernels.testing.launches import recorded

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.contract import BlockDims, program_of
 from mpoe_kernels.linear.gpu.products import BlockGradients
-from mpoe_kernels.linear.triton import configs, launch
+from mpoe_kernels.linear.triton import configs, gemm_launches
 from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
@@ -92,7 +92,7 @@ def only(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in every dimension, distributed over several persistent programs, and several partial sums."""
     only(Tile(16, 16, 16, 1, 1), monkeypatch)
-    monkeypatch.setattr(launch, "persistent_programs", lambda *_: 6)
+    monkeypatch.setattr(gemm_launches, "persistent_programs", lambda *_: 6)
     Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
 
 
@@ -109,7 +109,7 @@ def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyP
 def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More parts than some experts have rows or a sum has experts; idle experts; the same bits every time."""
     only(Tile(16, 16, 16, 1, 1), monkeypatch)
-    monkeypatch.setattr(launch, "tile_and_splits", lambda *_: (Tile(16, 16, 16, 1, 1), splits))
+    monkeypatch.setattr(gemm_launches, "tile_and_splits", lambda *_: (Tile(16, 16, 16, 1, 1), splits))
     case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
@@ -122,7 +122,7 @@ def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:
     blocks = random_blocks(SMALL_SHAPES["paper"], 2, torch.bfloat16)
     tensors = (blocks.left, blocks.central, blocks.right)
     for strategy, dtype in (("rebuild", torch.float32), ("chain", torch.bfloat16)):
-        grads = BlockGradients.begun(launch.LAUNCHES, program_of(dims, strategy, "backward"), tensors)
+        grads = BlockGradients.begun(gemm_launches.LAUNCHES, program_of(dims, strategy, "backward"), tensors)
         assert grads.central is not None
         assert grads.central.dtype == dtype
 

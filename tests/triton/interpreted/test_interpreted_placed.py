@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.triton import kernels
+from mpoe_kernels.linear.triton import passes as kernels
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.launches import recorded
 

@@ -8,7 +8,7 @@ from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
 from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.linear.triton.rows import rows_kernel
+from mpoe_kernels.linear.triton.row_gemm import rows_kernel
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target

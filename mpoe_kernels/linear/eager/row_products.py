@@ -20,7 +20,7 @@ from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
 from mpoe_kernels.contract.program import KEPT, Product, Program, program_of, value_of
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.eager.activation import Upstream
-from mpoe_kernels.linear.eager.grouped import (
+from mpoe_kernels.linear.eager.row_groups import (
     Group,
     accumulate_mm,
     accumulator,

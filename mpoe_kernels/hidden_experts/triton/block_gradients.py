@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.hidden_experts.triton.device import pre_activation, row_tile, slopes, times
-from mpoe_kernels.triton.device import activate
+from mpoe_kernels.hidden_experts.triton.hidden_tiles import pre_activation, row_tile, slopes, times
+from mpoe_kernels.triton.device_functions import activate
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.triton.fused_launch import block_gradients, rows_times_weight
-from mpoe_kernels.linear.triton.launch import LAUNCHES
+from mpoe_kernels.linear.triton.gemm_launches import LAUNCHES
 
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device import place
+from mpoe_kernels.triton.device_functions import place
 
 
 @triton.jit

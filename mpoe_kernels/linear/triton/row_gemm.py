@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device import activate, pick, place, segments
+from mpoe_kernels.triton.device_functions import activate, pick, place, segments
 
 
 @triton.jit

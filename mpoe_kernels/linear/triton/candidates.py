@@ -1,16 +1,35 @@
-"""Which contractions the Triton kernels can compute. Nothing here imports Triton."""
+"""Which contractions the Triton kernels can compute, and how. Nothing here imports Triton."""
 
 from __future__ import annotations
 
 import torch
 
+from mpoe_kernels.backends import Candidate, lazily
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Sides, best_tile, fused_tiles
+from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
+
+
+ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
+_PASSES = lazily(
+    "mpoe_kernels.linear.triton.passes", "forward_by_steps", "forward_on_chip", "backward_by_steps", "backward_on_chip"
+)
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """With weights kept on chip where they fit, and step by step."""
+    names = {plan.strategy: "by_steps"}
+    target = architecture.target_of(torch.device(plan.device))
+    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
+        names = {ON_CHIP: "on_chip", **names}
+    return [
+        Candidate("triton", name, plan.strategy, getattr(_PASSES, f"{plan.phase}_{way}")) for name, way in names.items()
+    ]
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:

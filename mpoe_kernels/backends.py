@@ -1,9 +1,9 @@
-"""The registry of backends.
+"""The backends: which of them run here, why the others do not, and which one a call uses.
 
-A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). For a
-contraction, which can be computed in several ways, it offers candidates (see `mpoe_kernels.contract.autotune`). A
-backend returns *reasons* when it cannot run a request; the error for a named backend lists them all, and nothing falls
-back silently.
+A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). The ops
+fill the tables: every ``op.py`` lists its kernels by backend. For a contraction, which can be computed in several ways,
+a backend offers candidates (see `mpoe_kernels.contract.autotune`). It returns *reasons* when it cannot run a request;
+the error for a named backend lists them all, and nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from mpoe_kernels import cuda_library
 from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.triton import architecture
 
 AUTO = "auto"
 # Ops that are contractions: backends offer candidates for them instead of a kernel.
@@ -57,7 +62,7 @@ def _nothing(_: Request) -> list[str]:
     return []
 
 
-def _no_reasons(_: Contraction) -> list[str]:
+def no_reasons(_: Contraction) -> list[str]:
     return []
 
 
@@ -83,7 +88,7 @@ def _no_candidates(_: Contraction) -> list[Candidate]:
     return []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Backend:
     """A named table of kernels. Two backends are the same if they are the same object.
 
@@ -99,12 +104,12 @@ class Backend:
     """
 
     name: str
-    kernels: dict[str, Callable[..., Any]]
+    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
     unavailable_reasons: Callable[[], list[str]] = list
     request_reasons: Callable[[Request], list[str]] = _nothing
     op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
-    contraction_reasons: Callable[[Contraction], list[str]] = _no_reasons
+    contraction_reasons: Callable[[Contraction], list[str]] = no_reasons
     places_rows: bool = False
 
     def unsupported_reasons(self, request: Request) -> list[str]:
@@ -133,12 +138,21 @@ def register_backend(backend: Backend) -> None:
     BACKENDS[backend.name] = backend
 
 
-def add_kernel(
-    backend: str, op: str, kernel: Callable[..., Any], reasons: Callable[[Request], list[str]] | None = None
+def add_kernels(
+    backend: str, kernels: Mapping[str, Callable[..., Any]], reasons: Callable[[Request], list[str]] | None = None
 ) -> None:
-    """Add the kernel of one more op to a backend; ``reasons``: why it cannot run a request of that op."""
-    BACKENDS[backend].kernels[op] = kernel
-    BACKENDS[backend].op_reasons[op] = reasons or _nothing
+    """Add the kernels of some ops to a backend; ``reasons``: why it cannot run a request of one of them."""
+    BACKENDS[backend].kernels |= kernels
+    BACKENDS[backend].op_reasons |= dict.fromkeys(kernels, reasons or _nothing)
+
+
+def lazily(module: str, *functions: str) -> SimpleNamespace:
+    """These functions of a module that is imported when the first of them is called."""
+
+    def call(function: str, *arguments: Any) -> Any:
+        return getattr(import_module(module), function)(*arguments)
+
+    return SimpleNamespace(**{function: partial(call, function) for function in functions})
 
 
 def available_backends() -> tuple[str, ...]:
@@ -243,3 +257,75 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
             return backend.kernels[request.op]
     listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
     raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
+
+
+# ------------------------------------------------------------------ the backends
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype_reasons(request: Request) -> list[str]:
+    if request.op == "route" or request.dtype in GPU_DTYPES:  # routing is about integers
+        return []
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES)
+    return [f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"]
+
+
+def _elsewhere(device_type: str, request: Request) -> str:
+    return f"it runs on {device_type}, not on {request.device_type}"
+
+
+def _native_reasons(request: Request) -> list[str]:
+    return [] if request.device_type == "cpu" else [_elsewhere("cpu", request)]
+
+
+def _triton_unavailable() -> list[str]:
+    reasons = list(architecture.triton_reasons())
+    if not architecture.in_interpreter() and not architecture.gpu_available():
+        reasons.append("it needs a CUDA or ROCm device (or Triton's interpreter: TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = []
+    if request.device_type != "cuda" and not (request.device_type == "cpu" and architecture.in_interpreter()):
+        reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
+    reasons += _dtype_reasons(request)
+    if reasons or request.op == "route" or architecture.triton_reasons():
+        return reasons
+    target = architecture.target_of(torch.device(request.device))
+    needed = _least_shared_bytes(target.architecture, request.dtype)
+    if target.shared_memory == architecture.NO_LIMIT or needed <= target.shared_memory:
+        return []
+    return [f"its smallest tile needs {needed} bytes of shared memory; the device has {target.shared_memory}"]
+
+
+@lru_cache(maxsize=64)
+def _least_shared_bytes(name: str, dtype: torch.dtype) -> int:
+    return import_module("mpoe_kernels.linear.triton.configs").least_shared_bytes(name, dtype)
+
+
+def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], list[str]]) -> Backend:
+    """The compiled CUDA kernels as a backend without kernels yet.
+
+    Args:
+        name: of the backend.
+        device_type: of its tensors: ``cuda``, or ``cpu`` for the emulated kernels of the tests.
+        unavailable_reasons: see `Backend`.
+    """
+
+    def reasons(request: Request) -> list[str]:
+        wrong = (
+            [] if request.device_type == device_type else [f"it runs on {device_type}, not on {request.device_type}"]
+        )
+        return wrong + _dtype_reasons(request)
+
+    return Backend(name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True)
+
+
+EAGER = Backend("eager")
+NATIVE = Backend("native", unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons), request_reasons=_native_reasons)
+TRITON = Backend("triton", unavailable_reasons=_triton_unavailable, request_reasons=_triton_reasons, places_rows=True)
+CUDA = cuda_backend("cuda", "cuda", cuda_library.unavailable_reasons)
+for _backend in (EAGER, NATIVE, TRITON, CUDA):
+    register_backend(_backend)

@@ -11,10 +11,10 @@ from mpoe_kernels.indices import slots_by_token
 from mpoe_kernels.linear.gpu.operands import IndexMap, Operand, index_map
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
-from mpoe_kernels.linear.triton.blocks import blocks_kernel
+from mpoe_kernels.linear.triton.block_gemm import blocks_kernel
 from mpoe_kernels.linear.triton.configs import MOST_SPLITS, launch_options, tile_and_splits, tiles_for
 from mpoe_kernels.linear.triton.outer import outer_kernel
-from mpoe_kernels.linear.triton.rows import rows_kernel
+from mpoe_kernels.linear.triton.row_gemm import rows_kernel
 from mpoe_kernels.routing.triton import collect_rows
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.pointwise import activation_backward, sum_parts, sum_rows

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device import activate, activation_slope
+from mpoe_kernels.triton.device_functions import activate, activation_slope
 
 
 @triton.jit

@@ -1,0 +1,141 @@
+// Bodies of neurons.h. Included by one file per instruction set, which defines MPOE_NEURONS, the name of its table.
+// Nothing here may use inline functions that other files share.
+#include <cstring>
+
+#include "cpu/gemm/math.h"
+#include "cpu/neurons/neurons.h"
+
+namespace mpoe {
+namespace {
+
+using std::int64_t;
+
+// Vectors of a row of which `columns` exist: zeros are read past its end, and nothing is written there.
+struct Columns {
+  int64_t columns;
+  template <class T>
+  Floats read(const T* row, int64_t c) const {
+    if (c + kWidth <= columns) return load_floats(row + c);
+    alignas(64) T part[kWidth] = {};
+    std::memcpy(part, row + c, (columns - c) * sizeof(T));
+    return load_floats(part);
+  }
+  template <class T>
+  void write(T* row, int64_t c, Floats value) const {
+    if (c + kWidth <= columns) return store_floats(row + c, value);
+    alignas(64) T part[kWidth];
+    store_floats(part, value);
+    std::memcpy(row + c, part, (columns - c) * sizeof(T));
+  }
+};
+
+template <class T, Activation kind>
+void activate_tile(const NeuronTile& tile) {
+  const Columns columns{tile.columns};
+  const T* const bias = static_cast<const T*>(tile.bias);
+  for (int64_t c = 0; c < tile.columns; c += kWidth) {
+    const Floats shift = bias == nullptr ? Floats{} : columns.read(bias, c);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      Floats h = activate<kind>(columns.read(tile.z + r * kPanel, c) + shift);
+      if (tile.value != nullptr) h *= columns.read(tile.value + r * kPanel, c);
+      columns.write(static_cast<T*>(tile.h) + r * tile.h_stride, c, h * splat(tile.gates[r]));
+    }
+  }
+}
+
+template <class T, Activation kind>
+void turn_back_tile(const NeuronTile& tile) {
+  const Columns columns{tile.columns};
+  const T* const bias = static_cast<const T*>(tile.bias);
+  for (int64_t r = 0; r < tile.rows; ++r) tile.dgates[r] = 0;
+  for (int64_t c = 0; c < tile.columns; c += kWidth) {
+    const Floats shift = bias == nullptr ? Floats{} : columns.read(bias, c);
+    Floats dbias = columns.read(tile.dbias, c);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const Floats gate = splat(tile.gates[r]), dh = columns.read(tile.dh + r * kPanel, c);
+      const Floats z = columns.read(tile.z + r * kPanel, c) + shift, act = activate<kind>(z);
+      Floats h = act, down = gate * dh;
+      if (tile.value != nullptr) {
+        const Floats value = columns.read(tile.value + r * kPanel, c);
+        h = act * value;
+        columns.write(static_cast<T*>(tile.dvalue) + r * tile.stride, c, down * act);
+        down *= value;
+      }
+      const Floats dz = deactivate<kind>(down, z);
+      columns.write(static_cast<T*>(tile.h) + r * tile.h_stride, c, h * gate);
+      columns.write(static_cast<T*>(tile.dz) + r * tile.stride, c, dz);
+      tile.dgates[r] += sum_of(h * dh);
+      dbias += dz;
+    }
+    columns.write(tile.dbias, c, dbias);
+  }
+}
+
+void add_rows(const float* tile, int64_t rows, const int64_t* owners, float* sums, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const sum = sums + owners[r] * stride;
+    for (int64_t c = 0; c < kPanel; c += kWidth)
+      store_floats(sum + c, load_floats(sum + c) + load_floats(tile + r * kPanel + c));
+  }
+}
+
+// sum [columns] += `count` rows of weights, each times its factor.
+template <class T, int count>
+void add_scaled(const T* factors, const T* weights, int64_t width, int64_t columns, float* sum) {
+  Floats factor[count];
+  for (int j = 0; j < count; ++j) factor[j] = splat_of(factors + j);
+  int64_t c = 0;
+#pragma GCC unroll 1
+  for (; c + kWidth <= columns; c += kWidth) {
+    Floats value = load_floats(sum + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j) value = multiply_add(factor[j], load_floats(weights + j * width + c), value);
+    store_floats(sum + c, value);
+  }
+  for (; c < columns; ++c)
+    for (int j = 0; j < count; ++j) sum[c] += load(factors[j]) * load(weights[j * width + c]);
+}
+
+template <class T>
+void add_products(
+    const void* h, int64_t h_stride, int64_t rows, const int64_t* owners, const void* weights, int64_t width,
+    int64_t neurons, int64_t columns, float* sums, int64_t stride) {
+  constexpr int kTogether = 8;
+  const T *const factors = static_cast<const T*>(h), *const matrix = static_cast<const T*>(weights);
+  const auto add = [&](auto count, int64_t j) {
+    for (int64_t r = 0; r < rows; ++r)
+      add_scaled<T, decltype(count)::value>(
+          factors + r * h_stride + j, matrix + j * width, width, columns, sums + owners[r] * stride);
+  };
+  int64_t j = 0;
+  for (; j + kTogether <= neurons; j += kTogether) add(std::integral_constant<int, kTogether>{}, j);
+  for (; j < neurons; ++j) add(std::integral_constant<int, 1>{}, j);
+}
+
+template <class T, template <class, Activation> class Function>
+void for_kind(Activation activation, const NeuronTile& tile) {
+  switch (activation) {
+    case Activation::kNone: return Function<T, Activation::kNone>::run(tile);
+    case Activation::kRelu: return Function<T, Activation::kRelu>::run(tile);
+    case Activation::kGelu: return Function<T, Activation::kGelu>::run(tile);
+    case Activation::kGeluTanh: return Function<T, Activation::kGeluTanh>::run(tile);
+    case Activation::kSilu: return Function<T, Activation::kSilu>::run(tile);
+  }
+}
+template <class T, Activation kind>
+struct Activate {
+  static void run(const NeuronTile& tile) { activate_tile<T, kind>(tile); }
+};
+template <class T, Activation kind>
+struct TurnBack {
+  static void run(const NeuronTile& tile) { turn_back_tile<T, kind>(tile); }
+};
+
+}  // namespace
+
+const NeuronKernels MPOE_NEURONS[2] = {
+    {for_kind<float, Activate>, for_kind<float, TurnBack>, add_rows, add_products<float>},
+    {for_kind<BFloat16, Activate>, for_kind<BFloat16, TurnBack>, add_rows, add_products<BFloat16>},
+};
+
+}  // namespace mpoe

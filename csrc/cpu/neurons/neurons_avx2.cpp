@@ -1,0 +1,2 @@
+#define MPOE_NEURONS kNeuronsAvx2
+#include "cpu/neurons/body.h"

@@ -1,0 +1,2 @@
+#define MPOE_NEURONS kNeuronsGeneric
+#include "cpu/neurons/body.h"

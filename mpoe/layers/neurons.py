@@ -1,0 +1,301 @@
+"""Experts of their own hidden neurons beside a dense feed-forward network, which stays as it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.activations import check_activation
+from mpoe.layers.initial import FromInitialValues
+from mpoe.layers.kept import KeptFeedForward
+from mpoe_kernels import neuron_experts
+
+START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
+
+
+class NeuronExperts(FromInitialValues):
+    """m hidden neurons of each of E experts: ``o = [sum_k gate_k act(x P a_e + bias_e) b_e] Q``.
+
+    Without a latent size P and Q are identities. Gated: ``act(x P ag_e + bias_e) * (x P a_e)``. Every b_e starts at 0,
+    so that the experts contribute nothing.
+
+    Args:
+        in_features: model size I.
+        num_experts: E.
+        neurons: m.
+        latent: size l between the shared P and Q, or ``None``.
+        activation: see `ACTIVATIONS`.
+        gated: the neurons are gated.
+        bias: every expert has its own bias before the activation.
+        backend: name of a kernel backend, or ``None``.
+        init_std: standard deviation of a dense neuron's weights, for random weights; ``None`` = I^-1/2.
+
+    Attributes:
+        up: a_e, ``[E, m, l or I]``; a neuron is a row.
+        gate_proj: ag_e, like ``up``, or ``None``.
+        down: b_e, like ``up``.
+        bias: ``[E, m]`` or ``None``.
+        latent_in: P ``[I, l]``, or ``None``.
+        latent_out: Q ``[l, I]``, or ``None``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        neurons: int,
+        latent: int | None = None,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        backend: str | None = None,
+        *,
+        init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = check_activation(activation)
+        self.in_features, self.num_experts, self.neurons, self.latent = in_features, num_experts, neurons, latent
+        self.backend, self.init_std = backend, in_features**-0.5 if init_std is None else init_std
+
+        def new(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        inner = in_features if latent is None else latent
+        self.up, self.down = (new(num_experts, neurons, inner) for _ in range(2))
+        self.gate_proj = new(num_experts, neurons, inner) if gated else None
+        self.bias = new(num_experts, neurons) if bias else None
+        self.latent_in = None if latent is None else new(in_features, latent)
+        self.latent_out = None if latent is None else new(latent, in_features)
+        self.reset_parameters()
+
+    @property
+    def own_cores(self) -> list[nn.Parameter]:
+        """The experts' weights: what has the rate of auxiliary cores."""
+        return [part for part in (self.up, self.gate_proj, self.down) if part is not None]
+
+    @property
+    def shared(self) -> dict[str, nn.Parameter]:
+        """P and Q by name, if there are any: what all experts share."""
+        parts = {"latent_in": self.latent_in, "latent_out": self.latent_out}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down.dtype
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Random neurons whose inner products have the scale of a dense neuron's; by parameter name."""
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            if name in ("down", "bias"):
+                values[name] = torch.zeros(parameter.shape, device=parameter.device)
+                continue
+            value = torch.randn(parameter.shape, dtype=torch.float32, device=parameter.device)
+            if name in self.shared:
+                values[name] = value * parameter.shape[0] ** -0.5
+            else:  # P gives every latent number the size of x / sqrt(I)
+                values[name] = value * (self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5)
+        return values
+
+    @torch.no_grad()
+    def copy_neurons_(self, weights: Mapping[str, Tensor], bias: Tensor | None, noise: float) -> None:
+        """Start from random neurons of a dense network, and Gaussian noise so that they differ.
+
+        Args:
+            weights: ``up`` and, if gated, ``gate_proj``: ``[I, F]``.
+            bias: ``[F]``, or ``None``.
+            noise: relative to the weights' standard deviation.
+        """
+        chosen = torch.randint(weights["up"].shape[1], (self.num_experts * self.neurons,)).to(weights["up"].device)
+        for name, weight in weights.items():
+            own: nn.Parameter = getattr(self, name)
+            own.copy_(weight.t()[chosen].view(own.shape))
+            if noise:
+                own.add_(torch.randn_like(own) * (noise * weight.float().std()))
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias[chosen].view(self.bias.shape))
+
+    def forward(self, x: Tensor, gates: Tensor, index: Tensor) -> Tensor:
+        """``[T, I] -> [T, I]``, see `mpoe_kernels.neuron_experts`."""
+        x = x if self.latent_in is None else x @ self.latent_in
+        weights: Any = self.up, self.down, self.bias
+        options: Any = {"activation": self.activation, "gate_up": self.gate_proj, "backend": self.backend}
+        o: Tensor = neuron_experts(x, gates, index, *weights, **options)
+        return o if self.latent_out is None else o @ self.latent_out
+
+    @torch.no_grad()
+    def merged(self) -> NeuronExperts:
+        """The same experts without a latent size: ``a_e <- P a_e``, ``b_e <- b_e Q``, exact up to rounding."""
+        size = (self.in_features, self.num_experts, self.neurons, None, self.activation)
+        whole = NeuronExperts(
+            *size,
+            self.gate_proj is not None,
+            self.bias is not None,
+            self.backend,
+            init_std=self.init_std,
+            device=self.down.device,
+            dtype=self.dtype,
+        )
+        own = dict(self.named_parameters())
+        for name, parameter in whole.named_parameters():
+            value = own[name]
+            if name in ("up", "gate_proj") and self.latent_in is not None:
+                value = value @ self.latent_in.t()  # type: ignore[assignment]
+            elif name == "down" and self.latent_out is not None:
+                value = value @ self.latent_out  # type: ignore[assignment]
+            parameter.copy_(value)
+            parameter.requires_grad_(own[name].requires_grad)
+        return whole.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, neurons={self.neurons}, latent={self.latent}"
+
+
+class NeuronFeedForward(KeptFeedForward):
+    """A dense feed-forward network, unchanged, whose result the experts of a token add to.
+
+    `around` turns the dense module into one: an instance of a class below its own, with the same submodules and
+    attributes. Its forward is still the dense module's, so whatever works on that works here.
+
+    Args:
+        config: `MPOEConfig` with ``shape="neurons"``.
+        activation: see `ACTIVATIONS`.
+        bias: the experts have biases.
+        adds_input: the dense module is not the network itself but the one that ends it, called with its input too, and
+            adds that (BERT): ``forward(hidden, x)``.
+        init_std: see `NeuronExperts`.
+        others: as in `KeptFeedForward`; ``output_dropout``: of the dense module's result.
+    """
+
+    shape = "neurons"
+    dense_class: type[nn.Module] | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        config: MPOEConfig,
+        *,
+        names: Mapping[str, str],
+        columns: Mapping[str, slice] | None = None,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        adds_input: bool = False,
+        output_dropout: float = 0.0,
+        stream: str = "main",
+        init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            hidden_features,
+            config,
+            names=names,
+            columns=columns,
+            dropout=0.0,  # the dense network applies its own
+            output_dropout=0.0,
+            stream=stream,
+            device=device,
+        )
+        del self.dropout  # the dense module's may have this name
+        self.output_dropout, self.adds_input = output_dropout, adds_input
+        self.experts = NeuronExperts(
+            in_features,
+            config.num_experts,
+            config.neurons,  # type: ignore[arg-type]  # settled at construction
+            config.latent,
+            activation,
+            gated,
+            bias or config.expert_bias,
+            config.backend,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
+        )
+
+    def around(self, dense: nn.Module, projections: Mapping[str, nn.Module]) -> None:
+        """Become ``dense``, with the experts added. It must not be used any more.
+
+        ``projections``: by kind; those that are not in `names` are in other modules.
+        """
+        for name, value in vars(dense).items():
+            own = vars(self).get(name)
+            if isinstance(own, dict) and isinstance(value, dict):
+                own.update(value)  # parameters, buffers, submodules, hooks
+            elif name not in vars(self) and name != "forward":
+                setattr(self, name, value)
+        self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]  # classes can be hashed
+        self.adopt(projections)
+
+    def forward(self, hidden_states: Tensor, *others: Any, token_mask: Tensor | None = None) -> Tensor:
+        """The dense network's result plus that of every token's experts.
+
+        Args:
+            hidden_states, others: what the dense module takes.
+            token_mask: bool like the tokens, ``False`` = padding, which has no experts and is not counted; as in
+                `MPOEFeedForward.forward`.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        dense: Any = super()
+        if self.adds_input:
+            x, *others_left = others
+            return dense.forward(hidden_states, x + self._added(x, token_mask, x), *others_left)
+        y: Tensor = dense.forward(hidden_states, *others)
+        return y + self._added(hidden_states, token_mask, y)
+
+    def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
+        """The experts' results for tokens ``[..., I]``, in the dtype of ``like``."""
+        x, token_mask = self.tokens(hidden_states, token_mask)
+        gates, index = self._decision(x, token_mask)
+        if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.experts.dtype)
+        o = self.experts(x, gates, index)
+        for rate in (self.expert_dropout, self.output_dropout):
+            if self.training and rate:
+                o = nn.functional.dropout(o, rate)
+        return o.view(hidden_states.shape).to(like.dtype)
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """P and Q, if there are any."""
+        shared: dict[str, nn.Parameter] = self.experts.shared
+        return shared
+
+    def relative_flops(self, top_k: int) -> float:
+        """1 + k m / F; with a latent size 1 + l / F + k l m / (I F) (gated: 2 l / 3 F)."""
+        m, latent = self.experts.neurons, self.experts.latent
+        if latent is None:
+            return 1 + top_k * m / self.hidden_features
+        matrices = 2 if self.experts.gate_proj is None else 3
+        shared = 2 * latent / (matrices * self.hidden_features)
+        return 1 + shared + top_k * latent * m / (self.in_features * self.hidden_features)
+
+    def described(self) -> tuple[str, str]:
+        latent = self.experts.latent
+        return f"{self.experts.neurons} neurons", "-" if latent is None else str(latent)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a class that was made here has no name to be found by
+        return super().__reduce_ex__(protocol) if self.dense_class is None else (_bare, (self.dense_class,), vars(self))
+
+
+@functools.cache
+def _class_around(dense: type[nn.Module]) -> type[nn.Module]:
+    """The class of a `NeuronFeedForward` around a module of class ``dense``."""
+    bases = (NeuronFeedForward, dense)
+    return type(f"Neuron{dense.__name__}", bases, {"dense_class": dense, "__module__": __name__})
+
+
+def _bare(dense: type[nn.Module]) -> nn.Module:
+    """An instance without attributes, to be unpickled or copied into."""
+    made = _class_around(dense)  # type: ignore[arg-type]
+    return made.__new__(made)

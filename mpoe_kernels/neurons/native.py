@@ -1,0 +1,66 @@
+"""The compiled CPU kernels of csrc/cpu/neurons/neurons.h: float32 and bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.backends import Request
+from mpoe_kernels.checks import describe
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
+from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+
+
+def reasons(request: Request) -> list[str]:
+    """Why the kernels cannot run a request (empty: they can)."""
+    if request.dtype in (torch.float32, torch.bfloat16):
+        return []
+    return [f"it computes neuron_experts in float32 and bfloat16, not in {request.dtype}"]
+
+
+def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
+    returns."""
+    x, dtype = dense("x", call.x), call.x.dtype
+    if x.dim() != 2 or call.up.dim() != 3 or call.down.dim() != 3:
+        raise ValueError(f"x must have 2 axes, up and down 3; got {describe(x)}, {describe(call.up)}")
+    (tokens, width), (experts, neurons, _), out_features = x.shape, call.up.shape, call.down.shape[2]
+    index = dense_index("top_k_index", call.top_k_index, 2)
+    if index.shape[0] != tokens or call.gates.shape != index.shape:
+        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(call.gates)}")
+    kept = (
+        x,
+        dense("gates", call.gates).float(),
+        index,
+        dense_like("up", call.up, (experts, neurons, width), dtype),
+        dense_like("down", call.down, (experts, neurons, out_features), dtype),
+        None if call.bias is None else dense_like("bias", call.bias, (experts, neurons), dtype),
+        None if call.gate_up is None else dense_like("gate_up", call.gate_up, call.up.shape, dtype),
+    )
+    sizes = (tokens, width, out_features, neurons, experts, index.shape[1])
+    return (name_of(dtype), call.activation, sizes, [address(each) for each in kept]), kept
+
+
+def forward(call: NeuronCall) -> Tensor:
+    """See `neuron_experts`."""
+    arguments, _kept = _inputs(call)
+    out = call.x.new_empty(call.x.shape[0], call.down.shape[2])
+    NATIVE_LIBRARY.functions.neuron_experts(*arguments, out.data_ptr())
+    return out
+
+
+def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
+    """See `NeuronBackwardCall`."""
+    arguments, (x, gates, _, *weights) = _inputs(call)
+    grad = dense_like("grad", call.grad, (call.x.shape[0], call.down.shape[2]), call.x.dtype)
+    results = [
+        call.x.new_empty(0) if like is None or not wanted else torch.empty_like(like)
+        for like, wanted in zip((x, gates, *weights), call.need, strict=True)
+    ]
+    NATIVE_LIBRARY.functions.neuron_experts_backward(
+        *arguments, grad.data_ptr(), [result.data_ptr() for result in results]
+    )
+    results[1] = results[1].to(call.gates.dtype if call.need[1] else call.x.dtype)
+    return tuple(results)

@@ -1,0 +1,255 @@
+"""Experts of their own hidden neurons: the formula, padding, dropout, dtypes; gates of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpoe import MPOEConfig, RouterConfig
+from mpoe.layers import ACTIVATIONS, NeuronExperts, NeuronFeedForward, TopKRouter, routing_context
+
+I, F, E, M = 12, 20, 5, 3
+
+
+class Network(nn.Module):
+    """A feed-forward network of a dense model."""
+
+    def __init__(self, gated: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.wi, self.wo, self.dropout = nn.Linear(I, F, bias=False), nn.Linear(F, I, bias=False), nn.Dropout(dropout)
+        self.gate = nn.Linear(I, F, bias=False) if gated else None
+        self.scale = 2.0  # something that only its own forward knows
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.wi(x).relu() if self.gate is None else self.gate(x).relu() * self.wi(x)
+        return self.scale * self.wo(self.dropout(h))
+
+
+class Ending(nn.Module):
+    """The end of a network that adds its input, as BERT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm, self.dropout = nn.Linear(F, I), nn.LayerNorm(I), nn.Dropout(0.0)
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return self.norm(self.dropout(self.dense(hidden)) + x)
+
+
+def layer(
+    gated: bool = False, latent: int | None = None, top_k: int = 2, dropout: float = 0.0, router: dict | None = None
+) -> NeuronFeedForward:
+    """Around a `Network`, with experts that contribute."""
+    torch.manual_seed(0)
+    settings = RouterConfig(top_k=top_k, **(router or {}))
+    config = MPOEConfig(
+        shape="neurons", num_experts=E, neurons=M, latent=latent, router=settings, expert_bias=True, backend="eager"
+    )
+    dense = Network(gated, dropout)
+    names = {"up": "wi", "down": "wo", **({"gate_proj": "gate"} if gated else {})}
+    made = NeuronFeedForward(I, F, config, names=names, gated=gated)
+    made.around(dense, {kind: getattr(dense, name) for kind, name in names.items()})
+    nn.init.normal_(made.experts.down)
+    nn.init.normal_(made.experts.bias)
+    return made
+
+
+def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
+    """What the experts add to each of ``x [T, I]``, by the definition."""
+    own, decision = module.experts, module.router(x)
+    act = ACTIVATIONS[own.activation]
+    rows = []
+    for t, token in enumerate(x):
+        z = token if own.latent_in is None else token @ own.latent_in
+        total = torch.zeros_like(z)
+        for k, e in enumerate(decision.top_k_index[t].tolist()):
+            u = own.up[e] @ z
+            h = act(u + own.bias[e]) if own.gate_proj is None else act(own.gate_proj[e] @ z + own.bias[e]) * u
+            total = total + decision.top_k_weights[t, k] * (h @ own.down[e])
+        rows.append(total if own.latent_out is None else total @ own.latent_out)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("latent", [None, 4])
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_the_definition(gated: bool, latent: int | None, top_k: int) -> None:
+    module = layer(gated, latent, top_k)
+    x = torch.randn(2, 4, I)
+    want = Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
+    assert torch.allclose(module(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("latent", [None, 4])
+def test_gradients_follow_the_definition(latent: int | None) -> None:
+    module = layer(True, latent)
+    x = torch.randn(6, I, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    weight = torch.randn(6, I)
+    got = torch.autograd.grad((module(x) * weight).sum(), inputs)
+    want = torch.autograd.grad(((Network.forward(module, x) + added(module, x)) * weight).sum(), inputs)
+    for name, mine, theirs in zip(["x", *dict(module.named_parameters())], got, want, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5), name
+
+
+def test_padding_has_no_expert_and_is_not_counted() -> None:
+    module = layer()
+    x = torch.randn(2, 3, I)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    with routing_context({"main": mask}) as routing:
+        found = module(x)
+    with routing_context({"main": None}) as whole:
+        other = module(x)
+    assert torch.equal(found[~mask], Network.forward(module, x)[~mask])
+    assert torch.allclose(found[mask], other[mask])
+    (record,) = routing.records
+    assert int(record.expert_load.sum()) == 2 * int(mask.sum())
+    assert int(whole.records[0].expert_load.sum()) == 2 * mask.numel()
+    x[~mask] = float("nan")  # whatever padding holds stays there
+    again = module(x, token_mask=mask)
+    assert torch.equal(again[mask], found[mask])
+    with pytest.raises(ValueError, match=r"token_mask must be \[2, 3\]"):
+        module(x, token_mask=mask[:1])
+
+
+def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
+    torch.manual_seed(0)
+    dense, up = Ending(), nn.Linear(I, F)
+    config = MPOEConfig(shape="neurons", num_experts=E, neurons=M, router=RouterConfig(top_k=2), backend="eager")
+    module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
+    module.around(dense, {"up": up, "down": dense.dense})
+    nn.init.normal_(module.experts.down)
+    x, hidden = torch.randn(4, I), torch.randn(4, F)
+    own = Ending.forward(module, hidden, x + added_without_bias(module, x))
+    assert torch.allclose(module(hidden, x), own, atol=1e-5)
+    assert module.projections() == {"down": module.dense, "up": up}
+
+
+def added_without_bias(module: NeuronFeedForward, x: Tensor) -> Tensor:
+    decision = module.router(x)
+    h = torch.einsum("ti,emi->tem", x, module.experts.up).relu()
+    gates = torch.zeros(len(x), E).scatter(1, decision.top_k_index, decision.top_k_weights)
+    return torch.einsum("te,tem,emi->ti", gates, h, module.experts.down)
+
+
+def test_the_dense_networks_dropout_is_not_the_experts() -> None:
+    module = layer(dropout=0.5).train()
+    x = torch.randn(64, I)
+    torch.manual_seed(1)
+    found = module(x)
+    torch.manual_seed(1)
+    assert torch.allclose(found - Network.forward(module, x), added(module, x), atol=1e-5)
+    asked = layer(dropout=0.5, router={"expert_dropout": 0.5}).train()
+    torch.manual_seed(1)
+    found = asked(x)
+    torch.manual_seed(1)
+    share = ((found - Network.forward(asked, x)).abs() < 1e-6).float().mean()
+    assert 0.4 < float(share) < 0.6
+
+
+def test_dtypes() -> None:
+    module = layer().double()
+    x = torch.randn(3, I, dtype=torch.float64)
+    want = module(x)
+    assert want.dtype == torch.float64
+    half = layer().bfloat16()
+    assert torch.allclose(half(x.bfloat16()).double(), want, atol=0.3)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    whole = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = whole(x.float())
+    assert lowered.dtype == torch.bfloat16
+    assert torch.allclose(lowered.double(), want, atol=0.3)
+
+
+@pytest.mark.parametrize("latent", [None, 4])
+def test_merged(latent: int | None) -> None:
+    module = layer(True, latent)
+    module.experts.up.requires_grad_(False)
+    x = torch.randn(6, I)
+    want = module(x)
+    module.experts = module.experts.merged()
+    assert module.experts.latent is None
+    assert torch.allclose(module(x), want, atol=1e-5)
+    assert not module.experts.up.requires_grad
+    assert module.experts.down.requires_grad
+
+
+def test_random_neurons_have_a_dense_neurons_scale() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 64)
+    for latent in (None, 32):
+        experts = NeuronExperts(64, 16, 8, latent, gated=True, bias=True, init_std=0.1)
+        z = x if latent is None else x @ experts.latent_in
+        for weight in (experts.up, experts.gate_proj):
+            assert 0.7 < float((z @ weight.flatten(0, 1).t()).detach().std()) / (0.1 * 64**0.5) < 1.3
+        assert not experts.down.any()
+        assert not experts.bias.any()
+
+
+def test_no_token_and_one_token() -> None:
+    module = layer(True, 4).eval()
+    with torch.no_grad():
+        assert module(torch.randn(0, I)).shape == (0, I)
+        x = torch.randn(3, I)
+        assert torch.allclose(torch.cat([module(row[None]) for row in x]), module(x), atol=1e-5)
+
+
+# --------------------------------------------------------------------- gates
+
+
+def router(top_k: int = 2, **options) -> TopKRouter:
+    torch.manual_seed(0)
+    return TopKRouter(I, E, RouterConfig(top_k=top_k, init_scale=10.0, **options))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_gates(score: str, top_k: int, grad: bool) -> None:
+    x = torch.randn(7, I)
+    with torch.set_grad_enabled(grad):
+        raw = router(top_k, scoring_func=score, is_scale_prob=True)(x)
+        scores = raw.logits.softmax(-1) if score == "softmax" else raw.logits.sigmoid()
+        value, index = scores.topk(top_k, -1)
+        assert torch.equal(raw.top_k_index, index)
+        assert torch.allclose(raw.top_k_weights, value)
+        summed = router(top_k, scoring_func=score)(x)
+        assert torch.allclose(summed.top_k_weights, value / value.sum(-1, keepdim=True))
+        scaled = router(top_k, scoring_func=score, routed_scaling_factor=2.5)(x)
+        assert torch.allclose(scaled.top_k_weights, 2.5 * summed.top_k_weights)
+
+
+def test_a_correction_bias_chooses_and_does_not_weigh() -> None:
+    module = router(2, scoring_func="sigmoid", is_scale_prob=True, bias_update_rate=0.1)
+    x = torch.randn(7, I)
+    assert module.state_dict().keys() == {"weight", "e_score_correction_bias"}
+    plain = module(x)
+    module.e_score_correction_bias[3] = 2.0  # more than any score
+    found = module(x)
+    assert bool((found.top_k_index[:, 0] == 3).all())
+    assert torch.allclose(found.top_k_weights, found.logits.sigmoid().gather(1, found.top_k_index))
+    assert torch.equal(found.logits, plain.logits)
+    found.top_k_weights.sum().backward()
+    assert module.e_score_correction_bias.grad is None
+    assert router(2).e_score_correction_bias is None
+
+
+WRONG = {
+    "score": ({"scoring_func": "tanh"}, ValueError, "scoring_func must be one of 'softmax', 'sigmoid'; got 'tanh'"),
+    "factor": ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be greater than 0"),
+    "rate": ({"bias_update_rate": -1.0}, ValueError, "bias_update_rate must be at least 0"),
+    "gshard": (
+        {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
+        ValueError,
+        "second_policy needs scoring_func 'softmax' and bias_update_rate 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_of_a_router(case: str) -> None:
+    options, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        RouterConfig(**options)

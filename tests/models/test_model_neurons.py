@@ -1,0 +1,358 @@
+"""Models whose experts own hidden neurons: bit-exact conversion, saving, merging, masking, reports, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from mpoe import MPOEConfig, RouterConfig, compose, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
+from mpoe.layers import MPOEFeedForward, NeuronFeedForward
+from mpoe.models.checkpoint import save_mpoe_only
+from mpoe.models.neurons import neuron_modules
+from mpoe.models.report import routed_layers
+from mpoe.models.table import DENSE, TABLE
+
+from .test_model_hidden import batch, dense, every_family, logits
+from .tiny_families import GENERATED, first_result, tiny_batch, tiny_model
+
+WITHOUT_A_MODULE = ("bart", "opt")  # their layers hold the projections themselves
+GATES = {
+    "sum 1 times k": {},
+    "sum 1": {"routed_scaling_factor": 1.0},
+    "raw": {"is_scale_prob": True},
+    "sigmoid": {"scoring_func": "sigmoid", "bias_update_rate": 0.001},
+}
+both = pytest.mark.parametrize("latent", [None, 6])
+
+
+def heads() -> Iterator:
+    """Every head; by default of the first family in a file and of language models."""
+    first = {file: next(name for name in DENSE if TABLE[name].file == file) for file in {TABLE[t].file for t in DENSE}}
+    for model_type, auto, name in GENERATED:
+        usual = model_type in first.values() or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+        if model_type not in WITHOUT_A_MODULE:
+            marks = [] if usual else [pytest.mark.slow]
+            yield pytest.param(model_type, auto, name, id=f"{model_type}-{name}", marks=marks)
+
+
+def config(top_k: int = 2, router: dict | None = None, **fields) -> MPOEConfig:
+    values = {"shape": "neurons", "neurons": 8, "num_experts": 4, **fields}
+    return MPOEConfig(router=RouterConfig(top_k=top_k, **(router or {})), **values)
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """The same model with experts that contribute."""
+    torch.manual_seed(3)
+    for layer in neuron_modules(model).values():
+        nn.init.normal_(layer.experts.down, std=0.4)
+        if layer.experts.bias is not None:
+            nn.init.normal_(layer.experts.bias, std=0.4)
+    return model
+
+
+@every_family
+@both
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_conversion_changes_no_bit(family: str, latent: int | None, gates: str, top_k: int) -> None:
+    model = dense(family)
+    converted = convert_to_mpoe(model, config(top_k, GATES[gates], latent=latent))
+    assert torch.equal(logits(converted, family), logits(model, family))
+    before, after = dict(model.named_parameters()), dict(converted.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len(neuron_modules(converted)) == (2 if family.startswith("t5") else 1)
+
+
+@pytest.mark.parametrize(("model_type", "auto", "name"), list(heads()))
+@torch.no_grad()
+def test_every_family_and_head(model_type: str, auto: str, name: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type, name)
+    inputs = tiny_batch(model, model_type)
+    want = first_result(model(**inputs))
+    converted = convert_to_mpoe(model, config())
+    assert torch.equal(first_result(converted(**inputs)), want)
+    output = stirred(converted)(**inputs)
+    assert not torch.equal(first_result(output), want)
+    assert output.expert_load.sum() > 0
+    converted.save_pretrained(tmp_path)
+    again = getattr(transformers, auto).from_pretrained(tmp_path)
+    assert torch.equal(first_result(again(**inputs)), first_result(output))
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated"])
+def test_training_starts_where_the_dense_model_is(family: str) -> None:
+    """The dense network's own dropout, at its own place, from the same stream of random numbers."""
+    model = dense(family)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    converted = convert_to_mpoe(model, config())
+    results = []
+    for each in (model.train(), converted.train()):
+        torch.manual_seed(4)
+        results.append(each(**batch(family)).logits)
+    assert torch.equal(*results)
+
+
+def test_in_place_every_parameter_stays_the_optimizers() -> None:
+    model = dense("gpt2").train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**batch("gpt2")).logits.square().sum().backward()
+    optimizer.step()
+    known = {id(parameter) for parameter in model.parameters()}
+    converted = convert_to_mpoe(model, config(), inplace=True)
+    assert converted is model
+    new = [parameter for parameter in converted.parameters() if id(parameter) not in known]
+    assert len(known) + len(new) == sum(1 for _ in converted.parameters())
+    optimizer.add_param_group({"params": new})
+    converted(**batch("gpt2")).logits.square().sum().backward()
+    optimizer.step()
+    assert all(layer.experts.down.any() for layer in neuron_modules(converted).values())
+
+
+@every_family
+@both
+def test_saved_and_loaded(family: str, latent: int | None, tmp_path: Path) -> None:
+    router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
+    model = stirred(convert_to_mpoe(dense(family), config(2, router, latent=latent, expert_bias=True)))
+    for _, layer in routed_layers(model):
+        layer.router.e_score_correction_bias.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = load_mpoe(tmp_path)
+    assert loaded.mpoe_config == model.mpoe_config
+    assert torch.equal(logits(loaded, family), logits(model, family))
+
+
+def test_a_model_from_its_configuration_alone() -> None:
+    """Random weights; the experts contribute nothing yet."""
+    router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
+    wanted = convert_to_mpoe(dense("llama"), config(2, router, latent=6, expert_bias=True))
+    torch.manual_seed(0)
+    model = type(wanted)(wanted.config).eval()
+    (layer,) = neuron_modules(model).values()
+    assert not layer.experts.down.any()
+    assert not layer.experts.bias.any()
+    assert not layer.router.e_score_correction_bias.any()
+    assert 0.1 < float(layer.experts.latent_in.detach().std()) < 0.5  # I^-1/2 = .25
+    assert bool(torch.isfinite(logits(model, "llama")).all())
+
+
+def test_the_experts_and_routers_alone(tmp_path: Path) -> None:
+    base = dense("gpt2")
+    model = stirred(convert_to_mpoe(base, config(latent=6)))
+    save_mpoe_only(model, tmp_path, base)
+    assert torch.equal(logits(load_mpoe(tmp_path, base=base), "gpt2"), logits(model, "gpt2"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_copied_and_pickled(family: str) -> None:
+    model = stirred(convert_to_mpoe(dense(family), config()))
+    want = logits(model, family)
+    twin = copy.deepcopy(model)
+    for layer in neuron_modules(twin).values():
+        layer.experts.down.data.zero_()
+    assert torch.equal(logits(model, family), want)
+    assert not torch.equal(logits(twin, family), want)
+    alone = copy.deepcopy(NeuronFeedForward(16, 24, config(), names={}))  # not around anything yet
+    assert alone.dense_class is None
+    (layer,) = neuron_modules(model).values()
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is type(layer)
+    x = torch.randn(2, 3, 16)
+    inputs = (torch.randn(2, 3, 24), x) if family == "bert" else (x,)
+    assert torch.equal(again(*inputs), layer(*inputs))
+
+
+@every_family
+def test_a_latent_space_merges_into_the_neurons(family: str, tmp_path: Path) -> None:
+    model = stirred(convert_to_mpoe(dense(family), config(latent=6, expert_bias=True)))
+    want = logits(model, family)
+    merged = merge_latent(model)
+    assert (logits(merged, family) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert torch.equal(logits(model, family), want)
+    assert merged.mpoe_config.latent is None
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_mpoe(tmp_path), family), logits(merged, family))
+    with pytest.raises(ValueError, match=r"model must have neurons in a latent space \(latent=l\)"):
+        merge_latent(merged)
+
+
+@pytest.mark.parametrize("as_", [None, "mixtral"])
+def test_no_dense_experts_compute_the_same(as_: str | None) -> None:
+    model = convert_to_mpoe(dense("llama"), config())
+    with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
+        merge_experts(model, as_)
+
+
+@both
+def test_the_start_follows_torch_seed(latent: int | None) -> None:
+    model, found = dense("llama"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        (layer,) = neuron_modules(convert_to_mpoe(model, config(latent=latent))).values()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in layer.experts.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
+def test_neurons_start_as_copies_of_dense_ones(family: str) -> None:
+    model = dense(family)
+    (layer,) = neuron_modules(convert_to_mpoe(model, config(auxiliary_noise=1e-6))).values()
+    known = layer.central_weight("up").t()
+    for row, bias in zip(layer.experts.up[2], layer.experts.bias[2] if family == "gpt2" else range(8), strict=True):
+        place = int((known - row).abs().sum(1).argmin())
+        assert torch.allclose(known[place], row, atol=1e-4)
+        if family == "gpt2":
+            assert bias == layer.c_fc.bias[place]
+        else:
+            gate = layer.central_weight("gate_proj").t()[place]
+            assert (layer.experts.gate_proj[2] - gate).abs().sum(1).min() < 1e-3
+    (noisy,) = neuron_modules(convert_to_mpoe(model, config())).values()
+    distance = torch.cdist(noisy.experts.up[0].detach(), known.detach()).min(1).values
+    assert 0.1 < float(distance.mean() / 16**0.5 / known.detach().std()) < 0.7  # noise of half the standard deviation
+
+
+def test_one_expert_without_a_router() -> None:
+    model = convert_to_mpoe(dense("llama"), MPOEConfig(shape="neurons", neurons=8, moe_type="none"))
+    assert torch.equal(logits(model, "llama"), logits(dense("llama"), "llama"))
+    (layer,) = neuron_modules(stirred(model)).values()
+    assert layer.router is None
+    assert layer.experts.up.shape == (1, 8, 16)
+
+
+def test_shapes_by_pattern() -> None:
+    """Some layers have neurons and others blocks: each shape gets its own options."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mpoe.models.hidden import hidden_modules
+
+    from .test_model_hidden import LLAMA
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 2})).eval()
+    for base, pattern in (("neurons", {"layers.1.mlp": "hidden"}), ("hidden", {"layers.0.mlp": "neurons"})):
+        mixed = convert_to_mpoe(model, config(2, shape=base, shape_pattern=pattern))
+        assert list(neuron_modules(mixed)) == ["model.layers.0.mlp"]
+        assert list(hidden_modules(mixed)) == ["model.layers.1.mlp"]
+        (layer,) = hidden_modules(mixed).values()
+        assert layer.router.config.routed_scaling_factor is None
+        (layer,) = neuron_modules(mixed).values()
+        assert layer.router.config.routed_scaling_factor == 2.0
+
+
+def test_sites_of_a_model_outside_the_table() -> None:
+    from .test_model_opened import LLAMA_SITES
+
+    model = dense("llama")
+    converted = convert_to_mpoe(model, config(), sites=LLAMA_SITES)
+    assert torch.equal(logits(converted, "llama"), logits(model, "llama"))
+
+
+def test_sites_of_a_network_that_ends_in_another_module() -> None:
+    sites = {
+        "holder": "encoder.layer.*",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "place": "intermediate",
+        "sums": "output",
+        "activation": "gelu",
+    }
+    model = dense("bert")
+    converted = convert_to_mpoe(model, config(), sites=sites)
+    assert list(neuron_modules(converted)) == ["bert.encoder.layer.0.output"]
+    assert torch.equal(logits(converted, "bert"), logits(model, "bert"))
+    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+        convert_to_mpoe(model, config(), sites={**sites, "sums": ""})
+    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+        convert_to_mpoe(model, config(), sites={**sites, "sums": "attention"})
+    with pytest.raises(TypeError, match=r"sites\['sums'\] must be a name"):
+        convert_to_mpoe(model, config(), sites={**sites, "sums": 1})
+
+
+def test_networks_that_are_no_module_are_refused() -> None:
+    opt = OPTConfig(vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
+    opt.word_embed_proj_dim = 16
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartConfig(vocab_size=40, max_position_embeddings=16, **sizes, **heads)
+    for model in (OPTForCausalLM(opt), BartForConditionalGeneration(bart)):
+        with pytest.raises(ValueError, match=r"shape 'neurons' needs its up projection inside the module"):
+            convert_to_mpoe(model, config())
+
+
+def test_mixtures_and_compositions_are_refused() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
+        convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
+    base = dense("llama")
+    with pytest.raises(ValueError, match="config must have experts that can hold a fine-tune's network"):
+        compose(base, [base, base], config=config())
+
+
+WRONG = {
+    "neurons": ({"neurons": 0}, ValueError, "neurons must be at least 1; got 0"),
+    "type": ({"neurons": 8.0}, TypeError, "neurons must be an integer or None"),
+    "latent": ({"latent": 0}, ValueError, "latent must be at least 1; got 0"),
+    "other shape": ({"shape": "hidden"}, ValueError, "neurons needs shape 'neurons'; got 'hidden'"),
+    "no shape": ({"shape": None, "neurons": None, "latent": 4}, ValueError, "latent needs shape 'neurons'"),
+    "factor": (
+        {"shape": "hidden", "neurons": None, "router": RouterConfig(routed_scaling_factor=2.0)},
+        ValueError,
+        "routed_scaling_factor needs shape 'neurons'",
+    ),
+    "gshard": ({"moe_type": "moe", "router": RouterConfig.gshard()}, ValueError, "needs moe_type 'switch' or 'none'"),
+    "capacity": (
+        {"router": RouterConfig(capacity_factor=1.0)},
+        ValueError,
+        "shape 'neurons' needs router.capacity_factor None",
+    ),
+    "top_k": ({"router": RouterConfig(top_k=5)}, ValueError, "top_k must be at most num_experts = 4"),
+    "attention": (
+        {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}},
+        ValueError,
+        "which is one matrix, the shape 'neurons'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refusals(case: str) -> None:
+    change, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        convert_to_mpoe(dense("gpt2"), MPOEConfig(**{"shape": "neurons", "neurons": 8, "num_experts": 4, **change}))
+
+
+def test_a_layer_alone_has_no_dense_network() -> None:
+    with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
+        MPOEFeedForward(16, 24, config())
+
+
+def test_defaults() -> None:
+    """64 neurons; one in eight experts per token, two to eight; gates that sum to their number."""
+    found = [MPOEConfig(shape="neurons", num_experts=n) for n in (1, 2, 8, 32, 128)]
+    assert {each.neurons for each in found} == {64}
+    assert [each.top_k for each in found] == [1, 2, 2, 4, 8]
+    assert [each.router.routed_scaling_factor for each in found] == [1.0, 2.0, 2.0, 4.0, 8.0]
+    raw = MPOEConfig(shape="neurons", router=RouterConfig(is_scale_prob=True))
+    assert raw.router.routed_scaling_factor == 1.0
+    assert MPOEConfig().shape == "hidden"
+    saved = {"shape": "hidden", "num_experts": 4, "router": {"top_k": 2}}  # by an earlier version
+    assert MPOEConfig.from_dict(saved) == MPOEConfig(shape="hidden", num_experts=4)
+    assert MPOEConfig.from_dict(config(latent=6).to_dict()) == config(latent=6)

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mpoe_kernels import MPOShape
 from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import CompiledLibrary, load_library
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-
-SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+import mpoe_kernels.triton.architecture as architecture
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.cuda_library import unavailable_reasons as cuda_unavailable
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.triton import architecture
 
 AUTO = "auto"
 # Ops that are contractions: backends offer candidates for them instead of a kernel.

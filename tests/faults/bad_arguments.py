@@ -207,6 +207,7 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
             },
         ),
         "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
+        "merge_latent": (mpoe.merge_latent, lambda: {"model": mpoe_model("gpt2", shape="neurons", latent=8)}),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
         "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
         "save_mpoe_only": (mpoe.save_mpoe_only, only),

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpoe_kernels import cuda_library
+import mpoe_kernels.triton.architecture as architecture
 from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.cuda_library import unavailable_reasons as cuda_unavailable
 from mpoe_kernels.native_library import NATIVE_LIBRARY
-from mpoe_kernels.triton import architecture
 
 AUTO = "auto"
 # Ops that are contractions: backends offer candidates for them instead of a kernel.
@@ -326,6 +326,6 @@ def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], 
 EAGER = Backend("eager")
 NATIVE = Backend("native", unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons), request_reasons=_native_reasons)
 TRITON = Backend("triton", unavailable_reasons=_triton_unavailable, request_reasons=_triton_reasons, places_rows=True)
-CUDA = cuda_backend("cuda", "cuda", cuda_library.unavailable_reasons)
+CUDA = cuda_backend("cuda", "cuda", cuda_unavailable)
 for _backend in (EAGER, NATIVE, TRITON, CUDA):
     register_backend(_backend)

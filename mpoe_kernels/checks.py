@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 
@@ -75,24 +75,6 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name} must have a floating dtype (float64, float32, bfloat16, float16); got {describe(value)}"
         )
-
-
-def check_mask(name: str, value: object, shape: Sequence[int]) -> Tensor:
-    """Require a mask of this shape, bool or of the integers 0 and 1; returns it as bool.
-
-    An additive mask, 0 for what counts, would mean the opposite.
-    """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a bool tensor {list(shape)}; got {describe(value)}")
-    check_dense(name, value)
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        raise TypeError(
-            f"{name} must be bool (or integers), True for tokens and False for padding, not additive; "
-            f"got {describe(value)}"
-        )
-    if value.shape != torch.Size(shape):
-        raise ValueError(f"{name} must be {list(shape)}; got {describe(value)}")
-    return value.bool()
 
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:

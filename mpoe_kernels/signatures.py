@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
 from mpoe_kernels.contract import STRATEGIES
 
@@ -117,6 +118,8 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
 
 
 def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
+    if "backend" in given:
+        requested_backend(given["backend"])
     if "num_experts" in given:
         check_integer("num_experts", given["num_experts"], 1, MOST_EXPERTS)
     if given.get("capacity") is not None:

@@ -26,6 +26,7 @@ RANKS = {
     "mpoe_kernels.contract": 4,
     "mpoe_kernels.triton.architecture": 1,
     "mpoe_kernels.triton": 5,
+    "mpoe_kernels.signatures": 5,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,
     "mpoe_kernels.hidden_experts": 8,

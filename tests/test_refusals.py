@@ -26,7 +26,7 @@ from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKR
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
 from mpoe.training.checkpoints import step_of
-from mpoe.training.freezing import freeze_cores
+from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
@@ -174,6 +174,11 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "router top k": (lambda: TopKRouter(4, 2, RouterConfig(top_k=3)), ValueError, "top_k must be at most .* 2; got 3"),
     "cache of dense": (lambda: merged().cache_experts(5), ValueError, "cache_experts needs a model with MPO experts"),
     "summary of dense": (lambda: merged().mpoe_summary(), ValueError, "mpoe_summary needs a model with MPO weights"),
+    "freezing of nothing": (
+        lambda: freeze_all_but_experts(None),
+        TypeError,
+        "model must be a module; got NoneType",
+    ),
     "freezing of dense": (lambda: merged().freeze_central(), ValueError, "there are no central cores to freeze"),
     "parts of dense": (lambda: save_mpoe_only(gpt2(), "x", gpt2()), TypeError, "model must be an MPOE model"),
     "absent original": (

@@ -258,6 +258,8 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
     training = plan.arguments.to_dict()
     # A run may continue with another number of processes if the global batch stays the same.
     training["train_batch_size"] = training.pop("per_device_train_batch_size") * plan.arguments.world_size
+    if not training["adapter"]:  # runs that began before there was the option can be resumed
+        del training["adapter"]
     return {
         "model": plan.model.model,
         "experiment": dataclasses.asdict(plan.experiment),

@@ -15,9 +15,9 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.context import RouterRecord, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
+from mpoe.layers.masks import check_dense, check_mask
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
-from mpoe_kernels.checks import check_dense, check_mask
 
 
 def is_observed(module: nn.Module) -> bool:

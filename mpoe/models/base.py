@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_integer
 from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
@@ -38,7 +39,6 @@ from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints,
 from mpoe.models.saving import SavingMixin
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
-from mpoe_kernels.checks import check_integer
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
@@ -286,7 +286,8 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         """
         if not any(isinstance(module, MPOExperts) for module in self.modules()) and not kept_modules(self):
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
-        self._expert_cache_bytes = None if max_bytes is None else check_integer("max_bytes", max_bytes, 0)
+        check_integer("max_bytes", max_bytes, 0, optional=True)
+        self._expert_cache_bytes = max_bytes
 
     # -------------------------------------------------------- checkpointing
 

@@ -43,8 +43,10 @@ def freeze_all_but_experts(model: nn.Module) -> int:
         The number of parameters that train.
 
     Raises:
-        ValueError: a model without experts.
+        TypeError, ValueError: what is no module; a model without experts.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {type(model).__name__} {model!r}")
     parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
     for name, experts in expert_modules(model):
         children = dict(model.get_submodule(name.rpartition(".")[0]).named_children())

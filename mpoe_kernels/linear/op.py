@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels import cuda_library
 from mpoe_kernels.backends import BACKENDS, no_reasons, places_rows, requested_backend
 from mpoe_kernels.checks import (
     check_choice,
@@ -21,6 +20,7 @@ from mpoe_kernels.checks import (
 )
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
+from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
@@ -49,7 +49,7 @@ CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
     "triton": (triton.candidates, triton.contraction_reasons),
-    "cuda": (LinearKernels(cuda_library.CUDA_OPS, cuda_library.shared_memory).candidates, counting_reasons),
+    "cuda": (LinearKernels(CUDA_OPS, shared_memory).candidates, counting_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():
     BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_device
+from mpoe_kernels.checks import check_device, check_memory
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 
@@ -16,11 +17,15 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
 
     Raises:
         TypeError: ``blocks`` is not an `MPOBlocks`.
-        ValueError: its tensors are on several devices.
+        ValueError: its tensors are on several devices, or without their memory.
     """
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
     check_device("left", blocks.left, central=blocks.central, right=blocks.right)
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        for name in ("left", "central", "right"):
+            if type(block := getattr(blocks, name)) in (Tensor, torch.nn.Parameter):
+                check_memory(name, block)
     experts, rows_l, cols_l, a = blocks.left.shape
     _, rows_c, cols_c, b = blocks.central.shape
     _, _, rows_r, cols_r = blocks.right.shape

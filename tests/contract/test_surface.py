@@ -69,7 +69,12 @@ DELIBERATE = {
 _EXACT = (
     "a plan ranks by FLOPs; it holds exact numbers, the same on every device, and is made by plan_contraction alone"
 )
+_KEPT = "full weights are kept inside `generate` alone: model.cache_experts(max_bytes=...) sets the limit"
 DELIBERATE |= {
+    **{
+        f"mpoe.layers.{what} is gone": _KEPT
+        for what in ("ExpertCache", "ExpertCacheReport", "MPOExperts: members: cache_experts")
+    },
     **{
         f"mpoe_kernels.ContractionPlan: members: {each} is gone": _EXACT
         for each in ("bytes", "intensity", "memory_bytes", "seconds")

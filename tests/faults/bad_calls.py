@@ -26,6 +26,7 @@ import torch
 import mpoe
 import mpoe_kernels
 from mpoe.cli.errors import is_on_purpose
+from mpoe_kernels.checks import check_memory
 
 from .bad_arguments import exchange, make_paths, of_raw_ops, starts
 from .life_cycles import WrongNumbers, live
@@ -106,9 +107,14 @@ def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 
 def stray(result: Any) -> str | None:
     """What a result holds that nobody wrote: NaN, or the largest integer, with which fresh memory is filled."""
+    held: list[torch.Tensor] = []
     for tensor in tensors_of(result):
-        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel() or tensor.numel() > 1 << 24:
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested or not 0 < tensor.numel() <= 1 << 24:
             continue
+        with contextlib.suppress(ValueError):
+            check_memory("result", tensor)  # an argument without its memory that was given back is not to be read
+            held.append(tensor)
+    for tensor in held:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             return f"NaN in a result {list(tensor.shape)}"
         if tensor.dtype in (torch.int32, torch.int64) and bool((tensor == torch.iinfo(tensor.dtype).max).any()):
@@ -129,7 +135,7 @@ def answer(name: str, seed: int, folder: Path) -> int:
             print(live(seed))
             return WORKED
         call = bad_call(name, seed, folder)
-        print(call.what)
+        print(call.what, flush=True)
         result = call.function(**call.arguments)
     except WrongNumbers as error:
         print(error)

@@ -43,6 +43,8 @@ def negate(layer: Layer) -> None:
 def move_storage(layer: Layer) -> None:
     """Other memory under the same tensors, as FSDP gives it before a pass."""
     for parameter in layer.parameters():
+        if parameter.is_shared():  # PyTorch itself must not resize it
+            continue
         storage, values = parameter.untyped_storage(), parameter.detach().clone()
         size = storage.nbytes()
         storage.resize_(0)
@@ -52,7 +54,8 @@ def move_storage(layer: Layer) -> None:
 
 def empty_storage(layer: Layer) -> None:
     for parameter in layer.experts.parameters():
-        parameter.untyped_storage().resize_(0)
+        if not parameter.is_shared():
+            parameter.untyped_storage().resize_(0)
 
 
 def train(layer: Layer) -> None:

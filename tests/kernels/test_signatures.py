@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_mask
+from mpoe.layers.masks import check_mask
+from mpoe_kernels import BackendError
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
 
 from .backend_cases import on_every_backend
@@ -47,6 +48,8 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("route", {"num_experts": 2**31}, f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648"),
     ("route", {"num_experts": 0}, "num_experts must"),
+    ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
+    ("grouped_mpo_linear_backward", {"row_index": torch.full((10,), -1)}, r"row_index must lie in 0\.\.4; got -1"),
     ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
     ("route", {"top_k_index": torch.zeros(TOKENS, 0).long()}, "top_k_index must be .* with K >= 1"),
     ("route", {"token_mask": torch.zeros(TOKENS)}, r"token_mask must be bool \[T\], T = 5; got float32"),
@@ -79,7 +82,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_other_arguments(number: int, backend: str) -> None:
     op, changes, message = WRONG[number]
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, BackendError), match=message):
         run(op, {**calls(backend)[op], **changes})
 
 
@@ -96,13 +99,13 @@ def test_rows_are_placed_with_gates_and_slots(missing: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(2, 3), r"mask must be bool \(or integers\), .* not additive; got float32"),
+        (torch.zeros(2, 3), r"mask must be bool \(or integers\), .* not additive; got torch.float32"),
         (torch.zeros(2, 3, dtype=torch.complex64), "not additive"),
         (torch.ones(2, 3).bool().to_sparse(), "mask must be a dense tensor; got one of the layout torch.sparse_coo"),
         (torch.ones(2, 3).to_mkldnn(), "mask must be a dense tensor; got one of the layout torch._mkldnn"),
         (torch.nested.nested_tensor([torch.ones(3)]), "mask must be a dense tensor; got one of the layout nested"),
         ([[True] * 3] * 2, "mask must be a bool tensor .2, 3.; got list"),
-        (torch.ones(3, 2).bool(), r"mask must be \[2, 3\]; got bool \[3, 2\]"),
+        (torch.ones(3, 2).bool(), r"mask must be \[2, 3\]; got \[3, 2\]"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(getattr(value, "dtype", "list")),
 )

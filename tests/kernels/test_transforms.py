@@ -14,6 +14,7 @@ from mpoe_kernels import (
     MPOBlocks,
     combine,
     dispatch,
+    expert_weights,
     grouped_mpo_linear,
     hidden_experts,
     mpo_embedding,
@@ -214,6 +215,13 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
                 emptied.untyped_storage().resize_(left_over)
                 with pytest.raises((ValueError, RuntimeError), match=refused):
                     call(*inputs[:k], emptied, *inputs[k + 1 :])
+
+
+def test_weights_of_blocks_without_memory() -> None:
+    blocks = random_blocks(SHAPE, 2, torch.float32)
+    blocks.left.untyped_storage().resize_(blocks.left.nbytes // 2)
+    with pytest.raises(ValueError, match="left must hold its values"):
+        expert_weights(blocks)
 
 
 def test_views_of_larger_and_of_shared_memory_are_fine() -> None:

@@ -52,7 +52,7 @@ def test_what_fits_still_does() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.tensor([0.0, -torch.inf, 0.0]), "token_mask must be bool .* not additive; got float32"),
+        (torch.tensor([0.0, -torch.inf, 0.0]), "token_mask must be bool .* not additive; got torch.float32"),
         (torch.ones(3).bool().to_sparse(), "token_mask must be a dense tensor"),
         ([True, True, False], "token_mask must be a bool tensor .3.; got list"),
     ],

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +12,6 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, route
-from mpoe_kernels import native_library as load
-from mpoe_kernels.compiled import CompiledLibrary, load_library
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
@@ -34,82 +29,6 @@ SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 @pytest.fixture(autouse=True)
 def _native(native_library: None) -> None:
     assert not NATIVE_LIBRARY.reasons
-
-
-def loaded(path: Path, content: bytes) -> CompiledLibrary:
-    """Each in a file of its own: a library that is in use must not change."""
-    path.write_bytes(content)
-    return load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS)
-
-
-def test_a_library_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = NATIVE_LIBRARY.path.read_bytes()
-    assert loaded(tmp_path / "second.so", content).info == NATIVE_LIBRARY.info  # a second copy does no harm
-    monkeypatch.setattr("mpoe_kernels.version.__version__", "9.9")
-    (reason,) = loaded(tmp_path / "other.so", content).reasons
-    assert f"was built for mpoe {NATIVE_LIBRARY.info['version']}, this is mpoe 9.9: build again" in reason
-    monkeypatch.undo()
-    monkeypatch.setattr(load, "INFO_KEYS", {"no such key"})
-    (reason,) = loaded(tmp_path / "older.so", content).reasons
-    assert "was built for an older state of the sources" in reason
-    path = tmp_path / load.LIBRARY
-    (reason,) = loaded(path, b"damaged").reasons
-    assert f"{path} does not load on " in reason
-    path.unlink()
-    (reason,) = load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS).reasons
-    assert f"{load.LIBRARY} is not in {tmp_path}" in reason
-
-
-THREADS = """
-import os, torch
-from mpoe_kernels import MPOShape, grouped_mpo_linear, route
-from mpoe_kernels.testing.cases import random_blocks
-
-def threads():
-    return len(os.listdir("/proc/self/task"))
-
-def runtimes():
-    lines = open("/proc/self/maps").read().split()
-    return {word for word in lines if any(name in word for name in ("libgomp", "libomp", "libiomp"))}
-
-torch.set_num_threads(1)
-shape = MPOShape((16, 9, 16), (16, 7, 16), max_bond=24)
-routing = route(torch.arange(300).remainder(5).view(-1, 1), 5, backend="eager")
-x, blocks = torch.randn(300, shape.in_features), random_blocks(shape, 5, torch.float32)
-results = {}
-def compute(count):
-    torch.set_num_threads(count)
-    for strategy in ("rebuild", "half_left", "chain"):
-        y = grouped_mpo_linear(
-            x, blocks, routing.expert_offsets, row_index=routing.token_of_slot, backend="native", strategy=strategy)
-        results.setdefault(strategy, []).append(y)
-
-before = runtimes()
-alone = threads()
-compute(1)
-assert threads() == alone, "one thread was asked for"
-torch.set_num_threads(2)
-torch.randn(4000, 4000).sum()  # torch starts its pool
-pool = threads()
-compute(2)
-assert threads() == pool, (threads(), pool)
-assert runtimes() == before, runtimes() - before
-compute(1)
-assert all(torch.equal(one, other) for values in results.values() for one in values for other in values)
-print(alone, pool, len(before))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_one_pool_of_threads_and_one_openmp() -> None:
-    """No threads and no OpenMP runtime besides torch's; torch.set_num_threads is respected and changes no bit."""
-    command = [sys.executable, "-c", THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    alone, pool, runtimes = map(int, done.stdout.split())
-    assert pool == alone + 1  # torch's sum started the second thread
-    assert runtimes >= 1
 
 
 def forward_call(**changes: Any) -> ForwardCall:

@@ -53,6 +53,8 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     offsets = call.expert_offsets.tolist()
     check_offsets(offsets, call.slots)
+    if call.row_index is not None:
+        check_range("row_index", call.row_index, 0, call.x.shape[0] - 1)
     upstream = Upstream(call.grad, call.activation, call.saved, call.need[4])
     parts: tuple[Tensor | None, ...] = (None,) * 4
     if not any(call.need_of_plan):

@@ -188,9 +188,12 @@ def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggest
     from mpoe.config import MPOEConfig
     from mpoe.config.shapes import NEURONS, SEPARABLE
 
+    shape = options.shape
+    if shape is None and inventory.mpoe is not None and inventory.mpoe.is_neurons:
+        shape = NEURONS
     asked = ExpertOptions(
         num_experts=options.experts,
-        shape=SEPARABLE if options.shape is None and suggesting else options.shape,
+        shape=SEPARABLE if options.shape is None and suggesting else shape,
         max_bond=options.bond,
         separable_left=options.separable_left,
         separable_right=options.separable_right,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mpoe import MPOEConfig
 from mpoe.cli.plan import parse_count
 
 COSTS = {"parameters", "weight_bytes", "state_bytes", "temporary_bytes", "flops", "x_dense"}
@@ -150,6 +151,23 @@ def highest_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def test_neurons_and_what_a_converted_model_keeps_of_them(cli, tmp_path: Path) -> None:
+    answer = cli("plan", "t5-base", "--shape", "neurons", "--neurons", 88)
+    assert answer.code == 0, answer.err
+    assert "249.0 M" in answer.out
+    sizes = {"model_type": "t5", "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16}
+    mixture = MPOEConfig(shape="neurons", neurons=8, latent=16, num_experts=4).to_dict()
+    values = {**sizes, "model_type": "mpoe_t5", "vocab_size": 40, "mpoe": mixture}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for flags, shape in (([], "neurons"), (["--shape", "hidden"], "hidden"), (["--neurons", 4], "neurons")):
+        answer = cli("plan", tmp_path, *flags, "--json", tmp_path / "plan.json")
+        assert answer.code == 0, answer.err
+        found = json.loads((tmp_path / "plan.json").read_text())["config"]
+        assert found["shape"] == shape
+        assert found["neurons"] == (None if shape == "hidden" else 4 if flags else 8)
+        assert found["latent"] == (None if shape == "hidden" else 16)
+
+
 def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
     before, start = highest_memory(), time.perf_counter()
     for flags in ([], ["--suggest", "--max_flops", "2"]):
@@ -183,6 +201,8 @@ def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
         (["t5-base", "--max_parameters", "0"], "max_parameters must be at least 1"),
         (["t5-base", "--suggest", "--rank_by", "flop"], "did you mean 'flops'"),
         (["t5-base", "--suggest", "--bond", 64], "bond is what suggestions choose"),
+        (["t5-base", "--suggest", "--shape", "neurons"], "shape must be separable, paper or light with --suggest"),
+        (["t5-base", "--neurons", 8], "neurons needs shape 'neurons'; got 'hidden'"),
         (["t5-base", "--suggest", "--shape", "{}"], "shape must be separable, paper or light with --suggest"),
         (["t5-base", "--suggest", "--shape", "papr"], "shape must be one of"),
         (["t5-base", "--max_parameters", "80M"], "no shape meets max_parameters 80,000,000 with 8 experts"),

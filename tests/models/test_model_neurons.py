@@ -14,6 +14,10 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -27,7 +31,7 @@ from mpoe.models.neurons import neuron_modules
 from mpoe.models.report import routed_layers
 from mpoe.models.table import DENSE, TABLE
 
-from .test_model_hidden import batch, dense, every_family, logits
+from .test_model_hidden import LLAMA, batch, dense, every_family, logits
 from .tiny_families import GENERATED, first_result, tiny_batch, tiny_model
 
 WITHOUT_A_MODULE = ("bart", "opt")  # their layers hold the projections themselves
@@ -259,9 +263,11 @@ def test_shapes_by_pattern() -> None:
 def test_sites_of_a_model_outside_the_table() -> None:
     from .test_model_opened import LLAMA_SITES
 
-    model = dense("llama")
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**LLAMA)).eval()
     converted = convert_to_mpoe(model, config(), sites=LLAMA_SITES)
-    assert torch.equal(logits(converted, "llama"), logits(model, "llama"))
+    assert len(neuron_modules(converted)) == 1
+    assert torch.equal(logits(converted, "granite"), logits(model, "granite"))
 
 
 def test_sites_of_a_network_that_ends_in_another_module() -> None:
@@ -273,10 +279,11 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
         "sums": "output",
         "activation": "gelu",
     }
-    model = dense("bert")
+    torch.manual_seed(0)
+    model = ElectraForMaskedLM(ElectraConfig(**LLAMA, embedding_size=16)).eval()
     converted = convert_to_mpoe(model, config(), sites=sites)
-    assert list(neuron_modules(converted)) == ["bert.encoder.layer.0.output"]
-    assert torch.equal(logits(converted, "bert"), logits(model, "bert"))
+    assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
+    assert torch.equal(logits(converted, "electra"), logits(model, "electra"))
     with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
         convert_to_mpoe(model, config(), sites={**sites, "sums": ""})
     with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):

@@ -18,6 +18,7 @@ from mpoe.models.neurons import neuron_modules
 from mpoe.models.report import parameter_kind, routed_layers
 from mpoe.models.summary import HEADER, summarize, table_row
 from mpoe.training import MPOETrainingArguments, build_param_groups
+from mpoe.training.freezing import freeze_all_but_experts
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.statistics import core_grad_norms
 
@@ -82,6 +83,9 @@ def test_what_freezes(latent: int | None) -> None:
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".experts." in name)
     model.freeze_router()
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".router." in name)
+    freeze_all_but_experts(model)  # an adapter: routers, neurons, P and Q
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in kinds if ".experts." in name or ".router." in name}
 
 
 @pytest.mark.parametrize("family", ["t5_gated", "bert", "llama"])

@@ -12,24 +12,33 @@ from typing import TYPE_CHECKING, Any
 # Public name -> the module that defines it; loaded on first use.
 _NAMES = {
     "add_expert": "composition",
+    "collect_statistics": "expert_router",
     "compose": "composition",
+    "compose_experts": "expert_mixture",
     "convert_to_mpoe": "convert",
     "import_original": "original",
+    "load_expert": "expert_files",
     "load_layers": "load_layer",
     "load_mpoe": "checkpoint",
+    "merge_expert": "expert_files",
     "merge_experts": "convert",
     "merge_latent": "neurons",
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
     "quantisable_parameters": "others",
+    "save_expert": "expert_files",
     "save_mpoe_only": "checkpoint",
+    "start_expert": "expert_files",
 }
 
 if TYPE_CHECKING:
     from mpoe.models.checkpoint import load_mpoe, save_mpoe_only
     from mpoe.models.composition import add_expert, compose
     from mpoe.models.convert import convert_to_mpoe, merge_experts
+    from mpoe.models.expert_files import load_expert, merge_expert, save_expert, start_expert
+    from mpoe.models.expert_mixture import compose_experts
+    from mpoe.models.expert_router import collect_statistics
     from mpoe.models.load_layer import load_layers
     from mpoe.models.neurons import merge_latent
     from mpoe.models.original import import_original
@@ -55,18 +64,24 @@ _CLASSES = [
 __all__ = [
     *_CLASSES,
     "add_expert",
+    "collect_statistics",
     "compose",
+    "compose_experts",
     "convert_to_mpoe",
     "import_original",
+    "load_expert",
     "load_layers",
     "load_mpoe",
+    "merge_expert",
     "merge_experts",
     "merge_latent",
     "mpo_modules",
     "parameter_kind",
     "parameter_report",
     "quantisable_parameters",
+    "save_expert",
     "save_mpoe_only",
+    "start_expert",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import tempfile
@@ -35,6 +34,7 @@ from mpoe.models.weight_files import (
     declared_shapes,
     read_json,
     read_tensors,
+    tensors_hash,
     weight_files,
 )
 
@@ -148,16 +148,6 @@ def _is_mpoe(name: str) -> bool:
     return "experts" in parts or "router" in parts or "cores" in parts
 
 
-def _rest_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().contiguous().cpu()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _own(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if _is_mpoe(name)}
 
@@ -205,7 +195,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     module.write_rate_ratios()
     module.config.architectures = [type(module).__name__]
     own = {n: value.contiguous().cpu() for n, value in _own(module).items()}
-    identity = {"base": name, "class": type(dense).__name__, "sha256": _rest_hash(rest)}
+    identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
     # Written elsewhere and moved into place, the config last: an interrupted save leaves nothing that looks like a
     # model.
@@ -253,7 +243,7 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     check_floating(skeleton, files)
     model = copy.deepcopy(dense)
     _install(model, cls, parsed)
-    if _rest_hash(_rest(model)) != identity.get("sha256"):
+    if tensors_hash(_rest(model)) != identity.get("sha256"):
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
     adopt_class(model, cls, parsed)
     model.config.conversion_errors = values.get("conversion_errors")

@@ -58,7 +58,8 @@ def in_table(model: Any) -> bool:
     return getattr(model.config, "model_type", None) in TABLE
 
 
-def _check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module) -> None:
+    """Refuse NaN, Inf and parameters without memory (ValueError)."""
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if absent is not None:
         raise ValueError(
@@ -211,7 +212,7 @@ def convert_to_mpoe(
         found = find_sites(model, family, model.config, config)
     tied = _check_sites(model, found, config)
     _check_backend(config.backend)
-    _check_finite(model)
+    check_finite(model)
     _warn_of_float16(model, found)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:

@@ -6,11 +6,13 @@ are compared with what its configuration describes before a model of that size i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -117,6 +119,16 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     declared_shapes(files)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_repeats(values: Mapping[str, Any], shapes: Shapes, file: Path) -> None:

@@ -1,0 +1,309 @@
+"""An expert is a file: hidden neurons that were trained beside a frozen dense model, to be merged or composed later.
+
+The file is one of safetensors. Its tensors are ``weights.LAYER.up`` (``gate_proj``, ``down``: ``[m, I]``; ``bias``:
+``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.expert_router`); its metadata hold a JSON object, `Expert.facts`,
+and the SHA-256 of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpoe.config import MPOEConfig
+from mpoe.layers.neurons import NeuronExperts
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
+from mpoe.models.expert_router import check_statistics
+from mpoe.models.families import family_of
+from mpoe.models.find import find_sites
+from mpoe.models.neurons import NeuronSite, neuron_modules
+from mpoe.models.weight_files import declared_shapes, tensors_hash
+from mpoe.models.widen import widened
+from mpoe_kernels.version import __version__
+
+FORMAT = 1
+_PARTS = ("experts", "router")  # modules of a layer that the dense model does not have
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert by itself.
+
+    Attributes:
+        facts: ``format``, ``version``, ``name``, ``base`` and ``tokenizer`` (SHA-256 of the base's weights and of the
+            vocabulary, or ``None``), ``base_name``, ``model``, ``neurons``, ``activation``, ``gated``, ``training``.
+        weights: ``LAYER.up``, ``gate_proj``, ``down``: ``[m, I]``; ``bias``: ``[m]``.
+        statistics: see `mpoe.models.expert_router`; empty if there are none.
+    """
+
+    facts: dict[str, Any]
+    weights: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return str(self.facts["name"])
+
+    @property
+    def neurons(self) -> int:
+        """m."""
+        return int(self.facts["neurons"])
+
+
+def base_identity(model: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights of a dense model, or of the one inside a mixture of
+    neurons."""
+    own = tuple(f"{layer}.{part}." for layer in neuron_modules(model) for part in _PARTS)
+    return tensors_hash({name: value for name, value in model.state_dict().items() if not name.startswith(own)})
+
+
+def dense_identity(model: Any) -> str:
+    """`base_identity` of a dense model with finite weights; ValueError for others."""
+    converted_class(model)
+    check_finite(model)
+    return base_identity(model)
+
+
+def vocabulary_identity(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary.
+
+    Raises:
+        TypeError: what has no ``get_vocab``.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(f"tokenizer must be a tokenizer of Transformers; got {type(tokenizer).__name__}")
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_base(base: Any, identity: str, expert: Expert) -> None:
+    """Refuse an expert of another base than the one of this identity (ValueError)."""
+    if expert.facts.get("base") != identity:
+        raise ValueError(
+            f"expert {expert.name!r} must be of this base; it was trained beside {expert.facts.get('base_name')!r} "
+            f"({expert.facts.get('model')}), whose weights are not bit for bit those of this {type(base).__name__} "
+            f"in {getattr(base, 'dtype', None)}"
+        )
+
+
+def _values(experts: NeuronExperts) -> dict[str, Tensor]:
+    return {name: parameter.detach()[0] for name, parameter in experts.named_parameters()}
+
+
+def check_weights(expert: Expert, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights of other names or shapes, and NaN (ValueError)."""
+    found = {name: tuple(value.shape) for name, value in expert.weights.items()}
+    if found != wanted:
+        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))[0]
+        raise ValueError(f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has {found.get(odd)}")
+    bad = sorted(name for name, value in expert.weights.items() if not bool(torch.isfinite(value).all()))
+    if bad:
+        raise ValueError(f"expert {expert.name!r} must have finite weights; NaN or Inf in {bad[0]}")
+
+
+def expected_weights(model: Any, neurons: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that an expert of ``neurons`` has beside a model with a layer for it, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, module in neuron_modules(model).items():
+        for part, parameter in module.experts.named_parameters():
+            shapes[f"{layer}.{part}"] = (neurons, *parameter.shape[2:])
+    return shapes
+
+
+def opened(expert: Any) -> Expert:
+    """An expert, or the one in a file."""
+    return expert if isinstance(expert, Expert) else load_expert(expert)
+
+
+@torch.no_grad()
+def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: bool = False) -> Any:
+    """Put one expert beside every feed-forward network of a dense model; only it trains.
+
+    Everything else is frozen, so that any training loop (an unmodified ``Trainer``, weight decay included) leaves it as
+    it is, bit for bit. There is no router: the expert adds to every token.
+
+    Args:
+        model: of a dense family in `mpoe.models.table` (networks that are a module, or BERT's).
+        neurons: the expert's hidden neurons per network, m: copies of random dense ones that contribute nothing yet.
+        expert: an `Expert` or its file, to continue from; its size counts then, not ``neurons``.
+        inplace: change ``model`` itself instead of a copy.
+
+    Raises:
+        TypeError, ValueError: as `convert_to_mpoe` and `load_expert`; an expert of another base.
+    """
+    expert = None if expert is None else opened(expert)
+    if expert is not None:
+        check_base(model, dense_identity(model), expert)
+        neurons = expert.neurons
+    started = convert_to_mpoe(model, MPOEConfig(moe_type="none", shape="neurons", neurons=neurons), inplace=inplace)
+    if expert is not None:
+        check_weights(expert, expected_weights(started, neurons))
+    started.requires_grad_(False)
+    for layer, module in neuron_modules(started).items():
+        module.experts.requires_grad_(True)
+        for part, value in _values(module.experts).items():
+            if expert is not None:
+                value.copy_(expert.weights[f"{layer}.{part}"])
+    return started
+
+
+def save_expert(
+    model: Any,
+    path: str | Path,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    training: Mapping[str, Any] | None = None,
+) -> Expert:
+    """Write the expert of a model, without the model, to one file.
+
+    Args:
+        model: from `start_expert`.
+        path: of the file, e.g. ``law.expert``; its name is the expert's. An existing file is replaced.
+        statistics: from `collect_statistics`; without them an expert can be merged but not composed.
+        tokenizer: its vocabulary is noted, and `compose_experts` refuses experts of different ones.
+        training: facts to keep with it, for JSON: data, steps, rates, losses.
+
+    Raises:
+        TypeError: a model without such an expert, a path or ``training`` of another type.
+        ValueError: weights or statistics with NaN, statistics of another model, a path that cannot be a file.
+    """
+    layers = neuron_modules(model) if isinstance(model, MPOEModelMixin) else {}
+    if not layers or any(layer.router is not None or layer.experts.latent is not None for layer in layers.values()):
+        raise TypeError(f"model must have one expert (see start_expert); this {type(model).__name__} does not")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a file; got {type(path).__name__}")
+    file = Path(path)
+    if not file.name or not file.parent.is_dir() or (file.exists() and not file.is_file()):
+        raise ValueError(f"path must be of a file in a folder that is there; got {str(path)!r}")
+    if training is not None and not isinstance(training, Mapping):
+        raise TypeError(f"training must be a mapping of facts; got {type(training).__name__}")
+    if statistics is not None:
+        check_statistics(statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics")
+    module: Any = model
+    check_finite(module)
+    first = next(iter(layers.values())).experts
+    facts = {
+        "format": FORMAT,
+        "version": __version__,
+        "name": file.stem,
+        "base": base_identity(model),
+        "base_name": str(getattr(module.config, "mpoe_base", "") or ""),
+        "model": module.dense_class.__name__,
+        "tokenizer": None if tokenizer is None else vocabulary_identity(tokenizer),
+        "neurons": first.neurons,
+        "activation": first.activation,
+        "gated": first.gate_proj is not None,
+        "training": dict(training or {}),
+    }
+    weights = {f"{name}.{part}": v for name, layer in layers.items() for part, v in _values(layer.experts).items()}
+    expert = Expert(facts, weights, dict(statistics or {}))
+    check_weights(expert, expected_weights(model, first.neurons))
+    write_expert(expert, file)
+    return expert
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256((text + tensors_hash(tensors)).encode()).hexdigest()
+
+
+def write_expert(expert: Expert, file: Path) -> None:
+    """Write a file as a whole or not at all."""
+    try:
+        text = json.dumps(expert.facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"training must hold what JSON can; {error}") from error
+    tensors = {f"weights.{name}": value for name, value in expert.weights.items()}
+    tensors |= {f"statistics.{name}": value for name, value in expert.statistics.items()}
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
+        staged = Path(aside) / "expert"
+        save_file(tensors, staged, metadata={"expert": text, "sha256": _checksum(text, tensors)})
+        os.replace(staged, file)
+
+
+def load_expert(path: str | Path) -> Expert:
+    """Read an expert's file.
+
+    Raises:
+        TypeError: a path of another type.
+        ValueError: no file, one that is damaged or not an expert's, of a newer format, or with NaN.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be an expert's file; got {type(path).__name__}")
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"path must be an expert's file; {str(path)!r} is no file")
+    declared_shapes([file])
+    with safe_open(file, framework="pt") as source:
+        metadata = source.metadata() or {}
+        tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    if "expert" not in metadata:
+        raise ValueError(f"path must be an expert's file (see save_expert); {file} is another safetensors file")
+    if metadata.get("sha256") != _checksum(metadata["expert"], tensors):
+        raise ValueError(f"{file} is damaged: its contents have another SHA-256 than it says")
+    facts = json.loads(metadata["expert"])
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{file} must be of format {FORMAT}; got {facts.get('format')!r} (of a newer mpoe?)")
+    own = {
+        kind: {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+        for kind in ("weights.", "statistics.")
+    }
+    expert = Expert(facts, own["weights."], own["statistics."])
+    check_weights(expert, {name: tuple(value.shape) for name, value in expert.weights.items()})
+    return expert
+
+
+def _networks(model: Any) -> list[NeuronSite]:
+    config = MPOEConfig(moe_type="none", shape="neurons")
+    found = find_sites(model, family_of(model.config.model_type), model.config, config)
+    return [site for site in found if isinstance(site, NeuronSite)]
+
+
+@torch.no_grad()
+def merge_expert(model: Any, expert: Any) -> Any:
+    """A dense model of the same class with F + m hidden neurons that computes what ``model`` and the expert do.
+
+    Args:
+        model: the expert's base; it is not changed.
+        expert: an `Expert` or its file.
+
+    Raises:
+        TypeError, ValueError: as `load_expert`; a model outside the table of dense families, or of another base.
+    """
+    expert = opened(expert)
+    check_base(model, dense_identity(model), expert)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for site in _networks(model):
+        rows, hidden = site.weight("up").shape
+        wanted |= {f"{site.place}.{kind}": (expert.neurons, rows) for kind in site.dense}
+        if site.bias("up") is not None:
+            wanted[f"{site.place}.bias"] = (expert.neurons,)
+    check_weights(expert, wanted)
+    merged = widened(model, hidden + expert.neurons)
+    for site in _networks(merged):
+        for kind in site.dense:
+            value, weight = expert.weights[f"{site.place}.{kind}"], site.weight(kind)
+            if kind == "down":
+                weight[hidden:] = value
+            else:
+                weight[:, hidden:] = value.t()
+        bias = site.bias("up")
+        if bias is not None:
+            bias[hidden:] = expert.weights[f"{site.place}.bias"]
+    if merged.can_generate():
+        merged.generation_config = model.generation_config
+    return merged

@@ -1,0 +1,137 @@
+"""`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or joint training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.data.documentation import load_documentation
+from mpoe.models.convert import convert_to_mpoe
+from mpoe.models.expert_files import (
+    Expert,
+    check_base,
+    check_weights,
+    dense_identity,
+    expected_weights,
+    opened,
+    start_expert,
+    vocabulary_identity,
+)
+from mpoe.models.expert_router import Statistics, check_statistics, collect_statistics, router_weight
+from mpoe.models.neurons import neuron_modules
+from mpoe.models.weight_files import tensors_hash
+
+BACKGROUND_RANK = 512  # eigenvectors of the base's own statistics
+PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
+
+
+def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """The start of the packaged text, documentation of Python, for `collect_statistics`.
+
+    Raises:
+        ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens than the model's.
+    """
+    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
+    text = "\n\n".join(record.text for record in load_documentation().split("train")[::20])
+    ids = tokenizer(text[: 10 * PIECES * length])["input_ids"]
+    count = min(PIECES, len(ids) // length)
+    if not count or max(ids) >= model.get_input_embeddings().num_embeddings:
+        raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
+    rows = torch.tensor(ids[: count * length]).view(count, length).split(AT_ONCE)
+    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    return [dict.fromkeys(names, part) for part in rows]
+
+
+def _checked(base: Any, experts: Any, tokenizer: Any) -> list[Expert]:
+    if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
+        raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
+    found = [opened(expert) for expert in experts]
+    identity, known = dense_identity(base), set()
+    vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
+    for expert in found:
+        check_base(base, identity, expert)
+        own = tensors_hash(expert.weights)
+        if own in known:
+            raise ValueError(f"experts must differ; {expert.name!r} is there twice")
+        known.add(own)
+        if not expert.statistics:
+            raise ValueError(f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none")
+        if expert.facts["tokenizer"] is not None:
+            vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
+    if len(vocabularies) > 1:
+        odd = " and ".join(vocabularies.values())
+        raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
+    return found
+
+
+@torch.no_grad()
+def compose_experts(
+    base: Any,
+    experts: Sequence[Any],
+    *,
+    top_k: int = 2,
+    none: bool = True,
+    background: Iterable[Mapping[str, Tensor]] | Statistics | None = None,
+    tokenizer: Any = None,
+) -> Any:
+    """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
+
+    A router's logits are a linear discriminant (`mpoe.models.expert_router.router_weight`), its gates sum to 1. The
+    last expert is *none*, which adds nothing: tokens that are more like the background than like any domain stay as in
+    the base. The result depends on ``base``, the experts in their order, ``background`` and the options alone, so a
+    mixture with one expert more or fewer is composed in the same way, with the ``background_statistics`` of this one.
+
+    Args:
+        base: the dense model that all were trained beside; it is not changed.
+        experts: `Expert`s or their files; smaller ones are padded with neurons that are 0.
+        top_k: experts of a token, *none* among them.
+        none: have the expert *none*.
+        background: batches of a text of no domain (keyword arguments of the model), or statistics; ``None`` = the
+            documentation of Python, for which ``tokenizer`` is needed. Not used without *none*.
+        tokenizer: of the base.
+
+    Returns:
+        The mixture (``shape="neurons"``), in eval mode, with ``background_statistics`` and, in its config,
+        ``mpoe_experts``: the experts' names.
+
+    Raises:
+        TypeError, ValueError: as `load_expert`; no experts, one that is there twice, of another base or tokenizer,
+            without statistics; no background and no tokenizer; ``top_k`` larger than the number of experts.
+    """
+    found = _checked(base, experts, tokenizer)
+    number = len(found) + bool(none)
+    routing = RouterConfig(top_k=top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0)
+    neurons = max(expert.neurons for expert in found)
+    config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)
+    if none and background is None:
+        if tokenizer is None:
+            raise ValueError("background must be batches or statistics, or tokenizer the base's; got neither")
+        background = documentation_batches(base, tokenizer)
+    mixture = convert_to_mpoe(base, config).eval()
+    layers = neuron_modules(mixture)
+    sizes = {name: layer.in_features for name, layer in layers.items()}
+    for expert in found:
+        check_weights(expert, expected_weights(mixture, expert.neurons))
+        check_statistics(expert.statistics, sizes, f"the statistics of expert {expert.name!r}")
+    classes: list[Statistics] = [expert.statistics for expert in found]
+    mixture.background_statistics = None
+    if none:
+        if not isinstance(background, Mapping):
+            rank = min(BACKGROUND_RANK, *sizes.values())
+            background = collect_statistics(start_expert(base, 1), background, rank)  # type: ignore[arg-type]
+        check_statistics(background, sizes, "background")
+        mixture.background_statistics = dict(background)
+        classes.append(background)
+    for name, layer in layers.items():
+        for part, parameter in layer.experts.named_parameters():
+            parameter.zero_()
+            for place, expert in enumerate(found):
+                parameter[place, : expert.neurons] = expert.weights[f"{name}.{part}"].to(parameter)
+        router: Any = layer.router
+        router.weight.copy_(router_weight(classes, name))
+    mixture.config.mpoe_experts = [expert.name for expert in found] + ["none"] * bool(none)
+    return mixture

@@ -1,7 +1,8 @@
 """`mpoe compose BASE FINE_TUNE ... --output_dir OUT`: several fine-tunes of one language model become one mixture.
 
 A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` a single FINE_TUNE is added to a mixture
-that this command made."""
+that this command made. Files of experts that were trained apart (`mpoe.save_expert`) are composed in place of
+fine-tunes, without texts; `--add MIXTURE` then starts with the experts of a mixture, `--remove` leaves some out."""
 
 from __future__ import annotations
 
@@ -29,8 +30,10 @@ class ComposeOptions:
     router: str = option("ridge", "ridge: closed form; train: then trained alone")
     experts: str = option("dense", "dense (exact), hidden or mpo (fitted, the error is shown)")
     block_size: int | None = option(None, "size of the blocks of hidden experts")
-    top_k: int = option(1, "experts per token")
+    top_k: int | None = option(None, "experts per token; default 1, of experts' files 2 or the mixture's")
     add: str | None = option(None, "a composed mixture, which gets the fine-tune as one expert more")
+    remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
+    background: str | None = option(None, "of experts' files: a text of no domain; default: documentation of Python")
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece")
     steps: int = option(200, "steps of --router train")
@@ -43,6 +46,13 @@ def command(arguments: Sequence[str]) -> None:
     if asked is None:
         return
     names, (options,), _ = asked
+    from mpoe.cli import compose_experts
+
+    if compose_experts.is_meant(names, options):
+        compose_experts.run(names, options)
+        return
+    if options.remove or options.background is not None:
+        raise CommandError("remove and background are for experts' files; got fine-tunes")
     if len(names) < 2:
         raise CommandError(f"compose needs a base and at least one fine-tune: {USAGE}")
     run(names[0], names[1:], options)
@@ -50,15 +60,9 @@ def command(arguments: Sequence[str]) -> None:
 
 def _check(names: Sequence[str], options: ComposeOptions) -> Path:
     """Refuse invalid options; returns the output folder."""
-    from mpoe.training.output_dir import check_folder
-
-    if options.output_dir is None:
-        raise CommandError(f"compose needs --output_dir: {USAGE}")
+    out = check_common(options)
     if options.experts not in ("dense", "hidden", "mpo"):
         raise CommandError(f"experts must be dense, hidden or mpo; got {options.experts!r}")
-    for name in ("max_texts", "max_length"):
-        if getattr(options, name) < 2:
-            raise CommandError(f"{name} must be at least 2; got {getattr(options, name)}")
     if options.add is not None and len(names) != 1:
         raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
     if len(options.texts) != len(names):
@@ -66,6 +70,18 @@ def _check(names: Sequence[str], options: ComposeOptions) -> Path:
     missing = [text for text in options.texts if not Path(text).is_file()]
     if missing:
         raise CommandError(f"texts: no such file: {missing[0]}")
+    return out
+
+
+def check_common(options: ComposeOptions) -> Path:
+    """Refuse invalid sizes and a folder that holds a model; returns the output folder."""
+    from mpoe.training.output_dir import check_folder
+
+    if options.output_dir is None:
+        raise CommandError(f"compose needs --output_dir: {USAGE}")
+    for name in ("max_texts", "max_length"):
+        if getattr(options, name) < 2:
+            raise CommandError(f"{name} must be at least 2; got {getattr(options, name)}")
     out = Path(options.output_dir)
     check_folder("output_dir", out)
     if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
@@ -147,7 +163,7 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
 
     if options.add is None:
         config = exact_config(base, len(fine_tunes))
-        config.router.top_k = options.top_k
+        config.router.top_k = options.top_k or 1
         if options.experts != "dense":
             config.expert_type, config.shape = "mpo", "hidden" if options.experts == "hidden" else "separable"
             config.block_size = options.block_size

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
@@ -17,14 +19,19 @@ from mpoe.models.expert_files import (
     check_weights,
     dense_identity,
     expected_weights,
+    load_expert,
     opened,
     start_expert,
     vocabulary_identity,
+    write_expert,
 )
 from mpoe.models.expert_router import Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.neurons import neuron_modules
-from mpoe.models.weight_files import tensors_hash
+from mpoe.models.weight_files import read_json, read_tensors, tensors_hash
 
+NONE = "none"  # name of the expert that adds nothing
+# In the folder of a mixture, next to the model: what it was composed of.
+EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
 BACKGROUND_RANK = 512  # eigenvectors of the base's own statistics
 PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
 
@@ -50,14 +57,19 @@ def _checked(base: Any, experts: Any, tokenizer: Any) -> list[Expert]:
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
     found = [opened(expert) for expert in experts]
-    identity, known = dense_identity(base), set()
+    identity, known, names = dense_identity(base), set(), set()
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
     for expert in found:
         check_base(base, identity, expert)
         own = tensors_hash(expert.weights)
         if own in known:
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
+        if expert.name in names | {NONE}:
+            raise ValueError(
+                f"experts must have names of their own, not {NONE!r}; got {expert.name!r} (rename its file)"
+            )
         known.add(own)
+        names.add(expert.name)
         if not expert.statistics:
             raise ValueError(f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none")
         if expert.facts["tokenizer"] is not None:
@@ -95,12 +107,13 @@ def compose_experts(
         tokenizer: of the base.
 
     Returns:
-        The mixture (``shape="neurons"``), in eval mode, with ``background_statistics`` and, in its config,
-        ``mpoe_experts``: the experts' names.
+        The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts as ``composed_of``,
+        and their names in its config as ``mpoe_experts``.
 
     Raises:
-        TypeError, ValueError: as `load_expert`; no experts, one that is there twice, of another base or tokenizer,
-            without statistics; no background and no tokenizer; ``top_k`` larger than the number of experts.
+        TypeError, ValueError: as `load_expert`; no experts, one that is there twice, two of one name, one of another
+            base or tokenizer or without statistics; no background and no tokenizer; ``top_k`` larger than the number of
+            experts.
     """
     found = _checked(base, experts, tokenizer)
     number = len(found) + bool(none)
@@ -133,5 +146,28 @@ def compose_experts(
                 parameter[place, : expert.neurons] = expert.weights[f"{name}.{part}"].to(parameter)
         router: Any = layer.router
         router.weight.copy_(router_weight(classes, name))
-    mixture.config.mpoe_experts = [expert.name for expert in found] + ["none"] * bool(none)
+    mixture.config.mpoe_experts = [expert.name for expert in found] + [NONE] * bool(none)
+    mixture.composed_of = found
     return mixture
+
+
+def keep_experts(mixture: Any, folder: Path) -> None:
+    """Write what `compose_experts` composed next to the saved mixture, for `kept_experts`."""
+    (folder / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    for expert in mixture.composed_of:
+        write_expert(expert, folder / EXPERTS_FOLDER / f"{expert.name}.expert")
+    if mixture.background_statistics is not None:
+        save_file(mixture.background_statistics, folder / BACKGROUND_FILE)
+
+
+def kept_experts(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
+    """The experts of a mixture in their order, without *none*, and its background's statistics if it has *none*.
+
+    Raises:
+        ValueError: a folder without a composed mixture, or with damaged files.
+    """
+    names = read_json(folder / "config.json").get("mpoe_experts") if (folder / "config.json").is_file() else None
+    if not isinstance(names, list) or not (folder / EXPERTS_FOLDER).is_dir():
+        raise ValueError(f"{folder} must hold a mixture that was composed of experts; it does not")
+    experts = [load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE]
+    return experts, read_tensors([folder / BACKGROUND_FILE]) if NONE in names else None

@@ -81,7 +81,7 @@ def collect_statistics(
         Tensors by name, see `mpoe.models.expert_router`.
 
     Raises:
-        TypeError: ``model`` is not an MPOE model.
+        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name.
         ValueError: a model without neurons, no tokens, a ``rank`` that is no integer between 0 and the model size,
             inputs that are not finite.
     """
@@ -101,6 +101,8 @@ def collect_statistics(
     try:
         module.eval()
         for batch in batches:
+            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+                raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
             module(**{name: value.to(device) for name, value in batch.items()})
     finally:
         module.train(was_training)

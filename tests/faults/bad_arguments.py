@@ -181,6 +181,32 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
     def added() -> dict[str, Any]:
         return {"mixture": mpoe.compose(**composed()), "base": dense_model("gpt2"), "fine_tune": dense_model("gpt2")}
 
+    def started() -> Any:
+        torch.manual_seed(0)
+        return mpoe.start_expert(dense_model("gpt2"), 4)
+
+    def texts() -> list[Any]:
+        return [{"input_ids": torch.arange(8)[None]}]
+
+    def saved_expert() -> dict[str, Any]:
+        model = started()
+        statistics = mpoe.collect_statistics(model, texts())
+        return {"model": model, "path": folder / "an.expert", "statistics": statistics, "training": {"steps": 3}}
+
+    def merged_expert() -> dict[str, Any]:
+        mpoe.save_expert(**saved_expert())
+        torch.manual_seed(0)
+        return {"model": dense_model("gpt2"), "expert": folder / "an.expert"}
+
+    def loaded_expert() -> dict[str, Any]:
+        return {"path": merged_expert()["expert"]}
+
+    def composed_experts() -> dict[str, Any]:
+        expert = mpoe.save_expert(**saved_expert())
+        torch.manual_seed(0)
+        options = {"top_k": 2, "none": True, "background": texts()}
+        return {"base": dense_model("gpt2"), "experts": [expert], **options}
+
     def made(factory: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
         return lambda **options: forward(factory, options.pop("x"), **options)
 
@@ -206,6 +232,15 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
                 "fine_tune": dense_model("gpt2"),
             },
         ),
+        "start_expert": (mpoe.start_expert, lambda: {"model": dense_model("gpt2"), "neurons": 4, "expert": None}),
+        "collect_statistics": (
+            mpoe.collect_statistics,
+            lambda: {"model": started(), "batches": texts(), "rank": 2},
+        ),
+        "save_expert": (mpoe.save_expert, saved_expert),
+        "load_expert": (mpoe.load_expert, loaded_expert),
+        "merge_expert": (mpoe.merge_expert, merged_expert),
+        "compose_experts": (mpoe.compose_experts, composed_experts),
         "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
         "merge_latent": (mpoe.merge_latent, lambda: {"model": mpoe_model("gpt2", shape="neurons", latent=8)}),
         "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),

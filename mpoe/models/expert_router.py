@@ -75,7 +75,8 @@ def collect_statistics(
         batches: keyword arguments of the model, some thousand tokens or more; what ``attention_mask`` leaves out is not
             counted.
         rank: eigenvectors of each layer's sketch; ``None`` = as many as make the statistics at most a tenth of the
-            expert's bytes (of experts with at least 20 neurons, or 14 gated ones, in float32).
+            expert's bytes. Mean and diagonal alone are more than that with fewer than 10 neurons (7 gated ones; in 16
+            bits 20 and 14).
 
     Returns:
         Tensors by name, see `mpoe.models.expert_router`.

@@ -198,9 +198,6 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
         torch.manual_seed(0)
         return {"model": dense_model("gpt2"), "expert": folder / "an.expert"}
 
-    def loaded_expert() -> dict[str, Any]:
-        return {"path": merged_expert()["expert"]}
-
     def composed_experts() -> dict[str, Any]:
         expert = mpoe.save_expert(**saved_expert())
         torch.manual_seed(0)
@@ -238,7 +235,7 @@ def of_mpoe(folder: Path) -> dict[str, Start]:
             lambda: {"model": started(), "batches": texts(), "rank": 2},
         ),
         "save_expert": (mpoe.save_expert, saved_expert),
-        "load_expert": (mpoe.load_expert, loaded_expert),
+        "load_expert": (mpoe.load_expert, lambda: {"path": merged_expert()["expert"]}),
         "merge_expert": (mpoe.merge_expert, merged_expert),
         "compose_experts": (mpoe.compose_experts, composed_experts),
         "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),

@@ -57,7 +57,9 @@ def _checked(base: Any, experts: Any, tokenizer: Any) -> list[Expert]:
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
     found = [opened(expert) for expert in experts]
-    identity, known, names = dense_identity(base), set(), set()
+    identity = dense_identity(base)
+    known: set[str] = set()
+    names: set[str] = set()
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
     for expert in found:
         check_base(base, identity, expert)

@@ -1,5 +1,5 @@
-"""`mpoe export IN OUT --to mixtral|qwen3_moe|olmoe`: exports a mixture to a class that other tools can serve, with full
-matrices.
+"""`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with full matrices to
+mixtral, qwen3_moe or olmoe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
 
 The exported model is opened again with the stock class, and its logits are compared."""
 
@@ -21,7 +21,10 @@ class ExportOptions:
 
     _argument_group_name = "run"
 
-    to: str = dataclasses.field(default="mixtral", metadata={"help": "class: mixtral, qwen3_moe or olmoe"})
+    to: str = dataclasses.field(
+        default="mixtral",
+        metadata={"help": "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe"},
+    )
     max_shard_size: str = dataclasses.field(default="5GB", metadata={"help": "largest file of weights"})
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
 

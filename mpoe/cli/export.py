@@ -55,6 +55,7 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
     from mpoe.models.export import check_export
+    from mpoe.models.export_neurons import server_notes
 
     model = load_model(source)
     stock = merge_experts(model, as_=options.to)
@@ -64,4 +65,6 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
             tokenizer.save_pretrained(staging)
         difference = check_export(model, Path(staging), options.to)
     print(f"saved to {out}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
+    for note in server_notes(options.to, stock.config):
+        print(f"note: {note}; Transformers computes the same")
     return difference

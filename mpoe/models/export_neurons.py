@@ -17,7 +17,7 @@ from mpoe.layers.neurons import NeuronFeedForward
 def neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
     """What the classes ask of a model and its layers -> whether that is missing."""
     dense = [module for layer in layers for module in layer.projections().values()]
-    linear = [module for module in dense if type(module) is nn.Linear]
+    plain = [m for m in dense if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None]
     size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
     slides = bool(getattr(config, "use_sliding_window", size is not None))
     return {
@@ -25,8 +25,8 @@ def neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, boo
         "every layer has rotary positions; no_rope_layers leaves some without": not all(
             getattr(config, "no_rope_layers", None) or ()
         ),
-        "its dense projections are nn.Linear; merge adapters or dequantise first": len(linear) < len(dense),
-        "its dense network has no biases (mlp_bias)": any(module.bias is not None for module in linear),
+        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": len(plain)
+        < len(dense),
         "its experts have no biases (expert_bias)": any(layer.experts.bias is not None for layer in layers),
     }
 
@@ -38,6 +38,22 @@ def neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
     multipliers = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
     bias = getattr(model.config, "attention_bias", False)  # of all four projections, as in a Llama
     return {**multipliers, "attention_multiplier": head_dim**-0.5, "attention_bias": bias}
+
+
+def server_notes(to: str, config: Any) -> list[str]:
+    """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
+    if to == "qwen2_moe":
+        return ["llama.cpp computes something else for this class: it renormalises no gates"]
+    if to != "granitemoeshared":
+        return []
+    heads = config.hidden_size // config.num_attention_heads
+    problems = {
+        f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for this class; these have "
+        f"{config.head_dim}": config.head_dim != heads,
+        "vLLM's class has no biases in attention; this model has them": config.attention_bias,
+        f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act != "silu",
+    }
+    return [note for note, holds in problems.items() if holds]
 
 
 def neuron_tensors(name: str, layer: NeuronFeedForward, to: str) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ def neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
 
 def server_notes(to: str, config: Any) -> list[str]:
     """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
-    if to == "qwen2_moe":
-        return ["llama.cpp computes something else for this class: it renormalises no gates"]
+    if to == "qwen2_moe" and config.norm_topk_prob:
+        return ["llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never renormalises gates"]
     if to != "granitemoeshared":
         return []
     heads = config.hidden_size // config.num_attention_heads

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -132,7 +133,7 @@ def test_the_command_writes_what_opens_without_mpoe(model_type, to, tmp_path, ca
     command.command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", to])
     answer = capsys.readouterr().out
     assert f"a {CLASSES[to]} whose logits differ by" in answer
-    assert ("note: llama.cpp computes something else" in answer) == (to == QWEN)
+    assert ("note: llama.cpp divides 0 by 0" in answer) == (to == QWEN)
     ids = ",".join(map(str, IDS[0].tolist()))
     code = OPENED.replace(
         "print(", "from transformers import AutoTokenizer as A; A.from_pretrained(sys.argv[1])\nprint("
@@ -209,3 +210,4 @@ def test_servers_that_compute_something_else_are_named(changes, words):
     assert len(notes) == (words is not None)
     assert words is None or notes[0].startswith(words)
     assert server_notes("mixtral", None) == []
+    assert server_notes(QWEN, transformers.Qwen2MoeConfig()) == []  # one that was a Qwen2-MoE before its conversion

@@ -62,11 +62,12 @@ def neuron_tensors(name: str, layer: NeuronFeedForward, to: str) -> dict[str, Te
     experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
     factor = router.config.routed_scaling_factor or 1.0
     gate, up, down = (layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down"))
+    dtype = down.dtype  # routers and experts may be float32 beside a 16-bit network
     own = {
-        "experts.gate_up_proj": torch.cat([experts.gate_proj, experts.up], 1),
-        "experts.down_proj": (experts.down * factor).transpose(1, 2).contiguous(),
+        "experts.gate_up_proj": torch.cat([experts.gate_proj, experts.up], 1).to(dtype),
+        "experts.down_proj": (experts.down * factor).to(dtype).transpose(1, 2).contiguous(),
     }
-    routes = router.weight.to(down.dtype)
+    routes = router.weight.to(dtype)
     if to == "qwen2_moe":
         shared = {
             "gate.weight": routes,

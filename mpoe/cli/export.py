@@ -1,5 +1,5 @@
-"""`mpoe export IN OUT --to mixtral|qwen3_moe|olmoe`: exports a mixture to a class that other tools can serve, with full
-matrices.
+"""`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with full matrices to
+mixtral, qwen3_moe or olmoe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
 
 The exported model is opened again with the stock class, and its logits are compared."""
 
@@ -21,7 +21,10 @@ class ExportOptions:
 
     _argument_group_name = "run"
 
-    to: str = dataclasses.field(default="mixtral", metadata={"help": "class: mixtral, qwen3_moe or olmoe"})
+    to: str = dataclasses.field(
+        default="mixtral",
+        metadata={"help": "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe"},
+    )
     max_shard_size: str = dataclasses.field(default="5GB", metadata={"help": "largest file of weights"})
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
 
@@ -52,6 +55,7 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
     from mpoe.models.export import check_export
+    from mpoe.models.export_neurons import server_notes
 
     model = load_model(source)
     stock = merge_experts(model, as_=options.to)
@@ -61,4 +65,6 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
             tokenizer.save_pretrained(staging)
         difference = check_export(model, Path(staging), options.to)
     print(f"saved to {out}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
+    for note in server_notes(options.to, stock.config):
+        print(f"note: {note}; Transformers computes the same")
     return difference

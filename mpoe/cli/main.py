@@ -12,7 +12,7 @@ COMMANDS = {
     "compare": "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, scores, curves, time).",
     "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
     "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
-    "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|qwen3_moe|olmoe.",
+    "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|granitemoeshared|...",
     "compose": "Make one mixture of several fine-tunes: mpoe compose BASE FT1 FT2 --output_dir OUT --texts T1 T2.",
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',

@@ -253,25 +253,27 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is not changed.
-        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``: returns an instance of that Transformers class, which every
-            tool that supports the class can open (see `mpoe.models.export`); for a model that was a mixture before its
-            conversion, the name of its own family. In this case the model's experts may already be dense.
+        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``, for experts of shape ``"neurons"`` ``"granitemoeshared"`` or
+            ``"qwen2_moe"``: returns an instance of that Transformers class, which every tool that supports the class
+            can open (see `mpoe.models.export`); for a model that was a mixture before its conversion, the name of its
+            own family. In this case the model's experts may already be dense.
 
     Raises:
         TypeError: a model that is not an MPOE model.
-        ValueError: experts that are already dense, or that are neurons beside a dense network; a model that ``as_``
-            cannot represent exactly, with the reasons.
+        ValueError: without ``as_``, experts that are already dense or neurons beside a dense network; a model that
+            ``as_`` cannot represent exactly, with the reasons.
     """
     if not isinstance(model, MPOEModelMixin):
         raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
-    if neuron_modules(model):
+    has_neurons = bool(neuron_modules(model))
+    if has_neurons and as_ is None:
         raise ValueError(
             "model must have experts that each are a whole network; those of shape 'neurons' are added to a dense one, "
             "and no mixture of full matrices computes the same (merge_latent removes their latent space)"
         )
     is_dense = _has_dense_experts(model)
     if as_ is not None:
-        return as_stock(model if is_dense else merge_experts(model), as_)
+        return as_stock(model if is_dense or has_neurons else merge_experts(model), as_)
     if is_dense:
         raise ValueError(
             f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}, "

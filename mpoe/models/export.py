@@ -1,5 +1,5 @@
 """Export of mixtures to classes that other tools can serve: Transformers' Mixtral and Qwen3-MoE, with full matrices per
-expert.
+expert; GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense network.
 
 A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
 are transposed. Exports that would not be exact are refused.
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.neurons import NeuronFeedForward
+from mpoe.models.export_neurons import neuron_checks, neuron_tensors, neuron_values
 from mpoe.models.mixtures import MixtureMixin, dense_config
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
@@ -37,6 +39,8 @@ class Target:
         config, model: names of its classes.
         experts, inner: its configuration's fields for the number of experts and the size of their hidden layer.
         renormalises: whether the gates of a token always sum to 1.
+        shared: its configuration's field for the size of the dense network beside the experts, of which they are
+            neurons; ``None`` = every expert is a whole network.
     """
 
     families: tuple[str, ...]
@@ -45,6 +49,7 @@ class Target:
     experts: str
     inner: str
     renormalises: bool
+    shared: str | None = None
 
 
 TARGETS = {
@@ -55,6 +60,24 @@ TARGETS = {
         ("qwen3",), "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", False
     ),
     "olmoe": Target((), "OlmoeConfig", "OlmoeForCausalLM", "num_experts", "intermediate_size", False),
+    "granitemoeshared": Target(
+        ("llama", "mistral", "smollm3"),
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        "num_local_experts",
+        "intermediate_size",
+        True,
+        "shared_intermediate_size",
+    ),
+    "qwen2_moe": Target(
+        ("qwen2",),
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        "num_experts",
+        "moe_intermediate_size",
+        True,
+        "shared_expert_intermediate_size",
+    ),
 }
 # Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
@@ -71,7 +94,16 @@ def _reasons(model: Any, to: str) -> list[str]:
         known = " or ".join(target.families)
         wanted = f"is the mixture of a {known}" if known else "has no dense family: only an OLMoE can become one"
         return [f"{to} {wanted}; this is a {model.mpoe_family}"]
-    layers = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
+    neurons = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
+    whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
+    if neurons and target.shared is None:
+        fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
+        return [
+            f"{to}: its experts are whole networks; those of shape 'neurons' are added to a dense one, as those of "
+            f"{fitting} are"
+        ]
+    if whole and target.shared is not None:
+        return [f"{to}: its experts are neurons beside a dense network (shape 'neurons'); these are whole networks"]
     router = mpoe.router
     checks = {
         f"it takes a causal language model; this is a {type(model).__name__}": not model.can_generate(),
@@ -79,20 +111,30 @@ def _reasons(model: Any, to: str) -> list[str]:
         "it has no second-expert policies (moe_type 'moe')": router.is_gshard,
         "its experts have no capacity (eval_capacity_factor)": router.eval_capacity_factor is not None,
         "its gates sum to 1; is_scale_prob keeps raw probabilities": router.is_scale_prob and target.renormalises,
+        f"its gates are a softmax; scoring_func is {router.scoring_func!r}": router.scoring_func != "softmax",
+        "its router has no bias of the scores (bias_update_rate)": router.bias_update_rate > 0,
+        "every layer is a mixture; some are dense here": len(neurons or whole) != config.num_hidden_layers,
+        f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
+        != {"ffn"},
+    }
+    checks |= neuron_checks(config, neurons) if neurons else _whole_checks(config, whole)
+    return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
+
+
+def _whole_checks(config: Any, layers: list[MPOEFeedForward]) -> dict[str, bool]:
+    """What the classes whose experts are whole networks ask besides -> whether that is missing."""
+    return {
         "its projections have no biases": any(
             weights.bias is not None for layer in layers for weights in layer.experts.projections().values()
         )
         or any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias")),
-        "every layer is a mixture; some are dense here": len(layers) != config.num_hidden_layers,
-        f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
-        != {"ffn"},
         "its layers attend alike; use_sliding_window is on": bool(getattr(config, "use_sliding_window", False)),
     }
-    return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
 
 
 def _target_config(model: Any, to: str) -> Any:
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    neurons = next((m.experts.neurons for m in model.modules() if isinstance(m, NeuronFeedForward)), None)
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values |= {
@@ -101,25 +143,35 @@ def _target_config(model: Any, to: str) -> Any:
         "num_experts_per_tok": mpoe.top_k,
         "head_dim": head,
         "router_aux_loss_coef": mpoe.router.balance_loss_weight,
-        "sliding_window": getattr(config, "sliding_window", None),
     }
+    if target.shared is not None:
+        values |= {target.inner: neurons, target.shared: config.intermediate_size}
+        return getattr(transformers, target.config)(**values, **neuron_values(model, to, head))
+    values["sliding_window"] = getattr(config, "sliding_window", None)
     if not target.renormalises:
         values["norm_topk_prob"] = not mpoe.router.is_scale_prob
     return getattr(transformers, target.config)(**values)
 
 
-def _renamed(merged: Any) -> dict[str, Tensor]:
-    """The state of a model with dense experts under the names of Transformers' mixtures."""
-    layers: Mapping[str, Any] = {n: m for n, m in merged.named_modules() if isinstance(m, MPOEFeedForward)}
+def _renamed(merged: Any, to: str) -> dict[str, Tensor]:
+    """The state of a model with dense experts, or with neurons, under the names of Transformers' mixtures."""
+    kinds = (MPOEFeedForward, NeuronFeedForward)
+    layers: Mapping[str, Any] = {n: m for n, m in merged.named_modules() if isinstance(m, kinds)}
     inside = tuple(f"{name}." for name in layers)
     state = {name: value for name, value in merged.state_dict().items() if not name.startswith(inside)}
     for name, layer in layers.items():
-        weights: dict[str, ExpertWeights] = layer.experts.projections()
-        up, gate, down = (weights[kind].weight for kind in ("up", "gate_proj", "down"))
-        state[f"{name}.gate.weight"] = layer.router.weight.to(up.dtype)
-        state[f"{name}.experts.gate_up_proj"] = torch.cat([gate, up], -1).transpose(1, 2).contiguous()
-        state[f"{name}.experts.down_proj"] = down.transpose(1, 2).contiguous()
+        state |= neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
     return state
+
+
+def _whole(name: str, layer: Any) -> dict[str, Tensor]:
+    weights: dict[str, ExpertWeights] = layer.experts.projections()
+    up, gate, down = (weights[kind].weight for kind in ("up", "gate_proj", "down"))
+    return {
+        f"{name}.gate.weight": layer.router.weight.to(up.dtype),
+        f"{name}.experts.gate_up_proj": torch.cat([gate, up], -1).transpose(1, 2).contiguous(),
+        f"{name}.experts.down_proj": down.transpose(1, 2).contiguous(),
+    }
 
 
 def _stock_class(model: Any, to: str) -> Any:
@@ -128,7 +180,7 @@ def _stock_class(model: Any, to: str) -> Any:
 
 @torch.no_grad()
 def as_stock(merged: Any, to: str) -> Any:
-    """``merged``, a model with dense experts, as the Transformers class that computes the same.
+    """``merged``, a model with dense experts or with neurons, as the Transformers class that computes the same.
 
     A model that was a mixture before its conversion becomes an instance of its original class again, with any head.
 
@@ -143,7 +195,7 @@ def as_stock(merged: Any, to: str) -> Any:
         raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
     is_mixture = isinstance(merged, MixtureMixin)
     stock = _stock_class(merged, to)(dense_config(merged) if is_mixture else _target_config(merged, to))
-    state = merged.state_dict() if is_mixture else _renamed(merged)
+    state = merged.state_dict() if is_mixture else _renamed(merged, to)
     stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
     stock.tie_weights()
     if merged.can_generate():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import describe
 from mpoe_kernels.indices import check_range
 from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
@@ -21,8 +20,6 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """Key E marks a pair that is masked or dropped."""
     top_k_index, num_experts, capacity, token_mask = call.top_k_index, call.num_experts, call.capacity, call.token_mask
     tokens, top_k = top_k_index.shape
-    if top_k < 1:
-        raise ValueError(f"top_k_index must be [T, K] with K >= 1; got {describe(top_k_index)}")
     check_range("top_k_index", top_k_index, 0, num_experts - 1)
     keys = top_k_index
     if token_mask is not None:

@@ -111,7 +111,7 @@ class _Tokenizer:
 @pytest.mark.parametrize(
     ("model_type", "to", "options", "words"),
     [
-        ("llama", "gpt2_moe", {}, "as_ must be one of 'mixtral', 'qwen3_moe', 'olmoe'; got 'gpt2_moe'"),
+        ("llama", "gpt2_moe", {}, "as_ must be one of 'mixtral', 'qwen3_moe', 'olmoe', 'granite"),
         ("llama", "qwen3_moe", {}, "qwen3_moe is the mixture of a qwen3; this is a llama"),
         ("llama", "olmoe", {}, "only an OLMoE can become one; this is a llama"),
         ("llama", "mixtral", {"router": RouterConfig(top_k=2, is_scale_prob=True)}, "its gates sum to 1"),

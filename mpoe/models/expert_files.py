@@ -34,6 +34,7 @@ from mpoe.models.widen import widened
 from mpoe_kernels.version import __version__
 
 FORMAT = 1
+FACTS = {"base", "base_name", "model", "tokenizer", "neurons"}  # that are read again
 _PARTS = ("experts", "router")  # modules of a layer that the dense model does not have
 
 
@@ -42,8 +43,9 @@ class Expert:
     """An expert by itself.
 
     Attributes:
-        facts: ``format``, ``version``, ``name``, ``base`` and ``tokenizer`` (SHA-256 of the base's weights and of the
-            vocabulary, or ``None``), ``base_name``, ``model``, ``neurons``, ``activation``, ``gated``, ``training``.
+        facts: ``format``, ``version``, ``name`` (the file's), ``base`` and ``tokenizer`` (SHA-256 of the base's weights
+            and of the vocabulary, or ``None``), ``base_name``, ``model``, ``neurons``, ``activation``, ``gated``,
+            ``training``.
         weights: ``LAYER.up``, ``gate_proj``, ``down``: ``[m, I]``; ``bias``: ``[m]``.
         statistics: see `mpoe.models.expert_router`; empty if there are none.
     """
@@ -112,12 +114,19 @@ def check_weights(expert: Expert, wanted: Mapping[str, tuple[int, ...]]) -> None
         raise ValueError(f"expert {expert.name!r} must have finite weights; NaN or Inf in {bad[0]}")
 
 
+def _networks(model: Any) -> list[NeuronSite]:
+    config = MPOEConfig(moe_type="none", shape="neurons")
+    found = find_sites(model, family_of(model.config.model_type), model.config, config)
+    return [site for site in found if isinstance(site, NeuronSite)]
+
+
 def expected_weights(model: Any, neurons: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that an expert of ``neurons`` has beside a model with a layer for it, by name."""
+    """Shapes of the weights of an expert of ``neurons`` beside a dense model, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, module in neuron_modules(model).items():
-        for part, parameter in module.experts.named_parameters():
-            shapes[f"{layer}.{part}"] = (neurons, *parameter.shape[2:])
+    for site in _networks(model):
+        shapes |= {f"{site.place}.{kind}": (neurons, site.weight("up").shape[0]) for kind in site.dense}
+        if site.bias("up") is not None:
+            shapes[f"{site.place}.bias"] = (neurons,)
     return shapes
 
 
@@ -146,15 +155,13 @@ def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: 
     if expert is not None:
         check_base(model, dense_identity(model), expert)
         neurons = expert.neurons
+        check_weights(expert, expected_weights(model, neurons))
     started = convert_to_mpoe(model, MPOEConfig(moe_type="none", shape="neurons", neurons=neurons), inplace=inplace)
-    if expert is not None:
-        check_weights(expert, expected_weights(started, neurons))
     started.requires_grad_(False)
     for layer, module in neuron_modules(started).items():
         module.experts.requires_grad_(True)
-        for part, value in _values(module.experts).items():
-            if expert is not None:
-                value.copy_(expert.weights[f"{layer}.{part}"])
+        for part, value in _values(module.experts).items() if expert is not None else ():
+            value.copy_(expert.weights[f"{layer}.{part}"])
     return started
 
 
@@ -209,7 +216,6 @@ def save_expert(
     }
     weights = {f"{name}.{part}": v for name, layer in layers.items() for part, v in _values(layer.experts).items()}
     expert = Expert(facts, weights, dict(statistics or {}))
-    check_weights(expert, expected_weights(model, first.neurons))
     write_expert(expert, file)
     return expert
 
@@ -240,7 +246,7 @@ def load_expert(path: str | Path) -> Expert:
 
     Raises:
         TypeError: a path of another type.
-        ValueError: no file, one that is damaged or not an expert's, of a newer format, or with NaN.
+        ValueError: no file, one that is damaged or not an expert's, of a newer format, without facts, or with NaN.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be an expert's file; got {type(path).__name__}")
@@ -256,8 +262,11 @@ def load_expert(path: str | Path) -> Expert:
     if metadata.get("sha256") != _checksum(metadata["expert"], tensors):
         raise ValueError(f"{file} is damaged: its contents have another SHA-256 than it says")
     facts = json.loads(metadata["expert"])
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{file} must be of format {FORMAT}; got {facts.get('format')!r} (of a newer mpoe?)")
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ValueError(f"{file} must be of format {FORMAT}; got {metadata['expert'][:60]} (of a newer mpoe?)")
+    if not facts.keys() >= FACTS or not isinstance(facts["neurons"], int):
+        raise ValueError(f"{file} must hold the facts {', '.join(sorted(FACTS))}; got {', '.join(facts)}")
+    facts["name"] = file.stem
     own = {
         kind: {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
         for kind in ("weights.", "statistics.")
@@ -265,12 +274,6 @@ def load_expert(path: str | Path) -> Expert:
     expert = Expert(facts, own["weights."], own["statistics."])
     check_weights(expert, {name: tuple(value.shape) for name, value in expert.weights.items()})
     return expert
-
-
-def _networks(model: Any) -> list[NeuronSite]:
-    config = MPOEConfig(moe_type="none", shape="neurons")
-    found = find_sites(model, family_of(model.config.model_type), model.config, config)
-    return [site for site in found if isinstance(site, NeuronSite)]
 
 
 @torch.no_grad()
@@ -286,13 +289,8 @@ def merge_expert(model: Any, expert: Any) -> Any:
     """
     expert = opened(expert)
     check_base(model, dense_identity(model), expert)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for site in _networks(model):
-        rows, hidden = site.weight("up").shape
-        wanted |= {f"{site.place}.{kind}": (expert.neurons, rows) for kind in site.dense}
-        if site.bias("up") is not None:
-            wanted[f"{site.place}.bias"] = (expert.neurons,)
-    check_weights(expert, wanted)
+    check_weights(expert, expected_weights(model, expert.neurons))
+    hidden = _networks(model)[0].weight("up").shape[1]
     merged = widened(model, hidden + expert.neurons)
     for site in _networks(merged):
         for kind in site.dense:

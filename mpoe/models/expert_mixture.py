@@ -130,7 +130,7 @@ def compose_experts(
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
     for expert in found:
-        check_weights(expert, expected_weights(mixture, expert.neurons))
+        check_weights(expert, expected_weights(base, expert.neurons))
         check_statistics(expert.statistics, sizes, f"the statistics of expert {expert.name!r}")
     classes: list[Statistics] = [expert.statistics for expert in found]
     mixture.background_statistics = None

@@ -74,7 +74,8 @@ def test_round_trip(tmp_path: Path) -> None:
     for kind in ("weights", "statistics"):
         assert getattr(loaded, kind).keys() == getattr(saved, kind).keys()
         assert all(torch.equal(value, getattr(saved, kind)[name]) for name, value in getattr(loaded, kind).items())
-    again = start_expert(base, expert=tmp_path / "law.expert")
+    again = start_expert(base, expert=(tmp_path / "law.expert").rename(tmp_path / "rulings.v2.expert"))
+    assert load_expert(tmp_path / "rulings.v2.expert").name == "rulings.v2"
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
@@ -202,6 +203,6 @@ def test_the_packaged_text_is_the_background(domains: SimpleNamespace) -> None:
 
 
 def test_shapes_are_those_of_the_model() -> None:
-    model = start_expert(dense_model("gpt2"), 8)
-    assert expected_weights(model, 3)["transformer.h.0.mlp.up"] == (3, 24)
-    assert expected_weights(model, 3)["transformer.h.0.mlp.bias"] == (3,)
+    shapes = expected_weights(dense_model("gpt2"), 3)
+    assert shapes["transformer.h.0.mlp.up"] == shapes["transformer.h.0.mlp.down"] == (3, 24)
+    assert shapes["transformer.h.0.mlp.bias"] == (3,)

@@ -95,7 +95,12 @@ def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> 
     expert = load_expert(domains.files[0])
     expert.facts["format"] = 2
     write_expert(expert, file)
-    with pytest.raises(ValueError, match="must be of format 1; got 2"):
+    with pytest.raises(ValueError, match=r"must be of format 1; got .*\"format\": 2"):
+        load_expert(file)
+    expert.facts["format"] = 1
+    del expert.facts["base"]
+    write_expert(expert, file)
+    with pytest.raises(ValueError, match="must hold the facts base, base_name"):
         load_expert(file)
     with safe_open(domains.files[0], framework="pt") as opened:
         assert json.loads(opened.metadata()["expert"])["neurons"] == M
@@ -160,6 +165,9 @@ def test_statistics_that_are_refused() -> None:
             collect_statistics(model, [], rank=rank)
     with pytest.raises(ValueError, match="batches must hold tokens"):
         collect_statistics(model, [])
+    for odd in (3, {"input_ids": [1, 2]}):
+        with pytest.raises(TypeError, match="batches must hold tensors by argument of the model"):
+            collect_statistics(model, [odd])
     embeds = torch.full((1, 4, 24), float("nan"))
     with pytest.raises(ValueError, match="finite inputs"):
         collect_statistics(model, [{"inputs_embeds": embeds}])

@@ -23,6 +23,7 @@ from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
 from mpoe.cli.starting_rate import search_rate, settle_rate
 from mpoe.cli.starting_shape import settle_experts
 from mpoe.cli.tasks import DataOptions
+from mpoe.cli.train_expert import save_trained, settle_expert
 
 if TYPE_CHECKING:
     from mpoe.cli.pretrained import Source
@@ -41,6 +42,7 @@ FIRST = {
     "top_k": "experts per token (2; 1 of shapes other than hidden)",
     "shape": "hidden, separable, paper, light: what the experts own (hidden)",
     "baseline": "dense, wider or switch: what the mixture is compared with",
+    "expert": "train one expert as a file, NAME.expert, for mpoe compose",
     "adapter": "train experts and routers alone",
     "max_steps": "optimizer steps",
     "num_train_epochs": "or passes over the data (3)",
@@ -65,6 +67,9 @@ class RunOptions:
     overwrite: bool = option(False, "replace the run in output_dir")
     find_rate: bool = option(
         False, "search for the learning rate first: 30 steps with each of three to five, judged on held-out items"
+    )
+    expert: str | None = option(
+        None, "train one expert of --neurons beside the model, which stays frozen, and save it as NAME.expert too"
     )
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
 
@@ -123,6 +128,8 @@ def run(plan: Plan) -> dict[str, Any]:
     arguments = plan.arguments
     folder = _output_folder(plan)
     source = find(start_of(plan.experiment, plan.model.model, "model" in plan.given))
+    if plan.run.expert is not None:
+        settle_expert(plan, source)
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
@@ -155,7 +162,10 @@ def run(plan: Plan) -> dict[str, Any]:
         with going_on(folder, plan.command):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
-        return _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds, _sizes(items, validation))
+        results = _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds, _sizes(items, validation))
+        if plan.run.expert is not None and trainer.is_world_process_zero():
+            save_trained(trainer, tokenizer, items.items, plan, folder)
+        return results
 
 
 def _output_folder(plan: Plan) -> Path:

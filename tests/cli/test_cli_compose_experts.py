@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpoe import collect_statistics, load_mpoe, save_expert, start_expert
+from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
 from mpoe.cli import compose as command
+from mpoe.cli import train
 from mpoe.cli.errors import CommandError
+from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import kept_experts
 from mpoe.models.neurons import neuron_modules
 
@@ -101,3 +104,44 @@ def test_names_that_are_refused(folder: Path) -> None:
     save_expert(model, folder / "other" / "law.expert", statistics=statistics)
     with pytest.raises(ValueError, match="must have names of their own"):
         compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
+
+
+@pytest.fixture
+def novel(tmp_path: Path) -> Path:
+    """A folder with running text."""
+    (tmp_path / "novel").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "novel" / f"{split}.txt").write_text("The sea was calm, and the ship went on its way.\n" * 100)
+    return tmp_path / "novel"
+
+
+def test_from_texts_to_a_mixture(novel: Path, tmp_path: Path) -> None:
+    flags = ["--model", "gpt2", "--data_dir", str(novel), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
+    flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
+    for name in ("a", "b"):
+        own = ["--expert", name, "--output_dir", str(tmp_path / name), "--seed", str(ord(name))]
+        assert not run(["train", *flags, *own])
+    files = [str(tmp_path / name / f"{name}.expert") for name in ("a", "b")]
+    expert = load_expert(files[0])
+    assert (expert.facts["training"]["steps"], expert.neurons) == (2, 16)
+    assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
+    assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])
+    assert not run(["compose", BASE, *files, "--output_dir", str(tmp_path / "mix")])
+    assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["a", "b", "none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--expert", "a/b"], "expert must be a name"),
+        (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
+        (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),
+        (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
+    ],
+)
+def test_training_that_is_refused(novel: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
+    words = [word.format(tmp_path / "mixture") for word in words]
+    with pytest.raises(CommandError, match=message):
+        train.command(["--data_dir", str(novel), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
+    assert not (tmp_path / "run").exists()

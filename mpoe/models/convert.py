@@ -147,9 +147,10 @@ def _warn_of_size(model: Any, config: MPOEConfig) -> None:
     counts = parameter_report(model)
     total, switch = counts["total"], counts["switch_total"]
     if total > switch and config.num_experts > 1 and config.expert_type == "mpo":
+        smaller = "fewer neurons have" if config.shape == "neurons" else "a smaller block_size, or 'separable', has"
         warnings.warn(
             f"these experts are larger than dense ones: {total:,} parameters, {switch:,} with expert_type='dense' "
-            "(a smaller block_size, or shape='separable', has fewer)",
+            f"({smaller} fewer parameters)",
             stacklevel=3,
         )
 

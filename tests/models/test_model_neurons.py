@@ -363,3 +363,9 @@ def test_defaults() -> None:
     saved = {"shape": "hidden", "num_experts": 4, "router": {"top_k": 2}}  # by an earlier version
     assert MPOEConfig.from_dict(saved) == MPOEConfig(shape="hidden", num_experts=4)
     assert MPOEConfig.from_dict(config(latent=6).to_dict()) == config(latent=6)
+
+
+@pytest.mark.parametrize("model", ["x", None, nn.Linear(2, 2)], ids=["text", "nothing", "a module"])
+def test_only_an_mpoe_model_is_merged(model: object) -> None:
+    with pytest.raises(TypeError, match="model must be an MPOE model with neurons"):
+        merge_latent(model)

@@ -19,12 +19,17 @@ _PAPER: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
+MOST = 2**40  # far beyond any layer; the divisors of much larger numbers take minutes to find
+
+
 def check_size(name: str, size: int) -> None:
-    """Refuse a size that is not a positive integer, by name."""
+    """Refuse a size that is not a positive integer, or absurdly large, by name."""
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} must be an integer; got {size!r}")
     if size < 1:
         raise ValueError(f"{name} must be at least 1; got {size}")
+    if size > MOST:
+        raise ValueError(f"{name} must be at most {MOST}; got {size}")
 
 
 def divisors(size: int) -> list[int]:

@@ -130,3 +130,9 @@ def test_type_refusals() -> None:
         MPOShape.from_dict({"in_factors": [2], "out_factors": [2], "ranks": 3})
     with pytest.raises(ValueError, match="num_experts must be at least 1"):
         MPOShape.paper(8, 8).parameters(0)
+
+
+@pytest.mark.parametrize("make", [MPOShape.separable, MPOShape.light])
+def test_absurd_sizes_are_refused_at_once(make) -> None:
+    with pytest.raises(ValueError, match=r"out_features must be at most 1099511627776; got 9223372036854775808"):
+        make(16, 2**63)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpoe_kernels.backends import add_kernels, requested_backend
+from mpoe_kernels.backends import add_kernels, lazily, requested_backend
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -29,7 +29,11 @@ from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6)
 
-KERNELS = {"native": native, "eager": eager}
+KERNELS = {
+    "native": native,
+    "eager": eager,
+    "triton": lazily("mpoe_kernels.neurons.triton", "forward", "backward"),
+}
 for _backend, _kernels in KERNELS.items():
     _table = {"neuron_experts": _kernels.forward, "neuron_experts_backward": _kernels.backward}
     add_kernels(_backend, _table, getattr(_kernels, "reasons", None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,42 @@ def sort_pairs(
         **common,
     )
     return offsets, token_of_slot, slot_of_token
+
+
+class SortedSlots(NamedTuple):
+    """(token, choice) pairs sorted by expert; those without an expert come last.
+
+    Attributes:
+        offsets: int32 ``[E + 1]``; expert e has the slots ``offsets[e] : offsets[e + 1]``.
+        pair_of_slot: int64 ``[T K]``.
+        slot_of_pair: int64 ``[T, K]``; -1: no expert.
+    """
+
+    offsets: Tensor
+    pair_of_slot: Tensor
+    slot_of_pair: Tensor
+
+    @property
+    def scan(self) -> int:
+        """The constant of `expert_tile`."""
+        return power_of_two(max(2, self.offsets.shape[0] - 1))
+
+    def tiles(self, rows: int) -> int:
+        """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
+        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
+        return (pairs + min(pairs, experts) * (rows - 1)) // rows
+
+    @property
+    def per_expert(self) -> float:
+        """Mean number of slots, if every expert that can be used is."""
+        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
+        return pairs / max(1, min(pairs, experts))
+
+
+def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
+    """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert."""
+    offsets, pair_of_slot, slot_of_pair = sort_pairs(top_k_index.reshape(-1, 1), num_experts)
+    return SortedSlots(offsets, pair_of_slot, slot_of_pair.view(top_k_index.shape))
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:

@@ -12,8 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Expert of a pair, ``EXPERTS`` if its token is masked, ``EXPERTS + 1`` outside."""
-    key = tl.load(index + pair, mask=inside, other=0).to(tl.int32)
+    """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1`` outside."""
+    found = tl.load(index + pair, mask=inside, other=0)
+    key = tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
     if HAS_MASK:
         key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
     return tl.where(inside, key, EXPERTS + 1)

@@ -28,8 +28,6 @@ class ComposeOptions:
     output_dir: str | None = option(None, "folder of the mixture")
     texts: list[str] = option([], "a text file for every fine-tune, of its domain, in order", nargs="+")
     router: str = option("ridge", "ridge: closed form; train: then trained alone")
-    experts: str = option("dense", "dense (exact), hidden or mpo (fitted, the error is shown)")
-    block_size: int | None = option(None, "size of the blocks of hidden experts")
     top_k: int | None = option(None, "experts per token; default 1, of experts' files 2 or the mixture's")
     add: str | None = option(None, "a composed mixture, which gets the fine-tune as one expert more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
@@ -61,8 +59,6 @@ def command(arguments: Sequence[str]) -> None:
 def _check(names: Sequence[str], options: ComposeOptions) -> Path:
     """Refuse invalid options; returns the output folder."""
     out = check_common(options)
-    if options.experts not in ("dense", "hidden", "mpo"):
-        raise CommandError(f"experts must be dense, hidden or mpo; got {options.experts!r}")
     if options.add is not None and len(names) != 1:
         raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
     if len(options.texts) != len(names):
@@ -147,7 +143,8 @@ def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
     fine_tunes = [load_fine_tune(name, base) for name in names]
     examples = [pieces(Path(text), tokenizer, options) for text in options.texts]
     mixture = _composed(base, fine_tunes, examples, options)
-    show_report(mixture.composition_report, names)
+    for name, error in zip(names, mixture.composition_report.values(), strict=True):
+        print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
     from safetensors.torch import save_file
 
     with model_folder(out) as staging:
@@ -159,16 +156,12 @@ def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
 
 
 def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeOptions) -> Any:
-    from mpoe.models.composition import add_expert, compose, exact_config
+    from mpoe.config import RouterConfig
+    from mpoe.models.composition import add_expert, compose
 
     if options.add is None:
-        config = exact_config(base, len(fine_tunes))
-        config.router.top_k = options.top_k or 1
-        if options.experts != "dense":
-            config.expert_type, config.shape = "mpo", "hidden" if options.experts == "hidden" else "separable"
-            config.block_size = options.block_size
-        config = type(config).from_dict(config.to_dict())  # checked as a whole
-        return compose(base, fine_tunes, examples, config, router=options.router, steps=options.steps)
+        routing = RouterConfig(top_k=options.top_k or 1)
+        return compose(base, fine_tunes, examples, routing, router=options.router, steps=options.steps)
     from safetensors.torch import load_file
 
     from mpoe.models import load_mpoe
@@ -179,19 +172,3 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
     mixture = load_mpoe(folder).eval()
     mixture.router_statistics = load_file(folder / STATISTICS)
     return add_expert(mixture, base, fine_tunes[0], examples[0], router=options.router, steps=options.steps)
-
-
-def show_report(report: dict[str, Any], names: Sequence[str]) -> None:
-    """Print the error for every fine-tune, per layer and in the shared parameters."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    short = [Path(name).name for name in names]
-    shown = short if len(set(short)) == len(names) else names
-    headings = [Column(name, overflow="fold") for name in ("layer", *shown)]
-    table = Table(*headings, title="Error, relative to what the fine-tune changed (largest of the projections)")
-    for layer, kinds in report["experts"].items():
-        numbers = next(iter(kinds.values()))
-        table.add_row(layer, *(f"{max(errors[n] for errors in kinds.values()):.2e}" for n in numbers))
-    table.add_row("outside the experts", *(f"{error:.2e}" for error in report["shared"].values()))
-    Console().print(table)

@@ -12,7 +12,7 @@ from mpoe.cli.errors import CommandError
 if TYPE_CHECKING:
     from mpoe.cli.compose import ComposeOptions
 
-OF_FINE_TUNES = ("texts", "router", "experts", "block_size", "steps")
+OF_FINE_TUNES = ("texts", "router", "steps")
 TOP_K = 2
 
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
     "generate": "Generate text with a saved model.",
-    "info": "Show versions, kernel backends (and why the others cannot run here), devices and cores; or experts' files.",
+    "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or experts' files.",
     "demo": "Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download.",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }

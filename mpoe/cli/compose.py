@@ -1,8 +1,9 @@
-"""`mpoe compose BASE FINE_TUNE ... --output_dir OUT`: several fine-tunes of one language model become one mixture.
+"""`mpoe compose BASE EXPERT ... --output_dir OUT`: experts of one model that were trained apart become one mixture.
 
-A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` a single FINE_TUNE is added to a mixture
-that this command made. Files of experts that were trained apart (`mpoe.save_expert`) are composed in place of
-fine-tunes, without texts; `--add MIXTURE` then starts with the experts of a mixture, `--remove` leaves some out."""
+An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA adapter of
+feed-forward networks, fitted as `--neurons` on its text. `--add MIXTURE` starts with the experts of a mixture,
+`--remove` leaves some out, `--merge` makes one dense network. Of fine-tunes (saved models, adapters) in place of
+experts, every network becomes a dense expert; these need `--texts`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
 
-USAGE = "mpoe compose BASE FINE_TUNE ... --output_dir OUT --texts FILE ..."
+USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 STATISTICS = "router_statistics.safetensors"
 MOST = 1 + 128  # words: the base and its fine-tunes
 
@@ -26,15 +27,21 @@ class ComposeOptions:
     _argument_group_name = "run"
 
     output_dir: str | None = option(None, "folder of the mixture")
-    texts: list[str] = option([], "a text file for every fine-tune, of its domain, in order", nargs="+")
-    router: str = option("ridge", "ridge: closed form; train: then trained alone")
-    top_k: int | None = option(None, "experts per token; default 1, of experts' files 2 or the mixture's")
-    add: str | None = option(None, "a composed mixture, which gets the fine-tune as one expert more")
+    texts: list[str] = option(
+        [], "a text file for every expert or fine-tune, of its domain, in order; experts' files do without", nargs="+"
+    )
+    router: str = option("ridge", "ridge: closed form; train: then trained alone, on the texts")
+    top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
+    add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
-    background: str | None = option(None, "of experts' files: a text of no domain; default: documentation of Python")
+    background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
+    neurons: int | None = option(
+        None, "of experts fitted to LoRA adapters; as many numbers as the adapter beside files"
+    )
+    merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece")
-    steps: int = option(200, "steps of --router train")
+    steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
 
@@ -49,10 +56,10 @@ def command(arguments: Sequence[str]) -> None:
     if compose_experts.is_meant(names, options):
         compose_experts.run(names, options)
         return
-    if options.remove or options.background is not None:
-        raise CommandError("remove and background are for experts' files; got fine-tunes")
+    if options.remove or options.merge or options.background is not None:
+        raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
     if len(names) < 2:
-        raise CommandError(f"compose needs a base and at least one fine-tune: {USAGE}")
+        raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
     run(names[0], names[1:], options)
 
 

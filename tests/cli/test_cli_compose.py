@@ -73,7 +73,7 @@ def test_a_trained_router(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([BASE], "at least one fine-tune"),
+        ([BASE], "at least one expert"),
         ([BASE, BASE], "compose needs --output_dir"),
         ([BASE, BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
         ([BASE, BASE, BASE, "--output_dir", "{}/x", "--add", "{}/two"], "add takes one fine-tune at a time; got 2"),

@@ -48,7 +48,7 @@ def send_to(model, expert):
     """Send every token to one expert."""
     for layer in model.modules():
         if getattr(layer, "router", None) is not None:
-            forced = mpoe.models.domains._Forced(layer.router, expert)
+            forced = mpoe.models.domains.Forced(layer.router, expert)
             layer.router = forced
 
 

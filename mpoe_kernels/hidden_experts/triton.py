@@ -24,16 +24,32 @@ from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
 FEW_SLOTS = 16  # of an expert: no larger tile of rows is of use
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound
 SUM_BLOCK = 128  # results of a program that adds parts
+LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "forward": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 64, 16, 4),)},
-    "rows": {2: (Tile(64, 64, 64, 8), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 4),)},
+    "forward": {2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
+    "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "blocks": {2: (Tile(32, 64, 64, 8),), 4: (Tile(16, 32, 16, 8),)},
 }
+LARGE_TILES = TILES | {
+    "forward": {2: (Tile(64, 64, 32, 8), Tile(16, 64, 64, 4)), 4: TILES["forward"][4]},
+    "rows": {2: (Tile(32, 64, 32, 8), Tile(16, 64, 64, 4)), 4: TILES["rows"][4]},
+    "blocks": {2: (Tile(32, 32, 32, 8, 1),), 4: TILES["blocks"][4]},
+}
+# Where operands of products are in registers, with the three blocks that gradients of blocks read for every slot.
+IN_REGISTERS = ("sm_80", "gfx942")
+SMALL_TILE = Tile(32, 32, 32, 4, 1)
 
 
-def _tiles(kernel: str, common: dict[str, Any], sorted_slots: SortedSlots) -> list[Tile]:
-    found = [tile.within(common["B"], common["B"]) for tile in TILES[kernel][common["u"].element_size()]]
+def _tiles(kernel: str, u: Tensor, block: int) -> list[Tile]:
+    found = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
+    if kernel == "blocks" and u.element_size() == 2 and architecture.target_of(u.device).architecture in IN_REGISTERS:
+        found = (SMALL_TILE,)
+    return [tile.within(block, block) for tile in found]
+
+
+def _row_tiles(kernel: str, call: HiddenCall, sorted_slots: SortedSlots) -> list[Tile]:
+    found = _tiles(kernel, call.u, call.block)
     if len(found) == 1:
         return found
     return found[-1:] if sorted_slots.per_expert <= FEW_SLOTS else found[:-1]
@@ -78,7 +94,7 @@ def forward(call: HiddenCall) -> Tensor:
     check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
     sorted_slots = sort_slots(index, call.num_experts)
     common, groups = _common(call, sorted_slots), u.shape[1] // call.block
-    tiles = _tiles("forward", common, sorted_slots)
+    tiles = _row_tiles("forward", call, sorted_slots)
     share = _share(groups, sorted_slots.tiles(tiles[0].rows) * groups, u.device)
     out = u.new_empty(index.numel(), u.shape[1])
     start_best(
@@ -117,7 +133,7 @@ def _rows(call: HiddenBackwardCall, common: dict[str, Any], sorted_slots: Sorted
     groups, pairs, none = u.shape[1] // call.block, call.gates.numel(), u.new_empty(0)
     if not (need_u or need_gates or need_u_gate):
         return none, none, none
-    tiles = _tiles("rows", common, sorted_slots)
+    tiles = _row_tiles("rows", call, sorted_slots)
     share = _share(groups, sorted_slots.tiles(tiles[0].rows) * groups, u.device)
     du, du_gate = (u.new_empty(pairs, u.shape[1]) if wanted else none for wanted in (need_u, need_u_gate))
     gate_parts = u.new_empty(cdiv(groups, share), pairs if need_gates else 0, dtype=torch.float32)
@@ -137,8 +153,8 @@ def _rows(call: HiddenBackwardCall, common: dict[str, Any], sorted_slots: Sorted
         **common,
     )
     slots = sorted_slots.slot_of_pair
-    collected = (collect_rows(rows, slots) if rows.numel() else none for rows in (du, du_gate))
-    return *collected, gate_parts
+    du, du_gate = (collect_rows(rows, slots) if rows.numel() else none for rows in (du, du_gate))
+    return du, du_gate, gate_parts
 
 
 def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tensor]) -> list[Tensor]:
@@ -148,7 +164,7 @@ def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tens
     kept = [dright, dright_gate, dleft]
     if not any(each.numel() for each in (*kept, dbias)):
         return kept
-    (tile,) = (each.within(call.block, call.block) for each in TILES["blocks"][call.u.element_size()])
+    (tile,) = _tiles("blocks", call.u, call.block)
     experts, parts = call.num_experts, cdiv(call.block, tile.columns) ** 2
     groups, share = call.u.shape[1] // call.block, 1
     if common["OWN"] == 1:

@@ -29,7 +29,7 @@ from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6)
 
-KERNELS = {
+KERNELS: dict[str, Any] = {
     "native": native,
     "eager": eager,
     "triton": lazily("mpoe_kernels.neurons.triton", "forward", "backward"),

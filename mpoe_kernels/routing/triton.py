@@ -13,6 +13,8 @@ from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
+MOST_AT_ONCE = 16384  # at most so many pairs are sorted by one launch, in which every expert's program reads all
+SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 
@@ -135,8 +137,24 @@ class SortedSlots(NamedTuple):
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert."""
-    offsets, pair_of_slot, slot_of_pair = sort_pairs(top_k_index.reshape(-1, 1), num_experts)
-    return SortedSlots(offsets, pair_of_slot, slot_of_pair.view(top_k_index.shape))
+    pairs = top_k_index.numel()
+    if pairs > MOST_AT_ONCE:
+        offsets, pair_of_slot, slot_of_pair = sort_pairs(top_k_index.reshape(-1, 1), num_experts)
+        return SortedSlots(offsets, pair_of_slot, slot_of_pair.view(top_k_index.shape))
+    index = top_k_index.contiguous()
+    offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
+    found = SortedSlots(offsets, index.new_empty(pairs), torch.empty_like(index))
+    start(
+        kernels.sort_kernel,
+        (num_experts + 1,),
+        index=index,
+        **found._asdict(),
+        pairs=pairs,
+        EXPERTS=num_experts,
+        BLOCK=SORT_BLOCK,
+        num_warps=4,
+    )
+    return found
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -14,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import may_round_to_tf32
+from mpoe_kernels.contract.autotune import SETTING, is_traced, several_ranks
 from mpoe_kernels.triton.architecture import in_interpreter
 
 
@@ -96,9 +98,10 @@ def _may_time() -> bool:
     """Not where results or what is recorded must not depend on a clock, nor in the interpreter."""
     return not (
         in_interpreter()
+        or os.environ.get(SETTING, "1") == "0"
+        or several_ranks()
         or torch.are_deterministic_algorithms_enabled()
-        or torch.compiler.is_compiling()
-        or torch.cuda.is_current_stream_capturing()
+        or is_traced()
     )
 
 

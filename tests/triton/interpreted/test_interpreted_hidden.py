@@ -143,12 +143,12 @@ def test_launches(per_group: bool, gated: bool) -> None:
     sizes = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
     collect = ["collect_kernel"] * (2 if gated else 1)
-    assert names(problem, None) == ["route_few_kernel", "hidden_forward_kernel", "collect_kernel"]
-    rows = ["route_few_kernel", "hidden_rows_kernel", *collect]
+    assert names(problem, None) == ["sort_kernel", "hidden_forward_kernel", "collect_kernel"]
+    rows = ["sort_kernel", "hidden_rows_kernel", *collect]
     assert names(problem, [True] * 7) == [*rows, "hidden_blocks_kernel", "sums_kernel"]
     assert names(problem, [True, False, False, False, False, True, False]) == rows
     blocks = names(problem, [False, False, True, True, True, False, True])
-    assert blocks == ["route_few_kernel", "hidden_blocks_kernel", *([] if per_group else ["sums_kernel"])]
+    assert blocks == ["sort_kernel", "hidden_blocks_kernel", *([] if per_group else ["sums_kernel"])]
 
 
 def test_no_token_is_no_launch() -> None:

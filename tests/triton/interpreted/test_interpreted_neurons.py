@@ -109,11 +109,11 @@ def names(problem: NeuronProblem, need: list[bool] | None = None) -> list[str]:
 @pytest.mark.parametrize("gated", [False, True])
 def test_launches(gated: bool) -> None:
     problem = NeuronProblem(tokens=50, gated=gated, with_bias=True, dtype=torch.float32)
-    assert names(problem) == ["route_few_kernel", "neurons_fused_kernel", "collect_kernel"]
+    assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "collect_kernel"]
     large = NeuronProblem(tokens=50, neurons=200, gated=gated, dtype=torch.float32)
     two = ["neurons_hidden_kernel", "neurons_rows_kernel"]
-    assert names(large) == ["route_few_kernel", *two, "collect_kernel"]
-    backward = ["route_few_kernel", *two, "collect_kernel", "neurons_weights_kernel", "sums_kernel"]
+    assert names(large) == ["sort_kernel", *two, "collect_kernel"]
+    backward = ["sort_kernel", *two, "collect_kernel", "neurons_weights_kernel", "sums_kernel"]
     assert names(problem, [True] * 6) == backward
     assert names(problem, [True, False, False, False, False, False]) == backward[:4]
     assert names(problem, [False] * 6) == names(NeuronProblem(tokens=0)) == []

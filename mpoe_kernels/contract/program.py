@@ -1,7 +1,7 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
 A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and every
-backend walks the same products (`mpoe_kernels.contract.driver`), so that what is counted is what runs.
+backend walks the same products (`mpoe_kernels.linear.eager.rows.run`), so that what is counted is what runs.
 
 Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
 one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.

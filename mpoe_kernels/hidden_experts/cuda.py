@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 
 LARGEST_BLOCK = 64  # kLargestHiddenBlock
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import AUTO, requested_backend
-from mpoe_kernels.define import is_plain_call, needs_gradients
+from mpoe_kernels.backends import AUTO
+from mpoe_kernels.define import is_plain_call, needs_gradients, requested_backend
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

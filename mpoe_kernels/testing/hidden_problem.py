@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.hidden_experts import hidden_experts
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
 

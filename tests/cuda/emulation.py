@@ -19,9 +19,9 @@ from mpoe_kernels.backends import cuda_backend
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.triton.architecture import SHARED_MEMORY

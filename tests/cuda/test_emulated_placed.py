@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
 from mpoe_kernels.contract import STRATEGIES
-from mpoe_kernels.linear.op import placed_mpo_linear
+from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
 from mpoe_kernels.testing.assertions import assert_calibrated
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks

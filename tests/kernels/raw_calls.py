@@ -104,7 +104,7 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         "neuron_experts": neurons,
         "neuron_experts_backward": {**neurons, "grad": torch.randn(TOKENS, 12), "need": [True] * 6},
         "mpo_embedding": table,
-        "mpo_embedding_backward": {**table, "grad": torch.randn(3, 10)},
+        "mpo_embedding_backward": {**table, "grad": torch.randn(3, 10), "need": [True] * 3},
     }
 
 

@@ -62,7 +62,8 @@ def test_opcheck() -> None:
     ids = torch.tensor([3, 0, 11, 3])
     opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, "auto"))
     detached = tuple(t.detach() for t in (left, central, right))
-    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (ids, *detached, 12, 12, "auto", torch.randn(4, 12)))
+    backward = (ids, *detached, 12, 12, "auto", torch.randn(4, 12), [True, False, True])
+    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, backward)
 
 
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpoe_kernels import Routing, combine, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.linear import ffn
-from mpoe_kernels.linear.op import placed_mpo_linear
+from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 

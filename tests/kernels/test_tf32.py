@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 
 MATMUL = torch.backends.cuda.matmul

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, route
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native import linear_backward, linear_forward
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton.candidates import ON_CHIP
 from mpoe_kernels.linear.triton.passes import (
     backward_by_steps,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import scale_of
+from mpoe_bench.cases import relative_error
 from mpoe_bench.problem import ffn_shapes
 
 from mpoe_kernels import decompose, reconstruct
-from mpoe_kernels.testing.assertions import relative_error
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

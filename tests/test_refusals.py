@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -32,7 +33,6 @@ from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
 from mpoe_kernels.backends import Request, select
 from mpoe_kernels.linear.reference import activation_reference
-from mpoe_kernels.testing.cases import workload_shape
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]

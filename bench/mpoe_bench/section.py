@@ -11,11 +11,11 @@ from typing import Any
 
 from mpoe_bench.choice import DEFAULT_BACKENDS
 from mpoe_bench.contender import Contender, UnavailableError
+from mpoe_bench.graphs import CaptureError, graphed
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.problem import Truth
 from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, interleave
 from mpoe_kernels import BackendError
-from mpoe_kernels.testing.graphs import CaptureError, graphed
 
 NOT_HERE = "not here"  # prefix of the reason why a contender cannot take part
 # Results are published, so they must not contain a machine's folder names.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.layers import MPOExperts
+from mpoe_bench.cases import relative_error
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe, without_kinks
 from mpoe_bench.section import Build
 from mpoe_kernels import route
-from mpoe_kernels.testing.assertions import relative_error
 
 LIMIT = "dense FFN"
 

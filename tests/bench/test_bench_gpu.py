@@ -16,6 +16,7 @@ import pytest
 import torch
 from mpoe_bench import run, section
 from mpoe_bench.contender import Contender
+from mpoe_bench.graphs import CaptureError
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import Setup
 from mpoe_bench.suites import SCALES, sections_of
@@ -25,8 +26,6 @@ from mpoe_bench.visit import __main__ as gpu
 from mpoe_bench.visit import parts
 from mpoe_bench.visit.lines import Lines
 from mpoe_bench.visit.parts import Part
-
-from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = ("build", "card", "twins", "memory")  # without a GPU

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpoe_bench.cases import JUDGED_WORKLOADS
 from mpoe_bench.choice import backends_to_measure
 from mpoe_bench.report import markdown_report
 from mpoe_bench.run import check_options, run_suite
@@ -21,7 +22,6 @@ from mpoe_bench.tables import seconds_text, table_of
 
 from mpoe.cli.main import main
 from mpoe_kernels import available_backends
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("matplotlib")

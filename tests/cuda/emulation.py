@@ -23,8 +23,8 @@ from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.routing.cuda import RoutingKernels
-from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
+from tests.assertions import poisoned_memory
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated

@@ -13,12 +13,12 @@ from torch import Tensor
 from mpoe_kernels import BackendError
 from mpoe_kernels.backends import Request
 from mpoe_kernels.hidden_experts.cuda import LARGEST_BLOCK, HiddenKernels
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
+from tests.assertions import poisoned_memory
+from tests.expert_problems import HiddenProblem, arguments_of
 
 from .emulation import DTYPES, HIDDEN, OPS, REFUSED, SCHEDULES, Schedule, library, limits, schedule, stats, tf32_allowed
 
-ALL = [True] * len(NAMES)
+ALL = [True] * len(HiddenProblem.NAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def run(problem: HiddenProblem, need: list[bool] = ALL) -> dict[str, Tensor]:
         out = HIDDEN.forward(problem.call())
         grads = HIDDEN.backward(problem.backward_call(need))
     given_inputs = {name for name, value in problem.inputs.items() if value is not None}
-    return {"o": out, **{f"d{n}": g for n, g in zip(NAMES, grads, strict=True) if n in given_inputs}}
+    return {"o": out, **{f"d{n}": g for n, g in zip(HiddenProblem.NAMES, grads, strict=True) if n in given_inputs}}
 
 
 def check(problem: HiddenProblem, factor: float = 2) -> None:
@@ -153,9 +153,9 @@ def test_indices_out_of_range_are_no_expert() -> None:
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=5, experts=2, groups=3, gated=True, with_bias=True, dtype=torch.float32)
     everything = run(problem)
-    for needed in NAMES:
-        alone = run(problem, [name == needed for name in NAMES])
-        for name in NAMES:
+    for needed in HiddenProblem.NAMES:
+        alone = run(problem, [name == needed for name in HiddenProblem.NAMES])
+        for name in HiddenProblem.NAMES:
             value = alone[f"d{name}"]
             assert torch.equal(value, everything[f"d{name}"]) if name == needed else value.numel() == 0
 
@@ -175,7 +175,7 @@ def test_launches() -> None:
     assert launches(problem, ALL) == 3
     assert launches(whole, [True, False, True, True, True, True, True]) == 2  # nothing to add up
     assert launches(problem, [True, False, False, False, False, True, False]) == 1
-    assert launches(problem, [False] * len(NAMES)) == 0
+    assert launches(problem, [False] * len(HiddenProblem.NAMES)) == 0
 
 
 def test_half_precision_runs_on_tensor_cores() -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.op import ForwardCall
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from tests.assertions import poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .emulated_linear import Case
 from .emulation import KERNELS, REFUSED

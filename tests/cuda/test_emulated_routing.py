@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import expert_choice
 from torch import Tensor
 
 from mpoe_kernels import Routing
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
-from mpoe_kernels.testing.cases import expert_choice
+from tests.assertions import assert_calibrated, poisoned_memory
 
 from .emulation import DTYPES, OPS, REFUSED, SCHEDULES, Schedule, library, schedule, stats
 

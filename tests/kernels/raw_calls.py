@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 
 from mpoe_kernels import route
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.cases import SMALL_SHAPES
 
 TOKENS, EXPERTS, TOP_K = 5, 3, 2
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,7 @@ from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.define import requested_backend
 from mpoe_kernels.linear.op import ForwardCall
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import candidate_backend, eager_kernel
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks, relative_error
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks
@@ -13,8 +14,7 @@ from mpoe_kernels.linear.eager import LIBRARY_GEMMS, candidates
 from mpoe_kernels.linear.gpu import library_gemms
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 PARTS = ("left", "central", "right")
 CASES = [

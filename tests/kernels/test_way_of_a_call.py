@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch import Tensor
 
 import mpoe_kernels
@@ -28,7 +29,6 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.testing.cases import random_blocks
 
 from .backend_cases import require
 

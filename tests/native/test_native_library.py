@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, route
@@ -21,7 +22,6 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from mpoe_kernels.testing.cases import random_blocks
 
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 

@@ -45,7 +45,7 @@ def test_a_library_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pyt
 THREADS = """
 import os, torch
 from mpoe_kernels import MPOShape, grouped_mpo_linear, route
-from mpoe_kernels.testing.cases import random_blocks
+from mpoe_bench.cases import random_blocks
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.plotting import COLOURS, MARKERS, ladder, legend_beside, plain_ticks, save
+from mpoe_bench.cases import workload_shape
 from mpoe_bench.plots.style import LIMIT_LABEL, PHASES, title
 from mpoe_bench.targets import best_row
-from mpoe_kernels.testing.cases import workload_shape
 
 PLOTTED_PEERS = ("dense experts, loop", "dense experts, grouped_mm")
 Point = tuple[float, float, float, float]  # abscissa, x dense, its 10th and 90th percentiles

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mpoe.config import MPOEConfig
+from mpoe_bench.cases import relative_error
 from mpoe_bench.problem import ffn_shapes
 from mpoe_bench.section import Setup
 from mpoe_kernels import decompose, reconstruct
-from mpoe_kernels.testing.assertions import relative_error
 
 T5_BASE_MATRICES = 48
 

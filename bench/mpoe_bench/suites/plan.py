@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mpoe_bench.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 from mpoe_bench.problem import FFNCase
 from mpoe_bench.section import Comparison, Setup, run_section
 from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
@@ -21,7 +22,6 @@ from mpoe_bench.suites.train_step import train_step_comparison
 from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
 from mpoe_kernels.backends import AUTO
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
 SUITES = ("quick", "full", "planner", "targets", "gpu")
 Section = Callable[[], dict[str, Any]]

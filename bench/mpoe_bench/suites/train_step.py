@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
+from mpoe_bench.cases import relative_error
 from mpoe_bench.contender import Contender
 from mpoe_bench.problem import Truth
 from mpoe_bench.section import Build, Comparison
-from mpoe_kernels.testing.assertions import relative_error
 
 DENSE = "dense T5"
 

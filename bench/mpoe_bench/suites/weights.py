@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from mpoe_bench.cases import random_blocks, workload_shape
 from mpoe_bench.choice import EAGER
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.section import NOT_HERE, Setup, failure_text
 from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear, plan_contraction, route
 from mpoe_kernels.backends import AUTO
-from mpoe_kernels.testing.cases import random_blocks, workload_shape
 
 MOST_EXPERTS_ALIVE = 2.0
 MOST_GROWTH = 0.1  # in experts' weights, from the fewest to the most experts, of shapes that rebuild no weight

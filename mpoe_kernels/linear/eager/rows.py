@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.orders import INDICES, SEPARABLE_ORDER, BlockDims, applications
 from mpoe_kernels.contract.program import GRADIENT, MERGE, ROWS, Product, Program
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def most_at_once(dims: BlockDims, built: tuple[str, ...], order: tuple[str, ...]
     no larger than its results."""
     largest = max((dims.elements(INDICES[name]) for name in built), default=0)
     experts = max(1, int(HALF_SHARE * dims.weight_elements / largest)) if largest else sys.maxsize
-    if dims.is_separable and len(order) == 3:
+    if dims.is_separable and order == SEPARABLE_ORDER:
         return experts, sys.maxsize
     widest = max(step.after for step in applications(dims, order))
     return experts, max(1, STATE_BYTES // (widest * itemsize))

@@ -15,8 +15,8 @@ from mpoe_kernels.linear.triton.passes import (
     forward_by_steps,
     forward_on_chip,
 )
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.linear_problem import LinearProblem, planned_strategies
+from tests.assertions import poisoned_memory
+from tests.linear_problem import LinearProblem, planned_strategies
 
 
 def strategies_of(shape: MPOShape) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 
 from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.linear.triton import passes as kernels
-from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.launches import recorded
+from tests.cases import SMALL_SHAPES
 
 from .linear_runs import Case
 

@@ -11,7 +11,7 @@ from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing.op import CombineBackwardCall
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from tests.assertions import assert_calibrated, poisoned_memory
 
 CASES = [
     # tokens, experts, top_k, capacity, masked

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels.contract import STRATEGIES
@@ -13,8 +14,8 @@ from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.routing.op import route
-from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import expert_choice, random_blocks
+
+from .assertions import assert_calibrated
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 
@@ -30,7 +31,7 @@ class LinearProblem:
 
     Attributes:
         shape, dtype, experts, activation: of the layer.
-        tokens, top_k, kind, capacity: of the routing, see `mpoe_kernels.testing.cases.expert_choice`.
+        tokens, top_k, kind, capacity: of the routing, see `expert_choice`.
         with_bias, gathered: whether there is a bias; whether slots read rows of x through ``row_index``.
     """
 

@@ -1,4 +1,4 @@
-"""Named shapes, workloads and token distributions that tests and benchmarks share."""
+"""Named shapes, workloads and token distributions of benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -12,28 +12,9 @@ from torch import Tensor
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 
-# Small relatives of every kind of shape: odd sizes, padding, edge positions of the centre, truncated bonds.
-SMALL_SHAPES: dict[str, MPOShape] = {
-    "paper": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2)),
-    "paper_bond_4": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2), max_bond=4),
-    "light": MPOShape((2, 3, 2), (2, 3, 2)),
-    "separable": MPOShape((4, 3, 1), (1, 2, 5)),
-    "separable_mirrored": MPOShape((4, 3, 1), (1, 2, 5)).mirrored(),
-    "separable_bond_3": MPOShape((4, 3, 1), (1, 2, 5), max_bond=3),
-    "padded": MPOShape((2, 3, 2), (3, 2, 2), in_features=11, out_features=10),
-    "padded_separable": MPOShape((4, 3, 1), (1, 2, 5), in_features=10, out_features=9),
-    "uneven_bonds": MPOShape((2, 3, 2, 2), (3, 1, 2, 2), max_bond=(2, None, 3)),
-    "one_core": MPOShape((7,), (5,)),
-    "centre_first": MPOShape((3, 2), (2, 4), central=0),
-    "centre_last": MPOShape((3, 2, 2), (2, 1, 4), central=2),
-    "seven_cores": MPOShape((2, 1, 2, 3, 1, 2, 1), (1, 2, 2, 1, 3, 1, 2)),
-}
-
 # The workloads of benchmarks: T5-base and T5-large feed-forward matrices.
 WORKLOAD_SIZES = ((768, 3072), (1024, 4096))
 WORKLOAD_SHAPES = ("paper_full", "paper_128", "paper_64", "paper_32", "paper_16", "light_64", "separable")
-WORKLOAD_EXPERTS = (8, 16, 64)
-WORKLOAD_TOKENS = (1, 8, 64, 512, 2048, 4096, 32768)
 WORKLOAD_LOADS = ("uniform", "zipf", "all_to_one", "some_idle")
 
 
@@ -109,26 +90,6 @@ def _held_out() -> tuple[Workload, ...]:
 JUDGED_WORKLOADS: tuple[Workload, ...] = _held_out()
 
 
-@lru_cache(maxsize=1)
-def all_workloads() -> tuple[Workload, ...]:
-    """Every combination that benchmarks choose from: sizes, shapes, experts, tokens, dtypes, phases and loads.
-
-    With 32,768 tokens they are meant for a GPU; a CPU takes those up to 2,048.
-    """
-    return tuple(
-        Workload(shape, *sizes, experts, tokens, dtype, training, masked, load)
-        for shape, sizes, experts, tokens, dtype, (training, masked), load in product(
-            WORKLOAD_SHAPES,
-            WORKLOAD_SIZES,
-            WORKLOAD_EXPERTS,
-            WORKLOAD_TOKENS,
-            (torch.float32, torch.bfloat16),
-            ((False, False), (True, False), (True, True)),
-            WORKLOAD_LOADS,
-        )
-    )
-
-
 def random_cores(
     shape: MPOShape, num_experts: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
 ) -> list[Tensor]:
@@ -168,3 +129,11 @@ def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) 
     if num_tokens == 0:
         return torch.zeros(0, top_k, dtype=torch.int64)
     return torch.multinomial(weights.expand(num_tokens, -1), top_k)
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is zero."""
+    truth = truth.detach().double()
+    difference = float((actual.detach().double() - truth).norm())
+    norm = float(truth.norm())
+    return difference / norm if norm else difference

@@ -6,15 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from mpoe_bench.cases import relative_error
 from torch import Tensor
-
-
-def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is zero."""
-    truth = truth.detach().double()
-    difference = float((actual.detach().double() - truth).norm())
-    norm = float(truth.norm())
-    return difference / norm if norm else difference
 
 
 def assert_calibrated(

@@ -244,7 +244,11 @@ def define_differentiable(
 
 def needs_gradients(arguments: Sequence[Any]) -> bool:
     """Whether autograd must record a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+    if torch.is_grad_enabled():
+        for value in arguments:  # no generator: making one takes as long as asking three tensors
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def is_plain_call(arguments: Sequence[Any]) -> bool:

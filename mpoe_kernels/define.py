@@ -268,9 +268,9 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
                 device_type = device_type or value.device.type
                 if value.is_meta or value.is_neg():
                     return False
-                # As `holds_values`, which need not be called for most tensors.
-                held, offset = value.untyped_storage().nbytes(), value.storage_offset()
-                fits = held == value.nbytes and not offset and value.is_contiguous() and value.data_ptr()
+                # The first questions of `holds_values` alone answer for most tensors, without a call.
+                size, begins = value.nbytes, not value.storage_offset() and value.is_contiguous()
+                fits = not size or (begins and value.untyped_storage().nbytes() >= size and value.data_ptr())
                 if not fits and not holds_values(value):
                     return False
             elif isinstance(value, Tensor):

@@ -147,3 +147,8 @@ class NeuronProblem(_Problem):
             "gate_up": self._random(*up, scale=self.width**-0.5) if self.gated else None,
         }
         self.grad = self._random(self.tokens, self.out)
+
+    def arguments(self, backend: str = "eager") -> tuple[Any, ...]:
+        """The arguments of ``mpoe::neuron_experts``; floating ones are leaves."""
+        leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in self.inputs.items()}
+        return arguments_of(NeuronCall(**leaves, top_k_index=self.index, activation=self.activation, backend=backend))

@@ -75,24 +75,20 @@ def linear_sizes(call: LinearCall) -> Any:
     """The library's LinearSizes for a call whose strategy is chosen.
 
     Raises:
-        ValueError: blocks that do not fit.
-    """
-    blocks = (call.left.shape, call.central.shape, call.right.shape)
-    return _sizes(call.x.dtype, call.activation, call.strategy, call.in_features, call.out_features, *blocks)
-
-
-def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense left, central and right.
-
-    Raises:
-        ValueError: another dtype than x's, or as in `dense`.
+        ValueError: blocks of another dtype than x's, or that do not fit.
     """
     left, central, right, dtype = call.left, call.central, call.right, call.x.dtype
     if not left.dtype == central.dtype == right.dtype == dtype:
         given = (("left", left), ("central", central), ("right", right))
         name, block = next((name, block) for name, block in given if block.dtype != dtype)
         raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
-    return dense("left", left), dense("central", central), dense("right", right)
+    sizes = (call.in_features, call.out_features, left.shape, central.shape, right.shape)
+    return _sizes(dtype, call.activation, call.strategy, *sizes)
+
+
+def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense left, central and right."""
+    return dense("left", call.left), dense("central", call.central), dense("right", call.right)
 
 
 def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:

@@ -320,7 +320,7 @@ def test_deterministic_bits_on_one_and_two_threads_in_two_processes(empty_cache:
     require("native")
     found = []
     for threads in ("1", "2", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True)
         found.append(done.stdout)
     assert found[0] == found[1] == found[2] != ""

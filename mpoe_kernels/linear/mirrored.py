@@ -34,9 +34,9 @@ def _turned(rows: Tensor, sides: tuple[int, int, int]) -> Tensor:
     left, central, right = sides
     if rows.shape[-1] == 0:
         return rows
-    missing = left * central * right - rows.shape[1]
-    whole = pad(rows, (0, missing)) if missing else rows
-    return whole.view(len(rows), left, central, right).transpose(1, 3).reshape(len(rows), -1)
+    size = left * central * right
+    whole = pad(rows, (0, size - rows.shape[1])) if rows.shape[1] < size else rows
+    return whole.view(len(rows), left, central, right).transpose(1, 3).reshape(len(rows), size)
 
 
 def _restored(rows: Tensor, sides: tuple[int, int, int], features: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -44,7 +44,7 @@ def _restored(rows: Tensor, sides: tuple[int, int, int], features: int) -> Tenso
     return _turned(rows, (sides[2], sides[1], sides[0]))[..., :features].contiguous()
 
 
-def _mirrored(call: _Call, **others: Tensor) -> _Call:
+def _mirrored(call: _Call, **others: Any) -> _Call:
     """The mirrored call; ``others``: its other tensors."""
     ins, outs = _in_sides(call), _out_sides(call)
     return replace(

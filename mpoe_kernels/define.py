@@ -266,12 +266,12 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         for value in arguments:
             if type(value) in _PLAIN:
                 device_type = device_type or value.device.type
-                if value.is_meta or value.is_neg():
+                if value.is_neg():
                     return False
                 # The first questions of `holds_values` alone answer for most tensors, without a call.
-                size, begins = value.nbytes, not value.storage_offset() and value.is_contiguous()
-                fits = not size or (begins and value.untyped_storage().nbytes() >= size and value.data_ptr())
-                if not fits and not holds_values(value):
+                size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
+                fits = size and begins and value.untyped_storage().nbytes() >= size and value.data_ptr()
+                if not fits and (value.is_meta or not holds_values(value)):
                     return False
             elif isinstance(value, Tensor):
                 return False

@@ -248,6 +248,11 @@ WRONG = {
     "index below": ({"top_k_index": torch.full((7, 2), -2)}, r"top_k_index must lie in -1..4; got -2"),
     "right dims": ({"right": torch.ones(4, 4)}, r"right must be a tensor \[E, b, b\]"),
     "right size": ({"right": torch.ones(5, 1, 5, 5)}, "b a divisor of F = 12"),
+    "right square": (
+        {"right": torch.ones(5, 4, 3)},
+        r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3",
+    ),
+    "no experts": ({"left": torch.ones(0, 4, 4)}, r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4"),
     "left": ({"left": torch.ones(5, 3, 4, 4, dtype=torch.float64)}, r"left must be \[5, 1, 4, 4\] like right"),
     "gate alone": ({"u_gate": torch.ones(7, 12)}, "right_gate must be given with u_gate"),
     "u_gate": (

@@ -27,6 +27,7 @@ class Contender:
         gradients: names (see `mpoe_bench.problem.Truth`) and values of the gradients after a backward pass.
         facts: anything the report shows: shape, backend, floor, parameters.
         step: what ``train`` runs instead of forward and backward: a whole optimizer step.
+        timed: what is timed as a forward pass, if not `function`, whose result is checked.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Contender:
     gradients: Callable[[], Mapping[str, Tensor]] = dict
     facts: dict[str, Any] = field(default_factory=dict)
     step: Callable[[], Tensor] | None = None
+    timed: Callable[[], Tensor] | None = None
 
     @property
     def trains(self) -> bool:
@@ -46,6 +48,13 @@ class Contender:
         """The result, without recording a graph."""
         with torch.no_grad():
             return self.function()
+
+    def timed_forward(self) -> Tensor:
+        """What is timed as a forward pass."""
+        if self.timed is None:
+            return self.forward()
+        with torch.no_grad():
+            return self.timed()
 
     def train(self) -> Tensor:
         """Forward and backward; gradients are left in the leaves."""

@@ -22,6 +22,7 @@ SCHEMA = 1
 DEVICES = ("cpu", "cuda")
 # With the default backends, on the CPU; each backend accounts for about its share of the rows.
 EXPECTED_TIME = {"quick": "4 minutes", "full": "2 hours", "planner": "12 minutes", "targets": "6 minutes"}
+EXPECTED_TIME |= {"layers": "10 minutes", "models": "20 minutes"}
 # The gpu suite's time; sections that do not fit are left out and named.
 GPU_SECONDS = 480.0
 
@@ -94,7 +95,7 @@ def run_suite(
     """Measure a suite.
 
     Args:
-        suite: ``quick``, ``full``, ``planner``, ``targets`` or ``gpu``.
+        suite: one of `SUITES`.
         device: ``cpu`` or ``cuda``.
         threads: torch threads, pinned; default: all usable processors.
         clock: ``wall``, or ``cpu`` (this process's CPU time, for shared machines).

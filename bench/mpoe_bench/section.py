@@ -148,7 +148,7 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
     for phase in comparison.phases:
         # Masking the central gradient changes nothing in a forward pass.
         takes_part = {"forward": lambda c: not c.facts.get("masked"), "train": lambda c: c.trains}[phase]
-        functions = {name: getattr(c, phase) for name, c in joined.items() if takes_part(c)}
+        functions = {n: c.timed_forward if phase == "forward" else c.train for n, c in joined.items() if takes_part(c)}
         if not functions or (baseline is not None and baseline not in functions):
             continue
         setup.log(f"timing {phase} of {len(functions)} contenders")

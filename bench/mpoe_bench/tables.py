@@ -93,6 +93,7 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     phases = ("forward", "train") if any("train" in row for row in rows) else ("forward",)
     base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
     names = {"forward": "forward", "train": "step" if section["key"] == "train_step" else "fwd+bwd"}
+    names["forward"] = "whole call" if section["key"] == "generate" else "forward"
     which = "fwd / both" if len(phases) > 1 else "forward"
 
     def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
@@ -143,22 +144,6 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
         body.append([row["name"], f"{row['ratio']:.2f}{missed}", *names, seconds_text(row["chosen_seconds"])])
     header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
     return TextTable(section["title"], header, body, (), header[-1:])
-
-
-def weights_table(section: Mapping[str, Any]) -> TextTable:
-    """Temporary memory in units of one expert's weight, forward and backward."""
-    body = []
-    for row in section["rows"]:
-        if not row["reason"]:
-            phases = ("forward", "backward")
-            alive = [f"{row['alive'][phase]:.2f}" for phase in phases]
-            bytes_text = [mebibytes(row["temporary"][phase]) for phase in phases]
-            kind = "weights of experts" if row["rebuilds"] else "the shared core"
-            strategies = "\n".join(row["strategies"].values())
-            body.append([row["name"], str(row["experts"]), *alive, " / ".join(bytes_text), kind, strategies])
-    header = ["shape [backend]", "E", "alive\nforward", "alive\nbackward", "MiB\nforward / backward"]
-    header += ["copies of", "strategy\n(forward, backward)"]
-    return TextTable(section["title"], header, body, _notes(section["rows"]), header[-1:])
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
@@ -213,8 +198,6 @@ def table_of(section: Mapping[str, Any]) -> TextTable:
         return planner_table(section)
     if section["key"].startswith("conversion"):
         return conversion_table(section)
-    if section["key"] == "weights":
-        return weights_table(section)
     return timing_table(section)
 
 
@@ -225,3 +208,31 @@ HOW_TO_READ = (
     "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
     "gradients; whatever is wrong has no times."
 )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " / ")
+
+
+def markdown_table(table: TextTable) -> str:
+    """A table and its notes; the first column is left-aligned."""
+    header = [_cell(name).replace(" / ", " ") for name in table.header]
+    lines = [
+        f"### {table.title}",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |",
+        *(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows),
+    ]
+    if table.notes:
+        lines += ["", "Not timed:", "", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_report(results: Mapping[str, Any]) -> str:
+    """All tables of a run, as `mpoe_bench.run_suite` returned it."""
+    head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
+    tables = [target_table(results["targets"])] if results["targets"] else []
+    tables += [*map(table_of, results["sections"]), machine_table(results["machine"])]
+    skipped = [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"] if results["skipped"] else []
+    return "\n".join([head, *skipped, *map(markdown_table, tables)])

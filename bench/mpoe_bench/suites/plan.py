@@ -14,16 +14,16 @@ from mpoe_bench.section import Comparison, Setup, run_section
 from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
 from mpoe_bench.suites.ffn import ffn_section
 from mpoe_bench.suites.gpu import gpu_sections
+from mpoe_bench.suites.layers import LAYERS, layers_comparison
+from mpoe_bench.suites.models import SHAPES, model_comparison
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.planner import planner_section
 from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
-from mpoe_bench.suites.train_step import train_step_comparison
-from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
 from mpoe_kernels.backends import AUTO
 from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
-SUITES = ("quick", "full", "planner", "targets", "gpu")
+SUITES = ("quick", "full", "planner", "targets", "layers", "models", "gpu")
 Section = Callable[[], dict[str, Any]]
 # Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
@@ -49,7 +49,8 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
         if setup.device != "cpu":
             raise ValueError(f"the planner suite holds CPU cases only; got device {setup.device!r}")
         return iter([_planner(scale, setup, name) for name in judged_backends(setup)])
-    return {"quick": _quick, "full": _full, "targets": _targets, "gpu": gpu_sections}[suite](scale, setup)
+    suites = {"quick": _quick, "full": _full, "targets": _targets, "layers": _layers, "models": _models}
+    return (gpu_sections if suite == "gpu" else suites[suite])(scale, setup)
 
 
 def judged_backends(setup: Setup) -> tuple[str, ...]:
@@ -129,8 +130,9 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
         yield partial(ffn_section, more, ("separable", "paper_16"), setup, peers=("dense experts, loop",))
     yield from _decode(scale, setup, ("separable", "paper_16"))
     yield from _ops(scale, setup, ("separable", paper))
-    yield _train_step(scale, setup, ("separable",))
-    yield _weights(scale, setup, (scale.few_experts, 2 * scale.few_experts))
+    yield _train_step(scale, setup, ("neurons", "hidden", "separable"))
+    where = (setup.backends, setup.device)
+    yield _compare(setup, layers_comparison, (scale.model, scale.hidden), scale.many_tokens, 1, torch.float32, *where)
     yield partial(decomposition_section, ("separable", "paper_full"), (scale.model, scale.hidden), setup)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
@@ -161,13 +163,6 @@ def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
             setup,
             peers=("dense experts, loop",),
         )
-    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
-
-
-def _weights(scale: Scale, setup: Setup, experts: tuple[int, ...]) -> Section:
-    shapes = ("separable", scale.shape("light_64"), scale.shape("paper_64"), "paper_full")
-    sizes = (scale.model, scale.hidden)
-    return partial(temporary_weights_section, shapes, sizes, experts, scale.many_tokens, setup)
 
 
 def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
@@ -194,9 +189,32 @@ def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Sectio
     yield _compare(setup, embedding_comparison, *table, setup.device, setup.backends)
 
 
+def _layers(scale: Scale, setup: Setup) -> Iterator[Section]:
+    """Mixtures around a dense network: a training batch, and few tokens through as many layers as a model has."""
+    sizes, depth = (scale.model, scale.hidden), LAYERS if scale.judged else 2
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, layers in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
+            yield _compare(setup, layers_comparison, sizes, tokens, layers, dtype, setup.backends, setup.device)
+
+
 def _train_step(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Section:
     sizes = (scale.model, scale.hidden)
-    return _compare(setup, train_step_comparison, shapes, sizes, scale.few_experts, scale.step_tokens, setup.device)
+    return _compare(
+        setup, model_comparison, "train_step", shapes, sizes, scale.few_experts, scale.step_tokens, setup.device
+    )
+
+
+def _models(scale: Scale, setup: Setup) -> Iterator[Section]:
+    """A T5 of base size in bfloat16: an AdamW step, and `generate` one token at a time and in batches."""
+    where = ((scale.model, scale.hidden), scale.few_experts)
+    depth = LAYERS if scale.judged else 1
+    step = (8, 256) if scale.judged else scale.step_tokens
+    few = ("neurons", "hidden", "separable")
+    yield _compare(setup, model_comparison, "train_step", few, *where, step, setup.device, depth, torch.bfloat16)
+    for batch in (1, 8):
+        new = (batch, 24 if scale.judged else 3)
+        shapes = tuple(SHAPES)
+        yield _compare(setup, model_comparison, "generate", shapes, *where, new, setup.device, 4, torch.bfloat16)
 
 
 def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
@@ -250,8 +268,9 @@ def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     yield from _decode(scale, setup, curve)
     yield from _ops(scale, setup, ("separable", name("light_64"), paper, "paper_full"))
     sizes = (scale.model, scale.hidden)
-    yield _train_step(scale, setup, ("separable", "light", "paper"))
-    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
+    yield _train_step(scale, setup, tuple(SHAPES))
+    yield from _layers(scale, setup)
+    yield from _models(scale, setup)
     yield partial(decomposition_section, ("separable", name("light_64"), paper, "paper_full"), sizes, setup)
     if scale.judged:
         yield partial(t5_base_section, ("separable", "light", "paper"), setup)

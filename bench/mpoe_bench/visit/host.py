@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
-from mpoe_bench.hidden_side import Dense, mixture
 from mpoe_bench.section import failure_text
+from mpoe_bench.suites.layers import Dense, mixture
 from mpoe_bench.visit.lines import Deadline, Lines, finish, parse
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, route
 from mpoe_kernels.testing.cases import random_blocks, workload_shape

@@ -27,6 +27,7 @@ class Contender:
         gradients: names (see `mpoe_bench.problem.Truth`) and values of the gradients after a backward pass.
         facts: anything the report shows: shape, backend, floor, parameters.
         step: what ``train`` runs instead of forward and backward: a whole optimizer step.
+        resident: resident memory counts too, not only what torch's allocator holds.
         timed: what is timed as a forward pass, if not `function`, whose result is checked.
     """
 
@@ -39,6 +40,7 @@ class Contender:
     facts: dict[str, Any] = field(default_factory=dict)
     step: Callable[[], Tensor] | None = None
     timed: Callable[[], Tensor] | None = None
+    resident: bool = False
 
     @property
     def trains(self) -> bool:

@@ -21,8 +21,14 @@ from mpoe_bench.timing import CLOCKS, cpu_measure, cuda_measure
 SCHEMA = 1
 DEVICES = ("cpu", "cuda")
 # With the default backends, on the CPU; each backend accounts for about its share of the rows.
-EXPECTED_TIME = {"quick": "4 minutes", "full": "2 hours", "planner": "12 minutes", "targets": "6 minutes"}
-EXPECTED_TIME |= {"layers": "10 minutes", "models": "20 minutes"}
+EXPECTED_TIME = {
+    "quick": "5 minutes",
+    "full": "3 hours",
+    "planner": "12 minutes",
+    "targets": "6 minutes",
+    "layers": "10 minutes",
+    "models": "20 minutes",
+}
 # The gpu suite's time; sections that do not fit are left out and named.
 GPU_SECONDS = 480.0
 

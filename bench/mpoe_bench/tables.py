@@ -122,19 +122,6 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     return TextTable(section["title"] + backend, header, body, _notes(section["rows"]), spare)
 
 
-def conversion_table(section: Mapping[str, Any]) -> TextTable:
-    """Seconds per matrix, and for the 48 matrices of T5-base."""
-    body = [
-        [row["name"], f"{row['seconds']:.2f} s", f"{row['seconds_of_48']:.1f} s", _error(row)]
-        for row in section["rows"]
-        if not row.get("reason")
-    ]
-    header = ["what", "seconds", "48 matrices\n(48 x one)", "error"]
-    if section["key"] == "conversion_t5":
-        header[2] = "48 matrices\n(measured)"
-    return TextTable(section["title"], header, body, _notes(section["rows"]))
-
-
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
     body = []
@@ -166,10 +153,9 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
     body = [
         ["machine", title_of(dict(machine))],
-        ["processor", ", ".join(_processor(machine))],
         ["cores usable", str(machine["cores"])],
         ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
-        ["backends", ", ".join(machine["backends"]) + _instructions(machine)],
+        ["backends", f"{', '.join(machine['backends'])}; native kernels with {machine['native_isa'] or '-'}"],
         ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
         ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
         ["python, system", f"{machine['python']}, {machine['system']}"],
@@ -180,24 +166,10 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     return TextTable("machine", ["", "value"], body)
 
 
-def _instructions(machine: Mapping[str, Any]) -> str:
-    """The native kernels' instruction set, if the result has it."""
-    return f"; native kernels with {machine['native_isa']}" if machine.get("native_isa") else ""
-
-
-def _processor(machine: Mapping[str, Any]) -> list[str]:
-    """Model, frequency and caches, as far as the system reports them."""
-    facts = [machine["family"]] if machine.get("family") else []
-    facts += [f"{machine['megahertz']} MHz"] if machine.get("megahertz") else []
-    return facts + [f"{name} {size}" for name, size in machine.get("caches", {}).items()] or ["-"]
-
-
 def table_of(section: Mapping[str, Any]) -> TextTable:
     """The table of any section."""
     if section["key"] == "planner":
         return planner_table(section)
-    if section["key"].startswith("conversion"):
-        return conversion_table(section)
     return timing_table(section)
 
 

@@ -114,7 +114,8 @@ def layers_comparison(
             relative = modules[0].relative_flops(fields["router"]["top_k"]) + fields["num_experts"] / (2 * sizes[1])
             facts |= {"backend": backend, "shape": name.split(" [")[0], "floor": {"forward": relative}}
         leaves = (x, *modules.parameters())
-        return Contender(name, kind, lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts), truth
+        made_of: Any = (name, kind, lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts)
+        return Contender(*made_of, resident=layers == 1), truth
 
     builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: build(LIMIT, "limit", None, "eager"))]
     for key, fields in mixtures(sizes[0]).items():

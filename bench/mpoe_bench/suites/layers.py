@@ -6,7 +6,8 @@ Few tokens pass through one layer, whose weights stay in the processor's caches,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,11 @@ def mixtures(scale_model: int) -> dict[str, dict[str, Any]]:
 def layers_comparison(
     sizes: tuple[int, int], tokens: int, layers: int, dtype: torch.dtype, backends: tuple[str, ...], device: str
 ) -> Comparison:
-    """All `mixtures` on every backend; ``layers`` networks run one after another on ``tokens`` tokens."""
+    """All `mixtures` on every backend; ``layers`` networks run one after another on ``tokens`` tokens.
+
+    One layer is checked and timed with its gradients; of several, which need much memory, the first one's result is
+    checked, and the forward passes of all are timed on the first of ``backends``.
+    """
     torch.manual_seed(0)
     networks = [Dense(*sizes, "relu", dtype).to(device) for _ in range(layers)]
     x = torch.randn(tokens, sizes[0]).to(device, dtype).requires_grad_()
@@ -98,28 +103,29 @@ def layers_comparison(
     def build(name: str, kind: str, fields: Mapping[str, Any] | None, backend: str) -> tuple[Contender, Truth]:
         torch.manual_seed(1)
 
-        def made(backend: str) -> nn.Module:
+        def made(backend: str, networks: Sequence[Dense]) -> Any:
             if fields is None:
                 return nn.Sequential(*networks)
             config = MPOEConfig(**fields, backend=backend)
             return nn.Sequential(*(mixture(copy.deepcopy(network), config, "relu") for network in networks)).to(device)
 
-        modules = made(backend)
-        plain = made("eager")
-        plain.load_state_dict(modules.state_dict())
+        modules, plain = made(backend, networks), made("eager", networks[:1])
+        plain[0].load_state_dict(modules[0].state_dict())
         exact, same = results(plain, torch.float64), results(plain, dtype)
         truth = Truth(exact, {key: relative_error(same[key], value) for key, value in exact.items()}, dtype)
         facts: dict[str, Any] = size_facts(sum(p.numel() for p in modules.parameters()), dtype)
         if fields is not None:
             relative = modules[0].relative_flops(fields["router"]["top_k"]) + fields["num_experts"] / (2 * sizes[1])
             facts |= {"backend": backend, "shape": name.split(" [")[0], "floor": {"forward": relative}}
+        if layers > 1:
+            return Contender(name, kind, lambda: modules[0](x), facts=facts, timed=lambda: modules(x)), truth
         leaves = (x, *modules.parameters())
-        made_of: Any = (name, kind, lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts)
-        return Contender(*made_of, resident=layers == 1), truth
+        own = Contender(name, kind, lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts)
+        return replace(own, resident=True), truth
 
     builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: build(LIMIT, "limit", None, "eager"))]
     for key, fields in mixtures(sizes[0]).items():
-        for backend in backends:
+        for backend in backends if layers == 1 else backends[:1]:
 
             def build_mixture(name: str = f"{key} [{backend}]", own: Any = fields, backend: str = backend) -> Any:
                 return build(name, "mpoe", own, backend)
@@ -130,4 +136,5 @@ def layers_comparison(
         f", {layers} of them" if layers > 1 else ""
     )
     facts = {"tokens": tokens, "layers": layers, "dtype": dtype_name, "model": sizes[0], "hidden": sizes[1]}
-    return Comparison("layers", title, builds, LIMIT, tokens, facts)
+    phases = ("forward", "train") if layers == 1 else ("forward",)
+    return Comparison("layers", title, builds, LIMIT, tokens, facts, phases)

@@ -7,6 +7,7 @@ memory. Whatever is wrong is not timed. At the end, the targets that were measur
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -69,7 +70,7 @@ def time_contender(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Com
         if phase == "train" and not joined.trains:
             pytest.skip("it has no backward pass")
         base = baseline_of(comparison)
-        timer = pytestconfig.getoption("benchmark_timer")
+        timer = pkgutil.resolve_name(pytestconfig.getoption("benchmark_timer"))
         ours, dense = [c.train if phase == "train" else c.timed_forward for c in (joined, base or joined)]
         dense_seconds: list[float] = []
 

@@ -83,7 +83,7 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
     if faults:
         row["reason"] = f"wrong result, not timed: {'; '.join(faults)}"
     else:
-        row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
+        row["memory"] = {p: {**asdict(value), "temporary": value.temporary} for p, value in memory.items()}
     return row
 
 

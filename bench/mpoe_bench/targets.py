@@ -11,7 +11,6 @@ from typing import Any
 
 PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
-SIZES = (768, 3072)  # the targets are for T5-base's FFN
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
 GROUPED = "dense experts, grouped_mm"
 MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
@@ -19,13 +18,14 @@ MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
 
 @dataclass(frozen=True)
 class Target:
-    """One line per phase: what a shape must reach in a case of T5-base's feed-forward layer.
+    """One line per phase: what a shape must reach in a case of a feed-forward layer.
 
     Attributes:
         shape: name of the shape.
         experts, tokens: of the case; of mixtures around a dense network (suite ``layers``) the layers instead of the
             experts, which their names tell.
         forward, train: limits by phase; ``None`` = no limit.
+        key, sizes: of the section, and model and hidden size; T5-base's by default.
         peer: ``None``: the limits are the largest x dense allowed. Else a contender (`ORIGINAL` stands for the one on
             the same shape): the shape must be faster than the peer by at least these factors.
     """
@@ -37,6 +37,7 @@ class Target:
     train: float | None = None
     peer: str | None = None
     key: str = "ffn"
+    sizes: tuple[int, int] = (768, 3072)
 
 
 # For plain PyTorch; then for backends with their own kernels and for the choice among all backends.
@@ -62,6 +63,7 @@ LAYER_TARGETS = (
     Target("neurons 8 x 64, 2", 1, 2048, 1.12, 1.2, key="layers"),
     Target("neurons 64 x 64, 8", 1, 2048, 1.35, 1.5, key="layers"),
     Target("neurons 128 x 128, 8", 1, 2048, 1.55, 1.7, key="layers"),
+    Target("neurons 64 x 64, 8", 1, 2048, 1.15, 1.2, key="layers", sizes=(2048, 8192)),
     Target("neurons 8 x 64, 2", 12, 64, 1.25, key="layers"),
     Target("neurons 8 x 64, 2", 12, 1, 1.2, key="layers"),
     Target("neurons 64 x 64, 8", 12, 1, 1.35, key="layers"),
@@ -97,7 +99,7 @@ def _row(section: Mapping[str, Any], phase: str, **wanted: Any) -> Mapping[str, 
 
 def _cases(sections: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Mapping[str, Any]]:
     """By dtype, the first section of a target's case: T5-base's sizes, and uniform load."""
-    wanted: dict[str, Any] = {"tokens": target.tokens, "model": SIZES[0], "hidden": SIZES[1]}
+    wanted: dict[str, Any] = {"tokens": target.tokens, "model": target.sizes[0], "hidden": target.sizes[1]}
     wanted |= {"experts": target.experts, "load": "uniform"} if target.key == "ffn" else {"layers": target.experts}
     found: dict[str, Mapping[str, Any]] = {}
     for section in sections:
@@ -128,7 +130,8 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
         if not values:
             continue
         number = "E" if target.key == "ffn" else "layers"
-        what = f"{target.shape}, {number}={target.experts} T={target.tokens}, {PHASES[phase]}"
+        wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
+        what = f"{target.shape}{wide}, {number}={target.experts} T={target.tokens}, {PHASES[phase]}"
         if target.peer is None:
             yield _line(what, backend, f"<= {limit:g} x dense", texts, max(values) <= limit)
         else:
@@ -175,19 +178,15 @@ def _layer_memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> 
         if section["key"] != "layers" or section["case"]["layers"] > 1:
             continue
         rows = [row for row in section["rows"] if "train" in (row.get("memory") or {})]
-        needs = {row["name"]: temporary_bytes(row["memory"]["train"]) for row in rows}
+        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in rows}
         dense = next(needs[row["name"]] for row in rows if row["kind"] == "limit")
         for row in rows:
             if row.get("backend") == backend:
                 ratio = needs[row["name"]] / dense
-                what = f"{row['shape']}, T={section['case']['tokens']}, memory of forward + backward"
-                texts = {section["case"]["dtype"]: f"{ratio:.2f}"}
+                case = section["case"]
+                what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
+                texts = {case["dtype"]: f"{ratio:.2f}"}
                 yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", texts, ratio <= MOST_MEMORY)
-
-
-def temporary_bytes(memory: Mapping[str, Any]) -> int:
-    """What a call needed beyond what it left behind, see `mpoe_bench.memory.Memory`."""
-    return max(memory["peak"], memory["resident"] or 0) - memory["kept"]
 
 
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:

@@ -90,12 +90,12 @@ def test_masked_and_memory() -> None:
 
 
 def test_mixtures_around_a_dense_network() -> None:
-    def needs(peak: int, kept: int, resident: int | None = None) -> dict:
-        return {"memory": {"train": {"peak": peak, "kept": kept, "resident": resident}}}
+    def needs(count: int) -> dict:
+        return {"memory": {"train": {"temporary": count}}}
 
     shape = "neurons 8 x 64, 2"
-    neurons = ours(shape, "auto", 1.1, 1.25) | needs(60, 50, 62)
-    dense = row("dense FFN", 1.0, 1.0) | {"kind": "limit"} | needs(50, 40)
+    neurons = ours(shape, "auto", 1.1, 1.25) | needs(12)
+    dense = row("dense FFN", 1.0, 1.0) | {"kind": "limit"} | needs(10)
     many = {**section("float32", [dense, neurons], layers=1), "key": "layers"}
     deep = {**section("float32", [dense, neurons | {"forward": timing(1.3)}], tokens=64, layers=12), "key": "layers"}
     lines = lines_of([many, deep])
@@ -103,7 +103,7 @@ def test_mixtures_around_a_dense_network() -> None:
     assert not lines[f"{shape}, layers=1 T=2048, forward + backward", "auto"]["reached"]
     assert not lines[f"{shape}, layers=12 T=64, forward", "auto"]["reached"]
     assert (f"{shape}, layers=12 T=64, forward + backward", "auto") not in lines
-    memory = lines[f"{shape}, T=2048, memory of forward + backward", "auto"]
+    memory = lines[f"{shape} 768x3072, memory of forward + backward", "auto"]
     assert memory["found"] == {"float32": "1.20"}
     assert memory["reached"]
 

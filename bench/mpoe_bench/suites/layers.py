@@ -56,7 +56,7 @@ def mixture(dense: Dense, config: MPOEConfig, activation: str) -> nn.Module:
 
 def mixtures(scale_model: int) -> dict[str, dict[str, Any]]:
     """Name -> fields of its `MPOEConfig`, for a model's size: one that has a target, or that users run by default."""
-    m = max(scale_model // 12, 1)
+    m = min(64, max(scale_model // 12, 1))
 
     def neurons(experts: int, size: int, top_k: int, latent: int | None = None) -> dict[str, Any]:
         router = {"top_k": top_k, "init_scale": 1.0}
@@ -78,9 +78,15 @@ def mixtures(scale_model: int) -> dict[str, dict[str, Any]]:
 
 
 def layers_comparison(
-    sizes: tuple[int, int], tokens: int, layers: int, dtype: torch.dtype, backends: tuple[str, ...], device: str
+    sizes: tuple[int, int],
+    tokens: int,
+    layers: int,
+    dtype: torch.dtype,
+    backends: tuple[str, ...],
+    device: str,
+    chosen: str = "",
 ) -> Comparison:
-    """All `mixtures` on every backend; ``layers`` networks run one after another on ``tokens`` tokens.
+    """`mixtures` whose names hold ``chosen`` on every backend; ``layers`` networks run one after another.
 
     One layer is checked and timed with its gradients; of several, which need much memory, the first one's result is
     checked, and the forward passes of all are timed on the first of ``backends``.
@@ -124,7 +130,7 @@ def layers_comparison(
         return replace(own, resident=True), truth
 
     builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: build(LIMIT, "limit", None, "eager"))]
-    for key, fields in mixtures(sizes[0]).items():
+    for key, fields in ((key, fields) for key, fields in mixtures(sizes[0]).items() if chosen in key):
         for backend in backends if layers == 1 else backends[:1]:
 
             def build_mixture(name: str = f"{key} [{backend}]", own: Any = fields, backend: str = backend) -> Any:
@@ -132,9 +138,8 @@ def layers_comparison(
 
             builds.append((f"{key} [{backend}]", "mpoe", build_mixture))
     dtype_name = str(dtype).split(".")[-1]
-    title = f"layers {sizes[0]}x{sizes[1]} T={tokens} {dtype_name}, router included" + (
-        f", {layers} of them" if layers > 1 else ""
-    )
+    several = f", {layers} of them" if layers > 1 else ""
+    title = f"layers {sizes[0]}x{sizes[1]} T={tokens} {dtype_name}, router included{several}"
     facts = {"tokens": tokens, "layers": layers, "dtype": dtype_name, "model": sizes[0], "hidden": sizes[1]}
     phases = ("forward", "train") if layers == 1 else ("forward",)
     return Comparison("layers", title, builds, LIMIT, tokens, facts, phases)

@@ -148,9 +148,12 @@ def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Sectio
 def _layers(scale: Scale, setup: Setup) -> Iterator[Section]:
     """Mixtures around a dense network: a training batch, and few tokens through as many layers as a model has."""
     sizes, depth = (scale.model, scale.hidden), LAYERS if scale.judged else 2
+    large = (2048, 8192) if scale.judged else (64, 128)
+    where = (setup.backends, setup.device)
     for dtype in (torch.float32, torch.bfloat16):
         for tokens, layers in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
-            yield _compare(setup, layers_comparison, sizes, tokens, layers, dtype, setup.backends, setup.device)
+            yield _compare(setup, layers_comparison, sizes, tokens, layers, dtype, *where)
+        yield _compare(setup, layers_comparison, large, scale.many_tokens, 1, dtype, *where, chosen="neurons 64")
 
 
 def _train_step(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Section:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers import ACTIVATIONS, HiddenFeedForward, NeuronFeedForward
+from mpoe.layers import HiddenFeedForward, NeuronFeedForward
 from mpoe_bench.contender import Contender, grad_of
+from mpoe_bench.gpu_cases import Dense
 from mpoe_bench.problem import Truth
 from mpoe_bench.section import Build, Comparison
 from mpoe_bench.subjects import LIMIT, size_facts
@@ -23,18 +24,6 @@ from mpoe_kernels.testing.assertions import relative_error
 
 LAYERS = 12  # of a model of T5-base's width
 START = 0.02  # of experts that would add nothing
-
-
-class Dense(nn.Module):
-    """``down(act(up x))``."""
-
-    def __init__(self, model: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(model, hidden, dtype=dtype), nn.Linear(hidden, model, dtype=dtype)
-        self.act = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
 
 
 def mixture(dense: Dense, config: MPOEConfig, activation: str) -> nn.Module:
@@ -92,7 +81,7 @@ def layers_comparison(
     checked, and the forward passes of all are timed on the first of ``backends``.
     """
     torch.manual_seed(0)
-    networks = [Dense(*sizes, "relu", dtype).to(device) for _ in range(layers)]
+    networks = [Dense(sizes[0], "relu", sizes[1], dtype=dtype).to(device) for _ in range(layers)]
     x = torch.randn(tokens, sizes[0]).to(device, dtype).requires_grad_()
     grad_y = torch.randn(tokens, sizes[0]).to(device, dtype)
 

@@ -123,8 +123,9 @@ def test_mixtures_around_a_dense_network() -> None:
     assert {section["case"]["layers"] for section in results["sections"]} == {1, 2}
     for section in results["sections"]:
         rows = {row["name"]: row for row in section["rows"]}
-        neurons = rows["neurons 64 x 4, 8 [eager]"]
-        assert neurons["floor"]["forward"] == pytest.approx(1 + 8 * 4 / 96 + 64 / (2 * 96))
+        model, hidden = section["case"]["model"], section["case"]["hidden"]
+        neurons = rows[f"neurons 64 x {model // 12}, 8 [eager]"]
+        assert neurons["floor"]["forward"] == pytest.approx(1 + 8 * (model // 12) / hidden + 64 / (2 * hidden))
         assert neurons["parameters"] > rows["dense FFN"]["parameters"]
         assert ("train" in neurons) == (section["case"]["layers"] == 1)
         assert neurons["forward"]["x"] > 0

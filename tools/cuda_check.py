@@ -96,7 +96,7 @@ class Kernel:
 _DYNAMIC = dict.fromkeys(
     (
         *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
-        *("sum_columns_kernel", "sum_rows_kernel", "hidden_sums_kernel"),
+        *("sum_columns_kernel", "sum_rows_kernel", "experts_bias_kernel", "parts_sums_kernel"),
     ),
     0,
 )
@@ -117,7 +117,7 @@ def stages_bytes(name: str) -> int:
 
 def is_product(name: str) -> bool:
     """Whether a kernel is a matrix product on tensor cores, judged by its readable name."""
-    products = ("contract_kernel", "panel_kernel", "hidden_forward_kernel", "hidden_rows_kernel", "hidden_cores_kernel")
+    products = ("contract_kernel", "panel_kernel", "experts_forward_kernel", "experts_rows_kernel", "experts_weights_kernel")
     return name.startswith(products) and any(kind in name for kind in ON_TENSOR_CORES)
 
 

@@ -21,26 +21,36 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
 from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+from mpoe_kernels.neurons.cuda import NeuronKernels
 
 # Positions of the inputs that have gradients, in the order of the backward op's results.
 DIFFERENTIABLE = (0, 1, 3, 4, 5, 6)
 
-KERNELS = {"native": native, "eager": eager}
+KERNELS = {"native": native, "eager": eager, "cuda": NeuronKernels(CUDA_OPS)}
+
+
+def register(backend: str, kernels: Any) -> None:
+    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
+    any."""
+    table = {"neuron_experts": kernels.forward, "neuron_experts_backward": kernels.backward}
+    add_kernels(backend, table, getattr(kernels, "reasons", None))
+
+
 for _backend, _kernels in KERNELS.items():
-    _table = {"neuron_experts": _kernels.forward, "neuron_experts_backward": _kernels.backward}
-    add_kernels(_backend, _table, getattr(_kernels, "reasons", None))
+    register(_backend, _kernels)
 
 
 def _run(call: NeuronCall) -> Tensor:
-    return run_kernel("neuron_experts", call, call.x)
+    return run_kernel("neuron_experts", call, call.x, neurons=call.up.shape[1])
 
 
 def _run_backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
-    return run_kernel("neuron_experts_backward", call, call.x)
+    return run_kernel("neuron_experts_backward", call, call.x, neurons=call.up.shape[1])
 
 
 def _fake(call: NeuronCall) -> Tensor:

@@ -14,9 +14,8 @@ constexpr int kFewPairs = 1024;                    // up to this many are sorted
 
 struct GateArguments {
   const void* logits = nullptr;  // [T, E]
-  float* probabilities = nullptr;  // [T, E] or null
-  float* weights = nullptr;        // [T, K]
-  int64_t* index = nullptr;        // [T, K], most probable first; among equals the smaller number
+  float* weights = nullptr;      // [T, K]
+  int64_t* index = nullptr;      // [T, K], most probable first; among equals the smaller number
   int tokens = 0, experts = 0, top_k = 0;
   bool renormalize = false;  // weights sum to 1 over the choices
 };
@@ -64,11 +63,6 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
   float sum = 0.f;
   for (int expert = lane; expert < p.experts; expert += 32) sum += expf(dev::to_float(logits[expert]) - largest);
   sum = warp_sum(sum);
-  if (p.probabilities) {
-    for (int expert = lane; expert < p.experts; expert += 32) {
-      p.probabilities[int64_t(token) * p.experts + expert] = expf(dev::to_float(logits[expert]) - largest) / sum;
-    }
-  }
   Candidate last{kInfinity, -1};
   float chosen = 0.f;  // sum of the choices' numerators
   for (int k = 0; k < p.top_k; ++k) {
@@ -82,11 +76,11 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
     chosen += numerator;
     if (lane == 0) {
       p.index[int64_t(token) * p.top_k + k] = last.expert;
-      p.weights[int64_t(token) * p.top_k + k] = numerator / sum;
+      p.weights[int64_t(token) * p.top_k + k] = p.renormalize ? numerator : numerator / sum;
     }
   }
   if (p.renormalize && lane == 0) {
-    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] *= sum / chosen;
+    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] /= chosen;  // a lone one becomes 1
   }
 }
 

@@ -117,8 +117,9 @@ def stages_bytes(name: str) -> int:
 
 def is_product(name: str) -> bool:
     """Whether a kernel is a matrix product on tensor cores, judged by its readable name."""
-    products = ("contract_kernel", "panel_kernel", "experts_forward_kernel", "experts_rows_kernel", "experts_weights_kernel")
-    return name.startswith(products) and any(kind in name for kind in ON_TENSOR_CORES)
+    products = ("contract", "panel", "experts_forward", "experts_rows", "experts_weights")
+    is_one = name.partition("<")[0].removesuffix("_kernel") in products
+    return is_one and any(kind in name for kind in ON_TENSOR_CORES)
 
 
 def find(program: str) -> str | None:

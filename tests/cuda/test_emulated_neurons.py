@@ -31,7 +31,15 @@ def _registered() -> Iterator[None]:
 CASES: dict[str, dict[str, Any]] = {
     "odd sizes": {"tokens": 33, "experts": 3, "width": 33, "out": 65, "neurons": 35, "with_bias": True},
     "whole tiles": {"tokens": 70, "experts": 2, "width": 64, "out": 128, "neurons": 64, "gated": True},
-    "many neurons": {"tokens": 20, "experts": 2, "width": 24, "out": 16, "neurons": 200, "gated": True, "with_bias": True},
+    "many neurons": {
+        "tokens": 20,
+        "experts": 2,
+        "width": 24,
+        "out": 16,
+        "neurons": 200,
+        "gated": True,
+        "with_bias": True,
+    },
     "many experts": {"tokens": 40, "top_k": 16, "experts": 300, "width": 16, "out": 8, "neurons": 8},
     "one neuron": {"tokens": 9, "top_k": 8, "experts": 9, "width": 15, "out": 3, "neurons": 1, "gated": True},
     "one token": {"tokens": 1, "top_k": 8, "experts": 64, "none_share": 0.0, "width": 48, "out": 40, "neurons": 16},
@@ -63,7 +71,9 @@ def test_all_tokens_to_one_expert(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
 def test_schedules(timing: Schedule) -> None:
-    problem = NeuronProblem(tokens=40, experts=3, width=40, neurons=72, gated=True, with_bias=True, dtype=torch.bfloat16)
+    problem = NeuronProblem(
+        tokens=40, experts=3, width=40, neurons=72, gated=True, with_bias=True, dtype=torch.bfloat16
+    )
     usual = problem.run(neuron_experts, torch.bfloat16, backend="emulated")
     with schedule(*timing):
         for name, value in problem.run(neuron_experts, torch.bfloat16, backend="emulated").items():

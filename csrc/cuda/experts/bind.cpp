@@ -22,16 +22,16 @@ struct Experts {
           const Optional& bias_, const Optional& x_gate_, const Optional& up_gate_, bool by_unit)
       : x(dense(x_)), gates(dense(cast(gates_, ScalarType::Float))), index(dense_index(index_, 2, "top_k_index")),
         up(dense(up_)), down(dense(down_)) {
-    MPOE_CHECK(x.dim() == 2 && up.dim() == 4 && down.dim() == 4, "x must have 2 axes, up and down 4; got ", x.dim(), ", ",
-               up.dim(), " and ", down.dim());
+    MPOE_CHECK(x.dim() == 2 && up.dim() == 4 && down.dim() == 4, "x must have 2 axes, up and down 4; got ", x.dim(),
+               ", ", up.dim(), " and ", down.dim());
     own = up.size(1);
     width = up.size(by_unit ? 3 : 2);
     units = up.size(by_unit ? 2 : 3);
     columns = down.size(3);
     MPOE_CHECK(up.size(0) > 0 && width > 0 && units > 0 && columns > 0, "up and down must not have an axis of size 0");
     groups = x.size(1) / width;
-    MPOE_CHECK(x.size(1) == groups * width && (own == 1 || own == groups), "up must have one weight, or one for each group ",
-               "of inputs, of a width that divides ", x.size(1));
+    MPOE_CHECK(x.size(1) == groups * width && (own == 1 || own == groups),
+               "up must have one weight, or one for each group of inputs, of a width that divides ", x.size(1));
     check_same_device({&x, &gates, &index, &up, &down});
     MPOE_CHECK(has_sizes(index, {x.size(0), index.size(1)}) && has_sizes(gates, {x.size(0), index.size(1)}),
                "gates and top_k_index must be [", x.size(0), ", K]");

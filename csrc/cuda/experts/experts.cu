@@ -23,7 +23,8 @@ struct Call {
       throw std::invalid_argument("the kernels take 1 to " + std::to_string(kMostUnits) +
                                   " hidden units of an expert in a group; got " + std::to_string(in.units));
     }
-    const int64_t slots = p.slots(), tiles = std::min(slots, slots / kExpertsRows + std::min<int64_t>(slots, in.experts));
+    const int64_t slots = p.slots(), partly = std::min<int64_t>(slots, in.experts);  // tiles with less than 64 slots
+    const int64_t tiles = std::min(slots, slots / kExpertsRows + partly);
     if (slots >= 1 << 30 || tiles * in.groups >= 1 << 30) {
       throw std::invalid_argument("the kernels count pairs of token and choice, and tiles of them, to 2^30");
     }

@@ -40,8 +40,8 @@ __host__ __device__ constexpr int stage_elements() {
   return kStages * 2 * (along > across ? along : across);
 }
 
-// An operand's tiles of 64 x TileT::kK, copied from lines of global memory, [mn][k] (kMajor) or [k][mn]. Line i begins at
-// line(i), a pointer. Everything past the number of lines, or of columns in a line, becomes zero.
+// An operand's tiles of 64 x TileT::kK, copied from lines of global memory, [mn][k] (kMajor) or [k][mn]. Line i begins
+// at line(i), a pointer. Everything past the number of lines, or of columns in a line, becomes zero.
 template <class T, bool kMajor, class Line>
 class Lines {
  public:
@@ -112,7 +112,8 @@ __device__ __forceinline__ Lines<T, kMajor, Line> lines_at(int lines, int column
 }
 // The operand of adjacent lines of `stride` elements.
 template <class T, bool kMajor>
-__device__ __forceinline__ auto lines_from(const void* data, int64_t first, int stride, int lines, int columns, bool vector) {
+__device__ __forceinline__ auto lines_from(const void* data, int64_t first, int stride, int lines, int columns,
+                                           bool vector) {
   const T* const from = static_cast<const T*>(data) + first;
   return lines_at<T, kMajor>(lines, columns, vector, [from, stride](int i) { return from + int64_t(i) * stride; });
 }
@@ -125,15 +126,10 @@ __device__ __forceinline__ void store_tile(const Accumulator<ExpertsTile<T>>& ti
   constexpr int kStride = padded_stride<T>(kExpertsRows, true), kPer = 16 / static_cast<int>(sizeof(T));
   constexpr int kChunksPerLine = kExpertsRows / kPer;
   static_assert(kExpertsRows * kStride <= stage_elements<T>());
-  struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-  };
-  struct alignas(16) Chunk {
-    T v[kPer];
-  };
   __syncthreads();  // nobody reads the buffer
   tile.for_each_pair([&](int row, int column, float v0, float v1) {
-    *reinterpret_cast<Pair*>(buffer + row * kStride + column) = {dev::from_float<T>(v0), dev::from_float<T>(v1)};
+    *reinterpret_cast<dev::Pack<T, 2>*>(buffer + row * kStride + column) = {
+        {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
   });
   __syncthreads();  // the tile is whole
   UNROLL
@@ -144,7 +140,7 @@ __device__ __forceinline__ void store_tile(const Accumulator<ExpertsTile<T>>& ti
     T* const to = line(row) + column;
     const T* const from = buffer + row * kStride + column;
     if (vector) {
-      *reinterpret_cast<Chunk*>(to) = *reinterpret_cast<const Chunk*>(from);
+      *reinterpret_cast<dev::Pack<T, kPer>*>(to) = *reinterpret_cast<const dev::Pack<T, kPer>*>(from);
     } else {
       for (int j = 0; j < kPer && column + j < columns; ++j) to[j] = from[j];
     }

@@ -19,15 +19,16 @@ struct SlotTile {
     begin = p.offsets[expert] + tile * kExpertsRows;
     rows = p.offsets[expert + 1] - begin;
     rows = rows < kExpertsRows ? rows : kExpertsRows;
-    if (static_cast<int>(threadIdx.x) < rows) tokens[threadIdx.x] = static_cast<int>(p.token_of_slot[begin + threadIdx.x]);
+    const int row = threadIdx.x;
+    if (row < rows) tokens[row] = static_cast<int>(p.token_of_slot[begin + row]);
     __syncthreads();  // tokens are known
   }
 };
 
 // The operand of the tile's rows of `data` [T, G width], and of the columns of one group.
 template <class T>
-__device__ __forceinline__ auto rows_of_tokens(const SlotTile& s, const int* tokens, const void* data, int groups, int width,
-                                               bool vector) {
+__device__ __forceinline__ auto rows_of_tokens(const SlotTile& s, const int* tokens, const void* data, int groups,
+                                               int width, bool vector) {
   const T* const from = static_cast<const T*>(data) + int64_t(s.group) * width;
   const int64_t stride = int64_t(groups) * width;
   return lines_at<T, true>(s.rows, width, vector, [=](int row) { return from + tokens[row] * stride; });
@@ -35,8 +36,8 @@ __device__ __forceinline__ auto rows_of_tokens(const SlotTile& s, const int* tok
 
 // `value` = x up for units from `first` on, and `z` = what is activated, which without a gate is `value` plus the bias.
 template <class T, bool kByUnit>
-__device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const SlotTile& s, const int* tokens, int first,
-                                               T* stages, Accumulator<ExpertsTile<T>>& value,
+__device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const SlotTile& s, const int* tokens,
+                                               int first, T* stages, Accumulator<ExpertsTile<T>>& value,
                                                Accumulator<ExpertsTile<T>>& z) {
   using TileT = ExpertsTile<T>;
   const int columns = p.units - first;
@@ -78,7 +79,10 @@ __global__ void __launch_bounds__(kExpertsThreads)
       z.for_each([&](int, int, float& sum) { sum = activate(activation.value, sum); });
     });
     if (p.gated()) z.multiply(value);
-    z.for_each([&](int row, int column, float& sum) { h[row * h_stride + first + column] = dev::from_float<T>(sum); });
+    z.for_each_pair([&](int row, int column, float v0, float v1) {
+      *reinterpret_cast<dev::Pack<T, 2>*>(h + row * h_stride + first + column) = {
+          {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
+    });
   }
   const int64_t at = p.weight(s.expert, s.group, p.units * p.columns), stride = int64_t(p.groups) * p.columns;
   for (int first = 0; first < p.columns; first += TileT::kN) {
@@ -103,10 +107,11 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
   SHARED_ARRAY(float, parts, TileT::kWarpsN * kExpertsRows);
   const SlotTile s(p, tokens);
   if (s.rows == 0) return;
-  if (static_cast<int>(threadIdx.x) < s.rows) {
-    const int64_t pair = int64_t(tokens[threadIdx.x]) * p.top_k;
+  const int own_row = threadIdx.x;
+  if (own_row < s.rows) {
+    const int64_t pair = int64_t(tokens[own_row]) * p.top_k;
     for (int k = 0; k < p.top_k; ++k) {
-      if (p.slot_of_token[pair + k] == s.begin + static_cast<int>(threadIdx.x)) gates[threadIdx.x] = p.gates[pair + k];
+      if (p.slot_of_token[pair + k] == s.begin + own_row) gates[own_row] = p.gates[pair + k];
     }
   }
   const int64_t h_stride = int64_t(p.groups) * p.padded, h_first = s.begin * h_stride + int64_t(s.group) * p.padded;
@@ -151,16 +156,16 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if ((lane & 3) == 0) parts[warp % TileT::kWarpsN * kExpertsRows + row] = sum;
     }
     __syncthreads();  // parts are whole
-    if (static_cast<int>(threadIdx.x) < s.rows) {
-      p.gate_parts[s.group * p.slots() + s.begin + threadIdx.x] = parts[threadIdx.x] + parts[kExpertsRows + threadIdx.x];
+    if (own_row < s.rows) {
+      p.gate_parts[s.group * p.slots() + s.begin + own_row] = parts[own_row] + parts[kExpertsRows + own_row];
     }
   }
   const int64_t at = p.weight(s.expert, s.group, p.units * p.width), stride = int64_t(p.groups) * p.width;
   const auto back = [&](Accumulator<TileT>& sum, const void* d, const void* up, int first) {
     const auto a = lines_from<T, true>(d, h_first, static_cast<int>(h_stride), s.rows, p.units, true);
-    const auto b = lines_from<T, !kByUnit>(up, at + int64_t(first) * (kByUnit ? 1 : p.units), kByUnit ? p.width : p.units,
-                                           kByUnit ? p.units : p.width - first, kByUnit ? p.width - first : p.units,
-                                           p.vector_in);
+    const int left = p.width - first, lines = kByUnit ? p.units : left, columns = kByUnit ? left : p.units;
+    const auto b = lines_from<T, !kByUnit>(up, at + int64_t(first) * (kByUnit ? 1 : p.units),
+                                           kByUnit ? p.width : p.units, lines, columns, p.vector_in);
     block_gemm<T, TileT, true, !kByUnit>(sum, a, b, 0, p.units, s.rows, p.width - first, stages);
   };
   const auto store = [&](const Accumulator<TileT>& sum, void* rows, int first) {

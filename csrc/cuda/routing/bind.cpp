@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> gate_op(const Tensor& logits, int64_t top_k, bool ren
   Tensor weights = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Float);
   Tensor index = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Long);
   gate(kernel_dtype(in, "logits"), in.const_data_ptr(), weights.mutable_data_ptr<float>(),
-       index.mutable_data_ptr<int64_t>(), counted(tokens, "the number of tokens"), counted(experts, "the number of experts"),
-       counted(top_k, "top_k"), renormalize, device.stream());
+       index.mutable_data_ptr<int64_t>(), counted(tokens, "the number of tokens"),
+       counted(experts, "the number of experts"), counted(top_k, "top_k"), renormalize, device.stream());
   return {weights, index};
 }
 

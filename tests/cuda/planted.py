@@ -298,7 +298,7 @@ BUGS = (
         "rows = p.offsets[expert + 1] - begin;",
         "rows = p.offsets[p.experts] - begin;",
         "experts",
-        ("values",),
+        ("values: descending",),
     ),
     Bug(
         "past_the_weight",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_forward_kernel, hidden_rows_kernel
-from mpoe_kernels.indices import check_range
 from mpoe_kernels.routing.triton import SortedSlots, collect_rows, sort_slots
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.pointwise import sums_kernel

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import check_range
-from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.neurons.triton_kernels import (
     neurons_fused_kernel,
     neurons_hidden_kernel,

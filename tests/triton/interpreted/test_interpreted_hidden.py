@@ -10,9 +10,9 @@ from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts import triton as launch
-from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton.start import Tile
+from tests.expert_problems import HiddenProblem, arguments_of
 
 CASES: dict[str, dict[str, Any]] = {
     "one token": {"tokens": 1, "top_k": 1, "experts": 1},
@@ -107,9 +107,9 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=3, experts=2, groups=1, gated=True, with_bias=True, dtype=torch.float32)
     everything = launch.backward(problem.backward_call([True] * 7))
-    for needed in NAMES:
-        alone = launch.backward(problem.backward_call([n == needed for n in NAMES]))
-        for name, value, whole in zip(NAMES, alone, everything, strict=True):
+    for needed in problem.NAMES:
+        alone = launch.backward(problem.backward_call([n == needed for n in problem.NAMES]))
+        for name, value, whole in zip(problem.NAMES, alone, everything, strict=True):
             assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
 

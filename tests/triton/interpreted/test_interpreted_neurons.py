@@ -9,10 +9,10 @@ import torch
 
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.neurons import triton as launch
-from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.testing.launches import recorded
-from mpoe_kernels.testing.neuron_problem import NAMES, NeuronProblem
 from mpoe_kernels.triton.start import Tile
+from tests.expert_problems import NeuronProblem
 
 CASES: dict[str, dict[str, Any]] = {
     "decoding": {"tokens": 1, "top_k": 8, "experts": 64, "none_share": 0.0, "width": 48, "out": 40, "neurons": 16},
@@ -85,17 +85,16 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
 
 
 def call_of(problem: NeuronProblem, need: list[bool] | None = None) -> Any:
-    own, index, activation = problem.inputs, problem.index, problem.activation
-    head = (own["x"], own["gates"], index, own["up"], own["down"], own["bias"], own["gate_up"], activation, "triton")
-    return NeuronCall(*head) if need is None else NeuronBackwardCall(*head, problem.grad, need)  # type: ignore[arg-type]
+    given = {**problem.inputs, "top_k_index": problem.index, "activation": problem.activation, "backend": "triton"}
+    return NeuronCall(**given) if need is None else NeuronBackwardCall(**given, grad=problem.grad, need=need)
 
 
 def test_each_gradient_alone() -> None:
     problem = NeuronProblem(tokens=5, experts=2, gated=True, with_bias=True, dtype=torch.float32)
     everything = launch.backward(call_of(problem, [True] * 6))
-    for needed in NAMES:
-        alone = launch.backward(call_of(problem, [n == needed for n in NAMES]))
-        for name, value, whole in zip(NAMES, alone, everything, strict=True):
+    for needed in problem.NAMES:
+        alone = launch.backward(call_of(problem, [n == needed for n in problem.NAMES]))
+        for name, value, whole in zip(problem.NAMES, alone, everything, strict=True):
             assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
 

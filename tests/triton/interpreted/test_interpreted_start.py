@@ -12,8 +12,8 @@ import triton
 
 from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.neurons import triton as neurons
-from mpoe_kernels.testing.hidden_problem import HiddenProblem
 from mpoe_kernels.triton import start
+from tests.expert_problems import HiddenProblem
 
 TILES = (start.Tile(16, 16, 16, 4), start.Tile(32, 16, 16, 4))
 

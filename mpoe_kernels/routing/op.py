@@ -28,7 +28,7 @@ OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 KERNELS = {
     "native": native,
     "eager": eager,
-    "triton": lazily("mpoe_kernels.routing.triton", *OPS),
+    "triton": lazily("mpoe_kernels.routing.triton", *OPS, "gate"),
     "cuda": RoutingKernels(CUDA_OPS),
 }
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.routing import triton_kernels as kernels
+from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 16384  # at most so many pairs are sorted by one launch, in which every expert's program reads all
+GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
@@ -103,6 +105,30 @@ def sort_pairs(
         **common,
     )
     return offsets, token_of_slot, slot_of_token
+
+
+def gate(logits: Tensor, top_k: int, raw: bool) -> Gating:
+    """One launch. ``raw``: gates are probabilities, otherwise they sum to 1."""
+    tokens, experts = logits.shape
+    scan = power_of_two(max(2, experts))
+    weights, index = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
+    rows = max(1, min(16, GATED // scan))
+    start(
+        kernels.gate_kernel,
+        (cdiv(tokens, rows),),
+        logits=logits.contiguous(),
+        weights=weights,
+        index=index,
+        tokens=tokens,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        RAW=raw,
+        SCAN=scan,
+        KP=power_of_two(top_k),
+        BM=rows,
+        num_warps=4,
+    )
+    return Gating(logits, index, weights)
 
 
 class SortedSlots(NamedTuple):

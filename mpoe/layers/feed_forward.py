@@ -28,7 +28,7 @@ def is_observed(*modules: nn.Module) -> bool:
             return True
         if "forward" in own:
             return True
-    return _has_any_global_hook()  # type: ignore[no-any-return]
+    return _has_any_global_hook()
 
 
 @functools.cache

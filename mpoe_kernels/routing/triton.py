@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mpoe_kernels.routing import triton_kernels as kernels
 from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from mpoe_kernels.triton.start import cdiv, power_of_two, start
+from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
@@ -154,11 +155,12 @@ class SortedSlots(NamedTuple):
         pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
         return (pairs + min(pairs, experts) * (rows - 1)) // rows
 
-    @property
-    def per_expert(self) -> float:
-        """Mean number of slots, if every expert that can be used is."""
+    def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Of several tiles, the last of which is for few slots of an expert: that one, or all others."""
         pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
-        return pairs / max(1, min(pairs, experts))
+        if len(tiles) == 1:
+            return tiles
+        return tiles[-1:] if pairs <= min(pairs, experts) * tiles[-1].rows else tiles[:-1]
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ("convert_and_look", "fine_tune_and_compare")
+NAMES = ("convert_and_look", "fine_tune_and_compare", "several_domains")
 NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
 
 

@@ -8,6 +8,7 @@ neurons are slices. Forward saves its inputs; backward recomputes the hidden act
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,14 +22,24 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
+from mpoe_kernels.neurons.cuda import NeuronKernels
 
-KERNELS = {"native": native, "eager": eager}
+KERNELS = {"native": native, "eager": eager, "cuda": NeuronKernels(CUDA_OPS)}
+
+
+def register(backend: str, kernels: Any) -> None:
+    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
+    any."""
+    table = {"neuron_experts": kernels.forward, "neuron_experts_backward": kernels.backward}
+    add_kernels(backend, table, getattr(kernels, "reasons", None))
+
+
 for _backend, _kernels in KERNELS.items():
-    _table = {"neuron_experts": _kernels.forward, "neuron_experts_backward": _kernels.backward}
-    add_kernels(_backend, _table, getattr(_kernels, "reasons", None))
+    register(_backend, _kernels)
 
 
 @dataclass
@@ -80,7 +91,7 @@ _forward = define_differentiable(
     "neuron_experts",
     NeuronCall,
     NeuronBackwardCall,
-    {op: backend_kernel(op, "x") for op in ("neuron_experts", "neuron_experts_backward")},
+    {op: backend_kernel(op, "x", neurons=("up", 1)) for op in ("neuron_experts", "neuron_experts_backward")},
     _fake,
     autocast=("x", "up", "down", "bias", "gate_up"),  # gates keep the router's float32
 )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mpoe_kernels.routing.gating import Gating
+
 if TYPE_CHECKING:
     from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
@@ -20,6 +22,11 @@ class RoutingKernels:
     """
 
     ops: Any
+
+    def gate(self, logits: Tensor, top_k: int, raw: bool) -> Gating:
+        """One launch. ``raw``: gates are probabilities, otherwise they sum to 1."""
+        weights, index = self.ops.gate(logits, top_k, not raw)
+        return Gating(logits, index, weights)
 
     def route(self, call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking them would wait."""

@@ -34,8 +34,9 @@ KERNELS = {
 
 
 def register(backend: str, kernels: Any) -> None:
-    """Register a backend's kernels of these ops: functions of their names."""
-    add_kernels(backend, {op: getattr(kernels, op) for op in OPS})
+    """Register a backend's kernels of these ops, functions of their names, and its ``gate``, if it has one, for
+    `mpoe_kernels.routing.gating`."""
+    add_kernels(backend, {op: getattr(kernels, op) for op in (*OPS, "gate") if op != "gate" or hasattr(kernels, op)})
 
 
 for _backend, _kernels in KERNELS.items():

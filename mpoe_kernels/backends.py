@@ -183,19 +183,17 @@ def places_rows(backend: str) -> bool:
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
-def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
-    """Cached `select` for a `Request`."""
-    return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())
+Sizes = tuple[tuple[str, int], ...]
+
+
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes = ()) -> Callable[..., Any]:
+    """Cached `select` for a `Request`, whose sizes are given as pairs."""
+    return _selected(op, device, dtype, name, sizes, registered_backends())
 
 
 @lru_cache(maxsize=1024)
 def _selected(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str,
-    sizes: tuple[tuple[str, int], ...],
-    _backends: tuple[Backend, ...],
+    op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes, _backends: tuple[Backend, ...]
 ) -> Callable[..., Any]:
     return select(Request(op, str(device), dtype, dict(sizes)), name)
 

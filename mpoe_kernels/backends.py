@@ -129,12 +129,17 @@ def register_backend(backend: Backend) -> None:
     BACKENDS[backend.name] = backend
 
 
-def add_kernels(
-    backend: str, kernels: Mapping[str, Callable[..., Any]], reasons: Callable[[Request], list[str]] | None = None
-) -> None:
-    """Add the kernels of some ops to a backend; ``reasons``: why it cannot run a request of one of them."""
-    BACKENDS[backend].kernels |= kernels
-    BACKENDS[backend].op_reasons |= dict.fromkeys(kernels, reasons or _nothing)
+def add_kernels(backend: str, kernels: Any, functions: Mapping[str, str]) -> None:
+    """Add the kernels of some ops to a backend.
+
+    Args:
+        backend: its name.
+        kernels: a module or an object; its function ``reasons``, if it has one, says why it cannot run a request.
+        functions: op -> name of its function; ops whose function is missing are left out.
+    """
+    found = {op: getattr(kernels, name) for op, name in functions.items() if hasattr(kernels, name)}
+    BACKENDS[backend].kernels |= found
+    BACKENDS[backend].op_reasons |= dict.fromkeys(found, getattr(kernels, "reasons", _nothing))
 
 
 def lazily(module: str, *functions: str) -> SimpleNamespace:

@@ -156,11 +156,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if not backend.unavailable_reasons())
 
 
-def registered_backends() -> tuple[Backend, ...]:
-    """Every known backend, in the order of registration."""
-    return tuple(BACKENDS.values())
-
-
 def backend_reasons() -> dict[str, list[str]]:
     """Every known backend with the reasons why it cannot run here (empty list: it can)."""
     return {name: backend.unavailable_reasons() for name, backend in BACKENDS.items()}
@@ -193,7 +188,7 @@ Sizes = tuple[tuple[str, int], ...]
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes = ()) -> Callable[..., Any]:
     """Cached `select` for a `Request`, whose sizes are given as pairs."""
-    return _selected(op, device, dtype, name, sizes, registered_backends())
+    return _selected(op, device, dtype, name, sizes, tuple(BACKENDS.values()))
 
 
 @lru_cache(maxsize=1024)

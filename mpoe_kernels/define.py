@@ -274,7 +274,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
                 # The first questions of `holds_values` alone answer for most tensors, without a call.
                 size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
                 fits = size and begins and value.untyped_storage().nbytes() >= size and value.data_ptr()
-                if not fits and (value.is_meta or not holds_values(value)):
+                if not fits and (value.is_meta or (size and not holds_values(value))):
                     return False
             elif isinstance(value, Tensor):
                 return False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.backends import keeps_rows
 from mpoe_kernels.contract.autotune import EXAMPLES
 from mpoe_kernels.contract.orders import BlockDims, expected_busy_experts
 from mpoe_kernels.contract.ranking import Problem
@@ -90,7 +91,8 @@ class ForwardCall(LinearCall):
 
         The rule does not depend on slot counts, so it also works for fakes and before the registry has chosen.
         """
-        return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+        is_separable = self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+        return self.save and is_separable and keeps_rows(self.backend)
 
     @property
     def saves_z(self) -> bool:

@@ -25,7 +25,6 @@ from mpoe_kernels.define import define_op, run_kernel
 from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.linear.triton import candidates as triton
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.call import CombineCall
@@ -44,12 +43,13 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 CHOICES = (*STRATEGIES, "auto")
+_CUDA = LinearKernels(CUDA_OPS, shared_memory)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
     "triton": (triton.candidates, triton.contraction_reasons),
-    "cuda": (LinearKernels(CUDA_OPS, shared_memory).candidates, counting_reasons),
+    "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():
     BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons

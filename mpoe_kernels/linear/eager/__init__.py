@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.indices import check_offsets, check_range
+from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager.activation import Upstream, apply_activation_
+from mpoe_kernels.linear.eager.library import Library, library_waits
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.linear.eager.row_products import rows_backward, rows_forward
-from mpoe_kernels.linear.gpu import library_gemms
-from mpoe_kernels.linear.gpu.budget import counting_reasons
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """Expert by expert; on a GPU also with the library's grouped GEMMs, which need not wait for the offsets."""
+    """Expert by expert, which needs the offsets on the CPU; on a GPU also by grouped products, which need not."""
     run = linear_forward if plan.phase == "forward" else linear_backward
     found = [Candidate("eager", plan.strategy, plan.strategy, run, waits=True)]
-    if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):
-        run = library_gemms.forward if plan.phase == "forward" else library_gemms.backward
-        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, run))
-    return found
+    if plan.device_type != "cuda" or library_waits(plan.device, plan.dtype) or grouped.counting_reasons(plan):
+        return found
+    run = partial(grouped.forward if plan.phase == "forward" else grouped.backward, grouped=Library())
+    return [*found, Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, run)]
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:

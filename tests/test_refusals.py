@@ -21,7 +21,6 @@ from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
 from mpoe.estimation.costs import Usage, model_costs
 from mpoe.estimation.inventory import read_values, take_inventory
-from mpoe.estimation.suggest import Limits, suggest
 from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
@@ -269,11 +268,6 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),
         ValueError,
         "tokens must be given for encoder, decoder; missing: decoder",
-    ),
-    "rank": (
-        lambda: suggest(take_inventory("t5-base"), MPOEConfig(), workload(), Limits(), rank_by="size"),
-        ValueError,
-        "rank_by must be one of capacity, flops, parameters; got 'size'",
     ),
     "sharded": (lambda: shard_model(sharded()), ValueError, "model must not be sharded already; it is"),
     "reference": (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),

@@ -1,8 +1,9 @@
-"""`mpoe compose BASE FINE_TUNE ... --output_dir OUT`: several fine-tunes of one language model become one mixture.
+"""`mpoe compose BASE EXPERT ... --output_dir OUT`: experts of one model that were trained apart become one mixture.
 
-A fine-tune is a saved model or a LoRA adapter of PEFT. With `--add MIXTURE` a single FINE_TUNE is added to a mixture
-that this command made. Files of experts that were trained apart (`mpoe.save_expert`) are composed in place of
-fine-tunes, without texts; `--add MIXTURE` then starts with the experts of a mixture, `--remove` leaves some out."""
+An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA adapter of
+feed-forward networks, fitted as `--neurons` on its text. `--add MIXTURE` starts with the experts of a mixture,
+`--remove` leaves some out, `--merge` makes one dense network. Of fine-tunes (saved models, adapters) in place of
+experts, every network becomes a dense expert; these need `--texts`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
 
-USAGE = "mpoe compose BASE FINE_TUNE ... --output_dir OUT --texts FILE ..."
+USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 STATISTICS = "router_statistics.safetensors"
 MOST = 1 + 128  # words: the base and its fine-tunes
 
@@ -26,17 +27,21 @@ class ComposeOptions:
     _argument_group_name = "run"
 
     output_dir: str | None = option(None, "folder of the mixture")
-    texts: list[str] = option([], "a text file for every fine-tune, of its domain, in order", nargs="+")
-    router: str = option("ridge", "ridge: closed form; train: then trained alone")
-    experts: str = option("dense", "dense (exact), hidden or mpo (fitted, the error is shown)")
-    block_size: int | None = option(None, "size of the blocks of hidden experts")
-    top_k: int | None = option(None, "experts per token; default 1, of experts' files 2 or the mixture's")
-    add: str | None = option(None, "a composed mixture, which gets the fine-tune as one expert more")
+    texts: list[str] = option(
+        [], "a text file for every expert or fine-tune, of its domain, in order; experts' files do without", nargs="+"
+    )
+    router: str = option("ridge", "ridge: closed form; train: then trained alone, on the texts")
+    top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
+    add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
-    background: str | None = option(None, "of experts' files: a text of no domain; default: documentation of Python")
+    background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
+    neurons: int | None = option(
+        None, "of experts fitted to LoRA adapters; as many numbers as the adapter beside files"
+    )
+    merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece")
-    steps: int = option(200, "steps of --router train")
+    steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
 
@@ -51,18 +56,16 @@ def command(arguments: Sequence[str]) -> None:
     if compose_experts.is_meant(names, options):
         compose_experts.run(names, options)
         return
-    if options.remove or options.background is not None:
-        raise CommandError("remove and background are for experts' files; got fine-tunes")
+    if options.remove or options.merge or options.background is not None:
+        raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
     if len(names) < 2:
-        raise CommandError(f"compose needs a base and at least one fine-tune: {USAGE}")
+        raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
     run(names[0], names[1:], options)
 
 
 def _check(names: Sequence[str], options: ComposeOptions) -> Path:
     """Refuse invalid options; returns the output folder."""
     out = check_common(options)
-    if options.experts not in ("dense", "hidden", "mpo"):
-        raise CommandError(f"experts must be dense, hidden or mpo; got {options.experts!r}")
     if options.add is not None and len(names) != 1:
         raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
     if len(options.texts) != len(names):
@@ -147,7 +150,8 @@ def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
     fine_tunes = [load_fine_tune(name, base) for name in names]
     examples = [pieces(Path(text), tokenizer, options) for text in options.texts]
     mixture = _composed(base, fine_tunes, examples, options)
-    show_report(mixture.composition_report, names)
+    for name, error in zip(names, mixture.composition_report.values(), strict=True):
+        print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
     from safetensors.torch import save_file
 
     with model_folder(out) as staging:
@@ -159,16 +163,12 @@ def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
 
 
 def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeOptions) -> Any:
-    from mpoe.models.composition import add_expert, compose, exact_config
+    from mpoe.config import RouterConfig
+    from mpoe.models.composition import add_expert, compose
 
     if options.add is None:
-        config = exact_config(base, len(fine_tunes))
-        config.router.top_k = options.top_k or 1
-        if options.experts != "dense":
-            config.expert_type, config.shape = "mpo", "hidden" if options.experts == "hidden" else "separable"
-            config.block_size = options.block_size
-        config = type(config).from_dict(config.to_dict())  # checked as a whole
-        return compose(base, fine_tunes, examples, config, router=options.router, steps=options.steps)
+        routing = RouterConfig(top_k=options.top_k or 1)
+        return compose(base, fine_tunes, examples, routing, router=options.router, steps=options.steps)
     from safetensors.torch import load_file
 
     from mpoe.models import load_mpoe
@@ -179,19 +179,3 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
     mixture = load_mpoe(folder).eval()
     mixture.router_statistics = load_file(folder / STATISTICS)
     return add_expert(mixture, base, fine_tunes[0], examples[0], router=options.router, steps=options.steps)
-
-
-def show_report(report: dict[str, Any], names: Sequence[str]) -> None:
-    """Print the error for every fine-tune, per layer and in the shared parameters."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    short = [Path(name).name for name in names]
-    shown = short if len(set(short)) == len(names) else names
-    headings = [Column(name, overflow="fold") for name in ("layer", *shown)]
-    table = Table(*headings, title="Error, relative to what the fine-tune changed (largest of the projections)")
-    for layer, kinds in report["experts"].items():
-        numbers = next(iter(kinds.values()))
-        table.add_row(layer, *(f"{max(errors[n] for errors in kinds.values()):.2e}" for n in numbers))
-    table.add_row("outside the experts", *(f"{error:.2e}" for error in report["shared"].values()))
-    Console().print(table)

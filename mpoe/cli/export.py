@@ -1,7 +1,8 @@
 """`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with full matrices to
 mixtral, qwen3_moe or olmoe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
 
-The exported model is opened again with the stock class, and its logits are compared."""
+The exported model is opened again with the stock class, and its logits are compared. `mpoe export NAME.expert USER/REPO
+--to hub` uploads an expert's file, or those in a folder, with a card."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ class ExportOptions:
 
     to: str = dataclasses.field(
         default="mixtral",
-        metadata={"help": "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe"},
+        metadata={"help": "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe; or hub"},
+    )
+    private: bool = dataclasses.field(
+        default=False, metadata={"help": "of --to hub: a repository that others cannot see"}
     )
     max_shard_size: str = dataclasses.field(default="5GB", metadata={"help": "largest file of weights"})
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
@@ -37,7 +41,17 @@ def command(arguments: Sequence[str]) -> None:
     names, (options,), _ = asked
     if len(names) < 2:
         raise CommandError(f"export needs two arguments: {USAGE}")
-    run(names[0], Path(names[1]), options)
+    if options.to == "hub":
+        push(names[0], names[1], options)
+    else:
+        run(names[0], Path(names[1]), options)
+
+
+def push(name: str, repository: str, options: ExportOptions) -> None:
+    """Upload the expert's file ``name``, or those in the folder ``name``."""
+    from mpoe.models import push_expert
+
+    print(f"uploaded to {push_expert(name, repository, private=options.private or None)}")
 
 
 def run(name: str, out: Path, options: ExportOptions) -> float:

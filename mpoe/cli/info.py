@@ -1,4 +1,6 @@
-"""`mpoe info`: versions, available kernel backends, why the others cannot run here, devices and cores."""
+"""`mpoe info [FILE ...]`: versions, available kernel backends, why the others cannot run here, devices and cores.
+
+Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained beside and on."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 
 from mpoe.cli.parsing import option, read_command
 
+MOST = 128  # files
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
 
 
@@ -23,8 +26,14 @@ class InfoOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    asked = read_command("mpoe info [--json]", __doc__, [InfoOptions], arguments)
+    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=MOST)
     if asked is None:
+        return
+    if asked.words:
+        from mpoe.cli.expert_facts import collect_experts, show_experts
+
+        experts = collect_experts(asked.words)
+        print(json.dumps(experts, indent=2)) if asked.options[0].json else show_experts(experts)
         return
     facts = collect()
     if asked.options[0].json:

@@ -1,5 +1,8 @@
 """`mpoe inspect MODEL`: routes of tokens, singular values at the bonds, growth of parameters; as a report with plots.
 
+Of a mixture that `mpoe compose` made of experts it also says what each expert is worth on the texts: the loss without
+it, and the distance to the best single expert of every token.
+
 MODEL is the folder of a converted model or of a training run, whose curves are drawn too."""
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from mpoe.plotting import have_matplotlib
 
 if TYPE_CHECKING:
     from mpoe.data.task import Task
+    from mpoe.inspection.composed import Worth
 
+_AT_ONCE = 16  # items of a batch
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 
 
@@ -93,8 +98,31 @@ def run(name: str, options: InspectOptions, find_tasks: Callable[..., list[Task]
     from mpoe.cli.inspect_sections import Inspection
 
     texts = options.text or _shown(items, tokenizer)
-    Inspection(name, model, tokenizer, items, counted, records, texts, options.num_tokens).write(folder)
+    inspection = Inspection(name, model, tokenizer, items, counted, records, texts, options.num_tokens)
+    if source.style != ENCODER:
+        inspection.worth = _worth(Path(name), model, tokenizer, items, options.text)
+    inspection.write(folder)
+    for line in inspection.worth_lines():
+        print(line)
     print(f"plots, numbers and report are in {folder}; open {folder / REPORT_FILE}")
+
+
+def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
+    """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
+    from mpoe.data.collate import PaddingCollator
+    from mpoe.inspection.composed import composed_worth
+    from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+
+    if not (folder / EXPERTS_FOLDER).is_dir():
+        return None
+    experts, background = kept_experts(folder)
+    classes = [*(expert.statistics for expert in experts), *([] if background is None else [background])]
+    if texts and not model.config.is_encoder_decoder:
+        rows = tokenizer(list(texts))["input_ids"]
+        items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
+    collate = PaddingCollator(tokenizer.pad_token_id)
+    parts = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
+    return composed_worth(model, classes, [collate(part) for part in parts])
 
 
 def _curves(folder: Path) -> list[dict[str, Any]]:

@@ -69,11 +69,14 @@ def _route_tables(route: Route, num_experts: int) -> str:
     return "".join(parts)
 
 
-def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], num_experts: int) -> str:
+def routes_html(
+    texts: Sequence[tuple[str, Sequence[Route]]], num_experts: int, names: Sequence[str] | None = None
+) -> str:
     """Tables of which expert took which token: a column for each token, a row for each layer."""
+    told = [f"{number} {html.escape(name)}" for number, name in enumerate(names)] if names else range(num_experts)
     legend = "".join(
-        f'<span style="background:{expert_colour(expert, num_experts)}">{expert}</span>'
-        for expert in range(min(num_experts, 64))
+        f'<span style="background:{expert_colour(expert, num_experts)}">{name}</span>'
+        for expert, name in enumerate(told[:64])
     )
     parts = [f'<p class="legend">Experts: {legend}</p>']
     for text, routes in texts:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli import inspect_plots as plots
 from mpoe.cli.files import REPORT_FILE, write_json
+from mpoe.cli.html import table
 from mpoe.cli.inspect_report import routes_html, write_inspection
 from mpoe.cli.scoring import expert_load
 from mpoe.inspection.growth import parameter_growth
@@ -17,9 +18,11 @@ from mpoe.models.report import routed_layers, short_name
 from mpoe.models.summary import HEADER, KeptSummary, summarize, table_row
 
 if TYPE_CHECKING:
+    from mpoe.inspection.composed import Worth
     from mpoe.inspection.spectra import BondSpectrum
 
 NUMBERS_FILE = "inspect.json"
+WORTH_HEADER = ("expert", "tokens", "alone", "without", "removed")
 PLOTS = ("expert_load", "bond_rank", "bond_spectra", "parameters", "training")
 
 _ROUTES = (
@@ -36,6 +39,11 @@ _BONDS = (
     "entropy S gives the effective rank exp(S): over how many of the d directions the weight is spread. Near 100% of "
     "d, a smaller max_bond would cost accuracy; a low share means that truncation is cheap. Below, the singular values "
     "themselves, averaged over the experts."
+)
+_WORTH = (
+    "Losses in nats per token, on {} predicted tokens. \"Alone\": all tokens go to this expert ('none' is the base). "
+    '"Without": the mixture composed without it; what that adds is the price of removing the expert. The oracle gives '
+    "every token the single expert that predicts it best, so it is a bound that no router reaches."
 )
 _GROWTH = "A dense expert brings full weights of its own, an MPO expert its auxiliary cores and a row of the router."
 _TRAINING = "From the run's metrics.jsonl; pale lines are the raw values, the others running means."
@@ -73,6 +81,7 @@ class Inspection:
         self.routes = [(text, route_text(model, tokenizer, text)) for text in texts] if self.layers else []
         self.weights = summarize(model, num_tokens, self.config.top_k)
         self.spectra = self._spectra()
+        self.worth: Worth | None = None
         self.growth = parameter_growth(model) if "ffn" in self.config.targets else None
 
     def _spectra(self) -> dict[str, dict[str, list[BondSpectrum]]]:
@@ -86,6 +95,26 @@ class Inspection:
             if bonds:
                 found.setdefault(kind, {})[layer or kind] = bonds
         return found
+
+    def _worth_rows(self) -> list[list[str]]:
+        worth = self.worth
+        if worth is None:
+            return []
+        parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
+        rows = [
+            [name, f"{share:.0%}", f"{alone:.3f}", f"{removed:.3f}", f"{removed - worth.loss:+.3f}"]
+            for name, share, alone, removed in parts
+        ]
+        whole = [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
+        return [*rows, *whole]
+
+    def worth_lines(self) -> list[str]:
+        """What the experts are worth, in words; empty for a model that was not composed."""
+        if self.worth is None:
+            return []
+        told = [f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in self._worth_rows()[:-2]]
+        distance = self.worth.loss - self.worth.oracle
+        return [*told, f"the mixture has {self.worth.loss:.3f} nats per token, {distance:.3f} more than the oracle"]
 
     # -------------------------------------------------------------- writing
 
@@ -124,8 +153,12 @@ class Inspection:
         """Heading, how to read it, plots by file name, further HTML."""
         found: list[tuple[str, str, Mapping[str, bytes], str]] = []
         if self.routes:
-            html = routes_html(self.routes, self.config.num_experts)
+            named = getattr(self.model.config, "mpoe_experts", None)
+            html = routes_html(self.routes, self.config.num_experts, named)
             found.append(("Which expert took which token", _ROUTES, {}, html))
+        if self.worth is not None:
+            html = table(WORTH_HEADER, self._worth_rows())
+            found.append(("What each expert is worth", _WORTH.format(self.worth.tokens), {}, html))
         if self.load:
             drawn = {"expert_load": plots.load_by_layer(self.load, self.layers)}
             found.append(("Expert load", _LOAD.format(self.counted), drawn, ""))
@@ -151,6 +184,7 @@ class Inspection:
             "layers": self.layers,
             "expert_load": self.load,
             "counted_on": self.counted,
+            "worth": None if self.worth is None else vars(self.worth),
             "routes": [{"text": text, "streams": [vars(route) for route in routes]} for text, routes in self.routes],
             "bonds": {
                 kind: {

@@ -13,11 +13,11 @@ COMMANDS = {
     "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
     "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
     "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|granitemoeshared|...",
-    "compose": "Make one mixture of several fine-tunes: mpoe compose BASE FT1 FT2 --output_dir OUT --texts T1 T2.",
+    "compose": "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert --output_dir OUT.",
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
     "generate": "Generate text with a saved model.",
-    "info": "Show versions, kernel backends (and why the others cannot run here), devices and cores.",
+    "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or experts' files.",
     "demo": "Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download.",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }

@@ -6,14 +6,12 @@ Computed only from the configuration: no weights are loaded or allocated, and no
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
 
 if TYPE_CHECKING:
@@ -22,13 +20,11 @@ if TYPE_CHECKING:
     from mpoe.config import MPOEConfig
     from mpoe.estimation.costs import ModelCosts, Usage
     from mpoe.estimation.inventory import Inventory
-    from mpoe.estimation.suggest import Limits, Suggestion
 
 SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
 WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
 @dataclass
@@ -40,7 +36,7 @@ class PlanOptions:
     experts: int = option(8, "experts per layer", "num_experts")
     shape: str | None = option(
         None,
-        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; of suggestions: the only family; "
+        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; "
         "default: hidden, or separable where a bond or cores are given",
     )
     neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
@@ -63,19 +59,7 @@ class PlanOptions:
     json: str | None = option(None, "also write everything, layer by layer, to this file")
 
 
-@dataclass
-class SuggestOptions:
-    """Shapes for a budget."""
-
-    _argument_group_name = "suggest"
-
-    suggest: bool = option(False, "propose shapes instead of planning one; a budget or rank implies it")
-    max_parameters: str | None = option(None, "of the whole model, e.g. 300M or 1.2B")
-    max_flops: float | None = option(None, "of the feed-forward layers, x dense, e.g. 1.3")
-    rank_by: str = option("capacity", "capacity (auxiliary parameters per expert), flops or parameters")
-
-
-GROUPS = (PlanOptions, SuggestOptions)
+GROUPS = (PlanOptions,)
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -84,44 +68,30 @@ def command(arguments: Sequence[str]) -> None:
     asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
     if asked is None:
         return
-    words, (plan, suggest), given = asked
+    words, (plan,), given = asked
     if not words:
         raise CommandError(f"plan needs a model first: {usage}")
-    run(words[0], plan, suggest, given)
+    run(words[0], plan, given)
 
 
-def run(model: str, options: PlanOptions, budget: SuggestOptions, given: set[str]) -> dict[str, Any]:
-    """Plan, or suggest shapes; print a table and return (and write) everything as JSON-able values."""
+def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
+    """Plan; print a table and return (and write) everything as JSON-able values."""
     from rich.console import Console
     from rich.markup import escape
 
     from mpoe.cli.files import check_writable_file, write_json
+    from mpoe.estimation.costs import model_costs
 
     if options.json is not None:
         check_writable_file("json", Path(options.json))
-    suggesting = budget.suggest or bool(given & {"max_parameters", "max_flops", "rank_by"})
-    _check(options, budget, given, suggesting)
-    limits = _limits(budget)
+    _check(options)
     inventory = _inventory(model, options)
-    config, usage = _config(inventory, options, given, suggesting), _usage(inventory, options)
-    values: dict[str, Any] = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values()}
-    if suggesting:
-        from mpoe.config import NAMED_SHAPES
-        from mpoe.estimation.suggest import suggest
-
-        families = NAMED_SHAPES if options.shape is None else (options.shape,)
-        found = suggest(inventory, config, usage, limits, budget.rank_by, families)
-        values |= _suggestion_values(found, limits)
-        table, notes = _suggestion_table(found, budget.rank_by), _suggestion_notes(found)
-    else:
-        from mpoe.estimation.costs import model_costs
-
-        costs = model_costs(inventory, config, usage)
-        values |= {"kind": "plan", **costs.values()}
-        table, notes = _plan_table(costs), _plan_notes(costs)
+    usage = _usage(inventory, options)
+    costs = model_costs(inventory, _config(inventory, options, given), usage)
+    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs.values()}
     console = Console()
     wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
-    for line in (escape(_head(inventory, usage)), table, *map(escape, notes)):
+    for line in (escape(_head(inventory, usage)), _plan_table(costs), *map(escape, _plan_notes(costs))):
         wide.print(line, highlight=False)
     if options.json is not None:
         write_json(Path(options.json), values)
@@ -132,23 +102,8 @@ def run(model: str, options: PlanOptions, budget: SuggestOptions, given: set[str
 # ------------------------------------------------------------- what is asked
 
 
-def parse_count(name: str, text: str) -> int:
-    """``"300M"``, ``"1.2B"``, ``"300_000_000"`` -> the number (units k, M, B or G, T).
-
-    Raises:
-        CommandError: not such a number, or less than one.
-    """
-    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgbt]?)", text.strip().lower())
-    if match is None:
-        raise CommandError(f"{name} must be a number like 300M or 1.2B; got {text!r}")
-    value = int(float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2]])
-    if value < 1:
-        raise CommandError(f"{name} must be at least 1; got {text!r}")
-    return value
-
-
-def _check(options: PlanOptions, budget: SuggestOptions, given: set[str], suggesting: bool) -> None:
-    """Refuse invalid values before heavy imports, and options that a search for shapes cannot use."""
+def _check(options: PlanOptions) -> None:
+    """Refuse invalid values before heavy imports."""
     if options.training and options.inference:
         raise CommandError("--training and --inference exclude each other")
     for name, least in (("experts", 1), ("bond", 1), ("top_k", 1), ("tokens", 0), ("decoder_tokens", 0)):
@@ -159,17 +114,6 @@ def _check(options: PlanOptions, budget: SuggestOptions, given: set[str], sugges
         raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
     if options.mask_central and options.inference:
         raise CommandError("mask_central concerns training; it cannot be given with --inference")
-    if budget.max_flops is not None and not (budget.max_flops > 0 and math.isfinite(budget.max_flops)):
-        raise CommandError(f"max_flops must be greater than 0; got {budget.max_flops}")
-    if budget.max_flops is not None and options.tokens == 0 and not options.decoder_tokens:
-        raise CommandError("max_flops needs tokens; got 0")
-    for name in ("bond", "separable_left", "separable_right", "light_p"):
-        if suggesting and name in given:
-            raise CommandError(f"{name} is what suggestions choose; it cannot be given with --suggest or a budget")
-    if suggesting and options.shape == "neurons":
-        raise CommandError("shape must be separable, paper or light with --suggest or a budget; got 'neurons'")
-    if suggesting and options.shape is not None and options.shape.lstrip().startswith("{"):
-        raise CommandError("shape must be separable, paper or light with --suggest or a budget; got JSON")
 
 
 def _inventory(model: str, options: PlanOptions) -> Inventory:
@@ -182,18 +126,18 @@ def _inventory(model: str, options: PlanOptions) -> Inventory:
     return take_inventory(model, options.exclude_modules, options.layers_to_transform or None)
 
 
-def _config(inventory: Inventory, options: PlanOptions, given: set[str], suggesting: bool) -> MPOEConfig:
+def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOEConfig:
     """The requested mixture; for a converted model, its own unless flags override it."""
     from mpoe.cli.options import ExpertOptions
     from mpoe.config import MPOEConfig
-    from mpoe.config.shapes import NEURONS, SEPARABLE
+    from mpoe.config.shapes import NEURONS
 
     shape = options.shape
     if shape is None and inventory.mpoe is not None and inventory.mpoe.is_neurons:
         shape = NEURONS
     asked = ExpertOptions(
         num_experts=options.experts,
-        shape=SEPARABLE if options.shape is None and suggesting else shape,
+        shape=shape,
         max_bond=options.bond,
         separable_left=options.separable_left,
         separable_right=options.separable_right,
@@ -234,35 +178,7 @@ def _usage(inventory: Inventory, options: PlanOptions) -> Usage:
     return Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
 
 
-def _limits(budget: SuggestOptions) -> Limits:
-    from mpoe.estimation.suggest import RANKS, Limits
-
-    if budget.rank_by not in RANKS:
-        hint = close_matches(budget.rank_by, RANKS)
-        raise CommandError(f"rank_by must be one of {', '.join(RANKS)}; got {budget.rank_by!r}{hint}")
-    most = None if budget.max_parameters is None else parse_count("max_parameters", budget.max_parameters)
-    return Limits(most, budget.max_flops)
-
-
 # ------------------------------------------------------------- what is shown
-
-
-def _suggestion_values(found: Sequence[Suggestion], limits: Limits) -> dict[str, Any]:
-    """Suggestions, best first."""
-    rows = [
-        {
-            "name": one.name,
-            "options": one.options,
-            "config": one.costs.config.to_dict(),
-            "lossless": one.costs.lossless,
-            "capacity": one.capacity,
-            **one.costs.whole("mpoe").values(one.costs.usage),
-            "x_dense": one.x_dense,
-        }
-        for one in found
-    ]
-    budget = {"max_parameters": limits.parameters, "max_flops": limits.x_dense}
-    return {"kind": "suggestions", "budget": budget, "suggestions": rows}
 
 
 def _digits(value: float) -> str:
@@ -363,38 +279,3 @@ TRUNCATED = (
     "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds 128 to 32): "
     "for training from scratch, not for converting."
 )
-
-
-def _suggestion_table(found: Sequence[Suggestion], rank_by: str) -> Table:
-    """The shapes that meet a budget, the lossless ones first."""
-    from mpoe.estimation.suggest import front
-
-    config, usage = found[0].costs.config, found[0].costs.usage
-    state = ["state"] if usage.training else []
-    table = _new_table(
-        f"{config.num_experts:,} experts, top-{config.top_k}; ranked by {rank_by}",
-        *("shape", "parameters", "per expert", *state, "x dense", "lossless"),
-    )
-    best = {one.name for one in front([one for one in found if one.costs.lossless])}
-    for one in found:
-        whole, lossless = one.costs.whole("mpoe").values(usage), one.costs.lossless
-        table.add_row(
-            f"{one.name} *" if one.name in best else one.name,
-            count(one.parameters),
-            f"{one.capacity:.2%}",
-            *([scaled(whole["state_bytes"], "B")] if usage.training else []),
-            f"{one.x_dense:.2f}",
-            "yes" if lossless else "no",
-        )
-    return table
-
-
-def _suggestion_notes(found: Sequence[Suggestion]) -> list[str]:
-    notes = [
-        f"the first, for plan and convert: {found[0].options}",
-        "per expert: its own parameters over the dense layer's, its capacity. x dense: FLOPs of the feed-forward "
-        "layers. *: no lossless one listed has both more capacity and fewer FLOPs.",
-        "separable L/R: --shape separable --separable_left L --separable_right R; light P: --shape light --light_p P; "
-        "bond B: --max_bond B.",
-    ]
-    return notes if all(one.costs.lossless for one in found) else [*notes, TRUNCATED]

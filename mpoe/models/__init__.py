@@ -26,6 +26,7 @@ _NAMES = {
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
+    "push_expert": "expert_hub",
     "quantisable_parameters": "others",
     "save_expert": "expert_files",
     "save_mpoe_only": "checkpoint",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mpoe.models.composition import add_expert, compose
     from mpoe.models.convert import convert_to_mpoe, merge_experts
     from mpoe.models.expert_files import load_expert, merge_expert, save_expert, start_expert
+    from mpoe.models.expert_hub import push_expert
     from mpoe.models.expert_mixture import compose_experts
     from mpoe.models.expert_router import collect_statistics
     from mpoe.models.load_layer import load_layers
@@ -78,6 +80,7 @@ __all__ = [
     "mpo_modules",
     "parameter_kind",
     "parameter_report",
+    "push_expert",
     "quantisable_parameters",
     "save_expert",
     "save_mpoe_only",

@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.config import MPOEConfig
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
-from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
-from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import convert_to_mpoe, converted_class
 from mpoe.models.domains import collect, solve_routers, train_routers
@@ -28,8 +24,6 @@ from mpoe.models.sites import FFNSite
 
 ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
-# L-BFGS steps to fit an MPO expert around an existing centre.
-FIT_STEPS = 100
 
 
 def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
@@ -49,28 +43,17 @@ def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
             )
 
 
-def exact_config(base: Any, experts: int) -> MPOEConfig:
+def _exact_config(base: Any, experts: int, routing: RouterConfig | None) -> MPOEConfig:
     """A configuration of dense experts with all biases of the networks of ``base``."""
-    config = MPOEConfig(num_experts=experts, expert_type="dense")
+    if routing is not None and not isinstance(routing, RouterConfig):
+        raise TypeError(f"routing must be a RouterConfig; got {type(routing).__name__}")
+    config = MPOEConfig(num_experts=experts, expert_type="dense", router=routing or RouterConfig(top_k=1))
     sites = _ffn_sites(base, config).values()
-    config.expert_bias = any(site.bias("up") is not None for site in sites)
-    config.expert_output_bias = any(site.bias("down") is not None for site in sites)
-    return config
-
-
-def _checked_config(config: MPOEConfig | None, base: Any, experts: int) -> MPOEConfig:
-    if config is None:
-        config = exact_config(base, experts)
-    if not isinstance(config, MPOEConfig):
-        raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
-    if config.moe_type == "none" or config.targets != ("ffn",):
-        raise ValueError(
-            "config must have a router and target_modules 'ffn' to compose; got "
-            f"moe_type={config.moe_type!r}, target_modules={config.target_modules!r}"
-        )
-    if config.is_neurons:
-        raise ValueError("config must have experts that can hold a fine-tune's network; shape 'neurons' cannot")
-    return dataclasses.replace(config, num_experts=experts)
+    return dataclasses.replace(
+        config,
+        expert_bias=any(site.bias("up") is not None for site in sites),
+        expert_output_bias=any(site.bias("down") is not None for site in sites),
+    )
 
 
 def _ffn_sites(model: Any, config: MPOEConfig) -> dict[str, FFNSite]:
@@ -80,11 +63,6 @@ def _ffn_sites(model: Any, config: MPOEConfig) -> dict[str, FFNSite]:
 
 def _norm(tensors: Iterator[Tensor]) -> float:
     return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
-
-
-def _error(missed: float, changed: float, whole: float) -> float:
-    """Error relative to the change, or relative to the ``whole`` weight if nothing was changed."""
-    return missed / (changed or whole or 1.0)
 
 
 def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
@@ -100,119 +78,16 @@ def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
     return mean
 
 
-# ------------------------------------------------------------------- experts
-
-
-def _fit_cores(cores: MPOCores, expert: int, wanted: Tensor) -> None:
-    """Fit one expert's auxiliary cores to a full weight ``[I, F]``, by L-BFGS on the squared error."""
-    parameters = list(cores.auxiliary)
-    was = [(p, p.requires_grad) for p in cores.parameters()]
-    for p, _ in was:
-        p.requires_grad_(any(p is each for each in parameters))
-    scale = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
-    optimizer = torch.optim.LBFGS(parameters, max_iter=FIT_STEPS, history_size=10, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (cores.dense_weights()[expert] - wanted).square().sum() / scale
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    optimizer.zero_grad()
-    for p, needed in was:
-        p.requires_grad_(needed)
-
-
-def _fit_hidden(layer: HiddenFeedForward, expert: int, site: FFNSite) -> None:
-    """Blocks of one expert by least squares: ``up R = W_up`` and ``L down = W_down``, group by group."""
-    experts, projections = layer.experts, layer.projections()
-    size = experts.block_size
-    groups = layer.hidden_features // size
-    for kind, name in (("up", "right"), ("gate_proj", "right_gate"), ("down", "left")):
-        if kind not in projections:
-            continue
-        centre, goal = layer.central_weight(kind).double(), site.weight(kind).double()
-        if kind == "down":  # rows are the hidden units
-            a = centre.view(groups, size, -1).mT
-            b = goal.view(groups, size, -1).mT
-        else:
-            a = centre.view(-1, groups, size).transpose(0, 1)
-            b = goal.view(-1, groups, size).transpose(0, 1)
-        if not experts.per_group:
-            a, b = a.reshape(1, -1, size), b.reshape(1, -1, size)
-        # Along directions that the centre lacks, the blocks stay identities.
-        eye = torch.eye(size, dtype=a.dtype, device=a.device)
-        block = eye + torch.linalg.pinv(a) @ (b - a)
-        experts.auxiliary[name][expert] = (block.mT if kind == "down" else block).to(experts.dtype)
-    if experts.bias is not None:
-        kind = "gate_proj" if experts.is_gated else "up"
-        own = site.bias(kind)
-        if own is not None:
-            core = experts.auxiliary["right_gate" if experts.is_gated else "right"][expert].double()
-            centre = projections[kind].bias.double().view(groups, 1, size)  # type: ignore[operator]
-            experts.bias[expert] = (own.double() - (centre @ core.expand(groups, -1, -1)).reshape(-1)).to(experts.dtype)
-
-
-def _set_experts(layer: RoutedFeedForward, sites: Mapping[int, FFNSite], is_new: bool) -> None:
-    """Set the experts of ``layer`` with these indices to the networks of their fine-tunes.
-
-    ``is_new``: the layer has no other experts, so the shared parameters may be set too.
-    """
-    if isinstance(layer, HiddenFeedForward):
-        for number, site in sites.items():
-            _fit_hidden(layer, number, site)
-        return
-    assert isinstance(layer, MPOEFeedForward)
-    for kind, projection in layer.experts.projections().items():
-        if isinstance(projection, ExpertWeights):
-            for number, site in sites.items():
-                projection.weight[number] = site.weight(kind)
-        elif is_new:
-            projection.load_weights_(torch.stack([site.weight(kind) for site in sites.values()]))
-        else:
-            for number, site in sites.items():
-                _fit_cores(projection, number, site.weight(kind))
-        for number, site in sites.items():
-            bias = site.bias(kind)
-            if bias is not None and projection.bias is not None and projection.bias.dim() == 2:
-                projection.bias[number] = bias
-
-
-def _weights(layer: RoutedFeedForward, kind: str) -> Tensor:
-    """Every expert's full weight."""
-    if isinstance(layer, HiddenFeedForward):
-        return layer.expert_weights(kind)
-    assert isinstance(layer, MPOEFeedForward)
-    weights: Tensor = layer.experts.projections()[kind].dense_weights()
-    return weights
-
-
-def _told(mixture: Any, base: Any, numbered: Mapping[int, Any], config: MPOEConfig) -> dict[str, Any]:
-    """Relative errors of the experts and of the shared parameters, for each fine-tune."""
-    start = _ffn_sites(base, config)
-    report: dict[str, dict[str, dict[int, float]]] = {}
-    of = {number: _ffn_sites(model, config) for number, model in numbered.items()}
-    for name, site in start.items():
-        layer: Any = mixture.get_submodule(name)
-        report[name] = {}
-        for kind in site.dense:
-            weights, first = _weights(layer, kind).double(), site.weight(kind).double()
-            wanted = {n: own[name].weight(kind).double() for n, own in of.items()}
-            report[name][kind] = {
-                n: _error(float((weights[n] - value).norm()), float((value - first).norm()), float(first.norm()))
-                for n, value in wanted.items()
-            }
-    kept = dict(mixture.named_parameters())
-    start_values = dict(base.named_parameters())
-    outside = {}
+def _outside(mixture: Any, base: Any, numbered: Mapping[int, Any]) -> dict[int, float]:
+    """How far the parameters outside the experts are from every fine-tune's, relative to what it changed."""
+    kept, start = dict(mixture.named_parameters()), dict(base.named_parameters())
+    found = {}
     for number, model in numbered.items():
         own = {name: p for name, p in model.named_parameters() if name in kept and kept[name].shape == p.shape}
         missed = _norm(p - kept[name] for name, p in own.items())
-        changed = _norm(p - start_values[name] for name, p in own.items())
-        outside[number] = _error(missed, changed, _norm(iter(own.values())))
-    return {"experts": report, "shared": outside}
+        changed = _norm(p - start[name] for name, p in own.items())
+        found[number] = missed / (changed or _norm(iter(own.values())) or 1.0)
+    return found
 
 
 def _route(mixture: Any, examples: Batches, first: int, router: str, steps: int, ridge: float) -> None:
@@ -240,7 +115,7 @@ def compose(
     base: Any,
     fine_tunes: Sequence[Any],
     examples: Batches | None = None,
-    config: MPOEConfig | None = None,
+    routing: RouterConfig | None = None,
     *,
     router: str = "ridge",
     steps: int = 200,
@@ -254,45 +129,47 @@ def compose(
         examples: for every fine-tune, batches of its domain as keyword arguments of the model (``input_ids``,
             ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers
             random: set them later, or train the mixture.
-        config: how experts are built; default: dense experts with their own biases, which represent the feed-forward
-            networks exactly. Hidden-side experts are fitted by least squares, MPO experts by alternating least squares
-            (`mpoe_kernels.decompose_shared`). ``num_experts`` is always set to the number of fine-tunes.
+        routing: experts per token, capacity and so on; default: one expert per token.
         router: ``"ridge"``: closed form, see `mpoe.models.domains.solve_routers`; ``"train"``: additionally trained,
             with everything else frozen.
         steps: optimizer steps of ``"train"``.
         ridge: penalty of the regression, relative to the mean square of a feature.
 
     Returns:
-        The mixture, in eval mode. Its ``composition_report`` has the error per layer, kind and expert, ``|W_mixture -
-        W_fine_tune| / |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weight), and the
-        same for the parameters outside the experts under ``"shared"``. ``router_statistics`` holds what `add_expert`
-        needs from these examples.
+        The mixture, in eval mode; its experts are exact. ``composition_report`` says by number of the fine-tune how far
+        the parameters outside the experts, which are the mean, are from its own: ``|W_mixture - W_fine_tune| /
+        |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weights). ``router_statistics``
+        holds what `add_expert` needs from these examples.
 
     Raises:
-        TypeError: ``config`` of another type.
+        TypeError: ``routing`` of another type.
         ValueError: no fine-tunes, models that differ in more than values, a number of examples other than one per
-            fine-tune, a mixture as ``base``, a configuration without a router.
+            fine-tune, a mixture as ``base``.
     """
     if not fine_tunes:
         raise ValueError("fine_tunes must hold at least one model; got none")
     converted_class(base)
     _check_alike(base, fine_tunes)
-    config = _checked_config(config, base, len(fine_tunes))
+    config = _exact_config(base, len(fine_tunes), routing)
     _check_router(router, steps, ridge, examples, len(fine_tunes))
     mixture = convert_to_mpoe(_mean_model(base, fine_tunes), config, inplace=True).eval()
     numbered = dict(enumerate(fine_tunes))
-    _fill(mixture, numbered, config, is_new=True)
-    mixture.composition_report = _told(mixture, base, numbered, config)
+    _fill(mixture, numbered)
+    mixture.composition_report = _outside(mixture, base, numbered)
     if examples is not None:
         _route(mixture, examples, 0, router, steps, ridge)
     return mixture
 
 
-def _fill(mixture: Any, numbered: Mapping[int, Any], config: MPOEConfig, is_new: bool) -> None:
-    sites = {number: _ffn_sites(model, config) for number, model in numbered.items()}
-    for name in next(iter(sites.values())):
-        layer: Any = mixture.get_submodule(name)
-        _set_experts(layer, {number: own[name] for number, own in sites.items()}, is_new)
+def _fill(mixture: Any, numbered: Mapping[int, Any]) -> None:
+    """Set the experts of these numbers to the networks of their fine-tunes."""
+    for number, model in numbered.items():
+        for name, site in _ffn_sites(model, mixture.mpoe_config).items():
+            for kind, weights in mixture.get_submodule(name).experts.projections().items():
+                weights.weight[number] = site.weight(kind)
+                bias = site.bias(kind)
+                if bias is not None:
+                    weights.bias[number] = bias
 
 
 @torch.no_grad()
@@ -318,7 +195,8 @@ def add_expert(
 
     Raises:
         TypeError: a mixture that is not an MPOE model.
-        ValueError: a model of another class or size, ``examples`` for a mixture without statistics.
+        ValueError: a model of another class or size, experts that are not dense, ``examples`` for a mixture without
+            statistics.
     """
     if not isinstance(mixture, MPOEModelMixin):
         raise TypeError(f"mixture must be an MPOE model (see compose); got {type(mixture).__name__}")
@@ -326,7 +204,9 @@ def add_expert(
         raise ValueError(f"base must be of the class that mixture was; got {type(base).__name__}")
     _check_alike(base, [fine_tune])
     old = mixture.mpoe_config.num_experts
-    config = _checked_config(mixture.mpoe_config, base, old + 1)
+    config = dataclasses.replace(mixture.mpoe_config, num_experts=old + 1)
+    if config.expert_type != "dense" or config.moe_type == "none":
+        raise ValueError(f"mixture must have a router and dense experts (see compose); got {mixture.mpoe_config}")
     _check_router(router, steps, ridge, None if examples is None else [examples], 1)
     statistics = getattr(mixture, "router_statistics", None)
     if examples is not None and statistics is None:
@@ -338,8 +218,8 @@ def add_expert(
             value.copy_(source[name])
         else:
             value[:old] = source[name]
-    _fill(grown, {old: fine_tune}, config, is_new=False)
-    grown.composition_report = _told(grown, base, {old: fine_tune}, config)
+    _fill(grown, {old: fine_tune})
+    grown.composition_report = _outside(grown, base, {old: fine_tune})
     if examples is not None:
         grown.router_statistics = statistics
         _route(grown, [examples], old, router, steps, ridge)

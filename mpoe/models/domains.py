@@ -8,6 +8,7 @@ linear discriminant with one covariance), so domains can be added later without 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
     }
 
 
-class _Forced(TopKRouter):
+class Forced(TopKRouter):
     """Sends every token to one expert, regardless of capacity, and accumulates statistics of its inputs."""
 
     def __init__(self, router: TopKRouter, expert: int) -> None:
@@ -57,18 +58,51 @@ class _Forced(TopKRouter):
         return RouterOutput(logits, index, torch.ones_like(index, dtype=torch.float32))
 
 
+class _Without(TopKRouter):
+    """Never sends a token to one expert; ``weight [E - 1, I]`` are the logits' rows of the others."""
+
+    def __init__(self, router: TopKRouter, expert: int, weight: Tensor) -> None:
+        own = router.weight
+        few = dataclasses.replace(router.config, top_k=min(router.top_k, len(weight)))
+        super().__init__(router.in_features, len(weight), few, device=own.device, dtype=own.dtype)
+        self.weight.data.copy_(weight)
+        self.expert = expert
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        decision = super().forward(x)
+        before, after = decision.logits.split([self.expert, self.num_experts - self.expert], 1)
+        logits = torch.cat([before, before.new_full((len(before), 1), -torch.inf), after], 1)
+        index = decision.top_k_index
+        return RouterOutput(logits, index + (index >= self.expert), decision.top_k_weights)
+
+
 @contextmanager
-def _forced(mixture: nn.Module, expert: int) -> Iterator[dict[str, _Forced]]:
+def _routed_by(mixture: nn.Module, routers: Mapping[str, TopKRouter]) -> Iterator[None]:
     layers = routed_layers(mixture)
-    routers = {name: layer.router for name, layer in layers.items()}
-    forced = {name: _Forced(router, expert) for name, router in routers.items() if router is not None}
+    own = {name: layer.router for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.router = forced[name].eval()
-        yield forced
+            layer.router = routers[name].eval()
+        yield
     finally:
         for name, layer in layers.items():
-            layer.router = routers[name]
+            layer.router = own[name]
+
+
+@contextmanager
+def forced(mixture: nn.Module, expert: int) -> Iterator[dict[str, Forced]]:
+    """Every token goes to one expert of every layer, with gate 1; gives the layers' routers meanwhile."""
+    routers = {name: Forced(layer.router, expert) for name, layer in routed_layers(mixture).items() if layer.router}
+    with _routed_by(mixture, routers):
+        yield routers
+
+
+@contextmanager
+def without(mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
+    layers = routed_layers(mixture)
+    with _routed_by(mixture, {n: _Without(layer.router, expert, weights[n]) for n, layer in layers.items()}):  # type: ignore[arg-type]
+        yield
 
 
 def _device(mixture: nn.Module) -> torch.device:
@@ -96,7 +130,7 @@ def collect(
     """
     found: dict[str, Tensor] = dict(known or {})
     for number, batches in enumerate(examples, first):
-        with _forced(mixture, number) as routers:
+        with forced(mixture, number) as routers:
             for batch in batches:
                 mixture(**_on(_device(mixture), batch))
         for name, router in routers.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -114,7 +115,8 @@ def check_weights(expert: Expert, wanted: Mapping[str, tuple[int, ...]]) -> None
         raise ValueError(f"expert {expert.name!r} must have finite weights; NaN or Inf in {bad[0]}")
 
 
-def _networks(model: Any) -> list[NeuronSite]:
+def dense_networks(model: Any) -> list[NeuronSite]:
+    """The feed-forward networks of a dense model, as places for neurons."""
     config = MPOEConfig(moe_type="none", shape="neurons")
     found = find_sites(model, family_of(model.config.model_type), model.config, config)
     return [site for site in found if isinstance(site, NeuronSite)]
@@ -123,7 +125,7 @@ def _networks(model: Any) -> list[NeuronSite]:
 def expected_weights(model: Any, neurons: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of an expert of ``neurons`` beside a dense model, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for site in _networks(model):
+    for site in dense_networks(model):
         shapes |= {f"{site.place}.{kind}": (neurons, site.weight("up").shape[0]) for kind in site.dense}
         if site.bias("up") is not None:
             shapes[f"{site.place}.bias"] = (neurons,)
@@ -165,6 +167,41 @@ def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: 
     return started
 
 
+def made_expert(
+    model: Any,
+    name: str,
+    statistics: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    training: Mapping[str, Any] | None = None,
+) -> Expert:
+    """The expert of a model under a name; arguments and errors as those of `save_expert`."""
+    layers = neuron_modules(model) if isinstance(model, MPOEModelMixin) else {}
+    if not layers or any(layer.router is not None or layer.experts.latent is not None for layer in layers.values()):
+        raise TypeError(f"model must have one expert (see start_expert); this {type(model).__name__} does not")
+    if training is not None and not isinstance(training, Mapping):
+        raise TypeError(f"training must be a mapping of facts; got {type(training).__name__}")
+    if statistics is not None:
+        check_statistics(statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics")
+    module: Any = model
+    check_finite(module)
+    first = next(iter(layers.values())).experts
+    facts = {
+        "format": FORMAT,
+        "version": __version__,
+        "name": name,
+        "base": base_identity(model),
+        "base_name": str(getattr(module.config, "mpoe_base", "") or ""),
+        "model": module.dense_class.__name__,
+        "tokenizer": None if tokenizer is None else vocabulary_identity(tokenizer),
+        "neurons": first.neurons,
+        "activation": first.activation,
+        "gated": first.gate_proj is not None,
+        "training": dict(training or {}),
+    }
+    weights = {f"{place}.{part}": v for place, layer in layers.items() for part, v in _values(layer.experts).items()}
+    return Expert(facts, weights, dict(statistics or {}))
+
+
 def save_expert(
     model: Any,
     path: str | Path,
@@ -186,36 +223,12 @@ def save_expert(
         TypeError: a model without such an expert, a path or ``training`` of another type.
         ValueError: weights or statistics with NaN, statistics of another model, a path that cannot be a file.
     """
-    layers = neuron_modules(model) if isinstance(model, MPOEModelMixin) else {}
-    if not layers or any(layer.router is not None or layer.experts.latent is not None for layer in layers.values()):
-        raise TypeError(f"model must have one expert (see start_expert); this {type(model).__name__} does not")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be the path of a file; got {type(path).__name__}")
     file = Path(path)
     if not file.name or not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise ValueError(f"path must be of a file in a folder that is there; got {str(path)!r}")
-    if training is not None and not isinstance(training, Mapping):
-        raise TypeError(f"training must be a mapping of facts; got {type(training).__name__}")
-    if statistics is not None:
-        check_statistics(statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics")
-    module: Any = model
-    check_finite(module)
-    first = next(iter(layers.values())).experts
-    facts = {
-        "format": FORMAT,
-        "version": __version__,
-        "name": file.stem,
-        "base": base_identity(model),
-        "base_name": str(getattr(module.config, "mpoe_base", "") or ""),
-        "model": module.dense_class.__name__,
-        "tokenizer": None if tokenizer is None else vocabulary_identity(tokenizer),
-        "neurons": first.neurons,
-        "activation": first.activation,
-        "gated": first.gate_proj is not None,
-        "training": dict(training or {}),
-    }
-    weights = {f"{name}.{part}": v for name, layer in layers.items() for part, v in _values(layer.experts).items()}
-    expert = Expert(facts, weights, dict(statistics or {}))
+    expert = made_expert(model, file.stem, statistics, tokenizer, training)
     write_expert(expert, file)
     return expert
 
@@ -277,31 +290,39 @@ def load_expert(path: str | Path) -> Expert:
 
 
 @torch.no_grad()
-def merge_expert(model: Any, expert: Any) -> Any:
+def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
     """A dense model of the same class with F + m hidden neurons that computes what ``model`` and the expert do.
 
     Args:
         model: the expert's base; it is not changed.
-        expert: an `Expert` or its file.
+        expert: an `Expert`, its file, or a list of several, whose neurons then all add to every token.
+        weight: factor of what they add, such as one over their number.
 
     Raises:
-        TypeError, ValueError: as `load_expert`; a model outside the table of dense families, or of another base.
+        TypeError, ValueError: as `load_expert`; no expert, a model outside the table of dense families, or of another
+            base, a weight that is no finite number.
     """
-    expert = opened(expert)
-    check_base(model, dense_identity(model), expert)
-    check_weights(expert, expected_weights(model, expert.neurons))
-    hidden = _networks(model)[0].weight("up").shape[1]
-    merged = widened(model, hidden + expert.neurons)
-    for site in _networks(merged):
+    found = [opened(each) for each in (expert if isinstance(expert, (list, tuple)) else [expert])]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"weight must be a finite number; got {weight!r}")
+    if not found:
+        raise ValueError("expert must be at least one; got an empty list")
+    identity = dense_identity(model)
+    for each in found:
+        check_base(model, identity, each)
+        check_weights(each, expected_weights(model, each.neurons))
+    hidden = dense_networks(model)[0].weight("up").shape[1]
+    merged = widened(model, hidden + sum(each.neurons for each in found))
+    for site in dense_networks(merged):
         for kind in site.dense:
-            value, weight = expert.weights[f"{site.place}.{kind}"], site.weight(kind)
+            own = torch.cat([each.weights[f"{site.place}.{kind}"] for each in found])
             if kind == "down":
-                weight[hidden:] = value
+                site.weight(kind)[hidden:] = own * weight
             else:
-                weight[:, hidden:] = value.t()
+                site.weight(kind)[:, hidden:] = own.t()
         bias = site.bias("up")
         if bias is not None:
-            bias[hidden:] = expert.weights[f"{site.place}.bias"]
+            bias[hidden:] = torch.cat([each.weights[f"{site.place}.bias"] for each in found])
     if merged.can_generate():
         merged.generation_config = model.generation_config
     return merged

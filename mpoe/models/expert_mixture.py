@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from mpoe.models.weight_files import read_json, read_tensors, tensors_hash
 NONE = "none"  # name of the expert that adds nothing
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
-BACKGROUND_RANK = 512  # eigenvectors of the base's own statistics
+BACKGROUND_RANK = 512  # eigenvectors of statistics from texts at hand
 PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
 
 
@@ -53,7 +54,7 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     return [dict.fromkeys(names, part) for part in rows]
 
 
-def _checked(base: Any, experts: Any, tokenizer: Any) -> list[Expert]:
+def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
     found = [opened(expert) for expert in experts]
@@ -72,13 +73,29 @@ def _checked(base: Any, experts: Any, tokenizer: Any) -> list[Expert]:
             )
         known.add(own)
         names.add(expert.name)
-        if not expert.statistics:
+        if not expert.statistics and expert.name not in texts:
             raise ValueError(f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none")
         if expert.facts["tokenizer"] is not None:
             vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
     if len(vocabularies) > 1:
         odd = " and ".join(vocabularies.values())
         raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
+    return found
+
+
+def _refined(base: Any, experts: list[Expert], texts: Mapping[str, Any]) -> list[Expert]:
+    """The experts with statistics from ``texts`` where there are some."""
+    unknown = sorted(set(texts) - {expert.name for expert in experts})
+    if unknown:
+        known = ", ".join(expert.name for expert in experts)
+        raise ValueError(f"texts must be by names of experts, {known}; got {unknown[0]!r}")
+    found = []
+    for expert in experts:
+        if expert.name in texts:
+            model = start_expert(base, expert=expert)
+            rank = min(BACKGROUND_RANK, *(layer.in_features for layer in neuron_modules(model).values()))
+            expert = dataclasses.replace(expert, statistics=collect_statistics(model, texts[expert.name], rank))
+        found.append(expert)
     return found
 
 
@@ -91,6 +108,7 @@ def compose_experts(
     none: bool = True,
     background: Iterable[Mapping[str, Tensor]] | Statistics | None = None,
     tokenizer: Any = None,
+    texts: Mapping[str, Iterable[Mapping[str, Tensor]]] | None = None,
 ) -> Any:
     """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
 
@@ -107,6 +125,8 @@ def compose_experts(
         background: batches of a text of no domain (keyword arguments of the model), or statistics; ``None`` = the
             documentation of Python, for which ``tokenizer`` is needed. Not used without *none*.
         tokenizer: of the base.
+        texts: batches by expert's name, some thousand tokens each: the expert's statistics are then taken from them,
+            with a covariance of up to 512 eigenvectors, in place of the sketch in its file.
 
     Returns:
         The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts as ``composed_of``,
@@ -115,9 +135,9 @@ def compose_experts(
     Raises:
         TypeError, ValueError: as `load_expert`; no experts, one that is there twice, two of one name, one of another
             base or tokenizer or without statistics; no background and no tokenizer; ``top_k`` larger than the number of
-            experts.
+            experts; texts of an expert that is not there.
     """
-    found = _checked(base, experts, tokenizer)
+    found = _refined(base, _checked(base, experts, tokenizer, texts or {}), texts or {})
     number = len(found) + bool(none)
     routing = RouterConfig(top_k=top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0)
     neurons = max(expert.neurons for expert in found)

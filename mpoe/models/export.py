@@ -79,6 +79,10 @@ TARGETS = {
         "shared_expert_intermediate_size",
     ),
 }
+QWEN3_NEURONS = (
+    ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their rotation, Dots1 and "
+    "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole experts to qwen3_moe"
+)
 # Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
@@ -93,7 +97,8 @@ def _reasons(model: Any, to: str) -> list[str]:
     if model.mpoe_family not in target.families:
         known = " or ".join(target.families)
         wanted = f"is the mixture of a {known}" if known else "has no dense family: only an OLMoE can become one"
-        return [f"{to} {wanted}; this is a {model.mpoe_family}"]
+        note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
+        return [f"{to} {wanted}; this is a {model.mpoe_family}{note}"]
     neurons = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
     whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
     if neurons and target.shared is None:

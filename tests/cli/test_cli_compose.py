@@ -62,20 +62,19 @@ def test_two_fine_tunes_then_an_adapter_more(folder, capsys):
     assert not torch.equal(experts[2], base.transformer.h[0].mlp.c_fc.weight)
 
 
-def test_fitted_experts_and_a_trained_router(folder):
-    texts = ["--texts", *paths(folder, "t{}.txt", (0, 1)), "--output_dir", str(folder / "hidden")]
-    fitted = ["--experts", "hidden", "--block_size", "64", "--router", "train", "--steps", "1", "--top_k", "2"]
-    command.command([BASE, *paths(folder, "ft{}", (0, 1)), *texts, *fitted, *SMALL])
-    config = load_mpoe(folder / "hidden").mpoe_config
-    assert (config.shape, config.block_size, config.router.top_k) == ("hidden", 64, 2)
+def test_a_trained_router(folder):
+    texts = ["--texts", *paths(folder, "t{}.txt", (0, 1)), "--output_dir", str(folder / "trained")]
+    options = ["--router", "train", "--steps", "1", "--top_k", "2", *SMALL]
+    command.command([BASE, *paths(folder, "ft{}", (0, 1)), *texts, *options])
+    config = load_mpoe(folder / "trained").mpoe_config
+    assert (config.expert_type, config.router.top_k) == ("dense", 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([BASE], "at least one fine-tune"),
+        ([BASE], "at least one expert"),
         ([BASE, BASE], "compose needs --output_dir"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--experts", "sparse"], "experts must be dense, hidden or mpo"),
         ([BASE, BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
         ([BASE, BASE, BASE, "--output_dir", "{}/x", "--add", "{}/two"], "add takes one fine-tune at a time; got 2"),
         ([BASE, BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
 from mpoe.cli import compose as command
@@ -15,7 +16,7 @@ from mpoe.cli import train
 from mpoe.cli.errors import CommandError
 from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
-from mpoe.models.expert_files import base_identity
+from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import kept_experts
 from mpoe.models.neurons import neuron_modules
 
@@ -75,14 +76,19 @@ def test_the_packaged_background(folder: Path) -> None:
     ("words", "message"),
     [
         (["{}/law.expert"], "compose needs --output_dir"),
-        (["{}/law.expert", "--texts", "{}/none.txt"], "texts is for fine-tunes"),
+        (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
+        (["{}/law.expert", "--texts", "{}/absent.txt"], "texts: no such file"),
+        (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
+        (["{}/law.expert", "--router", "best"], "router must be ridge or train; got 'best'"),
+        (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
+        (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
         (["{}/law.expert", "{}/absent.expert"], "absent.expert is no file"),
         (["{}/law.expert", "{}/bad"], "either fine-tunes or experts' files"),
         (["{}/law.expert", "--remove", "law"], "remove needs --add MIXTURE"),
         (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
         (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
         (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
-        (["{}/bad", "--background", "{}/none.txt"], "remove and background are for experts' files"),
+        (["{}/bad", "--background", "{}/none.txt"], "remove, merge and background are for experts' files"),
     ],
 )
 def test_refused(folder: Path, words: list[str], message: str) -> None:
@@ -104,6 +110,151 @@ def test_names_that_are_refused(folder: Path) -> None:
     save_expert(model, folder / "other" / "law.expert", statistics=statistics)
     with pytest.raises(ValueError, match="must have names of their own"):
         compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
+
+
+def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, texts = ["{}/law.expert", "{}/med.expert"], ["--texts", "{}/none.txt", "{}/none.txt"]
+    compose(folder, *files, "--output_dir", "{}/refined", *texts, *SMALL)
+    compose(folder, *files, "--output_dir", "{}/trained", *texts, *SMALL, "--router", "train", "--steps", "2")
+    compose(folder, *files, "--output_dir", "{}/plain")
+    assert not same(folder / "refined", folder / "plain")
+    assert not same(folder / "refined", folder / "trained")
+    capsys.readouterr()
+    compose(folder, *files, "--output_dir", "{}/merged", "--merge")
+    assert "every expert at weight 1/2" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
+
+
+def test_what_a_file_expects_and_what_a_mixture_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compose(
+        folder, "{}/law.expert", "{}/code.expert", "--output_dir", "{}/listed", "--background", "{}/none.txt", *SMALL
+    )
+    law, mixture = str(folder / "law.expert"), str(folder / "listed")
+    capsys.readouterr()
+    assert not run(["info", law, mixture, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in told[mixture]] == ["law", "code"]
+    assert told[law] == told[mixture][:1]
+    assert (told[law][0]["neurons"], told[law][0]["parameters"]) == (8, 4 * 8 * (2 * 128 + 1))
+    assert not run(["info", law])
+    assert told[law][0]["base"][:12] in capsys.readouterr().out
+    with pytest.raises(CommandError, match="info takes experts' files and mixtures"):
+        run(["info", law, str(folder / "bad")])
+
+
+def test_upload(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def push(path: str, repository: str, private: bool | None) -> str:
+        asked.append((path, repository, private))
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr("mpoe.models.push_expert", push, raising=False)
+    assert not run(["export", str(folder / "law.expert"), "me/experts", "--to", "hub", "--private"])
+    assert asked == [(str(folder / "law.expert"), "me/experts", True)]
+    assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
+
+
+def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/seen", "--background", "{}/none.txt", *SMALL)
+    words = ["--text", "Return the first item of the list.", "--num_items", "4"]
+    assert not run(["inspect", str(folder / "seen"), "--output_dir", str(tmp_path / "out"), *words])
+    numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
+    assert numbers["names"] == ["law", "med", "none"]
+    assert numbers["oracle"] <= min(numbers["alone"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What each expert is worth" in page
+    assert "1 med</span>" in page
+    assert "more than the oracle" in capsys.readouterr().out
+
+
+def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    base, tokenizer = load_stand_in("gpt2")
+    adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base, adapter)
+    (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
+    ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(12):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "sea")
+    words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
+    command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "mix"), *words])
+    assert "sea: 16 neurons keep" in capsys.readouterr().out
+    assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
+    (expert,) = kept_experts(tmp_path / "mix")[0]
+    assert expert.facts["training"]["kept"] >= 0.8
+    with pytest.raises(CommandError, match="is fitted on texts of its domain: give --texts"):
+        command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def damaged(kind: str, folder: Path, file: Path) -> None:
+    """An expert's file with a fault, as another tool or a careless hand would leave it."""
+    base, tokenizer = load_stand_in("gpt2")
+    expert = load_expert(folder / "law.expert")
+    if kind == "base":
+        with torch.no_grad():
+            base.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-3
+        save_expert(start_expert(base, 8), file, statistics=expert.statistics)
+    elif kind == "tokenizer":
+        tokenizer.add_tokens(["another"])
+        expert.facts["tokenizer"] = vocabulary_identity(tokenizer)
+        write_expert(expert, file)
+    elif kind == "mean":
+        del expert.statistics["transformer.h.0.mlp.mean"]
+        write_expert(expert, file)
+    elif kind in ("weights", "statistics"):
+        next(iter(getattr(expert, kind).values()))[0] = float("nan")
+        write_expert(expert, file)
+    elif kind == "file":
+        file.write_bytes((folder / "law.expert").read_bytes()[:-100])
+    else:
+        write_expert(expert, file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("base", "must be of this base"),
+        ("tokenizer", "experts must be of one tokenizer"),
+        ("mean", r"must hold mean, rest, vectors and values of every layer.* transformer.h.0.mlp.mean"),
+        ("weights", "must have finite weights"),
+        ("statistics", "must hold finite numbers"),
+        ("file", "must be a whole safetensors file"),
+        ("twice", "is there twice"),
+    ],
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path, kind: str, message: str, add: bool) -> None:
+    damaged(kind, folder, tmp_path / "odd.expert")
+    other = "law" if kind == "twice" else "med"
+    first = [f"{{}}/{other}.expert"]
+    if add:
+        if not (folder / f"of_{other}").is_dir():
+            compose(folder, *first, "--output_dir", f"{{}}/of_{other}", "--background", "{}/none.txt", *SMALL)
+        first = ["--add", f"{{}}/of_{other}"]
+    with pytest.raises(ValueError, match=message):
+        compose(folder, str(tmp_path / "odd.expert"), *first, "--output_dir", str(tmp_path / "mix"))
+    assert [place.name for place in tmp_path.iterdir()] == ["odd.expert"]
+
+
+def test_a_changed_centre(folder: Path, tmp_path: Path) -> None:
+    """The base's folder now holds other weights than those the experts were trained beside."""
+    base, tokenizer = load_stand_in("gpt2")
+    with torch.no_grad():
+        base.transformer.h[2].mlp.c_proj.weight *= 1.01
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for words in ([str(folder / "law.expert")], [str(folder / "law.expert"), "--merge"]):
+        with pytest.raises(ValueError, match="whose weights are not bit for bit those of this GPT2LMHeadModel"):
+            command.command([str(tmp_path / "base"), *words, "--output_dir", str(tmp_path / "mix")])
+    assert [place.name for place in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.fixture

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import shlex
 
 import pytest
 import torch
 from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
-from mpoe.cli.parsing import parse
-from mpoe.cli.plan import PlanOptions
 from mpoe.estimation.costs import Usage, model_costs
 from mpoe.estimation.inventory import take_inventory
-from mpoe.estimation.suggest import Limits, suggest
 
 T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}
 GATED = {**T5, "feed_forward_proj": "gated-gelu"}
@@ -123,65 +118,3 @@ def test_temporary_weights_stay_under_two_experts() -> None:
     for shape, experts in itertools.product(("paper", "light", "separable"), (8, 1024)):
         costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape=shape), work())
         assert costs.whole("mpoe").temporary_bytes <= 2 * 1024 * 4096 * 2
-
-
-# ------------------------------------------------------------------------------------------------- suggestions
-
-
-@pytest.mark.parametrize(("parameters", "x_dense"), [(300_000_000, None), (None, 1.8), (260_000_000, 2.5)])
-@pytest.mark.parametrize("rank_by", ["capacity", "flops", "parameters"])
-def test_suggestions_meet_their_budget_and_are_ranked(parameters, x_dense, rank_by: str) -> None:
-    inventory, load = take_inventory("t5-base"), work(8192)
-    found = suggest(inventory, MPOEConfig(shape="separable"), load, Limits(parameters, x_dense), rank_by)
-    assert found
-    for one in found:
-        assert one.parameters <= (parameters or math.inf)
-        assert one.x_dense <= (x_dense or math.inf)
-        costs = model_costs(inventory, one.costs.config, load)
-        assert costs.whole("mpoe") == one.costs.whole("mpoe")
-        shapes = [m.shape for layer in costs.layers for m in layer.matrices]
-        assert one.costs.lossless == all(shape.is_full for shape in shapes)
-    assert [one.costs.lossless for one in found] == sorted((one.costs.lossless for one in found), reverse=True)
-    key = {"capacity": lambda s: -s.capacity, "flops": lambda s: s.x_dense, "parameters": lambda s: s.parameters}
-    lossless = [key[rank_by](one) for one in found if one.costs.lossless]
-    assert lossless == sorted(lossless)
-
-
-def test_suggestions_own_something_and_can_hold_a_matrix() -> None:
-    inventory, config = take_inventory("t5-base"), MPOEConfig(num_experts=64, shape="separable")
-    found = suggest(inventory, config, work(), Limits())
-    assert all(one.capacity >= 0.001 for one in found)
-    assert all(one.costs.lossless or one.held >= 0.5 for one in found)
-    tight = suggest(inventory, config, work(), Limits(130_000_000))  # nothing better is so small
-    assert tight
-    assert not any(one.costs.lossless or one.held >= 0.5 for one in tight)
-
-
-def test_options_of_a_suggestion_choose_its_shape() -> None:
-    inventory = take_inventory("t5-base")
-    for one in suggest(inventory, MPOEConfig(shape="separable"), work(), Limits()):
-        (options,), _ = parse([PlanOptions], shlex.split(one.options))
-        config = MPOEConfig(
-            shape=options.shape,
-            max_bond=options.bond,
-            light_p=options.light_p,
-            separable_left=options.separable_left,
-            separable_right=options.separable_right,
-        )
-        assert model_costs(inventory, config, work()).whole("mpoe").parameters == one.parameters
-
-
-def test_all_families_are_suggested_when_the_budget_allows() -> None:
-    found = suggest(take_inventory("t5-base"), MPOEConfig(shape="separable"), work(), Limits(400_000_000))
-    assert {one.costs.config.shape for one in found} == {"separable", "light", "paper"}
-    assert {one.costs.lossless for one in found} == {True, False}
-
-
-def test_impossible_budgets_name_the_nearest() -> None:
-    inventory = take_inventory("t5-base")
-    with pytest.raises(
-        ValueError, match=r"no shape meets max_parameters 1,000 .*nearest: separable 8/8 .*lossless.*truncated"
-    ):
-        suggest(inventory, MPOEConfig(shape="separable"), work(), Limits(1000))
-    with pytest.raises(ValueError, match=r"max_parameters 230,000,000 and max_flops 0.001 x dense .*truncated"):
-        suggest(inventory, MPOEConfig(shape="separable"), work(), Limits(230_000_000, 0.001))

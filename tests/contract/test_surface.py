@@ -58,7 +58,7 @@ DELIBERATE = {
                 "nodes gpus_per_node link_gbps node_link_gbps",
                 "predicted times of clusters; docs/scale.md has the bytes",
             ),
-            ("max_time", "max_flops, x dense too"),
+            ("suggest max_parameters max_flops max_time rank_by", "plan the shapes of docs/shapes.md one by one"),
         )
         for name in names.split()
         for each in (name, name.replace("_", "-"))

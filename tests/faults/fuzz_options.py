@@ -77,7 +77,6 @@ WORDS: dict[str, tuple[str, ...]] = {
     "split": ("train", "validation", "test"),
     "device": ("cpu",),
     "dtype": ("fp32", "bf16", "fp16"),
-    "rank_by": ("capacity", "time", "parameters"),
     "max_parameters": ("300M", "1.2B", "50_000_000"),
     "json": ("plan.json",),
     "output_file": ("scores.json",),

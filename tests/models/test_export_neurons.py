@@ -160,7 +160,7 @@ SIGMOID = RouterConfig(top_k=2, scoring_func="sigmoid")
     [
         ("qwen2", GRANITE, {}, {}, "granitemoeshared is the mixture of a llama or mistral or smollm3; this is a qwen2"),
         ("llama", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a llama"),
-        ("qwen3", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a qwen3"),
+        ("qwen3", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a qwen3, beside which no stock class"),
         ("gpt2", GRANITE, {}, {}, "this is a gpt2"),
         ("llama", "mixtral", {}, {}, "as those of granitemoeshared or qwen2_moe are"),
         ("llama", GRANITE, {}, {"shape": "separable", "neurons": None}, "its experts are neurons beside a dense"),

@@ -309,7 +309,7 @@ def _triton_reasons(request: Request) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _least_shared_bytes(name: str, dtype: torch.dtype) -> int:
-    return import_module("mpoe_kernels.linear.triton.tiles").least_shared_bytes(name, dtype)
+    return import_module("mpoe_kernels.linear.triton.grouped").least_shared_bytes(name, dtype)
 
 
 def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], list[str]]) -> Backend:

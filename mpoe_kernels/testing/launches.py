@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.linear.triton import fused_tiles, tiles
+from mpoe_kernels.linear.triton import fused_tiles, grouped
 from mpoe_kernels.triton import architecture, start
 
 
@@ -50,6 +50,10 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
         patches.enter_context(patch.object(architecture, "target_of", lambda _: target))
         patches.enter_context(patch.object(start, "_launch", lambda *launch: launches.append(Launch(*launch))))
         if tile is not None:
-            for module, table in ((tiles, "shipped_tiles"), (fused_tiles, "shipped_fused"), (hidden, "shipped_tiles")):
+            for module, table in (
+                (grouped, "shipped_tiles"),
+                (fused_tiles, "shipped_fused"),
+                (hidden, "shipped_tiles"),
+            ):
                 patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
         yield launches

@@ -21,7 +21,7 @@ import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
-from mpoe_kernels.linear.triton import tiles
+from mpoe_kernels.linear.triton import grouped
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
@@ -64,7 +64,7 @@ def test_every_shipped_tile_is_compiled() -> None:
             if launch.name == kernel
             for a in [launch.arguments]
         }
-        assert {(t.m, t.n, t.k, t.warps, t.stages) for t in tiles.TILES["sm_90"]} <= compiled
+        assert {(t.m, t.n, t.k, t.warps, t.stages) for t in grouped.TILES["sm_90"]} <= compiled
 
 
 def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
@@ -91,7 +91,7 @@ def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
     uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=shipped.LARGE_SIZES)
     found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
     assert found["grouped_rows_kernel", "d = 4,096"] == found["grouped_rows_kernel", "E = 1,024"] == 2
-    widest = tiles.TILES["gfx942"][0].m
+    widest = grouped.TILES["gfx942"][0].m
     assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
 
 

@@ -6,12 +6,14 @@ are also gathered, and blocks read in any layout, as they are loaded. One progra
     rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e, k, n]``
     blocks: grid (tiles, parts of the rows, experts), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
 
-Sums run in a fixed order: partial ones are stored and added by another launch.
+Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card
+only: nothing is timed, so a graph can capture every launch; each is compiled ahead of time by
+``tools/triton_compile.py``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,13 +23,67 @@ from torch import Tensor
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.grouped import Slots
-from mpoe_kernels.linear.triton.tiles import Tile, tile_of
 from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import activate, pick, segments
 from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 
 MOST_PARTS = 32
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
+
+
+class Tile(NamedTuple):
+    """Block sizes of a GEMM ``[m, k] x [k, n]``, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, dtype: torch.dtype) -> int:
+        """Shared memory of the operands' blocks in all stages."""
+        return self.stages * self.k * (self.m + self.n) * dtype.itemsize
+
+
+# The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
+_NVIDIA = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
+_AMD = tuple(tile._replace(k=32, stages=2) for tile in _NVIDIA)
+TILES = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
+# Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
+TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
+
+
+def _for_float32(tile: Tile) -> Tile:
+    """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
+    warps = 8 if tile.m >= 64 else tile.warps  # wide ones spill if there are few registers per thread
+    return Tile(min(tile.m, 64), min(tile.n, 64), 16, warps, tile.stages)
+
+
+def shipped_tiles(name: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Tiles on an architecture, the widest first."""
+    smaller = dtype == torch.float32 and name != INTERPRETER
+    return tuple(map(_for_float32, TILES[name])) if smaller else TILES[name]
+
+
+def least_shared_bytes(name: str, dtype: torch.dtype) -> int:
+    """Shared memory in which the smallest tile fits."""
+    return min(tile.shared_bytes(dtype) for tile in shipped_tiles(name, dtype))
+
+
+def tile_of(like: Tensor, m: float, n: float, k: float) -> Tile:
+    """Tile of an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and that fits into shared
+    memory, and no larger than the problem."""
+    target = architecture.target_of(like.device)
+    shipped = shipped_tiles(target.architecture, like.dtype)
+    able = [tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory] or shipped[-1:]
+    found = next((tile for tile in able if tile.m <= m), able[-1])
+    return found._replace(m=min(found.m, _side(m)), n=min(found.n, _side(n)), k=min(found.k, _side(k)))
+
+
+def _side(size: float) -> int:
+    """Power of two that covers a size, at least 16, the least that a tensor core takes."""
+    return max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length())
 
 
 @triton.jit
@@ -164,9 +220,9 @@ def _options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _loadable(rows: Tensor) -> Tensor:
-    """Rows of which neighbours lie side by side, as copies if need be: single elements load several times slower."""
-    strides = [stride for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True) if size > 1]
-    return rows if not strides or 1 in strides else rows.contiguous()
+    """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several times slower."""
+    able = any(stride == 1 and size % 8 == 0 for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True))
+    return rows if able else rows.contiguous()
 
 
 class TritonGrouped:

@@ -7,8 +7,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
-from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel
-from mpoe_kernels.linear.triton.tiles import tile_of
+from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel, tile_of
 from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target

@@ -1,186 +1,184 @@
-"""The script for a GPU, tried on the CPU: its parts, its limits, its report."""
+"""The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and the suite ``gpu``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mpoe_bench import run, section
+from mpoe_bench import run, section, visit
 from mpoe_bench.contender import Contender
+from mpoe_bench.gpu_cases import Case, cases
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import Setup
 from mpoe_bench.suites import SCALES, sections_of
 from mpoe_bench.suites.gpu import NamedSection
 from mpoe_bench.targets import GPU_TARGETS, check_targets
-from mpoe_bench.visit import __main__ as gpu
-from mpoe_bench.visit import parts
-from mpoe_bench.visit.lines import Lines
-from mpoe_bench.visit.parts import Part
 
 from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = ("build", "card", "twins", "memory")  # without a GPU
+ON_CPU = [
+    *("smoke-triton", "machine", "experts-bfloat16", "linear-bfloat16", "memcheck", "racecheck", "targets", "graphs"),
+    *("models", "profile", "experts-float32", "linear-float32", "peers"),
+]
+
+
+def script(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "bench" / "gpu.sh"), *words]
+    own = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=own, cwd=ROOT, check=False)
+
+
+def plan(device: str) -> dict[str, str]:
+    """Commands by part."""
+    done = script("--plan", "--device", device)
+    assert done.returncode == 0, done.stderr
+    return dict(re.findall(r"^([\w-]+) \(\d+ s\): (.*)$", done.stdout, re.MULTILINE))
+
+
+def selected(command: str) -> list[str]:
+    """Names of the tests that a part runs, in order."""
+    words = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--collect-only",
+        *command.partition("--tb=short ")[2].split(),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return [line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_what_the_parts_select() -> None:
+    parts = plan("cuda")
+    assert list(plan("cpu")) == ON_CPU
+    assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", "warm", *ON_CPU[2:]]
+    first = selected(parts["experts-bfloat16"])
+    assert {re.split(r"[\[\]]", name)[1] for name in first} == {
+        f"{backend}-bfloat16-{shape}"
+        for shape in ("neurons", "neurons of 64", "hidden", "hidden of 64")
+        for backend in ("native", "eager", "triton", "cuda")
+    }
+    assert all("bfloat16" in name for name in selected(parts["linear-bfloat16"]))
+    for tool in ("memcheck", "racecheck"):
+        assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
+        found = selected(parts[tool])
+        assert not [name for name in found if "no_tokens" in name]
+        for backend in ("triton", "cuda"):
+            assert {f"test_experts[{backend}-bfloat16-{shape}]" for shape in ("neurons", "hidden")} <= set(found)
+            assert f"test_an_infinite_token_spoils_its_own_row_alone[{backend}-neurons]" in found
+            assert f"test_routing_is_the_same_everywhere[{backend}-700-64-2-11]" in found
+    assert "--launch-count 4" in parts["profile"]
+    assert "--suite gpu --device cuda" in parts["peers"]
+    assert "--scale tiny" in plan("cpu")["peers"]
+
+
+def test_the_layers_that_are_checked_and_measured() -> None:
+    names = [case.name for case in cases(visit.SIZES["cuda"])]
+    assert names[:4] == [
+        "neurons neurons 64 d=768 E=8 k=2",
+        "neurons neurons 64 d=768 E=64 k=8",
+        "hidden d=768 E=8 k=2",
+        "hidden d=768 E=64 k=2",
+    ]
+    assert {
+        "separable d=4096 E=8 k=1",
+        "paper max_bond 64 d=768 E=8 k=1",
+        "paper max_bond 64 masked d=768 E=8 k=1",
+    } <= {*names}
+    layer = Case("paper", 32, 4, 1, (None, None), {"max_bond": 8}, masked=True).layer("cpu")
+    trained = {name: p.requires_grad for name, p in layer.named_parameters()}
+    assert {name for name, wanted in trained.items() if not wanted} == {name for name in trained if "central" in name}
+    assert {p.dtype for name, p in layer.named_parameters() if "experts" in name} == {torch.bfloat16}
 
 
 @pytest.mark.slow
 def test_the_script_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
-    """With a few of the tests of the device: all of them run on the CPU as tests of their own."""
-    command = [str(ROOT / "bench" / "gpu.sh"), "--device", "cpu", "--minutes", "60", "--out", str(tmp_path / "trial")]
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTEST_ADDOPTS": "-k 'no_tokens or two_runs'"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    out = tmp_path / "trial"
+    words = ["--device", "cpu", "--minutes", "60", "--out", str(out)]
+    done = script(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = {each["name"]: each for each in json.loads((tmp_path / "trial" / "parts.json").read_text())}
-    needs_gpu = ["build", "twins", "memory"]
-    assert [name for name, each in outcomes.items() if each["detail"] == "it needs a GPU"] == needs_gpu
-    ran = [name for name in outcomes if name not in (*needs_gpu, "card")]
-    assert ran == ["machine", "results", "graphs", "host", "times"]
-    for name in ran:
-        assert outcomes[name]["result"] == "passed", outcomes[name]
-        assert (tmp_path / "trial" / f"{name}.log").stat().st_size > 0
-    assert " passed" in outcomes["results"]["detail"]
-    assert re.fullmatch(r"host: [1-9]\d* measured, 0 from before, 0 left, 0 wrong", outcomes["host"]["detail"])
-    assert "| results | every backend on the device | passed |" in (tmp_path / "trial" / "report.md").read_text()
-    results = json.loads((tmp_path / "trial" / "times" / "results.json").read_text())
-    assert (results["suite"], results["failures"], results["skipped"]) == ("gpu", [], [])
+    rows = dict(re.findall(r"^\| ([\w-]+) \| ([\w ]+) \|", (out / "visit.md").read_text(), re.MULTILINE))
+    absent = {"memcheck", "racecheck", "profile"}  # programs that need a GPU
+    assert {name for name, result in rows.items() if result == "not here"} <= absent
+    assert {name for name, result in rows.items() if result == "passed"} >= {*ON_CPU} - absent
+    assert "0 wrong" in (out / "smoke-triton.log").read_text()
+    assert (out / "done").read_text().split() == [name for name in ON_CPU if rows[name] == "passed"]
     with tarfile.open(tmp_path / "trial.tar.gz") as archive:
-        assert {"trial/host.jsonl", "trial/times/report.md"} <= set(archive.getnames())
-
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert again.returncode == 0
-    assert [line.split()[0] for line in again.stdout.splitlines()] == [
-        "build",
-        "card",
-        "twins",
-        "memory",
-        "trial.tar.gz",
-    ]
+        assert {"trial/visit.md", "trial/models.log", "trial/peers/report.md"} <= set(archive.getnames())
+    again = script(*words)
+    assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= absent
 
 
-def part(code: str, name: str = "one", **options: Any) -> Part:
-    return Part(name, "in words", [sys.executable, "-c", code], 1.0, **options)
+def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
+    """Status and report of the script with a program in place of Python, for a part each."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/usr/bin/env bash\n{code}\n")
+    program.chmod(0o755)
+    done = script("--device", "cpu", "--out", str(tmp_path / "out"), *words, PYTHON=str(program))
+    return done.returncode, (tmp_path / "out" / "visit.md").read_text()
 
 
-def test_parts_pass_fail_and_run_out_of_time(tmp_path: Path) -> None:
-    passed = gpu.run_part(part("print('fine'); print('=== 3 passed ===')"), 60, tmp_path)
-    assert (passed.result, passed.detail) == ("passed", "3 passed")
-    failed = gpu.run_part(part("print('/a/folder/of/ours/file.py: bad'); raise SystemExit(3)"), 60, tmp_path)
-    assert (failed.result, failed.detail) == ("failed", "file.py: bad")
-    assert (tmp_path / "one.log").read_text() == "file.py: bad\n"
-    late = gpu.run_part(part("print('begun', flush=True); import time; time.sleep(60)"), 2, tmp_path)
-    assert (late.result, late.detail) == ("out of time", "begun")
-    unable = gpu.run_part(part("print('no compiler'); raise SystemExit(2)", unable=2), 60, tmp_path)
-    assert (unable.result, unable.detail) == ("skipped", "no compiler")
-    assert gpu.run_part(part("", missing="no such thing"), 60, tmp_path).detail == "no such thing"
-    assert gpu.run_part(part(""), 0.0, tmp_path).result == "not begun"
-    ends = gpu.run_part(part("import sys; print(sys.argv[-2:])", knows_minutes=True), 90, tmp_path)
-    assert ends.detail == "['--minutes', '1.500']"
-    assert "| one | in words | out of time |" in gpu.report([passed, failed, late], "cpu")
+def test_only_a_wrong_result_ends_a_visit(tmp_path: Path) -> None:
+    code = (
+        'case "$*" in *smoke*) exit 1 ;; *targets*) echo "WRONG triton: y off by nan"; exit 3 ;; *) echo fine ;; esac'
+    )
+    status, report = trial(tmp_path, code)
+    assert status == 1
+    assert "| smoke-triton | failed | " in report
+    assert "| machine | passed | " in report
+    assert report.splitlines()[-1].startswith("| targets | WRONG | ")
+    assert report.splitlines()[-1].endswith("| WRONG triton: y off by nan |")
+    assert re.search(r"^\| memcheck \| (not here|passed) \|", report, re.MULTILINE)
 
 
-def test_what_is_wrong_ends_the_visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    todo = [part("raise SystemExit(1)", "wrong", judges=True), part("print('never')", "times")]
-    monkeypatch.setattr(gpu, "parts", lambda *_: todo)
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 1
-    first, second, _ = capsys.readouterr().out.splitlines()
-    assert first.split()[:2] == ["wrong", "failed"]
-    assert second.split() == ["times", "not", "begun", "0", "s", "wrong", "failed"]
+def test_a_failed_assertion_is_a_wrong_result_and_a_missing_package_is_not(tmp_path: Path) -> None:
+    cases = {"bfloat16": "E   ModuleNotFoundError: no", "float32": "E       AssertionError: y"}
+    code = f'case "$*" in {" ".join(f"*{name}*) echo {line!r}; exit 1 ;;" for name, line in cases.items())} esac'
+    status, report = trial(tmp_path, code)
+    assert status == 1
+    assert "| experts-bfloat16 | failed | " in report
+    assert report.splitlines()[-1].startswith("| experts-float32 | WRONG | ")
 
 
-def test_a_later_call_does_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    measures = part("print('two: 3 measured, 0 from before, 4 left, 0 wrong')", "two", knows_minutes=True)
-    todo = [part("print('good')"), measures, part("raise SystemExit(1)", "three")]
-    monkeypatch.setattr(gpu, "parts", lambda *_: todo)
-    words = ["--device", "cpu", "--out", str(tmp_path / "out")]
-    assert gpu.main(words) == 1
-    todo[2] = part("print('mended')", "three")
-    capsys.readouterr()
-    assert gpu.main(words) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["two", "three", "out.tar.gz"]
-    found = {each["name"]: each["result"] for each in json.loads((tmp_path / "out" / "parts.json").read_text())}
-    assert found == {"one": "passed", "two": "passed", "three": "passed"}
+def test_what_has_no_time_is_left_for_the_next_call(tmp_path: Path) -> None:
+    status, report = trial(tmp_path, "exit 0", "--minutes", "0")
+    assert status == 0
+    assert report.count("| no time was left |") == len(ON_CPU)
+    status, report = trial(tmp_path, 'case "$*" in *models*) exit 1 ;; esac')
+    assert status == 0
+    assert "| models | failed | " in report
+    assert "models" not in (tmp_path / "out" / "done").read_text().split()
 
 
-def test_time_is_shared_out() -> None:
-    judge, other = part("", "judge", judges=True), part("", "other", knows_minutes=True)
-    more = dataclasses.replace(other, name="more", minutes=3.0)
-    absent = part("", "absent", missing="no such thing")
-    assert gpu.shares([judge, other, more, absent], 600.0) == {"judge": 120.0, "other": 60.0, "more": 180.0}
-    assert gpu.shares([judge, other, more], 180.0) == {"judge": 120.0, "other": 30.0, "more": 90.0}
-    assert gpu.shares([judge, other], 30.0) == {"judge": 30.0, "other": 0.0}
-    text = gpu.plan([judge, other, absent], 10.0)
-    assert re.search(r"^judge +60 +120  in words$", text, re.MULTILINE)
-    assert "absent" in text
-    assert "(not here: no such thing)" in text
+def test_a_result_that_differs_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = ["smoke", "--device", "cpu"]
+    monkeypatch.setattr(visit, "cases", lambda _: [Case("hidden", 32, 4, 2, (1.5, 1.7))])
+    assert visit.main(words) == 0
+    assert "1 right, 0 wrong, 0 failed" in capsys.readouterr().out
+    monkeypatch.setattr(visit, "difference", lambda *_: {"y": float("nan"), "gradient": 0.0})
+    assert visit.main(words) == visit.WRONG
+    assert capsys.readouterr().out.startswith("WRONG eager hidden d=32 E=4 k=2: y off by nan")
+    assert visit.smoke("cpu", "cuda") == 1
+    assert "failed: cuda hidden d=32 E=4 k=2: BackendError: " in capsys.readouterr().out
 
 
-def test_lines_survive_a_machine_that_goes_away(tmp_path: Path) -> None:
-    lines = Lines(tmp_path / "some.jsonl")
-    lines.add("one", {"x": 1})
-    with lines.path.open("a") as file:
-        file.write('{"key": "two", "x"')
-    again = Lines(lines.path)
-    assert again.rows == {"one": {"key": "one", "x": 1}}
-    again.add("two", {"x": 2})
-    assert Lines(lines.path).rows["two"] == {"key": "two", "x": 2}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_says_so(capsys) -> None:
-    assert gpu.main([]) == 2
-    assert "no CUDA device: --device cpu" in capsys.readouterr().err
-
-
-def test_on_a_gpu_the_tests_and_times_are_those_of_the_device(tmp_path: Path) -> None:
-    steps = {each.name: each for each in parts.parts("cuda", tmp_path)}
-    for name in ("results", "graphs"):
-        assert steps[name].environment["MPOE_TEST_DEVICE"] == "cuda"
-    words = " ".join(steps["times"].command)
-    assert "--suite gpu --device cuda" in words
-    assert "tiny" not in words
-    given = gpu.shares(list(steps.values()), 1500.0)
-    assert given["times"] > 120, "in 25 minutes time is left for the times"
-
-
-def test_the_cuda_kernels_are_built_first_and_then_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "nvcc"
-    compiler.write_text("")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDACXX", str(compiler))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    build, *others = parts.parts("cuda", tmp_path)
-    assert (build.name, build.missing) == ("build", "")
-    assert list(build.command[1:]) == ["setup.py", "-q", "build_ext", "--inplace"], "pip would build in isolation"
-    assert build.environment == {"MPOE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
-    tests = [each for each in others if each.name in ("results", "graphs")]
-    assert [each.environment["MPOE_TEST_REQUIRED"] for each in tests] == ["eager triton cuda"] * 2
-    monkeypatch.setenv("CUDACXX", str(tmp_path / "absent"))
-    steps = {each.name: each for each in parts.parts("cuda", tmp_path)}
-    assert steps["build"].missing == "no nvcc"
-    assert steps["results"].environment["MPOE_TEST_REQUIRED"] == "eager triton"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_a_required_backend_that_is_absent_fails(tmp_path: Path) -> None:
-    tests = [str(ROOT / "tests/device/test_device_ops.py"), "-k", "test_no_tokens and (cuda or eager)"]
-    options = ["-p", "no:cacheprovider", "-q", "--confcutdir", str(ROOT / "tests/device")]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    one = Part("one", "in words", command, 1.0, {"MPOE_TEST_REQUIRED": "cuda", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
-    outcome = gpu.run_part(one, 120, tmp_path)
-    assert outcome.result == "failed"
-    assert "1 passed" in outcome.detail
-    assert "1 error" in outcome.detail
-    assert "cuda: " in (tmp_path / "one.log").read_text()
+def test_options_are_named() -> None:
+    done = script("--nothing")
+    assert done.returncode == 64
+    assert "bench/gpu.sh --minutes 10" in done.stderr
 
 
 def test_what_has_no_time_is_named() -> None:

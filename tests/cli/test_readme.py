@@ -35,7 +35,7 @@ def test_one_screen_and_a_half() -> None:
 
 def test_it_says_so_until_a_gpu_was_measured() -> None:
     """`bench/gpu.sh` leaves a list of its parts beside its report."""
-    visits = list((ROOT / "bench" / "results").glob("*/parts.json"))
+    visits = list((ROOT / "bench" / "results").glob("*/visit.md"))
     assert ("nothing was measured on a GPU yet" in " ".join(README.split())) == (not visits)
 
 

@@ -44,6 +44,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def required() -> list[str]:
+    """Backends whose tests must not be skipped."""
+    return REQUIRED
+
+
+@pytest.fixture
 def able(backend: str, request: pytest.FixtureRequest) -> str:
     """The backend, if it runs there what the test is about: the grouped product, or the op of its mark ``op``."""
     mark = request.node.get_closest_marker("op")

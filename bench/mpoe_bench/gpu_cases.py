@@ -1,0 +1,93 @@
+"""Layers that a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import ACTIVATIONS, MPOEFeedForward
+from mpoe.layers.neurons import NeuronFeedForward
+
+TOKENS = 4096
+PHASES = ("forward", "training")
+
+
+class Dense(nn.Module):
+    """``down(act(up x))``, four times as wide inside."""
+
+    def __init__(self, model: int, activation: str, **placed: Any) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[activation]
+        self.up, self.down = (nn.Linear(*s, False, **placed) for s in ((model, 4 * model), (4 * model, model)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer in bfloat16.
+
+    Attributes:
+        shape: of its experts, with ``options`` of `MPOEConfig`.
+        model: model size d; the hidden size is 4 d.
+        experts, top_k: E and the experts of a token.
+        limits: the largest times allowed, x dense: forward, and with the backward; None: reported.
+        masked: the central cores get no gradient.
+    """
+
+    shape: str
+    model: int
+    experts: int
+    top_k: int
+    limits: tuple[float | None, float | None]
+    options: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        """``paper max_bond 64 masked d=768 E=8 k=1``."""
+        words = [self.shape, *(f"{key} {value}" for key, value in self.options.items()), "masked" * self.masked]
+        return f"{' '.join(filter(None, words))} d={self.model} E={self.experts} k={self.top_k}"
+
+    def layer(self, device: str, backend: str | None = None, activation: str = "relu") -> nn.Module:
+        """With random weights, those that start at 0 included, so that every gradient is one of numbers."""
+        placed = {"device": device, "dtype": torch.bfloat16}
+        config = MPOEConfig(
+            num_experts=self.experts,
+            shape=self.shape,
+            router=RouterConfig(top_k=self.top_k),
+            backend=backend,
+            **self.options,
+        )
+        sizes = self.model, 4 * self.model
+        if self.shape == "neurons":
+            dense = Dense(self.model, activation, **placed)
+            names = {"up": "up", "down": "down"}
+            made = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
+            made.around(dense, {"up": dense.up, "down": dense.down})
+            nn.init.normal_(made.experts.down, std=0.02)
+            layer: nn.Module = made
+        else:
+            layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not (self.masked and "central" in name))
+        return layer
+
+
+def cases(models: tuple[int, ...] = (768, 4096)) -> Iterator[Case]:
+    """Neurons, hidden-side experts, separable ones and the fused chain, masked and not."""
+    for model in models:
+        bond, neurons = min(64, model // 4), min(64, model // 4)
+        yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
+        yield Case("neurons", model, 64, 8, (1.3, 1.4) if model >= 4096 else (2.0, 2.2), {"neurons": neurons})
+        for experts in (8, 64):
+            yield Case("hidden", model, experts, 2, (1.5, 1.7))
+        yield Case("separable", model, 8, 1, (1.5, 1.7))
+        for masked in (False, True):
+            yield Case("paper", model, 8, 1, (None, None), {"max_bond": bond}, masked)

@@ -1,0 +1,232 @@
+"""`python -m mpoe_bench.visit WHAT`: what `bench/gpu.sh` measures itself; every line is printed at once.
+
+- ``smoke``: every layer of `mpoe_bench.gpu_cases` in the smaller size, forward and backward, against plain PyTorch with
+  the same weights, with us and x dense. A result that differs is a line that begins with WRONG, and status 3.
+- ``targets``: us and x dense of both sizes, as CUDA graphs too, beside the limits.
+- ``models``: T5 and Llama, dense, as a Switch, and with experts of every shape: AdamW step, generate, peak memory.
+- ``profile``: four layers once, for ncu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig
+from mpoe.models import convert_to_mpoe
+from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
+from mpoe_kernels.testing.assertions import relative_error
+from mpoe_kernels.testing.graphs import graphed
+
+WRONG = 3
+# Of the same formula in bfloat16, summed in another order: the result, and the worst gradient.
+ALLOWED = {"y": 2e-2, "gradient": 4e-2}
+SIZES = {"cuda": (768, 4096), "cpu": (32,)}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Switch": {"expert_type": "dense"},
+    "neurons": {"shape": "neurons"},
+    "hidden": {"shape": "hidden"},
+    "separable": {"shape": "separable"},
+}
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def microseconds(function: Callable[[], object], device: str, calls: int = 20) -> float:
+    """Median over five groups of calls; nothing waits within a group."""
+    calls = calls if device == "cuda" else 1
+    found = []
+    function()
+    for _ in range(5 if device == "cuda" else 1):
+        finish(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        finish(device)
+        found.append((time.perf_counter() - began) / calls)
+    return 1e6 * median(found)
+
+
+def phases(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    """A call by phase."""
+    grad = torch.randn_like(x)
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    return dict(
+        zip(PHASES, (forward, lambda: torch.autograd.grad(layer(x), leaves, grad, allow_unused=True)), strict=False)
+    )
+
+
+def results(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """y, and the gradients of x and of every parameter by name."""
+    leaves = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    y = layer(x)
+    grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y), allow_unused=True)
+    return y.detach(), {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def difference(case: Case, backend: str, x: Tensor) -> dict[str, float]:
+    """Relative error of the result and of the worst gradient, against eager with the same weights and experts."""
+    torch.manual_seed(0)
+    ours = case.layer(x.device.type, backend, "gelu").eval()
+    plain = case.layer(x.device.type, "eager", "gelu").eval()
+    plain.load_state_dict(ours.state_dict())
+    (y, grads), (truth, wanted) = results(ours, x), results(plain, x)
+    worst = max(relative_error(grad, wanted[name]) for name, grad in grads.items())
+    return {"y": relative_error(y, truth), "gradient": worst}
+
+
+def smoke(device: str, backend: str) -> int:
+    """Check and time; returns `WRONG` if a result differs, 1 if a layer cannot run, the last line says how many."""
+    count = {"right": 0, "wrong": 0, "failed": 0}
+    for case, x, dense in _sized(device, SIZES[device][:1]):
+        try:
+            found = difference(case, backend, x)
+            layer = case.layer(device, backend)
+            times = {phase: microseconds(call, device) for phase, call in phases(layer, x).items()}
+        except Exception as error:  # the other layers are checked
+            count["failed"] += 1
+            say(f"failed: {backend} {case.name}: {_text(error)}")
+            continue
+        same = all(found[name] <= most for name, most in ALLOWED.items())  # False for NaN
+        count["right" if same else "wrong"] += 1
+        line = ", ".join(f"{phase} {us:.0f} us {us / dense[phase]:.2f} x dense" for phase, us in times.items())
+        errors = ", ".join(f"{name} off by {value:.1e}" for name, value in found.items())
+        say(f"{'' if same else 'WRONG '}{backend} {case.name}: {errors}; {line}")
+    say(", ".join(f"{number} {what}" for what, number in count.items()))
+    return WRONG if count["wrong"] else min(1, count["failed"])
+
+
+def targets(device: str, _: str) -> int:
+    """What users get (``auto``), called plainly and, on a GPU, replayed as a CUDA graph."""
+    for case, x, dense in _sized(device, SIZES[device]):
+        layer = case.layer(device)
+        words = []
+        for (phase, call), limit in zip(phases(layer, x).items(), case.limits, strict=True):
+            us = microseconds(call, device)
+            words.append(f"{phase} {us:.0f} us {us / dense[phase]:.2f} x dense, limit {limit}")
+            if device == "cuda" and phase == "forward":
+                words.append(f"as a graph {microseconds(graphed(call), device):.0f} us")
+        say(f"{case.name}: {'; '.join(words)}")
+    return 0
+
+
+def _sized(device: str, sizes: Sequence[int]) -> Iterator[tuple[Case, Tensor, dict[str, float]]]:
+    """Every case with its tokens, and the dense network's times by phase."""
+    for model in sizes:
+        x = torch.randn(TOKENS if device == "cuda" else 64, model, device=device, dtype=torch.bfloat16)
+        x.requires_grad_()
+        dense = phases(Dense(model, "relu", device=device, dtype=torch.bfloat16), x)
+        times = {phase: microseconds(call, device) for phase, call in dense.items()}
+        for case in cases((model,)):
+            yield case, x, times
+
+
+def dense_model(name: str, device: str) -> Any:
+    """T5 of base size or a Llama of about as many parameters, with random weights; tiny on a CPU."""
+    import transformers
+
+    torch.manual_seed(0)
+    layers, width = (12, 768) if device == "cuda" else (1, 32)
+    vocabulary = 32128 if device == "cuda" else 64
+    if name == "T5":
+        config: Any = transformers.T5Config(d_model=width, d_ff=4 * width, d_kv=width // 12 or 8, num_heads=12)
+        config.update({"num_layers": layers, "num_decoder_layers": layers, "vocab_size": vocabulary})
+        config.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(config)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, vocab_size=vocabulary))
+
+
+def models(device: str, _: str) -> int:
+    """A line per model and shape; what one of them raises is its line."""
+    batch, length, new = (8, 512, 32) if device == "cuda" else (2, 8, 3)
+    for name in ("T5", "Llama"):
+        dense = dense_model(name, device).to(torch.bfloat16)
+        times: dict[str, float] = {}
+        for shape, options in {"dense": None, **SHAPES}.items():
+            try:
+                model = copy.deepcopy(dense)
+                if options is not None:
+                    model = convert_to_mpoe(model, MPOEConfig(num_experts=8, **options))
+                line = _whole(model.to(device), batch, length, new, device)
+                times = times or dict(line)
+            except Exception as error:  # the others are measured
+                say(f"failed: {name} {shape}: {_text(error)}")
+                continue
+            words = [f"{what} {us / 1e3:.1f} ms, {us / times[what]:.2f} x dense" for what, us in line.items()]
+            memory = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device == "cuda" else ""
+            say(f"{name} {shape}: {'; '.join(words)}{memory}")
+    return 0
+
+
+def _whole(model: Any, batch: int, length: int, new: int, device: str) -> dict[str, float]:
+    """Microseconds of a step and of ``generate``."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(2, model.config.vocab_size, (batch, length), device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    mask, exactly = torch.ones_like(ids), {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    def generate() -> object:
+        return model.generate(ids, attention_mask=mask, pad_token_id=0, **exactly)
+
+    found = {"step": microseconds(step, device, 3)}
+    model.eval()
+    return {**found, "generate": microseconds(generate, device, 1)}
+
+
+def profile(device: str, _: str) -> int:
+    """Neurons, hidden, separable, the fused chain: forward and backward."""
+    for case, x, _times in _sized(device, SIZES[device][:1]):
+        if case.experts == 8 and not case.masked:
+            phases(case.layer(device), x)["training"]()
+            finish(device)
+            say(case.name)
+    return 0
+
+
+PARTS = {each.__name__: each for each in (smoke, targets, models, profile)}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mpoe_bench.visit", description=__doc__)
+    parser.add_argument("part", choices=tuple(PARTS))
+    parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
+    parser.add_argument("--backend", default="triton", help="of the smoke test")
+    chosen = parser.parse_args(words)
+    return PARTS[chosen.part](chosen.device, chosen.backend if chosen.device == "cuda" else "eager")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Hidden-side experts and neurons on the device, in the sizes people use first, against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mpoe_kernels import hidden_experts, neuron_experts
+from mpoe_kernels.testing.hidden_problem import HiddenProblem
+from mpoe_kernels.testing.neuron_problem import NeuronProblem
+
+from .conftest import DEVICE, reasons
+
+ON_GPU = DEVICE.startswith("cuda")
+TOKENS = 300 if ON_GPU else 19
+SIZES: dict[str, dict[str, Any]] = {
+    "neurons": {"experts": 8, "top_k": 2, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
+    "neurons of 64": {"experts": 64, "top_k": 8, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
+    "hidden": {"experts": 8, "top_k": 2, "groups": 48 if ON_GPU else 3, "block": 64 if ON_GPU else 16},
+    "hidden of 64": {"experts": 64, "top_k": 2, "groups": 48 if ON_GPU else 3, "block": 64 if ON_GPU else 16},
+}
+# bfloat16 first: it is what people compute in.
+CASES = [(dtype, name) for dtype in (torch.bfloat16, torch.float32) for name in SIZES]
+IDS = [f"{str(dtype).removeprefix('torch.')}-{name}" for dtype, name in CASES]
+
+
+def problem_of(name: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
+    """With its tensors on the device."""
+    sizes = {"tokens": TOKENS, "dtype": dtype, **SIZES[name], **options}
+    if name.startswith("hidden"):
+        made: Any = HiddenProblem(per_group=True, **sizes)
+    else:
+        made = NeuronProblem(out=sizes["width"], **sizes)
+    made.inputs = {n: None if value is None else value.to(device) for n, value in made.inputs.items()}
+    made.index, made.grad = made.index.to(device), made.grad.to(device)
+    return made
+
+
+def check_able(name: str, backend: str, required: list[str]) -> None:
+    op = "hidden_experts" if name.startswith("hidden") else "neuron_experts"
+    if found := reasons(backend, torch.float32, op):
+        (pytest.fail if backend in required else pytest.skip)(f"{backend}: {'; '.join(found)}")
+
+
+@pytest.mark.parametrize(("dtype", "name"), CASES, ids=IDS)
+def test_experts(dtype: torch.dtype, name: str, backend: str, required: list[str], device: torch.device) -> None:
+    check_able(name, backend, required)
+    problem_of(name, dtype, device).check(backend, 3)
+
+
+@pytest.mark.parametrize("name", ["neurons", "hidden"])
+def test_an_infinite_token_spoils_its_own_row_alone(
+    name: str, backend: str, required: list[str], device: torch.device
+) -> None:
+    check_able(name, backend, required)
+    made = problem_of(name, torch.bfloat16, device, none_share=0.0)
+    op, rows = (hidden_experts, "u") if name == "hidden" else (neuron_experts, "x")
+    whole = made.run(op, torch.bfloat16, backend=backend)["o"]
+    made.inputs[rows][7] = float("inf")
+    spoilt = made.run(op, torch.bfloat16, backend=backend)["o"]
+    others = torch.arange(TOKENS, device=device) != 7
+    assert not torch.isfinite(spoilt[7]).all()
+    torch.testing.assert_close(spoilt[others], whole[others])

@@ -60,7 +60,7 @@ ROWS_TILES: Table = {
 GRADIENT_TILES: Table = {
     "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: ()},
     "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
-    "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
+    "sm_100": {2: (FusedTile(32, 64, 128, 20480, 4, 3),), 4: ()},
     "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: ()},
 }
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.

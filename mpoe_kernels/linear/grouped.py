@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.contract.driver import run
+from mpoe_kernels.backends import kernel_for
 from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.contract.program import KEPT, Product, Program, program_of
-from mpoe_kernels.define import run_kernel
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
-from mpoe_kernels.routing.call import DispatchBackwardCall
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+from mpoe_kernels.linear.eager.rows import run
+from mpoe_kernels.routing.op import DispatchBackwardCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -114,7 +116,7 @@ def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tenso
     """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero where not ``owned``."""
     if call.bias is not None:
         z = torch.where(owned[:, None], z + call.bias, 0)
-    return apply_activation_(call.activation, z), z if call.saves_z else None
+    return ACTIVATION[call.activation](z), z if call.saves_z else None
 
 
 def float32_mm(first: Tensor, second: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ class Pass:
 
 @dataclass
 class Chunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.contract.driver.Chunk`."""
+    """The products for experts ``first:last``; see `mpoe_kernels.linear.eager.rows.run`."""
 
     whole: Pass
     first: int
@@ -260,13 +262,12 @@ class Chunk:
                 self.whole.finished = found.flatten(1), pre
         return self.whole.keep(product.result, self._named(found, (*kept, *new)))
 
-    def _finishing(self, product: Product, axes: Axes) -> ForwardCall | None:
+    def _finishing(self, product: Product, axes: Axes) -> Any:
         """The call if a grouped product gives ``y [N, F]`` as it is, so that it may apply bias and activation."""
         call, dims = self.whole.call, self.whole.call.dims
         wide, natural = ([a for a in order if getattr(dims, a) > 1] for order in (axes, self.whole.program.axes["y"]))
         is_whole = product.result == "y" and not self.slots.is_part and wide == natural
-        is_cropped = dims.out_features != dims.jL * dims.jC * dims.jR
-        return call if isinstance(call, ForwardCall) and is_whole and not is_cropped else None
+        return call if is_whole and dims.out_features == dims.jL * dims.jC * dims.jR else None
 
     def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
         axes = self.whole.program.axes[product.result]
@@ -335,7 +336,7 @@ def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients
         call: of the op.
         gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
     """
-    dz, dbias = activation_backward(call.activation, call.grad, call.saved), None
+    dz, dbias = ACTIVATION_GRADIENT[call.activation](call.grad, call.saved), None
     if call.need[4]:
         owned = Slots(call.expert_offsets, call.slots).owned
         dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
@@ -344,7 +345,8 @@ def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients
         if call.slot_of_token is None:  # by sorting: atomics would add in any order
             dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
         else:
-            dx = run_kernel("dispatch_backward", DispatchBackwardCall(dx, call.slot_of_token, call.backend), dx)
+            sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
+            dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
     results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
 
@@ -382,7 +384,7 @@ def block_gradients(
     return dleft, dcentral, torch.cat(parts["R"]).to(dz.dtype) if need_right else None
 
 
-Call = TypeVar("Call", ForwardCall, BackwardCall)
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
 _DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
 
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels.contract import BlockDims, Contraction, contraction
 from mpoe_kernels.linear.cuda import IN_PANELS, LinearKernels
 from mpoe_kernels.linear.cuda.panels import LARGEST_TILE, gradient_tile
-from mpoe_kernels.testing.cases import workload_shape
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 ALL = (True, True, True, True)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import relative_error
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.cuda.panels import gradient_tile
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
 from mpoe_kernels.backends import BACKENDS, keeps_rows
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.contract.program import PHASES
-from mpoe_kernels.linear.op import placed_mpo_linear
+from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
-from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
-from mpoe_kernels.testing.linear_problem import planned_strategies
+from tests.assertions import assert_calibrated
+from tests.cases import SMALL_SHAPES
+from tests.linear_problem import planned_strategies
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.

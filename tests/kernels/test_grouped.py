@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks, relative_error
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks
 from mpoe_kernels.contract import ALL_GRADIENTS, contraction
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear import grouped
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 PARTS = ("left", "central", "right")
 CASES = [

@@ -6,13 +6,14 @@ from itertools import product
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import STRATEGIES, BlockDims
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
-from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
 from mpoe_kernels.triton import architecture
+from tests.cases import SMALL_SHAPES
 
 from .test_grouped import Problem as Product
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel, gradient_tile
 from mpoe_kernels.linear.grouped import (
     Backward,
@@ -30,7 +29,10 @@ from mpoe_kernels.linear.grouped import (
     prepared,
 )
 
-Call = TypeVar("Call", ForwardCall, BackwardCall)
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
 IN_PANELS = "rebuild in panels"  # name of the candidate
 BLOCKS_WANTED = 256  # of a launch whose sum can be divided, whatever the card
 

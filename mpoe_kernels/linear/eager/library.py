@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.grouped import Slots, finished
+from mpoe_kernels.contract import Contraction
+from mpoe_kernels.linear import grouped
+from mpoe_kernels.linear.grouped import Backward, Forward, Slots, finished
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 class Library:
@@ -39,13 +41,24 @@ class Library:
         return torch.where(slots.busy[:, None, None], found[:, : a.shape[1], : g.shape[1]], 0)
 
 
-def library_waits(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` reads its offsets on the CPU: it does so for lack of a kernel, which
-    PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and 10."""
+def forward(call: ForwardCall) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`."""
+    return grouped.forward(call, Library())
+
+
+def backward(call: BackwardCall) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    return grouped.backward(call, Library())
+
+
+def is_able(plan: Contraction) -> bool:
+    """Whether grouped_mm computes a contraction without reading the offsets on the CPU: it reads them for lack of a
+    kernel, which PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and 10."""
     return (
-        dtype != torch.bfloat16
-        or torch.version.hip is not None
-        or torch.cuda.get_device_capability(device)[0] not in (9, 10)
+        plan.dtype == torch.bfloat16
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(plan.device)[0] in (9, 10)
+        and not grouped.counting_reasons(plan)
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.grouped import (
     Backward,
     Forward,
@@ -22,6 +21,7 @@ from mpoe_kernels.linear.grouped import (
     block_gradients,
     prepared,
 )
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up, fused_choice

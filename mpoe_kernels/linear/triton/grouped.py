@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mpoe_kernels.linear import grouped
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.grouped import Slots
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import activate, pick, segments

@@ -185,11 +185,6 @@ def places_rows(backend: str) -> bool:
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
-def keeps_rows(backend: str) -> bool:
-    """Whether a backend has kernels for ``separable``, whose forward saves rows; True for ``"auto"``."""
-    return backend == AUTO or BACKENDS[backend].keeps_rows
-
-
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
     """Cached `select` for a `Request`."""
     return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())

@@ -10,7 +10,7 @@ from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
-from mpoe_kernels.backends import BACKENDS, keeps_rows
+from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.linear.ffn import placed_mpo_linear
@@ -89,7 +89,7 @@ def test_strategies(able: str, name: str, dtype: torch.dtype, device: torch.devi
 def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("the tests of the CPU backends have sizes of their own")
-    strategy = "separable" if name == "separable" and keeps_rows(able) else "rebuild"
+    strategy = "separable" if name == "separable" and BACKENDS[able].keeps_rows else "rebuild"
     check_linear(able, strategy, LARGE[name], dtype, device, tokens=300)
     check_linear(able, "auto", LARGE[name], dtype, device, tokens=3)
 

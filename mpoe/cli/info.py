@@ -26,7 +26,8 @@ class InfoOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=MOST if arguments else 0)
+    most = MOST if arguments else 0  # alone it shows the machine, not its usage
+    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=most)
     if asked is None:
         return
     if asked.words:

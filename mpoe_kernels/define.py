@@ -77,7 +77,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_kernel(op: str, like: str, **sizes: tuple[str, int]) -> Callable[[Any], Any]:
-    """A kernel that calls the one that the registry selects, see `mpoe_kernels.backends.select`.
+    """A kernel that calls the one that `mpoe_kernels.backends.select` finds.
 
     Args:
         op: its name.

@@ -19,9 +19,10 @@ from mpoe_kernels.contract import BlockDims, contractions
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.linear.grouped import BY_PRODUCTS, MOST_EXPERTS, ON_CHIP
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton import fused_launch, grouped
-from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS, ON_CHIP, fused_reasons
+from mpoe_kernels.linear.triton import fused_launch
+from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
@@ -121,7 +122,7 @@ def run_linear(
         mask_central: without the gradient of the central block.
     """
     on_chip = strategy == ON_CHIP
-    kernels = fused_launch if on_chip else grouped
+    kernels: Any = fused_launch if on_chip else BY_PRODUCTS
     if on_chip and fused_reasons(dims, dtype, architecture.target_of(torch.device("meta"))):
         return
     common: dict[str, Any] = {

@@ -225,10 +225,10 @@ def resolve_contraction(problem: Problem) -> Candidate:
 
 
 def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candidate:
-    """The result of `resolve_contraction` for a call of the linear op, whose strategy is set to what was chosen.
+    """The result of `resolve_contraction` for a call of the linear op, whose strategy and dims it sets.
 
     Args:
-        op: one of `CONTRACTIONS`.
+        op: one of `mpoe_kernels.backends.CONTRACTIONS`.
         call: a `mpoe_kernels.linear.op.LinearCall`.
         slots: N.
         need: which gradients a backward computes.

@@ -189,28 +189,3 @@ def _rebuild_flops(dims: BlockDims, left_first: bool) -> int:
     if left_first:
         return merge_flops(dims, "L", "C") + merge_flops(dims, "LC", "R")
     return merge_flops(dims, "C", "R") + merge_flops(dims, "L", "CR")
-
-
-@lru_cache(maxsize=4096)
-def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x is then
-    multiplied by.
-
-    Raises:
-        ValueError: an unknown strategy, or ``separable`` for a shape that is not.
-    """
-    if strategy == "rebuild":
-        if dims.left_first:
-            return (("LC", "L", "C"), ("W", "LC", "R")), ("W",)
-        return (("CR", "C", "R"), ("W", "L", "CR")), ("W",)
-    if strategy == "half_left":
-        return (("LC", "L", "C"),), dims.half_left_order
-    if strategy == "half_right":
-        return (("CR", "C", "R"),), dims.half_right_order
-    if strategy == "chain":
-        return (), dims.chain_order
-    if strategy == "separable":
-        if not dims.is_separable:
-            raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
-        return (), SEPARABLE_ORDER
-    raise ValueError(f"strategy must be one of {STRATEGIES}; got {strategy!r}")

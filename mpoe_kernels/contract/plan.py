@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from mpoe_kernels.contract.orders import INDICES, STRATEGIES, BlockDims, applications, expected_busy_experts, recipe
+from mpoe_kernels.contract.orders import INDICES, STRATEGIES, BlockDims, applications, expected_busy_experts
 from mpoe_kernels.contract.program import (
     ALL_GRADIENTS,
     MERGE,
@@ -21,6 +21,7 @@ from mpoe_kernels.contract.program import (
     Product,
     Program,
     program_of,
+    recipe,
     value_of,
 )
 from mpoe_kernels.mpo.shape import MPOShape

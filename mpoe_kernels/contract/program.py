@@ -1,7 +1,7 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
-A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and every
-backend walks the same products (`mpoe_kernels.linear.eager.rows.run`), so that what is counted is what runs.
+A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and backends
+that compute product by product walk it (`run`), so that there what is counted is what runs.
 
 Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
 one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.
@@ -9,12 +9,12 @@ one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mpoe_kernels.contract.orders import AXES, X_AXES, Y_AXES, BlockDims, recipe
+from mpoe_kernels.contract.orders import AXES, SEPARABLE_ORDER, STRATEGIES, X_AXES, Y_AXES, BlockDims
 
 # Which gradients a backward computes: x, left, central, right.
 Need = tuple[bool, bool, bool, bool]
@@ -53,11 +53,6 @@ def value_of(name: str) -> str:
     return name.removeprefix("d ")
 
 
-def is_block(name: str) -> bool:
-    """Whether a name is a block, something built from blocks, or the gradient of one; else it names rows."""
-    return value_of(name) in AXES
-
-
 @dataclass(frozen=True)
 class Program:
     """The products of one strategy in one phase.
@@ -81,16 +76,6 @@ class Program:
         """Operands that are built on the way, or whose gradients are: their memory is temporary."""
         made = dict.fromkeys(value_of(product.result) for product in self.products)
         return tuple(name for name in made if name in COMPOSITES)
-
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """Names that are read before a product makes them: what a caller must give."""
-        made: set[str] = set()
-        given: set[str] = set()
-        for product in self.products:
-            given |= {product.first, product.second} - made
-            made.add(product.result)
-        return frozenset(given)
 
     def __str__(self) -> str:
         return "; ".join(f"{p.result} = {p.first} {p.second}" for p in self.products) or "nothing"
@@ -161,6 +146,31 @@ def _read_values(merges: tuple[tuple[str, str, str], ...], used: set[str], wante
 
 
 @lru_cache(maxsize=4096)
+def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x is then
+    multiplied by.
+
+    Raises:
+        ValueError: an unknown strategy, or ``separable`` for a shape that is not.
+    """
+    if strategy == "rebuild":
+        if dims.left_first:
+            return (("LC", "L", "C"), ("W", "LC", "R")), ("W",)
+        return (("CR", "C", "R"), ("W", "L", "CR")), ("W",)
+    if strategy == "half_left":
+        return (("LC", "L", "C"),), dims.half_left_order
+    if strategy == "half_right":
+        return (("CR", "C", "R"),), dims.half_right_order
+    if strategy == "chain":
+        return (), dims.chain_order
+    if strategy == "separable":
+        if not dims.is_separable:
+            raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
+        return (), SEPARABLE_ORDER
+    raise ValueError(f"strategy must be one of {STRATEGIES}; got {strategy!r}")
+
+
+@lru_cache(maxsize=4096)
 def forward_program(dims: BlockDims, strategy: str) -> Program:
     """Build what the strategy builds, then rows meet its operands one after the other."""
     merges, order = recipe(dims, strategy)
@@ -216,3 +226,22 @@ def program_of(dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRAD
     if phase == "forward":
         return forward_program(dims, strategy)
     return backward_program(dims, strategy, need, kept and strategy == "separable")
+
+
+def run(program: Program, chunks: Iterable[Any]) -> None:
+    """Compute all products of a program, for one chunk of experts after the other; a tensor lives until its last reader
+    has run, so no weight of one chunk is alive when the next one's are built.
+
+    A chunk has the methods ``given`` (a tensor that is not the result of a product), ``rows``, ``gradient`` and
+    ``merge`` (the kinds of products), in its backend's own representation of tensors.
+    """
+    for chunk in chunks:
+        compute = {ROWS: chunk.rows, GRADIENT: chunk.gradient, MERGE: chunk.merge}
+        values: dict[str, Any] = {}
+        for product in program.products:
+            for name in (product.first, product.second):
+                if name not in values:
+                    values[name] = chunk.given(name)
+            values[product.result] = compute[product.kind](product, values[product.first], values[product.second])
+            for name in product.last_reads:
+                del values[name]

@@ -10,19 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.backends import kernel_for
+from mpoe_kernels.backends import Candidate, kernel_for, lazily
 from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
 from mpoe_kernels.contract.plan import Contraction
-from mpoe_kernels.contract.program import KEPT, Product, Program, program_of
+from mpoe_kernels.contract.program import KEPT, Product, Program, program_of, run
 from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
-from mpoe_kernels.linear.eager.rows import run
+from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
 from mpoe_kernels.routing.op import DispatchBackwardCall
+from mpoe_kernels.triton.architecture import target_of
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
@@ -31,7 +34,27 @@ Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Axes = tuple[str, ...]
+MOST_EXPERTS = 4096  # every program of Triton's scans the offsets at once
+ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
+_FUSED = lazily("mpoe_kernels.linear.triton.fused_launch", "forward", "backward")
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
+
+
+def candidates(plan: Contraction) -> list[Candidate]:
+    """Triton's: with weights that stay on chip where their bonds allow, and product by product."""
+    found = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
+    target = target_of(torch.device(plan.device))
+    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
+        found.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
+    return found
+
+
+def contraction_reasons(plan: Contraction) -> list[str]:
+    """Why the Triton kernels cannot compute a contraction."""
+    reasons = []
+    if plan.num_experts > MOST_EXPERTS:
+        reasons.append(f"it takes at most {MOST_EXPERTS} experts; got {plan.num_experts}")
+    return [*reasons, *counting_reasons(plan)]
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
@@ -211,7 +234,7 @@ class Pass:
 
 @dataclass
 class Chunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.linear.eager.rows.run`."""
+    """The products for experts ``first:last``; see `mpoe_kernels.contract.program.run`."""
 
     whole: Pass
     first: int
@@ -299,6 +322,7 @@ class Chunk:
 
 def forward(call: ForwardCall, grouped: Grouped) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
+    call = prepared(call)
     dims, x = call.dims, call.x
     program = program_of(dims, call.strategy, "forward")
     whole = Pass(call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})})
@@ -315,6 +339,7 @@ def forward(call: ForwardCall, grouped: Grouped) -> Forward:
 
 def backward(call: BackwardCall, grouped: Grouped) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    call = prepared(call)
 
     def gradients(dz: Tensor) -> Gradients:
         dims, need, h = call.dims, call.need_of_plan, call.saved_h
@@ -327,6 +352,11 @@ def backward(call: BackwardCall, grouped: Grouped) -> Backward:
         return dx, whole.block("L", call.left), whole.block("C", call.central), whole.block("R", call.right)
 
     return around_gradients(call, gradients)
+
+
+_TRITON: Any = lazily("mpoe_kernels.linear.triton.grouped", "rows", "blocks")
+# Every strategy, product by product, with Triton's grouped products.
+BY_PRODUCTS = SimpleNamespace(forward=partial(forward, grouped=_TRITON), backward=partial(backward, grouped=_TRITON))
 
 
 def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients]) -> Backward:
@@ -349,39 +379,6 @@ def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients
             dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
     results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
     return results[0], results[1], results[2], results[3], results[4]
-
-
-def block_gradients(
-    call: BackwardCall, dz: Tensor, times: Callable[[BackwardCall, Tensor, Tensor, bool, Slots], Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of left, central and right that are needed, by a kernel that keeps the gradient of a weight on chip.
-
-    It multiplies ``dW_e = x^T dz`` by right, which gives the gradient of left · central, or by left · central, which
-    gives the gradient of right. The rest is shared products. Some experts' left · central exist at a time.
-
-    Args:
-        call: of the op.
-        dz: ``[N, F]``.
-        times: function of call, dz, right ``[E, b, iR, jR]`` or left · central ``[E, iL, jL, iC, jC, b]`` of some
-            experts, whether it is the latter, and their slots; returns the product in the shape of the other one.
-    """
-    d, experts, (_, need_left, need_central, need_right) = call.dims, call.num_experts, call.need_of_plan
-    central, parts = call.central.reshape(d.a, -1), {name: list[Tensor]() for name in "LCR"}
-    size = experts_at_once(d, ("LC",), experts, copies=1)
-    for first in range(0, experts, size):
-        last = min(first + size, experts)
-        slots = Slots(call.expert_offsets[first : last + 1], call.slots)
-        left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
-        if need_left or need_central:
-            half = times(call, dz, call.right[first:last], False, slots).view(left.shape[0], central.shape[1])
-            parts["L"] += [half @ central.T] if need_left else []
-            parts["C"] += [float32_mm(left.T, half)] if need_central else []
-        if need_right:
-            half = (left @ central).view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
-            parts["R"].append(times(call, dz, half, True, slots))
-    dleft = torch.cat(parts["L"]).view(call.left.shape) if need_left else None
-    dcentral = torch.stack(parts["C"]).sum(0).to(dz.dtype).view(call.central.shape) if need_central else None
-    return dleft, dcentral, torch.cat(parts["R"]).to(dz.dtype) if need_right else None
 
 
 Call = TypeVar("Call", "ForwardCall", "BackwardCall")

@@ -24,9 +24,8 @@ from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
 from mpoe_kernels.define import define_op, requested_backend
-from mpoe_kernels.linear import eager, native
+from mpoe_kernels.linear import eager, grouped, native
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.triton import candidates as triton
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import CombineCall
 
@@ -48,7 +47,7 @@ _CUDA = LinearKernels(CUDA_OPS, shared_memory)
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
-    "triton": (triton.candidates, triton.contraction_reasons),
+    "triton": (grouped.candidates, grouped.contraction_reasons),
     "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():
@@ -67,7 +66,7 @@ class LinearCall:
         row_index: int64 ``[N]`` or None.
         in_features, out_features: I and F.
         activation: a value of `ACTIVATIONS`.
-        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until the registry has chosen.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until `chosen_for` has chosen.
         backend: the requested backend, or ``"auto"``.
     """
 
@@ -113,7 +112,7 @@ class ForwardCall(LinearCall):
         save: whether a backward may follow.
         slot_of_token: for the backward, or with ``out_index``.
         out_index: int64 ``[N]``, a permutation: the row of y to which each slot is scattered, times its gate; empty
-            slots write zeros. Never with ``save``, and only for backends that place rows.
+            slots write zeros. Never with ``save``, and only for backends that place rows; `mpo_ffn` alone asks for it.
         gates: float32 ``[N]`` by row of y, with ``out_index``.
     """
 
@@ -126,7 +125,7 @@ class ForwardCall(LinearCall):
     def saves_h(self) -> bool:
         """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is saved.
 
-        The rule does not depend on slot counts, so it also works for fakes and before the registry has chosen.
+        The rule does not depend on slot counts, so it also works for fakes and before one is chosen.
         """
         is_separable = self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
         return self.save and is_separable and (self.backend == AUTO or BACKENDS[self.backend].keeps_rows)
@@ -290,7 +289,7 @@ def grouped_mpo_linear(
             of x, -1 for none; slots from ``expert_offsets[-1]`` on may be left out. With it a GPU sums gradients of x
             without sorting ``row_index``; it has no other use.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
-        backend: name of a backend; default: the one set by `use_backend`, else the registry's choice.
+        backend: name of a backend; default: the one set by `use_backend`, else the one that is chosen by timing.
         strategy: force one strategy for forward and backward, instead of the choice by one timing:
             ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 

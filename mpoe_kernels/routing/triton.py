@@ -1,4 +1,4 @@
-"""`route`, `dispatch`, `combine` and their gradients on the kernels of `triton_kernels`. Calls: see `call`."""
+"""`route`, `dispatch`, `combine` and their gradients on the kernels of `triton_kernels`. Calls: see `op`."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
 from mpoe_kernels.hidden_experts import triton as hidden
+from mpoe_kernels.linear.grouped import MOST_EXPERTS
 from mpoe_kernels.linear.triton import grouped
-from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS
 from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded

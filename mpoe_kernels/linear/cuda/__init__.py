@@ -18,13 +18,13 @@ from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel, gradient_tile
+from mpoe_kernels.linear.gradients import block_gradients
 from mpoe_kernels.linear.grouped import (
     Backward,
     Forward,
     Gradients,
     Slots,
     around_gradients,
-    block_gradients,
     counting_reasons,
     prepared,
 )
@@ -122,7 +122,7 @@ class LinearKernels:
     def _weight_gradient_times(
         self, call: BackwardCall, dz: Tensor, other: Tensor, of_right: bool, slots: Slots
     ) -> Tensor:
-        """See `mpoe_kernels.linear.grouped.block_gradients`. One launch."""
+        """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
         d, experts = call.dims, other.shape[0]
         x, dz = (
             F.pad(rows, (0, columns - rows.shape[1])) if columns != rows.shape[1] else rows.contiguous()

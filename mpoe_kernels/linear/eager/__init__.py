@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Candidate, lazily
 from mpoe_kernels.contract import Contraction
-from mpoe_kernels.contract.program import KEPT, backward_program, forward_program
+from mpoe_kernels.contract.program import KEPT, backward_program, forward_program, run
 from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
-from mpoe_kernels.linear.eager.rows import Pass, run
+from mpoe_kernels.linear.eager.rows import Pass
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.contract.orders import INDICES, SEPARABLE_ORDER, BlockDims, applications
-from mpoe_kernels.contract.program import GRADIENT, MERGE, ROWS, Product, Program
+from mpoe_kernels.contract.program import Product, Program
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.eager import Group, Upstream
@@ -30,45 +31,35 @@ HALF_SHARE = 0.5
 STATE_BYTES = 32 << 20
 
 
-def run(program: Program, chunks: Iterable[Any]) -> None:
-    """Compute all products of a program, for one chunk of experts after the other; a tensor lives until its last reader
-    has run, so no weight of one chunk is alive when the next one's are built.
-
-    A chunk has the methods ``given`` (a tensor that is not the result of a product), ``rows``, ``gradient`` and
-    ``merge`` (the kinds of products), in its backend's own representation of tensors.
-    """
-    for chunk in chunks:
-        compute = {ROWS: chunk.rows, GRADIENT: chunk.gradient, MERGE: chunk.merge}
-        values: dict[str, Any] = {}
-        for product in program.products:
-            for name in (product.first, product.second):
-                if name not in values:
-                    values[name] = chunk.given(name)
-            values[product.result] = compute[product.kind](product, values[product.first], values[product.second])
-            for name in product.last_reads:
-                del values[name]
-
-
+@dataclass
 class Pass:
     """Tensors of a whole call.
 
     Attributes:
         program: the program.
-        dims: sizes of the blocks.
-        blocks: L and R ``[E, axes...]``, C ``[axes...]``.
-        x, row_index: rows, and the row that each slot reads.
-        rows: rows of the whole call, by name, with their axes in memory: inputs and outputs.
+        call: the call.
         upstream: gradient of y, by slots.
+        rows: rows of the whole call, by name, with their axes in memory: inputs and outputs.
         aux: memory for ``d L`` and ``d R`` of all experts.
+        central: the central gradient; once there are several parts, their sum in at least float32.
     """
 
-    def __init__(self, program: Program, call: LinearCall, upstream: Upstream | None = None) -> None:
-        self.program, self.dims, self.upstream = program, call.dims, upstream
-        self.x, self.row_index = call.x, call.row_index
-        self.blocks = {"L": call.left, "C": call.central, "R": call.right}
-        self.rows: dict[str, Tensor] = {}
-        self.aux: dict[str, Tensor] = {}
-        self.central: Tensor | None = None  # once there are several parts, their sum in at least float32
+    program: Program
+    call: LinearCall
+    upstream: Upstream | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    central: Tensor | None = None
+
+    @property
+    def dims(self) -> BlockDims:
+        """Sizes of the blocks."""
+        return self.call.dims
+
+    @property
+    def blocks(self) -> dict[str, Tensor]:
+        """L and R ``[E, axes...]``, C ``[axes...]``."""
+        return {"L": self.call.left, "C": self.call.central, "R": self.call.right}
 
     def add_central(self, part: Tensor) -> None:
         """Add a part ``[a, iC, jC, b]`` of the central gradient."""
@@ -88,7 +79,7 @@ class Pass:
     def chunks(self, groups: list[Group]) -> Iterator[EagerChunk]:
         """Consecutive busy experts, as many as the memory bounds for halves and rows allow."""
         most_experts, most_slots = most_at_once(
-            self.dims, self.program.built, self.program.order, self.x.element_size()
+            self.dims, self.program.built, self.program.order, self.call.x.element_size()
         )
         chunk: list[Group] = []
         for group in groups:
@@ -131,7 +122,7 @@ class EagerChunk:
                 return Named(select_experts(stacked, self.experts), axes)
             return Named(stacked, axes, self.experts)
         if name == "x":
-            x, index, slots = self.whole.x, self.whole.row_index, slice(self.start, self.stop)
+            x, index, slots = self.whole.call.x, self.whole.call.row_index, slice(self.start, self.stop)
             rows = x[slots] if index is None else x.index_select(0, index[slots])
         elif name == "d y" and self.whole.upstream is not None:
             rows = self.whole.upstream.rows(self.start, self.stop)

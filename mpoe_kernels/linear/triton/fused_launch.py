@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_kernels.linear.gradients import block_gradients
 from mpoe_kernels.linear.grouped import (
     Backward,
     Forward,
     Gradients,
     Slots,
     around_gradients,
-    block_gradients,
     prepared,
 )
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
@@ -136,7 +136,7 @@ def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tenso
 
 
 def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_right: bool, slots: Slots) -> Tensor:
-    """See `mpoe_kernels.linear.grouped.block_gradients`. One launch."""
+    """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
     x, d, row_index, sides = call.x, call.dims, call.row_index, Sides.of(call.dims)
     experts = other.shape[0]
     tile, extents = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")

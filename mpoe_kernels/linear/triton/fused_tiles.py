@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import Target
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand
@@ -230,3 +231,19 @@ def fused_choice(like: Tensor, sides: Sides, rows: float, purpose: str) -> tuple
     if found is None:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {target.architecture}")
     return found
+
+
+def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[str]:
+    """Why a weight cannot be rebuilt on chip (empty: it can)."""
+    reasons = []
+    if max(dims.a, dims.b) > MOST_BOND:
+        reasons.append(f"bonds {dims.a} and {dims.b} do not fit on chip; at most {MOST_BOND}")
+    if dims.is_separable:
+        reasons.append("a separable weight is never rebuilt")
+    if reasons:
+        return reasons
+    for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
+        tiles, sides = shipped_fused(purpose, target.architecture, dtype), Sides.of(dims, transposed)
+        if best_tile(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose) is None:
+            reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}")
+    return list(dict.fromkeys(reasons))

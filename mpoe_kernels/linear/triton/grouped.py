@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.grouped import Slots
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import activate, pick, segments
@@ -225,84 +224,83 @@ def _loadable(rows: Tensor) -> Tensor:
     return rows if able else rows.contiguous()
 
 
-class TritonGrouped:
-    """See `mpoe_kernels.linear.grouped.Grouped`."""
+def rows(
+    rows: Tensor,
+    row_index: Tensor | None,
+    blocks: Tensor,
+    slots: Slots,
+    last: ForwardCall | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `mpoe_kernels.linear.grouped.Grouped`. One launch."""
+    a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
+    out = a.new_empty(slots.count, p, n) if out is None else out
+    pre = torch.empty_like(out) if last is not None and last.saves_z else None
+    bias = None if last is None else last.bias
+    tile = tile_of(a, slots.count * p / experts, n, k)
+    start(
+        grouped_rows_kernel,
+        (cdiv(slots.count * p, tile.m) + experts + 1 if slots.count else 0, cdiv(n, tile.n)),
+        a=a,
+        b=blocks,
+        out=out,
+        bias=out if bias is None else bias,
+        pre=out if pre is None else pre,
+        row_index=out if row_index is None else row_index,
+        offsets=slots.offsets,
+        slots=slots.count,
+        A_SLOT=a.stride(0),
+        A_P=a.stride(1),
+        A_K=a.stride(2),
+        B_EXPERT=blocks.stride(0),
+        B_K=blocks.stride(1),
+        B_N=blocks.stride(2),
+        P=p,
+        K=k,
+        N=n,
+        SAME=min(p & -p, tile.m, 16),
+        EXPERTS=experts,
+        SCAN=power_of_two(experts + 1),
+        CLEAR=not slots.is_part,
+        HAS_INDEX=row_index is not None,
+        HAS_BIAS=bias is not None,
+        ACTIVATION="none" if last is None else last.activation,
+        SAVE_PRE=pre is not None,
+        **_options(tile, a.dtype),
+    )
+    return out, None if pre is None else pre.flatten(1)
 
-    def rows(
-        self,
-        rows: Tensor,
-        row_index: Tensor | None,
-        blocks: Tensor,
-        slots: Slots,
-        last: ForwardCall | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
-        out = a.new_empty(slots.count, p, n) if out is None else out
-        pre = torch.empty_like(out) if last is not None and last.saves_z else None
-        bias = None if last is None else last.bias
-        tile = tile_of(a, slots.count * p / experts, n, k)
-        start(
-            grouped_rows_kernel,
-            (cdiv(slots.count * p, tile.m) + experts + 1 if slots.count else 0, cdiv(n, tile.n)),
-            a=a,
-            b=blocks,
-            out=out,
-            bias=out if bias is None else bias,
-            pre=out if pre is None else pre,
-            row_index=out if row_index is None else row_index,
-            offsets=slots.offsets,
-            slots=slots.count,
-            A_SLOT=a.stride(0),
-            A_P=a.stride(1),
-            A_K=a.stride(2),
-            B_EXPERT=blocks.stride(0),
-            B_K=blocks.stride(1),
-            B_N=blocks.stride(2),
-            P=p,
-            K=k,
-            N=n,
-            SAME=min(p & -p, tile.m, 16),
-            EXPERTS=experts,
-            SCAN=power_of_two(experts + 1),
-            CLEAR=not slots.is_part,
-            HAS_INDEX=row_index is not None,
-            HAS_BIAS=bias is not None,
-            ACTIVATION="none" if last is None else last.activation,
-            SAVE_PRE=pre is not None,
-            **_options(tile, a.dtype),
-        )
-        return out, None if pre is None else pre.flatten(1)
 
-    def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
-        a, g, (_, p, m), n = _loadable(rows), _loadable(grads), rows.shape, grads.shape[2]
-        experts, inner = slots.offsets.shape[0] - 1, slots.count * p / max(slots.offsets.shape[0] - 1, 1)
-        tile = tile_of(a, m, n, inner)
-        tiles = cdiv(m, tile.m) * cdiv(n, tile.n)
-        parts = parts_of(a.device, experts * tiles, int(inner / (LEAST_STEPS * tile.k)))
-        dtype = a.dtype if parts == 1 else torch.float32
-        out = torch.empty(parts, experts, m, n, dtype=dtype, device=a.device)
-        start(
-            grouped_blocks_kernel,
-            (tiles, parts, experts),
-            a=a,
-            g=g,
-            out=out,
-            row_index=out if row_index is None else row_index,
-            offsets=slots.offsets,
-            A_SLOT=a.stride(0),
-            A_P=a.stride(1),
-            A_M=a.stride(2),
-            G_SLOT=g.stride(0),
-            G_P=g.stride(1),
-            G_N=g.stride(2),
-            P=p,
-            M=m,
-            N=n,
-            HAS_INDEX=row_index is not None,
-            **_options(tile, a.dtype),
-        )
-        return out[0] if parts == 1 else out.sum(0).to(a.dtype)
+def blocks(rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
+    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and a sum if there are parts."""
+    a, g, (_, p, m), n = _loadable(rows), _loadable(grads), rows.shape, grads.shape[2]
+    experts, inner = slots.offsets.shape[0] - 1, slots.count * p / max(slots.offsets.shape[0] - 1, 1)
+    tile = tile_of(a, m, n, inner)
+    tiles = cdiv(m, tile.m) * cdiv(n, tile.n)
+    parts = parts_of(a.device, experts * tiles, int(inner / (LEAST_STEPS * tile.k)))
+    dtype = a.dtype if parts == 1 else torch.float32
+    out = torch.empty(parts, experts, m, n, dtype=dtype, device=a.device)
+    start(
+        grouped_blocks_kernel,
+        (tiles, parts, experts),
+        a=a,
+        g=g,
+        out=out,
+        row_index=out if row_index is None else row_index,
+        offsets=slots.offsets,
+        A_SLOT=a.stride(0),
+        A_P=a.stride(1),
+        A_M=a.stride(2),
+        G_SLOT=g.stride(0),
+        G_P=g.stride(1),
+        G_N=g.stride(2),
+        P=p,
+        M=m,
+        N=n,
+        HAS_INDEX=row_index is not None,
+        **_options(tile, a.dtype),
+    )
+    return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 
 
 def parts_of(device: torch.device, programs: int, most: int) -> int:
@@ -311,13 +309,3 @@ def parts_of(device: torch.device, programs: int, most: int) -> int:
     while 2 * programs * parts <= units and 2 * parts <= min(most, MOST_PARTS):
         parts *= 2
     return parts
-
-
-def forward(call: ForwardCall) -> grouped.Forward:
-    """``(y, h, z)``, see `ForwardCall`, product by product."""
-    return grouped.forward(grouped.prepared(call), TritonGrouped())
-
-
-def backward(call: BackwardCall) -> grouped.Backward:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`, product by product."""
-    return grouped.backward(grouped.prepared(call), TritonGrouped())

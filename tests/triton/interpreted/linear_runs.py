@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.linear.grouped import BY_PRODUCTS, ON_CHIP
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton import fused_launch, grouped
-from mpoe_kernels.linear.triton.candidates import ON_CHIP
+from mpoe_kernels.linear.triton import fused_launch
 from tests.assertions import poisoned_memory
 from tests.linear_problem import LinearProblem, planned_strategies
 
@@ -20,9 +19,9 @@ def strategies_of(shape: MPOShape) -> list[str]:
     return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
 
 
-def kernels_of(strategy: str) -> ModuleType:
-    """Where its ``forward`` and ``backward`` are."""
-    return fused_launch if strategy == ON_CHIP else grouped
+def kernels_of(strategy: str) -> Any:
+    """Its ``forward`` and ``backward``."""
+    return fused_launch if strategy == ON_CHIP else BY_PRODUCTS
 
 
 class Case(LinearProblem):

@@ -59,8 +59,7 @@ void routed_ffn(
   Buffer<float> logits(tokens * experts), gates(slots);
   Buffer<std::int64_t> index(slots), token_of_slot(slots), slot_of_token(slots);
   Buffer<std::int32_t> narrow_offsets(experts + 1);
-  gating(checked_gating(
-      router, top_k, raw, address_of(logits.get()), address_of(index.get()), address_of(gates.get())));
+  gating(checked_gating(router, top_k, raw, logits.get(), index.get(), gates.get()));
   route({
       .index = index.get(),
       .tokens = tokens,

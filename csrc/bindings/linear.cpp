@@ -33,7 +33,6 @@ constexpr LinearStrategy kStrategies[] = {
     {"separable", separable_forward, separable_backward},
     {"rebuild", rebuild_forward, rebuild_backward},
     {"half_left", half_left_forward, half_left_backward},
-    {"half_right", half_right_forward, half_right_backward},
     {"chain", chain_forward, chain_backward},
 };
 
@@ -44,8 +43,8 @@ const LinearStrategy& strategy_named(std::string_view name) {
 }
 
 // chain: a permutation of left (0), central (1) and right (2), the order in which rows meet them.
-// half_first: half_left, half_right: rows meet the half-built weight before the remaining block; transposed_half_first:
-// the same for rows of the gradient.
+// half_first: half_left: rows meet the half-built weight before right; transposed_half_first: the same for rows of the
+// gradient.
 ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transposed_half_first) {
   ProductOrder order{};
   int met = 0;

@@ -11,7 +11,7 @@ Router checked_router(
 }
 
 Gating checked_gating(
-    const Router& router, std::int64_t top_k, bool raw, Address logits, Address index, Address gates) {
+    const Router& router, std::int64_t top_k, bool raw, float* logits, std::int64_t* index, float* gates) {
   require(top_k >= 1 && top_k <= router.experts, "top_k must lie in 1..", router.experts, "; got ", top_k);
   return {router, top_k, raw, logits, index, gates};
 }

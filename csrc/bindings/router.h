@@ -12,6 +12,6 @@ Router checked_router(
 // raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts], index int64 [tokens,
 // top_k], gates float32 [tokens, top_k].
 Gating checked_gating(
-    const Router& router, std::int64_t top_k, bool raw, Address logits, Address index, Address gates);
+    const Router& router, std::int64_t top_k, bool raw, float* logits, std::int64_t* index, float* gates);
 
 }  // namespace mpoe

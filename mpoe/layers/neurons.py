@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
+from mpoe.layers.context import current_routing
+from mpoe.layers.feed_forward import is_observed
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.router import TopKRouter
 from mpoe_kernels import neuron_experts
+from mpoe_kernels.mixture import Neurons, Rule, routed_neurons
 
 START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
 
@@ -128,6 +132,25 @@ class NeuronExperts(FromInitialValues):
         weights: Any = self.up, self.down, self.bias
         options: Any = {"activation": self.activation, "gate_up": self.gate_proj, "backend": self.backend}
         o: Tensor = neuron_experts(x, gates, index, *weights, **options)
+        return o if self.latent_out is None else o @ self.latent_out
+
+    def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
+
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend or several
+        dtypes.
+        """
+        own = self._parameters.values()  # faster than by their names
+        if (
+            self.backend != router.backend
+            or any(part is not None and part.dtype != x.dtype for part in own)
+            or not router.can_gate_natively(x, token_mask, *own)
+        ):
+            return None
+        rule = Rule(router.top_k, router.config.is_scale_prob, None)
+        rows = x if self.latent_in is None else x @ self.latent_in
+        neurons = Neurons(self.up, self.down, self.bias, self.gate_proj, self.activation)
+        o = routed_neurons(x, router.weight, rule, router.scale, rows, neurons, token_mask)
         return o if self.latent_out is None else o @ self.latent_out
 
     @torch.no_grad()
@@ -257,6 +280,9 @@ class NeuronFeedForward(KeptFeedForward):
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
         """The experts' results for tokens ``[..., I]``, in the dtype of ``like``."""
         x, token_mask = self.tokens(hidden_states, token_mask)
+        o = self._by_native_call(x, token_mask)
+        if o is not None:
+            return o.view(hidden_states.shape).to(like.dtype)
         gates, index = self._decision(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
@@ -265,6 +291,22 @@ class NeuronFeedForward(KeptFeedForward):
             if self.training and rate:
                 o = nn.functional.dropout(o, rate)
         return o.view(hidden_states.shape).to(like.dtype)
+
+    def _by_native_call(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """The experts' results for tokens ``x [T, I]`` without gradients, if nobody observes the parts or records what
+        the router decides; else None."""
+        router, experts, call = self.router, self.experts, current_routing()
+        if (
+            torch.is_grad_enabled()
+            or self.training
+            or type(experts) is not NeuronExperts
+            or type(router) is not TopKRouter
+            or (call is not None and call.records is not None)
+            or is_observed(router)
+            or is_observed(experts)
+        ):
+            return None
+        return experts.routed(router, x, token_mask)
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """P and Q, if there are any."""

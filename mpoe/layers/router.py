@@ -154,9 +154,14 @@ class TopKRouter(FromInitialValues):
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
         return RouterOutput(logits, index, self._scaled(weights))
 
-    def _scaled(self, gates: Tensor) -> Tensor:
+    @property
+    def scale(self) -> float:
+        """What gates are multiplied by."""
         factor = self.config.routed_scaling_factor
-        return gates if factor in (None, 1.0) else gates * factor
+        return 1.0 if factor is None else factor
+
+    def _scaled(self, gates: Tensor) -> Tensor:
+        return gates if self.scale == 1.0 else gates * self.scale
 
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other

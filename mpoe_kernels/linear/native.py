@@ -13,6 +13,7 @@ from mpoe_kernels.checks import describe
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+from mpoe_kernels.linear.mirrored import mirrored_backward, mirrored_forward
 from mpoe_kernels.native_library import (
     NATIVE_LIBRARY,
     address,
@@ -26,18 +27,13 @@ from mpoe_kernels.native_library import (
 # As csrc/bindings/linear.cpp numbers them.
 OPERANDS = ("L", "C", "R")
 COMPUTED = (torch.float32, torch.bfloat16)
-# Strategies with a kernel: the table kStrategies of csrc/bindings/linear.cpp.
-IMPLEMENTED = ("separable", "rebuild", "half_left", "half_right", "chain")
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:
     """Why the native kernels cannot compute a contraction."""
-    reasons = []
-    if plan.dtype not in COMPUTED:
-        reasons.append(f"it runs on float32 and bfloat16, not on {str(plan.dtype).removeprefix('torch.')}")
-    if plan.strategy not in IMPLEMENTED:
-        reasons.append(f"it has no {plan.phase} kernel for the strategy {plan.strategy!r}")
-    return reasons
+    if plan.dtype in COMPUTED:
+        return []
+    return [f"it runs on float32 and bfloat16, not on {str(plan.dtype).removeprefix('torch.')}"]
 
 
 @lru_cache(maxsize=1024)
@@ -122,13 +118,15 @@ def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """One candidate for every strategy."""
+    """One candidate for every strategy; half_right is the half_left of a mirrored problem."""
     run = linear_forward if plan.phase == "forward" else linear_backward
     return [Candidate("native", plan.strategy, plan.strategy, run)]
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
+    if call.strategy == "half_right":
+        return mirrored_forward(call, linear_forward)
     arguments, _kept, slots = _inputs(call)
     x, bias = call.x, dense_bias(call)
     y = x.new_empty(slots, call.out_features)
@@ -141,6 +139,8 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    if call.strategy == "half_right":
+        return mirrored_backward(call, linear_backward)
     arguments, (x, left, central, right, *_kept), slots = _inputs(call)
     shape = (slots, call.out_features)
     grad = dense_like("grad", call.grad, shape, x.dtype)

@@ -20,27 +20,38 @@ def reasons(request: Request) -> list[str]:
     return [f"it computes neuron_experts in float32 and bfloat16, not in {request.dtype}"]
 
 
-def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
-    returns."""
-    x, dtype = dense("x", call.x), call.x.dtype
-    if x.dim() != 2 or call.up.dim() != 3 or call.down.dim() != 3:
-        raise ValueError(f"x must have 2 axes, up and down 3; got {describe(x)}, {describe(call.up)}")
-    (tokens, width), (experts, neurons, _), out_features = x.shape, call.up.shape, call.down.shape[2]
-    index = dense_index("top_k_index", call.top_k_index, 2)
-    if index.shape[0] != tokens or call.gates.shape != index.shape:
-        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(call.gates)}")
-    kept = (
-        x,
-        dense("gates", call.gates).float(),
-        index,
-        dense_like("up", call.up, (experts, neurons, width), dtype),
-        dense_like("down", call.down, (experts, neurons, out_features), dtype),
-        None if call.bias is None else dense_like("bias", call.bias, (experts, neurons), dtype),
-        None if call.gate_up is None else dense_like("gate_up", call.gate_up, call.up.shape, dtype),
+def network(
+    x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, gate_up: Tensor | None
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """T, I, O, m, E, and the dense tensors.
+
+    Raises:
+        ValueError: sizes or dtypes that do not fit.
+    """
+    if x.dim() != 2 or up.dim() != 3 or down.dim() != 3:
+        raise ValueError(f"x must have 2 axes, up and down 3; got {describe(x)}, {describe(up)}")
+    dtype, (tokens, width), (experts, neurons, _), out_features = x.dtype, x.shape, up.shape, down.shape[2]
+    tensors = (
+        dense("x", x),
+        dense_like("up", up, (experts, neurons, width), dtype),
+        dense_like("down", down, (experts, neurons, out_features), dtype),
+        None if bias is None else dense_like("bias", bias, (experts, neurons), dtype),
+        None if gate_up is None else dense_like("gate_up", gate_up, (experts, neurons, width), dtype),
     )
-    sizes = (tokens, width, out_features, neurons, experts, index.shape[1])
-    return (name_of(dtype), call.activation, sizes, [address(each) for each in kept]), kept
+    return (tokens, width, out_features, neurons, experts), tensors
+
+
+def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """Arguments of both passes; x, gates, the weights and the index, which the caller must keep until the call
+    returns."""
+    sizes, (x, *weights) = network(call.x, call.up, call.down, call.bias, call.gate_up)
+    index = dense_index("top_k_index", call.top_k_index, 2)
+    if index.shape[0] != sizes[0] or call.gates.shape != index.shape:
+        raise ValueError(f"gates and top_k_index must be [T, K] with T = {sizes[0]}; got {describe(call.gates)}")
+    gates = dense("gates", call.gates).float()
+    memory = [address(each) for each in (x, *weights)]
+    names_and_sizes = (name_of(call.x.dtype), call.activation, (*sizes, index.shape[1]))
+    return (*names_and_sizes, memory, gates.data_ptr(), index.data_ptr()), (x, gates, *weights, index)
 
 
 def forward(call: NeuronCall) -> Tensor:
@@ -53,11 +64,11 @@ def forward(call: NeuronCall) -> Tensor:
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `NeuronBackwardCall`."""
-    arguments, (x, gates, _, *weights) = _inputs(call)
+    arguments, (*inputs, _index) = _inputs(call)
     grad = dense_like("grad", call.grad, (call.x.shape[0], call.down.shape[2]), call.x.dtype)
     results = [
         call.x.new_empty(0) if like is None or not wanted else torch.empty_like(like)
-        for like, wanted in zip((x, gates, *weights), call.need, strict=True)
+        for like, wanted in zip(inputs, call.need, strict=True)
     ]
     NATIVE_LIBRARY.functions.neuron_experts_backward(
         *arguments, grad.data_ptr(), [result.data_ptr() for result in results]

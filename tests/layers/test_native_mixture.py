@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.layers import MPOEFeedForward
+from mpoe.layers import MPOEFeedForward, NeuronFeedForward
 from mpoe.layers.context import routing_context
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe_kernels import available_backends, mixture, use_backend
@@ -35,11 +35,37 @@ def feed_forward(
     return layer.eval()
 
 
-def by_ops(layer: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
+class Dense(nn.Module):
+    """A dense network of 12 x 40."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 40, dtype=dtype), nn.Linear(40, 12, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def neurons(
+    gated: bool = False, bias: bool = False, dtype: torch.dtype = F32, latent: int | None = None, **router: Any
+) -> NeuronFeedForward:
+    """5 experts of 7 neurons that contribute, around a `Dense`."""
+    torch.manual_seed(0)
+    settings = RouterConfig(init_scale=4.0, **router)
+    config = MPOEConfig(shape="neurons", num_experts=5, neurons=7, latent=latent, router=settings)
+    names, dense = {"up": "up", "down": "down"}, Dense(dtype)
+    layer = NeuronFeedForward(12, 40, config, names=names, activation="silu", gated=gated, bias=bias, dtype=dtype)
+    layer.around(dense, {"up": dense.up, "down": dense.down})
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer.eval()
+
+
+def by_ops(layer: MPOEFeedForward | NeuronFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the ops compute: a hook is a reason to take them."""
     handle = layer.experts.register_forward_hook(lambda *_: None)
     try:
-        return layer(x, mask)
+        return layer(x, token_mask=mask)
     finally:
         handle.remove()
 
@@ -88,6 +114,65 @@ def test_the_same_bits_as_the_ops(tokens, shape, gated, bias, dtype, top_k, raw,
         with ExpertCache(10**9, [layer.experts]).in_use():
             for _ in range(3):
                 assert torch.equal(layer(x, mask), want)
+
+
+@given(
+    tokens=st.integers(0, 40),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from([F32, BF16]),
+    latent=st.none() | st.just(6),
+    top_k=st.integers(1, 5),
+    raw=st.booleans(),
+    factor=st.none() | st.just(1.5),
+    masks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_neurons_have_the_same_bits(tokens, gated, bias, dtype, latent, top_k, raw, factor, masks, seed) -> None:
+    router = {"top_k": top_k, "is_scale_prob": raw, "routed_scaling_factor": factor}
+    layer = neurons(gated, bias, dtype, latent, **router)
+    torch.manual_seed(seed)
+    x, mask = torch.randn(tokens, 12).to(dtype), torch.rand(tokens) < 0.7 if masks else None
+    with torch.no_grad():
+        assert torch.equal(layer(x, token_mask=mask), by_ops(layer, x, mask))
+
+
+def test_when_neurons_take_one_call(monkeypatch) -> None:
+    seen: list[str] = []
+    own = mixture.routed_neurons
+    monkeypatch.setattr("mpoe.layers.neurons.routed_neurons", lambda *given: seen.append("one call") or own(*given))
+    layer, x = neurons(top_k=2), torch.randn(3, 12)
+    layer(x)  # a gradient may be wanted
+    with torch.no_grad():
+        by_ops(layer, x)
+        with routing_context():
+            layer(x)  # the router's decision is recorded
+        neurons(top_k=2, scoring_func="sigmoid")(x)
+        with use_backend("eager"):
+            layer(x)
+        layer.train()(x)
+        assert seen == []
+        layer.eval()(x)
+        with routing_context(record=False):
+            layer(x)
+    assert seen == ["one call"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.ones(2, 12)}, r"x must be float32 \[3, 12\]; got"),
+        ({"weight": torch.ones(4, 12)}, r"weight must be float32 \[5, 12\]; got"),
+        ({"rows": torch.ones(3, 11)}, r"up must be float32 \[5, 7, 11\]; got"),
+        ({"rule": mixture.Rule(6, False, None)}, r"top_k must lie in 1\.\.5; got 6"),
+    ],
+)
+def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    x, up = torch.ones(3, 12), torch.ones(5, 7, 12)
+    given = {"x": x, "weight": torch.ones(5, 12), "rule": mixture.Rule(2, False, None), "scale": 1.0, "rows": x}
+    given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
+    with pytest.raises(ValueError, match=message):
+        mixture.routed_neurons(**(given | changed))
 
 
 def test_what_runs(calls) -> None:

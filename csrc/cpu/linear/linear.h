@@ -25,8 +25,7 @@ enum class Operand { kLeft, kCentral, kRight };
 // What rows are multiplied by, in order, as the caller planned it.
 struct ProductOrder {
   std::array<Operand, 3> chain;
-  // half_left, half_right: rows meet the half-built weight before the remaining block; the same for rows of dz, which
-  // meet both transposed.
+  // half_left: rows meet the half-built weight before right; the same for rows of dz, which meet both transposed.
   bool half_first, transposed_half_first;
 };
 
@@ -67,7 +66,7 @@ struct LinearBackward : LinearInputs {
   void* dbias;     // [F]
 };
 
-// One pair per strategy of the planner. linear_ops.cpp lists the available ones.
+// One pair per strategy of the planner; half_right is half_left of a mirrored problem, which the caller makes.
 //
 // Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per expert.
 void separable_forward(const LinearForward& in);
@@ -75,11 +74,9 @@ void separable_backward(const LinearBackward& in);
 // One slab of one expert's weight at a time, written as the packed operand of the product that consumes it.
 void rebuild_forward(const LinearForward& in);
 void rebuild_backward(const LinearBackward& in);
-// left and central (central and right) contracted per expert, the third block applied to activations.
+// left and central contracted per expert, right applied to activations.
 void half_left_forward(const LinearForward& in);
 void half_left_backward(const LinearBackward& in);
-void half_right_forward(const LinearForward& in);
-void half_right_backward(const LinearBackward& in);
 // Only activations are contracted, block by block.
 void chain_forward(const LinearForward& in);
 void chain_backward(const LinearBackward& in);

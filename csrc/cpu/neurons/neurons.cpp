@@ -45,7 +45,9 @@ class Neurons {
       : gemm_(gemm), kernels_(neuron_kernels(in.dtype)), in_(in), sorted_(in), panels_(ceil_divide(in.neurons, kPanel)),
         stride_(row_stride(gemm, in.neurons)) {
     const int64_t size = sizeof(T), widest = std::max(in.in_features, in.out_features), tile = gemm.best_rows;
+    for (const int64_t e : sorted_.used) most_ = std::max(most_, sorted_.rows(e));
     block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(1, widest * size) / tile * tile, tile, 8 * tile);
+    block_ = std::min(block_, most_);
     // A few parts per thread, so that none waits long for the last.
     const int64_t used = static_cast<int64_t>(sorted_.used.size()), threads = num_threads();
     const int64_t wanted = threads == 1 || used == 0 ? 1 : ceil_divide(4 * threads, used);
@@ -141,6 +143,8 @@ class Neurons {
  private:
   int64_t parts() const { return static_cast<int64_t>(parts_.size()); }
   bool few(int64_t expert) const { return sorted_.rows(expert) <= kFewRows; }
+  // Memory for packed weights, if an expert needs it.
+  Buffer<T> for_panels(int64_t elements) const { return Buffer<T>(most_ <= kFewRows ? 0 : elements); }
 
   // [slots, stride_], zero where products read beyond m.
   Buffer<T> slot_rows() const {
@@ -192,8 +196,9 @@ class Neurons {
   struct Work {
     explicit Work(const Neurons& all)
         : all(all), rows_stride(row_stride(all.gemm_, all.in_.in_features)), rows(all.block_ * rows_stride),
-          panels(all.part_ * padded_k(all.gemm_, all.in_.in_features)),
-          gate_panels(all.in_.gate_up == nullptr ? 0 : all.part_ * padded_k(all.gemm_, all.in_.in_features)),
+          panels(all.for_panels(all.part_ * padded_k(all.gemm_, all.in_.in_features))),
+          gate_panels(
+              all.for_panels(all.in_.gate_up == nullptr ? 0 : all.part_ * padded_k(all.gemm_, all.in_.in_features))),
           z(all.part_ * all.block_), value(all.in_.gate_up == nullptr ? 0 : all.part_ * all.block_),
           gates(all.block_) {}
 
@@ -243,7 +248,7 @@ class Neurons {
     explicit Back(const Neurons& all)
         : all(all), rows_stride(row_stride(all.gemm_, all.in_.out_features)),
           h_stride(row_stride(all.gemm_, all.part_)), widest(std::max(all.in_.in_features, all.in_.out_features)),
-          rows(all.block_ * rows_stride), panels(all.part_ * padded_k(all.gemm_, all.in_.out_features)),
+          rows(all.block_ * rows_stride), panels(all.for_panels(all.part_ * padded_k(all.gemm_, all.in_.out_features))),
           h(all.block_ * h_stride), left(all.part_ * padded_k(all.gemm_, all.block_)),
           right(round_up(widest, kPanel) * padded_k(all.gemm_, all.block_)),
           dh(all.part_ * all.block_), dbias(all.part_), dup(all.part_ * round_up(all.in_.in_features, kPanel)),
@@ -307,7 +312,7 @@ class Neurons {
     const int64_t most = round_up(ceil_divide(width, threads), kPanel);
     const int64_t step = std::clamp(kSumFloats / in_.tokens / kPanel * kPanel, kPanel, std::max(kPanel, most));
     share_out(ceil_divide(width, step), [&] {
-      return [&, sums = Buffer<float>(in_.tokens * step), panels = Buffer<T>(step * k)](int64_t number) mutable {
+      return [&, sums = Buffer<float>(in_.tokens * step), panels = for_panels(step * k)](int64_t number) mutable {
         const int64_t first = number * step, columns = std::min(step, width - first);
         std::fill_n(sums.get(), in_.tokens * step, 0.0f);
         for (const int64_t e : sorted_.used)
@@ -345,6 +350,7 @@ class Neurons {
   const NeuronExperts& in_;
   const SortedSlots sorted_;
   const int64_t panels_, stride_;
+  int64_t most_ = 0;      // rows of an expert
   int64_t block_, part_;  // rows gathered at once; neurons of a part
   std::vector<Part> parts_;
 };

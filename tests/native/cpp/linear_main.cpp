@@ -26,7 +26,6 @@ const Strategy kStrategies[] = {
     {"separable", separable_forward, separable_backward, true},
     {"rebuild", rebuild_forward, rebuild_backward, false},
     {"half_left", half_left_forward, half_left_backward, false},
-    {"half_right", half_right_forward, half_right_backward, false},
     {"chain", chain_forward, chain_backward, false},
 };
 

@@ -1,7 +1,8 @@
 """Kernels of parameter-efficient mixtures of experts: MPO algebra, plans, routing and grouped MPO products."""
 
-from mpoe_kernels.backends import BackendError, available_backends, backend_reasons, use_backend
+from mpoe_kernels.backends import BackendError, available_backends, backend_reasons
 from mpoe_kernels.contract import ContractionPlan, plan_contraction
+from mpoe_kernels.define import use_backend
 from mpoe_kernels.embedding.op import mpo_embedding
 from mpoe_kernels.hidden_experts import hidden_experts
 from mpoe_kernels.linear.ffn import mpo_ffn

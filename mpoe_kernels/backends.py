@@ -1,16 +1,14 @@
 """The backends: which of them run here, why the others do not, and which one a call uses.
 
-A backend is a table of kernels, one per op; each takes a call of that op (see ``call.py`` in the op's folder). The ops
-fill the tables: every ``op.py`` lists its kernels by backend. For a contraction, which can be computed in several ways,
-a backend offers candidates (see `mpoe_kernels.contract.autotune`). It returns *reasons* when it cannot run a request;
-the error for a named backend lists them all, and nothing falls back silently.
+A backend is a table of kernels, one per op; each takes a call of that op, whose ``op.py`` describes the call and lists
+its kernels by backend. For a contraction, which can be computed in several ways, a backend offers candidates (see
+`mpoe_kernels.contract.autotune`). It returns *reasons* when it cannot run a request; the error for a named backend
+lists them all, and nothing falls back silently.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import import_module
@@ -121,14 +119,7 @@ class Backend:
         return [*reasons, *self.request_reasons(request), *of_op]
 
 
-class _Requested(threading.local):
-    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
-
-    name: str = AUTO
-
-
 BACKENDS: dict[str, Backend] = {}
-_requested = _Requested()
 
 
 def register_backend(backend: Backend) -> None:
@@ -174,36 +165,6 @@ def check_backend(name: str | None) -> None:
     """Refuse the name of an unknown backend; None means that none is named."""
     if name is not None and (not isinstance(name, str) or (name != AUTO and name not in BACKENDS)):
         raise ValueError(f"backend must be one of {[AUTO, *BACKENDS]}; got {name!r}")
-
-
-def requested_backend(name: str | None) -> str:
-    """The argument if given, else what `use_backend` set, else ``"auto"``."""
-    check_backend(name)
-    return _requested.name if name is None else name
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the automatic choice.
-
-    It applies only to the calling thread.
-
-    Raises:
-        TypeError, ValueError: None, an unknown name.
-        BackendError: the backend cannot run on this machine.
-    """
-    if name is None:
-        raise TypeError("name must be that of a backend; got None")
-    check_backend(name)
-    if name != AUTO:
-        reasons = BACKENDS[name].unavailable_reasons()
-        if reasons:
-            raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
-    previous, _requested.name = _requested.name, name
-    try:
-        yield
-    finally:
-        _requested.name = previous
 
 
 def preferred_backends(request: Request) -> tuple[Backend, ...]:

@@ -142,3 +142,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     close = get_close_matches(str(value), known, n=3, cutoff=0.4)
     hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
+
+
+def check_range(name: str, index: Tensor, low: int, high: int) -> None:
+    """Refuse an entry outside ``low..high``, only on the CPU: elsewhere the check would wait for the device."""
+    if index.numel() == 0 or index.device.type != "cpu":
+        return
+    smallest, largest = (int(v) for v in index.aminmax())
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must lie in {low}..{high}; got {smallest if smallest < low else largest}")

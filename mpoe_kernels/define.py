@@ -1,11 +1,13 @@
-"""One helper that registers an op (custom_op, fake kernel, autograd, autocast, refusals) and dispatches to backends."""
+"""Registers an op (custom_op, fake kernel, autograd, autocast, refusals), and calls it on the backend asked for."""
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,20 +15,81 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mpoe_kernels.backends import kernel_for
-from mpoe_kernels.checks import AUTOCAST_DEVICES, LOWERED, describe, holds_values, refuse_jit_trace
+from mpoe_kernels.backends import AUTO, BACKENDS, BackendError, check_backend, kernel_for
+from mpoe_kernels.checks import AUTOCAST_DEVICES, holds_values
+from mpoe_kernels.op_rules import (
+    NAMESPACE,
+    autocast_kernel,
+    nothing_to_set_up,
+    on_one_device,
+    one_after_the_other,
+    refuse_autograd,
+    refuse_other_modes,
+    refuse_vmap,
+)
 from mpoe_kernels.signatures import check_signature
 
-NAMESPACE = "mpoe"
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
-_NO_SECOND_DERIVATIVES = NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
 # torch.library keeps registrations only as long as the Library object lives.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def run_kernel(op: str, call: Any, like: Tensor, **sizes: int) -> Any:
-    """Call the kernel of the backend that the registry selects for this op and for the device and dtype of ``like``."""
-    return kernel_for(op, like.device, like.dtype, call.backend, **sizes)(call)
+class _Requested(threading.local):
+    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
+
+    name: str = AUTO
+
+
+_requested = _Requested()
+
+
+def requested_backend(name: str | None) -> str:
+    """The argument if given, else what `use_backend` set, else ``"auto"``."""
+    if name is None:
+        return _requested.name
+    check_backend(name)
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the automatic choice.
+
+    It applies only to the calling thread.
+
+    Raises:
+        TypeError, ValueError: None, an unknown name.
+        BackendError: the backend cannot run on this machine.
+    """
+    if name is None:
+        raise TypeError("name must be that of a backend; got None")
+    check_backend(name)
+    if name != AUTO:
+        reasons = BACKENDS[name].unavailable_reasons()
+        if reasons:
+            raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
+    previous, _requested.name = _requested.name, name
+    try:
+        yield
+    finally:
+        _requested.name = previous
+
+
+def backend_kernel(op: str, like: str, **sizes: tuple[str, int]) -> Callable[[Any], Any]:
+    """A kernel that calls the one that the registry selects, see `mpoe_kernels.backends.select`.
+
+    Args:
+        op: its name.
+        like: the field of the call whose device and dtype decide.
+        sizes: of the request: a field and its axis.
+    """
+
+    def run(call: Any) -> Any:
+        tensor = getattr(call, like)
+        known = {name: getattr(call, field).shape[axis] for name, (field, axis) in sizes.items()}
+        return kernel_for(op, tensor.device, tensor.dtype, call.backend, **known)(call)
+
+    return run
 
 
 # Annotated types of a signature's fields -> types in the schema.
@@ -51,6 +114,7 @@ def define_op(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    saves: Sequence[str] = (),
     autocast: Sequence[str] = (),
 ) -> Any:
     """Register ``mpoe::<name>``, whose arguments are the fields of a dataclass, and which returns tensors.
@@ -61,8 +125,10 @@ def define_op(
             frozen one at every call takes several times as long.
         results: how many tensors it returns.
         kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of the results.
-        setup_context, backward: autograd formula. Without one the op refuses to be differentiated (that is how
-            double backward is refused).
+        backward: autograd formula. Without one the op refuses to be differentiated (that is how double backward is
+            refused).
+        saves: fields that it reads: tensors as ``ctx.saved_tensors``, the others as ``ctx.settings``.
+        setup_context: saves what it reads instead, results too, after the kernel.
         autocast: fields that autocast casts to its dtype.
 
     Returns:
@@ -83,33 +149,25 @@ def define_op(
         return body(*values)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)
-    positions = tuple(names.index(field) for field in autocast)
-    return _register(op, body, name, lambda *values: fake(signature(*values)), setup_context, backward, positions)
-
-
-def _register(
-    op: Any,
-    body: Callable[..., Any],
-    name: str,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None,
-    backward: Callable[..., Any] | None,
-    autocast_positions: tuple[int, ...],
-) -> Any:
-    op.register_fake(_on_one_device(fake, name))
-    if backward is None or setup_context is None:
-        setup_context, backward = _nothing_to_set_up, _refuse_autograd(name)
-    recorded = _register_autograd(op, body, name, setup_context, backward)
+    op.register_fake(on_one_device(lambda *values: fake(signature(*values)), name))
+    if backward is None:
+        setup_context, backward = nothing_to_set_up, refuse_autograd(name)
+    elif setup_context is None:
+        kinds = {field.name: str(field.type) for field in declared}
+        tensors = [names.index(each) for each in saves if kinds[each].startswith("Tensor")]
+        setup_context = _saving(tensors, [names.index(each) for each in saves if not kinds[each].startswith("Tensor")])
+    recorded = _register_autograd(op, body, name, setup_context, backward, is_first=bool(saves))
     # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
-    op.register_vmap(_one_after_the_other(op) if name.endswith("_backward") else _refuse_vmap(name))
-    if autocast_positions:
+    op.register_vmap(one_after_the_other(op) if name.endswith("_backward") else refuse_vmap(name))
+    if autocast:
+        positions = tuple(names.index(field) for field in autocast)
         for device_type, key in AUTOCAST_KEYS.items():
-            _LIBRARY.impl(name, _autocast_kernel(op, device_type, autocast_positions), key)
+            _LIBRARY.impl(name, autocast_kernel(op, device_type, positions), key)
 
     def call(*arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-            _refuse_other_modes(name, arguments)
         if not is_plain_call(arguments):
+            if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+                refuse_other_modes(name, arguments)
             return op(*arguments)
         if not needs_gradients(arguments):
             return body(*arguments)
@@ -118,9 +176,79 @@ def _register(
     return call
 
 
+def _saving(tensors: Sequence[int], settings: Sequence[int]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[position] for position in tensors))
+        ctx.settings = tuple(inputs[position] for position in settings)
+
+    return setup_context
+
+
+class Differentiable:
+    """Base of the calls of `define_differentiable`: tensors, then settings, then ``grad`` and ``need`` of a backward.
+
+    Attributes:
+        DIFFERENTIABLE: names of the fields that have gradients, in the order in which the backward returns them.
+    """
+
+    DIFFERENTIABLE: ClassVar[tuple[str, ...]]
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The values of those fields."""
+        return tuple(getattr(self, name) for name in self.DIFFERENTIABLE)
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Of a backward: which gradients are needed and belong to an argument that was given."""
+        need: list[bool] = self.need  # type: ignore[attr-defined]
+        return [value is not None and wants for value, wants in zip(self.differentiable, need, strict=True)]
+
+
+def define_differentiable(
+    name: str,
+    signature: type[Differentiable],
+    of_backward: type[Differentiable],
+    kernels: Mapping[str, Callable[[Any], Any]],
+    fake: Callable[[Any], Any],
+    *,
+    autocast: Sequence[str],
+) -> Any:
+    """`define_op` for an op with one result that saves its arguments, and for its backward, which takes them again.
+
+    Args:
+        name, fake, autocast: as in `define_op`.
+        signature: of the op.
+        of_backward: the same, with the fields ``grad`` (of the result) and ``need`` (which gradients).
+        kernels: of the op and of ``<name>_backward``, which returns the gradients; empty where they are not `wanted`.
+    """
+    names = [field.name for field in fields(signature)]  # type: ignore[arg-type]
+    positions = [names.index(field) for field in signature.DIFFERENTIABLE]
+
+    def backward_fake(call: Any) -> tuple[Tensor, ...]:
+        shapes = (value.shape if wants else (0,) for value, wants in zip(call.differentiable, call.wanted, strict=True))
+        likes = (call.grad if value is None else value for value in call.differentiable)
+        return tuple(like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True))
+
+    of_gradients = f"{name}_backward"
+    backward_op = define_op(of_gradients, of_backward, len(positions), kernels[of_gradients], backward_fake)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = [bool(ctx.needs_input_grad[position]) for position in positions]
+        grads = backward_op(*ctx.saved_tensors, *ctx.settings, grad.contiguous(), need)
+        found = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
+        return tuple(found.get(position) for position in range(len(names)))
+
+    return define_op(name, signature, 1, kernels[name], fake, backward=backward, saves=names, autocast=autocast)
+
+
 def needs_gradients(arguments: Sequence[Any]) -> bool:
     """Whether autograd must record a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+    if torch.is_grad_enabled():
+        for value in arguments:  # no generator: making one takes as long as asking three tensors
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def is_plain_call(arguments: Sequence[Any]) -> bool:
@@ -138,7 +266,12 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         for value in arguments:
             if type(value) in _PLAIN:
                 device_type = device_type or value.device.type
-                if value.is_meta or value.is_neg() or not holds_values(value):
+                if value.is_neg():
+                    return False
+                # The first questions of `holds_values` alone answer for most tensors, without a call.
+                size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
+                fits = size and begins and value.untyped_storage().nbytes() >= size and value.data_ptr()
+                if not fits and (value.is_meta or not holds_values(value)):
                     return False
             elif isinstance(value, Tensor):
                 return False
@@ -172,7 +305,12 @@ def _is_below_autograd() -> bool:
 
 
 def _register_autograd(
-    op: Any, body: Callable[..., Any], name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: Any,
+    body: Callable[..., Any],
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    is_first: bool,
 ) -> Callable[..., Any] | None:
     """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every call.
 
@@ -197,11 +335,14 @@ def _register_autograd(
     # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the first argument.
     def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
+        if is_first:
+            setup_context(ctx=ctx, inputs=tuple(arguments), output=None)
         if keyset is None or is_plain_call(arguments):
             output = body(*arguments)
         else:
             output = (run_next_level if _in_transform() else run_below)(keyset, arguments)
-        setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
+        if not is_first:
+            setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
         return output
 
     def backward_of(ctx: Any, *grads: Any) -> Any:
@@ -221,7 +362,7 @@ def _register_autograd(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops default values
-        _refuse_other_modes(name, arguments)
+        refuse_other_modes(name, arguments)
         if not needs_gradients(arguments):
             return run_below(keyset, arguments)
         if not _in_transform():
@@ -233,82 +374,3 @@ def _register_autograd(
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
     return recorded
-
-
-def _on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised memory."""
-
-    def checked(*arguments: Any) -> Any:
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        for tensor in tensors:
-            if tensor.device != tensors[0].device:
-                raise ValueError(
-                    f"{NAMESPACE}::{name} needs its tensors on one device; "
-                    f"got {', '.join(describe(tensor) for tensor in tensors)}"
-                )
-        return fake(*arguments)
-
-    return checked
-
-
-def _refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
-    """PyTorch silently drops the tangents of a custom op's arguments."""
-    refuse_jit_trace(f"{NAMESPACE}::{name}")
-    for value in arguments:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            if name.endswith("_backward"):
-                raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
-            raise NotImplementedError(
-                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
-                "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
-            )
-
-
-def _nothing_to_set_up(**_: Any) -> None:
-    """Of an op without a backward."""
-
-
-def _refuse_autograd(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
-
-    return refuse
-
-
-def _one_after_the_other(op: Any) -> Callable[..., Any]:
-    """A rule for `torch.vmap` that calls the op once for each entry."""
-
-    def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        found = [
-            op(*(v.select(dim, k) if isinstance(dim, int) else v for v, dim in zip(arguments, in_dims, strict=True)))
-            for k in range(info.batch_size)
-        ]
-        if isinstance(found[0], Tensor):
-            return torch.stack(found), 0
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
-
-    return run
-
-
-def _refuse_vmap(name: str) -> Callable[..., Any]:
-    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) instead"
-        )
-
-    return refuse
-
-
-def _autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = list(arguments)
-        for k in positions:
-            value = cast[k]
-            # float64 is left alone: torch's autocast never lowers it elsewhere either.
-            if isinstance(value, Tensor) and value.dtype in LOWERED:
-                cast[k] = value.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return op(*cast)
-
-    return kernel

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.contract import ALL_GRADIENTS
 from mpoe_kernels.contract.autotune import chosen_for
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.linear.native import dense_bias, dense_blocks, linear_sizes
-from mpoe_kernels.linear.op import ACTIVATIONS
+from mpoe_kernels.define import requested_backend
+from mpoe_kernels.linear.native import dense_blocks, linear_sizes
+from mpoe_kernels.linear.op import ACTIVATIONS, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_like, name_of
 from mpoe_kernels.neurons.native import network
 from mpoe_kernels.routing import native
-from mpoe_kernels.routing.call import CombineCall, RouteCall
 from mpoe_kernels.routing.gating import Gating, native_gating
+from mpoe_kernels.routing.op import CombineCall, RouteCall
 
 
 class Slots(NamedTuple):
@@ -103,8 +102,7 @@ def plain_ffn(x: Tensor, slots: Slots, gates: Tensor, chains: Chains, backend: s
 
     def product(rows: Tensor, blocks: MPOBlocks, bias: Tensor | None, index: Tensor | None, formula: str) -> Tensor:
         call = _call(rows, blocks, slots.expert_offsets, bias, index, formula, asked)
-        candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
-        y: Tensor = candidate.run(call)[0]
+        y: Tensor = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False).run(call)[0]
         return y
 
     hidden = None
@@ -139,11 +137,11 @@ def routed_ffn(
     kept = []
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
         call = _call(rows, blocks, rows, bias, None, formula, asked)
-        candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
+        candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False)
         if candidate.backend != "native" or candidate.strategy == "half_right":
             return None
         left, central, right = own = dense_blocks(call)
-        own_bias = dense_bias(call)
+        own_bias = None if bias is None else dense_like("bias", bias, (call.out_features,), call.x.dtype)
         kept.append((own, own_bias))
         memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(own_bias))
         projections.append((linear_sizes(call), memory))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import requested_backend
+from mpoe_kernels.backends import check_backend
 from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
 from mpoe_kernels.contract import STRATEGIES
 
@@ -54,7 +54,12 @@ ARGUMENTS = {
     "mpo_embedding_backward": f"{_TABLE}; grad:left T F",
 }
 # How many gradients there are to need.
-_GRADIENTS = {"grouped_mpo_linear_backward": 5, "hidden_experts_backward": 7, "neuron_experts_backward": 6}
+_GRADIENTS = {
+    "grouped_mpo_linear_backward": 5,
+    "hidden_experts_backward": 7,
+    "neuron_experts_backward": 6,
+    "mpo_embedding_backward": 3,
+}
 # Integers that are sizes of axes.
 _SIZES = {"in_features": "I", "out_features": "F", "num_embeddings": "V", "embedding_dim": "F"}
 
@@ -119,7 +124,7 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
 
 def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
     if "backend" in given:
-        requested_backend(given["backend"])
+        check_backend(given["backend"])
     if "num_experts" in given:
         check_integer("num_experts", given["num_experts"], 1, MOST_EXPERTS)
     if given.get("capacity") is not None:

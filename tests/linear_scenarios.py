@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.testing.cases import SMALL_SHAPES
-from mpoe_kernels.testing.linear_problem import planned_strategies
+from tests.cases import SMALL_SHAPES
+from tests.linear_problem import planned_strategies
 
 
 def halved(cases: Iterable[tuple[Any, ...]]) -> list[Any]:

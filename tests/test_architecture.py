@@ -27,6 +27,7 @@ RANKS = {
     "mpoe_kernels.triton.architecture": 1,
     "mpoe_kernels.triton": 5,
     "mpoe_kernels.signatures": 5,
+    "mpoe_kernels.op_rules": 1,
     "mpoe_kernels.define": 5,
     "mpoe_kernels.routing": 6,
     "mpoe_kernels.hidden_experts": 8,

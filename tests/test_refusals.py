@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -30,9 +31,7 @@ from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
 from mpoe_kernels.backends import Request, select
-from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
 from mpoe_kernels.linear.reference import activation_reference
-from mpoe_kernels.testing.cases import workload_shape
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
@@ -222,16 +221,6 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: save_sharded(gpt2(), "x"),
         TypeError,
         "model must be sharded by shard_model; got a plain",
-    ),
-    "activation": (
-        lambda: apply_activation_("tanh", CORES[0]),
-        ValueError,
-        "activation must be none, relu, .*; got 'tanh'",
-    ),
-    "derivative": (
-        lambda: activation_backward("tanh", CORES[0], CORES[0]),
-        ValueError,
-        "activation must be none, relu, .*; got 'tanh'",
     ),
     "eager id": (
         lambda: mpo_embedding(torch.tensor([-1]), fold(CORES, 1), backend="eager"),

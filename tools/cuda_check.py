@@ -96,7 +96,7 @@ class Kernel:
 _DYNAMIC = dict.fromkeys(
     (
         *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
-        *("sum_columns_kernel", "sum_rows_kernel", "hidden_sums_kernel"),
+        *("sum_columns_kernel", "sum_rows_kernel", "experts_bias_kernel", "parts_sums_kernel"),
     ),
     0,
 )
@@ -117,8 +117,9 @@ def stages_bytes(name: str) -> int:
 
 def is_product(name: str) -> bool:
     """Whether a kernel is a matrix product on tensor cores, judged by its readable name."""
-    products = ("contract_kernel", "panel_kernel", "hidden_forward_kernel", "hidden_rows_kernel", "hidden_cores_kernel")
-    return name.startswith(products) and any(kind in name for kind in ON_TENSOR_CORES)
+    products = ("contract", "panel", "experts_forward", "experts_rows", "experts_weights")
+    is_one = name.partition("<")[0].removesuffix("_kernel") in products
+    return is_one and any(kind in name for kind in ON_TENSOR_CORES)
 
 
 def find(program: str) -> str | None:

@@ -30,7 +30,7 @@ if torch.version.cuda is None:
     assert CUDA_LIBRARY.reasons == (f"this torch, {torch.__version__}, is built without CUDA",), CUDA_LIBRARY
 else:
     assert CUDA_LIBRARY.reasons == (), CUDA_LIBRARY
-    for op in ("rows_times_block", "panel_product", "hidden_experts", "route", "combine"):
+    for op in ("rows_times_block", "panel_product", "experts", "route", "combine"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mpoe_cuda::{op}", "CUDA"), op
 print(f"torch {torch.__version__}: {CUDA_LIBRARY.info or 'CUDA kernels skipped'}; backend cuda: {reasons or 'runs'}")
 PYTHON

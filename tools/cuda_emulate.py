@@ -42,9 +42,9 @@ SWEEPS = {
         *(*_COMMON, TESTS / "native" / "cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
     ],
     "routing": [CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],
-    "hidden": [
-        *(CUDA / "hidden_experts" / f"{name}.cu" for name in ("hidden_experts", "bfloat16")),
-        *(*_COMMON, EMULATION / "sweep_hidden.cpp"),
+    "experts": [
+        *(CUDA / "experts" / f"{name}.cu" for name in ("experts", "bfloat16")),
+        *(CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_experts.cpp"),
     ],
 }
 

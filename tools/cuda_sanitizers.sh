@@ -12,7 +12,7 @@ lane() {
     local part program schedule schedules="ascending-lazy ascending-eager descending-lazy descending-eager"
     # The thread sanitizer takes longest: each order and each kind of copies once, all combinations with --all.
     [ "$1-$all" = thread- ] && schedules="ascending-lazy descending-eager"
-    for part in linear routing hidden; do
+    for part in linear routing experts; do
         program=$(python -c "import sys; sys.path.insert(0, 'tools'); import cuda_emulate
 print(cuda_emulate.sweep('$part', '$1'))")
         for schedule in $schedules; do

@@ -18,13 +18,13 @@ from torch import Tensor
 from mpoe_kernels.contract import BlockDims, contractions
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton import passes as linear
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS, ON_CHIP, fused_reasons
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import triton as routing
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton import architecture
 

@@ -27,6 +27,8 @@ class Contender:
         gradients: names (see `mpoe_bench.problem.Truth`) and values of the gradients after a backward pass.
         facts: anything the report shows: shape, backend, floor, parameters.
         step: what ``train`` runs instead of forward and backward: a whole optimizer step.
+        resident: resident memory counts too, not only what torch's allocator holds.
+        timed: what is timed as a forward pass, if not `function`, whose result is checked.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Contender:
     gradients: Callable[[], Mapping[str, Tensor]] = dict
     facts: dict[str, Any] = field(default_factory=dict)
     step: Callable[[], Tensor] | None = None
+    timed: Callable[[], Tensor] | None = None
+    resident: bool = False
 
     @property
     def trains(self) -> bool:
@@ -46,6 +50,13 @@ class Contender:
         """The result, without recording a graph."""
         with torch.no_grad():
             return self.function()
+
+    def timed_forward(self) -> Tensor:
+        """What is timed as a forward pass."""
+        if self.timed is None:
+            return self.forward()
+        with torch.no_grad():
+            return self.timed()
 
     def train(self) -> Tensor:
         """Forward and backward; gradients are left in the leaves."""

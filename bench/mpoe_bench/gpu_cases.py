@@ -18,12 +18,12 @@ PHASES = ("forward", "training")
 
 
 class Dense(nn.Module):
-    """``down(act(up x))``, four times as wide inside."""
+    """``down(act(up x))``, four times as wide inside unless ``hidden`` says otherwise."""
 
-    def __init__(self, model: int, activation: str, **placed: Any) -> None:
+    def __init__(self, model: int, activation: str, hidden: int | None = None, **placed: Any) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
-        self.up, self.down = (nn.Linear(*s, False, **placed) for s in ((model, 4 * model), (4 * model, model)))
+        self.act, hidden = ACTIVATIONS[activation], hidden or 4 * model
+        self.up, self.down = (nn.Linear(*s, False, **placed) for s in ((model, hidden), (hidden, model)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))

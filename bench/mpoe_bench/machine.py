@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 
 from mpoe_kernels import __version__, available_backends, backend_reasons
+from mpoe_kernels.contract.kept import processor_name
+from mpoe_kernels.info import installed_version
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
 LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", "numpy")
@@ -62,30 +62,6 @@ def pinned(threads: int) -> Iterator[None]:
             _set_affinity(processors)
 
 
-def processor_facts() -> dict[str, Any]:
-    """The CPU's name, family and model, frequency as the system reports it, and caches; unknown facts are left out.
-
-    Returns:
-        ``{"processor", "family", "megahertz", "caches"}``; ``caches`` maps e.g. ``"L2"`` to ``"1024K"``.
-    """
-    lines: dict[str, str] = {}
-    with contextlib.suppress(OSError):  # not Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            lines.setdefault(name.strip(), value.strip())
-    facts: dict[str, Any] = {"processor": lines.get("model name") or platform.processor() or platform.machine()}
-    if "cpu family" in lines:
-        facts["family"] = f"family {lines['cpu family']} model {lines.get('model', '?')}"
-    if "cpu MHz" in lines:
-        facts["megahertz"] = round(float(lines["cpu MHz"]))
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        with contextlib.suppress(OSError):
-            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-            caches[f"L{level}{'' if kind == 'Unified' else kind[0].lower()}"] = size
-    return facts | ({"caches": caches} if caches else {})
-
-
 def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
 
@@ -108,18 +84,11 @@ def system_name() -> str:
     return f"{platform.system()} {version.group() if version else ''} {platform.machine()}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
     """What readers must know to compare results."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
-        **processor_facts(),
+        "processor": processor_name() or platform.machine(),
         "gpu": gpu,
         "device": device,
         "cores": len(usable_cores()),
@@ -131,7 +100,7 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "mpoe": __version__,
         "revision": revision(),
-        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
         "backends": list(available_backends()),
         "backends_missing": [name for name, reasons in backend_reasons().items() if reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -140,7 +109,7 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
 
 
 def title_of(machine: dict[str, Any]) -> str:
-    """One line for the titles of plots and reports."""
+    """One line for the title of a table."""
     if machine["gpu"]:
         return str(machine["gpu"])
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"

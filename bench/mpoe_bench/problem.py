@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe_bench.cases import expert_choice, random_cores, relative_error, workload_shape
 from mpoe_kernels import MPOBlocks, MPOShape, fold, plan_contraction
 from mpoe_kernels.linear.reference import activation_reference, weight_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import expert_choice, random_cores, workload_shape
 
 PROBE_COLUMNS = 4  # a dense expert's weight gradient is compared through this many random projections
 # Allowed error: a multiple of the error of the reference run in the same dtype, with a floor in units of rounding.
@@ -32,7 +31,7 @@ class FFNCase:
         model, hidden: ``[T, model] -> [T, hidden] -> [T, model]``.
         experts, tokens: E and T; one expert per token.
         dtype: of activations and parameters.
-        load: how tokens are distributed over experts, see `mpoe_kernels.testing.cases.expert_choice`.
+        load: how tokens are distributed over experts, see `mpoe_bench.cases.expert_choice`.
         train: whether forward + backward is also measured.
         device: ``"cpu"`` or ``"cuda"``.
     """
@@ -60,7 +59,7 @@ class FFNCase:
 def ffn_shapes(name: str, model: int, hidden: int) -> tuple[MPOShape, MPOShape]:
     """Shapes of the up and the down projection, as `mpoe.convert_to_mpoe` would choose them.
 
-    ``name`` is a name that `mpoe_kernels.testing.cases.workload_shape` knows.
+    ``name`` is a name that `mpoe_bench.cases.workload_shape` knows.
     """
     up = workload_shape(name, model, hidden)
     return up, up.mirrored() if up.is_separable else workload_shape(name, hidden, model)

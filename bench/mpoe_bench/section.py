@@ -11,11 +11,11 @@ from typing import Any
 
 from mpoe_bench.choice import DEFAULT_BACKENDS
 from mpoe_bench.contender import Contender, UnavailableError
+from mpoe_bench.graphs import CaptureError, graphed
 from mpoe_bench.memory import peak_memory
 from mpoe_bench.problem import Truth
 from mpoe_bench.timing import Budget, Measure, Timing, cpu_measure, interleave
 from mpoe_kernels import BackendError
-from mpoe_kernels.testing.graphs import CaptureError, graphed
 
 NOT_HERE = "not here"  # prefix of the reason why a contender cannot take part
 # Results are published, so they must not contain a machine's folder names.
@@ -75,7 +75,7 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
         if contender.step is not None:
             contender.step()  # the first step creates the optimizer's state
             contender.release()
-        memory["train"], _ = peak_memory(contender.train, setup.device)
+        memory["train"], _ = peak_memory(contender.train, setup.device, contender.resident)
         results |= contender.gradients()
     faults = truth.faults(results)
     row["errors"] = truth.errors({n: v for n, v in results.items() if v.shape == truth.values[n].shape})
@@ -83,7 +83,7 @@ def check_and_weigh(contender: Contender, truth: Truth, setup: Setup) -> dict[st
     if faults:
         row["reason"] = f"wrong result, not timed: {'; '.join(faults)}"
     else:
-        row["memory"] = {phase: asdict(value) for phase, value in memory.items()}
+        row["memory"] = {p: {**asdict(value), "temporary": value.temporary} for p, value in memory.items()}
     return row
 
 
@@ -104,7 +104,7 @@ def join(name: str, kind: str, build: Build, setup: Setup) -> tuple[Contender | 
     return (contender if row["reason"] is None else None), row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """What a section measures.
 
@@ -124,6 +124,17 @@ class Comparison:
     tokens: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     phases: Sequence[str] = ("forward", "train")
+
+
+@dataclass(frozen=True)
+class Later:
+    """A section of a comparison whose tensors are made when it runs."""
+
+    setup: Setup
+    make: Callable[[], Comparison]
+
+    def __call__(self) -> dict[str, Any]:
+        return run_section(self.make(), self.setup)
 
 
 def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
@@ -148,7 +159,7 @@ def run_section(comparison: Comparison, setup: Setup) -> dict[str, Any]:
     for phase in comparison.phases:
         # Masking the central gradient changes nothing in a forward pass.
         takes_part = {"forward": lambda c: not c.facts.get("masked"), "train": lambda c: c.trains}[phase]
-        functions = {name: getattr(c, phase) for name, c in joined.items() if takes_part(c)}
+        functions = {n: c.timed_forward if phase == "forward" else c.train for n, c in joined.items() if takes_part(c)}
         if not functions or (baseline is not None and baseline not in functions):
             continue
         setup.log(f"timing {phase} of {len(functions)} contenders")

@@ -9,26 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.layers import MPOExperts
+from mpoe_bench.cases import relative_error
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe, without_kinks
 from mpoe_bench.section import Build
 from mpoe_kernels import route
-from mpoe_kernels.testing.assertions import relative_error
 
 LIMIT = "dense FFN"
-
-
-def training_bytes(parameters: int, dtype: torch.dtype, optimizer: bool = True) -> int:
-    """Bytes of AdamW's two moments in float32 (``optimizer``) or of the weights themselves."""
-    return parameters * (8 if optimizer else dtype.itemsize)
 
 
 def size_facts(parameters: int, dtype: torch.dtype) -> dict[str, Any]:
     """Number of parameters, their bytes, and AdamW's bytes."""
     return {
         "parameters": parameters,
-        "weight_bytes": training_bytes(parameters, dtype, optimizer=False),
-        "optimizer_bytes": training_bytes(parameters, dtype),
+        "weight_bytes": parameters * dtype.itemsize,
+        "optimizer_bytes": 8 * parameters,  # two moments in float32
     }
 
 

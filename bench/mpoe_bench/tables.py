@@ -93,6 +93,7 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     phases = ("forward", "train") if any("train" in row for row in rows) else ("forward",)
     base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
     names = {"forward": "forward", "train": "step" if section["key"] == "train_step" else "fwd+bwd"}
+    names["forward"] = "whole call" if section["key"] == "generate" else "forward"
     which = "fwd / both" if len(phases) > 1 else "forward"
 
     def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
@@ -121,19 +122,6 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     return TextTable(section["title"] + backend, header, body, _notes(section["rows"]), spare)
 
 
-def conversion_table(section: Mapping[str, Any]) -> TextTable:
-    """Seconds per matrix, and for the 48 matrices of T5-base."""
-    body = [
-        [row["name"], f"{row['seconds']:.2f} s", f"{row['seconds_of_48']:.1f} s", _error(row)]
-        for row in section["rows"]
-        if not row.get("reason")
-    ]
-    header = ["what", "seconds", "48 matrices\n(48 x one)", "error"]
-    if section["key"] == "conversion_t5":
-        header[2] = "48 matrices\n(measured)"
-    return TextTable(section["title"], header, body, _notes(section["rows"]))
-
-
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
     body = []
@@ -143,22 +131,6 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
         body.append([row["name"], f"{row['ratio']:.2f}{missed}", *names, seconds_text(row["chosen_seconds"])])
     header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
     return TextTable(section["title"], header, body, (), header[-1:])
-
-
-def weights_table(section: Mapping[str, Any]) -> TextTable:
-    """Temporary memory in units of one expert's weight, forward and backward."""
-    body = []
-    for row in section["rows"]:
-        if not row["reason"]:
-            phases = ("forward", "backward")
-            alive = [f"{row['alive'][phase]:.2f}" for phase in phases]
-            bytes_text = [mebibytes(row["temporary"][phase]) for phase in phases]
-            kind = "weights of experts" if row["rebuilds"] else "the shared core"
-            strategies = "\n".join(row["strategies"].values())
-            body.append([row["name"], str(row["experts"]), *alive, " / ".join(bytes_text), kind, strategies])
-    header = ["shape [backend]", "E", "alive\nforward", "alive\nbackward", "MiB\nforward / backward"]
-    header += ["copies of", "strategy\n(forward, backward)"]
-    return TextTable(section["title"], header, body, _notes(section["rows"]), header[-1:])
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
@@ -181,10 +153,9 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
     body = [
         ["machine", title_of(dict(machine))],
-        ["processor", ", ".join(_processor(machine))],
         ["cores usable", str(machine["cores"])],
         ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
-        ["backends", ", ".join(machine["backends"]) + _instructions(machine)],
+        ["backends", f"{', '.join(machine['backends'])}; native kernels with {machine['native_isa'] or '-'}"],
         ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
         ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
         ["python, system", f"{machine['python']}, {machine['system']}"],
@@ -195,26 +166,10 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     return TextTable("machine", ["", "value"], body)
 
 
-def _instructions(machine: Mapping[str, Any]) -> str:
-    """The native kernels' instruction set, if the result has it."""
-    return f"; native kernels with {machine['native_isa']}" if machine.get("native_isa") else ""
-
-
-def _processor(machine: Mapping[str, Any]) -> list[str]:
-    """Model, frequency and caches, as far as the system reports them."""
-    facts = [machine["family"]] if machine.get("family") else []
-    facts += [f"{machine['megahertz']} MHz"] if machine.get("megahertz") else []
-    return facts + [f"{name} {size}" for name, size in machine.get("caches", {}).items()] or ["-"]
-
-
 def table_of(section: Mapping[str, Any]) -> TextTable:
     """The table of any section."""
     if section["key"] == "planner":
         return planner_table(section)
-    if section["key"].startswith("conversion"):
-        return conversion_table(section)
-    if section["key"] == "weights":
-        return weights_table(section)
     return timing_table(section)
 
 
@@ -225,3 +180,31 @@ HOW_TO_READ = (
     "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
     "gradients; whatever is wrong has no times."
 )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " / ")
+
+
+def markdown_table(table: TextTable) -> str:
+    """A table and its notes; the first column is left-aligned."""
+    header = [_cell(name).replace(" / ", " ") for name in table.header]
+    lines = [
+        f"### {table.title}",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |",
+        *(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows),
+    ]
+    if table.notes:
+        lines += ["", "Not timed:", "", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_report(results: Mapping[str, Any]) -> str:
+    """All tables of a run, as `mpoe_bench.run_suite` returned it."""
+    head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
+    tables = [target_table(results["targets"])] if results["targets"] else []
+    tables += [*map(table_of, results["sections"]), machine_table(results["machine"])]
+    skipped = [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"] if results["skipped"] else []
+    return "\n".join([head, *skipped, *map(markdown_table, tables)])

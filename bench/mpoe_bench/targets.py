@@ -11,20 +11,21 @@ from typing import Any
 
 PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
-SIZES = (768, 3072)  # the targets are for T5-base's FFN
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
 GROUPED = "dense experts, grouped_mm"
-CONVERSION_SECONDS = 60.0
+MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line per phase: what a shape must reach in the FFN case of T5-base with uniform load.
+    """One line per phase: what a shape must reach in a case of a feed-forward layer.
 
     Attributes:
         shape: name of the shape.
-        experts, tokens: of the case.
+        experts, tokens: of the case; of mixtures around a dense network (suite ``layers``) the layers instead of the
+            experts, which their names tell.
         forward, train: limits by phase; ``None`` = no limit.
+        key, sizes: of the section, and model and hidden size; T5-base's by default.
         peer: ``None``: the limits are the largest x dense allowed. Else a contender (`ORIGINAL` stands for the one on
             the same shape): the shape must be faster than the peer by at least these factors.
     """
@@ -35,6 +36,8 @@ class Target:
     forward: float | None = None
     train: float | None = None
     peer: str | None = None
+    key: str = "ffn"
+    sizes: tuple[int, int] = (768, 3072)
 
 
 # For plain PyTorch; then for backends with their own kernels and for the choice among all backends.
@@ -55,8 +58,17 @@ KERNEL_TARGETS = (
     Target("paper_16", 64, 64, 2.5, None, LOOP),
     Target("paper_64", 64, 64, 0.0, None, LOOP),  # reported only
 )
-
-
+# Mixtures around a dense network, router in; the last three read their weights from memory, as in decoding.
+LAYER_TARGETS = (
+    Target("neurons 8 x 64, 2", 1, 2048, 1.12, 1.2, key="layers"),
+    Target("neurons 64 x 64, 8", 1, 2048, 1.35, 1.5, key="layers"),
+    Target("neurons 128 x 128, 8", 1, 2048, 1.55, 1.7, key="layers"),
+    Target("neurons 64 x 64, 8", 1, 2048, 1.15, 1.2, key="layers", sizes=(2048, 8192)),
+    Target("neurons 8 x 64, 2", 12, 64, 1.25, key="layers"),
+    Target("neurons 8 x 64, 2", 12, 1, 1.2, key="layers"),
+    Target("neurons 64 x 64, 8", 12, 1, 1.35, key="layers"),
+    Target("neurons 128 x 128, 8", 12, 1, 1.55, key="layers"),
+)
 # On an H100, in bfloat16; eager has no targets there.
 GPU_TARGETS = (
     *(Target("separable", experts, tokens, 1.35) for experts in (8, 64) for tokens in (4096, 32768)),
@@ -69,17 +81,7 @@ def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
     """The targets that a backend is held to."""
     if device == "cuda":
         return () if backend == "eager" else GPU_TARGETS
-    return EAGER_TARGETS if backend == "eager" else KERNEL_TARGETS
-
-
-def best_row(rows: Sequence[Mapping[str, Any]], shape: str, phase: str) -> Mapping[str, Any] | None:
-    """The fastest unmasked backend of a shape in a section."""
-    able = [
-        row
-        for row in rows
-        if row["kind"] == "mpoe" and row.get("shape") == shape and not row.get("masked") and row.get(phase)
-    ]
-    return min(able, key=lambda row: row[phase]["x"]) if able else None
+    return EAGER_TARGETS if backend == "eager" else (*KERNEL_TARGETS, *LAYER_TARGETS)
 
 
 def _line(what: str, backend: str, wanted: str, found: Mapping[str, str], reached: bool | None) -> dict[str, Any]:
@@ -95,18 +97,19 @@ def _row(section: Mapping[str, Any], phase: str, **wanted: Any) -> Mapping[str, 
     return None
 
 
-def _cases(sections: Sequence[Mapping[str, Any]], experts: int, tokens: int) -> dict[str, Mapping[str, Any]]:
-    """By dtype, the first FFN section of a case with T5-base's sizes and uniform load."""
-    wanted = {"experts": experts, "tokens": tokens, "load": "uniform", "model": SIZES[0], "hidden": SIZES[1]}
+def _cases(sections: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Mapping[str, Any]]:
+    """By dtype, the first section of a target's case: T5-base's sizes, and uniform load."""
+    wanted: dict[str, Any] = {"tokens": target.tokens, "model": target.sizes[0], "hidden": target.sizes[1]}
+    wanted |= {"experts": target.experts, "load": "uniform"} if target.key == "ffn" else {"layers": target.experts}
     found: dict[str, Mapping[str, Any]] = {}
     for section in sections:
-        if section["key"] == "ffn" and all(section["case"][key] == value for key, value in wanted.items()):
+        if section["key"] == target.key and all(section["case"][key] == value for key, value in wanted.items()):
             found.setdefault(section["case"]["dtype"], section)
     return found
 
 
 def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend: str) -> Iterator[dict[str, Any]]:
-    cases = _cases(sections, target.experts, target.tokens)
+    cases = _cases(sections, target)
     for phase in PHASES:
         limit = getattr(target, phase)
         values, texts = [], {}
@@ -126,7 +129,9 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
             values.append(value)
         if not values:
             continue
-        what = f"{target.shape}, E={target.experts} T={target.tokens}, {PHASES[phase]}"
+        number = "E" if target.key == "ffn" else "layers"
+        wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
+        what = f"{target.shape}{wide}, {number}={target.experts} T={target.tokens}, {PHASES[phase]}"
         if target.peer is None:
             yield _line(what, backend, f"<= {limit:g} x dense", texts, max(values) <= limit)
         else:
@@ -167,26 +172,21 @@ def _memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterat
                 yield _line(what, backend, "below dense experts'", texts, peak < limit)
 
 
-def _weights_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """Most experts' weights alive in shapes that rebuild them; in the others, no growth with the number of experts."""
+def _layer_memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
+    """What forward and backward need beyond weights and gradients, many tokens, against the dense network's."""
     for section in sections:
-        if section["key"] != "weights":
+        if section["key"] != "layers" or section["case"]["layers"] > 1:
             continue
-        rows = [row for row in section["rows"] if row["backend"] == backend and not row["reason"]]
-        limit, most_growth = section["case"]["limit"], section["case"]["growth"]
-        alive = [max(row["alive"].values()) for row in rows if row["rebuilds"]]
-        if alive:
-            what = f"weights alive at once, E = {', '.join(str(e) for e in sorted({r['experts'] for r in rows}))}"
-            found = {"float32": f"{max(alive):.2f} experts'"}
-            yield _line(what, backend, f"<= {limit:g} experts'", found, max(alive) <= limit)
-        for shape in dict.fromkeys(row["shape"] for row in rows if not row["rebuilds"]):
-            by_experts = {row["experts"]: max(row["alive"].values()) for row in rows if row["shape"] == shape}
-            few, many = min(by_experts), max(by_experts)
-            if few != many:
-                growth = by_experts[many] - by_experts[few]
-                what = f"{shape}, growth of temporary memory from E={few} to {many}"
-                found = {"float32": f"{growth:.2f} experts'"}
-                yield _line(what, backend, f"<= {most_growth:g} experts'", found, growth <= most_growth)
+        rows = [row for row in section["rows"] if "train" in (row.get("memory") or {})]
+        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in rows}
+        dense = next(needs[row["name"]] for row in rows if row["kind"] == "limit")
+        for row in rows:
+            if row.get("backend") == backend:
+                ratio = needs[row["name"]] / dense
+                case = section["case"]
+                what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
+                texts = {case["dtype"]: f"{ratio:.2f}"}
+                yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", texts, ratio <= MOST_MEMORY)
 
 
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
@@ -201,8 +201,8 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
         for target in targets_of(backend, device):
             lines += _target_lines(sections, target, backend)
         lines += _masked_lines(ffn, backend)
-        lines += _weights_lines(sections, backend)
         lines += _memory_lines(ffn, backend)
+        lines += _layer_memory_lines(sections, backend)
     for section in sections:
         if section["key"] == "planner":
             within, count = section["within"], len(section["rows"])
@@ -210,10 +210,4 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
             what = f"choice within {section['tolerance']} x the best measured"
             reached = within >= section["wanted_share"] * count
             lines.append(_line(what, section["backend"], wanted, {"both": f"{within} of {count}"}, reached))
-        elif section["key"] == "conversion_t5":
-            for row in section["rows"]:
-                if row.get("seconds") is not None:
-                    wanted, text = f"<= {CONVERSION_SECONDS:g} s on 2 cores", f"{row['seconds']:.1f} s"
-                    reached = row["seconds"] <= CONVERSION_SECONDS
-                    lines.append(_line(row["name"], "-", wanted, {"float32": text}, reached))
     return lines

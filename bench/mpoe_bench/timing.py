@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 Function = Callable[[], object]
@@ -53,21 +54,6 @@ class Timing:
     low: float
     high: float
     rounds: int
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, like numpy's default.
-
-    Raises:
-        ValueError: no values, or q outside [0, 1].
-    """
-    if not values or not 0.0 <= q <= 1.0:
-        raise ValueError(f"quantile needs at least one value and 0 <= q <= 1; got {len(values)} values, q = {q}")
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
 def cpu_measure(clock: Callable[[], float] = time.perf_counter) -> Measure:
@@ -176,9 +162,9 @@ def interleave(
 def _timing(samples: Sequence[float], ratios: Sequence[float]) -> Timing:
     spread = ratios or samples
     return Timing(
-        seconds=quantile(samples, 0.5),
-        x=quantile(ratios, 0.5) if ratios else math.nan,
-        low=quantile(spread, 0.1),
-        high=quantile(spread, 0.9),
+        seconds=float(np.median(samples)),
+        x=float(np.median(ratios)) if ratios else math.nan,
+        low=float(np.quantile(spread, 0.1)),
+        high=float(np.quantile(spread, 0.9)),
         rounds=len(samples),
     )

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
+from mpoe_bench.cases import relative_error
 from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.graphs import graphed
+from mpoe_bench.graphs import graphed
 
 WRONG = 3
 # Of the same formula in bfloat16, summed in another order: the result, and the worst gradient.

@@ -1,5 +1,7 @@
 // Activations and their derivatives on float32 pre-activations.
 #pragma once
+#include <type_traits>
+
 #include "cuda/device.cuh"
 
 namespace mpoe::cuda {
@@ -38,6 +40,18 @@ __device__ __forceinline__ float activation_slope(int activation, float saved) {
       return s * (1.f + z * (1.f - s));
     }
     default: return 1.f;
+  }
+}
+
+// Calls f with the activation as a constant: a loop inside it does not ask again for every number.
+template <class F>
+__device__ __forceinline__ void with_activation(int activation, F&& f) {
+  switch (activation) {
+    case kRelu: return f(std::integral_constant<int, kRelu>{});
+    case kGelu: return f(std::integral_constant<int, kGelu>{});
+    case kGeluTanh: return f(std::integral_constant<int, kGeluTanh>{});
+    case kSilu: return f(std::integral_constant<int, kSilu>{});
+    default: return f(std::integral_constant<int, kNone>{});
   }
 }
 

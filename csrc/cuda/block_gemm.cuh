@@ -7,6 +7,28 @@ namespace mpoe::cuda {
 
 constexpr int kStages = 3;
 
+// The group of a tile; `tile` becomes its number inside the group. Returns `count` for a tile past the last group's.
+// All lanes of a warp must call it: each looks at one group of 32.
+template <class Tiles>
+__device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles_of_group) {
+  const int lane = threadIdx.x & 31;
+  ROLLED
+  for (int first = 0; first < count; first += 32) {
+    const int own = first + lane < count ? tiles_of_group(first + lane) : 0;
+    int sum = own;  // of this group and those before it
+    UNROLL
+    for (int step = 1; step < 32; step <<= 1) {
+      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
+      if (lane >= step) sum += left;
+    }
+    const int before = __popc(__ballot_sync(dev::kFullWarp, sum <= tile));  // groups that end before the tile
+    const int skipped = __shfl_sync(dev::kFullWarp, before < 32 ? sum - own : sum, before < 32 ? before : 31);
+    tile -= skipped;
+    if (before < 32) return first + before;
+  }
+  return count;
+}
+
 // One operand's tiles of kExtent (rows mn) x TileT::kK, copied from global memory. mn and k are linear indices;
 // everything at or past mn_end, k_end or the operand's limit becomes zero.
 template <class T, class TileT, int kExtent, bool kMajor>
@@ -139,6 +161,9 @@ struct Accumulator {
       }
     }
   }
+  __device__ __forceinline__ void multiply(const Accumulator& other) {
+    for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] *= other.v[i][j][e]; });
+  }
   static constexpr int kLanesPerRow = TileT::kWarpN / 2;
   // Rows are 8 of 32 banks apart: the stores of half a warp, 8 bytes each in four rows, do not conflict.
   static constexpr int kStripStride = TileT::kWarpN + 8;
@@ -182,22 +207,32 @@ struct Accumulator {
       __syncwarp();  // the strip is free
     }
   }
-  // Calls f(row, column, value, value at column + 1) for every pair of the tile that this thread holds.
+  // Calls f(row, column, i, j, e) for every result v[i][j][e] that this thread holds.
   template <class F>
-  __device__ __forceinline__ void for_each_pair(F&& f) const {
+  static __device__ __forceinline__ void for_each_place(F&& f) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row = warp / TileT::kWarpsN * TileT::kWarpM + (lane >> 2);
     const int column = warp % TileT::kWarpsN * TileT::kWarpN + (lane & 3) * 2;
     UNROLL
     for (int i = 0; i < TileT::kRowTiles; ++i) {
       UNROLL
-      for (int half = 0; half < 2; ++half) {
+      for (int j = 0; j < TileT::kColumnTiles; ++j) {
         UNROLL
-        for (int j = 0; j < TileT::kColumnTiles; ++j) {
-          f(row + i * 16 + half * 8, column + j * 8, v[i][j][half * 2], v[i][j][half * 2 + 1]);
-        }
+        for (int e = 0; e < 4; ++e) f(row + i * 16 + e / 2 * 8, column + j * 8 + e % 2, i, j, e);
       }
     }
+  }
+  // Calls f(row, column, value) for the same.
+  template <class F>
+  __device__ __forceinline__ void for_each(F&& f) {
+    for_each_place([&](int row, int column, int i, int j, int e) { f(row, column, v[i][j][e]); });
+  }
+  // Calls f(row, column, value, value at column + 1) for every pair of the tile that this thread holds.
+  template <class F>
+  __device__ __forceinline__ void for_each_pair(F&& f) const {
+    for_each_place([&](int row, int column, int i, int j, int e) {
+      if (e % 2 == 0) f(row, column, v[i][j][e], v[i][j][e + 1]);
+    });
   }
 };
 

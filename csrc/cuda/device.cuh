@@ -133,4 +133,10 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// kPer adjacent elements, moved at once.
+template <class T, int kPer>
+struct alignas(sizeof(T) * kPer) Pack {
+  T v[kPer];
+};
+
 }  // namespace dev

@@ -1,4 +1,4 @@
-"""`mpoe bench`: measure MPO experts and their peers on this machine, and write tables, plots and JSON."""
+"""`mpoe bench`: measure mixtures and their peers on this machine, and write tables and JSON."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class BenchOptions:
 
     _argument_group_name = "bench"
 
-    suite: str = option("quick", "quick (minutes), full (hours), planner (its cases), targets, gpu")
+    suite: str = option("quick", "quick (minutes), full (hours), planner (its cases), targets, layers, models, gpu")
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
-    out: Path = option(Path("bench_results"), "folder for report.md, results.json and plots")
+    out: Path = option(Path("bench_results"), "folder for report.md and results.json")
     threads: int | None = option(None, "torch threads, pinned; default: every usable processor")
     clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
@@ -123,23 +123,11 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
 
 
 def _write(out: Path, results: dict[str, Any], console: Any) -> None:
-    """JSON, plots and the report."""
-    from mpoe_bench.plots import draw
-    from mpoe_bench.report import markdown_report
+    """JSON and all tables."""
+    from mpoe_bench.tables import markdown_report
 
     from mpoe.cli.files import RESULTS_FILE, write_json, write_text
-    from mpoe.plotting import have_matplotlib
 
     write_json(out / RESULTS_FILE, results)
-    drawn = []
-    if have_matplotlib():
-        for old in out.glob("*.png"):
-            old.unlink()
-        drawn = draw(results, out)
-    else:
-        console.print('no plots: they need matplotlib (pip install "mpoe[bench]")', markup=False)
-    write_text(out / REPORT_FILE, markdown_report(results, drawn))
-    console.print(
-        f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE} and {len(drawn)} plots",
-        highlight=False,
-    )
+    write_text(out / REPORT_FILE, markdown_report(results))
+    console.print(f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE}", highlight=False)

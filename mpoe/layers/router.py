@@ -14,7 +14,7 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
-from mpoe_kernels.routing.gating import can_route_natively, native_gating
+from mpoe_kernels.routing.gating import can_route_natively, gating_of, native_gating
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
@@ -142,6 +142,10 @@ class TopKRouter(FromInitialValues):
                 decided = native_gating(x, self.weight, self.top_k, self.config.is_scale_prob)
                 return RouterOutput(decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights))
             logits = float32_logits(x, self.weight, self.backend)
+            if self._is_softmax_alone:
+                found = gating_of(logits, self.top_k, self.config.is_scale_prob, self.backend)
+                if found is not None:
+                    return RouterOutput(logits, found.top_k_index, self._scaled(found.top_k_weights))
             scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
             if self.e_score_correction_bias is None:
                 weights, index = scores.topk(self.top_k, dim=-1)
@@ -166,10 +170,14 @@ class TopKRouter(FromInitialValues):
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other
         tensors."""
+        jitters = self.training and self.config.jitter
+        return not jitters and self._is_softmax_alone and can_route_natively(x, self.weight, self.backend, *others)
+
+    @property
+    def _is_softmax_alone(self) -> bool:
+        """Whether the gates are the largest probabilities, or these divided by their sum."""
         config = self.config
-        others_rule = config.is_gshard or config.scoring_func != "softmax" or self.e_score_correction_bias is not None
-        jitters = self.training and config.jitter
-        return not jitters and not others_rule and can_route_natively(x, self.weight, self.backend, *others)
+        return not config.is_gshard and config.scoring_func == "softmax" and self.e_score_correction_bias is None
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

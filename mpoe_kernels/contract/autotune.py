@@ -18,13 +18,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from mpoe_kernels.backends import BACKENDS, Candidate
 from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.contract.program import Need
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.native_library import NATIVE_LIBRARY
@@ -43,7 +45,8 @@ _LOG = logging.getLogger(__name__)
 Example = Callable[[Problem, int, int], Any]
 EXAMPLES: dict[str, Example] = {}
 
-_CHOSEN: dict[tuple[Any, ...], Candidate] = {}  # keyed by everything a choice depends on: repeated calls look up once
+# Keyed by everything a choice depends on, with the sizes of the blocks: repeated calls look up once.
+_CHOSEN: dict[tuple[Any, ...], tuple[Candidate, BlockDims]] = {}
 _MOST_CHOSEN = 8192
 _MADE: dict[str, str] = {}  # key text -> "backend name": what `choices` returns
 _TIMED: dict[str, str] = {}
@@ -174,13 +177,6 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     return found
 
 
-def with_strategy(call: Any, strategy: str) -> Any:
-    """A copy of a call; `dataclasses.replace` takes ten times as long."""
-    copied = object.__new__(type(call))
-    copied.__dict__.update(call.__dict__, strategy=strategy)
-    return copied
-
-
 def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     """Times the shortlist. A time on fewer rows counts in proportion to the strategy's FLOPs."""
     whole = {plan.strategy: plan.flops for plan in problem.plans()}
@@ -191,7 +187,7 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     sample = problem._replace(num_experts=experts, slots=slots)
     with torch.no_grad():
         call = EXAMPLES[problem.op](problem, experts, slots)
-        runs = [partial(each.run, with_strategy(call, each.strategy)) for each in listed]
+        runs = [partial(each.run, replace(call, strategy=each.strategy)) for each in listed]
         seconds = _seconds(runs, problem.device)
     part = {plan.strategy: plan.flops for plan in sample.plans()}
     scaled = [s * whole[c.strategy] / max(1, part[c.strategy]) for s, c in zip(seconds, listed, strict=True)]
@@ -227,35 +223,31 @@ def resolve_contraction(problem: Problem) -> Candidate:
     return found
 
 
-Call = TypeVar("Call")
-
-
-def chosen_for(op: str, call: Call, need: Need, keeps: bool) -> tuple[Candidate, Call]:
-    """The result of `resolve_contraction` for a call of the linear op, and the call with that strategy set.
+def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candidate:
+    """The result of `resolve_contraction` for a call of the linear op, whose strategy is set to what was chosen.
 
     Args:
         op: one of `CONTRACTIONS`.
-        call: a `mpoe_kernels.linear.call.LinearCall`.
+        call: a `mpoe_kernels.linear.op.LinearCall`.
+        slots: N.
         need: which gradients a backward computes.
         keeps: the forward saves rows for its backward, so it is ``separable``.
     """
-    given: Any = call
-    x, left, central, right = given.x, given.left, given.central, given.right
-    slots = (x if given.row_index is None else given.row_index).shape[0]
+    x, left, central, right = call.x, call.left, call.central, call.right
     on_gpu = x.device.type == "cuda"
     key = (
-        *(op, left.shape, central.shape, right.shape, given.in_features, given.out_features, slots, x.dtype, x.device),
-        *(need, keeps, given.backend, given.strategy, torch.are_deterministic_algorithms_enabled(), _has_ranks()),
+        *(op, left.shape, central.shape, right.shape, call.in_features, call.out_features, slots, x.dtype, x.device),
+        *(need, keeps, call.backend, call.strategy, torch.are_deterministic_algorithms_enabled(), _has_ranks()),
         *(torch.get_num_threads(), on_gpu and torch.backends.cuda.matmul.fp32_precision, *BACKENDS.values()),
     )
     found = _CHOSEN.get(key)
     if found is None:
-        sizes = (given.dims, given.num_experts, slots, x.dtype, str(x.device))
-        found = resolve_contraction(Problem(op, *sizes, need, keeps, given.backend, given.strategy))
+        sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
+        found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)), call.dims
         if len(_CHOSEN) >= _MOST_CHOSEN:
             _CHOSEN.clear()
         if not _is_traced():
             _CHOSEN[key] = found
-    chosen = object.__new__(type(call))  # as `with_strategy`, without another call
-    chosen.__dict__.update(given.__dict__, strategy=found.strategy)
-    return found, chosen
+    candidate, call.dims = found
+    call.strategy = candidate.strategy
+    return candidate

@@ -106,11 +106,6 @@ class BlockDims(NamedTuple):
         """FLOPs of rebuilding one expert's weight in the cheaper order."""
         return _rebuild_flops(self, self.left_first)
 
-    @property
-    def dense_flops_per_slot(self) -> int:
-        """FLOPs of one row times a whole weight."""
-        return 2 * self.in_features * self.out_features
-
 
 def exchanged(dims: BlockDims) -> BlockDims:
     """The problem with rows and columns of the weight exchanged, for products with gradients of y."""

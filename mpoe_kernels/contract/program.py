@@ -1,7 +1,7 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
 A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and every
-backend walks the same products (`mpoe_kernels.contract.driver`), so that what is counted is what runs.
+backend walks the same products (`mpoe_kernels.linear.eager.rows.run`), so that what is counted is what runs.
 
 Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
 one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.
@@ -216,21 +216,3 @@ def program_of(dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRAD
     if phase == "forward":
         return forward_program(dims, strategy)
     return backward_program(dims, strategy, need, kept and strategy == "separable")
-
-
-@lru_cache(maxsize=1024)
-def weight_program(dims: BlockDims) -> Program:
-    """The whole weight ``W`` of every expert, and nothing else."""
-    merges, _ = recipe(dims, "rebuild")
-    return Program("rebuild", "forward", (), _with_last_reads([Product(MERGE, *m) for m in merges]), _axes_of(("W",)))
-
-
-@lru_cache(maxsize=1024)
-def weight_backward_program(dims: BlockDims) -> Program:
-    """Gradients of all blocks from ``d W``."""
-    merges, _ = recipe(dims, "rebuild")
-    wanted = set(AXES)
-    values = _read_values(merges, set(), wanted)
-    products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
-    products += _merge_gradients(merges, wanted)
-    return Program("rebuild", "backward", (), _with_last_reads(products), _axes_of(("W",)))

@@ -9,16 +9,18 @@ is rebuilt.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
-from mpoe_kernels.indices import check_ids
-from mpoe_kernels.linear.eager.row_groups import grouped_mm, grouped_outer
-from mpoe_kernels.linear.eager.weight import block_order, project_gradient, rebuild_weight
+from mpoe_kernels.linear.eager.rebuild import in_natural_order
+from mpoe_kernels.linear.eager.rows import grouped_mm, grouped_outer
+
+if TYPE_CHECKING:
+    from mpoe_kernels.embedding.op import EmbeddingBackwardCall, EmbeddingCall
 
 # The GEMM of one pair has few rows.
 _PRICE_OF_PAIRS = 2
@@ -29,6 +31,7 @@ _PRICE_OF_RIGHT, _PRICE_OF_SORTING, _PRICE_OF_TABLE = 300, 200, 500
 _ELEMENTS = 2**19
 
 
+@lru_cache(maxsize=1024)
 def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
     """``gather``, ``pairs`` or ``rebuild``, whichever is predicted to take the least time."""
     d = dims
@@ -88,14 +91,58 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
     return both.permute(1, 3, 0, 2, 4).reshape(d.iC * d.iR, d.a, d.jC * d.jR)
 
 
+def _rebuilt_table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
+    """The table ``[I, F]`` from ``left [iL, jL, a]``, ``central [a, iC, jC, b]``, ``right [b, iR, jR]``."""
+    if dims.left_first:
+        half = left.reshape(-1, dims.a) @ central.reshape(dims.a, -1)
+        full = half.view(-1, dims.b) @ right.reshape(dims.b, -1)
+    else:
+        half = central.reshape(-1, dims.b) @ right.reshape(dims.b, -1)
+        full = left.reshape(-1, dims.a) @ half.view(dims.a, -1)
+    del half
+    padded = in_natural_order(full, dims).reshape(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
+    return padded[: dims.in_features, : dims.out_features]
+
+
+def _block_order(dweight: Tensor, dims: BlockDims) -> Tensor:
+    """``[I, F] -> [(iL jL iC jC), (iR jR)]``, the order in which the blocks multiply."""
+    padded_in, padded_out = dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR
+    if (padded_in, padded_out) != (dims.in_features, dims.out_features):
+        dweight = torch.nn.functional.pad(dweight, (0, padded_out - dims.out_features, 0, padded_in - dims.in_features))
+    ordered = dweight.view(dims.iL, dims.iC, dims.iR, dims.jL, dims.jC, dims.jR).permute(0, 3, 1, 4, 2, 5)
+    return ordered.reshape(-1, dims.iR * dims.jR)
+
+
+def _projected(
+    ordered: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the blocks from that of the table: ``dleft``, ``dcentral``, ``dright``.
+
+    Args:
+        ordered: the table's gradient as `_block_order` returns it. Right is contracted first, so the two remaining
+            products are small.
+    """
+    left_matrix, central_matrix = left.reshape(-1, dims.a), central.reshape(dims.a, -1)
+    half = (left_matrix @ central_matrix).view(-1, dims.b)
+    dright = (half.T @ ordered).view(dims.b, dims.iR, dims.jR)
+    del half  # as large as the weight itself at full bonds
+    dhalf = (ordered @ right.reshape(dims.b, -1).T).view(dims.iL * dims.jL, -1)  # [(iL jL), (iC jC b)]
+    dleft = (dhalf @ central_matrix.T).view(dims.iL, dims.jL, dims.a)
+    return dleft, (left_matrix.T @ dhalf).view(central.shape), dright
+
+
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
-    ids, (left, central, right), dims = call.ids, (call.left[0], call.central, call.right[0]), call.dims
-    if ids.device.type == "cpu":  # elsewhere the check would wait for the device
-        check_ids(ids, call.num_embeddings)
+    ids, left, central, right = call.ids, call.left[0], call.central, call.right[0]
+    dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
+    if ids.is_cpu and ids.numel():  # elsewhere the check would wait for the device
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= call.num_embeddings:
+            bound = call.num_embeddings - 1
+            raise IndexError(f"ids must lie in 0..{bound}; got {low if low < 0 else high}")
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
-        return rebuild_weight(left, central, right, dims).index_select(0, ids)
+        return _rebuilt_table(left, central, right, dims).index_select(0, ids)
     slices = _slices(central, right, dims, way == "pairs")
     y = left.new_empty(ids.numel(), dims.jL * dims.jC * dims.jR)
     for part in _parts(ids, dims, way == "pairs"):
@@ -106,16 +153,21 @@ def forward(call: EmbeddingCall) -> Tensor:
     return y[:, : call.embedding_dim].contiguous()
 
 
-def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
+    """Those that are needed of all gradients."""
+    gradients = zip(_gradients(call), call.need, strict=True)
+    return tuple(gradient if needed else gradient.new_empty(0) for gradient, needed in gradients)
+
+
+def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """Computed in the same way as the forward."""
-    grad, ids, dims = call.grad, call.ids, call.dims
-    left, central, right = call.left[0], call.central, call.right[0]
+    grad, ids, left, central, right = call.grad, call.ids, call.left[0], call.central, call.right[0]
+    dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         dtable = grad.new_zeros(call.num_embeddings, call.embedding_dim).index_add_(0, ids, grad)
-        ordered = block_order(dtable, dims)
-        dleft, dcentral, dright = project_gradient(ordered, left, central, right, dims, need_central=True)
-        assert dcentral is not None
+        ordered = _block_order(dtable, dims)
+        dleft, dcentral, dright = _projected(ordered, left, central, right, dims)
         return dleft.unsqueeze(0), dcentral, dright.unsqueeze(0)
     padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - call.embedding_dim))
     slices = _slices(central, right, dims, way == "pairs")

@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import requested_backend
 from mpoe_kernels.checks import check_device, check_same, describe
-from mpoe_kernels.define import define_op
+from mpoe_kernels.define import Differentiable, define_differentiable, requested_backend
 from mpoe_kernels.embedding import eager
-from mpoe_kernels.embedding.call import EmbeddingBackwardCall, EmbeddingCall
 from mpoe_kernels.mpo.fold import MPOBlocks
+
+
+@dataclass
+class EmbeddingCall(Differentiable):
+    """Its kernel returns the rows ``[T, embedding_dim]``.
+
+    Attributes:
+        ids: int64 ``[T]``.
+        left, central, right: folded blocks of one expert, ``[1, iL, jL, a]``, ``[a, iC, jC, b]``, ``[1, b, iR, jR]``.
+        num_embeddings, embedding_dim: sizes of the table.
+        backend: the requested backend, or ``"auto"``.
+    """
+
+    ids: Tensor
+    left: Tensor
+    central: Tensor
+    right: Tensor
+    num_embeddings: int
+    embedding_dim: int
+    backend: str
+
+    DIFFERENTIABLE = ("left", "central", "right")
+
+
+@dataclass
+class EmbeddingBackwardCall(EmbeddingCall):
+    """Its kernel returns the gradients of left, central and right; those that are not needed are empty.
+
+    Attributes: grad: ``[T, embedding_dim]``. need: which gradients are needed.
+    """
+
+    grad: Tensor
+    need: list[bool]
 
 
 def _fake(call: EmbeddingCall) -> Tensor:
     return call.central.new_empty(call.ids.shape[0], call.embedding_dim)
 
 
-def _backward_fake(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(block.shape, dtype=block.dtype, device=block.device) for block in call.blocks)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.sizes = inputs[4:]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(*ctx.saved_tensors, *ctx.sizes, grad.contiguous())
-    needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[1:4], strict=True))
-    return None, *needed, None, None, None
-
-
-_backward = define_op(
-    "mpo_embedding_backward",
-    EmbeddingBackwardCall,
-    3,
-    lambda call: eager.backward(call),
-    _backward_fake,
-)
-_forward = define_op(
+_forward = define_differentiable(
     "mpo_embedding",
     EmbeddingCall,
-    1,
-    lambda call: eager.forward(call),
+    EmbeddingBackwardCall,
+    {"mpo_embedding": eager.forward, "mpo_embedding_backward": eager.backward},
     _fake,
-    setup_context=_setup,
-    backward=_autograd,
     autocast=("left", "central", "right"),
 )
 
@@ -72,8 +79,8 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
         raise TypeError(f"ids must be an int32 or int64 tensor; got {describe(ids)}")
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
-    if blocks.num_experts != 1:
-        raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.num_experts}")
+    if blocks.left.shape[0] != 1:
+        raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}")
     check_same("central", blocks.central, left=blocks.left, right=blocks.right)
     check_device("central", blocks.central, ids=ids)
     flat = ids.reshape(-1).long()

@@ -1,17 +1,20 @@
-"""The kernels of csrc/cuda/hidden_experts: one launch forward, at most three backward; float32, bfloat16, float16."""
+"""The kernels of csrc/cuda/experts: slots sorted by expert, then tiles of slots of one expert; float32, bfloat16,
+float16."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 
-LARGEST_BLOCK = 64  # kLargestHiddenBlock
+if TYPE_CHECKING:
+    from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
+
+MOST_UNITS = 512  # kMostUnits
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,17 @@ class HiddenKernels:
 
     def forward(self, call: HiddenCall) -> Tensor:
         """See `hidden_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.hidden_experts(*call.tensors, call.kernel_activation, may_round_to_tf32(call.u.dtype))
+        return self.ops.experts(*call.tensors, False, call.kernel_activation, may_round_to_tf32(call.u.dtype))
 
     def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:
         """See `HiddenBackwardCall`."""
         need, tf32 = [int(wanted) for wanted in call.need], may_round_to_tf32(call.u.dtype)
-        return self.ops.hidden_experts_backward(call.grad, *call.tensors, call.kernel_activation, need, tf32)
+        return self.ops.experts_backward(call.grad, *call.tensors, False, call.kernel_activation, need, tf32)
 
     @staticmethod
     def reasons(request: Request) -> list[str]:
         """Why the kernels cannot run a request (empty: they can)."""
         block = request.sizes.get("block", 0)
-        if block <= LARGEST_BLOCK:
+        if block <= MOST_UNITS:
             return []
-        return [f"it computes hidden_experts with blocks of at most {LARGEST_BLOCK} hidden units, not of {block}"]
+        return [f"it computes hidden_experts with blocks of at most {MOST_UNITS} hidden units, not of {block}"]

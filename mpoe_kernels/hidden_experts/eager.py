@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.indices import check_range
-from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+
+if TYPE_CHECKING:
+    from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 
 
 def activate_(name: str, z: Tensor) -> Tensor:
     """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to Transformers' formula."""
     if name == "gelu_new":
         return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
-    return apply_activation_(name, z)
+    return ACTIVATION[name](z)
 
 
 def activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
     """``d loss / d z`` from the pre-activation."""
-    return activation_backward("gelu_tanh" if name == "gelu_new" else name, grad, z)
+    return ACTIVATION_GRADIENT["gelu_tanh" if name == "gelu_new" else name](grad, z)
 
 
 class Share(NamedTuple):
@@ -89,7 +91,7 @@ def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
     gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
     right_gate, activation = call.right_gate, call.activation
-    check_range("top_k_index", top_k_index, -1, call.num_experts - 1)
+    check_range("top_k_index", top_k_index, -1, right.shape[0] - 1)
     u, u_gate = call.u.contiguous(), None if call.u_gate is None else call.u_gate.contiguous()
     out = _total(u)
     for share in _shares(gates, top_k_index, right.shape[0]):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
 from mpoe_kernels.routing.gating import Gating, new_gating
+
+if TYPE_CHECKING:
+    from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""`hidden_experts`: schema, fake, autograd, autocast, kernels and the public function.
+"""`hidden_experts`: its arguments, kernels and public function.
 
 A feed-forward network is ``act(x C1) C2``. Experts that own blocks only on the hidden side have the weights ``C1 (1_G
 (x) R_e)`` and ``(1_G (x) L_e) C2``: both dense products run once per token, whatever the number of experts, and this op
@@ -7,11 +7,12 @@ computes the part between them. Forward saves its inputs; backward recomputes th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from mpoe_kernels.backends import add_kernels, lazily, requested_backend
+from mpoe_kernels.backends import add_kernels, lazily
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -22,9 +23,8 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.cuda_library import CUDA_OPS
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
 from mpoe_kernels.hidden_experts import eager, native
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 
 # Activation names in Hugging Face configs -> names in the kernels.
@@ -38,10 +38,6 @@ ACTIVATIONS = {
     "swish": "silu",
     "none": "none",
 }
-# Positions of the inputs that have gradients, in the order of the backward op's results.
-DIFFERENTIABLE = (0, 1, 3, 4, 5, 6, 7)
-
-
 KERNELS = {
     "native": native,
     "eager": eager,
@@ -61,46 +57,79 @@ for _backend, _kernels in KERNELS.items():
     register(_backend, _kernels)
 
 
-def _run(call: HiddenCall) -> Tensor:
-    return run_kernel("hidden_experts", call, call.u, block=call.block)
+@dataclass
+class HiddenCall(Differentiable):
+    """A forward pass of `mpoe_kernels.hidden_experts`. Its kernel returns ``o [T, F]``.
+
+    Attributes:
+        u: ``[T, F]``.
+        gates: floating ``[T, K]``.
+        top_k_index: int64 ``[T, K]``; -1: no expert.
+        right, left: blocks ``[E, G', b, b]``, G' = 1 if the groups share them; dtype of u.
+        bias: ``[E, F]`` or None.
+        u_gate: ``[T, F]`` of a gated network, or None.
+        right_gate: as ``right``, given with ``u_gate``.
+        activation: a value of `mpoe_kernels.hidden_experts.op.ACTIVATIONS`.
+        backend: the requested backend, or ``"auto"``.
+    """
+
+    u: Tensor
+    gates: Tensor
+    top_k_index: Tensor
+    right: Tensor
+    left: Tensor
+    bias: Tensor | None
+    u_gate: Tensor | None
+    right_gate: Tensor | None
+    activation: str
+    backend: str
+
+    DIFFERENTIABLE = ("u", "gates", "right", "left", "bias", "u_gate", "right_gate")
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor, in the order of the fields."""
+        u, gates, *others = self.differentiable
+        return u, gates, self.top_k_index, *others
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.right.shape[0]
+
+    @property
+    def block(self) -> int:
+        """b."""
+        return self.right.shape[-1]
+
+    @property
+    def kernel_activation(self) -> str:
+        """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to Transformers' formula."""
+        return "gelu_tanh" if self.activation == "gelu_new" else self.activation
 
 
-def _run_backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
-    return run_kernel("hidden_experts_backward", call, call.u, block=call.block)
+@dataclass
+class HiddenBackwardCall(HiddenCall):
+    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients that are not needed are
+    empty.
+
+    Attributes: grad: ``[T, F]``. need: which of the gradients are needed.
+    """
+
+    grad: Tensor
+    need: list[bool]
 
 
 def _fake(call: HiddenCall) -> Tensor:
     return call.u.new_empty(call.u.shape)
 
 
-def _backward_fake(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
-    return tuple(
-        value.new_empty(value.shape) if wants and value is not None else call.u.new_empty(0)
-        for value, wants in zip(call.differentiable, call.wanted, strict=True)
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.activation, ctx.backend = inputs[8:]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE]
-    grads = _backward(*ctx.saved_tensors, ctx.activation, ctx.backend, grad.contiguous(), need)
-    found = {p: g for p, g, wanted in zip(DIFFERENTIABLE, grads, need, strict=True) if wanted}
-    return tuple(found.get(position) for position in range(10))
-
-
-_backward = define_op("hidden_experts_backward", HiddenBackwardCall, 7, _run_backward, _backward_fake)
-_forward = define_op(
+_forward = define_differentiable(
     "hidden_experts",
     HiddenCall,
-    1,
-    _run,
+    HiddenBackwardCall,
+    {op: backend_kernel(op, "u", block=("right", -1)) for op in ("hidden_experts", "hidden_experts_backward")},
     _fake,
-    setup_context=_setup,
-    backward=_autograd,
     autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
 )
 
@@ -144,6 +173,8 @@ def hidden_experts(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named with what was expected.
         BackendError: the named backend cannot run it.
     """
+    right, left = _blocks("right", right), _blocks("left", left)
+    right_gate = None if right_gate is None else _blocks("right_gate", right_gate)
     check_floating("u", check_tensor("u", u, ("T", "F")))
     check_floating("gates", check_tensor("gates", gates, ("T", "K")))
     index = check_index("top_k_index", top_k_index, ("T", "K"))
@@ -151,16 +182,19 @@ def hidden_experts(
         raise ValueError(f"gates must be [T, K] with T = {u.shape[0]}; got {describe(gates)}")
     if index.shape != gates.shape:
         raise ValueError(f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}")
-    right, left = _blocks("right", right, u.shape[1]), _blocks("left", left, u.shape[1])
+    features, groups, size = u.shape[1], right.shape[1], right.shape[2]
+    if features % size or groups not in (1, features // size):
+        raise ValueError(
+            f"right must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; got {describe(right)}"
+        )
     if left.shape != right.shape:
         raise ValueError(f"left must be {list(right.shape)} like right; got {describe(left)}")
     if (u_gate is None) != (right_gate is None):
+        given = ["None" if each is None else "a tensor" for each in (u_gate, right_gate)]
         raise ValueError(
-            f"right_gate must be given with u_gate, and only with it; got u_gate {_given(u_gate)} and right_gate "
-            f"{_given(right_gate)}"
+            f"right_gate must be given with u_gate, and only with it; got u_gate {given[0]} and right_gate {given[1]}"
         )
     if u_gate is not None and right_gate is not None:
-        right_gate = _blocks("right_gate", right_gate, u.shape[1])
         if u_gate.shape != u.shape:
             raise ValueError(f"u_gate must be {list(u.shape)} like u; got {describe(u_gate)}")
         if right_gate.shape != right.shape:
@@ -178,19 +212,11 @@ def hidden_experts(
     )
 
 
-def _given(value: object) -> str:
-    return "None" if value is None else "a tensor"
-
-
-def _blocks(name: str, value: Any, features: int) -> Tensor:
-    """``[E, G', b, b]`` with G' = 1 or G = F / b, from that or from ``[E, b, b]``."""
+def _blocks(name: str, value: Any) -> Tensor:
+    """``[E, G', b, b]`` from that or from ``[E, b, b]``."""
     if not isinstance(value, Tensor) or value.dim() not in (3, 4):
         raise TypeError(f"{name} must be a tensor [E, b, b] or [E, G, b, b]; got {describe(value)}")
     blocks = value if value.dim() == 4 else value[:, None]
-    experts, groups, size, columns = blocks.shape
-    if experts < 1 or size < 1 or size != columns or features % size or groups not in (1, features // size):
-        raise ValueError(
-            f"{name} must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; "
-            f"got {describe(value)}"
-        )
+    if 0 in blocks.shape or blocks.shape[2] != blocks.shape[3]:
+        raise ValueError(f"{name} must be [E, G', b, b] with E, G', b >= 1; got {describe(value)}")
     return blocks

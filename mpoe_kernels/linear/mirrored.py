@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 
-_Call = TypeVar("_Call", bound=LinearCall)
+_Call = TypeVar("_Call", bound="LinearCall")
 # Axes of the mirrored blocks in those of right, central and left.
 _LEFT, _CENTRAL, _RIGHT = (0, 2, 3, 1), (3, 1, 2, 0), (0, 3, 1, 2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from mpoe_kernels.backends import Candidate
 from mpoe_kernels.checks import describe
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.mirrored import mirrored_backward, mirrored_forward
 from mpoe_kernels.native_library import (
     NATIVE_LIBRARY,
@@ -23,6 +22,9 @@ from mpoe_kernels.native_library import (
     dense_offsets,
     name_of,
 )
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 
 # As csrc/bindings/linear.cpp numbers them.
 OPERANDS = ("L", "C", "R")
@@ -69,41 +71,26 @@ def linear_sizes(call: LinearCall) -> Any:
     """The library's LinearSizes for a call whose strategy is chosen.
 
     Raises:
-        ValueError: blocks that do not fit.
+        ValueError: blocks of another dtype than x's, or that do not fit.
     """
-    blocks = (call.left.shape, call.central.shape, call.right.shape)
-    return _sizes(call.x.dtype, call.activation, call.strategy, call.in_features, call.out_features, *blocks)
+    left, central, right, dtype = call.left, call.central, call.right, call.x.dtype
+    if not left.dtype == central.dtype == right.dtype == dtype:
+        given = (("left", left), ("central", central), ("right", right))
+        name, block = next((name, block) for name, block in given if block.dtype != dtype)
+        raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
+    sizes = (call.in_features, call.out_features, left.shape, central.shape, right.shape)
+    return _sizes(dtype, call.activation, call.strategy, *sizes)
 
 
 def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense left, central and right.
-
-    Raises:
-        ValueError: another dtype than x's, or as in `dense`.
-    """
-    left, central, right = call.blocks
-    dtype = call.x.dtype
-    if not left.dtype == central.dtype == right.dtype == dtype:
-        given = zip(("left", "central", "right"), call.blocks, strict=True)
-        name, block = next((name, block) for name, block in given if block.dtype != dtype)
-        raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
-    return dense("left", left), dense("central", central), dense("right", right)
-
-
-def dense_bias(call: ForwardCall) -> Tensor | None:
-    """The dense bias, if there is one.
-
-    Raises:
-        ValueError: another shape or dtype, or as in `dense`.
-    """
-    return None if call.bias is None else dense_like("bias", call.bias, (call.out_features,), call.x.dtype)
+    """Dense left, central and right."""
+    return dense("left", call.left), dense("central", call.central), dense("right", call.right)
 
 
 def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """Arguments of both passes; the tensors that they point to, which the caller must keep until the call returns; the
     number of slots."""
-    x, (left, central, right) = dense("x", call.x), dense_blocks(call)
-    sizes = linear_sizes(call)
+    sizes, (left, central, right), x = linear_sizes(call), dense_blocks(call), dense("x", call.x)
     if x.dim() != 2 or x.shape[1] != call.in_features:
         raise ValueError(f"x must be [T, {call.in_features}]; got {describe(x)}")
     offsets = dense_offsets(call.expert_offsets)
@@ -128,7 +115,8 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.strategy == "half_right":
         return mirrored_forward(call, linear_forward)
     arguments, _kept, slots = _inputs(call)
-    x, bias = call.x, dense_bias(call)
+    x = call.x
+    bias = None if call.bias is None else dense_like("bias", call.bias, (call.out_features,), x.dtype)
     y = x.new_empty(slots, call.out_features)
     h = x.new_empty(slots * call.central.shape[2], call.central.shape[3]) if call.saves_h else x.new_empty(0)
     z = torch.empty_like(y) if call.saves_z else x.new_empty(0)

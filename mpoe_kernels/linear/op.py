@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import BACKENDS, no_reasons, places_rows, requested_backend
+from mpoe_kernels.backends import BACKENDS, kernel_for, no_reasons, places_rows
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -20,16 +21,15 @@ from mpoe_kernels.checks import (
 )
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
+from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.define import define_op, requested_backend
 from mpoe_kernels.linear import eager, native
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.linear.triton import candidates as triton
 from mpoe_kernels.mpo.fold import MPOBlocks
-from mpoe_kernels.routing.call import CombineCall
-from mpoe_kernels.routing.op import Routing, check_gates
+from mpoe_kernels.routing.op import CombineCall
 
 # Activation names of users and Hugging Face configs -> the formula.
 ACTIVATIONS = {
@@ -55,15 +55,125 @@ for _name, (_candidates, _reasons) in CANDIDATES.items():
     BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons
 
 
+@dataclass
+class LinearCall:
+    """One call of `mpoe_kernels.grouped_mpo_linear`, forward or backward.
+
+    Attributes:
+        x: ``[T, I]``; without ``row_index`` ``[N, I]``, in slot order.
+        left, central, right: folded blocks ``[E, iL, jL, a]``, ``[a, iC, jC, b]``, ``[E, b, iR, jR]``, dtype of x.
+        expert_offsets: integers ``[E + 1]``.
+        bias: ``[F]`` or None.
+        row_index: int64 ``[N]`` or None.
+        in_features, out_features: I and F.
+        activation: a value of `ACTIVATIONS`.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until the registry has chosen.
+        backend: the requested backend, or ``"auto"``.
+    """
+
+    x: Tensor
+    left: Tensor
+    central: Tensor
+    right: Tensor
+    expert_offsets: Tensor
+    bias: Tensor | None
+    row_index: Tensor | None
+    in_features: int
+    out_features: int
+    activation: str
+    strategy: str
+    backend: str
+
+    @cached_property
+    def dims(self) -> BlockDims:
+        """Sizes of the blocks."""
+        return BlockDims.of_blocks(self.left, self.central, self.right, self.in_features, self.out_features)
+
+    @property
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """left, central, right."""
+        return self.left, self.central, self.right
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.left.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return self.x.shape[0] if self.row_index is None else self.row_index.shape[0]
+
+
+@dataclass
+class ForwardCall(LinearCall):
+    """A forward pass. Its kernel returns ``(y [N, F], h, z)``; h and z are empty unless a backward will need them.
+
+    Attributes:
+        save: whether a backward may follow.
+        slot_of_token: for the backward, or with ``out_index``.
+        out_index: int64 ``[N]``, a permutation: the row of y to which each slot is scattered, times its gate; empty
+            slots write zeros. Never with ``save``, and only for backends that place rows.
+        gates: float32 ``[N]`` by row of y, with ``out_index``.
+    """
+
+    save: bool
+    slot_of_token: Tensor | None = None
+    out_index: Tensor | None = None
+    gates: Tensor | None = None
+
+    @cached_property
+    def saves_h(self) -> bool:
+        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is saved.
+
+        The rule does not depend on slot counts, so it also works for fakes and before the registry has chosen.
+        """
+        return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+
+    @property
+    def saves_z(self) -> bool:
+        """Whether z, the pre-activation ``[N, F]``, is saved: the gradient of relu reads y; without an activation
+        neither is read."""
+        return self.save and self.activation not in ("none", "relu")
+
+
+@dataclass
+class BackwardCall(LinearCall):
+    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; gradients that are not needed are
+    empty.
+
+    Attributes: grad: ``[N, F]``. h: from the forward. saved: y for relu, z for other activations. need: which of the
+        results. slot_of_token: int64 ``[T, K]`` or None, the slots that read each row of x; -1: none.
+    """
+
+    grad: Tensor
+    h: Tensor
+    saved: Tensor
+    need: list[bool]
+    slot_of_token: Tensor | None = None
+
+    @property
+    def need_of_plan(self) -> tuple[bool, bool, bool, bool]:
+        """All except the bias's, which no contraction computes."""
+        x, left, central, right, _ = self.need
+        return x, left, central, right
+
+    @property
+    def saved_h(self) -> Tensor | None:
+        """h, if the strategy reads it and the forward saved it."""
+        return self.h if self.strategy == "separable" and self.h.numel() else None
+
+
 def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    candidate, call = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, call.saves_h)
+    candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, call.saves_h)
     if call.out_index is None or places_rows(candidate.backend):
         return candidate.run(call)
     assert call.gates is not None, "out_index comes with gates"
     assert call.slot_of_token is not None, "and with the slots"
     y, h, z = candidate.run(replace(call, out_index=None, gates=None))
     where = call.expert_offsets, call.out_index, call.slot_of_token
-    return run_kernel("combine", CombineCall(y, *where, call.gates[:, None], call.backend), y), h, z
+    combine = kernel_for("combine", y.device, y.dtype, call.backend)
+    return combine(CombineCall(y, *where, call.gates[:, None], call.backend)), h, z
 
 
 def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,8 +184,7 @@ def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    candidate, call = chosen_for("grouped_mpo_linear_backward", call, call.need_of_plan, False)
-    return candidate.run(call)
+    return chosen_for("grouped_mpo_linear_backward", call, call.slots, call.need_of_plan, False).run(call)
 
 
 def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -217,43 +326,6 @@ def grouped_mpo_linear(
         requested_backend(backend),
         save,
         None if slot_of_token is None else slot_of_token.long(),
-    )
-    return y
-
-
-def placed_mpo_linear(
-    x: Tensor,
-    blocks: MPOBlocks,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    routing: Routing,
-    top_k_weights: Tensor,
-    backend: str | None,
-    strategy: str = "auto",
-) -> Tensor:
-    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` for one expert per token, with one launch less on
-    a GPU.
-
-    The result is bit-identical. There is no gradient: x and the gates must not require one.
-
-    Args:
-        x: ``[N, I]`` in slot order.
-        blocks, expert_offsets, bias, backend, strategy: as in `grouped_mpo_linear`.
-        routing: from `route`: its ``token_of_slot`` names every token once.
-        top_k_weights: ``[T, 1]``.
-
-    Returns:
-        ``[T, F]``.
-    """
-    check_call(x, blocks, expert_offsets, bias, None, None)
-    check_gates(top_k_weights, routing)
-    check_device("x", x, top_k_weights=top_k_weights, routing=routing.slot_of_token)
-    if x.shape[0] != routing.token_of_slot.shape[0]:
-        raise ValueError(f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}")
-    y, _, _ = forward_op(
-        *(x, blocks.left, blocks.central, blocks.right, expert_offsets, bias, None),
-        *(blocks.in_features, blocks.out_features, "none", strategy, requested_backend(backend), False),
-        *(routing.slot_of_token.long(), routing.token_of_slot.long(), top_k_weights.float().flatten()),
     )
     return y
 

@@ -7,14 +7,16 @@ weights of chosen experts alone. A piece of the blocks is computed at a time, so
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import check_range
-from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
-from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+
+if TYPE_CHECKING:
+    from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 
 LARGEST_BLOCK = 128  # rows
 PIECE = 1 << 22  # elements of rows and weights that are gathered at once
@@ -105,16 +107,16 @@ def _hidden(call: NeuronCall, piece: Piece, x: Tensor, up: Tensor, gate_up: Tens
     z = value if gate_up is None else torch.bmm(x, gate_up.transpose(1, 2))
     if call.bias is not None:
         z = z + piece.of(call.bias)[:, None]
-    act = apply_activation_(call.activation, z.clone() if call.activation == "relu" else z)
+    act = ACTIVATION[call.activation](z.clone() if call.activation == "relu" else z)
     return Hidden(act, z, act, None) if gate_up is None else Hidden(act * value, z, act, value)
 
 
 def forward(call: NeuronCall) -> Tensor:
     """See `neuron_experts`."""
-    x, tokens = call.x, call.x.shape[0]
-    check_range("top_k_index", call.top_k_index, -1, call.num_experts - 1)
+    x, tokens, num_experts = call.x, call.x.shape[0], call.up.shape[0]
+    check_range("top_k_index", call.top_k_index, -1, num_experts - 1)
     out = _total(tokens + 1, call.down.shape[2], like=x)  # the last row takes the padding's
-    for piece in _pieces(call.top_k_index, call.num_experts, *_sizes(call)):
+    for piece in _pieces(call.top_k_index, num_experts, *_sizes(call)):
         gate_up = None if call.gate_up is None else piece.of(call.gate_up)
         hidden = _hidden(call, piece, piece.rows(x), piece.of(call.up), gate_up)
         _add(out, piece.tokens, torch.bmm(hidden.h, piece.of(call.down)) * piece.gates(call.gates))
@@ -123,7 +125,7 @@ def forward(call: NeuronCall) -> Tensor:
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `NeuronBackwardCall`."""
-    x, tokens, slots = call.x, call.x.shape[0], call.gates.numel()
+    x, tokens, slots, num_experts = call.x, call.x.shape[0], call.gates.numel(), call.up.shape[0]
     need_x, need_gates, need_up, need_down, need_bias, need_gate_up = call.wanted
     dx = _total(tokens + 1 if need_x else 0, x.shape[1], like=x)
     dgates = _total(slots + 1 if need_gates else 0, like=call.gates)
@@ -131,7 +133,7 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         x.new_empty(0) if value is None or not wants else _total(*value.shape, like=value)
         for value, wants in zip(call.differentiable[2:], call.wanted[2:], strict=True)
     )
-    for piece in _pieces(call.top_k_index, call.num_experts, *_sizes(call)):
+    for piece in _pieces(call.top_k_index, num_experts, *_sizes(call)):
         rows, grad, gate, experts = piece.rows(x), piece.rows(call.grad), piece.gates(call.gates), piece.experts
         up, gate_up = piece.of(call.up), None if call.gate_up is None else piece.of(call.gate_up)
         hidden = _hidden(call, piece, rows, up, gate_up)
@@ -142,7 +144,7 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
             h = piece.clear((hidden.h * gate).to(x.dtype))
             _add(ddown, experts, torch.bmm(h.transpose(1, 2), grad))
         dh = piece.clear((dh * gate).to(x.dtype))
-        dvalue = dz = activation_backward(call.activation, dh if hidden.value is None else dh * hidden.value, hidden.z)
+        dvalue = dz = ACTIVATION_GRADIENT[call.activation](dh if hidden.value is None else dh * hidden.value, hidden.z)
         if hidden.value is not None:
             dvalue, dz = piece.clear(dh * hidden.act), piece.clear(dz)
         if need_x:

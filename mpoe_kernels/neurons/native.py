@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
-from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 
 
 def reasons(request: Request) -> list[str]:

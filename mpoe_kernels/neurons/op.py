@@ -1,4 +1,4 @@
-"""`neuron_experts`: schema, fake, autograd, autocast, kernels and the public function.
+"""`neuron_experts`: its arguments, kernels and public function.
 
 Beside a dense feed-forward network, expert e owns m hidden neurons: a token adds the outputs of the neurons of the
 experts that it chose. A neuron is one row of ``up``, ``down``, ``bias`` and ``gate_up``: adding, removing and merging
@@ -7,11 +7,12 @@ neurons are slices. Forward saves its inputs; backward recomputes the hidden act
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from mpoe_kernels.backends import add_kernels, requested_backend
+from mpoe_kernels.backends import add_kernels
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -21,60 +22,77 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.cuda_library import CUDA_OPS
+from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
-from mpoe_kernels.neurons.call import NeuronBackwardCall, NeuronCall
+from mpoe_kernels.neurons.cuda import NeuronKernels
 
-# Positions of the inputs that have gradients, in the order of the backward op's results.
-DIFFERENTIABLE = (0, 1, 3, 4, 5, 6)
+KERNELS = {"native": native, "eager": eager, "cuda": NeuronKernels(CUDA_OPS)}
 
-KERNELS = {"native": native, "eager": eager}
+
+def register(backend: str, kernels: Any) -> None:
+    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
+    any."""
+    table = {"neuron_experts": kernels.forward, "neuron_experts_backward": kernels.backward}
+    add_kernels(backend, table, getattr(kernels, "reasons", None))
+
+
 for _backend, _kernels in KERNELS.items():
-    _table = {"neuron_experts": _kernels.forward, "neuron_experts_backward": _kernels.backward}
-    add_kernels(_backend, _table, getattr(_kernels, "reasons", None))
+    register(_backend, _kernels)
 
 
-def _run(call: NeuronCall) -> Tensor:
-    return run_kernel("neuron_experts", call, call.x)
+@dataclass
+class NeuronCall(Differentiable):
+    """A forward pass of `mpoe_kernels.neuron_experts`. Its kernel returns ``o [T, O]``.
+
+    Attributes:
+        x: ``[T, I]``.
+        gates: floating ``[T, K]``.
+        top_k_index: int64 ``[T, K]``; -1: no expert.
+        up: ``[E, m, I]``; dtype of x.
+        down: ``[E, m, O]``.
+        bias: ``[E, m]`` or None.
+        gate_up: ``[E, m, I]`` of gated experts, or None.
+        activation: none, relu, gelu, gelu_tanh or silu.
+        backend: the requested backend, or ``"auto"``.
+    """
+
+    x: Tensor
+    gates: Tensor
+    top_k_index: Tensor
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None
+    gate_up: Tensor | None
+    activation: str
+    backend: str
+
+    DIFFERENTIABLE = ("x", "gates", "up", "down", "bias", "gate_up")
 
 
-def _run_backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
-    return run_kernel("neuron_experts_backward", call, call.x)
+@dataclass
+class NeuronBackwardCall(NeuronCall):
+    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients that are not needed are
+    empty.
+
+    Attributes: grad: ``[T, O]``. need: which of the gradients are needed.
+    """
+
+    grad: Tensor
+    need: list[bool]
 
 
 def _fake(call: NeuronCall) -> Tensor:
     return call.x.new_empty(call.x.shape[0], call.down.shape[2])
 
 
-def _backward_fake(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
-    return tuple(
-        value.new_empty(value.shape) if wants and value is not None else call.x.new_empty(0)
-        for value, wants in zip(call.differentiable, call.wanted, strict=True)
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.activation, ctx.backend = inputs[7:]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE]
-    grads = _backward(*ctx.saved_tensors, ctx.activation, ctx.backend, grad.contiguous(), need)
-    found = {p: g for p, g, wanted in zip(DIFFERENTIABLE, grads, need, strict=True) if wanted}
-    return tuple(found.get(position) for position in range(9))
-
-
-_backward = define_op("neuron_experts_backward", NeuronBackwardCall, 6, _run_backward, _backward_fake)
-_forward = define_op(
+_forward = define_differentiable(
     "neuron_experts",
     NeuronCall,
-    1,
-    _run,
+    NeuronBackwardCall,
+    {op: backend_kernel(op, "x", neurons=("up", 1)) for op in ("neuron_experts", "neuron_experts_backward")},
     _fake,
-    setup_context=_setup,
-    backward=_autograd,
     autocast=("x", "up", "down", "bias", "gate_up"),  # gates keep the router's float32
 )
 

@@ -1,13 +1,15 @@
-"""Routing by the kernels of csrc/cuda/routing/routing.h. Calls and results: see `call`."""
+"""Routing by the kernels of csrc/cuda/routing/routing.h. Calls and results: see `op`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+if TYPE_CHECKING:
+    from mpoe_kernels.routing.gating import Gating
+    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class RoutingKernels:
     """
 
     ops: Any
+
+    def gate(self, logits: Tensor, top_k: int, raw: bool) -> Gating:
+        """One launch. ``raw``: gates are probabilities, otherwise they sum to 1."""
+        weights, index = self.ops.gate(logits, top_k, not raw)
+        return Gating(logits, index, weights)
 
     def route(self, call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking them would wait."""
@@ -40,5 +47,7 @@ class RoutingKernels:
         """Gradients of rows and gates, each by a launch."""
         where, need = (call.token_of_slot, call.slot_of_token), (call.need_y, call.need_weights)
         dy, dweights = self.ops.combine_backward(call.grad, call.y_sorted, *where, call.top_k_weights, *need)
-        nothing = call.grad.new_empty(0)
-        return dy if call.need_y else nothing, dweights if call.need_weights else nothing
+        return (
+            dy if call.need_y else call.grad.new_empty(0),
+            dweights if call.need_weights else call.grad.new_empty(0),
+        )

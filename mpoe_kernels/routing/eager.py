@@ -1,12 +1,16 @@
-"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size. Calls: see `call`."""
+"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size. Calls: see `op`."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.indices import check_range
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from mpoe_kernels.checks import check_range
+
+if TYPE_CHECKING:
+    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +24,6 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """Key E marks a pair that is masked or dropped."""
     top_k_index, num_experts, capacity, token_mask = call.top_k_index, call.num_experts, call.capacity, call.token_mask
     tokens, top_k = top_k_index.shape
-    check_range("top_k_index", top_k_index, 0, num_experts - 1)
     keys = top_k_index
     if token_mask is not None:
         keys = keys.masked_fill(~token_mask[:, None], num_experts)
@@ -30,10 +33,11 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         order, offsets = _stable_order(by_choice, num_experts)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(order.numel(), device=order.device)
-        starts = torch.cat([offsets, offsets[-1:]]).long()[by_choice]
+        starts = torch.cat([offsets, offsets[-1:]]).long()[by_choice.clamp(0, num_experts)]
         full = (rank - starts >= capacity).view(top_k, tokens).T
         keys = keys.masked_fill(full, num_experts)
     order, offsets = _stable_order(keys.reshape(-1), num_experts)
+    check_range("top_k_index", top_k_index, 0, num_experts - 1)
     slot_of_token = torch.empty_like(order)
     slot_of_token[order] = torch.arange(order.numel(), device=order.device)
     slot_of_token = slot_of_token.view(tokens, top_k).masked_fill(keys == num_experts, -1)
@@ -78,7 +82,7 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     grad, y_sorted, slot_of_token = call.grad, call.y_sorted, call.slot_of_token
     check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
     dropped = slot_of_token < 0
-    dy = dweights = grad.new_empty(0)
+    dy, dweights = grad.new_empty(0), grad.new_empty(0)
     if call.need_y:
         # Weight of every slot; slots that no pair kept stay at zero.
         slots = y_sorted.shape[0]

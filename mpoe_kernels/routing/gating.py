@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import AUTO, requested_backend
-from mpoe_kernels.define import is_plain_call, needs_gradients
+from mpoe_kernels.backends import AUTO, BACKENDS, Request
+from mpoe_kernels.define import is_plain_call, needs_gradients, requested_backend
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +71,22 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     names_and_sizes, memory = arguments[:3], arguments[3:]
     NATIVE_LIBRARY.functions.gating(*names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found])
     return found
+
+
+def gating_of(logits: Tensor, top_k: int, raw: bool, backend: str | None = None) -> Gating | None:
+    """Decide from logits float32 ``[T, E]`` in one launch of the compiled CUDA kernels; ``raw`` as in `native_gating`.
+
+    None where they cannot run or another backend is named, and where a gradient, a compiler or a mode has a part in
+    the call.
+    """
+    if torch.compiler.is_dynamo_compiling() or not is_plain_call((logits,)) or needs_gradients((logits,)):
+        return None
+    asked = requested_backend(backend)
+    found = BACKENDS.get("cuda" if asked == AUTO and logits.is_cuda else asked)
+    if found is None or found.unsupported_reasons(Request("gate", str(logits.device), logits.dtype)):
+        return None
+    decided: Gating = found.kernels["gate"](logits, top_k, raw)
+    return decided
 
 
 def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:

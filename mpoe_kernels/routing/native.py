@@ -1,6 +1,8 @@
-"""Routing by the compiled kernels of csrc/cpu/routing/routing.h. Calls and results: see `call`."""
+"""Routing by the compiled kernels of csrc/cpu/routing/routing.h. Calls and results: see `op`."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from mpoe_kernels.native_library import (
     dense_like,
     dense_offsets,
 )
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
 def _name(name: str, tensor: Tensor) -> str:
@@ -73,14 +77,10 @@ def dispatch(call: DispatchCall) -> Tensor:
     return out
 
 
-def _sizes(rows: Tensor, index: Tensor) -> tuple[int, int, int, int]:
-    return *index.shape, *rows.shape
-
-
 def _combined(rows: Tensor, index: Tensor, gates: Tensor | None, name: str) -> Tensor:
-    out = rows.new_empty(len(index), rows.shape[1])
+    out, dtype = rows.new_empty(len(index), rows.shape[1]), _name(name, rows)
     memory = (index.data_ptr(), address(gates), rows.data_ptr(), out.data_ptr())
-    NATIVE_LIBRARY.functions.combine(_name(name, rows), _sizes(rows, index), *memory)
+    NATIVE_LIBRARY.functions.combine(dtype, (*index.shape, *rows.shape), *memory)
     return out
 
 
@@ -103,5 +103,5 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
     dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
     memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
-    NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), _sizes(rows, index), *memory)
+    NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), (*index.shape, *rows.shape), *memory)
     return dy, dweights.to(call.top_k_weights.dtype)

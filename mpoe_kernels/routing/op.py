@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import add_kernels, lazily, requested_backend
+from mpoe_kernels.backends import add_kernels, lazily
 from mpoe_kernels.checks import (
     check_device,
     check_floating,
@@ -19,9 +19,8 @@ from mpoe_kernels.checks import (
     refuse_jit_trace,
 )
 from mpoe_kernels.cuda_library import CUDA_OPS
-from mpoe_kernels.define import define_op, run_kernel
+from mpoe_kernels.define import backend_kernel, define_op, requested_backend
 from mpoe_kernels.routing import eager, native
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
 
@@ -35,8 +34,9 @@ KERNELS = {
 
 
 def register(backend: str, kernels: Any) -> None:
-    """Register a backend's kernels of these ops: functions of their names."""
-    add_kernels(backend, {op: getattr(kernels, op) for op in OPS})
+    """Register a backend's kernels of these ops, functions of their names, and its ``gate``, if it has one, for
+    `mpoe_kernels.routing.gating`."""
+    add_kernels(backend, {op: getattr(kernels, op) for op in (*OPS, "gate") if op != "gate" or hasattr(kernels, op)})
 
 
 for _backend, _kernels in KERNELS.items():
@@ -69,8 +69,10 @@ class Routing:
     is_routed: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self, by_route: bool) -> None:
-        refuse_jit_trace("Routing")
         object.__setattr__(self, "is_routed", by_route)
+        if by_route:
+            return
+        refuse_jit_trace("Routing")
         offsets = check_index("expert_offsets", self.expert_offsets, ("E + 1",))
         slots = check_index("token_of_slot", self.token_of_slot, ("N",))
         pairs = check_index("slot_of_token", self.slot_of_token, ("T", "K"))
@@ -96,6 +98,25 @@ class Routing:
 # ------------------------------------------------------------------ route
 
 
+@dataclass
+class RouteCall:
+    """Its kernel returns ``(expert_offsets, token_of_slot, slot_of_token)``.
+
+    Attributes:
+        top_k_index: int64 ``[T, K]``.
+        num_experts: E.
+        capacity: most slots of an expert, or None.
+        token_mask: bool ``[T]`` or None; ``False``: a token that is not routed.
+        backend: the one that was asked for, or ``"auto"``.
+    """
+
+    top_k_index: Tensor
+    num_experts: int
+    capacity: int | None
+    token_mask: Tensor | None
+    backend: str
+
+
 def _route_fake(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     index = call.top_k_index
     return (
@@ -105,7 +126,7 @@ def _route_fake(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_route = define_op("route", RouteCall, 3, lambda call: run_kernel("route", call, call.top_k_index), _route_fake)
+_route = define_op("route", RouteCall, 3, backend_kernel("route", "top_k_index"), _route_fake)
 
 
 def route(
@@ -154,6 +175,38 @@ def route(
 # --------------------------------------------------------------- dispatch
 
 
+@dataclass
+class DispatchCall:
+    """Its kernel returns the rows in slot order, ``[N, I]``; slots past the last offset are zero.
+
+    Attributes:
+        x: ``[T, I]``.
+        expert_offsets, token_of_slot, slot_of_token: of a `Routing`.
+        backend: as in `RouteCall`.
+    """
+
+    x: Tensor
+    expert_offsets: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+    backend: str
+
+
+@dataclass
+class DispatchBackwardCall:
+    """Its kernel returns the gradient ``[T, I]`` of x, every row a sum over its slots in a fixed order.
+
+    Attributes:
+        grad: ``[N, I]``.
+        slot_of_token: int64 ``[T, K]``; -1: no slot.
+        backend: as in `RouteCall`.
+    """
+
+    grad: Tensor
+    slot_of_token: Tensor
+    backend: str
+
+
 def _dispatch_fake(call: DispatchCall) -> Tensor:
     return call.x.new_empty(call.token_of_slot.shape[0], call.x.shape[1])
 
@@ -162,32 +215,25 @@ def _dispatch_backward_fake(call: DispatchBackwardCall) -> Tensor:
     return call.grad.new_empty(call.slot_of_token.shape[0], call.grad.shape[1])
 
 
-def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, _, slot_of_token, backend = inputs
-    ctx.save_for_backward(slot_of_token)
-    ctx.backend = backend
-
-
 def _dispatch_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (slot_of_token,) = ctx.saved_tensors
-    return _dispatch_backward(grad.contiguous(), slot_of_token, ctx.backend), None, None, None, None
+    return _dispatch_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _dispatch_backward = define_op(
     "dispatch_backward",
     DispatchBackwardCall,
     1,
-    lambda call: run_kernel("dispatch_backward", call, call.grad),
+    backend_kernel("dispatch_backward", "grad"),
     _dispatch_backward_fake,
 )
 _dispatch = define_op(
     "dispatch",
     DispatchCall,
     1,
-    lambda call: run_kernel("dispatch", call, call.x),
+    backend_kernel("dispatch", "x"),
     _dispatch_fake,
-    setup_context=_dispatch_setup,
     backward=_dispatch_autograd,
+    saves=("slot_of_token", "backend"),
 )
 
 
@@ -216,9 +262,9 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
     Returns:
         ``[N, I]``.
     """
+    check_routing(routing)
     check_tensor("x", x, ("T", "I"))
     check_floating("x", x)
-    check_routing(routing)
     check_device("x", x, routing=routing.slot_of_token)
     if x.shape[0] != routing.slot_of_token.shape[0]:
         raise ValueError(f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}")
@@ -230,14 +276,48 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
 # ---------------------------------------------------------------- combine
 
 
+@dataclass
+class CombineCall:
+    """Its kernel returns ``[T, F]``, the gated sum of a token's rows; pairs without a slot contribute nothing.
+
+    Attributes:
+        y_sorted: ``[N, F]``.
+        expert_offsets, token_of_slot, slot_of_token: of a `Routing`.
+        top_k_weights: gates, floating ``[T, K]``.
+        backend: as in `RouteCall`.
+    """
+
+    y_sorted: Tensor
+    expert_offsets: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+    top_k_weights: Tensor
+    backend: str
+
+
+@dataclass
+class CombineBackwardCall:
+    """Its kernel returns the gradients of ``y_sorted`` and ``top_k_weights``; what is not needed is empty.
+
+    Attributes:
+        grad: ``[T, F]``.
+        y_sorted, token_of_slot, slot_of_token, top_k_weights: as in `CombineCall`.
+        need_y, need_weights: which gradients.
+        backend: as in `RouteCall`.
+    """
+
+    grad: Tensor
+    y_sorted: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+    top_k_weights: Tensor
+    need_y: bool
+    need_weights: bool
+    backend: str
+
+
 def _combine_fake(call: CombineCall) -> Tensor:
     return call.y_sorted.new_empty(call.slot_of_token.shape[0], call.y_sorted.shape[1])
-
-
-def _combine_backward_kernel(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
-    dy, dweights = run_kernel("combine_backward", call, call.grad)
-    # Outputs of an op must not share memory.
-    return dy, dweights if call.need_weights else dweights.clone()
 
 
 def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
@@ -245,29 +325,23 @@ def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     return dy, torch.empty_like(call.top_k_weights) if call.need_weights else call.grad.new_empty(0)
 
 
-def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y_sorted, _, token_of_slot, slot_of_token, top_k_weights, backend = inputs
-    ctx.save_for_backward(y_sorted, token_of_slot, slot_of_token, top_k_weights)
-    ctx.backend = backend
-
-
 def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_y, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    dy, dweights = _combine_backward(grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, ctx.backend)
+    dy, dweights = _combine_backward(grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, *ctx.settings)
     return dy if need_y else None, None, None, None, dweights if need_weights else None, None
 
 
 _combine_backward = define_op(
-    "combine_backward", CombineBackwardCall, 2, _combine_backward_kernel, _combine_backward_fake
+    "combine_backward", CombineBackwardCall, 2, backend_kernel("combine_backward", "grad"), _combine_backward_fake
 )
 _combine = define_op(
     "combine",
     CombineCall,
     1,
-    lambda call: run_kernel("combine", call, call.y_sorted),
+    backend_kernel("combine", "y_sorted"),
     _combine_fake,
-    setup_context=_combine_setup,
     backward=_combine_autograd,
+    saves=("y_sorted", "token_of_slot", "slot_of_token", "top_k_weights", "backend"),
 )
 
 
@@ -282,10 +356,10 @@ def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backen
     Returns:
         ``[T, F]`` in the dtype of ``y_sorted``; tokens without a kept pair are zero. Differentiable in both.
     """
-    check_tensor("y_sorted", y_sorted, ("N", "F"))
-    check_floating("y_sorted", y_sorted)
     check_routing(routing)
     check_gates(top_k_weights, routing)
+    check_tensor("y_sorted", y_sorted, ("N", "F"))
+    check_floating("y_sorted", y_sorted)
     check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
     if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
         raise ValueError(f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got {describe(y_sorted)}")

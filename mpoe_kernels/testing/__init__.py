@@ -1,1 +1,1 @@
-"""Named cases, calibrated assertions and poisoned memory, only for tests and benchmarks."""
+"""Launches that are recorded instead of made, for tests and tools."""

@@ -14,13 +14,12 @@ import torch
 from mpoe_bench import run, section, visit
 from mpoe_bench.contender import Contender
 from mpoe_bench.gpu_cases import Case, cases
+from mpoe_bench.graphs import CaptureError
 from mpoe_bench.run import check_options, run_suite
 from mpoe_bench.section import Setup
 from mpoe_bench.suites import SCALES, sections_of
 from mpoe_bench.suites.gpu import NamedSection
 from mpoe_bench.targets import GPU_TARGETS, check_targets
-
-from mpoe_kernels.testing.graphs import CaptureError
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = [

@@ -1,4 +1,4 @@
-"""Interleaving, quantiles and memory, on functions whose times and allocations are known."""
+"""Interleaving and memory, on functions whose times and allocations are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from mpoe_bench import memory as measuring
 from mpoe_bench.memory import Memory, peak_memory, resident_peak
-from mpoe_bench.timing import Budget, interleave, quantile
+from mpoe_bench.timing import Budget, interleave
 
 
 class FakeMachine:
@@ -74,14 +74,6 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
 def test_an_unknown_baseline_is_refused() -> None:
     with pytest.raises(ValueError, match="baseline must be one of"):
         interleave({"f": int}, "g")
-
-
-def test_quantile_agrees_with_torch() -> None:
-    values = torch.rand(17).tolist()
-    for q in (0.0, 0.1, 0.5, 0.9, 1.0):
-        assert quantile(values, q) == pytest.approx(torch.tensor(values).quantile(q).item())
-    with pytest.raises(ValueError, match="at least one value"):
-        quantile([], 0.5)
 
 
 def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpoe_kernels.testing.linear_problem import LinearProblem
+from tests.linear_problem import LinearProblem
 
 from .emulation import Linear, Way
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from mpoe_kernels.backends import register_backend
 from mpoe_kernels.hidden_experts import op as hidden
 from mpoe_kernels.linear.gpu.budget import counting_reasons
+from mpoe_kernels.neurons import op as neurons
 from mpoe_kernels.routing import op as routing
 
-from .emulation import EMULATED, HIDDEN, KERNELS, ROUTING, library
+from .emulation import EMULATED, HIDDEN, KERNELS, NEURONS, ROUTING, library
 
 library()
 EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, counting_reasons
 register_backend(EMULATED)
 hidden.register("emulated", HIDDEN)
+neurons.register("emulated", NEURONS)
 routing.register("emulated", ROUTING)

@@ -19,12 +19,13 @@ from mpoe_kernels.backends import cuda_backend
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+from mpoe_kernels.neurons.cuda import NeuronKernels
 from mpoe_kernels.routing.cuda import RoutingKernels
-from mpoe_kernels.testing.assertions import poisoned_memory
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
+from tests.assertions import poisoned_memory
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated
@@ -97,7 +98,7 @@ def library() -> Emulator:
 # The backend ``cuda`` with the emulated kernels, for CPU tensors; it runs only if named.
 EMULATED = cuda_backend("emulated", "cpu", missing)
 REFUSING = RefusingOps(OPS)
-HIDDEN, ROUTING = HiddenKernels(REFUSING), RoutingKernels(REFUSING)
+HIDDEN, NEURONS, ROUTING = HiddenKernels(REFUSING), NeuronKernels(REFUSING), RoutingKernels(REFUSING)
 
 
 @contextmanager

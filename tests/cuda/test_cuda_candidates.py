@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels.contract import BlockDims, Contraction, contraction
 from mpoe_kernels.linear.cuda import IN_PANELS, LinearKernels
-from mpoe_kernels.testing.cases import workload_shape
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 ALL, WITHOUT_X = (True, True, True, True), (False, True, True, True)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import relative_error
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.cuda.contractions import CudaLaunches
 from mpoe_kernels.linear.gpu.operands import activations, block, scratch
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES
-from mpoe_kernels.testing.linear_problem import planned_strategies
+from tests.cases import SMALL_SHAPES
+from tests.linear_problem import planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case

@@ -7,14 +7,14 @@ from itertools import product
 
 import pytest
 import torch
+from mpoe_bench.cases import relative_error, workload_shape
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.cuda.panels import panel_bytes as predicted_bytes
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES, workload_shape
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
+from tests.cases import SMALL_SHAPES
 
 from .emulated_linear import ALL, Case
 from .emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats

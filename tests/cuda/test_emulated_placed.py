@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from mpoe_kernels.linear.op import ForwardCall
+from tests.assertions import poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .emulated_linear import Case
 from .emulation import KERNELS, REFUSED

@@ -6,14 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import expert_choice
 from torch import Tensor
 
+from mpoe.config import RouterConfig
+from mpoe.layers.router import TopKRouter
 from mpoe_kernels import Routing
+from mpoe_kernels.backends import BACKENDS, register_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
-from mpoe_kernels.testing.cases import expert_choice
+from mpoe_kernels.routing import op as operations
+from tests.assertions import assert_calibrated, poisoned_memory
 
-from .emulation import DTYPES, OPS, REFUSED, SCHEDULES, Schedule, library, schedule, stats
+from .emulation import DTYPES, EMULATED, OPS, REFUSED, ROUTING, SCHEDULES, Schedule, library, schedule, stats
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def _loaded() -> None:
     library()
 
 
-def gate(logits: Tensor, top_k: int, renormalize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def gate(logits: Tensor, top_k: int, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     with poisoned_memory():
         return OPS.gate(logits, top_k, renormalize)
 
@@ -47,9 +51,8 @@ def check_route(index: Tensor, experts: int, capacity: int | None = None, mask: 
 def test_gate(dtype: torch.dtype, tokens: int, experts: int, top_k: int) -> None:
     logits = (3 * torch.randn(tokens, experts)).to(dtype)
     for renormalize in (False, True):
-        probabilities, weights, index = gate(logits, top_k, renormalize)
+        weights, index = gate(logits, top_k, renormalize)
         truth = logits.double().softmax(1)
-        assert_calibrated(probabilities, truth, logits.float().softmax(1))
         order = logits.double().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
         assert torch.equal(index, order)
         chosen, same = truth.gather(1, order), logits.float().softmax(1).gather(1, order)
@@ -60,13 +63,37 @@ def test_gate(dtype: torch.dtype, tokens: int, experts: int, top_k: int) -> None
 
 def test_gate_of_equal_infinite_and_missing_logits() -> None:
     equal = torch.zeros(1, 40)
-    assert gate(equal, 3)[2].tolist() == [[0, 1, 2]]
+    assert gate(equal, 3)[1].tolist() == [[0, 1, 2]]
     impossible = torch.full((1, 6), -float("inf"))
     impossible[0, 4] = 1.0
-    assert gate(impossible, 3)[2].tolist() == [[4, 0, 1]]
-    assert gate(impossible, 1)[1].tolist() == [[1.0]]
+    assert gate(impossible, 3)[1].tolist() == [[4, 0, 1]]
+    assert gate(impossible, 1)[0].tolist() == [[1.0]]
     unknown = torch.full((1, 5), float("nan"))
-    assert gate(unknown, 2)[2].tolist() == [[0, 1]]  # valid experts, whatever the logits are
+    assert gate(unknown, 2)[1].tolist() == [[0, 1]]  # valid experts, whatever the logits are
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("is_scale_prob", [False, True])
+def test_the_router_gates_in_one_launch_where_nothing_trains(top_k: int, is_scale_prob: bool) -> None:
+    router = TopKRouter(12, 6, RouterConfig(top_k=top_k, is_scale_prob=is_scale_prob), backend="eager")
+    x = torch.randn(9, 12)
+    usual = router(x)
+    register_backend(EMULATED)
+    try:
+        router.backend = "emulated"
+        operations.register("emulated", ROUTING)
+        stats()
+        trained = router(x)
+        assert stats()["launches"] == 0
+        with torch.no_grad():
+            found = router(x)
+        assert stats()["launches"] == 1
+    finally:
+        del BACKENDS["emulated"]
+    for decided in (trained, found):
+        assert torch.equal(decided.top_k_index, usual.top_k_index)
+        torch.testing.assert_close(decided.top_k_weights, usual.top_k_weights)
+    assert top_k > 1 or is_scale_prob or bool((found.top_k_weights == 1).all())
 
 
 def test_gate_refuses_more_choices_than_experts() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from mpoe_bench.cases import random_blocks
+from mpoe_bench.graphs import graphed
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, mpo_ffn, route
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
-from mpoe_kernels.testing.graphs import graphed
+from tests.cases import SMALL_SHAPES
 
 
 def run_apart(function: Callable[..., None], *arguments: object) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mpoe_kernels import hidden_experts, neuron_experts
-from mpoe_kernels.testing.hidden_problem import HiddenProblem
-from mpoe_kernels.testing.neuron_problem import NeuronProblem
+from tests.expert_problems import HiddenProblem, NeuronProblem
 
 from .conftest import DEVICE, reasons
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, MPOShape
 from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from tests.assertions import assert_calibrated
+from tests.cases import SMALL_SHAPES
 
 from .test_device_ops import LARGE, dtypes, make_blocks, make_routing
 

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .decoding_graph import replay_a_decoding_step, run_apart
 

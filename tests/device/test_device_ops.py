@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
 from mpoe_kernels.contract import STRATEGIES
-from mpoe_kernels.linear.op import placed_mpo_linear
+from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
-from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.assertions import assert_calibrated
+from tests.cases import SMALL_SHAPES
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.

@@ -1,4 +1,4 @@
 // The ops mpoe_emulated::, in one source: torch's headers, which each of these files includes, take longest.
-#include "cuda/hidden_experts/bind.cpp"
+#include "cuda/experts/bind.cpp"
 #include "cuda/linear/bind.cpp"
 #include "cuda/routing/bind.cpp"

@@ -1,5 +1,5 @@
 // What the sweeps share. A sweep runs emulated kernels without torch and compares them with loops in double precision:
-//   sweep_linear|sweep_routing|sweep_hidden ORDER(ascending|descending|random) COPIES(lazy|eager)
+//   sweep_linear|sweep_routing|sweep_experts ORDER(ascending|descending|random) COPIES(lazy|eager)
 // Exit status: 0 right, 1 wrong values or bank conflicts, 2 the emulator reports an error; sanitizers have their own.
 // Blocks have at most 128 threads, as the thread sanitizer sees nothing in larger ones.
 #pragma once

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpoe_bench.cases import random_cores
 
 import mpoe
 import mpoe_kernels
 from mpoe_kernels import MPOShape, fold, route
 from mpoe_kernels.signatures import ARGUMENTS
-from mpoe_kernels.testing.cases import random_cores
 from tests.kernels.raw_calls import calls, run
 from tests.training.tiny import dense_model, mpoe_model
 

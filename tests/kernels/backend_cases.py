@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import random_cores
 from torch import Tensor
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, backends, fold
@@ -19,7 +20,6 @@ from mpoe_kernels.backends import (
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.contract.autotune import resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
-from mpoe_kernels.testing.cases import random_cores
 
 # ``MPOE_TEST_BACKENDS`` names other backends, as in tests/cuda/test_public_ops.py.
 BACKENDS = tuple(os.environ.get("MPOE_TEST_BACKENDS", "eager native").split())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 
 from mpoe_kernels import route
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.cases import SMALL_SHAPES
 
 TOKENS, EXPERTS, TOP_K = 5, 3, 2
 
@@ -104,7 +105,7 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         "neuron_experts": neurons,
         "neuron_experts_backward": {**neurons, "grad": torch.randn(TOKENS, 12), "need": [True] * 6},
         "mpo_embedding": table,
-        "mpo_embedding_backward": {**table, "grad": torch.randn(3, 10)},
+        "mpo_embedding_backward": {**table, "grad": torch.randn(3, 10), "need": [True] * 3},
     }
 
 

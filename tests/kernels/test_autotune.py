@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import BackendError, backends, grouped_mpo_linear
@@ -19,8 +20,8 @@ from mpoe_kernels.backends import Backend, Candidate
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
-from mpoe_kernels.testing.assertions import torch_threads
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.assertions import torch_threads
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import require
 
@@ -302,7 +303,7 @@ BITS = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from mpoe_kernels import MPOShape, grouped_mpo_linear
-from mpoe_kernels.testing.cases import random_blocks
+from mpoe_bench.cases import random_blocks
 torch.use_deterministic_algorithms(True)
 torch.manual_seed(0)
 shape = MPOShape.paper(64, 256)
@@ -319,7 +320,7 @@ def test_deterministic_bits_on_one_and_two_threads_in_two_processes(empty_cache:
     require("native")
     found = []
     for threads in ("1", "2", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True)
         found.append(done.stdout)
     assert found[0] == found[1] == found[2] != ""

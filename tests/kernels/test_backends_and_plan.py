@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,8 +28,9 @@ from mpoe_kernels import (
 from mpoe_kernels.contract import ALL_GRADIENTS
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.cuda_library import RefusingOps
-from mpoe_kernels.linear.call import ForwardCall
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.define import requested_backend
+from mpoe_kernels.linear.op import ForwardCall
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import candidate_backend, eager_kernel
 
@@ -139,13 +141,12 @@ def test_choosing_costs_little_on_repeated_sizes() -> None:
     blocks = random_blocks(SMALL_SHAPES["light"], 2, torch.float32)
     x, offsets = torch.ones(3, 12), torch.tensor([0, 1, 3])
     given = (x, blocks.left, blocks.central, blocks.right, offsets, None, None, 12, 12, "none", "auto", "auto", False)
-    call = ForwardCall(*given)
-    first, _ = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
+    first = chosen_for("grouped_mpo_linear", ForwardCall(*given), 3, ALL_GRADIENTS, False)
     samples = []
     for _ in range(5):
         start = time.thread_time()
         for _ in range(1000):
-            found, _ = chosen_for("grouped_mpo_linear", call, ALL_GRADIENTS, False)
+            found = chosen_for("grouped_mpo_linear", ForwardCall(*given), 3, ALL_GRADIENTS, False)
         samples.append((time.thread_time() - start) / 1000)
     assert found is first
     assert min(samples) < 2e-5, "a choice made before takes a few microseconds"
@@ -154,16 +155,16 @@ def test_choosing_costs_little_on_repeated_sizes() -> None:
 def test_use_backend_holds_in_its_thread_alone() -> None:
     seen = []
     with use_backend("eager"):
-        thread = threading.Thread(target=lambda: seen.append(backends.requested_backend(None)))
+        thread = threading.Thread(target=lambda: seen.append(requested_backend(None)))
         thread.start()
         thread.join()
         with use_backend("auto"):
-            seen.append(backends.requested_backend(None))
-        seen.append(backends.requested_backend(None))
+            seen.append(requested_backend(None))
+        seen.append(requested_backend(None))
     assert seen == ["auto", "auto", "eager"]
     with pytest.raises(RuntimeError, match="stop"), use_backend("eager"):
         raise RuntimeError("stop")
-    assert backends.requested_backend(None) == "auto"
+    assert requested_backend(None) == "auto"
 
 
 def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +270,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("experts", [2, 12])
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any E."""
-    from mpoe_kernels.linear.call import BackwardCall, ForwardCall
     from mpoe_kernels.linear.eager import linear_backward, linear_forward
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)

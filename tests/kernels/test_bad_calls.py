@@ -33,10 +33,10 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.native import linear_forward
+from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.routing import native as native_routing
-from mpoe_kernels.routing.call import RouteCall
+from mpoe_kernels.routing.op import RouteCall
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]

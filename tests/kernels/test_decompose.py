@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import random_cores, relative_error
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, decompose, decompose_with_errors, expert_weights, fold, reconstruct
 from mpoe_kernels.reference import weight_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_cores
+from tests.cases import SMALL_SHAPES
 
 GAUGES = ("symmetric", "orthogonal")  # for every shape; "identity" needs particular bonds and has its own tests
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape, decompose, decompose_shared, expert_weights, fold
-from mpoe_kernels.testing.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES
 
 EXPERTS = 3
 

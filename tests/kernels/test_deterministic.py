@@ -9,7 +9,7 @@ import torch
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward
-from mpoe_kernels.testing.assertions import torch_threads
+from tests.assertions import torch_threads
 
 from .backend_cases import require
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpoe_kernels.linear.eager.row_products import Named
+from mpoe_kernels.linear.eager.rows import Named
 
 
 @pytest.mark.parametrize(("first", "second"), [(("iL",), ("jL", "a")), (("a",), ("iL", "jL")), (("jL",), ("iL", "a"))])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch.library import opcheck
 
 from mpoe_kernels import MPOShape, mpo_embedding
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager
 from mpoe_kernels.reference import mpo_embedding_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import DTYPES, LAYOUTS, cast, leaves
 
@@ -62,7 +63,8 @@ def test_opcheck() -> None:
     ids = torch.tensor([3, 0, 11, 3])
     opcheck(torch.ops.mpoe.mpo_embedding.default, (ids, left, central, right, 12, 12, "auto"))
     detached = tuple(t.detach() for t in (left, central, right))
-    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, (ids, *detached, 12, 12, "auto", torch.randn(4, 12)))
+    backward = (ids, *detached, 12, 12, "auto", torch.randn(4, 12), [True, False, True])
+    opcheck(torch.ops.mpoe.mpo_embedding_backward.default, backward)
 
 
 @pytest.mark.parametrize("way", ["gather", "pairs", "rebuild"])

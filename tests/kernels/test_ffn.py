@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import mpo_ffn, route, use_backend
 from mpoe_kernels.reference import mpo_ffn_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import cast, leaves, on_every_backend, require_strategies
 

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, route
 from mpoe_kernels.backends import BackendError
 from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import cast, leaves, on_every_backend, require_strategies
 

@@ -6,8 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-
-from mpoe_kernels.testing.graphs import CaptureError, graphed
+from mpoe_bench.graphs import CaptureError, graphed
 
 
 class Device:

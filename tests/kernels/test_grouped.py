@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks, relative_error
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks
 from mpoe_kernels.contract import ALL_GRADIENTS, contraction
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.eager import candidates
+from mpoe_kernels.linear.eager import LIBRARY_GEMMS, candidates
 from mpoe_kernels.linear.gpu import library_gemms
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 PARTS = ("left", "central", "right")
 CASES = [
@@ -161,7 +161,7 @@ def test_on_a_gpu_eager_offers_them(phase: str) -> None:
         plan = contraction(strategy, *sizes, dtype, phase, need, "cuda:0")
         names = [candidate.name for candidate in candidates(plan)]
         assert names == [strategy, f"{strategy} by grouped GEMMs"]
-        assert candidates(plan)[1].run is getattr(library_gemms, phase)
+        assert candidates(plan)[1].run is getattr(LIBRARY_GEMMS, phase)
         assert [candidate.waits for candidate in candidates(plan)] == [True, False]
         assert len(candidates(contraction(strategy, *sizes, torch.float32, phase, need, "cuda:0"))) == 1
         assert len(candidates(contraction(strategy, *sizes, dtype, phase))) == 1

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from mpoe_bench.cases import relative_error
 from torch import Tensor
 from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
-from mpoe_kernels.testing.assertions import relative_error, torch_threads
-from mpoe_kernels.testing.hidden_problem import NAMES
-from mpoe_kernels.testing.hidden_problem import HiddenProblem as Problem
+from tests.assertions import torch_threads
+from tests.expert_problems import HiddenProblem as Problem
 
 from .backend_cases import on_every_backend, require
 
@@ -134,16 +134,16 @@ def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> No
 
 
 @on_every_backend
-@pytest.mark.parametrize("needed", NAMES)
+@pytest.mark.parametrize("needed", Problem.NAMES)
 def test_one_gradient_alone(backend: str, needed: str) -> None:
     """Gradients that are not requested are not computed, and the others do not change."""
     require(backend, "hidden_experts", torch.float32)
     problem = Problem(gated=True, with_bias=True, dtype=torch.float32)
     everything = problem.run(hidden_experts, torch.float32, backend=backend)
     values = [x.detach() if isinstance(x, Tensor) else x for x in arguments(problem, backend)]
-    need = [name == needed for name in NAMES]
+    need = [name == needed for name in Problem.NAMES]
     grads = torch.ops.mpoe.hidden_experts_backward(*values, problem.grad, need)
-    for name, grad in zip(NAMES, grads, strict=True):
+    for name, grad in zip(Problem.NAMES, grads, strict=True):
         if name == needed:
             assert torch.equal(grad, everything[f"d{name}"])
         else:
@@ -223,7 +223,7 @@ def test_autocast_casts_all_but_the_gates() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = problem.run(hidden_experts, torch.float32)
     assert out["o"].dtype == torch.bfloat16
-    assert {out[f"d{name}"].dtype for name in NAMES} == {torch.float32}
+    assert {out[f"d{name}"].dtype for name in Problem.NAMES} == {torch.float32}
     rounded = Problem(gated=True, with_bias=True, dtype=torch.bfloat16)
     rounded.inputs["gates"] = problem.inputs["gates"]
     assert torch.equal(out["o"], rounded.run(hidden_experts, torch.bfloat16)["o"])
@@ -248,6 +248,11 @@ WRONG = {
     "index below": ({"top_k_index": torch.full((7, 2), -2)}, r"top_k_index must lie in -1..4; got -2"),
     "right dims": ({"right": torch.ones(4, 4)}, r"right must be a tensor \[E, b, b\]"),
     "right size": ({"right": torch.ones(5, 1, 5, 5)}, "b a divisor of F = 12"),
+    "right square": (
+        {"right": torch.ones(5, 4, 3)},
+        r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3",
+    ),
+    "no experts": ({"left": torch.ones(0, 4, 4)}, r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4"),
     "left": ({"left": torch.ones(5, 3, 4, 4, dtype=torch.float64)}, r"left must be \[5, 1, 4, 4\] like right"),
     "gate alone": ({"u_gate": torch.ones(7, 12)}, "right_gate must be given with u_gate"),
     "u_gate": (

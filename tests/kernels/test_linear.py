@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import expert_choice, random_blocks, relative_error
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error, torch_threads
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import (
     LAYOUTS,

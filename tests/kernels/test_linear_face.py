@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, backends, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
 

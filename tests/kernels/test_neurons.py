@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from mpoe_bench.cases import relative_error
 from torch import Tensor
 from torch.library import opcheck
 
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.neurons import eager
-from mpoe_kernels.testing.assertions import relative_error, torch_threads
-from mpoe_kernels.testing.neuron_problem import NAMES
-from mpoe_kernels.testing.neuron_problem import NeuronProblem as Problem
+from tests.assertions import torch_threads
+from tests.expert_problems import NeuronProblem as Problem
 
 from .backend_cases import on_every_backend, require
 
@@ -108,16 +108,16 @@ def test_gradcheck(gated: bool, tokens: int) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("needed", NAMES)
+@pytest.mark.parametrize("needed", Problem.NAMES)
 def test_one_gradient_alone(backend: str, needed: str) -> None:
     """Gradients that are not requested are not computed, and the others do not change."""
     require(backend, "neuron_experts", torch.float32)
     problem = Problem(tokens=50, gated=True, with_bias=True, dtype=torch.float32)
     everything = problem.run(neuron_experts, torch.float32, backend=backend)
     values = [x.detach() if isinstance(x, Tensor) else x for x in problem.arguments(backend)]
-    need = [name == needed for name in NAMES]
+    need = [name == needed for name in Problem.NAMES]
     grads = torch.ops.mpoe.neuron_experts_backward(*values, problem.grad, need)
-    for name, grad in zip(NAMES, grads, strict=True):
+    for name, grad in zip(Problem.NAMES, grads, strict=True):
         if name == needed:
             assert torch.equal(grad, everything[f"d{name}"])
         else:
@@ -228,7 +228,7 @@ def test_autocast_casts_all_but_the_gates() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = problem.run(neuron_experts, torch.float32)
     assert out["o"].dtype == torch.bfloat16
-    assert {out[f"d{name}"].dtype for name in NAMES} == {torch.float32}
+    assert {out[f"d{name}"].dtype for name in Problem.NAMES} == {torch.float32}
     rounded = Problem(gated=True, with_bias=True, dtype=torch.bfloat16)
     rounded.inputs["gates"] = problem.inputs["gates"]
     assert torch.equal(out["o"], rounded.run(neuron_experts, torch.bfloat16)["o"])

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import Routing, combine, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.linear import ffn
-from mpoe_kernels.linear.op import placed_mpo_linear
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from mpoe_kernels.linear.ffn import placed_mpo_linear
+from tests.assertions import poisoned_memory
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import on_every_backend, require, require_strategies
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import WORKLOAD_SHAPES, random_blocks, workload_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOShape, grouped_mpo_linear, plan_contraction
@@ -23,7 +24,7 @@ from mpoe_kernels.contract import (
 )
 from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
 from mpoe_kernels.contract.plan import candidate_strategies
-from mpoe_kernels.testing.cases import SMALL_SHAPES, WORKLOAD_SHAPES, random_blocks, workload_shape
+from tests.cases import SMALL_SHAPES
 
 SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in WORKLOAD_SHAPES}}
 ROWS = (1, 2, 8, 32, 100, 512, 4096)

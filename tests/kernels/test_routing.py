@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import expert_choice
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
-from mpoe_kernels.testing.cases import expert_choice
+from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
 
 from .backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
 

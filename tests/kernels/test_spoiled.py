@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, hidden_experts, mpo_ffn, neuron_experts, route, use_backend
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import on_every_backend, strategies_of, supports
 

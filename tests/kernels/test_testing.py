@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, relative_error
 
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, relative_error
-from mpoe_kernels.testing.cases import expert_choice
+from tests.assertions import assert_calibrated, poisoned_memory
 
 
 def test_calibrated_assertion_catches_what_it_should() -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.linear.call import ForwardCall
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from mpoe_kernels.linear.op import ForwardCall
+from tests.cases import SMALL_SHAPES
 
 MATMUL = torch.backends.cuda.matmul
 

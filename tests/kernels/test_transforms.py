@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor, func, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
@@ -24,7 +25,7 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .backend_cases import on_every_backend, require
 

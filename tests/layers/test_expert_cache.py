@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from mpoe_bench.cases import relative_error
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe.layers.expert_cache import ExpertCache, full_weights_pay
 from mpoe_kernels import MPOShape
-from mpoe_kernels.testing.assertions import relative_error
 
 PLENTY = 10**9
 

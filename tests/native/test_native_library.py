@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, route
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.hidden_experts.call import HiddenCall
 from mpoe_kernels.hidden_experts.native import forward as hidden_forward
+from mpoe_kernels.hidden_experts.op import HiddenCall
 from mpoe_kernels.linear import native as kernels
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native import linear_backward, linear_forward
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.routing import native as routing
-from mpoe_kernels.routing.call import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from mpoe_kernels.testing.cases import random_blocks
+from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 

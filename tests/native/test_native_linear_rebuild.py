@@ -12,16 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, route
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.native import linear_backward, linear_forward
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.cases import SMALL_SHAPES
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain")
 DTYPES = (torch.float32, torch.bfloat16)

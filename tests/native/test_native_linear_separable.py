@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory, torch_threads
-from mpoe_kernels.testing.cases import expert_choice, random_blocks
+from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")

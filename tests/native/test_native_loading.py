@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_library_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pyt
 THREADS = """
 import os, torch
 from mpoe_kernels import MPOShape, grouped_mpo_linear, route
-from mpoe_kernels.testing.cases import random_blocks
+from mpoe_bench.cases import random_blocks
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -87,7 +88,8 @@ print(alone, pool, len(before))
 def test_one_pool_of_threads_and_one_openmp() -> None:
     """No threads and no OpenMP runtime besides torch's; torch.set_num_threads is respected and changes no bit."""
     command = [sys.executable, "-c", THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     alone, pool, runtimes = map(int, done.stdout.split())
     assert pool == alone + 1  # torch's sum started the second thread

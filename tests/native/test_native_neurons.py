@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mpoe_kernels.neurons.call import NeuronCall
 from mpoe_kernels.neurons.native import forward
+from mpoe_kernels.neurons.op import NeuronCall
 
 X, GATES, EXPERT, WEIGHTS = torch.ones(3, 4), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long), torch.ones(2, 5, 4)
 

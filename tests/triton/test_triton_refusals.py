@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 
 from mpoe_kernels import (
     BackendError,
@@ -21,8 +22,8 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
+from tests.cases import SMALL_SHAPES
 
 pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
 SHAPE = SMALL_SHAPES["light"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe_bench.cases import expert_choice, random_blocks, relative_error, workload_shape
 from mpoe_bench.contender import Contender, grad_of
 from mpoe_bench.peers.dense_experts import sorted_tokens
 from mpoe_bench.problem import Truth
@@ -24,8 +25,6 @@ from mpoe_kernels import (
     route,
 )
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
-from mpoe_kernels.testing.assertions import relative_error
-from mpoe_kernels.testing.cases import expert_choice, random_blocks, workload_shape
 
 Tensors = dict[str, Tensor]
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from mpoe_bench.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
+from mpoe_bench.peers import OF_CORES
 from mpoe_bench.problem import FFNCase
-from mpoe_bench.section import Comparison, Setup, run_section
-from mpoe_bench.suites.conversion import decomposition_section, t5_base_section
-from mpoe_bench.suites.ffn import ffn_section
+from mpoe_bench.section import Comparison, Later, Setup
+from mpoe_bench.suites.ffn import ffn_comparison
 from mpoe_bench.suites.gpu import gpu_sections
+from mpoe_bench.suites.layers import LAYERS, layers_comparison
+from mpoe_bench.suites.models import SHAPES, model_comparison
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.planner import planner_section
 from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
-from mpoe_bench.suites.train_step import train_step_comparison
-from mpoe_bench.suites.weights import temporary_weights_section
 from mpoe_bench.timing import Budget
 from mpoe_kernels.backends import AUTO
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
 
-SUITES = ("quick", "full", "planner", "targets", "gpu")
+LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
+SUITES = ("quick", "full", "planner", "targets", "layers", "models", "gpu")
 Section = Callable[[], dict[str, Any]]
 # Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
@@ -49,7 +50,8 @@ def sections_of(suite: str, scale: Scale, setup: Setup) -> Iterator[Section]:
         if setup.device != "cpu":
             raise ValueError(f"the planner suite holds CPU cases only; got device {setup.device!r}")
         return iter([_planner(scale, setup, name) for name in judged_backends(setup)])
-    return {"quick": _quick, "full": _full, "targets": _targets, "gpu": gpu_sections}[suite](scale, setup)
+    suites = {"quick": _quick, "full": _full, "targets": _targets, "layers": _layers, "models": _models}
+    return (gpu_sections if suite == "gpu" else suites[suite])(scale, setup)
 
 
 def judged_backends(setup: Setup) -> tuple[str, ...]:
@@ -78,60 +80,33 @@ def _peers(setup: Setup) -> tuple[str, ...]:
     return (*DENSE_PEERS, *(GPU_PEERS if setup.device == "cuda" else ()))
 
 
+def _compare(setup: Setup, make: Callable[..., Comparison], *arguments: Any, **options: Any) -> Section:
+    return Later(setup, partial(make, *arguments, **options))
+
+
+def _ffn(setup: Setup, case: FFNCase, shapes: Sequence[str], **options: Any) -> Section:
+    return _compare(setup, ffn_comparison, case, shapes, setup.backends, **options)
+
+
 def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
     many, few = _cases(scale, setup)
-    name = scale.shape
-    paper = name("paper_64")
-    yield partial(
-        ffn_section,
-        many,
-        ("separable", name("light_64"), paper, "paper_full"),
-        setup,
-        peers=_peers(setup),
-        core_peers=(("original: rebuild all", paper), ("original: rebuild all", "paper_full")),
-        masked=("separable",),
+    paper, bond_32, light = (scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
+    original = {"core_peers": ((ORIGINAL, paper), (ORIGINAL, "paper_full"))}
+    yield _ffn(
+        setup, many, ("separable", light, paper, "paper_full"), peers=_peers(setup), masked=("separable",), **original
     )
-    yield partial(
-        ffn_section,
-        replace(many, dtype=torch.bfloat16),
-        ("separable", paper),
-        setup,
-        peers=("dense experts, loop", "dense experts, grouped_mm"),
-        core_peers=(("original: rebuild all", paper),),
-    )
-    yield partial(
-        ffn_section,
-        few,
-        ("separable", name("paper_64"), name("paper_32"), "paper_16"),
-        setup,
-        peers=_peers(setup),
-        core_peers=(("original: rebuild all", "paper_16"),),
-    )
+    half = {"peers": (LOOP, "dense experts, grouped_mm"), "core_peers": ((ORIGINAL, paper),)}
+    yield _ffn(setup, replace(many, dtype=torch.bfloat16), ("separable", paper), **half)
+    small = {"peers": _peers(setup), "core_peers": ((ORIGINAL, "paper_16"),)}
+    yield _ffn(setup, few, ("separable", paper, bond_32, "paper_16"), **small)
     tensors = replace(few, experts=scale.few_experts, tokens=4 * scale.few_tokens)
-    yield partial(
-        ffn_section,
-        tensors,
-        ("separable", "paper_16"),
-        setup,
-        peers=("dense experts, loop",),
-        core_peers=tuple(
-            (peer, "paper_16")
-            for peer in (
-                "original: rebuild all",
-                "einsum of the cores",
-                "tltorch factorized",
-                "tltorch reconstructed",
-            )
-        ),
-    )
-    for experts in sorted({2 * scale.few_experts, scale.many_experts}):
-        more = replace(tensors, experts=experts)
-        yield partial(ffn_section, more, ("separable", "paper_16"), setup, peers=("dense experts, loop",))
+    of_cores = tuple((peer, "paper_16") for peer in OF_CORES)
+    yield _ffn(setup, tensors, ("separable", "paper_16"), peers=(LOOP,), core_peers=of_cores)
     yield from _decode(scale, setup, ("separable", "paper_16"))
     yield from _ops(scale, setup, ("separable", paper))
-    yield _train_step(scale, setup, ("separable",))
-    yield _weights(scale, setup, (scale.few_experts, 2 * scale.few_experts))
-    yield partial(decomposition_section, ("separable", "paper_full"), (scale.model, scale.hidden), setup)
+    yield _train_step(scale, setup, ("neurons", "hidden", "separable"))
+    where = (setup.backends, setup.device)
+    yield _compare(setup, layers_comparison, (scale.model, scale.hidden), scale.many_tokens, 1, torch.float32, *where)
     if setup.device == "cpu":
         yield _planner(scale, setup, judged_backends(setup)[0], quick=True)
 
@@ -139,46 +114,22 @@ def _quick(scale: Scale, setup: Setup) -> Iterator[Section]:
 def _targets(scale: Scale, setup: Setup) -> Iterator[Section]:
     """Only what the targets need, in both dtypes."""
     many, few = _cases(scale, setup)
-    name = scale.shape
-    shapes = ("separable", name("light_64"), name("paper_64"), "paper_full")
-    original = tuple(("original: rebuild all", shape) for shape in (name("paper_64"), "paper_full"))
+    paper, bond_32, light = (scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
+    large = {
+        "peers": (LOOP,),
+        "core_peers": ((ORIGINAL, paper), (ORIGINAL, "paper_full")),
+        "masked": ("separable", paper, "paper_full"),
+    }
     for dtype in (torch.float32, torch.bfloat16):
-        yield partial(
-            ffn_section,
-            replace(many, dtype=dtype),
-            shapes,
-            setup,
-            peers=("dense experts, loop",),
-            core_peers=original,
-            masked=("separable", name("paper_64"), "paper_full"),
-        )
-        idle = replace(many, experts=scale.many_experts, dtype=dtype)
-        yield partial(ffn_section, idle, ("separable",), setup)
-        yield partial(
-            ffn_section,
-            replace(few, dtype=dtype),
-            ("separable", name("paper_64"), name("paper_32"), "paper_16"),
-            setup,
-            peers=("dense experts, loop",),
-        )
-    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
-
-
-def _weights(scale: Scale, setup: Setup, experts: tuple[int, ...]) -> Section:
-    shapes = ("separable", scale.shape("light_64"), scale.shape("paper_64"), "paper_full")
-    sizes = (scale.model, scale.hidden)
-    return partial(temporary_weights_section, shapes, sizes, experts, scale.many_tokens, setup)
+        yield _ffn(setup, replace(many, dtype=dtype), ("separable", light, paper, "paper_full"), **large)
+        yield _ffn(setup, replace(many, experts=scale.many_experts, dtype=dtype), ("separable",))
+        yield _ffn(setup, replace(few, dtype=dtype), ("separable", paper, bond_32, "paper_16"), peers=(LOOP,))
 
 
 def _decode(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
     for tokens in (1, 8):
         case = replace(_cases(scale, setup)[1], experts=scale.few_experts, tokens=tokens)
-        yield partial(ffn_section, case, shapes, setup, peers=("dense experts, loop",), key="decode")
-
-
-def _compare(setup: Setup, make: Callable[..., Comparison], *arguments: Any) -> Section:
-    """A section whose tensors are created when it runs."""
-    return lambda: run_section(make(*arguments), setup)
+        yield _ffn(setup, case, shapes, peers=(LOOP,), key="decode")
 
 
 def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Section]:
@@ -194,67 +145,65 @@ def _ops(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Iterator[Sectio
     yield _compare(setup, embedding_comparison, *table, setup.device, setup.backends)
 
 
+def _layers(scale: Scale, setup: Setup) -> Iterator[Section]:
+    """Mixtures around a dense network: a training batch, and few tokens through as many layers as a model has."""
+    sizes, depth = (scale.model, scale.hidden), LAYERS if scale.judged else 2
+    large = (2048, 8192) if scale.judged else (64, 128)
+    where = (setup.backends, setup.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, layers in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
+            yield _compare(setup, layers_comparison, sizes, tokens, layers, dtype, *where)
+        yield _compare(setup, layers_comparison, large, scale.many_tokens, 1, dtype, *where, chosen="neurons 64")
+
+
 def _train_step(scale: Scale, setup: Setup, shapes: tuple[str, ...]) -> Section:
     sizes = (scale.model, scale.hidden)
-    return _compare(setup, train_step_comparison, shapes, sizes, scale.few_experts, scale.step_tokens, setup.device)
+    return _compare(
+        setup, model_comparison, "train_step", shapes, sizes, scale.few_experts, scale.step_tokens, setup.device
+    )
+
+
+def _models(scale: Scale, setup: Setup) -> Iterator[Section]:
+    """A T5 of base size in bfloat16: an AdamW step, and `generate` one token at a time and in batches."""
+    where = ((scale.model, scale.hidden), scale.few_experts)
+    depth = LAYERS if scale.judged else 1
+    step = (8, 256) if scale.judged else scale.step_tokens
+    few = ("neurons", "hidden", "separable")
+    yield _compare(setup, model_comparison, "train_step", few, *where, step, setup.device, depth, torch.bfloat16)
+    for batch in (1, 8):
+        new = (batch, 24 if scale.judged else 3)
+        shapes = tuple(SHAPES)
+        yield _compare(setup, model_comparison, "generate", shapes, *where, new, setup.device, 4, torch.bfloat16)
 
 
 def _full(scale: Scale, setup: Setup) -> Iterator[Section]:
     many, few = _cases(scale, setup)
-    name = scale.shape
-    shapes = tuple(dict.fromkeys(name(shape) for shape in WORKLOAD_SHAPES))
-    paper = name("paper_64")
-    loop = ("dense experts, loop",)
-    original = tuple(("original: rebuild all", shape) for shape in (paper, "paper_full"))
+    shapes = tuple(dict.fromkeys(scale.shape(shape) for shape in WORKLOAD_SHAPES))
+    paper, light = scale.shape("paper_64"), scale.shape("light_64")
+    peers: dict[str, Any] = {"peers": _peers(setup), "core_peers": ((ORIGINAL, paper), (ORIGINAL, "paper_full"))}
     for dtype in (torch.float32, torch.bfloat16):
         masked = ("separable", paper, "paper_full") if dtype == torch.float32 else ()
-        yield partial(
-            ffn_section,
-            replace(many, dtype=dtype),
-            shapes,
-            setup,
-            peers=_peers(setup),
-            core_peers=original,
-            masked=masked,
-        )
-        yield partial(ffn_section, replace(few, dtype=dtype), shapes, setup, peers=_peers(setup), core_peers=original)
+        yield _ffn(setup, replace(many, dtype=dtype), shapes, masked=masked, **peers)
+        yield _ffn(setup, replace(few, dtype=dtype), shapes, **peers)
     tokens = sorted({1, 8, scale.few_tokens, scale.many_tokens // 4, scale.many_tokens})
     tokens += [4096, 32768] if setup.device == "cuda" else []
-    curve = ("separable", name("light_64"), "paper_full", paper, "paper_16")
+    curve = ("separable", light, "paper_full", paper, "paper_16")
     for experts in (scale.few_experts, 2 * scale.few_experts, scale.many_experts):
         for count in tokens:
             case = replace(many, experts=experts, tokens=count)
-            yield partial(ffn_section, case, curve, setup, peers=(*loop, "dense experts, grouped_mm"))
+            yield _ffn(setup, case, curve, peers=(LOOP, "dense experts, grouped_mm"))
     for load in WORKLOAD_LOADS[1:]:
-        yield partial(ffn_section, replace(many, load=load), ("separable", paper), setup, peers=_peers(setup))
+        yield _ffn(setup, replace(many, load=load), ("separable", paper), peers=_peers(setup))
     sizes = WORKLOAD_SIZES[1] if scale.judged else (64, 128)
     large = replace(many, model=sizes[0], hidden=sizes[1])
-    yield partial(ffn_section, large, ("separable", name("light_64"), paper, "paper_full"), setup, peers=loop)
-    tensors = replace(many, tokens=4 * scale.few_tokens)
-    yield partial(
-        ffn_section,
-        tensors,
-        (paper, "paper_16"),
-        setup,
-        core_peers=tuple(
-            (peer, shape)
-            for shape in (paper, "paper_16")
-            for peer in (
-                "original: rebuild all",
-                "einsum of the cores",
-                "tltorch factorized",
-                "tltorch reconstructed",
-            )
-        ),
-    )
+    yield _ffn(setup, large, ("separable", light, paper, "paper_full"), peers=(LOOP,))
+    of_cores = tuple((peer, shape) for shape in (paper, "paper_16") for peer in OF_CORES)
+    yield _ffn(setup, replace(many, tokens=4 * scale.few_tokens), (paper, "paper_16"), core_peers=of_cores)
     yield from _decode(scale, setup, curve)
-    yield from _ops(scale, setup, ("separable", name("light_64"), paper, "paper_full"))
-    sizes = (scale.model, scale.hidden)
-    yield _train_step(scale, setup, ("separable", "light", "paper"))
-    yield _weights(scale, setup, (scale.few_experts, scale.many_experts))
-    yield partial(decomposition_section, ("separable", name("light_64"), paper, "paper_full"), sizes, setup)
-    if scale.judged:
-        yield partial(t5_base_section, ("separable", "light", "paper"), setup)
+    yield from _ops(scale, setup, ("separable", light, paper, "paper_full"))
+    yield _train_step(scale, setup, tuple(SHAPES))
+    yield from _layers(scale, setup)
+    yield from _models(scale, setup)
     if setup.device == "cpu":
         for backend in judged_backends(setup):
             yield _planner(scale, setup, backend)

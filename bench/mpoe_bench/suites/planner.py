@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from mpoe_bench.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 from mpoe_bench.section import Setup
 from mpoe_bench.timing import Budget, Measure, cpu_measure, interleave
 from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
@@ -24,7 +25,6 @@ from mpoe_kernels.backends import AUTO, Candidate
 from mpoe_kernels.contract import autotune
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.contract.ranking import Problem
-from mpoe_kernels.testing.cases import JUDGED_WORKLOADS, Workload, expert_choice, random_blocks
 
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
 TOLERANCE, WANTED_SHARE = 1.15, 0.9

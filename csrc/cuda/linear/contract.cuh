@@ -70,28 +70,6 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int i
   }
 }
 
-// The group of a tile; `tile` becomes its number inside the group. Returns `count` for a tile past the last group's.
-// All lanes of a warp must call it: each looks at one group of 32.
-template <class Tiles>
-__device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles_of_group) {
-  const int lane = threadIdx.x & 31;
-  ROLLED
-  for (int first = 0; first < count; first += 32) {
-    const int own = first + lane < count ? tiles_of_group(first + lane) : 0;
-    int sum = own;  // of this group and those before it
-    UNROLL
-    for (int step = 1; step < 32; step <<= 1) {
-      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
-      if (lane >= step) sum += left;
-    }
-    const int before = __popc(__ballot_sync(dev::kFullWarp, sum <= tile));  // groups that end before the tile
-    const int skipped = __shfl_sync(dev::kFullWarp, before < 32 ? sum - own : sum, before < 32 ? before : 31);
-    tile -= skipped;
-    if (before < 32) return first + before;
-  }
-  return count;
-}
-
 // Grid: (tiles of m over all groups, tiles of n, groups unless they are in m).
 template <class T, class TileT, bool kMajorA, bool kMajorB>
 __global__ void __launch_bounds__(TileT::kThreads, 1) contract_kernel(const __grid_constant__ ContractArguments p) {

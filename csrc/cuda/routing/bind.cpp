@@ -8,20 +8,19 @@
 namespace mpoe::cuda {
 namespace {
 
-// Softmax probabilities [T, E], weights and index [T, K] of the most probable experts.
-std::tuple<Tensor, Tensor, Tensor> gate_op(const Tensor& logits, int64_t top_k, bool renormalize) {
+// Weights and index [T, K] of the most probable experts.
+std::tuple<Tensor, Tensor> gate_op(const Tensor& logits, int64_t top_k, bool renormalize) {
   const OnDevice device(logits);
   MPOE_CHECK(logits.dim() == 2, "logits must have 2 axes; got ", logits.dim());
   const Tensor in = dense(logits);
   const int64_t tokens = in.size(0), experts = in.size(1);
   MPOE_CHECK(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
-  Tensor probabilities = torch::stable::new_empty(in, {tokens, experts}, ScalarType::Float);
   Tensor weights = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Float);
   Tensor index = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Long);
-  gate(kernel_dtype(in, "logits"), in.const_data_ptr(), probabilities.mutable_data_ptr<float>(),
-       weights.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>(), counted(tokens, "the number of tokens"),
+  gate(kernel_dtype(in, "logits"), in.const_data_ptr(), weights.mutable_data_ptr<float>(),
+       index.mutable_data_ptr<int64_t>(), counted(tokens, "the number of tokens"),
        counted(experts, "the number of experts"), counted(top_k, "top_k"), renormalize, device.stream());
-  return {probabilities, weights, index};
+  return {weights, index};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t num_experts,
@@ -125,7 +124,7 @@ std::tuple<Tensor, Tensor> combine_backward_op(
 }  // namespace mpoe::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
-  m.def("gate(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor, Tensor)");
+  m.def("gate(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def("route(Tensor top_k_index, int num_experts, int? capacity, Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
   m.def("dispatch(Tensor x, Tensor expert_offsets, Tensor token_of_slot) -> Tensor");
   m.def("combine(Tensor y_sorted, Tensor slot_of_token, Tensor? top_k_weights) -> Tensor");

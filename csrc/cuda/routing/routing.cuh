@@ -14,9 +14,8 @@ constexpr int kFewPairs = 1024;                    // up to this many are sorted
 
 struct GateArguments {
   const void* logits = nullptr;  // [T, E]
-  float* probabilities = nullptr;  // [T, E] or null
-  float* weights = nullptr;        // [T, K]
-  int64_t* index = nullptr;        // [T, K], most probable first; among equals the smaller number
+  float* weights = nullptr;      // [T, K]
+  int64_t* index = nullptr;      // [T, K], most probable first; among equals the smaller number
   int tokens = 0, experts = 0, top_k = 0;
   bool renormalize = false;  // weights sum to 1 over the choices
 };
@@ -64,11 +63,6 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
   float sum = 0.f;
   for (int expert = lane; expert < p.experts; expert += 32) sum += expf(dev::to_float(logits[expert]) - largest);
   sum = warp_sum(sum);
-  if (p.probabilities) {
-    for (int expert = lane; expert < p.experts; expert += 32) {
-      p.probabilities[int64_t(token) * p.experts + expert] = expf(dev::to_float(logits[expert]) - largest) / sum;
-    }
-  }
   Candidate last{kInfinity, -1};
   float chosen = 0.f;  // sum of the choices' numerators
   for (int k = 0; k < p.top_k; ++k) {
@@ -82,11 +76,11 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
     chosen += numerator;
     if (lane == 0) {
       p.index[int64_t(token) * p.top_k + k] = last.expert;
-      p.weights[int64_t(token) * p.top_k + k] = numerator / sum;
+      p.weights[int64_t(token) * p.top_k + k] = p.renormalize ? numerator : numerator / sum;
     }
   }
   if (p.renormalize && lane == 0) {
-    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] *= sum / chosen;
+    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] /= chosen;  // a lone one becomes 1
   }
 }
 
@@ -266,23 +260,17 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 
 // ------------------------------------------------------------------ rows
 
-// kPer adjacent elements, moved at once.
-template <class T, int kPer>
-struct alignas(sizeof(T) * kPer) Pack {
-  T v[kPer];
-};
-
 // out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
     dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out, int columns) {
   const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;
-  Pack<T, kPer> pack{};
+  dev::Pack<T, kPer> pack{};
   if (slot < *filled) {
-    pack = *reinterpret_cast<const Pack<T, kPer>*>(x + token_of_slot[slot] * x_stride + column);
+    pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(x + token_of_slot[slot] * x_stride + column);
   }
-  *reinterpret_cast<Pack<T, kPer>*>(out + int64_t(slot) * columns + column) = pack;
+  *reinterpret_cast<dev::Pack<T, kPer>*>(out + int64_t(slot) * columns + column) = pack;
 }
 
 // out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept; gates null: all 1.
@@ -296,15 +284,15 @@ __global__ void __launch_bounds__(kRouteThreads)
   for (int k = 0; k < top_k; ++k) {
     const int64_t pair = int64_t(token) * top_k + k, slot = slot_of_token[pair];
     if (slot < 0) continue;
-    const auto pack = *reinterpret_cast<const Pack<T, kPer>*>(rows + slot * columns + column);
+    const auto pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + slot * columns + column);
     const float gate = gates ? gates[pair] : 1.f;
     UNROLL
     for (int e = 0; e < kPer; ++e) sum[e] += gate * dev::to_float(pack.v[e]);
   }
-  Pack<T, kPer> pack;
+  dev::Pack<T, kPer> pack;
   UNROLL
   for (int e = 0; e < kPer; ++e) pack.v[e] = dev::from_float<T>(sum[e]);
-  *reinterpret_cast<Pack<T, kPer>*>(out + int64_t(token) * columns + column) = pack;
+  *reinterpret_cast<dev::Pack<T, kPer>*>(out + int64_t(token) * columns + column) = pack;
 }
 
 // Gradients of combine: drows[s] = gate grad[t], dgates[t, k] = <rows[s], grad[t]> for the pair (t, k) in slot s; zero
@@ -323,18 +311,18 @@ __global__ void __launch_bounds__(kRouteThreads)
   const float gate = pair >= 0 ? gates[pair] : 0.f;
   float sum = 0.f;
   for (int column = static_cast<int>(threadIdx.x) * kPer; column < columns; column += kRouteThreads * kPer) {
-    Pack<T, kPer> out{};
+    dev::Pack<T, kPer> out{};
     if (pair >= 0) {
-      const auto g = *reinterpret_cast<const Pack<T, kPer>*>(grad + token * columns + column);
+      const auto g = *reinterpret_cast<const dev::Pack<T, kPer>*>(grad + token * columns + column);
       UNROLL
       for (int e = 0; e < kPer; ++e) out.v[e] = dev::from_float<T>(gate * dev::to_float(g.v[e]));
       if (dgates) {
-        const auto row = *reinterpret_cast<const Pack<T, kPer>*>(rows + int64_t(slot) * columns + column);
+        const auto row = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + int64_t(slot) * columns + column);
         UNROLL
         for (int e = 0; e < kPer; ++e) sum += dev::to_float(g.v[e]) * dev::to_float(row.v[e]);
       }
     }
-    if (drows) *reinterpret_cast<Pack<T, kPer>*>(drows + int64_t(slot) * columns + column) = out;
+    if (drows) *reinterpret_cast<dev::Pack<T, kPer>*>(drows + int64_t(slot) * columns + column) = out;
   }
   if (!dgates) return;
   if (pair < 0) {

@@ -12,9 +12,9 @@ namespace mpoe::cuda {
 constexpr int kMostExperts = 4096;  // their counts must fit into shared memory
 
 // Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
-// weights [T, K] (renormalized: they sum to 1), probabilities [T, E] unless null.
-void gate(Dtype dtype, const void* logits, float* probabilities, float* weights, int64_t* index, int tokens, int experts,
-          int top_k, bool renormalize, cudaStream_t stream);
+// weights [T, K] (renormalized: they sum to 1).
+void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int tokens, int experts, int top_k,
+          bool renormalize, cudaStream_t stream);
 
 struct Route {
   const int64_t* index = nullptr;  // [T, K]; outside 0..E-1: like a masked token

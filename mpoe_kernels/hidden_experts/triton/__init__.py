@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.hidden_experts.call import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton.block_gradients import hidden_blocks_kernel, hidden_sums_kernel
 from mpoe_kernels.hidden_experts.triton.forward import hidden_forward_kernel
 from mpoe_kernels.hidden_experts.triton.row_gradients import hidden_rows_kernel
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, compiler_options, fitted, shipped_tiles
-from mpoe_kernels.indices import check_range
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.cuda.contractions import CudaLaunches
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.gpu import steps
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 READ = ("x", "left", "central", "right", *steps.DENSE)
 IN_PANELS = "rebuild in panels"  # name of the candidate whose weights stay on chip

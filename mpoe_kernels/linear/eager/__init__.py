@@ -1,72 +1,149 @@
-"""Grouped MPO linear: strategy, bias and activation around the kernels of the strategies."""
+"""Grouped MPO linear in PyTorch: offsets, bias, activation and their gradients around the products of a strategy.
+
+`rebuild` makes one expert's weight after the other; the other strategies multiply rows by blocks, in `rows`, as the
+program says (`mpoe_kernels.contract.program`).
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import Candidate
+from mpoe_kernels.backends import Candidate, lazily
 from mpoe_kernels.contract import Contraction
-from mpoe_kernels.indices import check_offsets, check_range
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.eager.activation import Upstream, apply_activation_
+from mpoe_kernels.contract.program import KEPT, backward_program, forward_program
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
-from mpoe_kernels.linear.eager.row_products import rows_backward, rows_forward
-from mpoe_kernels.linear.gpu import library_gemms
+from mpoe_kernels.linear.eager.rows import Pass, run
 from mpoe_kernels.linear.gpu.budget import counting_reasons
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
+
+LIBRARY_GEMMS = lazily("mpoe_kernels.linear.gpu.library_gemms", "forward", "backward")
+Group = tuple[int, int, int]  # expert, first slot, last slot + 1
+BlockGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x by slot, left, central, right
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
     """Expert by expert; on a GPU also with the library's grouped GEMMs, which need not wait for the offsets."""
-    run = linear_forward if plan.phase == "forward" else linear_backward
-    found = [Candidate("eager", plan.strategy, plan.strategy, run, waits=True)]
+    compute = linear_forward if plan.phase == "forward" else linear_backward
+    found = [Candidate("eager", plan.strategy, plan.strategy, compute, waits=True)]
     if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):
-        run = library_gemms.forward if plan.phase == "forward" else library_gemms.backward
-        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, run))
+        by_gemms = getattr(LIBRARY_GEMMS, plan.phase)
+        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, by_gemms))
     return found
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
-    x, offsets = call.x, call.expert_offsets.tolist()
-    check_offsets(offsets, call.slots)
-    if call.row_index is not None:
-        check_range("row_index", call.row_index, 0, x.shape[0] - 1)
-    h, saved = x.new_empty(0), x.new_empty(0)
+    groups, last = _busy_experts(call)
     if call.strategy == "rebuild":
-        z = rebuild_forward(call, offsets)
+        z, h = rebuild_forward(call, groups), None
     else:
-        z, central_step = rows_forward(call, offsets)
-        if central_step is not None:
-            h = central_step
-    last = offsets[-1]
+        z, h = _rows_forward(call, groups)
     if call.bias is not None:
         z[:last] += call.bias
-    if call.saves_z:
-        saved = z
-    y = apply_activation_(call.activation, z)
-    y[last:] = 0  # the activation of zero need not be zero
-    return y.contiguous(), h, saved.contiguous()
+    for rows in (z, h):
+        if rows is not None and last < call.slots:
+            rows[last * len(rows) // call.slots :] = 0
+    y = ACTIVATION[call.activation](z)
+    if last < call.slots:
+        y[last:] = 0  # the activation of zero need not be zero
+    saved = z.contiguous() if call.saves_z else z.new_empty(0)
+    return y.contiguous(), z.new_empty(0) if h is None else h, saved
 
 
 def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    offsets = call.expert_offsets.tolist()
-    check_offsets(offsets, call.slots)
-    if call.row_index is not None:
-        check_range("row_index", call.row_index, 0, call.x.shape[0] - 1)
-    upstream = Upstream(call.grad, call.activation, call.saved, call.need[4])
-    parts: tuple[Tensor | None, ...] = (None,) * 4
+    groups, last = _busy_experts(call)
+    upstream = Upstream(call)
+    found: BlockGradients = (None,) * 4
     if not any(call.need_of_plan):
-        upstream.rows(0, offsets[-1])
-    elif call.strategy == "rebuild":
-        parts = rebuild_backward(call, upstream, offsets)
+        upstream.rows(0, last)
     else:
-        parts = rows_backward(call, upstream, offsets)
+        found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(call, upstream, groups)
+    dx, dleft, dcentral, dright = found
+    for stacked in (dleft, dright):
+        if stacked is not None and len(groups) < call.num_experts:
+            stacked[sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})] = 0
+    if dx is not None:
+        dx[last:] = 0
+        dx = dx if call.row_index is None else torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
     dbias = None if upstream.bias is None else upstream.bias.to(call.grad.dtype)
-    dx = parts[0]
-    if dx is not None and call.row_index is not None:
-        dx = torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
-    empty = call.grad.new_empty(0)
-    results = [empty.clone() if part is None else part.contiguous() for part in (dx, *parts[1:], dbias)]
-    return results[0], results[1], results[2], results[3], results[4]
+    results = (dx, dleft, dcentral, dright, dbias)
+    first, *others = (call.grad.new_empty(0) if each is None else each.contiguous() for each in results)
+    return first, others[0], others[1], others[2], others[3]
+
+
+def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
+    """The experts that have slots, and the number of filled slots."""
+    offsets, slots = call.expert_offsets.tolist(), call.slots
+    if offsets[0] != 0 or offsets[-1] > slots or offsets != sorted(offsets):
+        raise ValueError(f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}")
+    if call.row_index is not None and call.row_index.is_cpu and slots:
+        lowest, highest = (int(bound) for bound in call.row_index.aminmax())
+        if lowest < 0 or highest >= call.x.shape[0]:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"row_index must lie in 0..{call.x.shape[0] - 1}; got {wrong}")
+    ranges = enumerate(zip(offsets, offsets[1:], strict=False))
+    return [(expert, start, stop) for expert, (start, stop) in ranges if stop > start], offsets[-1]
+
+
+def _rows_forward(call: ForwardCall, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
+    """``(z [N, F], h)``: pre-activation without bias, and the central step's result ``[N jC, b]`` if separable is to
+    save it; both are undefined in slots without an expert."""
+    x, dims = call.x, call.dims
+    program = forward_program(dims, call.strategy)
+    whole = Pass(program, call)
+    # A separable shape's last rows are padded in memory, so they can be written directly to their place.
+    padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
+    whole.rows["y"] = x.new_empty(call.slots, padded)
+    if call.save and program.strategy == "separable":
+        whole.rows[KEPT] = x.new_empty(call.slots, dims.jC * dims.b)
+    run(program, whole.chunks(groups))
+    h = whole.rows.get(KEPT)
+    return whole.rows["y"][:, : dims.out_features], None if h is None else h.view(-1, dims.b)
+
+
+def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
+    """Rows other than h, which the forward of separable saved, are computed again if they are read."""
+    x, dims, need, h = call.x, call.dims, call.need_of_plan, call.saved_h
+    program = backward_program(dims, call.strategy, need, h is not None)
+    whole = Pass(program, call, upstream)
+    if need[0]:
+        whole.rows["d x"] = x.new_empty(call.slots, dims.iL * dims.iC * dims.iR)
+    if h is not None:
+        whole.rows[KEPT] = h.view(call.slots, dims.jC * dims.b)
+    whole.aux = {f"d {k}": x.new_empty(whole.blocks[k].shape) for k, n in (("L", need[1]), ("R", need[3])) if n}
+    run(program, whole.chunks(groups))
+    dx = whole.rows["d x"][:, : dims.in_features] if need[0] else None
+    dcentral = None
+    if need[2]:
+        like = call.central
+        dcentral = torch.zeros_like(like) if whole.central is None else whole.central.to(like.dtype)
+    return dx, whole.aux.get("d L"), dcentral, whole.aux.get("d R")
+
+
+class Upstream:
+    """The gradient of the pre-activations; the activation's is applied only when rows are requested, so they are still
+    in cache when an expert's products read them. Every row must be requested exactly once.
+
+    Attributes:
+        bias: gradient of the bias, summed over the rows requested so far; None if it is not needed.
+    """
+
+    def __init__(self, call: BackwardCall) -> None:
+        self._grad, self._activation, self._saved = call.grad, call.activation, call.saved
+        dtype = torch.promote_types(call.grad.dtype, torch.float32)
+        self.bias = call.grad.new_zeros(call.out_features, dtype=dtype) if call.need[4] else None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Those of slots ``start..stop``."""
+        saved = self._saved if self._activation == "none" else self._saved[start:stop]
+        dz = ACTIVATION_GRADIENT[self._activation](self._grad[start:stop], saved)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
+        return dz

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
-from mpoe_kernels.linear.eager.activation import activation_backward, apply_activation_
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.gpu import steps
 from mpoe_kernels.linear.gpu.operands import Operand
 from mpoe_kernels.linear.gpu.primitives import Rows, Sum
 from mpoe_kernels.linear.gpu.products import Pass, walk
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +172,7 @@ class GroupedLaunches:
             z = z + product.bias
         if product.pre is not None:
             here.write(z, product.pre)
-        here.write(apply_activation_(product.activation, z), out.data)
+        here.write(ACTIVATION[product.activation](z), out.data)
 
     def gradient(self, product: Sum) -> None:
         """See `mpoe_kernels.linear.gpu.primitives.Primitives`."""
@@ -211,7 +214,7 @@ class GroupedLaunches:
         self, grad: Tensor, saved: Tensor, offsets: Tensor, activation: str, need_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See `mpoe_kernels.linear.gpu.primitives.Surrounding`."""
-        dz = activation_backward(activation, grad, saved)
+        dz = ACTIVATION_GRADIENT[activation](grad, saved)
         if not need_bias:
             return dz, None
         inside = torch.arange(grad.shape[0], device=grad.device) < offsets[-1]

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpoe_kernels.contract.driver import run
 from mpoe_kernels.contract.orders import AXES, BlockDims
 from mpoe_kernels.contract.program import COMPOSITES, Product, Program, is_block, value_of
+from mpoe_kernels.linear.eager.rows import run
 from mpoe_kernels.linear.gpu.budget import experts_at_once, room
 from mpoe_kernels.linear.gpu.operands import Operand, activations, block, row_major
 from mpoe_kernels.linear.gpu.primitives import Primitives, Rows, Sum, Surrounding
@@ -36,7 +36,7 @@ class Pass:
         values: inputs, and memory for the caller's results, see `BlockGradients`.
         row_index: row of x that each slot reads.
         bias, activation, pre: epilogue of y; ``pre`` receives the pre-activation.
-        out_index, gates: see `mpoe_kernels.linear.call.ForwardCall`.
+        out_index, gates: see `mpoe_kernels.linear.op.ForwardCall`.
     """
 
     program: Program
@@ -75,7 +75,7 @@ class Pass:
 
 @dataclass
 class GpuChunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.contract.driver.Chunk`."""
+    """The products for experts ``first:last``; see `mpoe_kernels.linear.eager.rows.run`."""
 
     whole: Pass
     primitives: Primitives

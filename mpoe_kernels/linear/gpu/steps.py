@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.contract import program_of
 from mpoe_kernels.contract.program import KEPT, Need
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu.products import BlockGradients, Launches, Pass, blocks_of
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_GRADIENTS: Gradients = (None, None, None)
 
 
-Call = TypeVar("Call", ForwardCall, BackwardCall)
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
 # Tensors that the kernels of every backend require to be dense.
 DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
 

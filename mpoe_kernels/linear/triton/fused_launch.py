@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton.configs import fused_choice
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
 from mpoe_kernels.linear.gpu import steps
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton.fused_launch import block_gradients, rows_times_weight
 from mpoe_kernels.linear.triton.gemm_launches import LAUNCHES
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.call import BackwardCall, ForwardCall
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton.candidates import ON_CHIP
 from mpoe_kernels.linear.triton.passes import (
     backward_by_steps,
@@ -15,8 +15,8 @@ from mpoe_kernels.linear.triton.passes import (
     forward_by_steps,
     forward_on_chip,
 )
-from mpoe_kernels.testing.assertions import poisoned_memory
-from mpoe_kernels.testing.linear_problem import LinearProblem, planned_strategies
+from tests.assertions import poisoned_memory
+from tests.linear_problem import LinearProblem, planned_strategies
 
 
 def strategies_of(shape: MPOShape) -> list[str]:

@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from torch import Tensor
 
 from mpoe_kernels import grouped_mpo_linear
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.linear.triton import gemm_launches as launch
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
+from tests.cases import SMALL_SHAPES
 
 from .linear_runs import Case, strategies_of
 

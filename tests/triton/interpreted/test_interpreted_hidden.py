@@ -11,8 +11,8 @@ from torch.library import opcheck
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts import triton as launch
 from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, row_cost, shipped_tiles
-from mpoe_kernels.testing.hidden_problem import NAMES, HiddenProblem, arguments_of
 from mpoe_kernels.testing.launches import recorded
+from tests.expert_problems import HiddenProblem, arguments_of
 
 TILES = {"all rows": Tile(16, 16, 16, 16, 4), "collected": Tile(32, 16, 32, 16, 4)}
 CASES: dict[str, dict[str, Any]] = {
@@ -84,9 +84,9 @@ def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=3, experts=2, groups=1, gated=True, with_bias=True, dtype=torch.float32)
     everything = launch.backward(problem.backward_call([True] * 7))
-    for needed in NAMES:
-        alone = launch.backward(problem.backward_call([n == needed for n in NAMES]))
-        for name, value, whole in zip(NAMES, alone, everything, strict=True):
+    for needed in HiddenProblem.NAMES:
+        alone = launch.backward(problem.backward_call([n == needed for n in HiddenProblem.NAMES]))
+        for name, value, whole in zip(HiddenProblem.NAMES, alone, everything, strict=True):
             assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
 

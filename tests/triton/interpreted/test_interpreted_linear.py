@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
@@ -15,10 +16,10 @@ from mpoe_kernels.linear.gpu.products import BlockGradients
 from mpoe_kernels.linear.triton import configs, gemm_launches
 from mpoe_kernels.linear.triton.configs import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
-from mpoe_kernels.testing.assertions import assert_calibrated
-from mpoe_kernels.testing.cases import SMALL_SHAPES, expert_choice, random_blocks
 from mpoe_kernels.testing.launches import recorded
-from mpoe_kernels.testing.linear_problem import NAMES, planned_strategies
+from tests.assertions import assert_calibrated
+from tests.cases import SMALL_SHAPES
+from tests.linear_problem import NAMES, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 from .linear_runs import Case, strategies_of

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mpoe_kernels.linear.call import ForwardCall
+from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.linear.triton import passes as kernels
-from mpoe_kernels.testing.cases import SMALL_SHAPES
 from mpoe_kernels.testing.launches import recorded
+from tests.cases import SMALL_SHAPES
 
 from .linear_runs import Case
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpoe_bench.cases import random_blocks
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
 from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.linear.triton.row_gemm import rows_kernel
-from mpoe_kernels.testing.cases import SMALL_SHAPES, random_blocks
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
 from mpoe_kernels.triton.start import start
+from tests.cases import SMALL_SHAPES
 
 OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
 

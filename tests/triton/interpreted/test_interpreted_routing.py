@@ -10,8 +10,8 @@ import torch
 from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.routing import triton as routing
-from mpoe_kernels.routing.call import CombineBackwardCall
-from mpoe_kernels.testing.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels.routing.op import CombineBackwardCall
+from tests.assertions import assert_calibrated, poisoned_memory
 
 CASES = [
     # tokens, experts, top_k, capacity, masked

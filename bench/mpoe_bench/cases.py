@@ -1,0 +1,139 @@
+"""Named shapes, workloads and token distributions of benchmarks and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, product
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.mpo.fold import MPOBlocks, fold
+from mpoe_kernels.mpo.shape import MPOShape
+
+# The workloads of benchmarks: T5-base and T5-large feed-forward matrices.
+WORKLOAD_SIZES = ((768, 3072), (1024, 4096))
+WORKLOAD_SHAPES = ("paper_full", "paper_128", "paper_64", "paper_32", "paper_16", "light_64", "separable")
+WORKLOAD_LOADS = ("uniform", "zipf", "all_to_one", "some_idle")
+
+
+@lru_cache(maxsize=64)
+def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
+    """``paper_full``, ``paper_B`` (bond B), ``light_P``, or ``separable`` for a weight ``[in, out]``.
+
+    Raises:
+        ValueError: another name.
+    """
+    kind, _, size = name.partition("_")
+    if name == "separable":
+        return MPOShape.separable(in_features, out_features)
+    if kind == "paper" and (size == "full" or size.isdigit()):
+        return MPOShape.paper(in_features, out_features, max_bond=None if size == "full" else int(size))
+    if kind == "light" and size.isdigit():
+        return MPOShape.light(in_features, out_features, int(size))
+    raise ValueError(f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One product of a batch with the experts of a matrix.
+
+    Attributes:
+        shape_name: see `workload_shape`.
+        in_features, out_features: sizes of the weight.
+        num_experts: E.
+        num_tokens: T, routed to one expert each.
+        dtype: of activations and cores.
+        training: forward and backward instead of forward.
+        mask_central: training without the central gradient.
+        load: how tokens fall on experts, see `expert_choice`.
+    """
+
+    shape_name: str
+    in_features: int
+    out_features: int
+    num_experts: int
+    num_tokens: int
+    dtype: torch.dtype
+    training: bool
+    mask_central: bool = False
+    load: str = "uniform"
+
+    @property
+    def shape(self) -> MPOShape:
+        return workload_shape(self.shape_name, self.in_features, self.out_features)
+
+    @property
+    def name(self) -> str:
+        """E.g. ``paper_64-768x3072-E8-T2048-float32-training``."""
+        phase = "masked" if self.mask_central else "training" if self.training else "forward"
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.in_features}x{self.out_features}-E{self.num_experts}-T{self.num_tokens}"
+        load = "" if self.load == "uniform" else f"-{self.load}"
+        return f"{self.shape_name}-{sizes}-{dtype}-{phase}{load}"
+
+
+def _held_out() -> tuple[Workload, ...]:
+    """Every 37th of 1,800 combinations, so that every size, shape, number, dtype and phase meets the others."""
+    sizes = ((512, 2048), (2048, 512), (1024, 4096), (4096, 1024), (3072, 768))
+    shapes = ("paper_full", "paper_48", "paper_24", "light_32", "separable")
+    phases = ((False, False), (True, False), (True, True))
+    combinations = product(shapes, (4, 16, 48), (torch.float32, torch.bfloat16), (1, 24, 256, 1024), phases, sizes)
+    return tuple(
+        Workload(shape, *size, experts, tokens, dtype, *phase)
+        for shape, experts, dtype, tokens, phase, size in islice(combinations, 0, None, 37)
+    )
+
+
+# The choice by one timing is judged on these, against the best of another timing on a CPU.
+JUDGED_WORKLOADS: tuple[Workload, ...] = _held_out()
+
+
+def random_cores(
+    shape: MPOShape, num_experts: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+) -> list[Tensor]:
+    """Cores with entries of unit-variance products; auxiliary ones carry the expert axis."""
+    cores = []
+    for k, size in enumerate(shape.core_shapes):
+        full = size if k == shape.central else (num_experts, *size)
+        core = torch.randn(full, dtype=torch.float64) / (size[0] * size[1]) ** 0.5
+        cores.append(core.to(dtype).requires_grad_(requires_grad))
+    return cores
+
+
+def random_blocks(
+    shape: MPOShape, num_experts: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+) -> MPOBlocks:
+    """Blocks as leaves, for tests of the ops themselves."""
+    blocks = fold(random_cores(shape, num_experts, dtype), shape=shape, num_experts=num_experts)
+    left, central, right = (
+        t.detach().contiguous().requires_grad_(requires_grad) for t in (blocks.left, blocks.central, blocks.right)
+    )
+    return MPOBlocks(left, central, right, shape.in_features, shape.out_features, shape)
+
+
+def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) -> Tensor:
+    """``[T, K]`` expert numbers: ``uniform``, ``zipf`` (weights 1/rank), ``all_to_one`` or ``some_idle``."""
+    if kind == "all_to_one":
+        first = torch.full((num_tokens,), num_experts - 1)
+        return torch.stack([(first + k) % num_experts for k in range(top_k)], 1)
+    if kind == "zipf":
+        weights = 1.0 / torch.arange(1, num_experts + 1)
+    elif kind == "some_idle":
+        weights = (torch.arange(num_experts) % 2 == 0).double() + 1e-12
+    elif kind == "uniform":
+        weights = torch.ones(num_experts)
+    else:
+        raise ValueError(f"kind must be 'uniform', 'zipf', 'all_to_one' or 'some_idle'; got {kind!r}")
+    if num_tokens == 0:
+        return torch.zeros(0, top_k, dtype=torch.int64)
+    return torch.multinomial(weights.expand(num_tokens, -1), top_k)
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is zero."""
+    truth = truth.detach().double()
+    difference = float((actual.detach().double() - truth).norm())
+    norm = float(truth.norm())
+    return difference / norm if norm else difference

@@ -1,0 +1,127 @@
+// Gradients of weights and biases: sums over an expert's slots, in their order. Also the sums of parts.
+#pragma once
+#include "cuda/experts/lines.cuh"
+
+namespace mpoe::cuda {
+
+// One side of a sum of outer products: lines of `stride` elements by slot, or by the slot's token.
+struct SummedLines {
+  const void* data = nullptr;
+  int width = 0, step = 0;  // elements of a group; from one group to the next
+  bool by_token = false, vector = true;
+};
+// out[e, g, i, j] = sum over slots s of e of a[s, g, i] b[s, g, j]; with shared weights summed over g too.
+struct WeightGradient {
+  SummedLines a, b;
+  void* out = nullptr;  // null: not needed
+};
+struct WeightGradients {
+  WeightGradient of[3];
+  int tiles = 0;              // most tiles of one weight
+  int share = 1, shares = 1;  // groups per share; parts of a shared weight's sum
+  bool partial = false;       // `out` is float32 [shares, E, .., ..]
+};
+
+// Grid: (weights times tiles, three kinds, shares). Shared: stages.
+template <class T>
+__global__ void __launch_bounds__(kExpertsThreads)
+    experts_weights_kernel(const __grid_constant__ ExpertsArguments p, const __grid_constant__ WeightGradients all) {
+  using TileT = ExpertsTile<T>;
+  DYN_SHARED(T, stages);
+  SHARED_ARRAY(int, tokens, kSlotsAtOnce);
+  const WeightGradient& own = all.of[blockIdx.y];
+  if (!own.out) return;
+  const int weight = blockIdx.x / all.tiles, tile = blockIdx.x - weight * all.tiles;
+  const int across = (own.b.width + TileT::kN - 1) / TileT::kN;
+  const int i = tile / across * TileT::kM, j = tile % across * TileT::kN;
+  if (i >= own.a.width) return;
+  const int expert = weight / p.own, share = blockIdx.z;
+  const int begin = p.offsets[expert], end = p.offsets[expert + 1];
+  const int first = p.own > 1 ? weight - expert * p.own : share * all.share;
+  const int last = p.own > 1 ? first + 1 : first + all.share < p.groups ? first + all.share : p.groups;
+  Accumulator<TileT> sum;
+  sum.clear();
+  for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
+    const int slots = end - slot < kSlotsAtOnce ? end - slot : kSlotsAtOnce;
+    __syncthreads();  // nobody reads the tokens before
+    for (int s = threadIdx.x; s < slots; s += kExpertsThreads) tokens[s] = static_cast<int>(p.token_of_slot[slot + s]);
+    __syncthreads();  // tokens are known
+    for (int group = first; group < last; ++group) {
+      const auto operand = [&](const SummedLines& lines, int from) {
+        const T* const data = static_cast<const T*>(lines.data) + int64_t(group) * lines.step + from;
+        const int64_t stride = int64_t(p.groups) * lines.step;
+        const int* const rows = lines.by_token ? tokens : nullptr;
+        return lines_at<T, false>(slots, lines.width - from, lines.vector, [=](int s) {
+          return data + (rows ? rows[s] : slot + s) * stride;
+        });
+      };
+      block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), 0, slots, own.a.width - i,
+                                         own.b.width - j, stages);
+    }
+  }
+  const int64_t number = all.partial ? int64_t(share) * p.experts + expert : weight;
+  const int64_t at = (number * own.a.width + i) * own.b.width + j;
+  sum.for_each([&](int row, int column, float& value) {
+    if (i + row >= own.a.width || j + column >= own.b.width) return;
+    const int64_t place = at + int64_t(row) * own.b.width + column;
+    if (all.partial) {
+      static_cast<float*>(own.out)[place] = value;
+    } else {
+      static_cast<T*>(own.out)[place] = dev::from_float<T>(value);
+    }
+  });
+}
+
+// dbias[e, unit] = sum of d [N, G padded] over e's slots. Grid: (E, 32 of all units each).
+template <class T>
+__global__ void __launch_bounds__(kExpertsThreads)
+    experts_bias_kernel(const __grid_constant__ ExpertsArguments p, const void* d, void* dbias) {
+  constexpr int kTogether = kExpertsThreads / 32, kAhead = 8;  // slots at once; loads in flight
+  SHARED_ARRAY(float, parts, kExpertsThreads);
+  const int expert = blockIdx.x, unit = blockIdx.y * 32 + (threadIdx.x & 31), units = p.groups * p.units;
+  const T* const from = static_cast<const T*>(d) + unit / p.units * p.padded + unit % p.units;
+  float sum = 0.f;
+  const int end = unit < units ? p.offsets[expert + 1] : 0;
+  for (int slot = p.offsets[expert] + (threadIdx.x >> 5); slot < end; slot += kTogether * kAhead) {
+    UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      const int own = slot + k * kTogether;
+      if (own < end) sum += dev::to_float(from[int64_t(own) * p.groups * p.padded]);
+    }
+  }
+  parts[threadIdx.x] = sum;
+  __syncthreads();  // parts are whole
+  if (threadIdx.x >= 32 || unit >= units) return;
+  for (int other = 1; other < kTogether; ++other) sum += parts[other * 32 + threadIdx.x];
+  static_cast<T*>(dbias)[int64_t(expert) * units + unit] = dev::from_float<T>(sum);
+}
+
+// out[i] = sum over j of parts[j, place[i]], in the order of j; place null: i; a negative place: 0.
+struct PartsSum {
+  const float* parts = nullptr;  // [count, size]
+  const int64_t* place = nullptr;
+  void* out = nullptr;
+  int64_t size = 0;
+  int count = 0;
+  bool as_float = false;
+};
+struct PartsSums {
+  PartsSum of[4];
+};
+// Grid: (blocks of the largest sum, 4).
+template <class T>
+__global__ void __launch_bounds__(kExpertsThreads) parts_sums_kernel(const __grid_constant__ PartsSums sums) {
+  const PartsSum& p = sums.of[blockIdx.y];
+  const int64_t i = int64_t(blockIdx.x) * kExpertsThreads + threadIdx.x;
+  if (i >= p.size) return;
+  const int64_t place = p.place ? p.place[i] : i;
+  float sum = 0.f;
+  for (int j = 0; j < p.count && place >= 0; ++j) sum += p.parts[j * p.size + place];
+  if (p.as_float) {
+    static_cast<float*>(p.out)[i] = sum;
+  } else {
+    static_cast<T*>(p.out)[i] = dev::from_float<T>(sum);
+  }
+}
+
+}  // namespace mpoe::cuda

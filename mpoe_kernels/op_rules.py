@@ -1,0 +1,94 @@
+"""What PyTorch asks of an op besides its kernel: a fake's devices, `torch.vmap`, autocast, and what the ops refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mpoe_kernels.checks import LOWERED, describe, refuse_jit_trace
+
+NAMESPACE = "mpoe"
+_NO_SECOND_DERIVATIVES = NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
+
+
+def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised memory."""
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor.device != tensors[0].device:
+                raise ValueError(
+                    f"{NAMESPACE}::{name} needs its tensors on one device; "
+                    f"got {', '.join(describe(tensor) for tensor in tensors)}"
+                )
+        return fake(*arguments)
+
+    return checked
+
+
+def refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
+    """PyTorch silently drops the tangents of a custom op's arguments."""
+    refuse_jit_trace(f"{NAMESPACE}::{name}")
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            if name.endswith("_backward"):
+                raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
+            raise NotImplementedError(
+                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
+                "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+            )
+
+
+def nothing_to_set_up(**_: Any) -> None:
+    """Of an op without a backward."""
+
+
+def refuse_autograd(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
+
+    return refuse
+
+
+def one_after_the_other(op: Any) -> Callable[..., Any]:
+    """A rule for `torch.vmap` that calls the op once for each entry."""
+
+    def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        found = [
+            op(*(v.select(dim, k) if isinstance(dim, int) else v for v, dim in zip(arguments, in_dims, strict=True)))
+            for k in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+    return run
+
+
+def refuse_vmap(name: str) -> Callable[..., Any]:
+    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) instead"
+        )
+
+    return refuse
+
+
+def autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = list(arguments)
+        for k in positions:
+            value = cast[k]
+            # float64 is left alone: torch's autocast never lowers it elsewhere either.
+            if isinstance(value, Tensor) and value.dtype in LOWERED:
+                cast[k] = value.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast)
+
+    return kernel

@@ -1,0 +1,236 @@
+"""Studies: a tiny one end to end, stopped and continued; what files may say; sizes, statistics, routers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mpoe_bench.study import language, models
+from mpoe_bench.study.__main__ import main, named_run, records_in, waiting
+from mpoe_bench.study.language import batches, byte_blocks, domain_texts, read_blocks
+from mpoe_bench.study.models import LAYERS, costs, dense_hidden, dense_model, steps_of
+from mpoe_bench.study.plan import Arm, Corner, Run, Study, read_study
+from mpoe_bench.study.routers import mutual_information, router_facts
+from mpoe_bench.study.table import Spread, chosen_rate, gain, success
+from mpoe_bench.study.training import run_once, schedule
+
+NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
+TINY = """
+title = "Tiny"
+question = "Does it run?"
+reference = "dense"
+seeds = [0, 1]
+rate_steps = 4
+[rates]
+16 = [0.004, 0.008]
+[arms.dense]
+name = "dense"
+[arms.neurons]
+name = "neurons"
+experts = { shape = "neurons", num_experts = 4, neurons = "1/8", router = { top_k = 2 } }
+[arms.fine]
+name = "fine"
+experts = { expert_type = "dense", num_experts = 4, router = { top_k = 2 } }
+hidden = "1/2"
+dense_until = 0.0
+own_start = true
+[arms.large]
+name = "as large"
+size_of = "neurons"
+budget_of = "neurons"
+[[stages]]
+model = 16
+steps = 4
+arms = ["neurons", "dense"]
+[[stages]]
+model = 16
+steps = 8
+arms = ["neurons", "large"]
+[[comparisons]]
+arm = "neurons"
+beside = "dense"
+must_win = true
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of invented sentences."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("sms_spam", "movie_sentiment"):
+        (folder / name).mkdir()
+        for split in ("train", "validation", "test"):
+            rows = [{"sentence": f"the {name} of {split} number {i} is full of words", "label": 0} for i in range(40)]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def data(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    two = {name: language.DOMAINS[name] for name in ("messages", "reviews")}
+    monkeypatch.setattr(language, "DOMAINS", two)
+    monkeypatch.setattr(language, "BATCH", 2)
+    return tiny_data
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY)
+    return file
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: Path, capsys) -> None:
+    words = [str(study_file), "--data_dir", str(data)]
+    first = "16/4 neurons 0.004 0"
+    assert main([*words, "--run", first]) == 0
+    results, table = study_file.with_suffix(".json"), study_file.with_suffix(".md")
+    assert list(records_in(results)) == [first]
+    assert "waits" in table.read_text()
+    before = records_in(results)[first]
+    assert main(words) == 0
+    records = records_in(results)
+    study = read_study(study_file)
+    assert records[first] == before
+    assert not list(waiting(study, records))
+    # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both seeds.
+    assert len(records) == 3 * 2 + 2 + 2 * 2
+    rate = chosen_rate(study, 16, "neurons", records)
+    losses = {each: records[f"16/4 neurons {each:g} 0"]["validation"] for each in study.rates[16]}
+    assert losses[rate] == min(losses.values())
+    assert records[first]["router"].keys() == {"entropy", "mass", "token", "domain", "use"}
+    assert records["16/4 dense 0.004 0"]["router"] == {}
+    text = table.read_text()
+    assert "waits" not in text
+    assert "| neurons | dense | x | 2 |" in text
+    capsys.readouterr()
+    assert main([str(study_file), "--table"]) == 0
+    assert capsys.readouterr().out.strip() == ""
+
+
+def test_a_run_made_again_is_the_same(study_file: Path, data: Path) -> None:
+    study, blocks = read_study(study_file), read_blocks(data)
+    for arm in ("neurons", "fine"):
+        one, two = (run_once(study, Run(Corner(16, 4), arm, 0.004, 1), blocks) for _ in range(2))
+        assert {**one, "cpu_seconds": 0} == {**two, "cpu_seconds": 0}
+
+
+def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, data: Path) -> None:
+    record = run_once(read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data))
+    assert "is nan in step 1" in record["diverged"]
+    assert record["validation"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("hidden =", "hiden ="), "arms.fine must have fields among name, experts"),
+        (('title = "Tiny"', ""), "the study must have the field 'title'"),
+        (('reference = "dense"', 'reference = "thin"'), "arms must be among dense, neurons, fine, large; got 'thin'"),
+        (("16 = [0.004, 0.008]", "8 = [0.004]"), "rates must have candidates for the model's size 16"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[str, str], words: str, capsys) -> None:
+    study_file.write_text(TINY.replace(*change))
+    with pytest.raises(ValueError, match=words):
+        read_study(study_file)
+    assert main([str(study_file), "--table"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_unknown_runs_and_absent_data_are_refused(study_file: Path, tiny_data: Path, capsys) -> None:
+    with pytest.raises(ValueError, match=r"run must be one of the study's, as .*; got '16/5 dense"):
+        named_run(read_study(study_file), "16/5 dense 0.004 0")
+    assert main([str(study_file)]) == 2
+    assert "data_dir must name the folder of the texts" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="must hold austen/train"):
+        domain_texts(tiny_data, "novels", "train")
+
+
+def test_sizes_of_the_study_of_neurons() -> None:
+    study = read_study(NEURONS)
+    assert len(study.compared()) == 44
+    assert sum(one.must_win for _, one in study.compared()) == 10
+    found = {arm: costs(study.arms[arm], 48, dense_hidden(study, arm, 48)) for arm in study.arms}
+    dense = found["dense"]
+    assert dense.weights == LAYERS * 2 * 48 * 192
+    assert found["switch8"].weights == 8 * dense.weights
+    assert found["neurons"].weights / dense.weights == pytest.approx(1 + 128 * 8 / 192)
+    assert found["neurons"].flops / dense.flops == pytest.approx(1 + 8 * 8 / 192 + 128 / (2 * 192))
+    assert found["hidden"].weights / dense.weights == pytest.approx(1 + 32 * 8 / 48)
+    assert found["flops"].flops == pytest.approx(found["neurons"].flops, rel=0.02)
+    assert found["large"].parameters == pytest.approx(found["neurons"].parameters, rel=0.01)
+    spent = 0.25 * dense.whole + 0.75 * found["neurons"].whole
+    assert steps_of(study, "large_budget", 48, 1600) * found["large"].whole == pytest.approx(1600 * spent, rel=0.002)
+    assert steps_of(study, "neurons", 48, 1600) == 1600
+
+
+def test_experts_of_their_own_start_differ() -> None:
+    arm = Arm("fine", {"expert_type": "dense", "num_experts": 3}, own_start=True)
+    layer = models.feed_forward_parts(models.convert(dense_model(16, 32, 0), arm, 16, 0))[0]
+    weight = layer.experts.up.weight
+    assert not torch.equal(weight[0], weight[1])
+    assert float(weight.detach().std()) == pytest.approx(models.INIT_STD, rel=0.2)
+
+
+def test_batches_are_the_same_for_every_arm() -> None:
+    train = {"one": byte_blocks(["ab" * 400], 8), "two": byte_blocks(["cd" * 100], 8)}
+    first, second = (torch.cat(list(batches(train, 3, 4))) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.cat(list(batches(train, 4, 4))))
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    factors = [schedule(step, 100) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[-1] < 1e-3
+
+
+def test_verdicts_are_those_of_a_paired_t_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for values in ([0.1, 0.12, 0.09], [0.1, -0.12, 0.3], [-0.1, -0.11, -0.1], [0.01, 0.05, 0.02]):
+        p = stats.ttest_1samp(values, 0).pvalue
+        expected = "not significant" if p >= 0.05 else "better" if values[0] > 0 else "worse"
+        assert Spread.of(values).verdict() == expected
+    assert Spread.of([0.3]).verdict() == "one seed"
+
+
+def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
+    study = read_study(study_file)
+
+    def record(loss: float) -> dict[str, float]:
+        return {"validation": loss, "test": loss}
+
+    records = {f"16/4 {arm} {rate} 0": record(1.0) for arm in ("dense", "neurons") for rate in ("0.004", "0.008")}
+    records["16/4 neurons 0.008 0"] = record(0.9)
+    found = gain(study, Corner(16, 4), "neurons", "dense", records)
+    assert found is not None
+    assert (found.mean, found.count) == (pytest.approx(0.1), 1)
+    assert "has no result yet" in success(study, records)
+    records |= {"16/4 dense 0.004 1": record(1.1), "16/4 neurons 0.008 1": record(1.0001)}
+    assert "has succeeded: of 1 comparisons that it must win, 1 are won" in success(study, records)
+    records["16/4 neurons 0.008 1"] = record(1.3)
+    assert "has failed" in success(study, records)
+
+
+def test_what_explains_an_expert() -> None:
+    classes = torch.arange(400) % 4
+    assert mutual_information(classes, classes[:, None], 4) == pytest.approx(1.0)
+    assert mutual_information(classes, torch.zeros(400, 1, dtype=torch.long), 4) == pytest.approx(0.0)
+    logits = 50 * torch.nn.functional.one_hot(classes, 4).float()
+    facts = router_facts([[logits[:200]], [logits[200:]]], 1, classes, torch.zeros(400, dtype=torch.long))
+    assert facts["entropy"] == pytest.approx(0.0, abs=1e-3)
+    assert facts["token"] == pytest.approx(1.0, abs=0.05)
+    assert facts["domain"] == 0.0
+    assert facts["use"] == pytest.approx(1.0)
+    undecided = router_facts([[torch.zeros(400, 4)]], 2, classes, classes)
+    assert (undecided["entropy"], undecided["mass"]) == (1.0, 0.5)
+
+
+def test_a_study_is_a_value(study_file: Path) -> None:
+    study = read_study(study_file)
+    assert isinstance(study, Study)
+    assert study.corners() == {Corner(16, 4): ["neurons", "dense"], Corner(16, 8): ["neurons", "large"]}

@@ -1,0 +1,154 @@
+"""A call of `hidden_experts` or `neuron_experts` with its gradients: inputs, and the comparison with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels import hidden_experts, neuron_experts
+from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
+from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
+from mpoe_kernels.neurons.op import NeuronCall
+from mpoe_kernels.neurons.reference import neuron_experts_reference
+
+from .assertions import assert_calibrated, poisoned_memory
+
+
+def arguments_of(call: Any) -> tuple[Any, ...]:
+    """As the op takes them."""
+    return tuple(getattr(call, each.name) for each in fields(call))
+
+
+@dataclass
+class _Problem:
+    """Inputs in float64, rounded to ``dtype``: T tokens, E experts, K choices, of which ``none_share`` are -1.
+
+    Attributes:
+        OP, REFERENCE: what is compared.
+        NAMES: of the differentiable arguments.
+        inputs: the differentiable arguments by name, None for those that are not given.
+        index, grad: ``top_k_index``, and the gradient of the result.
+    """
+
+    OP: ClassVar[Callable[..., Tensor]]
+    REFERENCE: ClassVar[Callable[..., Tensor]]
+    NAMES: ClassVar[tuple[str, ...]]
+    tokens: int = 7
+    experts: int = 5
+    top_k: int = 2
+    gated: bool = False
+    with_bias: bool = False
+    activation: str = "gelu"
+    dtype: torch.dtype = torch.float64
+    none_share: float = 0.2
+    seed: int = 0
+    index: Tensor = field(init=False)
+    inputs: dict[str, Tensor | None] = field(init=False)
+    grad: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self.index = torch.randint(0, self.experts, (self.tokens, self.top_k), generator=self._generator)
+        self.index[torch.rand(self.index.shape, generator=self._generator) < self.none_share] = -1
+        # The router's gates stay float32 beside half precision.
+        gates = torch.rand(self.tokens, self.top_k, generator=self._generator, dtype=torch.float64) * 2 - 0.5
+        self._gates = gates.to(torch.promote_types(self.dtype, torch.float32))
+
+    def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale).to(self.dtype)
+
+    def run(self, op: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        """``o`` and every gradient, by ``op`` in ``dtype``; gates and their gradient in float32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = {
+            name: None if value is None else value.to(wide if name == "gates" else dtype).detach().requires_grad_()
+            for name, value in self.inputs.items()
+        }
+        out = op(**leaves, top_k_index=self.index, activation=self.activation, **options)
+        given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        found: tuple[Tensor | None, ...] = (None,) * len(given)
+        if out.requires_grad:
+            found = torch.autograd.grad(out, list(given.values()), self.grad.to(dtype), allow_unused=True)
+        grads = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(given.items(), found, strict=True)}
+        return {"o": out, **{f"d{name}": value for name, value in grads.items()}}
+
+    def check(self, backend: str, factor: float = 2) -> None:
+        """Compare with the reference in float64, calibrated by the reference in the same dtype."""
+        with poisoned_memory():
+            actual = self.run(type(self).OP, self.dtype, backend=backend)
+        self.check_results(actual, backend, factor)
+
+    def check_results(self, actual: dict[str, Tensor], computed_by: str, factor: float = 2) -> None:
+        """The same for what `run` returned, or something like it."""
+        truth = self.run(type(self).REFERENCE, torch.float64)
+        same = self.run(type(self).REFERENCE, self.dtype)
+        assert actual.keys() == truth.keys()
+        for name, value in actual.items():
+            assert_calibrated(value, truth[name], same[name], f"{name} ({computed_by})", factor)
+
+
+@dataclass
+class HiddenProblem(_Problem):
+    """G groups of b hidden units, blocks of their own ``per_group``."""
+
+    OP, REFERENCE = staticmethod(hidden_experts), staticmethod(hidden_experts_reference)
+    NAMES = HiddenCall.DIFFERENTIABLE
+    groups: int = 3
+    block: int = 4
+    per_group: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, own = (self.tokens, self.groups * self.block), self.groups if self.per_group else 1
+        blocks, scale = (self.experts, own, self.block, self.block), self.block**-0.5
+        self.inputs = {
+            "u": self._random(*rows),
+            "gates": self._gates,
+            "right": self._random(*blocks, scale=scale),
+            "left": self._random(*blocks, scale=scale),
+            "bias": self._random(self.experts, rows[1]) if self.with_bias else None,
+            "u_gate": self._random(*rows) if self.gated else None,
+            "right_gate": self._random(*blocks, scale=scale) if self.gated else None,
+        }
+        self.grad = self._random(*rows)
+
+    def call(self, backend: str = "auto") -> HiddenCall:
+        """What its forward kernels are called with."""
+        return HiddenCall(**self.inputs, top_k_index=self.index, activation=self.activation, backend=backend)
+
+    def backward_call(self, need: list[bool], backend: str = "auto") -> HiddenBackwardCall:
+        """What its backward kernels are called with."""
+        return HiddenBackwardCall(**vars(self.call(backend)), grad=self.grad, need=need)
+
+
+@dataclass
+class NeuronProblem(_Problem):
+    """Widths I and O, m neurons of each expert."""
+
+    OP, REFERENCE = staticmethod(neuron_experts), staticmethod(neuron_experts_reference)
+    NAMES = NeuronCall.DIFFERENTIABLE
+    width: int = 12
+    out: int = 9
+    neurons: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        up = (self.experts, self.neurons, self.width)
+        self.inputs = {
+            "x": self._random(self.tokens, self.width),
+            "gates": self._gates,
+            "up": self._random(*up, scale=self.width**-0.5),
+            "down": self._random(self.experts, self.neurons, self.out, scale=self.neurons**-0.5),
+            "bias": self._random(self.experts, self.neurons) if self.with_bias else None,
+            "gate_up": self._random(*up, scale=self.width**-0.5) if self.gated else None,
+        }
+        self.grad = self._random(self.tokens, self.out)
+
+    def arguments(self, backend: str = "eager") -> tuple[Any, ...]:
+        """The arguments of ``mpoe::neuron_experts``; floating ones are leaves."""
+        leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in self.inputs.items()}
+        return arguments_of(NeuronCall(**leaves, top_k_index=self.index, activation=self.activation, backend=backend))

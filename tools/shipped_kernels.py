@@ -23,6 +23,8 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.linear.triton import passes as linear
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS, ON_CHIP, fused_reasons
 from mpoe_kernels.mpo.shape import MPOShape
+from mpoe_kernels.neurons import triton as neurons
+from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.launches import Launch, recorded
@@ -253,11 +255,54 @@ def _hidden(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
         yield Problem(label, work, not few and tokens == TOKENS[0])
 
 
+class NeuronSize(NamedTuple):
+    """Experts of their own neurons: their number, those of a token, neurons of each."""
+
+    experts: int
+    top_k: int
+    neurons: int
+
+
+NEURON_SIZES = (NeuronSize(8, 2, 64), NeuronSize(8, 2, 512), NeuronSize(64, 8, 128), NeuronSize(64, 16, 8))
+
+
+def run_neurons(size: NeuronSize, width: int, tokens: int, dtype: torch.dtype, gated: bool, phase: str) -> None:
+    """`neuron_experts` beside a layer of that width, with biases, or all its gradients."""
+    weights = (size.experts, size.neurons, width)
+    inputs: dict[str, Any] = {
+        "x": _empty(tokens, width, dtype=dtype),
+        "gates": _empty(tokens, size.top_k, dtype=torch.float32),
+        "top_k_index": _integers(tokens, size.top_k),
+        "up": _empty(*weights, dtype=dtype),
+        "down": _empty(*weights, dtype=dtype),
+        "bias": _empty(size.experts, size.neurons, dtype=dtype),
+        "gate_up": _empty(*weights, dtype=dtype) if gated else None,
+        "activation": "silu" if gated else "gelu",
+        "backend": "triton",
+    }
+    if phase == "forward":
+        neurons.forward(NeuronCall(**inputs))
+    else:
+        grad = _empty(tokens, width, dtype=dtype)
+        neurons.backward(NeuronBackwardCall(**inputs, grad=grad, need=[True] * 6))
+
+
+def _neurons(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
+    """Gated and not, on every tile."""
+    found = NEURON_SIZES[: 2 if few else None]
+    if sizes != T5_BASE:
+        found = tuple(size._replace(experts=experts) for experts in sizes.experts for size in found)
+    for size, gated, phase, tokens in product(found, (False, True), PHASES, TOKENS):
+        label = f"neurons {size.neurons} E={size.experts} {'gated ' if gated else ''}{phase} T={tokens}"
+        work = partial(run_neurons, size, sizes.model, tokens, dtype, gated, phase)
+        yield Problem(label, work, not few and tokens == TOKENS[0])
+
+
 def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> Iterator[Problem]:
     """All shipped problems in one dtype; ``few``: enough of them to launch every kernel.
 
     Every tile is tried only on T5-base's sizes; on others, only suitable tiles.
     """
-    for family in (_linear, _routing, _hidden):
+    for family in (_linear, _routing, _hidden, _neurons):
         for problem in family(dtype, few, sizes):
             yield problem if sizes == T5_BASE else replace(problem, every_tile=False)

@@ -56,7 +56,8 @@ _LOCK = threading.RLock()
 _has_ranks: Callable[[], bool] = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """Whether other processes of ``torch.distributed`` may hold the same tokens."""
     return _has_ranks() and torch.distributed.get_world_size() > 1
 
 
@@ -115,7 +116,7 @@ def _key(problem: Problem) -> str:
     return f"{machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a graph is being made, whose results must not depend on when it is made, and which must not wait."""
     return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
@@ -126,7 +127,7 @@ def _may_time(problem: Problem) -> bool:
         and problem.slots > 0
         and problem.device_type in ("cpu", "cuda")
         and os.environ.get(SETTING, "1") != "0"
-        and not _several_ranks()
+        and not several_ranks()
     )
 
 
@@ -206,11 +207,11 @@ def resolve_contraction(problem: Problem) -> Candidate:
     """
     problem = problem.rounded()
     able = rank(problem)
-    if torch.are_deterministic_algorithms_enabled() or _is_traced() or len(able) == 1:
+    if torch.are_deterministic_algorithms_enabled() or is_traced() or len(able) == 1:
         return able[0]
     key = _key(problem)
     with _LOCK:
-        adopted = _ADOPTED_BY_RANKS.get(str(problem)) if _several_ranks() else _ADOPTED.get(key)
+        adopted = _ADOPTED_BY_RANKS.get(str(problem)) if several_ranks() else _ADOPTED.get(key)
         found = _named(adopted, able)
         if found is None and _may_time(problem):
             found = _named(_TIMED.get(key) or read_choices().get(key), able)
@@ -246,7 +247,7 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
         found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)), call.dims
         if len(_CHOSEN) >= _MOST_CHOSEN:
             _CHOSEN.clear()
-        if not _is_traced():
+        if not is_traced():
             _CHOSEN[key] = found
     candidate, call.dims = found
     call.strategy = candidate.strategy

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpoe_kernels.backends import add_kernels
+from mpoe_kernels.backends import add_kernels, lazily
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -28,7 +28,12 @@ from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
 from mpoe_kernels.neurons.cuda import NeuronKernels
 
-KERNELS = {"native": native, "eager": eager, "cuda": NeuronKernels(CUDA_OPS)}
+KERNELS: dict[str, Any] = {
+    "native": native,
+    "eager": eager,
+    "triton": lazily("mpoe_kernels.neurons.triton", "forward", "backward"),
+    "cuda": NeuronKernels(CUDA_OPS),
+}
 
 
 def register(backend: str, kernels: Any) -> None:

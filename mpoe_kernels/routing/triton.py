@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
+MOST_AT_ONCE = 16384  # at most so many pairs are sorted by one launch, in which every expert's program reads all
+SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 
@@ -101,6 +103,58 @@ def sort_pairs(
         **common,
     )
     return offsets, token_of_slot, slot_of_token
+
+
+class SortedSlots(NamedTuple):
+    """(token, choice) pairs sorted by expert; those without an expert come last.
+
+    Attributes:
+        offsets: int32 ``[E + 1]``; expert e has the slots ``offsets[e] : offsets[e + 1]``.
+        pair_of_slot: int64 ``[T K]``.
+        slot_of_pair: int64 ``[T, K]``; -1: no expert.
+    """
+
+    offsets: Tensor
+    pair_of_slot: Tensor
+    slot_of_pair: Tensor
+
+    @property
+    def scan(self) -> int:
+        """The constant of `expert_tile`."""
+        return power_of_two(max(2, self.offsets.shape[0] - 1))
+
+    def tiles(self, rows: int) -> int:
+        """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
+        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
+        return (pairs + min(pairs, experts) * (rows - 1)) // rows
+
+    @property
+    def per_expert(self) -> float:
+        """Mean number of slots, if every expert that can be used is."""
+        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
+        return pairs / max(1, min(pairs, experts))
+
+
+def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
+    """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert."""
+    pairs = top_k_index.numel()
+    if pairs > MOST_AT_ONCE:
+        offsets, pair_of_slot, slot_of_pair = sort_pairs(top_k_index.reshape(-1, 1), num_experts)
+        return SortedSlots(offsets, pair_of_slot, slot_of_pair.view(top_k_index.shape))
+    index = top_k_index.contiguous()
+    offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
+    found = SortedSlots(offsets, index.new_empty(pairs), torch.empty_like(index))
+    start(
+        kernels.sort_kernel,
+        (num_experts + 1,),
+        index=index,
+        **found._asdict(),
+        pairs=pairs,
+        EXPERTS=num_experts,
+        BLOCK=SORT_BLOCK,
+        num_warps=4,
+    )
+    return found
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """A stable counting sort of (token, choice) pairs, and the row movements it describes.
 
 Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. Many
-experts need a fourth, a few pairs (decoding) only one. No launch depends on a number that only the device knows.
+experts need a fourth, a few pairs (decoding) only one, and so do some thousands where nothing is masked or dropped
+(`sort_kernel`). No launch depends on a number that only the device knows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Expert of a pair, ``EXPERTS`` if its token is masked, ``EXPERTS + 1`` outside."""
-    key = tl.load(index + pair, mask=inside, other=0).to(tl.int32)
+    """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1`` outside."""
+    found = tl.load(index + pair, mask=inside, other=0)
+    key = tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
     if HAS_MASK:
         key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
     return tl.where(inside, key, EXPERTS + 1)
@@ -176,6 +178,39 @@ def route_few_kernel(
     count = tl.histogram(key, BINS)
     bins = tl.arange(0, BINS)
     tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= EXPERTS)
+
+
+@triton.jit
+def sort_kernel(
+    index,  # [pairs]
+    offsets,  # [EXPERTS + 1]
+    pair_of_slot,  # [pairs]
+    slot_of_pair,  # [pairs]
+    pairs,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their slots, in order; the
+    last one has the pairs without an expert."""
+    e = tl.program_id(0)
+    earlier = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in tl.range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        key = tl.load(index + pair, mask=pair < pairs, other=-1)
+        earlier += ((key >= 0) & (key < e)).to(tl.int32)
+    slot = tl.sum(earlier, 0)
+    tl.store(offsets + e, slot)
+    for first in tl.range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        inside = pair < pairs
+        key = tl.load(index + pair, mask=inside, other=-1)
+        key = tl.where((key >= 0) & (key < EXPERTS), key, EXPERTS)
+        mine = inside & (key == e)
+        count = mine.to(tl.int32)
+        place = (slot + tl.cumsum(count, 0) - 1).to(tl.int64)
+        tl.store(pair_of_slot + place, pair.to(tl.int64), mask=mine)
+        tl.store(slot_of_pair + pair, tl.where(key < EXPERTS, place, -1), mask=mine)
+        slot += tl.sum(count, 0)
 
 
 @triton.jit

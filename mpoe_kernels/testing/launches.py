@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.triton import architecture, start
 
@@ -49,7 +48,9 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(architecture, "target_of", lambda _: target))
         patches.enter_context(patch.object(start, "_launch", lambda *launch: launches.append(Launch(*launch))))
+        patches.enter_context(patch.object(start, "_may_time", lambda: False))
         if tile is not None:
-            for module, table in ((configs, "shipped_tiles"), (configs, "fused_tiles"), (hidden, "shipped_tiles")):
+            patches.enter_context(patch.object(start, "_first", lambda tiles: tiles[min(tile, len(tiles) - 1)]))
+            for module, table in ((configs, "shipped_tiles"), (configs, "fused_tiles")):
                 patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
         yield launches

@@ -41,7 +41,7 @@ def _gpu_architecture(index: int) -> str:
     if torch.version.hip is not None and name:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(index)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # sm_120 multiplies as sm_80 does
 
 
 class Target(NamedTuple):

@@ -54,6 +54,25 @@ def pick(values, position):
 
 
 @triton.jit
+def expert_tile(offsets, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
+    """The expert of a tile of at most ``BM`` of its slots, these slots ``[BM]``, and which of them are the expert's.
+
+    Tiles are counted expert after expert; past the last one the expert is ``EXPERTS``. ``SCAN`` is a power of two that
+    is at least the number of experts.
+    """
+    e = tl.arange(0, SCAN)
+    low = tl.load(offsets + e, mask=e < EXPERTS, other=0)
+    high = tl.load(offsets + e + 1, mask=e < EXPERTS, other=0)
+    ends = tl.cumsum((high - low + BM - 1) // BM, 0)
+    passed = ends <= tile
+    expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), EXPERTS)
+    own = tile - tl.max(tl.where(passed, ends, 0), 0)  # number of the tile among its expert's
+    known = tl.minimum(expert, EXPERTS - 1)
+    place = tl.load(offsets + known) + own * BM + tl.arange(0, BM)
+    return expert, place, place < tl.load(offsets + known + 1)
+
+
+@triton.jit
 def range_of_part(count, part, parts):
     """First and last position of one of ``parts`` roughly equal parts of ``0 .. count``."""
     share = tl.cdiv(count, parts)

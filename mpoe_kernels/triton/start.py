@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import may_round_to_tf32
+from mpoe_kernels.contract.autotune import SETTING, is_traced, several_ranks
+from mpoe_kernels.triton.architecture import in_interpreter
 
 
 def cdiv(a: int, b: int) -> int:
@@ -32,10 +38,14 @@ def _on_device(index: int) -> AbstractContextManager[Any]:
     return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
+def _device_of(arguments: Mapping[str, Any]) -> int:
+    """Number of the GPU; -1: the CPU."""
+    return next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Tests replace this, see `mpoe_kernels.testing.launches`."""
-    device = next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
-    with _on_device(device):
+    with _on_device(_device_of(arguments)):
         kernel[grid](**arguments)
 
 
@@ -57,3 +67,71 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
             f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs {error.required} of "
             f"{error.name}; this device has {error.limit}"
         ) from error
+
+
+class Tile(NamedTuple):
+    """Blocks and warps of a launch: rows, columns and inner size of a program's products."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int = 2
+
+    def within(self, columns: int, inner: int) -> Tile:
+        """For products that may be smaller; 16 is the least that tensor cores take."""
+        least = [max(16, power_of_two(size)) for size in (columns, inner)]
+        return self._replace(columns=min(self.columns, least[0]), inner=min(self.inner, least[1]))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Arguments of a launch."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """As kernels call them."""
+        return {"BM": self.rows, "BN": self.columns, "BK": self.inner}
+
+
+def _may_time() -> bool:
+    """Not where results or what is recorded must not depend on a clock, nor in the interpreter."""
+    return not (
+        in_interpreter()
+        or os.environ.get(SETTING, "1") == "0"
+        or several_ranks()
+        or torch.are_deterministic_algorithms_enabled()
+        or is_traced()
+    )
+
+
+def _first(tiles: Sequence[Tile]) -> Tile:
+    """The tile without timing. Tests replace this, see `mpoe_kernels.testing.launches`."""
+    return tiles[0]
+
+
+@lru_cache(maxsize=4096)
+def _tuner(kernel: Any, tiles: tuple[Tile, ...], names: tuple[str, ...]) -> Any:
+    configs = [triton.Config(tile.blocks, num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
+    return triton.autotune(configs, key=list(names))(kernel)
+
+
+def start_best(
+    kernel: Any, grid: Callable[[int, int], tuple[int, ...]], tiles: Sequence[Tile], **arguments: Any
+) -> None:
+    """`start` with the tile that `triton.autotune` finds fastest; with the first one where nothing may be timed.
+
+    Args:
+        kernel: with the blocks ``BM``, ``BN`` and ``BK``.
+        grid: from ``BM`` and ``BN``.
+        tiles: all of which fit every device.
+        arguments: the kernel's others. One choice holds for all calls with the same constants.
+    """
+    first = _first(tiles)
+    if len(tiles) == 1 or not _may_time() or 0 in grid(first.rows, first.columns):
+        start(kernel, grid(first.rows, first.columns), **arguments, **first.options)
+        return
+    names = tuple(name for name, value in arguments.items() if name.isupper() and not isinstance(value, Tensor))
+    tuner = _tuner(kernel, tuple(tiles), names)
+    with _on_device(_device_of(arguments)):
+        tuner[lambda blocks: grid(blocks["BM"], blocks["BN"])](**arguments, enable_fp_fusion=True)

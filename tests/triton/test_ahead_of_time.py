@@ -20,8 +20,10 @@ import triton_compile
 from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
+from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.linear.triton import configs
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS
+from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.architecture import ARCHITECTURES
@@ -65,6 +67,34 @@ def test_every_shipped_tile_is_compiled() -> None:
         }
         wanted = {(t.m, t.n, t.k, t.warps, t.stages) for t in configs.TILES["sm_90"][kernel]}
         assert wanted <= tiles
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype) -> None:
+    """Of both tables for blocks, with the tile that the architecture may have of its own."""
+    tables = {shipped._hidden: (hidden.TILES, hidden.LARGE_TILES), shipped._neurons: (neurons.TILES,)}
+    for family in tables:
+        problems = family(dtype, False, shipped.T5_BASE)
+        started = [launch for problem in problems for launch in problem.launches(architecture)]
+        found = {(x.name, x.arguments["BM"], x.arguments["num_warps"]) for x in started if "BM" in x.arguments}
+        for table in tables[family]:
+            for kernel, tiles in table.items():
+                name = f"{family.__name__[1:]}_{kernel}_kernel"
+                special = kernel == "blocks" and architecture in hidden.IN_REGISTERS and dtype == torch.bfloat16
+                for tile in [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]:
+                    assert (name, tile.rows, tile.warps) in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_of_experts_fit_smaller_cards(dtype: str) -> None:
+    """sm_86, sm_89 and sm_120, whose code uses as much shared memory as sm_80's, have 99 KiB for a program."""
+    uses = triton_compile.shipped_jobs(("sm_80",), (dtype,))
+    jobs = [job for job in uses if job.name.startswith(("hidden_", "neurons_"))]
+    built = triton_compile.compile_all(jobs, 1)
+    assert triton_compile.failures(built, uses) == []
+    assert max(binary.shared for binary in built.values() if isinstance(binary, Binary)) <= 99 << 10
 
 
 def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:

@@ -1,4 +1,4 @@
-"""Hidden-side experts: every tile and gradient against the float64 reference, and the number of launches."""
+"""Hidden-side experts: every kernel and gradient against the float64 reference, and the launches."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts import triton as launch
-from mpoe_kernels.hidden_experts.triton.tiles import Tile, best_row_tile, row_cost, shipped_tiles
 from mpoe_kernels.testing.launches import recorded
+from mpoe_kernels.triton.start import Tile
 from tests.expert_problems import HiddenProblem, arguments_of
 
-TILES = {"all rows": Tile(16, 16, 16, 16, 4), "collected": Tile(32, 16, 32, 16, 4)}
 CASES: dict[str, dict[str, Any]] = {
     "one token": {"tokens": 1, "top_k": 1, "experts": 1},
     "decoding": {"tokens": 1, "top_k": 4, "experts": 8, "groups": 1, "none_share": 0.0, "gated": True},
     "no full tile": {"tokens": 37, "experts": 3, "groups": 2, "block": 5, "per_group": True, "with_bias": True},
     "parts of a block": {"tokens": 19, "experts": 2, "groups": 1, "block": 24, "gated": True, "with_bias": True},
     "shared by groups": {"tokens": 20, "experts": 2, "groups": 5, "block": 4, "with_bias": True},
+    "sixteen choices": {"tokens": 5, "top_k": 16, "experts": 70, "groups": 1, "block": 4},
+    "all to one": {"tokens": 40, "top_k": 1, "experts": 1, "groups": 2, "none_share": 0.0},
     "no expert": {"tokens": 4, "none_share": 1.0, "with_bias": True, "groups": 1},
     "no token": {"tokens": 0, "gated": True, "with_bias": True},
 }
 
 
-@pytest.fixture(params=TILES)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
-    """Every row kernel uses this tile; with shared blocks, the groups are split into three shares."""
-    found = TILES[request.param]
-    monkeypatch.setattr(launch, "best_row_tile", lambda *_, **__: found)
-    monkeypatch.setattr(launch, "units_of", lambda _: 2)
-    return found
+@pytest.fixture(params=[2, 1000])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16 units; programs of rows take one group, or with many programs several."""
+    tiles = (Tile(16, 16, 16, 4),)
+    monkeypatch.setattr(launch, "TILES", dict.fromkeys(launch.TILES, dict.fromkeys((2, 4), tiles)))
+    monkeypatch.setattr(launch, "_share", lambda groups, *_: min(groups, request.param))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name: str, tile: Tile) -> None:
-    if tile.collects or name in ("no full tile", "decoding"):
-        HiddenProblem(**CASES[name], dtype=torch.float32).check("triton")
+def test_values_and_gradients(name: str) -> None:
+    HiddenProblem(**CASES[name], dtype=torch.float32).check("triton")
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["no full tile", "parts of a block"])
+def test_several_tiles_and_parts(name: str) -> None:
+    HiddenProblem(**CASES[name], dtype=torch.float32).check("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("tile")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_more_values_and_gradients(name: str, gated: bool) -> None:
@@ -52,8 +57,8 @@ def test_more_values_and_gradients(name: str, gated: bool) -> None:
     HiddenProblem(**case, dtype=torch.float32).check("triton")
 
 
-def test_half_precision(tile: Tile) -> None:
-    dtype = torch.bfloat16 if tile.collects else torch.float16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
     HiddenProblem(tokens=18, experts=2, groups=1, block=16, gated=True, with_bias=True, dtype=dtype).check("triton")
 
 
@@ -67,7 +72,6 @@ def test_every_activation(activation: str, gated: bool) -> None:
     problem.check("triton")
 
 
-@pytest.mark.usefixtures("tile")
 def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
     problem = HiddenProblem(tokens=17, experts=2, groups=1, dtype=torch.float32, none_share=0.0)
     problem.index[:, 1] = problem.index[:, 0]
@@ -81,12 +85,31 @@ def test_an_expert_chosen_twice_and_rows_of_nan_without_one() -> None:
         assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.parametrize("kernel", launch.TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = HiddenProblem(tokens=40, experts=2, groups=2, block=8, dtype=dtype, gated=True, none_share=0.0)
+    for tile in launch.TILES[kernel][dtype.itemsize]:
+        monkeypatch.setitem(launch.TILES[kernel], dtype.itemsize, (tile,))
+        clean = problem.run(hidden_experts, dtype, backend="triton")
+        kept = problem.inputs["u"].clone()  # type: ignore[union-attr]
+        problem.inputs["u"][7] = float("nan")  # type: ignore[index]
+        dirty = problem.run(hidden_experts, dtype, backend="triton")
+        problem.inputs["u"] = kept
+        others = torch.arange(40) != 7
+        for name in ("o", "du", "dgates", "du_gate"):
+            assert torch.equal(dirty[name][others], clean[name][others]), (tile, name)
+        assert dirty["o"][7].isnan().all()
+
+
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=3, experts=2, groups=1, gated=True, with_bias=True, dtype=torch.float32)
     everything = launch.backward(problem.backward_call([True] * 7))
-    for needed in HiddenProblem.NAMES:
-        alone = launch.backward(problem.backward_call([n == needed for n in HiddenProblem.NAMES]))
-        for name, value, whole in zip(HiddenProblem.NAMES, alone, everything, strict=True):
+    for needed in problem.NAMES:
+        alone = launch.backward(problem.backward_call([n == needed for n in problem.NAMES]))
+        for name, value, whole in zip(problem.NAMES, alone, everything, strict=True):
             assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
 
@@ -116,34 +139,18 @@ def names(problem: HiddenProblem, need: list[bool] | None) -> list[str]:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("per_group", [False, True])
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_forward_is_one_launch_and_backward_at_most_three(tokens: int, per_group: bool, gated: bool) -> None:
-    sizes = {"tokens": tokens, "experts": 8, "groups": 3, "block": 4}
+def test_launches(per_group: bool, gated: bool) -> None:
+    sizes = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
-    assert names(problem, None) == ["hidden_forward_kernel"]
-    backward = ["hidden_rows_kernel", "hidden_blocks_kernel", "hidden_sums_kernel"]
-    assert names(problem, [True] * 7) == backward
-    assert names(problem, [True, False, False, False, False, True, False]) == backward[:1]
-    assert names(problem, [False, False, True, True, True, False, False])[0] == backward[0], "it sorts the slots"
-    if per_group:  # each group's gradients are complete
-        assert names(problem, [True, False, True, True, True, True, True]) == backward[:2]
+    collect = ["collect_kernel"] * (2 if gated else 1)
+    assert names(problem, None) == ["sort_kernel", "hidden_forward_kernel", "collect_kernel"]
+    rows = ["sort_kernel", "hidden_rows_kernel", *collect]
+    assert names(problem, [True] * 7) == [*rows, "hidden_blocks_kernel", "sums_kernel"]
+    assert names(problem, [True, False, False, False, False, True, False]) == rows
+    blocks = names(problem, [False, False, True, True, True, False, True])
+    assert blocks == ["sort_kernel", "hidden_blocks_kernel", *([] if per_group else ["sums_kernel"])]
 
 
 def test_no_token_is_no_launch() -> None:
     problem = HiddenProblem(tokens=0)
     assert names(problem, None) == names(problem, [True] * 7) == []
-
-
-def chosen(tokens: int, experts: int, top_k: int) -> Tile:
-    sizes = {"groups": 48, "block": 64, "products": 2}
-    tiles = shipped_tiles("forward", "sm_90", torch.bfloat16, 64)
-    return best_row_tile(tiles, 132, tokens=tokens, experts=experts, top_k=top_k, **sizes)
-
-
-def test_rows_are_collected_where_many_experts_share_them() -> None:
-    assert not chosen(4096, 1, 1).collects
-    assert not chosen(4096, 4, 4).collects
-    assert chosen(4096, 8, 1).collects
-    assert chosen(4096, 64, 2).tokens == 256
-    assert chosen(1, 64, 8).tokens == 16
-    assert row_cost(chosen(4096, 8, 2), 8, 2, 64, 2) < row_cost(Tile(64, 64, 64, 64, 4), 8, 2, 64, 2)

@@ -44,6 +44,28 @@ def test_route_equals_loops(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("most", [1000, 0])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
+def test_slots_sorted_without_what_has_no_expert(
+    tokens: int, experts: int, top_k: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one launch or several; -1 and numbers past the last expert are none."""
+    monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
+    monkeypatch.setattr(routing, "SORT_BLOCK", 32)
+    index = torch.randint(-1, experts + 2, (tokens, top_k))
+    index[0, 0] = experts - 1
+    none = (index < 0) | (index >= experts)
+    with poisoned_memory():
+        found = routing.sort_slots(index, experts)
+    order = index.masked_fill(none, experts).flatten().argsort(stable=True)
+    assert torch.equal(found.pair_of_slot, order)
+    assert torch.equal(found.slot_of_pair, order.argsort().view_as(index).masked_fill(none, -1))
+    assert found.offsets.tolist() == [int((index[~none] < e).sum()) for e in range(experts + 1)]
+    for rows in (1, 16):
+        sizes = found.offsets.diff()
+        assert ((sizes + rows - 1) // rows).sum() <= found.tiles(rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_dispatch_and_combine_with_gradients(dtype: torch.dtype, top_k: int) -> None:

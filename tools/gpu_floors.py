@@ -216,7 +216,17 @@ _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
     "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
     "sum_parts_kernel": lambda a, _: (cdiv(a["count"], a["BM"]),),
+    "sort_kernel": lambda a, _: 2 * (cdiv(a["pairs"], a["BLOCK"]),),
+    "sums_kernel": lambda a, g: (a["shares"] / g[1], *3 * (a["block_shares"] / g[1],)),
     "weight_gradient_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
+    "rows_kernel": lambda a, g: (TOKENS * a["M"] / a["BM"] * cdiv(a["N"], a["BN"]) / g[0], cdiv(a["K"], a["BK"])),
+    "outer_kernel": lambda a, g: (TOKENS * a["S"] / (a["EXPERTS"] if a["GROUPED"] else 1) / a["SPLITS"] / a["BK"],),
+    "left_gradient_kernel": lambda a, g: (
+        (a["experts"] if a["OF_CENTRAL"] else a["K_SIZES"][1] * a["N_SIZES"][1]) / g[1],
+        cdiv(a["K_SIZES"][2], a["KR"]) * cdiv(a["N_SIZES"][2], a["NR"]),
+        TOKENS / a["experts"] / a["BT"],
+    ),
+    "right_gradient_kernel": lambda a, g: (_steps({**a, "OF_RIGHT": True}, g[1]), TOKENS / g[2] / a["BT"]),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
     "grouped_blocks_kernel": lambda a, g: (TOKENS * a["P"] / g[2] / g[1] / a["BK"],),
     "fused_kernel": lambda a, _: (cdiv(a["K_SIZES"][2], a["KR"]), cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1]),
@@ -352,7 +362,7 @@ def document(table: dict[str, Any]) -> str:
     columns = ("x_dense", "x_least", "floor_us", "launches", "triton_launches", "python_us")
     lines = [f"| layer, forward / with backward | limit | {' | '.join(columns)} |", "|---|" + "---:|" * 7]
     for name, case in CASES.items():
-        both = [table["calls"][f"{name} {phase} sm_90"] for phase in PHASES]
+        both = [table["calls"].get(f"{name} {phase} sm_90", dict.fromkeys(columns, "-")) for phase in PHASES]
         words = [" / ".join(str(each[key]) for each in both) for key in columns]
         limit = "-" if None in case.limits else " / ".join(map(str, case.limits))
         lines.append(f"| {' | '.join((name, limit, *words))} |")
@@ -381,7 +391,7 @@ def main(words: Sequence[str] | None = None) -> int:
             found = figures(case, phase == "training", architecture)
             print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
             limit = case.limits[PHASES.index(phase)] if architecture == "sm_90" else None
-            lines += [] if chosen.write else worse(call, found, table["calls"][call], limit)
+            lines += [] if chosen.write else worse(call, found, table["calls"].get(call, found), limit)
             table["calls"][call] = found
     if chosen.cuda:
         found = cuda_kernels()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ("convert_and_look", "fine_tune_and_compare")
+NAMES = ("convert_and_look", "fine_tune_and_compare", "several_domains")
+_STYLES = re.compile(r"\x1b\[[0-9;]*m")  # of terminals
 NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
 
 
@@ -51,6 +52,9 @@ def run(made: Any, folder: Path) -> Any:
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times
         cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        for output in cell["outputs"]:
+            if "text" in output:
+                output["text"] = _STYLES.sub("", output["text"])
         if cell.cell_type == "markdown":
             del cell["outputs"]
     made.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

@@ -12,30 +12,17 @@ namespace {
 // own_groups, block, block], right_gate like right with u_gate, bias [experts, features] or none.
 HiddenExperts checked_inputs(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs) {
-  HiddenExperts in{};
-  in.dtype = dtype_named(dtype);
-  require(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16, "u must be float32 or bfloat16; got ", dtype);
   const auto [tokens, features, block, experts, own_groups, top_k] = sizes;
-  in.tokens = tokens;
-  in.features = features;
-  in.block = block;
-  in.experts = experts;
-  in.own_groups = own_groups;
-  in.top_k = top_k;
-  require(block > 0 && features % block == 0, "right must have blocks that divide ", features);
-  require(own_groups == 1 || own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
   const auto [u, u_gate, gates, index, right, left, right_gate, bias] = inputs;
-  in.u = u;
-  // An empty u_gate has no address: right_gate stands in for it, and none of its rows is read.
-  in.u_gate = tokens == 0 ? right_gate : u_gate;
-  in.gates = gates;
-  in.index = index;
-  in.right = right;
-  in.left = left;
-  in.right_gate = right_gate;
-  in.bias = bias;
+  const Dtype type = dtype_named(dtype);
+  require(type == Dtype::kFloat32 || type == Dtype::kBFloat16, "u must be float32 or bfloat16; got ", dtype);
+  require(block > 0 && features % block == 0, "right must have blocks that divide ", features);
+  const HiddenExperts in{
+      type, tokens, features, block, experts, own_groups, top_k, activation_named(activation), u,
+      // An empty u_gate has no address: right_gate stands in for it, and none of its rows is read.
+      tokens == 0 ? right_gate : u_gate, gates, index, right, left, right_gate, bias};
+  require(own_groups == 1 || own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
   require((in.u_gate == nullptr) == (in.right_gate == nullptr), "right_gate must be given with u_gate");
-  in.activation = activation_named(activation);
   return in;
 }
 

@@ -21,4 +21,15 @@ Isa active_isa();
 
 const char* isa_name(Isa isa);
 
+// Of four tables of kernels, whose names end as the files for which they are compiled, the one in use.
+#if defined(__x86_64__)
+#define MPOE_TABLE_IN_USE(name)                                    \
+  (active_isa() >= Isa::kAvx512Bf16 ? name##Avx512Bf16             \
+   : active_isa() >= Isa::kAvx512   ? name##Avx512                 \
+   : active_isa() >= Isa::kAvx2     ? name##Avx2                   \
+                                    : name##Generic)
+#else
+#define MPOE_TABLE_IN_USE(name) name##Generic
+#endif
+
 }  // namespace mpoe

@@ -1,11 +1,8 @@
-"""The demo's output: the comparison, the table, the conclusions, and in how many seeds they hold."""
+"""The comparison's output: what is compared, the table, the conclusions."""
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mpoe.cli.demo_arms import NUM_EXPERTS, Settings
@@ -17,7 +14,6 @@ SATURATED = 0.95
 # for perplexity, a relative difference, since it is not a fraction
 ALLOWED_PERPLEXITY = 0.02
 LARGE_NAMES = {"t5-base": "T5-base", "gpt2": "GPT-2"}
-SEEDS_FILE = Path(__file__).with_name("demo_seeds.json")  # written by tools/demo_seeds.py
 BASELINE = "baseline"  # the most frequent answer for all items; for perplexity, every token by its frequency
 
 
@@ -94,49 +90,6 @@ def what_holds(arms: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
     ]
 
 
-def fingerprint(settings: Settings) -> dict[str, Any]:
-    """Everything that the saved results of the seeds depend on: steps, batch, and each arm's experts and rate."""
-    arms = {arm.key: [arm.learning_rate, arm.experts, arm.training] for arm in settings.arms}
-    return {"steps": settings.steps, "batch": settings.batch, "tasks": list(settings.tasks), "arms": arms}
-
-
-def seed_facts(kind: str, settings: Settings) -> dict[str, Any] | None:
-    """The results of ``python tools/demo_seeds.py``; None for other settings, such as another number of steps."""
-    facts: dict[str, Any] = json.loads(SEEDS_FILE.read_text(encoding="utf-8")).get(kind, {})
-    return facts if facts.get("settings") == fingerprint(settings) else None
-
-
-def seed_means(kind: str, settings: Settings) -> dict[str, list[float]]:
-    """For each arm, the mean score of every seed."""
-    facts = seed_facts(kind, settings)
-    return (
-        {arm.key: [run["means"][arm.key] for run in facts["runs"].values()] for arm in settings.arms} if facts else {}
-    )
-
-
-def seed_lines(kind: str, settings: Settings) -> list[str]:
-    """In how many seeds the claim held, and each arm's distance from dense."""
-    facts = seed_facts(kind, settings)
-    if facts is None:
-        return []
-    runs = list(facts["runs"].values())
-    unit = "% of perplexity" if settings.causal else "points"
-    parts, always = [], []
-    for arm in settings.arms[1:]:
-        pairs = [(run["means"][arm.key], run["means"]["dense"]) for run in runs]
-        found = [100 * (ours / dense - 1 if settings.causal else ours - dense) for ours, dense in pairs]
-        better = sum(value < 0 if settings.causal else value > 0 for value in found)
-        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-        parts.append(f"{arm.name} {statistics.mean(found):+.1f}{spread} (better in {better} of {len(found)})")
-        always += [arm.name] if better == len(found) else []
-    held = sum(run["held"] for run in runs)
-    order = f"Better than dense with every seed: {', '.join(always)}." if always else "None beat dense with every seed."
-    return [
-        f"Seeds {', '.join(facts['runs'])}, run before with these settings: the claim held in {held} of {len(runs)}. "
-        f"Beside dense, in {unit}, mean and standard deviation: {'; '.join(parts)}. {order}"
-    ]
-
-
 def check(arms: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     """Whether the claim holds for the main MPOE arm against Switch, with the numbers behind it."""
     by_key = {arm["key"]: arm for arm in arms}
@@ -204,5 +157,3 @@ def show_comparison(
     for line in results["holds"]:
         console.print(Text(line))
     console.print(Text(results["check"]["statement"], style="green" if results["check"]["held"] else "bold red"))
-    for line in results["seeds"]:
-        console.print(Text(line))

@@ -18,7 +18,7 @@ COMMANDS = {
     "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
     "generate": "Generate text with a saved model.",
     "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or experts' files.",
-    "demo": "Convert, train and compare dense / Switch / MPOE on data every Python carries; needs no download.",
+    "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, Switch, MPOE).",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }
 INTERRUPTED = 130

@@ -102,38 +102,32 @@ def loss_curves(
     return draw(paint, *size)
 
 
-def gain_size_price(
-    arms: Sequence[dict[str, Any]], score: str, large: str, seeds: Mapping[str, Sequence[float]]
-) -> list[str]:
-    """The demo in one row of panels: every arm's score, size and price.
+def gain_size_price(arms: Sequence[dict[str, Any]], score: str, large: str) -> list[str]:
+    """The comparison in one row of panels: every arm's score, size and price.
 
     Args:
         arms: from the demo's results.
         score: description of ``arm["mean"]``, with its unit.
         large: name of the model whose parameters and layer times are shown.
-        seeds: for each arm, ``mean`` of other seeds, drawn as dots over the bars.
     """
     scale = 100.0 if all(arm["mean"] <= 1 for arm in arms) else 1.0
-    dots = {arm["name"]: [scale * mean for mean in seeds.get(arm["key"], ())] for arm in arms}
     millions = {arm["name"]: arm["large"]["parameters"] / 1e6 for arm in arms}
     return [
-        _bars(f"Gain: {score}", {arm["name"]: scale * arm["mean"] for arm in arms}, "{:.1f}", dots),
+        _bars(f"Gain: {score}", {arm["name"]: scale * arm["mean"] for arm in arms}, "{:.1f}"),
         _bars(f"Size: {large}, millions of parameters", millions, "{:,.0f}"),
         _bars("Price: time of a layer, x dense", {arm["name"]: arm["large"]["training"] for arm in arms}, "{:.2f}"),
     ]
 
 
-def _bars(title: str, values: Mapping[str, float], form: str, dots: Mapping[str, Sequence[float]] | None = None) -> str:
+def _bars(title: str, values: Mapping[str, float], form: str) -> str:
     """A bar with its number for each name; MPOE's are highlighted."""
 
     def paint(axes: Any) -> None:
         names = list(values)
-        ends = [max((*(dots or {}).get(name, ()), values[name])) for name in names]
         axes.barh(names, values.values(), color=[COLOURS[0 if name.startswith("MPOE") else 7] for name in names])
         for row, name in enumerate(names):
-            points = list((dots or {}).get(name, ()))
-            axes.plot(points, [row] * len(points), "o", color="black", markersize=3, alpha=0.6)
-            axes.annotate(form.format(values[name]), (ends[row], row), (5, 0), textcoords="offset points", va="center")
+            place = (values[name], row)
+            axes.annotate(form.format(values[name]), place, (5, 0), textcoords="offset points", va="center")
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set_title(title, fontsize=11, loc="left")

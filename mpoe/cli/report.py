@@ -10,7 +10,6 @@ from typing import Any
 from mpoe.cli import plots
 from mpoe.cli.html import Rows, figures, table, write_page
 
-DOTS = '<p class="note">Dots: the seeds that were run before.</p>'
 _STYLE = """
 summary { margin: 1rem 0; } .arms td:first-child { white-space: nowrap; }
 @media (max-width: 640px) {
@@ -43,10 +42,8 @@ def write_demo_report(file: Path, results: dict[str, Any], header: Sequence[str]
         f"<h1>mpoe demo: {html.escape(results['model'])}</h1>",
         f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in results['holds'])}</ul>",
         table([name.replace("\n", " ").replace("_", "_\u200b") for name in header], rows, "arms"),
-        figures(lambda: plots.gain_size_price(arms, results["score"], results["large"], results["seed_means"])),
-        DOTS if any(results["seed_means"].values()) else "",
+        figures(lambda: plots.gain_size_price(arms, results["score"], results["large"])),
         f'<p class="{"held" if check["held"] else "failed"}">{html.escape(check["statement"])}</p>',
-        *(f"<p>{html.escape(line)}</p>" for line in results["seeds"]),
         *(f'<p class="note">{html.escape(line)}</p>' for line in results["comparison"]),
         "<details><summary>Training curves, parameters, expert load</summary>",
         figures(lambda: _details(arms)),

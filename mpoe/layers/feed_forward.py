@@ -20,10 +20,15 @@ from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 
 
-def is_observed(module: nn.Module) -> bool:
-    """Whether a module has hooks, or its forward was replaced."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
+def is_observed(*modules: nn.Module) -> bool:
+    """Whether one of the modules has hooks, or its forward was replaced."""
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if "forward" in own:
+            return True
+    return _has_any_global_hook()
 
 
 @functools.cache
@@ -229,8 +234,7 @@ class MPOEFeedForward(RoutedFeedForward):
             or self.training
             or type(experts) is not MPOExperts
             or type(router) is not TopKRouter
-            or is_observed(router)
-            or is_observed(experts)
+            or is_observed(router, experts)
         ):
             return None
         call = current_routing()

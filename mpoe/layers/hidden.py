@@ -172,8 +172,7 @@ class HiddenExperts(FromInitialValues):
         if (
             self._mesh is not None
             or type(router) is not TopKRouter
-            or is_observed(router)
-            or is_observed(self)
+            or is_observed(router, self)
             or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias)
         ):
             return None

@@ -137,15 +137,11 @@ class NeuronExperts(FromInitialValues):
     def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend or several
-        dtypes.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend or another
+        dtype of the tokens.
         """
-        own = self._parameters.values()  # faster than by their names
-        if (
-            self.backend != router.backend
-            or any(part is not None and part.dtype != x.dtype for part in own)
-            or not router.can_gate_natively(x, token_mask, *own)
-        ):
+        own = self._parameters.values()
+        if self.backend != router.backend or x.dtype != self.dtype or not router.can_gate_natively(x, token_mask, *own):
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, None)
         rows = x if self.latent_in is None else x @ self.latent_in
@@ -302,8 +298,7 @@ class NeuronFeedForward(KeptFeedForward):
             or type(experts) is not NeuronExperts
             or type(router) is not TopKRouter
             or (call is not None and call.records is not None)
-            or is_observed(router)
-            or is_observed(experts)
+            or is_observed(router, experts)
         ):
             return None
         return experts.routed(router, x, token_mask)

@@ -28,8 +28,8 @@ class Tried(NamedTuple):
 
 
 TRIED = {
-    "t5": Tried(128, 1e-3, {"separable": 1.5e-3, "hidden": 1.5e-3}, "`mpoe demo`: three rates per arm, two seeds"),
-    "gpt2": Tried(128, 3e-4, {}, "`mpoe demo --model gpt2`: better in every arm than .001"),
+    "t5": Tried(128, 1e-3, {"separable": 1.5e-3, "hidden": 1.5e-3}, "`mpoe demo --compare`: three rates, two seeds"),
+    "gpt2": Tried(128, 3e-4, {}, "`mpoe demo --compare --model gpt2`: better in every arm than .001"),
     "bert": Tried(384, 3e-4, {}, "MiniLM on short sentences, .00025 to .0005 in every arm ([Evidence](evidence.md))"),
     SCRATCH: Tried(48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"),
 }

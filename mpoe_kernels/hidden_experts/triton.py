@@ -18,8 +18,8 @@ from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_forward_kernel, hidden_rows_kernel
 from mpoe_kernels.routing.triton import SortedSlots, collect_rows, sort_slots
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.pointwise import sums_kernel
 from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
+from mpoe_kernels.triton.sums import sums_kernel
 
 FEW_SLOTS = 16  # of an expert: no larger tile of rows is of use
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound

@@ -27,8 +27,8 @@ from mpoe_kernels.neurons.triton_kernels import (
 )
 from mpoe_kernels.routing.triton import SortedSlots, collect_rows, sort_slots
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.pointwise import sums_kernel
 from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
+from mpoe_kernels.triton.sums import sums_kernel
 
 FEW_SLOTS = 16  # of an expert: no larger tile of rows is of use
 SUM_BLOCK = 128  # results of a program that adds parts

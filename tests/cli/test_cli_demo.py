@@ -1,4 +1,4 @@
-"""The demo's arithmetic and words; the demo itself runs in test_cli_slow.py."""
+"""The demos' arithmetic and words; the demos themselves run in test_cli_slow.py."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import pytest
 from rich.console import Console
 
 from mpoe import plotting
+from mpoe.cli import demo, demo_experts
 from mpoe.cli.demo_arms import SETTINGS, Settings, count_parameters, training_items, with_steps
 from mpoe.cli.demo_cost import large_costs
 from mpoe.cli.demo_tables import (
-    SEEDS_FILE,
     check,
     comparison_lines,
     comparison_table,
-    seed_facts,
-    seed_lines,
-    seed_means,
     show_comparison,
     what_holds,
 )
 from mpoe.cli.report import write_demo_report
+from mpoe.data.demo_texts import DOMAINS, domain_text
+from mpoe.models.expert_mixture import kept_experts
 
 
 def arms_of(kind: str, switch: float, mpoe: float, experts: int = 400) -> list[dict]:
@@ -88,8 +87,6 @@ def results_of(arms: list[dict], settings: Settings) -> dict:
         "arms": arms,
         "holds": what_holds(arms, settings),
         "check": check(arms, settings),
-        "seeds": ["Seeds 0"],
-        "seed_means": {arm["key"]: [0.7, 0.71] for arm in arms},
         "score": "mean test score here, per cent",
         "large": "T5-base",
         "examples": [{"prompt": "<b>", "expected": "x", "generated": "y"}],
@@ -153,31 +150,6 @@ def test_costs_of_the_large_model() -> None:
     assert all(cost["forward"] > 0 for cost in costs.values())
 
 
-@pytest.mark.parametrize("kind", json.loads(SEEDS_FILE.read_text()))
-def test_facts_of_the_seeds_are_those_of_the_settings(kind: str) -> None:
-    settings = SETTINGS[kind]
-    facts = seed_facts(kind, settings)
-    assert facts is not None, "the demo has changed: run python tools/demo_seeds.py"
-    assert list(facts["runs"]) == ["0", "1", "2", "3", "4"]
-    (line,) = seed_lines(kind, settings)
-    held = sum(run["held"] for run in facts["runs"].values())
-    assert f"the claim held in {held} of 5" in line
-    means = seed_means(kind, settings)
-    sign = -1 if settings.causal else 1
-    always = [
-        arm.name
-        for arm in settings.arms[1:]
-        if all(sign * (a - d) > 0 for a, d in zip(means[arm.key], means["dense"], strict=True))
-    ]
-    assert line.endswith("with every seed." if not always else f"{', '.join(always)}.")
-    assert seed_lines(kind, with_steps(settings, 3)) == []  # other settings, no facts
-    assert {key: len(means) for key, means in seed_means(kind, settings).items()} == {a.key: 5 for a in settings.arms}
-
-
-def test_the_seeds_of_the_readmes_demo_are_known() -> None:
-    assert seed_facts("t5", SETTINGS["t5"]) is not None
-
-
 class _Tokens:
     eos_token_id, pad_token_id = 1, 0
 
@@ -207,3 +179,38 @@ def test_order_of_items_is_a_function_of_the_seed_and_one_task_per_step() -> Non
     for step in range(6):
         lengths = [item["input_ids"][0] for item in first[step * settings.batch : (step + 1) * settings.batch]]
         assert all(n >= 102 for n in lengths) or all(n < 102 for n in lengths)
+
+
+def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(demo_experts, "TESTED", 2)
+    demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert list(results["losses"]) == ["law", "code", "names", "documentation"]
+    assert all(list(own) == ["base", "own", "composed", "merged"] for own in results["losses"].values())
+    assert results["experts"] == ["law", "code", "names", "none"]
+    assert {expert for _, expert in results["picture"]} <= {0, 1, 2, 3}
+    assert [expert.name for expert in kept_experts(tmp_path / "demo" / "model")[0]] == ["law", "code", "names"]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("<span style=") == len(results["picture"]) + 4
+    out = capsys.readouterr().out
+    assert "own expert" in out
+    assert "Forgetting" in out
+
+
+def test_what_the_demo_says_of_its_numbers() -> None:
+    own = {"base": 5.0, "own": 4.0, "composed": 4.25, "merged": 4.5}
+    losses = {"law": own, "code": own, "names": own, "documentation": {**own, "own": 5.5, "composed": 5.125}}
+    assert demo_experts.kept(losses) == {"law": 0.75, "code": 0.75, "names": 0.75}
+    lines = demo_experts.conclusions({"losses": losses, "kept": demo_experts.kept(losses)})
+    assert "law 75%, code 75%, names 75%" in lines[0]
+    assert "always on +0.500 nats, the mixture +0.125, merged -0.500" in lines[1]
+    assert demo_experts.rows_of(losses)[3] == ["documentation", "5.000", "5.500", "5.125", "4.500"]
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_texts_of_the_domains(name: str) -> None:
+    train, held_out = (domain_text(name, part) for part in (False, True))
+    assert len(train) > 50_000
+    assert len(held_out) > 10_000
+    assert held_out[:200] not in train
+    assert domain_text(name, True) == held_out

@@ -16,7 +16,7 @@ import notebooks
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-IN_CELLS = ("convert_and_look.py", "choose_a_shape.py", "fine_tune_and_compare.py")
+IN_CELLS = ("convert_and_look.py", "choose_a_shape.py", "fine_tune_and_compare.py", "several_domains.py")
 
 
 @pytest.fixture
@@ -36,6 +36,15 @@ def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "model" / "model.safetensors").is_file()
     out = capsys.readouterr().out
     assert out.count("DenseReluDense: ") == len(names["model"].mpoe_config.rate_ratios) // 2  # a route for each layer
+
+
+@pytest.mark.slow
+def test_several_domains(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_script("several_domains.py", tmp_path / "walk")
+    assert type(names["model"]).__name__ == "GraniteMoeSharedForCausalLM"
+    assert names["model"].config.num_local_experts == 4
+    assert names["answer"].shape[1] > names["prompt"]["input_ids"].shape[1]
+    assert capsys.readouterr().out.count("$ mpoe ") == 5
 
 
 def test_choose_a_shape(run_script, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,15 +27,9 @@ const GemmKernels& gemm_kernels(Dtype dtype) {
   const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
 #if defined(__x86_64__)
   static const GemmKernels amx = amx_kernels();
-  switch (active_isa()) {
-    case Isa::kAmx: return index == 1 ? amx : kGemmAvx512Bf16[0];
-    case Isa::kAvx512Bf16: return kGemmAvx512Bf16[index];
-    case Isa::kAvx512: return kGemmAvx512[index];
-    case Isa::kAvx2: return kGemmAvx2[index];
-    case Isa::kGeneric: break;
-  }
+  if (index == 1 && active_isa() == Isa::kAmx) return amx;
 #endif
-  return kGemmGeneric[index];
+  return MPOE_TABLE_IN_USE(kGemm)[index];
 }
 
 }  // namespace mpoe

@@ -12,17 +12,7 @@ namespace mpoe {
 namespace {
 
 const HiddenKernels& hidden_kernels(Dtype dtype) {
-  const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::kAmx:
-    case Isa::kAvx512Bf16: return kHiddenAvx512Bf16[index];
-    case Isa::kAvx512: return kHiddenAvx512[index];
-    case Isa::kAvx2: return kHiddenAvx2[index];
-    case Isa::kGeneric: break;
-  }
-#endif
-  return kHiddenGeneric[index];
+  return MPOE_TABLE_IN_USE(kHidden)[dtype == Dtype::kBFloat16 ? 1 : 0];
 }
 
 std::int64_t padded_block(const HiddenExperts& in) { return round_up(in.block, kPanel); }

@@ -20,17 +20,7 @@ constexpr int64_t kSumFloats = 1 << 19;       // of sums that stay in the cache
 constexpr int64_t kHiddenElements = 1 << 23;  // of h that the forward keeps at once
 
 const NeuronKernels& neuron_kernels(Dtype dtype) {
-  const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::kAmx:
-    case Isa::kAvx512Bf16: return kNeuronsAvx512Bf16[index];
-    case Isa::kAvx512: return kNeuronsAvx512[index];
-    case Isa::kAvx2: return kNeuronsAvx2[index];
-    case Isa::kGeneric: break;
-  }
-#endif
-  return kNeuronsGeneric[index];
+  return MPOE_TABLE_IN_USE(kNeurons)[dtype == Dtype::kBFloat16 ? 1 : 0];
 }
 
 // Some neurons of one expert, whole panels but for the last.

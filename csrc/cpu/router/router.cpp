@@ -85,18 +85,15 @@ void choose(const Gating& a, const float* logits, std::int64_t* index, float* ga
   const std::int64_t experts = a.router.experts;
   bool known = true;
   for (std::int64_t e = 0; e < experts; ++e) known &= !std::isnan(logits[e]);
-  for (std::int64_t k = 0; k < a.top_k; ++k) {
-    // After the previous choice, in the order of logits and, among equal ones, of numbers.
-    const auto comes_later = [&](std::int64_t e) {
-      if (k == 0) return true;
-      const float last = logits[index[k - 1]];
-      return logits[e] < last || (logits[e] == last && e > index[k - 1]);
-    };
-    std::int64_t best = -1;
-    for (std::int64_t e = 0; known && e < experts; ++e)
-      if (comes_later(e) && (best < 0 || logits[e] > logits[best])) best = e;
-    index[k] = known ? best : k;
+  // In the order of logits and, among equal ones, of numbers: a later one moves ahead of those that are smaller.
+  std::int64_t found = 0;
+  for (std::int64_t e = 0; known && e < experts; ++e) {
+    if (found == a.top_k && logits[e] <= logits[index[found - 1]]) continue;
+    std::int64_t place = found < a.top_k ? found++ : found - 1;
+    for (; place > 0 && logits[e] > logits[index[place - 1]]; --place) index[place] = index[place - 1];
+    index[place] = e;
   }
+  for (std::int64_t k = 0; !known && k < a.top_k; ++k) index[k] = k;
   const float most = logits[index[0]];
   float sum = 0;
   if (a.raw)

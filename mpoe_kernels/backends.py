@@ -129,12 +129,17 @@ def register_backend(backend: Backend) -> None:
     BACKENDS[backend.name] = backend
 
 
-def add_kernels(
-    backend: str, kernels: Mapping[str, Callable[..., Any]], reasons: Callable[[Request], list[str]] | None = None
-) -> None:
-    """Add the kernels of some ops to a backend; ``reasons``: why it cannot run a request of one of them."""
-    BACKENDS[backend].kernels |= kernels
-    BACKENDS[backend].op_reasons |= dict.fromkeys(kernels, reasons or _nothing)
+def add_kernels(backend: str, kernels: Any, functions: Mapping[str, str]) -> None:
+    """Add the kernels of some ops to a backend.
+
+    Args:
+        backend: its name.
+        kernels: a module or an object; its function ``reasons``, if it has one, says why it cannot run a request.
+        functions: op -> name of its function; ops whose function is missing are left out.
+    """
+    found = {op: getattr(kernels, name) for op, name in functions.items() if hasattr(kernels, name)}
+    BACKENDS[backend].kernels |= found
+    BACKENDS[backend].op_reasons |= dict.fromkeys(found, getattr(kernels, "reasons", _nothing))
 
 
 def lazily(module: str, *functions: str) -> SimpleNamespace:
@@ -149,11 +154,6 @@ def lazily(module: str, *functions: str) -> SimpleNamespace:
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine."""
     return tuple(name for name, backend in BACKENDS.items() if not backend.unavailable_reasons())
-
-
-def registered_backends() -> tuple[Backend, ...]:
-    """Every known backend, in the order of registration."""
-    return tuple(BACKENDS.values())
 
 
 def backend_reasons() -> dict[str, list[str]]:
@@ -183,19 +183,17 @@ def places_rows(backend: str) -> bool:
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
-def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, **sizes: int) -> Callable[..., Any]:
-    """Cached `select` for a `Request`."""
-    return _selected(op, device, dtype, name, tuple(sizes.items()), registered_backends())
+Sizes = tuple[tuple[str, int], ...]
+
+
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes = ()) -> Callable[..., Any]:
+    """Cached `select` for a `Request`, whose sizes are given as pairs."""
+    return _selected(op, device, dtype, name, sizes, tuple(BACKENDS.values()))
 
 
 @lru_cache(maxsize=1024)
 def _selected(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str,
-    sizes: tuple[tuple[str, int], ...],
-    _backends: tuple[Backend, ...],
+    op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes, _backends: tuple[Backend, ...]
 ) -> Callable[..., Any]:
     return select(Request(op, str(device), dtype, dict(sizes)), name)
 

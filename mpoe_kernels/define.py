@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -84,10 +85,12 @@ def backend_kernel(op: str, like: str, **sizes: tuple[str, int]) -> Callable[[An
         sizes: of the request: a field and its axis.
     """
 
+    asked = [(name, attrgetter(f"{field}.shape"), axis) for name, (field, axis) in sizes.items()]
+
     def run(call: Any) -> Any:
         tensor = getattr(call, like)
-        known = {name: getattr(call, field).shape[axis] for name, (field, axis) in sizes.items()}
-        return kernel_for(op, tensor.device, tensor.dtype, call.backend, **known)(call)
+        known = tuple([(name, shape_of(call)[axis]) for name, shape_of, axis in asked])
+        return kernel_for(op, tensor.device, tensor.dtype, call.backend, known)(call)
 
     return run
 
@@ -271,7 +274,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
                 # The first questions of `holds_values` alone answer for most tensors, without a call.
                 size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
                 fits = size and begins and value.untyped_storage().nbytes() >= size and value.data_ptr()
-                if not fits and (value.is_meta or not holds_values(value)):
+                if not fits and (value.is_meta or (size and not holds_values(value))):
                     return False
             elif isinstance(value, Tensor):
                 return False

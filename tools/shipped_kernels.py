@@ -195,6 +195,9 @@ def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
             token_of_slot, slot_of_token = _integers(slots), _integers(tokens, top_k)
             rows, gates = _empty(tokens, model, dtype=dtype), _empty(tokens, top_k, dtype=torch.float32)
             sorted_rows, where = _empty(slots, model, dtype=dtype), (offsets, token_of_slot, slot_of_token)
+            for raw in (False, True):
+                logits = _empty(tokens, experts, dtype=torch.float32)
+                yield Problem(f"{label} gate", partial(routing.gate, logits, top_k, raw))
             for capacity, mask in ((None, None), (slots // experts + 1, _empty(tokens, dtype=torch.bool))):
                 call: Any = RouteCall(index, experts, capacity, mask, "triton")
                 yield Problem(f"{label} route", partial(routing.route, call))

@@ -24,21 +24,13 @@ MOST_CHOICES = 20_000  # the oldest go
 _LOG = logging.getLogger(__name__)
 
 
-def cache_file(name: str) -> Path:
-    """A file of this user's cache; below the temporary folder for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification ignores relative paths.
-    if os.path.isabs(base):
-        return Path(base) / "mpoe" / name
-    home = os.path.expanduser("~")
-    if not os.path.isabs(home):  # no HOME and an unknown user, as in containers
-        return Path(tempfile.gettempdir()) / "mpoe" / name
-    return Path(home) / ".cache" / "mpoe" / name
-
-
 def choices_file() -> Path:
-    """Where choices are kept."""
-    return cache_file("choices.json")
+    """Where choices are kept: in this user's cache; below the temporary folder for a user without a home."""
+    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if not os.path.isabs(base):  # the specification ignores relative paths
+        # Without HOME and with an unknown user, as in containers, there is no home.
+        base = os.path.join(home, ".cache") if os.path.isabs(home) else tempfile.gettempdir()
+    return Path(base) / "mpoe" / "choices.json"
 
 
 @lru_cache(maxsize=1)

@@ -44,17 +44,9 @@ KERNELS = {
     "triton": lazily("mpoe_kernels.hidden_experts.triton", "forward", "backward"),
     "cuda": HiddenKernels(CUDA_OPS),
 }
-
-
-def register(backend: str, kernels: Any) -> None:
-    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
-    any."""
-    table = {"hidden_experts": kernels.forward, "hidden_experts_backward": kernels.backward}
-    add_kernels(backend, table, getattr(kernels, "reasons", None))
-
-
+FUNCTIONS = {"hidden_experts": "forward", "hidden_experts_backward": "backward"}
 for _backend, _kernels in KERNELS.items():
-    register(_backend, _kernels)
+    add_kernels(_backend, _kernels, FUNCTIONS)
 
 
 @dataclass
@@ -128,7 +120,7 @@ _forward = define_differentiable(
     "hidden_experts",
     HiddenCall,
     HiddenBackwardCall,
-    {op: backend_kernel(op, "u", block=("right", -1)) for op in ("hidden_experts", "hidden_experts_backward")},
+    {op: backend_kernel(op, "u", block=("right", -1)) for op in FUNCTIONS},
     _fake,
     autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
 )

@@ -21,7 +21,6 @@ from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
 from mpoe_kernels.triton.sums import sums_kernel
 
-FEW_SLOTS = 16  # of an expert: no larger tile of rows is of use
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound
 SUM_BLOCK = 128  # results of a program that adds parts
 LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
@@ -46,13 +45,6 @@ def _tiles(kernel: str, u: Tensor, block: int) -> list[Tile]:
     if kernel == "blocks" and u.element_size() == 2 and architecture.target_of(u.device).architecture in IN_REGISTERS:
         found = (SMALL_TILE,)
     return [tile.within(block, block) for tile in found]
-
-
-def _row_tiles(kernel: str, call: HiddenCall, sorted_slots: SortedSlots) -> list[Tile]:
-    found = _tiles(kernel, call.u, call.block)
-    if len(found) == 1:
-        return found
-    return found[-1:] if sorted_slots.per_expert <= FEW_SLOTS else found[:-1]
 
 
 def _common(call: HiddenCall, sorted_slots: SortedSlots) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def forward(call: HiddenCall) -> Tensor:
     check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
     sorted_slots = sort_slots(index, call.num_experts)
     common, groups = _common(call, sorted_slots), u.shape[1] // call.block
-    tiles = _row_tiles("forward", call, sorted_slots)
+    tiles = sorted_slots.among(_tiles("forward", u, call.block))
     share = _share(groups, sorted_slots.tiles(tiles[0].rows) * groups, u.device)
     out = u.new_empty(index.numel(), u.shape[1])
     start_best(
@@ -133,7 +125,7 @@ def _rows(call: HiddenBackwardCall, common: dict[str, Any], sorted_slots: Sorted
     groups, pairs, none = u.shape[1] // call.block, call.gates.numel(), u.new_empty(0)
     if not (need_u or need_gates or need_u_gate):
         return none, none, none
-    tiles = _row_tiles("rows", call, sorted_slots)
+    tiles = sorted_slots.among(_tiles("rows", u, call.block))
     share = _share(groups, sorted_slots.tiles(tiles[0].rows) * groups, u.device)
     du, du_gate = (u.new_empty(pairs, u.shape[1]) if wanted else none for wanted in (need_u, need_u_gate))
     gate_parts = u.new_empty(cdiv(groups, share), pairs if need_gates else 0, dtype=torch.float32)

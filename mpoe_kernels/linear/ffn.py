@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.checks import check_device, describe
 from mpoe_kernels.define import requested_backend
-from mpoe_kernels.linear.gated import gated_mpo_linear
 from mpoe_kernels.linear.op import check_call, forward_op, grouped_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import Routing, check_gates, check_routing, combine
@@ -57,14 +56,19 @@ def mpo_ffn(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
     offsets = routing.expert_offsets
-    product = grouped_mpo_linear if gate_proj is None else partial(gated_mpo_linear, gate_proj=gate_proj)
-    hidden = product(
-        *(x, up, offsets, up_bias),
-        row_index=routing.token_of_slot,
-        slot_of_token=routing.slot_of_token,
-        activation=activation,
-        backend=backend,
-    )
+    rows: dict[str, Any] = {"row_index": routing.token_of_slot, "slot_of_token": routing.slot_of_token}
+    if gate_proj is None:
+        hidden = grouped_mpo_linear(x, up, offsets, up_bias, **rows, activation=activation, backend=backend)
+    else:
+        if not isinstance(up, MPOBlocks) or not isinstance(gate_proj, MPOBlocks):
+            found = gate_proj if isinstance(up, MPOBlocks) else up
+            raise TypeError(f"up and gate_proj must be MPOBlocks (see fold); got {describe(found)}")
+        if up.out_features != gate_proj.out_features:
+            raise ValueError(
+                f"gate_proj must have {up.out_features} out_features like up; got {gate_proj.out_features}"
+            )
+        hidden = grouped_mpo_linear(x, gate_proj, offsets, **rows, activation=activation, backend=backend)
+        hidden = hidden * grouped_mpo_linear(x, up, offsets, up_bias, **rows, backend=backend)
     if dropout > 0.0:
         hidden = torch.nn.functional.dropout(hidden, dropout)
     if _may_place(hidden, down, down_bias, routing, top_k_weights, backend):

@@ -34,17 +34,9 @@ KERNELS: dict[str, Any] = {
     "triton": lazily("mpoe_kernels.neurons.triton", "forward", "backward"),
     "cuda": NeuronKernels(CUDA_OPS),
 }
-
-
-def register(backend: str, kernels: Any) -> None:
-    """Register a backend's kernels of the op: the functions ``forward`` and ``backward``, and ``reasons`` if it has
-    any."""
-    table = {"neuron_experts": kernels.forward, "neuron_experts_backward": kernels.backward}
-    add_kernels(backend, table, getattr(kernels, "reasons", None))
-
-
+FUNCTIONS = {"neuron_experts": "forward", "neuron_experts_backward": "backward"}
 for _backend, _kernels in KERNELS.items():
-    register(_backend, _kernels)
+    add_kernels(_backend, _kernels, FUNCTIONS)
 
 
 @dataclass
@@ -96,7 +88,7 @@ _forward = define_differentiable(
     "neuron_experts",
     NeuronCall,
     NeuronBackwardCall,
-    {op: backend_kernel(op, "x", neurons=("up", 1)) for op in ("neuron_experts", "neuron_experts_backward")},
+    {op: backend_kernel(op, "x", neurons=("up", 1)) for op in FUNCTIONS},
     _fake,
     autocast=("x", "up", "down", "bias", "gate_up"),  # gates keep the router's float32
 )

@@ -30,7 +30,6 @@ from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
 from mpoe_kernels.triton.sums import sums_kernel
 
-FEW_SLOTS = 16  # of an expert: no larger tile of rows is of use
 SUM_BLOCK = 128  # results of a program that adds parts
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
@@ -43,10 +42,7 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
 
 
 def _tiles(kernel: str, like: Tensor, sorted_slots: SortedSlots, columns: int, inner: int) -> Sequence[Tile]:
-    found = [tile.within(columns, inner) for tile in TILES[kernel][like.element_size()]]
-    if len(found) == 1:
-        return found
-    return found[-1:] if sorted_slots.per_expert <= FEW_SLOTS else found[:-1]
+    return sorted_slots.among([tile.within(columns, inner) for tile in TILES[kernel][like.element_size()]])
 
 
 class _Call:

@@ -16,6 +16,7 @@ from mpoe_kernels.backends import AUTO, BACKENDS, Request
 from mpoe_kernels.define import is_plain_call, needs_gradients, requested_backend
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 
+MOST_GATED = 4096  # experts among which one launch chooses
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,19 +75,23 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
 
 
 def gating_of(logits: Tensor, top_k: int, raw: bool, backend: str | None = None) -> Gating | None:
-    """Decide from logits float32 ``[T, E]`` in one launch of the compiled CUDA kernels; ``raw`` as in `native_gating`.
+    """Decide from logits float32 ``[T, E]`` in one launch of the backend ``cuda`` or ``triton``; ``raw`` as in
+    `native_gating`.
 
-    None where they cannot run or another backend is named, and where a gradient, a compiler or a mode has a part in
-    the call.
+    None where neither can run or another backend is named, and where a gradient, a compiler or a mode has a part in the
+    call.
     """
+    if logits.shape[1] > MOST_GATED:
+        return None
     if torch.compiler.is_dynamo_compiling() or not is_plain_call((logits,)) or needs_gradients((logits,)):
         return None
     asked = requested_backend(backend)
-    found = BACKENDS.get("cuda" if asked == AUTO and logits.is_cuda else asked)
-    if found is None or found.unsupported_reasons(Request("gate", str(logits.device), logits.dtype)):
-        return None
-    decided: Gating = found.kernels["gate"](logits, top_k, raw)
-    return decided
+    request = Request("gate", str(logits.device), logits.dtype)
+    for name in (asked,) if asked != AUTO else ("cuda", "triton") if logits.is_cuda else ():
+        if not BACKENDS[name].unsupported_reasons(request):
+            decided: Gating = BACKENDS[name].kernels["gate"](logits, top_k, raw)
+            return decided
+    return None
 
 
 def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:

@@ -28,19 +28,12 @@ OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 KERNELS = {
     "native": native,
     "eager": eager,
-    "triton": lazily("mpoe_kernels.routing.triton", *OPS),
+    "triton": lazily("mpoe_kernels.routing.triton", *OPS, "gate"),
     "cuda": RoutingKernels(CUDA_OPS),
 }
-
-
-def register(backend: str, kernels: Any) -> None:
-    """Register a backend's kernels of these ops, functions of their names, and its ``gate``, if it has one, for
-    `mpoe_kernels.routing.gating`."""
-    add_kernels(backend, {op: getattr(kernels, op) for op in (*OPS, "gate") if op != "gate" or hasattr(kernels, op)})
-
-
+FUNCTIONS = {op: op for op in (*OPS, "gate")}  # `gate`: of `mpoe_kernels.routing.gating`, where there is one
 for _backend, _kernels in KERNELS.items():
-    register(_backend, _kernels)
+    add_kernels(_backend, _kernels, FUNCTIONS)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.routing import triton_kernels as kernels
+from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from mpoe_kernels.triton.start import cdiv, power_of_two, start
+from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 16384  # at most so many pairs are sorted by one launch, in which every expert's program reads all
+GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
@@ -105,6 +108,30 @@ def sort_pairs(
     return offsets, token_of_slot, slot_of_token
 
 
+def gate(logits: Tensor, top_k: int, raw: bool) -> Gating:
+    """One launch. ``raw``: gates are probabilities, otherwise they sum to 1."""
+    tokens, experts = logits.shape
+    scan = power_of_two(max(2, experts))
+    weights, index = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
+    rows = max(1, min(16, GATED // scan))
+    start(
+        kernels.gate_kernel,
+        (cdiv(tokens, rows),),
+        logits=logits.contiguous(),
+        weights=weights,
+        index=index,
+        tokens=tokens,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        RAW=raw,
+        SCAN=scan,
+        KP=power_of_two(top_k),
+        BM=rows,
+        num_warps=4,
+    )
+    return Gating(logits, index, weights)
+
+
 class SortedSlots(NamedTuple):
     """(token, choice) pairs sorted by expert; those without an expert come last.
 
@@ -128,11 +155,12 @@ class SortedSlots(NamedTuple):
         pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
         return (pairs + min(pairs, experts) * (rows - 1)) // rows
 
-    @property
-    def per_expert(self) -> float:
-        """Mean number of slots, if every expert that can be used is."""
+    def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Of several tiles, the last of which is for few slots of an expert: that one, or all others."""
         pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
-        return pairs / max(1, min(pairs, experts))
+        if len(tiles) == 1:
+            return tiles
+        return tiles[-1:] if pairs <= min(pairs, experts) * tiles[-1].rows else tiles[:-1]
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:

@@ -12,6 +12,48 @@ import triton.language as tl
 
 
 @triton.jit
+def gate_kernel(
+    logits,  # [T, EXPERTS] float32
+    weights,  # [T, TOP_K] float32
+    index,  # [T, TOP_K]
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RAW: tl.constexpr,
+    SCAN: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Grid ``(token blocks,)``: softmax and the largest of it, of equal ones the smaller number first; NaN is largest.
+
+    ``SCAN`` and ``KP`` are powers of two that are at least ``EXPERTS`` and ``TOP_K``.
+    """
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
+    known = (expert < EXPERTS)[None, :]
+    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
+    z = tl.where(known, tl.load(logits + at, mask=(token < tokens)[:, None] & known, other=0.0), float("-inf"))
+    p = tl.exp(z - tl.max(z, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    left = tl.where(known, tl.where(p == p, p, 2.0), -1.0)  # -1: not to be chosen
+    found = tl.zeros((BM, KP), dtype=tl.float32)
+    numbers = tl.zeros((BM, KP), dtype=tl.int64)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(left, 1)
+        chosen = expert[None, :] == best[:, None]
+        value = tl.sum(tl.where(chosen, p, 0.0), 1)
+        found = tl.where(choice[None, :] == k, value[:, None], found)
+        numbers = tl.where(choice[None, :] == k, best[:, None].to(tl.int64), numbers)
+        left = tl.where(chosen, -1.0, left)
+    if not RAW:
+        found = found / tl.sum(found, 1)[:, None]
+    where = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
+    inside = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
+    tl.store(weights + where, found, mask=inside)
+    tl.store(index + where, numbers, mask=inside)
+
+
+@triton.jit
 def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_MASK: tl.constexpr):
     """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1`` outside."""
     found = tl.load(index + pair, mask=inside, other=0)

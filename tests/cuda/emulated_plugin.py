@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpoe_kernels.backends import register_backend
+from mpoe_kernels.backends import add_kernels, register_backend
 from mpoe_kernels.hidden_experts import op as hidden
 from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.neurons import op as neurons
@@ -13,6 +13,6 @@ from .emulation import EMULATED, HIDDEN, KERNELS, NEURONS, ROUTING, library
 library()
 EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, counting_reasons
 register_backend(EMULATED)
-hidden.register("emulated", HIDDEN)
-neurons.register("emulated", NEURONS)
-routing.register("emulated", ROUTING)
+add_kernels("emulated", HIDDEN, hidden.FUNCTIONS)
+add_kernels("emulated", NEURONS, neurons.FUNCTIONS)
+add_kernels("emulated", ROUTING, routing.FUNCTIONS)

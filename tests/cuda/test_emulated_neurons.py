@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoe_kernels.backends import BACKENDS, Request, register_backend
+from mpoe_kernels.backends import BACKENDS, Request, add_kernels, register_backend
 from mpoe_kernels.neurons import neuron_experts
 from mpoe_kernels.neurons import op as neurons
 from mpoe_kernels.neurons.cuda import MOST_UNITS
@@ -23,7 +23,7 @@ from .emulation import DTYPES, EMULATED, NEURONS, REFUSED, SCHEDULES, Schedule, 
 def _registered() -> Iterator[None]:
     library()
     register_backend(EMULATED)
-    neurons.register("emulated", NEURONS)
+    add_kernels("emulated", NEURONS, neurons.FUNCTIONS)
     yield
     del BACKENDS["emulated"]
 

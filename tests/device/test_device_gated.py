@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, MPOShape
-from mpoe_kernels.linear.gated import gated_mpo_linear
+from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
@@ -34,7 +33,8 @@ def check_gated(backend: str, shape: MPOShape, dtype: torch.dtype, device: torch
     def ours(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
         up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)
         where = {"row_index": rows, "slot_of_token": routing.slot_of_token, "backend": backend}
-        return gated_mpo_linear(x, up, offsets, bias, gate_proj=gate, **where)
+        factor = grouped_mpo_linear(x, gate, offsets, activation="silu", **where)
+        return factor * grouped_mpo_linear(x, up, offsets, bias, **where)
 
     def reference(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
         up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)

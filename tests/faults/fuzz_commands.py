@@ -25,7 +25,13 @@ COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo
 WEIGHTS = (6, 3, 4, 4, 3, 2, 1, 2, 0.5)
 # Where work begins that an input cannot change any more, and where it begins to take long.
 WORK = ("mpoe.cli.pretrained.load_model", "mpoe.estimation.costs.model_costs")
-LONG_WORK = ("mpoe.training.MPOETrainer.train", "mpoe.cli.demo.run", "mpoe.cli.bench._measure", "mpoe.cli.info.collect")
+LONG_WORK = (
+    "mpoe.training.MPOETrainer.train",
+    "mpoe.cli.demo_experts.run",
+    "mpoe.cli.demo_compare.run",
+    "mpoe.cli.bench._measure",
+    "mpoe.cli.info.collect",
+)
 RUN_ON = 0.3  # of the command lines whose values all fit
 
 

@@ -10,6 +10,7 @@ import torch
 from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.routing.gating import MOST_GATED, gating_of
 from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import assert_calibrated, poisoned_memory
 
@@ -42,6 +43,37 @@ def test_route_equals_loops(
     for a, b in zip((found.expert_offsets, found.token_of_slot, found.slot_of_token), wanted, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16)])
+def test_gate(tokens: int, experts: int, top_k: int, raw: bool) -> None:
+    logits = torch.randn(tokens, experts)
+    with poisoned_memory():
+        found = gating_of(logits, top_k, raw, "triton")
+    assert found is not None
+    weights, index = logits.softmax(-1).topk(top_k)
+    assert torch.equal(found.top_k_index, index)
+    torch.testing.assert_close(found.top_k_weights, weights if raw else weights / weights.sum(-1, keepdim=True))
+
+
+def test_gate_of_ties_infinities_and_nan() -> None:
+    infinite, nan = float("inf"), float("nan")
+    logits = torch.tensor([[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]])
+    found = gating_of(logits, 3, True, "triton")
+    assert found is not None
+    assert found.top_k_index[:2].tolist() == [[0, 1, 2], [4, 2, 0]]
+    assert found.top_k_index[2].unique().numel() == 3
+    assert found.top_k_index[2].max() < 5
+    assert found.top_k_weights[2].isnan().all()
+    assert found.top_k_weights[:2].isfinite().all()
+
+
+def test_what_one_launch_does_not_gate() -> None:
+    assert gating_of(torch.zeros(1, MOST_GATED + 1), 1, True, "triton") is None
+    assert gating_of(torch.zeros(1, 4, requires_grad=True), 1, True, "triton") is None
+    assert gating_of(torch.zeros(1, 4, dtype=torch.float64), 1, True, "triton") is None
+    assert gating_of(torch.zeros(1, 4), 1, True) is None
 
 
 @pytest.mark.parametrize("most", [1000, 0])

@@ -18,7 +18,6 @@ RANKS = {
     "mpoe_kernels.version": 0,
     "mpoe_kernels.checks": 0,
     "mpoe_kernels.mpo": 1,
-    "mpoe_kernels.indices": 3,
     "mpoe_kernels.compiled": 1,
     "mpoe_kernels.native_library": 2,
     "mpoe_kernels.cuda_library": 4,

@@ -21,8 +21,6 @@ from pathlib import Path
 
 from documents import write_between
 
-from mpoe_kernels.linear.cuda.panels import padded_stride
-
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")
 DOC = ROOT / "bench" / "results" / "ahead-of-time" / "cuda.md"
@@ -66,7 +64,7 @@ class Kernel:
     @property
     def dynamic(self) -> int | None:
         """Dynamic shared memory per block; None if it depends on the product."""
-        return stages_bytes(self.name) if self.name.startswith("contract_kernel") else _DYNAMIC.get(self.family)
+        return _DYNAMIC.get(self.family)
 
     @property
     def family(self) -> str:
@@ -95,29 +93,16 @@ class Kernel:
 # Kernels without dynamic shared memory.
 _DYNAMIC = dict.fromkeys(
     (
-        *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel", "activation_backward_kernel"),
-        *("sum_columns_kernel", "sum_rows_kernel", "experts_bias_kernel", "parts_sums_kernel"),
+        *("gate_kernel", "dispatch_kernel", "combine_kernel", "combine_backward_kernel"),
+        *("experts_bias_kernel", "parts_sums_kernel"),
     ),
     0,
 )
 
 
-def stages_bytes(name: str) -> int:
-    """Shared memory of a `contract_kernel`: the pipeline stages of csrc/cuda/block_gemm.cuh."""
-    found = re.match(r"contract_kernel<([\w:]+), Tile<[\w:]+, (\d+), (\d+), \d+, \d+>, (\w+), (\w+)>", name)
-    assert found is not None, name
-    itemsize = 2 if found[1] in ("__nv_bfloat16", "__half") else 4
-    step = 64 // itemsize
-    elements = 0
-    for extent, k_major in ((int(found[2]), found[4] == "true"), (int(found[3]), found[5] == "true")):
-        width, lines = (step, extent) if k_major else (extent, step)
-        elements += padded_stride(width, itemsize, k_major) * lines
-    return 3 * elements * itemsize
-
-
 def is_product(name: str) -> bool:
     """Whether a kernel is a matrix product on tensor cores, judged by its readable name."""
-    products = ("contract", "panel", "experts_forward", "experts_rows", "experts_weights")
+    products = ("gradient", "panel", "experts_forward", "experts_rows", "experts_weights")
     is_one = name.partition("<")[0].removesuffix("_kernel") in products
     return is_one and any(kind in name for kind in ON_TENSOR_CORES)
 

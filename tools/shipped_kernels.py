@@ -20,7 +20,7 @@ from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton import passes as linear
+from mpoe_kernels.linear.triton import fused_launch, grouped
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS, ON_CHIP, fused_reasons
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.neurons import triton as neurons
@@ -118,9 +118,10 @@ def run_linear(
         strategy: one of the planner's, or `ON_CHIP`, which does nothing where weights do not fit on chip.
         activation: with one, there is a bias.
         placed: as called for the last product of a layer without gradients, which scatters rows to their tokens.
-        mask_central: without the gradient of the central block, and without the inverse of ``row_index``.
+        mask_central: without the gradient of the central block.
     """
     on_chip = strategy == ON_CHIP
+    kernels = fused_launch if on_chip else grouped
     if on_chip and fused_reasons(dims, dtype, architecture.target_of(torch.device("meta"))):
         return
     common: dict[str, Any] = {
@@ -131,7 +132,7 @@ def run_linear(
         "expert_offsets": _integers(experts + 1, dtype=torch.int32),
         "bias": _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
         "row_index": None if placed else _integers(tokens),
-        "slot_of_token": None if mask_central else _integers(tokens, 1),
+        "slot_of_token": None,  # the sum by token is one of routing's kernels
         "in_features": dims.in_features,
         "out_features": dims.out_features,
         "activation": activation,
@@ -142,13 +143,13 @@ def run_linear(
         call = ForwardCall(**common, save=not placed)
         if placed:
             call = replace(call, out_index=_integers(tokens), gates=_empty(tokens, dtype=torch.float32))
-        linear.forward_on_chip(call) if on_chip else linear.forward_by_steps(call)
+        kernels.forward(call)
         return
     grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
     h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
     need = [True, True, not mask_central, True, activation != "none"]
     backward = BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
-    linear.backward_on_chip(backward) if on_chip else linear.backward_by_steps(backward)
+    kernels.backward(backward)
 
 
 def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:

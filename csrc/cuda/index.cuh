@@ -51,7 +51,7 @@ struct IndexMap {
   }
 };
 
-// A factor of a contraction as a matrix [mn, k].
+// A factor of a product as a matrix [mn, k].
 struct Operand {
   const void* data = nullptr;
   int64_t expert_stride = 0;  // elements from one expert to the next
@@ -65,7 +65,7 @@ struct Operand {
   __device__ __forceinline__ int64_t row_of(int slot) const { return rows ? rows[slot] : slot; }
 };
 
-// The result of a contraction as a matrix [m, n].
+// The result of a product as a matrix [m, n].
 struct Output {
   void* data = nullptr;
   int64_t expert_stride = 0, slot_stride = 0;
@@ -73,7 +73,6 @@ struct Output {
   int limit = 0x7fffffff;
   bool pair = false;        // columns 2j, 2j + 1 are adjacent and aligned as a pair
   bool as_float = false;    // float32, whatever T
-  bool accumulate = false;  // add to the previous value (never two blocks to one element)
   int activation = 0;       // see activation.cuh
   const void* bias = nullptr;            // by offset inside a row
   void* pre_activation = nullptr;        // same layout as data, except for `rows`
@@ -81,26 +80,6 @@ struct Output {
   const float* gates = nullptr;          // factor of every row, applied after rounding; null: none
 
   __device__ __forceinline__ int64_t row_of(int slot) const { return rows ? rows[slot] : slot; }
-};
-
-// Which rows (or inner indices) belong to which expert. Group g holds the slots of experts [g step, (g + 1) step).
-struct Groups {
-  const int* offsets = nullptr;  // [E + 1]; null: no slots, nothing is empty
-  int step = 1, count = 1;
-  int per_slot = 1;       // rows (or inner indices) per slot
-  int slots = 0;          // N, filled or not
-  bool zero_tail = true;  // write zeros to rows past the last group, up to N
-};
-
-enum SlotAxis : int { kNoSlots = 0, kSlotsInRows = 1, kSlotsInner = 2 };
-
-// C[m, n] (+)= sum_k A[m, k] B[k, n]; see contract.cuh.
-struct ContractArguments {
-  Operand a, b;  // mn is m for a, n for b
-  Output out;
-  Groups groups;
-  int m = 0, n = 0, k = 0;  // sizes; the one that holds slots is taken from the groups
-  int slot_axis = kNoSlots;
 };
 
 }  // namespace mpoe::cuda

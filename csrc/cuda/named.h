@@ -26,7 +26,6 @@ struct Dims {
     for (const Axis axis : axes) product *= size[axis];
     return product;
   }
-  int64_t weight_elements() const { return elements({kIL, kJL, kIC, kJC, kIR, kJR}); }
 };
 
 // Axis order in memory of a block, or of what is built from blocks.
@@ -35,8 +34,6 @@ inline Axes layout_of(const std::string& name) {
   if (name == "C") return {kA, kIC, kJC, kB};
   if (name == "R") return {kB, kIR, kJR};
   if (name == "LC") return {kIL, kJL, kIC, kJC, kB};
-  if (name == "CR") return {kA, kIC, kJC, kIR, kJR};
-  if (name == "W") return {kIL, kIC, kIR, kJL, kJC, kJR};
   throw std::invalid_argument("no block is called '" + name + "'");
 }
 
@@ -152,16 +149,6 @@ inline Operand operand_along(const Named& tensor, const IndexMap& mn, const Inde
   operand.k_major = k_major;
   operand.vector = k_major ? runs(tensor, k, mn, chunk) : runs(tensor, mn, k, chunk);
   return operand;
-}
-
-// An operand read along the direction that allows 16-byte copies.
-inline Operand operand_of(const Named& tensor, const IndexMap& mn, const IndexMap& k, bool slots, Dtype dtype,
-                          const int64_t* rows = nullptr) {
-  const Operand along_k = operand_along(tensor, mn, k, slots, dtype, true, rows);
-  const Operand along_mn = operand_along(tensor, mn, k, slots, dtype, false, rows);
-  const int last = k.digits - 1;
-  const bool contiguous = !(k.slot_first && last == 0) && k.stride[last] == 1;
-  return along_k.vector || (!along_mn.vector && contiguous) ? along_k : along_mn;
 }
 
 // What follows the last product of rows.

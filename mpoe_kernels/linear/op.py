@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import BACKENDS, kernel_for, no_reasons, places_rows
+from mpoe_kernels.backends import AUTO, BACKENDS, kernel_for, no_reasons, places_rows
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -26,7 +26,6 @@ from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
 from mpoe_kernels.define import define_op, requested_backend
 from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.gpu.budget import counting_reasons
 from mpoe_kernels.linear.triton import candidates as triton
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import CombineCall
@@ -44,12 +43,13 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 CHOICES = (*STRATEGIES, "auto")
+_CUDA = LinearKernels(CUDA_OPS, shared_memory)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
     "triton": (triton.candidates, triton.contraction_reasons),
-    "cuda": (LinearKernels(CUDA_OPS, shared_memory).candidates, counting_reasons),
+    "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():
     BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons
@@ -128,7 +128,8 @@ class ForwardCall(LinearCall):
 
         The rule does not depend on slot counts, so it also works for fakes and before the registry has chosen.
         """
-        return self.save and self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+        is_separable = self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+        return self.save and is_separable and (self.backend == AUTO or BACKENDS[self.backend].keeps_rows)
 
     @property
     def saves_z(self) -> bool:

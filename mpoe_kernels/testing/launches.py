@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from mpoe_kernels.linear.triton import configs
+from mpoe_kernels.linear.triton import fused_tiles, grouped
 from mpoe_kernels.triton import architecture, start
 
 
@@ -51,6 +51,6 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
         patches.enter_context(patch.object(start, "_may_time", lambda: False))
         if tile is not None:
             patches.enter_context(patch.object(start, "_first", lambda tiles: tiles[min(tile, len(tiles) - 1)]))
-            for module, table in ((configs, "shipped_tiles"), (configs, "fused_tiles")):
+            for module, table in ((grouped, "shipped_tiles"), (fused_tiles, "shipped_fused")):
                 patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
         yield launches

@@ -1,9 +1,4 @@
-"""Device functions shared by several kernels: mixed-radix addresses, tiles of experts, activations.
-
-An *index map* turns a flat index into an address: the index has up to four digits, most significant first, and every
-digit has a stride in every operand. A host-side map pads with trailing digits of size 1, so the first digit needs no
-remainder and a plain dimension costs no arithmetic at all.
-"""
+"""Device functions shared by several kernels: slots of experts, activations."""
 
 from __future__ import annotations
 
@@ -12,39 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def place(index, SIZES: tl.constexpr, STRIDES: tl.constexpr):
-    """Address of a mixed-radix index: ``sum_k digit_k * STRIDES[k]``."""
-    rest = index
-    address = index * 0
-    if SIZES[3] > 1:
-        address += (rest % SIZES[3]) * STRIDES[3]
-        rest = rest // SIZES[3]
-    if SIZES[2] > 1:
-        address += (rest % SIZES[2]) * STRIDES[2]
-        rest = rest // SIZES[2]
-    if SIZES[1] > 1:
-        address += (rest % SIZES[1]) * STRIDES[1]
-        rest = rest // SIZES[1]
-    return address + rest * STRIDES[0]
-
-
-@triton.jit
-def segments(offsets, slots, EXPERTS: tl.constexpr, GROUPED: tl.constexpr, SCAN: tl.constexpr):
+def segments(offsets, slots, EXPERTS: tl.constexpr, SCAN: tl.constexpr):
     """First and last slot of every segment, ``[SCAN]`` each.
 
-    Segments are the experts' slots and, last, the empty slots after ``offsets[EXPERTS]``. Not ``GROUPED``: all filled
-    slots form one segment. ``SCAN`` is a power of two above the number of segments; unused entries are empty.
+    Segments are the experts' slots and, last, the empty slots after ``offsets[EXPERTS]``. ``SCAN`` is a power of two
+    above the number of experts; unused entries are empty.
     """
     segment = tl.arange(0, SCAN)
-    if GROUPED:
-        start = tl.load(offsets + segment, mask=segment <= EXPERTS, other=0).to(tl.int32)
-        stop = tl.load(offsets + segment + 1, mask=segment < EXPERTS, other=0).to(tl.int32)
-        stop = tl.where(segment == EXPERTS, slots, stop)
-    else:
-        filled = tl.load(offsets + EXPERTS).to(tl.int32)
-        start = tl.where(segment == 1, filled, 0)
-        stop = tl.where(segment == 0, filled, tl.where(segment == 1, slots, 0))
-    return start, stop
+    start = tl.load(offsets + segment, mask=segment <= EXPERTS, other=0).to(tl.int32)
+    stop = tl.load(offsets + segment + 1, mask=segment < EXPERTS, other=0).to(tl.int32)
+    return start, tl.where(segment == EXPERTS, slots, stop)
 
 
 @triton.jit

@@ -130,8 +130,13 @@ def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Pa
     return library().panel_bytes(DTYPES[dtype], list(dims), transposed, panel)
 
 
-Way = str | Panel  # how to compute a product: a strategy run step by step, or the panel kernel
+Way = str | Panel  # how to compute a product: "rebuild" with the best panel, or with this one
 KERNELS = LinearKernels(REFUSING, lambda _: SHARED_MEMORY["sm_90"], "emulated")
+
+
+def panel_of(way: Way) -> Panel | None:
+    """The panel of a way; None: the best one."""
+    return way if isinstance(way, Panel) else None
 
 
 @contextmanager
@@ -156,17 +161,12 @@ class Linear:
         self.activation, self.tf32 = activation, tf32
         self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
-    @staticmethod
-    def _strategy(way: Way) -> tuple[str, Panel | None]:
-        return (way, None) if isinstance(way, str) else ("rebuild", way)
-
     def forward(self, way: Way, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``y``, and what the backward reads: ``h`` of the strategy ``separable``, and the pre-activation."""
-        strategy, cut = self._strategy(way)
-        call = ForwardCall(*self.common, strategy, "emulated", save)
+        """``y``, and what the backward reads: nothing in place of rows, and the pre-activation."""
+        call = ForwardCall(*self.common, "rebuild", "emulated", save)
         with poisoned_memory(), tf32_allowed(self.tf32):
-            y, h, z = KERNELS.forward(call, cut)
-        return y, h if call.saves_h else None, z if call.saves_z else None
+            y, _, z = KERNELS.forward(call, panel_of(way))
+        return y, None, z if call.saves_z else None
 
     def backward(
         self,
@@ -178,10 +178,9 @@ class Linear:
         slot_of_token: Tensor | None = None,
     ):
         """``(dx [T, I], dleft, dcentral, dright, dbias)``; None for those not needed."""
-        strategy, cut = self._strategy(way)
         nothing = self.x.new_empty(0)
         kept = (nothing if h is None else h, nothing if saved is None else saved)
-        call = BackwardCall(*self.common, strategy, "emulated", grad, *kept, need, slot_of_token)
+        call = BackwardCall(*self.common, "rebuild", "eager", grad, *kept, need, slot_of_token)  # rows by token: eager
         with poisoned_memory(), tf32_allowed(self.tf32):
-            found = KERNELS.backward(call, cut)
+            found = KERNELS.backward(call, panel_of(way))
         return [result if needed else None for result, needed in zip(found, need, strict=True)]

@@ -1,4 +1,4 @@
-"""Result rows written to other places, times their gates, by every kernel that may compute the last product."""
+"""Result rows written to other places, times their gates, by the panel kernel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from tests.cases import SMALL_SHAPES
 from .emulated_linear import Case
 from .emulation import KERNELS, REFUSED
 
-WAYS = {
-    "rebuild": ("rebuild", None),
-    "half_left": ("half_left", None),
-    "chain": ("chain", None),
-    "panels": ("rebuild", Panel(1, 1, 1, True, 0)),
-}
+WAYS = {"best panel": None, "small panels": Panel(1, 1, 1, True, 0)}
 
 
 def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Case:
@@ -29,10 +24,9 @@ def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Ca
 
 
 def forward(case: Case, way: str, out_index: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
-    strategy, cut = WAYS[way]
-    call = ForwardCall(*case.linear.common, strategy, "emulated", False, case.slot_of_token, out_index, gates)
+    call = ForwardCall(*case.linear.common, "rebuild", "emulated", False, case.slot_of_token, out_index, gates)
     with poisoned_memory():
-        return KERNELS.forward(call, cut)[0]
+        return KERNELS.forward(call, WAYS[way])[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -51,9 +45,8 @@ def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
     assert torch.equal(placed[out_index], wanted)
 
 
-@pytest.mark.parametrize("way", ["chain", "panels"])
-def test_what_is_no_place_or_no_gate_is_refused(way: str) -> None:
+def test_what_is_no_place_or_no_gate_is_refused() -> None:
     case, places, gates = case_of(), torch.arange(13), torch.ones(13)
     for bad in ((places[1:], gates), (places, gates[1:]), (places, gates.double()), (places.int(), gates)):
         with pytest.raises(REFUSED, match=r"out_index must be \[13\]|gates must be dense float32 \[13\]|dense int64"):
-            forward(case, way, *bad)
+            forward(case, "best panel", *bad)

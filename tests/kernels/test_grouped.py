@@ -10,8 +10,9 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks
 from mpoe_kernels.contract import ALL_GRADIENTS, contraction
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.eager import LIBRARY_GEMMS, candidates
-from mpoe_kernels.linear.gpu import library_gemms
+from mpoe_kernels.linear import grouped
+from mpoe_kernels.linear.eager import candidates
+from mpoe_kernels.linear.eager.library import Library
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.cases import SMALL_SHAPES
@@ -68,11 +69,11 @@ class Problem:
             *(x, left, central, right, self.offsets, bias, self.index),
             *(self.blocks.in_features, self.blocks.out_features, self.activation, strategy, "auto"),
         )
-        y, h, z = library_gemms.forward(ForwardCall(*common, save=True))
+        library = Library()
+        y, h, z = grouped.forward(ForwardCall(*common, save=True), library)
         saved = y if self.activation == "relu" else z
-        return y, library_gemms.backward(
-            BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need), slot_of_token=self.slots)
-        )
+        call = BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=list(need), slot_of_token=self.slots)
+        return y, grouped.backward(call, library)
 
 
 def inverse(index: Tensor, tokens: int) -> Tensor:
@@ -98,12 +99,14 @@ def test_slots_of_tokens_give_the_same_gradient_of_x() -> None:
     assert close(problem.results("chain")[1][0], problem.truth()[1][0], torch.float32)
 
 
-@pytest.mark.parametrize("experts_at_once", [None, 2])
-@pytest.mark.parametrize(("name", "strategy"), CASES)
+@pytest.mark.parametrize(
+    ("name", "strategy", "experts_at_once"),
+    [(*case, None) for case in CASES] + [(*case, 2) for case in CASES if case[1] not in ("chain", "separable")],
+)
 def test_results_and_gradients(name: str, strategy: str, experts_at_once: int | None, monkeypatch) -> None:
-    """All experts at once, and two at a time."""
+    """All experts at once, and, where weights are built, two at a time."""
     if experts_at_once is not None:
-        monkeypatch.setattr("mpoe_kernels.linear.gpu.products.experts_at_once", lambda *_: experts_at_once)
+        monkeypatch.setattr("mpoe_kernels.linear.grouped.experts_at_once", lambda *_, **__: experts_at_once)
     problem = Problem(name, torch.float32, gather=experts_at_once is not None)
     y, gradients = problem.results(strategy)
     truth, exact = problem.truth()
@@ -151,17 +154,33 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
 
 
+def test_a_nan_row_stays_its_token_s() -> None:
+    problem = Problem("light", torch.float32, gather=False, activation="silu")
+    problem.x[5] = torch.nan
+    y, (dx, *_) = problem.results("chain")
+    assert y[5].isnan().all()
+    others = [row for row in range(20) if row != 5]
+    assert y[others].isfinite().all()
+    assert dx[others].isfinite().all()
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_on_a_gpu_eager_offers_them(phase: str) -> None:
-    """Under separate names; on a CPU they are not offered."""
-    dims = BlockDims.of_shape(SMALL_SHAPES["separable"])
-    sizes = (dims, 8, 64)
+def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under separate names; PyTorch has a kernel for bfloat16 and two generations of GPUs."""
+    dims, card = BlockDims.of_shape(SMALL_SHAPES["separable"]), {"capability": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card["capability"])
+
+    def offered(strategy: str, dtype: torch.dtype, device: str) -> list[tuple[str, bool]]:
+        plan = contraction(strategy, dims, 8, 64, dtype, phase, ALL_GRADIENTS, device)
+        return [(candidate.name, candidate.waits) for candidate in candidates(plan)]
+
     for strategy in ("separable", "rebuild"):
-        need, dtype = ALL_GRADIENTS, torch.bfloat16
-        plan = contraction(strategy, *sizes, dtype, phase, need, "cuda:0")
-        names = [candidate.name for candidate in candidates(plan)]
-        assert names == [strategy, f"{strategy} by grouped GEMMs"]
-        assert candidates(plan)[1].run is getattr(LIBRARY_GEMMS, phase)
-        assert [candidate.waits for candidate in candidates(plan)] == [True, False]
-        assert len(candidates(contraction(strategy, *sizes, torch.float32, phase, need, "cuda:0"))) == 1
-        assert len(candidates(contraction(strategy, *sizes, dtype, phase))) == 1
+        alone, able = [(strategy, True)], (f"{strategy} by grouped GEMMs", False)
+        for card["capability"] in ((9, 0), (10, 0)):
+            assert offered(strategy, torch.bfloat16, "cuda:0") == [*alone, able]
+            assert offered(strategy, torch.float32, "cuda:0") == offered(strategy, torch.bfloat16, "cpu") == alone
+        for card["capability"] in ((8, 0), (8, 9), (12, 0)):
+            assert offered(strategy, torch.bfloat16, "cuda:0") == alone
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    card["capability"] = (9, 4)
+    assert offered("rebuild", torch.bfloat16, "cuda:0") == [("rebuild", True)]

@@ -89,7 +89,7 @@ def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
         return 227 << 10
 
     plan = contraction("rebuild", DIMS, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    LinearKernels(SimpleNamespace(), shared_memory).candidates(plan)
+    LinearKernels(SimpleNamespace(), shared_memory).contraction_reasons(plan)
     assert asked == ["cuda:1"]
 
 

@@ -10,8 +10,7 @@ from mpoe_bench.cases import random_blocks
 
 from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.cuda.panels import Panel
-from mpoe_kernels.linear.op import ForwardCall
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from tests.cases import SMALL_SHAPES
 
 MATMUL = torch.backends.cuda.matmul
@@ -57,7 +56,7 @@ def test_only_float32_is_rounded(allowed: bool) -> None:
 
 def test_triton_follows(allowed: bool) -> None:
     pytest.importorskip("triton")
-    from mpoe_kernels.linear.triton.gemm_launches import precision
+    from mpoe_kernels.triton.start import precision
 
     assert precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert precision(torch.bfloat16) == "ieee"
@@ -70,24 +69,22 @@ def test_cuda_follows(allowed: bool, dtype: torch.dtype) -> None:
     class Ops:
         """Every op notes its schema's argument ``tf32``."""
 
-        def rows_times_block(self, *arguments: object) -> None:
-            told.append(arguments[8])
-
-        def merge_blocks(self, *arguments: object) -> None:
-            told.append(arguments[6])
-
         def panel_product(self, *arguments: object) -> None:
             told.append(arguments[15])
 
+        def weight_gradient_product(self, *arguments: object) -> None:
+            told.append(arguments[9])
+
     made = random_blocks(shape, 2)
-    call = ForwardCall(
+    common = (
         torch.zeros(3, shape.in_features, dtype=dtype),
         *(t.to(dtype) for t in (made.left, made.central, made.right)),
         *(torch.tensor([0, 1, 3], dtype=torch.int32), None, None),
-        *(shape.in_features, shape.out_features, "none", "rebuild", "cuda", False),
+        *(shape.in_features, shape.out_features, "none", "rebuild", "cuda"),
     )
-    kernels = LinearKernels(Ops(), lambda _: 0)
-    kernels.forward(call, None)
-    kernels.forward(call, Panel(1, 1, 1, True, 0))
+    grad, nothing = torch.zeros(3, shape.out_features, dtype=dtype), torch.zeros(0)
+    kernels = LinearKernels(Ops(), lambda _: 1 << 20)
+    kernels.forward(ForwardCall(*common, False))
+    kernels.backward(BackwardCall(*common, grad, nothing, nothing, [True] * 5))
     assert len(told) >= 4
     assert set(told) == {allowed and dtype == torch.float32}

@@ -21,7 +21,7 @@ from triton_binary import Binary, Job, compile_job, job_of
 
 import mpoe_kernels
 from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.linear.triton import configs
+from mpoe_kernels.linear.triton import grouped
 from mpoe_kernels.linear.triton.candidates import MOST_EXPERTS
 from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.routing import triton as routing
@@ -58,15 +58,14 @@ def test_every_shipped_tile_is_compiled() -> None:
     dims, _ = shipped.shapes()["separable"]
     work = partial(shipped.run_linear, dims, 1, 4096, torch.bfloat16, "backward", "separable")
     started = shipped.Problem("separable", work, every_tile=True).launches("sm_90")
-    for kernel in ("rows", "outer"):
-        tiles = {
+    for kernel in ("grouped_rows_kernel", "grouped_blocks_kernel"):
+        compiled = {
             (a["BM"], a["BN"], a["BK"], a["num_warps"], a["num_stages"])
             for launch in started
-            if launch.name == f"{kernel}_kernel"
+            if launch.name == kernel
             for a in [launch.arguments]
         }
-        wanted = {(t.m, t.n, t.k, t.warps, t.stages) for t in configs.TILES["sm_90"][kernel]}
-        assert wanted <= tiles
+        assert {(t.m, t.n, t.k, t.warps, t.stages) for t in grouped.TILES["sm_90"]} <= compiled
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -111,18 +110,18 @@ def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
     assert not any(problem.every_tile for problem in problems)
     started = [launch for problem in problems for launch in problem.launches("sm_90")]
     assert {launch.name for launch in started} == kernels_of_the_backend()
-    rows = [launch.arguments for launch in started if launch.name == "rows_kernel"]
+    rows = [launch.arguments for launch in started if launch.name == "grouped_rows_kernel"]
     assert sizes.experts[0] in {a["EXPERTS"] for a in rows}
-    assert {sizes.model, sizes.hidden} <= {a["a"].shape[1] for a in rows}
+    assert {sizes.model, sizes.hidden} <= {a["a"][0].numel() for a in rows}
 
 
 @pytest.mark.slow
 def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
     uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=shipped.LARGE_SIZES)
     found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
-    assert found["rows_kernel", "d = 4,096"] == found["rows_kernel", "E = 1,024"] == 2
-    widest = configs.TILES["gfx942"]["rows"][0].m
-    assert {dict(job.constants)["BM"] for job in uses if job.name == "rows_kernel"} == {widest}
+    assert found["grouped_rows_kernel", "d = 4,096"] == found["grouped_rows_kernel", "E = 1,024"] == 2
+    widest = grouped.TILES["gfx942"][0].m
+    assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
 
 
 def test_jobs_are_what_triton_would_specialise() -> None:

@@ -21,7 +21,6 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.triton import architecture
 from tests.cases import SMALL_SHAPES
 
@@ -126,15 +125,9 @@ def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> N
 def test_what_no_kernel_is_made_for() -> None:
     """The planner never asks for these; the messages come from the launcher."""
     pytest.importorskip("triton")
-    from mpoe_kernels.linear.gpu.operands import Operand, index_map
-    from mpoe_kernels.linear.triton.configs import fused_choice
-    from mpoe_kernels.linear.triton.fused_tiles import Sides
+    from mpoe_kernels.linear.triton.fused_tiles import Sides, fused_choice
     from mpoe_kernels.testing.launches import recorded
 
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
     with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):
         fused_choice(torch.empty(1, device="meta"), sides, 1.0, "rows")
-    axes = ("iL", "iC", "iR", "jL", "jC")
-    scattered = Operand(torch.empty(0), {axis: 3**k for k, axis in enumerate(axes)}, 0)
-    with pytest.raises(ValueError, match=r"a dimension of 5 digits \(jC, jL, iR, iC, iL\) does not fit 4"):
-        index_map(axes, BlockDims(*[2] * 10), scattered)

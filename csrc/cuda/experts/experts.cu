@@ -86,7 +86,7 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
   ExpertsLaunches& p = call.p;
   p.is_backward = true;
   p.grad = in.grad;
-  p.h = call.take_rows(p.padded);
+  if (in.ddown) p.h = call.take_rows(p.padded);
   p.dvalue = call.take_rows(p.padded);
   if (p.gated()) p.dz = call.take_rows(p.padded);
   if (in.dx) p.dx_rows = call.take_rows(in.width);

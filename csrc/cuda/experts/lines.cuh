@@ -19,7 +19,7 @@ struct ExpertsArguments : ExpertsInputs {
   void* rows = nullptr;                         // forward: results of the slots, without gates [N, G columns]
   // Backward, by slot. h: hidden units times gates; dvalue, dz: gradients of x up and, if gated, of what is activated.
   const void* grad = nullptr;
-  void *h = nullptr, *dvalue = nullptr, *dz = nullptr;  // [N, G padded]
+  void *h = nullptr, *dvalue = nullptr, *dz = nullptr;  // [N, G padded]; h null: not needed
   void *dx_rows = nullptr, *dx_gate_rows = nullptr;     // [N, G width] or null
   float* gate_parts = nullptr;                          // [G, N] or null
   int padded = 0;                                       // `units`, completed to whole 16 bytes

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       T* const line = static_cast<T*>(to) + h_first + first;
       store_tile<T>(tile, stages, s.rows, p.padded - first, true, [&](int row) { return line + row * h_stride; });
     };
-    store(z, p.h);
+    if (p.h) store(z, p.h);
     store(value, p.dvalue);
     if (p.gated()) store(dh, p.dz);
   }

@@ -1,15 +1,12 @@
-// The grouped product: its three contractions (steps.h), its fused kernel (panel.h) and what surrounds them
-// (pointwise.h). Checks, allocation and launches; called by mpoe_kernels/linear/cuda.
+// The fused contraction: rows times weights (panel.h), and weights' gradients times blocks (gradient.h). Checks and
+// launches; called by mpoe_kernels/linear/cuda.
 #include "cuda/bind.h"
 
-#include <algorithm>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "cuda/linear/gradient.h"
 #include "cuda/linear/panel.h"
-#include "cuda/linear/pointwise.h"
-#include "cuda/linear/steps.h"
 
 namespace mpoe::cuda {
 namespace {
@@ -55,75 +52,6 @@ Epilogue epilogue_of(const std::optional<Tensor>& bias, const std::string& activ
     found.gates = gates.const_data_ptr<float>();
   }
   return found;
-}
-
-// What the three contractions share. sizes: of iL jL a iC jC b iR jR.
-Context context_of(const Tensor& like, const Integers& sizes, const Tensor& offsets, int64_t slots, bool tf32,
-                   const OnDevice& device) {
-  MPOE_CHECK(sizes.size() == kAxes, "there are ", int(kAxes), " axes; got ", sizes.size());
-  Context context;
-  context.dtype = kernel_dtype(like, "x");
-  for (int axis = 0; axis < kAxes; ++axis) {
-    context.dims.size[axis] = counted(sizes[static_cast<std::size_t>(axis)], "a dimension of the blocks");
-  }
-  context.tf32 = tf32;
-  context.offsets = offsets_of(offsets, like);
-  context.experts = counted(offsets.size(0) - 1, "the number of experts");
-  context.slots = counted(slots, "the number of slots");
-  context.stream = device.stream();
-  return context;
-}
-
-// Operand `number` of a contraction. layout: of every operand the elements from one slot or expert to the next (0:
-// shared by all), the true columns (0: all of them), and a stride for every axis (0: not an axis).
-Named operand_of_call(const Tensor& tensor, int number, const Integers& layout, const Tensor& like) {
-  constexpr std::size_t kNumbers = 2 + kAxes;
-  MPOE_CHECK(layout.size() == 3 * kNumbers, "the layout of 3 operands has ", 3 * kNumbers, " numbers; got ", layout.size());
-  check_same_device({&like, &tensor});
-  const auto from = layout.begin() + static_cast<std::ptrdiff_t>(number * kNumbers);
-  Named found;
-  found.outer = from[0];
-  if (from[1] > 0) found.limit = counted(from[1], "columns");
-  std::copy(from + 2, from + kNumbers, found.stride);
-  found.data = const_cast<void*>(tensor.const_data_ptr());
-  return found;
-}
-// A factor, or a result that experts do not share.
-Named alike(const Tensor& tensor, int number, const Integers& layout, const Tensor& like) {
-  MPOE_CHECK(tensor.scalar_type() == like.scalar_type(), "operands must have the dtype of x");
-  return operand_of_call(tensor, number, layout, like);
-}
-Named block_of_result(const Tensor& out, const Integers& layout, const Tensor& like) {
-  const Named found = operand_of_call(out, 2, layout, like);
-  MPOE_CHECK(out.scalar_type() == (found.outer == 0 ? ScalarType::Float : like.scalar_type()),
-             "a block's gradient must have the dtype of x; sums over experts are float32");
-  return found;
-}
-
-void rows_times_block_op(const Tensor& rows, const Tensor& block, const Tensor& out, Integers layout, Integers sizes,
-                         const Tensor& offsets, const std::optional<Tensor>& row_index, bool zero_tail, bool tf32,
-                         const std::optional<Tensor>& bias, std::string activation, const std::optional<Tensor>& pre,
-                         const std::optional<Tensor>& out_index, const std::optional<Tensor>& gates) {
-  const OnDevice device(rows);
-  const int64_t slots = out.size(0);
-  const Context context = context_of(rows, sizes, offsets, slots, tf32, device);
-  rows_times_block(context, alike(rows, 0, layout, rows), alike(block, 1, layout, rows), alike(out, 2, layout, rows),
-                   index_of(row_index, rows), zero_tail,
-                   epilogue_of(bias, activation, pre, {out_index, gates}, slots, rows));
-}
-
-void block_gradient_op(const Tensor& rows, const Tensor& grads, const Tensor& out, Integers layout, Integers sizes,
-                       const Tensor& offsets, const std::optional<Tensor>& row_index, bool tf32) {
-  const OnDevice device(rows);
-  block_gradient(context_of(rows, sizes, offsets, grads.size(0), tf32, device), alike(rows, 0, layout, rows),
-                 alike(grads, 1, layout, rows), block_of_result(out, layout, rows), index_of(row_index, rows));
-}
-
-void merge_blocks_op(const Tensor& first, const Tensor& second, const Tensor& out, Integers layout, Integers sizes,
-                     const Tensor& offsets, bool tf32) {
-  const OnDevice device(first);
-  merge_blocks(context_of(first, sizes, offsets, 0, tf32, device), alike(first, 0, layout, first),
-               alike(second, 1, layout, first), block_of_result(out, layout, first));
 }
 
 // Dense left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR].
@@ -184,42 +112,46 @@ void panel_product_op(const Tensor& rows, const Tensor& left, const Tensor& cent
   panel_product(product, device.stream());
 }
 
-// (dz [N, F], dbias [F]). Without an activation dz is empty: it equals grad. saved: output for relu, pre-activation for
-// the rest.
-std::tuple<Tensor, Tensor> activation_backward_op(const Tensor& grad, const std::optional<Tensor>& saved,
-                                                  const Tensor& offsets, std::string activation, bool need_bias) {
-  const OnDevice device(grad);
-  MPOE_CHECK(grad.dim() == 2 && grad.is_contiguous(), "grad must be dense [N, F]");
-  const int kind = activation_of(activation);
-  const int slots = counted(grad.size(0), "the number of slots"), columns = counted(grad.size(1), "columns");
-  const bool through = kind != kNone;
-  if (through) {
-    MPOE_CHECK(saved.has_value() && saved->dim() == 2 && saved->size(0) == slots && saved->size(1) == columns &&
-                   saved->is_contiguous(),
-               "saved is what the forward of activation ", activation, " kept: [", slots, ", ", columns, "]");
+// other: right [E, b, iR, jR], or left · central [E, iL, jL, iC, jC, b] if of_right; out: what has the shape of the other
+// one, as float32 [parts, ...] if of_right. tile: how many indices of iL, jL, iR and jR a block holds.
+void weight_gradient_product_op(const Tensor& x, const Tensor& dz, const Tensor& other, const Tensor& out,
+                                const Tensor& offsets, const std::optional<Tensor>& row_index, Integers sizes,
+                                Integers tile, bool of_right, bool tf32) {
+  const OnDevice device(x);
+  MPOE_CHECK(sizes.size() == kAxes, "there are ", int(kAxes), " axes; got ", sizes.size());
+  MPOE_CHECK(tile.size() == 4, "a tile has 4 sizes; got ", tile.size());
+  GradientProduct product;
+  Dims& dims = product.dims;
+  for (int axis = 0; axis < kAxes; ++axis) {
+    dims.size[axis] = counted(sizes[static_cast<std::size_t>(axis)], "a dimension of the blocks");
   }
-  const void* kept = through ? data_of(saved, grad) : nullptr;
-  Tensor dz = torch::stable::new_empty(grad, {through ? slots : 0, columns});
-  Tensor dbias = torch::stable::new_empty(grad, {need_bias ? columns : 0});
-  const Tensor sums = torch::stable::new_empty(grad, {need_bias ? partial_elements(slots, columns) : 0}, ScalarType::Float);
-  activation_backward(kernel_dtype(grad, "grad"), grad.const_data_ptr(), kept, through ? dz.mutable_data_ptr() : nullptr,
-                      need_bias ? dbias.mutable_data_ptr() : nullptr, sums.mutable_data_ptr<float>(),
-                      offsets_of(offsets, grad) + (offsets.size(0) - 1), slots, columns, kind, device.stream());
-  return {dz, dbias};
-}
-
-Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts) {
-  const OnDevice device(rows);
-  MPOE_CHECK(rows.dim() == 2, "rows must have 2 axes; got ", rows.dim());
-  const Tensor from = dense(rows), slots = dense_index(order, 1, "order"), first = dense_index(starts, 1, "starts");
-  check_same_device({&from, &slots, &first});
-  MPOE_CHECK(first.size(0) > 0, "starts must be [T + 1]; got [0]");
-  const int64_t tokens = first.size(0) - 1;
-  Tensor out = torch::stable::new_empty(from, {tokens, rows.size(1)});
-  sum_rows(kernel_dtype(from, "rows"), from.const_data_ptr(), slots.const_data_ptr<int64_t>(),
-           first.const_data_ptr<int64_t>(), out.mutable_data_ptr(), counted(tokens, "the number of tokens"),
-           counted(rows.size(1), "columns"), device.stream());
-  return out;
+  dims.in_features = static_cast<int>(dims.elements({kIL, kIC, kIR}));
+  dims.out_features = static_cast<int>(dims.elements({kJL, kJC, kJR}));
+  product.dtype = kernel_dtype(x, "x");
+  product.offsets = offsets_of(offsets, x);
+  product.experts = counted(offsets.size(0) - 1, "the number of experts");
+  product.row_index = index_of(row_index, x);
+  product.parts = of_right ? counted(out.size(0), "parts") : dims.size[kIC] * dims.size[kJC];
+  const int64_t half = dims.elements(layout_of("LC")), right = dims.elements(layout_of("R"));
+  const auto is_dense = [&](const Tensor& tensor, int64_t elements, bool as_float) {
+    check_same_device({&x, &tensor});
+    return tensor.is_contiguous() && tensor.numel() == elements &&
+           tensor.scalar_type() == (as_float ? ScalarType::Float : x.scalar_type());
+  };
+  const int64_t slots = row_index.has_value() ? row_index->size(0) : x.size(0);
+  MPOE_CHECK(is_dense(x, x.size(0) * dims.in_features, false) && is_dense(dz, slots * dims.out_features, false),
+             "x must be dense [.., ", dims.in_features, "] and dz [", slots, ", ", dims.out_features, "]");
+  MPOE_CHECK(is_dense(other, product.experts * (of_right ? half : right), false) &&
+                 is_dense(out, product.experts * (of_right ? product.parts * right : half), of_right),
+             "other and out must be dense, of the dtype of x, or float32 for parts of a sum");
+  for (int i = 0; i < 4; ++i) product.tile[i] = counted(tile[static_cast<std::size_t>(i)], "a size of a tile");
+  product.of_right = of_right;
+  product.tf32 = tf32;
+  product.x = x.const_data_ptr();
+  product.dz = dz.const_data_ptr();
+  product.other = other.const_data_ptr();
+  product.out = out.mutable_data_ptr();
+  gradient_product(product, device.stream());
 }
 
 }  // namespace
@@ -227,30 +159,15 @@ Tensor sum_rows_op(const Tensor& rows, const Tensor& order, const Tensor& starts
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
   m.def(
-      "rows_times_block(Tensor rows, Tensor block, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, "
-      "Tensor? row_index, bool zero_tail, bool tf32, Tensor? bias, str activation, Tensor(b!)? pre, "
-      "Tensor? out_index=None, Tensor? gates=None) -> ()");
-  m.def(
-      "block_gradient(Tensor rows, Tensor grads, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, "
-      "Tensor? row_index, bool tf32) -> ()");
-  m.def(
-      "merge_blocks(Tensor first, Tensor second, Tensor(a!) out, int[] layout, int[] sizes, Tensor offsets, bool tf32) "
-      "-> ()");
-  m.def(
       "panel_product(Tensor rows, Tensor left, Tensor central, Tensor right, Tensor(a!) out, Tensor offsets, "
       "Tensor? row_index, Tensor? bias, str activation, Tensor(b!)? pre, int in_features, int out_features, "
       "bool transposed, int[] panel, bool left_first, bool tf32, Tensor? out_index=None, Tensor? gates=None) -> ()");
   m.def(
-      "activation_backward(Tensor grad, Tensor? saved, Tensor offsets, str activation, bool need_bias) "
-      "-> (Tensor, Tensor)");
-  m.def("sum_rows(Tensor rows, Tensor order, Tensor starts) -> Tensor");
+      "weight_gradient_product(Tensor x, Tensor dz, Tensor other, Tensor(a!) out, Tensor offsets, Tensor? row_index, "
+      "int[] sizes, int[] tile, bool of_right, bool tf32) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MPOE_CUDA_OPS, MPOE_CUDA_KEY, m) {
-  m.impl("rows_times_block", TORCH_BOX(&mpoe::cuda::rows_times_block_op));
-  m.impl("block_gradient", TORCH_BOX(&mpoe::cuda::block_gradient_op));
-  m.impl("merge_blocks", TORCH_BOX(&mpoe::cuda::merge_blocks_op));
   m.impl("panel_product", TORCH_BOX(&mpoe::cuda::panel_product_op));
-  m.impl("activation_backward", TORCH_BOX(&mpoe::cuda::activation_backward_op));
-  m.impl("sum_rows", TORCH_BOX(&mpoe::cuda::sum_rows_op));
+  m.impl("weight_gradient_product", TORCH_BOX(&mpoe::cuda::weight_gradient_product_op));
 }

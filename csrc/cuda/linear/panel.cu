@@ -1,6 +1,6 @@
 #include "cuda/linear/panel.h"
 
-#include "cuda/linear/panel_launch.cuh"
+#include "cuda/linear/launch.cuh"
 
 namespace mpoe::cuda {
 namespace {

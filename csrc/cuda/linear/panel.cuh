@@ -8,7 +8,7 @@
 // `first` is left and `second` right, or vice versa. The transposed product (a gradient with respect to x) is the same
 // kernel with the roles of i and j exchanged.
 #pragma once
-#include "cuda/linear/contract.cuh"
+#include "cuda/linear/epilogue.cuh"
 
 namespace mpoe::cuda {
 

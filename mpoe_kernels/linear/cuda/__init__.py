@@ -1,33 +1,47 @@
-"""Grouped MPO linear by the kernels of csrc/cuda: step by step, or with weights rebuilt in shared memory."""
+"""Grouped MPO linear by the kernels of csrc/cuda/linear: the fused contraction, whose weights never leave the chip.
+
+Forward: one launch of the panel kernel. Backward: one of it for x, one of the gradient kernel for left and central, one
+for right, with a library product each. Other strategies are library products, which are backend eager's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
-from mpoe_kernels.linear.cuda.contractions import CudaLaunches
-from mpoe_kernels.linear.cuda.panels import Panel, best_panel
-from mpoe_kernels.linear.gpu import steps
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.linear.cuda.panels import Panel, best_panel, gradient_tile
+from mpoe_kernels.linear.grouped import (
+    Backward,
+    Forward,
+    Gradients,
+    Slots,
+    around_gradients,
+    block_gradients,
+    counting_reasons,
+    prepared,
+)
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
-READ = ("x", "left", "central", "right", *steps.DENSE)
-IN_PANELS = "rebuild in panels"  # name of the candidate whose weights stay on chip
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
+IN_PANELS = "rebuild in panels"  # name of the candidate
+BLOCKS_WANTED = 256  # of a launch whose sum can be divided, whatever the card
 
 
-def _prepared(call: steps.Call) -> steps.Call:
+def _prepared(call: Call) -> Call:
     """The kernels read dense tensors and count slots in 32 bits."""
     if call.expert_offsets.dtype != torch.int32:
         call = replace(call, expert_offsets=call.expert_offsets.to(torch.int32))
-    return steps.prepared(call, READ)
+    return prepared(call, "x", "left", "central", "right")
 
 
 @dataclass(frozen=True)
@@ -44,50 +58,46 @@ class LinearKernels:
     shared_memory: Callable[[str], int]
     name: str = "cuda"
 
-    @property
-    def launches(self) -> CudaLaunches:
-        """The launches of a program's products."""
-        return CudaLaunches(self.ops)
+    def _panel(self, dims: BlockDims, transposed: bool, like: Tensor) -> Panel:
+        found = best_panel(dims, transposed, like.itemsize, self.shared_memory(str(like.device)))
+        assert found is not None, "contraction_reasons says so beforehand"
+        return found
 
-    def panel_of(self, plan: Contraction) -> Panel | None:
-        """The panel with which a contraction keeps its weights on chip; None if none fits, or nothing would use one."""
-        backward = plan.phase == "backward"
-        if plan.strategy != "rebuild" or plan.slots == 0 or (backward and not plan.need[0]):
-            return None
-        return best_panel(plan.dims, backward, plan.dtype.itemsize, self.shared_memory(plan.device))
+    def contraction_reasons(self, plan: Contraction) -> list[str]:
+        """Why the kernels cannot compute a contraction."""
+        if plan.strategy != "rebuild":
+            return [f"it has a kernel for the strategy 'rebuild' only, not for {plan.strategy!r}"]
+        reasons, memory = counting_reasons(plan), self.shared_memory(plan.device)
+        if best_panel(plan.dims, plan.phase == "backward", plan.dtype.itemsize, memory) is None:
+            reasons.append(f"no panel of a weight with bonds {plan.dims.a} and {plan.dims.b} fits {memory} bytes")
+        return reasons
 
     def candidates(self, plan: Contraction) -> list[Candidate]:
-        """The candidates of a contraction: in panels where they fit, and step by step."""
-        run = self.forward if plan.phase == "forward" else self.backward
-        ways: dict[str, Panel | None] = {plan.strategy: None}
-        if (panel := self.panel_of(plan)) is not None:
-            ways = {IN_PANELS: panel, **ways}
-        return [Candidate(self.name, way, plan.strategy, partial(run, panel=cut)) for way, cut in ways.items()]
+        """The only one."""
+        return [Candidate(self.name, IN_PANELS, plan.strategy, getattr(self, plan.phase))]
 
-    def forward(self, call: ForwardCall, panel: Panel | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, h, z)``, see `ForwardCall`; without a panel step by step."""
+    def forward(self, call: ForwardCall, panel: Panel | None = None) -> Forward:
+        """``(y, h, z)``, see `ForwardCall`; ``panel``: instead of the best one."""
         call = _prepared(call)
-        if panel is None:
-            return steps.forward_by_steps(call, self.launches)
-        x = call.x
-        y = x.new_empty(call.slots, call.out_features)
+        y = call.x.new_empty(call.slots, call.out_features)
         pre = torch.empty_like(y) if call.saves_z else None
+        panel = panel or self._panel(call.dims, False, y)
         around = call.row_index, call.bias, call.activation, pre
-        self._panels(call, x, y, panel, False, around, (call.out_index, call.gates))
-        return y, x.new_empty(0), x.new_empty(0) if pre is None else pre
+        self._panels(call, call.x, y, panel, False, around, (call.out_index, call.gates))
+        return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
 
-    def backward(self, call: BackwardCall, panel: Panel | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`. ``panel``: of the kernel that computes dx."""
-        return steps.backward(_prepared(call), self.launches, partial(self._gradients, panel=panel))
+    def backward(self, call: BackwardCall, panel: Panel | None = None) -> Backward:
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``panel``: instead of the best one."""
+        call = _prepared(call)
 
-    def _gradients(self, call: BackwardCall, dz: Tensor, dx: Tensor | None, panel: Panel | None) -> steps.Gradients:
-        need = call.need_of_plan
-        if panel is not None and dx is not None:
-            self._panels(call, dz, dx, panel, True, (None, None, "none", None), (None, None))
-            need = (False, *need[1:])
-        if not any(need):
-            return steps.NO_GRADIENTS
-        return steps.gradients_by_steps(call, self.launches, dz, dx, need)
+        def gradients(dz: Tensor) -> Gradients:
+            dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
+            if dx is not None:
+                cut = panel or self._panel(call.dims, True, dx)
+                self._panels(call, dz, dx, cut, True, (None, None, "none", None), (None, None))
+            return dx, *block_gradients(call, dz, self._weight_gradient_times)
+
+        return around_gradients(call, gradients)
 
     def _panels(
         self,
@@ -108,3 +118,25 @@ class LinearKernels:
             *(rows, *call.blocks, out, call.expert_offsets, *around),
             *(*sizes, may_round_to_tf32(rows.dtype), *placed),
         )
+
+    def _weight_gradient_times(
+        self, call: BackwardCall, dz: Tensor, other: Tensor, of_right: bool, slots: Slots
+    ) -> Tensor:
+        """See `mpoe_kernels.linear.grouped.block_gradients`. One launch."""
+        d, experts = call.dims, other.shape[0]
+        x, dz = (
+            F.pad(rows, (0, columns - rows.shape[1])) if columns != rows.shape[1] else rows.contiguous()
+            for rows, columns in ((call.x, d.iL * d.iC * d.iR), (dz, d.jL * d.jC * d.jR))
+        )
+        tile = gradient_tile(d)
+        if of_right:
+            blocks = experts * (d.iR // tile[2]) * (d.jR // tile[3])
+            parts = max(1, min(d.iC * d.jC, BLOCKS_WANTED // blocks))
+            out = torch.empty(parts, experts, d.b, d.iR, d.jR, dtype=torch.float32, device=dz.device)
+        else:
+            out = dz.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b)
+        self.ops.weight_gradient_product(
+            *(x, dz, other.contiguous(), out, slots.offsets.contiguous(), call.row_index),
+            *(d[:8], tile, of_right, may_round_to_tf32(dz.dtype)),
+        )
+        return out.sum(0) if of_right else out

@@ -1,4 +1,4 @@
-"""Panels of the CUDA kernel whose weights stay on chip: the widest that fit.
+"""Panels and tiles of the CUDA kernels whose weights and gradients stay on chip: the largest that fit.
 
 A block of csrc/cuda/linear/panel.cuh rebuilds some columns of one expert's weight in shared memory, then streams the
 expert's rows past them. With wide panels the rows are read less often; the maximum width depends on the shapes and on
@@ -16,7 +16,7 @@ from mpoe_kernels.contract.orders import BlockDims
 
 
 class _Tiles(NamedTuple):
-    """The tiles of csrc/cuda/linear/panel_launch.cuh.
+    """The tiles of csrc/cuda/linear/launch.cuh.
 
     Attributes:
         rows, columns: size of a block's result.
@@ -155,3 +155,19 @@ def best_panel(dims: BlockDims, transposed: bool, itemsize: int, shared_memory: 
         if best is None or key > best[0]:
             best = key, Panel(*kept, left_first, needed)
     return None if best is None else best[1]
+
+
+LARGEST_TILE = 64  # rows and columns of the gradient kernel's tiles
+
+
+@lru_cache(maxsize=4096)
+def gradient_tile(dims: BlockDims) -> tuple[int, int, int, int]:
+    """Indices of iL, jL, iR and jR in a tile of csrc/cuda/linear/gradient.cuh: the largest tile, of these the one with
+    the longest pieces of rows."""
+    best = (1, 1, 1, 1)
+    left, right = (_divisors(dims.iL), _divisors(dims.jL)), (_divisors(dims.iR), _divisors(dims.jR))
+    for iL, jL, iR, jR in product(*left, *right):
+        fits = max(iL * iR, jL * jR, iL * jL, iR * jR) <= LARGEST_TILE
+        if fits and (iL * jL * iR * jR, min(iR, jR), iR) > (math.prod(best), min(best[2:]), best[2]):
+            best = iL, jL, iR, jR
+    return best

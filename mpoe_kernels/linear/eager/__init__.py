@@ -17,22 +17,21 @@ from mpoe_kernels.contract.program import KEPT, backward_program, forward_progra
 from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.linear.eager.rows import Pass, run
-from mpoe_kernels.linear.gpu.budget import counting_reasons
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 
-LIBRARY_GEMMS = lazily("mpoe_kernels.linear.gpu.library_gemms", "forward", "backward")
+LIBRARY = lazily("mpoe_kernels.linear.eager.library", "forward", "backward", "is_able")
 Group = tuple[int, int, int]  # expert, first slot, last slot + 1
 BlockGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x by slot, left, central, right
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """Expert by expert; on a GPU also with the library's grouped GEMMs, which need not wait for the offsets."""
+    """Expert by expert, which needs the offsets on the CPU; on a GPU also by grouped products, which need not."""
     compute = linear_forward if plan.phase == "forward" else linear_backward
     found = [Candidate("eager", plan.strategy, plan.strategy, compute, waits=True)]
-    if plan.device_type == "cuda" and plan.dtype == torch.bfloat16 and not counting_reasons(plan):
-        by_gemms = getattr(LIBRARY_GEMMS, plan.phase)
+    if plan.device_type == "cuda" and LIBRARY.is_able(plan):
+        by_gemms = getattr(LIBRARY, plan.phase)
         found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, by_gemms))
     return found
 

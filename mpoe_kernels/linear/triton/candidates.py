@@ -1,4 +1,8 @@
-"""Which contractions the Triton kernels can compute, and how. Nothing here imports Triton."""
+"""Which contractions the Triton kernels can compute, and how. Nothing here imports Triton.
+
+Triton computes ``rebuild`` with weights that stay on chip (`fused`) where their bonds allow, and every strategy product
+by product with its own grouped products (`grouped`), which need not wait for the GPU in any dtype.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,24 @@ import torch
 from mpoe_kernels.backends import Candidate, lazily
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.linear.gpu.budget import counting_reasons
-from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Sides, best_tile, fused_tiles
+from mpoe_kernels.linear.grouped import counting_reasons
+from mpoe_kernels.linear.triton.fused_tiles import MOST_BOND, Sides, best_tile, shipped_fused
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
 
 MOST_EXPERTS = 4096  # every program scans the offsets at once
-
-
 ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
-_PASSES = lazily(
-    "mpoe_kernels.linear.triton.passes", "forward_by_steps", "forward_on_chip", "backward_by_steps", "backward_on_chip"
-)
+_FUSED = lazily("mpoe_kernels.linear.triton.fused_launch", "forward", "backward")
+_GROUPED = lazily("mpoe_kernels.linear.triton.grouped", "forward", "backward")
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """With weights kept on chip where they fit, and step by step."""
-    names = {plan.strategy: "by_steps"}
+    """With weights kept on chip where they fit, and product by product."""
+    ways = {plan.strategy: _GROUPED}
     target = architecture.target_of(torch.device(plan.device))
     if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
-        names = {ON_CHIP: "on_chip", **names}
-    return [
-        Candidate("triton", name, plan.strategy, getattr(_PASSES, f"{plan.phase}_{way}")) for name, way in names.items()
-    ]
+        ways = {ON_CHIP: _FUSED, **ways}
+    return [Candidate("triton", name, plan.strategy, getattr(way, plan.phase)) for name, way in ways.items()]
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:
@@ -50,7 +49,7 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[s
     if reasons:
         return reasons
     for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
-        tiles, sides = fused_tiles(purpose, target.architecture, dtype), Sides.of(dims, transposed)
+        tiles, sides = shipped_fused(purpose, target.architecture, dtype), Sides.of(dims, transposed)
         if best_tile(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose) is None:
             reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}")
     return list(dict.fromkeys(reasons))

@@ -99,7 +99,7 @@ def fused_kernel(
     n_tiles: tl.constexpr = ((N_SIZES[0] + NL - 1) // NL) * N_SIZES[1] * right_tiles
     row_tile = tl.program_id(0) // n_tiles
     segment = tl.arange(0, SCAN)
-    start, stop = segments(offsets, slots, EXPERTS, True, SCAN)
+    start, stop = segments(offsets, slots, EXPERTS, SCAN)
     ends = tl.cumsum(tl.where(segment <= EXPERTS, (stop - start + BM - 1) // BM, 0), 0)
     if row_tile >= tl.max(ends):
         return

@@ -1,9 +1,10 @@
 """Gradients of the blocks from the rows, without a weight gradient in memory.
 
 The gradient of a tile of ``W_e`` is ``x^T · grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
-columns]`` (see `fused`) and projected immediately: onto ``right`` for left and central, onto ``left · central`` for
-right. Every result is written by one program or is a sum of a few partial ones, which the host adds: there are no
-atomics, and results are bit-identical every time. The central core's gradient sums over the experts inside the program.
+columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left · central, and by left ·
+central, which gives that of right. Those of left and central are library products with the former. Every result is
+written by one program or is a sum of a few partial ones, which the host adds: there are no atomics, and results are
+bit-identical every time.
 """
 
 from __future__ import annotations
@@ -82,30 +83,24 @@ def weight_gradient(
 
 
 @triton.jit
-def left_gradient_kernel(
+def gradient_kernel(
     x,  # [rows, K]
     grad,  # [slots, N]
-    left,
-    central,
-    right,
-    out,  # float32 [parts, E, iL, jL, a], or [parts, a, iC, jC, b]
+    other,  # right, or left · central
+    out,
     row_index,
     offsets,
-    experts,
     X_SLOT: tl.constexpr,
     GRAD_SLOT: tl.constexpr,
     OUT_PART: tl.constexpr,
-    OUT: tl.constexpr,  # strides of out: (expert, k, n, a), or (k, n, a, b)
-    A: tl.constexpr,
-    B: tl.constexpr,
+    OUT: tl.constexpr,  # strides of out: (expert, k, n, bond)
+    OTHER: tl.constexpr,  # strides of other: (expert, k, n, k and n of central, bond)
+    OF_RIGHT: tl.constexpr,
+    BOND: tl.constexpr,
     K_SIZES: tl.constexpr,
     N_SIZES: tl.constexpr,
-    LEFT: tl.constexpr,  # strides (expert, k, n, a)
-    CENTRAL: tl.constexpr,  # (k, n, a, b)
-    RIGHT: tl.constexpr,  # (expert, k, n, b)
     X_LIMIT: tl.constexpr,
     GRAD_LIMIT: tl.constexpr,
-    OF_CENTRAL: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
@@ -113,157 +108,56 @@ def left_gradient_kernel(
     NL: tl.constexpr,
     KR: tl.constexpr,
     NR: tl.constexpr,
-    DA: tl.constexpr,
-    DB: tl.constexpr,
+    DB: tl.constexpr,  # the bond, filled up to what a tensor core takes
     STAGES: tl.constexpr,
 ):
-    """Gradient of left, or of central: both are projections of ``dW · right^T``.
-
-    Grid of left: (row tiles, parts of the central digits, experts). Every program sums its part of the digits.
-    Grid of central: (row tiles, parts of the experts, central digits). Every program sums its part of the experts; its
-    partial result is number ``part * row tiles + row tile``.
-    """
-    n_tiles: tl.constexpr = (N_SIZES[0] + NL - 1) // NL
+    """Grid (tiles of the digits of left, or OF_RIGHT, parts of the central digits, experts): ``dW · other`` summed over
+    a part of the central digits and over the digits of the other side."""
+    left_n_tiles: tl.constexpr = (N_SIZES[0] + NL - 1) // NL
+    left_tiles: tl.constexpr = ((K_SIZES[0] + KL - 1) // KL) * left_n_tiles
     right_n_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
     right_tiles: tl.constexpr = ((K_SIZES[2] + KR - 1) // KR) * right_n_tiles
-    row_tile = tl.program_id(0)
-    kl0 = (row_tile // n_tiles) * KL
-    nl0 = (row_tile % n_tiles) * NL
-    row = tl.arange(0, KL * NL)
-    row_k = kl0 + row // NL
-    row_n = nl0 + row % NL
-    rows_inside = (row_k < K_SIZES[0]) & (row_n < N_SIZES[0])
-    column = tl.arange(0, KR * NR)
-    column_k = column // NR
-    column_n = column % NR
-    bond_a = tl.arange(0, DA)
-    bond_b = tl.arange(0, DB)
-    left_rows = row_k[:, None] * LEFT[1] + row_n[:, None] * LEFT[2] + bond_a[None, :] * LEFT[3]
-    left_mask = rows_inside[:, None] & (bond_a < A)[None, :]
-    central_at = central + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
-    central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
+    summed: tl.constexpr = left_tiles if OF_RIGHT else right_tiles
+    # Extents and sizes of the digits that out has, and of those that are summed.
+    OUT_K: tl.constexpr = KR if OF_RIGHT else KL
+    OUT_N: tl.constexpr = NR if OF_RIGHT else NL
+    SUM_K: tl.constexpr = KL if OF_RIGHT else KR
+    SUM_N: tl.constexpr = NL if OF_RIGHT else NR
+    side: tl.constexpr = 2 if OF_RIGHT else 0
 
-    fixed = tl.program_id(2)
-    if OF_CENTRAL:
-        begin, end = range_of_part(experts, tl.program_id(1), tl.num_programs(1))
-        acc = tl.zeros((DA, DB), dtype=tl.float32)
-    else:
-        begin, end = range_of_part(K_SIZES[1] * N_SIZES[1], tl.program_id(1), tl.num_programs(1))
-        acc = tl.zeros((KL * NL, DA), dtype=tl.float32)
-    for position in tl.range(begin, end, num_stages=1):
-        if OF_CENTRAL:
-            e = fixed * 0 + position  # the interpreter uses Python integers
-            digits = fixed
-        else:
-            e = fixed
-            digits = fixed * 0 + position
-        kc = digits // N_SIZES[1]
-        nc = digits % N_SIZES[1]
-        expert = e.to(tl.int64)
-        lo = tl.load(offsets + e).to(tl.int32)
-        hi = tl.load(offsets + e + 1).to(tl.int32)
-        if hi > lo:
-            half = tl.zeros((KL * NL, DB), dtype=tl.float32)
-            for tile in tl.range(0, right_tiles, num_stages=1):
-                kr0 = (tile // right_n_tiles) * KR
-                nr0 = (tile % right_n_tiles) * NR
-                dw = weight_gradient(
-                    x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
-                    X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, HAS_INDEX, PRECISION, BT, KL, NL, KR, NR, STAGES,
-                )  # fmt: skip
-                right_mask = (column_k < K_SIZES[2] - kr0)[:, None] & (column_n < N_SIZES[2] - nr0)[:, None]
-                right_at = right + expert * RIGHT[0] + bond_b[None, :] * RIGHT[3]
-                right_at += (kr0 + column_k)[:, None] * RIGHT[1] + (nr0 + column_n)[:, None] * RIGHT[2]
-                rt = tl.load(right_at, mask=right_mask & (bond_b < B)[None, :], other=0.0)
-                half = tl.dot(dw, rt, half, input_precision=PRECISION)
-            rounded = half.to(x.dtype.element_ty)
-            if OF_CENTRAL:
-                lt = tl.load(left + expert * LEFT[0] + left_rows, mask=left_mask, other=0.0)
-                acc = tl.dot(tl.trans(lt), rounded, acc, input_precision=PRECISION)
-            else:
-                ct = tl.load(central_at + kc * CENTRAL[0] + nc * CENTRAL[1], mask=central_mask, other=0.0)
-                acc = tl.dot(rounded, tl.trans(ct), acc, input_precision=PRECISION)
-
-    if OF_CENTRAL:
-        part = tl.program_id(1) * tl.num_programs(0) + row_tile
-        at = (fixed // N_SIZES[1]) * OUT[0] + (fixed % N_SIZES[1]) * OUT[1]
-        at += bond_a[:, None] * OUT[2] + bond_b[None, :] * OUT[3]
-        tl.store(out + part.to(tl.int64) * OUT_PART + at, acc, mask=central_mask)
-    else:
-        at = fixed.to(tl.int64) * OUT[0] + row_k[:, None] * OUT[1] + row_n[:, None] * OUT[2] + bond_a[None, :] * OUT[3]
-        tl.store(out + tl.program_id(1).to(tl.int64) * OUT_PART + at, acc, mask=left_mask)
-
-
-@triton.jit
-def right_gradient_kernel(
-    x,  # [rows, K]
-    grad,  # [slots, N]
-    left,
-    central,
-    out,  # float32 [parts, E, b, iR, jR]
-    row_index,
-    offsets,
-    X_SLOT: tl.constexpr,
-    GRAD_SLOT: tl.constexpr,
-    OUT_PART: tl.constexpr,
-    OUT: tl.constexpr,  # strides of out: (expert, k, n, b)
-    A: tl.constexpr,
-    B: tl.constexpr,
-    K_SIZES: tl.constexpr,
-    N_SIZES: tl.constexpr,
-    LEFT: tl.constexpr,  # strides (expert, k, n, a)
-    CENTRAL: tl.constexpr,  # (k, n, a, b)
-    X_LIMIT: tl.constexpr,
-    GRAD_LIMIT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    KL: tl.constexpr,
-    NL: tl.constexpr,
-    KR: tl.constexpr,
-    NR: tl.constexpr,
-    DA: tl.constexpr,
-    DB: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Grid (column tiles, parts of the rows, experts): ``sum of (left · central)^T · dW`` over a part of the rows."""
-    n_tiles: tl.constexpr = (N_SIZES[0] + NL - 1) // NL
-    row_tiles: tl.constexpr = ((K_SIZES[0] + KL - 1) // KL) * n_tiles
-    right_n_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
-    kr0 = (tl.program_id(0) // right_n_tiles) * KR
-    nr0 = (tl.program_id(0) % right_n_tiles) * NR
     e = tl.program_id(2)
     expert = e.to(tl.int64)
     lo = tl.load(offsets + e).to(tl.int32)
     hi = tl.load(offsets + e + 1).to(tl.int32)
-    row = tl.arange(0, KL * NL)
-    bond_a = tl.arange(0, DA)
-    bond_b = tl.arange(0, DB)
-    central_at = central + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
-    central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
-    begin, end = range_of_part(row_tiles * K_SIZES[1] * N_SIZES[1], tl.program_id(1), tl.num_programs(1))
-    acc = tl.zeros((DB, KR * NR), dtype=tl.float32)
-    for position in tl.range(begin, tl.where(hi > lo, end, begin), num_stages=1):
-        digits = position // row_tiles
-        kc = digits // N_SIZES[1]
-        nc = digits % N_SIZES[1]
-        kl0 = ((position % row_tiles) // n_tiles) * KL
-        nl0 = (position % n_tiles) * NL
-        row_k = kl0 + row // NL
-        row_n = nl0 + row % NL
-        rows_inside = (row_k < K_SIZES[0]) & (row_n < N_SIZES[0])
-        left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + row_n[:, None] * LEFT[2]
-        lt = tl.load(left_at + bond_a[None, :] * LEFT[3], mask=rows_inside[:, None] & (bond_a < A)[None, :], other=0.0)
-        ct = tl.load(central_at + kc * CENTRAL[0] + nc * CENTRAL[1], mask=central_mask, other=0.0)
-        half = tl.dot(lt, ct, input_precision=PRECISION).to(x.dtype.element_ty)
+    bond = tl.arange(0, DB)
+    position = tl.arange(0, SUM_K * SUM_N)
+    begin, end = range_of_part(K_SIZES[1] * N_SIZES[1], tl.program_id(1), tl.num_programs(1))
+    acc = tl.zeros((OUT_K * OUT_N, DB), dtype=tl.float32)
+    for step in tl.range(begin * summed, tl.where(hi > lo, end, begin) * summed, num_stages=1):
+        kc = step // summed // N_SIZES[1]
+        nc = step // summed % N_SIZES[1]
+        left = step % summed if OF_RIGHT else tl.program_id(0)
+        right = tl.program_id(0) if OF_RIGHT else step % summed
+        kl0 = (left // left_n_tiles) * KL
+        nl0 = (left % left_n_tiles) * NL
+        kr0 = (right // right_n_tiles) * KR
+        nr0 = (right % right_n_tiles) * NR
         dw = weight_gradient(
             x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
             X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, HAS_INDEX, PRECISION, BT, KL, NL, KR, NR, STAGES,
         )  # fmt: skip
-        acc = tl.dot(tl.trans(half), dw, acc, input_precision=PRECISION)
-    column = tl.arange(0, KR * NR)
-    column_k = kr0 + column // NR
-    column_n = nr0 + column % NR
-    inside = (bond_b < B)[:, None] & (column_k < K_SIZES[2])[None, :] & (column_n < N_SIZES[2])[None, :]
-    at = expert * OUT[0] + column_k[None, :] * OUT[1] + column_n[None, :] * OUT[2] + bond_b[:, None] * OUT[3]
-    tl.store(out + tl.program_id(1).to(tl.int64) * OUT_PART + at, acc, mask=inside)
+        k = (kl0 if OF_RIGHT else kr0) + position // SUM_N
+        n = (nl0 if OF_RIGHT else nr0) + position % SUM_N
+        mask = (k < K_SIZES[2 - side])[:, None] & (n < N_SIZES[2 - side])[:, None] & (bond < BOND)[None, :]
+        at = other + expert * OTHER[0] + kc * OTHER[3] + nc * OTHER[4] + bond[None, :] * OTHER[5]
+        factor = tl.load(at + k[:, None] * OTHER[1] + n[:, None] * OTHER[2], mask=mask, other=0.0)
+        acc = tl.dot(tl.trans(dw) if OF_RIGHT else dw, factor, acc, input_precision=PRECISION)
+
+    row = tl.arange(0, OUT_K * OUT_N)
+    n_tiles: tl.constexpr = right_n_tiles if OF_RIGHT else left_n_tiles
+    k = (tl.program_id(0) // n_tiles) * OUT_K + row // OUT_N
+    n = (tl.program_id(0) % n_tiles) * OUT_N + row % OUT_N
+    mask = (k < K_SIZES[side])[:, None] & (n < N_SIZES[side])[:, None] & (bond < BOND)[None, :]
+    to = out + tl.program_id(1).to(tl.int64) * OUT_PART + expert * OUT[0]
+    at = k[:, None] * OUT[1] + n[:, None] * OUT[2] + bond[None, :] * OUT[3]
+    tl.store(to + at, acc.to(out.dtype.element_ty), mask=mask)

@@ -1,37 +1,60 @@
-"""Launches of the fused kernels: rows times rebuilt weights, and the blocks' gradients."""
+"""The fused contraction: weights and their gradients that never leave the chip.
+
+Forward: one launch of `fused_kernel`. Backward: one of it for x, one of `gradient_kernel` with a library product each
+for left and central, one of it for right; none for what is masked.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton.configs import fused_choice
+from mpoe_kernels.linear.grouped import (
+    Backward,
+    Forward,
+    Gradients,
+    Slots,
+    around_gradients,
+    block_gradients,
+    prepared,
+)
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.triton.fused import fused_kernel
-from mpoe_kernels.linear.triton.fused_gradient import left_gradient_kernel, right_gradient_kernel
-from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up
-from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.pointwise import sum_parts
+from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
+from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up, fused_choice
+from mpoe_kernels.linear.triton.grouped import parts_of
 from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
 
-MOST_PARTS = 16  # partial results of a gradient
+
+def forward(call: ForwardCall) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`."""
+    call = prepared(call)
+    y = call.x.new_empty(call.slots, call.out_features)
+    pre = torch.empty_like(y) if call.saves_z else None
+    rows_times_weight(call, call.x, y, pre)
+    return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
 
 
-class Blocks(NamedTuple):
-    """The blocks of a weight: left ``[E, iL, jL, a]``, central ``[a, iC, jC, b]``, right ``[E, b, iR, jR]``."""
+def backward(call: BackwardCall) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    call = prepared(call)
 
-    left: Tensor
-    central: Tensor
-    right: Tensor
+    def gradients(dz: Tensor) -> Gradients:
+        dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
+        if dx is not None:
+            rows_times_weight(call, dz, dx)
+        return dx, *block_gradients(call, dz, weight_gradient_times)
+
+    return around_gradients(call, gradients)
 
 
-def _strides(blocks: Blocks, transposed: bool = False) -> dict[str, tuple[int, ...]]:
+def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int, ...]]:
     """Strides of the blocks along (expert, k, n, last axis) for ``x W``, or for ``dy W^T`` if ``transposed``."""
     i, j = (2, 1) if transposed else (1, 2)
-    left, central, right = (block.stride() for block in blocks)
+    left, central, right = (block.stride() for block in call.blocks)
     return {
         "LEFT": (left[0], left[i], left[j], left[3]),
         "CENTRAL": (central[i], central[j], central[0], central[3]),
@@ -41,8 +64,6 @@ def _strides(blocks: Blocks, transposed: bool = False) -> dict[str, tuple[int, .
 
 def _options(tile: FusedTile, extents: Cut, sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "A": sides.a,
-        "B": sides.b,
         "K_SIZES": sides.k,
         "N_SIZES": sides.n,
         "PRECISION": precision(dtype),
@@ -50,7 +71,6 @@ def _options(tile: FusedTile, extents: Cut, sides: Sides, dtype: torch.dtype) ->
         "NL": extents.nl,
         "KR": extents.kr,
         "NR": extents.nr,
-        "DA": filled_up(sides.a),
         "DB": filled_up(sides.b),
         "STAGES": tile.stages,
         "num_warps": tile.warps,
@@ -63,12 +83,7 @@ def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
     return true_columns if true_columns != math.prod(digits) else 0
 
 
-def rows_times_weight(
-    call: ForwardCall | BackwardCall,
-    rows: Tensor,
-    out: Tensor,
-    pre: Tensor | None = None,
-) -> None:
+def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tensor, pre: Tensor | None = None) -> None:
     """Forward: ``out[s] = activation(rows[row_index[s]] W_e + bias)``; backward: ``out = rows W_e^T``. One launch.
 
     Args:
@@ -76,28 +91,22 @@ def rows_times_weight(
         rows, out: ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
         pre: receives the pre-activation.
     """
-    slots, experts, dims, blocks = out.shape[0], call.num_experts, call.dims, Blocks(*call.blocks)
-    if slots == 0:
-        return
-    transposed = isinstance(call, BackwardCall)
+    slots, experts, transposed = out.shape[0], call.num_experts, isinstance(call, BackwardCall)
     row_index, bias, activation, out_index, gates = (
         (None, None, "none", None, None)
         if isinstance(call, BackwardCall)
         else (call.row_index, call.bias, call.activation, call.out_index, call.gates)
     )
-    sides = Sides.of(dims, transposed)
+    sides = Sides.of(call.dims, transposed)
     tile, extents = fused_choice(rows, sides, slots / experts, "rows")
-    row_tiles = cdiv(slots, tile.m) + experts + 1
-    _, n_tiles = extents.tiles(sides)
-    columns = (dims.in_features, dims.out_features)
-    x_columns, out_columns = columns[::-1] if transposed else columns
+    row_tiles = cdiv(slots, tile.m) + experts + 1 if slots else 0
     start(
         fused_kernel,
-        (row_tiles * n_tiles,),
+        (row_tiles * extents.tiles(sides)[1],),
         x=rows,
-        left=blocks.left,
-        central=blocks.central,
-        right=blocks.right,
+        left=call.left,
+        central=call.central,
+        right=call.right,
         out=out,
         bias=out if bias is None else bias,
         pre=out if pre is None else pre,
@@ -108,8 +117,8 @@ def rows_times_weight(
         slots=slots,
         X_SLOT=rows.stride(0),
         OUT_SLOT=out.stride(0),
-        X_LIMIT=_limit(sides.k, x_columns),
-        OUT_LIMIT=_limit(sides.n, out_columns),
+        X_LIMIT=_limit(sides.k, rows.shape[1]),
+        OUT_LIMIT=_limit(sides.n, out.shape[1]),
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         HAS_INDEX=row_index is not None,
@@ -117,98 +126,52 @@ def rows_times_weight(
         ACTIVATION=activation,
         SAVE_PRE=pre is not None,
         PLACED=out_index is not None,
+        A=sides.a,
+        B=sides.b,
+        DA=filled_up(sides.a),
         BM=tile.m,
-        **_strides(blocks, transposed),
+        **_strides(call, transposed),
         **_options(tile, extents, sides, rows.dtype),
     )
 
 
-def parts_for(device: torch.device, programs: int, most: int) -> int:
-    """Parts of a sum: enough programs for all multiprocessors."""
-    units = architecture.target_of(device).multiprocessors
-    return max(1, min(MOST_PARTS, most, cdiv(2 * units, programs)))
-
-
-def block_gradients(call: BackwardCall, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of left, central and right, if needed, from rows and the gradient ``[N, F]`` of their products.
-
-    One launch each; none for a masked central core.
-    """
-    x, dims, blocks, row_index, experts = call.x, call.dims, Blocks(*call.blocks), call.row_index, call.num_experts
-    _, need_left, need_central, need_right = call.need_of_plan
-    sides = Sides.of(dims)
-    tile, extents = fused_choice(x, sides, grad.shape[0] / experts, "gradient")
-    k_tiles, n_tiles = extents.tiles(sides)
-    pairs = sides.k[1] * sides.n[1]
-    rows_of_tiles = cdiv(sides.k[0], extents.kl) * cdiv(sides.n[0], extents.nl)
-    columns_of_tiles = k_tiles * n_tiles // (pairs * rows_of_tiles)
-    strides = _strides(blocks)
-    common: dict[str, Any] = {
-        "x": x,
-        "grad": grad,
-        "left": blocks.left,
-        "central": blocks.central,
-        "row_index": grad if row_index is None else row_index,
-        "offsets": call.expert_offsets,
-        "X_SLOT": x.stride(0),
-        "GRAD_SLOT": grad.stride(0),
-        "LEFT": strides["LEFT"],
-        "CENTRAL": strides["CENTRAL"],
-        "X_LIMIT": _limit(sides.k, dims.in_features),
-        "GRAD_LIMIT": _limit(sides.n, dims.out_features),
-        "HAS_INDEX": row_index is not None,
-        "BT": tile.m,
+def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_right: bool, slots: Slots) -> Tensor:
+    """See `mpoe_kernels.linear.grouped.block_gradients`. One launch."""
+    x, d, row_index, sides = call.x, call.dims, call.row_index, Sides.of(call.dims)
+    experts = other.shape[0]
+    tile, extents = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")
+    if of_right:
+        tiles = cdiv(d.iR, extents.kr) * cdiv(d.jR, extents.nr)
+        parts = parts_of(grad.device, tiles * experts, d.iC * d.jC)
+        out = torch.empty(parts, experts, d.b, d.iR, d.jR, dtype=torch.float32, device=grad.device)
+        part, expert, bond, k, n = out.stride()
+        strides = other.stride()  # of left · central
+    else:
+        tiles, parts = cdiv(d.iL, extents.kl) * cdiv(d.jL, extents.nl), d.iC * d.jC
+        out = grad.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b)
+        expert, k, n, _, part, bond = out.stride()
+        right = other.stride()
+        strides = (right[0], right[2], right[3], 0, 0, right[1])
+    start(
+        gradient_kernel,
+        (tiles, parts, experts),
+        x=x,
+        grad=grad,
+        other=other,
+        out=out,
+        row_index=grad if row_index is None else row_index,
+        offsets=slots.offsets,
+        X_SLOT=x.stride(0),
+        GRAD_SLOT=grad.stride(0),
+        OUT_PART=part,
+        OUT=(expert, k, n, bond),
+        OTHER=strides,
+        OF_RIGHT=of_right,
+        BOND=d.b,
+        X_LIMIT=_limit(sides.k, call.in_features),
+        GRAD_LIMIT=_limit(sides.n, call.out_features),
+        HAS_INDEX=row_index is not None,
+        BT=tile.m,
         **_options(tile, extents, sides, x.dtype),
-    }
-
-    def partial(shape: torch.Size, parts: int) -> Tensor:
-        return torch.empty(parts, *shape, dtype=torch.float32, device=x.device)
-
-    dleft = dcentral = dright = None
-    if need_left:
-        parts = parts_for(x.device, rows_of_tiles * experts, pairs)
-        out = partial(blocks.left.shape, parts)
-        start(
-            left_gradient_kernel,
-            (rows_of_tiles, parts, experts),
-            right=blocks.right,
-            out=out,
-            experts=experts,
-            OUT_PART=out.stride(0),
-            OUT=out.stride()[1:],
-            RIGHT=strides["RIGHT"],
-            OF_CENTRAL=False,
-            **common,
-        )
-        dleft = sum_parts(out, torch.empty_like(blocks.left, memory_format=torch.contiguous_format))
-    if need_central:
-        parts = parts_for(x.device, rows_of_tiles * pairs, experts)
-        out = partial(blocks.central.shape, parts * rows_of_tiles)
-        _, a, k, n, b = out.stride()
-        start(
-            left_gradient_kernel,
-            (rows_of_tiles, parts, pairs),
-            right=blocks.right,
-            out=out,
-            experts=experts,
-            OUT_PART=out.stride(0),
-            OUT=(k, n, a, b),
-            RIGHT=strides["RIGHT"],
-            OF_CENTRAL=True,
-            **common,
-        )
-        dcentral = sum_parts(out, torch.empty_like(blocks.central, memory_format=torch.contiguous_format))
-    if need_right:
-        parts = parts_for(x.device, columns_of_tiles * experts, pairs * rows_of_tiles)
-        out = partial(blocks.right.shape, parts)
-        _, expert, b, k, n = out.stride()
-        start(
-            right_gradient_kernel,
-            (columns_of_tiles, parts, experts),
-            out=out,
-            OUT_PART=out.stride(0),
-            OUT=(expert, k, n, b),
-            **common,
-        )
-        dright = sum_parts(out, torch.empty_like(blocks.right, memory_format=torch.contiguous_format))
-    return dleft, dcentral, dright
+    )
+    return out.sum(0) if of_right else out

@@ -13,8 +13,10 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.triton import architecture
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand
@@ -58,7 +60,7 @@ ROWS_TILES: Table = {
 GRADIENT_TILES: Table = {
     "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: ()},
     "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
-    "sm_100": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
+    "sm_100": {2: (FusedTile(32, 64, 128, 20480, 4, 3),), 4: ()},
     "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: ()},
 }
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
@@ -66,7 +68,7 @@ for _table in (ROWS_TILES, GRADIENT_TILES):
     _table["interpreter"] = {size: (FusedTile(32, 128, 128, 1 << 20, 4, 1),) for size in (2, 4)}
 
 
-def fused_tiles(purpose: str, name: str, dtype: torch.dtype) -> tuple[FusedTile, ...]:
+def shipped_fused(purpose: str, name: str, dtype: torch.dtype) -> tuple[FusedTile, ...]:
     """Tiles for rows times W (``"rows"``) or the blocks' gradients (``"gradient"``) on an architecture."""
     return (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[name][dtype.itemsize]
 
@@ -131,7 +133,7 @@ def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpo
     """Estimate of a program's shared memory: the operands of all stages, resident data, and the tile of W."""
     a, b = filled_up(sides.a), filled_up(sides.b)
     if purpose == "gradient":
-        step, stays = tile.m * (found.k + found.n), found.rows * a + a * b + b * found.columns
+        step, stays = tile.m * (found.k + found.n), b * max(found.rows, found.columns)
     else:
         step = tile.m * found.k + found.rows * a + a * b
         stays = b * found.columns
@@ -139,9 +141,8 @@ def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpo
 
 
 def _accumulators(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> int:
-    a, b = filled_up(sides.a), filled_up(sides.b)
     if purpose == "gradient":
-        return found.k * found.n + found.rows * b + max(found.rows * a, a * b, b * found.columns)
+        return found.k * found.n + filled_up(sides.b) * max(found.rows, found.columns)
     return tile.m * found.n + found.rows * found.columns
 
 
@@ -215,3 +216,17 @@ def best_tile(
     return min(
         able, key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose)
     )
+
+
+def fused_choice(like: Tensor, sides: Sides, rows: float, purpose: str) -> tuple[FusedTile, Cut]:
+    """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its division of the weight.
+
+    Raises:
+        ValueError: no tile fits; `candidates.fused_reasons` says so beforehand.
+    """
+    target = architecture.target_of(like.device)
+    tiles = shipped_fused(purpose, target.architecture, like.dtype)
+    found = best_tile(tiles, sides, rows, like.dtype.itemsize, target.shared_memory, purpose)
+    if found is None:
+        raise ValueError(f"no tile of the fused kernels fits {sides} on {target.architecture}")
+    return found

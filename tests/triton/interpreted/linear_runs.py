@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+from mpoe_kernels.linear.triton import fused_launch, grouped
 from mpoe_kernels.linear.triton.candidates import ON_CHIP
-from mpoe_kernels.linear.triton.passes import (
-    backward_by_steps,
-    backward_on_chip,
-    forward_by_steps,
-    forward_on_chip,
-)
 from tests.assertions import poisoned_memory
 from tests.linear_problem import LinearProblem, planned_strategies
 
@@ -22,6 +18,11 @@ from tests.linear_problem import LinearProblem, planned_strategies
 def strategies_of(shape: MPOShape) -> list[str]:
     """What the planner may choose, and the fused kernels."""
     return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
+
+
+def kernels_of(strategy: str) -> ModuleType:
+    """Where its ``forward`` and ``backward`` are."""
+    return fused_launch if strategy == ON_CHIP else grouped
 
 
 class Case(LinearProblem):
@@ -33,8 +34,7 @@ class Case(LinearProblem):
 
     def forward(self, strategy: str, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         with poisoned_memory():
-            call = ForwardCall(*self._common(strategy), save)
-            return forward_on_chip(call) if strategy == ON_CHIP else forward_by_steps(call)
+            return kernels_of(strategy).forward(ForwardCall(*self._common(strategy), save))
 
     def backward(
         self, strategy: str, y: Tensor, h: Tensor, z: Tensor, need: list[bool], inverse: bool = True
@@ -45,7 +45,7 @@ class Case(LinearProblem):
             call = BackwardCall(
                 *self._common(strategy), self.grad, h, saved, need, self.slot_of_token if inverse else None
             )
-            return backward_on_chip(call) if strategy == ON_CHIP else backward_by_steps(call)
+            return kernels_of(strategy).backward(call)
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
         y, h, z = self.forward(strategy)

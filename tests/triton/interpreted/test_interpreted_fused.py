@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.triton import configs, fused_launch
+from mpoe_kernels.linear.triton import fused_launch, fused_tiles
 from mpoe_kernels.linear.triton.fused_tiles import FusedTile
 from mpoe_kernels.testing.launches import recorded
 
@@ -36,14 +36,13 @@ def test_backward_has_a_launch_for_each_gradient() -> None:
     found = names(Case(UNEVEN, torch.bfloat16, tokens=4, experts=2, activation="relu"), ON_CHIP, backward=True)
     assert [name for name in found if "fused" in name or "gradient" in name] == [
         "fused_kernel",
-        "left_gradient_kernel",
-        "left_gradient_kernel",
-        "right_gradient_kernel",
+        "gradient_kernel",
+        "gradient_kernel",
     ]
 
 
 def test_many_small_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "fused_tiles", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),))
-    monkeypatch.setattr(fused_launch, "parts_for", lambda _, programs, most: max(1, min(16, most, 16 // programs)))
+    monkeypatch.setattr(fused_tiles, "shipped_fused", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),))
+    monkeypatch.setattr(fused_launch, "parts_of", lambda _, programs, most: max(1, min(16, most, 16 // programs)))
     for shape in (UNEVEN, UNEVEN.mirrored()):
         Case(shape, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)

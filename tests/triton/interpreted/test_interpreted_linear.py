@@ -9,12 +9,12 @@ import torch
 from _pytest.mark.structures import ParameterSet
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
-from mpoe_kernels.contract import BlockDims, program_of
-from mpoe_kernels.linear.gpu.products import BlockGradients
-from mpoe_kernels.linear.triton import configs, gemm_launches
-from mpoe_kernels.linear.triton.configs import Tile
+from mpoe_kernels.linear import grouped as common
+from mpoe_kernels.linear.triton import grouped
+from mpoe_kernels.linear.triton.grouped import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.launches import recorded
 from tests.assertions import assert_calibrated
@@ -71,61 +71,73 @@ def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
                     assert grads[k].numel() == 0
 
 
-def test_masked_backward_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The central gradient is not computed and then discarded: it has no launches."""
+class Products(TorchDispatchMode):
+    """Counts the library's matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        return function(*arguments, **(options or {}))
+
+
+def test_masked_backward_computes_less() -> None:
+    """The central gradient is not computed and then discarded: it has no launch, or no product of the library."""
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):
         y, h, z = case.forward(strategy)
-        with recorded("sm_90") as all_of_it:
-            case.backward(strategy, y, h, z, [True] * 5)
+
+        def work(need: list[bool], strategy=strategy, saved=(y, h, z)) -> int:
+            with recorded("sm_90") as launches, Products() as products:
+                case.backward(strategy, *saved, need)
+            return len(launches) + products.count
+
+        complete = work([True] * 5)
         for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
-            with recorded("sm_90") as masked:
-                case.backward(strategy, y, h, z, [k in wanted for k in range(5)])
-            assert len(masked) < len(all_of_it)
-
-
-def only(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel uses this tile."""
-    monkeypatch.setattr(configs, "shipped_tiles", lambda *_: (tile,))
-
-
-@pytest.mark.parametrize("strategy", [pytest.param("rebuild", marks=pytest.mark.exhaustive), "chain"])
-def test_small_tiles_cover_everything(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles in every dimension, distributed over several persistent programs, and several partial sums."""
-    only(Tile(16, 16, 16, 1, 1), monkeypatch)
-    monkeypatch.setattr(gemm_launches, "persistent_programs", lambda *_: 6)
-    Case(SMALL_SHAPES["paper"], tokens=11, experts=2, capacity=None).check(strategy)
+            assert work([k in wanted for k in range(5)]) < complete
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "splits"),
+    ("name", "strategy", "parts"),
     [
         pytest.param("light", "rebuild", 2, marks=pytest.mark.exhaustive),
         ("light", "chain", 5),
         ("separable", "separable", 2),
+        ("separable_mirrored", "separable", 1),
         pytest.param("padded", "half_right", 2, marks=pytest.mark.exhaustive),
         pytest.param("paper", "rebuild", 5, marks=pytest.mark.exhaustive),
     ],
 )
-def test_split_sums(name: str, strategy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than some experts have rows or a sum has experts; idle experts; the same bits every time."""
-    only(Tile(16, 16, 16, 1, 1), monkeypatch)
-    monkeypatch.setattr(gemm_launches, "tile_and_splits", lambda *_: (Tile(16, 16, 16, 1, 1), splits))
+def test_many_small_tiles_and_partial_sums(
+    name: str, strategy: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More parts than some experts have rows; idle experts; the same bits every time."""
+    monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (Tile(16, 16, 16, 1, 1),))
+    monkeypatch.setattr(grouped, "parts_of", lambda *_: parts)
     case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)
 
 
-def test_a_gradient_that_grows_by_experts_does_so_in_float32() -> None:
-    """A gradient that a single product computes needs no memory besides its own."""
-    dims = BlockDims.of_shape(SMALL_SHAPES["paper"])
-    blocks = random_blocks(SMALL_SHAPES["paper"], 2, torch.bfloat16)
-    tensors = (blocks.left, blocks.central, blocks.right)
-    for strategy, dtype in (("rebuild", torch.float32), ("chain", torch.bfloat16)):
-        grads = BlockGradients.begun(gemm_launches.LAUNCHES, program_of(dims, strategy, "backward"), tensors)
-        assert grads.central is not None
-        assert grads.central.dtype == dtype
+@pytest.mark.parametrize("strategy", strategies_of(SMALL_SHAPES["paper"]))
+def test_a_nan_row_stays_its_token_s(strategy: str) -> None:
+    """Beside other rows of its expert, in one tile; in x and in the gradient of y."""
+    case = Case(SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu")
+    case.x[3], token = torch.nan, 3
+    slot = int(case.slot_of_token[token, 0])
+    y, h, z = case.forward(strategy)
+    assert y[slot].isnan().all()
+    assert y[[s for s in range(9) if s != slot]].isfinite().all()
+    dx = case.backward(strategy, y, h, z, [True, False, False, False, False])[0]
+    assert dx[[t for t in range(9) if t != token]].isfinite().all()
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "rebuild on chip", "half_left"])
+def test_experts_by_parts(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of two experts at a time, then of the third."""
+    monkeypatch.setattr(common, "experts_at_once", lambda *_, **__: 2)
+    Case(SMALL_SHAPES["padded"], activation="silu").check(strategy)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -8,18 +8,12 @@ import pytest
 import torch
 
 from mpoe_kernels.linear.op import ForwardCall
-from mpoe_kernels.linear.triton import passes as kernels
 from mpoe_kernels.testing.launches import recorded
 from tests.cases import SMALL_SHAPES
 
-from .linear_runs import Case
+from .linear_runs import ON_CHIP, Case, kernels_of
 
-WAYS = {
-    "chain": ("chain", kernels.forward_by_steps),
-    "half_left": ("half_left", kernels.forward_by_steps),
-    "rebuild": ("rebuild", kernels.forward_by_steps),
-    "rebuild on chip": ("rebuild", kernels.forward_on_chip),
-}
+WAYS = ("chain", "half_left", "rebuild", ON_CHIP)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
@@ -28,8 +22,7 @@ def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
     """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
     shape = SMALL_SHAPES["light"]
     case = Case(shape, dtype, tokens=13, experts=3, top_k=1, capacity=3, kind="zipf", activation="gelu")
-    strategy, forward = WAYS[way]
-    call = ForwardCall(*case._common(strategy), False)
+    forward, call = kernels_of(way).forward, ForwardCall(*case._common(way), False)
     filled, y = int(case.routing.expert_offsets[-1]), forward(call)[0]
     assert 0 < filled < 13
     out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
@@ -40,14 +33,12 @@ def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
     assert torch.equal(placed[out_index], wanted)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_is_no_launch_more(way: str) -> None:
+def test_on_chip_it_is_no_launch_more() -> None:
     case = Case(SMALL_SHAPES["light"], torch.bfloat16, tokens=13, experts=3, top_k=1)
-    strategy, forward = WAYS[way]
-    call = ForwardCall(*case._common(strategy), False)
+    forward, call = kernels_of(ON_CHIP).forward, ForwardCall(*case._common(ON_CHIP), False)
     with recorded("sm_90") as plain:
         forward(call)
     with recorded("sm_90") as placing:
         forward(replace(call, out_index=torch.arange(13), gates=torch.ones(13)))
-    assert len(plain) == len(placing)
-    assert [one.arguments.get("PLACED") for one in placing if "PLACED" in one.arguments][-1] is True
+    assert len(plain) == len(placing) == 1
+    assert placing[0].arguments["PLACED"]

@@ -8,8 +8,7 @@ from mpoe_bench.cases import random_blocks
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
-from mpoe_kernels.linear.triton import configs
-from mpoe_kernels.linear.triton.row_gemm import rows_kernel
+from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel, tile_of
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
 from mpoe_kernels.triton.start import start
@@ -44,16 +43,16 @@ def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch)
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(1, dtype=torch.bfloat16)
     with_shared_memory(163 << 10, monkeypatch, "sm_80")
-    assert next(configs.tiles_for("rows", like, 4096, 4096, 4096)).m == 128
+    assert tile_of(like, 4096, 4096, 4096).m == 128
     with_shared_memory(80 << 10, monkeypatch, "sm_80")
-    smaller = next(configs.tiles_for("rows", like, 4096, 4096, 4096))
+    smaller = tile_of(like, 4096, 4096, 4096)
     assert smaller.shared_bytes(like.dtype) <= 80 << 10
     assert smaller.m == 64
 
 
 def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
     class TooLarge:
-        __name__ = rows_kernel.__name__
+        __name__ = grouped_rows_kernel.__name__
 
         def __getitem__(self, grid: tuple[int, ...]):
             def launch(**arguments: object) -> None:
@@ -61,5 +60,6 @@ def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
 
             return launch
 
-    with pytest.raises(BackendError, match=r"rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"):
+    message = r"grouped_rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"
+    with pytest.raises(BackendError, match=message):
         start(TooLarge(), (1,), BM=64)

@@ -1,8 +1,10 @@
-// Tiles of the panel kernel by element type, and its launch.
+// Tiles of the panel and the gradient kernel by element type, and their launches.
 #pragma once
 #include <algorithm>
 
+#include "common/types.h"
 #include "cuda/linear/contract.h"
+#include "cuda/linear/gradient.cuh"
 #include "cuda/linear/panel.cuh"
 
 namespace mpoe::cuda {
@@ -64,10 +66,37 @@ void launch_panel(const PanelArguments& p, const PanelLaunch& launch, cudaStream
   launch_panel_tiles<T, NarrowTile<T>, NarrowTile<T>>(p, launch, stream);
 }
 
+constexpr int kTileSide = NarrowTile<float>::kM;  // of the gradient kernel's tiles
+
+// Elements from one row of its regrouped tile to the next.
+inline int tile_stride(Dtype dtype) {
+  return size_of(dtype) == 2 ? padded_stride<dev::bf16>(kTileSide, true) : padded_stride<float>(kTileSide, true);
+}
+
+template <class T, bool kMajorOther>
+void launch_gradient_of(const GradientArguments& p, dim3 grid, cudaStream_t stream) {
+  using TileT = NarrowTile<T>;
+  constexpr int moving = 2 * Staged<T, TileT, TileT::kM, false>::kElements;
+  constexpr int stages = kStages * std::max(moving, Staged<T, TileT, TileT::kN, kMajorOther>::kElements);
+  static_assert(stages * sizeof(T) >= strip_bytes<TileT>());
+  constexpr std::size_t shared = (TileT::kM * padded_stride<T>(TileT::kN, true) + stages) * sizeof(T);
+  const auto kernel = gradient_kernel<T, TileT, kMajorOther>;
+  LAUNCH(kernel, grid, dim3(TileT::kThreads), shared, stream, p);
+  check_launch("gradient");
+}
+template <class T>
+void launch_gradient(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream) {
+  of_right ? launch_gradient_of<T, false>(p, grid, stream) : launch_gradient_of<T, true>(p, grid, stream);
+}
+
 // The kernels of one type, each compiled in its own file.
 void launch_panel_float(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
 void launch_panel_tf32(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
 void launch_panel_bfloat16(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
 void launch_panel_float16(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream);
+void launch_gradient_float(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream);
+void launch_gradient_tf32(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream);
+void launch_gradient_bfloat16(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream);
+void launch_gradient_float16(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

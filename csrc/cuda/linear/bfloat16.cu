@@ -1,9 +1,12 @@
-#include "cuda/linear/panel_launch.cuh"
+#include "cuda/linear/launch.cuh"
 
 namespace mpoe::cuda {
 
 void launch_panel_bfloat16(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream) {
   launch_panel<dev::bf16>(p, launch, stream);
+}
+void launch_gradient_bfloat16(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream) {
+  launch_gradient<dev::bf16>(p, grid, of_right, stream);
 }
 
 }  // namespace mpoe::cuda

@@ -1,0 +1,91 @@
+"""Grouped products by PyTorch's own kernel, and where it has one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpoe_kernels.contract import Contraction
+from mpoe_kernels.linear import grouped
+from mpoe_kernels.linear.grouped import Backward, Forward, Slots, finished
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+
+class Library:
+    """See `mpoe_kernels.linear.grouped.Grouped`; by `torch.nn.functional.grouped_mm`."""
+
+    def rows(
+        self,
+        rows: Tensor,
+        row_index: Tensor | None,
+        blocks: Tensor,
+        slots: Slots,
+        last: ForwardCall | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        (_, p, k), m = rows.shape, blocks.shape[2]
+        a = _front(rows, row_index, slots).reshape(slots.count * p, k)
+        found = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
+        found = _back(found.reshape(slots.count, p * m), slots)
+        before = 0 if out is None else out.view(found.shape)
+        found = torch.where(slots.owned[:, None], found, before)
+        y, z = (found, None) if last is None else finished(last, found, slots.owned)
+        y = y.view(slots.count, p, m)
+        return y if out is None else out.copy_(y), z
+
+    def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
+        a = _front(rows, row_index, slots).flatten(0, 1)
+        g = _front(grads, None, slots).flatten(0, 1)
+        found = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=_ends(slots) * rows.shape[1])
+        return torch.where(slots.busy[:, None, None], found[:, : a.shape[1], : g.shape[1]], 0)
+
+
+def forward(call: ForwardCall) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`."""
+    return grouped.forward(call, Library())
+
+
+def backward(call: BackwardCall) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    return grouped.backward(call, Library())
+
+
+def is_able(plan: Contraction) -> bool:
+    """Whether grouped_mm computes a contraction without reading the offsets on the CPU: it reads them for lack of a
+    kernel, which PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and 10."""
+    return (
+        plan.dtype == torch.bfloat16
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(plan.device)[0] in (9, 10)
+        and not grouped.counting_reasons(plan)
+    )
+
+
+def _front(rows: Tensor, row_index: Tensor | None, slots: Slots) -> Tensor:
+    """Rows of the slots, those of the experts first."""
+    if slots.is_part:
+        order = (torch.arange(slots.count, device=rows.device) + slots.offsets[0]) % max(slots.count, 1)
+        row_index = order if row_index is None else row_index[order]
+    return rows if row_index is None else rows.index_select(0, row_index)
+
+
+def _back(rows: Tensor, slots: Slots) -> Tensor:
+    """Undoes `_front`."""
+    if not slots.is_part:
+        return rows
+    order = (torch.arange(slots.count, device=rows.device) - slots.offsets[0]) % max(slots.count, 1)
+    return rows.index_select(0, order)
+
+
+def _ends(slots: Slots) -> Tensor:
+    """Where every expert's slots end if the first one's start at 0, int32."""
+    return (slots.offsets[1:] - slots.offsets[0]).to(torch.int32)
+
+
+def _aligned(t: Tensor, *dimensions: int) -> Tensor:
+    """Padded with zeros to multiples of 16 bytes and dense, as grouped_mm requires."""
+    padding = [0] * (2 * t.dim())
+    for dimension in dimensions:
+        padding[2 * (t.dim() - 1 - dimension) + 1] = -t.shape[dimension] % (16 // t.element_size())
+    return F.pad(t, padding) if any(padding) else t.contiguous()

@@ -1,1 +1,0 @@
-"""Shared by the GPU backends: contractions of operands with named axes, one launch for each product of a program."""

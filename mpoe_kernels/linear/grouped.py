@@ -1,0 +1,401 @@
+"""The grouped product on a GPU: a program's products for all experts at once, and what surrounds them.
+
+Nothing here waits for the GPU. A product with the shared block is one `torch.mm`; a product of every expert's rows with
+its own block is one grouped product, see `Grouped`; blocks are merged by `torch.bmm`. Weights are built for as many
+experts at a time as `experts_at_once` allows. It also runs on CPUs, in tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpoe_kernels.backends import kernel_for
+from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.contract.program import KEPT, Product, Program, program_of
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+from mpoe_kernels.linear.eager.rows import run
+from mpoe_kernels.routing.op import DispatchBackwardCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+Forward = tuple[Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Axes = tuple[str, ...]
+LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
+
+
+def counting_reasons(plan: Contraction) -> list[str]:
+    """Reasons if a contraction has too many rows or columns for 32-bit indices."""
+    reasons = []
+    rows = max((step.m * plan.slots for step in applications(plan.dims, plan.order)), default=0)
+    if rows > LARGEST_INDEX:
+        reasons.append(f"strategy {plan.strategy!r} would count {rows} rows; it counts to {LARGEST_INDEX}")
+    if plan.dims.weight_elements > LARGEST_INDEX:
+        reasons.append(f"a weight of {plan.dims.weight_elements} elements is too large; at most {LARGEST_INDEX}")
+    return reasons
+
+
+def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
+    """Experts whose weights are built together: what is built, and by default once more in the order in which it is
+    multiplied, takes at most a quarter of the dense experts' memory, or two weights if that is more."""
+    if not built:
+        return max(experts, 1)
+    largest = max(dims.elements(INDICES[name]) for name in built)
+    return max(1, max(2, experts // 4) * dims.weight_elements // (copies * largest))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of some experts.
+
+    Attributes:
+        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
+        count: N.
+        is_part: there are experts before or after them.
+    """
+
+    offsets: Tensor
+    count: int
+    is_part: bool = False
+
+    @property
+    def busy(self) -> Tensor:
+        """Which experts have slots, ``[E]``."""
+        return self.offsets[1:] > self.offsets[:-1]
+
+    @property
+    def owned(self) -> Tensor:
+        """Which slots an expert owns, ``[N]``."""
+        number = torch.arange(self.count, device=self.offsets.device)
+        return (number >= self.offsets[0]) & (number < self.offsets[-1])
+
+
+class Grouped(Protocol):
+    """The two products of rows with blocks that every expert has for itself: the library's, or Triton's."""
+
+    def rows(
+        self,
+        rows: Tensor,
+        row_index: Tensor | None,
+        blocks: Tensor,
+        slots: Slots,
+        last: ForwardCall | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``out[s] = rows[row_index[s]] blocks[e]``; zero for slots after the last expert's, undefined for those of
+        experts that are not among these.
+
+        Args:
+            rows: ``[T or N, p, k]`` of any strides.
+            row_index: ``[N]``, or None: slot s reads row s.
+            blocks: ``[E, k, m]`` of any strides.
+            slots: of these experts.
+            last: the call whose bias and activation are applied to ``[N, p m]``, or None.
+            out: dense ``[N, p, m]`` to write these experts' rows to, or None: new memory.
+
+        Returns:
+            ``[N, p, m]``, and the same before the activation if ``last`` saves it.
+        """
+
+    def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
+        """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zero for an
+        expert without slots. ``grads``: ``[N, p, m]``."""
+
+
+def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero where not ``owned``."""
+    if call.bias is not None:
+        z = torch.where(owned[:, None], z + call.bias, 0)
+    return ACTIVATION[call.activation](z), z if call.saves_z else None
+
+
+def float32_mm(first: Tensor, second: Tensor) -> Tensor:
+    """The product, accumulated and returned in float32."""
+    if first.dtype == torch.float32:
+        return first @ second
+    return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
+
+
+def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
+    """Axes that ``other`` lacks, and those that it has."""
+    return tuple(a for a in axes if a not in other), tuple(a for a in axes if a in other)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides.
+
+    Attributes: row_index: the row that each slot reads, if it is not its own.
+    """
+
+    data: Tensor
+    axes: Axes
+    row_index: Tensor | None = None
+
+    def arranged(self, axes: Axes) -> Tensor:
+        """A view ``[n, axes...]`` in another order."""
+        return self.data.permute(0, *(1 + self.axes.index(axis) for axis in axes))
+
+    def matrices(self, first: Axes, second: Axes) -> Tensor:
+        """``[n, first, second]``, each group of axes merged into one; a view if possible."""
+        found = self.arranged((*first, *second))
+        split = 1 + len(first)
+        return found.reshape(found.shape[0], math.prod(found.shape[1:split]), math.prod(found.shape[split:]))
+
+
+@dataclass
+class Pass:
+    """A whole call, or rather its products.
+
+    Attributes:
+        call: the call.
+        program: what is computed.
+        grouped: the grouped products.
+        rows: rows that are given, by name.
+        found: what is wanted, of every chunk of experts; all of them write to the same rows.
+        finished: y after bias and activation, and before, if its product did that.
+    """
+
+    call: ForwardCall | BackwardCall
+    program: Program
+    grouped: Grouped
+    rows: dict[str, Tensor]
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
+    finished: tuple[Tensor, Tensor | None] | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Ranges of experts whose built weights are alive together."""
+        experts, offsets = self.call.num_experts, self.call.expert_offsets
+        size = experts_at_once(self.call.dims, self.program.built, experts)
+        for first in range(0, experts, size):
+            last = min(first + size, experts)
+            yield Chunk(self, first, last, Slots(offsets[first : last + 1], self.call.slots, size < experts))
+
+    def keep(self, name: str, result: Named) -> Named:
+        """Keeps what is wanted of a chunk's results."""
+        if name in self.found:
+            self.found[name].append(result.arranged(self.program.axes[name]))
+        return result
+
+    def rows_of_parts(self, name: str, like: Tensor, *size: int) -> Tensor | None:
+        """Memory for wanted rows to which one chunk after another writes; None for others."""
+        if name not in self.found:
+            return None
+        if name not in self.memory:
+            self.memory[name] = like.new_zeros(size)
+        return self.memory[name]
+
+    def result(self, name: str, columns: int) -> Tensor:
+        """Rows ``[N, columns]``."""
+        rows = self.found[name][-1]
+        return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))[:, :columns]
+
+    def block(self, name: str, like: Tensor) -> Tensor | None:
+        """The gradient of a block if it was wanted."""
+        parts = self.found.get(f"d {name}")
+        if parts is None:
+            return None
+        return (torch.cat(parts).sum(0) if name == "C" else torch.cat(parts)).to(like.dtype).contiguous()
+
+
+@dataclass
+class Chunk:
+    """The products for experts ``first:last``; see `mpoe_kernels.linear.eager.rows.run`."""
+
+    whole: Pass
+    first: int
+    last: int
+    slots: Slots
+
+    def given(self, name: str) -> Named:
+        call, axes = self.whole.call, self.whole.program.axes[name]
+        if name == "C":
+            return Named(call.central.unsqueeze(0), axes)
+        if name in ("L", "R"):
+            block = (call.left if name == "L" else call.right)[self.first : self.last]
+            # What is built from an idle expert's block must be finite: zero times it is added to sums.
+            return Named(torch.where(self.slots.busy[:, None, None, None], block, 0) if self._builds else block, axes)
+        rows, sizes = self.whole.rows[name], [getattr(call.dims, axis) for axis in axes]
+        if rows.shape[1] != math.prod(sizes):
+            rows = F.pad(rows, (0, math.prod(sizes) - rows.shape[1]))
+        return Named(rows.view(rows.shape[0], *sizes), axes, call.row_index if name == "x" else None)
+
+    @property
+    def _builds(self) -> bool:
+        return bool(self.whole.program.built)
+
+    def _named(self, data: Tensor, axes: Axes) -> Named:
+        return Named(data.reshape(data.shape[0], *(getattr(self.whole.call.dims, axis) for axis in axes)), axes)
+
+    def _only(self, name: str, rows: Named) -> Named:
+        """Rows by slot, zero where no expert owns the slot: products' results are, what is given need not be."""
+        if name not in self.whole.rows:
+            return rows
+        data = rows.data if rows.row_index is None else rows.data.index_select(0, rows.row_index)
+        return Named(torch.where(self.slots.owned.view(-1, *[1] * len(rows.axes)), data, 0), rows.axes)
+
+    def rows(self, product: Product, rows: Named, operand: Named) -> Named:
+        kept, met = _split(rows.axes, operand.axes)
+        new = _split(self.whole.program.axes[product.result], operand.axes)[1]
+        blocks = operand.matrices(met, new)
+        if product.second == "C":
+            matrix = self._only(product.first, rows).matrices(kept, met)
+            found = (matrix.flatten(0, 1) @ blocks[0]).view(*matrix.shape[:2], blocks.shape[2])
+        else:
+            last, matrix, out = self._finishing(product, (*kept, *new)), rows.matrices(kept, met), None
+            if self.slots.is_part:
+                size = self.slots.count, matrix.shape[1], blocks.shape[2]
+                out = self.whole.rows_of_parts(product.result, matrix, *size)
+            found, pre = self.whole.grouped.rows(matrix, rows.row_index, blocks, self.slots, last, out)
+            if last is not None:
+                self.whole.finished = found.flatten(1), pre
+        return self.whole.keep(product.result, self._named(found, (*kept, *new)))
+
+    def _finishing(self, product: Product, axes: Axes) -> Any:
+        """The call if a grouped product gives ``y [N, F]`` as it is, so that it may apply bias and activation."""
+        call, dims = self.whole.call, self.whole.call.dims
+        wide, natural = ([a for a in order if getattr(dims, a) > 1] for order in (axes, self.whole.program.axes["y"]))
+        is_whole = product.result == "y" and not self.slots.is_part and wide == natural
+        return call if is_whole and dims.out_features == dims.jL * dims.jC * dims.jR else None
+
+    def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
+        axes = self.whole.program.axes[product.result]
+        shared, m = _split(rows.axes, axes)
+        n = _split(grads.axes, axes)[1]
+        if product.result == "d C":
+            rows, grads = self._only(product.first, rows), self._only(product.second, grads)
+            a, g = rows.matrices(shared, m).flatten(0, 1), grads.matrices(shared, n).flatten(0, 1)
+            found = float32_mm(a.T, g).unsqueeze(0)
+        else:
+            before, after = rows.matrices(shared, m), grads.matrices(shared, n)
+            found = self.whole.grouped.blocks(before, rows.row_index, after, self.slots)
+        return self.whole.keep(product.result, self._named(found, (*m, *n)))
+
+    def merge(self, product: Product, first: Named, second: Named) -> Named:
+        axes = self.whole.program.axes[product.result]
+        met, m, n = _split(first.axes, second.axes)[1], _split(axes, first.axes)[1], _split(axes, second.axes)[1]
+        if product.result == "d C":
+            p, q = first.matrices(met, m).flatten(0, 1), second.matrices(met, n).flatten(0, 1)
+            found = float32_mm(p.T, q).unsqueeze(0)
+        else:
+            p, q = first.matrices(m, met), second.matrices(met, n)
+            if q.shape[0] == 1:
+                found = (p.flatten(0, 1) @ q[0]).view(p.shape[0], p.shape[1], -1)
+            else:
+                found = torch.bmm(p.expand(q.shape[0], *p.shape[1:]), q)
+        return self.whole.keep(product.result, self._named(found, (*m, *n)))
+
+
+def forward(call: ForwardCall, grouped: Grouped) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`."""
+    dims, x = call.dims, call.x
+    program = program_of(dims, call.strategy, "forward")
+    whole = Pass(call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})})
+    run(program, whole.chunks())
+    h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b) if call.saves_h else x.new_empty(0)
+    owned = Slots(call.expert_offsets, call.slots).owned
+    y, z = whole.finished or finished(call, whole.result("y", call.out_features), owned)
+    if call.out_index is not None:
+        assert call.gates is not None, "out_index comes with gates"
+        gated = (y.float() * call.gates[call.out_index][:, None]).to(y.dtype)  # rounded first, as in `combine`
+        y = torch.empty_like(y).index_copy_(0, call.out_index, torch.where(owned[:, None], gated, 0))
+    return y.contiguous(), h.contiguous(), x.new_empty(0) if z is None else z.contiguous()
+
+
+def backward(call: BackwardCall, grouped: Grouped) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+
+    def gradients(dz: Tensor) -> Gradients:
+        dims, need, h = call.dims, call.need_of_plan, call.saved_h
+        program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
+        rows = {"x": call.x, "d y": dz, **({} if h is None else {KEPT: h.view(call.slots, -1)})}
+        wanted = [name for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True) if needed]
+        whole = Pass(call, program, grouped, rows, {name: [] for name in wanted})
+        run(program, whole.chunks())
+        dx = whole.result("d x", call.in_features) if need[0] else None
+        return dx, whole.block("L", call.left), whole.block("C", call.central), whole.block("R", call.right)
+
+    return around_gradients(call, gradients)
+
+
+def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients]) -> Backward:
+    """Gradients of bias and activation, and of x by its own rows.
+
+    Args:
+        call: of the op.
+        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
+    """
+    dz, dbias = ACTIVATION_GRADIENT[call.activation](call.grad, call.saved), None
+    if call.need[4]:
+        owned = Slots(call.expert_offsets, call.slots).owned
+        dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
+    dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
+    if dx is not None and call.row_index is not None:
+        if call.slot_of_token is None:  # by sorting: atomics would add in any order
+            dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
+        else:
+            sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
+            dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
+    results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+def block_gradients(
+    call: BackwardCall, dz: Tensor, times: Callable[[BackwardCall, Tensor, Tensor, bool, Slots], Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of left, central and right that are needed, by a kernel that keeps the gradient of a weight on chip.
+
+    It multiplies ``dW_e = x^T dz`` by right, which gives the gradient of left · central, or by left · central, which
+    gives the gradient of right. The rest is shared products. Some experts' left · central exist at a time.
+
+    Args:
+        call: of the op.
+        dz: ``[N, F]``.
+        times: function of call, dz, right ``[E, b, iR, jR]`` or left · central ``[E, iL, jL, iC, jC, b]`` of some
+            experts, whether it is the latter, and their slots; returns the product in the shape of the other one.
+    """
+    d, experts, (_, need_left, need_central, need_right) = call.dims, call.num_experts, call.need_of_plan
+    central, parts = call.central.reshape(d.a, -1), {name: list[Tensor]() for name in "LCR"}
+    size = experts_at_once(d, ("LC",), experts, copies=1)
+    for first in range(0, experts, size):
+        last = min(first + size, experts)
+        slots = Slots(call.expert_offsets[first : last + 1], call.slots)
+        left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
+        if need_left or need_central:
+            half = times(call, dz, call.right[first:last], False, slots).view(left.shape[0], central.shape[1])
+            parts["L"] += [half @ central.T] if need_left else []
+            parts["C"] += [float32_mm(left.T, half)] if need_central else []
+        if need_right:
+            half = (left @ central).view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
+            parts["R"].append(times(call, dz, half, True, slots))
+    dleft = torch.cat(parts["L"]).view(call.left.shape) if need_left else None
+    dcentral = torch.stack(parts["C"]).sum(0).to(dz.dtype).view(call.central.shape) if need_central else None
+    return dleft, dcentral, torch.cat(parts["R"]).to(dz.dtype) if need_right else None
+
+
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
+_DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
+
+
+def prepared(call: Call, *more: str) -> Call:
+    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name them; the columns of x
+    are contiguous."""
+    changed: dict[str, Any] = {}
+    for name in (*_DENSE, *more):
+        tensor = getattr(call, name, None)
+        if tensor is not None and not tensor.is_contiguous():
+            changed[name] = tensor.contiguous()
+    if call.x.stride(1) != 1 and call.x.shape[1] != 1:
+        changed["x"] = call.x.contiguous()
+    return replace(call, **changed) if changed else call

@@ -1,14 +1,22 @@
 // What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors,
 // and under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
 #pragma once
-#include "cuda/binding.h"  // before CUDA's keywords, which the emulator defines as macros
-
+// torch's headers come before CUDA's keywords, which the emulator defines as macros.
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
+#include "common/types.h"
 #include "cuda/activation.cuh"
 #include "cuda/named.h"
 
@@ -21,6 +29,50 @@
 // In libtorch_cuda; the CPU build of torch declares it only under USE_CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
+
+namespace mpoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Reports what the caller did wrong. mpoe_kernels/define.py turns the text after the colon into a ValueError;
+// STD_TORCH_CHECK would add the path of our source file.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  text << "mpoe refuses: ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+#define MPOE_CHECK(condition, ...)                  \
+  do {                                              \
+    if (!(condition)) ::mpoe::refuse(__VA_ARGS__);  \
+  } while (false)
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: MPOE_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Dense int64 values of a tensor with `dim` axes.
+inline Tensor dense_index(const Tensor& tensor, int64_t dim, const char* name) {
+  MPOE_CHECK(tensor.dim() == dim, name, " must have ", dim, " axes; got ", tensor.dim());
+  return dense(cast(tensor, ScalarType::Long));
+}
+
+}  // namespace mpoe
 
 namespace mpoe::cuda {
 

@@ -2,6 +2,8 @@
 // Under nvcc these are instructions; under MPOE_CUDA_EMULATED (plain C++20), their twins in tests/emulator/twins.h.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #if defined(MPOE_CUDA_EMULATED)
 #include "emulator/cuda_emulator.h"
@@ -140,3 +142,13 @@ struct alignas(sizeof(T) * kPer) Pack {
 };
 
 }  // namespace dev
+
+namespace mpoe::cuda {
+
+// Throws if the preceding launch failed.
+inline void check_launch(const char* what) {
+  const auto error = cudaGetLastError();
+  if (error) throw std::runtime_error(std::string(what) + " could not be launched: " + cudaGetErrorString(error));
+}
+
+}  // namespace mpoe::cuda

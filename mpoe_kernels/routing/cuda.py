@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mpoe_kernels.routing.gating import Gating
+
 if TYPE_CHECKING:
-    from mpoe_kernels.routing.gating import Gating
     from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 

@@ -1,7 +1,6 @@
 // The gate, the sort, dispatch, combine and their gradients. See sweep.h.
 #include "emulator/sweep.h"
 
-#include "cuda/linear/contract.h"
 #include "cuda/routing/routing.h"
 #include "native/cpp/sorted.h"
 
@@ -11,8 +10,6 @@
 #undef gridDim
 
 namespace mpoe::cuda {
-
-void check_launch(const char*) {}  // contract.cu's; nothing else of it is needed
 
 namespace {
 

@@ -24,7 +24,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from mpoe import MPOEConfig, RouterConfig, compose, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.layers import MPOEFeedForward, NeuronFeedForward
 from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.neurons import neuron_modules
@@ -303,14 +303,11 @@ def test_networks_that_are_no_module_are_refused() -> None:
             convert_to_mpoe(model, config())
 
 
-def test_mixtures_and_compositions_are_refused() -> None:
+def test_mixtures_are_refused() -> None:
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
     with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
         convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
-    base = dense("llama")
-    with pytest.raises(ValueError, match="config must have experts that can hold a fine-tune's network"):
-        compose(base, [base, base], config=config())
 
 
 WRONG = {

@@ -13,38 +13,6 @@
 
 namespace mpoe {
 
-// Rows [first, first + rows) of the slots, all of one expert.
-struct SlotTile {
-  std::int64_t first, rows, expert;
-};
-
-// Tiles of at most `most` slots that cover every expert's slots.
-inline std::vector<SlotTile> slot_tiles(const LinearInputs& in, std::int64_t most) {
-  std::vector<SlotTile> tiles;
-  for (std::int64_t e = 0; e < in.experts; ++e) {
-    const std::int64_t start = in.offsets[e];
-    for_each_tile(in.offsets[e + 1] - start, most, [&](std::int64_t first, std::int64_t rows) {
-      tiles.push_back({start + first, rows, e});
-    });
-  }
-  return tiles;
-}
-
-// Runs of consecutive tiles with at most `most` slots (at least one tile each).
-inline std::vector<Span> tile_blocks(const std::vector<SlotTile>& tiles, std::int64_t most) {
-  std::vector<Span> blocks;
-  std::int64_t rows = 0;
-  for (std::int64_t t = 0; t < static_cast<std::int64_t>(tiles.size()); ++t) {
-    if (blocks.empty() || rows + tiles[t].rows > most) {
-      blocks.push_back({t, t});
-      rows = 0;
-    }
-    rows += tiles[t].rows;
-    blocks.back().last = t + 1;
-  }
-  return blocks;
-}
-
 // Calls f(expert, slots) for every expert with slots in `block`.
 template <class F>
 void for_each_expert(const LinearInputs& in, Span block, const F& f) {

@@ -6,7 +6,6 @@
 
 #include "cuda/experts/launch.h"
 #include "cuda/experts/rows.cuh"
-#include "cuda/linear/contract.h"
 
 namespace mpoe::cuda {
 

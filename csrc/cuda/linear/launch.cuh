@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "common/types.h"
-#include "cuda/linear/contract.h"
 #include "cuda/linear/gradient.cuh"
 #include "cuda/linear/panel.cuh"
 

@@ -1,15 +1,25 @@
 #include "cuda/routing/routing.h"
 
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "cuda/linear/contract.h"
-#include "cuda/dispatch.h"
 #include "cuda/routing/routing.cuh"
 
 namespace mpoe::cuda {
 namespace {
+
+// Calls f(T{}) with the element type.
+template <class F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(dev::bf16{});
+    case Dtype::kFloat16: return f(dev::fp16{});
+    default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
+  }
+}
 
 unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
 

@@ -26,7 +26,7 @@ class InfoOptions:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
-    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=MOST)
+    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=MOST if arguments else 0)
     if asked is None:
         return
     if asked.words:

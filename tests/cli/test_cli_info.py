@@ -25,6 +25,13 @@ def test_version(cli) -> None:
     assert cli("--version").out == f"mpoe {__version__}\n"
 
 
+def test_info_alone_shows_the_backends(cli) -> None:
+    answer = cli("info")
+    assert answer.code == 0, answer.err
+    assert "eager" in answer.out
+    assert "Usage" not in answer.out
+
+
 def test_info_json(cli) -> None:
     import torch
 

@@ -23,7 +23,7 @@ export MPOE_TEST_DEVICE=$device
 if [ "$device" = cpu ]; then # plain PyTorch in place of the kernels, which have tests of their own there
     export OMP_NUM_THREADS=1
 else
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/warm_triton} MPOE_TEST_REQUIRED="eager triton"
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton_cache} MPOE_TEST_REQUIRED="eager triton"
 fi
 
 report() { printf '| %s | %s | %s | %s |\n' "$@" | tee -a "$out/visit.md"; }
@@ -59,7 +59,11 @@ part() { # NAME SECONDS COMMAND...: once, for so long at most
 
 visit() { part "$1" "$2" "$python" -m mpoe_bench.visit "${@:3}" --device "$device"; }
 
-tests() { part "$1" "$2" "${@:4}" "$python" -m pytest -p no:cacheprovider -q --tb=short --confcutdir tests/device $3; }
+tests() { # NAME SECONDS TESTS [CHECKER...]; without a checker, several processes compile the kernels
+    local workers=''
+    [ $# -gt 3 ] || [ "$device" = cpu ] || ! "$python" -c "import xdist" 2>/dev/null || workers="-n 8"
+    part "$1" "$2" "${@:4}" "$python" -m pytest -p no:cacheprovider $workers -q --tb=short --confcutdir tests/device $3
+}
 
 if [ -z "$plan" ]; then
     mkdir -p "$out"
@@ -74,7 +78,6 @@ if [ "$device" = cuda ]; then
     part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="$architecture" "$python" setup.py -q build_ext --inplace
     visit smoke-cuda 120 smoke --backend cuda
     part twins 90 "$python" tools/cuda_probes.py --arch "${architecture/./}"
-    part warm 240 "$python" tools/warm_triton.py --architecture "sm_${architecture//[.a]/}"
 fi
 # What people use first: hidden-side experts and neurons, in bfloat16 before float32; then the linear ops.
 experts=tests/device/test_device_experts.py ops=tests/device/test_device_ops.py

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,16 @@ def compile_job(job: Job) -> Binary:
     Raises:
         RuntimeError: Triton's interpreter has replaced the compiler in this process.
     """
+    return _read(_built(job))
+
+
+@cache
+def machine_code(job: Job) -> str:
+    """The job's instructions for an NVIDIA architecture, with the addresses of jumps."""
+    return _dump(_built(job).asm["cubin"], "cuobjdump", "-sass")
+
+
+def _built(job: Job) -> Any:
     function = _function_of(job)
     position = {parameter: index for index, parameter in enumerate(function.arg_names)}
     source = ASTSource(
@@ -184,8 +195,7 @@ def compile_job(job: Job) -> Binary:
         {(position[parameter],): value for parameter, value in job.constants},
         {(position[parameter],): [["tt.divisibility", 16]] for parameter in job.aligned},
     )
-    built = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
-    return _read(built)
+    return triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
 
 
 def _read(built: Any) -> Binary:
@@ -221,13 +231,14 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, from the programs that come with Triton."""
+    """Resource usage and machine code."""
+    return _dump(cubin, "cuobjdump", "-res-usage"), _dump(cubin, "nvdisasm", "-c")
+
+
+def _dump(cubin: bytes, program: str, option: str) -> str:
+    """What one of the programs that come with Triton prints about a kernel."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([folder / "cuobjdump", "-res-usage", file.name], [folder / "nvdisasm", "-c", file.name])
-        usage, code = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands
-        )
-    return usage, code
+        return subprocess.run([folder / program, option, file.name], capture_output=True, text=True, check=True).stdout

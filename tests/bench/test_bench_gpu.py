@@ -63,7 +63,7 @@ def selected(command: str) -> list[str]:
 def test_what_the_parts_select() -> None:
     parts = plan("cuda")
     assert list(plan("cpu")) == ON_CPU
-    assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", "warm", *ON_CPU[2:]]
+    assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", *ON_CPU[2:]]
     first = selected(parts["experts-bfloat16"])
     assert {re.split(r"[\[\]]", name)[1] for name in first} == {
         f"{backend}-bfloat16-{shape}"

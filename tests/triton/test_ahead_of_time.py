@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -272,21 +271,3 @@ def test_refusals(words: list[str], message: str, capsys) -> None:
 def test_recordings_are_of_known_architectures() -> None:
     with pytest.raises(ValueError, match="architecture must be one of"), recorded("sm_70"):
         raise AssertionError("not reached")
-
-
-@pytest.mark.slow
-def test_what_was_compiled_before_a_visit_is_found(tmp_path: Path) -> None:
-    """Another process asks Triton for the same kernels, as for a launch, and compiles none."""
-    said = []
-    for _ in range(2):
-        command = [sys.executable, str(ROOT / "tools" / "warm_triton.py"), "--kernel", "activation", "--jobs", "1"]
-        done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stderr
-        said.append(re.fullmatch(r"(\d+) kernels for sm_90: (\d+) new entries of the cache, .*\n", done.stdout))
-    first, second = said
-    assert first is not None
-    assert second is not None
-    assert int(first[1]) == int(second[1]) > 1
-    assert int(first[2]) >= int(first[1])
-    assert int(second[2]) == 0
-    assert list(tmp_path.rglob("*.cubin"))

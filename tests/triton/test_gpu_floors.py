@@ -1,0 +1,128 @@
+"""tools/gpu_floors.py: what it counts, and that it finds kernels that became slower."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gpu_floors as floors
+import pytest
+import torch
+from mpoe_bench.gpu_cases import PHASES
+
+from mpoe_kernels.testing.launches import Launch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A loop in a loop, the endless one behind the end, and what runs once.
+CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R6, RZ ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4].tnspB, R24 ;
+        /*0040*/              @!P3 BRA 0x20 ;
+        /*0050*/                   BRA.U UP0, 0x10 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_instructions_count_as_often_as_their_loops_run() -> None:
+    found = floors.executed("some_kernel", CODE, (2, 5))
+    assert found == (3 + 2 * (2 + 5 * 3), 2, 10 * (2 * 16 * 8 * 16 + 2 * 64 * 128 * 16 / 4))
+    assert floors.executed("some_kernel", CODE, (1, 2, 5)) == found, "a loop that runs once is none"
+    assert floors.executed("some_kernel", CODE, (2, 5, 4)) == found, "the innermost was unrolled"
+    with pytest.raises(ValueError, match=r"some_kernel has loops of \[5, 3\] instructions; tools/gpu_floors.py says"):
+        floors.executed("some_kernel", CODE, (2,))
+
+
+def test_bytes_are_those_of_different_tensors() -> None:
+    x = torch.empty(8, 4, device="meta")
+    assert floors.bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")]) == 128 + 16
+    assert floors.bytes_of([x[:2], x.expand(5, 8, 4)]) == 128
+
+
+def test_a_call_is_recorded_with_everything_that_it_launches() -> None:
+    layer = floors.CASES["separable d=768 E=8 k=1"].layer("meta")
+    started = floors.launches(layer, 768, True, "sm_90").log
+    names = [each.name for each in started]
+    assert {"mm", "topk", "_softmax"} <= set(names)
+    assert any(isinstance(each, Launch) for each in started)
+    assert "gate_kernel" in [each.name for each in floors.launches(layer, 768, False, "sm_90").log]
+    timed = floors.launches(layer, 768, True, "sm_90", timed=True)
+    assert 0 < timed.seconds < 60
+    ours = [[each.name for each in log if isinstance(each, Launch)] for log in (started, timed.log)]
+    assert ours[0] == ours[1]
+
+
+def test_the_dense_network() -> None:
+    """Two products and an activation, which moves what it reads and writes."""
+    launched, least = floors.dense_floors(768, False, "sm_90")
+    assert least == pytest.approx(4 * 4096 * 768 * 3072 / 800e12)
+    assert launched == pytest.approx(least + 2 * 2 * 4096 * 3072 / 3e12)
+    assert floors.dense_floors(768, True, "sm_90")[1] == 3 * least
+
+
+def test_the_table_is_that_of_the_document() -> None:
+    table = json.loads(floors.TABLE.read_text())
+    assert set(table["calls"]) == {f"{name} {phase} sm_90" for name in floors.CASES for phase in PHASES}
+    assert floors.document(table) in floors.DOCUMENT.read_text()
+
+
+def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
+    calls, page = json.loads(floors.TABLE.read_text())["calls"], (ROOT / "docs" / "kernels_triton.md").read_text()
+    wanted = []
+    for name, case in floors.CASES.items():
+        if not case.masked:
+            found = [calls[f"{name} {phase} sm_90"]["x_dense"] for phase in PHASES]
+            misses = [limit is not None and each > limit for each, limit in zip(found, case.limits, strict=True)]
+            marks = ["**" * miss for miss in misses]
+            wanted.append(" / ".join(f"{mark}{each:.2f}{mark}" for each, mark in zip(found, marks, strict=True)))
+    rows = [line.split(" | ") for line in page.splitlines() if "k = " in line and line.startswith("|")]
+    assert [row[1] for row in rows] + [row[3] for row in rows] == wanted
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
+    """A table that says that a call is faster than it is."""
+    call = "hidden d=768 E=8 k=2 forward sm_90"
+    kept = json.loads(floors.TABLE.read_text())["calls"][call]
+    monkeypatch.setattr(floors, "TABLE", tmp_path / "gpu.json")
+    monkeypatch.setattr(floors, "figures", lambda *_: json.loads(json.dumps(kept)))
+    table = {"calls": {call: json.loads(json.dumps(kept))}, "cuda": {}}
+    floors.TABLE.write_text(json.dumps(table))
+    assert floors.main(["--only", call]) == 0
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda call: call.update(launches=call["launches"] - 1), " launches; at most "),
+        (lambda call: call.update(floor_us=0.9 * call["floor_us"]), " us; at most "),
+        (lambda call: call["kernels"][0].__setitem__(3, 1), "instructions of gate_kernel; at most 1.02"),
+        (lambda call: call["kernels"][0].__setitem__(5, 1), "bytes of gate_kernel; at most 1.02"),
+    ],
+)
+def test_what_is_worse_than_the_table_fails(planted: dict, change, line: str, capsys) -> None:
+    (call,) = planted["calls"]
+    change(planted["calls"][call])
+    floors.TABLE.write_text(json.dumps(planted))
+    assert floors.main(["--only", call]) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_a_call_that_the_table_lacks_fails(planted: dict, capsys) -> None:
+    (call,) = planted["calls"]
+    floors.TABLE.write_text(json.dumps({"calls": {}, "cuda": {}}))
+    assert floors.main(["--only", call]) == 1
+    assert capsys.readouterr().err == f"{call}: not in gpu.json\n"
+
+
+def test_a_limit_that_was_kept_must_be_kept() -> None:
+    kept = {"x_dense": 1.3, "floor_us": 10.0, "launches": 3, "kernels": []}
+    assert floors.worse("a call", {**kept, "x_dense": 1.31}, kept, 1.3) == ["a call: 1.31 x dense; at most 1.3"]
+    missed = {**kept, "x_dense": 1.31}
+    assert floors.worse("a call", missed, missed, 1.3) == []
+    assert floors.worse("a call", {**kept, "x_dense": 1.35}, missed, 1.3) == ["a call: 1.35 x dense; at most 1.3362"]
+    assert floors.worse("a call", {**kept, "x_dense": 1.35}, kept, None) == ["a call: 1.35 x dense; at most 1.326"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -25,7 +24,7 @@ from mpoe_kernels.contract.program import KEPT, Product, Program, program_of, ru
 from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
 from mpoe_kernels.routing.op import DispatchBackwardCall
-from mpoe_kernels.triton.architecture import target_of
+from mpoe_kernels.triton import architecture
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
@@ -43,7 +42,7 @@ LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses 
 def candidates(plan: Contraction) -> list[Candidate]:
     """Triton's: with weights that stay on chip where their bonds allow, and product by product."""
     found = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
-    target = target_of(torch.device(plan.device))
+    target = architecture.target_of(torch.device(plan.device))
     if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
         found.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
     return found
@@ -322,7 +321,6 @@ class Chunk:
 
 def forward(call: ForwardCall, grouped: Grouped) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
-    call = prepared(call)
     dims, x = call.dims, call.x
     program = program_of(dims, call.strategy, "forward")
     whole = Pass(call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})})
@@ -339,7 +337,6 @@ def forward(call: ForwardCall, grouped: Grouped) -> Forward:
 
 def backward(call: BackwardCall, grouped: Grouped) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    call = prepared(call)
 
     def gradients(dz: Tensor) -> Gradients:
         dims, need, h = call.dims, call.need_of_plan, call.saved_h
@@ -356,7 +353,10 @@ def backward(call: BackwardCall, grouped: Grouped) -> Backward:
 
 _TRITON: Any = lazily("mpoe_kernels.linear.triton.grouped", "rows", "blocks")
 # Every strategy, product by product, with Triton's grouped products.
-BY_PRODUCTS = SimpleNamespace(forward=partial(forward, grouped=_TRITON), backward=partial(backward, grouped=_TRITON))
+BY_PRODUCTS = SimpleNamespace(
+    forward=lambda call: forward(prepared(call), _TRITON),
+    backward=lambda call: backward(prepared(call), _TRITON),
+)
 
 
 def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients]) -> Backward:

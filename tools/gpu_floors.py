@@ -45,7 +45,7 @@ from triton_binary import job_of, machine_code
 
 from mpoe.layers import logits
 from mpoe_kernels.backends import PREFERRED, Backend
-from mpoe_kernels.linear import grouped
+from mpoe_kernels.linear import gradients, grouped
 from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.start import cdiv
@@ -132,7 +132,7 @@ def launches(layer: nn.Module, model: int, training: bool, architecture: str, ti
             patch.object(logits, "_logits", lambda x, weight, _: logits.logits_of_low_precision(x, weight)),
             patch.object(gating, "requested_backend", lambda _: "triton"),
             patch.object(gating, "is_plain_call", lambda _: True),
-            patch.object(grouped, "float32_mm", partial(torch.mm, out_dtype=torch.float32)),
+            *(patch.object(m, "float32_mm", partial(torch.mm, out_dtype=torch.float32)) for m in (gradients, grouped)),
             patch.object(torch, "is_autocast_enabled", lambda *_: False),
             patch.object(Backend, "unsupported_reasons", lambda *_: []),
             patch.dict(PREFERRED, meta=("triton",)),

@@ -22,29 +22,23 @@ from mpoe_kernels.linear.eager.rows import grouped_mm, grouped_outer
 if TYPE_CHECKING:
     from mpoe_kernels.embedding.op import EmbeddingBackwardCall, EmbeddingCall
 
-# The GEMM of one pair has few rows.
-_PRICE_OF_PAIRS = 2
-# On CPUs, prices in FLOPs of a copied element: of right for one row; of a row of pairs, which is sorted back; of the
-# table, which is reordered in new memory.
-_PRICE_OF_RIGHT, _PRICE_OF_SORTING, _PRICE_OF_TABLE = 300, 200, 500
 # Rows of left gathered at a time: their memory is reused soon, so the system need not clear new pages.
 _ELEMENTS = 2**19
 
 
 @lru_cache(maxsize=1024)
 def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
-    """``gather``, ``pairs`` or ``rebuild``, whichever is predicted to take the least time."""
+    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs of those that copy no more than rebuilding, which holds the
+    table twice. On a GPU ``rebuild``, which alone does not wait for it."""
     d = dims
-    price = {
-        "gather": 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR),
-        "pairs": _PRICE_OF_PAIRS * 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL),
-        "rebuild": d.rebuild_flops,
-    }
-    if device_type == "cpu":
-        price["gather"] += _PRICE_OF_RIGHT * rows * d.b * d.jR
-        price["pairs"] += _PRICE_OF_SORTING * rows * d.jL * d.jC * d.jR
-        price["rebuild"] += _PRICE_OF_TABLE * d.weight_elements
-    return min(price, key=lambda name: price[name])
+    if device_type != "cpu":
+        return "rebuild"
+    flops = {"rebuild": d.rebuild_flops}
+    if rows * d.b * d.jR <= 2 * d.weight_elements:  # a slice of right for every row
+        flops["gather"] = 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR)
+    if rows * d.jL * d.jC * d.jR <= 2 * d.weight_elements:  # rows of pairs are sorted back
+        flops["pairs"] = 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL)
+    return min(flops, key=lambda name: flops[name])
 
 
 class _Part(NamedTuple):

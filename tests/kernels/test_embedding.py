@@ -89,8 +89,9 @@ def test_every_eager_way(way: str, name: str, rows: int, elements: int, monkeypa
 
 def test_rows_decide_the_eager_way() -> None:
     dims = BlockDims.of_shape(MPOShape.paper(32128, 768, max_bond=64))
-    assert [eager._way(dims, rows) for rows in (512, 4096, 16384, 2**20)] == ["gather", "pairs", "pairs", "rebuild"]
-    assert eager._way(dims, 16384, "cuda") == "rebuild"
+    found = [eager._way(dims, rows) for rows in (512, 4096, 2**20)]
+    assert found == ["gather", "pairs", "rebuild"]
+    assert eager._way(dims, 512, "cuda") == "rebuild"  # the other ways count the rows of every group on the CPU
 
 
 def test_copies_of_right_count() -> None:

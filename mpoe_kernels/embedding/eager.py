@@ -28,8 +28,8 @@ _ELEMENTS = 2**19
 
 @lru_cache(maxsize=1024)
 def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
-    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs of those that copy no more than rebuilding, which holds the
-    table twice. On a GPU ``rebuild``, which alone does not wait for it."""
+    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs of those that copy no more than rebuilding, which holds
+    the table twice. On a GPU ``rebuild``, which alone does not wait for it."""
     d = dims
     if device_type != "cpu":
         return "rebuild"

@@ -275,7 +275,8 @@ def grouped_mpo_linear(
 ) -> Tensor:
     """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots s of every expert e.
 
-    No more than two experts' rebuilt weights exist at any time, and none is saved for backward.
+    On CPUs no more than two experts' rebuilt weights exist at any time; on GPUs, where no fused kernel keeps them on
+    chip, those of a quarter of the experts, or two. None is saved for backward.
 
     Args:
         x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.

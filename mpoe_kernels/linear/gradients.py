@@ -31,9 +31,9 @@ def block_gradients(
     d, experts, (_, need_left, need_central, need_right) = call.dims, call.num_experts, call.need_of_plan
     central, parts = call.central.reshape(d.a, -1), {name: list[Tensor]() for name in "LCR"}
     size = experts_at_once(d, ("LC",), experts, copies=1)
-    for first in range(0, experts, size):
+    for first in range(0, experts if need_left or need_central or need_right else 0, size):
         last = min(first + size, experts)
-        slots = Slots(call.expert_offsets[first : last + 1], call.slots)
+        slots = Slots(call.expert_offsets[first : last + 1], call.slots, size < experts)
         left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
         if need_left or need_central:
             half = times(call, dz, call.right[first:last], False, slots).view(left.shape[0], central.shape[1])

@@ -186,6 +186,7 @@ class Pass:
         rows: rows that are given, by name.
         found: what is wanted, of every chunk of experts; all of them write to the same rows.
         finished: y after bias and activation, and before, if its product did that.
+        memory: wanted rows that one chunk after another writes, by name.
     """
 
     call: ForwardCall | BackwardCall
@@ -326,12 +327,12 @@ def forward(call: ForwardCall, grouped: Grouped) -> Forward:
     whole = Pass(call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})})
     run(program, whole.chunks())
     h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b) if call.saves_h else x.new_empty(0)
-    owned = Slots(call.expert_offsets, call.slots).owned
-    y, z = whole.finished or finished(call, whole.result("y", call.out_features), owned)
+    slots = Slots(call.expert_offsets, call.slots)
+    y, z = whole.finished or finished(call, whole.result("y", call.out_features), slots.owned)
     if call.out_index is not None:
         assert call.gates is not None, "out_index comes with gates"
         gated = (y.float() * call.gates[call.out_index][:, None]).to(y.dtype)  # rounded first, as in `combine`
-        y = torch.empty_like(y).index_copy_(0, call.out_index, torch.where(owned[:, None], gated, 0))
+        y = torch.empty_like(y).index_copy_(0, call.out_index, torch.where(slots.owned[:, None], gated, 0))
     return y.contiguous(), h.contiguous(), x.new_empty(0) if z is None else z.contiguous()
 
 

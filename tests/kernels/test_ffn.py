@@ -79,7 +79,7 @@ def test_ffn_on_every_backend(backend: str, dtype: torch.dtype, gated: bool) -> 
     """Dropped and masked tokens, idle experts: the network against the reference, calibrated in the same dtype."""
     up_shape = SMALL_SHAPES["padded_separable"]
     if "separable" not in require_strategies(backend, up_shape, dtype):
-        pytest.skip(f"backend {backend} has no separable kernels")
+        up_shape = SMALL_SHAPES["padded"]  # the CUDA kernels compute rebuilt weights only
     routing = route(expert_choice("some_idle", 11, 4, 2), 4, capacity=5, token_mask=torch.arange(11) % 4 != 1)
     shapes = (up_shape, up_shape.mirrored(), *([up_shape] if gated else []))
     blocks = [random_blocks(shape, 4, dtype) for shape in shapes]

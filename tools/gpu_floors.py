@@ -197,9 +197,8 @@ def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float
 
 
 def _rows(a: dict[str, Any]) -> float:
-    """Rows of an expert."""
-    by_slot = a.get("pair_of_slot", a.get("rows"))
-    return (TOKENS if by_slot is None else by_slot.shape[0]) * a.get("P", 1) / a["EXPERTS"]
+    """Rows of an expert, of one choice where slots are sorted by choice."""
+    return TOKENS * a.get("P", 1) / a["EXPERTS"]
 
 
 def _steps(a: dict[str, Any], parts: int) -> float:
@@ -213,26 +212,26 @@ _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 # Kernel -> how often its loops run (see `executed`), of the launch's arguments and its grid.
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
     "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
-    "sort_kernel": lambda a, _: 2 * (cdiv(a["pairs"], a["BLOCK"]),),
-    # At most six loops, for sums of four tensors; a program runs that of its own.
-    "sums_kernel": lambda a, g: 6 * (max(a["shares"], a["block_shares"]) / g[1] / 6,),
+    "sort_kernel": lambda a, _: 2 * (cdiv(a["tokens"], a["BLOCK"]),),
     "weight_gradient_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
     "grouped_blocks_kernel": lambda a, g: (TOKENS * a["P"] / g[2] / g[1] / a["BK"],),
     "fused_kernel": lambda a, _: (cdiv(a["K_SIZES"][2], a["KR"]), cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1]),
     "gradient_kernel": lambda a, g: (_steps(a, g[1]), TOKENS / g[2] / a["BT"]),
-    "neurons_fused_kernel": lambda a, _: (cdiv(a["width"], a["BK"]), cdiv(a["columns"], a["BK"])),
+    # Waits for earlier choices count once, loops for tokens without an expert not at all.
+    "neurons_fused_kernel": lambda a, _: (1, 0, cdiv(a["width"], a["BK"]), 1, cdiv(a["columns"], a["BK"])),
     "neurons_hidden_kernel": lambda a, _: [cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + a["BACKWARD"]]],
-    "neurons_rows_kernel": lambda a, _: (cdiv(a["neurons"], a["BK"]),),
-    # A loop for each of the gradients; a program runs one of the four, or none.
-    "neurons_weights_kernel": lambda a, _: [_rows(a) / a["BK"] / 4 for name in _WEIGHTS if a[name]],
-    "hidden_forward_kernel": lambda a, _: (a["share"], a["B"] / a["BK"]),
-    "hidden_rows_kernel": lambda a, _: (a["share"], a["B"] / a["BK"]),
-    "hidden_blocks_kernel": lambda a, _: (a["share"], _rows(a) / a["BM"]),
+    "neurons_rows_kernel": lambda a, _: (1, cdiv(a["neurons"], a["BK"]), 1),
+    # Loops over choices and slots for each of the gradients; a program runs one of the four, or none.
+    "neurons_weights_kernel": lambda a, _: [
+        each for name in _WEIGHTS if a[name] for each in (a["TOP_K"] / 4, cdiv(_rows(a), a["BK"]))
+    ],
+    "hidden_rows_kernel": lambda a, _: (1, 0, 0, a["share"]),
+    "hidden_blocks_kernel": lambda a, _: (a["share"], a["TOP_K"], cdiv(_rows(a), a["BM"])),
 }
 # Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at once.
 TILED = ("neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel")
-TILED += ("hidden_forward_kernel", "hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel")
+TILED += ("hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel")
 
 
 def busy_programs(launch: Launch) -> float:
@@ -241,7 +240,8 @@ def busy_programs(launch: Launch) -> float:
     if launch.name not in TILED:
         return programs
     columns = launch.grid[0] / (cdiv(TOKENS, a["BM"]) + a["EXPERTS"] + 1) if launch.name == "fused_kernel" else 1
-    return programs / launch.grid[0] * columns * min(launch.grid[0], a["EXPERTS"] * math.ceil(_rows(a) / a["BM"]))
+    tiles = a.get("TOP_K", 1) * a["EXPERTS"] * math.ceil(_rows(a) / a["BM"])
+    return programs / launch.grid[0] * columns * min(launch.grid[0], tiles)
 
 
 class Cost(NamedTuple):

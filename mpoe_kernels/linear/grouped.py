@@ -113,6 +113,7 @@ class Grouped(Protocol):
         slots: Slots,
         last: ForwardCall | None = None,
         out: Tensor | None = None,
+        turned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``out[s] = rows[row_index[s]] blocks[e]``; zero for slots after the last expert's, undefined for those of
         experts that are not among these.
@@ -122,8 +123,9 @@ class Grouped(Protocol):
             row_index: ``[N]``, or None: slot s reads row s.
             blocks: ``[E, k, m]`` of any strides.
             slots: of these experts.
-            last: the call whose bias and activation are applied to ``[N, p m]``, or None.
+            last: the call whose bias, activation and ``out_index`` are applied, or None.
             out: dense ``[N, p, m]`` to write these experts' rows to, or None: new memory.
+            turned: rows are read in the order ``[N, m, p]``, and new memory had better have it.
 
         Returns:
             ``[N, p, m]``, and the same before the activation if ``last`` saves it.
@@ -229,7 +231,8 @@ class Pass:
         parts = self.found.get(f"d {name}")
         if parts is None:
             return None
-        return (torch.cat(parts).sum(0) if name == "C" else torch.cat(parts)).to(like.dtype).contiguous()
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (whole.sum(0) if name == "C" and len(parts) > 1 else whole).view(like.shape).to(like.dtype).contiguous()
 
 
 @dataclass
@@ -271,25 +274,37 @@ class Chunk:
     def rows(self, product: Product, rows: Named, operand: Named) -> Named:
         kept, met = _split(rows.axes, operand.axes)
         new = _split(self.whole.program.axes[product.result], operand.axes)[1]
-        blocks = operand.matrices(met, new)
         if product.second == "C":
-            matrix = self._only(product.first, rows).matrices(kept, met)
+            met, new = (tuple(a for a in operand.axes if a in axes) for axes in (met, new))  # so that C is no copy
+            matrix, blocks = self._only(product.first, rows).matrices(kept, met), operand.matrices(met, new)
             found = (matrix.flatten(0, 1) @ blocks[0]).view(*matrix.shape[:2], blocks.shape[2])
-        else:
-            last, matrix, out = self._finishing(product, (*kept, *new)), rows.matrices(kept, met), None
-            if self.slots.is_part:
-                size = self.slots.count, matrix.shape[1], blocks.shape[2]
-                out = self.whole.rows_of_parts(product.result, matrix, *size)
-            found, pre = self.whole.grouped.rows(matrix, rows.row_index, blocks, self.slots, last, out)
-            if last is not None:
-                self.whole.finished = found.flatten(1), pre
-        return self.whole.keep(product.result, self._named(found, (*kept, *new)))
+            return self.whole.keep(product.result, self._named(found, (*kept, *new)))
+        matrix, blocks, out = rows.matrices(kept, met), operand.matrices(met, new), None
+        if self.slots.is_part:
+            out = self.whole.rows_of_parts(product.result, matrix, self.slots.count, matrix.shape[1], blocks.shape[2])
+        order = self._order(product.result)
+        turned = not self._follows((*kept, *new), order) and self._follows((*new, *kept), order)
+        last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
+        found, pre = self.whole.grouped.rows(matrix, rows.row_index, blocks, self.slots, last, out, turned)
+        result = self._named(found, (*kept, *new))
+        if last is not None:
+            z = pre if pre is None else self._named(pre, result.axes).arranged(order).flatten(1)
+            self.whole.finished = result.arranged(order).flatten(1), z
+        return self.whole.keep(product.result, result)
+
+    def _order(self, result: str) -> Axes:
+        """In which the rows of a result are wanted, or read: by the shared product, which then need not copy C."""
+        return self.whole.program.axes[result if result in ("y", "d x") else "C"]
+
+    def _follows(self, axes: Axes, order: Axes) -> bool:
+        """Whether axes of more than one element are all in an order, and one after the other."""
+        places = [order.index(a) if a in order else -1 for a in axes if getattr(self.whole.call.dims, a) > 1]
+        return -1 not in places and places == sorted(places)
 
     def _finishing(self, product: Product, axes: Axes) -> Any:
-        """The call if a grouped product gives ``y [N, F]`` as it is, so that it may apply bias and activation."""
+        """The call if a grouped product gives ``y [N, F]`` as it is, so that it may do what comes last."""
         call, dims = self.whole.call, self.whole.call.dims
-        wide, natural = ([a for a in order if getattr(dims, a) > 1] for order in (axes, self.whole.program.axes["y"]))
-        is_whole = product.result == "y" and not self.slots.is_part and wide == natural
+        is_whole = product.result == "y" and not self.slots.is_part and self._follows(axes, self._order("y"))
         return call if is_whole and dims.out_features == dims.jL * dims.jC * dims.jR else None
 
     def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
@@ -298,8 +313,9 @@ class Chunk:
         n = _split(grads.axes, axes)[1]
         if product.result == "d C":
             rows, grads = self._only(product.first, rows), self._only(product.second, grads)
+            m, n = (tuple(a for a in axes if a in some) for some in (m, n))  # as C has them: nothing is copied
             a, g = rows.matrices(shared, m).flatten(0, 1), grads.matrices(shared, n).flatten(0, 1)
-            found = float32_mm(a.T, g).unsqueeze(0)
+            found = (float32_mm(a.T, g) if self.slots.is_part else a.T @ g).unsqueeze(0)
         else:
             before, after = rows.matrices(shared, m), grads.matrices(shared, n)
             found = self.whole.grouped.blocks(before, rows.row_index, after, self.slots)
@@ -327,12 +343,15 @@ def forward(call: ForwardCall, grouped: Grouped) -> Forward:
     whole = Pass(call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})})
     run(program, whole.chunks())
     h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b) if call.saves_h else x.new_empty(0)
-    slots = Slots(call.expert_offsets, call.slots)
-    y, z = whole.finished or finished(call, whole.result("y", call.out_features), slots.owned)
-    if call.out_index is not None:
-        assert call.gates is not None, "out_index comes with gates"
-        gated = (y.float() * call.gates[call.out_index][:, None]).to(y.dtype)  # rounded first, as in `combine`
-        y = torch.empty_like(y).index_copy_(0, call.out_index, torch.where(slots.owned[:, None], gated, 0))
+    if whole.finished is None:
+        owned = Slots(call.expert_offsets, call.slots).owned
+        y, z = finished(call, whole.result("y", call.out_features), owned)
+        if call.out_index is not None:
+            assert call.gates is not None, "out_index comes with gates"
+            gated = (y.float() * call.gates[call.out_index][:, None]).to(y.dtype)  # rounded first, as in `combine`
+            y = torch.empty_like(y).index_copy_(0, call.out_index, torch.where(owned[:, None], gated, 0))
+    else:
+        y, z = whole.finished
     return y.contiguous(), h.contiguous(), x.new_empty(0) if z is None else z.contiguous()
 
 

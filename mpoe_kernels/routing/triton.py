@@ -15,7 +15,7 @@ from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
-MOST_AT_ONCE = 16384  # at most so many pairs are sorted by one launch, in which every expert's program reads all
+MOST_AT_ONCE = 16384  # tokens sorted by one launch, in which an expert's programs read those of every choice
 GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
@@ -133,52 +133,68 @@ def gate(logits: Tensor, top_k: int, raw: bool) -> Gating:
 
 
 class SortedSlots(NamedTuple):
-    """(token, choice) pairs sorted by expert; those without an expert come last.
+    """(token, choice) pairs sorted by choice and expert: a choice has T slots, those of tokens without an expert last.
 
     Attributes:
-        offsets: int32 ``[E + 1]``; expert e has the slots ``offsets[e] : offsets[e + 1]``.
+        offsets: int32 ``[K (E + 1) + 1]``; those of choice k and expert e are ``offsets[i] : offsets[i + 1]`` with
+            ``i = k (E + 1) + e``; expert E is none.
         pair_of_slot: int64 ``[T K]``.
-        slot_of_pair: int64 ``[T, K]``; -1: no expert.
+        experts, top_k: E and K.
     """
 
     offsets: Tensor
     pair_of_slot: Tensor
-    slot_of_pair: Tensor
+    experts: int
+    top_k: int
+
+    @property
+    def tokens(self) -> int:
+        return self.pair_of_slot.shape[0] // self.top_k
 
     @property
     def scan(self) -> int:
         """The constant of `expert_tile`."""
-        return power_of_two(max(2, self.offsets.shape[0] - 1))
+        return power_of_two(max(2, self.experts))
 
     def tiles(self, rows: int) -> int:
-        """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
-        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
-        return (pairs + min(pairs, experts) * (rows - 1)) // rows
+        """At most so many tiles of ``rows`` slots of one choice and expert are there, however tokens chose."""
+        return self.top_k * ((self.tokens + min(self.tokens, self.experts + 1) * (rows - 1)) // rows)
 
     def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
         """Of several tiles, the last of which is for few slots of an expert: that one, or all others."""
-        pairs, experts = self.pair_of_slot.shape[0], self.offsets.shape[0] - 1
         if len(tiles) == 1:
             return tiles
-        return tiles[-1:] if pairs <= min(pairs, experts) * tiles[-1].rows else tiles[:-1]
+        return tiles[-1:] if self.tokens <= min(self.tokens, self.experts) * tiles[-1].rows else tiles[:-1]
+
+    def turns(self, parts: int) -> dict[str, Tensor]:
+        """Counters of programs that add to at most so many parts of a token's row in turn."""
+        tickets, done = self.offsets.new_zeros(2, parts if self.top_k > 1 else 0)
+        return {"tickets": tickets, "done": done}
+
+    def sums(self, out: Tensor) -> Tensor:
+        """``out [T, F]``, or of more than two choices float32 memory in its place: every addition in turn rounds."""
+        return out if self.top_k <= 2 else torch.empty_like(out, dtype=torch.float32)
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert."""
-    pairs = top_k_index.numel()
-    if pairs > MOST_AT_ONCE:
-        offsets, pair_of_slot, slot_of_pair = sort_pairs(top_k_index.reshape(-1, 1), num_experts)
-        return SortedSlots(offsets, pair_of_slot, slot_of_pair.view(top_k_index.shape))
-    index = top_k_index.contiguous()
-    offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
-    found = SortedSlots(offsets, index.new_empty(pairs), torch.empty_like(index))
+    index, (tokens, top_k) = top_k_index.contiguous(), top_k_index.shape
+    if tokens > MOST_AT_ONCE:
+        key = torch.where((index >= 0) & (index < num_experts), index, num_experts)
+        key += torch.arange(top_k, device=index.device) * (num_experts + 1)
+        offsets, pair_of_slot, _ = sort_pairs(key.view(-1, 1), top_k * (num_experts + 1))
+        return SortedSlots(offsets, pair_of_slot, num_experts, top_k)
+    offsets = index.new_empty(top_k * (num_experts + 1) + 1, dtype=torch.int32)
+    found = SortedSlots(offsets, index.new_empty(index.numel()), num_experts, top_k)
     start(
         kernels.sort_kernel,
-        (num_experts + 1,),
+        (num_experts + 1, top_k),
         index=index,
-        **found._asdict(),
-        pairs=pairs,
+        offsets=offsets,
+        pair_of_slot=found.pair_of_slot,
+        tokens=tokens,
         EXPERTS=num_experts,
+        TOP_K=top_k,
         BLOCK=SORT_BLOCK,
         num_warps=4,
     )

@@ -224,35 +224,37 @@ def route_few_kernel(
 
 @triton.jit
 def sort_kernel(
-    index,  # [pairs]
-    offsets,  # [EXPERTS + 1]
-    pair_of_slot,  # [pairs]
-    slot_of_pair,  # [pairs]
-    pairs,
+    index,  # [T, TOP_K]
+    offsets,  # [TOP_K (EXPERTS + 1) + 1]
+    pair_of_slot,  # [T TOP_K]
+    tokens,
     EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their slots, in order; the
-    last one has the pairs without an expert."""
+    """Grid ``(EXPERTS + 1, TOP_K)``: each counts a choice's tokens of earlier experts and gives its own their slots, in
+    order; the last expert is none."""
     e = tl.program_id(0)
+    choice = tl.program_id(1)
     earlier = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in tl.range(0, pairs, BLOCK):
-        pair = first + tl.arange(0, BLOCK)
-        key = tl.load(index + pair, mask=pair < pairs, other=-1)
+    for first in tl.range(0, tokens, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        key = tl.load(index + token * TOP_K + choice, mask=token < tokens, other=-1)
         earlier += ((key >= 0) & (key < e)).to(tl.int32)
-    slot = tl.sum(earlier, 0)
-    tl.store(offsets + e, slot)
-    for first in tl.range(0, pairs, BLOCK):
-        pair = first + tl.arange(0, BLOCK)
-        inside = pair < pairs
+    slot = choice * tokens + tl.sum(earlier, 0)
+    tl.store(offsets + choice * (EXPERTS + 1) + e, slot)
+    for first in tl.range(0, tokens, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        inside = token < tokens
+        pair = token * TOP_K + choice
         key = tl.load(index + pair, mask=inside, other=-1)
         key = tl.where((key >= 0) & (key < EXPERTS), key, EXPERTS)
         mine = inside & (key == e)
         count = mine.to(tl.int32)
-        place = (slot + tl.cumsum(count, 0) - 1).to(tl.int64)
-        tl.store(pair_of_slot + place, pair.to(tl.int64), mask=mine)
-        tl.store(slot_of_pair + pair, tl.where(key < EXPERTS, place, -1), mask=mine)
+        tl.store(pair_of_slot + slot + tl.cumsum(count, 0) - 1, pair.to(tl.int64), mask=mine)
         slot += tl.sum(count, 0)
+    if (e == EXPERTS) & (choice == TOP_K - 1):
+        tl.store(offsets + TOP_K * (EXPERTS + 1), slot)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+
 from mpoe_kernels.linear.triton import fused_tiles, grouped
 from mpoe_kernels.triton import architecture, start
 
@@ -45,9 +47,14 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
     """
     target, launches = architecture.target_named(name), list[Launch]()
 
+    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        # Other objects of the same memory: autograd copies a gradient that somebody else holds.
+        kept = {key: value.detach() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+        launches.append(Launch(kernel, grid, kept))
+
     with ExitStack() as patches:
         patches.enter_context(patch.object(architecture, "target_of", lambda _: target))
-        patches.enter_context(patch.object(start, "_launch", lambda *launch: launches.append(Launch(*launch))))
+        patches.enter_context(patch.object(start, "_launch", record))
         patches.enter_context(patch.object(start, "_may_time", lambda: False))
         if tile is not None:
             patches.enter_context(patch.object(start, "_first", lambda tiles: tiles[min(tile, len(tiles) - 1)]))

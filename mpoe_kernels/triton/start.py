@@ -83,6 +83,10 @@ class Tile(NamedTuple):
         least = [max(16, power_of_two(size)) for size in (columns, inner)]
         return self._replace(columns=min(self.columns, least[0]), inner=min(self.inner, least[1]))
 
+    def shared_bytes(self, dtype: torch.dtype) -> int:
+        """Shared memory of the operands' blocks in all stages."""
+        return self.stages * self.inner * (self.rows + self.columns) * dtype.itemsize
+
     @property
     def options(self) -> dict[str, int]:
         """Arguments of a launch."""
@@ -113,7 +117,8 @@ def _first(tiles: Sequence[Tile]) -> Tile:
 @lru_cache(maxsize=4096)
 def _tuner(kernel: Any, tiles: tuple[Tile, ...], names: tuple[str, ...]) -> Any:
     configs = [triton.Config(tile.blocks, num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
-    return triton.autotune(configs, key=list(names))(kernel)
+    counters = [name for name in ("tickets", "done") if name in kernel.arg_names]  # see `SortedSlots.turns`
+    return triton.autotune(configs, key=list(names), reset_to_zero=counters)(kernel)
 
 
 def start_best(

@@ -65,7 +65,7 @@ def test_every_shipped_tile_is_compiled() -> None:
             if launch.name == kernel
             for a in [launch.arguments]
         }
-        assert {(t.m, t.n, t.k, t.warps, t.stages) for t in grouped.TILES["sm_90"]} <= compiled
+        assert {(t.rows, t.columns, t.inner, t.warps, t.stages) for t in grouped.TILES["sm_90"]} <= compiled
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -79,7 +79,7 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
         found = {(x.name, x.arguments["BM"], x.arguments["num_warps"]) for x in started if "BM" in x.arguments}
         for table in tables[family]:
             for kernel, tiles in table.items():
-                name = f"{family.__name__[1:]}_{kernel}_kernel"
+                name = f"{family.__name__[1:]}_{'rows' if kernel == 'forward' else kernel}_kernel"
                 special = kernel == "blocks" and architecture in hidden.IN_REGISTERS and dtype == torch.bfloat16
                 for tile in [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]:
                     assert (name, tile.rows, tile.warps) in found
@@ -120,7 +120,7 @@ def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
     uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=shipped.LARGE_SIZES)
     found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
     assert found["grouped_rows_kernel", "d = 4,096"] == found["grouped_rows_kernel", "E = 1,024"] == 2
-    widest = grouped.TILES["gfx942"][0].m
+    widest = grouped.TILES["gfx942"][0].rows
     assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
 
 

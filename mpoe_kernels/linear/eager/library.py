@@ -23,16 +23,20 @@ class Library:
         slots: Slots,
         last: ForwardCall | None = None,
         out: Tensor | None = None,
+        turned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         (_, p, k), m = rows.shape, blocks.shape[2]
         a = _front(rows, row_index, slots).reshape(slots.count * p, k)
         found = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
         found = _back(found.reshape(slots.count, p * m), slots)
         before = 0 if out is None else out.view(found.shape)
-        found = torch.where(slots.owned[:, None], found, before)
-        y, z = (found, None) if last is None else finished(last, found, slots.owned)
-        y = y.view(slots.count, p, m)
-        return y if out is None else out.copy_(y), z
+        found = torch.where(slots.owned[:, None], found, before).view(slots.count, p, m)
+        if last is None:
+            return found if out is None else out.copy_(found), None
+        order = (0, 2, 1) if turned else (0, 1, 2)  # of F, in which bias is
+        found = found.permute(order)
+        y, z = finished(last, found.flatten(1), slots.owned)
+        return y.view(found.shape).permute(order), None if z is None else z.view(found.shape).permute(order)
 
     def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
         a = _front(rows, row_index, slots).flatten(0, 1)

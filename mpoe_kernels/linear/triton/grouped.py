@@ -6,14 +6,12 @@ are also gathered, and blocks read in any layout, as they are loaded. One progra
     rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e, k, n]``
     blocks: grid (tiles, parts of the rows, experts), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
 
-Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card
-only: nothing is timed, so a graph can capture every launch; each is compiled ahead of time by
+Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card;
+of two that fit, the first product takes the faster where something may be timed. Each is compiled ahead of time by
 ``tools/triton_compile.py``.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,29 +23,15 @@ from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import activate, pick, segments
-from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
+from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
 
 MOST_PARTS = 32
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
 
 
-class Tile(NamedTuple):
-    """Block sizes of a GEMM ``[m, k] x [k, n]``, warps and pipeline stages."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def shared_bytes(self, dtype: torch.dtype) -> int:
-        """Shared memory of the operands' blocks in all stages."""
-        return self.stages * self.k * (self.m + self.n) * dtype.itemsize
-
-
 # The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
 _NVIDIA = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
-_AMD = tuple(tile._replace(k=32, stages=2) for tile in _NVIDIA)
+_AMD = tuple(tile._replace(inner=32, stages=2) for tile in _NVIDIA)
 TILES = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
@@ -55,8 +39,8 @@ TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
 
 def _for_float32(tile: Tile) -> Tile:
     """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
-    warps = 8 if tile.m >= 64 else tile.warps  # wide ones spill if there are few registers per thread
-    return Tile(min(tile.m, 64), min(tile.n, 64), 16, warps, tile.stages)
+    warps = 8 if tile.rows >= 64 else tile.warps  # wide ones spill if there are few registers per thread
+    return Tile(min(tile.rows, 64), min(tile.columns, 64), 16, warps, tile.stages)
 
 
 def shipped_tiles(name: str, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -70,14 +54,20 @@ def least_shared_bytes(name: str, dtype: torch.dtype) -> int:
     return min(tile.shared_bytes(dtype) for tile in shipped_tiles(name, dtype))
 
 
-def tile_of(like: Tensor, m: float, n: float, k: float) -> Tile:
-    """Tile of an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and that fits into shared
-    memory, and no larger than the problem."""
+def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> list[Tile]:
+    """Tiles of an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and that fits into shared
+    memory, then the next one; no larger than the problem. ``interleaved``: some elements are loaded or stored one by
+    one, with an address each, for which a large tile lacks registers."""
     target = architecture.target_of(like.device)
     shipped = shipped_tiles(target.architecture, like.dtype)
     able = [tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory] or shipped[-1:]
-    found = next((tile for tile in able if tile.m <= m), able[-1])
-    return found._replace(m=min(found.m, _side(m)), n=min(found.n, _side(n)), k=min(found.k, _side(k)))
+    first = next((i for i, tile in enumerate(able) if tile.rows <= m), len(able) - 1)
+    columns, inner = (min(_side(size), most) if interleaved else _side(size) for size, most in ((n, 64), (k, 32)))
+    found = (
+        Tile(min(tile.rows, _side(m)), min(tile.columns, columns), min(tile.inner, inner), tile.warps, tile.stages)
+        for tile in able[first : first + 2]
+    )
+    return list(dict.fromkeys(found))
 
 
 def _side(size: float) -> int:
@@ -93,6 +83,8 @@ def grouped_rows_kernel(
     bias,  # [P N]
     pre,  # pre-activation, as out
     row_index,  # row of ``a`` that a slot reads
+    out_index,  # row of ``out`` that a slot gives, if PLACED
+    gates,  # of the rows of ``out``, if PLACED
     offsets,  # [EXPERTS + 1]
     slots,
     A_SLOT: tl.constexpr,
@@ -101,6 +93,8 @@ def grouped_rows_kernel(
     B_EXPERT: tl.constexpr,
     B_K: tl.constexpr,
     B_N: tl.constexpr,
+    OUT_P: tl.constexpr,  # strides of ``out``, whose rows are dense, and of ``bias``
+    OUT_N: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -109,6 +103,7 @@ def grouped_rows_kernel(
     SCAN: tl.constexpr,
     CLEAR: tl.constexpr,  # clear the slots after the last expert's
     HAS_INDEX: tl.constexpr,
+    PLACED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
@@ -116,7 +111,6 @@ def grouped_rows_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     start, stop = segments(offsets, slots, EXPERTS, SCAN)
     wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
@@ -137,7 +131,7 @@ def grouped_rows_kernel(
     a_rows = a + (source * A_SLOT + (r % P) * A_P)[:, None]
     b_columns = b + e.to(tl.int64) * B_EXPERT + (n * B_N)[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k0 in tl.range(0, tl.where(e == EXPERTS, 0, K), BK, num_stages=STAGES):
+    for k0 in tl.range(0, tl.where(e == EXPERTS, 0, K), BK):
         k = k0 + tl.arange(0, BK)
         a_mask = inside[:, None]
         b_mask = (n < N)[None, :]
@@ -148,13 +142,17 @@ def grouped_rows_kernel(
         bt = tl.load(b_columns + (k * B_K)[:, None], mask=b_mask, other=0.0)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
     mask = inside[:, None] & (n < N)[None, :]
+    column = (r % P)[:, None] * OUT_P + n[None, :] * OUT_N
     if HAS_BIAS:  # empty slots stay zero
-        column = (r % P)[:, None] * N + n[None, :]
         acc += tl.where(e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32))
-    at_out = (slot * (P * N) + (r % P) * N)[:, None] + n[None, :]
     if SAVE_PRE:
-        tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
-    tl.store(out + at_out, activate(acc, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+        tl.store(pre + slot[:, None] * (P * N) + column, acc.to(pre.dtype.element_ty), mask=mask)
+    value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
+    if PLACED:
+        slot = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
+        gate = tl.load(gates + slot, mask=inside, other=0.0)[:, None]
+        value = tl.where(e == EXPERTS, 0.0, value.to(tl.float32) * gate).to(out.dtype.element_ty)
+    tl.store(out + slot[:, None] * (P * N) + column, value, mask=mask)
 
 
 @triton.jit
@@ -178,7 +176,6 @@ def grouped_blocks_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
@@ -189,7 +186,7 @@ def grouped_blocks_kernel(
     share = tl.cdiv(tl.cdiv(rows, tl.num_programs(1)), BK) * BK  # whole steps
     first = tl.program_id(1) * share
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for r0 in tl.range(first, tl.minimum(first + share, rows), BK, num_stages=STAGES):
+    for r0 in tl.range(first, tl.minimum(first + share, rows), BK):
         r = r0 + tl.arange(0, BK)
         inside = r < rows
         slot = (lo + r // P).to(tl.int64)
@@ -206,22 +203,16 @@ def grouped_blocks_kernel(
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def _options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "PRECISION": precision(dtype),
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
 def _loadable(rows: Tensor) -> Tensor:
-    """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several times slower."""
+    """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several times slower, except
+    a few that lie beside each other (see `_interleaved`), which cost less than a copy."""
     able = any(stride == 1 and size % 8 == 0 for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True))
-    return rows if able else rows.contiguous()
+    return rows if able or _interleaved(rows) else rows.contiguous()
+
+
+def _interleaved(rows: Tensor) -> bool:
+    """Whether the p elements of each k, at most 8, are beside each other."""
+    return rows.stride(1) == 1 and rows.stride(2) == rows.shape[1] < 8
 
 
 def rows(
@@ -231,22 +222,26 @@ def rows(
     slots: Slots,
     last: ForwardCall | None = None,
     out: Tensor | None = None,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch."""
     a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
-    out = a.new_empty(slots.count, p, n) if out is None else out
+    if out is None:
+        out = a.new_empty(slots.count, n, p).transpose(1, 2) if turned else a.new_empty(slots.count, p, n)
     pre = torch.empty_like(out) if last is not None and last.saves_z else None
-    bias = None if last is None else last.bias
-    tile = tile_of(a, slots.count * p / experts, n, k)
-    start(
+    bias, out_index, gates = (None,) * 3 if last is None else (last.bias, last.out_index, last.gates)
+    start_best(
         grouped_rows_kernel,
-        (cdiv(slots.count * p, tile.m) + experts + 1 if slots.count else 0, cdiv(n, tile.n)),
+        lambda m, columns: (cdiv(slots.count * p, m) + experts + 1 if slots.count else 0, cdiv(n, columns)),
+        tiles_of(a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out)),
         a=a,
         b=blocks,
         out=out,
         bias=out if bias is None else bias,
         pre=out if pre is None else pre,
         row_index=out if row_index is None else row_index,
+        out_index=out if out_index is None else out_index,
+        gates=out if gates is None else gates,
         offsets=slots.offsets,
         slots=slots.count,
         A_SLOT=a.stride(0),
@@ -255,29 +250,32 @@ def rows(
         B_EXPERT=blocks.stride(0),
         B_K=blocks.stride(1),
         B_N=blocks.stride(2),
+        OUT_P=out.stride(1),
+        OUT_N=out.stride(2),
         P=p,
         K=k,
         N=n,
-        SAME=min(p & -p, tile.m, 16),
+        SAME=min(p & -p, 16),
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         CLEAR=not slots.is_part,
         HAS_INDEX=row_index is not None,
+        PLACED=out_index is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION="none" if last is None else last.activation,
         SAVE_PRE=pre is not None,
-        **_options(tile, a.dtype),
+        PRECISION=precision(a.dtype),
     )
-    return out, None if pre is None else pre.flatten(1)
+    return out, pre
 
 
 def blocks(rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and a sum if there are parts."""
     a, g, (_, p, m), n = _loadable(rows), _loadable(grads), rows.shape, grads.shape[2]
     experts, inner = slots.offsets.shape[0] - 1, slots.count * p / max(slots.offsets.shape[0] - 1, 1)
-    tile = tile_of(a, m, n, inner)
-    tiles = cdiv(m, tile.m) * cdiv(n, tile.n)
-    parts = parts_of(a.device, experts * tiles, int(inner / (LEAST_STEPS * tile.k)))
+    tile = tiles_of(a, m, n, inner, _interleaved(a) or _interleaved(g))[0]  # its parts are memory, so nothing is timed
+    tiles = cdiv(m, tile.rows) * cdiv(n, tile.columns)
+    parts = parts_of(a.device, experts * tiles, int(inner / (LEAST_STEPS * tile.inner)))
     dtype = a.dtype if parts == 1 else torch.float32
     out = torch.empty(parts, experts, m, n, dtype=dtype, device=a.device)
     start(
@@ -298,7 +296,8 @@ def blocks(rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) 
         M=m,
         N=n,
         HAS_INDEX=row_index is not None,
-        **_options(tile, a.dtype),
+        PRECISION=precision(a.dtype),
+        **tile.options,
     )
     return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 

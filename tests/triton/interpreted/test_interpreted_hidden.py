@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
 from mpoe_kernels.hidden_experts import triton as launch
+from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton.start import Tile
 from tests.expert_problems import HiddenProblem, arguments_of
@@ -104,6 +105,20 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
         assert dirty["o"][7].isnan().all()
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_program_says_that_its_rows_are_written(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for one that does not would wait forever."""
+    turns: list[dict[str, torch.Tensor]] = []
+    made = SortedSlots.turns
+    monkeypatch.setattr(SortedSlots, "turns", lambda *given: turns.append(made(*given)) or turns[-1])
+    problem = HiddenProblem(tokens=37, experts=3, top_k=3, groups=2, none_share=0.3, gated=True, dtype=torch.float32)
+    launch.backward(problem.backward_call([True] * 7)) if backward else launch.forward(problem.call())
+    (found,) = turns
+    used = found["tickets"] > 0
+    assert used.any()
+    assert (found["done"] == used * 37 * 3).all()
+
+
 def test_each_gradient_alone() -> None:
     problem = HiddenProblem(tokens=3, experts=2, groups=1, gated=True, with_bias=True, dtype=torch.float32)
     everything = launch.backward(problem.backward_call([True] * 7))
@@ -142,13 +157,11 @@ def names(problem: HiddenProblem, need: list[bool] | None) -> list[str]:
 def test_launches(per_group: bool, gated: bool) -> None:
     sizes = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
-    collect = ["collect_kernel"] * (2 if gated else 1)
-    assert names(problem, None) == ["sort_kernel", "hidden_forward_kernel", "collect_kernel"]
-    rows = ["sort_kernel", "hidden_rows_kernel", *collect]
-    assert names(problem, [True] * 7) == [*rows, "hidden_blocks_kernel", "sums_kernel"]
+    rows = ["sort_kernel", "hidden_rows_kernel"]
+    assert names(problem, None) == rows
+    assert names(problem, [True] * 7) == [*rows, "hidden_blocks_kernel"]
     assert names(problem, [True, False, False, False, False, True, False]) == rows
-    blocks = names(problem, [False, False, True, True, True, False, True])
-    assert blocks == ["sort_kernel", "hidden_blocks_kernel", *([] if per_group else ["sums_kernel"])]
+    assert names(problem, [False, False, True, True, True, False, True]) == ["sort_kernel", "hidden_blocks_kernel"]
 
 
 def test_no_token_is_no_launch() -> None:

@@ -63,6 +63,12 @@ def test_every_activation(activation: str, gated: bool) -> None:
     problem.check("triton")
 
 
+def test_a_few_pairs_do_not_wait_for_one_another() -> None:
+    with recorded("sm_90") as started:
+        launch.forward(call_of(NeuronProblem(tokens=8, top_k=8, experts=64, dtype=torch.bfloat16)))
+    assert [one.arguments["TOP_K"] for one in started] == [1, 1]
+
+
 @pytest.mark.parametrize("kernel", launch.TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("on_chip", [0, 1000])
@@ -108,13 +114,12 @@ def names(problem: NeuronProblem, need: list[bool] | None = None) -> list[str]:
 @pytest.mark.parametrize("gated", [False, True])
 def test_launches(gated: bool) -> None:
     problem = NeuronProblem(tokens=50, gated=gated, with_bias=True, dtype=torch.float32)
-    assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "collect_kernel"]
+    assert names(problem) == ["sort_kernel", "neurons_fused_kernel"]
     large = NeuronProblem(tokens=50, neurons=200, gated=gated, dtype=torch.float32)
-    two = ["neurons_hidden_kernel", "neurons_rows_kernel"]
-    assert names(large) == ["sort_kernel", *two, "collect_kernel"]
-    backward = ["sort_kernel", *two, "collect_kernel", "neurons_weights_kernel", "sums_kernel"]
-    assert names(problem, [True] * 6) == backward
-    assert names(problem, [True, False, False, False, False, False]) == backward[:4]
+    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"]
+    assert names(large) == rows
+    assert names(problem, [True] * 6) == [*rows, "neurons_weights_kernel"]
+    assert names(problem, [True, False, False, False, False, False]) == rows
     assert names(problem, [False] * 6) == names(NeuronProblem(tokens=0)) == []
 
 

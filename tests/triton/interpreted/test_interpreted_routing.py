@@ -78,24 +78,33 @@ def test_what_one_launch_does_not_gate() -> None:
 
 @pytest.mark.parametrize("most", [1000, 0])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
-def test_slots_sorted_without_what_has_no_expert(
+def test_slots_sorted_by_choice_and_expert(
     tokens: int, experts: int, top_k: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one launch or several; -1 and numbers past the last expert are none."""
+    """In one launch or several; -1 and numbers past the last expert are none, which come last."""
     monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
     monkeypatch.setattr(routing, "SORT_BLOCK", 32)
     index = torch.randint(-1, experts + 2, (tokens, top_k))
     index[0, 0] = experts - 1
-    none = (index < 0) | (index >= experts)
+    key = index.masked_fill((index < 0) | (index >= experts), experts)
     with poisoned_memory():
         found = routing.sort_slots(index, experts)
-    order = index.masked_fill(none, experts).flatten().argsort(stable=True)
-    assert torch.equal(found.pair_of_slot, order)
-    assert torch.equal(found.slot_of_pair, order.argsort().view_as(index).masked_fill(none, -1))
-    assert found.offsets.tolist() == [int((index[~none] < e).sum()) for e in range(experts + 1)]
+    for choice, keys in enumerate(key.T):
+        here = slice(choice * tokens, (choice + 1) * tokens)
+        assert torch.equal(found.pair_of_slot[here], keys.argsort(stable=True) * top_k + choice)
+        begins = [choice * tokens + int((keys < e).sum()) for e in range(experts + 1)]
+        assert found.offsets[choice * (experts + 1) :][: experts + 1].tolist() == begins
+    assert found.offsets[-1] == tokens * top_k
     for rows in (1, 16):
-        sizes = found.offsets.diff()
-        assert ((sizes + rows - 1) // rows).sum() <= found.tiles(rows)
+        sizes = found.offsets.diff().view(top_k, -1)
+        assert ((sizes + rows - 1) // rows).sum(1).max() * top_k <= found.tiles(rows)
+
+
+def test_sums_of_many_choices_are_of_float32() -> None:
+    """Each of their additions would round to 16 bits."""
+    out = torch.empty(2, 3, dtype=torch.bfloat16)
+    for top_k, dtype in ((2, torch.bfloat16), (3, torch.float32)):
+        assert routing.sort_slots(torch.zeros(2, top_k, dtype=torch.int64), 1).sums(out).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

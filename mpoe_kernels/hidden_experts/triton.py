@@ -86,8 +86,8 @@ def _rows(call: HiddenCall, sorted_slots: SortedSlots, kernel: str, **others: An
     gate_parts = u.new_empty(cdiv(groups, share), *size, dtype=torch.float32)
     start_best(
         hidden_rows_kernel,
-        lambda rows, columns: (sorted_slots.tiles(rows), cdiv(groups, share), cdiv(call.block, columns)),
-        tiles,
+        lambda tile: (sorted_slots.tiles(tile["BM"]), cdiv(groups, share), cdiv(call.block, tile["BN"])),
+        [tile.options for tile in tiles],
         gate_parts=gate_parts,
         tokens=u.shape[0],
         share=share,

@@ -93,8 +93,8 @@ class _Call:
         out = self.sorted.sums(self.like.new_empty(self.sorted.tokens, self.out_width))
         start_best(
             neurons_fused_kernel,
-            lambda rows, _: (self.sorted.tiles(rows), parts),
-            tiles,
+            lambda tile: (self.sorted.tiles(tile["BM"]), parts),
+            [tile.options for tile in tiles],
             out=out,
             columns=columns,
             **self.sorted.turns(parts),
@@ -113,8 +113,8 @@ class _Call:
         gate_parts = h.new_empty(parts, *self.common["gates"].shape, dtype=torch.float32)
         start_best(
             neurons_hidden_kernel,
-            lambda rows, columns: (self.sorted.tiles(rows), cdiv(self.neurons, columns)),
-            tiles,
+            lambda tile: (self.sorted.tiles(tile["BM"]), cdiv(self.neurons, tile["BN"])),
+            [tile.options for tile in tiles],
             grad=h if grad is None else grad,
             h_rows=h,
             dvalue_rows=dvalue,
@@ -131,8 +131,8 @@ class _Call:
         out = self.sorted.sums(rows.new_empty(self.sorted.tokens, columns))
         start_best(
             neurons_rows_kernel,
-            lambda tile_rows, tile_columns: (self.sorted.tiles(tile_rows), cdiv(columns, tile_columns)),
-            self._tiles("rows", columns, self.neurons),
+            lambda tile: (self.sorted.tiles(tile["BM"]), cdiv(columns, tile["BN"])),
+            [tile.options for tile in self._tiles("rows", columns, self.neurons)],
             rows=rows,
             more_rows=more_rows,
             weights=weights,
@@ -153,8 +153,8 @@ class _Call:
         widest = max(self.width, self.out_width)
         start_best(
             neurons_weights_kernel,
-            lambda n, c: (self.experts, cdiv(self.neurons, n) * cdiv(widest, c), 4),
-            [tile.within(widest, rows[0].shape[0]) for tile in TILES["weights"][grad.element_size()]],
+            lambda tile: (self.experts, cdiv(self.neurons, tile["BM"]) * cdiv(widest, tile["BN"]), 4),
+            [tile.within(widest, rows[0].shape[0]).options for tile in TILES["weights"][grad.element_size()]],
             x=self.common["x"],
             grad=grad,
             h_rows=rows[0],

@@ -69,6 +69,9 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         ) from error
 
 
+Options = dict[str, int]  # constants, ``num_warps`` and ``num_stages`` of a launch
+
+
 class Tile(NamedTuple):
     """Blocks and warps of a launch: rows, columns and inner size of a program's products."""
 
@@ -88,14 +91,10 @@ class Tile(NamedTuple):
         return self.stages * self.inner * (self.rows + self.columns) * dtype.itemsize
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> Options:
         """Arguments of a launch."""
-        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """As kernels call them."""
-        return {"BM": self.rows, "BN": self.columns, "BK": self.inner}
+        blocks = {"BM": self.rows, "BN": self.columns, "BK": self.inner}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def _may_time() -> bool:
@@ -109,34 +108,37 @@ def _may_time() -> bool:
     )
 
 
-def _first(tiles: Sequence[Tile]) -> Tile:
-    """The tile without timing. Tests replace this, see `mpoe_kernels.testing.launches`."""
-    return tiles[0]
+def _first(ways: Sequence[Options]) -> Options:
+    """The way without timing. Tests replace this, see `mpoe_kernels.testing.launches`."""
+    return ways[0]
 
 
 @lru_cache(maxsize=4096)
-def _tuner(kernel: Any, tiles: tuple[Tile, ...], names: tuple[str, ...]) -> Any:
-    configs = [triton.Config(tile.blocks, num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
+def _tuner(kernel: Any, ways: tuple[tuple[tuple[str, int], ...], ...], names: tuple[str, ...]) -> Any:
+    configs = []
+    for way in map(dict, ways):
+        launched = {name: way.pop(name) for name in ("num_warps", "num_stages")}
+        configs.append(triton.Config(way, **launched))
     counters = [name for name in ("tickets", "done") if name in kernel.arg_names]  # see `SortedSlots.turns`
     return triton.autotune(configs, key=list(names), reset_to_zero=counters)(kernel)
 
 
 def start_best(
-    kernel: Any, grid: Callable[[int, int], tuple[int, ...]], tiles: Sequence[Tile], **arguments: Any
+    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], ways: Sequence[Options], **arguments: Any
 ) -> None:
-    """`start` with the tile that `triton.autotune` finds fastest; with the first one where nothing may be timed.
+    """`start` in the way that `triton.autotune` finds fastest; in the first one where nothing may be timed.
 
     Args:
-        kernel: with the blocks ``BM``, ``BN`` and ``BK``.
-        grid: from ``BM`` and ``BN``.
-        tiles: all of which fit every device.
+        kernel: with the constants of the ways.
+        grid: from a way's constants.
+        ways: all of which fit the device.
         arguments: the kernel's others. One choice holds for all calls with the same constants.
     """
-    first = _first(tiles)
-    if len(tiles) == 1 or not _may_time() or 0 in grid(first.rows, first.columns):
-        start(kernel, grid(first.rows, first.columns), **arguments, **first.options)
+    first = _first(ways)
+    if len(ways) == 1 or not _may_time() or 0 in grid(first):
+        start(kernel, grid(first), **arguments, **first)
         return
     names = tuple(name for name, value in arguments.items() if name.isupper() and not isinstance(value, Tensor))
-    tuner = _tuner(kernel, tuple(tiles), names)
+    tuner = _tuner(kernel, tuple(tuple(way.items()) for way in ways), names)
     with _on_device(_device_of(arguments)):
-        tuner[lambda blocks: grid(blocks["BM"], blocks["BN"])](**arguments, enable_fp_fusion=True)
+        tuner[grid](**arguments, enable_fp_fusion=True)

@@ -7,6 +7,7 @@ for left and central, one of it for right; none for what is masked.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up, fused_choice
 from mpoe_kernels.linear.triton.grouped import parts_of
-from mpoe_kernels.triton.start import cdiv, power_of_two, precision, start
+from mpoe_kernels.triton.start import Options, cdiv, power_of_two, precision, start, start_best
 
 
 def forward(call: ForwardCall) -> Forward:
@@ -62,20 +63,13 @@ def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int,
     }
 
 
-def _options(tile: FusedTile, extents: Cut, sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "K_SIZES": sides.k,
-        "N_SIZES": sides.n,
-        "PRECISION": precision(dtype),
-        "KL": extents.kl,
-        "NL": extents.nl,
-        "KR": extents.kr,
-        "NR": extents.nr,
-        "DB": filled_up(sides.b),
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+def _common(sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
+    return {"K_SIZES": sides.k, "N_SIZES": sides.n, "PRECISION": precision(dtype), "DB": filled_up(sides.b)}
+
+
+def _options(tile: FusedTile, extents: Cut) -> Options:
+    launched = {"STAGES": tile.stages, "num_warps": tile.warps, "num_stages": tile.stages}
+    return {"KL": extents.kl, "NL": extents.nl, "KR": extents.kr, "NR": extents.nr, **launched}
 
 
 def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
@@ -98,11 +92,15 @@ def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tenso
         else (call.row_index, call.bias, call.activation, call.out_index, call.gates)
     )
     sides = Sides.of(call.dims, transposed)
-    tile, extents = fused_choice(rows, sides, slots / experts, "rows")
-    row_tiles = cdiv(slots, tile.m) + experts + 1 if slots else 0
-    start(
+
+    def grid(way: Mapping[str, int]) -> tuple[int]:
+        extents = Cut(*(way[name] for name in ("KL", "NL", "KR", "NR")))
+        return ((cdiv(slots, way["BM"]) + experts + 1 if slots else 0) * extents.tiles(sides)[1],)
+
+    start_best(
         fused_kernel,
-        (row_tiles * extents.tiles(sides)[1],),
+        grid,
+        [{"BM": tile.m, **_options(tile, extents)} for tile, extents in fused_choice(rows, sides, slots / experts)],
         x=rows,
         left=call.left,
         central=call.central,
@@ -129,9 +127,8 @@ def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tenso
         A=sides.a,
         B=sides.b,
         DA=filled_up(sides.a),
-        BM=tile.m,
         **_strides(call, transposed),
-        **_options(tile, extents, sides, rows.dtype),
+        **_common(sides, rows.dtype),
     )
 
 
@@ -139,7 +136,7 @@ def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_ri
     """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
     x, d, row_index, sides = call.x, call.dims, call.row_index, Sides.of(call.dims)
     experts = other.shape[0]
-    tile, extents = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")
+    ((tile, extents),) = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")
     if of_right:
         tiles = cdiv(d.iR, extents.kr) * cdiv(d.jR, extents.nr)
         parts = parts_of(grad.device, tiles * experts, d.iC * d.jC)
@@ -172,6 +169,7 @@ def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_ri
         GRAD_LIMIT=_limit(sides.n, call.out_features),
         HAS_INDEX=row_index is not None,
         BT=tile.m,
-        **_options(tile, extents, sides, x.dtype),
+        **_common(sides, x.dtype),
+        **_options(tile, extents),
     )
     return out.sum(0) if of_right else out

@@ -194,41 +194,34 @@ def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) 
     return None if best is None else best[1]
 
 
-def able_tiles(
-    tiles: tuple[FusedTile, ...], sides: Sides, itemsize: int, limit: int, purpose: str
-) -> list[tuple[FusedTile, Cut]]:
-    """The tiles that fit, with their cuts."""
-    found = ((tile, cut(sides, tile, itemsize, limit, purpose)) for tile in tiles)
-    return [(tile, extents) for tile, extents in found if extents is not None]
-
-
 def expected_row_tiles(rows: float, tile: FusedTile) -> float:
     """Row tiles of an expert with ``rows`` rows on average: the last one is half full."""
     return max(1.0, rows / tile.m + 0.5)
 
 
-def best_tile(
+def best_tiles(
     tiles: tuple[FusedTile, ...], sides: Sides, rows: float, itemsize: int, limit: int, purpose: str
-) -> tuple[FusedTile, Cut] | None:
-    """The tile with the least work for ``rows`` rows per expert, ``None`` if no tile fits."""
-    able = able_tiles(tiles, sides, itemsize, limit, purpose)
-    if not able or purpose == "gradient":
-        return able[0] if able else None
-    return min(
-        able, key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose)
-    )
+) -> list[tuple[FusedTile, Cut]]:
+    """The two tiles with the least work for ``rows`` rows per expert, of a gradient one; as far as they fit."""
+    cuts = ((tile, cut(sides, tile, itemsize, limit, purpose)) for tile in tiles)
+    able = [(tile, extents) for tile, extents in cuts if extents is not None]
+    if purpose == "gradient":
+        return able[:1]
+    able.sort(key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose))
+    return able[:2]
 
 
-def fused_choice(like: Tensor, sides: Sides, rows: float, purpose: str) -> tuple[FusedTile, Cut]:
-    """Tile of a fused kernel for ``rows`` rows per expert on the device of ``like``, and its division of the weight.
+def fused_choice(like: Tensor, sides: Sides, rows: float, purpose: str = "rows") -> list[tuple[FusedTile, Cut]]:
+    """Tiles of a fused kernel for ``rows`` rows per expert on the device of ``like``, and their divisions of the
+    weight, the best one first.
 
     Raises:
-        ValueError: no tile fits; `candidates.fused_reasons` says so beforehand.
+        ValueError: no tile fits; `fused_reasons` says so beforehand.
     """
     target = architecture.target_of(like.device)
     tiles = shipped_fused(purpose, target.architecture, like.dtype)
-    found = best_tile(tiles, sides, rows, like.dtype.itemsize, target.shared_memory, purpose)
-    if found is None:
+    found = best_tiles(tiles, sides, rows, like.dtype.itemsize, target.shared_memory, purpose)
+    if not found:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {target.architecture}")
     return found
 
@@ -244,6 +237,6 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[s
         return reasons
     for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
         tiles, sides = shipped_fused(purpose, target.architecture, dtype), Sides.of(dims, transposed)
-        if best_tile(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose) is None:
+        if not best_tiles(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose):
             reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}")
     return list(dict.fromkeys(reasons))

@@ -232,8 +232,8 @@ def rows(
     bias, out_index, gates = (None,) * 3 if last is None else (last.bias, last.out_index, last.gates)
     start_best(
         grouped_rows_kernel,
-        lambda m, columns: (cdiv(slots.count * p, m) + experts + 1 if slots.count else 0, cdiv(n, columns)),
-        tiles_of(a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out)),
+        lambda tile: (cdiv(slots.count * p, tile["BM"]) + experts + 1 if slots.count else 0, cdiv(n, tile["BN"])),
+        [tile.options for tile in tiles_of(a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out))],
         a=a,
         b=blocks,
         out=out,

@@ -301,7 +301,6 @@ def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BITS = """
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from mpoe_kernels import MPOShape, grouped_mpo_linear
 from mpoe_bench.cases import random_blocks
 torch.use_deterministic_algorithms(True)
@@ -319,9 +318,9 @@ for t in (y, blocks.left.grad, blocks.central.grad, blocks.right.grad):
 def test_deterministic_bits_on_one_and_two_threads_in_two_processes(empty_cache: Path) -> None:
     require("native")
     found = []
-    for threads in ("1", "2", "2"):
+    for threads in ("1", "2"):
         environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True)
         found.append(done.stdout)
-    assert found[0] == found[1] == found[2] != ""
+    assert found[0] == found[1] != ""
     assert not empty_cache.exists()

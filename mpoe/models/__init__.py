@@ -22,7 +22,7 @@ _NAMES = {
     "load_mpoe": "checkpoint",
     "merge_expert": "expert_files",
     "merge_experts": "convert",
-    "merge_latent": "neurons",
+    "merge_latent": "kept",
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from mpoe.models.expert_hub import push_expert
     from mpoe.models.expert_mixture import compose_experts
     from mpoe.models.expert_router import collect_statistics
+    from mpoe.models.kept import merge_latent
     from mpoe.models.load_layer import load_layers
-    from mpoe.models.neurons import merge_latent
     from mpoe.models.original import import_original
     from mpoe.models.others import quantisable_parameters
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report

@@ -30,7 +30,6 @@ from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.checkpointing import checkpoint_arguments
-from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
@@ -136,10 +135,6 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 
     # ------------------------------------------------------------ structure
 
-    def family(self) -> Family:
-        """How this model builds its layers."""
-        return family_for(self.config, self.mpoe_family)
-
     @property
     def mpoe_config(self) -> MPOEConfig:
         """The `MPOEConfig` that this model was built from (a new object)."""
@@ -149,7 +144,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random weights."""
         model: Any = self
         config = self.mpoe_config
-        install_empty(model, find_sites(model, self.family(), model.config, config), config)
+        install_empty(model, find_sites(model, config), config)
         for name, cores in mpo_modules(model):
             for known in names_in_checkpoints(model, name):
                 if known in config.rate_ratios:

@@ -70,5 +70,5 @@ def with_stock_experts(model: Any) -> Any:
             for parameter, value in stock_weights(module).items():
                 setattr(stock, parameter, value)
             stock.config = model.config
-            set_module(model, name, stock.train(module.training))
+            set_module(model, name, stock)
     return model

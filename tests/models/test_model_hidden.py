@@ -29,7 +29,7 @@ from mpoe.layers import HiddenFeedForward
 from mpoe.models.card import model_card
 from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.decoding import kept_while_generating
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import hidden_modules
 from mpoe.models.report import routed_layers
 from mpoe.models.summary import HEADER, summarize, table_row
 from mpoe.training import MPOETrainingArguments, build_param_groups
@@ -349,10 +349,10 @@ def test_a_projection_of_another_size_is_refused() -> None:
 
 
 def test_projections_that_lie_elsewhere_are_refused() -> None:
-    from mpoe.models.hidden import HiddenSite
+    from mpoe.models.sites import FFNSite
 
     up = nn.Linear(16, 24)
-    site = HiddenSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"})
+    site = FFNSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"}, keeps="hidden")
     with pytest.raises(ValueError, match="needs its up projection inside the module"):
         site.check(config())
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mpoe import convert_to_mpoe, load_mpoe
 from mpoe.inspection.growth import parameter_growth
 from mpoe.models.card import model_card
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 from mpoe.models.report import parameter_kind, routed_layers
 from mpoe.models.summary import HEADER, summarize, table_row
 from mpoe.training import MPOETrainingArguments, build_param_groups

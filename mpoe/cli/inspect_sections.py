@@ -14,8 +14,9 @@ from mpoe.cli.scoring import expert_load
 from mpoe.inspection.growth import parameter_growth
 from mpoe.inspection.routes import route_text
 from mpoe.inspection.spectra import bond_spectra
+from mpoe.layers.cores import MPOCores
 from mpoe.models.report import routed_layers, short_name
-from mpoe.models.summary import HEADER, KeptSummary, summarize, table_row
+from mpoe.models.summary import HEADER, summarize
 
 if TYPE_CHECKING:
     from mpoe.inspection.composed import Worth
@@ -88,7 +89,7 @@ class Inspection:
         """By kind of weight (up, down, an attention projection's name, ...) and layer."""
         found: dict[str, dict[str, list[BondSpectrum]]] = {}
         for row in self.weights:
-            if isinstance(row, KeptSummary):
+            if not isinstance(row.cores, MPOCores):
                 continue
             layer, _, kind = short_name(row.name).rpartition(".")
             bonds = bond_spectra(row.cores)
@@ -128,7 +129,7 @@ class Inspection:
             for plot, png in images.items():
                 (folder / f"{plot}.png").write_bytes(png)
         write_json(folder / NUMBERS_FILE, self.numbers())
-        rows = [HEADER, *map(table_row, self.weights)]
+        rows = [HEADER, *(row.cells() for row in self.weights)]
         write_inspection(folder / REPORT_FILE, f"mpoe inspect: {self.name}", self.facts(), sections, rows)
 
     def facts(self) -> list[tuple[str, str]]:

@@ -23,10 +23,11 @@ from mpoe.models.convert import adopt_class
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.saving import BASE_FILE, ONLY_FILE
 from mpoe.models.sites import install_empty
 from mpoe.models.table import MODEL_TYPES, TABLE
 from mpoe.models.weight_files import (
+    BASE_FILE,
+    ONLY_FILE,
     check_floating,
     check_repeats,
     check_shapes,

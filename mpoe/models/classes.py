@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrain
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
+from mpoe.layers.context import Entered, RoutingContext
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.decoding import kept_while_generating
 from mpoe.models.mixtures import MixtureMixin
@@ -152,12 +152,9 @@ def make_class(
         super(made, self).__init__(*args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer = enter_routing(RoutingContext({}, None, is_generating=True))
-        try:
-            with kept_while_generating(self, self._expert_cache_bytes):
-                return super(made, self).generate(*args, **kwargs)
-        finally:
-            leave_routing(outer)
+        context = Entered(RoutingContext({}, None, is_generating=True))
+        with context, kept_while_generating(self, self._expert_cache_bytes):
+            return super(made, self).generate(*args, **kwargs)
 
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.mixture_experts import MixtureExperts
+from mpoe.layers.experts import MixtureExperts
 from mpoe.models.families import Family
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Report, set_module
 

@@ -8,7 +8,7 @@ from mpoe_bench.cases import random_blocks
 from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
-from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel, tile_of
+from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel, tiles_of
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
 from mpoe_kernels.triton.start import start
@@ -43,11 +43,14 @@ def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch)
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(1, dtype=torch.bfloat16)
     with_shared_memory(163 << 10, monkeypatch, "sm_80")
-    assert tile_of(like, 4096, 4096, 4096).m == 128
+    assert [tile.rows for tile in tiles_of(like, 4096, 4096, 4096, False)] == [128, 64]
     with_shared_memory(80 << 10, monkeypatch, "sm_80")
-    smaller = tile_of(like, 4096, 4096, 4096)
-    assert smaller.shared_bytes(like.dtype) <= 80 << 10
-    assert smaller.m == 64
+    smaller = tiles_of(like, 4096, 4096, 4096, False)
+    assert max(tile.shared_bytes(like.dtype) for tile in smaller) <= 80 << 10
+    assert [tile.rows for tile in smaller] == [64, 32]
+    assert (smaller[0].columns, smaller[0].inner) == (128, 64)
+    interleaved = tiles_of(like, 4096, 4096, 4096, True)[0]
+    assert (interleaved.columns, interleaved.inner) == (64, 32)
 
 
 def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:

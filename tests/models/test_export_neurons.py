@@ -129,7 +129,10 @@ def test_the_file_is_the_one_that_servers_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "to"),
-    [("llama", GRANITE), pytest.param("mistral", GRANITE, marks=pytest.mark.slow), ("qwen2", QWEN)],
+    [
+        ("llama", GRANITE),
+        *(pytest.param(name, to, marks=pytest.mark.slow) for name, to in (("mistral", GRANITE), ("qwen2", QWEN))),
+    ],
 )
 def test_the_command_writes_what_opens_without_mpoe(model_type, to, tmp_path, capsys):
     mixture(model_type, {"vocab_size": 512}, latent=6).save_pretrained(tmp_path / "in")

@@ -131,7 +131,8 @@ def test_the_file_is_the_one_that_servers_read(tmp_path):
     ("model_type", "to"),
     [
         ("llama", GRANITE),
-        *(pytest.param(name, to, marks=pytest.mark.slow) for name, to in (("mistral", GRANITE), ("qwen2", QWEN))),
+        pytest.param("mistral", GRANITE, marks=pytest.mark.slow),
+        pytest.param("qwen2", QWEN, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_writes_what_opens_without_mpoe(model_type, to, tmp_path, capsys):

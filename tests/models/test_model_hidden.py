@@ -36,7 +36,6 @@ from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.statistics import core_grad_norms
 from mpoe_kernels import reconstruct
-from tests.cases import pairwise
 
 T5 = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
 LLAMA = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -119,7 +118,9 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, family), logits(model, family))
 
 
-@pytest.mark.parametrize(("family", "per_group", "own"), pairwise(list(MODELS), [True, False], [True, False]))
+@every_family
+@pytest.mark.parametrize("per_group", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 def test_merged_into_dense_experts(family: str, per_group: bool, own: bool, tmp_path: Path) -> None:
     model = stirred(convert_to_mpoe(dense(family), config(2, block_per_group=per_group, expert_bias=own)))
     merged = merge_experts(model)

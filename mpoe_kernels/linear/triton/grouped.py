@@ -6,8 +6,8 @@ are also gathered, and blocks read in any layout, as they are loaded. One progra
     rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e, k, n]``
     blocks: grid (tiles, parts of the rows, experts), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
 
-Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card;
-of two that fit, the first product takes the faster where something may be timed. Each is compiled ahead of time by
+Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card; of
+two that fit, `rows` takes the faster where something may be timed. Each is compiled ahead of time by
 ``tools/triton_compile.py``.
 """
 
@@ -211,8 +211,8 @@ def _loadable(rows: Tensor) -> Tensor:
 
 
 def _interleaved(rows: Tensor) -> bool:
-    """Whether the p elements of each k, at most 8, are beside each other."""
-    return rows.stride(1) == 1 and rows.stride(2) == rows.shape[1] < 8
+    """Whether the p elements of each k, fewer than 8, are beside each other."""
+    return rows.stride(1) == 1 and 1 < rows.shape[1] == rows.stride(2) < 8
 
 
 def rows(

@@ -86,28 +86,20 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
     dense, switch = report["rest"], report["rest"] + report["router"]
     in_feed_forward = set()
     for name, module in model.named_modules():
-        if isinstance(module, MPOEFeedForward):
-            for kind, projection in module.experts.projections().items():
-                in_feed_forward.add(f"{name}.experts.{kind}")
-                elements = projection.in_features * projection.out_features
-                dense += elements
-                switch += module.num_experts * elements
-        elif isinstance(module, KeptFeedForward):
-            elements = sum(weight.numel() for weight in module.dense_parameters().values())
-            dense += elements
-            switch += module.num_experts * elements
-        elif isinstance(module, MixtureExperts):  # the model had as many experts before
-            for kind, cores in module.projections().items():
-                in_feed_forward.add(f"{name}.{kind}")
-                dense += module.num_experts * cores.in_features * cores.out_features
-                switch += module.num_experts * cores.in_features * cores.out_features
+        elements, before, experts = 0, 1, 1  # numbers of a whole network, how many there were, how many there are
+        if isinstance(module, KeptFeedForward):
+            elements, experts = sum(weight.numel() for weight in module.dense_parameters().values()), module.num_experts
+        elif isinstance(module, (MPOEFeedForward, MixtureExperts)):
+            is_mixture = isinstance(module, MixtureExperts)  # the model had as many experts before
+            projections = module.projections() if is_mixture else module.experts.projections()
+            in_feed_forward |= {f"{name}.{kind}" if is_mixture else f"{name}.experts.{kind}" for kind in projections}
+            elements = sum(each.in_features * each.out_features for each in projections.values())
+            before, experts = (module.num_experts if is_mixture else 1), module.num_experts
         elif is_stock_experts(module):
             elements = sum(parameter.numel() for parameter in module.parameters())
-            dense, switch = dense + elements, switch + elements
-    for name, cores in mpo_modules(model):
-        if name.removesuffix(".base_layer") not in in_feed_forward:  # PEFT's name for adapted ones
-            dense += cores.in_features * cores.out_features
-            switch += cores.in_features * cores.out_features
+        elif isinstance(module, MPOCores) and name.removesuffix(".base_layer") not in in_feed_forward:  # PEFT's name
+            elements = module.in_features * module.out_features
+        dense, switch = dense + before * elements, switch + experts * elements
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}
 
 
